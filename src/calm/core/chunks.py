@@ -1,0 +1,79 @@
+"""Tokens grouped in chunks: views, targets, and where text ends.
+
+Shapes: B batch, T tokens, K tokens per chunk, C chunks (T = C·K), P positions.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100  # The label of tokens without a loss, as in torch and transformers.
+
+
+def split_into_chunks(tokens_BT: Tensor, chunk_size: int) -> Tensor:
+    """View tokens as chunks, (B, T) -> (B, C, K).
+
+    Raises:
+        ValueError: If T is not a multiple of K.
+    """
+    if tokens_BT.shape[-1] % chunk_size:
+        raise ValueError(
+            f"the number of tokens must be a multiple of the chunk size {chunk_size}, "
+            f"got {tokens_BT.shape[-1]}; pad to a chunk boundary."
+        )
+    return tokens_BT.unflatten(-1, (-1, chunk_size))
+
+
+def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: int) -> Tensor:
+    """Which of the chunks 1..C-1 are predicted from the chunk before, boolean (B, C-1).
+
+    A chunk is a target if it has a label and does not start a document.
+
+    Args:
+        labels_BT: Tokens with -100 on padding.
+        position_ids_BC: Position of every chunk in its document, 0 at a start; None for one document.
+        chunk_size: Tokens per chunk K.
+    """
+    is_target = (split_into_chunks(labels_BT, chunk_size) != IGNORED_LABEL).any(-1)[:, 1:]
+    return is_target if position_ids_BC is None else is_target & (position_ids_BC[:, 1:] > 0)
+
+
+def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Replace what follows the first EOS of a chunk by padding; also tell which chunks end, (P,).
+
+    Args:
+        chunk_PK: Token ids, any leading axes P.
+        eos_ids: All ids that end a text, one axis, may be empty.
+        pad_token_id: What to write after the end.
+    """
+    is_eos_PK = torch.isin(chunk_PK, eos_ids)
+    after_PK = is_eos_PK.long().cumsum(-1) - is_eos_PK.long() > 0
+    return torch.where(after_PK, pad_token_id, chunk_PK), is_eos_PK.any(-1)
+
+
+def align_to_chunks(
+    prompt_BT: Tensor, mask_BT: Tensor, chunk_size: int, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Move the tokens of each prompt to the right end and pad in front to whole chunks.
+
+    Args:
+        prompt_BT: Prompts with padding anywhere.
+        mask_BT: 1 on tokens, 0 on padding.
+        chunk_size: Tokens per chunk K.
+        pad_token_id: Id to pad with.
+
+    Returns:
+        Tokens (B, C·K) and the mask of chunks that hold any token (B, C).
+    """
+    length_B = mask_BT.bool().sum(-1)
+    num_tokens = -(-int(length_B.max()) // chunk_size) * chunk_size
+    tokens = prompt_BT.new_full((len(prompt_BT), num_tokens), pad_token_id)
+    column = torch.arange(num_tokens, device=prompt_BT.device)
+    is_token = column >= num_tokens - length_B.unsqueeze(-1)
+    tokens[is_token] = prompt_BT[mask_BT.bool()]
+    return tokens, is_token.unflatten(-1, (-1, chunk_size)).any(-1).long()
+
+
+def as_id_tensor(ids: int | list[int] | None, device: torch.device) -> Tensor:
+    """Token ids as configurations keep them (one, several or none) -> one axis."""
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return torch.tensor(listed, dtype=torch.long, device=device)

@@ -1,0 +1,114 @@
+"""The energy loss: a strictly proper score that needs samples only (paper section 3.3).
+
+Shapes: N head draws, M posterior draws, P positions, Z latent size.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from calm.core.gaussian import DiagonalGaussian
+
+# Squared distances at or below this count as zero. It keeps the gradient of |d|^alpha finite where
+# two draws coincide, as all draws do at initialisation (the head's last layer starts at zero).
+_ZERO_DISTANCE_SQUARED = 1e-12
+
+
+def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
+    """Monte-Carlo energy loss of every position, shape (P,).
+
+    2/(N·M) · sum_{n,m} |x_n - y_m|^alpha  -  1/(N(N-1)) · sum_{n != k} |x_n - x_k|^alpha
+
+    Its expectation is lowest when the draws follow the law of the targets, for any alpha in (0, 2).
+
+    Args:
+        draws_NPZ: Draws x of the head, N >= 2.
+        targets_MPZ: Draws y of the autoencoder's posterior, M >= 1.
+        alpha: Exponent of the distance, in (0, 2).
+
+    Raises:
+        ValueError: If alpha or N is out of range.
+    """
+    _check(draws_NPZ, alpha)
+    with torch.autocast(draws_NPZ.device.type, enabled=False):
+        x_PNZ = draws_NPZ.float().transpose(0, 1)
+        y_PMZ = targets_MPZ.to(x_PNZ.dtype).transpose(0, 1)
+        # Distances do not change under a shift; centring keeps the expanded square accurate.
+        centre_P1Z = y_PMZ.mean(1, keepdim=True)
+        squared_PNM = _squared_distances(x_PNZ - centre_P1Z, y_PMZ - centre_P1Z)
+        attraction_P = _power(squared_PNM, alpha).mean((1, 2))
+        return 2 * attraction_P - _mean_distance_between(draws_NPZ.float(), alpha)
+
+
+def energy_loss_to_gaussian(
+    draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, alpha: float = 1.0
+) -> Tensor:
+    """Energy loss with the posterior draws integrated out (M = infinity), shape (P,).
+
+    Args:
+        draws_NPZ: Draws x of the head, N >= 2.
+        posterior_PZ: Law of the targets.
+        alpha: Exponent of the distance, in (0, 2).
+
+    Raises:
+        ValueError: If alpha or N is out of range.
+    """
+    _check(draws_NPZ, alpha)
+    with torch.autocast(draws_NPZ.device.type, enabled=False):
+        x_NPZ = draws_NPZ.float()
+        attraction_P = expected_distance(x_NPZ, posterior_PZ, alpha).mean(0)
+        return 2 * attraction_P - _mean_distance_between(x_NPZ, alpha)
+
+
+def expected_distance(
+    points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: float = 1.0
+) -> Tensor:
+    """E|x - y|^alpha over y ~ N(mu, diag v), to second order, shape (N, P).
+
+    With Q = |x - y|^2: E Q = S = |x - mu|^2 + sum v, Var Q = 2 sum v^2 + 4 sum v (x - mu)^2, and the
+    expansion of Q^(alpha/2) around S gives S^(alpha/2) (1 + alpha (alpha - 2)/8 · Var Q / S^2).
+    Relative error: a few thousandths at Z = 8, below 0.1% at Z = 32 (tests/core/test_energy.py).
+
+    Args:
+        points_NPZ: Points x.
+        gaussian_PZ: Law of y.
+        alpha: Exponent of the distance, in (0, 2).
+    """
+    variance_PZ = gaussian_PZ.variance.to(points_NPZ.dtype)
+    squared_NPZ = (points_NPZ - gaussian_PZ.mean.to(points_NPZ.dtype)).square()
+    mean_NP = squared_NPZ.sum(-1) + variance_PZ.sum(-1)
+    var_NP = 2 * variance_PZ.square().sum(-1) + 4 * (squared_NPZ * variance_PZ).sum(-1)
+    mean_NP = mean_NP.clamp_min(_ZERO_DISTANCE_SQUARED)
+    correction_NP = 1 + alpha * (alpha - 2) / 8 * var_NP / mean_NP.square()
+    return _power(mean_NP, alpha) * correction_NP
+
+
+def _check(draws_NPZ: Tensor, alpha: float) -> None:
+    if not 0 < alpha < 2:
+        raise ValueError(f"alpha must lie in (0, 2) for the energy loss to be proper, got {alpha}.")
+    if draws_NPZ.shape[0] < 2:
+        raise ValueError(f"the energy loss needs at least 2 draws, got {draws_NPZ.shape[0]}.")
+
+
+def _mean_distance_between(draws_NPZ: Tensor, alpha: float) -> Tensor:
+    """Mean of |x_n - x_k|^alpha over the pairs n < k, shape (P,)."""
+    # Explicit differences of the few pairs: no self-distances, and no cancellation between draws
+    # that lie close together.
+    first, second = zip(*itertools.combinations(range(draws_NPZ.shape[0]), 2), strict=True)
+    differences = draws_NPZ[list(first)] - draws_NPZ[list(second)]
+    return _power(differences.square().sum(-1), alpha).mean(0)
+
+
+def _squared_distances(x_PNZ: Tensor, y_PMZ: Tensor) -> Tensor:
+    """|x - y|^2 by one matrix product, shape (P, N, M): no (N, M, P, Z) tensor is made."""
+    norms = x_PNZ.square().sum(-1, keepdim=True) + y_PMZ.square().sum(-1).unsqueeze(1)
+    return torch.baddbmm(norms, x_PNZ, y_PMZ.transpose(1, 2), alpha=-2)
+
+
+def _power(squared: Tensor, alpha: float) -> Tensor:
+    """|d|^alpha from |d|^2, with value and gradient zero where d is zero."""
+    apart = squared > _ZERO_DISTANCE_SQUARED
+    safe = torch.where(apart, squared, torch.ones_like(squared))
+    power = safe.sqrt() if alpha == 1 else safe.pow(alpha / 2)
+    return torch.where(apart, power, torch.zeros_like(power))

@@ -1,0 +1,72 @@
+"""The diagonal Gaussian that the autoencoder uses as posterior over latents.
+
+Shapes: P positions (any number of leading axes), Z latent size, M draws.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """Independent normal distributions, one for each latent dimension.
+
+    Args:
+        mean: Means, shape (P, Z).
+        log_std: Natural logarithms of the standard deviations, shape (P, Z).
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviations, shape (P, Z)."""
+        return self.log_std.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances, shape (P, Z)."""
+        return (2 * self.log_std).exp()
+
+    def sample(
+        self, num_draws: int, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Draw latents by reparametrisation, shape (M, P, Z).
+
+        Args:
+            num_draws: Number of independent draws M.
+            generator: Source of the noise; the default generator when None.
+            noise: Standard normal noise of shape (M, P, Z) to use instead of drawing it.
+        """
+        if noise is None:
+            noise = torch.randn(
+                (num_draws, *self.mean.shape),
+                generator=generator,
+                device=self.mean.device,
+                dtype=self.mean.dtype,
+            )
+        return self.mean + self.std * noise
+
+    def kl_to_standard_normal(self) -> Tensor:
+        """KL(self || N(0, 1)) of every dimension in nats, shape (P, Z)."""
+        return 0.5 * (self.mean.square() + self.variance - 1) - self.log_std
+
+    def __getitem__(self, index: Tensor) -> "DiagonalGaussian":
+        """Select positions."""
+        return DiagonalGaussian(self.mean[index], self.log_std[index])
+
+
+def floored_kl(posterior: DiagonalGaussian, floor: float) -> Tensor:
+    """KL to the standard normal with a floor on every dimension, shape (P,).
+
+    A dimension below the floor has no gradient, so the KL term cannot push it to collapse
+    ("KL clipping", paper section 2.2).
+
+    Args:
+        posterior: Gaussian of shape (P, Z).
+        floor: Least KL counted for each dimension, in nats.
+    """
+    return posterior.kl_to_standard_normal().clamp_min(floor).sum(-1)

@@ -1,0 +1,99 @@
+"""Documents of token ids -> blocks of whole chunks: the one function that every stage uses.
+
+Two layouts:
+  documents  each document gets padding in front (a random offset inside its first chunk), its tokens,
+             one EOS, and padding to a chunk boundary; documents in one block do not see each other.
+  packed     documents with their EOS are simply concatenated and cut, as in the published
+             evaluation; chunks may span documents, and a block is one long context.
+
+A block has three features: `input_ids` (T), `labels` (T, -100 on padding), and `position_ids` (C),
+the position of each chunk in its document, which starts again from 0 with a new document.
+"""
+
+import zlib
+from typing import Literal
+
+import numpy as np
+
+from calm.core.chunks import IGNORED_LABEL
+
+Layout = Literal["documents", "packed"]
+
+
+def make_blocks(
+    documents: list[list[int]],
+    indices: list[int],
+    *,
+    chunk_size: int,
+    block_size: int,
+    eos_token_id: int,
+    pad_token_id: int,
+    layout: Layout = "documents",
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Lay documents out in blocks; only the last block of the batch is filled up with padding.
+
+    Args:
+        documents: Token ids of each document, without EOS.
+        indices: Number of each document in its dataset; with the seed it decides the offset.
+        chunk_size: Tokens per chunk K.
+        block_size: Tokens per block T, a multiple of K.
+        eos_token_id: Id that ends each document.
+        pad_token_id: Id of padding.
+        layout: How documents meet chunks.
+        seed: Changes the random offsets.
+
+    Returns:
+        `input_ids` and `labels` (blocks, T), `position_ids` (blocks, C); int64.
+
+    Raises:
+        ValueError: If the block size is not a multiple of the chunk size.
+    """
+    check_block_size(block_size, chunk_size)
+    pieces, masks, positions = [], [], []
+    for document, index in zip(documents, indices, strict=True):
+        tokens = np.append(np.asarray(document, dtype=np.int64), eos_token_id)
+        front = _offset(seed, index, chunk_size) if layout == "documents" else 0
+        back = -(front + len(tokens)) % chunk_size if layout == "documents" else 0
+        pieces.append(np.pad(tokens, (front, back), constant_values=pad_token_id))
+        masks.append(np.pad(np.ones(len(tokens), dtype=bool), (front, back)))
+        if layout == "documents":
+            positions.append(np.arange(len(pieces[-1]) // chunk_size))
+    stream, mask = _to_rows(pieces, block_size, pad_token_id), _to_rows(masks, block_size, False)
+    chunks_per_block = block_size // chunk_size
+    if layout == "documents":
+        position_ids = _to_rows(positions, chunks_per_block, 0)
+        # A document cut by the edge of a block goes on as if it began there.
+        cut = _leading_run(position_ids)
+        position_ids = np.where(cut, np.arange(chunks_per_block), position_ids)
+    else:
+        position_ids = np.tile(np.arange(chunks_per_block), (len(stream), 1))
+    return {
+        "input_ids": stream,
+        "labels": np.where(mask, stream, IGNORED_LABEL),
+        "position_ids": position_ids,
+    }
+
+
+def check_block_size(block_size: int, chunk_size: int) -> None:
+    """Raise ValueError unless a block is a whole number of chunks, at least two."""
+    if block_size % chunk_size or block_size < 2 * chunk_size:
+        raise ValueError(
+            f"the block size (context) must be a multiple of the chunk size {chunk_size} and hold at "
+            f"least 2 chunks, got {block_size} tokens."
+        )
+
+
+def _offset(seed: int, index: int, chunk_size: int) -> int:
+    """Tokens of padding in front of a document: uniform over 0..K-1, fixed by seed and index."""
+    return zlib.crc32(f"{seed}/{index}".encode()) % chunk_size
+
+
+def _to_rows(pieces: list[np.ndarray], width: int, fill: int) -> np.ndarray:
+    stream = np.concatenate(pieces)
+    return np.pad(stream, (0, -len(stream) % width), constant_values=fill).reshape(-1, width)
+
+
+def _leading_run(position_ids: np.ndarray) -> np.ndarray:
+    """Chunks before the first document start of each row."""
+    return np.cumsum(position_ids == 0, axis=1) == 0

@@ -1,0 +1,208 @@
+"""Text -> a prepared folder: tokenizer, tokenized training and validation documents.
+
+    folder/
+      train/ validation/   datasets with one column, `input_ids`: the tokens of a document, no EOS
+      tokenizer/           a tokenizer folder of transformers
+      prepared.json        what was prepared, from what
+
+Chunking happens later (`calm.data.chunking`), so one prepared folder serves every chunk size.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.chunking import Layout, check_block_size, make_blocks
+from calm.data.folders import written_whole
+from calm.data.sources import ReadingOptions, load_documents
+from calm.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from calm.errors import InputError
+
+_INFO = "prepared.json"
+_DOCUMENTS_FOR_TOKENIZER = 200_000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder, open for reading.
+
+    Args:
+        train: Documents to train on.
+        validation: Documents held out.
+        tokenizer: The tokenizer of both.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return len(self.tokenizer)
+
+    def blocks(
+        self,
+        split: str,
+        *,
+        chunk_size: int,
+        block_size: int,
+        layout: Layout = "documents",
+        seed: int = 0,
+        num_proc: int = 1,
+    ) -> datasets.Dataset:
+        """A split as blocks of `block_size` tokens with the features of `calm.data.chunking`."""
+        documents = {"train": self.train, "validation": self.validation}[split]
+        check_block_size(block_size, chunk_size)
+        blocks = documents.map(
+            partial(
+                _blocks_of_batch,
+                chunk_size=chunk_size,
+                block_size=block_size,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                layout=layout,
+                seed=seed,
+            ),
+            with_indices=True,
+            batched=True,
+            remove_columns=documents.column_names,
+            num_proc=num_proc if num_proc > 1 else None,
+            desc=f"chunking {split}",
+        )
+        return blocks.with_format("torch")
+
+
+def prepare(
+    sources: list[str],
+    output: Path,
+    *,
+    options: ReadingOptions | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    validation_sources: list[str] | None = None,
+    validation_fraction: float = 0.02,
+    seed: int = 0,
+    num_proc: int | None = None,
+    overwrite: bool = False,
+) -> PreparedData:
+    """Read, split and tokenize text, and write a prepared folder.
+
+    The held-out split goes by whole documents, and equal documents go to the same side.
+
+    Args:
+        sources: Files, folders or hub datasets; see `calm.data.sources`.
+        output: The prepared folder; appears only when it is complete.
+        options: How documents are found in the sources.
+        tokenizer: Folder, file or hub name of a tokenizer; None trains a BPE on the training split.
+        vocab_size: Size of a trained vocabulary.
+        validation_sources: Where held-out documents come from; None splits `sources`.
+        validation_fraction: Share of documents held out where `sources` is split.
+        seed: Changes which documents are held out.
+        num_proc: Processes; all cores when None.
+        overwrite: Whether an existing output folder is replaced.
+
+    Raises:
+        InputError: If a source or setting is bad, or there are too few documents to split.
+    """
+    options = options or ReadingOptions()
+    num_proc = num_proc or os.cpu_count() or 1
+    with written_whole(output, overwrite) as folder:
+        read = partial(
+            load_documents, options=options, cache_dir=str(folder / "cache"), num_proc=num_proc
+        )
+        documents = read(sources)
+        if validation_sources:
+            splits = {"train": documents, "validation": read(validation_sources)}
+        else:
+            splits = _split(documents, validation_fraction, seed, sources)
+        if tokenizer is None:
+            texts = splits["train"].select(range(min(_DOCUMENTS_FOR_TOKENIZER, len(splits["train"]))))
+            tokens = train_tokenizer((row["text"] for row in texts), vocab_size)
+        else:
+            tokens = load_tokenizer(tokenizer)
+        for name, split in splits.items():
+            split.map(
+                partial(_tokenize_batch, tokenizer=tokens),
+                batched=True,
+                remove_columns=split.column_names,
+                num_proc=num_proc if len(split) > 1000 * num_proc else None,
+                desc=f"tokenizing {name}",
+            ).save_to_disk(folder / name)
+        tokens.save_pretrained(folder / "tokenizer")
+        info = {
+            "sources": sources,
+            "options": asdict(options),
+            "vocab_size": len(tokens),
+            "documents": {name: len(split) for name, split in splits.items()},
+            "seed": seed,
+        }
+        (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+    return load_prepared(output)
+
+
+def load_prepared(path: Path) -> PreparedData:
+    """Open a prepared folder.
+
+    Raises:
+        InputError: If it is not one, or is damaged.
+    """
+    if not (path / _INFO).is_file():
+        raise InputError(f"'{path}' is not a prepared folder (it has no {_INFO}); run `calm prepare` first.")
+    try:
+        return PreparedData(
+            train=datasets.load_from_disk(path / "train"),
+            validation=datasets.load_from_disk(path / "validation"),
+            tokenizer=load_tokenizer(str(path / "tokenizer")),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"the prepared folder '{path}' is damaged ({error}); prepare it again.") from error
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a path is a prepared folder."""
+    return (path / _INFO).is_file()
+
+
+def _split(
+    documents: datasets.Dataset, fraction: float, seed: int, sources: list[str]
+) -> dict[str, datasets.Dataset]:
+    if not 0 < fraction < 1:
+        raise InputError(f"validation_fraction must lie between 0 and 1, got {fraction}.")
+    ranks = np.array([_rank(row["text"], seed) for row in documents], dtype=np.uint64)
+    distinct = np.unique(ranks)
+    if len(distinct) < 2:
+        raise InputError(
+            f"{', '.join(sources)} holds one document, which cannot be split into training and held-out "
+            "text; pass --separator to part it, or --validation with other text."
+        )
+    held_out = max(1, min(len(distinct) - 1, round(fraction * len(distinct))))
+    is_held_out = ranks <= distinct[held_out - 1]
+    return {
+        "train": documents.select(np.flatnonzero(~is_held_out)),
+        "validation": documents.select(np.flatnonzero(is_held_out)),
+    }
+
+
+def _rank(text: str, seed: int) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _tokenize_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
+    return {"input_ids": tokenize(tokenizer, batch["text"])}
+
+
+def _blocks_of_batch(batch: dict, indices: list[int], **settings: object) -> dict[str, np.ndarray]:
+    return make_blocks(batch["input_ids"], indices, **settings)

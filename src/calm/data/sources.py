@@ -1,0 +1,214 @@
+"""Files, folders and hub datasets -> documents, one string each.
+
+Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
+"""
+
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from lzma import LZMAError
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.parquet
+
+from calm.errors import InputError
+
+_PACKINGS = (".gz", ".xz", ".zst", ".bz2")
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How documents are found in what is read.
+
+    Args:
+        text_field: Field of the text in JSON lines, parquet files and hub datasets.
+        separator: A line that parts the documents of a .txt file ("" for a blank line); None if
+            each file is one document.
+    """
+
+    text_field: str = "text"
+    separator: str | None = None
+
+
+def load_documents(
+    sources: list[str], options: ReadingOptions, *, cache_dir: str | None = None, num_proc: int = 1
+) -> datasets.Dataset:
+    """All documents of the sources as a memory-mapped dataset with one column, `text`.
+
+    Args:
+        sources: Files, folders (searched for all known formats), or names of hub datasets
+            ("owner/name" or "owner/name:config", the train split).
+        options: How documents are found.
+        cache_dir: Where the dataset is written; the cache of `datasets` when None.
+        num_proc: Processes that read files at the same time.
+
+    Raises:
+        InputError: If a source is missing, empty, damaged or of an unknown format.
+    """
+    files: list[Path] = []
+    parts: list[datasets.Dataset] = []
+    for source in sources:
+        if Path(source).exists():
+            files += find_files(Path(source))
+        elif _HUB_NAME.fullmatch(source) and _format_of(Path(source)) is None:
+            parts.append(_load_from_hub(source, options.text_field))
+        else:
+            raise InputError(f"there is no file or folder '{source}'; check the path.")
+    if files:
+        parts.append(_read_files(files, options, cache_dir, num_proc))
+    documents = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    if len(documents) == 0:
+        raise InputError(f"there is no text in {', '.join(sources)}; give a source with text.")
+    return documents
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file itself, or all files of known formats below a folder, in sorted order.
+
+    Raises:
+        InputError: If the format is unknown or the folder holds nothing that can be read.
+    """
+    if path.is_file():
+        if _format_of(path) is None:
+            raise InputError(
+                f"cannot read '{path}': its name must end in {', '.join(_FORMATS)}, "
+                f"perhaps followed by {', '.join(_PACKINGS)}."
+            )
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
+    if not found:
+        raise InputError(f"the folder '{path}' holds no {', '.join(_FORMATS)} file; check the path.")
+    return found
+
+
+def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
+    """Documents of one file, without those that are blank.
+
+    Raises:
+        InputError: If the file is damaged, not UTF-8, or a record has no text.
+    """
+    readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    reader = readers[_format_of(path) or ".txt"]
+    try:
+        for document in reader(path, options):
+            if document.strip():
+                yield document
+    # Each decompressor has its own exception; zstandard's derives from Exception directly.
+    except (OSError, EOFError, LZMAError, zlib.error, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read '{path}': it is damaged or not what its name says ({error}).") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise InputError(f"cannot read '{path}': it is damaged ({error}).") from error
+        raise
+
+
+def _format_of(path: Path) -> str | None:
+    name = path.name.lower()
+    for packing in _PACKINGS:
+        name = name.removesuffix(packing)
+    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends."""
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        for number, line in enumerate(io.BufferedReader(file) if not hasattr(file, "readline") else file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"'{path}' is not UTF-8 (line {number}: {error.reason}); convert it to UTF-8 first."
+                ) from None
+
+
+def _read_text(path: Path, options: ReadingOptions) -> Iterator[str]:
+    lines: list[str] = []
+    for _, line in _lines(path):
+        if options.separator is not None and line.strip() == options.separator.strip():
+            yield "".join(lines).strip("\r\n")
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines).strip("\r\n")
+
+
+def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"'{path}', line {number}, is not JSON ({error.msg}); mend that line.") from None
+        text = record.get(options.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise InputError(
+                f"'{path}', line {number}, has no text in a field '{options.text_field}'; "
+                "mend that line or name another field."
+            )
+        yield text
+
+
+def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
+        if options.text_field not in table.schema_arrow.names:
+            raise InputError(
+                f"'{path}' has no column '{options.text_field}'; "
+                f"its columns are {', '.join(table.schema_arrow.names)}."
+            )
+        for batch in table.iter_batches(batch_size=1000, columns=[options.text_field]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _read_files(
+    files: list[Path], options: ReadingOptions, cache_dir: str | None, num_proc: int
+) -> datasets.Dataset:
+    # Size and time are part of the arguments so that a changed file is not taken from the cache.
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        return datasets.Dataset.from_generator(
+            _generate,
+            features=datasets.Features({"text": datasets.Value("large_string")}),
+            gen_kwargs={"stamps": stamps, "options": options},
+            cache_dir=cache_dir,
+            num_proc=min(num_proc, len(files)) if num_proc > 1 and len(files) > 1 else None,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _generate(stamps: list[tuple[str, int, int]], options: ReadingOptions) -> Iterator[dict[str, str]]:
+    for file, _, _ in stamps:
+        for document in read_documents(Path(file), options):
+            yield {"text": document}
+
+
+def _load_from_hub(source: str, text_field: str) -> datasets.Dataset:
+    name, _, config = source.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason})."
+        ) from error
+    if text_field not in dataset.column_names:
+        raise InputError(
+            f"the dataset '{source}' has no column '{text_field}'; "
+            f"its columns are {', '.join(dataset.column_names)}."
+        )
+    return dataset.select_columns([text_field]).rename_column(text_field, "text")

@@ -1,0 +1,124 @@
+"""The embedded corpus: small stories made from a seed, each with its own plot, people and things.
+
+A story fixes its names, places and objects at the start and keeps them to the end, so a model must
+carry them along; which plot, sentences and words are used is random. The generator is the same on
+every machine and Python version.
+"""
+
+import bisect
+import itertools
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import TypeVar
+
+from calm.data import lexicon, plots
+
+T = TypeVar("T")
+
+_PRONOUNS = {
+    "girl": {"he": "she", "him": "her", "his": "her"},
+    "boy": {"he": "he", "him": "him", "his": "his"},
+}
+_RANDOM_BITS = 53
+
+
+def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
+    """Write stories without end, or `num_stories` of them.
+
+    Args:
+        seed: Names the sequence; story i of a seed is always the same text.
+        num_stories: How many; None for no end.
+
+    Yields:
+        Stories of 10 to 14 sentences on one line each.
+    """
+    numbers = itertools.count() if num_stories is None else range(num_stories)
+    for number in numbers:
+        yield write_story(random.Random(f"{seed}/{number}"))
+
+
+def write_story(rng: random.Random) -> str:
+    """One story from a random generator."""
+    slots = _cast(rng)
+    beats = _choose(rng, plots.PLOTS, skew=False)
+    sentences = [_choose(rng, plots.OPENINGS), *(_choose(rng, beat) for beat in beats)]
+    sentences.append(_choose(rng, plots.ENDINGS))
+    return " ".join(_sentence(template.format_map(slots)) for template in sentences)
+
+
+def _cast(rng: random.Random) -> dict[str, str]:
+    """Choose people, places and things; all keys that the plots use."""
+    child, friend_child = _choose(rng, ["girl", "boy"], skew=False), _choose(rng, ["girl", "boy"], skew=False)
+    names = {"girl": lexicon.GIRLS, "boy": lexicon.BOYS}
+    hero = _choose(rng, names[child])
+    thing, thing2 = _two(rng, lexicon.THINGS)
+    place, place2 = _two(rng, lexicon.PLACES)
+    food, food2 = _two(rng, lexicon.FOODS)
+    mood, mood2 = _two(rng, lexicon.MOODS)
+    own, other = _PRONOUNS[child], _PRONOUNS[friend_child]
+    return {
+        "child": child,
+        "hero": hero,
+        **own,
+        **{key.capitalize(): word.capitalize() for key, word in own.items()},
+        "friend_child": friend_child,
+        "friend": _choose(rng, [name for name in names[friend_child] if name != hero]),
+        "their": other["his"],
+        "elder": f"{_choose(rng, ['Mrs.', 'Mr.'])} {_choose(rng, lexicon.SURNAMES)}",
+        "town": (_choose(rng, lexicon.TOWN_STARTS) + _choose(rng, lexicon.TOWN_ENDS)),
+        "thing": thing,
+        "thing2": thing2,
+        "place": place,
+        "place2": place2,
+        "food": food,
+        "food2": food2,
+        "mood": mood,
+        "mood2": mood2,
+        "animal": _choose(rng, lexicon.ANIMALS),
+        "pet": _choose(rng, lexicon.PET_NAMES),
+        "color": _choose(rng, lexicon.COLORS),
+        "look": _choose(rng, lexicon.LOOKS),
+        "adverb": _choose(rng, lexicon.ADVERBS),
+        "job": _choose(rng, lexicon.JOBS),
+        "relative": _choose(rng, lexicon.RELATIVES),
+        "tree": _choose(rng, lexicon.TREES),
+        "flower": _choose(rng, lexicon.FLOWERS),
+        "weather": _choose(rng, lexicon.WEATHERS),
+        "day": _choose(rng, lexicon.DAYS),
+        "month": _choose(rng, lexicon.MONTHS),
+        "time": _choose(rng, lexicon.TIMES),
+        "number": _choose(rng, lexicon.NUMBERS),
+        "sound": _choose(rng, lexicon.SOUNDS),
+    }
+
+
+def _sentence(text: str) -> str:
+    """Mend "a apple" and a small first letter."""
+    words = text.split(" ")
+    for i, word in enumerate(words[:-1]):
+        if word.strip('"') in ("a", "A") and words[i + 1].lstrip('"')[0].lower() in "aeiou":
+            words[i] = word + "n"
+    text = " ".join(words)
+    start = 1 if text[0] == '"' else 0
+    return text[:start] + text[start].upper() + text[start + 1 :]
+
+
+def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
+    first = _choose(rng, words)
+    return first, _choose(rng, [word for word in words if word != first])
+
+
+def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
+    """One item; with skew the r-th has weight 1/(r + 1), as words in text do."""
+    # getrandbits is the one source whose stream Python promises to keep between versions.
+    uniform = rng.getrandbits(_RANDOM_BITS) / 2**_RANDOM_BITS
+    if not skew:
+        return items[int(uniform * len(items))]
+    cumulative = _zipf(len(items))
+    return items[bisect.bisect_right(cumulative, uniform * cumulative[-1])]
+
+
+@cache
+def _zipf(size: int) -> list[float]:
+    return list(itertools.accumulate(1 / (rank + 1) for rank in range(1, size + 1)))

@@ -1,0 +1,89 @@
+"""Tokenizers: load one, or train a byte-level BPE on the data."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from calm.errors import InputError
+
+PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
+_SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
+_NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts a beginning-of-text token in front of every text.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Size of the vocabulary, special tokens included; fewer if the text is small.
+
+    Raises:
+        InputError: If the vocabulary cannot hold all bytes.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes and the special tokens), "
+            f"got {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, a `tokenizer.json`, or the hub, with a padding token of its own.
+
+    Raises:
+        InputError: If there is none, or it has no end-of-text token.
+    """
+    path = Path(name)
+    if path.suffix == ".json" and not path.is_file():
+        raise InputError(f"there is no tokenizer file '{name}'; check the path.")
+    try:
+        tokenizer = (
+            PreTrainedTokenizerFast(tokenizer_file=name)
+            if path.suffix == ".json"
+            else AutoTokenizer.from_pretrained(name)
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load a tokenizer from '{name}' ({reason}).") from error
+    if tokenizer.eos_token_id is None:
+        known = [token for token in ("</s>", "<|endoftext|>", EOS) if token in tokenizer.get_vocab()]
+        if not known:
+            raise InputError(f"the tokenizer '{name}' has no end-of-text token; set its eos_token.")
+        tokenizer.eos_token = known[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # EOS must stay apart from padding: it is a token to predict.
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.padding_side = "left"
+    tokenizer.model_max_length = _NO_LIMIT
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text with the tokenizer's own beginning but without an EOS at the end."""
+    documents = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in documents]

@@ -1,0 +1,132 @@
+"""The n-gram floor: a smoothed n-gram model, scored like any other sampler.
+
+Smoothing is Witten-Bell interpolation: a context seen N times before D different tokens is trusted
+with probability N / (N + D), else the next shorter context decides, at last the uniform law. Drawing
+from it needs no probabilities: go down the contexts, and pick one of the N occurrences at random.
+
+Shapes: P positions, H tokens of history, K tokens per chunk, N draws.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm.core.chunks import IGNORED_LABEL, split_into_chunks
+from calm.evaluation.brier import Block
+
+_NOTHING = -1  # A place of the history before the start of the document.
+
+
+@dataclass(frozen=True)
+class _Level:
+    """All contexts of one length; context i was seen at occurrences start[i] .. start[i+1] - 1.
+
+    key: (shorter context's id, its further token) packed in one number, sorted.
+    """
+
+    key: Tensor
+    start: Tensor
+    next_token: Tensor
+    trust: Tensor
+
+
+class NGramSampler:
+    """An n-gram model of tokens that draws chunks.
+
+    Args:
+        documents: Token ids of the training documents, without EOS.
+        order: n; a token depends on the n - 1 before it.
+        vocab_size: Number of token ids.
+        eos_token_id: Id put after each document.
+        pad_token_id: What follows EOS in a chunk.
+        chunk_size: Tokens per chunk K.
+    """
+
+    def __init__(
+        self,
+        documents: list[list[int]],
+        *,
+        order: int,
+        vocab_size: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        chunk_size: int,
+    ) -> None:
+        self.order, self.vocab_size, self.chunk_size = order, vocab_size, chunk_size
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        stream = torch.tensor([token for document in documents for token in (*document, eos_token_id)])
+        lengths = torch.tensor([len(document) + 1 for document in documents])
+        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        history = torch.arange(len(stream)) - starts
+        context = torch.zeros_like(stream)  # Ids of the contexts of the level in hand.
+        where = torch.arange(len(stream))  # Places with so much history.
+        self._levels = [_make_level(context[:1], context, stream, vocab_size)]
+        for length in range(1, order):
+            keep = history[where] >= length
+            where, context = where[keep], context[keep]
+            key = context * vocab_size + stream[where - length]
+            unique, context = torch.unique(key, return_inverse=True)
+            self._levels.append(_make_level(unique, context, stream[where], vocab_size))
+
+    def draw_next_chunks(
+        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+    ) -> Tensor:
+        """See `calm.evaluation.brier.ChunkSampler`."""
+        history_PH = self._histories(block)[is_target_BC]
+        history = history_PH.repeat(num_draws, 1)
+        chunk: list[Tensor] = []
+        ended = torch.zeros(len(history), dtype=torch.bool)
+        for _ in range(self.chunk_size):
+            token = torch.where(ended, self.pad_token_id, self.draw_tokens(history, generator))
+            ended = ended | (token == self.eos_token_id)
+            chunk.append(token)
+            history = torch.cat([history, token.unsqueeze(-1)], dim=1)[:, 1:]
+        return torch.stack(chunk, dim=-1).unflatten(0, (num_draws, -1))
+
+    def draw_tokens(self, history_PH: Tensor, generator: torch.Generator) -> Tensor:
+        """One next token for each history (H = n - 1, `-1` before a document starts), (P,)."""
+        ids = torch.zeros(len(history_PH), dtype=torch.long)
+        known = torch.ones(len(history_PH), dtype=torch.bool)
+        token = torch.randint(self.vocab_size, ids.shape, generator=generator)  # The uniform law.
+        for length, level in enumerate(self._levels):
+            if length > 0:
+                further = history_PH[:, -length]
+                key = ids * self.vocab_size + further
+                ids = torch.searchsorted(level.key, key).clamp_max(len(level.key) - 1)
+                known = known & (further != _NOTHING) & (level.key[ids] == key)
+            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float64)
+            first, count = level.start[ids], level.start[ids + 1] - level.start[ids]
+            pick = level.next_token[first + (uniform[0] * count).long()]
+            # A longer trusted context overrides the shorter ones before it.
+            token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
+        return token
+
+    def _histories(self, block: Block) -> Tensor:
+        """The n - 1 tokens before each of the chunks 1..C-1, (B, C-1, H)."""
+        length = self.order - 1
+        tokens = torch.where(block["labels"] == IGNORED_LABEL, _NOTHING, block["input_ids"])
+        tokens_BCK = split_into_chunks(tokens, self.chunk_size)
+        num_chunks = tokens_BCK.shape[1]
+        reach = -(-length // self.chunk_size)  # Chunks that the history spans.
+        pieces = []
+        for back in range(reach, 0, -1):
+            earlier = torch.roll(tokens_BCK, back, dims=1)
+            # A chunk lies in the same document if the position allows to go back so far.
+            inside = (block["position_ids"] >= back) & (torch.arange(num_chunks) >= back)
+            pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
+        history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]
+        return history[:, 1:, history.shape[-1] - length :]
+
+
+def _make_level(key: Tensor, context: Tensor, next_token: Tensor, vocab_size: int) -> _Level:
+    num_contexts = len(key)
+    count = torch.bincount(context, minlength=num_contexts)
+    distinct = torch.unique(context * vocab_size + next_token) // vocab_size
+    num_distinct = torch.bincount(distinct, minlength=num_contexts)
+    return _Level(
+        key=key,
+        start=torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)]),
+        next_token=next_token[torch.argsort(context, stable=True)],
+        trust=count / (count + num_distinct),
+    )

@@ -1,0 +1,68 @@
+"""How well the autoencoder gives text back."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from calm.core.chunks import IGNORED_LABEL, split_into_chunks
+from calm.errors import InputError
+from calm.evaluation.brier import Block
+from calm.models.autoencoder import CalmAutoencoder
+
+
+@dataclass(frozen=True)
+class ReconstructionResult:
+    """Shares of held-out text given back exactly, as fractions.
+
+    Args:
+        token_accuracy: Share of tokens, decoding the posterior mean.
+        chunk_accuracy: Share of chunks without a wrong token, decoding the posterior mean.
+        token_accuracy_noisy: Share of tokens, decoding a draw of the posterior.
+        posterior_std: Mean standard deviation of the posterior.
+    """
+
+    token_accuracy: float
+    chunk_accuracy: float
+    token_accuracy_noisy: float
+    posterior_std: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """The fields in percent (the deviation as it is)."""
+        return {
+            "token_accuracy": 100 * self.token_accuracy,
+            "chunk_accuracy": 100 * self.chunk_accuracy,
+            "token_accuracy_noisy": 100 * self.token_accuracy_noisy,
+            "posterior_std": self.posterior_std,
+        }
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    autoencoder: CalmAutoencoder, blocks: Iterable[Block], generator: torch.Generator
+) -> ReconstructionResult:
+    """Encode and decode held-out blocks; padding does not count.
+
+    Raises:
+        InputError: If there is no token.
+    """
+    tokens = chunks = right = right_noisy = right_chunks = 0
+    std = 0.0
+    for block in blocks:
+        size = autoencoder.config.chunk_size
+        labels_PK = split_into_chunks(block["labels"], size).flatten(0, 1)
+        counts_PK = labels_PK != IGNORED_LABEL
+        kept_P = counts_PK.any(-1)
+        labels_PK, counts_PK = labels_PK[kept_P], counts_PK[kept_P]
+        posterior = autoencoder.encode(split_into_chunks(block["input_ids"], size).flatten(0, 1)[kept_P])
+        exact_PK = (autoencoder.decode_tokens(posterior.mean) == labels_PK) | ~counts_PK
+        noisy_PK = autoencoder.decode_tokens(posterior.sample(1, generator)[0]) == labels_PK
+        tokens += int(counts_PK.sum())
+        chunks += len(labels_PK)
+        right += int(exact_PK[counts_PK].sum())
+        right_noisy += int(noisy_PK[counts_PK].sum())
+        right_chunks += int(exact_PK.all(-1).sum())
+        std += float(posterior.std.mean(-1).sum())
+    if tokens == 0:
+        raise InputError("the held-out text has no token to score; give more text.")
+    return ReconstructionResult(right / tokens, right_chunks / chunks, right_noisy / tokens, std / chunks)

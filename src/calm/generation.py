@@ -1,0 +1,60 @@
+"""Prompts -> text with a model folder."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from calm.errors import InputError
+from calm.models.calm import CalmForCausalLM
+
+
+def continue_texts(
+    model: CalmForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.5,
+    num_draws: int = 200,
+    seed: int | None = None,
+    stream: bool = False,
+) -> list[str]:
+    """The continuation of each prompt, without the prompt.
+
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to continue, of any lengths; they are written as one batch.
+        max_new_tokens: Most tokens of a continuation.
+        temperature: 1, 1/2, 1/3, ...
+        num_draws: Pool of draws at temperatures below 1.
+        seed: Makes the texts repeatable.
+        stream: Print the text as it is written (one prompt).
+
+    Raises:
+        InputError: If an argument is out of range.
+    """
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    try:
+        output = model.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            num_draws=num_draws,
+            seed=seed,
+            streamer=streamer,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    new_tokens = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or its processor."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")

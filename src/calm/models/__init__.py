@@ -1,0 +1,1 @@
+"""What a checkpoint is: configurations, autoencoder, heads and language model."""

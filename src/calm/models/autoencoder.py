@@ -1,0 +1,198 @@
+"""The chunk autoencoder: K tokens <-> one latent (paper section 2).
+
+Shapes: P positions (chunks), K tokens per chunk, D hidden size, Z latent size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from calm.core.chunks import IGNORED_LABEL, split_into_chunks
+from calm.core.gaussian import DiagonalGaussian, floored_kl
+from calm.models.blocks import SwiGLUBlock
+from calm.models.configuration import CalmAutoencoderConfig
+
+
+class AutoencoderNoise(NamedTuple):
+    """All randomness of one training step.
+
+    token_keep_PK: boolean, False where a token is dropped.
+    posterior_PZ: standard normal noise of the latent.
+    latent_keep_PZ: boolean, False where a latent entry is dropped.
+    """
+
+    token_keep_PK: Tensor
+    posterior_PZ: Tensor
+    latent_keep_PZ: Tensor
+
+
+@dataclass
+class AutoencoderOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Args:
+        loss: K times the mean token cross-entropy plus the weighted KL, in nats.
+        logits: Decoder scores of every token, shape (B, T, V).
+        cross_entropy: Mean token cross-entropy, in nats.
+        kl: Mean floored KL of a chunk, in nats.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: CalmAutoencoderConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.blocks = nn.ModuleList(
+            SwiGLUBlock(size, config.intermediate_size, eps) for _ in range(config.num_encoder_layers)
+        )
+        self.squeeze = nn.Linear(config.chunk_size * size, size)
+        self.norm = nn.RMSNorm(size, eps=eps)
+        self.out = nn.Linear(size, 2 * config.latent_size)
+
+    def forward(self, tokens_PK: Tensor) -> DiagonalGaussian:
+        half = len(self.blocks) // 2
+        hidden = self.embed_tokens(tokens_PK)
+        for block in self.blocks[:half]:
+            hidden = block(hidden)
+        hidden = self.squeeze(hidden.flatten(-2))
+        for block in self.blocks[half:]:
+            hidden = block(hidden)
+        return DiagonalGaussian(*self.out(self.norm(hidden)).chunk(2, dim=-1))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: CalmAutoencoderConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.chunk_size = config.chunk_size
+        self.inp = nn.Linear(config.latent_size, size)
+        self.blocks = nn.ModuleList(
+            SwiGLUBlock(size, config.intermediate_size, eps) for _ in range(config.num_decoder_layers)
+        )
+        self.expand = nn.Linear(size, config.chunk_size * size)
+        self.norm = nn.RMSNorm(size, eps=eps)
+
+    def forward(self, latents_PZ: Tensor) -> Tensor:
+        """Token vectors before the vocabulary projection, shape (P, K, D)."""
+        half = len(self.blocks) // 2
+        hidden = self.inp(latents_PZ)
+        for block in self.blocks[:half]:
+            hidden = block(hidden)
+        hidden = self.expand(hidden).unflatten(-1, (self.chunk_size, -1))
+        for block in self.blocks[half:]:
+            hidden = block(hidden)
+        return self.norm(hidden)
+
+
+class CalmAutoencoder(PreTrainedModel):
+    """Context-free variational autoencoder of chunks, made of MLPs only."""
+
+    config_class = CalmAutoencoderConfig
+    base_model_prefix = "autoencoder"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CalmAutoencoderConfig) -> None:
+        super().__init__(config)
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, which is also the vocabulary projection of the decoder."""
+        return self.encoder.embed_tokens
+
+    def encode(self, tokens_PK: Tensor) -> DiagonalGaussian:
+        """Posterior of each chunk: mean and log-std of shape (P, Z), for any leading axes P."""
+        if tokens_PK.shape[-1] != self.config.chunk_size:
+            raise ValueError(
+                f"a chunk has {self.config.chunk_size} tokens, got {tokens_PK.shape[-1]} in the last axis."
+            )
+        return self.encoder(tokens_PK)
+
+    def decode(self, latents_PZ: Tensor) -> Tensor:
+        """Token scores of each latent, shape (P, K, V)."""
+        return F.linear(self.decoder(latents_PZ), self.encoder.embed_tokens.weight)
+
+    def decode_tokens(self, latents_PZ: Tensor, max_logits: int = 2**26) -> Tensor:
+        """Most likely tokens of each latent, shape (P, K).
+
+        Args:
+            latents_PZ: Latents, any leading axes P.
+            max_logits: Token scores held in memory at once; more latents are decoded in blocks.
+        """
+        latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
+        block = max(1, max_logits // (self.config.chunk_size * self.config.vocab_size))
+        tokens = [self.decode(part).argmax(-1) for part in latents.split(block)]
+        return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])
+
+    def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
+        """The randomness of one training step on chunks (P, K)."""
+        config, device = self.config, tokens_PK.device
+        shape_Z = (*tokens_PK.shape[:-1], config.latent_size)
+        keep_tokens = torch.rand(tokens_PK.shape, generator=generator, device=device)
+        posterior = torch.randn(shape_Z, generator=generator, device=device)
+        keep_latents = torch.rand(shape_Z, generator=generator, device=device)
+        return AutoencoderNoise(
+            keep_tokens > config.token_dropout, posterior, keep_latents > config.latent_dropout
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: AutoencoderNoise | None = None,
+    ) -> AutoencoderOutput:
+        """Encode, draw a latent (the mean in eval mode), decode; with labels, the loss of it.
+
+        Args:
+            input_ids: Tokens (B, T), T a multiple of K.
+            labels: Tokens to reconstruct (B, T); -100 carries no loss, and chunks without any label
+                are left out.
+            generator: Source of the training noise; the default generator when None.
+            noise: Recorded training noise to use instead, for the chunks that have a label.
+
+        Raises:
+            ValueError: If T is not a multiple of K.
+        """
+        config = self.config
+        chunks_PK = split_into_chunks(input_ids, config.chunk_size).flatten(0, 1)
+        if labels is None:
+            logits_PKV = self.decode(self._latents(chunks_PK, generator, noise)[0])
+            return AutoencoderOutput(logits=logits_PKV.reshape(*input_ids.shape, -1))
+        labels_PK = split_into_chunks(labels, config.chunk_size).flatten(0, 1)
+        has_label_P = (labels_PK != IGNORED_LABEL).any(-1)
+        latents_PZ, posterior = self._latents(chunks_PK[has_label_P], generator, noise)
+        cross_entropy = F.cross_entropy(
+            self.decode(latents_PZ).flatten(0, 1).float(),
+            labels_PK[has_label_P].flatten(),
+            ignore_index=IGNORED_LABEL,
+        )
+        kl = floored_kl(posterior, config.kl_floor).mean()
+        loss = config.chunk_size * cross_entropy + config.kl_weight * kl
+        return AutoencoderOutput(loss=loss, cross_entropy=cross_entropy.detach(), kl=kl.detach())
+
+    def _latents(
+        self, chunks_PK: Tensor, generator: torch.Generator | None, noise: AutoencoderNoise | None
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """Latents to decode and the posterior that they come from."""
+        if not self.training and noise is None:
+            posterior = self.encode(chunks_PK)
+            return posterior.mean, posterior
+        noise = noise or self.draw_noise(chunks_PK, generator)
+        kept_PK = torch.where(noise.token_keep_PK, chunks_PK, self.config.dropped_token_id)
+        posterior = self.encode(kept_PK)
+        latents = posterior.mean + posterior.std * noise.posterior_PZ
+        return latents * noise.latent_keep_PZ / (1 - self.config.latent_dropout), posterior

@@ -1,0 +1,173 @@
+"""CALM: a Llama-style decoder over chunks that predicts the next latent (paper section 3).
+
+Shapes: B batch, T tokens, K tokens per chunk, C chunks, P positions, D hidden size, Z latent size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from calm.core.chunks import find_targets, split_into_chunks
+from calm.core.gaussian import DiagonalGaussian
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.blocks import ChunkProjection
+from calm.models.configuration import CalmConfig
+from calm.models.generation import ChunkGenerationMixin
+from calm.models.heads import GenerativeHead, build_head
+
+
+@dataclass
+class CalmOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Args:
+        loss: Mean loss of the head over the target chunks; present with labels.
+        last_hidden_state: Backbone state of every chunk, shape (B, C, D).
+        past_key_values: Cache, if one was used.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
+    """Continuous autoregressive language model with its frozen autoencoder inside."""
+
+    config_class = CalmConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # The Trainer passes num_items_in_batch.
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: CalmConfig) -> None:
+        super().__init__(config)
+        self.autoencoder = CalmAutoencoder(config.autoencoder_config)
+        self.backbone = LlamaModel(config.backbone_config)
+        self.projection = ChunkProjection(config.chunk_size, config.hidden_size, config.layer_norm_eps)
+        self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
+        self.post_init()
+        self._freeze_autoencoder()
+        self.generation_config = GenerationConfig(
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            do_sample=True,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GenerativeHead):
+            module.init_weights()
+
+    def _freeze_autoencoder(self) -> None:
+        self.autoencoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "CalmForCausalLM":
+        """Switch backbone and head; the autoencoder stays frozen and in eval mode."""
+        super().train(mode)
+        self._freeze_autoencoder()
+        return self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The model's own token embedding (not the autoencoder's)."""
+        return self.backbone.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.backbone.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Any = None,
+    ) -> CalmOutput:
+        """Backbone states; with labels, the head's loss for predicting every next chunk as well.
+
+        Args:
+            input_ids: Tokens (B, T), T a multiple of K.
+            labels: Tokens (B, T) with -100 on padding. Chunk i + 1 is a target of chunk i where it
+                has a label and belongs to the same document (see `find_targets`).
+            attention_mask: (B, T), 0 on padding; a chunk takes part where any of its tokens does.
+            position_ids: Position of every chunk in its document (B, C). Where it starts again from
+                0, a new document starts that does not see the one before.
+            past_key_values: Cache of earlier chunks.
+            use_cache: Whether to return a cache.
+            num_items_in_batch: Target chunks of the whole optimizer step; the loss is the sum
+                divided by it (the mean over this batch when None).
+            generator: Source of the head's training noise; the default generator when None.
+            noise: Recorded training noise of the head.
+
+        Raises:
+            ValueError: If T is not a multiple of K.
+        """
+        outputs = self._run_backbone(
+            input_ids, self._chunk_mask(attention_mask), position_ids, past_key_values, use_cache
+        )
+        hidden_BCD = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
+            loss_P = self.head.loss(
+                hidden_BCD[:, :-1][is_target_BC],
+                self._posterior_of(input_ids, is_target_BC),
+                generator,
+                noise,
+            )
+            count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
+            # An all-padding batch has no target: the loss is zero, not 0 / 0.
+            loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
+        return CalmOutput(
+            loss=loss, last_hidden_state=hidden_BCD, past_key_values=outputs.past_key_values
+        )
+
+    def hidden_states_of_chunks(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Backbone state of every chunk, shape (B, C, D); state i predicts chunk i + 1."""
+        mask_BC = self._chunk_mask(attention_mask)
+        return self._run_backbone(input_ids, mask_BC, position_ids).last_hidden_state
+
+    def _chunk_mask(self, mask_BT: Tensor | None) -> Tensor | None:
+        return None if mask_BT is None else split_into_chunks(mask_BT, self.config.chunk_size).amax(-1)
+
+    def _run_backbone(
+        self,
+        input_ids: Tensor,
+        mask_BC: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> Any:
+        """Run the decoder; with a cache, the mask also covers the chunks in it."""
+        split_into_chunks(input_ids, self.config.chunk_size)  # Raises where T is not a multiple of K.
+        return self.backbone(
+            inputs_embeds=self.projection(self.backbone.embed_tokens(input_ids)),
+            attention_mask=mask_BC,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+    @torch.no_grad()
+    def _posterior_of(self, input_ids: Tensor, is_target_BC: Tensor) -> DiagonalGaussian:
+        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        return self.autoencoder.encode(chunks_BCK[:, 1:][is_target_BC])
+

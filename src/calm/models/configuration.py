@@ -1,0 +1,142 @@
+"""What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
+
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig, PreTrainedConfig
+
+from calm.models.heads import HeadConfig, parse_head_config
+
+
+class CalmAutoencoderConfig(PreTrainedConfig):
+    """Configuration of the chunk autoencoder (paper section 2).
+
+    Args:
+        vocab_size: Number of token ids V.
+        chunk_size: Tokens per chunk K.
+        latent_size: Dimensions of a latent Z.
+        hidden_size: Width of token and chunk vectors.
+        intermediate_size: Inner width of the gated MLPs.
+        num_encoder_layers: Blocks of the encoder, an even number: half act on tokens, half on chunks.
+        num_decoder_layers: Blocks of the decoder, an even number.
+        token_dropout: Share of input tokens replaced by `dropped_token_id` in training.
+        latent_dropout: Share of latent entries set to zero in training.
+        kl_weight: Weight of the KL term.
+        kl_floor: Least KL counted for each latent dimension, in nats.
+        dropped_token_id: Token id that stands for a dropped token.
+        rms_norm_eps: Epsilon of the norms.
+        initializer_range: Standard deviation of new weights.
+    """
+
+    model_type = "calm_autoencoder"
+
+    vocab_size: int = 4096
+    chunk_size: int = 4
+    latent_size: int = 128
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    token_dropout: float = 0.15
+    latent_dropout: float = 0.15
+    kl_weight: float = 1e-3
+    kl_floor: float = 0.5
+    dropped_token_id: int = 0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "chunk_size", "latent_size", "hidden_size", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            if (layers := getattr(self, name)) < 2 or layers % 2:
+                raise ValueError(
+                    f"{name} must be even (half on tokens, half on chunks) and at least 2, got {layers}."
+                )
+        for name in ("token_dropout", "latent_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        super().__post_init__(**kwargs)
+
+
+class CalmConfig(PreTrainedConfig):
+    """Configuration of a continuous autoregressive language model.
+
+    Args:
+        autoencoder_config: The frozen chunk autoencoder; a `CalmAutoencoderConfig` or its dict.
+        backbone_config: The Llama-style decoder over chunks; a `LlamaConfig` or its dict. Its
+            vocabulary is always that of the autoencoder; its `max_position_embeddings` counts chunks.
+        head_config: The generative head: a dict with `head_type` and the fields of that head.
+        initializer_range: Standard deviation of new weights outside the backbone.
+        layer_norm_eps: Epsilon of the input projection's norm.
+    """
+
+    model_type = "calm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    autoencoder_config: CalmAutoencoderConfig | dict | None = None
+    backbone_config: LlamaConfig | dict | None = None
+    head_config: dict | None = None
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        autoencoder = self.autoencoder_config or {}
+        if not isinstance(autoencoder, CalmAutoencoderConfig):
+            autoencoder = CalmAutoencoderConfig(**autoencoder)
+        backbone = self.backbone_config or {}
+        backbone = dict(backbone.to_dict() if isinstance(backbone, LlamaConfig) else backbone)
+        backbone |= {
+            "vocab_size": autoencoder.vocab_size,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+        }
+        self.autoencoder_config = autoencoder
+        self.backbone_config = LlamaConfig(**backbone)
+        self.head_config = asdict(parse_head_config(self.head_config or {"head_type": "energy"}))
+        super().__post_init__(**kwargs)
+
+    @property
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
+        """Nested configurations, in the form that transformers expects."""
+        return {"autoencoder_config": CalmAutoencoderConfig, "backbone_config": LlamaConfig}
+
+    @property
+    def head(self) -> HeadConfig:
+        """The typed configuration of the head."""
+        assert self.head_config is not None
+        return parse_head_config(self.head_config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids V."""
+        return self.autoencoder_config.vocab_size
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens per chunk K."""
+        return self.autoencoder_config.chunk_size
+
+    @property
+    def latent_size(self) -> int:
+        """Dimensions of a latent Z."""
+        return self.autoencoder_config.latent_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone D."""
+        return self.backbone_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the backbone."""
+        return self.backbone_config.num_hidden_layers

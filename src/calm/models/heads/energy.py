@@ -1,0 +1,149 @@
+"""The energy head: one network pass turns noise and a hidden state into a draw (paper section 3.3).
+
+Shapes: N draws, M posterior draws, P positions, D hidden size, Z latent size, U noise size.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from calm.core.energy import energy_loss, energy_loss_to_gaussian
+from calm.core.gaussian import DiagonalGaussian
+from calm.models.heads.base import GenerativeHead, HeadConfig
+
+
+@dataclass(kw_only=True)
+class EnergyHeadConfig(HeadConfig):
+    """Fields of the energy head.
+
+    Args:
+        head_type: Always "energy".
+        noise_size: Dimensions of the uniform noise.
+        num_blocks: Residual blocks; the paper uses a quarter of the backbone's layers.
+        num_draws: Draws N of the head in the loss.
+        num_posterior_draws: Draws M of the posterior in the loss (the paper: 100); 0 integrates
+            the posterior out in closed form.
+        alpha: Exponent of the distance, in (0, 2).
+        layer_norm_eps: Epsilon of the norms.
+    """
+
+    head_type: str = "energy"
+    noise_size: int = 64
+    num_blocks: int = 2
+    num_draws: int = 8
+    num_posterior_draws: int = 100
+    alpha: float = 1.0
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 2:
+            raise ValueError(f"alpha must lie in (0, 2), got {self.alpha}.")
+        if self.num_draws < 2:
+            raise ValueError(f"num_draws must be at least 2, got {self.num_draws}.")
+        if self.noise_size < 1 or self.num_blocks < 1 or self.num_posterior_draws < 0:
+            raise ValueError(
+                "noise_size and num_blocks must be at least 1 and num_posterior_draws at least 0, "
+                f"got {self.noise_size}, {self.num_blocks} and {self.num_posterior_draws}."
+            )
+
+
+class EnergyNoise(NamedTuple):
+    """All randomness of one loss: uniform noise (N, P, U), standard normal noise (M, P, Z)."""
+
+    head: Tensor
+    posterior: Tensor | None
+
+
+class _Block(nn.Module):
+    """x + down(silu(g) * u), (g, u) from a three-layer network of the draw and the condition."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=eps)
+        self.merge = nn.Linear(2 * size, size)
+        self.hidden = nn.Linear(size, size)
+        self.gate_and_up = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(size, size)
+
+    def forward(self, draws_NPD: Tensor, condition_PD: Tensor) -> Tensor:
+        # merge([norm(x); condition]), with the half that all draws of a position share done once.
+        of_draw, of_condition = self.merge.weight.chunk(2, dim=1)
+        shared_PD = F.linear(condition_PD, of_condition, self.merge.bias)
+        merged = F.linear(self.norm(draws_NPD), of_draw) + shared_PD
+        gate, up = self.gate_and_up(F.silu(self.hidden(F.silu(merged)))).chunk(2, dim=-1)
+        return draws_NPD + self.down(F.silu(gate) * up)
+
+
+class EnergyHead(GenerativeHead):
+    """Single-step sampler trained by the energy loss.
+
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+    """
+
+    def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.config = config
+        eps = config.layer_norm_eps
+        self.noise_in = nn.Linear(config.noise_size, hidden_size)
+        self.noise_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.condition_in = nn.Linear(hidden_size, hidden_size)
+        self.condition_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(config.num_blocks))
+        self.out_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.out_hidden = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, latent_size)
+
+    def loss(
+        self,
+        hidden_PD: Tensor,
+        posterior_PZ: DiagonalGaussian,
+        generator: torch.Generator | None = None,
+        noise: EnergyNoise | None = None,
+    ) -> Tensor:
+        """Energy loss of every position, shape (P,); see `calm.core.energy`."""
+        config = self.config
+        head_noise, posterior_noise = noise or (None, None)
+        draws_NPZ = self.sample(hidden_PD, config.num_draws, generator, head_noise)
+        if config.num_posterior_draws == 0:
+            return energy_loss_to_gaussian(draws_NPZ, posterior_PZ, config.alpha)
+        targets_MPZ = posterior_PZ.sample(config.num_posterior_draws, generator, posterior_noise)
+        return energy_loss(draws_NPZ, targets_MPZ, config.alpha)
+
+    def sample(
+        self,
+        hidden_PD: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Independent draws of the next latent, shape (N, P, Z).
+
+        Args:
+            hidden_PD: Backbone states.
+            num_draws: Number of draws N.
+            generator: Source of the noise; the default generator when None.
+            noise: Uniform noise in [-0.5, 0.5] of shape (N, P, U) to use instead.
+        """
+        if noise is None:
+            shape = (num_draws, hidden_PD.shape[0], self.config.noise_size)
+            noise = torch.rand(shape, generator=generator, device=hidden_PD.device) - 0.5
+        condition_PD = self.condition_norm(self.condition_in(hidden_PD))
+        draws_NPD = self.noise_norm(self.noise_in(noise.to(hidden_PD.dtype)))
+        for block in self.blocks:
+            draws_NPD = block(draws_NPD, condition_PD)
+        return self.out(F.silu(self.out_hidden(self.out_norm(draws_NPD))))
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """See `GenerativeHead`."""
+        return [self.noise_in, self.out]
+
+    def init_weights(self) -> None:
+        """A zero last layer: all draws start at one point."""
+        init.zeros_(self.out.weight)

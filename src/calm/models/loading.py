@@ -1,0 +1,96 @@
+"""Opening folders of weights, with plain words about what is wrong with them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.errors import InputError
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+
+_HUB_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+def load_autoencoder(path: Path) -> CalmAutoencoder:
+    """An autoencoder from its own folder or from a model folder that has it inside.
+
+    Raises:
+        InputError: If there is none, or the folder is damaged.
+    """
+    config = _model_type(path)
+    if config == "calm":
+        return load_model(str(path)).autoencoder
+    if config != "calm_autoencoder":
+        raise InputError(f"'{path}' holds a model of type '{config}', not an autoencoder.")
+    return _load(CalmAutoencoder, str(path))
+
+
+def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
+    """A language model from a folder or from the hub.
+
+    Raises:
+        InputError: If there is none, it is of another kind, or the folder is damaged.
+    """
+    if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
+        raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
+    return _load(CalmForCausalLM, name, **kwargs)
+
+
+def load_model_and_tokenizer(
+    name: str, **kwargs: Any
+) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
+    """A language model and the tokenizer beside it.
+
+    Raises:
+        InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
+    """
+    model = load_model(name, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except _HUB_ERRORS as error:
+        raise InputError(f"'{name}' has no tokenizer that can be loaded ({_reason(error)}).") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
+            f"{model.config.vocab_size}; put the model's own tokenizer there."
+        )
+    return model, tokenizer
+
+
+def _model_type(path: Path) -> str:
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
+    try:
+        return AutoConfig.from_pretrained(path).model_type
+    except _HUB_ERRORS as error:
+        raise InputError(f"the configuration in '{path}' cannot be read ({_reason(error)}).") from error
+
+
+def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
+    try:
+        model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
+        where = "is damaged" if Path(name).is_dir() else "is no folder here, and the hub did not give it"
+        raise InputError(f"cannot load '{name}': it {where} ({_reason(error)}).") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, the first is {missing[0]}."
+        )
+    return model.eval()
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it at full speed, else float32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,1 @@
+"""Recipes, and the Hugging Face Trainer around our models."""

@@ -1,0 +1,190 @@
+"""What a recipe says: data, autoencoder, language model, and how both are trained.
+
+This file imports neither torch nor transformers: the command line reads it for its help.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Where the text comes from and how it is cut.
+
+    Args:
+        sources: Files, folders or hub datasets, or one folder written by `calm prepare`.
+        validation_sources: Held-out text; none holds out a part of the sources.
+        validation_fraction: Share of documents held out.
+        text_field: Field of the text in .jsonl, .parquet and hub datasets.
+        separator: Line that parts the documents of a .txt file ("" for a blank line).
+        tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
+        vocab_size: Size of a trained vocabulary.
+        context: Tokens per block, a multiple of the chunk size.
+        layout: "documents" aligns each document to chunks, "packed" concatenates them.
+        num_proc: Processes for reading and tokenizing; none takes all cores.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    validation_sources: list[str] | None = None
+    validation_fraction: float = 0.02
+    text_field: str = "text"
+    separator: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    context: int = 1024
+    layout: Literal["documents", "packed"] = "documents"
+    num_proc: int | None = None
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """The optimizer and its schedule.
+
+    Args:
+        name: "muon" (Muon on weight matrices, AdamW on the rest), "adamw", or the name of another
+            optimizer of the pytorch_optimizer library.
+        learning_rate: Peak rate; for muon, that of the weight matrices.
+        adamw_learning_rate: For muon, the peak rate of embeddings, norms, biases, and the first and
+            last layer of the head.
+        weight_decay: Decay of weight matrices.
+        beta1: First moment of AdamW.
+        beta2: Second moment of AdamW.
+        epsilon: Epsilon of AdamW.
+        momentum: Momentum of muon.
+        newton_schulz_steps: Iterations of muon's orthogonalisation.
+        schedule: Shape of the rate after warm-up.
+        warmup_steps: Steps of linear rise.
+        decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        extra: Further arguments of an optimizer named otherwise.
+    """
+
+    name: str = "muon"
+    learning_rate: float = 2e-2
+    adamw_learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "constant"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    max_grad_norm: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """How long one stage trains, and what it writes on the way.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Blocks per step and device.
+        gradient_accumulation: Batches per optimizer step.
+        optimizer: The optimizer and its schedule.
+        precision: "fp32", or "bf16" for mixed precision.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the model with torch.compile.
+        log_every: Steps between logged losses.
+        evaluate_every: Steps between held-out evaluations; 0 evaluates at the end only.
+        evaluation_blocks: Held-out blocks of such an evaluation.
+        save_every: Steps between checkpoints; 0 saves at the end only.
+        keep_checkpoints: Checkpoints kept.
+        num_workers: Data loading processes.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 20
+    evaluate_every: int = 200
+    evaluation_blocks: int = 64
+    save_every: int = 200
+    keep_checkpoints: int = 2
+    num_workers: int = 0
+
+
+@dataclass(kw_only=True)
+class AutoencoderSettings:
+    """The chunk autoencoder.
+
+    Args:
+        path: A trained autoencoder folder (or a model folder with one inside) to use; none trains one.
+        latent_size: Dimensions of a latent.
+        hidden_size: Width.
+        intermediate_size: Inner width of the MLPs.
+        num_encoder_layers: Blocks of the encoder, an even number.
+        num_decoder_layers: Blocks of the decoder, an even number.
+        token_dropout: Share of input tokens dropped in training.
+        latent_dropout: Share of latent entries dropped in training.
+        kl_weight: Weight of the KL term.
+        kl_floor: Least KL counted for each latent dimension, in nats.
+        training: How it is trained.
+    """
+
+    path: str | None = None
+    latent_size: int = 128
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    token_dropout: float = 0.15
+    latent_dropout: float = 0.15
+    kl_weight: float = 1e-3
+    kl_floor: float = 0.5
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass(kw_only=True)
+class LanguageModelSettings:
+    """The backbone over chunks and its head.
+
+    Args:
+        hidden_size: Width of the backbone.
+        intermediate_size: Inner width of its MLPs.
+        num_layers: Its layers.
+        num_heads: Attention heads.
+        num_key_value_heads: Heads of keys and values; none for as many as attention heads.
+        max_chunks: Longest sequence in chunks.
+        rope_theta: Base of the rotary positions.
+        attention: Implementation; "flash_attention_2" and others need their package.
+        head: The head: `head_type` and its own fields (see calm.models.heads).
+        training: How it is trained.
+    """
+
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_layers: int = 8
+    num_heads: int = 8
+    num_key_value_heads: int | None = None
+    max_chunks: int = 2048
+    rope_theta: float = 10000.0
+    attention: str = "sdpa"
+    head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that decides a run.
+
+    Args:
+        seed: Seed of all randomness.
+        chunk_size: Tokens per chunk K.
+        data: Where the text comes from and how it is cut.
+        autoencoder: The chunk autoencoder.
+        language_model: The backbone over chunks and its head.
+    """
+
+    seed: int = 0
+    chunk_size: int = 4
+    data: DataSettings = field(default_factory=DataSettings)
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
+

@@ -1,0 +1,266 @@
+"""A recipe -> a model folder: prepare the text, train the autoencoder, then the language model.
+
+    output/
+      recipe.yaml            the resolved recipe
+      data/                  the prepared text (unless the recipe names a prepared folder)
+      autoencoder/           the trained autoencoder
+      model/                 the result: a self-contained model folder
+      checkpoints/<stage>/   checkpoints and TensorBoard logs of each stage
+      history.json           logged losses and held-out scores of both stages
+
+A finished stage is recognised by its folder, so a run that was killed goes on where it stopped.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from calm.data.folders import check_output, written_whole
+from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
+from calm.data.sources import ReadingOptions
+from calm.errors import InputError
+from calm.evaluation.brier import Block, CalmSampler, evaluate_brier
+from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.loading import load_autoencoder
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe_files import differences, read_recipe, write_recipe
+from calm.training.trainer import ChunkTrainer, Score
+
+RECIPE, HISTORY = "recipe.yaml", "history.json"
+_EVALUATION_SEED = 1234  # Draws of held-out evaluations; the same at every step, so steps compare.
+_EVALUATION_BATCH = 8
+
+
+def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run all stages of a recipe that are not finished yet.
+
+    Args:
+        recipe: The recipe.
+        output: Folder of the run; see the layout at the top of this file.
+        resume: Whether to go on with a run in that folder.
+        overwrite: Whether to remove what is in that folder first.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        InputError: If a setting or the folder does not fit.
+    """
+    _open_run(recipe, output, resume, overwrite)
+    data = _data_of(recipe, output)
+    if not (output / "autoencoder").is_dir():
+        autoencoder = _train_autoencoder(recipe, data, output)
+        _finish(autoencoder, data.tokenizer, output / "autoencoder", recipe)
+    if not (output / "model").is_dir():
+        autoencoder = load_autoencoder(output / "autoencoder")
+        _finish(_train_language_model(recipe, data, autoencoder, output), data.tokenizer, output / "model", recipe)
+    return output / "model"
+
+
+def batches_of(blocks: datasets.Dataset, num_blocks: int | None, device: torch.device) -> Iterator[Block]:
+    """Blocks in batches on a device; the first `num_blocks` of them, or all."""
+    end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
+    for start in range(0, end, _EVALUATION_BATCH):
+        batch = blocks[start : min(start + _EVALUATION_BATCH, end)]
+        yield {name: column.to(device) for name, column in batch.items()}
+
+
+def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
+    if overwrite and not resume:
+        shutil.rmtree(output, ignore_errors=True)
+    if resume and (output / RECIPE).is_file():
+        changed = differences(read_recipe(str(output / RECIPE)), recipe)
+        if changed:
+            raise InputError(
+                f"cannot resume '{output}': the recipe differs in {', '.join(changed)}; "
+                f"use the recipe in {output / RECIPE}, or another output folder."
+            )
+    elif resume:
+        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
+    else:
+        check_output(output, overwrite=False)
+        output.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, output / RECIPE)
+
+
+def _data_of(recipe: Recipe, output: Path) -> PreparedData:
+    settings = recipe.data
+    if not settings.sources:
+        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    if len(settings.sources) == 1 and is_prepared(Path(settings.sources[0])):
+        return load_prepared(Path(settings.sources[0]))
+    if is_prepared(output / "data"):
+        return load_prepared(output / "data")
+    return prepare(
+        settings.sources,
+        output / "data",
+        options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        validation_sources=settings.validation_sources,
+        validation_fraction=settings.validation_fraction,
+        seed=recipe.seed,
+        num_proc=settings.num_proc,
+    )
+
+
+def _blocks(recipe: Recipe, data: PreparedData, split: str) -> datasets.Dataset:
+    return data.blocks(
+        split,
+        chunk_size=recipe.chunk_size,
+        block_size=recipe.data.context,
+        layout=recipe.data.layout,
+        seed=recipe.seed,
+    )
+
+
+def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> CalmAutoencoder:
+    settings = recipe.autoencoder
+    if settings.path is not None:
+        autoencoder = load_autoencoder(Path(settings.path))
+        _check_autoencoder(autoencoder.config, recipe, data)
+        return autoencoder
+    set_seed(recipe.seed)
+    autoencoder = CalmAutoencoder(
+        _config(
+            CalmAutoencoderConfig,
+            vocab_size=data.vocab_size,
+            chunk_size=recipe.chunk_size,
+            latent_size=settings.latent_size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_encoder_layers=settings.num_encoder_layers,
+            num_decoder_layers=settings.num_decoder_layers,
+            token_dropout=settings.token_dropout,
+            latent_dropout=settings.latent_dropout,
+            kl_weight=settings.kl_weight,
+            kl_floor=settings.kl_floor,
+            dropped_token_id=data.tokenizer.pad_token_id,
+            **_special_tokens(data.tokenizer),
+        )
+    )
+    held_out = _blocks(recipe, data, "validation")
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        assert isinstance(model, CalmAutoencoder)
+        batches = batches_of(held_out, settings.training.evaluation_blocks, model.device)
+        generator = torch.Generator(model.device).manual_seed(_EVALUATION_SEED)
+        return evaluate_reconstruction(model, batches, generator).as_metrics()
+
+    _run_stage("autoencoder", autoencoder, recipe, data, score, settings.training, output)
+    return autoencoder
+
+
+def _train_language_model(
+    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, output: Path
+) -> CalmForCausalLM:
+    settings = recipe.language_model
+    set_seed(recipe.seed)
+    model = CalmForCausalLM(
+        _config(
+            CalmConfig,
+            autoencoder_config=autoencoder.config.to_dict(),
+            backbone_config={
+                "hidden_size": settings.hidden_size,
+                "intermediate_size": settings.intermediate_size,
+                "num_hidden_layers": settings.num_layers,
+                "num_attention_heads": settings.num_heads,
+                "num_key_value_heads": settings.num_key_value_heads,
+                "max_position_embeddings": settings.max_chunks,
+                "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+            },
+            head_config=settings.head,
+            attn_implementation=settings.attention,
+            **_special_tokens(data.tokenizer),
+        )
+    )
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    held_out = _blocks(recipe, data, "validation")
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        assert isinstance(model, CalmForCausalLM)
+        result = evaluate_brier(
+            CalmSampler(model),
+            batches_of(held_out, settings.training.evaluation_blocks, model.device),
+            eos_token_id=data.tokenizer.eos_token_id,
+            pad_token_id=data.tokenizer.pad_token_id,
+            generator=torch.Generator(model.device).manual_seed(_EVALUATION_SEED),
+        )
+        return result.as_metrics()
+
+    _run_stage("language_model", model, recipe, data, score, settings.training, output)
+    return model
+
+
+def _run_stage(
+    name: str,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    data: PreparedData,
+    score: Score,
+    settings: TrainingSettings,
+    output: Path,
+) -> None:
+    trainer = ChunkTrainer(
+        model,
+        _blocks(recipe, data, "train"),
+        score,
+        settings,
+        output / "checkpoints" / name,
+        data.tokenizer,
+        recipe.seed,
+    )
+    trainer.train_or_resume()
+    trainer.evaluate()
+    path = output / HISTORY
+    history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    history[name] = trainer.state.log_history
+    path.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+
+
+def _finish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe
+) -> None:
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_recipe(recipe, partial / RECIPE)
+
+
+def _check_autoencoder(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:
+    path = recipe.autoencoder.path
+    if config.chunk_size != recipe.chunk_size:
+        raise InputError(
+            f"the autoencoder '{path}' has chunks of {config.chunk_size} tokens, the recipe of "
+            f"{recipe.chunk_size}; set chunk_size to {config.chunk_size}."
+        )
+    if data.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
+            f"autoencoder '{path}'; prepare the text with the autoencoder's tokenizer."
+        )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _config(config_class: type, **values: Any) -> Any:
+    """A configuration, with its complaints about the recipe's values as one sentence."""
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the recipe does not make a model: {str(error).strip().splitlines()[-1].strip()}") from error

@@ -1,0 +1,167 @@
+"""The Hugging Face Trainer with our optimizers, our held-out scores and checkpoints written whole."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from calm.core.chunks import find_targets
+from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training.recipe import TrainingSettings
+
+Score = Callable[[PreTrainedModel], dict[str, float]]
+
+
+class ChunkTrainer(Trainer):
+    """Trains the autoencoder or the language model on blocks.
+
+    Args:
+        model: The model.
+        blocks: Training blocks of `calm.data.chunking`.
+        score: Held-out evaluation; its figures are logged.
+        settings: The stage's part of a recipe.
+        output: Folder of checkpoints and logs.
+        tokenizer: Saved with each checkpoint.
+        seed: Seed of data order and training noise.
+        extra_callbacks: Further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: datasets.Dataset,
+        score: Score,
+        settings: TrainingSettings,
+        output: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        extra_callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.score = score
+        self.settings = settings
+        self._staging: Path | None = None
+        super().__init__(
+            model=model,
+            args=_arguments(settings, output, seed),
+            train_dataset=blocks,
+            processing_class=tokenizer,
+            callbacks=extra_callbacks,
+        )
+
+    def train_or_resume(self) -> None:
+        """Train from the last whole checkpoint, or from the start if there is none."""
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.train(resume_from_checkpoint=get_last_checkpoint(self.args.output_dir))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the recipe names."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.model, self.settings.optimizer)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule that the recipe names."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_scheduler(
+                optimizer or self.optimizer, self.settings.optimizer, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the model on held-out text and log the figures."""
+        was_training = self.model.training
+        self.model.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
+        self.model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | int | None:
+        """Target chunks of an optimizer step: the language model's loss is a mean over them."""
+        if not self.model_accepts_loss_kwargs or not batch_samples:
+            return None
+        size = self.model.config.chunk_size
+        count = sum(
+            find_targets(batch["labels"], batch.get("position_ids"), size).sum() for batch in batch_samples
+        )
+        assert isinstance(count, Tensor)
+        count = count.to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp_min(1)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside the others and move it in place when it is complete.
+
+        A run killed while it writes leaves no checkpoint that looks whole and is not.
+        """
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = run_dir / ".partial"
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        if self.args.should_save:
+            _sync(staging / name)
+            (staging / name).rename(run_dir / name)
+            rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
+
+
+def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingArguments:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
+    steps = settings.steps
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_grad_norm=settings.optimizer.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        torch_compile=settings.compile,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.evaluate_every else "no",
+        eval_steps=settings.evaluate_every or None,
+        save_strategy="steps",
+        save_steps=min(settings.save_every or steps, steps),
+        dataloader_num_workers=settings.num_workers,
+        report_to=["tensorboard"],
+        seed=seed,
+    )
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that the files of a folder are on disk before it gets its final name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
