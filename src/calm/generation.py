@@ -53,8 +53,3 @@ def continue_texts(
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
 
-def best_device() -> torch.device:
-    """The accelerator of this machine, or its processor."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.errors import InputError
 
 Layout = Literal["documents", "packed"]
 
@@ -47,7 +48,7 @@ def make_blocks(
         `input_ids` and `labels` (blocks, T), `position_ids` (blocks, C); int64.
 
     Raises:
-        ValueError: If the block size is not a multiple of the chunk size.
+        InputError: If the block size is not a multiple of the chunk size.
     """
     check_block_size(block_size, chunk_size)
     pieces, masks, positions = [], [], []
@@ -76,9 +77,9 @@ def make_blocks(
 
 
 def check_block_size(block_size: int, chunk_size: int) -> None:
-    """Raise ValueError unless a block is a whole number of chunks, at least two."""
+    """Raise InputError unless a block is a whole number of chunks, at least two."""
     if block_size % chunk_size or block_size < 2 * chunk_size:
-        raise ValueError(
+        raise InputError(
             f"the block size (context) must be a multiple of the chunk size {chunk_size} and hold at "
             f"least 2 chunks, got {block_size} tokens."
         )

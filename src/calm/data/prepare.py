@@ -130,13 +130,7 @@ def prepare(
         else:
             tokens = load_tokenizer(tokenizer)
         for name, split in splits.items():
-            split.map(
-                partial(_tokenize_batch, tokenizer=tokens),
-                batched=True,
-                remove_columns=split.column_names,
-                num_proc=num_proc if len(split) > 1000 * num_proc else None,
-                desc=f"tokenizing {name}",
-            ).save_to_disk(folder / name)
+            _tokenized(split, tokens, num_proc, name).save_to_disk(folder / name)
         tokens.save_pretrained(folder / "tokenizer")
         info = {
             "sources": sources,
@@ -168,6 +162,32 @@ def load_prepared(path: Path) -> PreparedData:
         raise InputError(f"the prepared folder '{path}' is damaged ({error}); prepare it again.") from error
 
 
+def held_out_data(
+    sources: list[str], tokenizer: PreTrainedTokenizerBase, options: ReadingOptions
+) -> PreparedData:
+    """Text to score with a model's own tokenizer.
+
+    Args:
+        sources: A prepared folder of the same tokenizer, of which the held-out part is scored, or
+            files, folders or hub datasets, of which all is.
+        tokenizer: The model's tokenizer.
+        options: How documents are found in sources.
+
+    Raises:
+        InputError: If a source is bad, or a folder was prepared with another tokenizer.
+    """
+    if len(sources) == 1 and is_prepared(Path(sources[0])):
+        data = load_prepared(Path(sources[0]))
+        if data.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"'{sources[0]}' was prepared with another tokenizer than the model's; "
+                "give the text itself, or prepare it with --tokenizer MODEL."
+            )
+        return data
+    documents = _tokenized(load_documents(sources, options), tokenizer, 1, "held-out text")
+    return PreparedData(train=documents.select([]), validation=documents, tokenizer=tokenizer)
+
+
 def is_prepared(path: Path) -> bool:
     """Whether a path is a prepared folder."""
     return (path / _INFO).is_file()
@@ -196,6 +216,21 @@ def _split(
 def _rank(text: str, seed: int) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big")
+
+
+def _tokenized(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, name: str
+) -> datasets.Dataset:
+    # A process costs more than it brings for a few documents.
+    enough = len(documents) > 1000 * num_proc
+    return documents.map(
+        partial(_tokenize_batch, tokenizer=tokenizer),
+        batched=True,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        num_proc=num_proc if num_proc > 1 and enough else None,
+        desc=f"tokenizing {name}",
+    )
 
 
 def _tokenize_batch(

@@ -102,6 +102,8 @@ class CalmAutoencoder(PreTrainedModel):
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
     accepts_loss_kwargs = False
+    # It has no attention, so every implementation that a model around it asks for will do.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: CalmAutoencoderConfig) -> None:
         super().__init__(config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -67,8 +68,8 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, GenerativeHead):
-            module.init_weights()
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
     def _freeze_autoencoder(self) -> None:
         self.autoencoder.requires_grad_(False).eval()

@@ -158,9 +158,10 @@ class ChunkGenerationMixin:
             shown_BK = chunk_BK[:, : budget - start]
             written.append(shown_BK)
             if streamer is not None:
-                ended = int((shown_BK[0].unsqueeze(-1) == eos_ids).any(-1).long().argmax()) + 1 if ends_B[0] else size
-                for token in shown_BK[0, :ended].cpu():
+                for token in shown_BK[0].cpu():
                     streamer.put(token.unsqueeze(0))
+                    if torch.isin(token, eos_ids.cpu()):
+                        break
             done_B = done_B | ends_B
             if done_B.all():
                 break

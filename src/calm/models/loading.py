@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.models.registration import register
 
+register()
 _HUB_ERRORS = (OSError, ValueError, RuntimeError)
 
 
@@ -60,8 +62,6 @@ def load_model_and_tokenizer(
 
 
 def _model_type(path: Path) -> str:
-    from transformers import AutoConfig
-
     if not (path / "config.json").is_file():
         raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
     try:
@@ -94,3 +94,10 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or its processor."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")

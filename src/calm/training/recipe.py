@@ -12,7 +12,7 @@ class DataSettings:
     """Where the text comes from and how it is cut.
 
     Args:
-        sources: Files, folders or hub datasets, or one folder written by `calm prepare`.
+        sources: A file, folder or hub dataset, or a list of them, or a folder of `calm prepare`.
         validation_sources: Held-out text; none holds out a part of the sources.
         validation_fraction: Share of documents held out.
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
@@ -24,8 +24,8 @@ class DataSettings:
         num_proc: Processes for reading and tokenizing; none takes all cores.
     """
 
-    sources: list[str] = field(default_factory=list)
-    validation_sources: list[str] | None = None
+    sources: list[str] | str = field(default_factory=list)
+    validation_sources: list[str] | str | None = None
     validation_fraction: float = 0.02
     text_field: str = "text"
     separator: str | None = None
@@ -34,6 +34,12 @@ class DataSettings:
     context: int = 1024
     layout: Literal["documents", "packed"] = "documents"
     num_proc: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sources, str):
+            self.sources = [self.sources]
+        if isinstance(self.validation_sources, str):
+            self.validation_sources = [self.validation_sources]
 
 
 @dataclass(kw_only=True)

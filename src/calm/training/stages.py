@@ -13,20 +13,18 @@ A finished stage is recognised by its folder, so a run that was killed goes on w
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from calm.data.chunking import check_block_size
 from calm.data.folders import check_output, written_whole
 from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.errors import InputError
-from calm.evaluation.brier import Block, CalmSampler, evaluate_brier
-from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.evaluation.held_out import score_brier, score_reconstruction
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -36,8 +34,6 @@ from calm.training.recipe_files import differences, read_recipe, write_recipe
 from calm.training.trainer import ChunkTrainer, Score
 
 RECIPE, HISTORY = "recipe.yaml", "history.json"
-_EVALUATION_SEED = 1234  # Draws of held-out evaluations; the same at every step, so steps compare.
-_EVALUATION_BATCH = 8
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -55,6 +51,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     Raises:
         InputError: If a setting or the folder does not fit.
     """
+    if not recipe.data.sources:
+        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    check_block_size(recipe.data.context, recipe.chunk_size)
     _open_run(recipe, output, resume, overwrite)
     data = _data_of(recipe, output)
     if not (output / "autoencoder").is_dir():
@@ -64,14 +63,6 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         autoencoder = load_autoencoder(output / "autoencoder")
         _finish(_train_language_model(recipe, data, autoencoder, output), data.tokenizer, output / "model", recipe)
     return output / "model"
-
-
-def batches_of(blocks: datasets.Dataset, num_blocks: int | None, device: torch.device) -> Iterator[Block]:
-    """Blocks in batches on a device; the first `num_blocks` of them, or all."""
-    end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
-    for start in range(0, end, _EVALUATION_BATCH):
-        batch = blocks[start : min(start + _EVALUATION_BATCH, end)]
-        yield {name: column.to(device) for name, column in batch.items()}
 
 
 def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
@@ -94,8 +85,6 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
 
 def _data_of(recipe: Recipe, output: Path) -> PreparedData:
     settings = recipe.data
-    if not settings.sources:
-        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
     if len(settings.sources) == 1 and is_prepared(Path(settings.sources[0])):
         return load_prepared(Path(settings.sources[0]))
     if is_prepared(output / "data"):
@@ -148,13 +137,9 @@ def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Calm
             **_special_tokens(data.tokenizer),
         )
     )
-    held_out = _blocks(recipe, data, "validation")
-
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmAutoencoder)
-        batches = batches_of(held_out, settings.training.evaluation_blocks, model.device)
-        generator = torch.Generator(model.device).manual_seed(_EVALUATION_SEED)
-        return evaluate_reconstruction(model, batches, generator).as_metrics()
+        return score_reconstruction(model, held_out, settings.training.evaluation_blocks).as_metrics()
 
     _run_stage("autoencoder", autoencoder, recipe, data, score, settings.training, output)
     return autoencoder
@@ -184,18 +169,9 @@ def _train_language_model(
         )
     )
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    held_out = _blocks(recipe, data, "validation")
-
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmForCausalLM)
-        result = evaluate_brier(
-            CalmSampler(model),
-            batches_of(held_out, settings.training.evaluation_blocks, model.device),
-            eos_token_id=data.tokenizer.eos_token_id,
-            pad_token_id=data.tokenizer.pad_token_id,
-            generator=torch.Generator(model.device).manual_seed(_EVALUATION_SEED),
-        )
-        return result.as_metrics()
+        return score_brier(model, held_out, settings.training.evaluation_blocks).as_metrics()
 
     _run_stage("language_model", model, recipe, data, score, settings.training, output)
     return model
@@ -213,6 +189,7 @@ def _run_stage(
     trainer = ChunkTrainer(
         model,
         _blocks(recipe, data, "train"),
+        _blocks(recipe, data, "validation"),
         score,
         settings,
         output / "checkpoints" / name,

@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -22,7 +23,7 @@ from calm.core.chunks import find_targets
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.recipe import TrainingSettings
 
-Score = Callable[[PreTrainedModel], dict[str, float]]
+Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
 
 class ChunkTrainer(Trainer):
@@ -31,7 +32,8 @@ class ChunkTrainer(Trainer):
     Args:
         model: The model.
         blocks: Training blocks of `calm.data.chunking`.
-        score: Held-out evaluation; its figures are logged.
+        held_out: Held-out blocks.
+        score: Evaluation on the held-out blocks; its figures are logged.
         settings: The stage's part of a recipe.
         output: Folder of checkpoints and logs.
         tokenizer: Saved with each checkpoint.
@@ -43,6 +45,7 @@ class ChunkTrainer(Trainer):
         self,
         model: PreTrainedModel,
         blocks: datasets.Dataset,
+        held_out: datasets.Dataset,
         score: Score,
         settings: TrainingSettings,
         output: Path,
@@ -53,11 +56,15 @@ class ChunkTrainer(Trainer):
         self.score = score
         self.settings = settings
         self._staging: Path | None = None
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         super().__init__(
             model=model,
             args=_arguments(settings, output, seed),
             train_dataset=blocks,
+            eval_dataset=held_out,
             processing_class=tokenizer,
+            data_collator=default_data_collator,
             callbacks=extra_callbacks,
         )
 
@@ -89,7 +96,7 @@ class ChunkTrainer(Trainer):
         """Score the model on held-out text and log the figures."""
         was_training = self.model.training
         self.model.eval()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model, self.eval_dataset).items()}
         self.model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -143,7 +150,6 @@ def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingA
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_grad_norm=settings.optimizer.max_grad_norm,
         bf16=settings.precision == "bf16",
-        gradient_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.compile,
         logging_steps=settings.log_every,
         logging_first_step=True,

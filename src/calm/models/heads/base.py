@@ -26,7 +26,11 @@ class HeadConfig:
 
 
 class GenerativeHead(nn.Module, abc.ABC):
-    """Turns hidden states into draws of the next latent, and knows its own training loss."""
+    """Turns hidden states into draws of the next latent, and knows its own training loss.
+
+    Layers start as normal matrices with zero biases, norms as the identity; a linear layer with the
+    attribute `starts_at_zero` starts with zero weights.
+    """
 
     @abc.abstractmethod
     def loss(
@@ -58,13 +62,6 @@ class GenerativeHead(nn.Module, abc.ABC):
     def boundary_layers(self) -> list[nn.Module]:
         """Layers whose inputs or outputs are noise or latents; Muon leaves them to AdamW."""
         return []
-
-    def init_weights(self) -> None:
-        """Weights that start otherwise than as normal matrices, zero biases and unit norms.
-
-        Called when the model is initialised, with the functions of
-        `transformers.initialization` so that loaded weights are left alone.
-        """
 
 
 _REGISTRY: dict[str, tuple[type[HeadConfig], type[GenerativeHead]]] = {}

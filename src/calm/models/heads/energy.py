@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
@@ -99,6 +98,7 @@ class EnergyHead(GenerativeHead):
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.out_hidden = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, latent_size)
+        self.out.starts_at_zero = True  # All draws start at one point.
 
     def loss(
         self,
@@ -143,7 +143,3 @@ class EnergyHead(GenerativeHead):
     def boundary_layers(self) -> list[nn.Module]:
         """See `GenerativeHead`."""
         return [self.noise_in, self.out]
-
-    def init_weights(self) -> None:
-        """A zero last layer: all draws start at one point."""
-        init.zeros_(self.out.weight)

@@ -1,0 +1,102 @@
+"""`calm demo`: the main job from end to end on the embedded corpus."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from calm.data.folders import check_output
+from calm.data.prepare import PreparedData, load_prepared
+from calm.data.stories import stories
+from calm.errors import InputError
+from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
+from calm.generation import continue_texts
+from calm.models.loading import best_device, load_model_and_tokenizer
+from calm.report import Sample, print_scorecard, read_history, write_report
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import HISTORY, RECIPE, train
+
+NUM_STORIES = 12_000
+NUM_SAMPLES = 6
+_PROMPT_WORDS = 24
+_FLOORS = [3, 5]
+
+
+def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False) -> Scorecard:
+    """Write stories, train on them, score the model on stories it has not seen, and let it write.
+
+    Args:
+        output: Folder of the run; report.html and model/ are inside.
+        recipe_name: Recipe to follow.
+        overwrite: Whether to remove what is in that folder first.
+
+    Raises:
+        InputError: If the folder is not empty or matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the demo draws plots; pip install 'calm-lm[report]' first.")
+    console, start = Console(highlight=False), time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[bold]{time.monotonic() - start:5.0f} s[/bold]  {text}")
+
+    recipe = read_recipe(recipe_name)
+    text = output.with_name(f"{output.name}-stories.jsonl")
+    check_output(output, overwrite)
+    say(f"writing {NUM_STORIES:,} stories to {text}")
+    write_stories(text, recipe.seed)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
+    say("training the autoencoder, then the language model")
+    folder = train(recipe, output, overwrite=overwrite)
+    say("scoring held-out stories")
+    model, tokenizer = load_model_and_tokenizer(str(folder))
+    model.to(best_device())
+    data = load_prepared(output / "data")
+    size = model.config.chunk_size
+    blocks = data.blocks("validation", chunk_size=size, block_size=recipe.data.context, seed=recipe.seed)
+    card = Scorecard(
+        score_reconstruction(model.autoencoder, blocks),
+        score_brier(model, blocks),
+        score_ngrams(_FLOORS, data.train["input_ids"], blocks, tokenizer, size),
+    )
+    print_scorecard(card)
+    say("continuing held-out stories at temperature 0.5")
+    samples = write_samples(model, tokenizer, data, recipe.seed)
+    for sample in samples:
+        console.print(f"[bold]{sample.prompt}[/bold]{sample.continuation}\n", markup=True)
+    report = output / "report.html"
+    write_report(
+        report,
+        "CALM on small stories",
+        card,
+        read_history(output / HISTORY),
+        samples,
+        (output / RECIPE).read_text(encoding="utf-8"),
+    )
+    say(f"model: {folder}   report: {report}")
+    return card
+
+
+def write_stories(path: Path, seed: int) -> None:
+    """Write the embedded corpus as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": story}) + "\n" for story in stories(seed, NUM_STORIES))
+
+
+def write_samples(model, tokenizer, data: PreparedData, seed: int) -> list[Sample]:
+    """Continue the first words of held-out stories."""
+    texts = tokenizer.batch_decode(data.validation[:NUM_SAMPLES]["input_ids"], skip_special_tokens=True)
+    prompts = [" ".join(text.split(" ")[:_PROMPT_WORDS]) for text in texts]
+    continuations = continue_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.5, seed=seed)
+    return [
+        Sample(prompt, continuation, text[len(prompt) :])
+        for prompt, continuation, text in zip(prompts, continuations, texts, strict=True)
+    ]
+
+
+logging.getLogger("datasets").setLevel(logging.WARNING)

@@ -1,0 +1,74 @@
+"""What CALM would use on this machine, and why."""
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
+
+from calm.models.loading import best_device, best_dtype
+
+_PACKAGES = ("calm-lm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "pytorch_optimizer")
+
+
+def examine() -> list[str]:
+    """Lines of the report."""
+    device = best_device()
+    return [
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        *(f"{name:<12} {_version(name)}" for name in _PACKAGES),
+        "",
+        f"processor    {os.cpu_count()} cores seen, {torch.get_num_threads()} threads used by torch",
+        f"device       {_device(device)}",
+        f"dtype        {_dtype(device)}",
+        f"attention    {_attention(device)}",
+        f"compile      {_compile(device)}",
+        f"report       {_extra('matplotlib', 'report')}",
+    ]
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu: no accelerator that torch can use"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"cuda: {torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
+    return f"{device.type}: found by torch.accelerator"
+
+
+def _dtype(device: torch.device) -> str:
+    if best_dtype(device) is torch.bfloat16:
+        return "bfloat16 mixed precision pays here (training.precision: bf16); weights stay float32"
+    if device.type == "cpu":
+        return "float32: bfloat16 saves memory but no time on most processors"
+    return "float32: this device does not compute in bfloat16"
+
+
+def _attention(device: torch.device) -> str:
+    choices = ["sdpa"]
+    if is_flash_attn_2_available():
+        choices.append("flash_attention_2")
+    if device.type == "cuda" and is_torch_flex_attn_available():
+        choices.append("flex_attention")
+    return f"sdpa (the default); usable here: {', '.join(choices)} (language_model.attention)"
+
+
+def _compile(device: torch.device) -> str:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "not usable: triton is missing"
+    return "torch.compile is off unless training.compile is true"
+
+
+def _extra(package: str, extra: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return f"no plots: {package} is missing; pip install 'calm-lm[{extra}]'"
+    return "plots can be drawn"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

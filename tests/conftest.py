@@ -1,0 +1,65 @@
+"""Small models, a small tokenizer and a small run, shared by all tests."""
+
+import os
+
+# One thread each: the suite runs in parallel, and bit-identical results need a fixed number.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+
+PAD, EOS, BOS = 0, 1, 2
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:
+    """A model of a few thousand parameters."""
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+    backbone = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return CalmConfig(
+        autoencoder_config=CalmAutoencoderConfig(
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            latent_size=8,
+            hidden_size=24,
+            intermediate_size=32,
+            **special,
+        ),
+        backbone_config=backbone | changes.pop("backbone_config", {}),
+        head_config={"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6}
+        | changes.pop("head_config", {}),
+        **special,
+        **changes,
+    )
+
+
+def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
+    """A random model whose draws differ (the head's last layer starts at zero otherwise)."""
+    model = CalmForCausalLM(tiny_config(chunk_size, **changes))
+    with torch.no_grad():
+        model.head.out.weight.normal_(std=1.0)
+        model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
+        model.backbone.embed_tokens.weight.normal_(std=1.0)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> CalmForCausalLM:
+    return tiny_model()

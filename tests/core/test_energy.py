@@ -1,0 +1,107 @@
+"""The energy loss against literal values, closed forms, a plain formula in float64, and Monte Carlo."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from calm.core.energy import energy_loss, energy_loss_to_gaussian, expected_distance
+from calm.core.gaussian import DiagonalGaussian
+
+
+def literal_energy_loss(draws_NPZ, targets_MPZ, alpha):
+    """The formula of the docstring, term by term."""
+    n, m = len(draws_NPZ), len(targets_MPZ)
+    total = torch.zeros(draws_NPZ.shape[1], dtype=draws_NPZ.dtype)
+    for i in range(n):
+        for j in range(m):
+            total += 2 / (n * m) * (draws_NPZ[i] - targets_MPZ[j]).norm(dim=-1) ** alpha
+        for k in range(n):
+            if k != i:
+                total -= 1 / (n * (n - 1)) * (draws_NPZ[i] - draws_NPZ[k]).norm(dim=-1) ** alpha
+    return total
+
+
+def test_hand_computed_value():
+    # Draws 0 and 3 on a line, target 1: 2 · (1 + 2)/2 - 3 = 0 for alpha = 1.
+    draws, targets = torch.tensor([[[0.0]], [[3.0]]]), torch.tensor([[[1.0]]])
+    assert_close(energy_loss(draws, targets), torch.tensor([0.0]))
+    # alpha = 1/2: 2 · (1 + sqrt 2)/2 - sqrt 3.
+    expected = torch.tensor([1 + math.sqrt(2) - math.sqrt(3)])
+    assert_close(energy_loss(draws, targets, alpha=0.5), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0, 1.5, 1.9])
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (8, 16)])
+def test_agrees_with_the_formula_in_float64(alpha, n, m):
+    generator = torch.Generator().manual_seed(n)
+    draws = torch.randn(n, 5, 7, generator=generator)
+    targets = 100 + torch.randn(m, 5, 7, generator=generator)  # Far from zero: cancellation would show.
+    draws = draws + 100
+    reference = literal_energy_loss(draws.double(), targets.double(), alpha)
+    assert_close(energy_loss(draws, targets, alpha).double(), reference, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+def test_gradient_agrees_with_the_formula(alpha):
+    draws = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(5, 3, 6, dtype=torch.float64)
+    (reference,) = torch.autograd.grad(literal_energy_loss(draws, targets, alpha).sum(), draws)
+    (gradient,) = torch.autograd.grad(energy_loss(draws, targets, alpha).sum(), draws)
+    assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.9, 1.0, 1.8])
+def test_gradient_is_finite_where_draws_coincide(alpha):
+    draws = torch.zeros(4, 2, 3, requires_grad=True)
+    targets = torch.zeros(2, 2, 3)
+    targets[1] = 1.0
+    energy_loss(draws, targets, alpha).sum().backward()
+    assert draws.grad.isfinite().all()
+    assert draws.grad.abs().sum() > 0
+
+
+def test_float32_inside_autocast():
+    draws, targets = torch.randn(4, 3, 32), torch.randn(9, 3, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = energy_loss(draws, targets)
+    assert mixed.dtype == torch.float32
+    assert_close(mixed, energy_loss(draws, targets))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize(("size", "tolerance"), [(8, 3e-2), (32, 3e-3), (128, 1e-3)])
+def test_expected_distance_against_monte_carlo(alpha, size, tolerance):
+    generator = torch.Generator().manual_seed(size)
+    law = DiagonalGaussian(torch.randn(4, size, generator=generator), 0.5 * torch.randn(4, size, generator=generator))
+    points = law.mean + torch.randn(3, 4, size, generator=generator)
+    draws = law.sample(20_000, generator).unsqueeze(1)
+    distances = (points - draws).norm(dim=-1).double() ** alpha
+    expected, error = distances.mean(0), distances.std(0) / len(distances) ** 0.5
+    approximation = expected_distance(points, law, alpha).double()
+    assert ((approximation - expected).abs() <= tolerance * expected + 4 * error).all()
+
+
+def test_expected_distance_without_variance_is_the_distance():
+    law = DiagonalGaussian(torch.randn(5, 6), torch.full((5, 6), -20.0))
+    points = torch.randn(2, 5, 6)
+    assert_close(expected_distance(points, law), (points - law.mean).norm(dim=-1))
+
+
+def test_closed_form_is_the_limit_of_many_posterior_draws():
+    law = DiagonalGaussian(torch.randn(3, 64), torch.full((3, 64), -1.0))
+    draws = torch.randn(8, 3, 64)
+    monte_carlo = energy_loss(draws, law.sample(20_000, torch.Generator().manual_seed(0)))
+    assert_close(energy_loss_to_gaussian(draws, law), monte_carlo, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0, -1.0, 3.0])
+def test_improper_alpha_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha must lie in"):
+        energy_loss(torch.zeros(2, 1, 1), torch.zeros(1, 1, 1), alpha)
+
+
+def test_one_draw_is_refused():
+    with pytest.raises(ValueError, match="at least 2 draws"):
+        energy_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))

@@ -1,0 +1,179 @@
+"""Generation: cache, prompts of any length, EOS, budgets, seeds, streaming, and bad arguments."""
+
+import pytest
+import torch
+from conftest import BOS, EOS, PAD, tiny_model
+from torch.testing import assert_close
+from transformers import GenerationConfig
+
+from calm.core.chunks import align_to_chunks
+
+
+def without_eos(model):
+    """The model with an EOS that it never draws, so that lengths are predictable."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
+    model = without_eos(tiny_model(chunk_size))
+    for length in range(1, 2 * chunk_size + 1):
+        prompt = torch.randint(3, 40, (2, length))
+        settings = {"max_new_tokens": 9, "temperature": temperature, "num_draws": 8, "seed": length}
+        cached = model.generate(prompt, use_cache=True, **settings)
+        plain = model.generate(prompt, use_cache=False, **settings)
+        assert cached.shape == (2, length + 9)
+        assert (cached == plain).all()
+        assert (cached[:, :length] == prompt).all()
+
+
+def test_rows_of_other_lengths_in_a_batch_do_not_matter():
+    """The states behind a prompt are the same alone and beside a longer prompt, padded on any side."""
+    model = tiny_model()
+    long, short = torch.randint(3, 40, (11,)), torch.randint(3, 40, (3,))
+    for pad_left in (True, False):
+        padded = torch.nn.functional.pad(short, (8, 0) if pad_left else (0, 8), value=PAD)
+        batch = torch.stack([long, padded])
+        tokens, mask = align_to_chunks(batch, (batch != PAD).long(), 4, PAD)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        together = model._run_backbone(tokens, mask, positions).last_hidden_state[:, -1]
+        for row, prompt in enumerate((long, short)):
+            alone, _ = align_to_chunks(prompt[None], torch.ones(1, len(prompt)), 4, PAD)
+            expected = model.hidden_states_of_chunks(alone)[0, -1]
+            assert_close(together[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_continues_each_prompt():
+    model = without_eos(tiny_model())
+    batch = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, PAD, 7, 9]])
+    out = model.generate(batch, attention_mask=(batch != PAD).long(), max_new_tokens=6, seed=0)
+    assert out.shape == (2, 11)
+    assert (out[:, :5] == batch).all()
+
+
+class Script:
+    """Replaces the draws of a model by given chunks, one after the other."""
+
+    def __init__(self, model, chunks):
+        self.chunks = iter(chunks)
+        model.draw_chunks = self
+
+    def __call__(self, hidden_PD, num_draws, generator=None):
+        chunk = torch.tensor(next(self.chunks))
+        return chunk.expand(num_draws, len(hidden_PD), -1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_stops_at_eos_inside_a_chunk_and_drops_the_rest(use_cache):
+    model = tiny_model()
+    Script(model, [[10, 11, 12, 13], [14, EOS, 15, 16], [17, 18, 19, 20]])
+    out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, use_cache=use_cache)
+    assert out.tolist() == [[5, 6, 10, 11, 12, 13, 14, EOS]]
+
+
+def test_rows_that_ended_are_filled_with_padding():
+    model = tiny_model()
+    Script(
+        model,
+        [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[30, 31, 32, 33], [24, 25, EOS, 8]], [[1, 1, 1, 1]] * 2],
+    )
+    out = model.generate(torch.tensor([[5], [6]]), max_new_tokens=12)
+    assert out.tolist() == [[5, 10, EOS, PAD, PAD, PAD, PAD, PAD], [6, 20, 21, 22, 23, 24, 25, EOS]]
+
+
+@pytest.mark.parametrize("budget", range(1, 10))
+def test_budget_is_met_and_never_exceeded(budget):
+    model = without_eos(tiny_model())
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=budget).shape == (1, 3 + budget)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_length=3 + budget).shape == (1, 3 + budget)
+
+
+def test_an_eos_beyond_the_budget_is_not_written():
+    model = tiny_model()
+    Script(model, [[10, 11, EOS, 9]])
+    assert model.generate(torch.tensor([[5]]), max_new_tokens=2).tolist() == [[5, 10, 11]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1 / 3])
+def test_same_seed_same_text(temperature):
+    model = without_eos(tiny_model())
+    prompt = torch.randint(3, 40, (3, 5))
+    settings = {"max_new_tokens": 16, "temperature": temperature, "num_draws": 5}
+    first, second = (model.generate(prompt, seed=7, **settings) for _ in range(2))
+    assert (first == second).all()
+    assert (model.generate(prompt, seed=8, **settings) != first).any()
+    generator = torch.Generator().manual_seed(7)
+    assert (model.generate(prompt, generator=generator, **settings) == first).all()
+
+
+def test_several_sequences_per_prompt():
+    model = without_eos(tiny_model())
+    prompt = torch.tensor([[5, 6], [7, 8]])
+    out = model.generate(prompt, num_return_sequences=3, max_new_tokens=8, seed=0)
+    assert out.shape == (6, 10)
+    assert (out[:, :2] == prompt.repeat_interleave(3, 0)).all()
+    assert len({tuple(row) for row in out[:3].tolist()}) > 1
+
+
+def test_without_a_prompt_it_starts_from_the_beginning_of_text():
+    assert tiny_model().generate(max_new_tokens=4, seed=0)[0, 0] == BOS
+
+
+def test_generation_config_and_overrides():
+    model = without_eos(tiny_model())
+    config = GenerationConfig(max_new_tokens=5, temperature=0.5, do_sample=True)
+    prompt = torch.tensor([[5, 6]])
+    assert model.generate(prompt, generation_config=config, num_draws=4).shape == (1, 7)
+    assert model.generate(prompt, generation_config=config, num_draws=4, max_new_tokens=3).shape == (1, 5)
+
+
+class Listener:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.got, self.ended = [], False
+
+    def put(self, value):
+        self.got += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("budget", [5, 6, 7, 20])
+def test_streamer_gets_the_text_and_no_more(budget):
+    model = tiny_model()
+    Script(model, [[10, 11, 12, 13], [14, 15, EOS, 16]])
+    listener = Listener()
+    out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=budget, streamer=listener)
+    assert listener.got == out[0].tolist()
+    assert listener.ended
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.7}, "temperature must be 1, 1/2, 1/3"),
+        ({"temperature": 1.5}, "temperature must be"),
+        ({"temperature": 0.25, "num_draws": 3}, "at least 4 draws, got num_draws=3"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_length": 2}, "no room for new tokens"),
+        ({"colour": "red"}, "does not know the argument"),
+        ({"do_sample": False}, "no greedy decoding without likelihoods"),
+        ({"num_beams": 4}, "beam search needs likelihoods"),
+    ],
+)
+def test_bad_arguments(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[5, 6]]), **arguments)
+
+
+def test_bad_prompts(model):
+    with pytest.raises(ValueError, match="not empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model.generate(torch.ones(1, 2, dtype=torch.long), attention_mask=torch.ones(1, 3))
