@@ -334,12 +334,21 @@ def main(arguments: list[str] | None = None) -> None:
             settings.pop("recipe", None)
             fields = {field.name: settings.pop(field.name) for field in dataclasses.fields(Recipe)}
             settings["recipe"] = Recipe(**fields)
+        _quieten()
         VERBS[values.verb](**settings)
     except InputError as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("calm: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _quieten() -> None:
+    """Keep the bars of training and tokenizing, not those of every file that is read or written."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:

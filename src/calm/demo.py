@@ -3,11 +3,11 @@
 import dataclasses
 import importlib.util
 import json
-import logging
 import time
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from calm.data.folders import check_output
 from calm.data.prepare import PreparedData, load_prepared
@@ -15,6 +15,7 @@ from calm.data.stories import stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
 from calm.generation import continue_texts
+from calm.models.calm import CalmForCausalLM
 from calm.models.loading import best_device, load_model_and_tokenizer
 from calm.report import Sample, print_scorecard, read_history, write_report
 from calm.training.recipe_files import read_recipe
@@ -88,7 +89,9 @@ def write_stories(path: Path, seed: int) -> None:
         file.writelines(json.dumps({"text": story}) + "\n" for story in stories(seed, NUM_STORIES))
 
 
-def write_samples(model, tokenizer, data: PreparedData, seed: int) -> list[Sample]:
+def write_samples(
+    model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, data: PreparedData, seed: int
+) -> list[Sample]:
     """Continue the first words of held-out stories."""
     texts = tokenizer.batch_decode(data.validation[:NUM_SAMPLES]["input_ids"], skip_special_tokens=True)
     prompts = [" ".join(text.split(" ")[:_PROMPT_WORDS]) for text in texts]
@@ -98,5 +101,3 @@ def write_samples(model, tokenizer, data: PreparedData, seed: int) -> list[Sampl
         for prompt, continuation, text in zip(prompts, continuations, texts, strict=True)
     ]
 
-
-logging.getLogger("datasets").setLevel(logging.WARNING)

@@ -64,10 +64,7 @@ def load_documents(
             raise InputError(f"there is no file or folder '{source}'; check the path.")
     if files:
         parts.append(_read_files(files, options, cache_dir, num_proc))
-    documents = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    if len(documents) == 0:
-        raise InputError(f"there is no text in {', '.join(sources)}; give a source with text.")
-    return documents
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -172,6 +169,8 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
 def _read_files(
     files: list[Path], options: ReadingOptions, cache_dir: str | None, num_proc: int
 ) -> datasets.Dataset:
+    if not any(True for file in files for _ in read_documents(file, options)):
+        raise InputError(f"there is no text in {', '.join(map(str, files))}; give a source with text.")
     # Size and time are part of the arguments so that a changed file is not taken from the cache.
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:

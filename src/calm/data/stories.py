@@ -10,9 +10,10 @@ import itertools
 import random
 from collections.abc import Iterator
 from functools import cache
+from importlib import resources
 from typing import TypeVar
 
-from calm.data import lexicon, plots
+from calm.data import lexicon
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
         num_stories: How many; None for no end.
 
     Yields:
-        Stories of 10 to 14 sentences on one line each.
+        Stories of 12 to 14 beats, each on one line.
     """
     numbers = itertools.count() if num_stories is None else range(num_stories)
     for number in numbers:
@@ -41,9 +42,9 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
 def write_story(rng: random.Random) -> str:
     """One story from a random generator."""
     slots = _cast(rng)
-    beats = _choose(rng, plots.PLOTS, skew=False)
-    sentences = [_choose(rng, plots.OPENINGS), *(_choose(rng, beat) for beat in beats)]
-    sentences.append(_choose(rng, plots.ENDINGS))
+    (openings,), (endings,), *plots = _plots()
+    beats = [openings, *_choose(rng, plots, skew=False), endings]
+    sentences = [_choose(rng, beat) for beat in beats]
     return " ".join(_sentence(template.format_map(slots)) for template in sentences)
 
 
@@ -117,6 +118,17 @@ def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
         return items[int(uniform * len(items))]
     cumulative = _zipf(len(items))
     return items[bisect.bisect_right(cumulative, uniform * cumulative[-1])]
+
+
+@cache
+def _plots() -> list[list[list[str]]]:
+    """Openings, endings, and the plots: lists of beats, a beat being sentences to choose from."""
+    text = resources.files("calm.data").joinpath("plots.txt").read_text(encoding="utf-8")
+    _, *sections = text.split("== ")
+    return [
+        [beat.splitlines() for beat in section.partition("\n")[2].strip().split("\n\n")]
+        for section in sections
+    ]
 
 
 @cache

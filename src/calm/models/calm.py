@@ -64,6 +64,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             do_sample=True,
+            temperature=0.5,  # Above it, text is hardly fluent (paper, section 5).
         )
 
     def _init_weights(self, module: nn.Module) -> None:

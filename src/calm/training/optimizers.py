@@ -36,19 +36,30 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     Raises:
         InputError: If the name is unknown.
     """
-    if settings.name == "muon":
+    optimizer_class = find_optimizer(settings.name)
+    if optimizer_class is MuonWithAdamW:
         return _muon(model, settings)
-    groups = _decayed_and_not(model, settings.weight_decay)
-    rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
-    if settings.name == "adamw":
+    groups, rate = _decayed_and_not(model, settings.weight_decay), settings.learning_rate
+    if optimizer_class is torch.optim.AdamW:
+        betas = (settings.beta1, settings.beta2)
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True)
+    return optimizer_class(groups, lr=rate, **settings.extra)
+
+
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer class that a recipe names.
+
+    Raises:
+        InputError: If the name is unknown.
+    """
+    if name in ("muon", "adamw"):
+        return {"muon": MuonWithAdamW, "adamw": torch.optim.AdamW}[name]
     try:
-        optimizer_class = pytorch_optimizer.load_optimizer(settings.name)
+        return pytorch_optimizer.load_optimizer(name)
     except (NotImplementedError, ValueError, ImportError) as error:
         raise InputError(
-            f"there is no optimizer '{settings.name}'; use muon, adamw or a name of pytorch_optimizer."
+            f"there is no optimizer '{name}'; use muon, adamw or a name of pytorch_optimizer."
         ) from error
-    return optimizer_class(groups, lr=rate, **settings.extra)
 
 
 def build_scheduler(

@@ -49,7 +49,7 @@ def read_recipe(name: str) -> Recipe:
         values = parser.parse_path(find_recipe(name))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {error}") from error
-    return parser.instantiate_classes(values)
+    return Recipe(**vars(parser.instantiate(values)))
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

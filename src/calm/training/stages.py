@@ -14,12 +14,10 @@ A finished stage is recognised by its folder, so a run that was killed goes on w
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.chunking import check_block_size
 from calm.data.folders import check_output, written_whole
 from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
@@ -27,8 +25,14 @@ from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_reconstruction
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
-from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
+from calm.training.configurations import (
+    autoencoder_config,
+    check_recipe,
+    language_model_config,
+    special_tokens_of,
+)
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import differences, read_recipe, write_recipe
 from calm.training.trainer import ChunkTrainer, Score
@@ -51,9 +55,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    if not recipe.data.sources:
-        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
-    check_block_size(recipe.data.context, recipe.chunk_size)
+    check_recipe(recipe)
     _open_run(recipe, output, resume, overwrite)
     data = _data_of(recipe, output)
     if not (output / "autoencoder").is_dir():
@@ -119,24 +121,9 @@ def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Calm
         _check_autoencoder(autoencoder.config, recipe, data)
         return autoencoder
     set_seed(recipe.seed)
-    autoencoder = CalmAutoencoder(
-        _config(
-            CalmAutoencoderConfig,
-            vocab_size=data.vocab_size,
-            chunk_size=recipe.chunk_size,
-            latent_size=settings.latent_size,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_encoder_layers=settings.num_encoder_layers,
-            num_decoder_layers=settings.num_decoder_layers,
-            token_dropout=settings.token_dropout,
-            latent_dropout=settings.latent_dropout,
-            kl_weight=settings.kl_weight,
-            kl_floor=settings.kl_floor,
-            dropped_token_id=data.tokenizer.pad_token_id,
-            **_special_tokens(data.tokenizer),
-        )
-    )
+    special = special_tokens_of(data.tokenizer)
+    autoencoder = CalmAutoencoder(autoencoder_config(recipe, data.vocab_size, special))
+
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmAutoencoder)
         return score_reconstruction(model, held_out, settings.training.evaluation_blocks).as_metrics()
@@ -150,24 +137,8 @@ def _train_language_model(
 ) -> CalmForCausalLM:
     settings = recipe.language_model
     set_seed(recipe.seed)
-    model = CalmForCausalLM(
-        _config(
-            CalmConfig,
-            autoencoder_config=autoencoder.config.to_dict(),
-            backbone_config={
-                "hidden_size": settings.hidden_size,
-                "intermediate_size": settings.intermediate_size,
-                "num_hidden_layers": settings.num_layers,
-                "num_attention_heads": settings.num_heads,
-                "num_key_value_heads": settings.num_key_value_heads,
-                "max_position_embeddings": settings.max_chunks,
-                "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-            },
-            head_config=settings.head,
-            attn_implementation=settings.attention,
-            **_special_tokens(data.tokenizer),
-        )
-    )
+    special = special_tokens_of(data.tokenizer)
+    model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmForCausalLM)
@@ -197,7 +168,6 @@ def _run_stage(
         recipe.seed,
     )
     trainer.train_or_resume()
-    trainer.evaluate()
     path = output / HISTORY
     history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     history[name] = trainer.state.log_history
@@ -226,18 +196,3 @@ def _check_autoencoder(config: CalmAutoencoderConfig, recipe: Recipe, data: Prep
             f"autoencoder '{path}'; prepare the text with the autoencoder's tokenizer."
         )
 
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-
-
-def _config(config_class: type, **values: Any) -> Any:
-    """A configuration, with its complaints about the recipe's values as one sentence."""
-    try:
-        return config_class(**values)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the recipe does not make a model: {str(error).strip().splitlines()[-1].strip()}") from error

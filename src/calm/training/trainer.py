@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from calm.core.chunks import find_targets
 from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
 
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
@@ -38,7 +39,6 @@ class ChunkTrainer(Trainer):
         output: Folder of checkpoints and logs.
         tokenizer: Saved with each checkpoint.
         seed: Seed of data order and training noise.
-        extra_callbacks: Further callbacks.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class ChunkTrainer(Trainer):
         output: Path,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
-        extra_callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.score = score
         self.settings = settings
@@ -65,13 +64,16 @@ class ChunkTrainer(Trainer):
             eval_dataset=held_out,
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=extra_callbacks,
         )
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ProgressLines)
 
     def train_or_resume(self) -> None:
-        """Train from the last whole checkpoint, or from the start if there is none."""
+        """Train from the last whole checkpoint, or from the start; end with a held-out evaluation."""
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         self.train(resume_from_checkpoint=get_last_checkpoint(self.args.output_dir))
+        if not self.settings.evaluate_every:
+            self.evaluate()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
@@ -137,6 +139,7 @@ class ChunkTrainer(Trainer):
         if self.args.should_save:
             _sync(staging / name)
             (staging / name).rename(run_dir / name)
+            staging.rmdir()
             rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
 
 
@@ -159,6 +162,8 @@ def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingA
         save_strategy="steps",
         save_steps=min(settings.save_every or steps, steps),
         dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=False,  # Otherwise the log level decides.
         report_to=["tensorboard"],
         seed=seed,
     )

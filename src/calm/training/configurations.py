@@ -1,0 +1,104 @@
+"""Recipe -> configurations of the two models."""
+
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from calm.data.chunking import check_block_size
+from calm.errors import InputError
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.training.optimizers import find_optimizer
+from calm.training.recipe import Recipe
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find the mistakes of a recipe before any work is done.
+
+    Raises:
+        InputError: If it names no text, or does not make a model.
+    """
+    if not recipe.data.sources:
+        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    check_block_size(recipe.data.context, recipe.chunk_size)
+    language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
+    for stage in (recipe.autoencoder, recipe.language_model):
+        find_optimizer(stage.training.optimizer.name)
+        if stage.training.steps < 1 or stage.training.batch_size < 1:
+            raise InputError(
+                f"steps and batch_size must be at least 1, got {stage.training.steps} and "
+                f"{stage.training.batch_size}."
+            )
+
+
+def autoencoder_config(
+    recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
+) -> CalmAutoencoderConfig:
+    """Configuration of the autoencoder of a recipe.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+    settings = recipe.autoencoder
+    return _build(
+        CalmAutoencoderConfig,
+        vocab_size=vocab_size,
+        chunk_size=recipe.chunk_size,
+        latent_size=settings.latent_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_encoder_layers=settings.num_encoder_layers,
+        num_decoder_layers=settings.num_decoder_layers,
+        token_dropout=settings.token_dropout,
+        latent_dropout=settings.latent_dropout,
+        kl_weight=settings.kl_weight,
+        kl_floor=settings.kl_floor,
+        dropped_token_id=special_tokens.get("pad_token_id") or 0,
+        **special_tokens,
+    )
+
+
+def language_model_config(
+    recipe: Recipe, autoencoder: CalmAutoencoderConfig, special_tokens: dict[str, int | None]
+) -> CalmConfig:
+    """Configuration of the language model of a recipe around an autoencoder.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+    settings = recipe.language_model
+    return _build(
+        CalmConfig,
+        autoencoder_config=autoencoder.to_dict(),
+        backbone_config={
+            "hidden_size": settings.hidden_size,
+            "intermediate_size": settings.intermediate_size,
+            "num_hidden_layers": settings.num_layers,
+            "num_attention_heads": settings.num_heads,
+            "num_key_value_heads": settings.num_key_value_heads,
+            "max_position_embeddings": settings.max_chunks,
+            "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        },
+        head_config=settings.head,
+        attn_implementation=settings.attention,
+        **special_tokens,
+    )
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Ids of padding, beginning and end of text, as configurations name them."""
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _build(config_class: type[Config], **values: Any) -> Config:
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        # The validation of transformers puts the cause in the last line.
+        cause = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"the recipe does not make a model: {cause}") from error

@@ -1,0 +1,22 @@
+"""One line of text for each evaluation, and the loss on the progress bar."""
+
+from typing import Any
+
+from transformers import ProgressCallback
+
+_QUIET = ("epoch", "total_flos")
+
+
+class ProgressLines(ProgressCallback):
+    """The Trainer's bar with readable figures instead of printed dictionaries."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Show the loss beside the bar and held-out figures on a line of their own."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+        figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if figures:
+            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key not in _QUIET)
+            self.training_bar.write(f"step {state.global_step}: {text}")

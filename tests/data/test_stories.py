@@ -1,0 +1,136 @@
+"""The embedded corpus: repeatable, pinned, varied, disjoint between seeds, and free of template debris."""
+
+import hashlib
+import re
+import string
+from functools import cache
+from importlib import resources
+from itertools import islice
+
+import pytest
+
+from calm.data import lexicon
+from calm.data.stories import stories
+
+NAMES = {"girl": set(lexicon.GIRLS), "boy": set(lexicon.BOYS)}
+ALL_NAMES = NAMES["girl"] | NAMES["boy"]
+LISTS = {name: words for name, words in vars(lexicon).items() if isinstance(words, list)}
+PLOTS = resources.files("calm.data").joinpath("plots.txt").read_text(encoding="utf-8")
+TEMPLATES = [line for line in PLOTS.splitlines() if line and not line.startswith(("#", "=="))]
+
+
+@cache
+def corpus(seed: int, num_stories: int) -> list[str]:
+    return list(stories(seed, num_stories))
+
+
+def names_in(story: str) -> list[str]:
+    """Names of children in the order of the text."""
+    return [word for word in re.findall(r"[A-Z][a-z]+", story) if word in ALL_NAMES]
+
+
+def test_same_seed_same_text():
+    assert list(stories(3, 50)) == list(stories(3, 50))
+
+
+def test_a_shorter_run_is_a_prefix_of_a_longer_one():
+    longer = list(stories(5, 40))
+    assert list(stories(5, 7)) == longer[:7]
+    assert list(islice(stories(5), 40)) == longer  # Without a number there is no end.
+    assert list(stories(5, 0)) == []
+
+
+def test_stories_of_two_seeds_differ_at_every_number():
+    assert all(one != other for one, other in zip(corpus(0, 10_000), corpus(1, 2_000), strict=False))
+
+
+def test_the_corpus_is_pinned():
+    """A change of these values is a change of the corpus: all figures in the docs must be made again."""
+    assert corpus(0, 10_000)[1] == (
+        "In the town of Coldfield there lived a boy named Tobias. The dusk was rainy, and the sky grew dark "
+        "over Coldfield. Tobias was at the lighthouse with Tom. Then they heard a knock far away, and a storm "
+        'began. "We must go home!" said Tom. But the bridge was gone, and the water was rising. They found an '
+        "old fort and closed the door. Inside it was dark, but Tobias had a round wand. Something went knock "
+        'in the corner. It was only a blue pelican, cold and afraid. "Do not be afraid," Tobias said happily '
+        "to the pelican. At dusk the storm was over, and the sun came out. They walked home happily, and the "
+        "pelican came too. And Tobias never forgot that rainy Thursday."
+    )
+    digest = hashlib.sha256("\n".join(corpus(0, 10_000)[:100]).encode()).hexdigest()
+    assert digest == "ed242ad7c479c157f6188193268981e8284fe1fa1bc23effc00903d7189ded80"
+
+
+def test_a_few_thousand_distinct_words():
+    words = {word for story in corpus(0, 10_000) for word in re.findall(r"[A-Za-z']+", story)}
+    assert len(words) >= 2000
+
+
+def test_no_story_of_another_seed_appears_and_none_twice():
+    first = corpus(0, 10_000)
+    assert len(set(first)) == len(first)
+    assert set(first).isdisjoint(corpus(1, 2_000))
+
+
+def test_every_sentence_of_the_plots_is_used():
+    """So none names a slot that is not there, and none is lost in parsing."""
+    some = corpus(0, 10_000)[:3000]
+    assert len(TEMPLATES) > 200
+    for template in TEMPLATES:
+        parts = re.split(r"\{\w+\}", template)
+        pattern = r"[\w' .-]+?".join(re.escape(part).replace(r"\ a\ ", r"\ an?\ ") for part in parts)
+        longest = max((piece for part in parts for piece in part.split(" a ")), key=len)
+        assert any(longest in story and re.search(pattern, story, re.I) for story in some), template
+
+
+def test_hero_keeps_the_name_through_the_story():
+    for story in corpus(0, 10_000)[:3000]:
+        hero, *others = names_in(story)
+        assert others.count(hero) >= 2, story
+        assert len({hero, *others}) <= 2, story  # The hero and a friend: nobody else has a first name.
+
+
+def test_child_and_pronouns_fit_the_hero():
+    """Stories that name one child hold only the pronouns of that child."""
+    other_pronouns = {"girl": {"he", "him", "his"}, "boy": {"she", "her", "hers"}}
+    checked = set()
+    for story in corpus(0, 10_000)[:3000]:
+        names = set(names_in(story))
+        if len(names) == 1:
+            child = "girl" if names < NAMES["girl"] else "boy"
+            assert not other_pronouns[child] & set(re.findall(r"[a-z]+", story.lower())), story
+            checked.add(child)
+    assert checked == {"girl", "boy"}
+
+
+def test_no_slot_is_left_and_each_story_is_one_clean_line():
+    for story in corpus(0, 10_000):
+        assert not set(story) - set(string.ascii_letters + ' .,!?"-'), story
+        assert "  " not in story and story == story.strip(), story
+        assert story[0].isupper() and story.count('"') % 2 == 0, story
+
+
+def test_articles_fit_the_next_word():
+    """ "an" before a vowel, "a" before a consonant, by sound: an honest girl, an hourglass."""
+    vowel, silent_h = "aeiouAEIOU", ("honest", "hour")
+    wrong = {
+        f"{article} {word}"
+        for story in corpus(0, 10_000)
+        for article, word in re.findall(r'\b([Aa]n?) "?([A-Za-z]+)', story)
+        if (word[0] in vowel or word.startswith(silent_h)) != (article.lower() == "an")
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", sorted(LISTS))
+def test_lexicon_lists_hold_no_word_twice(name):
+    words = LISTS[name]
+    assert words and len(set(words)) == len(words)
+
+
+def test_a_name_belongs_to_one_kind():
+    """Girl or boy must be known from the name; no pet, month, day or surname has a child's name."""
+    assert not NAMES["girl"] & NAMES["boy"]
+    assert not ALL_NAMES & {*lexicon.PET_NAMES, *lexicon.SURNAMES, *lexicon.MONTHS, *lexicon.DAYS}
+
+
+def test_no_sentence_is_offered_twice():
+    assert len(set(TEMPLATES)) == len(TEMPLATES)

@@ -1,0 +1,172 @@
+"""Tokenizers: trained ones give every text back; loaded ones have an end and a padding of their own."""
+
+from functools import cache
+
+import datasets
+import huggingface_hub.constants
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from calm.data.stories import stories
+from calm.data.tokenizer import BOS, EOS, PAD, load_tokenizer, tokenize, train_tokenizer
+from calm.errors import InputError
+
+TEXTS = ["", "Tom ran.", " two  spaces ", "Größe 日本 🎈\n\ttab", "a" * 3000]
+
+
+@cache
+def trained(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    return train_tokenizer(stories(0, 100), vocab_size)
+
+
+def word_tokenizer(*specials: str, appends: str | None = None, **roles: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words, as someone else may have made it."""
+    words = ["one", "two", "three", "[UNK]", *specials]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if appends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {appends}", special_tokens=[(appends, words.index(appends))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **roles)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.text(max_size=60))
+@example("\ufeff\u200b\x00")
+@example(" leading, trailing and  double spaces .\r\n")
+@example("don't do n't ' s")
+@example("e\u0301 \u00e9 ﬁ")
+@example("😀👩‍👩‍👧🏽")
+def test_any_text_comes_back(text):
+    assume(not any(special in text for special in (PAD, EOS, BOS)))
+    tokenizer = trained()
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids[1:])
+
+
+def test_each_text_begins_with_one_bos_and_has_no_eos():
+    tokenizer = trained()
+    for ids in tokenize(tokenizer, TEXTS):
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.eos_token_id not in ids
+
+
+def test_vocabulary_of_a_trained_tokenizer():
+    tokenizer = trained()
+    assert len(tokenizer) == 400
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == (PAD, EOS, BOS)
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+    assert len(train_tokenizer(["tiny"], 100_000)) < 300  # A small text has no more tokens to give.
+
+
+def test_training_is_repeatable_and_makes_text_shorter():
+    again = train_tokenizer(stories(0, 100), 400)
+    assert again.get_vocab() == trained().get_vocab()
+    story = next(stories(7))
+    assert len(trained()(story)["input_ids"]) < 0.75 * len(story)
+
+
+def test_padding_goes_in_front():
+    batch = trained()(["Tom", "Tom ran far away"], padding=True)["input_ids"]
+    assert batch[0][0] == trained().pad_token_id and batch[0][-1] != trained().pad_token_id
+
+
+@pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, load_tokenizer])
+def test_saved_and_loaded(load, tmp_path):
+    tokenizer = trained()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = load(str(tmp_path / "tokenizer"))
+    assert loaded.get_vocab() == tokenizer.get_vocab() and len(loaded) == len(tokenizer)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "padding_side"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    ids = loaded(TEXTS)["input_ids"]
+    assert ids == tokenizer(TEXTS)["input_ids"]
+    assert loaded.batch_decode(ids, skip_special_tokens=True) == TEXTS
+
+
+def test_a_tokenizer_file_is_enough(tmp_path):
+    """`tokenizer.json` does not say which token ends a text; the usual names are known."""
+    tokenizer = trained()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert len(loaded) == len(tokenizer)
+    assert tokenize(loaded, TEXTS) == tokenize(tokenizer, TEXTS)
+
+
+def test_no_warning_about_long_texts(tmp_path, caplog):
+    word_tokenizer("</s>", eos_token="</s>", model_max_length=4).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert len(tokenize(loaded, ["one two three " * 10])[0]) == 30
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256, 258])
+def test_too_small_vocabulary(vocab_size):
+    with pytest.raises(InputError, match=f"vocab_size must be at least 259 .*got {vocab_size}"):
+        train_tokenizer(["a"], vocab_size)
+
+
+def test_smallest_vocabulary():
+    tokenizer = train_tokenizer(["a"], 259)
+    assert len(tokenizer) == 259
+    assert tokenizer.decode(tokenizer("日本")["input_ids"], skip_special_tokens=True) == "日本"
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no end-of-text token; set its eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>"])
+def test_a_well_known_end_is_found(end, tmp_path):
+    word_tokenizer(end).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.eos_token == end and loaded.eos_token_id == 4
+
+
+@pytest.mark.parametrize("roles", [{"pad_token": "</s>"}, {}])
+def test_padding_is_never_the_end(roles, tmp_path):
+    """A tokenizer that pads with EOS, or not at all, gets one more token."""
+    word_tokenizer("</s>", eos_token="</s>", **roles).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.eos_token_id == 4
+    assert loaded.pad_token_id == 5 and len(loaded) == 6
+    assert loaded(["one", "one two"], padding=True)["input_ids"] == [[5, 0], [0, 1]]
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    assert again.pad_token_id == 5 and len(again) == 6
+
+
+def test_padding_of_its_own_is_kept(tmp_path):
+    word_tokenizer("</s>", "[PAD]", eos_token="</s>", pad_token="[PAD]").save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == 5 and len(loaded) == 6
+
+
+def test_tokenize_drops_an_end_that_the_tokenizer_appends(tmp_path):
+    word_tokenizer("</s>", eos_token="</s>", appends="</s>").save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded("one two")["input_ids"] == [0, 1, 4]
+    assert tokenize(loaded, ["one two", "", "three </s> one"]) == [[0, 1], [], [2, 4, 0]]
+
+
+@pytest.mark.timeout(60)
+def test_nothing_to_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    for name in (str(tmp_path / "none.json"), str(tmp_path), str(tmp_path / "none"), str(broken), "nobody/nothing"):
+        with pytest.raises(InputError, match="tokenizer") as caught:
+            load_tokenizer(name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)

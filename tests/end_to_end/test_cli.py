@@ -1,0 +1,288 @@
+"""The command line: the main job at toy size, and one sentence with exit code 2 for bad input."""
+
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import pipeline
+
+from calm.cli import main
+from calm.data.stories import stories
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TOY = """
+data: {vocab_size: 300, context: 64, validation_fraction: 0.1, num_proc: 1}
+autoencoder:
+  latent_size: 8
+  hidden_size: 24
+  intermediate_size: 32
+  training: {steps: 30, batch_size: 2, evaluate_every: 15, evaluation_blocks: 4}
+language_model:
+  hidden_size: 32
+  intermediate_size: 48
+  num_layers: 2
+  num_heads: 2
+  head: {head_type: energy, noise_size: 8, num_blocks: 1, num_posterior_draws: 0}
+  training: {steps: 20, batch_size: 2, evaluate_every: 10, evaluation_blocks: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """A folder with text, a recipe and a trained toy run."""
+    folder = tmp_path_factory.mktemp("room")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories(0, 40)))
+    (folder / "toy.yaml").write_text(TOY)
+    main(["train", "--recipe", str(folder / "toy.yaml"), "--data.sources", str(folder / "text.jsonl"),
+          "--output", str(folder / "run")])  # fmt: skip
+    return folder
+
+
+def failure(capsys, *arguments: object) -> str:
+    """Run a command that must fail; return its one sentence."""
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    assert raised.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calm: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_train_made_a_self_contained_folder(room):
+    assert (room / "run/recipe.yaml").is_file()
+    assert (room / "run/model/tokenizer.json").is_file()
+    history = json.loads((room / "run/history.json").read_text())
+    assert any("eval_token_accuracy" in entry for entry in history["autoencoder"])
+    assert any("eval_brier_lm" in entry for entry in history["language_model"])
+
+
+def test_generate(room, capsys):
+    arguments = ["generate", str(room / "run/model"), "Once upon", "There was a dog", "--seed", "1",
+                 "--max_new_tokens", "12", "--num_draws", "8"]  # fmt: skip
+    main(arguments)
+    first = capsys.readouterr().out
+    main(arguments)
+    assert capsys.readouterr().out == first
+    assert first.startswith("Once upon")
+    assert "\n\nThere was a dog" in first
+
+
+def test_stream_writes_the_same_text(room, capsys):
+    arguments = ["generate", str(room / "run/model"), "Once upon", "--seed", "1", "--max_new_tokens", "12"]
+    main(arguments)
+    whole = capsys.readouterr().out
+    main([*arguments, "--stream"])
+    assert capsys.readouterr().out.strip() == whole.strip()
+
+
+def test_evaluate_with_floors(room, capsys):
+    main(["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64", "--ngrams", "[2,3]"])
+    out = capsys.readouterr().out
+    for word in ("reconstruction", "2-gram", "3-gram", "CALM", "Brier-4", "blocks of 64 tokens"):
+        assert word in out
+
+
+def test_evaluate_text_files(room, capsys):
+    main(["evaluate", str(room / "run/model"), str(room / "text.jsonl"), "--context", "64", "--max_blocks", "3"])
+    assert "CALM" in capsys.readouterr().out
+
+
+def test_prepare_then_train_from_the_prepared_folder(room, tmp_path, capsys):
+    main(["prepare", str(room / "text.jsonl"), "--output", str(tmp_path / "data"), "--vocab_size", "300"])
+    assert "300 token ids" in capsys.readouterr().out
+    main(["train", "--recipe", str(room / "toy.yaml"), "--data.sources", str(tmp_path / "data"),
+          "--output", str(tmp_path / "run"), "--autoencoder.path", str(room / "run/autoencoder"),
+          "--language_model.training.steps", "2"])  # fmt: skip
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_five_lines_of_python(room):
+    from calm import CalmForCausalLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(room / "run/model")
+    model = CalmForCausalLM.from_pretrained(room / "run/model")
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=10, temperature=0.5, num_draws=8, seed=0)
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True).startswith("Once upon a time")
+
+
+def test_text_generation_pipeline(room):
+    write = pipeline("text-generation", model=str(room / "run/model"), device="cpu")
+    (out,) = write("Once upon a time", max_new_tokens=8, temperature=0.5, num_draws=8)
+    assert out["generated_text"].startswith("Once upon a time")
+    assert len(out["generated_text"]) > len("Once upon a time")
+    batch = write(["Once", "There was a little dog"], max_new_tokens=8, batch_size=2, num_return_sequences=2)
+    assert [len(row) for row in batch] == [2, 2]
+
+
+def test_import(tmp_path, capsys):
+    case = FIXTURES / "energy_k4"
+    main(["import", "--autoencoder", str(case / "autoencoder"), "--model", str(case / "calm"),
+          "--out", str(tmp_path / "out")])  # fmt: skip
+    assert "energy head, K = 4" in capsys.readouterr().out
+    assert "is not empty" in failure(
+        capsys, "import", "--autoencoder", case / "autoencoder", "--model", case / "calm", "--out", tmp_path / "out"
+    )
+
+
+def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
+    k4, k2 = FIXTURES / "energy_k4", FIXTURES / "energy_k2_gqa"
+    out = tmp_path / "out"
+    message = failure(capsys, "import", "--autoencoder", k2 / "autoencoder", "--model", k4 / "calm", "--out", out)
+    assert "the autoencoder has 2 tokens per chunk and the language model 4" in message
+    shutil.copytree(k4, tmp_path / "torn")
+    weights = tmp_path / "torn/calm/pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    message = failure(
+        capsys, "import", "--autoencoder", k4 / "autoencoder", "--model", tmp_path / "torn/calm", "--out", out
+    )
+    assert "truncated or damaged" in message
+    assert not out.exists()
+
+
+def test_import_refuses_a_larger_tokenizer(room, tmp_path, capsys):
+    case = FIXTURES / "energy_k4"
+    message = failure(
+        capsys, "import", "--autoencoder", case / "autoencoder", "--model", case / "calm",
+        "--tokenizer", room / "run/model", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "has 300 tokens, more than the model's 256" in message
+
+
+def test_doctor(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for word in ("torch", "device", "dtype", "attention", "sdpa"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "there is no file or folder"),
+        ("empty.txt", b"", "there is no text in"),
+        ("latin.txt", "first\nd\xe9j\xe0\n".encode("latin-1"), "is not UTF-8 (line 2"),
+        ("lines.jsonl", b'{"text": "good"}\n{"words": "bad"}\n', "line 2, has no text in a field 'text'"),
+        ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "line 2, is not JSON"),
+        ("torn.jsonl.xz", lzma.compress(b'{"text": "good"}\n' * 9000)[:-40], "damaged"),
+        ("one.txt", b"a single document", "holds one document"),
+        ("text.pdf", b"%PDF", "its name must end in"),
+    ],
+)
+def test_bad_text(tmp_path, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in failure(capsys, "prepare", tmp_path / name, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_recipes(room, tmp_path, capsys):
+    def train(*more: object) -> str:
+        return failure(
+            capsys, "train", "--data.sources", room / "text.jsonl", "--output", tmp_path / "out", *more
+        )
+
+    assert "did you mean 'vocab_size'?" in train("--data.vocab_sise", "3")
+    (tmp_path / "bad.yaml").write_text("language_model:\n  hiden_size: 3\n")
+    assert "did you mean 'hidden_size'?" in train("--recipe", tmp_path / "bad.yaml")
+    assert "there is no recipe 'demoo'" in train("--recipe", "demoo")
+    assert "data.context" in train("--data.context", "many")
+    assert "multiple of the chunk size 4" in train("--data.context", "30")
+    assert "num_encoder_layers must be even" in train("--recipe", room / "toy.yaml", "--autoencoder.num_encoder_layers", 3)
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_bad_head_or_model_is_told_before_anything_is_trained(room, tmp_path, capsys):
+    start = time.monotonic()
+    message = failure(
+        capsys, "train", "--recipe", room / "toy.yaml", "--data.sources", room / "text.jsonl",
+        "--output", tmp_path / "out", "--language_model.head", '{"head_type": "magic"}',
+    )  # fmt: skip
+    assert "unknown head_type 'magic'" in message
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - start < 5
+
+
+def test_nothing_is_overwritten_without_the_flag(room, capsys):
+    before = (room / "run/model/model.safetensors").read_bytes()
+    arguments = ["train", "--recipe", room / "toy.yaml", "--data.sources", room / "text.jsonl", "--output", room / "run"]
+    assert "is not empty" in failure(capsys, *arguments)
+    assert "is not empty" in failure(capsys, "prepare", room / "text.jsonl", "--output", room / "run")
+    assert (room / "run/model/model.safetensors").read_bytes() == before
+
+
+def test_damaged_model_folders(room, tmp_path, capsys):
+    assert "did not give it" in failure(capsys, "generate", tmp_path / "none", "Once")
+    (tmp_path / "bare").mkdir()
+    assert "no config.json" in failure(capsys, "generate", tmp_path / "bare", "Once")
+    torn = tmp_path / "torn"
+    shutil.copytree(room / "run/model", torn)
+    weights = torn / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in failure(capsys, "generate", torn, "Once")
+    weights.write_bytes(whole)
+    config = json.loads((torn / "config.json").read_text())
+    (torn / "config.json").write_text("{")
+    assert "cannot be read" in failure(capsys, "generate", torn, "Once")
+    config["autoencoder_config"]["vocab_size"] = 100
+    (torn / "config.json").write_text(json.dumps(config))
+    assert "is damaged" in failure(capsys, "generate", torn, "Once")
+
+
+def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(room / "run/model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    assert "has 301 tokens, more than the model's 300" in failure(capsys, "generate", folder, "Once")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "0.7"], "temperature must be 1, 1/2, 1/3"),
+        (["--temperature", "0.25", "--num_draws", "2"], "at least 4 draws"),
+        (["--max_new_tokens", "0"], "max_new_tokens"),
+        (["--tempurature", "1"], "unrecognized"),
+    ],
+)
+def test_bad_generation_options(room, capsys, options, message):
+    assert message in failure(capsys, "generate", room / "run/model", "Once", *options)
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = "import sys; sys.argv = ['calm', '--help']; from calm.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # Generous: the point is that torch alone would take longer on a loaded machine.
+    assert time.monotonic() - start < 5
+    assert out.endswith("False False\n") or "torch" in sys.modules and out.endswith("False False\n")
+
+
+def test_a_mistake_shows_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "calm", "generate", str(tmp_path / "none"), "Once"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("calm: error:")
+
+
+def test_same_seed_same_model(room, tmp_path):
+    """Two runs of one recipe end in the same weights."""
+    main(["train", "--recipe", str(room / "toy.yaml"), "--data.sources", str(room / "text.jsonl"),
+          "--output", str(tmp_path / "again")])  # fmt: skip
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (room / "run", tmp_path / "again")]
+    assert weights[0] == weights[1]
+    assert torch.get_num_threads() == 1

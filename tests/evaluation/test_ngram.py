@@ -1,0 +1,218 @@
+"""The n-gram floor: draws follow Witten-Bell probabilities computed by hand; contexts stay in a document."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.data.chunking import make_blocks
+from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.ngram import NGramSampler
+
+EOS, A, B, C, PAD = range(5)
+NOTHING, UNKNOWN = -1, PAD  # The text never holds the padding id, so a context with it is unknown.
+# With EOS: a b $, a b $, a c $, b $. Tokens: 3 a, 3 b, 1 c, 4 $ (11 of 4 kinds).
+DOCUMENTS = [[A, B], [A, B], [A, C], [B]]
+DRAWS = 40_000
+
+# P = trust * counted share + (1 - trust) * law of the shorter context; trust = N / (N + D), order: $ a b c pad.
+UNIFORM = torch.full((5,), 1 / 5, dtype=torch.float64)
+ANY = 11 / 15 * torch.tensor([4, 3, 3, 1, 0], dtype=torch.float64) / 11 + 4 / 15 * UNIFORM
+AFTER_A = 3 / 5 * torch.tensor([0, 0, 2, 1, 0], dtype=torch.float64) / 3 + 2 / 5 * ANY  # b twice, c once.
+AFTER_B = 3 / 4 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 4 * ANY  # $ three times.
+AFTER_C = 1 / 2 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 2 * ANY  # $ once.
+AFTER_AB = 2 / 3 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 3 * AFTER_B  # $ twice.
+AFTER_AC = 1 / 2 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 2 * AFTER_C  # $ once.
+
+
+def sampler_of(documents=None, order=3, chunk_size=4, vocab_size=5):
+    return NGramSampler(
+        DOCUMENTS if documents is None else documents,
+        order=order,
+        vocab_size=vocab_size,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        chunk_size=chunk_size,
+    )
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def agree(count, probability, num):
+    """Whether a count lies within 4 standard errors (and a little, for chances near 0)."""
+    return abs(count - num * probability) <= 4 * (num * probability * (1 - probability)) ** 0.5 + 1
+
+
+def block_of(tokens, labels, position_ids):
+    return {
+        "input_ids": torch.tensor(tokens),
+        "labels": torch.tensor(labels),
+        "position_ids": torch.tensor(position_ids),
+    }
+
+
+def test_laws_by_hand():
+    """The laws above, once more as fractions over one denominator."""
+    assert (75 * ANY).tolist() == pytest.approx([24, 19, 19, 9, 4])
+    assert (375 * AFTER_A).tolist() == pytest.approx([48, 38, 188, 93, 8])
+    assert (300 * AFTER_B).tolist() == pytest.approx([249, 19, 19, 9, 4])
+    assert (900 * AFTER_AB).tolist() == pytest.approx([849, 19, 19, 9, 4])
+
+
+CASES = {
+    "known": (3, [A, B], AFTER_AB),
+    "known, seen once": (3, [A, C], AFTER_AC),
+    "longer context unknown": (3, [B, A], AFTER_A),
+    "start of a document": (3, [NOTHING, B], AFTER_B),
+    "a context of another document": (3, [EOS, B], AFTER_B),
+    "after the end, where the next document begins": (3, [B, EOS], ANY),
+    "nothing before": (3, [NOTHING, NOTHING], ANY),
+    "unknown token": (3, [A, UNKNOWN], ANY),
+    "unknown token before a known one": (3, [UNKNOWN, A], AFTER_A),
+    "bigram": (2, [A], AFTER_A),
+    "bigram, nothing before": (2, [NOTHING], ANY),
+    "unigram": (1, [], ANY),
+}
+
+
+@pytest.mark.parametrize(("order", "history", "law"), CASES.values(), ids=CASES)
+def test_draws_follow_the_law(order, history, law):
+    history_PH = torch.tensor(history, dtype=torch.long).repeat(DRAWS, 1)
+    tokens = sampler_of(order=order).draw_tokens(history_PH, generator())
+    for token, count in enumerate(torch.bincount(tokens, minlength=5).tolist()):
+        assert agree(count, float(law[token]), DRAWS), (token, count / DRAWS, float(law[token]))
+
+
+def test_contexts_in_one_batch_do_not_mix():
+    """Each row follows its own law, also where known and unknown contexts stand side by side."""
+    cases = [(history, law) for order, history, law in CASES.values() if order == 3]
+    history_PH = torch.tensor([history for history, _ in cases]).repeat(DRAWS // 4, 1)
+    tokens = sampler_of().draw_tokens(history_PH, generator(1)).view(-1, len(cases))
+    for column, (_, law) in enumerate(cases):
+        for token, count in enumerate(torch.bincount(tokens[:, column], minlength=5).tolist()):
+            assert agree(count, float(law[token]), DRAWS // 4)
+
+
+def test_chunks_follow_the_product_of_the_laws():
+    """Bigram chunks of two after "a": P(x) P(y | x), and padding for sure after EOS."""
+    after = {A: AFTER_A, B: AFTER_B, C: AFTER_C, PAD: ANY, EOS: torch.eye(5)[PAD]}
+    law = {(x, y): float(AFTER_A[x] * after[x][y]) for x, y in product(range(5), repeat=2)}
+    assert sum(law.values()) == pytest.approx(1)
+    block = block_of([[B, A, A, A]], [[B, A, A, A]], [[0, 1]])
+    sampler = sampler_of(order=2, chunk_size=2)
+    draws = sampler.draw_next_chunks(block, torch.tensor([[True]]), DRAWS, generator())
+    assert draws.shape == (DRAWS, 1, 2)
+    counts = torch.bincount(draws[:, 0, 0] * 5 + draws[:, 0, 1], minlength=25).view(5, 5)
+    for (x, y), probability in law.items():
+        assert agree(int(counts[x, y]), probability, DRAWS), (x, y)
+
+
+def test_after_the_end_there_is_only_padding():
+    block = block_of([[A, B, A, C, A, A, A, A]], [[A, B, A, C, A, A, A, A]], [[0, 1]])
+    draws = sampler_of().draw_next_chunks(block, torch.tensor([[True]]), 2000, generator())[:, 0]
+    after = (draws == EOS).long().cumsum(-1) - (draws == EOS).long() > 0
+    assert after.sum() > 1000 and (draws[after] == PAD).all()
+    assert (draws[~after] != PAD).sum() > 1000
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 6, 11])
+def test_histories_stay_in_the_document(order):
+    """Padding and other documents are no context; a block's edge is one."""
+    X = IGNORED_LABEL
+    block = block_of(
+        [
+            [0, 0, 0, 5, 6, 7, 8, 9, 10, 1, 0, 0, 0, 0, 11, 12, 13, 14, 1, 0],
+            [5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 1, 0, 0, 0, 0, 0, 0, 0],
+        ],
+        [
+            [X, X, X, 5, 6, 7, 8, 9, 10, 1, X, X, X, X, 11, 12, 13, 14, 1, X],
+            [5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 1, X, X, X, X, X, X, X],
+        ],
+        [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]],
+    )
+    is_target = torch.tensor([[True, True, False, True], [True, True, True, False]])
+    sampler = sampler_of([[5, 6, 7]], order=order, vocab_size=20)
+    seen = []
+
+    def draw_tokens(history_PH, generator):
+        seen.append(history_PH)
+        return torch.full((len(history_PH),), 15)
+
+    sampler.draw_tokens = draw_tokens
+    draws = sampler.draw_next_chunks(block, is_target, 2, generator())
+    assert draws.tolist() == [[[15] * 4] * 6] * 2
+    before = [[5], [5, 6, 7, 8, 9], [11, 12], [5, 6, 7, 8], [5, 6, 7, 8, 9, 5, 6, 7]]
+    before.append([*before[-1], 8, 9, 5, 6])
+    for step, history_PH in enumerate(seen):  # Both draws of all targets; then with the tokens drawn.
+        padded = [[NOTHING] * 11 + history + [15] * step for history in before]
+        expected = [history[len(history) - (order - 1) :] for history in padded]
+        assert history_PH.tolist() == expected * 2
+
+
+def test_packed_documents_are_one_context():
+    """There EOS is a token of the context, so the text before it is never mistaken for the document's."""
+    arrays = make_blocks(
+        [[A, B], [A, B], [A, C]],
+        [0, 1, 2],
+        chunk_size=4,
+        block_size=8,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        layout="packed",
+    )
+    block = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sampler, seen = sampler_of(), []
+    sampler.draw_tokens = lambda history, _: seen.append(history) or torch.zeros(len(history), dtype=torch.long)
+    sampler.draw_next_chunks(block, torch.tensor([[True], [False]]), 1, generator())
+    assert seen[0].tolist() == [[EOS, A]]
+
+
+def test_draws_are_independent_and_repeatable():
+    block = block_of([[A, A, A, A] * 500], [[A, A, A, A] * 500], [list(range(500))])
+    is_target = torch.ones(1, 499, dtype=torch.bool)
+    first = sampler_of().draw_next_chunks(block, is_target, 2, generator(3))
+    assert torch.equal(first, sampler_of().draw_next_chunks(block, is_target, 2, generator(3)))
+    assert not torch.equal(first, sampler_of().draw_next_chunks(block, is_target, 2, generator(4)))
+    same = int((first[0, :, 0] == first[1, :, 0]).sum())
+    assert agree(same, float(AFTER_A.square().sum()), 499)
+
+
+def score(documents, order, text):
+    """Brier means of a model of `documents` on one long text of whole chunks."""
+    block = block_of([text], [text], [list(range(len(text) // 4))])
+    return evaluate_brier(
+        sampler_of(documents, order), [block], eos_token_id=EOS, pad_token_id=PAD, generator=generator()
+    )
+
+
+def test_a_longer_order_predicts_a_cycle_up_to_smoothing():
+    """After "a" comes "a" or "b" alike; the pair before decides, and 1 / (N + 1) is left to smoothing."""
+    cycle = [A, A, B] * 400
+    trigram, bigram = score([cycle], 3, cycle), score([cycle], 2, cycle)
+    assert min(trigram.means) > 0.97 and trigram.brier_lm > 97
+    assert bigram.brier_lm < 60
+    assert score([cycle], 5, cycle).brier_lm > 97
+    # The share of right first tokens is 1 - 1/401 and what the shorter contexts give in its place.
+    history = torch.tensor([[A, A]]).repeat(DRAWS, 1)
+    wrong = int((sampler_of([cycle], 3).draw_tokens(history, generator()) != B).sum())
+    assert 0 < wrong < 2 * DRAWS / 401
+
+
+def test_a_sure_model_of_another_text_has_no_skill():
+    assert score([[A, A, B] * 400], 3, [C, C, B, A] * 100).brier_lm == 0
+
+
+def test_order_longer_than_every_document():
+    """Contexts of a length that never occurs are unknown, no more."""
+    sampler = sampler_of(order=6)
+    tokens = sampler.draw_tokens(torch.tensor([[B, A, B, A, B]]).repeat(DRAWS, 1), generator())
+    assert agree(int((tokens == EOS).sum()), float(AFTER_AB[EOS]), DRAWS)
+
+
+def test_documents_without_a_token():
+    """Only ends: counted as such."""
+    tokens = sampler_of([[], []], order=1).draw_tokens(torch.zeros(DRAWS, 0, dtype=torch.long), generator())
+    assert agree(int((tokens == EOS).sum()), 2 / 3 + 1 / 3 / 5, DRAWS)

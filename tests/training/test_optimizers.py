@@ -1,0 +1,88 @@
+"""Muon against its definition; which parameters go where; schedules; other optimizers by name."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+from torch.testing import assert_close
+
+from calm.errors import InputError
+from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training.recipe import OptimizerSettings
+
+
+def test_muon_steps_along_nearly_orthogonal_matrices():
+    """All singular values of an update lie near 1, whatever those of the gradient are."""
+    layer = nn.Linear(24, 48, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = build_optimizer(layer, OptimizerSettings(learning_rate=0.1))
+    u, _, v = torch.linalg.svd(torch.randn(48, 24), full_matrices=False)
+    layer.weight.grad = u @ torch.diag(torch.logspace(-1, 1, 24)) @ v
+    optimizer.step()
+    # A tall matrix moves by lr · sqrt(rows / columns), in float32.
+    update = (before - layer.weight.detach()) / (0.1 * 2**0.5)
+    singular = torch.linalg.svdvals(update)
+    assert singular.min() > 0.3
+    assert singular.max() < 1.3
+    assert_close(update @ v.T / (update @ v.T).norm(dim=0), u, atol=0.05, rtol=0)
+
+
+def test_muon_is_computed_in_float32_on_a_cpu():
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = build_optimizer(layer, OptimizerSettings())
+    group = optimizer.param_groups[0]
+    (update,) = optimizer._orthogonalize(group, [torch.randn(8, 8)])
+    assert update.dtype == torch.float32
+    # Not float32 numbers that went through bfloat16.
+    assert (update.bfloat16().float() != update).any()
+
+
+def test_who_gets_muon():
+    model = tiny_model()
+    optimizer = build_optimizer(model, OptimizerSettings())
+    muon = {id(p) for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
+    adamw = {id(p) for group in optimizer.param_groups if not group["use_muon"] for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert id(names["backbone.layers.0.self_attn.q_proj.weight"]) in muon
+    assert id(names["projection.expand.weight"]) in muon
+    assert id(names["head.blocks.0.merge.weight"]) in muon
+    for name in ("backbone.embed_tokens.weight", "head.noise_in.weight", "head.out.weight", "head.out.bias"):
+        assert id(names[name]) in adamw
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert muon | adamw == trained
+    assert not muon & adamw
+
+
+def test_adamw_decays_matrices_only():
+    optimizer = build_optimizer(tiny_model(), OptimizerSettings(name="adamw", weight_decay=0.1))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+
+
+def test_other_optimizers_by_name():
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerSettings(name="lion", learning_rate=1e-3))
+    assert type(optimizer).__name__ == "Lion"
+    with pytest.raises(InputError, match="there is no optimizer 'adamm'"):
+        build_optimizer(nn.Linear(2, 2), OptimizerSettings(name="adamm"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0: 0.0, 1: 0.5, 2: 1.0, 9: 1.0}),
+        ("linear", {2: 1.0, 6: 0.5, 9: 0.125}),
+        ("warmup_stable_decay", {1: 0.5, 2: 1.0, 5: 1.0, 6: 1.0, 8: 0.5, 9: 0.25}),
+    ],
+)
+def test_schedules(schedule, expected):
+    settings = OptimizerSettings(name="adamw", learning_rate=1.0, schedule=schedule, warmup_steps=2, decay_fraction=0.4)
+    optimizer = build_optimizer(nn.Linear(2, 2), settings)
+    scheduler = build_scheduler(optimizer, settings, steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    for step, rate in expected.items():
+        assert rates[step] == pytest.approx(rate), f"step {step} of {rates}"
