@@ -32,7 +32,7 @@ _HOMES = {
     "sample_from_pool": "calm.core.temperature",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import docstring_parser
 import jsonargparse
@@ -86,7 +86,7 @@ def prepare(
         options=ReadingOptions(text_field=text_field, separator=separator),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        validation_sources=[validation] if isinstance(validation, str) else validation,
+        validation_sources=[validation] if isinstance(validation, str) else validation or [],
         validation_fraction=validation_fraction,
         seed=seed,
         num_proc=num_proc,
@@ -116,7 +116,7 @@ def evaluate(
     model: str,
     data: list[str],
     context: int = 1024,
-    layout: str = "documents",
+    layout: Literal["documents", "packed"] = "documents",
     max_blocks: int | None = None,
     ngrams: list[int] | int | None = None,
     text_field: str = "text",
@@ -139,13 +139,10 @@ def evaluate(
     from calm.data.prepare import held_out_data
     from calm.data.sources import ReadingOptions
     from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
-    from calm.models.loading import best_device, load_model_and_tokenizer
+    from calm.models.loading import load_model_and_tokenizer
     from calm.report import print_scorecard
 
-    if layout not in ("documents", "packed"):
-        raise InputError(f"layout must be documents or packed, got '{layout}'.")
     network, tokenizer = load_model_and_tokenizer(model)
-    network.to(best_device())
     held_out = held_out_data(data, tokenizer, ReadingOptions(text_field=text_field, separator=separator))
     size = network.config.chunk_size
     blocks = held_out.blocks("validation", chunk_size=size, block_size=context, layout=layout)
@@ -186,7 +183,7 @@ def generate(
         stream: Print the text as it is written.
     """
     from calm.generation import continue_texts
-    from calm.models.loading import best_device, load_model_and_tokenizer
+    from calm.models.loading import load_model_and_tokenizer
 
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
@@ -194,7 +191,7 @@ def generate(
     if stream:
         print(prompt[0], end="", flush=True)
     texts = continue_texts(
-        network.to(best_device()),
+        network,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -235,7 +232,8 @@ def import_published(
             tokens.save_pretrained(folder)
         network.save_pretrained(folder)
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"{out}: {network.config.head.head_type} head, K = {network.config.chunk_size}, {parameters:,} parameters")
+    head, size = network.config.head.head_type, network.config.chunk_size
+    print(f"{out}: {head} head, K = {size}, {parameters:,} parameters")
 
 
 def doctor() -> None:
@@ -292,7 +290,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     for name, function in VERBS.items():
         verb = _Parser(description=_summary(function))
         if function is train:
-            verb.add_argument("--recipe", action="config", help="shipped name or .yaml file; later options win")
+            verb.add_argument(
+                "--recipe", action="config", help="shipped name or .yaml file; later options win"
+            )
             verb.add_class_arguments(Recipe, sub_configs=False)
         _add_parameters(verb, function)
         verbs.add_subcommand(name, verb, help=_summary(function))
@@ -302,7 +302,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> None:
     """Arguments of a verb: the chief ones by position, flags without a value, the rest as options."""
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
-    by_hand = set()
+    by_hand: set[str | int] = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is Recipe:
             by_hand.add(name)
@@ -310,7 +310,7 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
             by_hand.add(name)
         elif name in _POSITIONAL and function is not import_published:
-            several = {"nargs": "+"} if parameter.annotation == list[str] else {}
+            several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             parser.add_argument(name, type=str, help=documented[name], **several)
             by_hand.add(name)
     parser.add_function_arguments(function, skip=by_hand, as_positional=False)

@@ -16,7 +16,7 @@ from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
 from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
-from calm.models.loading import best_device, load_model_and_tokenizer
+from calm.models.loading import load_model_and_tokenizer
 from calm.report import Sample, print_scorecard, read_history, write_report
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
@@ -55,7 +55,6 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
     folder = train(recipe, output, overwrite=overwrite)
     say("scoring held-out stories")
     model, tokenizer = load_model_and_tokenizer(str(folder))
-    model.to(best_device())
     data = load_prepared(output / "data")
     size = model.config.chunk_size
     blocks = data.blocks("validation", chunk_size=size, block_size=recipe.data.context, seed=recipe.seed)
@@ -100,4 +99,3 @@ def write_samples(
         Sample(prompt, continuation, text[len(prompt) :])
         for prompt, continuation, text in zip(prompts, continuations, texts, strict=True)
     ]
-

@@ -34,7 +34,8 @@ def _device(device: torch.device) -> str:
         return "cpu: no accelerator that torch can use"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"cuda: {torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB each"
+        memory = properties.total_memory / 2**30
+        return f"cuda: {torch.cuda.device_count()} x {properties.name}, {memory:.0f} GiB each"
     return f"{device.type}: found by torch.accelerator"
 
 

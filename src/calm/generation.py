@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from calm.errors import InputError
@@ -51,5 +50,3 @@ def continue_texts(
         raise InputError(str(error)) from error
     new_tokens = output[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-
-

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,12 @@ def print_scorecard(card: Scorecard) -> None:
 
 
 def write_report(
-    path: Path, title: str, card: Scorecard, history: dict[str, list[dict[str, Any]]], samples: Sequence[Sample], recipe: str
+    path: Path,
+    title: str,
+    card: Scorecard,
+    history: dict[str, list[dict[str, Any]]],
+    samples: Sequence[Sample],
+    recipe: str,
 ) -> None:
     """Write the HTML report; plots are inside it as images.
 
@@ -74,28 +80,21 @@ def write_report(
         f"<p class=truth>in the corpus: …{html.escape(s.truth)}</p></article>"
         for s in samples
     )
-    path.write_text(
-        f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-<h1>{html.escape(title)}</h1>
-<h2>Held-out text</h2>
-<p>The autoencoder gives back {rec.token_accuracy:.3%} of tokens and {rec.chunk_accuracy:.3%} of chunks;
-from a draw of its posterior (standard deviation {rec.posterior_std:.2f}), {rec.token_accuracy_noisy:.3%} of tokens.</p>
-<table><caption>{html.escape(_caption(card.brier))}</caption>
-<tr><th></th>{"".join(f"<th>{column}</th>" for column in _COLUMNS)}</tr>{rows}</table>
-<h2>Training</h2>
-<img alt="training curves" src="data:image/png;base64,{base64.b64encode(_plot(history, card)).decode()}">
-<h2>What it writes</h2>
-<p>Continuations (plain) of held-out beginnings (bold).</p>
-{written}
-<h2>Recipe</h2>
-<pre>{html.escape(recipe)}</pre>
-</html>
-""",
-        encoding="utf-8",
+    page = _PAGE.substitute(
+        title=html.escape(title),
+        style=_STYLE,
+        tokens=f"{rec.token_accuracy:.3%}",
+        chunks=f"{rec.chunk_accuracy:.3%}",
+        noisy=f"{rec.token_accuracy_noisy:.3%}",
+        std=f"{rec.posterior_std:.2f}",
+        caption=html.escape(_caption(card.brier)),
+        columns="".join(f"<th>{column}</th>" for column in _COLUMNS),
+        rows=rows,
+        plot=base64.b64encode(_plot(history, card)).decode(),
+        written=written,
+        recipe=html.escape(recipe),
     )
+    path.write_text(page, encoding="utf-8")
 
 
 def read_history(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -104,12 +103,36 @@ def read_history(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 _COLUMNS = ("BrierLM", *(f"Brier-{n}" for n in range(1, NUM_ORDERS + 1)))
+_PAGE = string.Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>$style</style>
+<h1>$title</h1>
+<h2>Held-out text</h2>
+<p>The autoencoder gives back $tokens of tokens and $chunks of chunks;
+from a draw of its posterior (standard deviation $std), $noisy of tokens.</p>
+<table><caption>$caption</caption>
+<tr><th></th>$columns</tr>
+$rows
+</table>
+<h2>Training</h2>
+<img alt="training curves" src="data:image/png;base64,$plot">
+<h2>What it writes</h2>
+<p>Continuations (plain) of held-out beginnings (bold).</p>
+$written
+<h2>Recipe</h2>
+<pre>$recipe</pre>
+</html>
+""")
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222; background: #fff }
 table { border-collapse: collapse } caption { text-align: left; color: #555; padding-bottom: .4rem }
-th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd } tr th:first-child { text-align: left }
+th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
+tr th:first-child { text-align: left }
 img { max-width: 100% } article { border-left: 3px solid #4269d0; padding-left: 1rem; margin: 1rem 0 }
-.truth { color: #777; font-size: .9em } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85em }
+.truth { color: #777; font-size: .9em }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85em }
 """
 
 
@@ -134,13 +157,13 @@ def _plot(history: dict[str, list[dict[str, Any]]], card: Scorecard) -> bytes:
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    panels = [
+    exact = {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"}
+    panels: list[tuple[Any, str, dict[str, str], str, dict[str, BrierResult]]] = [
         (axes[0][0], "autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
-        (axes[0][1], "autoencoder", {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"},
-         "autoencoder: given back exactly (%)", {}),
+        (axes[0][1], "autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
         (axes[1][0], "language_model", {"loss": "training"}, "language model: energy loss", {}),
-        (axes[1][1], "language_model", {"eval_brier_lm": "CALM"}, "language model: BrierLM (held-out)", card.floors),
-    ]  # fmt: skip
+        (axes[1][1], "language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
+    ]
     for axis, stage, lines, label, floors in panels:
         for key, name in lines.items():
             points = [(entry["step"], entry[key]) for entry in history.get(stage, []) if key in entry]

@@ -22,7 +22,9 @@ def test_literal_values():
 
 
 def test_prefixes_need_all_tokens_before():
-    assert matching_prefixes(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9, 3]])).tolist() == [[True, False, False]]
+    assert matching_prefixes(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9, 3]])).tolist() == [
+        [True, False, False]
+    ]
 
 
 def test_expectation_is_the_brier_score():

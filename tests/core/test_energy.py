@@ -74,7 +74,9 @@ def test_float32_inside_autocast():
 @pytest.mark.parametrize(("size", "tolerance"), [(8, 3e-2), (32, 3e-3), (128, 1e-3)])
 def test_expected_distance_against_monte_carlo(alpha, size, tolerance):
     generator = torch.Generator().manual_seed(size)
-    law = DiagonalGaussian(torch.randn(4, size, generator=generator), 0.5 * torch.randn(4, size, generator=generator))
+    law = DiagonalGaussian(
+        torch.randn(4, size, generator=generator), 0.5 * torch.randn(4, size, generator=generator)
+    )
     points = law.mean + torch.randn(3, 4, size, generator=generator)
     draws = law.sample(20_000, generator).unsqueeze(1)
     distances = (points - draws).norm(dim=-1).double() ** alpha

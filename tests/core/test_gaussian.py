@@ -26,4 +26,6 @@ def test_samples_have_mean_and_deviation_and_follow_the_generator():
     draws = law.sample(100_000, torch.Generator().manual_seed(0))
     assert_close(draws.mean(0), law.mean, atol=0.02, rtol=0)
     assert_close(draws.std(0), law.std, atol=0.02, rtol=0)
-    assert (law.sample(3, torch.Generator().manual_seed(1)) == law.sample(3, torch.Generator().manual_seed(1))).all()
+    assert (
+        law.sample(3, torch.Generator().manual_seed(1)) == law.sample(3, torch.Generator().manual_seed(1))
+    ).all()

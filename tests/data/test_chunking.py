@@ -127,7 +127,11 @@ def test_without_padding_the_documents_come_back(documents, layout, chunk_size, 
 
 
 @quick
-@given(documents=st.lists(st.lists(st.integers(2, 9), max_size=13), min_size=1, max_size=7), layout=layouts, **sizes)
+@given(
+    documents=st.lists(st.lists(st.integers(2, 9), max_size=13), min_size=1, max_size=7),
+    layout=layouts,
+    **sizes,
+)
 def test_labels_are_ignored_exactly_on_padding(documents, layout, chunk_size, chunks, seed):
     """Documents here do not hold the padding id, so it shows where padding is."""
     blocks = blocks_of(

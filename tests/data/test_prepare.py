@@ -87,7 +87,12 @@ def test_no_side_is_empty(fraction, held_out, source, tmp_path):
 def test_what_is_in_the_folder(source, tmp_path):
     data = prepare_here(source, tmp_path / "deep" / "out")
     folder = tmp_path / "deep" / "out"
-    assert sorted(path.name for path in folder.iterdir()) == ["prepared.json", "tokenizer", "train", "validation"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "prepared.json",
+        "tokenizer",
+        "train",
+        "validation",
+    ]
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
     assert is_prepared(folder) and not is_prepared(tmp_path)
     info = json.loads((folder / "prepared.json").read_text())
@@ -198,7 +203,7 @@ def test_the_folder_one_stands_in_is_refused(source, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(InputError, match="output"):
-        prepare_here(source, Path("."))
+        prepare_here(source, Path())
 
 
 def test_an_empty_folder_may_be_the_output(source, tmp_path):
@@ -221,11 +226,13 @@ def test_overwrite_replaces_the_whole_folder(source, tmp_path):
 def test_a_wrong_folder_is_not_loaded(tmp_path):
     (tmp_path / "some.txt").write_text("text")
     for path in (tmp_path, tmp_path / "none", tmp_path / "some.txt"):
-        with pytest.raises(InputError, match="is not a prepared folder .*run `calm prepare` first"):
+        with pytest.raises(InputError, match=r"is not a prepared folder .*run `calm prepare` first"):
             load_prepared(path)
 
 
-@pytest.mark.parametrize("lost", ["train/dataset_info.json", "validation/state.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "lost", ["train/dataset_info.json", "validation/state.json", "tokenizer/tokenizer.json"]
+)
 def test_a_damaged_folder_is_not_loaded(lost, source, tmp_path):
     prepare_here(source, tmp_path / "out")
     (tmp_path / "out" / lost).unlink()

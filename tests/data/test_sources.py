@@ -62,7 +62,9 @@ def write(tmp_path):
 @pytest.fixture
 def load(tmp_path):
     def load(*sources, options=DASHES):
-        dataset = load_documents([str(source) for source in sources], options, cache_dir=str(tmp_path / "cache"))
+        dataset = load_documents(
+            [str(source) for source in sources], options, cache_dir=str(tmp_path / "cache")
+        )
         assert dataset.column_names == ["text"]
         return list(dataset["text"])
 
@@ -108,7 +110,10 @@ def test_a_changed_file_is_read_again(write, load):
 
 def test_other_field(write, load):
     options = ReadingOptions(text_field="story")
-    jsonl, parquet = write("a.jsonl", as_jsonl(["a"], "story")), write("b.parquet", as_parquet(["b"], "story"))
+    jsonl, parquet = (
+        write("a.jsonl", as_jsonl(["a"], "story")),
+        write("b.parquet", as_parquet(["b"], "story")),
+    )
     assert load(jsonl, parquet, options=options) == ["a", "b"]
 
 
@@ -134,7 +139,10 @@ def test_blank_lines_and_documents_of_json_lines_are_dropped(write):
 
 
 def test_nulls_and_blanks_of_parquet_are_dropped(write):
-    assert list(read_documents(write("a.parquet", as_parquet(["a", None, " ", "", "b"])), PLAIN)) == ["a", "b"]
+    assert list(read_documents(write("a.parquet", as_parquet(["a", None, " ", "", "b"])), PLAIN)) == [
+        "a",
+        "b",
+    ]
 
 
 @pytest.mark.parametrize(("name", "data"), [("a.txt", b"a"), ("a.jsonl", b'{"text": "a"}')])
@@ -184,7 +192,7 @@ def test_missing_file(load, tmp_path):
 @pytest.mark.parametrize("data", [b"", b" \n\n"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_empty_file(name, data, write, load):
-    with pytest.raises(InputError, match="no text in .*a"):
+    with pytest.raises(InputError, match=r"no text in .*a\."):
         load(write(name, data))
 
 
@@ -212,11 +220,13 @@ def test_not_utf_8(packing, write, load):
 
 
 def test_utf_16(write):
-    with pytest.raises(InputError, match="is not UTF-8 .line 1"):
+    with pytest.raises(InputError, match=r"is not UTF-8 \(line 1"):
         list(read_documents(write("a.txt", "one\n".encode("utf-16")), PLAIN))
 
 
-@pytest.mark.parametrize("record", ['{"texts": "a"}', '{"text": 3}', '{"text": null}', '["text"]', '"text"', "{}"])
+@pytest.mark.parametrize(
+    "record", ['{"texts": "a"}', '{"text": 3}', '{"text": null}', '["text"]', '"text"', "{}"]
+)
 def test_json_line_without_text(record, write, load):
     path = write("a.jsonl", f'{{"text": "a"}}\n\n{record}\n'.encode())
     with pytest.raises(InputError, match=r"a\.jsonl', line 3, has no text in a field 'text'"):
@@ -255,7 +265,9 @@ def test_parquet_with_a_column_that_is_no_text(column, write, load):
 def test_a_hub_name_without_network_is_one_sentence(name, load, offline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with pytest.raises(InputError, match=f"'{name}' is neither a file or folder here nor a dataset") as caught:
+    with pytest.raises(
+        InputError, match=f"'{name}' is neither a file or folder here nor a dataset"
+    ) as caught:
         load(name)
     assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)

@@ -82,14 +82,26 @@ def test_stream_writes_the_same_text(room, capsys):
 
 
 def test_evaluate_with_floors(room, capsys):
-    main(["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64", "--ngrams", "[2,3]"])
+    main(
+        ["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64", "--ngrams", "[2,3]"]
+    )
     out = capsys.readouterr().out
     for word in ("reconstruction", "2-gram", "3-gram", "CALM", "Brier-4", "blocks of 64 tokens"):
         assert word in out
 
 
 def test_evaluate_text_files(room, capsys):
-    main(["evaluate", str(room / "run/model"), str(room / "text.jsonl"), "--context", "64", "--max_blocks", "3"])
+    main(
+        [
+            "evaluate",
+            str(room / "run/model"),
+            str(room / "text.jsonl"),
+            "--context",
+            "64",
+            "--max_blocks",
+            "3",
+        ]
+    )
     assert "CALM" in capsys.readouterr().out
 
 
@@ -103,8 +115,9 @@ def test_prepare_then_train_from_the_prepared_folder(room, tmp_path, capsys):
 
 
 def test_five_lines_of_python(room):
-    from calm import CalmForCausalLM
     from transformers import AutoTokenizer
+
+    from calm import CalmForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(room / "run/model")
     model = CalmForCausalLM.from_pretrained(room / "run/model")
@@ -128,14 +141,23 @@ def test_import(tmp_path, capsys):
           "--out", str(tmp_path / "out")])  # fmt: skip
     assert "energy head, K = 4" in capsys.readouterr().out
     assert "is not empty" in failure(
-        capsys, "import", "--autoencoder", case / "autoencoder", "--model", case / "calm", "--out", tmp_path / "out"
+        capsys,
+        "import",
+        "--autoencoder",
+        case / "autoencoder",
+        "--model",
+        case / "calm",
+        "--out",
+        tmp_path / "out",
     )
 
 
 def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
     k4, k2 = FIXTURES / "energy_k4", FIXTURES / "energy_k2_gqa"
     out = tmp_path / "out"
-    message = failure(capsys, "import", "--autoencoder", k2 / "autoencoder", "--model", k4 / "calm", "--out", out)
+    message = failure(
+        capsys, "import", "--autoencoder", k2 / "autoencoder", "--model", k4 / "calm", "--out", out
+    )
     assert "the autoencoder has 2 tokens per chunk and the language model 4" in message
     shutil.copytree(k4, tmp_path / "torn")
     weights = tmp_path / "torn/calm/pytorch_model.bin"
@@ -195,7 +217,9 @@ def test_bad_recipes(room, tmp_path, capsys):
     assert "there is no recipe 'demoo'" in train("--recipe", "demoo")
     assert "data.context" in train("--data.context", "many")
     assert "multiple of the chunk size 4" in train("--data.context", "30")
-    assert "num_encoder_layers must be even" in train("--recipe", room / "toy.yaml", "--autoencoder.num_encoder_layers", 3)
+    assert "num_encoder_layers must be even" in train(
+        "--recipe", room / "toy.yaml", "--autoencoder.num_encoder_layers", 3
+    )
     assert not (tmp_path / "out/model").exists()
 
 
@@ -212,7 +236,15 @@ def test_bad_head_or_model_is_told_before_anything_is_trained(room, tmp_path, ca
 
 def test_nothing_is_overwritten_without_the_flag(room, capsys):
     before = (room / "run/model/model.safetensors").read_bytes()
-    arguments = ["train", "--recipe", room / "toy.yaml", "--data.sources", room / "text.jsonl", "--output", room / "run"]
+    arguments = [
+        "train",
+        "--recipe",
+        room / "toy.yaml",
+        "--data.sources",
+        room / "text.jsonl",
+        "--output",
+        room / "run",
+    ]
     assert "is not empty" in failure(capsys, *arguments)
     assert "is not empty" in failure(capsys, "prepare", room / "text.jsonl", "--output", room / "run")
     assert (room / "run/model/model.safetensors").read_bytes() == before
@@ -268,7 +300,7 @@ def test_help_is_quick_and_needs_no_torch():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     # Generous: the point is that torch alone would take longer on a loaded machine.
     assert time.monotonic() - start < 5
-    assert out.endswith("False False\n") or "torch" in sys.modules and out.endswith("False False\n")
+    assert out.endswith("False False\n")
 
 
 def test_a_mistake_shows_no_traceback(tmp_path):
@@ -283,6 +315,8 @@ def test_same_seed_same_model(room, tmp_path):
     """Two runs of one recipe end in the same weights."""
     main(["train", "--recipe", str(room / "toy.yaml"), "--data.sources", str(room / "text.jsonl"),
           "--output", str(tmp_path / "again")])  # fmt: skip
-    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (room / "run", tmp_path / "again")]
+    weights = [
+        (folder / "model/model.safetensors").read_bytes() for folder in (room / "run", tmp_path / "again")
+    ]
     assert weights[0] == weights[1]
     assert torch.get_num_threads() == 1

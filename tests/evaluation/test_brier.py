@@ -15,7 +15,7 @@ PAD, EOS = 0, 1
 
 
 class Sampler:
-    """A `ChunkSampler` made of a function of (true next chunks (P, K), chunks before them (P, K), generator)."""
+    """A `ChunkSampler` made of a function of (next chunks (P, K), chunks before (P, K), generator)."""
 
     def __init__(self, draw, chunk_size=4):
         self.draw, self.chunk_size, self.calls = draw, chunk_size, []
@@ -162,7 +162,7 @@ def test_every_id_that_ends_a_text_counts():
 
 
 def test_batching_of_blocks_does_not_change_the_result():
-    """For a sampler without randomness: here one that repeats the chunk before, with the last token changed."""
+    """For a sampler without randomness: here one that repeats the chunk before, but for its last token."""
     blocks = stories_in_blocks()
     sampler = Sampler(lambda target, before, _: torch.cat([before[:, :3], before[:, 3:] % 3 + 2], dim=-1))
     num = len(blocks)
@@ -182,7 +182,9 @@ def test_a_batch_without_targets_is_passed_by():
         "position_ids": torch.tensor([[0, 0]]),
     }
     block = block_of([5, 6, 7, 8] * 2)
-    assert evaluate(Sampler(perfect), empty, block, empty) == evaluate(Sampler(perfect), block)
+    sampler = Sampler(perfect)
+    assert evaluate(sampler, empty, block, empty) == evaluate(Sampler(perfect), block)
+    assert len(sampler.calls) == 1
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])

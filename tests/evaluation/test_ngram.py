@@ -16,7 +16,8 @@ NOTHING, UNKNOWN = -1, PAD  # The text never holds the padding id, so a context 
 DOCUMENTS = [[A, B], [A, B], [A, C], [B]]
 DRAWS = 40_000
 
-# P = trust * counted share + (1 - trust) * law of the shorter context; trust = N / (N + D), order: $ a b c pad.
+# P = trust * counted share + (1 - trust) * law of the shorter context; trust = N / (N + D).
+# Probabilities are of $ a b c pad, in this order.
 UNIFORM = torch.full((5,), 1 / 5, dtype=torch.float64)
 ANY = 11 / 15 * torch.tensor([4, 3, 3, 1, 0], dtype=torch.float64) / 11 + 4 / 15 * UNIFORM
 AFTER_A = 3 / 5 * torch.tensor([0, 0, 2, 1, 0], dtype=torch.float64) / 3 + 2 / 5 * ANY  # b twice, c once.
@@ -84,6 +85,13 @@ def test_draws_follow_the_law(order, history, law):
     tokens = sampler_of(order=order).draw_tokens(history_PH, generator())
     for token, count in enumerate(torch.bincount(tokens, minlength=5).tolist()):
         assert agree(count, float(law[token]), DRAWS), (token, count / DRAWS, float(law[token]))
+
+
+def test_nothing_is_not_the_last_token_of_the_vocabulary():
+    """A token id of -1 must not slip into the packed key of another context."""
+    sampler = sampler_of([[B, A]] * 40, order=3, vocab_size=3)
+    tokens = sampler.draw_tokens(torch.tensor([[NOTHING, B]]).repeat(DRAWS, 1), generator())
+    assert agree(int((tokens == A).sum()), 40 / 41 + 1 / 41 / 3, DRAWS)
 
 
 def test_contexts_in_one_batch_do_not_mix():
@@ -165,7 +173,9 @@ def test_packed_documents_are_one_context():
     )
     block = {name: torch.from_numpy(array) for name, array in arrays.items()}
     sampler, seen = sampler_of(), []
-    sampler.draw_tokens = lambda history, _: seen.append(history) or torch.zeros(len(history), dtype=torch.long)
+    sampler.draw_tokens = lambda history, _: (
+        seen.append(history) or torch.zeros(len(history), dtype=torch.long)
+    )
     sampler.draw_next_chunks(block, torch.tensor([[True], [False]]), 1, generator())
     assert seen[0].tolist() == [[EOS, A]]
 

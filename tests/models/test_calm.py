@@ -46,7 +46,9 @@ def test_save_and_load_give_the_same_model(model, tmp_path):
     assert (loaded.hidden_states_of_chunks(ids) == model.hidden_states_of_chunks(ids)).all()
     losses = [m(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss for m in (loaded, model)]
     assert losses[0] == losses[1]
-    assert all((a == b).all() for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        (a == b).all() for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_import_calm_is_enough_for_the_auto_classes(model, tmp_path):
@@ -98,9 +100,7 @@ def test_only_targets_carry_loss(model):
     expected = model.head.loss(
         hidden[0, [0, 2]], model.autoencoder.encode(chunks[[1, 3]]), torch.Generator().manual_seed(3)
     )
-    loss = model(
-        ids, labels=labels, position_ids=positions, generator=torch.Generator().manual_seed(3)
-    ).loss
+    loss = model(ids, labels=labels, position_ids=positions, generator=torch.Generator().manual_seed(3)).loss
     assert_close(loss, expected.mean())
     scaled = model(
         ids,

@@ -43,7 +43,9 @@ def test_round_trip(tmp_path):
     config = tiny_config(2)
     config.save_pretrained(tmp_path)
     loaded = CalmConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == config.to_dict() | {"transformers_version": loaded.to_dict()["transformers_version"]}
+    assert loaded.to_dict() == config.to_dict() | {
+        "transformers_version": loaded.to_dict()["transformers_version"]
+    }
     assert (loaded.chunk_size, loaded.latent_size, loaded.hidden_size) == (2, 8, 32)
 
 

@@ -75,7 +75,10 @@ def test_energy_loss_and_gradients(case):
     assert_close(loss, expected["calm.train.loss"], rtol=1e-5, atol=0)
     loss.backward()
     assert_close(
-        model.projection.expand.weight.grad, expected["calm.train.grad.embed_proj.0.weight"], rtol=1e-4, atol=1e-6
+        model.projection.expand.weight.grad,
+        expected["calm.train.grad.embed_proj.0.weight"],
+        rtol=1e-4,
+        atol=1e-6,
     )
     assert_close(model.head.out.weight.grad, expected["calm.train.grad.head_last"], rtol=1e-4, atol=1e-5)
 

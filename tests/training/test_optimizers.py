@@ -76,7 +76,9 @@ def test_other_optimizers_by_name():
     ],
 )
 def test_schedules(schedule, expected):
-    settings = OptimizerSettings(name="adamw", learning_rate=1.0, schedule=schedule, warmup_steps=2, decay_fraction=0.4)
+    settings = OptimizerSettings(
+        name="adamw", learning_rate=1.0, schedule=schedule, warmup_steps=2, decay_fraction=0.4
+    )
     optimizer = build_optimizer(nn.Linear(2, 2), settings)
     scheduler = build_scheduler(optimizer, settings, steps=10)
     rates = []

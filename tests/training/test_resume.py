@@ -34,7 +34,9 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
     return Recipe(
         seed=3,
         data=DataSettings(sources=str(text), vocab_size=300, context=32, validation_fraction=0.2, num_proc=1),
-        autoencoder=AutoencoderSettings(latent_size=8, hidden_size=16, intermediate_size=24, training=training),
+        autoencoder=AutoencoderSettings(
+            latent_size=8, hidden_size=16, intermediate_size=24, training=training
+        ),
         language_model=LanguageModelSettings(
             hidden_size=16,
             intermediate_size=24,
@@ -77,7 +79,9 @@ def interrupt(monkeypatch, stage: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize(("stage", "step"), [("autoencoder", 5), ("language_model", 2), ("language_model", 7)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("autoencoder", 5), ("language_model", 2), ("language_model", 7)]
+)
 def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, stage, step):
     recipe = toy_recipe(text, optimizer)
     whole = stages.train(recipe, tmp_path / "whole")
@@ -91,7 +95,11 @@ def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, st
     assert all((first[name] == second[name]).all() for name in first)
     histories = [json.loads((run / "history.json").read_text()) for run in (whole.parent, resumed.parent)]
     scores = [
-        [(entry["step"], entry["eval_brier_1"]) for entry in history["language_model"] if "eval_brier_1" in entry]
+        [
+            (entry["step"], entry["eval_brier_1"])
+            for entry in history["language_model"]
+            if "eval_brier_1" in entry
+        ]
         for history in histories
     ]
     assert scores[0] == scores[1]
@@ -115,7 +123,9 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(text, tmp_path, monkeypa
         patch.setattr(ChunkTrainer, "_save_rng_state", torn)
         with pytest.raises(KeyboardInterrupt):
             stages.train(recipe, tmp_path / "torn")
-    checkpoints = sorted(path.name for path in (tmp_path / "torn/checkpoints/autoencoder").glob("checkpoint-*"))
+    checkpoints = sorted(
+        path.name for path in (tmp_path / "torn/checkpoints/autoencoder").glob("checkpoint-*")
+    )
     assert checkpoints == ["checkpoint-3", "checkpoint-6"]
     resumed = stages.train(recipe, tmp_path / "torn", resume=True)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))

@@ -41,9 +41,7 @@ def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> T
         return 2 * attraction_P - _mean_distance_between(draws_NPZ.float(), alpha)
 
 
-def energy_loss_to_gaussian(
-    draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, alpha: float = 1.0
-) -> Tensor:
+def energy_loss_to_gaussian(draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, alpha: float = 1.0) -> Tensor:
     """Energy loss with the posterior draws integrated out (M = infinity), shape (P,).
 
     Args:
@@ -61,9 +59,7 @@ def energy_loss_to_gaussian(
         return 2 * attraction_P - _mean_distance_between(x_NPZ, alpha)
 
 
-def expected_distance(
-    points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: float = 1.0
-) -> Tensor:
+def expected_distance(points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: float = 1.0) -> Tensor:
     """E|x - y|^alpha over y ~ N(mu, diag v), to second order, shape (N, P).
 
     With Q = |x - y|^2: E Q = S = |x - mu|^2 + sum v, Var Q = 2 sum v^2 + 4 sum v (x - mu)^2, and the

@@ -54,9 +54,7 @@ def sample_from_pool(
     log_weight_RN = _log_binomial(count_RN, size_R1)
     weight_RN = torch.where(is_first_RN & (count_RN >= size_R1), log_weight_RN, -torch.inf)
     cumulative_RN = (weight_RN - weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
-    uniform_R1 = torch.rand(
-        (num_rows, 1), generator=generator, device=pool_NRK.device, dtype=torch.float64
-    )
+    uniform_R1 = torch.rand((num_rows, 1), generator=generator, device=pool_NRK.device, dtype=torch.float64)
     threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
     chosen_R1 = torch.searchsorted(cumulative_RN, threshold_R1, right=True).clamp_max(num_draws - 1)
     return pool_NRK[chosen_R1.squeeze(-1), torch.arange(num_rows, device=pool_NRK.device)]

@@ -1,0 +1,1 @@
+"""Text -> tokens -> chunks, and the embedded corpus."""

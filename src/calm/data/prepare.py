@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -88,7 +90,7 @@ def prepare(
     options: ReadingOptions | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
-    validation_sources: list[str] | None = None,
+    validation_sources: Sequence[str] = (),
     validation_fraction: float = 0.02,
     seed: int = 0,
     num_proc: int | None = None,
@@ -104,7 +106,7 @@ def prepare(
         options: How documents are found in the sources.
         tokenizer: Folder, file or hub name of a tokenizer; None trains a BPE on the training split.
         vocab_size: Size of a trained vocabulary.
-        validation_sources: Where held-out documents come from; None splits `sources`.
+        validation_sources: Where held-out documents come from; none splits `sources`.
         validation_fraction: Share of documents held out where `sources` is split.
         seed: Changes which documents are held out.
         num_proc: Processes; all cores when None.
@@ -116,14 +118,13 @@ def prepare(
     options = options or ReadingOptions()
     num_proc = num_proc or os.cpu_count() or 1
     with written_whole(output, overwrite) as folder:
-        read = partial(
-            load_documents, options=options, cache_dir=str(folder / "cache"), num_proc=num_proc
-        )
+        read = partial(load_documents, options=options, cache_dir=str(folder / "cache"), num_proc=num_proc)
         documents = read(sources)
         if validation_sources:
-            splits = {"train": documents, "validation": read(validation_sources)}
+            splits = {"train": documents, "validation": read(list(validation_sources))}
         else:
             splits = _split(documents, validation_fraction, seed, sources)
+        tokens: PreTrainedTokenizerBase
         if tokenizer is None:
             texts = splits["train"].select(range(min(_DOCUMENTS_FOR_TOKENIZER, len(splits["train"]))))
             tokens = train_tokenizer((row["text"] for row in texts), vocab_size)
@@ -239,5 +240,5 @@ def _tokenize_batch(
     return {"input_ids": tokenize(tokenizer, batch["text"])}
 
 
-def _blocks_of_batch(batch: dict, indices: list[int], **settings: object) -> dict[str, np.ndarray]:
+def _blocks_of_batch(batch: dict, indices: list[int], **settings: Any) -> dict[str, np.ndarray]:
     return make_blocks(batch["input_ids"], indices, **settings)

@@ -100,7 +100,9 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
                 yield document
     # Each decompressor has its own exception; zstandard's derives from Exception directly.
     except (OSError, EOFError, LZMAError, zlib.error, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot read '{path}': it is damaged or not what its name says ({error}).") from error
+        raise InputError(
+            f"cannot read '{path}': it is damaged or not what its name says ({error})."
+        ) from error
     except Exception as error:
         if type(error).__name__ == "ZstdError":
             raise InputError(f"cannot read '{path}': it is damaged ({error}).") from error

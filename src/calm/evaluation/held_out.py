@@ -43,7 +43,10 @@ def batches_of(
 
 
 def score_reconstruction(
-    autoencoder: CalmAutoencoder, blocks: datasets.Dataset, num_blocks: int | None = None, seed: int = EVALUATION_SEED
+    autoencoder: CalmAutoencoder,
+    blocks: datasets.Dataset,
+    num_blocks: int | None = None,
+    seed: int = EVALUATION_SEED,
 ) -> ReconstructionResult:
     """Reconstruction of held-out blocks."""
     generator = torch.Generator(autoencoder.device).manual_seed(seed)
@@ -51,14 +54,17 @@ def score_reconstruction(
 
 
 def score_brier(
-    model: CalmForCausalLM, blocks: datasets.Dataset, num_blocks: int | None = None, seed: int = EVALUATION_SEED
+    model: CalmForCausalLM,
+    blocks: datasets.Dataset,
+    num_blocks: int | None = None,
+    seed: int = EVALUATION_SEED,
 ) -> BrierResult:
     """BrierLM on held-out blocks."""
     return evaluate_brier(
         CalmSampler(model),
         batches_of(blocks, num_blocks, model.device),
         eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
+        pad_token_id=model.config.pad_token_id or 0,
         generator=torch.Generator(model.device).manual_seed(seed),
     )
 

@@ -98,6 +98,7 @@ class _Decoder(nn.Module):
 class CalmAutoencoder(PreTrainedModel):
     """Context-free variational autoencoder of chunks, made of MLPs only."""
 
+    config: CalmAutoencoderConfig
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"

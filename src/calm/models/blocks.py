@@ -20,6 +20,10 @@ class SwiGLUBlock(nn.Module):
         return hidden + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weights start at zero (the model's initialisation sees to it)."""
+
+
 class ChunkProjection(nn.Module):
     """The K token embeddings of a chunk -> one input vector of the backbone (paper section 3.4)."""
 

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from calm.core.chunks import find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
-from calm.models.blocks import ChunkProjection
+from calm.models.blocks import ChunkProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
 from calm.models.generation import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, build_head
@@ -40,6 +40,7 @@ class CalmOutput(ModelOutput):
 class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
     """Continuous autoregressive language model with its frozen autoencoder inside."""
 
+    config: CalmConfig
     config_class = CalmConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -53,8 +54,8 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
 
     def __init__(self, config: CalmConfig) -> None:
         super().__init__(config)
-        self.autoencoder = CalmAutoencoder(config.autoencoder_config)
-        self.backbone = LlamaModel(config.backbone_config)
+        self.autoencoder = CalmAutoencoder(config.autoencoder)
+        self.backbone = LlamaModel(config.backbone)
         self.projection = ChunkProjection(config.chunk_size, config.hidden_size, config.layer_norm_eps)
         self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
         self.post_init()
@@ -69,7 +70,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):
+        if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
 
     def _freeze_autoencoder(self) -> None:
@@ -85,9 +86,9 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         """The model's own token embedding (not the autoencoder's)."""
         return self.backbone.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.backbone.embed_tokens = value
+        self.backbone.set_input_embeddings(value)
 
     def forward(
         self,
@@ -136,9 +137,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
             count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
             # An all-padding batch has no target: the loss is zero, not 0 / 0.
             loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
-        return CalmOutput(
-            loss=loss, last_hidden_state=hidden_BCD, past_key_values=outputs.past_key_values
-        )
+        return CalmOutput(loss=loss, last_hidden_state=hidden_BCD, past_key_values=outputs.past_key_values)
 
     def hidden_states_of_chunks(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -172,4 +171,3 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
     def _posterior_of(self, input_ids: Tensor, is_target_BC: Tensor) -> DiagonalGaussian:
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
         return self.autoencoder.encode(chunks_BCK[:, 1:][is_target_BC])
-

@@ -117,26 +117,38 @@ class CalmConfig(PreTrainedConfig):
         return parse_head_config(self.head_config)
 
     @property
+    def autoencoder(self) -> CalmAutoencoderConfig:
+        """The configuration of the autoencoder, always typed."""
+        assert isinstance(self.autoencoder_config, CalmAutoencoderConfig)
+        return self.autoencoder_config
+
+    @property
+    def backbone(self) -> LlamaConfig:
+        """The configuration of the backbone, always typed."""
+        assert isinstance(self.backbone_config, LlamaConfig)
+        return self.backbone_config
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids V."""
-        return self.autoencoder_config.vocab_size
+        return self.autoencoder.vocab_size
 
     @property
     def chunk_size(self) -> int:
         """Tokens per chunk K."""
-        return self.autoencoder_config.chunk_size
+        return self.autoencoder.chunk_size
 
     @property
     def latent_size(self) -> int:
         """Dimensions of a latent Z."""
-        return self.autoencoder_config.latent_size
+        return self.autoencoder.latent_size
 
     @property
     def hidden_size(self) -> int:
         """Width of the backbone D."""
-        return self.backbone_config.hidden_size
+        return self.backbone.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
         """Layers of the backbone."""
-        return self.backbone_config.num_hidden_layers
+        return self.backbone.num_hidden_layers

@@ -55,6 +55,7 @@ class ChunkGenerationMixin:
             num_draws: Pool size N at temperatures below 1.
             seed: Makes the text repeatable; alternative to `generator`.
             generator: Source of randomness on the model's device.
+            **kwargs: Changes of the generation config.
 
         Returns:
             Prompts with their continuations (B, T + new); rows that ended are filled with padding.
@@ -139,7 +140,7 @@ class ChunkGenerationMixin:
         eos_ids = as_id_tensor(config.eos_token_id, prompt_BT.device)
         tokens_BT, mask_BC = align_to_chunks(prompt_BT, mask_BT, size, pad)
         position_BC = (mask_BC.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.config.backbone_config) if config.use_cache is not False else None
+        cache = DynamicCache(config=self.config.backbone) if config.use_cache is not False else None
         done_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
         written: list[Tensor] = []
         fresh_BT = tokens_BT
@@ -205,7 +206,9 @@ def _num_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
     else:
         budget = DEFAULT_MAX_NEW_TOKENS
     if budget < 1:
-        raise ValueError(f"there is no room for new tokens: max_new_tokens is {budget}; it must be at least 1.")
+        raise ValueError(
+            f"there is no room for new tokens: max_new_tokens is {budget}; it must be at least 1."
+        )
     return budget
 
 

@@ -40,10 +40,8 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     return _load(CalmForCausalLM, name, **kwargs)
 
 
-def load_model_and_tokenizer(
-    name: str, **kwargs: Any
-) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
-    """A language model and the tokenizer beside it.
+def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
+    """A language model on the best device of this machine, and the tokenizer beside it.
 
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
@@ -58,6 +56,7 @@ def load_model_and_tokenizer(
             f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
             f"{model.config.vocab_size}; put the model's own tokenizer there."
         )
+    torch.nn.Module.to(model, best_device())
     return model, tokenizer
 
 
@@ -72,14 +71,16 @@ def _model_type(path: Path) -> str:
 
 def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
     try:
-        model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = loaded
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
         where = "is damaged" if Path(name).is_dir() else "is no folder here, and the hub did not give it"
         raise InputError(f"cannot load '{name}': it {where} ({_reason(error)}).") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
-            f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, the first is {missing[0]}."
+            f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}."
         )
     return model.eval()
 

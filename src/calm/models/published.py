@@ -76,7 +76,9 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
         result.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         problem = str(error).strip().splitlines()[1].strip()
-        raise InputError(f"the weights in '{autoencoder}' and '{model}' do not fit their configurations: {problem}") from error
+        raise InputError(
+            f"the weights in '{autoencoder}' and '{model}' do not fit their configurations: {problem}"
+        ) from error
     return result.eval()
 
 
@@ -93,7 +95,9 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
                 f"the autoencoder has {ae[field]} {meaning} and the language model {lm[field]}; "
                 "give the two folders that were released together."
             )
-    special = {name: lm.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    special: dict[str, Any] = {
+        name: lm.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
     theta = lm.get("rope_theta", 10000.0)
     return CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
@@ -121,7 +125,11 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
             "max_position_embeddings": lm["max_position_embeddings"],
             "rms_norm_eps": lm["rms_norm_eps"],
             "attention_bias": lm.get("attention_bias", False),
-            "rope_parameters": {"rope_theta": theta, "rope_type": "default", **(lm.get("rope_scaling") or {})},
+            "rope_parameters": {
+                "rope_theta": theta,
+                "rope_type": "default",
+                **(lm.get("rope_scaling") or {}),
+            },
         },
         head_config={
             "head_type": _HEADS[architecture],

@@ -19,7 +19,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         InputError: If it names no text, or does not make a model.
     """
-    if not recipe.data.sources:
+    if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
     check_block_size(recipe.data.context, recipe.chunk_size)
     language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})

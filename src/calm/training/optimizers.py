@@ -43,7 +43,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     if optimizer_class is torch.optim.AdamW:
         betas = (settings.beta1, settings.beta2)
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True)
-    return optimizer_class(groups, lr=rate, **settings.extra)
+    build: Any = optimizer_class  # Each class has arguments of its own.
+    return build(groups, lr=rate, **settings.extra)
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
@@ -84,7 +85,8 @@ def _muon(model: nn.Module, settings: OptimizerSettings) -> MuonWithAdamW:
     for module in model.modules():
         if isinstance(module, GenerativeHead):
             unsuited |= {id(p) for part in module.boundary_layers() for p in part.parameters()}
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 and id(parameter) not in unsuited

@@ -35,11 +35,16 @@ class DataSettings:
     layout: Literal["documents", "packed"] = "documents"
     num_proc: int | None = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.sources, str):
-            self.sources = [self.sources]
-        if isinstance(self.validation_sources, str):
-            self.validation_sources = [self.validation_sources]
+    @property
+    def source_list(self) -> list[str]:
+        """The sources, always as a list."""
+        return [self.sources] if isinstance(self.sources, str) else self.sources
+
+    @property
+    def validation_source_list(self) -> list[str]:
+        """The held-out sources, always as a list; empty if a part of the sources is held out."""
+        chosen = self.validation_sources or []
+        return [chosen] if isinstance(chosen, str) else chosen
 
 
 @dataclass(kw_only=True)
@@ -193,4 +198,3 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
-

@@ -64,7 +64,11 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
-            return [d for key in sorted(a.keys() | b.keys()) for d in walk(a.get(key), b.get(key), f"{name}.{key}")]
+            return [
+                d
+                for key in sorted(a.keys() | b.keys())
+                for d in walk(a.get(key), b.get(key), f"{name}.{key}")
+            ]
         return [] if a == b else [name.lstrip(".")]
 
     return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")

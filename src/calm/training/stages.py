@@ -63,7 +63,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         _finish(autoencoder, data.tokenizer, output / "autoencoder", recipe)
     if not (output / "model").is_dir():
         autoencoder = load_autoencoder(output / "autoencoder")
-        _finish(_train_language_model(recipe, data, autoencoder, output), data.tokenizer, output / "model", recipe)
+        _finish(
+            _train_language_model(recipe, data, autoencoder, output), data.tokenizer, output / "model", recipe
+        )
     return output / "model"
 
 
@@ -87,17 +89,18 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
 
 def _data_of(recipe: Recipe, output: Path) -> PreparedData:
     settings = recipe.data
-    if len(settings.sources) == 1 and is_prepared(Path(settings.sources[0])):
-        return load_prepared(Path(settings.sources[0]))
+    sources = settings.source_list
+    if len(sources) == 1 and is_prepared(Path(sources[0])):
+        return load_prepared(Path(sources[0]))
     if is_prepared(output / "data"):
         return load_prepared(output / "data")
     return prepare(
-        settings.sources,
+        sources,
         output / "data",
         options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,
-        validation_sources=settings.validation_sources,
+        validation_sources=settings.validation_source_list,
         validation_fraction=settings.validation_fraction,
         seed=recipe.seed,
         num_proc=settings.num_proc,
@@ -140,6 +143,7 @@ def _train_language_model(
     special = special_tokens_of(data.tokenizer)
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
+
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmForCausalLM)
         return score_brier(model, held_out, settings.training.evaluation_blocks).as_metrics()
@@ -174,9 +178,7 @@ def _run_stage(
     path.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
 
 
-def _finish(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe
-) -> None:
+def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -195,4 +197,3 @@ def _check_autoencoder(config: CalmAutoencoderConfig, recipe: Recipe, data: Prep
             f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
             f"autoencoder '{path}'; prepare the text with the autoencoder's tokenizer."
         )
-

@@ -54,6 +54,7 @@ class ChunkTrainer(Trainer):
     ) -> None:
         self.score = score
         self.settings = settings
+        self._network, self._output = model, output
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -70,15 +71,15 @@ class ChunkTrainer(Trainer):
 
     def train_or_resume(self) -> None:
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation."""
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        self.train(resume_from_checkpoint=get_last_checkpoint(self.args.output_dir))
+        self._output.mkdir(parents=True, exist_ok=True)
+        self.train(resume_from_checkpoint=get_last_checkpoint(str(self._output)))
         if not self.settings.evaluate_every:
             self.evaluate()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self.model, self.settings.optimizer)
+            self.optimizer = build_optimizer(model or self._network, self.settings.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -86,20 +87,22 @@ class ChunkTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule that the recipe names."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_scheduler(
-                optimizer or self.optimizer, self.settings.optimizer, num_training_steps
-            )
+            chosen = optimizer or self.create_optimizer()
+            schedule: Any = build_scheduler(chosen, self.settings.optimizer, num_training_steps)
+            self.lr_scheduler = schedule
             self._created_lr_scheduler = True
+        assert self.lr_scheduler is not None
         return self.lr_scheduler
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Score the model on held-out text and log the figures."""
-        was_training = self.model.training
-        self.model.eval()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model, self.eval_dataset).items()}
-        self.model.train(was_training)
+        was_training = self._network.training
+        self._network.eval()
+        scores = self.score(self._network, self.eval_dataset)
+        self._network.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -110,12 +113,9 @@ class ChunkTrainer(Trainer):
         """Target chunks of an optimizer step: the language model's loss is a mean over them."""
         if not self.model_accepts_loss_kwargs or not batch_samples:
             return None
-        size = self.model.config.chunk_size
-        count = sum(
-            find_targets(batch["labels"], batch.get("position_ids"), size).sum() for batch in batch_samples
-        )
-        assert isinstance(count, Tensor)
-        count = count.to(device)
+        size = self._network.config.chunk_size
+        targets = [find_targets(batch["labels"], batch.get("position_ids"), size) for batch in batch_samples]
+        count = torch.stack([is_target.sum() for is_target in targets]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
@@ -152,6 +152,7 @@ def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingA
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_grad_norm=settings.optimizer.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
         logging_steps=settings.log_every,
@@ -175,4 +176,3 @@ def _sync(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-

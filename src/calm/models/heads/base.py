@@ -28,8 +28,8 @@ class HeadConfig:
 class GenerativeHead(nn.Module, abc.ABC):
     """Turns hidden states into draws of the next latent, and knows its own training loss.
 
-    Layers start as normal matrices with zero biases, norms as the identity; a linear layer with the
-    attribute `starts_at_zero` starts with zero weights.
+    Layers start as normal matrices with zero biases, norms as the identity; for a layer that starts
+    with zero weights there is `calm.models.blocks.ZeroLinear`.
     """
 
     @abc.abstractmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
+from calm.models.blocks import ZeroLinear
 from calm.models.heads.base import GenerativeHead, HeadConfig
 
 
@@ -97,8 +98,7 @@ class EnergyHead(GenerativeHead):
         self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.out_hidden = nn.Linear(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, latent_size)
-        self.out.starts_at_zero = True  # All draws start at one point.
+        self.out = ZeroLinear(hidden_size, latent_size)  # All draws start at one point.
 
     def loss(
         self,

@@ -1,0 +1,81 @@
+"""The house rules: imports run one way, files are short, the command line is light."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "calm"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A room may import from rooms of a lower level only; `errors` is open to all but `core`.
+LEVELS = {
+    "errors": 0,
+    "core": 0,
+    "models": 1,
+    "data": 1,
+    "evaluation": 2,
+    "generation": 2,
+    "doctor": 2,
+    "training": 3,
+    "report": 3,
+    "demo": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+MOST_LINES = 400
+# torch and what it needs itself, the standard library, and core.
+ALLOWED_IN_CORE = {"torch", "math", "itertools", "dataclasses", "collections", "calm"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> list[str]:
+    """Names of all modules that a file imports, at any depth, outside `if TYPE_CHECKING`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.append(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return  # The package's public names.
+    for module in imports_of(path):
+        if module == "calm" or not module.startswith("calm."):
+            continue
+        other = module.split(".")[1]
+        allowed = other == room or LEVELS[other] < LEVELS[room]
+        assert allowed and (room, other) != ("core", "errors"), f"{room} must not import {module}"
+
+
+def test_core_is_torch_and_the_standard_library():
+    for path in (SOURCE / "core").glob("*.py"):
+        assert {module.split(".")[0] for module in imports_of(path)} <= ALLOWED_IN_CORE, path
+        assert "nn.Module" not in path.read_text(encoding="utf-8")
+
+
+def test_every_room_has_a_level():
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(LEVELS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_names_that_say_nothing_are_not_used():
+    assert not [path for path in FILES if re.search(r"(utils?|common|misc|helpers?|_v\d)\.py$", path.name)]
