@@ -188,7 +188,7 @@ def test_an_output_that_is_not_empty_is_refused(source, tmp_path):
 
 def test_an_output_that_is_a_file_is_refused(source, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match="is a file; give a folder"):
+    with pytest.raises(InputError, match="cannot be a folder"):
         prepare_here(source, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -47,17 +47,16 @@ def test_stories_of_two_seeds_differ_at_every_number():
 def test_the_corpus_is_pinned():
     """A change of these values is a change of the corpus: all figures in the docs must be made again."""
     assert corpus(0, 10_000)[1] == (
-        "In the town of Coldfield there lived a boy named Tobias. The dusk was rainy, and the sky grew "
-        "dark over Coldfield. Tobias was at the lighthouse with Tom. Then they heard a knock far away, "
-        'and a storm began. "We must go home!" said Tom. But the bridge was gone, and the water was '
-        "rising. They found an old fort and closed the door. Inside it was dark, but Tobias had a round "
-        'wand. Something went knock in the corner. It was only a blue pelican, cold and afraid. "Do not '
-        'be afraid," Tobias said happily to the pelican. At dusk the storm was over, and the sun came '
-        "out. They walked home happily, and the pelican came too. And Tobias never forgot that rainy "
-        "Thursday."
+        "Yusuf was a tired boy who lived near the barn. It was a sunny evening in July. Yusuf was at the "
+        'barn with Tom. Then they heard a creak far away, and a storm began. "We must go home!" said Tom.'
+        " But the bridge was gone, and the water was rising. They found an old library and closed the "
+        "door. Inside it was dark, but Yusuf had an old scarf. Something went creak in the corner. It was"
+        ' only a red bear, cold and afraid. "Do not be afraid," Yusuf said quickly to the bear. At '
+        "evening the storm was over, and the sun came out. Their families were glad to see them, and the "
+        "bear stayed with Yusuf. From that day on, Yusuf and Tom were the best of friends."
     )
     digest = hashlib.sha256("\n".join(corpus(0, 10_000)).encode()).hexdigest()
-    assert digest == "ca93462c348a6637197ea005e2f24ae758e752d1097860d2ca19ff094043caad"
+    assert digest == "0893ab309bb0b68305ea2bffb2fcad625e8c8037de6380832495cd2f92a9dbad"
 
 
 def test_a_few_thousand_distinct_words():

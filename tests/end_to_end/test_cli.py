@@ -294,7 +294,8 @@ def test_bad_generation_options(room, capsys, options, message):
 
 
 def test_help_is_quick_and_needs_no_torch():
-    code = "import sys; sys.argv = ['calm', '--help']; from calm.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['calm', '--help']\nfrom calm.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     start = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -22,7 +22,13 @@ def test_the_list_is_what_is_shipped():
 
 def shrink(recipe: Recipe, text: str) -> Recipe:
     """The same recipe with small sizes and two steps."""
-    few = {"steps": 2, "batch_size": 1, "gradient_accumulation": 2, "evaluate_every": 2, "evaluation_blocks": 2}
+    few = {
+        "steps": 2,
+        "batch_size": 1,
+        "gradient_accumulation": 2,
+        "evaluate_every": 2,
+        "evaluation_blocks": 2,
+    }
     changed = dataclasses.replace
 
     def training(stage):
@@ -31,7 +37,9 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
     head = dict(recipe.language_model.head) | {"noise_size": 4, "num_blocks": 1}
     return changed(
         recipe,
-        data=changed(recipe.data, sources=text, vocab_size=300, context=32, validation_fraction=0.2, num_proc=1),
+        data=changed(
+            recipe.data, sources=text, vocab_size=300, context=32, validation_fraction=0.2, num_proc=1
+        ),
         autoencoder=changed(
             recipe.autoencoder,
             latent_size=8,
@@ -88,10 +96,16 @@ def test_round_trip(tmp_path):
 def test_mistakes_are_found_before_any_work():
     with pytest.raises(InputError, match="names no text"):
         check_recipe(read_recipe("demo"))
-    recipe = dataclasses.replace(read_recipe("demo"), data=dataclasses.replace(read_recipe("demo").data, sources="x"))
+    recipe = dataclasses.replace(
+        read_recipe("demo"), data=dataclasses.replace(read_recipe("demo").data, sources="x")
+    )
     check_recipe(recipe)
     bad_steps = dataclasses.replace(recipe.autoencoder.training, steps=0)
     with pytest.raises(InputError, match="steps and batch_size must be at least 1"):
-        check_recipe(dataclasses.replace(recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)))
+        check_recipe(
+            dataclasses.replace(
+                recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)
+            )
+        )
     with pytest.raises(InputError, match="there is no recipe 'none'"):
         read_recipe("none")

@@ -10,7 +10,7 @@ A block has three features: `input_ids` (T), `labels` (T, -100 on padding), and 
 the position of each chunk in its document, which starts again from 0 with a new document.
 """
 
-import zlib
+import hashlib
 from typing import Literal
 
 import numpy as np
@@ -87,7 +87,8 @@ def check_block_size(block_size: int, chunk_size: int) -> None:
 
 def _offset(seed: int, index: int, chunk_size: int) -> int:
     """Tokens of padding in front of a document: uniform over 0..K-1, fixed by seed and index."""
-    return zlib.crc32(f"{seed}/{index}".encode()) % chunk_size
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % chunk_size
 
 
 def _to_rows(pieces: list[np.ndarray], width: int, fill: int) -> np.ndarray:

@@ -9,9 +9,11 @@ from calm.errors import InputError
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise InputError if the folder holds anything and may not be overwritten."""
-    if path.is_file():
-        raise InputError(f"the output '{path}' is a file; give a folder.")
+    """Raise InputError if the folder cannot be made, or holds anything and may not be overwritten."""
+    if not path.name:
+        raise InputError(f"the output folder '{path}' has no name of its own; give another.")
+    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+        raise InputError(f"the output '{path}' cannot be a folder: '{file}' is a file.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise InputError(f"the output folder '{path}' is not empty; choose another or pass --overwrite.")
 
@@ -35,7 +37,12 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             path.rename(replaced)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

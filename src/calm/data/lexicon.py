@@ -1,4 +1,4 @@
-"""Words of the embedded corpus. Earlier words of a list are chosen more often (Zipf's law)."""
+"""Words of the embedded corpus. Earlier words of a list are chosen more often."""
 
 GIRLS = """
 Mia Anna Lily Rosa Emma Clara Nora Ruby Ella Maya Zoe Alice Hana Greta Ivy Leila Sofia Tess Wanda

@@ -3,23 +3,36 @@
 Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
 """
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path
+from typing import IO, Any
 
 import datasets
-import fsspec
 import pyarrow
 import pyarrow.parquet
 
 from calm.errors import InputError
 
-_PACKINGS = (".gz", ".xz", ".zst", ".bz2")
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return io.BufferedReader(stream)
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+    ".bz2": bz2.open,
+}
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -53,6 +66,8 @@ def load_documents(
     Raises:
         InputError: If a source is missing, empty, damaged or of an unknown format.
     """
+    if not sources:
+        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
     files: list[Path] = []
     parts: list[datasets.Dataset] = []
     for source in sources:
@@ -77,7 +92,7 @@ def find_files(path: Path) -> list[Path]:
         if _format_of(path) is None:
             raise InputError(
                 f"cannot read '{path}': its name must end in {', '.join(_FORMATS)}, "
-                f"perhaps followed by {', '.join(_PACKINGS)}."
+                f"perhaps followed by {', '.join(_OPENERS)}."
             )
         return [path]
     found = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
@@ -98,28 +113,28 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
         for document in reader(path, options):
             if document.strip():
                 yield document
-    # Each decompressor has its own exception; zstandard's derives from Exception directly.
-    except (OSError, EOFError, LZMAError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
         raise InputError(
             f"cannot read '{path}': it is damaged or not what its name says ({error})."
         ) from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise InputError(f"cannot read '{path}': it is damaged ({error}).") from error
-        raise
 
 
 def _format_of(path: Path) -> str | None:
     name = path.name.lower()
-    for packing in _PACKINGS:
+    for packing in _OPENERS:
         name = name.removesuffix(packing)
     return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
 
 
+def _open(path: Path) -> IO[bytes]:
+    opener = _OPENERS.get(path.suffix.lower())
+    return opener(path) if opener else path.open("rb")
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends."""
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(io.BufferedReader(file) if not hasattr(file, "readline") else file, 1):
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -145,25 +160,32 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"'{path}', line {number}, is not JSON ({error.msg}); mend that line.") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"'{path}', line {number}, is not JSON ({error}); mend that line.") from None
         text = record.get(options.text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise InputError(
                 f"'{path}', line {number}, has no text in a field '{options.text_field}'; "
                 "mend that line or name another field."
             )
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(
+                f"'{path}', line {number}, has half a surrogate pair in its text; mend that line."
+            )
         yield text
 
 
 def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
+    with _open(path) as file:
         table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
         if options.text_field not in table.schema_arrow.names:
             raise InputError(
                 f"'{path}' has no column '{options.text_field}'; "
                 f"its columns are {', '.join(table.schema_arrow.names)}."
             )
+        column = table.schema_arrow.field(options.text_field).type
+        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+            raise InputError(f"the column '{options.text_field}' of '{path}' is {column}, not text.")
         for batch in table.iter_batches(batch_size=1000, columns=[options.text_field]):
             yield from (text for text in batch.column(0).to_pylist() if text)
 

@@ -22,6 +22,7 @@ _PRONOUNS = {
     "boy": {"he": "he", "him": "him", "his": "his"},
 }
 _RANDOM_BITS = 53
+_VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest", "hour")
 
 
 def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
@@ -67,7 +68,7 @@ def _cast(rng: random.Random) -> dict[str, str]:
         "friend": _choose(rng, [name for name in names[friend_child] if name != hero]),
         "their": other["his"],
         "elder": f"{_choose(rng, ['Mrs.', 'Mr.'])} {_choose(rng, lexicon.SURNAMES)}",
-        "town": (_choose(rng, lexicon.TOWN_STARTS) + _choose(rng, lexicon.TOWN_ENDS)),
+        "town": _choose(rng, lexicon.TOWN_STARTS, skew=False) + _choose(rng, lexicon.TOWN_ENDS, skew=False),
         "thing": thing,
         "thing2": thing2,
         "place": place,
@@ -95,10 +96,10 @@ def _cast(rng: random.Random) -> dict[str, str]:
 
 
 def _sentence(text: str) -> str:
-    """Mend "a apple" and a small first letter."""
+    """Mend "a apple", "a honest" and a small first letter."""
     words = text.split(" ")
     for i, word in enumerate(words[:-1]):
-        if word.strip('"') in ("a", "A") and words[i + 1].lstrip('"')[0].lower() in "aeiou":
+        if word.strip('"') in ("a", "A") and words[i + 1].lower().startswith(_VOWEL_SOUNDS):
             words[i] = word + "n"
     text = " ".join(words)
     start = 1 if text[0] == '"' else 0
@@ -111,7 +112,7 @@ def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
 
 
 def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
-    """One item; with skew the r-th has weight 1/(r + 1), as words in text do."""
+    """One item; with skew the r-th has weight 1/(r + 1)^2: a few common, many rare."""
     # getrandbits is the one source whose stream Python promises to keep between versions.
     uniform = rng.getrandbits(_RANDOM_BITS) / 2**_RANDOM_BITS
     if not skew:
@@ -133,4 +134,4 @@ def _plots() -> list[list[list[str]]]:
 
 @cache
 def _zipf(size: int) -> list[float]:
-    return list(itertools.accumulate(1 / (rank + 1) for rank in range(1, size + 1)))
+    return list(itertools.accumulate(1 / (rank + 1) ** 2 for rank in range(1, size + 1)))

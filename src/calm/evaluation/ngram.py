@@ -67,6 +67,8 @@ class NGramSampler:
             where, context = where[keep], context[keep]
             key = context * vocab_size + stream[where - length]
             unique, context = torch.unique(key, return_inverse=True)
+            if not len(unique):
+                break  # No document is that long.
             self._levels.append(_make_level(unique, context, stream[where], vocab_size))
 
     def draw_next_chunks(
@@ -107,13 +109,12 @@ class NGramSampler:
         length = self.order - 1
         tokens = torch.where(block["labels"] == IGNORED_LABEL, _NOTHING, block["input_ids"])
         tokens_BCK = split_into_chunks(tokens, self.chunk_size)
-        num_chunks = tokens_BCK.shape[1]
         reach = -(-length // self.chunk_size)  # Chunks that the history spans.
         pieces = []
         for back in range(reach, 0, -1):
             earlier = torch.roll(tokens_BCK, back, dims=1)
-            # A chunk lies in the same document if the position allows to go back so far.
-            inside = (block["position_ids"] >= back) & (torch.arange(num_chunks) >= back)
+            # The position in the document tells how far back it reaches.
+            inside = block["position_ids"] >= back
             pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
         history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]
         return history[:, 1:, history.shape[-1] - length :]
