@@ -19,7 +19,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
@@ -225,9 +225,9 @@ def _load_from_hub(source: str, text_field: str) -> datasets.Dataset:
     try:
         dataset = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason})."
+            f"'{source}' is neither a file or folder here nor a dataset that the hub gave "
+            f"({reason_of(error)})."
         ) from error
     if text_field not in dataset.column_names:
         raise InputError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
 _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
@@ -67,8 +67,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             else AutoTokenizer.from_pretrained(name)
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load a tokenizer from '{name}' ({reason}).") from error
+        raise InputError(f"cannot load a tokenizer from '{name}' ({reason_of(error)}).") from error
     if tokenizer.eos_token_id is None:
         known = [token for token in ("</s>", "<|endoftext|>", EOS) if token in tokenizer.get_vocab()]
         if not known:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.registration import register
@@ -50,7 +50,7 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except _HUB_ERRORS as error:
-        raise InputError(f"'{name}' has no tokenizer that can be loaded ({_reason(error)}).") from error
+        raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
@@ -66,7 +66,7 @@ def _model_type(path: Path) -> str:
     try:
         return AutoConfig.from_pretrained(path).model_type
     except _HUB_ERRORS as error:
-        raise InputError(f"the configuration in '{path}' cannot be read ({_reason(error)}).") from error
+        raise InputError(f"the configuration in '{path}' cannot be read ({reason_of(error)}).") from error
 
 
 def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
         model, info = loaded
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
         where = "is damaged" if Path(name).is_dir() else "is no folder here, and the hub did not give it"
-        raise InputError(f"cannot load '{name}': it {where} ({_reason(error)}).") from error
+        raise InputError(f"cannot load '{name}': it {where} ({reason_of(error)}).") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
@@ -83,11 +83,6 @@ def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
             f"the first is {missing[0]}."
         )
     return model.eval()
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

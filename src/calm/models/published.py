@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 
@@ -195,5 +195,4 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         # weights_only refuses pickles that could run code.
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot read '{path}': it is truncated or damaged ({reason}).") from error
+        raise InputError(f"cannot read '{path}': it is truncated or damaged ({reason_of(error)}).") from error

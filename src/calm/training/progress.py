@@ -4,8 +4,6 @@ from typing import Any
 
 from transformers import ProgressCallback
 
-_QUIET = ("epoch", "total_flos")
-
 
 class ProgressLines(ProgressCallback):
     """The Trainer's bar with readable figures instead of printed dictionaries."""
@@ -18,5 +16,5 @@ class ProgressLines(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
         figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if figures:
-            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key not in _QUIET)
+            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
             self.training_bar.write(f"step {state.global_step}: {text}")
