@@ -21,7 +21,7 @@ from calm.report import Sample, print_scorecard, read_history, write_report
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
 
-NUM_STORIES = 6_000
+NUM_STORIES = 3_300
 NUM_SAMPLES = 6
 _PROMPT_WORDS = 24
 _FLOORS = [3, 5]

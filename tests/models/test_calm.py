@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -172,3 +172,11 @@ def test_a_new_head_starts_with_all_draws_in_one_point():
 
     fresh = CalmForCausalLM(tiny_config())
     assert (fresh.head.sample(torch.randn(2, 32), 4) == 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+def test_new_token_embeddings_have_the_spread_of_the_configuration(spread):
+    torch.manual_seed(0)
+    weight = CalmForCausalLM(tiny_config(embedding_initializer_range=spread)).get_input_embeddings().weight
+    assert weight[1:].std().item() == pytest.approx(spread, rel=0.1)
+    assert not weight[0].any()  # Padding.

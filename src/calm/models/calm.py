@@ -37,6 +37,18 @@ class CalmOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
+class ChunkBackbone(LlamaModel):
+    """The decoder over chunks: a `LlamaModel` whose new token embeddings have a spread of their own."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.embed_tokens:
+            init.normal_(module.weight, std=self.config.embedding_initializer_range)
+            is_loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if self.padding_idx is not None and not is_loaded:
+                init.zeros_(module.weight[self.padding_idx])
+
+
 class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
     """Continuous autoregressive language model with its frozen autoencoder inside."""
 
@@ -55,7 +67,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
     def __init__(self, config: CalmConfig) -> None:
         super().__init__(config)
         self.autoencoder = CalmAutoencoder(config.autoencoder)
-        self.backbone = LlamaModel(config.backbone)
+        self.backbone = ChunkBackbone(config.backbone)
         self.projection = ChunkProjection(config.chunk_size, config.hidden_size, config.layer_norm_eps)
         self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
         self.post_init()

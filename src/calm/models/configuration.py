@@ -72,6 +72,8 @@ class CalmConfig(PreTrainedConfig):
             vocabulary is always that of the autoencoder; its `max_position_embeddings` counts chunks.
         head_config: The generative head: a dict with `head_type` and the fields of that head.
         initializer_range: Standard deviation of new weights outside the backbone.
+        embedding_initializer_range: That of new token embeddings of the model. With 1, tokens stay
+            distinct when a large rate moves them all alike; 0.02 is published.
         layer_norm_eps: Epsilon of the input projection's norm.
     """
 
@@ -82,6 +84,7 @@ class CalmConfig(PreTrainedConfig):
     backbone_config: LlamaConfig | dict | None = None
     head_config: dict | None = None
     initializer_range: float = 0.02
+    embedding_initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
@@ -99,6 +102,7 @@ class CalmConfig(PreTrainedConfig):
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
+            "embedding_initializer_range": self.embedding_initializer_range,
         }
         self.autoencoder_config = autoencoder
         self.backbone_config = LlamaConfig(**backbone)

@@ -81,6 +81,7 @@ def language_model_config(
             "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
         },
         head_config=settings.head,
+        embedding_initializer_range=settings.embedding_initializer_range,
         attn_implementation=settings.attention,
         **special_tokens,
     )

@@ -164,6 +164,7 @@ class LanguageModelSettings:
         num_key_value_heads: Heads of keys and values; none for as many as attention heads.
         max_chunks: Longest sequence in chunks.
         rope_theta: Base of the rotary positions.
+        embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
         attention: Implementation; "flash_attention_2" and others need their package.
         head: The head: `head_type` and its own fields (see calm.models.heads).
         training: How it is trained.
@@ -176,6 +177,7 @@ class LanguageModelSettings:
     num_key_value_heads: int | None = None
     max_chunks: int = 2048
     rope_theta: float = 10000.0
+    embedding_initializer_range: float = 0.02
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})
     training: TrainingSettings = field(default_factory=TrainingSettings)
