@@ -7,7 +7,6 @@ every machine and Python version.
 
 import bisect
 import itertools
-import math
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -113,7 +112,7 @@ def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
 
 
 def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
-    """One item; with skew the r-th has weight 1/(r + 1)^1.5: a few common, many rare."""
+    """One item; with skew the r-th has weight 1/(r + 1)^2: a few common, many rare."""
     # getrandbits is the one source whose stream Python promises to keep between versions.
     uniform = rng.getrandbits(_RANDOM_BITS) / 2**_RANDOM_BITS
     if not skew:
@@ -135,5 +134,4 @@ def _plots() -> list[list[list[str]]]:
 
 @cache
 def _zipf(size: int) -> list[float]:
-    # A square root is exact to the last bit everywhere; a power need not be.
-    return list(itertools.accumulate(1 / (rank * math.sqrt(rank)) for rank in range(2, size + 2)))
+    return list(itertools.accumulate(1 / rank**2 for rank in range(2, size + 2)))
