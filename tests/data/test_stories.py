@@ -47,16 +47,16 @@ def test_stories_of_two_seeds_differ_at_every_number():
 def test_the_corpus_is_pinned():
     """A change of these values is a change of the corpus: all figures in the docs must be made again."""
     assert corpus(0, 10_000)[1] == (
-        "Yusuf was a tired boy who lived near the barn. It was a sunny evening in July. He was at the "
-        'barn with Tom. Then they heard a creak far away, and a storm began. "We must go home!" said '
-        "Tom. But the bridge was gone, and the water was rising. They found an old library and closed "
-        "the door. Inside it was dark, but Yusuf had an old scarf. Something went creak in the corner. "
-        'It was only a red bear, cold and afraid. "Do not be afraid," he said quickly to the bear. At '
+        "Igor was a brave boy who lived near the farm. It was a sunny evening in July. He was at the "
+        'farm with Tom. Then they heard a creak far away, and a storm began. "We must go home!" said '
+        "Tom. But the bridge was gone, and the water was rising. They found an old tower and closed the "
+        "door. Inside it was dark, but Igor had an old trumpet. Something went creak in the corner. It "
+        'was only a red vole, cold and afraid. "Do not be afraid," he said quickly to the vole. At '
         "evening the storm was over, and the sun came out. Their families were glad to see them, and "
-        "the bear stayed with Yusuf. From that day on, Yusuf and Tom were the best of friends."
+        "the vole stayed with Igor. From that day on, Igor and Tom were the best of friends."
     )
     digest = hashlib.sha256("\n".join(corpus(0, 10_000)).encode()).hexdigest()
-    assert digest == "6c5c6d8d2edd2e6107200814b2b5e64f0d55fbe818d031f5cbaffae2c631ed89"
+    assert digest == "410dbeecfc5e291ed30900054ffe62188d2f4d5ba87785145239210b62253379"
 
 
 def test_a_few_thousand_distinct_words():

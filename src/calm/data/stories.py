@@ -22,6 +22,7 @@ _PRONOUNS = {
     "boy": {"he": "he", "him": "him", "his": "his"},
 }
 _RANDOM_BITS = 53
+_RAREST = 1e-3  # So that a few thousand stories hold every word often enough to learn it.
 _VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest", "hour")
 
 
@@ -112,7 +113,7 @@ def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
 
 
 def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
-    """One item; with skew the r-th has weight 1/(r + 1)^2: a few common, many rare."""
+    """One item; with skew the r-th has weight 1/(r + 1)^2 + 1/1000: a few common, many rare."""
     # getrandbits is the one source whose stream Python promises to keep between versions.
     uniform = rng.getrandbits(_RANDOM_BITS) / 2**_RANDOM_BITS
     if not skew:
@@ -134,4 +135,4 @@ def _plots() -> list[list[list[str]]]:
 
 @cache
 def _zipf(size: int) -> list[float]:
-    return list(itertools.accumulate(1 / rank**2 for rank in range(2, size + 2)))
+    return list(itertools.accumulate(1 / rank**2 + _RAREST for rank in range(2, size + 2)))
