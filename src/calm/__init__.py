@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calm.core.brier import brier_lm, brier_scores
     from calm.core.energy import energy_loss
     from calm.core.gaussian import DiagonalGaussian
-    from calm.core.temperature import sample_from_pool
+    from calm.core.temperature import TemperatureSettings, sample_exact, sample_from_pool
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -29,6 +29,8 @@ _HOMES = {
     "brier_lm": "calm.core.brier",
     "brier_scores": "calm.core.brier",
     "energy_loss": "calm.core.energy",
+    "TemperatureSettings": "calm.core.temperature",
+    "sample_exact": "calm.core.temperature",
     "sample_from_pool": "calm.core.temperature",
 }
 

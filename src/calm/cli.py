@@ -167,7 +167,11 @@ def generate(
     prompt: list[str],
     max_new_tokens: int = 128,
     temperature: float = 0.5,
+    sampler: Literal["exact", "pool"] = "exact",
     num_draws: int = 200,
+    max_draws: int = 200,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int | None = None,
     stream: bool = False,
 ) -> None:
@@ -177,8 +181,12 @@ def generate(
         model: Model folder, or name on the hub.
         prompt: Text to continue; more than one are written as a batch.
         max_new_tokens: Most tokens of a continuation.
-        temperature: 1, 1/2 (0.5), 1/3, ...; lower is more fluent and less varied.
-        num_draws: Pool of draws at temperatures below 1.
+        temperature: From 0 to 1; lower is more fluent and less varied, 0 the commonest chunk of a pool.
+        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it.
+        num_draws: Pool of draws of the pool sampler, and of both at temperature 0.
+        max_draws: Most draws a chunk of the exact sampler.
+        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
+        min_p: Pool only: drop chunks less frequent than this share of the commonest.
         seed: Makes the text repeatable.
         stream: Print the text as it is written.
     """
@@ -196,7 +204,11 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        sampler=sampler,
         num_draws=num_draws,
+        max_draws=max_draws,
+        top_p=top_p,
+        min_p=min_p,
         seed=seed,
         stream=stream,
     )

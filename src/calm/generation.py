@@ -15,7 +15,11 @@ def continue_texts(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.5,
+    sampler: str = "exact",
     num_draws: int = 200,
+    max_draws: int = 200,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int | None = None,
     stream: bool = False,
 ) -> list[str]:
@@ -26,8 +30,12 @@ def continue_texts(
         tokenizer: Its tokenizer.
         prompts: Texts to continue, of any lengths; they are written as one batch.
         max_new_tokens: Most tokens of a continuation.
-        temperature: 1, 1/2, 1/3, ...
-        num_draws: Pool of draws at temperatures below 1.
+        temperature: 0 to 1; see `calm.core.temperature` for this and the five below.
+        sampler: "exact" or "pool".
+        num_draws: Pool size of the pool sampler, and of both at temperature 0.
+        max_draws: Most draws a chunk of the exact sampler.
+        top_p: Share of the pool whose commonest chunks are kept.
+        min_p: Least frequency in the pool, as a share of the commonest chunk's.
         seed: Makes the texts repeatable.
         stream: Print the text as it is written (one prompt).
 
@@ -42,7 +50,11 @@ def continue_texts(
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            sampler=sampler,
             num_draws=num_draws,
+            max_draws=max_draws,
+            top_p=top_p,
+            min_p=min_p,
             seed=seed,
             streamer=streamer,
         )

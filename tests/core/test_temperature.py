@@ -1,12 +1,23 @@
-"""The pool rule against enumeration and hand-computed weights."""
+"""The samplers against enumeration and hand-computed weights; their laws are in tests/statistical."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 
-from calm.core.temperature import inverse_temperature, sample_from_pool
+from calm.core.temperature import (
+    TemperatureSettings,
+    inverse_temperature,
+    sample,
+    sample_exact,
+    sample_from_pool,
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def pool_of(counts, chunk_size=3):
@@ -15,10 +26,20 @@ def pool_of(counts, chunk_size=3):
     return ids[:, None, None].expand(-1, 1, chunk_size)
 
 
-def frequencies(pool_NRK, temperature, num_outcomes, repeats=40_000, seed=0):
-    repeated = pool_NRK.expand(-1, repeats, -1)
-    chosen = sample_from_pool(repeated, temperature, torch.Generator().manual_seed(seed))
-    return torch.bincount(chosen[:, 0], minlength=num_outcomes)
+def frequencies(counts, temperature, repeats=40_000, **cuts):
+    pool_NRK = pool_of(counts).expand(-1, repeats, -1)
+    chosen = sample_from_pool(pool_NRK, temperature, seeded(), **cuts).chunks_RK
+    return torch.bincount(chosen[:, 0], minlength=len(counts))
+
+
+def assert_weights(observed, weights):
+    expected = torch.as_tensor(weights, dtype=torch.float64) / sum(weights)
+    assert (observed[expected == 0] == 0).all()
+    kept = expected > 0
+    if kept.sum() == 1:
+        return
+    expected_counts = (expected[kept] * observed.sum()).numpy()
+    assert stats.chisquare(observed[kept].numpy(), expected_counts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -29,63 +50,188 @@ def frequencies(pool_NRK, temperature, num_outcomes, repeats=40_000, seed=0):
         ([1, 1, 1], 1 / 2, [1, 1, 1]),  # No pair: the rule falls back to m = 1.
         ([2, 2, 1, 1], 1 / 4, [1, 1, 0, 0]),  # No four, no three: m = 2.
         ([5, 3], 1.0, [5, 3]),
+        ([5, 3, 5], 0.0, [1, 0, 1]),  # The mode; ties are drawn.
+        # C(c, 3/2) of 4, 2 and 1 in units of 1/Γ(5/2): 24/Γ(7/2), 2/Γ(3/2), 1/Γ(1/2).
+        ([4, 2, 1], 2 / 3, [24 / (15 / 8), 2 / (1 / 2), 1]),
+        ([2, 2, 1], 1 / 2.5, [1, 1, 0]),  # n = 2: a single draw is no candidate.
     ],
 )
 def test_weights_of_the_pool_rule(counts, temperature, weights):
-    observed = frequencies(pool_of(counts), temperature, len(counts))
-    expected = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    assert (observed[expected == 0] == 0).all()
-    kept = expected > 0
-    expected_counts = (expected[kept] * observed.sum()).numpy()
-    assert stats.chisquare(observed[kept].numpy(), expected_counts).pvalue > 1e-3
+    assert_weights(frequencies(counts, temperature), weights)
 
 
-@pytest.mark.parametrize("temperature", [1 / 2, 1 / 3])
-def test_tends_to_the_tempered_law(temperature):
-    law = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    tempered = law ** (1 / temperature) / (law ** (1 / temperature)).sum()
-    distances = []
-    for size in (6, 200):
-        generator = torch.Generator().manual_seed(size)
-        draws = torch.multinomial(law.expand(20_000, -1), size, replacement=True, generator=generator)
-        pool = draws.T.unsqueeze(-1).expand(-1, -1, 2)
-        chosen = sample_from_pool(pool, temperature, generator)[:, 0]
-        observed = torch.bincount(chosen, minlength=4) / len(chosen)
-        distances.append(0.5 * (observed - tempered).abs().sum().item())
-    assert distances[1] < 0.02
-    assert distances[1] < distances[0]
+@pytest.mark.parametrize("order", [1.25, 1.5, 2.3, 3.9])
+def test_real_weights_are_those_of_the_exact_sampler_on_the_pool(order):
+    """Enumerate all orders of a pool; one attempt of the exact sampler on each, without replacement.
+
+    A candidate that outlives the pool is accepted. The law of what is accepted is the pool rule.
+    """
+    counts = [4, 2, 1] if order < 3 else [4, 3]
+    n, a = math.floor(order), order - math.floor(order)
+    draws = [i for i, count in enumerate(counts) for _ in range(count)]
+    accepted = [0.0] * len(counts)
+    for stream in itertools.permutations(draws):
+        if len(set(stream[:n])) > 1:
+            continue
+        rest = stream[n:]
+        misses = rest.index(stream[0]) if stream[0] in rest else len(rest)
+        accepted[stream[0]] += math.prod(1 - a / i for i in range(1, misses + 1))
+    weights = special.binom(counts, order) * (torch.tensor(counts) >= n).numpy()
+    assert torch.tensor(accepted) / sum(accepted) == pytest.approx(weights / weights.sum(), rel=1e-6)
+    assert_weights(frequencies(counts, 1 / order), weights.tolist())
+
+
+def test_the_rule_is_continuous_at_whole_orders():
+    for order in (2, 3):
+        for near in (order - 2e-3, order + 2e-3):
+            exact, close = frequencies([5, 4, 2, 1], 1 / order), frequencies([5, 4, 2, 1], 1 / near)
+            assert (exact - close).abs().max() < 500
+
+
+@pytest.mark.parametrize(
+    ("cuts", "weights"),
+    [
+        ({"min_p": 0.5}, [6, 3, 3, 0]),
+        ({"min_p": 0.6}, [6, 0, 0, 0]),
+        ({"top_p": 0.4}, [6, 0, 0, 0]),
+        ({"top_p": 0.5}, [6, 3, 3, 0]),  # 6/13 is less than half, and the two threes are tied.
+        ({"top_p": 1.0}, [6, 3, 3, 1]),
+    ],
+)
+def test_truncation_keeps_the_commonest(cuts, weights):
+    assert_weights(frequencies([6, 3, 3, 1], 1.0, **cuts), weights)
 
 
 def test_chunks_are_compared_by_all_ids():
     # The same first token everywhere; only the last differs: no two draws are equal but the pair.
     pool = torch.tensor([[5, 1], [5, 2], [5, 3], [5, 3]]).unsqueeze(1)
-    chosen = sample_from_pool(pool.expand(-1, 500, -1), 0.5, torch.Generator().manual_seed(0))
+    chosen = sample_from_pool(pool.expand(-1, 500, -1), 0.5, seeded()).chunks_RK
     assert (chosen == torch.tensor([5, 3])).all()
 
 
 def test_rows_do_not_mix():
     pool = torch.arange(6)[None, :, None].expand(10, -1, 4)
-    chosen = sample_from_pool(pool, 0.5, torch.Generator().manual_seed(0))
-    assert (chosen[:, 0] == torch.arange(6)).all()
+    assert (sample_from_pool(pool, 0.5, seeded()).chunks_RK[:, 0] == torch.arange(6)).all()
 
 
-def test_same_seed_same_choice():
-    pool = torch.randint(3, (50, 20, 2))
-    first, second = (sample_from_pool(pool, 0.5, torch.Generator().manual_seed(4)) for _ in range(2))
-    assert (first == second).all()
+def test_agreement_is_the_share_of_equal_draws():
+    assert sample_from_pool(pool_of([7, 1]), 0.0, seeded()).agreement_R.item() == 7 / 8
 
 
-@pytest.mark.parametrize(("temperature", "n"), [(1.0, 1), (0.5, 2), (1 / 3, 3), (0.333, 3), (0.25, 4)])
-def test_inverse_temperature(temperature, n):
-    assert inverse_temperature(temperature) == n
+def draw_of(law_RV, generator):
+    """Draws from a law of each row."""
+
+    def draw(num_draws, rows):
+        draws_RN = torch.multinomial(law_RV[rows], num_draws, replacement=True, generator=generator)
+        return draws_RN.T.unsqueeze(-1)
+
+    return draw
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, 0.7, 1.5, math.nan, math.inf])
+def test_decided_rows_draw_no_more():
+    law = torch.tensor([[1.0, 0.0]] * 3 + [[0.5, 0.5]] * 2)
+    asked = []
+
+    def draw(num_draws, rows):
+        asked.append((num_draws, rows.tolist()))
+        return draw_of(law, generator)(num_draws, rows)
+
+    generator = seeded(3)
+    result = sample_exact(draw, 5, 0.25, first_block=4, max_draws=1000, randomness=generator)
+    assert asked[0] == (4, [0, 1, 2, 3, 4])
+    assert all(set(rows) <= {3, 4} for _, rows in asked[1:]) and len(asked) > 1
+    assert result.num_draws_R[:3].tolist() == [4, 4, 4] and (result.chunks_RK[:3] == 0).all()
+    assert (result.num_draws_R >= result.num_needed_R).all()
+
+
+def test_a_spent_budget_falls_back_to_the_pool_rule():
+    """No two draws are ever equal: nothing to accept, and any draw will do."""
+    counter = itertools.count()
+
+    def draw(num_draws, rows):
+        return torch.tensor([[[next(counter)] for _ in rows] for _ in range(num_draws)])
+
+    result = sample_exact(draw, 3, 0.5, max_draws=21, first_block=4, randomness=seeded())
+    assert result.fell_back_R.all() and (result.num_draws_R == 21).all()
+    assert next(counter) == 63
+    assert len(set(result.chunks_RK.flatten().tolist())) == 3
+
+
+def test_fallen_back_rows_return_to_their_places():
+    law = torch.tensor([[0.1] * 10, [0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0], [0.1] * 10])
+    result = sample_exact(draw_of(law, seeded(1)), 3, 0.125, max_draws=16, randomness=seeded())
+    assert result.fell_back_R.tolist() == [True, False, True]
+    assert result.chunks_RK[1, 0] == 9
+
+
+@pytest.mark.parametrize("sampler", ["exact", "pool"])
+def test_one_draw_at_temperature_one(sampler):
+    settings = TemperatureSettings(temperature=1.0, sampler=sampler)
+    result = sample(draw_of(torch.eye(3), seeded()), 3, settings)
+    assert result.chunks_RK.flatten().tolist() == [0, 1, 2]
+    assert result.num_draws_R.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("sampler", ["exact", "pool"])
+def test_temperature_zero_is_the_mode_of_a_pool(sampler):
+    law = torch.tensor([[0.2, 0.5, 0.3]]).expand(50, -1)
+    settings = TemperatureSettings(temperature=0, sampler=sampler, num_draws=400)
+    result = sample(draw_of(law, seeded()), 50, settings, seeded(1))
+    assert (result.chunks_RK == 1).all() and (result.num_draws_R == 400).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"sampler": "pool"}, {"sampler": "pool", "top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [0.0, 0.37, 0.5, 1.0])
+def test_same_seed_same_choice(settings, temperature):
+    law = torch.rand(20, 6, generator=seeded())
+    kwargs = TemperatureSettings(temperature=temperature, **settings)
+    one, other = (sample(draw_of(law, seeded(4)), 20, kwargs, seeded(5)).chunks_RK for _ in range(2))
+    assert (one == other).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "order"),
+    [(1.0, 1), (0.5, 2), (1 / 3, 3), (0.333, 3), (0.25, 4), (0.4, 2.5), (0, math.inf)],
+)
+def test_inverse_temperature(temperature, order):
+    assert inverse_temperature(temperature) == order
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1.5, math.nan, math.inf])
 def test_other_temperatures_are_refused(temperature):
-    with pytest.raises(ValueError, match="temperature must be"):
-        inverse_temperature(temperature)
+    with pytest.raises(ValueError, match="temperature must lie between 0 and 1"):
+        TemperatureSettings(temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "beam"}, "sampler must be one of exact, pool; got 'beam'"),
+        ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
+        ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
+        ({"temperature": 0, "num_draws": 0}, "at least 1 draws, got num_draws=0"),
+        ({"sampler": "pool", "top_p": 0.0}, "top_p must lie in"),
+        ({"sampler": "pool", "min_p": 1.5}, "min_p in"),
+        ({"temperature": 0.5, "top_p": 0.9}, "use them with sampler='pool'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureSettings(**settings)
 
 
 def test_too_small_a_pool_is_refused():
     with pytest.raises(ValueError, match="at least 3 draws, got 2"):
         sample_from_pool(torch.zeros(2, 1, 4, dtype=torch.long), 1 / 3)
+    with pytest.raises(ValueError, match="at least 3 draws, got max_draws=2"):
+        sample_exact(draw_of(torch.eye(1), None), 1, 1 / 3, max_draws=2)
+
+
+def test_exact_sampling_has_no_temperature_zero():
+    with pytest.raises(ValueError, match="temperature above 0"):
+        sample_exact(draw_of(torch.eye(1), None), 1, 0.0)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="the batch is empty"):
+        sample(draw_of(torch.eye(1), None), 0, TemperatureSettings())

@@ -30,9 +30,20 @@ def test_chunks_do_not_see_each_other(autoencoder):
 
 
 def test_decode_in_blocks_is_the_same(autoencoder):
-    latents = torch.randn(2, 11, 8)
+    latents = torch.randn(700, 3, 8)  # More than are decoded at once.
     whole = autoencoder.decode(latents).argmax(-1)
-    assert (autoencoder.decode_tokens(latents, max_logits=1) == whole).all()
+    assert (autoencoder.decode_tokens(latents) == whole).all()
+    assert autoencoder.decode_tokens(latents[:0]).shape == whole[:0].shape
+
+
+def test_a_screen_decodes_the_same(autoencoder):
+    latents = torch.randn(200, 3, 8)
+    whole = autoencoder.decode_tokens(latents)
+    autoencoder.screen_vocabulary(6)
+    assert (autoencoder.decode_tokens(latents) == whole).all()
+    with pytest.raises(ValueError, match="rank of a screen"):
+        autoencoder.screen_vocabulary(24)
+    autoencoder.screen_vocabulary(None)
     assert (autoencoder.decode_tokens(latents) == whole).all()
 
 

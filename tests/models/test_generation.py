@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import BOS, EOS, PAD, tiny_model
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from calm.core.chunks import align_to_chunks
+from calm.core.temperature import TemperatureSettings, sample_from_pool
+from calm.data.tokenizer import train_tokenizer
 
 
 def without_eos(model):
@@ -16,12 +18,12 @@ def without_eos(model):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
     model = without_eos(tiny_model(chunk_size))
     for length in range(1, 2 * chunk_size + 1):
         prompt = torch.randint(3, 40, (2, length))
-        settings = {"max_new_tokens": 9, "temperature": temperature, "num_draws": 8, "seed": length}
+        settings = {"max_new_tokens": 9, "temperature": temperature, "max_draws": 8, "seed": length}
         cached = model.generate(prompt, use_cache=True, **settings)
         plain = model.generate(prompt, use_cache=False, **settings)
         assert cached.shape == (2, length + 9)
@@ -54,15 +56,15 @@ def test_batch_continues_each_prompt():
 
 
 class Script:
-    """Replaces the draws of a model by given chunks, one after the other."""
+    """Replaces the draws of a model by given chunks, one list of the open rows' chunks a step."""
 
     def __init__(self, model, chunks):
         self.chunks = iter(chunks)
-        model.draw_chunks = self
+        model.sample_chunks = self
 
-    def __call__(self, hidden_PD, num_draws, generator=None):
-        chunk = torch.tensor(next(self.chunks))
-        return chunk.expand(num_draws, len(hidden_PD), -1)
+    def __call__(self, hidden_PD, settings, randomness=None):
+        chunk_PK = torch.tensor(next(self.chunks)).reshape(len(hidden_PD), -1)
+        return sample_from_pool(chunk_PK.expand(4, -1, -1), settings.temperature)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -77,7 +79,7 @@ def test_rows_that_ended_are_filled_with_padding():
     model = tiny_model()
     Script(
         model,
-        [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[30, 31, 32, 33], [24, 25, EOS, 8]], [[1, 1, 1, 1]] * 2],
+        [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[24, 25, EOS, 8]], [[1, 1, 1, 1]]],
     )
     out = model.generate(torch.tensor([[5], [6]]), max_new_tokens=12)
     assert out.tolist() == [[5, 10, EOS, PAD, PAD, PAD, PAD, PAD], [6, 20, 21, 22, 23, 24, 25, EOS]]
@@ -96,16 +98,92 @@ def test_an_eos_beyond_the_budget_is_not_written():
     assert model.generate(torch.tensor([[5]]), max_new_tokens=2).tolist() == [[5, 10, 11]]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 1 / 3])
-def test_same_seed_same_text(temperature):
+@pytest.mark.parametrize("sampler", ["exact", "pool"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1 / 3, 0.0])
+def test_same_seed_same_text(sampler, temperature):
     model = without_eos(tiny_model())
     prompt = torch.randint(3, 40, (3, 5))
-    settings = {"max_new_tokens": 16, "temperature": temperature, "num_draws": 5}
+    settings = {
+        "max_new_tokens": 16,
+        "temperature": temperature,
+        "sampler": sampler,
+        "num_draws": 5,
+        "max_draws": 7,
+    }
     first, second = (model.generate(prompt, seed=7, **settings) for _ in range(2))
     assert (first == second).all()
     assert (model.generate(prompt, seed=8, **settings) != first).any()
-    generator = torch.Generator().manual_seed(7)
-    assert (model.generate(prompt, generator=generator, **settings) == first).all()
+    first, second = (
+        model.generate(prompt, generator=torch.Generator().manual_seed(7), **settings) for _ in range(2)
+    )
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("sampler", ["exact", "pool"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_row_is_the_same_alone_and_in_a_batch(sampler, temperature):
+    """Prompts of eight lengths, padded in front; a row that ends early leaves the others alone."""
+    model = tiny_model().double()  # Rounding differs between shapes of a batch; here it cannot decide.
+    prompts = [torch.randint(3, 40, (length,)).tolist() for length in range(2, 10)]
+    batch = torch.tensor([[PAD] * (9 - len(prompt)) + prompt for prompt in prompts])
+    settings = {
+        "max_new_tokens": 40,
+        "temperature": temperature,
+        "sampler": sampler,
+        "num_draws": 20,
+        "seed": 3,
+        "eos_token_id": list(range(30, 36)),
+    }
+    together = model.generate(batch, attention_mask=(batch != PAD).long(), **settings)
+    lengths = set()
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :]
+        lengths.add(len(alone))
+        assert together[row, 9 : 9 + len(alone)].tolist() == alone.tolist()
+        assert (together[row, 9 + len(alone) :] == PAD).all()
+    assert len(lengths) > 1  # Some rows ended before others.
+
+
+def test_statistics_on_request():
+    model = tiny_model()
+    Script(model, [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[24, 25, EOS, 8]]])
+    out = model.generate(torch.tensor([[5], [6]]), max_new_tokens=12, return_dict_in_generate=True)
+    assert out.num_draws.tolist() == [[4, 0], [4, 4]]
+    assert out.agreement.tolist() == [[1, 0], [1, 1]]
+    assert not out.fell_back.any() and out.sequences.shape == (2, 8)
+
+
+def test_statistics_of_both_samplers():
+    model = without_eos(tiny_model())
+    settings = {"max_new_tokens": 16, "temperature": 0.4, "return_dict_in_generate": True, "seed": 0}
+    pool = model.generate(torch.tensor([[5, 6]]), sampler="pool", num_draws=30, **settings)
+    assert (pool.num_draws == 30).all() and not pool.fell_back.any()
+    exact = model.generate(torch.tensor([[5, 6]]), max_draws=40, **settings)
+    assert ((exact.num_needed >= 3) & (exact.num_needed <= exact.num_draws)).all()
+    assert (exact.num_draws <= 40).all() and (exact.num_draws[exact.fell_back] == 40).all()
+    assert ((exact.agreement > 0) & (exact.agreement <= 1)).all()
+
+
+def test_standard_streamers_get_the_text(model):
+    tokenizer = train_tokenizer(["one two three four"], 300)
+    model = without_eos(tiny_model(vocab_size=len(tokenizer)))
+    prompt = tokenizer("one two", return_tensors="pt")["input_ids"]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = model.generate(prompt, max_new_tokens=11, seed=1, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def test_latents_that_are_not_finite_are_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="latent that is not finite"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
+
+
+def test_no_position_is_refused(model):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        model.sample_chunks(torch.zeros(0, model.config.backbone.hidden_size), TemperatureSettings())
 
 
 def test_several_sequences_per_prompt():
@@ -155,9 +233,11 @@ def test_streamer_gets_the_text_and_no_more(budget):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0.7}, "temperature must be 1, 1/2, 1/3"),
-        ({"temperature": 1.5}, "temperature must be"),
-        ({"temperature": 0.25, "num_draws": 3}, "at least 4 draws, got num_draws=3"),
+        ({"temperature": 1.5}, "temperature must lie between 0 and 1"),
+        ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
+        ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
+        ({"temperature": 0.5, "top_p": 0.9}, "use them with sampler='pool'"),
+        ({"sampler": "beam"}, "sampler must be one of exact, pool"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_length": 2}, "no room for new tokens"),
         ({"colour": "red"}, "does not know the argument"),

@@ -1,67 +1,299 @@
-"""Temperature sampling from draws alone (paper section 5).
+"""Temperature sampling from draws alone (paper section 5; derivations in docs/temperature.md).
 
-Shapes: N draws of a pool, R rows (independent pools), K tokens of a chunk.
+The law wanted at temperature T is P(x)^(1/T), normalised, over chunks x; all that is given is a way
+to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk.
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from calm.core.coincidence import find_accepted, number_chunks, sibuya_lifetimes
+from calm.core.random import Randomness, select_rows, uniform
 
-def inverse_temperature(temperature: float) -> int:
-    """The whole number n with temperature = 1/n.
+Draw = Callable[[int, Tensor], Tensor]
+"""draw(num_draws, rows_R): independent draws of those rows at temperature 1, (N, R, K)."""
+
+SAMPLERS = ("exact", "pool")
+_ROUNDING = 1e-3
+
+
+class ChunkSample(NamedTuple):
+    """One chunk for every row, and what it took.
+
+    Args:
+        chunks_RK: Token ids.
+        num_draws_R: Draws that were made.
+        num_needed_R: Draws that the decision rests on; below `num_draws_R` where the last block of
+            draws was longer than need be.
+        fell_back_R: Whether the budget of exact sampling was spent and the pool rule decided.
+        agreement_R: Share of the draws that are equal to the chosen chunk.
+    """
+
+    chunks_RK: Tensor
+    num_draws_R: Tensor
+    num_needed_R: Tensor
+    fell_back_R: Tensor
+    agreement_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureSettings:
+    """How chunks are sampled.
+
+    Args:
+        temperature: T in [0, 1]; 0 takes the commonest chunk of a pool.
+        sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice, or "pool", whose law
+            tends to it as `num_draws` grows.
+        num_draws: Pool size of the pool sampler, and of both at temperature 0.
+        max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
+        first_block: Draws that the exact sampler begins with. It moves cost, not the law.
+        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
+        min_p: Pool only: drop chunks less frequent than this share of the commonest.
+    """
+
+    temperature: float = 1.0
+    sampler: str = "exact"
+    num_draws: int = 200
+    max_draws: int = 200
+    first_block: int = 16
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
+        order = inverse_temperature(self.temperature)
+        needed = 1 if math.isinf(order) else math.ceil(order)
+        pool_decides = self.sampler == "pool" or self.temperature == 0
+        name, given = ("num_draws", self.num_draws) if pool_decides else ("max_draws", self.max_draws)
+        if given < needed:
+            raise ValueError(
+                f"a temperature of {self.temperature:g} needs at least {needed} draws, got {name}={given}."
+            )
+        if self.first_block < 1:
+            raise ValueError(f"first_block must be at least 1, got {self.first_block}.")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(
+                "top_p must lie in (0, 1] and min_p in [0, 1]; "
+                f"got top_p={self.top_p:g} and min_p={self.min_p:g}."
+            )
+        if self.sampler == "exact" and (self.top_p < 1 or self.min_p > 0):
+            raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
+
+
+def inverse_temperature(temperature: float) -> float:
+    """The exponent 1/T: infinite at 0, and whole where T is given rounded, as 0.333.
 
     Raises:
-        ValueError: If the temperature is not 1, 1/2, 1/3, ...
+        ValueError: If T lies outside [0, 1].
     """
-    n = round(1 / temperature) if temperature > 0 else 0
-    if n < 1 or abs(temperature * n - 1) > 1e-3:
-        raise ValueError(f"temperature must be 1, 1/2, 1/3, ... for pool sampling, got {temperature}.")
-    return n
+    if not 0 <= temperature <= 1:
+        raise ValueError(f"temperature must lie between 0 and 1, got {temperature}.")
+    if temperature == 0:
+        return math.inf
+    order = 1 / temperature
+    return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
+
+
+def sample(
+    draw: Draw,
+    num_rows: int,
+    settings: TemperatureSettings,
+    randomness: Randomness = None,
+) -> ChunkSample:
+    """One chunk for every row by the sampler of the settings; at T = 1 that is a single draw.
+
+    Args:
+        draw: Makes draws of some rows.
+        num_rows: Number of rows R.
+        settings: Sampler and temperature.
+        randomness: Source of the choices; the draws have their own.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    if num_rows < 1:
+        raise ValueError("there is no row to sample: the batch is empty.")
+    cuts = settings.top_p < 1 or settings.min_p > 0
+    if settings.temperature == 1 and not cuts:
+        chunks_RK = draw(1, torch.arange(num_rows))[0]
+        one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
+        return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
+    if settings.sampler == "exact" and settings.temperature > 0:
+        return sample_exact(
+            draw,
+            num_rows,
+            settings.temperature,
+            max_draws=settings.max_draws,
+            first_block=settings.first_block,
+            randomness=randomness,
+        )
+    pool_NRK = draw(settings.num_draws, torch.arange(num_rows))
+    return sample_from_pool(
+        pool_NRK, settings.temperature, randomness, top_p=settings.top_p, min_p=settings.min_p
+    )
 
 
 def sample_from_pool(
-    pool_NRK: Tensor, temperature: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Choose one chunk for each row so that its law tends to P^(1/T) as the pool grows, (R, K).
+    pool_NRK: Tensor,
+    temperature: float,
+    randomness: Randomness = None,
+    *,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> ChunkSample:
+    """Choose one chunk of each row's pool so that its law tends to P^(1/T) as the pool grows.
 
-    With T = 1/n and counts c of the distinct chunks: for m = n, n-1, ..., 1, choose among the
-    chunks with c >= m with weight C(c, m), and take the first m that has a candidate (the batch
-    approximation of the paper). Chunks are compared exactly, by all K ids.
+    A chunk that occurs c times has weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c-s+1)), where s is 1/T, or
+    the largest count of the row if that is smaller. For T = 1/n it is the paper's rule: n-fold
+    coincidences, and the largest ones where there are none. At T = 0 the commonest chunk wins.
 
     Args:
         pool_NRK: Token ids of N independent draws of each row.
-        temperature: T in {1, 1/2, 1/3, ...}.
-        generator: Source of the one uniform number used for each row.
-
-    Returns:
-        Token ids of the chosen chunks.
+        temperature: T in [0, 1].
+        randomness: Source of the one uniform number of each row.
+        top_p: Keep the fewest commonest chunks whose shares of the pool sum to at least this; chunks
+            as frequent as the last one kept stay as well.
+        min_p: Drop chunks with fewer draws than this share of the commonest chunk's.
 
     Raises:
-        ValueError: If the temperature is not supported or the pool is smaller than n.
+        ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
-    n = inverse_temperature(temperature)
+    order = inverse_temperature(temperature)
     num_draws, num_rows, _ = pool_NRK.shape
-    if num_draws < n:
+    if num_draws < 1 or (math.isfinite(order) and num_draws < math.ceil(order)):
+        needed = math.ceil(order) if math.isfinite(order) else 1
         raise ValueError(
-            f"a temperature of {temperature:g} needs a pool of at least {n} draws, got {num_draws}."
+            f"a temperature of {temperature:g} needs a pool of at least {needed} draws, got {num_draws}."
         )
-    equal_RNN = (pool_NRK.transpose(0, 1).unsqueeze(1) == pool_NRK.transpose(0, 1).unsqueeze(2)).all(-1)
-    count_RN = equal_RNN.sum(-1)
-    # The draw that stands for its class is the first of the equal ones.
-    earlier_NN = torch.ones_like(equal_RNN[0]).tril(-1)
-    is_first_RN = ~(equal_RNN & earlier_NN).any(-1)
-    size_R1 = count_RN.amax(-1, keepdim=True).clamp_max(n)
-    log_weight_RN = _log_binomial(count_RN, size_R1)
-    weight_RN = torch.where(is_first_RN & (count_RN >= size_R1), log_weight_RN, -torch.inf)
-    cumulative_RN = (weight_RN - weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
-    uniform_R1 = torch.rand((num_rows, 1), generator=generator, device=pool_NRK.device, dtype=torch.float64)
+    number_RN = number_chunks(pool_NRK)
+    counts = torch.bincount(number_RN.flatten(), minlength=num_draws * num_rows)
+    count_RN = counts[number_RN]
+    log_weight_RN = _log_weights(count_RN, order)
+    log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)
+    # Every one of the c equal draws carries the c-th part of its chunk's weight.
+    log_weight_RN = log_weight_RN - count_RN.double().log()
+    cumulative_RN = (log_weight_RN - log_weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
+    device = pool_NRK.device
+    uniform_R1 = uniform(1, num_rows, 1, randomness, device, torch.float64)[0]
     threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
     chosen_R1 = torch.searchsorted(cumulative_RN, threshold_R1, right=True).clamp_max(num_draws - 1)
-    return pool_NRK[chosen_R1.squeeze(-1), torch.arange(num_rows, device=pool_NRK.device)]
+    chosen_R = chosen_R1.squeeze(-1)
+    made_R = torch.full((num_rows,), num_draws, device=device)
+    return ChunkSample(
+        pool_NRK[chosen_R, torch.arange(num_rows, device=device)],
+        made_R,
+        made_R,
+        torch.zeros_like(made_R, dtype=torch.bool),
+        count_RN.gather(1, chosen_R1).squeeze(1).double() / num_draws,
+    )
 
 
-def _log_binomial(count: Tensor, size: Tensor) -> Tensor:
-    """log C(count, size) in float64; meaningless where count < size."""
-    count, size = count.double(), size.double()
-    rest = (count - size).clamp_min(0)
-    return torch.lgamma(count + 1) - torch.lgamma(size + 1) - torch.lgamma(rest + 1)
+def sample_exact(
+    draw: Draw,
+    num_rows: int,
+    temperature: float,
+    *,
+    max_draws: int = 200,
+    first_block: int = 16,
+    randomness: Randomness = None,
+) -> ChunkSample:
+    """Choose one chunk for each row with the law P^(1/T), for any T in (0, 1].
+
+    Two stages, see `calm.core.coincidence`: as many equal draws as the whole part of 1/T, then a
+    Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
+    expected number of draws is (1 + S(1) + ... + S(n-1) + [a > 0] S(n+a-1)) / S(n+a).
+
+    Draws are made in blocks, the first of `first_block` and each further one as long as all before
+    it together; rows that are decided draw no more. The law does not depend on the blocks. Rows
+    that are undecided after `max_draws` take the pool rule over all their draws.
+
+    Args:
+        draw: Makes draws of some rows.
+        num_rows: Number of rows R.
+        temperature: T in (0, 1].
+        max_draws: Budget of a row, at least 1/T.
+        first_block: Draws of the first block.
+        randomness: Source of the lifetimes and of the choices by the pool rule.
+
+    Raises:
+        ValueError: If the temperature is out of range or the budget smaller than 1/T.
+    """
+    order = inverse_temperature(temperature)
+    if math.isinf(order):
+        raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
+    if max_draws < math.ceil(order):
+        raise ValueError(
+            f"a temperature of {temperature:g} needs at least {math.ceil(order)} draws, "
+            f"got max_draws={max_draws}."
+        )
+    n, a = math.floor(order), order - math.floor(order)
+    parts: list[tuple[Tensor, ChunkSample]] = []
+    rows_A = torch.arange(num_rows)
+    pool_NAK = lifetime_AN = None
+    while len(rows_A):
+        drawn = 0 if pool_NAK is None else len(pool_NAK)
+        block = min(max_draws - drawn, max(first_block, drawn))
+        fresh_NAK = draw(block, rows_A)
+        pool_NAK = fresh_NAK if pool_NAK is None else torch.cat([pool_NAK, fresh_NAK])
+        if a > 0:
+            chance_NA = uniform(
+                block, len(rows_A), 1, select_rows(randomness, rows_A), pool_NAK.device, torch.float64
+            ).squeeze(-1)
+            fresh_AN = sibuya_lifetimes(chance_NA.T.contiguous(), a, max_draws)
+            lifetime_AN = fresh_AN if lifetime_AN is None else torch.cat([lifetime_AN, fresh_AN], dim=1)
+        number_AN = number_chunks(pool_NAK)
+        winner_A, needed_A = find_accepted(number_AN, n, lifetime_AN)
+        is_done_A = winner_A >= 0
+        if bool(is_done_A.any()):
+            parts.append((rows_A[is_done_A.cpu()], _accepted(pool_NAK, number_AN, winner_A, needed_A)))
+        rows_A = rows_A[~is_done_A.cpu()]
+        pool_NAK = pool_NAK[:, ~is_done_A]
+        lifetime_AN = None if lifetime_AN is None else lifetime_AN[~is_done_A]
+        if len(rows_A) and len(pool_NAK) >= max_draws:
+            choice = sample_from_pool(pool_NAK, temperature, select_rows(randomness, rows_A))
+            parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
+            break
+    place_R = torch.cat([rows for rows, _ in parts]).argsort()
+    columns = zip(*(part for _, part in parts), strict=True)
+    return ChunkSample(*(torch.cat(column)[place_R.to(column[0].device)] for column in columns))
+
+
+def _accepted(pool_NAK: Tensor, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
+    """The sample of the rows that have a winner."""
+    done_D = (winner_A >= 0).nonzero().squeeze(1)
+    winner_D = winner_A[done_D]
+    number_DN = number_AN[done_D]
+    is_equal_DN = number_DN == number_DN.gather(1, winner_D.unsqueeze(1))
+    return ChunkSample(
+        pool_NAK[winner_D, done_D],
+        torch.full_like(done_D, len(pool_NAK)),
+        needed_A[done_D],
+        torch.zeros_like(done_D, dtype=torch.bool),
+        is_equal_DN.double().mean(1),
+    )
+
+
+def _log_weights(count_RN: Tensor, order: float) -> Tensor:
+    """log C(count, s) with s = min(order, largest count of the row), in float64."""
+    count = count_RN.double()
+    size_R1 = count.amax(-1, keepdim=True).clamp_max(order)
+    rest = count - size_R1
+    log_weight = torch.lgamma(count + 1) - torch.lgamma(size_R1 + 1) - torch.lgamma(rest.clamp_min(-1) + 1)
+    # C(c, s) is 0 for whole c <= s - 1; below floor(s) no candidate can come from so few draws.
+    return torch.where(count >= size_R1.floor(), log_weight, -math.inf)
+
+
+def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
+    """Draws whose chunk is not among the commonest ones."""
+    is_rare_RN = count_RN < min_p * count_RN.amax(-1, keepdim=True)
+    # Share of the draws that stand in strictly commoner chunks.
+    sorted_RN = count_RN.sort(dim=-1).values
+    at_most_RN = torch.searchsorted(sorted_RN, count_RN.contiguous(), right=True)
+    commoner_RN = 1 - at_most_RN.double() / count_RN.shape[-1]
+    return is_rare_RN | (commoner_RN >= top_p)

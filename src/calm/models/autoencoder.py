@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from calm.core.argmax import Screen, argmax_of_scores
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.configuration import CalmAutoencoderConfig
+
+_LATENTS_AT_ONCE = 1024  # Bounds the decoder's own memory.
 
 
 class AutoencoderNoise(NamedTuple):
@@ -110,6 +113,7 @@ class CalmAutoencoder(PreTrainedModel):
         super().__init__(config)
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
+        self._screen: Screen | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -128,17 +132,34 @@ class CalmAutoencoder(PreTrainedModel):
         """Token scores of each latent, shape (P, K, V)."""
         return F.linear(self.decoder(latents_PZ), self.encoder.embed_tokens.weight)
 
-    def decode_tokens(self, latents_PZ: Tensor, max_logits: int = 2**26) -> Tensor:
-        """Most likely tokens of each latent, shape (P, K).
+    def decode_tokens(self, latents_PZ: Tensor) -> Tensor:
+        """Most likely tokens of each latent, shape (P, K), for any leading axes P.
+
+        Token scores are never held all at once; see `calm.core.argmax`.
+        """
+        weight_VD = self.encoder.embed_tokens.weight
+        latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
+        tokens = []
+        for part in latents.split(_LATENTS_AT_ONCE):
+            vectors = self.decoder(part)
+            flat = vectors.flatten(0, 1)
+            best = argmax_of_scores(flat, weight_VD) if self._screen is None else self._screen.argmax(flat)
+            tokens.append(best.view(vectors.shape[:2]))
+        return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])
+
+    def screen_vocabulary(self, rank: int | None) -> None:
+        """Let `decode_tokens` screen the vocabulary in low rank; it gives the same tokens.
+
+        Worth it for a large vocabulary whose embeddings lie near a subspace (docs/benchmarks.md). The
+        weights must not change afterwards.
 
         Args:
-            latents_PZ: Latents, any leading axes P.
-            max_logits: Token scores held in memory at once; more latents are decoded in blocks.
+            rank: Rank of the screen, below the hidden size; None removes it.
+
+        Raises:
+            ValueError: If the rank is out of range.
         """
-        latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
-        block = max(1, max_logits // (self.config.chunk_size * self.config.vocab_size))
-        tokens = [self.decode(part).argmax(-1) for part in latents.split(block)]
-        return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])
+        self._screen = None if rank is None else Screen(self.encoder.embed_tokens.weight, rank)
 
     def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
         """The randomness of one training step on chunks (P, K)."""

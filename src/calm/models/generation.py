@@ -1,9 +1,10 @@
 """Writing text chunk by chunk, in the manner of `GenerationMixin.generate`.
 
-Shapes: B batch, T tokens, K tokens per chunk, C chunks, D hidden size, N draws.
+Shapes: B batch, T tokens, K tokens per chunk, C chunks, D hidden size, S steps.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +12,39 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos
-from calm.core.temperature import inverse_temperature, sample_from_pool
+from calm.core.random import Randomness, generators_of_rows, select_rows
+from calm.core.temperature import ChunkSample, TemperatureSettings
+from calm.models.sampling import ChunkSamplingMixin
 
 if TYPE_CHECKING:
     from calm.models.calm import CalmForCausalLM
 
 DEFAULT_MAX_NEW_TOKENS = 128
-DEFAULT_NUM_DRAWS = 200  # The paper's pool for T = 0.5.
 
 
-class ChunkGenerationMixin:
+@dataclass
+class CalmGenerateOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns; one column for each chunk written.
+
+    Args:
+        sequences: Prompts with their continuations, shape (B, T + new).
+        num_draws: Draws made, shape (B, S); 0 for rows that had ended.
+        num_needed: Draws that the decision rests on, shape (B, S).
+        fell_back: Whether the budget of the exact sampler was spent, shape (B, S).
+        agreement: Share of the draws equal to the chosen chunk, shape (B, S).
+    """
+
+    sequences: Tensor | None = None
+    num_draws: Tensor | None = None
+    num_needed: Tensor | None = None
+    fell_back: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+class ChunkGenerationMixin(ChunkSamplingMixin):
     """`generate` for models that predict chunks."""
 
     @torch.no_grad()
@@ -33,11 +55,13 @@ class ChunkGenerationMixin:
         generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         *,
+        sampler: str | None = None,
         num_draws: int | None = None,
+        max_draws: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | CalmGenerateOutput:
         """Continue each prompt by chunks until EOS or `max_new_tokens`.
 
         Padding of a prompt goes in front of it, so that it ends on a chunk boundary; the model has
@@ -48,40 +72,47 @@ class ChunkGenerationMixin:
                 beginning-of-text token when None.
             attention_mask: (B, T), 1 on tokens of the prompt.
             generation_config: Defaults to the model's; keyword arguments override it. Used are
-                `max_new_tokens` (or `max_length`), `temperature` (1, 1/2, 1/3, ...),
-                `num_return_sequences`, `use_cache`, `eos_token_id`, `pad_token_id`.
-                `do_sample=False` asks for a mode that no likelihood-free model has, and is an error.
+                `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
+                sampler), `num_return_sequences`, `use_cache`, `eos_token_id`, `pad_token_id`,
+                `return_dict_in_generate`. `do_sample=False` asks for a mode that no likelihood-free
+                model has, and is an error: say `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are written (batch of one).
-            num_draws: Pool size N at temperatures below 1.
-            seed: Makes the text repeatable; alternative to `generator`.
-            generator: Source of randomness on the model's device.
+            sampler: "exact" (default) or "pool", see `calm.core.temperature`.
+            num_draws: Pool size of the pool sampler, and of both at temperature 0.
+            max_draws: Most draws a chunk of the exact sampler.
+            seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
+                and its earlier copies in the batch, not on the other rows (up to rounding, which
+                differs between shapes of a batch).
+            generator: One source of randomness for all rows, on the model's device; alternative to
+                `seed`.
             **kwargs: Changes of the generation config.
 
         Returns:
             Prompts with their continuations (B, T + new); rows that ended are filled with padding.
+            With `return_dict_in_generate`, a `CalmGenerateOutput`, which counts draws as well.
 
         Raises:
             ValueError: If an argument is out of range, unknown or contradicts another.
         """
         config = self._generation_settings(generation_config, kwargs)
-        n = inverse_temperature(config.temperature)
-        pool = 1 if n == 1 else (num_draws or DEFAULT_NUM_DRAWS)
-        if pool < n:
-            raise ValueError(
-                f"a temperature of {config.temperature:g} needs at least {n} draws, got num_draws={pool}."
-            )
+        settings = _temperature_settings(config, sampler, num_draws, max_draws)
         prompt_BT, mask_BT = self._prompts(input_ids, attention_mask, config.num_return_sequences or 1)
+        randomness: Randomness = generator
         if generator is None and seed is not None:
-            generator = torch.Generator(self.device).manual_seed(seed)
+            rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
+            randomness = generators_of_rows(seed, rows, self.device)
         budget = _num_new_tokens(config, prompt_BT.shape[1])
         if streamer is not None:
             if prompt_BT.shape[0] > 1:
                 raise ValueError("a streamer takes one prompt at a time.")
             streamer.put(prompt_BT.cpu())
-        new_tokens = self._write(prompt_BT, mask_BT, budget, config, pool, generator, streamer)
+        new_BT, statistics = self._write(prompt_BT, mask_BT, budget, config, settings, randomness, streamer)
         if streamer is not None:
             streamer.end()
-        return torch.cat([prompt_BT, new_tokens], dim=1)
+        sequences = torch.cat([prompt_BT, new_BT], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        return CalmGenerateOutput(sequences=sequences, **statistics)
 
     def _generation_settings(
         self: "CalmForCausalLM", config: GenerationConfig | None, overrides: dict[str, Any]
@@ -94,7 +125,7 @@ class ChunkGenerationMixin:
         if unused:
             raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
         if config.do_sample is False and "do_sample" in overrides:
-            raise ValueError("there is no greedy decoding without likelihoods: set a low temperature.")
+            raise ValueError("there is no greedy decoding without likelihoods: set temperature=0.")
         if (config.num_beams or 1) > 1:
             raise ValueError("beam search needs likelihoods, which this model does not have.")
         config.temperature = 1.0 if config.temperature is None else config.temperature
@@ -130,19 +161,20 @@ class ChunkGenerationMixin:
         mask_BT: Tensor,
         budget: int,
         config: GenerationConfig,
-        pool: int,
-        generator: torch.Generator | None,
+        settings: TemperatureSettings,
+        randomness: Randomness,
         streamer: BaseStreamer | None,
-    ) -> Tensor:
-        """New tokens of each row, (B, new) with new <= budget."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """New tokens of each row, (B, new) with new <= budget, and the statistics of every step."""
         size = self.config.chunk_size
         pad = 0 if config.pad_token_id is None else config.pad_token_id
         eos_ids = as_id_tensor(config.eos_token_id, prompt_BT.device)
         tokens_BT, mask_BC = align_to_chunks(prompt_BT, mask_BT, size, pad)
         position_BC = (mask_BC.cumsum(-1) - 1).clamp_min(0)
         cache = DynamicCache(config=self.config.backbone) if config.use_cache is not False else None
-        done_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
+        open_A = torch.arange(len(prompt_BT), device=prompt_BT.device)  # Rows that have not ended.
         written: list[Tensor] = []
+        steps: list[tuple[Tensor, ChunkSample]] = []
         fresh_BT = tokens_BT
         for start in range(0, budget, size):
             inputs = tokens_BT if cache is None else fresh_BT
@@ -153,49 +185,54 @@ class ChunkGenerationMixin:
                 cache,
                 cache is not None,
             ).last_hidden_state[:, -1]
-            chunk_BK = self.sample_chunks(hidden_BD, config.temperature, pool, generator)
-            chunk_BK, ends_B = end_after_eos(chunk_BK, eos_ids, pad)
-            chunk_BK = torch.where(done_B.unsqueeze(-1), pad, chunk_BK)
-            shown_BK = chunk_BK[:, : budget - start]
-            written.append(shown_BK)
+            sample = self.sample_chunks(hidden_BD[open_A], settings, select_rows(randomness, open_A))
+            steps.append((open_A, sample))
+            chunk_AK, ends_A = end_after_eos(sample.chunks_RK, eos_ids, pad)
+            chunk_BK = chunk_AK.new_full((len(prompt_BT), size), pad).index_copy(0, open_A, chunk_AK)
+            written.append(chunk_BK[:, : budget - start])
             if streamer is not None:
-                for token in shown_BK[0].cpu():
-                    streamer.put(token.unsqueeze(0))
-                    if torch.isin(token, eos_ids.cpu()):
-                        break
-            done_B = done_B | ends_B
-            if done_B.all():
+                _stream(streamer, written[-1][0], eos_ids)
+            open_A = open_A[~ends_A]
+            if len(open_A) == 0:
                 break
             fresh_BT = chunk_BK
             tokens_BT = torch.cat([tokens_BT, chunk_BK], dim=1)
             mask_BC = torch.cat([mask_BC, torch.ones_like(mask_BC[:, :1])], dim=1)
             position_BC = torch.cat([position_BC, position_BC[:, -1:] + 1], dim=1)
-        return _trim(torch.cat(written, dim=1), done_B, eos_ids)
+        new_BT = torch.cat(written, dim=1)
+        return (_trim(new_BT, eos_ids) if len(open_A) == 0 else new_BT), _statistics(steps, len(prompt_BT))
 
-    def sample_chunks(
-        self: "CalmForCausalLM",
-        hidden_PD: Tensor,
-        temperature: float = 1.0,
-        num_draws: int = DEFAULT_NUM_DRAWS,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """One next chunk for every backbone state, (P, K).
 
-        Args:
-            hidden_PD: States of the last chunk.
-            temperature: 1, 1/2, 1/3, ...; below 1 by the pool rule of `calm.core.temperature`.
-            num_draws: Pool size at temperatures below 1.
-            generator: Source of randomness.
-        """
-        if inverse_temperature(temperature) == 1:
-            return self.draw_chunks(hidden_PD, 1, generator)[0]
-        return sample_from_pool(self.draw_chunks(hidden_PD, num_draws, generator), temperature, generator)
+def _temperature_settings(
+    config: GenerationConfig, sampler: str | None, num_draws: int | None, max_draws: int | None
+) -> TemperatureSettings:
+    """Settings from what was given; what was not keeps its default."""
+    given = {
+        "sampler": sampler,
+        "num_draws": num_draws,
+        "max_draws": max_draws,
+        "top_p": config.top_p,
+        "min_p": config.min_p,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return TemperatureSettings(temperature=config.temperature, **chosen)
 
-    def draw_chunks(
-        self: "CalmForCausalLM", hidden_PD: Tensor, num_draws: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Independent draws of the next chunk at temperature 1, (N, P, K)."""
-        return self.autoencoder.decode_tokens(self.head.sample(hidden_PD, num_draws, generator))
+
+def _stream(streamer: BaseStreamer, tokens: Tensor, eos_ids: Tensor) -> None:
+    for token in tokens.cpu():
+        streamer.put(token.unsqueeze(0))
+        if torch.isin(token, eos_ids.cpu()):
+            break
+
+
+def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[str, Tensor]:
+    """Fields of `CalmGenerateOutput`, 0 where a row had ended."""
+    table: dict[str, list[Tensor]] = {"num_draws": [], "num_needed": [], "fell_back": [], "agreement": []}
+    for rows_A, sample in steps:
+        for name, columns in table.items():
+            values_A = getattr(sample, name + "_R")
+            columns.append(values_A.new_zeros(num_rows).index_copy(0, rows_A, values_A))
+    return {name: torch.stack(columns, dim=1) for name, columns in table.items()}
 
 
 def _num_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
@@ -212,9 +249,7 @@ def _num_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
     return budget
 
 
-def _trim(tokens_BT: Tensor, done_B: Tensor, eos_ids: Tensor) -> Tensor:
-    """Cut the columns after the last EOS where every row has ended."""
-    if not bool(done_B.all()):
-        return tokens_BT
+def _trim(tokens_BT: Tensor, eos_ids: Tensor) -> Tensor:
+    """Cut the columns after the last EOS, where every row has ended."""
     is_eos = torch.isin(tokens_BT, eos_ids)
     return tokens_BT[:, : int(is_eos.any(0).nonzero().max()) + 1] if bool(is_eos.any()) else tokens_BT

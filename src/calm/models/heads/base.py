@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
+from calm.core.random import Randomness
 
 
 @dataclass(kw_only=True)
@@ -50,14 +51,35 @@ class GenerativeHead(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
+    def prepare(self, hidden_PD: Tensor) -> Tensor:
+        """What all draws of a position share, computed once: any tensor with a first axis P."""
+
+    @abc.abstractmethod
+    def draw(
+        self,
+        prepared_P: Tensor,
+        num_draws: int,
+        randomness: Randomness = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Independent draws of the next latent for prepared positions, shape (N, P, Z).
+
+        Args:
+            prepared_P: Positions as `prepare` gives them, or some of them.
+            num_draws: Number of draws N.
+            randomness: Source of the noise: one generator, or one for each position.
+            noise: Recorded noise to use instead, in the form that the head documents.
+        """
+
     def sample(
         self,
         hidden_PD: Tensor,
         num_draws: int,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """Independent draws of the next latent, shape (N, P, Z)."""
+        return self.draw(self.prepare(hidden_PD), num_draws, generator, noise)
 
     def boundary_layers(self) -> list[nn.Module]:
         """Layers whose inputs or outputs are noise or latents; Muon leaves them to AdamW."""

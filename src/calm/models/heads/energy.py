@@ -4,7 +4,7 @@ Shapes: N draws, M posterior draws, P positions, D hidden size, Z latent size, U
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
+from calm.core.random import Randomness, uniform
 from calm.models.blocks import ZeroLinear
 from calm.models.heads.base import GenerativeHead, HeadConfig
 
@@ -69,10 +70,12 @@ class _Block(nn.Module):
         self.gate_and_up = nn.Linear(size, 2 * size)
         self.down = nn.Linear(size, size)
 
-    def forward(self, draws_NPD: Tensor, condition_PD: Tensor) -> Tensor:
-        # merge([norm(x); condition]), with the half that all draws of a position share done once.
-        of_draw, of_condition = self.merge.weight.chunk(2, dim=1)
-        shared_PD = F.linear(condition_PD, of_condition, self.merge.bias)
+    def share(self, condition_PD: Tensor) -> Tensor:
+        """The part of merge([norm(x); condition]) that all draws of a position share, (P, D)."""
+        return F.linear(condition_PD, self.merge.weight.chunk(2, dim=1)[1], self.merge.bias)
+
+    def forward(self, draws_NPD: Tensor, shared_PD: Tensor) -> Tensor:
+        of_draw = self.merge.weight.chunk(2, dim=1)[0]
         merged = F.linear(self.norm(draws_NPD), of_draw) + shared_PD
         gate, up = self.gate_and_up(F.silu(self.hidden(F.silu(merged)))).chunk(2, dim=-1)
         return draws_NPD + self.down(F.silu(gate) * up)
@@ -116,28 +119,25 @@ class EnergyHead(GenerativeHead):
         targets_MPZ = posterior_PZ.sample(config.num_posterior_draws, generator, posterior_noise)
         return energy_loss(draws_NPZ, targets_MPZ, config.alpha)
 
-    def sample(
+    def prepare(self, hidden_PD: Tensor) -> Tensor:
+        """The condition's part of every block, (P, blocks, D)."""
+        condition_PD = self.condition_norm(self.condition_in(hidden_PD))
+        return torch.stack([cast(_Block, block).share(condition_PD) for block in self.blocks], dim=1)
+
+    def draw(
         self,
-        hidden_PD: Tensor,
+        prepared_P: Tensor,
         num_draws: int,
-        generator: torch.Generator | None = None,
+        randomness: Randomness = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Independent draws of the next latent, shape (N, P, Z).
-
-        Args:
-            hidden_PD: Backbone states.
-            num_draws: Number of draws N.
-            generator: Source of the noise; the default generator when None.
-            noise: Uniform noise in [-0.5, 0.5] of shape (N, P, U) to use instead.
-        """
+        """See `GenerativeHead`; recorded noise is uniform in [-0.5, 0.5], of shape (N, P, U)."""
         if noise is None:
-            shape = (num_draws, hidden_PD.shape[0], self.config.noise_size)
-            noise = torch.rand(shape, generator=generator, device=hidden_PD.device) - 0.5
-        condition_PD = self.condition_norm(self.condition_in(hidden_PD))
-        draws_NPD = self.noise_norm(self.noise_in(noise.to(hidden_PD.dtype)))
-        for block in self.blocks:
-            draws_NPD = block(draws_NPD, condition_PD)
+            size, device = self.config.noise_size, prepared_P.device
+            noise = uniform(num_draws, len(prepared_P), size, randomness, device) - 0.5
+        draws_NPD = self.noise_norm(self.noise_in(noise.to(prepared_P.dtype)))
+        for block, shared_PD in zip(self.blocks, prepared_P.unbind(1), strict=True):
+            draws_NPD = block(draws_NPD, shared_PD)
         return self.out(F.silu(self.out_hidden(self.out_norm(draws_NPD))))
 
     def boundary_layers(self) -> list[nn.Module]:

@@ -1,0 +1,255 @@
+"""What does low temperature cost, and how near does each sampler come to the tempered law?
+
+    python benchmarks/temperature.py speed runs/demo/model
+    python benchmarks/temperature.py speed --random      # 128,256 tokens, CALM-M sizes, 2 layers
+    python benchmarks/temperature.py law runs/demo
+
+`speed` writes with every sampler in turns, round after round in one run, and prints medians, with
+tokens per second also as a ratio to the yardstick: the pool rule written the obvious way (all
+logits of all draws in memory, chunks counted in Python, row by row). `law` draws a large reference
+for held-out contexts, then runs the samplers on the reference law and measures their total
+variation distance to the tempered one; "ideal" draws from the tempered law itself, which shows what
+part of a distance is due to the finite number of trials.
+"""
+
+import argparse
+import collections
+import math
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import calm  # noqa: F401
+from calm.core.chunks import find_targets
+from calm.core.temperature import ChunkSample, TemperatureSettings, sample
+from calm.data.prepare import load_prepared
+from calm.data.stories import stories
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+
+TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
+POOL = 200
+
+
+def literal_pool(model, hidden_PD, settings, randomness=None):
+    """The paper's rule for T = 1/n as one would first write it."""
+    n = round(1 / settings.temperature)
+    num_draws = 1 if n == 1 else POOL
+    chosen = []
+    for hidden_D in hidden_PD:
+        latents = model.head.sample(hidden_D.repeat(num_draws, 1), 1)[0]
+        tokens = model.autoencoder.decode(latents).argmax(-1)
+        counts = collections.Counter(map(tuple, tokens.tolist()))
+        for m in range(n, 0, -1):
+            candidates = [chunk for chunk, count in counts.items() if count >= m]
+            if candidates:
+                weights = [math.comb(counts[chunk], m) for chunk in candidates]
+                chosen.append(random.choices(candidates, weights)[0])
+                break
+    made_R = torch.full((len(chosen),), num_draws)
+    return ChunkSample(torch.tensor(chosen), made_R, made_R, made_R < 0, made_R.double())
+
+
+def samplers_at(temperature, budgets):
+    """Name -> settings; None is the yardstick."""
+    table = {
+        f"exact {budget}": TemperatureSettings(temperature=temperature, max_draws=budget)
+        for budget in budgets
+    }
+    table[f"pool {POOL}"] = TemperatureSettings(temperature=temperature, sampler="pool", num_draws=POOL)
+    if abs(1 / temperature - round(1 / temperature)) < 1e-6:
+        table[f"literal pool {POOL}"] = None
+    return table
+
+
+def write(model, prompts, settings, temperature, num_chunks, seed):
+    """Tokens per second and draws per chunk of one call of generate."""
+    if settings is None:
+        given = TemperatureSettings(temperature=temperature)
+        model.sample_chunks = lambda hidden, _, randomness=None: literal_pool(model, hidden, given)
+        options = {}
+    else:
+        model.__dict__.pop("sample_chunks", None)
+        options = {
+            "sampler": settings.sampler,
+            "num_draws": settings.num_draws,
+            "max_draws": settings.max_draws,
+        }
+    num_tokens = num_chunks * model.config.chunk_size
+    start = time.perf_counter()
+    out = model.generate(
+        prompts,
+        max_new_tokens=num_tokens,
+        temperature=temperature,
+        seed=seed,
+        return_dict_in_generate=True,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    model.__dict__.pop("sample_chunks", None)
+    draws = out.num_draws.double().mean().item()
+    return prompts.shape[0] * num_tokens / seconds, draws, out.fell_back.double().mean().item()
+
+
+def random_model(spread):
+    """CALM-M with two layers and random weights; `spread` sets how far its draws lie apart."""
+    config = CalmConfig(
+        autoencoder_config=CalmAutoencoderConfig(
+            vocab_size=128_256, chunk_size=4, latent_size=128, hidden_size=512, intermediate_size=1280
+        ),
+        backbone_config={
+            "hidden_size": 1024,
+            "intermediate_size": 2752,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        },
+        head_config={"head_type": "energy", "num_blocks": 4},
+    )
+    torch.manual_seed(0)
+    model = CalmForCausalLM(config).eval()
+    with torch.no_grad():
+        model.head.out.weight.normal_(std=spread)
+    return model
+
+
+def speed(arguments):
+    """Tokens per second of every sampler."""
+    if arguments.random:
+        models = {f"random, spread {spread:g}": random_model(spread) for spread in (0.0, 0.1)}
+        prompt_of = {name: torch.randint(3, 1000, (16, 32)) for name in models}
+    else:
+        folder = Path(arguments.folder)
+        model = CalmForCausalLM.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = tokenizer(list(stories(7, 64)))["input_ids"]
+        models = {folder.name: model}
+        prompt_of = {folder.name: torch.tensor([ids[:40] for ids in texts if len(ids) >= 40][:16])}
+    print(
+        "model  T  batch  sampler: tokens/s (min to max), ratio to the yardstick, draws a chunk, fall-backs"
+    )
+    for name, model in models.items():
+        model.config.eos_token_id = model.generation_config.eos_token_id = None  # Equal lengths for all.
+        for temperature in arguments.temperatures:
+            for batch in arguments.batches:
+                prompts = prompt_of[name][:batch]
+                table = samplers_at(temperature, arguments.budgets)
+                rounds = {key: [] for key in table}
+                for repeat in range(arguments.rounds):
+                    for key, settings in table.items():
+                        num_chunks = arguments.chunks
+                        rounds[key].append(
+                            write(model, prompts, settings, temperature, num_chunks, seed=repeat)
+                        )
+                yardstick = [rate for rate, *_ in rounds.get(f"literal pool {POOL}", [])]
+                for key, runs in rounds.items():
+                    rates = [rate for rate, *_ in runs]
+                    ratio = (
+                        statistics.median(a / b for a, b in zip(rates, yardstick, strict=True))
+                        if yardstick
+                        else math.nan
+                    )
+                    draws = statistics.mean(draws for _, draws, _ in runs)
+                    fell = statistics.mean(fell for *_, fell in runs)
+                    print(
+                        f"{name}  {temperature:g}  {batch:2d}  {key:16s}: {statistics.median(rates):8.1f} "
+                        f"({min(rates):.1f} to {max(rates):.1f}), {ratio:5.1f}x, {draws:6.1f}, {fell:.1%}",
+                        flush=True,
+                    )
+
+
+@torch.no_grad()
+def reference_laws(folder, num_contexts, num_draws, block=4000):
+    """Outcomes (as token rows) and their frequencies at held-out contexts spread over the text."""
+    model = CalmForCausalLM.from_pretrained(folder / "model").eval()
+    size = model.config.chunk_size
+    blocks = load_prepared(folder / "data").blocks("validation", chunk_size=size, block_size=512, seed=1)
+    batch = {name: values[:16] for name, values in blocks[:16].items()}
+    hidden_BCD = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
+    hidden_PD = hidden_BCD[:, :-1][find_targets(batch["labels"], batch["position_ids"], size)]
+    chosen = torch.linspace(0, len(hidden_PD) - 1, num_contexts).long()
+    generator = torch.Generator().manual_seed(0)
+    for done, hidden_D in enumerate(hidden_PD[chosen]):
+        parts = [
+            model.draw_chunks(hidden_D[None], min(block, num_draws - start), generator)[:, 0]
+            for start in range(0, num_draws, block)
+        ]
+        chunks_VK, counts_V = torch.unique(torch.cat(parts), dim=0, return_counts=True)
+        if done % 20 == 0:
+            print(f"reference {done}/{num_contexts}", flush=True)
+        yield chunks_VK, counts_V.double() / num_draws
+
+
+def law(arguments):
+    """Distances of every sampler to the tempered law."""
+    generator = torch.Generator().manual_seed(1)
+    distances = collections.defaultdict(list)
+    costs = collections.defaultdict(list)
+    for chunks_VK, law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
+        cumulative_V = law_V.cumsum(0)
+
+        def draw(num_draws, rows, cumulative_V=cumulative_V, chunks_VK=chunks_VK):
+            uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
+            outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
+            return outcome.unsqueeze(-1)
+
+        for temperature in arguments.temperatures:
+            wanted_V = law_V ** (1 / temperature)
+            wanted_V = wanted_V / wanted_V.sum()
+            for key, settings in {**samplers_at(temperature, arguments.budgets), "ideal": None}.items():
+                if key == "ideal":
+                    found = torch.multinomial(
+                        wanted_V, arguments.trials, replacement=True, generator=generator
+                    )
+                elif settings is None:
+                    continue  # The literal pool has the law of the pool.
+                else:
+                    result = sample(draw, arguments.trials, settings, generator)
+                    found = result.chunks_RK.squeeze(-1)
+                    costs[temperature, key].append(
+                        (result.num_draws_R.double().mean().item(), result.fell_back_R.double().mean().item())
+                    )
+                share_V = torch.bincount(found, minlength=len(law_V)) / arguments.trials
+                distances[temperature, key].append(0.5 * (share_V - wanted_V).abs().sum().item())
+    print("T  sampler: mean total variation (standard error over contexts), draws a chunk, fall-backs")
+    for (temperature, key), values in distances.items():
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        cost = costs.get((temperature, key))
+        spent = ""
+        if cost:
+            draws, fell = (statistics.mean(column) for column in zip(*cost, strict=True))
+            spent = f", {draws:.1f}, {fell:.1%}"
+        print(f"{temperature:g}  {key:9s}: {statistics.mean(values):.4f} ({error:.4f}){spent}")
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("speed")
+    verb.add_argument("folder", nargs="?")
+    verb.add_argument("--random", action="store_true")
+    verb.add_argument("--rounds", type=int, default=5)
+    verb.add_argument("--chunks", type=int, default=25)
+    verb.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    verb.add_argument("--budgets", type=int, nargs="+", default=[200])
+    verb.set_defaults(run=speed)
+    verb = verbs.add_parser("law")
+    verb.add_argument("folder")
+    verb.add_argument("--contexts", type=int, default=200)
+    verb.add_argument("--draws", type=int, default=100_000)
+    verb.add_argument("--trials", type=int, default=2_000)
+    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES[1:])
+    verb.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200])
+    verb.set_defaults(run=law)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

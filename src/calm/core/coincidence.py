@@ -1,0 +1,95 @@
+"""The race of the exact sampler, on numbered outcomes: who is the first draw to be accepted?
+
+Shapes: N draws in the order they were made, R rows, K tokens of a chunk.
+
+With 1/T = n + a, n whole and 0 <= a < 1, an attempt reads draws until one differs from the first.
+If the first n are equal their outcome x is the candidate, which happens with probability P(x)^n.
+A candidate is then accepted with probability P(x)^a: it is given a lifetime L and must be drawn
+once more within L draws. L has the Sibuya law P(L > k) = (1 - a)(1 - a/2)...(1 - a/k), whose
+generating function is E[z^L] = 1 - (1 - z)^a; with z = 1 - P(x) the chance of not being drawn in
+time is 1 - P(x)^a. (It is the Bernoulli factory that gives up after the i-th miss with
+probability a/i, with all its coins thrown beforehand.) A failed attempt leaves all its draws behind.
+"""
+
+import torch
+from torch import Tensor
+
+
+def number_chunks(chunks_NRK: Tensor) -> Tensor:
+    """A number for every draw, (R, N): equal within a row where all K ids are equal, else different.
+
+    Numbers lie in 0..N·R-1, and two rows share none.
+    """
+    num_draws, num_rows, _ = chunks_NRK.shape
+    numbers_RN = torch.arange(num_rows, device=chunks_NRK.device)[:, None].expand(-1, num_draws)
+    for tokens_NR in chunks_NRK.unbind(-1):
+        # Below N·R·V: no overflow, so no two chunks are ever taken for one.
+        pairs_RN = numbers_RN * (tokens_NR.max() + 1) + tokens_NR.T
+        numbers_RN = torch.unique(pairs_RN, return_inverse=True)[1]
+    return numbers_RN
+
+
+def sibuya_lifetimes(uniform: Tensor, a: float, longest: int) -> Tensor:
+    """Lifetimes of the Sibuya law from uniform numbers; longer than `longest` becomes `longest` + 1."""
+    trials = torch.arange(1, longest + 1, dtype=torch.float64, device=uniform.device)
+    survival = torch.cumprod(1 - a / trials, dim=0)
+    return 1 + torch.searchsorted(-survival, -uniform.double())
+
+
+def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Replay the race from the first draw and say who won.
+
+    Args:
+        number_RN: Outcome of every draw, as of `number_chunks`.
+        n: Draws that must be equal, the whole part of 1/T.
+        lifetime_RN: Lifetime that a candidate has if its attempt begins at that draw; None if
+            1/T is whole and candidates win at once.
+
+    Returns:
+        Index of a draw that shows the winning outcome, and the number of draws that were read to
+        decide, both (R,); both are -1 where the draws end before there is a winner.
+    """
+    num_rows, num_draws = number_RN.shape
+    index_N = torch.arange(num_draws, device=number_RN.device)
+    last_RN = _end_of_run(number_RN)
+    is_candidate_RN = last_RN - index_N + 1 >= n
+    group_end_RN = (index_N + n - 1).clamp_max(num_draws - 1).expand(num_rows, -1)
+    if lifetime_RN is None:
+        wins_RN, decided_RN = is_candidate_RN, group_end_RN + 1
+        restart_RN = last_RN + 2
+    else:
+        again_RN = _next_equal(number_RN).gather(1, group_end_RN)
+        deadline_RN = group_end_RN + lifetime_RN
+        wins_RN = is_candidate_RN & (again_RN <= deadline_RN) & (again_RN < num_draws)
+        decided_RN = again_RN + 1
+        restart_RN = torch.where(is_candidate_RN, deadline_RN, last_RN + 1) + 1
+    # Attempts form a chain: each draw points to where the next attempt would begin. Winners, and the
+    # end of the draws, point to themselves; doubling the steps walks every chain to its end at once.
+    restart_RN = torch.where(wins_RN, index_N, restart_RN.clamp_max(num_draws))
+    chain = torch.cat([restart_RN, torch.full_like(restart_RN[:, :1], num_draws)], dim=1)
+    for _ in range(num_draws.bit_length()):
+        chain = chain.gather(1, chain)
+    end_R = chain[:, 0]
+    has_winner_R = end_R < num_draws
+    decided_R = decided_RN.gather(1, end_R.clamp_max(num_draws - 1).unsqueeze(1)).squeeze(1)
+    return torch.where(has_winner_R, end_R, -1), torch.where(has_winner_R, decided_R, -1)
+
+
+def _end_of_run(number_RN: Tensor) -> Tensor:
+    """Last draw of the unbroken run of equal draws that a draw stands in."""
+    num_draws = number_RN.shape[1]
+    index_N = torch.arange(num_draws, device=number_RN.device)
+    ends_RN = torch.ones_like(number_RN, dtype=torch.bool)
+    ends_RN[:, :-1] = number_RN[:, :-1] != number_RN[:, 1:]
+    ends_here_RN = torch.where(ends_RN, index_N, num_draws)
+    return ends_here_RN.flip(1).cummin(1).values.flip(1)
+
+
+def _next_equal(number_RN: Tensor) -> Tensor:
+    """Index of the next draw of the same outcome; N where there is none."""
+    num_draws = number_RN.shape[1]
+    sorted_RN, order_RN = number_RN.sort(dim=1, stable=True)
+    following_RN = torch.full_like(order_RN, num_draws)
+    is_same_RN = sorted_RN[:, :-1] == sorted_RN[:, 1:]
+    following_RN[:, :-1] = torch.where(is_same_RN, order_RN[:, 1:], num_draws)
+    return torch.empty_like(order_RN).scatter_(1, order_RN, following_RN)

@@ -1,0 +1,66 @@
+"""Random numbers from one generator, or from a generator of each row.
+
+With a generator of its own, what a row draws does not depend on the rows beside it, so the same
+seed gives the same text alone and in a batch. Shapes: N draws, R rows, U numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Randomness = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for all rows, one for each row, or None for the default generator."""
+
+
+def uniform(
+    num_draws: int,
+    num_rows: int,
+    size: int,
+    randomness: Randomness = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1), shape (N, R, U)."""
+    if isinstance(randomness, Sequence):
+        _check(randomness, num_rows)
+        shape = (num_draws, size)
+        rows = [torch.rand(shape, generator=g, device=device, dtype=dtype) for g in randomness]
+        return torch.stack(rows, dim=1)
+    shape_NRU = (num_draws, num_rows, size)
+    return torch.rand(shape_NRU, generator=randomness, device=device, dtype=dtype)
+
+
+def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:
+    """The generators of some rows; one generator for all stays what it is."""
+    if isinstance(randomness, Sequence):
+        return [randomness[row] for row in rows_R.tolist()]
+    return randomness
+
+
+def generators_of_rows(
+    seed: int, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """A generator for each row, from the seed, the row's own tokens, and how often they came before.
+
+    So a prompt has the same stream in every batch, and equal prompts have different ones.
+
+    Args:
+        seed: The user's seed.
+        rows: Tokens of each row, without padding.
+        device: Where the numbers will be drawn.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    generators = []
+    for row in map(tuple, rows):
+        copy = seen[row] = seen.get(row, -1) + 1
+        digest = hashlib.blake2b(repr((seed, copy, row)).encode(), digest_size=8).digest()
+        # manual_seed takes at most 63 bits without wrapping.
+        generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1))
+    return generators
+
+
+def _check(generators: Sequence[torch.Generator], num_rows: int) -> None:
+    if len(generators) != num_rows:
+        raise ValueError(f"there are {num_rows} rows, but {len(generators)} generators.")

@@ -1,0 +1,40 @@
+"""Streams of rows: a row's numbers are its own."""
+
+import pytest
+import torch
+
+from calm.core.random import generators_of_rows, select_rows, uniform
+
+
+def test_a_row_draws_the_same_numbers_alone_and_in_a_batch():
+    prompts = [[5, 6], [7], [5, 6, 8]]
+    together = uniform(4, 3, 2, generators_of_rows(1, prompts))
+    for row, prompt in enumerate(prompts):
+        alone = uniform(4, 1, 2, generators_of_rows(1, [prompt]))
+        assert (together[:, row] == alone[:, 0]).all()
+
+
+def test_streams_differ_between_prompts_copies_and_seeds():
+    generators = [*generators_of_rows(1, [[5, 6], [5, 6], [6, 5]]), *generators_of_rows(2, [[5, 6]])]
+    numbers = uniform(8, 4, 1, generators)
+    assert len(set(numbers.flatten().tolist())) == 32
+
+
+def test_one_generator_serves_all_rows_with_different_numbers():
+    numbers = uniform(3, 5, 2, torch.Generator().manual_seed(0))
+    assert numbers.shape == (3, 5, 2) and len(set(numbers.flatten().tolist())) == 30
+    assert ((numbers >= 0) & (numbers < 1)).all()
+
+
+def test_selected_rows_go_on_with_their_own_streams():
+    whole = uniform(2, 3, 1, generators_of_rows(0, [[1], [2], [3]]))
+    generators = generators_of_rows(0, [[1], [2], [3]])
+    chosen = select_rows(generators, torch.tensor([2, 0]))
+    assert (uniform(2, 2, 1, chosen) == whole[:, [2, 0]]).all()
+    one = torch.Generator()
+    assert select_rows(one, torch.tensor([1])) is one and select_rows(None, torch.tensor([1])) is None
+
+
+def test_a_generator_for_every_row_is_needed():
+    with pytest.raises(ValueError, match="there are 3 rows, but 2 generators"):
+        uniform(1, 3, 1, [torch.Generator(), torch.Generator()])
