@@ -1,8 +1,8 @@
 """The house rules: imports run one way, files are short, the command line is light."""
 
 import ast
-import sys
 import re
+import sys
 from pathlib import Path
 
 import pytest

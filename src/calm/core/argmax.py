@@ -10,6 +10,7 @@ from torch import Tensor
 
 _SCORES_AT_ONCE = 2**22  # 16 MiB in float32.
 _SMALLEST_SLICE = 2048
+_GROUP = 64  # Columns that are searched together for a maximum.
 _ROUNDING = 1e-5  # Of |vector| · |weight|: well above what a float32 product of 10,000 terms can lose.
 
 
@@ -26,7 +27,7 @@ def argmax_of_scores(vectors_MD: Tensor, weight_VD: Tensor, scores_at_once: int 
     """
     best = _Best.of_none(vectors_MD)
     for start, stop in _slices(len(vectors_MD), len(weight_VD), scores_at_once):
-        score_M, token_M = (vectors_MD @ weight_VD[start:stop].T).max(dim=-1)
+        score_M, token_M = _max(vectors_MD @ weight_VD[start:stop].T)
         best = best.improve(score_M, token_M + start)
     return best.token_M
 
@@ -78,11 +79,11 @@ class Screen:
         best = _Best.of_none(vectors_MD)
         for start, stop in _slices(len(vectors_MD), len(self.weight_VD), scores_at_once):
             bound_MV = query_MR @ self.bound_VR[start:stop].T
-            likely_M = bound_MV.argmax(dim=-1) + start
+            likely_M = _max(bound_MV)[1] + start
             best = best.improve((vectors_MD * self.weight_VD[likely_M]).sum(-1), likely_M)
             row_C, token_C = (bound_MV >= best.score_M[:, None]).nonzero(as_tuple=True)
             if len(row_C) > bound_MV.numel() // 8:  # A bound that excludes little: score all at once.
-                score_M, token_M = (vectors_MD @ self.weight_VD[start:stop].T).max(dim=-1)
+                score_M, token_M = _max(vectors_MD @ self.weight_VD[start:stop].T)
                 best = best.improve(score_M, token_M + start)
             elif len(row_C):
                 token_C = token_C + start
@@ -109,6 +110,26 @@ class _Best(NamedTuple):
         return _Best(
             torch.where(is_better_M, token_M, self.token_M), torch.where(is_better_M, score_M, self.score_M)
         )
+
+
+def _max(score_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest score of each row and the first place that has it, as `Tensor.max(dim=-1)`.
+
+    A maximum without its place is an order of magnitude quicker on a CPU: find the group of columns
+    that has it first, and look for the place in that group alone.
+    """
+    num_whole = score_MV.shape[1] // _GROUP * _GROUP
+    if score_MV.device.type != "cpu" or num_whole == 0:
+        return score_MV.max(dim=-1)
+    grouped_MGW = score_MV[:, :num_whole].unflatten(1, (-1, _GROUP))
+    group_M = grouped_MGW.amax(-1).argmax(-1)
+    row_M = torch.arange(len(score_MV))
+    score_M, place_M = grouped_MGW[row_M, group_M].max(-1)
+    best = _Best(group_M * _GROUP + place_M, score_M)
+    if num_whole < score_MV.shape[1]:
+        rest_M, place_M = score_MV[:, num_whole:].max(-1)
+        best = best.improve(rest_M, place_M + num_whole)
+    return best.score_M, best.token_M
 
 
 def _best_of_pairs(row_C: Tensor, token_C: Tensor, score_C: Tensor, best: _Best) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.configuration import CalmAutoencoderConfig
 
-_LATENTS_AT_ONCE = 1024  # Bounds the decoder's own memory.
+_LATENTS_AT_ONCE = 512  # The decoder's own tensors then stay in the caches of a CPU.
 
 
 class AutoencoderNoise(NamedTuple):
