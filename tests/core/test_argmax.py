@@ -48,18 +48,23 @@ def test_a_screen_gives_the_same_token(kind, rank, scores_at_once):
     assert (Screen(weight, rank).argmax(vectors, scores_at_once) == expected).all()
 
 
+def test_a_slice_without_any_candidate_is_passed_over():
+    weight = torch.cat([torch.full((1, 4), 9.0), torch.zeros(5000, 4)])
+    assert Screen(weight, 2).argmax(torch.ones(1, 4), 1).tolist() == [0]
+
+
 def test_a_screen_confirms_few_tokens_where_embeddings_lie_near_a_subspace(monkeypatch):
     confirmed = []
-    monkeypatch.setattr(
-        argmax_module,
-        "_best_of_pairs",
-        lambda row, *rest, real=argmax_module._best_of_pairs: (confirmed.append(len(row)), real(row, *rest))[
-            1
-        ],
-    )
-    vectors = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+
+    def count(scores, largest=argmax_module._max):
+        confirmed.append(scores.numel())
+        return largest(scores)
+
+    monkeypatch.setattr(argmax_module, "_max", count)
+    vectors = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
     Screen(embeddings("low rank"), 8).argmax(vectors)
-    assert 300 <= sum(confirmed) < 0.05 * 300 * 6000
+    bounds, scores = confirmed
+    assert bounds == 10 * 6000 and 10 <= scores < 0.1 * bounds
 
 
 def test_a_bound_that_is_too_low_is_found():

@@ -1,6 +1,6 @@
 """The most likely token of each decoder output, without all token scores in memory.
 
-Shapes: M vectors to decode, D their size, V vocabulary, R rank of a screen, C pairs to confirm.
+Shapes: M vectors to decode, D their size, V vocabulary, R rank of a screen, C tokens to confirm.
 """
 
 from typing import NamedTuple
@@ -81,14 +81,11 @@ class Screen:
             bound_MV = query_MR @ self.bound_VR[start:stop].T
             likely_M = _max(bound_MV)[1] + start
             best = best.improve((vectors_MD * self.weight_VD[likely_M]).sum(-1), likely_M)
-            row_C, token_C = (bound_MV >= best.score_M[:, None]).nonzero(as_tuple=True)
-            if len(row_C) > bound_MV.numel() // 8:  # A bound that excludes little: score all at once.
-                score_M, token_M = _max(vectors_MD @ self.weight_VD[start:stop].T)
-                best = best.improve(score_M, token_M + start)
-            elif len(row_C):
-                token_C = token_C + start
-                score_C = (vectors_MD[row_C] * self.weight_VD[token_C]).sum(-1)
-                best = best.improve(*_best_of_pairs(row_C, token_C, score_C, best))
+            # Confirm with one product for all vectors: tokens that could be the best of any of them.
+            token_C = (bound_MV >= best.score_M[:, None]).any(0).nonzero().squeeze(1) + start
+            if len(token_C):
+                score_M, place_M = _max(vectors_MD @ self.weight_VD[token_C].T)
+                best = best.improve(score_M, token_C[place_M])
         return best.token_M
 
 
@@ -130,14 +127,6 @@ def _max(score_MV: Tensor) -> tuple[Tensor, Tensor]:
         rest_M, place_M = score_MV[:, num_whole:].max(-1)
         best = best.improve(rest_M, place_M + num_whole)
     return best.score_M, best.token_M
-
-
-def _best_of_pairs(row_C: Tensor, token_C: Tensor, score_C: Tensor, best: _Best) -> tuple[Tensor, Tensor]:
-    """Best score and smallest token that has it, for every vector that occurs in the pairs."""
-    score_M = best.score_M.scatter_reduce(0, row_C, score_C, "amax")
-    is_best_C = score_C == score_M[row_C]
-    token_M = best.token_M.scatter_reduce(0, row_C[is_best_C], token_C[is_best_C], "amin", include_self=False)
-    return score_M, token_M
 
 
 def _slices(num_vectors: int, size: int, scores_at_once: int) -> list[tuple[int, int]]:

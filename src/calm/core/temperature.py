@@ -20,6 +20,7 @@ Draw = Callable[[int, Tensor], Tensor]
 
 SAMPLERS = ("exact", "pool")
 _ROUNDING = 1e-3
+_GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
 
 
 class ChunkSample(NamedTuple):
@@ -209,9 +210,9 @@ def sample_exact(
     Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
     expected number of draws is (1 + S(1) + ... + S(n-1) + [a > 0] S(n+a-1)) / S(n+a).
 
-    Draws are made in blocks, the first of `first_block` and each further one as long as all before
-    it together; rows that are decided draw no more. The law does not depend on the blocks. Rows
-    that are undecided after `max_draws` take the pool rule over all their draws.
+    Draws are made in blocks, the first of `first_block` and each further one three times as long
+    as all before it together; rows that are decided draw no more. The law does not depend on the
+    blocks. Rows that are undecided after `max_draws` take the pool rule over all their draws.
 
     Args:
         draw: Makes draws of some rows.
@@ -238,7 +239,7 @@ def sample_exact(
     pool_NAK = lifetime_AN = None
     while len(rows_A):
         drawn = 0 if pool_NAK is None else len(pool_NAK)
-        block = min(max_draws - drawn, max(first_block, drawn))
+        block = min(max_draws - drawn, max(first_block, _GROWTH * drawn))
         fresh_NAK = draw(block, rows_A)
         pool_NAK = fresh_NAK if pool_NAK is None else torch.cat([pool_NAK, fresh_NAK])
         if a > 0:
