@@ -48,8 +48,9 @@ def cases(folder):
             hidden_PD = model.hidden_states_of_chunks(torch.tensor(ids)).flatten(0, 1)[1::8]
             latents = model.head.sample(hidden_PD, 200, generator)
             vectors = model.autoencoder.decoder(latents).flatten(0, 2)
+        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:800]]
         weight = model.autoencoder.get_input_embeddings().weight.detach()
-        return {f"{folder}, {len(vectors)} vectors": (vectors[torch.randperm(len(vectors))[:800]], weight)}
+        return {f"{folder}, {len(vectors)} vectors": (vectors, weight)}
     size, width = 128_256, 512
     found = {}
     for name, weight in (

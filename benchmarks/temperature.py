@@ -33,11 +33,12 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
+LITERAL = f"literal pool {POOL}"
 
 
-def literal_pool(model, hidden_PD, settings, randomness=None):
+def literal_pool(model, hidden_PD, temperature):
     """The paper's rule for T = 1/n as one would first write it."""
-    n = round(1 / settings.temperature)
+    n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
     chosen = []
     for hidden_D in hidden_PD:
@@ -62,18 +63,16 @@ def samplers_at(temperature, budgets):
     }
     table[f"pool {POOL}"] = TemperatureSettings(temperature=temperature, sampler="pool", num_draws=POOL)
     if abs(1 / temperature - round(1 / temperature)) < 1e-6:
-        table[f"literal pool {POOL}"] = None
+        table[LITERAL] = None
     return table
 
 
 def write(model, prompts, settings, temperature, num_chunks, seed):
     """Tokens per second and draws per chunk of one call of generate."""
+    options = {}
     if settings is None:
-        given = TemperatureSettings(temperature=temperature)
-        model.sample_chunks = lambda hidden, _, randomness=None: literal_pool(model, hidden, given)
-        options = {}
+        model.sample_chunks = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
-        model.__dict__.pop("sample_chunks", None)
         options = {
             "sampler": settings.sampler,
             "num_draws": settings.num_draws,
@@ -136,35 +135,33 @@ def speed(arguments):
         model.config.eos_token_id = model.generation_config.eos_token_id = None  # Equal lengths for all.
         for temperature in arguments.temperatures:
             for batch in arguments.batches:
-                prompts = prompt_of[name][:batch]
-                table = samplers_at(temperature, arguments.budgets)
-                rounds = {key: [] for key in table}
-                for repeat in range(arguments.rounds):
-                    for key, settings in table.items():
-                        num_chunks = arguments.chunks
-                        rounds[key].append(
-                            write(model, prompts, settings, temperature, num_chunks, seed=repeat)
-                        )
-                yardstick = [rate for rate, *_ in rounds.get(f"literal pool {POOL}", [])]
-                for key, runs in rounds.items():
-                    rates = [rate for rate, *_ in runs]
-                    ratio = (
-                        statistics.median(a / b for a, b in zip(rates, yardstick, strict=True))
-                        if yardstick
-                        else math.nan
-                    )
-                    draws = statistics.mean(draws for _, draws, _ in runs)
-                    fell = statistics.mean(fell for *_, fell in runs)
-                    print(
-                        f"{name}  {temperature:g}  {batch:2d}  {key:16s}: {statistics.median(rates):8.1f} "
-                        f"({min(rates):.1f} to {max(rates):.1f}), {ratio:5.1f}x, {draws:6.1f}, {fell:.1%}",
-                        flush=True,
-                    )
+                label = f"{name}  {temperature:g}  {batch:2d}"
+                compare(label, model, prompt_of[name][:batch], temperature, arguments)
+
+
+def compare(label, model, prompts, temperature, arguments):
+    """Write with all samplers in turns, and print a line for each."""
+    table = samplers_at(temperature, arguments.budgets)
+    rounds = {key: [] for key in table}
+    for repeat in range(arguments.rounds):
+        for key, settings in table.items():
+            rounds[key].append(write(model, prompts, settings, temperature, arguments.chunks, seed=repeat))
+    yardstick = [rate for rate, *_ in rounds.get(LITERAL, [])]
+    for key, runs in rounds.items():
+        rates, draws, fell = zip(*runs, strict=True)
+        ratio = math.nan
+        if yardstick:
+            ratio = statistics.median(a / b for a, b in zip(rates, yardstick, strict=True))
+        print(
+            f"{label}  {key:16s}: {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f}), "
+            f"{ratio:5.1f}x, {statistics.mean(draws):6.1f}, {statistics.mean(fell):.1%}",
+            flush=True,
+        )
 
 
 @torch.no_grad()
 def reference_laws(folder, num_contexts, num_draws, block=4000):
-    """Outcomes (as token rows) and their frequencies at held-out contexts spread over the text."""
+    """Frequencies of all outcomes at held-out contexts spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
     blocks = load_prepared(folder / "data").blocks("validation", chunk_size=size, block_size=512, seed=1)
@@ -178,10 +175,10 @@ def reference_laws(folder, num_contexts, num_draws, block=4000):
             model.draw_chunks(hidden_D[None], min(block, num_draws - start), generator)[:, 0]
             for start in range(0, num_draws, block)
         ]
-        chunks_VK, counts_V = torch.unique(torch.cat(parts), dim=0, return_counts=True)
+        _, counts_V = torch.unique(torch.cat(parts), dim=0, return_counts=True)
         if done % 20 == 0:
             print(f"reference {done}/{num_contexts}", flush=True)
-        yield chunks_VK, counts_V.double() / num_draws
+        yield counts_V.double() / num_draws
 
 
 def law(arguments):
@@ -189,10 +186,10 @@ def law(arguments):
     generator = torch.Generator().manual_seed(1)
     distances = collections.defaultdict(list)
     costs = collections.defaultdict(list)
-    for chunks_VK, law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
+    for law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
         cumulative_V = law_V.cumsum(0)
 
-        def draw(num_draws, rows, cumulative_V=cumulative_V, chunks_VK=chunks_VK):
+        def draw(num_draws, rows, cumulative_V=cumulative_V):
             uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
             outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
             return outcome.unsqueeze(-1)

@@ -1,6 +1,7 @@
 """Prompts -> text with a model folder."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -15,13 +16,9 @@ def continue_texts(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.5,
-    sampler: str = "exact",
-    num_draws: int = 200,
-    max_draws: int = 200,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     seed: int | None = None,
     stream: bool = False,
+    **sampling: Any,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
 
@@ -30,14 +27,10 @@ def continue_texts(
         tokenizer: Its tokenizer.
         prompts: Texts to continue, of any lengths; they are written as one batch.
         max_new_tokens: Most tokens of a continuation.
-        temperature: 0 to 1; see `calm.core.temperature` for this and the five below.
-        sampler: "exact" or "pool".
-        num_draws: Pool size of the pool sampler, and of both at temperature 0.
-        max_draws: Most draws a chunk of the exact sampler.
-        top_p: Share of the pool whose commonest chunks are kept.
-        min_p: Least frequency in the pool, as a share of the commonest chunk's.
+        temperature: 0 to 1.
         seed: Makes the texts repeatable.
         stream: Print the text as it is written (one prompt).
+        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ...
 
     Raises:
         InputError: If an argument is out of range.
@@ -50,13 +43,9 @@ def continue_texts(
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            sampler=sampler,
-            num_draws=num_draws,
-            max_draws=max_draws,
-            top_p=top_p,
-            min_p=min_p,
             seed=seed,
             streamer=streamer,
+            **sampling,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -24,7 +24,8 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers in [0, 1), shape (N, R, U)."""
     if isinstance(randomness, Sequence):
-        _check(randomness, num_rows)
+        if len(randomness) != num_rows:
+            raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")
         shape = (num_draws, size)
         rows = [torch.rand(shape, generator=g, device=device, dtype=dtype) for g in randomness]
         return torch.stack(rows, dim=1)
@@ -59,8 +60,3 @@ def generators_of_rows(
         # manual_seed takes at most 63 bits without wrapping.
         generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1))
     return generators
-
-
-def _check(generators: Sequence[torch.Generator], num_rows: int) -> None:
-    if len(generators) != num_rows:
-        raise ValueError(f"there are {num_rows} rows, but {len(generators)} generators.")

@@ -68,14 +68,10 @@ class TemperatureSettings:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
-        order = inverse_temperature(self.temperature)
-        needed = 1 if math.isinf(order) else math.ceil(order)
-        pool_decides = self.sampler == "pool" or self.temperature == 0
-        name, given = ("num_draws", self.num_draws) if pool_decides else ("max_draws", self.max_draws)
-        if given < needed:
-            raise ValueError(
-                f"a temperature of {self.temperature:g} needs at least {needed} draws, got {name}={given}."
-            )
+        if self.sampler == "pool" or self.temperature == 0:
+            _order_for(self.temperature, self.num_draws, "num_draws=")
+        else:
+            _order_for(self.temperature, self.max_draws, "max_draws=")
         if self.first_block < 1:
             raise ValueError(f"first_block must be at least 1, got {self.first_block}.")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
@@ -83,8 +79,13 @@ class TemperatureSettings:
                 "top_p must lie in (0, 1] and min_p in [0, 1]; "
                 f"got top_p={self.top_p:g} and min_p={self.min_p:g}."
             )
-        if self.sampler == "exact" and (self.top_p < 1 or self.min_p > 0):
+        if self.sampler == "exact" and self.truncates:
             raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether `top_p` or `min_p` can drop a chunk."""
+        return self.top_p < 1 or self.min_p > 0
 
 
 def inverse_temperature(temperature: float) -> float:
@@ -120,8 +121,7 @@ def sample(
     """
     if num_rows < 1:
         raise ValueError("there is no row to sample: the batch is empty.")
-    cuts = settings.top_p < 1 or settings.min_p > 0
-    if settings.temperature == 1 and not cuts:
+    if settings.temperature == 1 and not settings.truncates:
         chunks_RK = draw(1, torch.arange(num_rows))[0]
         one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
         return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
@@ -165,13 +165,8 @@ def sample_from_pool(
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
-    order = inverse_temperature(temperature)
     num_draws, num_rows, _ = pool_NRK.shape
-    if num_draws < 1 or (math.isfinite(order) and num_draws < math.ceil(order)):
-        needed = math.ceil(order) if math.isfinite(order) else 1
-        raise ValueError(
-            f"a temperature of {temperature:g} needs a pool of at least {needed} draws, got {num_draws}."
-        )
+    order = _order_for(temperature, num_draws)
     number_RN = number_chunks(pool_NRK)
     counts = torch.bincount(number_RN.flatten(), minlength=num_draws * num_rows)
     count_RN = counts[number_RN]
@@ -225,14 +220,9 @@ def sample_exact(
     Raises:
         ValueError: If the temperature is out of range or the budget smaller than 1/T.
     """
-    order = inverse_temperature(temperature)
+    order = _order_for(temperature, max_draws, "max_draws=")
     if math.isinf(order):
         raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
-    if max_draws < math.ceil(order):
-        raise ValueError(
-            f"a temperature of {temperature:g} needs at least {math.ceil(order)} draws, "
-            f"got max_draws={max_draws}."
-        )
     n, a = math.floor(order), order - math.floor(order)
     parts: list[tuple[Tensor, ChunkSample]] = []
     rows_A = torch.arange(num_rows)
@@ -250,12 +240,10 @@ def sample_exact(
             lifetime_AN = fresh_AN if lifetime_AN is None else torch.cat([lifetime_AN, fresh_AN], dim=1)
         number_AN = number_chunks(pool_NAK)
         winner_A, needed_A = find_accepted(number_AN, n, lifetime_AN)
-        is_done_A = winner_A >= 0
-        if bool(is_done_A.any()):
-            parts.append((rows_A[is_done_A.cpu()], _accepted(pool_NAK, number_AN, winner_A, needed_A)))
-        rows_A = rows_A[~is_done_A.cpu()]
-        pool_NAK = pool_NAK[:, ~is_done_A]
-        lifetime_AN = None if lifetime_AN is None else lifetime_AN[~is_done_A]
+        is_open_A = winner_A < 0
+        parts.append((rows_A[~is_open_A.cpu()], _accepted(pool_NAK, number_AN, winner_A, needed_A)))
+        rows_A, pool_NAK = rows_A[is_open_A.cpu()], pool_NAK[:, is_open_A]
+        lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_open_A]
         if len(rows_A) and len(pool_NAK) >= max_draws:
             choice = sample_from_pool(pool_NAK, temperature, select_rows(randomness, rows_A))
             parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
@@ -263,6 +251,17 @@ def sample_exact(
     place_R = torch.cat([rows for rows, _ in parts]).argsort()
     columns = zip(*(part for _, part in parts), strict=True)
     return ChunkSample(*(torch.cat(column)[place_R.to(column[0].device)] for column in columns))
+
+
+def _order_for(temperature: float, num_draws: int, name: str = "") -> float:
+    """The exponent 1/T, after a check that so many draws can serve it; `name` says whose they are."""
+    order = inverse_temperature(temperature)
+    needed = 1 if math.isinf(order) else math.ceil(order)
+    if num_draws < needed:
+        raise ValueError(
+            f"a temperature of {temperature:g} needs at least {needed} draws, got {name}{num_draws}."
+        )
+    return order
 
 
 def _accepted(pool_NAK: Tensor, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:

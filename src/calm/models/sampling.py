@@ -46,7 +46,7 @@ class ChunkSamplingMixin:
     @torch.no_grad()
     def draw_chunks(self, hidden_PD: Tensor, num_draws: int, randomness: Randomness = None) -> Tensor:
         """Independent draws of the next chunk at temperature 1, (N, P, K)."""
-        return self._decode(self.head.draw(self.head.prepare(hidden_PD), num_draws, randomness))
+        return self._decode(self.head.sample(hidden_PD, num_draws, randomness))
 
     def _decode(self, latents_NPZ: Tensor) -> Tensor:
         if not bool(latents_NPZ.isfinite().all()):
