@@ -1,13 +1,12 @@
 """The race of the exact sampler against a reader that goes draw by draw, and the law of its lifetimes."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from scipy import stats
 
-from calm.core.coincidence import find_accepted, number_chunks, sibuya_lifetimes
+from calm.core.coincidence import find_accepted, sibuya_lifetimes
 
 
 def read_draw_by_draw(numbers, n, lifetimes=None):
@@ -55,24 +54,6 @@ def test_same_winner_as_reading_draw_by_draw(n, with_lifetimes, num_outcomes):
                 decided += 1
                 assert (numbers[winner_R[row]], int(needed_R[row])) == (outcome, needed)
     assert decided > 30
-
-
-def test_numbers_agree_with_comparing_all_ids():
-    generator = torch.Generator().manual_seed(0)
-    chunks_NRK = torch.randint(2, (30, 5, 3), generator=generator)
-    numbers_RN = number_chunks(chunks_NRK)
-    equal_RNN = (chunks_NRK.transpose(0, 1).unsqueeze(1) == chunks_NRK.transpose(0, 1).unsqueeze(2)).all(-1)
-    assert (equal_RNN == (numbers_RN.unsqueeze(1) == numbers_RN.unsqueeze(2))).all()
-    assert numbers_RN.min() >= 0 and numbers_RN.max() < 150
-    for one, other in itertools.combinations(numbers_RN, 2):
-        assert not torch.isin(one, other).any()
-
-
-def test_numbers_of_the_largest_ids_do_not_overflow():
-    top = 2**31 - 1
-    chunks = torch.tensor([[top] * 8, [top] * 7 + [top - 1], [top] * 8]).unsqueeze(1)
-    first, second, third = number_chunks(chunks)[0].tolist()
-    assert first == third != second
 
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 0.9])

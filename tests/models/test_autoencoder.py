@@ -36,6 +36,15 @@ def test_decode_in_blocks_is_the_same(autoencoder):
     assert autoencoder.decode_tokens(latents[:0]).shape == whole[:0].shape
 
 
+def test_tokens_at_some_places_are_the_same(autoencoder):
+    latents, size = torch.randn(5000, 8), autoencoder.config.chunk_size
+    whole = autoencoder.decode_tokens(latents)
+    states = autoencoder.chunk_states(latents)
+    for first, last in ((0, 1), (size - 1, size), (0, size), (1, size)):
+        if first < last:
+            assert (autoencoder.read_tokens(states, first, last) == whole[:, first:last]).all()
+
+
 def test_a_screen_decodes_the_same(autoencoder):
     latents = torch.randn(200, 3, 8)
     whole = autoencoder.decode_tokens(latents)

@@ -6,6 +6,8 @@ from conftest import BOS, EOS, PAD, tiny_model
 from torch.testing import assert_close
 from transformers import GenerationConfig, TextIteratorStreamer
 
+import calm.core.temperature as temperature_module
+import calm.models.sampling as sampling_module
 from calm.core.chunks import align_to_chunks
 from calm.core.temperature import TemperatureSettings, sample_from_pool
 from calm.data.tokenizer import train_tokenizer
@@ -142,6 +144,25 @@ def test_a_row_is_the_same_alone_and_in_a_batch(sampler, temperature):
         assert together[row, 9 : 9 + len(alone)].tolist() == alone.tolist()
         assert (together[row, 9 + len(alone) :] == PAD).all()
     assert len(lengths) > 1  # Some rows ended before others.
+
+
+@pytest.mark.parametrize("few_draws", [0, 20, 1000])
+@pytest.mark.parametrize("settings", [{"temperature": 0.5}, {"temperature": 0.3, "sampler": "pool"}, {}])
+def test_a_large_vocabulary_is_read_where_it_matters_and_gives_the_same_text(
+    monkeypatch, few_draws, settings
+):
+    model = without_eos(tiny_model().double())
+    prompt = torch.randint(3, 40, (3, 5))
+
+    def write():
+        return model.generate(prompt, max_new_tokens=20, seed=2, num_draws=30, max_draws=30, **settings)
+
+    monkeypatch.setattr(temperature_module, "_FIRST_BLOCK_WITH_READER", temperature_module._FIRST_BLOCK)
+    whole = write()
+    monkeypatch.setattr(sampling_module, "_LARGE_PROJECTION", 1)
+    monkeypatch.setattr(sampling_module, "_FEW_DRAWS", few_draws)
+    monkeypatch.setattr(model.autoencoder, "decode_tokens", None)  # No use of it.
+    assert (write() == whole).all()
 
 
 def test_statistics_on_request():

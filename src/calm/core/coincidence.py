@@ -1,6 +1,6 @@
 """The race of the exact sampler, on numbered outcomes: who is the first draw to be accepted?
 
-Shapes: N draws in the order they were made, R rows, K tokens of a chunk.
+Shapes: N draws in the order they were made, R rows.
 
 With 1/T = n + a, n whole and 0 <= a < 1, an attempt reads draws until one differs from the first.
 If the first n are equal their outcome x is the candidate, which happens with probability P(x)^n.
@@ -15,20 +15,6 @@ import torch
 from torch import Tensor
 
 
-def number_chunks(chunks_NRK: Tensor) -> Tensor:
-    """A number for every draw, (R, N): equal within a row where all K ids are equal, else different.
-
-    Numbers lie in 0..N·R-1, and two rows share none.
-    """
-    num_draws, num_rows, _ = chunks_NRK.shape
-    numbers_RN = torch.arange(num_rows, device=chunks_NRK.device)[:, None].expand(-1, num_draws)
-    for tokens_NR in chunks_NRK.unbind(-1):
-        # Below N·R·V: no overflow, so no two chunks are ever taken for one.
-        pairs_RN = numbers_RN * (tokens_NR.max() + 1) + tokens_NR.T
-        numbers_RN = torch.unique(pairs_RN, return_inverse=True)[1]
-    return numbers_RN
-
-
 def sibuya_lifetimes(uniform: Tensor, a: float, longest: int) -> Tensor:
     """Lifetimes of the Sibuya law from uniform numbers; longer than `longest` becomes `longest` + 1."""
     trials = torch.arange(1, longest + 1, dtype=torch.float64, device=uniform.device)
@@ -40,7 +26,7 @@ def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) 
     """Replay the race from the first draw and say who won.
 
     Args:
-        number_RN: Outcome of every draw, as of `number_chunks`.
+        number_RN: Outcome of every draw, as of `calm.core.pool.Pool.number`.
         n: Draws that must be equal, the whole part of 1/T.
         lifetime_RN: Lifetime that a candidate has if its attempt begins at that draw; None if
             1/T is whole and candidates win at once.

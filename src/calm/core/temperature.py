@@ -1,7 +1,8 @@
 """Temperature sampling from draws alone (paper section 5; derivations in docs/temperature.md).
 
 The law wanted at temperature T is P(x)^(1/T), normalised, over chunks x; all that is given is a way
-to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk.
+to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk,
+A rows that are still open, D rows that are done.
 """
 
 import math
@@ -12,14 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm.core.coincidence import find_accepted, number_chunks, sibuya_lifetimes
+from calm.core.coincidence import find_accepted, sibuya_lifetimes
+from calm.core.pool import Pool, TokenReader
 from calm.core.random import Randomness, select_rows, uniform
 
 Draw = Callable[[int, Tensor], Tensor]
-"""draw(num_draws, rows_R): independent draws of those rows at temperature 1, (N, R, K)."""
+"""draw(num_draws, rows_R): independent draws of those rows at temperature 1: token ids (N, R, K), or
+states (N, R, X) that go with a `TokenReader`."""
 
 SAMPLERS = ("exact", "pool")
 _ROUNDING = 1e-3
+_FIRST_BLOCK = 16
+_FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
 
 
@@ -52,7 +57,7 @@ class TemperatureSettings:
             tends to it as `num_draws` grows.
         num_draws: Pool size of the pool sampler, and of both at temperature 0.
         max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
-        first_block: Draws that the exact sampler begins with. It moves cost, not the law.
+        first_block: Draws that the exact sampler begins with; None chooses. It moves cost, not the law.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
         min_p: Pool only: drop chunks less frequent than this share of the commonest.
     """
@@ -61,7 +66,7 @@ class TemperatureSettings:
     sampler: str = "exact"
     num_draws: int = 200
     max_draws: int = 200
-    first_block: int = 16
+    first_block: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
 
@@ -72,7 +77,7 @@ class TemperatureSettings:
             _order_for(self.temperature, self.num_draws, "num_draws=")
         else:
             _order_for(self.temperature, self.max_draws, "max_draws=")
-        if self.first_block < 1:
+        if self.first_block is not None and self.first_block < 1:
             raise ValueError(f"first_block must be at least 1, got {self.first_block}.")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(
@@ -107,6 +112,7 @@ def sample(
     num_rows: int,
     settings: TemperatureSettings,
     randomness: Randomness = None,
+    reader: TokenReader | None = None,
 ) -> ChunkSample:
     """One chunk for every row by the sampler of the settings; at T = 1 that is a single draw.
 
@@ -115,6 +121,7 @@ def sample(
         num_rows: Number of rows R.
         settings: Sampler and temperature.
         randomness: Source of the choices; the draws have their own.
+        reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
 
     Raises:
         ValueError: If there is no row.
@@ -122,7 +129,8 @@ def sample(
     if num_rows < 1:
         raise ValueError("there is no row to sample: the batch is empty.")
     if settings.temperature == 1 and not settings.truncates:
-        chunks_RK = draw(1, torch.arange(num_rows))[0]
+        rows_R = torch.arange(num_rows)
+        chunks_RK = Pool(draw(1, rows_R), reader).chunks(torch.zeros_like(rows_R), rows_R)
         one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
         return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
     if settings.sampler == "exact" and settings.temperature > 0:
@@ -133,11 +141,10 @@ def sample(
             max_draws=settings.max_draws,
             first_block=settings.first_block,
             randomness=randomness,
+            reader=reader,
         )
-    pool_NRK = draw(settings.num_draws, torch.arange(num_rows))
-    return sample_from_pool(
-        pool_NRK, settings.temperature, randomness, top_p=settings.top_p, min_p=settings.min_p
-    )
+    pool = Pool(draw(settings.num_draws, torch.arange(num_rows)), reader)
+    return _choose(pool, pool.number(), settings.temperature, randomness, settings.top_p, settings.min_p)
 
 
 def sample_from_pool(
@@ -165,29 +172,8 @@ def sample_from_pool(
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
-    num_draws, num_rows, _ = pool_NRK.shape
-    order = _order_for(temperature, num_draws)
-    number_RN = number_chunks(pool_NRK)
-    counts = torch.bincount(number_RN.flatten(), minlength=num_draws * num_rows)
-    count_RN = counts[number_RN]
-    log_weight_RN = _log_weights(count_RN, order)
-    log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)
-    # Every one of the c equal draws carries the c-th part of its chunk's weight.
-    log_weight_RN = log_weight_RN - count_RN.double().log()
-    cumulative_RN = (log_weight_RN - log_weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
-    device = pool_NRK.device
-    uniform_R1 = uniform(1, num_rows, 1, randomness, device, torch.float64)[0]
-    threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
-    chosen_R1 = torch.searchsorted(cumulative_RN, threshold_R1, right=True).clamp_max(num_draws - 1)
-    chosen_R = chosen_R1.squeeze(-1)
-    made_R = torch.full((num_rows,), num_draws, device=device)
-    return ChunkSample(
-        pool_NRK[chosen_R, torch.arange(num_rows, device=device)],
-        made_R,
-        made_R,
-        torch.zeros_like(made_R, dtype=torch.bool),
-        count_RN.gather(1, chosen_R1).squeeze(1).double() / num_draws,
-    )
+    pool = Pool(pool_NRK)
+    return _choose(pool, pool.number(), temperature, randomness, top_p, min_p)
 
 
 def sample_exact(
@@ -196,8 +182,9 @@ def sample_exact(
     temperature: float,
     *,
     max_draws: int = 200,
-    first_block: int = 16,
+    first_block: int | None = None,
     randomness: Randomness = None,
+    reader: TokenReader | None = None,
 ) -> ChunkSample:
     """Choose one chunk for each row with the law P^(1/T), for any T in (0, 1].
 
@@ -205,9 +192,10 @@ def sample_exact(
     Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
     expected number of draws is (1 + S(1) + ... + S(n-1) + [a > 0] S(n+a-1)) / S(n+a).
 
-    Draws are made in blocks, the first of `first_block` and each further one three times as long
-    as all before it together; rows that are decided draw no more. The law does not depend on the
-    blocks. Rows that are undecided after `max_draws` take the pool rule over all their draws.
+    Draws are made in blocks, the first of `first_block` (by default 16, or 4 with a reader) and each
+    further one three times as long as all before it together; rows that are decided draw no more. The
+    law does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule over
+    all their draws.
 
     Args:
         draw: Makes draws of some rows.
@@ -216,6 +204,7 @@ def sample_exact(
         max_draws: Budget of a row, at least 1/T.
         first_block: Draws of the first block.
         randomness: Source of the lifetimes and of the choices by the pool rule.
+        reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
 
     Raises:
         ValueError: If the temperature is out of range or the budget smaller than 1/T.
@@ -223,29 +212,36 @@ def sample_exact(
     order = _order_for(temperature, max_draws, "max_draws=")
     if math.isinf(order):
         raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
+    if first_block is None:
+        first_block = _FIRST_BLOCK if reader is None else _FIRST_BLOCK_WITH_READER
     n, a = math.floor(order), order - math.floor(order)
     parts: list[tuple[Tensor, ChunkSample]] = []
     rows_A = torch.arange(num_rows)
-    pool_NAK = lifetime_AN = None
+    pool: Pool | None = None
+    lifetime_AN = None
     while len(rows_A):
-        drawn = 0 if pool_NAK is None else len(pool_NAK)
+        drawn = 0 if pool is None else len(pool)
         block = min(max_draws - drawn, max(first_block, _GROWTH * drawn))
-        fresh_NAK = draw(block, rows_A)
-        pool_NAK = fresh_NAK if pool_NAK is None else torch.cat([pool_NAK, fresh_NAK])
+        fresh_NAX = draw(block, rows_A)
+        if pool is None:
+            pool = Pool(fresh_NAX, reader)
+        else:
+            pool.extend(fresh_NAX)
         if a > 0:
             chance_NA = uniform(
-                block, len(rows_A), 1, select_rows(randomness, rows_A), pool_NAK.device, torch.float64
+                block, len(rows_A), 1, select_rows(randomness, rows_A), pool.device, torch.float64
             ).squeeze(-1)
             fresh_AN = sibuya_lifetimes(chance_NA.T.contiguous(), a, max_draws)
             lifetime_AN = fresh_AN if lifetime_AN is None else torch.cat([lifetime_AN, fresh_AN], dim=1)
-        number_AN = number_chunks(pool_NAK)
+        number_AN = pool.number()
         winner_A, needed_A = find_accepted(number_AN, n, lifetime_AN)
         is_open_A = winner_A < 0
-        parts.append((rows_A[~is_open_A.cpu()], _accepted(pool_NAK, number_AN, winner_A, needed_A)))
-        rows_A, pool_NAK = rows_A[is_open_A.cpu()], pool_NAK[:, is_open_A]
+        parts.append((rows_A[~is_open_A.cpu()], _accepted(pool, number_AN, winner_A, needed_A)))
+        rows_A = rows_A[is_open_A.cpu()]
+        pool.keep(is_open_A)
         lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_open_A]
-        if len(rows_A) and len(pool_NAK) >= max_draws:
-            choice = sample_from_pool(pool_NAK, temperature, select_rows(randomness, rows_A))
+        if len(rows_A) and len(pool) >= max_draws:
+            choice = _choose(pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A))
             parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
             break
     place_R = torch.cat([rows for rows, _ in parts]).argsort()
@@ -264,18 +260,48 @@ def _order_for(temperature: float, num_draws: int, name: str = "") -> float:
     return order
 
 
-def _accepted(pool_NAK: Tensor, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
+def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
     """The sample of the rows that have a winner."""
     done_D = (winner_A >= 0).nonzero().squeeze(1)
     winner_D = winner_A[done_D]
     number_DN = number_AN[done_D]
     is_equal_DN = number_DN == number_DN.gather(1, winner_D.unsqueeze(1))
     return ChunkSample(
-        pool_NAK[winner_D, done_D],
-        torch.full_like(done_D, len(pool_NAK)),
+        pool.chunks(winner_D, done_D),
+        torch.full_like(done_D, len(pool)),
         needed_A[done_D],
         torch.zeros_like(done_D, dtype=torch.bool),
         is_equal_DN.double().mean(1),
+    )
+
+
+def _choose(
+    pool: Pool,
+    number_RN: Tensor,
+    temperature: float,
+    randomness: Randomness,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> ChunkSample:
+    """The pool rule, see `sample_from_pool`."""
+    num_draws, num_rows, device = len(pool), pool.num_rows, pool.device
+    order = _order_for(temperature, num_draws)
+    count_RN = torch.bincount(number_RN.flatten())[number_RN]
+    log_weight_RN = _log_weights(count_RN, order)
+    log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)
+    # Every one of the c equal draws carries the c-th part of its chunk's weight.
+    log_weight_RN = log_weight_RN - count_RN.double().log()
+    cumulative_RN = (log_weight_RN - log_weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
+    uniform_R1 = uniform(1, num_rows, 1, randomness, device, torch.float64)[0]
+    threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
+    chosen_R1 = torch.searchsorted(cumulative_RN, threshold_R1, right=True).clamp_max(num_draws - 1)
+    made_R = torch.full((num_rows,), num_draws, device=device)
+    return ChunkSample(
+        pool.chunks(chosen_R1.squeeze(-1), torch.arange(num_rows, device=device)),
+        made_R,
+        made_R,
+        torch.zeros_like(made_R, dtype=torch.bool),
+        count_RN.gather(1, chosen_R1).squeeze(1).double() / num_draws,
     )
 
 

@@ -88,12 +88,22 @@ class _Decoder(nn.Module):
 
     def forward(self, latents_PZ: Tensor) -> Tensor:
         """Token vectors before the vocabulary projection, shape (P, K, D)."""
-        half = len(self.blocks) // 2
+        return self.token_vectors(self.chunk_states(latents_PZ), 0, self.chunk_size)
+
+    def chunk_states(self, latents_PZ: Tensor) -> Tensor:
+        """What all tokens of a chunk have in common, shape (P, D)."""
         hidden = self.inp(latents_PZ)
-        for block in self.blocks[:half]:
+        for block in self.blocks[: len(self.blocks) // 2]:
             hidden = block(hidden)
-        hidden = self.expand(hidden).unflatten(-1, (self.chunk_size, -1))
-        for block in self.blocks[half:]:
+        return hidden
+
+    def token_vectors(self, states_PD: Tensor, first: int, last: int) -> Tensor:
+        """The vectors of the tokens at the places first..last-1, shape (P, last - first, D)."""
+        size = states_PD.shape[-1]
+        part = slice(first * size, last * size)
+        hidden = F.linear(states_PD, self.expand.weight[part], self.expand.bias[part])
+        hidden = hidden.unflatten(-1, (last - first, size))
+        for block in self.blocks[len(self.blocks) // 2 :]:
             hidden = block(hidden)
         return self.norm(hidden)
 
@@ -137,15 +147,29 @@ class CalmAutoencoder(PreTrainedModel):
 
         Token scores are never held all at once; see `calm.core.argmax`.
         """
-        weight_VD = self.encoder.embed_tokens.weight
         latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
-        tokens = []
-        for part in latents.split(_LATENTS_AT_ONCE):
-            vectors = self.decoder(part)
-            flat = vectors.flatten(0, 1)
-            best = argmax_of_scores(flat, weight_VD) if self._screen is None else self._screen.argmax(flat)
-            tokens.append(best.view(vectors.shape[:2]))
+        tokens = [self._most_likely(self.decoder(part)) for part in latents.split(_LATENTS_AT_ONCE)]
         return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])
+
+    def chunk_states(self, latents_PZ: Tensor) -> Tensor:
+        """The part of decoding that all K tokens share, shape (P, D), for `read_tokens` to go on with."""
+        return self.decoder.chunk_states(latents_PZ)
+
+    def read_tokens(self, states_PD: Tensor, first: int, last: int) -> Tensor:
+        """Most likely tokens of each chunk at the places first..last-1 alone, shape (P, last - first).
+
+        `decode_tokens` gives the same tokens, and does the work of all places.
+        """
+        at_once = _LATENTS_AT_ONCE * self.config.chunk_size // (last - first)
+        parts = states_PD.split(at_once)
+        return torch.cat([self._most_likely(self.decoder.token_vectors(part, first, last)) for part in parts])
+
+    def _most_likely(self, vectors: Tensor) -> Tensor:
+        """Tokens with the largest scores, the last axis of token vectors taken away."""
+        flat = vectors.flatten(0, -2)
+        weight_VD = self.encoder.embed_tokens.weight
+        best = argmax_of_scores(flat, weight_VD) if self._screen is None else self._screen.argmax(flat)
+        return best.view(vectors.shape[:-1])
 
     def screen_vocabulary(self, rank: int | None) -> None:
         """Let `decode_tokens` screen the vocabulary in low rank; it gives the same tokens.

@@ -6,10 +6,29 @@ Shapes: N draws, P positions, K tokens per chunk, D hidden size, Z latent size.
 import torch
 from torch import Tensor
 
+from calm.core.pool import TokenReader
 from calm.core.random import Randomness, select_rows
 from calm.core.temperature import ChunkSample, TemperatureSettings, sample
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.heads import GenerativeHead
+
+# From so many weights of the vocabulary projection on, tokens are read only where they matter. With
+# fewer, reading all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).
+_LARGE_PROJECTION = 2**22
+# So few draws are read whole even then: one pass over a large matrix costs what its memory costs.
+_FEW_DRAWS = 64
+
+
+class _DecoderReader(TokenReader):
+    """Reads tokens of the autoencoder's chunk states."""
+
+    def __init__(self, autoencoder: CalmAutoencoder) -> None:
+        self.chunk_size = autoencoder.config.chunk_size
+        self._autoencoder = autoencoder
+
+    def __call__(self, states_MX: Tensor, place: int) -> Tensor:
+        last = self.chunk_size if len(states_MX) <= _FEW_DRAWS else place + 1
+        return self._autoencoder.read_tokens(states_MX, place, last)
 
 
 class ChunkSamplingMixin:
@@ -36,22 +55,28 @@ class ChunkSamplingMixin:
             ValueError: If there is no position, or a latent is not finite.
         """
         prepared_P = self.head.prepare(hidden_PD)
+        config = self.autoencoder.config
+        is_large = config.vocab_size * config.hidden_size >= _LARGE_PROJECTION
+        decode = self.autoencoder.chunk_states if is_large else self.autoencoder.decode_tokens
 
         def draw(num_draws: int, rows: Tensor) -> Tensor:
             chosen = prepared_P if len(rows) == len(prepared_P) else prepared_P[rows.to(prepared_P.device)]
-            return self._decode(self.head.draw(chosen, num_draws, select_rows(randomness, rows)))
+            return decode(_finite(self.head.draw(chosen, num_draws, select_rows(randomness, rows))))
 
-        return sample(draw, len(hidden_PD), settings, randomness)
+        reader = _DecoderReader(self.autoencoder) if is_large else None
+        return sample(draw, len(hidden_PD), settings, randomness, reader)
 
     @torch.no_grad()
     def draw_chunks(self, hidden_PD: Tensor, num_draws: int, randomness: Randomness = None) -> Tensor:
         """Independent draws of the next chunk at temperature 1, (N, P, K)."""
-        return self._decode(self.head.sample(hidden_PD, num_draws, randomness))
+        return self.autoencoder.decode_tokens(_finite(self.head.sample(hidden_PD, num_draws, randomness)))
 
-    def _decode(self, latents_NPZ: Tensor) -> Tensor:
-        if not bool(latents_NPZ.isfinite().all()):
-            raise ValueError(
-                f"the head drew a latent that is not finite (in {latents_NPZ.dtype}); "
-                "the weights may be damaged, or the dtype too narrow for them."
-            )
-        return self.autoencoder.decode_tokens(latents_NPZ)
+
+def _finite(latents_NPZ: Tensor) -> Tensor:
+    """The latents, after a check."""
+    if not bool(latents_NPZ.isfinite().all()):
+        raise ValueError(
+            f"the head drew a latent that is not finite (in {latents_NPZ.dtype}); "
+            "the weights may be damaged, or the dtype too narrow for them."
+        )
+    return latents_NPZ
