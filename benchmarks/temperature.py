@@ -6,10 +6,11 @@
 
 `speed` writes with every sampler in turns, round after round in one run, and prints medians, with
 tokens per second also as a ratio to the yardstick: the pool rule written the obvious way (all
-logits of all draws in memory, chunks counted in Python, row by row). `law` draws a large reference
-for held-out contexts, then runs the samplers on the reference law and measures their total
-variation distance to the tempered one; "ideal" draws from the tempered law itself, which shows what
-part of a distance is due to the finite number of trials.
+logits of all draws in memory, chunks counted in Python, row by row). "whole" reads all tokens of all
+draws, as is done for small vocabularies; large ones are read only as far as it matters. `law` draws a
+large reference for held-out contexts, then runs the samplers on the reference law and measures their
+total variation distance to the tempered one; "ideal" draws from the tempered law itself, which shows
+what part of a distance is due to the finite number of trials.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
+import calm.models.sampling as sampling
 from calm.core.chunks import find_targets
 from calm.core.temperature import ChunkSample, TemperatureSettings, sample
 from calm.data.prepare import load_prepared
@@ -34,6 +36,7 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
 LITERAL = f"literal pool {POOL}"
+WHOLE = " whole"
 
 
 def literal_pool(model, hidden_PD, temperature):
@@ -67,9 +70,11 @@ def samplers_at(temperature, budgets):
     return table
 
 
-def write(model, prompts, settings, temperature, num_chunks, seed):
+def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
     """Tokens per second and draws per chunk of one call of generate."""
     options = {}
+    large = sampling._LARGE_PROJECTION
+    sampling._LARGE_PROJECTION = math.inf if whole else large
     if settings is None:
         model.sample_chunks = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
@@ -90,6 +95,7 @@ def write(model, prompts, settings, temperature, num_chunks, seed):
     )
     seconds = time.perf_counter() - start
     model.__dict__.pop("sample_chunks", None)
+    sampling._LARGE_PROJECTION = large
     draws = out.num_draws.double().mean().item()
     return prompts.shape[0] * num_tokens / seconds, draws, out.fell_back.double().mean().item()
 
@@ -142,10 +148,14 @@ def speed(arguments):
 def compare(label, model, prompts, temperature, arguments):
     """Write with all samplers in turns, and print a line for each."""
     table = samplers_at(temperature, arguments.budgets)
+    if arguments.random:
+        table |= {key + WHOLE: settings for key, settings in table.items() if settings is not None}
     rounds = {key: [] for key in table}
     for repeat in range(arguments.rounds):
         for key, settings in table.items():
-            rounds[key].append(write(model, prompts, settings, temperature, arguments.chunks, seed=repeat))
+            rounds[key].append(
+                write(model, prompts, settings, temperature, arguments.chunks, repeat, key.endswith(WHOLE))
+            )
     yardstick = [rate for rate, *_ in rounds.get(LITERAL, [])]
     for key, runs in rounds.items():
         rates, draws, fell = zip(*runs, strict=True)
@@ -153,7 +163,7 @@ def compare(label, model, prompts, temperature, arguments):
         if yardstick:
             ratio = statistics.median(a / b for a, b in zip(rates, yardstick, strict=True))
         print(
-            f"{label}  {key:16s}: {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f}), "
+            f"{label}  {key:18s}: {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f}), "
             f"{ratio:5.1f}x, {statistics.mean(draws):6.1f}, {statistics.mean(fell):.1%}",
             flush=True,
         )
