@@ -119,45 +119,49 @@ def evaluate(
     layout: Literal["documents", "packed"] = "documents",
     max_blocks: int | None = None,
     ngrams: list[int] | int | None = None,
+    num_draws: int = 2,
+    estimator: Literal["best", "draws"] = "best",
+    protocol: Literal["published"] | None = None,
     text_field: str = "text",
     separator: str | None = None,
     seed: int = 1234,
 ) -> None:
-    """Score a model on held-out text: reconstruction, BrierLM and Brier-1 to Brier-4.
+    """Score a model on held-out text: BrierLM, Brier-1 to Brier-4, reconstruction or perplexity.
 
     Args:
-        model: Model folder.
+        model: Folder or hub name of a CALM or of any causal language model of transformers.
         data: A prepared folder (its held-out part is scored), or sources that are scored whole.
         context: Tokens per block; part of the protocol, scores of other contexts do not compare.
         layout: "documents", or "packed" as in the published evaluation.
         max_blocks: Score this many blocks at most.
         ngrams: Orders of n-gram floors to print beside, such as [3,5] (needs a prepared folder).
+        num_draws: Draws of each chunk, at least 2; more give smaller errors.
+        estimator: best uses probabilities where a model has them; draws scores it as a CALM is scored.
+        protocol: published is the paper's: packed documents, blocks of 8192 tokens.
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         seed: Seed of the draws.
     """
     from calm.data.prepare import held_out_data
     from calm.data.sources import ReadingOptions
-    from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
-    from calm.models.loading import load_model_and_tokenizer
+    from calm.evaluation.held_out import score_model
+    from calm.models.loading import load_language_model_and_tokenizer
     from calm.report import print_scorecard
 
-    network, tokenizer = load_model_and_tokenizer(model)
-    held_out = held_out_data(data, tokenizer, ReadingOptions(text_field=text_field, separator=separator))
-    size = network.config.chunk_size
-    blocks = held_out.blocks("validation", chunk_size=size, block_size=context, layout=layout)
-    floors = {}
-    if ngrams:
-        if len(held_out.train) == 0:
-            raise InputError("n-gram floors need training text; give a folder of `calm prepare` as --data.")
-        documents = held_out.train["input_ids"]
-        orders = [ngrams] if isinstance(ngrams, int) else ngrams
-        floors = score_ngrams(orders, documents, blocks, tokenizer, size, max_blocks, seed)
+    context, layout = PROTOCOLS[protocol] if protocol else (context, layout)
+    network, tokenizer = load_language_model_and_tokenizer(model)
+    options = ReadingOptions(text_field=text_field, separator=separator)
     print_scorecard(
-        Scorecard(
-            score_reconstruction(network.autoencoder, blocks, max_blocks, seed),
-            score_brier(network, blocks, max_blocks, seed),
-            floors,
+        score_model(
+            network,
+            held_out_data(data, tokenizer, options),
+            context=context,
+            layout=layout,
+            ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
+            num_blocks=max_blocks,
+            seed=seed,
+            num_draws=num_draws,
+            estimator=estimator,
         )
     )
 
@@ -265,6 +269,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "import": import_published,
     "doctor": doctor,
 }
+PROTOCOLS: dict[str, tuple[int, Literal["documents", "packed"]]] = {"published": (8192, "packed")}
 _POSITIONAL = ("model", "sources", "data", "prompt")
 
 

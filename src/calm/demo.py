@@ -13,7 +13,7 @@ from calm.data.folders import check_output
 from calm.data.prepare import PreparedData, load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
-from calm.evaluation.held_out import Scorecard, score_brier, score_ngrams, score_reconstruction
+from calm.evaluation.held_out import Scorecard, score_model
 from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
@@ -56,13 +56,7 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
     say("scoring held-out stories")
     model, tokenizer = load_model_and_tokenizer(str(folder))
     data = load_prepared(output / "data")
-    size = model.config.chunk_size
-    blocks = data.blocks("validation", chunk_size=size, block_size=recipe.data.context, seed=recipe.seed)
-    card = Scorecard(
-        score_reconstruction(model.autoencoder, blocks),
-        score_brier(model, blocks),
-        score_ngrams(_FLOORS, data.train["input_ids"], blocks, tokenizer, size),
-    )
+    card = score_model(model, data, context=recipe.data.context, ngrams=_FLOORS, layout_seed=recipe.seed)
     print_scorecard(card)
     say("continuing held-out stories at temperature 0.5")
     samples = write_samples(model, tokenizer, data, recipe.seed)

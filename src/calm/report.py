@@ -37,12 +37,20 @@ class Sample:
 def print_scorecard(card: Scorecard) -> None:
     """Print the figures of a model on held-out text."""
     console = Console()
-    rec = card.reconstruction
-    console.print(
-        f"reconstruction  {rec.token_accuracy:.3%} of tokens, {rec.chunk_accuracy:.3%} of chunks "
-        f"(from a posterior draw: {rec.token_accuracy_noisy:.3%} of tokens)",
-        highlight=False,
-    )
+    if card.reconstruction is not None:
+        rec = card.reconstruction
+        console.print(
+            f"reconstruction  {rec.token_accuracy:.3%} of tokens, {rec.chunk_accuracy:.3%} of chunks "
+            f"(from a posterior draw: {rec.token_accuracy_noisy:.3%} of tokens)",
+            highlight=False,
+        )
+    if card.perplexity is not None:
+        per = card.perplexity
+        console.print(
+            f"perplexity  {per.perplexity:.3f} ({per.cross_entropy:.4f} nats per token, "
+            f"{per.num_tokens:,} tokens)",
+            highlight=False,
+        )
     table = Table("", *_COLUMNS, title=_caption(card.brier), title_justify="left")
     for name, result in _rows(card):
         table.add_row(name, *_cells(result))
@@ -75,6 +83,8 @@ def write_report(
         for name, result in _rows(card)
     )
     rec = card.reconstruction
+    if rec is None:
+        raise ValueError("the report of a run needs the reconstruction of its autoencoder.")
     written = "".join(
         f"<article><p><b>{html.escape(s.prompt)}</b>{html.escape(s.continuation)}</p>"
         f"<p class=truth>in the corpus: …{html.escape(s.truth)}</p></article>"
@@ -137,15 +147,23 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85em }
 
 
 def _caption(result: BrierResult) -> str:
-    return f"T = 1, {result.num_chunks:,} held-out chunks, blocks of {result.context} tokens, in percent"
+    return (
+        f"T = 1, {result.num_chunks:,} held-out chunks, blocks of {result.context} tokens, "
+        "in percent ± standard error"
+    )
 
 
 def _rows(card: Scorecard) -> list[tuple[str, BrierResult]]:
-    return [*card.floors.items(), ("CALM", card.brier)]
+    return [
+        *card.floors.items(),
+        (card.name, card.brier),
+        *((f"ceiling: {n}", r) for n, r in card.ceilings.items()),
+    ]
 
 
 def _cells(result: BrierResult) -> list[str]:
-    return [f"{value:.2f}" for value in result.as_metrics().values()]
+    pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
+    return [f"{value:.2f} ± {error:.2f}" for value, error in pairs]
 
 
 def _plot(history: dict[str, list[dict[str, Any]]], card: Scorecard) -> bytes:

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.errors import InputError
 from calm.training.optimizers import build_optimizer, build_scheduler
@@ -51,6 +52,16 @@ def test_who_gets_muon():
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert muon | adamw == trained
     assert not muon & adamw
+
+
+def test_a_model_of_tokens_gets_muon_but_for_its_embeddings():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    optimizer = build_optimizer(model, OptimizerSettings())
+    muon = {id(p) for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in muon}
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert not names & {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
 
 
 def test_adamw_decays_matrices_only():

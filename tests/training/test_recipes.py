@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from calm.data.stories import stories
 from calm.errors import InputError
@@ -13,7 +14,7 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import differences, read_recipe, shipped_recipes, write_recipe
 from calm.training.stages import train
 
-SHIPPED = ["calm_m", "demo", "laptop"]
+SHIPPED = ["calm_m", "demo", "demo_baseline", "laptop"]
 
 
 def test_the_list_is_what_is_shipped():
@@ -63,9 +64,11 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
 def test_runs_for_two_steps(name, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
-    model = train(shrink(read_recipe(name), str(text)), tmp_path / "run")
-    loaded = CalmForCausalLM.from_pretrained(model)
-    assert loaded.config.chunk_size == read_recipe(name).chunk_size
+    recipe = read_recipe(name)
+    model = train(shrink(recipe, str(text)), tmp_path / "run")
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    assert type(loaded) is (CalmForCausalLM if recipe.model == "calm" else LlamaForCausalLM)
+    assert getattr(loaded.config, "chunk_size", 1) == recipe.chunk_size
     saved = read_recipe(str(model / "recipe.yaml"))
     assert differences(saved, read_recipe(str(tmp_path / "run/recipe.yaml"))) == []
 
@@ -107,5 +110,10 @@ def test_mistakes_are_found_before_any_work():
                 recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)
             )
         )
+    with pytest.raises(InputError, match="set chunk_size to 1, not 4"):
+        check_recipe(dataclasses.replace(recipe, model="autoregressive"))
+    with pytest.raises(InputError, match="multiple of the chunk size 4"):
+        odd = dataclasses.replace(recipe.data, context=511)
+        check_recipe(dataclasses.replace(recipe, model="autoregressive", chunk_size=1, data=odd))
     with pytest.raises(InputError, match="there is no recipe 'none'"):
         read_recipe("none")

@@ -106,6 +106,19 @@ def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, st
     assert [step for step, _ in scores[0]] == [3, 6, 8]
 
 
+def test_a_resumed_baseline_equals_an_uninterrupted_one(text, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(toy_recipe(text), model="autoregressive", chunk_size=1)
+    whole = stages.train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, tmp_path / "stopped")
+    resumed = stages.train(recipe, tmp_path / "stopped", resume=True)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert not (tmp_path / "whole/autoencoder").exists()
+
+
 def test_a_checkpoint_that_was_not_finished_is_not_used(text, tmp_path, monkeypatch):
     """A kill while a checkpoint is written leaves the one before as the last."""
     recipe = toy_recipe(text)

@@ -1,10 +1,11 @@
-"""Brier scores from draws alone, and BrierLM (paper section 4).
+"""Brier scores from draws alone, BrierLM, and their standard errors (paper section 4).
 
-Shapes: P positions, K tokens of a chunk (column n-1 belongs to order n).
+Shapes: N draws, P positions, K tokens of a chunk (column n-1 belongs to order n), S steps of a window.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,14 +33,76 @@ def brier_scores(draw_1_PK: Tensor, draw_2_PK: Tensor, target_PK: Tensor) -> Ten
             "draws and target must have one shape, got "
             f"{tuple(draw_1_PK.shape)}, {tuple(draw_2_PK.shape)} and {tuple(target_PK.shape)}."
         )
-    hit_1 = matching_prefixes(draw_1_PK, target_PK)
-    hit_2 = matching_prefixes(draw_2_PK, target_PK)
-    collision = matching_prefixes(draw_1_PK, draw_2_PK)
-    return hit_1.float() + hit_2.float() - collision.float()
+    return brier_scores_of_draws(torch.stack([draw_1_PK, draw_2_PK]), target_PK)
+
+
+def brier_scores_of_draws(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
+    """The same from any number of independent draws, shape (P, K): less variance, the same mean.
+
+    U-statistics: 2 P(y) by twice the share of draws that hit, sum_x P(x)^2 by the share of the
+    N(N-1)/2 pairs of draws that agree.
+
+    Args:
+        draws_NPK: Token ids of N >= 2 draws.
+        target_PK: Token ids of the text.
+
+    Raises:
+        ValueError: If there are fewer than two draws, or the shapes do not fit.
+    """
+    if draws_NPK.ndim != 3 or draws_NPK.shape[1:] != target_PK.shape:
+        raise ValueError(
+            f"draws must be (N, P, K) beside a target (P, K), got {tuple(draws_NPK.shape)} and "
+            f"{tuple(target_PK.shape)}."
+        )
+    return 2 * share_of_hits(draws_NPK, target_PK) - share_of_equal_pairs(draws_NPK)
+
+
+def share_of_hits(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
+    """Share of the draws whose first n tokens are those of the text, n = 1..K, shape (P, K)."""
+    return matching_prefixes(draws_NPK, target_PK.expand_as(draws_NPK)).float().mean(0)
+
+
+def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
+    """Share of all pairs of draws that agree in their first n tokens, n = 1..K, shape (P, K).
+
+    Raises:
+        ValueError: If there are fewer than two draws.
+    """
+    num_draws = len(draws_NPK)
+    if num_draws < 2:
+        raise ValueError(f"a Brier score needs at least two draws, got {num_draws}.")
+    equal_PK = torch.zeros(draws_NPK.shape[1:], device=draws_NPK.device)
+    for later in range(1, num_draws):
+        earlier_NPK = draws_NPK[:later]
+        equal_PK += matching_prefixes(earlier_NPK, draws_NPK[later].expand_as(earlier_NPK)).sum(0)
+    return equal_PK / (num_draws * (num_draws - 1) / 2)
+
+
+def brier_scores_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) -> Tensor:
+    """Scores of windows that are written in S steps of K tokens, shape (P, S·K).
+
+    The accuracy term is taken under teacher forcing: every step follows the true text, so a window is
+    hit with the product of the steps' probabilities. The collision term is taken along the path of the
+    first draw: a step goes on from its chunk, and only pairs that agreed so far can still agree
+    (paper, appendix on K < 4).
+
+    Args:
+        hits_SPK: Unbiased estimates of P(first n tokens of the step are the true ones | true text),
+            independent over steps.
+        equal_SPK: Of sum_x P(x)^2 over the first n tokens of the step, after the path so far.
+        follows_SP: Of P(the path's chunk of this step | the path so far).
+    """
+    hit_P = equal_P = torch.ones_like(follows_SP[0])
+    columns = []
+    for hits_PK, equal_PK, follows_P in zip(hits_SPK, equal_SPK, follows_SP, strict=True):
+        columns.append(2 * hit_P[:, None] * hits_PK - equal_P[:, None] * equal_PK)
+        hit_P = hit_P * hits_PK[:, -1]
+        equal_P = equal_P * follows_P
+    return torch.cat(columns, dim=1)
 
 
 def matching_prefixes(first_PK: Tensor, second_PK: Tensor) -> Tensor:
-    """Whether the first n tokens agree, for n = 1..K: boolean, shape (P, K)."""
+    """Whether the first n tokens agree, for n = 1..K: boolean, shape (P, K), any leading axes P."""
     return torch.eq(first_PK, second_PK).long().cumprod(-1).bool()
 
 
@@ -63,3 +126,88 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
     if min(first) <= 0:
         return 0.0
     return 100 * math.exp(sum(map(math.log, first)) / NUM_ORDERS)
+
+
+@dataclass(frozen=True)
+class BrierSums:
+    """All that means and standard errors need, as sums: parts of a text add up to the whole.
+
+    Scores of one document depend on each other, so the errors are those of a sample of documents: with
+    s_d the sum of the n_d scores of a document and m = sum s_d / sum n_d, the covariance of m is
+    estimated by D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
+
+    Args:
+        num_scores: Scored positions, sum of n_d.
+        num_documents: Documents D.
+        total_K: Sum of s_d.
+        products_KK: Sum of s_d s_d^T.
+        weighted_K: Sum of n_d s_d.
+        squares: Sum of n_d^2.
+    """
+
+    num_scores: Tensor
+    num_documents: Tensor
+    total_K: Tensor
+    products_KK: Tensor
+    weighted_K: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of_scores(scores_PK: Tensor, document_P: Tensor) -> "BrierSums":
+        """Sums of some positions.
+
+        Args:
+            scores_PK: Scores.
+            document_P: A number for the document of each position.
+        """
+        scores_PK = scores_PK.double().cpu()
+        _, index_P, count_D = torch.unique(document_P.cpu(), return_inverse=True, return_counts=True)
+        sums_DK = scores_PK.new_zeros(len(count_D), scores_PK.shape[1]).index_add(0, index_P, scores_PK)
+        count_D = count_D.double()
+        return BrierSums(
+            num_scores=count_D.sum(),
+            num_documents=torch.tensor(float(len(count_D)), dtype=torch.float64),
+            total_K=sums_DK.sum(0),
+            products_KK=sums_DK.T @ sums_DK,
+            weighted_K=count_D @ sums_DK,
+            squares=count_D @ count_D,
+        )
+
+    def __add__(self, other: "BrierSums") -> "BrierSums":
+        return BrierSums(*(a + b for a, b in zip(self.as_tensors(), other.as_tensors(), strict=True)))
+
+    def as_tensors(self) -> list[Tensor]:
+        """The fields in order, for sums over processes."""
+        return list(vars(self).values())
+
+    @property
+    def means_K(self) -> Tensor:
+        """Mean of every order."""
+        return self.total_K / self.num_scores
+
+    @property
+    def covariance_KK(self) -> Tensor:
+        """Estimated covariance of the means; NaN for a single document."""
+        mean_K = self.means_K
+        cross_KK = torch.outer(self.weighted_K, mean_K)
+        spread_KK = self.products_KK - cross_KK - cross_KK.T + self.squares * torch.outer(mean_K, mean_K)
+        documents = float(self.num_documents)
+        factor = documents / (documents - 1) if documents > 1 else math.nan
+        return factor * spread_KK / self.num_scores**2
+
+
+def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:
+    """Standard error of BrierLM by the delta method; NaN where BrierLM is 0 or has no error.
+
+    The gradient of BrierLM in the mean of order n is BrierLM / (4 mean_n).
+
+    Args:
+        means_K: Means of Brier-1 to Brier-4; further orders are ignored.
+        covariance_KK: Their covariance.
+    """
+    score = brier_lm(means_K)
+    if not score > 0:
+        return math.nan
+    gradient = score / (NUM_ORDERS * means_K[:NUM_ORDERS].double())
+    variance = gradient @ covariance_KK[:NUM_ORDERS, :NUM_ORDERS].double() @ gradient
+    return math.sqrt(max(float(variance), 0.0)) if not math.isnan(float(variance)) else math.nan

@@ -37,6 +37,17 @@ def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: 
     return is_target if position_ids_BC is None else is_target & (position_ids_BC[:, 1:] > 0)
 
 
+def number_documents(position_ids_BC: Tensor) -> Tensor:
+    """A number for the document that each chunk belongs to, (B, C); no number occurs in two rows.
+
+    Args:
+        position_ids_BC: Position of every chunk in its document, 0 at a start.
+    """
+    in_row_BC = (position_ids_BC == 0).long().cumsum(-1)
+    row_B1 = torch.arange(len(position_ids_BC), device=position_ids_BC.device).unsqueeze(-1)
+    return row_B1 * (position_ids_BC.shape[-1] + 1) + in_row_BC
+
+
 def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Replace what follows the first EOS of a chunk by padding; also tell which chunks end, (P,).
 

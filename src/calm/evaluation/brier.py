@@ -3,19 +3,18 @@
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, P target chunks, N draws.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from calm.core.brier import NUM_ORDERS, brier_lm, brier_scores
-from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, split_into_chunks
+from calm.core.brier import NUM_ORDERS, BrierSums, brier_lm, brier_lm_error, brier_scores_of_draws
+from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.errors import InputError
-from calm.models.calm import CalmForCausalLM
-
-Block = Mapping[str, Tensor]  # `input_ids`, `labels`, `position_ids` of calm.data.chunking.
+from calm.evaluation.processes import Block, add_over_processes, largest_of_processes, own_share
 
 
 class ChunkSampler(Protocol):
@@ -36,21 +35,36 @@ class ChunkSampler(Protocol):
         """
 
 
-class CalmSampler:
-    """A CALM as a sampler of chunks at temperature 1."""
+@dataclass(frozen=True)
+class Targets:
+    """The chunks of some blocks that are scored, and where text ends.
 
-    def __init__(self, model: CalmForCausalLM) -> None:
-        self.model = model
-        self.chunk_size = model.config.chunk_size
+    Args:
+        is_target_BC: Which of the chunks 1..C-1 they are.
+        chunks_PK: Their tokens; padding behind EOS.
+        eos_ids: Ids that end a text.
+        pad_token_id: Padding behind the end.
+    """
 
-    def draw_next_chunks(
-        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+    is_target_BC: Tensor
+    chunks_PK: Tensor
+    eos_ids: Tensor
+    pad_token_id: int
+
+    def end(self, chunk_PK: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks with padding behind EOS, and which of them end."""
+        return end_after_eos(chunk_PK, self.eos_ids, self.pad_token_id)
+
+
+class ChunkScorer(Protocol):
+    """Scores next chunks in a way of its own: with probabilities, or token by token."""
+
+    chunk_size: int
+
+    def score_chunks(
+        self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
     ) -> Tensor:
-        """See `ChunkSampler`."""
-        hidden_BCD = self.model.hidden_states_of_chunks(
-            block["input_ids"], position_ids=block["position_ids"]
-        )
-        return self.model.draw_chunks(hidden_BCD[:, :-1][is_target_BC], num_draws, generator)
+        """Unbiased estimates of Brier-1..Brier-K of every target chunk, (P, K)."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +75,15 @@ class BrierResult:
         means: Brier-1 to Brier-K, as fractions.
         num_chunks: Number of scored chunks.
         context: Tokens of a block: scores of other contexts do not compare.
+        errors: Standard errors of the means, for a sample of documents; NaN for a single one.
+        brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is 0.
     """
 
     means: tuple[float, ...]
     num_chunks: int
     context: int
+    errors: tuple[float, ...] = ()
+    brier_lm_error: float = math.nan
 
     @property
     def brier_lm(self) -> float:
@@ -77,48 +95,89 @@ class BrierResult:
         orders = {f"brier_{i + 1}": 100 * mean for i, mean in enumerate(self.means[:NUM_ORDERS])}
         return {"brier_lm": self.brier_lm, **orders}
 
+    def as_errors(self) -> dict[str, float]:
+        """Standard errors under the names of `as_metrics`, in percent."""
+        orders = {f"brier_{i + 1}": 100 * error for i, error in enumerate(self.errors[:NUM_ORDERS])}
+        return {"brier_lm": self.brier_lm_error, **orders}
+
 
 @torch.no_grad()
 def evaluate_brier(
-    sampler: ChunkSampler,
+    sampler: ChunkSampler | ChunkScorer,
     blocks: Iterable[Block],
     *,
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
-    generator: torch.Generator,
+    seed: int,
+    num_draws: int = 2,
 ) -> BrierResult:
-    """Brier-1..K of a sampler on every target chunk, from two draws each.
+    """Brier-1..K of a sampler on every target chunk.
 
     What follows EOS in a chunk is padding in draws and text alike, so the end of a text is an
-    outcome like any other, and all samplers meet the same outcomes.
+    outcome like any other, and all samplers meet the same outcomes. In a group of processes each
+    scores its share of the batches and all return the same result, that of a single process.
 
     Args:
-        sampler: What to score.
-        blocks: Held-out blocks.
+        sampler: What to score: a `ChunkSampler`, or a `ChunkScorer` with a way of its own.
+        blocks: Held-out blocks, in batches.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
-        generator: Source of the draws.
+        seed: Seed of the draws; every batch has its own stream.
+        num_draws: Draws of each target, at least 2; more lower the variance, not the mean.
 
     Raises:
-        InputError: If K < 4, or the blocks hold no target.
+        InputError: If K < 4, there are fewer than two draws, or the blocks hold no target.
     """
     size = sampler.chunk_size
     if size < NUM_ORDERS:
-        raise InputError(f"BrierLM of chunks shorter than {NUM_ORDERS} tokens is not supported, got {size}.")
-    total_K, num_chunks, context = torch.zeros(size, dtype=torch.float64), 0, 0
-    for block in blocks:
-        is_target_BC = find_targets(block["labels"], block["position_ids"], size)
-        if not bool(is_target_BC.any()):
-            continue
-        draws_NPK = sampler.draw_next_chunks(block, is_target_BC, 2, generator)
-        target_PK = split_into_chunks(block["input_ids"], size)[:, 1:][is_target_BC]
-        eos_ids = as_id_tensor(eos_token_id, target_PK.device)
-        draws_NPK, _ = end_after_eos(draws_NPK, eos_ids, pad_token_id)
-        target_PK, _ = end_after_eos(target_PK, eos_ids, pad_token_id)
-        scores_PK = brier_scores(draws_NPK[0], draws_NPK[1], target_PK)
-        total_K += scores_PK.double().sum(0).cpu()
-        num_chunks += len(scores_PK)
-        context = block["input_ids"].shape[-1]
-    if num_chunks == 0:
+        raise InputError(
+            f"BrierLM needs outcomes of at least {NUM_ORDERS} tokens, and this sampler draws {size} at once; "
+            "score it with calm.evaluation.steps.StepScorer."
+        )
+    if num_draws < 2:
+        raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")
+    zero, zero_K = torch.zeros((), dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    sums = BrierSums(zero, zero, zero_K, torch.outer(zero_K, zero_K), zero_K, zero)
+    context = torch.zeros((), dtype=torch.long)
+    for index, block, targets in targets_of(
+        blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+    ):
+        context = torch.tensor(block["input_ids"].shape[-1])
+        # A stream of its own for every batch: which process scores it, and what came before, do not matter.
+        generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
+        if hasattr(sampler, "score_chunks"):
+            scores_PK = sampler.score_chunks(block, targets, num_draws, generator)
+        else:
+            draws_NPK = sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
+            scores_PK = brier_scores_of_draws(targets.end(draws_NPK)[0], targets.chunks_PK)
+        document_BC = number_documents(block["position_ids"])
+        sums += BrierSums.of_scores(scores_PK, document_BC[:, 1:][targets.is_target_BC])
+    sums = BrierSums(*add_over_processes(sums.as_tensors()))
+    if sums.num_scores == 0:
         raise InputError("the held-out text has no chunk to score; give more text.")
-    return BrierResult(tuple((total_K / num_chunks).tolist()), num_chunks, context)
+    means_K, covariance_KK = sums.means_K, sums.covariance_KK
+    return BrierResult(
+        means=tuple(means_K.tolist()),
+        num_chunks=int(sums.num_scores),
+        context=int(largest_of_processes(context)),
+        errors=tuple(covariance_KK.diagonal().clamp_min(0).sqrt().tolist()),
+        brier_lm_error=brier_lm_error(means_K, covariance_KK),
+    )
+
+
+def targets_of(
+    blocks: Iterable[Block], chunk_size: int, *, eos_token_id: int | list[int] | None, pad_token_id: int
+) -> Iterator[tuple[int, Block, Targets]]:
+    """This process's share of the batches that have targets, with their numbers."""
+    for index, block in own_share(blocks):
+        is_target_BC = find_targets(block["labels"], block["position_ids"], chunk_size)
+        if bool(is_target_BC.any()):
+            tokens = block["input_ids"]
+            eos_ids = as_id_tensor(eos_token_id, tokens.device)
+            chunks_PK = split_into_chunks(tokens, chunk_size)[:, 1:][is_target_BC]
+            chunks_PK, _ = end_after_eos(chunks_PK, eos_ids, pad_token_id)
+            yield index, block, Targets(is_target_BC, chunks_PK, eos_ids, pad_token_id)
+
+
+def _seed_of_batch(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**63

@@ -1,20 +1,27 @@
-"""All figures of a model on held-out text, with the n-gram floors on the same chunks."""
+"""All figures of a model on held-out text, with floors and ceilings on the same chunks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.evaluation.brier import Block, BrierResult, CalmSampler, evaluate_brier
+from calm.data.chunking import Layout
+from calm.data.prepare import PreparedData
+from calm.errors import InputError
+from calm.evaluation.brier import BrierResult, ChunkSampler, ChunkScorer, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
+from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from calm.evaluation.processes import Block
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
+from calm.evaluation.samplers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 
 EVALUATION_SEED = 1234  # The same draws at every evaluation, so that checkpoints compare.
 _BATCH = 8
+_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -22,14 +29,69 @@ class Scorecard:
     """Figures on one held-out text.
 
     Args:
-        reconstruction: Of the autoencoder.
+        name: Of the model, "CALM" or "autoregressive".
         brier: Of the language model.
+        reconstruction: Of the autoencoder, if there is one.
+        perplexity: Where the model has probabilities.
         floors: Of n-gram models, by name.
+        ceilings: Of what a perfect language model would score, by name.
     """
 
-    reconstruction: ReconstructionResult
+    name: str
     brier: BrierResult
+    reconstruction: ReconstructionResult | None = None
+    perplexity: PerplexityResult | None = None
     floors: dict[str, BrierResult] = field(default_factory=dict)
+    ceilings: dict[str, BrierResult] = field(default_factory=dict)
+
+
+def score_model(
+    model: PreTrainedModel,
+    data: PreparedData,
+    *,
+    context: int,
+    layout: Layout = "documents",
+    ngrams: list[int] | None = None,
+    num_blocks: int | None = None,
+    seed: int = EVALUATION_SEED,
+    layout_seed: int = 0,
+    num_draws: int = 2,
+    estimator: Estimator = "best",
+) -> Scorecard:
+    """All figures of a model on the held-out part of prepared text.
+
+    Args:
+        model: A CALM, or any causal language model of transformers.
+        data: Text in the tokens of the model.
+        context: Tokens of a block; part of the protocol.
+        layout: How documents meet chunks.
+        ngrams: Orders of n-gram floors; needs training text.
+        num_blocks: Score this many blocks at most.
+        seed: Seed of the draws.
+        layout_seed: Seed of the offsets at which documents start in their first chunk.
+        num_draws: Draws of each target.
+        estimator: Whether the probabilities of a model that has them are used.
+
+    Raises:
+        InputError: If there is no text to score, or none to count n-grams in.
+    """
+    if ngrams and len(data.train) == 0:
+        raise InputError("n-gram floors need training text; give a folder of `calm prepare` as data.")
+    size = scorer_of(model).chunk_size
+    blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
+    documents = data.train["input_ids"] if ngrams else []
+    floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
+    brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
+    if not isinstance(model, CalmForCausalLM):
+        perplexity = score_perplexity(model, blocks, num_blocks)
+        return Scorecard("autoregressive", brier, perplexity=perplexity, floors=floors)
+    return Scorecard(
+        "CALM",
+        brier,
+        reconstruction=score_reconstruction(model.autoencoder, blocks, num_blocks, seed),
+        floors=floors,
+        ceilings={"autoencoder": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
+    )
 
 
 def batches_of(
@@ -37,8 +99,11 @@ def batches_of(
 ) -> Iterator[Block]:
     """Blocks in batches on a device; the first `num_blocks` of them, or all."""
     end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
-    for start in range(0, end, _BATCH):
-        batch = blocks[start : min(start + _BATCH, end)]
+    size = _BATCH
+    if end:
+        size = max(1, min(_BATCH, _TOKENS_AT_ONCE // blocks[0]["input_ids"].shape[-1]))
+    for start in range(0, end, size):
+        batch = blocks[start : min(start + size, end)]
         yield {name: column.to(device) for name, column in batch.items()}
 
 
@@ -54,18 +119,58 @@ def score_reconstruction(
 
 
 def score_brier(
-    model: CalmForCausalLM,
+    model: PreTrainedModel,
+    blocks: datasets.Dataset,
+    num_blocks: int | None = None,
+    seed: int = EVALUATION_SEED,
+    *,
+    num_draws: int = 2,
+    estimator: Estimator = "best",
+) -> BrierResult:
+    """BrierLM of a model on held-out blocks, laid out in the chunks of `scorer_of(model)`."""
+    sampler = scorer_of(model, estimator)
+    return _score(sampler, model, blocks, num_blocks, seed, num_draws)
+
+
+def score_ceiling(
+    model: PreTrainedModel,
+    autoencoder: CalmAutoencoder,
     blocks: datasets.Dataset,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
 ) -> BrierResult:
-    """BrierLM on held-out blocks."""
+    """BrierLM of the true next latents of a model, on the same blocks."""
+    ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
+    return _score(ceiling, model, blocks, num_blocks, seed, 2)
+
+
+def _score(
+    sampler: ChunkSampler | ChunkScorer,
+    model: PreTrainedModel,
+    blocks: datasets.Dataset,
+    num_blocks: int | None,
+    seed: int,
+    num_draws: int,
+) -> BrierResult:
     return evaluate_brier(
-        CalmSampler(model),
+        sampler,
         batches_of(blocks, num_blocks, model.device),
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id or 0,
-        generator=torch.Generator(model.device).manual_seed(seed),
+        seed=seed,
+        num_draws=num_draws,
+    )
+
+
+def score_perplexity(
+    model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: int | None = None
+) -> PerplexityResult:
+    """Perplexity of a model of tokens on held-out blocks, laid out in chunks of four."""
+    return evaluate_perplexity(
+        model,
+        batches_of(blocks, num_blocks, model.device),
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id or 0,
     )
 
 
@@ -94,6 +199,6 @@ def score_ngrams(
             batches_of(blocks, num_blocks),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
         )
     return floors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
-from calm.evaluation.brier import Block
+from calm.evaluation.processes import Block
 
 _NOTHING = -1  # A place of the history before the start of the document.
 

@@ -7,7 +7,7 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.errors import InputError
-from calm.evaluation.brier import Block
+from calm.evaluation.processes import Block
 from calm.models.autoencoder import CalmAutoencoder
 
 

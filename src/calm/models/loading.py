@@ -1,10 +1,16 @@
 """Opening folders of weights, with plain words about what is wrong with them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
@@ -12,6 +18,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.registration import register
 
 register()
+Model = TypeVar("Model", bound=PreTrainedModel)
 _HUB_ERRORS = (OSError, ValueError, RuntimeError)
 
 
@@ -41,12 +48,27 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
 
 
 def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
-    """A language model on the best device of this machine, and the tokenizer beside it.
+    """A CALM on the best device of this machine, and the tokenizer beside it.
 
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
-    model = load_model(name, **kwargs)
+    return _with_tokenizer(load_model(name, **kwargs), name)
+
+
+def load_language_model_and_tokenizer(
+    name: str, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A CALM or any causal language model of transformers, and the tokenizer beside it.
+
+    Raises:
+        InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
+    """
+    is_calm = Path(name).is_dir() and _model_type(Path(name)) == "calm"
+    return _with_tokenizer(_load(CalmForCausalLM if is_calm else AutoModelForCausalLM, name, **kwargs), name)
+
+
+def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except _HUB_ERRORS as error:
@@ -69,7 +91,7 @@ def _model_type(path: Path) -> str:
         raise InputError(f"the configuration in '{path}' cannot be read ({reason_of(error)}).") from error
 
 
-def _load(model_class: type[PreTrainedModel], name: str, **kwargs: Any) -> Any:
+def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     try:
         loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
         model, info = loaded

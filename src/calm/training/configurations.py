@@ -2,13 +2,14 @@
 
 from typing import Any, TypeVar
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from calm.core.brier import NUM_ORDERS
 from calm.data.chunking import check_block_size
 from calm.errors import InputError
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.training.optimizers import find_optimizer
-from calm.training.recipe import Recipe
+from calm.training.recipe import LanguageModelSettings, Recipe
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -22,7 +23,17 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
     check_block_size(recipe.data.context, recipe.chunk_size)
-    language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
+    if recipe.model == "autoregressive":
+        if recipe.chunk_size != 1:
+            raise InputError(
+                f"an autoregressive model predicts single tokens: set chunk_size to 1, "
+                f"not {recipe.chunk_size}."
+            )
+        # Held-out text is scored by windows of so many tokens, whatever the model.
+        check_block_size(recipe.data.context, NUM_ORDERS)
+        autoregressive_config(recipe, vocab_size=1, special_tokens={})
+    else:
+        language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
     for stage in (recipe.autoencoder, recipe.language_model):
         find_optimizer(stage.training.optimizer.name)
         if stage.training.steps < 1 or stage.training.batch_size < 1:
@@ -71,20 +82,44 @@ def language_model_config(
     return _build(
         CalmConfig,
         autoencoder_config=autoencoder.to_dict(),
-        backbone_config={
-            "hidden_size": settings.hidden_size,
-            "intermediate_size": settings.intermediate_size,
-            "num_hidden_layers": settings.num_layers,
-            "num_attention_heads": settings.num_heads,
-            "num_key_value_heads": settings.num_key_value_heads,
-            "max_position_embeddings": settings.max_chunks,
-            "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-        },
+        backbone_config=_decoder_fields(settings),
         head_config=settings.head,
         embedding_initializer_range=settings.embedding_initializer_range,
         attn_implementation=settings.attention,
         **special_tokens,
     )
+
+
+def autoregressive_config(
+    recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
+) -> LlamaConfig:
+    """Configuration of the autoregressive baseline of a recipe: a Llama with untied embeddings.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+    settings = recipe.language_model
+    return _build(
+        LlamaConfig,
+        vocab_size=vocab_size,
+        tie_word_embeddings=False,
+        attn_implementation=settings.attention,
+        **_decoder_fields(settings),
+        **special_tokens,
+    )
+
+
+def _decoder_fields(settings: LanguageModelSettings) -> dict[str, Any]:
+    """Fields of the Llama decoder that both kinds of model have."""
+    return {
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_key_value_heads,
+        "max_position_embeddings": settings.max_chunks,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+    }
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

@@ -7,7 +7,7 @@ import torch
 from pytorch_optimizer import Muon
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from calm.errors import InputError
 from calm.models.heads import GenerativeHead
@@ -79,9 +79,13 @@ def build_scheduler(
 def _muon(model: nn.Module, settings: OptimizerSettings) -> MuonWithAdamW:
     """Muon where a matrix maps features to features; AdamW where rows or columns are symbols.
 
-    AdamW's part: embeddings, biases and norms, and of a head the layers that meet noise or latents.
+    AdamW's part: embeddings of tokens, in and out, biases and norms, and of a head the layers that meet
+    noise or latents.
     """
     unsuited = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    scores = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if scores is not None:
+        unsuited |= {id(p) for p in scores.parameters()}
     for module in model.modules():
         if isinstance(module, GenerativeHead):
             unsuited |= {id(p) for part in module.boundary_layers() for p in part.parameters()}

@@ -154,7 +154,7 @@ class AutoencoderSettings:
 
 @dataclass(kw_only=True)
 class LanguageModelSettings:
-    """The backbone over chunks and its head.
+    """The backbone over chunks and its head; for an autoregressive model, the decoder over tokens.
 
     Args:
         hidden_size: Width of the backbone.
@@ -162,11 +162,12 @@ class LanguageModelSettings:
         num_layers: Its layers.
         num_heads: Attention heads.
         num_key_value_heads: Heads of keys and values; none for as many as attention heads.
-        max_chunks: Longest sequence in chunks.
+        max_chunks: Longest sequence in chunks (in tokens for an autoregressive model).
         rope_theta: Base of the rotary positions.
         embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
         attention: Implementation; "flash_attention_2" and others need their package.
-        head: The head: `head_type` and its own fields (see calm.models.heads).
+        head: The head: `head_type` and its own fields (see calm.models.heads); unused by an
+            autoregressive model.
         training: How it is trained.
     """
 
@@ -189,13 +190,16 @@ class Recipe:
 
     Args:
         seed: Seed of all randomness.
-        chunk_size: Tokens per chunk K.
+        model: "calm", or "autoregressive" for the baseline: a Llama that predicts token after token,
+            trained without the autoencoder stage.
+        chunk_size: Tokens per chunk K; 1 for an autoregressive model.
         data: Where the text comes from and how it is cut.
-        autoencoder: The chunk autoencoder.
+        autoencoder: The chunk autoencoder; unused by an autoregressive model.
         language_model: The backbone over chunks and its head.
     """
 
     seed: int = 0
+    model: Literal["calm", "autoregressive"] = "calm"
     chunk_size: int = 4
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)

@@ -1,5 +1,7 @@
 """A recipe -> a model folder: prepare the text, train the autoencoder, then the language model.
 
+An autoregressive model has no autoencoder; the rest is the same.
+
     output/
       recipe.yaml            the resolved recipe
       data/                  the prepared text (unless the recipe names a prepared folder)
@@ -16,19 +18,22 @@ import shutil
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.folders import check_output, written_whole
 from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.errors import InputError
-from calm.evaluation.held_out import score_brier, score_reconstruction
+from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
+from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.configurations import (
     autoencoder_config,
+    autoregressive_config,
     check_recipe,
     language_model_config,
     special_tokens_of,
@@ -58,14 +63,13 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     check_recipe(recipe)
     _open_run(recipe, output, resume, overwrite)
     data = _data_of(recipe, output)
-    if not (output / "autoencoder").is_dir():
+    if recipe.model == "calm" and not (output / "autoencoder").is_dir():
         autoencoder = _train_autoencoder(recipe, data, output)
         _finish(autoencoder, data.tokenizer, output / "autoencoder", recipe)
     if not (output / "model").is_dir():
-        autoencoder = load_autoencoder(output / "autoencoder")
-        _finish(
-            _train_language_model(recipe, data, autoencoder, output), data.tokenizer, output / "model", recipe
-        )
+        model = _new_language_model(recipe, data, output)
+        _train_language_model(model, recipe, data, output)
+        _finish(model, data.tokenizer, output / "model", recipe)
     return output / "model"
 
 
@@ -107,10 +111,10 @@ def _data_of(recipe: Recipe, output: Path) -> PreparedData:
     )
 
 
-def _blocks(recipe: Recipe, data: PreparedData, split: str) -> datasets.Dataset:
+def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
     return data.blocks(
         split,
-        chunk_size=recipe.chunk_size,
+        chunk_size=chunk_size,
         block_size=recipe.data.context,
         layout=recipe.data.layout,
         seed=recipe.seed,
@@ -131,25 +135,40 @@ def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Calm
         assert isinstance(model, CalmAutoencoder)
         return score_reconstruction(model, held_out, settings.training.evaluation_blocks).as_metrics()
 
-    _run_stage("autoencoder", autoencoder, recipe, data, score, settings.training, output)
+    held_out = _blocks(recipe, data, "validation", recipe.chunk_size)
+    _run_stage("autoencoder", autoencoder, recipe, data, held_out, score, settings.training, output)
     return autoencoder
 
 
-def _train_language_model(
-    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, output: Path
-) -> CalmForCausalLM:
-    settings = recipe.language_model
+def _new_language_model(recipe: Recipe, data: PreparedData, output: Path) -> PreTrainedModel:
+    """The language model of a recipe before training, with its trained autoencoder inside."""
     set_seed(recipe.seed)
     special = special_tokens_of(data.tokenizer)
+    if recipe.model == "autoregressive":
+        baseline = LlamaForCausalLM(autoregressive_config(recipe, data.vocab_size, special))
+        spread = recipe.language_model.embedding_initializer_range / baseline.config.initializer_range
+        with torch.no_grad():
+            baseline.model.embed_tokens.weight *= spread
+        return baseline
+    autoencoder = load_autoencoder(output / "autoencoder")
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
+    return model
+
+
+def _train_language_model(model: PreTrainedModel, recipe: Recipe, data: PreparedData, output: Path) -> None:
+    settings = recipe.language_model.training
+    held_out = _blocks(recipe, data, "validation", scorer_of(model).chunk_size)
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
-        assert isinstance(model, CalmForCausalLM)
-        return score_brier(model, held_out, settings.training.evaluation_blocks).as_metrics()
+        metrics = score_brier(model, held_out, settings.evaluation_blocks).as_metrics()
+        if recipe.model == "autoregressive":
+            metrics["cross_entropy"] = score_perplexity(
+                model, held_out, settings.evaluation_blocks
+            ).cross_entropy
+        return metrics
 
-    _run_stage("language_model", model, recipe, data, score, settings.training, output)
-    return model
+    _run_stage("language_model", model, recipe, data, held_out, score, settings, output)
 
 
 def _run_stage(
@@ -157,14 +176,15 @@ def _run_stage(
     model: PreTrainedModel,
     recipe: Recipe,
     data: PreparedData,
+    held_out: datasets.Dataset,
     score: Score,
     settings: TrainingSettings,
     output: Path,
 ) -> None:
     trainer = ChunkTrainer(
         model,
-        _blocks(recipe, data, "train"),
-        _blocks(recipe, data, "validation"),
+        _blocks(recipe, data, "train", recipe.chunk_size),
+        held_out,
         score,
         settings,
         output / "checkpoints" / name,

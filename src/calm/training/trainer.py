@@ -19,7 +19,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from calm.core.chunks import find_targets
+from calm.core.chunks import IGNORED_LABEL, find_targets
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
@@ -28,7 +30,7 @@ Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
 
 class ChunkTrainer(Trainer):
-    """Trains the autoencoder or the language model on blocks.
+    """Trains the autoencoder or a language model on blocks.
 
     Args:
         model: The model.
@@ -58,13 +60,14 @@ class ChunkTrainer(Trainer):
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        is_of_chunks = isinstance(model, CalmForCausalLM | CalmAutoencoder)
         super().__init__(
             model=model,
             args=_arguments(settings, output, seed),
             train_dataset=blocks,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            data_collator=default_data_collator,
+            data_collator=default_data_collator if is_of_chunks else _collate_tokens,
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLines)
@@ -113,7 +116,7 @@ class ChunkTrainer(Trainer):
         """Target chunks of an optimizer step: the language model's loss is a mean over them."""
         if not self.model_accepts_loss_kwargs or not batch_samples:
             return None
-        size = self._network.config.chunk_size
+        size = getattr(self._network.config, "chunk_size", 1)  # A model of tokens has no such field.
         targets = [find_targets(batch["labels"], batch.get("position_ids"), size) for batch in batch_samples]
         count = torch.stack([is_target.sum() for is_target in targets]).sum().to(device)
         if self.args.world_size > 1:
@@ -141,6 +144,14 @@ class ChunkTrainer(Trainer):
             (staging / name).rename(run_dir / name)
             staging.rmdir()
             rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
+
+
+def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
+    batch = default_data_collator(blocks)
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)
+    # transformers keeps documents apart by their positions only where there is no cache.
+    return batch | {"use_cache": False}
 
 
 def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingArguments:

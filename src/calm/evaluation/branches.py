@@ -1,0 +1,103 @@
+"""A text that a decoder reads once, and branches that leave it at many places at the same time.
+
+To score windows that take several steps, a model must go on from its own draws after every place of
+the text. The text is read once into the cache; then all branches take a step together, as further
+queries that see the text up to their place and themselves (a 4D mask), so nothing is computed twice.
+
+Shapes: B batch, T tokens, C chunks of a window's size, S units in a chunk, U = C·S units, K tokens per
+unit, Q = C - 1 places where a branch can start, P targets, X what the decoder returns for a unit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from calm.core.chunks import IGNORED_LABEL, number_documents, split_into_chunks
+from calm.evaluation.processes import Block
+
+Decoder = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+"""decoder(tokens (B, U·K), mask (B, 1, U, U), position_ids (B, U), cache): one output a unit, (B, U, X)."""
+
+
+class BranchedText:
+    """The outputs of a decoder on a text, and on branches of it.
+
+    Args:
+        decoder: The decoder; its mask is added to attention scores.
+        block: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
+        is_target_BC: Which of the chunks 1..C-1 are targets, (B, Q).
+        chunk_size: Tokens of a target.
+        unit_size: Tokens K that the decoder takes in one step; divides the chunk size.
+        cache: An empty cache.
+        dtype: Of the mask.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        block: Block,
+        is_target_BC: Tensor,
+        *,
+        chunk_size: int,
+        unit_size: int,
+        cache: DynamicCache,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._decoder, self._cache, self._dtype = decoder, cache, dtype
+        self._is_target_BQ = is_target_BC
+        self.num_steps = chunk_size // unit_size
+        has_text_BU = (split_into_chunks(block["labels"], unit_size) != IGNORED_LABEL).any(-1)
+        document_BU = number_documents(block["position_ids"]).repeat_interleave(self.num_steps, dim=1)
+        self._position_BU = _positions(has_text_BU, document_BU)
+        index_U = torch.arange(has_text_BU.shape[1], device=has_text_BU.device)
+        # Padding in front of a document, if it fills units, is not there at all for the decoder.
+        self._sees_BUU = (
+            (document_BU.unsqueeze(2) == document_BU.unsqueeze(1))
+            & (index_U.unsqueeze(1) >= index_U)
+            & has_text_BU.unsqueeze(1)
+        )
+        self._start_Q = torch.arange(1, document_BU.shape[1] // self.num_steps, device=index_U.device)
+        self._start_Q = self._start_Q * self.num_steps - 1  # The unit before each chunk.
+        self._steps_taken = 0
+        self._outputs_BUX = decoder(
+            block["input_ids"], self._additive(self._sees_BUU), self._position_BU, cache
+        )
+
+    def outputs_on_text(self, step: int) -> Tensor:
+        """Output behind the unit before a target's unit number `step` in the true text, (P, X)."""
+        return self._outputs_BUX[:, self._start_Q + step][self._is_target_BQ]
+
+    def follow(self, units_PK: Tensor) -> Tensor:
+        """Let every branch take one more step; output behind it, (P, X).
+
+        Args:
+            units_PK: Tokens of the step, one unit for each target.
+        """
+        batch, places = self._is_target_BQ.shape
+        size = units_PK.shape[-1]
+        tokens_BQK = units_PK.new_zeros(batch, places, size)
+        tokens_BQK[self._is_target_BQ] = units_PK
+        self._steps_taken += 1
+        own_QQ = torch.eye(places, dtype=torch.bool, device=units_PK.device)
+        sees = torch.cat(
+            [self._sees_BUU[:, self._start_Q], *[own_QQ.expand(batch, -1, -1)] * self._steps_taken], dim=-1
+        )
+        position_BQ = self._position_BU[:, self._start_Q] + self._steps_taken
+        outputs_BQX = self._decoder(tokens_BQK.flatten(1), self._additive(sees), position_BQ, self._cache)
+        return outputs_BQX[self._is_target_BQ]
+
+    def _additive(self, sees_BQU: Tensor) -> Tensor:
+        """0 where a query sees, the lowest number where it does not, (B, 1, Q, U)."""
+        mask = torch.zeros(sees_BQU.shape, dtype=self._dtype, device=sees_BQU.device)
+        return mask.masked_fill(~sees_BQU, torch.finfo(self._dtype).min).unsqueeze(1)
+
+
+def _positions(has_text_BU: Tensor, document_BU: Tensor) -> Tensor:
+    """Place of each unit among those of its document that hold text."""
+    before_BU = has_text_BU.long().cumsum(-1) - has_text_BU.long()
+    is_first_BU = torch.ones_like(has_text_BU)
+    is_first_BU[:, 1:] = document_BU[:, 1:] != document_BU[:, :-1]
+    at_start_BU = torch.where(is_first_BU, before_BU, 0).cummax(-1).values
+    return before_BU - at_start_BU

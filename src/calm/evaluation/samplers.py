@@ -1,0 +1,82 @@
+"""How each kind of model is scored.
+
+Shapes: B batch, C chunks, P targets, K tokens per chunk, N draws.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calm.core.brier import NUM_ORDERS
+from calm.core.chunks import split_into_chunks
+from calm.errors import InputError
+from calm.evaluation.brier import ChunkSampler, ChunkScorer
+from calm.evaluation.processes import Block
+from calm.evaluation.steps import ProbabilityScorer, ShortChunks, StepScorer, Tokens
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+
+Estimator = Literal["best", "draws"]
+
+
+class CalmSampler:
+    """A CALM as a sampler of chunks at temperature 1."""
+
+    def __init__(self, model: CalmForCausalLM) -> None:
+        self.model = model
+        self.chunk_size = model.config.chunk_size
+
+    def draw_next_chunks(
+        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+    ) -> Tensor:
+        """See `calm.evaluation.brier.ChunkSampler`."""
+        hidden_BCD = self.model.hidden_states_of_chunks(
+            block["input_ids"], position_ids=block["position_ids"]
+        )
+        return self.model.draw_chunks(hidden_BCD[:, :-1][is_target_BC], num_draws, generator)
+
+
+class AutoencoderCeiling:
+    """The best that a language model on this autoencoder can do: the true next latents, decoded.
+
+    Draws come from the posterior of the true chunk, the target of training; what it scores below 100 is
+    what the autoencoder loses.
+
+    Args:
+        autoencoder: The autoencoder.
+        chunk_size: Tokens of a target, a multiple of the autoencoder's chunk size.
+    """
+
+    def __init__(self, autoencoder: CalmAutoencoder, chunk_size: int) -> None:
+        self.autoencoder, self.chunk_size = autoencoder, chunk_size
+
+    def draw_next_chunks(
+        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+    ) -> Tensor:
+        """See `calm.evaluation.brier.ChunkSampler`."""
+        chunks_PK = split_into_chunks(block["input_ids"], self.chunk_size)[:, 1:][is_target_BC]
+        posterior = self.autoencoder.encode(
+            split_into_chunks(chunks_PK, self.autoencoder.config.chunk_size).flatten(0, 1)
+        )
+        draws_NPK = self.autoencoder.decode_tokens(posterior.sample(num_draws, generator))
+        return draws_NPK.reshape(num_draws, *chunks_PK.shape)
+
+
+def scorer_of(model: PreTrainedModel, estimator: Estimator = "best") -> ChunkSampler | ChunkScorer:
+    """The scorer that fits a model.
+
+    Args:
+        model: A CALM, or any causal language model of transformers.
+        estimator: "best" takes the probabilities of a model that has them; "draws" takes draws of it as
+            of a CALM, which is noisier and has the same mean.
+
+    Raises:
+        InputError: If the model cannot be scored.
+    """
+    if isinstance(model, CalmForCausalLM):
+        return CalmSampler(model) if model.config.chunk_size >= NUM_ORDERS else StepScorer(ShortChunks(model))
+    if not model.can_generate():
+        raise InputError(f"a {type(model).__name__} is no causal language model; there is nothing to score.")
+    return ProbabilityScorer(model) if estimator == "best" else StepScorer(Tokens(model))

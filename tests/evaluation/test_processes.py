@@ -1,0 +1,60 @@
+"""Two processes score the same text as one, to the last digit."""
+
+import pickle
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
+from conftest import EOS, PAD, tiny_model
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.perplexity import evaluate_perplexity
+from calm.evaluation.processes import own_share
+from calm.evaluation.samplers import scorer_of
+
+WORLD = 2
+
+
+def blocks():
+    """Batches of other sizes, an odd number of them."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (4, 4, 1):
+        tokens = torch.randint(3, 40, (rows, 24), generator=generator)
+        yield {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(6).repeat(rows, 1)}
+
+
+def score():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    baseline = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval()
+    models = [tiny_model(2), tiny_model(4), baseline]
+    return [
+        *(evaluate_brier(scorer_of(model), blocks(), seed=7, **settings) for model in models),
+        evaluate_perplexity(baseline, blocks(), **settings),
+        [index for index, _ in own_share(blocks())],
+    ]
+
+
+def work(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    Path(folder, str(rank)).write_bytes(pickle.dumps(score()))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_score_as_one(tmp_path):
+    *alone, all_batches = score()
+    multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)
+    shares = []
+    for rank in range(WORLD):
+        *together, share = pickle.loads((tmp_path / str(rank)).read_bytes())
+        shares.append(share)
+        for one, other in zip(alone, together, strict=True):
+            assert vars(one).keys() == vars(other).keys()
+            for a, b in zip(vars(one).values(), vars(other).values(), strict=True):
+                assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-12, atol=0, equal_nan=True)
+    assert shares == [[0, 2], [1]] and all_batches == [0, 1, 2]

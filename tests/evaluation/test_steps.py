@@ -1,0 +1,222 @@
+"""Scoring in steps: branches see what they would see alone, and both estimators have one mean."""
+
+import pytest
+import torch
+from conftest import EOS, PAD, tiny_model
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from calm.core.chunks import find_targets, split_into_chunks
+from calm.data.chunking import make_blocks
+from calm.errors import InputError
+from calm.evaluation.brier import Targets, evaluate_brier
+from calm.evaluation.perplexity import evaluate_perplexity
+from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_of
+from calm.evaluation.steps import ProbabilityScorer, ShortChunks, StepScorer, Tokens
+
+VOCAB = 12
+
+
+def llama(seed=0, vocab_size=VOCAB):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.6, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64,
+                        initializer_range=0.6, eos_token_id=EOS, pad_token_id=PAD)  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def blocks_of(num_documents=24, block_size=48, chunk_size=4, vocab=VOCAB, longest=24):
+    """Documents of several lengths in the layout of training: padding in front, some cut by an edge."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(3, longest, (num_documents,), generator=generator).tolist()
+    documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
+    arrays = make_blocks(
+        documents, list(range(num_documents)),
+        chunk_size=chunk_size, block_size=block_size, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def targets_in(block, chunk_size=4):
+    is_target = find_targets(block["labels"], block["position_ids"], chunk_size)
+    chunks = split_into_chunks(block["input_ids"], chunk_size)[:, 1:][is_target]
+    targets = Targets(is_target, chunks, torch.tensor([EOS]), PAD)
+    return Targets(is_target, targets.end(chunks)[0], targets.eos_ids, PAD)
+
+
+def texts_before(block, is_target_BC, chunk_size=4):
+    """The document's own tokens before each target, without padding."""
+    texts = []
+    for row, column in is_target_BC.nonzero().tolist():
+        end = (column + 1) * chunk_size
+        start = end - chunk_size * int(block["position_ids"][row, column + 1])
+        kept = block["labels"][row, start:end] >= 0
+        texts.append(block["input_ids"][row, start:end][kept].tolist())
+    return texts
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
+    model, block = make(), blocks_of()
+    targets = targets_in(block)
+    text = Tokens(model).read(block, targets, 4)
+    path = torch.randint(3, VOCAB, (len(targets.chunks_PK), 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        on_text = [text.outputs_on_text(step) for step in range(4)]
+        on_path = [text.follow(path[:, step : step + 1]) for step in range(3)]
+        for place, before in enumerate(texts_before(block, targets.is_target_BC)):
+            alone = model(torch.tensor([before + path[place].tolist()])).logits[0]
+            for step in range(3):
+                assert_close(on_path[step][place], alone[len(before) + step], rtol=1e-4, atol=1e-4)
+            truth = targets.chunks_PK[place].tolist()
+            alone = model(torch.tensor([before + truth])).logits[0]
+            length = truth.index(EOS) if EOS in truth else 3
+            for step in range(length + 1):
+                assert_close(on_text[step][place], alone[len(before) + step - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit_size", [1, 2])
+def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size):
+    model, block = tiny_model(unit_size), blocks_of(vocab=40)
+    targets = targets_in(block)
+    text = ShortChunks(model).read(block, targets, 4)
+    path = torch.randint(3, 40, (len(targets.chunks_PK), 4), generator=torch.Generator().manual_seed(0))
+    steps = 4 // unit_size
+    with torch.no_grad():
+        on_text = text.outputs_on_text(0)
+        on_path = [text.follow(path[:, s * unit_size : (s + 1) * unit_size]) for s in range(steps - 1)]
+        for place, before in enumerate(texts_before(block, targets.is_target_BC)):
+            front = [PAD] * (-len(before) % unit_size)
+            alone = model.hidden_states_of_chunks(torch.tensor([front + before + path[place].tolist()]))[0]
+            num_units = (len(front) + len(before)) // unit_size
+            assert_close(on_text[place], alone[num_units - 1], rtol=1e-4, atol=1e-4)
+            for step, states in enumerate(on_path):
+                assert_close(states[place], alone[num_units + step], rtol=1e-4, atol=1e-4)
+
+
+def literal_means(model, block, targets):
+    """Brier-n of every target by enumerating all windows of tokens: no branch, no cache, no estimate."""
+    scores = []
+    for before, truth in zip(
+        texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
+    ):
+        laws = {(): 1.0}
+        row = []
+        for order in range(1, 5):
+            longer = {}
+            for window, chance in laws.items():
+                if EOS in window:
+                    longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + chance
+                    continue
+                law = model(torch.tensor([before + list(window)])).logits[0, -1].double().softmax(-1)
+                for token, p in enumerate(law.tolist()):
+                    longer[(*window, token)] = chance * p
+            laws = longer
+            row.append(2 * laws.get(tuple(truth[:order]), 0.0) - sum(p * p for p in laws.values()))
+        scores.append(row)
+    return torch.tensor(scores).mean(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("estimator", ["best", "draws"])
+def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
+    model = llama(vocab_size=5)
+    block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
+    targets = targets_in(block)
+    assert (targets.chunks_PK == EOS).any() and (targets.chunks_PK[:, -1] != PAD).any()
+    exact = literal_means(model, block, targets)
+    scorer = scorer_of(model, estimator)
+    repeats = []
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        repeats.append(scorer.score_chunks(block, targets, 3, generator).double().mean(0))
+    means = torch.stack(repeats)
+    error = means.std(0) / len(repeats) ** 0.5
+    if estimator == "best":
+        # Order 1 takes no draw at all.
+        assert_close(means[:, 0], exact[0].expand(300).double(), rtol=1e-5, atol=1e-5)
+        assert error[1:].max() < 0.004
+    assert ((means.mean(0) - exact)[1:].abs() < 3.5 * error[1:]).all()
+    assert abs(means[:, 0].mean() - exact[0]) < 3.5 * error[0] + 1e-5
+
+
+def test_probabilities_have_less_variance_and_agree_with_draws():
+    model = llama()
+    blocks = [blocks_of(num_documents=200, block_size=96)]
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
+    best = evaluate_brier(ProbabilityScorer(model), blocks, **settings)
+    drawn = evaluate_brier(StepScorer(Tokens(model)), blocks, **settings)
+    assert best.num_chunks == drawn.num_chunks > 300
+    for a, b, error_a, error_b in zip(best.means, drawn.means, best.errors, drawn.errors, strict=True):
+        assert abs(a - b) < 3.5 * (error_a**2 + error_b**2) ** 0.5
+        assert error_a < error_b
+
+
+def test_short_chunks_cut_into_one_step_score_like_whole_ones():
+    """A CALM with K = 4 by steps (one step of four tokens) is what `CalmSampler` scores."""
+    model, block = tiny_model(4), blocks_of(vocab=40)
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 3, "num_draws": 4}
+    stepwise = StepScorer(ShortChunks(model))
+    assert stepwise.chunk_size == 4
+    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, CalmSampler(model)))
+    assert one.means == pytest.approx(other.means, abs=1e-6)
+
+
+@pytest.mark.parametrize(("unit_size", "window"), [(1, 4), (2, 4), (3, 6), (4, 4), (8, 8)])
+def test_windows_hold_whole_chunks_and_at_least_four_tokens(unit_size, window):
+    assert scorer_of(tiny_model(unit_size)).chunk_size == window
+
+
+def test_perplexity_is_that_of_the_documents_alone():
+    model, block = llama(), blocks_of()
+    targets = targets_in(block)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for before, truth in zip(
+            texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
+        ):
+            truth = truth[: truth.index(EOS) + 1] if EOS in truth else truth
+            law = model(torch.tensor([before + truth])).logits[0].log_softmax(-1)
+            total -= sum(float(law[len(before) - 1 + i, token]) for i, token in enumerate(truth))
+            count += len(truth)
+    result = evaluate_perplexity(model, [block], eos_token_id=EOS, pad_token_id=PAD)
+    assert result.num_tokens == count
+    assert result.cross_entropy == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_ceiling_of_a_perfect_autoencoder_is_100():
+    model, block = tiny_model(2), blocks_of(vocab=40)
+
+    class Perfect:
+        config = model.autoencoder.config
+
+        def encode(self, tokens_PK):
+            self.tokens = tokens_PK
+            return self
+
+        def sample(self, num_draws, generator):
+            return self.tokens.expand(num_draws, -1, -1)
+
+        def decode_tokens(self, latents):
+            return latents
+
+    ceiling = AutoencoderCeiling(Perfect(), 4)
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
+    assert evaluate_brier(ceiling, [block], **settings).means == (1.0, 1.0, 1.0, 1.0)
+    untrained = evaluate_brier(AutoencoderCeiling(model.autoencoder, 4), [block], **settings)
+    assert untrained.means[3] < 0.5
+
+
+def test_one_draw_is_refused():
+    with pytest.raises(InputError, match="at least two draws, got num_draws=1"):
+        evaluate_brier(
+            scorer_of(tiny_model(4)), [blocks_of()], eos_token_id=EOS, pad_token_id=PAD, seed=0, num_draws=1
+        )

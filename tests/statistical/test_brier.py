@@ -1,0 +1,186 @@
+"""BrierLM against a Markov chain whose Brier-n are known, and its standard errors by simulation."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from calm.core.brier import (
+    BrierSums,
+    brier_lm,
+    brier_lm_error,
+    brier_scores,
+    brier_scores_of_draws,
+    share_of_equal_pairs,
+)
+from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.steps import StepScorer
+
+# The model's chain and the text's own, over three tokens; the model is a little wrong.
+MODEL = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.25, 0.05, 0.7]], dtype=torch.float64)
+TRUTH = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
+
+
+def stationary(chain_VV):
+    return torch.linalg.matrix_power(chain_VV, 200)[0]
+
+
+def exact_means(max_order):
+    """2 sum_y Q(y) P(y) - sum_x P(x)^2 for n tokens after a token of the text, by matrix powers.
+
+    Products of the chains along paths are entries of powers of elementwise products.
+    """
+    start_V, one_V = stationary(TRUTH), torch.ones(3, dtype=torch.float64)
+    hit_VV, equal_VV = TRUTH * MODEL, MODEL * MODEL
+    power = torch.linalg.matrix_power
+    return [
+        float(2 * start_V @ power(hit_VV, n) @ one_V - start_V @ power(equal_VV, n) @ one_V)
+        for n in range(1, max_order + 1)
+    ]
+
+
+def walk(chain_VV, start, steps, generator):
+    """Paths of a chain, (..., steps), after tokens of any shape."""
+    path, token = [], start
+    for _ in range(steps):
+        law = chain_VV[token].reshape(-1, 3)
+        token = torch.multinomial(law, 1, generator=generator).view(start.shape)
+        path.append(token)
+    return torch.stack(path, dim=-1)
+
+
+def text_blocks(num_rows, num_tokens, chunk_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.multinomial(stationary(TRUTH).expand(num_rows, 3), 1, generator=generator).squeeze(1)
+    tokens = walk(TRUTH, start, num_tokens, generator)
+    position_ids = torch.arange(num_tokens // chunk_size).expand(num_rows, -1)
+    return {"input_ids": tokens, "labels": tokens, "position_ids": position_ids}
+
+
+class ChainSampler:
+    """Draws whole chunks of the model's chain."""
+
+    def __init__(self, chunk_size):
+        self.chunk_size = chunk_size
+
+    def draw_next_chunks(self, block, is_target_BC, num_draws, generator):
+        last_P = block["input_ids"].unflatten(1, (-1, self.chunk_size))[:, :-1, -1][is_target_BC]
+        return walk(MODEL, last_P.expand(num_draws, -1), self.chunk_size, generator)
+
+
+class ChainText:
+    """A `BranchedText` whose outputs are the last token seen."""
+
+    def __init__(self, block, targets, chunk_size, unit_size):
+        self.num_steps = chunk_size // unit_size
+        tokens_BCK = block["input_ids"].unflatten(1, (-1, chunk_size))
+        before_P = tokens_BCK[:, :-1, -1][targets.is_target_BC].unsqueeze(1)
+        self.seen = torch.cat([before_P, targets.chunks_PK[:, unit_size - 1 :: unit_size]], dim=1)
+
+    def outputs_on_text(self, step):
+        return self.seen[:, step]
+
+    def follow(self, units_PK):
+        return units_PK[:, -1]
+
+
+class ChainSteps:
+    """The model's chain as a `StepModel`: it draws fewer tokens than BrierLM needs."""
+
+    def __init__(self, unit_size):
+        self.unit_size = unit_size
+
+    def read(self, block, targets, chunk_size):
+        return ChainText(block, targets, chunk_size, self.unit_size)
+
+    def draw(self, outputs_PX, num_draws, generator):
+        return walk(MODEL, outputs_PX.expand(num_draws, -1), self.unit_size, generator)
+
+
+@pytest.mark.parametrize("num_draws", [2, 5])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 6, 8])
+def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
+    sampler = ChainSampler(chunk_size) if chunk_size >= 4 else StepScorer(ChainSteps(chunk_size))
+    size = sampler.chunk_size
+    blocks = [text_blocks(100, 40 * size, size, seed) for seed in range(5)]
+    result = evaluate_brier(
+        sampler, blocks, eos_token_id=None, pad_token_id=0, seed=chunk_size, num_draws=num_draws
+    )
+    assert result.num_chunks == 5 * 100 * 39
+    for mean, error, exact in zip(result.means, result.errors, exact_means(size), strict=True):
+        assert 0 < error < 0.01
+        assert abs(mean - exact) < 3 * error
+    assert abs(result.brier_lm - brier_lm(exact_means(4))) < 3 * result.brier_lm_error
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4])
+def test_standard_errors_cover(chunk_size):
+    """In 400 repetitions the true value lies within 1.96 standard errors about 95% of the time."""
+    sampler = ChainSampler(4) if chunk_size == 4 else StepScorer(ChainSteps(chunk_size))
+    exact = torch.tensor(exact_means(4), dtype=torch.float64)
+    covered, repetitions = torch.zeros(5), 400
+    for repetition in range(repetitions):
+        # Short documents and their starts make scores of a document depend on each other.
+        blocks = [text_blocks(60, 24, 4, 1000 + repetition)]
+        result = evaluate_brier(sampler, blocks, eos_token_id=None, pad_token_id=0, seed=repetition)
+        means, errors = torch.tensor(result.means), torch.tensor(result.errors)
+        covered[:4] += (means - exact).abs() < 1.96 * errors
+        covered[4] += abs(result.brier_lm - brier_lm(exact)) < 1.96 * result.brier_lm_error
+    # Four standard deviations of the share of 400 draws of chance 0.95 are 0.044.
+    assert (covered / repetitions).min() > 0.90
+    assert (covered / repetitions).max() < 0.995
+
+
+def test_errors_take_the_documents_into_account():
+    """If all scores of a document are equal, their number in a document does not lower the error."""
+    generator = torch.Generator().manual_seed(0)
+    once = torch.rand(50, 4, generator=generator, dtype=torch.float64)
+    document = torch.arange(50)
+    single = BrierSums.of_scores(once, document)
+    many = BrierSums.of_scores(once.repeat_interleave(7, 0), document.repeat_interleave(7))
+    assert_close(many.covariance_KK, single.covariance_KK)
+    assert_close(single.covariance_KK.diagonal(), once.var(0) / 50)
+
+
+def test_parts_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(1)
+    scores, document = torch.rand(90, 4, generator=generator), torch.arange(90) // 4
+    whole = BrierSums.of_scores(scores, document)
+    parts = BrierSums.of_scores(scores[:40], document[:40]) + BrierSums.of_scores(scores[40:], document[40:])
+    for one, other in zip(whole.as_tensors(), parts.as_tensors(), strict=True):
+        assert_close(one, other)
+    assert_close(whole.means_K, scores.double().mean(0))
+
+
+def test_no_error_of_a_single_document_or_of_a_zero():
+    one = BrierSums.of_scores(torch.rand(5, 4), torch.zeros(5, dtype=torch.long))
+    assert one.covariance_KK.isnan().all()
+    assert math.isnan(brier_lm_error(one.means_K, one.covariance_KK))
+    assert math.isnan(brier_lm_error(torch.tensor([0.5, 0.2, 0.0, 0.1]), torch.eye(4)))
+
+
+def test_the_error_of_brier_lm_is_its_gradient_by_the_covariance():
+    """Finite differences in place of the formula."""
+    means = torch.tensor([0.4, 0.2, 0.1, 0.05], dtype=torch.float64)
+    factor = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    covariance = factor @ factor.T * 1e-6
+    steps = torch.eye(4, dtype=torch.float64) * 1e-6
+    gradient = torch.tensor([(brier_lm(means + s) - brier_lm(means - s)) / 2e-6 for s in steps])
+    assert brier_lm_error(means, covariance) == pytest.approx(
+        float(gradient.double() @ covariance @ gradient.double()) ** 0.5, rel=1e-4
+    )
+
+
+def test_more_draws_average_all_pairs():
+    """The U-statistic is the mean of the two-draw scores over all pairs of draws."""
+    generator = torch.Generator().manual_seed(3)
+    draws = torch.randint(2, (5, 30, 4), generator=generator)
+    target = torch.randint(2, (30, 4), generator=generator)
+    pairs = [brier_scores(draws[i], draws[j], target) for i in range(5) for j in range(i)]
+    assert_close(brier_scores_of_draws(draws, target), torch.stack(pairs).mean(0))
+
+
+def test_one_draw_is_too_few():
+    with pytest.raises(ValueError, match="at least two draws, got 1"):
+        share_of_equal_pairs(torch.zeros(1, 2, 4))
