@@ -125,7 +125,7 @@ def random_model(spread):
 def speed(arguments):
     """Tokens per second of every sampler."""
     if arguments.random:
-        models = {f"random, spread {spread:g}": random_model(spread) for spread in (0.0, 0.1)}
+        models = {f"random, spread {spread:g}": random_model(spread) for spread in arguments.spreads}
         prompt_of = {name: torch.randint(3, 1000, (16, 32)) for name in models}
     else:
         folder = Path(arguments.folder)
@@ -240,6 +240,7 @@ def main():
     verb = verbs.add_parser("speed")
     verb.add_argument("folder", nargs="?")
     verb.add_argument("--random", action="store_true")
+    verb.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.1])
     verb.add_argument("--rounds", type=int, default=5)
     verb.add_argument("--chunks", type=int, default=25)
     verb.add_argument("--batches", type=int, nargs="+", default=[1, 16])

@@ -16,13 +16,15 @@ LEVELS = {
     "models": 1,
     "data": 1,
     "evaluation": 2,
+    "flops": 2,
     "generation": 2,
     "doctor": 2,
     "training": 3,
     "report": 3,
     "demo": 4,
-    "cli": 5,
-    "__main__": 6,
+    "verbs": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 MOST_LINES = 400
 # torch and what it needs itself, the standard library, and core.

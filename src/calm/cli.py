@@ -1,7 +1,4 @@
-"""The command line: thin verbs, each a typed function whose docstring is its help.
-
-Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once.
-"""
+"""The command line: the arguments of the verbs (calm.verbs), and mistakes as one sentence."""
 
 import dataclasses
 import difflib
@@ -9,8 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
@@ -25,6 +21,7 @@ from calm.training.recipe import (
     Recipe,
     TrainingSettings,
 )
+from calm.verbs import VERBS
 
 RECIPE_PARTS = (
     Recipe,
@@ -34,243 +31,7 @@ RECIPE_PARTS = (
     TrainingSettings,
     OptimizerSettings,
 )
-
-
-def demo(output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo") -> None:
-    """Train on the embedded stories, score the model, and let it write.
-
-    Args:
-        output: Folder of the run.
-        overwrite: Remove what is in that folder first.
-        recipe: Recipe to follow.
-    """
-    from calm.demo import run_demo
-
-    run_demo(Path(output), recipe_name=recipe, overwrite=overwrite)
-
-
-def prepare(
-    sources: list[str],
-    output: str,
-    tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    text_field: str = "text",
-    separator: str | None = None,
-    validation: list[str] | str | None = None,
-    validation_fraction: float = 0.02,
-    seed: int = 0,
-    num_proc: int | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Turn text into a prepared folder: tokenizer, tokenized training and held-out documents.
-
-    Args:
-        sources: Files (.txt, .jsonl, .parquet; plain, .gz, .xz, .zst, .bz2), folders, or hub datasets.
-        output: Folder to write.
-        tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
-        vocab_size: Size of a trained vocabulary.
-        text_field: Field of the text in .jsonl, .parquet and hub datasets.
-        separator: Line that parts the documents of a .txt file ("" for a blank line).
-        validation: Sources of held-out text; none holds out a part of the sources.
-        validation_fraction: Share of documents held out.
-        seed: Changes which documents are held out.
-        num_proc: Processes; none takes all cores.
-        overwrite: Replace the output folder.
-    """
-    from calm.data.prepare import prepare as run
-    from calm.data.sources import ReadingOptions
-
-    data = run(
-        sources,
-        Path(output),
-        options=ReadingOptions(text_field=text_field, separator=separator),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        validation_sources=[validation] if isinstance(validation, str) else validation or [],
-        validation_fraction=validation_fraction,
-        seed=seed,
-        num_proc=num_proc,
-        overwrite=overwrite,
-    )
-    print(
-        f"{output}: {len(data.train)} training and {len(data.validation)} held-out documents, "
-        f"{data.vocab_size} token ids"
-    )
-
-
-def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
-    """Follow a recipe: prepare the text, train the autoencoder, then the language model.
-
-    Args:
-        recipe: The recipe.
-        output: Folder of the run.
-        resume: Go on with the run in that folder.
-        overwrite: Remove what is in that folder first.
-    """
-    from calm.training.stages import train as run
-
-    print(f"model: {run(recipe, Path(output), resume=resume, overwrite=overwrite)}")
-
-
-def evaluate(
-    model: str,
-    data: list[str],
-    context: int = 1024,
-    layout: Literal["documents", "packed"] = "documents",
-    max_blocks: int | None = None,
-    ngrams: list[int] | int | None = None,
-    num_draws: int = 2,
-    estimator: Literal["best", "draws"] = "best",
-    protocol: Literal["published"] | None = None,
-    text_field: str = "text",
-    separator: str | None = None,
-    seed: int = 1234,
-) -> None:
-    """Score a model on held-out text: BrierLM, Brier-1 to Brier-4, reconstruction or perplexity.
-
-    Args:
-        model: Folder or hub name of a CALM or of any causal language model of transformers.
-        data: A prepared folder (its held-out part is scored), or sources that are scored whole.
-        context: Tokens per block; part of the protocol, scores of other contexts do not compare.
-        layout: "documents", or "packed" as in the published evaluation.
-        max_blocks: Score this many blocks at most.
-        ngrams: Orders of n-gram floors to print beside, such as [3,5] (needs a prepared folder).
-        num_draws: Draws of each chunk, at least 2; more give smaller errors.
-        estimator: best uses probabilities where a model has them; draws scores it as a CALM is scored.
-        protocol: published is the paper's: packed documents, blocks of 8192 tokens.
-        text_field: Field of the text in .jsonl, .parquet and hub datasets.
-        separator: Line that parts the documents of a .txt file ("" for a blank line).
-        seed: Seed of the draws.
-    """
-    from calm.data.prepare import held_out_data
-    from calm.data.sources import ReadingOptions
-    from calm.evaluation.held_out import score_model
-    from calm.models.loading import load_language_model_and_tokenizer
-    from calm.report import print_scorecard
-
-    context, layout = PROTOCOLS[protocol] if protocol else (context, layout)
-    network, tokenizer = load_language_model_and_tokenizer(model)
-    options = ReadingOptions(text_field=text_field, separator=separator)
-    print_scorecard(
-        score_model(
-            network,
-            held_out_data(data, tokenizer, options),
-            context=context,
-            layout=layout,
-            ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
-            num_blocks=max_blocks,
-            seed=seed,
-            num_draws=num_draws,
-            estimator=estimator,
-        )
-    )
-
-
-def generate(
-    model: str,
-    prompt: list[str],
-    max_new_tokens: int = 128,
-    temperature: float = 0.5,
-    sampler: Literal["exact", "pool"] = "exact",
-    num_draws: int = 200,
-    max_draws: int = 200,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stream: bool = False,
-) -> None:
-    """Continue prompts.
-
-    Args:
-        model: Model folder, or name on the hub.
-        prompt: Text to continue; more than one are written as a batch.
-        max_new_tokens: Most tokens of a continuation.
-        temperature: From 0 to 1; lower is more fluent and less varied, 0 the commonest chunk of a pool.
-        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it.
-        num_draws: Pool of draws of the pool sampler, and of both at temperature 0.
-        max_draws: Most draws a chunk of the exact sampler.
-        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
-        min_p: Pool only: drop chunks less frequent than this share of the commonest.
-        seed: Makes the text repeatable.
-        stream: Print the text as it is written.
-    """
-    from calm.generation import continue_texts
-    from calm.models.loading import load_model_and_tokenizer
-
-    if stream and len(prompt) > 1:
-        raise InputError("--stream takes one prompt at a time.")
-    network, tokenizer = load_model_and_tokenizer(model)
-    if stream:
-        print(prompt[0], end="", flush=True)
-    texts = continue_texts(
-        network,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        sampler=sampler,
-        num_draws=num_draws,
-        max_draws=max_draws,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stream=stream,
-    )
-    if not stream:
-        print("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
-
-
-def import_published(
-    autoencoder: str, model: str, out: str, tokenizer: str | None = None, overwrite: bool = False
-) -> None:
-    """Turn a released checkpoint into a model folder.
-
-    Args:
-        autoencoder: Folder of the released autoencoder.
-        model: Folder of the released language model.
-        out: Folder to write.
-        tokenizer: Folder, tokenizer.json or hub name of its tokenizer, to put inside.
-        overwrite: Replace the output folder.
-    """
-    from calm.data.folders import written_whole
-    from calm.data.tokenizer import load_tokenizer
-    from calm.models.published import load_published
-
-    with written_whole(Path(out), overwrite) as folder:
-        network = load_published(Path(autoencoder), Path(model))
-        if tokenizer is not None:
-            tokens = load_tokenizer(tokenizer)
-            if len(tokens) > network.config.vocab_size:
-                raise InputError(
-                    f"the tokenizer '{tokenizer}' has {len(tokens)} tokens, more than the model's "
-                    f"{network.config.vocab_size}; give the tokenizer that the model was trained with."
-                )
-            tokens.save_pretrained(folder)
-        network.save_pretrained(folder)
-    parameters = sum(p.numel() for p in network.parameters())
-    head, size = network.config.head.head_type, network.config.chunk_size
-    print(f"{out}: {head} head, K = {size}, {parameters:,} parameters")
-
-
-def doctor() -> None:
-    """Tell which hardware, dtype and attention would be used here, and why."""
-    from calm.doctor import examine
-
-    for line in examine():
-        print(line)
-
-
-VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "prepare": prepare,
-    "train": train,
-    "evaluate": evaluate,
-    "generate": generate,
-    "import": import_published,
-    "doctor": doctor,
-}
-PROTOCOLS: dict[str, tuple[int, Literal["documents", "packed"]]] = {"published": (8192, "packed")}
-_POSITIONAL = ("model", "sources", "data", "prompt")
+_POSITIONAL = ("model", "sources", "data", "prompt", "target")
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -306,7 +67,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     verbs = parser.add_subcommands(dest="verb")
     for name, function in VERBS.items():
         verb = _Parser(description=_summary(function))
-        if function is train:
+        if function is VERBS["train"]:
             verb.add_argument(
                 "--recipe", action="config", help="shipped name or .yaml file; later options win"
             )
@@ -326,7 +87,7 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
         elif parameter.annotation is bool:
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
             by_hand.add(name)
-        elif name in _POSITIONAL and function is not import_published:
+        elif name in _POSITIONAL and function is not VERBS["import"]:
             several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             parser.add_argument(name, type=str, help=documented[name], **several)
             by_hand.add(name)

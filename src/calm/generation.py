@@ -1,16 +1,18 @@
 """Prompts -> text with a model folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TextStreamer
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 
 
 def continue_texts(
-    model: CalmForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -23,22 +25,25 @@ def continue_texts(
     """The continuation of each prompt, without the prompt.
 
     Args:
-        model: A language model.
+        model: A CALM, or another causal language model, which writes with its probabilities.
         tokenizer: Its tokenizer.
         prompts: Texts to continue, of any lengths; they are written as one batch.
         max_new_tokens: Most tokens of a continuation.
         temperature: 0 to 1.
         seed: Makes the texts repeatable.
         stream: Print the text as it is written (one prompt).
-        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ...
+        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these
+            another model uses `top_p` and `min_p` only.
 
     Raises:
         InputError: If an argument is out of range.
     """
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    # Padding goes in front: a model of tokens goes on from the last column.
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    write = model.generate if isinstance(model, CalmForCausalLM) else _tokens_of(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     try:
-        output = model.generate(
+        output = write(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
@@ -51,3 +56,36 @@ def continue_texts(
         raise InputError(str(error)) from error
     new_tokens = output[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+
+
+def _tokens_of(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """`generate` of a model of tokens, with the arguments that a CALM has."""
+
+    def write(
+        input_ids: Tensor,
+        *,
+        temperature: float,
+        seed: int | None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        sampler: str = "exact",
+        num_draws: int = 0,
+        max_draws: int = 0,
+        **arguments: Any,
+    ) -> Tensor:
+        if sampler == "pool":
+            raise InputError("the pool sampler is for models without probabilities; leave out --sampler.")
+        if temperature > 0:
+            arguments |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+            arguments |= {"min_p": min_p} if min_p else {}
+        else:
+            arguments["do_sample"] = False
+        # transformers draws from the global generator: leave that as it was.
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            generate: Any = model.generate
+            return generate(input_ids, **arguments)
+
+    return write

@@ -5,11 +5,12 @@ import html
 import io
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from calm.core.brier import NUM_ORDERS
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
+from calm.flops import Cost
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,45 @@ def print_scorecard(card: Scorecard) -> None:
             f"{per.num_tokens:,} tokens)",
             highlight=False,
         )
-    table = Table("", *_COLUMNS, title=_caption(card.brier), title_justify="left")
+    console.print(_caption(card.brier), highlight=False)
+    table = Table("", *_COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # Narrow enough for 80 columns.
     for name, result in _rows(card):
         table.add_row(name, *_cells(result))
     console.print(table)
+
+
+def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
+    """Print what a model costs, by part.
+
+    Args:
+        title: What is counted.
+        one: With one draw a chunk.
+        many: With the draws of low temperature; None for a model that needs no more than one.
+        draws: How many those are.
+    """
+    columns: dict[str, Mapping[str, float]] = {
+        "parameters": one.parameters,
+        "training": one.training,
+        "inference, T = 1": one.inference,
+    }
+    if many is not None:
+        columns[f"with {draws:g} draws"] = many.inference
+    table = Table("", *columns)
+    for part in dict.fromkeys(part for column in columns.values() for part in column):
+        table.add_row(part, *(_si(column[part]) if part in column else "" for column in columns.values()))
+    table.add_section()
+    table.add_row("all", *(_si(sum(column.values())) for column in columns.values()))
+    console = Console(highlight=False)
+    console.print(title)
+    console.print(table)
+
+
+def _si(number: float) -> str:
+    """Three digits and a unit: 2.91e8 is 291 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
 
 
 def write_report(
@@ -163,7 +200,7 @@ def _rows(card: Scorecard) -> list[tuple[str, BrierResult]]:
 
 def _cells(result: BrierResult) -> list[str]:
     pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
-    return [f"{value:.2f} ± {error:.2f}" for value, error in pairs]
+    return [f"{value:.2f}±{error:.2f}" for value, error in pairs]
 
 
 def _plot(history: dict[str, list[dict[str, Any]]], card: Scorecard) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from calm.cli import main
 from calm.data.stories import stories
@@ -103,6 +103,66 @@ def test_evaluate_text_files(room, capsys):
         ]
     )
     assert "CALM" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def baseline(room) -> Path:
+    """An autoregressive model trained by the same command on the same prepared text."""
+    main(["train", "--recipe", str(room / "toy.yaml"), "--model", "autoregressive", "--chunk_size", "1",
+          "--data.sources", str(room / "run/data"), "--output", str(room / "baseline")])  # fmt: skip
+    return room / "baseline/model"
+
+
+def test_the_baseline_is_a_plain_llama_with_its_tokenizer(baseline, room):
+    model = AutoModelForCausalLM.from_pretrained(baseline)
+    assert type(model) is LlamaForCausalLM and model.config.use_cache
+    assert AutoTokenizer.from_pretrained(baseline).eos_token_id == model.config.eos_token_id
+    history = json.loads((room / "baseline/history.json").read_text())
+    assert list(history) == ["language_model"]
+    assert any(
+        "eval_cross_entropy" in entry and "eval_brier_4" in entry for entry in history["language_model"]
+    )
+
+
+@pytest.mark.parametrize("estimator", ["best", "draws"])
+def test_evaluate_a_baseline(baseline, room, capsys, estimator):
+    main(["evaluate", str(baseline), str(room / "run/data"), "--context", "64", "--ngrams", "2",
+          "--estimator", estimator, "--num_draws", "3"])  # fmt: skip
+    out = capsys.readouterr().out
+    for word in ("perplexity", "2-gram", "autoregressive", "Brier-4", "blocks of 64 tokens", "±"):
+        assert word in out
+    assert "reconstruction" not in out and "CALM" not in out
+
+
+def test_the_published_protocol(room, capsys):
+    main(["evaluate", str(room / "run/model"), str(room / "run/data"), "--protocol", "published"])
+    assert "blocks of 8192 tokens" in capsys.readouterr().out
+
+
+def test_generate_with_a_baseline(baseline, capsys):
+    arguments = ["generate", str(baseline), "Once upon a time", "There was", "--max_new_tokens", "8"]
+    for further in (["--seed", "1"], ["--temperature", "0"], ["--seed", "1", "--temperature", "1"]):
+        main([*arguments, *further])
+        first = capsys.readouterr().out
+        main([*arguments, *further])
+        assert capsys.readouterr().out == first and first.startswith("Once upon a time")
+    assert "pool sampler is for models without" in failure(capsys, *arguments, "--sampler", "pool")
+
+
+def test_flops_of_a_folder_and_of_recipes(room, baseline, capsys):
+    main(["flops", str(room / "run/model"), "--draws", "50", "--positions", "16"])
+    out = capsys.readouterr().out
+    for word in ("with 50 draws", "vocabulary", "K = 4", "300 token ids", "16 positions"):
+        assert word in out
+    main(["flops", str(baseline)])
+    out = capsys.readouterr().out
+    assert "K = 1" in out and "draws" not in out
+    main(["flops", "calm_m", "--vocab_size", "128257", "--published"])
+    out = capsys.readouterr().out
+    assert "291 M" in out and "30.2 G" in out
+    assert "no recipe 'nothing'" in failure(capsys, "flops", "nothing")
+    assert "at least 1, got 2048 and 0" in failure(capsys, "flops", "calm_m", "--draws", "0")
+    assert "no config.json" in failure(capsys, "flops", str(room))
 
 
 def test_prepare_then_train_from_the_prepared_folder(room, tmp_path, capsys):

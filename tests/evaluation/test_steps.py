@@ -7,12 +7,13 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from calm.core.chunks import find_targets, split_into_chunks
+from calm.core.temperature import TemperatureSettings
 from calm.data.chunking import make_blocks
 from calm.errors import InputError
 from calm.evaluation.brier import Targets, evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
-from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_of
-from calm.evaluation.steps import ProbabilityScorer, ShortChunks, StepScorer, Tokens
+from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_of, scorer_of_draws
+from calm.evaluation.steps import CalmDraws, ProbabilityScorer, ShortChunks, StepScorer, Tokens
 
 VOCAB = 12
 
@@ -87,7 +88,7 @@ def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
 def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size):
     model, block = tiny_model(unit_size), blocks_of(vocab=40)
     targets = targets_in(block)
-    text = ShortChunks(model).read(block, targets, 4)
+    text = ShortChunks(CalmDraws(model)).read(block, targets, 4)
     path = torch.randint(3, 40, (len(targets.chunks_PK), 4), generator=torch.Generator().manual_seed(0))
     steps = 4 // unit_size
     with torch.no_grad():
@@ -137,7 +138,8 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
     repeats = []
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        repeats.append(scorer.score_chunks(block, targets, 3, generator).double().mean(0))
+        hits, equal = scorer.estimate(block, targets, 3, generator)
+        repeats.append((2 * hits - equal).double().mean(0))
     means = torch.stack(repeats)
     error = means.std(0) / len(repeats) ** 0.5
     if estimator == "best":
@@ -152,7 +154,7 @@ def test_probabilities_have_less_variance_and_agree_with_draws():
     model = llama()
     blocks = [blocks_of(num_documents=200, block_size=96)]
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
-    best = evaluate_brier(ProbabilityScorer(model), blocks, **settings)
+    best = evaluate_brier(ProbabilityScorer(Tokens(model)), blocks, **settings)
     drawn = evaluate_brier(StepScorer(Tokens(model)), blocks, **settings)
     assert best.num_chunks == drawn.num_chunks > 300
     for a, b, error_a, error_b in zip(best.means, drawn.means, best.errors, drawn.errors, strict=True):
@@ -164,9 +166,9 @@ def test_short_chunks_cut_into_one_step_score_like_whole_ones():
     """A CALM with K = 4 by steps (one step of four tokens) is what `CalmSampler` scores."""
     model, block = tiny_model(4), blocks_of(vocab=40)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 3, "num_draws": 4}
-    stepwise = StepScorer(ShortChunks(model))
+    stepwise = StepScorer(ShortChunks(CalmDraws(model)))
     assert stepwise.chunk_size == 4
-    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, CalmSampler(model)))
+    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, CalmSampler(CalmDraws(model))))
     assert one.means == pytest.approx(other.means, abs=1e-6)
 
 
@@ -213,6 +215,36 @@ def test_the_ceiling_of_a_perfect_autoencoder_is_100():
     assert evaluate_brier(ceiling, [block], **settings).means == (1.0, 1.0, 1.0, 1.0)
     untrained = evaluate_brier(AutoencoderCeiling(model.autoencoder, 4), [block], **settings)
     assert untrained.means[3] < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("estimator", ["best", "draws"])
+def test_low_temperature_of_a_model_of_tokens(estimator):
+    """Scores are those of the model whose last layer is divided by T."""
+    model, block = llama(), blocks_of(num_documents=60, block_size=96)
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0, "num_draws": 3}
+    cold = evaluate_brier(
+        scorer_of(model, estimator, TemperatureSettings(temperature=0.4)), [block], **settings
+    )
+    warm = evaluate_brier(scorer_of(model, estimator), [block], **settings)
+    model.lm_head.weight /= 0.4
+    same = evaluate_brier(scorer_of(model, estimator), [block], **settings)
+    assert cold.means == pytest.approx(same.means, abs=1e-5)
+    assert min(c - w for c, w in zip(cold.collisions, warm.collisions, strict=True)) > 0
+    for mean, hit, collision in zip(cold.means, cold.hits, cold.collisions, strict=True):
+        assert mean == pytest.approx(2 * hit - collision, abs=1e-6)
+
+
+@pytest.mark.parametrize("unit_size", [2, 4])
+def test_low_temperature_of_a_calm_agrees_more_and_counts_draws(unit_size):
+    draws = {t: CalmDraws(tiny_model(unit_size), TemperatureSettings(temperature=t)) for t in (1.0, 0.5)}
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
+    results = {
+        t: evaluate_brier(scorer_of_draws(d), [blocks_of(vocab=40)], **settings) for t, d in draws.items()
+    }
+    assert results[0.5].collisions[0] > results[1.0].collisions[0]
+    assert draws[1.0].mean_draws == 1
+    assert 2 <= draws[0.5].mean_draws <= 200
 
 
 def test_one_draw_is_refused():

@@ -26,18 +26,20 @@ def stationary(chain_VV):
     return torch.linalg.matrix_power(chain_VV, 200)[0]
 
 
-def exact_means(max_order):
-    """2 sum_y Q(y) P(y) - sum_x P(x)^2 for n tokens after a token of the text, by matrix powers.
+def sums_over_paths(max_order, first_VV, second_VV):
+    """Mean over tokens of the text of the sum over paths of n tokens of both chains' probabilities.
 
-    Products of the chains along paths are entries of powers of elementwise products.
+    Products along paths are entries of powers of the elementwise product.
     """
     start_V, one_V = stationary(TRUTH), torch.ones(3, dtype=torch.float64)
-    hit_VV, equal_VV = TRUTH * MODEL, MODEL * MODEL
     power = torch.linalg.matrix_power
-    return [
-        float(2 * start_V @ power(hit_VV, n) @ one_V - start_V @ power(equal_VV, n) @ one_V)
-        for n in range(1, max_order + 1)
-    ]
+    return [float(start_V @ power(first_VV * second_VV, n) @ one_V) for n in range(1, max_order + 1)]
+
+
+def exact_means(max_order):
+    """2 sum_y Q(y) P(y) - sum_x P(x)^2 for n tokens after a token of the text."""
+    hits, collisions = sums_over_paths(max_order, TRUTH, MODEL), sums_over_paths(max_order, MODEL, MODEL)
+    return [2 * hit - collision for hit, collision in zip(hits, collisions, strict=True)]
 
 
 def walk(chain_VV, start, steps, generator):
@@ -111,6 +113,8 @@ def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
     for mean, error, exact in zip(result.means, result.errors, exact_means(size), strict=True):
         assert 0 < error < 0.01
         assert abs(mean - exact) < 3 * error
+    assert result.hits == pytest.approx(sums_over_paths(size, TRUTH, MODEL), abs=0.01)
+    assert result.collisions == pytest.approx(sums_over_paths(size, MODEL, MODEL), abs=0.01)
     assert abs(result.brier_lm - brier_lm(exact_means(4))) < 3 * result.brier_lm_error
 
 

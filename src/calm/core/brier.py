@@ -78,8 +78,8 @@ def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
     return equal_PK / (num_draws * (num_draws - 1) / 2)
 
 
-def brier_scores_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) -> Tensor:
-    """Scores of windows that are written in S steps of K tokens, shape (P, S·K).
+def windows_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) -> tuple[Tensor, Tensor]:
+    """Hits and collisions of windows that are written in S steps of K tokens, (P, S·K) each.
 
     The accuracy term is taken under teacher forcing: every step follows the true text, so a window is
     hit with the product of the steps' probabilities. The collision term is taken along the path of the
@@ -91,14 +91,18 @@ def brier_scores_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tenso
             independent over steps.
         equal_SPK: Of sum_x P(x)^2 over the first n tokens of the step, after the path so far.
         follows_SP: Of P(the path's chunk of this step | the path so far).
+
+    Returns:
+        Unbiased estimates of P(y) and of sum_x P(x)^2; Brier-n is 2 P(y) - sum_x P(x)^2.
     """
     hit_P = equal_P = torch.ones_like(follows_SP[0])
-    columns = []
+    hits, equals = [], []
     for hits_PK, equal_PK, follows_P in zip(hits_SPK, equal_SPK, follows_SP, strict=True):
-        columns.append(2 * hit_P[:, None] * hits_PK - equal_P[:, None] * equal_PK)
+        hits.append(hit_P[:, None] * hits_PK)
+        equals.append(equal_P[:, None] * equal_PK)
         hit_P = hit_P * hits_PK[:, -1]
         equal_P = equal_P * follows_P
-    return torch.cat(columns, dim=1)
+    return torch.cat(hits, dim=1), torch.cat(equals, dim=1)
 
 
 def matching_prefixes(first_PK: Tensor, second_PK: Tensor) -> Tensor:

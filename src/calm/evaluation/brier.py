@@ -11,7 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from calm.core.brier import NUM_ORDERS, BrierSums, brier_lm, brier_lm_error, brier_scores_of_draws
+from calm.core.brier import (
+    NUM_ORDERS,
+    BrierSums,
+    brier_lm,
+    brier_lm_error,
+    share_of_equal_pairs,
+    share_of_hits,
+)
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.errors import InputError
 from calm.evaluation.processes import Block, add_over_processes, largest_of_processes, own_share
@@ -57,14 +64,14 @@ class Targets:
 
 
 class ChunkScorer(Protocol):
-    """Scores next chunks in a way of its own: with probabilities, or token by token."""
+    """Estimates hits and collisions in a way of its own: with probabilities, or step by step."""
 
     chunk_size: int
 
-    def score_chunks(
+    def estimate(
         self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
-    ) -> Tensor:
-        """Unbiased estimates of Brier-1..Brier-K of every target chunk, (P, K)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Unbiased estimates of P(y) and sum_x P(x)^2 for the first 1..K tokens of every target, (P, K)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class BrierResult:
         context: Tokens of a block: scores of other contexts do not compare.
         errors: Standard errors of the means, for a sample of documents; NaN for a single one.
         brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is 0.
+        hits: Means of P(y), the chance to draw the text's own next tokens, for 1..K of them.
+        collisions: Means of sum_x P(x)^2, the chance that two draws agree; Brier-n is 2 hit - collision.
     """
 
     means: tuple[float, ...]
@@ -84,6 +93,8 @@ class BrierResult:
     context: int
     errors: tuple[float, ...] = ()
     brier_lm_error: float = math.nan
+    hits: tuple[float, ...] = ()
+    collisions: tuple[float, ...] = ()
 
     @property
     def brier_lm(self) -> float:
@@ -138,6 +149,7 @@ def evaluate_brier(
         raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")
     zero, zero_K = torch.zeros((), dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     sums = BrierSums(zero, zero, zero_K, torch.outer(zero_K, zero_K), zero_K, zero)
+    hit_K = equal_K = zero_K
     context = torch.zeros((), dtype=torch.long)
     for index, block, targets in targets_of(
         blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
@@ -145,14 +157,18 @@ def evaluate_brier(
         context = torch.tensor(block["input_ids"].shape[-1])
         # A stream of its own for every batch: which process scores it, and what came before, do not matter.
         generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
-        if hasattr(sampler, "score_chunks"):
-            scores_PK = sampler.score_chunks(block, targets, num_draws, generator)
+        if hasattr(sampler, "estimate"):
+            hit_PK, equal_PK = sampler.estimate(block, targets, num_draws, generator)
         else:
             draws_NPK = sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
-            scores_PK = brier_scores_of_draws(targets.end(draws_NPK)[0], targets.chunks_PK)
+            draws_NPK, _ = targets.end(draws_NPK)
+            hit_PK, equal_PK = share_of_hits(draws_NPK, targets.chunks_PK), share_of_equal_pairs(draws_NPK)
         document_BC = number_documents(block["position_ids"])
-        sums += BrierSums.of_scores(scores_PK, document_BC[:, 1:][targets.is_target_BC])
-    sums = BrierSums(*add_over_processes(sums.as_tensors()))
+        sums += BrierSums.of_scores(2 * hit_PK - equal_PK, document_BC[:, 1:][targets.is_target_BC])
+        hit_K = hit_K + hit_PK.double().sum(0).cpu()
+        equal_K = equal_K + equal_PK.double().sum(0).cpu()
+    hit_K, equal_K, *tensors = add_over_processes([hit_K, equal_K, *sums.as_tensors()])
+    sums = BrierSums(*tensors)
     if sums.num_scores == 0:
         raise InputError("the held-out text has no chunk to score; give more text.")
     means_K, covariance_KK = sums.means_K, sums.covariance_KK
@@ -162,6 +178,8 @@ def evaluate_brier(
         context=int(largest_of_processes(context)),
         errors=tuple(covariance_KK.diagonal().clamp_min(0).sqrt().tolist()),
         brier_lm_error=brier_lm_error(means_K, covariance_KK),
+        hits=tuple((hit_K / sums.num_scores).tolist()),
+        collisions=tuple((equal_K / sums.num_scores).tolist()),
     )
 
 

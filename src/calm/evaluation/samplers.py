@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from calm.core.brier import NUM_ORDERS
 from calm.core.chunks import split_into_chunks
+from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.evaluation.brier import ChunkSampler, ChunkScorer
 from calm.evaluation.processes import Block
-from calm.evaluation.steps import ProbabilityScorer, ShortChunks, StepScorer, Tokens
+from calm.evaluation.steps import CalmDraws, ProbabilityScorer, ShortChunks, StepScorer, Tokens
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 
@@ -22,20 +23,20 @@ Estimator = Literal["best", "draws"]
 
 
 class CalmSampler:
-    """A CALM as a sampler of chunks at temperature 1."""
+    """A CALM as a sampler of chunks."""
 
-    def __init__(self, model: CalmForCausalLM) -> None:
-        self.model = model
-        self.chunk_size = model.config.chunk_size
+    def __init__(self, draws: CalmDraws) -> None:
+        self.draws = draws
+        self.chunk_size = draws.model.config.chunk_size
 
     def draw_next_chunks(
         self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
         """See `calm.evaluation.brier.ChunkSampler`."""
-        hidden_BCD = self.model.hidden_states_of_chunks(
+        hidden_BCD = self.draws.model.hidden_states_of_chunks(
             block["input_ids"], position_ids=block["position_ids"]
         )
-        return self.model.draw_chunks(hidden_BCD[:, :-1][is_target_BC], num_draws, generator)
+        return self.draws(hidden_BCD[:, :-1][is_target_BC], num_draws, generator)
 
 
 class AutoencoderCeiling:
@@ -64,19 +65,29 @@ class AutoencoderCeiling:
         return draws_NPK.reshape(num_draws, *chunks_PK.shape)
 
 
-def scorer_of(model: PreTrainedModel, estimator: Estimator = "best") -> ChunkSampler | ChunkScorer:
+def scorer_of(
+    model: PreTrainedModel, estimator: Estimator = "best", settings: TemperatureSettings | None = None
+) -> ChunkSampler | ChunkScorer:
     """The scorer that fits a model.
 
     Args:
         model: A CALM, or any causal language model of transformers.
         estimator: "best" takes the probabilities of a model that has them; "draws" takes draws of it as
             of a CALM, which is noisier and has the same mean.
+        settings: Temperature, and how a CALM samples at it; T = 1 when None.
 
     Raises:
         InputError: If the model cannot be scored.
     """
     if isinstance(model, CalmForCausalLM):
-        return CalmSampler(model) if model.config.chunk_size >= NUM_ORDERS else StepScorer(ShortChunks(model))
+        return scorer_of_draws(CalmDraws(model, settings))
     if not model.can_generate():
         raise InputError(f"a {type(model).__name__} is no causal language model; there is nothing to score.")
-    return ProbabilityScorer(model) if estimator == "best" else StepScorer(Tokens(model))
+    tokens = Tokens(model, settings.temperature if settings else 1.0)
+    return ProbabilityScorer(tokens) if estimator == "best" else StepScorer(tokens)
+
+
+def scorer_of_draws(draws: CalmDraws) -> ChunkSampler | ChunkScorer:
+    """The scorer of a CALM; `draws.mean_draws` tells afterwards what its samples took."""
+    is_long = draws.model.config.chunk_size >= NUM_ORDERS
+    return CalmSampler(draws) if is_long else StepScorer(ShortChunks(draws))

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from calm.core.brier import NUM_ORDERS, brier_scores_of_steps, share_of_equal_pairs, share_of_hits
+from calm.core.brier import NUM_ORDERS, share_of_equal_pairs, share_of_hits, windows_of_steps
+from calm.core.temperature import TemperatureSettings
 from calm.evaluation.branches import BranchedText
 from calm.evaluation.brier import Targets
 from calm.evaluation.processes import Block
@@ -29,12 +30,42 @@ class StepModel(Protocol):
         """Independent draws of the unit behind each output, (N, P, K)."""
 
 
+class CalmDraws:
+    """Draws of a CALM's next chunks at any temperature, with a count of what they took.
+
+    Args:
+        model: The model.
+        settings: Sampler and temperature; one draw at T = 1 when None.
+    """
+
+    def __init__(self, model: CalmForCausalLM, settings: TemperatureSettings | None = None) -> None:
+        self.model = model
+        self.settings = settings or TemperatureSettings()
+        self._made = self._samples = 0
+
+    def __call__(self, hidden_PD: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
+        """Independent samples of the chunk behind each state, (N, P, K)."""
+        if self.settings.temperature == 1 and not self.settings.truncates:
+            self._made, self._samples = self._made + 1, self._samples + 1
+            return self.model.draw_chunks(hidden_PD, num_draws, generator)
+        samples = [self.model.sample_chunks(hidden_PD, self.settings, generator) for _ in range(num_draws)]
+        self._made += sum(int(sample.num_draws_R.sum()) for sample in samples)
+        self._samples += num_draws * len(hidden_PD)
+        return torch.stack([sample.chunks_RK for sample in samples])
+
+    @property
+    def mean_draws(self) -> float:
+        """Draws that one sample has taken in the mean."""
+        return self._made / self._samples
+
+
 class ShortChunks:
     """A CALM with fewer than four tokens per chunk, as a `StepModel`."""
 
-    def __init__(self, model: CalmForCausalLM) -> None:
-        self.model = model
-        self.unit_size = model.config.chunk_size
+    def __init__(self, draws: CalmDraws) -> None:
+        self.draw = draws
+        self.model = draws.model
+        self.unit_size = self.model.config.chunk_size
 
     def read(self, block: Block, targets: Targets, chunk_size: int) -> BranchedText:
         """See `StepModel`."""
@@ -52,18 +83,19 @@ class ShortChunks:
             dtype=self.model.dtype,
         )
 
-    def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
-        """See `StepModel`."""
-        return self.model.draw_chunks(outputs_PX, num_draws, generator)
-
 
 class Tokens:
-    """A causal language model of tokens, as a `StepModel`; outputs are its scores."""
+    """A causal language model of tokens, as a `StepModel`; outputs are its scores.
+
+    Args:
+        model: The model.
+        temperature: Divides the scores; above 0.
+    """
 
     unit_size = 1
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+        self.model, self.temperature = model, temperature
 
     def read(self, block: Block, targets: Targets, chunk_size: int) -> BranchedText:
         """See `StepModel`."""
@@ -89,9 +121,12 @@ class Tokens:
 
     def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
         """See `StepModel`."""
-        law_PV = outputs_PX.float().softmax(-1)
-        tokens_PN = torch.multinomial(law_PV, num_draws, replacement=True, generator=generator)
+        tokens_PN = torch.multinomial(self.law(outputs_PX), num_draws, replacement=True, generator=generator)
         return tokens_PN.T.unsqueeze(-1)
+
+    def law(self, outputs_PX: Tensor) -> Tensor:
+        """Probabilities of the next token, (P, V)."""
+        return (outputs_PX.float() / self.temperature).softmax(-1)
 
 
 class StepScorer:
@@ -106,9 +141,9 @@ class StepScorer:
         # Whole units, at least as many as BrierLM needs tokens.
         self.chunk_size = -(-NUM_ORDERS // model.unit_size) * model.unit_size
 
-    def score_chunks(
+    def estimate(
         self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See `calm.evaluation.brier.ChunkScorer`."""
         text = self.model.read(block, targets, self.chunk_size)
         truth_SPK = targets.chunks_PK.unflatten(1, (text.num_steps, -1)).transpose(0, 1)
@@ -129,7 +164,7 @@ class StepScorer:
             path_ended_P = path_ended_P | targets.end(path_PK)[1]
             if step < text.num_steps - 1:
                 outputs_PX = text.follow(path_PK)
-        return brier_scores_of_steps(torch.stack(hits), torch.stack(equal), torch.stack(follows))
+        return windows_of_steps(torch.stack(hits), torch.stack(equal), torch.stack(follows))
 
     def _draw(
         self,
@@ -152,17 +187,17 @@ class ProbabilityScorer:
     of P(x_1)...P(x_(n-1)) · sum_v P(v | x_1..x_(n-1))^2. One path is written for each target.
 
     Args:
-        model: The model.
+        tokens: The model.
     """
 
     chunk_size = NUM_ORDERS
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.tokens = Tokens(model)
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens = tokens
 
-    def score_chunks(
+    def estimate(
         self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See `calm.evaluation.brier.ChunkScorer`; the number of draws is not used."""
         text = self.tokens.read(block, targets, self.chunk_size)
         one_P = torch.ones(len(targets.chunks_PK), device=targets.chunks_PK.device)
@@ -171,16 +206,16 @@ class ProbabilityScorer:
         outputs_PV = text.outputs_on_text(0)
         for step, truth_P in enumerate(targets.chunks_PK.T):
             truth_P1 = truth_P.unsqueeze(-1)
-            law_PV = text.outputs_on_text(step).float().softmax(-1)
+            law_PV = self.tokens.law(text.outputs_on_text(step))
             hits.append(torch.where(has_ended_P, one_P, law_PV.gather(1, truth_P1).squeeze(1)))
             has_ended_P = has_ended_P | targets.end(truth_P1)[1]
-            law_PV = outputs_PV.float().softmax(-1)
+            law_PV = self.tokens.law(outputs_PV)
             equal.append(torch.where(path_ended_P, one_P, law_PV.square().sum(-1)))
             path_P1 = torch.multinomial(law_PV, 1, generator=generator)
             follows.append(torch.where(path_ended_P, one_P, law_PV.gather(1, path_P1).squeeze(1)))
             path_ended_P = path_ended_P | targets.end(path_P1)[1]
             if step < text.num_steps - 1:
                 outputs_PV = text.follow(path_P1)
-        return brier_scores_of_steps(
+        return windows_of_steps(
             torch.stack(hits).unsqueeze(-1), torch.stack(equal).unsqueeze(-1), torch.stack(follows)
         )

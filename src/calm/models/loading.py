@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -82,13 +83,22 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
     return model, tokenizer
 
 
-def _model_type(path: Path) -> str:
+def load_config(path: Path) -> PreTrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        InputError: If there is none, or it cannot be read.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
     try:
-        return AutoConfig.from_pretrained(path).model_type
+        return AutoConfig.from_pretrained(path)
     except _HUB_ERRORS as error:
         raise InputError(f"the configuration in '{path}' cannot be read ({reason_of(error)}).") from error
+
+
+def _model_type(path: Path) -> str:
+    return load_config(path).model_type
 
 
 def _load(model_class: Any, name: str, **kwargs: Any) -> Any:

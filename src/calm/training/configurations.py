@@ -109,6 +109,27 @@ def autoregressive_config(
     )
 
 
+def model_config(recipe: Recipe, vocab_size: int | None = None) -> CalmConfig | LlamaConfig:
+    """Configuration of the language model of a recipe, before there is a tokenizer.
+
+    Args:
+        recipe: The recipe.
+        vocab_size: Number of token ids; that of the tokenizer the recipe would train when None.
+
+    Raises:
+        InputError: If the recipe takes a tokenizer that is not here, or a value is out of range.
+    """
+    if vocab_size is None and recipe.data.tokenizer is not None:
+        raise InputError(
+            f"the recipe takes the tokenizer '{recipe.data.tokenizer}'; "
+            "say --vocab_size, its number of tokens."
+        )
+    size = vocab_size or recipe.data.vocab_size
+    if recipe.model == "autoregressive":
+        return autoregressive_config(recipe, size, {})
+    return language_model_config(recipe, autoencoder_config(recipe, size, {}), {})
+
+
 def _decoder_fields(settings: LanguageModelSettings) -> dict[str, Any]:
     """Fields of the Llama decoder that both kinds of model have."""
     return {

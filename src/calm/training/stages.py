@@ -169,6 +169,7 @@ def _train_language_model(model: PreTrainedModel, recipe: Recipe, data: Prepared
         return metrics
 
     _run_stage("language_model", model, recipe, data, held_out, score, settings, output)
+    model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
 
 
 def _run_stage(
