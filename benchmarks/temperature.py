@@ -159,12 +159,12 @@ def compare(label, model, prompts, temperature, arguments):
     yardstick = [rate for rate, *_ in rounds.get(LITERAL, [])]
     for key, runs in rounds.items():
         rates, draws, fell = zip(*runs, strict=True)
-        ratio = math.nan
+        ratio = ""
         if yardstick:
-            ratio = statistics.median(a / b for a, b in zip(rates, yardstick, strict=True))
+            ratio = f"{statistics.median(a / b for a, b in zip(rates, yardstick, strict=True)):.1f}x, "
         print(
             f"{label}  {key:18s}: {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f}), "
-            f"{ratio:5.1f}x, {statistics.mean(draws):6.1f}, {statistics.mean(fell):.1%}",
+            f"{ratio}{statistics.mean(draws):.1f}, {statistics.mean(fell):.1%}",
             flush=True,
         )
 

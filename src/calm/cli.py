@@ -31,7 +31,8 @@ RECIPE_PARTS = (
     TrainingSettings,
     OptimizerSettings,
 )
-_POSITIONAL = ("model", "sources", "data", "prompt", "target")
+_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs")
+_NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -87,8 +88,10 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
         elif parameter.annotation is bool:
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
             by_hand.add(name)
-        elif name in _POSITIONAL and function is not VERBS["import"]:
+        elif name in _POSITIONAL and (function, name) not in _NOT_POSITIONAL:
             several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
+            if parameter.default is not inspect.Parameter.empty:
+                several = {"nargs": "*", "default": parameter.default}
             parser.add_argument(name, type=str, help=documented[name], **several)
             by_hand.add(name)
     parser.add_function_arguments(function, skip=by_hand, as_positional=False)

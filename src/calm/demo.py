@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import time
 from pathlib import Path
 
@@ -11,13 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.data.folders import check_output
 from calm.data.prepare import PreparedData, load_prepared
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
-from calm.report import Sample, print_scorecard, read_history, write_report
+from calm.report.run import Sample, read_history, write_report
+from calm.report.tables import print_scorecard
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
 
@@ -49,7 +49,7 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
     text = output.with_name(f"{output.name}-stories.jsonl")
     check_output(output, overwrite)
     say(f"writing {NUM_STORIES:,} stories to {text}")
-    write_stories(text, recipe.seed)
+    write_stories(text, recipe.seed, NUM_STORIES)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
     say("training the autoencoder, then the language model")
     folder = train(recipe, output, overwrite=overwrite)
@@ -73,13 +73,6 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
     )
     say(f"model: {folder}   report: {report}")
     return card
-
-
-def write_stories(path: Path, seed: int) -> None:
-    """Write the embedded corpus as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": story}) + "\n" for story in stories(seed, NUM_STORIES))
 
 
 def write_samples(

@@ -123,7 +123,7 @@ def evaluate(
     from calm.data.sources import ReadingOptions
     from calm.evaluation.held_out import score_model
     from calm.models.loading import load_language_model_and_tokenizer
-    from calm.report import print_scorecard
+    from calm.report.tables import print_scorecard
 
     context, layout = PROTOCOLS[protocol] if protocol else (context, layout)
     network, tokenizer = load_language_model_and_tokenizer(model)
@@ -141,6 +141,58 @@ def evaluate(
             estimator=estimator,
         )
     )
+
+
+def compare(
+    runs: list[str] | None = None,
+    output: str = "runs/compare",
+    recipe: str | None = None,
+    chunk_sizes: list[int] | None = None,
+    no_baseline: bool = False,
+    budget: float = 1.0,
+    data: str | None = None,
+    context: int | None = None,
+    max_blocks: int | None = None,
+    temperature: float = 0.5,
+    overwrite: bool = False,
+) -> None:
+    """Score models on the same text, and set quality against cost: a table and an HTML report.
+
+    Args:
+        runs: Folders of runs, or model folders, to compare.
+        output: Folder of report.html and report.json, and of the runs that are trained here.
+        recipe: Train this recipe first, at several chunk sizes with equal operations.
+        chunk_sizes: Those chunk sizes; 1, 2, 4 and 8 if none are given.
+        no_baseline: Train no autoregressive model beside them.
+        budget: Share of the recipe's operations that each of them gets.
+        data: Prepared folder whose held-out part is scored; that of the first run if none is given.
+        context: Tokens per block; that of the recipe, or 512.
+        max_blocks: Score this many blocks at most.
+        temperature: Low temperature of the texts and of the cost that is shown.
+        overwrite: Replace a report that is there. Runs are never replaced; unfinished ones go on.
+    """
+    from calm.comparison.ladder import train_ladder
+    from calm.comparison.measures import Measures, compare
+    from calm.data.folders import check_file
+    from calm.report.comparison import print_comparison, write_comparison
+    from calm.training.recipe_files import read_recipe
+
+    folders = [Path(run) for run in runs or []]
+    report = Path(output) / "report.html"
+    check_file(report, overwrite)
+    if recipe is not None:
+        ladder = read_recipe(recipe)
+        context = context or ladder.data.context
+        sizes = [1, 2, 4, 8] if chunk_sizes is None else chunk_sizes
+        folders += train_ladder(ladder, sizes, Path(output), baseline=not no_baseline, budget=budget)
+    elif not folders:
+        raise InputError("name runs to compare, or a --recipe to train.")
+    measures = Measures(context=context or 512, num_blocks=max_blocks, low=temperature)
+    comparison = compare(folders, Path(data) if data else None, measures)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_comparison(comparison, report)
+    print_comparison(comparison)
+    print(f"report: {report}")
 
 
 def generate(
@@ -248,7 +300,7 @@ def flops(
     """
     from calm.flops import Work, cost_of
     from calm.models.loading import load_config
-    from calm.report import print_costs
+    from calm.report.tables import print_costs
     from calm.training.configurations import model_config
     from calm.training.recipe_files import read_recipe
 
@@ -278,6 +330,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "generate": generate,
     "import": import_published,
     "flops": flops,

@@ -18,6 +18,13 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise InputError(f"the output folder '{path}' is not empty; choose another or pass --overwrite.")
 
 
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raise InputError if the file cannot be made, or is there and may not be overwritten."""
+    check_output(path.parent, overwrite=True)
+    if path.exists() and not overwrite:
+        raise InputError(f"'{path}' exists; choose another --output or pass --overwrite.")
+
+
 @contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write in that becomes `path` when the block ends without an error.

@@ -7,10 +7,12 @@ every machine and Python version.
 
 import bisect
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import TypeVar
 
 from calm.data import lexicon
@@ -39,6 +41,13 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
     numbers = itertools.count() if num_stories is None else range(num_stories)
     for number in numbers:
         yield write_story(random.Random(f"{seed}/{number}"))
+
+
+def write_stories(path: Path, seed: int, num_stories: int) -> None:
+    """Write stories to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": story}) + "\n" for story in stories(seed, num_stories))
 
 
 def write_story(rng: random.Random) -> str:

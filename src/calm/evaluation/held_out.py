@@ -90,7 +90,7 @@ def score_model(
         brier,
         reconstruction=score_reconstruction(model.autoencoder, blocks, num_blocks, seed),
         floors=floors,
-        ceilings={"autoencoder": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
+        ceilings={"ceiling": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
     )
 
 

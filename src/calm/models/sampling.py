@@ -15,8 +15,9 @@ from calm.models.heads import GenerativeHead
 # From so many weights of the vocabulary projection on, tokens are read only where they matter. With
 # fewer, reading all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).
 _LARGE_PROJECTION = 2**22
-# So few draws are read whole even then: one pass over a large matrix costs what its memory costs.
-_FEW_DRAWS = 64
+# So few draws are read whole even then: for fewer vectors than about 20, a pass over a large matrix costs
+# what reading the matrix costs.
+_FEW_DRAWS = 16
 
 
 class _DecoderReader(TokenReader):

@@ -92,15 +92,24 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
 
 
 def _data_of(recipe: Recipe, output: Path) -> PreparedData:
-    settings = recipe.data
-    sources = settings.source_list
+    sources = recipe.data.source_list
     if len(sources) == 1 and is_prepared(Path(sources[0])):
         return load_prepared(Path(sources[0]))
     if is_prepared(output / "data"):
         return load_prepared(output / "data")
+    return prepare_data(recipe, output / "data")
+
+
+def prepare_data(recipe: Recipe, folder: Path) -> PreparedData:
+    """Prepare the text that a recipe names.
+
+    Raises:
+        InputError: If a source or setting is bad.
+    """
+    settings = recipe.data
     return prepare(
-        sources,
-        output / "data",
+        settings.source_list,
+        folder,
         options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,

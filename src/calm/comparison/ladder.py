@@ -1,0 +1,152 @@
+"""A ladder of models that are trained with equal operations, and what training a run took."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from calm.data.prepare import PreparedData, is_prepared, load_prepared
+from calm.data.stories import write_stories
+from calm.errors import InputError
+from calm.flops import Work, autoencoder_training_flops, cost_of
+from calm.training.configurations import autoencoder_config, model_config
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import HISTORY, RECIPE, prepare_data, train
+
+NUM_STORIES = 3_300  # As in the demo.
+_SMALLEST_LATENT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """What the training of a run took, and where it stood on the way.
+
+    Args:
+        flops: Operations, autoencoder included.
+        seconds: Time of both stages, held-out evaluations included.
+        curve: (operations, BrierLM) at the evaluations of the language model.
+    """
+
+    flops: float
+    seconds: float
+    curve: list[tuple[float, float]]
+
+
+def train_ladder(
+    recipe: Recipe, chunk_sizes: Sequence[int], output: Path, *, baseline: bool = True, budget: float = 1.0
+) -> list[Path]:
+    """Train a recipe at several chunk sizes with equal training operations of the language model.
+
+    The latent grows with the chunk: as many dimensions per token as in the recipe. A ladder that was
+    stopped goes on where it was.
+
+    Args:
+        recipe: The recipe; its own chunk size and steps set the budget. Without sources it is trained on
+            the embedded stories.
+        chunk_sizes: Chunk sizes K.
+        output: Folder of all runs.
+        baseline: Whether the autoregressive model is trained too.
+        budget: Share of the recipe's operations that each model gets.
+
+    Returns:
+        The folders of the runs.
+
+    Raises:
+        InputError: If a chunk size does not fit the context.
+    """
+    if not chunk_sizes and not baseline:
+        raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
+    output.mkdir(parents=True, exist_ok=True)
+    data = _data_for(recipe, output)
+    operations = budget * _training_flops(recipe, model_config(recipe, data.vocab_size))
+    source = dataclasses.replace(recipe.data, sources=[str(output / "data")])
+    recipe = dataclasses.replace(recipe, data=source)
+    rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
+    if baseline:
+        rungs["baseline"] = dataclasses.replace(recipe, model="autoregressive", chunk_size=1)
+    runs = []
+    for name, rung in rungs.items():
+        one_step = dataclasses.replace(rung.language_model.training, steps=1)
+        per_step = _training_flops(_with_training(rung, one_step), model_config(rung, data.vocab_size))
+        steps = max(1, round(operations / per_step))
+        rung = _with_training(rung, _stretched(rung.language_model.training, steps))
+        Console(highlight=False).print(f"[bold]{name}[/bold]: {steps} steps of the language model")
+        train(rung, output / name, resume=(output / name / RECIPE).is_file())
+        runs.append(output / name)
+    return runs
+
+
+def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
+    """What is known of a run's training; nothing for a mere model folder.
+
+    Args:
+        run: Folder of the run.
+        config: Configuration of its language model.
+    """
+    if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
+        return None
+    recipe = read_recipe(str(run / RECIPE))
+    history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
+    total = _training_flops(recipe, config)
+    before = _autoencoder_flops(recipe, config.vocab_size)
+    steps = recipe.language_model.training.steps
+    return TrainingRecord(
+        flops=before + total,
+        seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
+        curve=[
+            (before + total * entry["step"] / steps, entry["eval_brier_lm"])
+            for entry in history["language_model"]
+            if "eval_brier_lm" in entry
+        ],
+    )
+
+
+def _training_flops(recipe: Recipe, config: PreTrainedConfig) -> float:
+    """Operations of the language model's training."""
+    cost = cost_of(config, Work(recipe.data.context // recipe.chunk_size))
+    return sum(cost.training.values()) * _tokens(recipe, recipe.language_model.training)
+
+
+def _autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
+    if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
+        return 0.0
+    per_token = autoencoder_training_flops(autoencoder_config(recipe, vocab_size, {}))
+    return per_token * _tokens(recipe, recipe.autoencoder.training)
+
+
+def _tokens(recipe: Recipe, training: TrainingSettings) -> int:
+    return training.steps * training.batch_size * training.gradient_accumulation * recipe.data.context
+
+
+def _rung(recipe: Recipe, chunk_size: int) -> Recipe:
+    """The recipe at another chunk size, with as many latent dimensions per token."""
+    latent = max(_SMALLEST_LATENT, round(recipe.autoencoder.latent_size * chunk_size / recipe.chunk_size))
+    autoencoder = dataclasses.replace(recipe.autoencoder, latent_size=latent)
+    return dataclasses.replace(recipe, chunk_size=chunk_size, autoencoder=autoencoder)
+
+
+def _with_training(recipe: Recipe, training: TrainingSettings) -> Recipe:
+    return dataclasses.replace(
+        recipe, language_model=dataclasses.replace(recipe.language_model, training=training)
+    )
+
+
+def _stretched(training: TrainingSettings, steps: int) -> TrainingSettings:
+    """Another number of steps, evaluated as often."""
+    every = training.evaluate_every * steps / training.steps
+    return dataclasses.replace(training, steps=steps, evaluate_every=max(1, round(every)) if every else 0)
+
+
+def _data_for(recipe: Recipe, output: Path) -> PreparedData:
+    """The text of a ladder, prepared once for all rungs."""
+    if is_prepared(output / "data"):
+        return load_prepared(output / "data")
+    if not recipe.data.source_list:
+        stories = output / "stories.jsonl"
+        write_stories(stories, recipe.seed, NUM_STORIES)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)]))
+    return prepare_data(recipe, output / "data")

@@ -1,0 +1,163 @@
+"""Scores, costs and texts of several models on the same held-out text."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from calm.comparison.ladder import record_of
+from calm.core.brier import NUM_ORDERS
+from calm.core.temperature import TemperatureSettings
+from calm.data.prepare import PreparedData, is_prepared, load_prepared
+from calm.errors import InputError
+from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.held_out import EVALUATION_SEED, batches_of, score_model, score_ngrams
+from calm.evaluation.samplers import scorer_of, scorer_of_draws
+from calm.evaluation.steps import CalmDraws
+from calm.flops import Work, cost_of
+from calm.generation import continue_texts
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.report.comparison import Comparison, Contender, Warmth
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import RECIPE
+
+_PROMPT_WORDS = 24
+_WARMTH_SEED = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What is measured of each model.
+
+    Args:
+        context: Tokens of a block.
+        num_blocks: Held-out blocks that are scored; all when None.
+        temperatures: Those at which accuracy and collision are measured; 1 is always among them.
+        low: The temperature of the texts and of the cost that is shown.
+        warm_blocks: Held-out blocks for accuracy and collision.
+        num_texts: Held-out beginnings that every model continues.
+        text_tokens: Tokens of a continuation.
+        ngrams: Orders of the floors.
+    """
+
+    context: int = 512
+    num_blocks: int | None = None
+    temperatures: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 1 / 3, 0.25)
+    low: float = 0.5
+    warm_blocks: int = 4
+    num_texts: int = 3
+    text_tokens: int = 80
+    ngrams: tuple[int, ...] = (3, 5)
+
+    @property
+    def all_temperatures(self) -> list[float]:
+        """Temperatures from 1 downwards."""
+        return sorted({1.0, self.low, *self.temperatures}, reverse=True)
+
+
+def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comparison:
+    """Score models on the same held-out text.
+
+    Args:
+        runs: Folders of runs, or model folders (without training costs).
+        data: Prepared text; that of the first run when None.
+        measures: What is measured.
+
+    Raises:
+        InputError: If a folder is neither, names repeat, or a model was trained with other tokens.
+    """
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) < len(names):
+        raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
+    prepared = _open_data(runs[0], data)
+    prompts = _prompts(prepared, measures.num_texts)
+    contenders = [_measure(run, prepared, prompts, measures) for run in runs]
+    blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
+    floors = score_ngrams(
+        list(measures.ngrams),
+        prepared.train["input_ids"] if measures.ngrams else [],
+        blocks,
+        prepared.tokenizer,
+        NUM_ORDERS,
+        measures.num_blocks,
+    )
+    chunks = contenders[0].card.brier.num_chunks
+    protocol = (
+        f"held-out text in blocks of {measures.context} tokens, about {chunks:,} windows, T = 1, "
+        "percent ± standard error"
+    )
+    return Comparison(contenders, floors, measures.low, prompts, protocol)
+
+
+def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> Contender:
+    folder = run / "model" if (run / "model").is_dir() else run
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
+    Console(highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
+    card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
+    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    record = record_of(run, model.config)
+    cost = cost_of(model.config, Work(measures.context // size))
+    return Contender(
+        name=run.name,
+        chunk_size=size,
+        parameters=sum(cost.parameters.values()),
+        card=card,
+        training_flops=record.flops if record else None,
+        seconds=record.seconds if record else None,
+        curve=record.curve if record else [],
+        warmths=[_warmth(model, data, t, size, measures) for t in measures.all_temperatures],
+        texts=continue_texts(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=measures.text_tokens,
+            temperature=measures.low,
+            seed=EVALUATION_SEED,
+        ),
+    )
+
+
+def _warmth(
+    model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
+) -> Warmth:
+    settings = TemperatureSettings(temperature=temperature)
+    draws = CalmDraws(model, settings) if isinstance(model, CalmForCausalLM) else None
+    scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
+    blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
+    result = evaluate_brier(
+        scorer,
+        batches_of(blocks, measures.warm_blocks, model.device),
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id or 0,
+        seed=_WARMTH_SEED,
+    )
+    mean_draws = draws.mean_draws if draws else 1.0
+    cost = cost_of(model.config, Work(measures.context // size, mean_draws))
+    first = slice(0, NUM_ORDERS)
+    return Warmth(
+        temperature, result.hits[first], result.collisions[first], mean_draws, sum(cost.inference.values())
+    )
+
+
+def _open_data(run: Path, data: Path | None) -> PreparedData:
+    if data is not None:
+        return load_prepared(data)
+    if is_prepared(run / "data"):
+        return load_prepared(run / "data")
+    if (run / RECIPE).is_file():
+        sources = read_recipe(str(run / RECIPE)).data.source_list
+        if len(sources) == 1 and is_prepared(Path(sources[0])):
+            return load_prepared(Path(sources[0]))
+    raise InputError(f"'{run}' holds no prepared text; say which with --data.")
+
+
+def _prompts(data: PreparedData, number: int) -> list[str]:
+    """First words of held-out documents."""
+    few = data.validation.select(range(min(number, len(data.validation))))
+    texts = data.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
+    return [" ".join(text.split(" ")[:_PROMPT_WORDS]) for text in texts]

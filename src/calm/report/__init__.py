@@ -1,0 +1,1 @@
+"""Figures and samples: tables on the terminal, self-contained HTML files."""

@@ -1,0 +1,105 @@
+"""The report of one run, as one self-contained HTML file."""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calm.evaluation.brier import BrierResult
+from calm.evaluation.held_out import Scorecard
+from calm.report.pages import image_of, new_figure, page_of, table_of
+from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of
+
+History = dict[str, list[dict[str, Any]]]
+"""Logged figures of each stage, as the Trainer keeps them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A continuation that the model wrote.
+
+    Args:
+        prompt: The text it was given.
+        continuation: What it wrote.
+        truth: How the text goes on in the corpus.
+    """
+
+    prompt: str
+    continuation: str
+    truth: str
+
+
+def write_report(
+    path: Path,
+    title: str,
+    card: Scorecard,
+    history: History,
+    samples: Sequence[Sample],
+    recipe: str,
+) -> None:
+    """Write the HTML report; plots are inside it as images.
+
+    Args:
+        path: The file.
+        title: Its heading.
+        card: Held-out figures.
+        history: Logged figures of each stage, as the Trainer keeps them.
+        samples: What the model wrote.
+        recipe: The resolved recipe as text.
+
+    Raises:
+        InputError: If matplotlib is missing.
+    """
+    rec = card.reconstruction
+    if rec is None:
+        raise ValueError("the report of a run needs the reconstruction of its autoencoder.")
+    written = "".join(
+        f"<article><p><b>{html.escape(s.prompt)}</b>{html.escape(s.continuation)}</p>"
+        f"<p class=truth>in the corpus: …{html.escape(s.truth)}</p></article>"
+        for s in samples
+    )
+    rows = [(name, cells_of(result)) for name, result in rows_of(card)]
+    body = f"""<h2>Held-out text</h2>
+<p>The autoencoder gives back {rec.token_accuracy:.3%} of tokens and {rec.chunk_accuracy:.3%} of chunks;
+from a draw of its posterior (standard deviation {rec.posterior_std:.2f}),
+{rec.token_accuracy_noisy:.3%} of tokens.</p>
+{table_of(caption_of(card.brier), list(BRIER_COLUMNS), rows)}
+<h2>Training</h2>
+{image_of(_plot(history, card), "training curves")}
+<h2>What it writes</h2>
+<p>Continuations (plain) of held-out beginnings (bold).</p>
+{written}
+<h2>Recipe</h2>
+<pre>{html.escape(recipe)}</pre>"""
+    path.write_text(page_of(title, body), encoding="utf-8")
+
+
+def read_history(path: Path) -> History:
+    """The logged figures of a run."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plot(history: History, card: Scorecard) -> Any:
+    figure = new_figure(11, 7)
+    axes = figure.subplots(2, 2)
+    exact = {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"}
+    panels: list[tuple[Any, str, dict[str, str], str, dict[str, BrierResult]]] = [
+        (axes[0][0], "autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
+        (axes[0][1], "autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
+        (axes[1][0], "language_model", {"loss": "training"}, "language model: energy loss", {}),
+        (axes[1][1], "language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
+    ]
+    for axis, stage, lines, label, floors in panels:
+        for key, name in lines.items():
+            points = [(entry["step"], entry[key]) for entry in history.get(stage, []) if key in entry]
+            axis.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=name)
+        for (name, result), style in zip(floors.items(), ("--", ":", "-."), strict=False):
+            axis.axhline(result.brier_lm, color="gray", linestyle=style, label=name)
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.3)
+        if len(lines) + len(floors) > 1:
+            axis.legend()
+    axes[0][1].set_ylim(top=100.2)
+    return figure

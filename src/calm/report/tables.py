@@ -1,0 +1,97 @@
+"""Figures as tables on the terminal."""
+
+import math
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from calm.core.brier import NUM_ORDERS
+from calm.evaluation.brier import BrierResult
+from calm.evaluation.held_out import Scorecard
+from calm.flops import Cost
+
+BRIER_COLUMNS = ("BrierLM", *(f"Brier-{n}" for n in range(1, NUM_ORDERS + 1)))
+
+
+def print_scorecard(card: Scorecard) -> None:
+    """Print the figures of a model on held-out text."""
+    console = Console()
+    if card.reconstruction is not None:
+        rec = card.reconstruction
+        console.print(
+            f"reconstruction  {rec.token_accuracy:.3%} of tokens, {rec.chunk_accuracy:.3%} of chunks "
+            f"(from a posterior draw: {rec.token_accuracy_noisy:.3%} of tokens)",
+            highlight=False,
+        )
+    if card.perplexity is not None:
+        per = card.perplexity
+        console.print(
+            f"perplexity  {per.perplexity:.3f} ({per.cross_entropy:.4f} nats per token, "
+            f"{per.num_tokens:,} tokens)",
+            highlight=False,
+        )
+    console.print(caption_of(card.brier), highlight=False)
+    # Narrow enough for 80 columns.
+    table = Table("", *BRIER_COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, result in rows_of(card):
+        table.add_row(name, *cells_of(result))
+    console.print(table)
+
+
+def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
+    """Print what a model costs, by part.
+
+    Args:
+        title: What is counted.
+        one: With one draw a chunk.
+        many: With the draws of low temperature; None for a model that needs no more than one.
+        draws: How many those are.
+    """
+    columns: dict[str, Mapping[str, float]] = {
+        "parameters": one.parameters,
+        "training": one.training,
+        "inference, T = 1": one.inference,
+    }
+    if many is not None:
+        columns[f"with {draws:g} draws"] = many.inference
+    table = Table("", *columns)
+    for part in dict.fromkeys(part for column in columns.values() for part in column):
+        table.add_row(part, *(short(column[part]) if part in column else "" for column in columns.values()))
+    table.add_section()
+    table.add_row("all", *(short(sum(column.values())) for column in columns.values()))
+    console = Console(highlight=False)
+    console.print(title)
+    console.print(table)
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 2.91e8 is 291 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def caption_of(result: BrierResult) -> str:
+    """The protocol of a score."""
+    return (
+        f"T = 1, {result.num_chunks:,} held-out chunks, blocks of {result.context} tokens, "
+        "in percent ± standard error"
+    )
+
+
+def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:
+    """Floors, the model, and ceilings."""
+    return [
+        *card.floors.items(),
+        (card.name, card.brier),
+        *card.ceilings.items(),
+    ]
+
+
+def cells_of(result: BrierResult) -> list[str]:
+    """BrierLM and Brier-1..4 with their standard errors, where there are any."""
+    pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
+    return [f"{value:.2f}" + (f"±{error:.2f}" if not math.isnan(error) else "") for value, error in pairs]
