@@ -10,48 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import TOY, failure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from calm.cli import main
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-TOY = """
-data: {vocab_size: 300, context: 64, validation_fraction: 0.1, num_proc: 1}
-autoencoder:
-  latent_size: 8
-  hidden_size: 24
-  intermediate_size: 32
-  training: {steps: 30, batch_size: 2, evaluate_every: 15, evaluation_blocks: 4}
-language_model:
-  hidden_size: 32
-  intermediate_size: 48
-  num_layers: 2
-  num_heads: 2
-  head: {head_type: energy, noise_size: 8, num_blocks: 1, num_posterior_draws: 0}
-  training: {steps: 20, batch_size: 2, evaluate_every: 10, evaluation_blocks: 4}
-"""
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
     """A folder with text, a recipe and a trained toy run."""
     folder = tmp_path_factory.mktemp("room")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories(0, 40)))
+    write_stories(folder / "text.jsonl", 0, 40)
     (folder / "toy.yaml").write_text(TOY)
     main(["train", "--recipe", str(folder / "toy.yaml"), "--data.sources", str(folder / "text.jsonl"),
           "--output", str(folder / "run")])  # fmt: skip
     return folder
-
-
-def failure(capsys, *arguments: object) -> str:
-    """Run a command that must fail; return its one sentence."""
-    with pytest.raises(SystemExit) as raised:
-        main([str(argument) for argument in arguments])
-    assert raised.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calm: error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_train_made_a_self_contained_folder(room):

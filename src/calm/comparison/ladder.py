@@ -39,10 +39,12 @@ class TrainingRecord:
 def train_ladder(
     recipe: Recipe, chunk_sizes: Sequence[int], output: Path, *, baseline: bool = True, budget: float = 1.0
 ) -> list[Path]:
-    """Train a recipe at several chunk sizes with equal training operations of the language model.
+    """Train a recipe at several chunk sizes, and the baseline, with equal training operations.
 
-    The latent grows with the chunk: as many dimensions per token as in the recipe. A ladder that was
-    stopped goes on where it was.
+    Operations are those of autoencoder and language model together: the autoencoder trains as the recipe
+    says, the language model for as many steps as the rest allows; the baseline, without autoencoder, for
+    more. The latent grows with the chunk: as many dimensions per token as in the recipe. A ladder that
+    was stopped goes on where it was.
 
     Args:
         recipe: The recipe; its own chunk size and steps set the budget. Without sources it is trained on
@@ -56,13 +58,14 @@ def train_ladder(
         The folders of the runs.
 
     Raises:
-        InputError: If a chunk size does not fit the context.
+        InputError: If a chunk size does not fit the context, or the budget does not train an autoencoder.
     """
     if not chunk_sizes and not baseline:
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
     output.mkdir(parents=True, exist_ok=True)
     data = _data_for(recipe, output)
-    operations = budget * _training_flops(recipe, model_config(recipe, data.vocab_size))
+    config = model_config(recipe, data.vocab_size)
+    operations = budget * (_training_flops(recipe, config) + _autoencoder_flops(recipe, data.vocab_size))
     source = dataclasses.replace(recipe.data, sources=[str(output / "data")])
     recipe = dataclasses.replace(recipe, data=source)
     rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
@@ -72,7 +75,9 @@ def train_ladder(
     for name, rung in rungs.items():
         one_step = dataclasses.replace(rung.language_model.training, steps=1)
         per_step = _training_flops(_with_training(rung, one_step), model_config(rung, data.vocab_size))
-        steps = max(1, round(operations / per_step))
+        steps = round((operations - _autoencoder_flops(rung, data.vocab_size)) / per_step)
+        if steps < 1:
+            raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
         rung = _with_training(rung, _stretched(rung.language_model.training, steps))
         Console(highlight=False).print(f"[bold]{name}[/bold]: {steps} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())

@@ -172,13 +172,13 @@ def _cost_plots(comparison: Comparison) -> Any:
     axes = figure.subplots(2, 2).flatten()
     labels = (
         "training, operations",
-        "training, hours",
+        "training, minutes",
         "inference at T = 1, operations per token",
         f"inference at T = {low:g}, operations per token",
     )
     for number, c in enumerate(comparison.contenders):
         y, error, colour = c.card.brier.brier_lm, c.card.brier.brier_lm_error, f"C{number}"
-        xs = (c.training_flops, c.seconds and c.seconds / 3600, c.at(1.0).flops, c.at(low).flops)
+        xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
         if c.curve:
             axes[0].plot(*zip(*c.curve, strict=True), color=colour, alpha=0.5)
         for axis, x in zip(axes, xs, strict=True):
@@ -202,7 +202,7 @@ def _warmth_plots(comparison: Comparison) -> Any:
             axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
             for warmth, point in zip(c.warmths, points, strict=True):
                 near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(f"{warmth.temperature:g}", point, **near)
+                axis.annotate(f"{warmth.temperature:.2g}", point, **near)
         token = "next token" if order == 1 else f"next {order} tokens"
         axis.set(
             xlabel=f"collision: two samples agree in the {token} (%)",

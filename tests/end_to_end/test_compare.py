@@ -1,0 +1,91 @@
+"""`calm compare` on a ladder of toy models."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from toy import TOY, failure
+
+from calm.cli import main
+from calm.comparison import ladder as ladder_module
+from calm.data.stories import write_stories
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """A folder with a recipe and some text."""
+    folder = tmp_path_factory.mktemp("room")
+    write_stories(folder / "text.jsonl", 0, 40)
+    (folder / "toy.yaml").write_text(TOY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder_module, "NUM_STORIES", 60)  # The embedded corpus, shorter.
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def ladder(room) -> Path:
+    """A ladder of three toy models on 60 of the embedded stories, compared."""
+    main(["compare", "--recipe", str(room / "toy.yaml"), "--chunk_sizes", "[2,8]", "--output",
+          str(room / "ladder"), "--max_blocks", "4"])  # fmt: skip
+    return room / "ladder"
+
+
+def test_a_ladder_spends_equal_operations(ladder):
+    figures = json.loads((ladder / "report.json").read_text())
+    by_name = {contender["name"]: contender for contender in figures["contenders"]}
+    assert list(by_name) == ["K2", "K8", "baseline"]
+    spent = [contender["training_flops"] for contender in by_name.values()]
+    assert max(spent) / min(spent) < 1.15  # Steps of the toy are few and whole.
+    assert by_name["K2"]["card"]["reconstruction"] and not by_name["K2"]["card"]["perplexity"]
+    assert by_name["baseline"]["card"]["perplexity"]["num_tokens"] > 0
+    assert set(figures["floors"]) == {"3-gram", "5-gram"}
+    for contender in by_name.values():
+        warmths = {warmth["temperature"]: warmth for warmth in contender["warmths"]}
+        assert next(iter(warmths)) == 1.0 and 0.5 in warmths
+        assert warmths[1.0]["draws"] == 1
+        assert (warmths[0.5]["draws"] > 1) == (contender["name"] != "baseline")
+        assert len(contender["texts"]) == len(figures["prompts"]) == 3
+        assert contender["seconds"] > 0 and contender["curve"][-1][0] == contender["training_flops"]
+    # Models of fewer tokens than BrierLM needs, and of tokens, are scored on the very same windows.
+    assert by_name["K2"]["card"]["brier"]["num_chunks"] == by_name["baseline"]["card"]["brier"]["num_chunks"]
+
+
+def test_the_report_of_a_comparison_is_self_contained(ladder):
+    page = (ladder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=.?http", page)
+    for word in ("K2", "baseline", "5-gram", "BrierLM", "T = 0.5"):
+        assert word in page
+
+
+def test_compare_finished_runs_and_mere_models(ladder, room, tmp_path, capsys):
+    before = (ladder / "report.html").read_bytes()
+    assert "exists; choose another --output" in failure(capsys, "compare", ladder / "K2", "--output", ladder)
+    assert (ladder / "report.html").read_bytes() == before
+    main(["compare", str(ladder / "K2"), str(ladder / "baseline/model"), "--output", str(tmp_path),
+          "--max_blocks", "2", "--temperature", "0.4", "--context", "32"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "blocks of 32 tokens" in out and "T = 0.4" in out
+    figures = json.loads((tmp_path / "report.json").read_text())
+    run, mere = figures["contenders"]
+    assert run["training_flops"] and mere["training_flops"] is None and mere["name"] == "model"
+
+
+def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    assert "name runs to compare, or a --recipe" in failure(capsys, "compare", *out)
+    assert "different names" in failure(capsys, "compare", ladder / "K2", ladder / "K2", *out)
+    shutil.copytree(ladder / "K2/model", tmp_path / "alone")
+    (tmp_path / "alone/recipe.yaml").unlink()
+    assert "holds no prepared text" in failure(capsys, "compare", tmp_path / "alone", *out)
+    assert "no config.json" in failure(capsys, "compare", ladder / "data", "--data", ladder / "data", *out)
+    main(["prepare", str(room / "text.jsonl"), "--output", str(tmp_path / "other"), "--vocab_size", "280"])
+    assert "trained with other tokens" in failure(
+        capsys, "compare", ladder / "K2", "--data", tmp_path / "other", *out
+    )
+    assert "is spent by the autoencoder" in failure(
+        capsys, "compare", "--recipe", room / "toy.yaml", "--budget", "0.01", *out
+    )
+    assert not (tmp_path / "out/report.html").exists()

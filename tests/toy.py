@@ -1,0 +1,31 @@
+"""A recipe of toy size, and what a command says that must fail."""
+
+import pytest
+
+from calm.cli import main
+
+TOY = """
+data: {vocab_size: 300, context: 64, validation_fraction: 0.1, num_proc: 1}
+autoencoder:
+  latent_size: 8
+  hidden_size: 24
+  intermediate_size: 32
+  training: {steps: 30, batch_size: 2, evaluate_every: 15, evaluation_blocks: 4}
+language_model:
+  hidden_size: 32
+  intermediate_size: 48
+  num_layers: 2
+  num_heads: 2
+  head: {head_type: energy, noise_size: 8, num_blocks: 1, num_posterior_draws: 0}
+  training: {steps: 20, batch_size: 2, evaluate_every: 10, evaluation_blocks: 4}
+"""
+
+
+def failure(capsys, *arguments: object) -> str:
+    """Run a command that must fail; return its one sentence."""
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    assert raised.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calm: error:")]
+    assert len(lines) == 1
+    return lines[0]
