@@ -46,6 +46,8 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
         console.print(f"[bold]{time.monotonic() - start:5.0f} s[/bold]  {text}")
 
     recipe = read_recipe(recipe_name)
+    if recipe.model != "calm":
+        raise InputError(f"the demo trains a CALM; for the recipe '{recipe_name}' use `calm train`.")
     text = output.with_name(f"{output.name}-stories.jsonl")
     check_output(output, overwrite)
     say(f"writing {NUM_STORIES:,} stories to {text}")

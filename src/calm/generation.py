@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from calm.core.temperature import inverse_temperature
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 
@@ -75,6 +76,7 @@ def _tokens_of(model: PreTrainedModel) -> Callable[..., Tensor]:
     ) -> Tensor:
         if sampler == "pool":
             raise InputError("the pool sampler is for models without probabilities; leave out --sampler.")
+        inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
         if temperature > 0:
             arguments |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
             arguments |= {"min_p": min_p} if min_p else {}

@@ -10,7 +10,7 @@ from typing import Literal
 from calm.errors import InputError
 from calm.training.recipe import Recipe
 
-PROTOCOLS: dict[str, tuple[int, Literal["documents", "packed"]]] = {"published": (8192, "packed")}
+PUBLISHED_POSITIONS = 2048
 
 
 def demo(output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo") -> None:
@@ -114,7 +114,8 @@ def evaluate(
         ngrams: Orders of n-gram floors to print beside, such as [3,5] (needs a prepared folder).
         num_draws: Draws of each chunk, at least 2; more give smaller errors.
         estimator: best uses probabilities where a model has them; draws scores it as a CALM is scored.
-        protocol: published is the paper's: packed documents, blocks of 8192 tokens.
+        protocol: published is the paper's, whatever context and layout say: packed documents, blocks of
+            2048 positions (8192 tokens for K = 4).
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         seed: Seed of the draws.
@@ -125,8 +126,9 @@ def evaluate(
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.tables import print_scorecard
 
-    context, layout = PROTOCOLS[protocol] if protocol else (context, layout)
     network, tokenizer = load_language_model_and_tokenizer(model)
+    if protocol == "published":
+        context, layout = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1), "packed"
     options = ReadingOptions(text_field=text_field, separator=separator)
     print_scorecard(
         score_model(
@@ -175,11 +177,15 @@ def compare(
     from calm.comparison.measures import Measures, compare
     from calm.data.folders import check_file
     from calm.report.comparison import print_comparison, write_comparison
+    from calm.report.pages import new_figure
     from calm.training.recipe_files import read_recipe
 
     folders = [Path(run) for run in runs or []]
     report = Path(output) / "report.html"
-    check_file(report, overwrite)
+    for file in (report, report.with_suffix(".json")):
+        check_file(file, overwrite)
+    new_figure(1, 1)  # Fails now, not after hours, where matplotlib is missing.
+    Measures(low=temperature)
     if recipe is not None:
         ladder = read_recipe(recipe)
         context = context or ladder.data.context
@@ -190,8 +196,8 @@ def compare(
     measures = Measures(context=context or 512, num_blocks=max_blocks, low=temperature)
     comparison = compare(folders, Path(data) if data else None, measures)
     report.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(comparison, report)
     print_comparison(comparison)
+    write_comparison(comparison, report)
     print(f"report: {report}")
 
 

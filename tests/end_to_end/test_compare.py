@@ -81,6 +81,13 @@ def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
     (tmp_path / "alone/recipe.yaml").unlink()
     assert "holds no prepared text" in failure(capsys, "compare", tmp_path / "alone", *out)
     assert "no config.json" in failure(capsys, "compare", ladder / "data", "--data", ladder / "data", *out)
+    for temperature in ("1.5", "0", "0.004"):
+        assert "temperature" in failure(capsys, "compare", ladder / "K2", "--temperature", temperature, *out)
+    recipe = ["--recipe", room / "toy.yaml"]
+    assert "multiple of the chunk size 6" in failure(
+        capsys, "compare", *recipe, "--chunk_sizes", "[2,3]", *out
+    )
+    assert "a recipe of a CALM" in failure(capsys, "compare", "--recipe", "demo_baseline", *out)
     main(["prepare", str(room / "text.jsonl"), "--output", str(tmp_path / "other"), "--vocab_size", "280"])
     assert "trained with other tokens" in failure(
         capsys, "compare", ladder / "K2", "--data", tmp_path / "other", *out

@@ -115,5 +115,13 @@ def test_mistakes_are_found_before_any_work():
     with pytest.raises(InputError, match="multiple of the chunk size 4"):
         odd = dataclasses.replace(recipe.data, context=511)
         check_recipe(dataclasses.replace(recipe, model="autoregressive", chunk_size=1, data=odd))
+    with pytest.raises(InputError, match="multiple of the chunk size 4"):
+        check_recipe(
+            dataclasses.replace(recipe, chunk_size=2, data=dataclasses.replace(recipe.data, context=510))
+        )
+    flash = dataclasses.replace(recipe.language_model, attention="flash_attention_2")
+    check_recipe(dataclasses.replace(recipe, language_model=flash))
+    with pytest.raises(InputError, match="set language_model.attention to sdpa"):
+        check_recipe(dataclasses.replace(recipe, chunk_size=2, language_model=flash))
     with pytest.raises(InputError, match="there is no recipe 'none'"):
         read_recipe("none")

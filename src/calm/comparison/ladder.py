@@ -8,11 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedConfig
 
+from calm.core.brier import window_of
+from calm.data.chunking import check_block_size
 from calm.data.prepare import PreparedData, is_prepared, load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.flops import Work, autoencoder_training_flops, cost_of
-from calm.training.configurations import autoencoder_config, model_config
+from calm.training.configurations import autoencoder_config, check_recipe, model_config
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, prepare_data, train
@@ -27,7 +29,8 @@ class TrainingRecord:
 
     Args:
         flops: Operations, autoencoder included.
-        seconds: Time of both stages, held-out evaluations included.
+        seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
+            resumed, the time since then.
         curve: (operations, BrierLM) at the evaluations of the language model.
     """
 
@@ -62,6 +65,10 @@ def train_ladder(
     """
     if not chunk_sizes and not baseline:
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
+    if recipe.model != "calm" or recipe.autoencoder.path is not None:
+        raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
+    for size in chunk_sizes:
+        check_block_size(recipe.data.context, window_of(size))
     output.mkdir(parents=True, exist_ok=True)
     data = _data_for(recipe, output)
     config = model_config(recipe, data.vocab_size)
@@ -71,18 +78,19 @@ def train_ladder(
     rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
     if baseline:
         rungs["baseline"] = dataclasses.replace(recipe, model="autoregressive", chunk_size=1)
-    runs = []
     for name, rung in rungs.items():
         one_step = dataclasses.replace(rung.language_model.training, steps=1)
         per_step = _training_flops(_with_training(rung, one_step), model_config(rung, data.vocab_size))
         steps = round((operations - _autoencoder_flops(rung, data.vocab_size)) / per_step)
         if steps < 1:
             raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
-        rung = _with_training(rung, _stretched(rung.language_model.training, steps))
+        rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
+        check_recipe(rungs[name])
+    for name, rung in rungs.items():
+        steps = rung.language_model.training.steps
         Console(highlight=False).print(f"[bold]{name}[/bold]: {steps} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
-        runs.append(output / name)
-    return runs
+    return [output / name for name in rungs]
 
 
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:

@@ -13,7 +13,7 @@ from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
 from calm.evaluation.brier import evaluate_brier
-from calm.evaluation.held_out import EVALUATION_SEED, batches_of, score_model, score_ngrams
+from calm.evaluation.held_out import EVALUATION_SEED, batches_of, ends_of_text, score_model, score_ngrams
 from calm.evaluation.samplers import scorer_of, scorer_of_draws
 from calm.evaluation.steps import CalmDraws
 from calm.flops import Work, cost_of
@@ -51,6 +51,14 @@ class Measures:
     num_texts: int = 3
     text_tokens: int = 80
     ngrams: tuple[int, ...] = (3, 5)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= 1:
+            raise InputError(f"temperature must lie above 0 and at most at 1, got {self.low:g}.")
+        try:
+            TemperatureSettings(temperature=self.low)
+        except ValueError as error:  # Too low for the draws of a chunk.
+            raise InputError(str(error)) from error
 
     @property
     def all_temperatures(self) -> list[float]:
@@ -97,11 +105,11 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
+    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
     Console(highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
-    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     record = record_of(run, model.config)
-    cost = cost_of(model.config, Work(measures.context // size))
     return Contender(
         name=run.name,
         chunk_size=size,
@@ -132,8 +140,7 @@ def _warmth(
     result = evaluate_brier(
         scorer,
         batches_of(blocks, measures.warm_blocks, model.device),
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id or 0,
+        **ends_of_text(model),
         seed=_WARMTH_SEED,
     )
     mean_draws = draws.mean_draws if draws else 1.0

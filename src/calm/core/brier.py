@@ -13,6 +13,11 @@ from torch import Tensor
 NUM_ORDERS = 4  # BrierLM is made of Brier-1 to Brier-4.
 
 
+def window_of(chunk_size: int) -> int:
+    """Tokens of a scored window: whole chunks, and at least as many tokens as BrierLM needs."""
+    return -(-NUM_ORDERS // chunk_size) * chunk_size
+
+
 def brier_scores(draw_1_PK: Tensor, draw_2_PK: Tensor, target_PK: Tensor) -> Tensor:
     """Unbiased estimates of Brier-1..Brier-K at every position, shape (P, K).
 
@@ -136,9 +141,10 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
 class BrierSums:
     """All that means and standard errors need, as sums: parts of a text add up to the whole.
 
-    Scores of one document depend on each other, so the errors are those of a sample of documents: with
-    s_d the sum of the n_d scores of a document and m = sum s_d / sum n_d, the covariance of m is
-    estimated by D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
+    Scores of one document (or of the part of it in one block) depend on each other, so the errors are
+    those of a sample of documents: with s_d the sum of the n_d scores of a document and
+    m = sum s_d / sum n_d, the covariance of m is estimated by
+    D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
 
     Args:
         num_scores: Scored positions, sum of n_d.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import torch
@@ -78,6 +79,7 @@ def score_model(
     if ngrams and len(data.train) == 0:
         raise InputError("n-gram floors need training text; give a folder of `calm prepare` as data.")
     size = scorer_of(model).chunk_size
+    check_context(model, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
     documents = data.train["input_ids"] if ngrams else []
     floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
@@ -92,6 +94,21 @@ def score_model(
         floors=floors,
         ceilings={"ceiling": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
     )
+
+
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Raise InputError if a model cannot read so many tokens at once."""
+    config = model.config.get_text_config()
+    if isinstance(model, CalmForCausalLM):
+        longest = model.config.backbone.max_position_embeddings * model.config.chunk_size
+    else:
+        longest = getattr(config, "max_position_embeddings", None) or context
+    window = getattr(config, "sliding_window", None) or longest
+    if context > min(longest, window):
+        raise InputError(
+            f"the model reads at most {min(longest, window)} tokens at once, less than the context of "
+            f"{context}; lower --context."
+        )
 
 
 def batches_of(
@@ -155,11 +172,15 @@ def _score(
     return evaluate_brier(
         sampler,
         batches_of(blocks, num_blocks, model.device),
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id or 0,
+        **ends_of_text(model),
         seed=seed,
         num_draws=num_draws,
     )
+
+
+def ends_of_text(model: PreTrainedModel) -> dict[str, Any]:
+    """Ids that end a text, and padding, as scores take them."""
+    return {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id or 0}
 
 
 def score_perplexity(
@@ -169,8 +190,7 @@ def score_perplexity(
     return evaluate_perplexity(
         model,
         batches_of(blocks, num_blocks, model.device),
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id or 0,
+        **ends_of_text(model),
     )
 
 

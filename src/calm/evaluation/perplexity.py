@@ -40,7 +40,7 @@ def evaluate_perplexity(
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
 ) -> PerplexityResult:
-    """Cross-entropy of a causal language model of tokens, documents not seeing each other.
+    """Cross-entropy of a causal language model of tokens, on the text as its blocks lay it out.
 
     Args:
         model: The model.

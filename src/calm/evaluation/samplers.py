@@ -20,6 +20,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 
 Estimator = Literal["best", "draws"]
+_ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
 
 
 class CalmSampler:
@@ -83,6 +84,14 @@ def scorer_of(
         return scorer_of_draws(CalmDraws(model, settings))
     if not model.can_generate():
         raise InputError(f"a {type(model).__name__} is no causal language model; there is nothing to score.")
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_attention_heads") or model._is_stateful or config.model_type in _ALIBI:
+        raise InputError(
+            f"'{config.model_type}' models cannot be scored: a text is read once and left at every place, "
+            "which takes attention alone, with positions that are given to it."
+        )
+    if settings is not None and settings.temperature == 0:
+        raise InputError("accuracy and collision are measured at temperatures above 0.")
     tokens = Tokens(model, settings.temperature if settings else 1.0)
     return ProbabilityScorer(tokens) if estimator == "best" else StepScorer(tokens)
 

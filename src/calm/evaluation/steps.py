@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from calm.core.brier import NUM_ORDERS, share_of_equal_pairs, share_of_hits, windows_of_steps
+from calm.core.brier import NUM_ORDERS, share_of_equal_pairs, share_of_hits, window_of, windows_of_steps
 from calm.core.temperature import TemperatureSettings
 from calm.evaluation.branches import BranchedText
 from calm.evaluation.brier import Targets
@@ -115,7 +115,7 @@ class Tokens:
             targets.is_target_BC,
             chunk_size=chunk_size,
             unit_size=1,
-            cache=DynamicCache(config=self.model.config),
+            cache=DynamicCache(),  # Without layers of its own kind: all keys stay, for branches to see.
             dtype=self.model.dtype,
         )
 
@@ -138,8 +138,7 @@ class StepScorer:
 
     def __init__(self, model: StepModel) -> None:
         self.model = model
-        # Whole units, at least as many as BrierLM needs tokens.
-        self.chunk_size = -(-NUM_ORDERS // model.unit_size) * model.unit_size
+        self.chunk_size = window_of(model.unit_size)
 
     def estimate(
         self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
@@ -65,8 +66,23 @@ def load_language_model_and_tokenizer(
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
-    is_calm = Path(name).is_dir() and _model_type(Path(name)) == "calm"
-    return _with_tokenizer(_load(CalmForCausalLM if is_calm else AutoModelForCausalLM, name, **kwargs), name)
+    kind = _model_type(Path(name)) if Path(name).is_dir() else None
+    if kind == "calm_autoencoder":
+        raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
+    model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
+    model, tokenizer = _with_tokenizer(_load(model_class, name, **kwargs), name)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in '{name}' has no token that ends a text; set its eos_token.")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so a token that means something else will do.
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    # Text is ended and padded by the tokenizer, so scores must know those ids.
+    ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
+    if tokenizer.eos_token_id not in ends:
+        model.config.eos_token_id = [*ends, tokenizer.eos_token_id]
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -74,10 +90,10 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(name)
     except _HUB_ERRORS as error:
         raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
         raise InputError(
             f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
-            f"{model.config.vocab_size}; put the model's own tokenizer there."
+            f"{model.config.get_text_config().vocab_size}; put the model's own tokenizer there."
         )
     torch.nn.Module.to(model, best_device())
     return model, tokenizer

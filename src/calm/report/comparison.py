@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,17 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
     )
     path.write_text(page_of("Models side by side", body), encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(asdict(comparison), indent=1) + "\n", encoding="utf-8")
+    figures = json.dumps(_without_nan(asdict(comparison)), indent=1, allow_nan=False)
+    path.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for errors that are not known, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -189,7 +200,7 @@ def _cost_plots(comparison: Comparison) -> Any:
             axis.axhline(floor.brier_lm, color="gray", linestyle=style, label=name)
         axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[2].legend(fontsize="small")  # Every model has a cost of inference.
     return figure
 
 

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from calm.core.brier import NUM_ORDERS
+from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -23,14 +23,19 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
     check_block_size(recipe.data.context, recipe.chunk_size)
+    # Held-out text is scored by windows of so many tokens.
+    check_block_size(recipe.data.context, window_of(recipe.chunk_size))
+    if recipe.chunk_size < NUM_ORDERS and recipe.language_model.attention.startswith("flash"):
+        raise InputError(
+            f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
+            f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
+        )
     if recipe.model == "autoregressive":
         if recipe.chunk_size != 1:
             raise InputError(
                 f"an autoregressive model predicts single tokens: set chunk_size to 1, "
                 f"not {recipe.chunk_size}."
             )
-        # Held-out text is scored by windows of so many tokens, whatever the model.
-        check_block_size(recipe.data.context, NUM_ORDERS)
         autoregressive_config(recipe, vocab_size=1, special_tokens={})
     else:
         language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
