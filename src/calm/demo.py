@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.data.folders import check_output
 from calm.data.prepare import PreparedData, load_prepared
-from calm.data.stories import write_stories
+from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.generation import continue_texts
@@ -21,7 +21,6 @@ from calm.report.tables import print_scorecard
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
 
-NUM_STORIES = 3_300
 NUM_SAMPLES = 6
 _PROMPT_WORDS = 24
 _FLOORS = [3, 5]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepare import PreparedData, is_prepared, load_prepared
-from calm.data.stories import write_stories
+from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.flops import Work, autoencoder_training_flops, cost_of
 from calm.training.configurations import autoencoder_config, check_recipe, model_config
@@ -19,7 +19,6 @@ from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, prepare_data, train
 
-NUM_STORIES = 3_300  # As in the demo.
 _SMALLEST_LATENT = 16
 
 

@@ -23,6 +23,7 @@ _PRONOUNS = {
     "girl": {"he": "she", "him": "her", "his": "her"},
     "boy": {"he": "he", "him": "him", "his": "his"},
 }
+NUM_STORIES = 3_300  # The corpus of the demo and of ladders.
 _RANDOM_BITS = 53
 _RAREST = 1e-3  # So that a few thousand stories hold every word often enough to learn it.
 _VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest", "hour")
