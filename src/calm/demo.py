@@ -22,7 +22,6 @@ from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
 
 NUM_SAMPLES = 6
-_PROMPT_WORDS = 24
 _FLOORS = [3, 5]
 
 
@@ -80,10 +79,10 @@ def write_samples(
     model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, data: PreparedData, seed: int
 ) -> list[Sample]:
     """Continue the first words of held-out stories."""
-    texts = tokenizer.batch_decode(data.validation[:NUM_SAMPLES]["input_ids"], skip_special_tokens=True)
-    prompts = [" ".join(text.split(" ")[:_PROMPT_WORDS]) for text in texts]
+    beginnings = data.held_out_beginnings(NUM_SAMPLES)
+    prompts = [beginning for beginning, _ in beginnings]
     continuations = continue_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.5, seed=seed)
     return [
-        Sample(prompt, continuation, text[len(prompt) :])
-        for prompt, continuation, text in zip(prompts, continuations, texts, strict=True)
+        Sample(prompt, continuation, truth)
+        for (prompt, truth), continuation in zip(beginnings, continuations, strict=True)
     ]

@@ -18,7 +18,7 @@ def room(tmp_path_factory) -> Path:
     """A folder with a recipe and some text."""
     folder = tmp_path_factory.mktemp("room")
     write_stories(folder / "text.jsonl", 0, 40)
-    (folder / "toy.yaml").write_text(TOY)
+    (folder / "toy.yaml").write_text(TOY.replace("evaluate_every: 10", "evaluate_every: 5"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder_module, "NUM_STORIES", 60)  # The embedded corpus, shorter.
         yield folder
@@ -47,14 +47,18 @@ def test_a_ladder_spends_equal_operations(ladder):
         assert warmths[1.0]["draws"] == 1
         assert (warmths[0.5]["draws"] > 1) == (contender["name"] != "baseline")
         assert len(contender["texts"]) == len(figures["prompts"]) == 3
-        assert contender["seconds"] > 0 and contender["curve"][-1][0] == contender["training_flops"]
+        assert (
+            contender["seconds"] > 0 and contender["checkpoints"][-1]["flops"] == contender["training_flops"]
+        )
     # Models of fewer tokens than BrierLM needs, and of tokens, are scored on the very same windows.
     assert by_name["K2"]["card"]["brier"]["num_chunks"] == by_name["baseline"]["card"]["brier"]["num_chunks"]
 
 
 def test_the_report_of_a_comparison_is_self_contained(ladder):
     page = (ladder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    plots = sorted(path.name for path in ladder.glob("report_*.png"))
+    assert plots == ["report_collision.png", "report_cost.png", "report_cross_entropy.png"]
+    assert page.count("data:image/png;base64,") == len(plots)
     assert not re.search(r"(src|href)=.?http", page)
     for word in ("K2", "baseline", "5-gram", "BrierLM", "T = 0.5"):
         assert word in page

@@ -14,6 +14,7 @@ from calm.data.prepare import PreparedData, is_prepared, load_prepared
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.flops import Work, autoencoder_training_flops, cost_of
+from calm.report.measured import Checkpoint
 from calm.training.configurations import autoencoder_config, check_recipe, model_config
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import read_recipe
@@ -30,12 +31,12 @@ class TrainingRecord:
         flops: Operations, autoencoder included.
         seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
             resumed, the time since then.
-        curve: (operations, BrierLM) at the evaluations of the language model.
+        checkpoints: Where it stood at the evaluations of the language model.
     """
 
     flops: float
     seconds: float
-    curve: list[tuple[float, float]]
+    checkpoints: list[Checkpoint]
 
 
 def train_ladder(
@@ -109,8 +110,12 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     return TrainingRecord(
         flops=before + total,
         seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
-        curve=[
-            (before + total * entry["step"] / steps, entry["eval_brier_lm"])
+        checkpoints=[
+            Checkpoint(
+                before + total * entry["step"] / steps,
+                entry["eval_brier_lm"],
+                entry.get("eval_cross_entropy"),
+            )
             for entry in history["language_model"]
             if "eval_brier_lm" in entry
         ],

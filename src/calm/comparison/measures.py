@@ -12,19 +12,17 @@ from calm.core.brier import NUM_ORDERS
 from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
-from calm.evaluation.brier import evaluate_brier
-from calm.evaluation.held_out import EVALUATION_SEED, batches_of, ends_of_text, score_model, score_ngrams
+from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_sampler
 from calm.evaluation.samplers import scorer_of, scorer_of_draws
 from calm.evaluation.steps import CalmDraws
 from calm.flops import Work, cost_of
 from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.report.comparison import Comparison, Contender, Warmth
+from calm.report.measured import Comparison, Contender, Warmth
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE
 
-_PROMPT_WORDS = 24
 _WARMTH_SEED = 7
 
 
@@ -81,7 +79,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     if not runs or len(set(names)) < len(names):
         raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
     prepared = _open_data(runs[0], data)
-    prompts = _prompts(prepared, measures.num_texts)
+    prompts = [beginning for beginning, _ in prepared.held_out_beginnings(measures.num_texts)]
     contenders = [_measure(run, prepared, prompts, measures) for run in runs]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
     floors = score_ngrams(
@@ -94,8 +92,8 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     )
     chunks = contenders[0].card.brier.num_chunks
     protocol = (
-        f"held-out text in blocks of {measures.context} tokens, about {chunks:,} windows, T = 1, "
-        "percent ± standard error"
+        f"held-out text in blocks of {measures.context} tokens, layout documents, "
+        f"about {chunks:,} windows, T = 1, percent ± standard error"
     )
     return Comparison(contenders, floors, measures.low, prompts, protocol)
 
@@ -117,7 +115,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         card=card,
         training_flops=record.flops if record else None,
         seconds=record.seconds if record else None,
-        curve=record.curve if record else [],
+        checkpoints=record.checkpoints if record else [],
         warmths=[_warmth(model, data, t, size, measures) for t in measures.all_temperatures],
         texts=continue_texts(
             model,
@@ -137,12 +135,7 @@ def _warmth(
     draws = CalmDraws(model, settings) if isinstance(model, CalmForCausalLM) else None
     scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
-    result = evaluate_brier(
-        scorer,
-        batches_of(blocks, measures.warm_blocks, model.device),
-        **ends_of_text(model),
-        seed=_WARMTH_SEED,
-    )
+    result = score_sampler(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)
     mean_draws = draws.mean_draws if draws else 1.0
     cost = cost_of(model.config, Work(measures.context // size, mean_draws))
     first = slice(0, NUM_ORDERS)
@@ -161,10 +154,3 @@ def _open_data(run: Path, data: Path | None) -> PreparedData:
         if len(sources) == 1 and is_prepared(Path(sources[0])):
             return load_prepared(Path(sources[0]))
     raise InputError(f"'{run}' holds no prepared text; say which with --data.")
-
-
-def _prompts(data: PreparedData, number: int) -> list[str]:
-    """First words of held-out documents."""
-    few = data.validation.select(range(min(number, len(data.validation))))
-    texts = data.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
-    return [" ".join(text.split(" ")[:_PROMPT_WORDS]) for text in texts]

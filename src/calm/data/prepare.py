@@ -30,6 +30,7 @@ from calm.errors import InputError
 
 _INFO = "prepared.json"
 _DOCUMENTS_FOR_TOKENIZER = 200_000
+_WORDS_OF_BEGINNING = 24
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class PreparedData:
             desc=f"chunking {split}",
         )
         return blocks.with_format("torch")
+
+    def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
+        """First words of the first held-out documents, and how each goes on."""
+        few = self.validation.select(range(min(number, len(self.validation))))
+        texts = self.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
+        beginnings = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
+        return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
 
 
 def prepare(

@@ -146,7 +146,7 @@ def score_brier(
 ) -> BrierResult:
     """BrierLM of a model on held-out blocks, laid out in the chunks of `scorer_of(model)`."""
     sampler = scorer_of(model, estimator)
-    return _score(sampler, model, blocks, num_blocks, seed, num_draws)
+    return score_sampler(sampler, model, blocks, num_blocks, seed, num_draws)
 
 
 def score_ceiling(
@@ -158,17 +158,18 @@ def score_ceiling(
 ) -> BrierResult:
     """BrierLM of the true next latents of a model, on the same blocks."""
     ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
-    return _score(ceiling, model, blocks, num_blocks, seed, 2)
+    return score_sampler(ceiling, model, blocks, num_blocks, seed)
 
 
-def _score(
+def score_sampler(
     sampler: ChunkSampler | ChunkScorer,
     model: PreTrainedModel,
     blocks: datasets.Dataset,
-    num_blocks: int | None,
-    seed: int,
-    num_draws: int,
+    num_blocks: int | None = None,
+    seed: int = EVALUATION_SEED,
+    num_draws: int = 2,
 ) -> BrierResult:
+    """BrierLM of anything that draws the chunks of a model, on blocks laid out in the sampler's chunks."""
     return evaluate_brier(
         sampler,
         batches_of(blocks, num_blocks, model.device),

@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,85 +11,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from calm.core.brier import NUM_ORDERS
-from calm.evaluation.brier import BrierResult
-from calm.evaluation.held_out import Scorecard
-from calm.report.pages import image_of, new_figure, page_of, table_of
+from calm.report.measured import Comparison
+from calm.report.pages import image_of, page_of, table_of
+from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
 from calm.report.tables import BRIER_COLUMNS, cells_of, short
 
 _COSTS = (
     "parameters, tokens that the autoencoder gives back, perplexity, operations and time of training, "
     "operations per token that is written at two temperatures, draws a chunk at the lower"
 )
-
-
-@dataclass(frozen=True)
-class Warmth:
-    """A model at one temperature.
-
-    Args:
-        temperature: T.
-        hits: Chance to draw the text's own next 1..4 tokens.
-        collisions: Chance that two samples agree in their next 1..4 tokens.
-        draws: Draws that one sample of a chunk takes in the mean; 1 for a model with probabilities.
-        flops: Operations per token that is written, draws included.
-    """
-
-    temperature: float
-    hits: tuple[float, ...]
-    collisions: tuple[float, ...]
-    draws: float
-    flops: float
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What is known of one model.
-
-    Args:
-        name: Of its run.
-        chunk_size: Tokens per chunk K; 1 for a model of tokens.
-        parameters: Of all parts.
-        card: Held-out figures.
-        training_flops: Operations of its training, autoencoder included; None if it is not known.
-        seconds: Time its training took.
-        curve: (operations, BrierLM) at the evaluations during training.
-        warmths: At several temperatures, T = 1 first.
-        texts: How it continues the prompts.
-    """
-
-    name: str
-    chunk_size: int
-    parameters: int
-    card: Scorecard
-    training_flops: float | None
-    seconds: float | None
-    curve: list[tuple[float, float]]
-    warmths: list[Warmth]
-    texts: list[str]
-
-    def at(self, temperature: float) -> Warmth:
-        """Its figures at one of the temperatures."""
-        return next(warmth for warmth in self.warmths if warmth.temperature == temperature)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Models that were scored on the same text.
-
-    Args:
-        contenders: The models.
-        floors: N-gram models.
-        temperature: The low temperature at which texts were written and costs are shown.
-        prompts: What the texts continue.
-        protocol: One line that says how it was scored.
-    """
-
-    contenders: list[Contender]
-    floors: dict[str, BrierResult]
-    temperature: float
-    prompts: list[str]
-    protocol: str
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -107,7 +37,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the HTML report, and all figures beside it as .json.
+    """Write the HTML report, and beside it all figures as .json and the plots as .png.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -126,9 +56,18 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         + "</tr>"
         for number, prompt in enumerate(comparison.prompts)
     )
+    plots = [
+        ("Quality against cost", "cost", plot_costs),
+        ("Accuracy against collision", "collision", plot_warmths),
+    ]
+    if have_cross_entropies(comparison):
+        plots.append(("BrierLM against cross-entropy", "cross_entropy", plot_cross_entropies))
+    images = "".join(
+        f"<h2>{title}</h2>{image_of(plot(comparison), title, path.with_name(f'{path.stem}_{name}.png'))}"
+        for title, name, plot in plots
+    )
     body = (
-        f"{tables}<h2>Quality against cost</h2>{image_of(_cost_plots(comparison), 'BrierLM against cost')}"
-        f"<h2>Accuracy against collision</h2>{image_of(_warmth_plots(comparison), 'accuracy and collision')}"
+        f"{tables}{images}"
         f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
     )
     path.write_text(page_of("Models side by side", body), encoding="utf-8")
@@ -175,51 +114,3 @@ def _costs(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]
             )
         )
     return columns, rows
-
-
-def _cost_plots(comparison: Comparison) -> Any:
-    """BrierLM against training and inference operations, and against time."""
-    figure, low = new_figure(11, 8), comparison.temperature
-    axes = figure.subplots(2, 2).flatten()
-    labels = (
-        "training, operations",
-        "training, minutes",
-        "inference at T = 1, operations per token",
-        f"inference at T = {low:g}, operations per token",
-    )
-    for number, c in enumerate(comparison.contenders):
-        y, error, colour = c.card.brier.brier_lm, c.card.brier.brier_lm_error, f"C{number}"
-        xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
-        if c.curve:
-            axes[0].plot(*zip(*c.curve, strict=True), color=colour, alpha=0.5)
-        for axis, x in zip(axes, xs, strict=True):
-            if x:
-                axis.errorbar([x], [y], yerr=[error], fmt="o", color=colour, label=c.name, capsize=3)
-    for axis, label in zip(axes, labels, strict=True):
-        for (name, floor), style in zip(comparison.floors.items(), ("--", ":", "-."), strict=False):
-            axis.axhline(floor.brier_lm, color="gray", linestyle=style, label=name)
-        axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
-        axis.grid(alpha=0.3)
-    axes[2].legend(fontsize="small")  # Every model has a cost of inference.
-    return figure
-
-
-def _warmth_plots(comparison: Comparison) -> Any:
-    """Chance to be right against chance that two samples agree, from T = 1 downwards."""
-    figure = new_figure(11, 4.6)
-    for axis, order in zip(figure.subplots(1, 2), (1, NUM_ORDERS), strict=True):
-        for number, c in enumerate(comparison.contenders):
-            points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.warmths]
-            axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
-            for warmth, point in zip(c.warmths, points, strict=True):
-                near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(f"{warmth.temperature:.2g}", point, **near)
-        token = "next token" if order == 1 else f"next {order} tokens"
-        axis.set(
-            xlabel=f"collision: two samples agree in the {token} (%)",
-            ylabel=f"accuracy: a sample is right in the {token} (%)",
-        )
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.suptitle("Numbers at the points are temperatures.", fontsize="small")
-    return figure

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import string
+from pathlib import Path
 from typing import Any
 
 from calm.errors import InputError
@@ -60,9 +61,11 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def image_of(figure: Any, description: str) -> str:
-    """A figure as an image that is part of the page."""
+def image_of(figure: Any, description: str, copy: Path | None = None) -> str:
+    """A figure as an image that is part of the page, and in a file of its own if one is named."""
     image = io.BytesIO()
     figure.savefig(image, dpi=110)
+    if copy:
+        copy.write_bytes(image.getvalue())
     data = base64.b64encode(image.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'

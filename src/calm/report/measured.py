@@ -1,0 +1,90 @@
+"""What a comparison holds: what is known of each model, and how it was measured."""
+
+from dataclasses import dataclass
+
+from calm.evaluation.brier import BrierResult
+from calm.evaluation.held_out import Scorecard
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on its way.
+
+    Args:
+        flops: Operations spent so far, those of the autoencoder included.
+        brier_lm: Its BrierLM on the held-out blocks that are scored during training.
+        cross_entropy: Nats per token on the same blocks, where the model has probabilities.
+    """
+
+    flops: float
+    brier_lm: float
+    cross_entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """A model at one temperature.
+
+    Args:
+        temperature: T.
+        hits: Chance to draw the text's own next 1..4 tokens.
+        collisions: Chance that two samples agree in their next 1..4 tokens.
+        draws: Draws that one sample of a chunk takes in the mean; 1 for a model with probabilities.
+        flops: Operations per token that is written, draws included.
+    """
+
+    temperature: float
+    hits: tuple[float, ...]
+    collisions: tuple[float, ...]
+    draws: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is known of one model.
+
+    Args:
+        name: Of its run.
+        chunk_size: Tokens per chunk K; 1 for a model of tokens.
+        parameters: Of all parts.
+        card: Held-out figures.
+        training_flops: Operations of its training, autoencoder included; None if it is not known.
+        seconds: Time its training took.
+        checkpoints: Where it stood during training.
+        warmths: At several temperatures, T = 1 first.
+        texts: How it continues the prompts.
+    """
+
+    name: str
+    chunk_size: int
+    parameters: int
+    card: Scorecard
+    training_flops: float | None
+    seconds: float | None
+    checkpoints: list[Checkpoint]
+    warmths: list[Warmth]
+    texts: list[str]
+
+    def at(self, temperature: float) -> Warmth:
+        """Its figures at one of the temperatures."""
+        return next(warmth for warmth in self.warmths if warmth.temperature == temperature)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models that were scored on the same text.
+
+    Args:
+        contenders: The models.
+        floors: N-gram models.
+        temperature: The low temperature at which texts were written and costs are shown.
+        prompts: What the texts continue.
+        protocol: One line that says how it was scored.
+    """
+
+    contenders: list[Contender]
+    floors: dict[str, BrierResult]
+    temperature: float
+    prompts: list[str]
+    protocol: str

@@ -1,0 +1,95 @@
+"""Plots of a comparison: quality against cost, accuracy against collision, BrierLM against cross-entropy."""
+
+import statistics
+from typing import Any
+
+from calm.core.brier import NUM_ORDERS
+from calm.report.measured import Comparison, Contender
+from calm.report.pages import new_figure
+
+_FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
+
+
+def plot_costs(comparison: Comparison) -> Any:
+    """BrierLM against training and inference operations, and against time."""
+    figure, low = new_figure(11, 8), comparison.temperature
+    axes = figure.subplots(2, 2).flatten()
+    labels = (
+        "training: operations, autoencoder included",
+        "training: minutes, autoencoder included",
+        "inference at T = 1: operations per token",
+        f"inference at T = {low:g}: operations per token",
+    )
+    for number, c in enumerate(comparison.contenders):
+        y, error, colour = c.card.brier.brier_lm, c.card.brier.brier_lm_error, f"C{number}"
+        xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
+        if c.checkpoints:
+            axes[0].plot(
+                [point.flops for point in c.checkpoints],
+                [point.brier_lm for point in c.checkpoints],
+                color=colour,
+                alpha=0.5,
+            )
+        for axis, x in zip(axes, xs, strict=True):
+            if x:
+                axis.errorbar([x], [y], yerr=[error], fmt="o", color=colour, label=c.name, capsize=3)
+    for axis, label in zip(axes, labels, strict=True):
+        for (name, floor), style in zip(comparison.floors.items(), ("--", ":", "-."), strict=False):
+            axis.axhline(floor.brier_lm, color="gray", linestyle=style, label=name)
+        axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[1].set(xscale="linear")
+    axes[1].set_xlim(left=0)
+    axes[2].legend(fontsize="small")  # Every model has a cost of inference.
+    return figure
+
+
+def plot_warmths(comparison: Comparison) -> Any:
+    """Chance to be right against chance that two samples agree, from T = 1 downwards."""
+    figure = new_figure(11, 4.6)
+    for axis, order in zip(figure.subplots(1, 2), (1, NUM_ORDERS), strict=True):
+        for number, c in enumerate(comparison.contenders):
+            points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.warmths]
+            axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
+            for warmth, point in zip(c.warmths, points, strict=True):
+                near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(f"{warmth.temperature:.2g}", point, **near)
+        token = "next token" if order == 1 else f"next {order} tokens"
+        axis.set(
+            xlabel=f"collision: two samples agree in the {token} (%)",
+            ylabel=f"accuracy: a sample is right in the {token} (%)",
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle("Numbers at the points are temperatures.", fontsize="small")
+    return figure
+
+
+def have_cross_entropies(comparison: Comparison) -> bool:
+    """Whether any model has checkpoints that `plot_cross_entropies` can show."""
+    return any(_cross_entropies(c) for c in comparison.contenders)
+
+
+def plot_cross_entropies(comparison: Comparison) -> Any:
+    """BrierLM against cross-entropy over the checkpoints of each run, with their correlation."""
+    figure = new_figure(7, 4.6)
+    axis = figure.subplots()
+    for number, c in enumerate(comparison.contenders):
+        if points := _cross_entropies(c):
+            correlation = statistics.correlation(*zip(*points, strict=True))
+            label = f"{c.name}: {len(points)} checkpoints, correlation {correlation:.3f}"
+            axis.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=label)
+    axis.set(xlabel="cross-entropy (nats per token, held-out)", ylabel="BrierLM (held-out, T = 1)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _cross_entropies(contender: Contender) -> list[tuple[float, float]]:
+    """(cross-entropy, BrierLM) at the checkpoints, if there are enough."""
+    points = [
+        (point.cross_entropy, point.brier_lm)
+        for point in contender.checkpoints
+        if point.cross_entropy is not None
+    ]
+    return points if len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS else []
