@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+    from calm.models.heads import GenerativeHead, HeadConfig, register_head
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,12 @@ _HOMES = {
     "CalmConfig": "calm.models.configuration",
     "CalmForCausalLM": "calm.models.calm",
     "DiagonalGaussian": "calm.core.gaussian",
+    "GenerativeHead": "calm.models.heads",
+    "HeadConfig": "calm.models.heads",
     "brier_lm": "calm.core.brier",
     "brier_scores": "calm.core.brier",
     "energy_loss": "calm.core.energy",
+    "register_head": "calm.models.heads",
     "TemperatureSettings": "calm.core.temperature",
     "sample_exact": "calm.core.temperature",
     "sample_from_pool": "calm.core.temperature",

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.heads.energy import EnergyHeadConfig
 
 POSITIONS = 2048
 """Positions of the context that the paper's figures assume (of chunks for a CALM)."""
@@ -61,14 +60,14 @@ class Cost:
 
 
 def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
-    """Cost of a CALM with the energy head, or of a Llama of tokens.
+    """Cost of a CALM, or of a Llama of tokens.
 
     Args:
         config: Its configuration.
         work: How it is used.
 
     Raises:
-        InputError: If the architecture is another one.
+        InputError: If the architecture is another one, or the head does not say what it costs.
     """
     work = work or Work()
     if isinstance(config, CalmConfig):
@@ -103,25 +102,24 @@ def _cost_of_llama(config: LlamaConfig, work: Work) -> Cost:
 def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     size, backbone, autoencoder = config.chunk_size, config.backbone, config.autoencoder
     width = config.hidden_size
-    shared, per_draw = _head_weights(config)
+    try:
+        head = config.head.work(width, config.latent_size)
+    except NotImplementedError as error:
+        raise InputError(str(error)) from error
     once = {
         "input": 2 * (size * width * 2 * width + 2 * width * width),
         "backbone": 2 * _decoder_weights(backbone),
         "attention": _attention(backbone, work.positions),
     }
-    head = config.head
-    num_draws = head.num_draws if isinstance(head, EnergyHeadConfig) else 1
-
-    def head_flops(draws: float) -> float:
-        return 2 * (shared * (draws if work.condition_per_draw else 1) + per_draw * draws)
-
     inference = once | {
-        "head": head_flops(work.draws),
+        "head": 2
+        * (head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws),
         "decoder": 2 * work.draws * _decoder_of_chunks(autoencoder),
         "vocabulary": 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size,
     }
+    times = head.training_draws if work.condition_per_draw else 1
     training = {part: 3 * flops for part, flops in once.items()} | {
-        "head": 3 * head_flops(num_draws),
+        "head": 2 * (head.training_shared * times + head.training_per_draw * head.training_draws),
         "encoder": 2 * _encoder_of_chunks(autoencoder),
     }
     return Cost(
@@ -148,18 +146,6 @@ def _attention(config: LlamaConfig, positions: int) -> int:
 def _query_width(config: LlamaConfig) -> int:
     size = config.head_dim or config.hidden_size // config.num_attention_heads
     return config.num_attention_heads * size
-
-
-def _head_weights(config: CalmConfig) -> tuple[int, int]:
-    """Multiply-adds of the head for a hidden state (shared by its draws), and for each draw."""
-    head, width = config.head, config.hidden_size
-    if not isinstance(head, EnergyHeadConfig):
-        raise InputError(f"operations of a '{head.head_type}' head are not known.")
-    square = width * width
-    shared = square + head.num_blocks * square
-    block = square + square + 2 * square + square  # merge (its draw half), hidden, gate and up, down
-    per_draw = head.noise_size * width + head.num_blocks * block + square + width * config.latent_size
-    return shared, per_draw
 
 
 def _decoder_of_chunks(config: CalmAutoencoderConfig) -> int:

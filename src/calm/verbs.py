@@ -5,7 +5,7 @@ Imports of torch and transformers happen inside the verbs, so that `calm --help`
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from calm.errors import InputError
 from calm.training.recipe import Recipe
@@ -99,6 +99,7 @@ def evaluate(
     num_draws: int = 2,
     estimator: Literal["best", "draws"] = "best",
     protocol: Literal["published"] | None = None,
+    head: dict[str, Any] | None = None,
     text_field: str = "text",
     separator: str | None = None,
     seed: int = 1234,
@@ -116,6 +117,7 @@ def evaluate(
         estimator: best uses probabilities where a model has them; draws scores it as a CALM is scored.
         protocol: published is the paper's, whatever context and layout say: packed documents, blocks of
             2048 positions (8192 tokens for K = 4).
+        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         seed: Seed of the draws.
@@ -126,7 +128,7 @@ def evaluate(
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.tables import print_scorecard
 
-    network, tokenizer = load_language_model_and_tokenizer(model)
+    network, tokenizer = load_language_model_and_tokenizer(model, head)
     if protocol == "published":
         context, layout = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1), "packed"
     options = ReadingOptions(text_field=text_field, separator=separator)
@@ -211,6 +213,7 @@ def generate(
     max_draws: int = 200,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    head: dict[str, Any] | None = None,
     seed: int | None = None,
     stream: bool = False,
 ) -> None:
@@ -226,6 +229,7 @@ def generate(
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
         min_p: Pool only: drop chunks less frequent than this share of the commonest.
+        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the text repeatable.
         stream: Print the text as it is written.
     """
@@ -234,7 +238,7 @@ def generate(
 
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
-    network, tokenizer = load_language_model_and_tokenizer(model)
+    network, tokenizer = load_language_model_and_tokenizer(model, head)
     if stream:
         print(prompt[0], end="", flush=True)
     texts = continue_texts(
@@ -293,6 +297,7 @@ def flops(
     positions: int = 2048,
     vocab_size: int | None = None,
     published: bool = False,
+    head: dict[str, Any] | None = None,
 ) -> None:
     """Count parameters, training operations and the true cost of a token, by part.
 
@@ -303,9 +308,10 @@ def flops(
         positions: Positions of the context that attention sees.
         vocab_size: Token ids of a recipe whose tokenizer is not here.
         published: Count the head's work on the hidden state with every draw, as the paper does.
+        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     from calm.flops import Work, cost_of
-    from calm.models.loading import load_config
+    from calm.models.loading import change_head, load_config
     from calm.report.tables import print_costs
     from calm.training.configurations import model_config
     from calm.training.recipe_files import read_recipe
@@ -314,6 +320,8 @@ def flops(
         config = load_config(Path(target))
     else:
         config = model_config(read_recipe(target), vocab_size)
+    if head:
+        change_head(config, head)
     size = getattr(config, "chunk_size", 1)
     print_costs(
         f"operations per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",

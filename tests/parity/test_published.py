@@ -13,16 +13,25 @@ from torch.testing import assert_close
 from calm.core.brier import brier_scores
 from calm.models.autoencoder import AutoencoderNoise
 from calm.models.calm import CalmForCausalLM
+from calm.models.heads.diffusion import DiffusionNoise
 from calm.models.heads.energy import EnergyNoise
+from calm.models.heads.flow import FlowNoise
 from calm.models.published import load_published
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-@pytest.fixture(params=["energy_k4", "energy_k2_gqa"])
+ENERGY = ["energy_k4", "energy_k2_gqa"]
+
+
+@pytest.fixture(params=[*ENERGY, "flow_k4", "diffusion_k4"])
 def case(request: pytest.FixtureRequest) -> tuple[CalmForCausalLM, dict[str, torch.Tensor]]:
-    folder = FIXTURES / request.param
+    return load_case(request.param)
+
+
+def load_case(name: str) -> tuple[CalmForCausalLM, dict[str, torch.Tensor]]:
+    folder = FIXTURES / name
     model = load_published(folder / "autoencoder", folder / "calm")
     return model, load_file(folder / "expected.safetensors")
 
@@ -60,15 +69,17 @@ def test_backbone(case):
     assert_close(model.hidden_states_of_chunks(inputs), expected["calm.hidden"], rtol=1e-4, atol=1e-5)
 
 
-def test_draws(case):
-    model, expected = case
+@pytest.mark.parametrize("name", ENERGY)
+def test_energy_draws(name):
+    model, expected = load_case(name)
     noise = expected["calm.train.head_uniform"] - 0.5
     draws = model.head.sample(expected["calm.hidden"].flatten(0, 1), len(noise), noise=noise)
     assert_close(draws, expected["calm.train.latent_draws"], rtol=1e-4, atol=1e-6)
 
 
-def test_energy_loss_and_gradients(case):
-    model, expected = case
+@pytest.mark.parametrize("name", ENERGY)
+def test_energy_loss_and_gradients(name):
+    model, expected = load_case(name)
     noise = EnergyNoise(expected["calm.train.head_uniform"] - 0.5, expected["calm.train.posterior_eps"])
     ids = expected["input_ids"]
     loss = model.train()(ids, labels=ids, noise=noise).loss
@@ -83,8 +94,65 @@ def test_energy_loss_and_gradients(case):
     assert_close(model.head.out.weight.grad, expected["calm.train.grad.head_last"], rtol=1e-4, atol=1e-5)
 
 
-def test_brier_scores():
-    expected = load_file(FIXTURES / "energy_k4" / "expected.safetensors")
+def check_loss_and_gradient(model, expected, noise):
+    ids = expected["input_ids"]
+    loss = model.train()(ids, labels=ids, noise=noise).loss
+    assert_close(loss, expected["calm.train.loss"], rtol=1e-5, atol=0)
+    loss.backward()
+    gradient = model.projection.expand.weight.grad
+    assert_close(gradient, expected["calm.train.grad.embed_proj.0.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_flow_loss_and_gradient():
+    model, expected = load_case("flow_k4")
+    by_draw = (8, expected["calm.train.posterior_eps"].shape[1])
+    noise = FlowNoise(
+        expected["calm.train.posterior_eps"],
+        expected["calm.train.flow_x0"].unflatten(0, by_draw),
+        expected["calm.train.flow_time"].unflatten(0, by_draw),
+    )
+    check_loss_and_gradient(model, expected, noise)
+
+
+def test_flow_draws():
+    model, expected = load_case("flow_k4")
+    hidden = expected["calm.hidden"].flatten(0, 1)
+    draws = model.head.sample(hidden, 1, noise=expected["calm.sample.init_noise"].unsqueeze(0))
+    assert_close(draws[0], expected["calm.sample.latent"], rtol=1e-4, atol=1e-5)
+
+
+def test_diffusion_loss_and_gradient():
+    model, expected = load_case("diffusion_k4")
+    by_draw = (8, expected["calm.train.posterior_eps"].shape[1])
+    noise = DiffusionNoise(
+        expected["calm.train.posterior_eps"],
+        expected["calm.train.noise"].unflatten(0, by_draw),
+        expected["calm.train.timesteps"].unflatten(0, by_draw),
+    )
+    assert (noise.step == 0).any()  # The step with a likelihood of its own is among them.
+    check_loss_and_gradient(model, expected, noise)
+
+
+def test_diffusion_network():
+    model, expected = load_case("diffusion_k4")
+    condition = model.head.prepare(expected["calm.hidden"].flatten(0, 1)[:5])
+    out = model.head.network(expected["net.x"].unsqueeze(0), (expected["net.t"],), condition)
+    assert_close(out[0], expected["net.out"], rtol=1e-5, atol=1e-6)
+
+
+def test_diffusion_draws():
+    model, expected = load_case("diffusion_k4")
+    start = expected["calm.sample.init_noise"]
+    noise = torch.cat([start.unsqueeze(0), expected["calm.sample.step_noise"]]).unsqueeze(1)
+    hidden = expected["calm.hidden"].flatten(0, 1)[: len(start)]
+    draws = model.head.sample(hidden, 1, noise=noise)
+    # The random network's errors grow to 1e5 in the first steps; they are compared at that scale.
+    assert_close(draws[0], expected["calm.sample.latent"], rtol=1e-4, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["energy_k4", "flow_k4", "diffusion_k4"])
+def test_brier_scores(name):
+    expected = load_file(FIXTURES / name / "expected.safetensors")
     as_chunks = [
         tokens.unflatten(-1, (-1, 4)).flatten(0, 1)
         for tokens in (expected["brier.draw_1"], expected["brier.draw_2"], expected["input_ids"][:, 4:])

@@ -5,7 +5,7 @@ seed gives the same text alone and in a batch. Shapes: N draws, R rows, U number
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,38 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers in [0, 1), shape (N, R, U)."""
+    return _of_rows(torch.rand, num_draws, num_rows, size, randomness, device, dtype)
+
+
+def normal(
+    num_draws: int,
+    num_rows: int,
+    size: int,
+    randomness: Randomness = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal numbers, shape (N, R, U)."""
+    return _of_rows(torch.randn, num_draws, num_rows, size, randomness, device, dtype)
+
+
+def _of_rows(
+    numbers: Callable[..., Tensor],
+    num_draws: int,
+    num_rows: int,
+    size: int,
+    randomness: Randomness,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
     if isinstance(randomness, Sequence):
         if len(randomness) != num_rows:
             raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")
         shape = (num_draws, size)
-        rows = [torch.rand(shape, generator=g, device=device, dtype=dtype) for g in randomness]
+        rows = [numbers(shape, generator=g, device=device, dtype=dtype) for g in randomness]
         return torch.stack(rows, dim=1)
     shape_NRU = (num_draws, num_rows, size)
-    return torch.rand(shape_NRU, generator=randomness, device=device, dtype=dtype)
+    return numbers(shape_NRU, generator=randomness, device=device, dtype=dtype)
 
 
 def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:

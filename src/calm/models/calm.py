@@ -94,6 +94,11 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         self._freeze_autoencoder()
         return self
 
+    def change_sampling(self, **changes: Any) -> None:
+        """Change how the trained head is drawn from; see `CalmConfig.change_sampling`."""
+        self.config.change_sampling(**changes)
+        self.head.config = self.config.head
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The model's own token embedding (not the autoencoder's)."""
         return self.backbone.embed_tokens

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from calm.models.heads import HeadConfig, parse_head_config
+from calm.models.heads import HeadConfig, parse_head_config, with_sampling
 
 
 class CalmAutoencoderConfig(PreTrainedConfig):
@@ -119,6 +119,17 @@ class CalmConfig(PreTrainedConfig):
         """The typed configuration of the head."""
         assert self.head_config is not None
         return parse_head_config(self.head_config)
+
+    def change_sampling(self, **changes: Any) -> None:
+        """Change how the trained head is drawn from, such as the steps of its solver.
+
+        Args:
+            **changes: New values of fields that the head's configuration lists in `sampling_fields`.
+
+        Raises:
+            ValueError: If the head has no such field, training depends on it, or a value is out of range.
+        """
+        self.head_config = asdict(with_sampling(self.head, changes))
 
     @property
     def autoencoder(self) -> CalmAutoencoderConfig:

@@ -17,6 +17,7 @@ from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmConfig
 from calm.models.registration import register
 
 register()
@@ -59,18 +60,26 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
 
 
 def load_language_model_and_tokenizer(
-    name: str, **kwargs: Any
+    name: str, head: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A CALM or any causal language model of transformers, and the tokenizer beside it.
 
+    Args:
+        name: Folder, or name on the hub.
+        head: Changes of how the head of a CALM is drawn from.
+        **kwargs: Arguments of `from_pretrained`.
+
     Raises:
-        InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
+        InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
+            cannot be changed so.
     """
     kind = _model_type(Path(name)) if Path(name).is_dir() else None
     if kind == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
     model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
     model, tokenizer = _with_tokenizer(_load(model_class, name, **kwargs), name)
+    if head:
+        change_head(model, head)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in '{name}' has no token that ends a text; set its eos_token.")
     if tokenizer.pad_token_id is None:
@@ -145,3 +154,17 @@ def best_device() -> torch.device:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
+
+
+def change_head(target: PreTrainedModel | PreTrainedConfig, changes: dict[str, Any]) -> None:
+    """Change how the head of a CALM, or of its configuration, is drawn from.
+
+    Raises:
+        InputError: If it is no CALM, or its head cannot be changed so.
+    """
+    if not isinstance(target, CalmForCausalLM | CalmConfig):
+        raise InputError("only a CALM has a head to draw from in another way; leave out --head.")
+    try:
+        target.change_sampling(**changes)
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -18,7 +18,7 @@ from calm.errors import InputError, reason_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 
-_HEADS = {"EnergyTransformer": "energy"}
+_HEADS = {"EnergyTransformer": "energy", "FlowTransformer": "flow", "DiffusionTransformer": "diffusion"}
 
 # Released name -> ours, tried in order; the rest of a name is kept.
 _AUTOENCODER_NAMES = [
@@ -49,6 +49,18 @@ _ENERGY_HEAD_NAMES = [
     (r"^final_layer\.linears\.0\.", "out_hidden."),
     (r"^final_layer\.linears\.2\.", "out."),
 ]
+_ADAPTIVE_HEAD_NAMES = [
+    (r"^net\.time_embed\.mlp\.0\.", "network.times.0.inp."),
+    (r"^net\.time_embed\.mlp\.2\.", "network.times.0.out."),
+    (r"^net\.cond_embed\.", "network.condition_in."),
+    (r"^net\.input_proj\.", "network.inp."),
+    (r"^net\.res_blocks\.(\d+)\.in_ln\.", r"network.blocks.\1.norm."),
+    (r"^net\.res_blocks\.(\d+)\.mlp\.0\.", r"network.blocks.\1.up."),
+    (r"^net\.res_blocks\.(\d+)\.mlp\.2\.", r"network.blocks.\1.down."),
+    (r"^net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.", r"network.blocks.\1.modulation."),
+    (r"^net\.final_layer\.adaLN_modulation\.1\.", "network.out_modulation."),
+    (r"^net\.final_layer\.linear\.", "network.out."),
+]
 
 
 def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
@@ -63,10 +75,11 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
     """
     ae_config, lm_config = _read_config(autoencoder), _read_config(model)
     config = _convert_config(ae_config, lm_config, model)
+    head_names = _ENERGY_HEAD_NAMES if config.head.head_type == "energy" else _ADAPTIVE_HEAD_NAMES
     weights = {f"autoencoder.{name}": tensor for name, tensor in _autoencoder_weights(autoencoder).items()}
     for name, tensor in _read_weights(model).items():
         if name.startswith("generative_head."):
-            head_name = _rename(name.removeprefix("generative_head."), _ENERGY_HEAD_NAMES)
+            head_name = _rename(name.removeprefix("generative_head."), head_names)
             weights[f"head.{head_name}"] = tensor
         # `ae_model` repeats the autoencoder, `mlp_generator` the head.
         elif not name.startswith(("ae_model.", "mlp_generator.")):
@@ -131,17 +144,20 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
                 **(lm.get("rope_scaling") or {}),
             },
         },
-        head_config={
-            "head_type": _HEADS[architecture],
-            "noise_size": lm["noise_size"],
-            "num_blocks": lm["num_mlp_layers"],
-            "num_draws": lm["num_samples"],
-            "num_posterior_draws": 100,
-            "alpha": lm["beta"],
-        },
+        head_config=_convert_head(_HEADS[architecture], lm),
         initializer_range=lm.get("initializer_range", 0.02),
         **special,
     )
+
+
+def _convert_head(head_type: str, lm: dict[str, Any]) -> dict[str, Any]:
+    """The head's fields; what the released code fixes, its checkpoints do not say."""
+    fields = {"head_type": head_type, "num_blocks": lm["num_mlp_layers"], "num_draws": lm["num_samples"]}
+    if head_type == "energy":
+        return fields | {"noise_size": lm["noise_size"], "num_posterior_draws": 100, "alpha": lm["beta"]}
+    if head_type == "flow":
+        return fields | {"solver": "midpoint", "num_steps": 10, "time_bins": 1000}
+    return fields | {"num_steps": 100, "data_bound": 0.0, "image_likelihood": True}
 
 
 def _autoencoder_weights(folder: Path) -> dict[str, Tensor]:

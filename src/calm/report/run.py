@@ -88,7 +88,7 @@ def _plot(history: History, card: Scorecard) -> Any:
     panels: list[tuple[Any, str, dict[str, str], str, dict[str, BrierResult]]] = [
         (axes[0][0], "autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
         (axes[0][1], "autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
-        (axes[1][0], "language_model", {"loss": "training"}, "language model: energy loss", {}),
+        (axes[1][0], "language_model", {"loss": "training"}, "language model: loss of the head", {}),
         (axes[1][1], "language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
     ]
     for axis, stage, lines, label, floors in panels:

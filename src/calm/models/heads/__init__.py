@@ -1,26 +1,42 @@
 """Generative heads: hidden state of the backbone -> draws of the next latent.
 
 A head is one file with a configuration dataclass and a module, joined in the registry under the
-name that `head_type` carries in a checkpoint.
+name that `head_type` carries in a checkpoint. docs/heads.md shows how to add one.
 """
 
 from calm.models.heads.base import (
     GenerativeHead,
     HeadConfig,
+    HeadWork,
     build_head,
     parse_head_config,
     register_head,
+    with_sampling,
 )
+from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
+from calm.models.heads.flow import FlowHead, FlowHeadConfig
+from calm.models.heads.mean_flow import MeanFlowHead, MeanFlowHeadConfig
 
 register_head("energy", EnergyHeadConfig, EnergyHead)
+register_head("flow", FlowHeadConfig, FlowHead)
+register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
+register_head("mean_flow", MeanFlowHeadConfig, MeanFlowHead)
 
 __all__ = [
+    "DiffusionHead",
+    "DiffusionHeadConfig",
     "EnergyHead",
     "EnergyHeadConfig",
+    "FlowHead",
+    "FlowHeadConfig",
     "GenerativeHead",
     "HeadConfig",
+    "HeadWork",
+    "MeanFlowHead",
+    "MeanFlowHeadConfig",
     "build_head",
     "parse_head_config",
     "register_head",
+    "with_sampling",
 ]

@@ -4,15 +4,35 @@ Shapes: P positions, D hidden size, Z latent size, N draws.
 """
 
 import abc
+import dataclasses
 import difflib
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
+
+
+class HeadWork(NamedTuple):
+    """Multiply-adds of a head for one position; a backward pass counts twice its forward pass.
+
+    Args:
+        shared: Of sampling, whatever the number of draws.
+        per_draw: Of sampling, for each draw; all steps of a solver.
+        training_shared: Of training, forward and backward, whatever the number of draws.
+        training_per_draw: Of training, for each draw.
+        training_draws: Draws, or targets, of a position in training.
+    """
+
+    shared: int
+    per_draw: int
+    training_shared: int
+    training_per_draw: int
+    training_draws: int
 
 
 @dataclass(kw_only=True)
@@ -25,13 +45,38 @@ class HeadConfig:
 
     head_type: str
 
+    sampling_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that only say how a trained head is drawn from, so that they may change afterwards."""
+
+    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+        """What the head costs, for `calm flops` and equal budgets.
+
+        Args:
+            hidden_size: Width of the backbone D.
+            latent_size: Dimensions of a latent Z.
+
+        Raises:
+            NotImplementedError: If the head does not say.
+        """
+        raise NotImplementedError(f"the operations of a '{self.head_type}' head are not known.")
+
+
+def check_counts(config: HeadConfig, *names: str) -> None:
+    """Raise ValueError unless the named fields are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}.")
+
 
 class GenerativeHead(nn.Module, abc.ABC):
     """Turns hidden states into draws of the next latent, and knows its own training loss.
 
+    A head is built as `head(config, hidden_size, latent_size)` and keeps the configuration as `config`.
     Layers start as normal matrices with zero biases, norms as the identity; for a layer that starts
     with zero weights there is `calm.models.blocks.ZeroLinear`.
     """
+
+    config: HeadConfig
 
     @abc.abstractmethod
     def loss(
@@ -87,10 +132,14 @@ class GenerativeHead(nn.Module, abc.ABC):
 
 
 _REGISTRY: dict[str, tuple[type[HeadConfig], type[GenerativeHead]]] = {}
+_ENTRY_POINTS = "calm.heads"
 
 
 def register_head(head_type: str, config: type[HeadConfig], head: type[GenerativeHead]) -> None:
     """Make a head known under a name.
+
+    An installed package can instead name, as an entry point of the group "calm.heads", a module that calls
+    this; it is imported when a model or recipe asks for a head of the entry point's name.
 
     Args:
         head_type: The name, saved in checkpoints.
@@ -107,19 +156,44 @@ def parse_head_config(values: dict[str, Any]) -> HeadConfig:
         ValueError: If the head or one of its fields is unknown, or a value is out of range.
     """
     head_type = values.get("head_type", "energy")
-    if head_type not in _REGISTRY:
-        raise ValueError(f"unknown head_type '{head_type}'; known heads: {', '.join(_REGISTRY)}.")
-    config_class, _ = _REGISTRY[head_type]
-    known = [field.name for field in fields(config_class)]
+    config_class, _ = _find_head(head_type)
+    known = [field.name for field in dataclasses.fields(config_class)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}."
-            raise ValueError(f"the {head_type} head has no field '{name}'{hint}")
+            raise ValueError(f"the {head_type} head has no field '{name}'{_hint(name, known)}")
     return config_class(**{**values, "head_type": head_type})
+
+
+def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
+    """The same head, drawn from in another way.
+
+    Raises:
+        ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
+    """
+    for name in changes:
+        if name not in config.sampling_fields:
+            known = ", ".join(config.sampling_fields) or "none"
+            raise ValueError(
+                f"'{name}' of a trained {config.head_type} head cannot be changed; what can: {known}."
+            )
+    return dataclasses.replace(config, **changes)
 
 
 def build_head(config: HeadConfig, hidden_size: int, latent_size: int) -> GenerativeHead:
     """The module that belongs to a configuration."""
-    _, head_class = _REGISTRY[config.head_type]
+    _, head_class = _find_head(config.head_type)
     return head_class(config, hidden_size, latent_size)
+
+
+def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:
+    if head_type not in _REGISTRY:
+        for entry_point in entry_points(group=_ENTRY_POINTS, name=head_type):
+            entry_point.load()
+    if head_type not in _REGISTRY:
+        raise ValueError(f"unknown head_type '{head_type}'; known heads: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[head_type]
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}."

@@ -14,7 +14,7 @@ from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import ZeroLinear
-from calm.models.heads.base import GenerativeHead, HeadConfig
+from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork
 
 
 @dataclass(kw_only=True)
@@ -50,6 +50,15 @@ class EnergyHeadConfig(HeadConfig):
                 "noise_size and num_blocks must be at least 1 and num_posterior_draws at least 0, "
                 f"got {self.noise_size}, {self.num_blocks} and {self.num_posterior_draws}."
             )
+
+    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+        """See `HeadConfig`."""
+        square = hidden_size * hidden_size
+        shared = square + self.num_blocks * square
+        block = square + square + 2 * square + square  # merge (its draw half), hidden, gate and up, down
+        ends = self.noise_size * hidden_size + square + hidden_size * latent_size
+        per_draw = self.num_blocks * block + ends
+        return HeadWork(shared, per_draw, 3 * shared, 3 * per_draw, self.num_draws)
 
 
 class EnergyNoise(NamedTuple):
@@ -89,6 +98,8 @@ class EnergyHead(GenerativeHead):
         hidden_size: Width of the backbone D.
         latent_size: Dimensions of a latent Z.
     """
+
+    config: EnergyHeadConfig
 
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__()

@@ -1,0 +1,226 @@
+"""Diffusion with a cosine schedule, predicted noise and a learned variance (paper section 3.2; Nichol and
+Dhariwal, "Improved denoising diffusion probabilistic models", 2021).
+
+Step t = 0..T-1 adds noise: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t falling from nearly 1 to nearly 0.
+Shapes: N draws, P positions, Z latent size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DiffusionSampler = Literal["ancestral", "ddim", "dpm"]
+
+_LARGEST_BETA = 0.999
+_COSINE_OFFSET = 0.008
+
+
+class Coefficients(NamedTuple):
+    """What one step, or each of many steps, multiplies with; shapes broadcast against (..., Z).
+
+    Args:
+        signal: sqrt(a_t).
+        noise: sqrt(1 - a_t).
+        of_data: Weight of x_0 in the mean of x_{t-1} given x_t and x_0.
+        of_point: Weight of x_t in it.
+        least: Logarithm of the least variance, that of x_{t-1} given x_t and x_0 (at t = 0, where it is
+            zero, that of t = 1).
+        most: Logarithm of the largest variance, that of the step forwards.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    of_data: Tensor
+    of_point: Tensor
+    least: Tensor
+    most: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Some or all steps of a diffusion.
+
+    Args:
+        signals: a_t of each step, (S,), float64.
+        steps: Number of each step among all T, which the network is told.
+    """
+
+    signals: Tensor
+    steps: tuple[int, ...]
+
+    @staticmethod
+    def cosine(num_timesteps: int) -> "NoiseSchedule":
+        """a_t = cos²((t/T + s)/(1 + s) · π/2), no step of which loses more than 99.9% of the signal."""
+
+        def signal(time: float) -> float:
+            return math.cos((time + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
+
+        kept = [
+            1 - min(1 - signal((t + 1) / num_timesteps) / signal(t / num_timesteps), _LARGEST_BETA)
+            for t in range(num_timesteps)
+        ]
+        signals = torch.tensor(kept, dtype=torch.float64).cumprod(0)
+        return NoiseSchedule(signals, tuple(range(num_timesteps)))
+
+    def respaced(self, num_steps: int) -> "NoiseSchedule":
+        """The same diffusion in fewer steps, spread evenly from the first to the last.
+
+        Raises:
+            ValueError: If there are not so many steps.
+        """
+        if not 1 <= num_steps <= len(self.steps):
+            raise ValueError(f"the number of steps must lie in 1..{len(self.steps)}, got {num_steps}.")
+        last = len(self.steps) - 1
+        chosen = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
+        return NoiseSchedule(self.signals[chosen], tuple(self.steps[i] for i in chosen))
+
+    def at(self, index: Tensor | int, device: torch.device | str = "cpu") -> Coefficients:
+        """Coefficients of the step at an index, or of a tensor of indices (...): each (..., 1), float32."""
+        rows = self._table[index.cpu() if isinstance(index, Tensor) else index].to(device)
+        return Coefficients(*rows.unsqueeze(-2).unbind(-1))
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """(S, 6), in the order of Coefficients."""
+        now = self.signals
+        before = torch.cat([now.new_ones(1), now[:-1]])
+        beta = 1 - now / before
+        variance = beta * (1 - before) / (1 - now)
+        columns = Coefficients(
+            signal=now.sqrt(),
+            noise=(1 - now).sqrt(),
+            of_data=beta * before.sqrt() / (1 - now),
+            of_point=(1 - before) * (1 - beta).sqrt() / (1 - now),
+            # One single step has no variance backwards at all: nothing is added to its mean.
+            least=torch.cat([variance[1:2], variance[1:]] if len(now) > 1 else [beta]).log(),
+            most=beta.log(),
+        )
+        return torch.stack(columns, dim=-1).float()
+
+
+def hybrid_loss(
+    step: Coefficients,
+    is_first_NP: Tensor,
+    data_NPZ: Tensor,
+    noise_NPZ: Tensor,
+    predicted_NPZ: Tensor,
+    fraction_NPZ: Tensor,
+    *,
+    as_image: bool = False,
+) -> Tensor:
+    """Squared error of the predicted noise, plus a bound on the likelihood that trains the variance, (N, P).
+
+    Both are means over Z; the bound is in bits, and its gradient reaches the variance alone.
+
+    Args:
+        step: Coefficients of the steps, (N, P, 1).
+        is_first_NP: Where the step is the first, t = 0, whose term is a likelihood and no divergence.
+        data_NPZ: x_0.
+        noise_NPZ: The noise that was added.
+        predicted_NPZ: The noise as predicted.
+        fraction_NPZ: The predicted log-variance: -1 is the least, 1 the largest.
+        as_image: Take the likelihood at t = 0 over the bins of an 8-bit image, as the released code does
+            although latents are none. The density of the latent otherwise.
+    """
+    point_NPZ = step.signal * data_NPZ + step.noise * noise_NPZ
+    squared_NP = (predicted_NPZ - noise_NPZ).square().mean(-1)
+    guess_NPZ = data_from_noise(step, point_NPZ, predicted_NPZ.detach())
+    mean_NPZ = step.of_data * guess_NPZ + step.of_point * point_NPZ
+    true_mean_NPZ = step.of_data * data_NPZ + step.of_point * point_NPZ
+    log_variance_NPZ = log_variance(step, fraction_NPZ)
+    divergence_NPZ = 0.5 * (
+        log_variance_NPZ
+        - step.least
+        - 1
+        + (step.least - log_variance_NPZ).exp()
+        + (true_mean_NPZ - mean_NPZ).square() * (-log_variance_NPZ).exp()
+    )
+    if as_image:
+        first_NPZ = -_log_mass_of_bin(data_NPZ, mean_NPZ, log_variance_NPZ)
+    else:
+        squares = (data_NPZ - mean_NPZ).square() * (-log_variance_NPZ).exp()
+        first_NPZ = 0.5 * (math.log(2 * math.pi) + log_variance_NPZ + squares)
+    bound_NPZ = torch.where(is_first_NP.unsqueeze(-1), first_NPZ, divergence_NPZ)
+    return squared_NP + bound_NPZ.mean(-1) / math.log(2)
+
+
+def data_from_noise(step: Coefficients, point: Tensor, noise: Tensor) -> Tensor:
+    """x_0 from x_t and the noise in it."""
+    return (point - step.noise * noise) / step.signal
+
+
+def log_variance(step: Coefficients, fraction: Tensor) -> Tensor:
+    """The learned log-variance, from the least (fraction -1) to the largest (1)."""
+    share = (fraction + 1) / 2
+    return share * step.most + (1 - share) * step.least
+
+
+def sample(
+    schedule: NoiseSchedule,
+    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    start: Tensor,
+    sampler: DiffusionSampler,
+    step_noise: Callable[[int], Tensor],
+    bound: float | None = None,
+) -> Tensor:
+    """From noise to data, one call of the network for each step of the schedule.
+
+    Args:
+        schedule: The steps to take, in the end the first.
+        predict: (x_t, number of the step) -> predicted noise and variance fraction, of the shape of x_t.
+        start: Standard normal noise of any shape.
+        sampler: "ancestral" draws each x_{t-1} with the learned variance; the others are deterministic:
+            "ddim" (Song et al., arXiv 2010.02502; first order) and "dpm", the second-order multistep
+            DPM-Solver++ (Lu et al., arXiv 2211.01095).
+        step_noise: Noise of the s-th step, asked for all but the last, by the ancestral sampler only.
+        bound: Predicted data are clamped to ± bound: at the first steps an error of the predicted noise is
+            divided by nearly zero.
+    """
+    x, earlier = start, None
+    for taken, index in enumerate(reversed(range(len(schedule.steps)))):
+        now = schedule.at(index, start.device)
+        noise, fraction = predict(x, schedule.steps[index])
+        data = data_from_noise(now, x, noise)
+        if bound is not None:
+            data = data.clamp(-bound, bound)
+        if sampler == "ancestral":
+            mean = now.of_data * data + now.of_point * x
+            if index == 0:
+                return mean
+            x = mean + (0.5 * log_variance(now, fraction)).exp() * step_noise(taken)
+            continue
+        if index == 0:
+            return data
+        then = schedule.at(index - 1, start.device)
+        width = _log_ratio(then) - _log_ratio(now)
+        slope = data
+        if sampler == "dpm" and earlier is not None and index > 1:
+            # Not in the last step, which is much wider than the one before: that would overshoot.
+            previous_data, previous_width = earlier
+            slope = data + width / (2 * previous_width) * (data - previous_data)
+        x = then.noise / now.noise * x - then.signal * torch.expm1(-width) * slope
+        earlier = data, width
+    return x
+
+
+def _log_ratio(step: Coefficients) -> Tensor:
+    """Half the logarithm of the signal-to-noise ratio."""
+    return step.signal.log() - step.noise.log()
+
+
+def _log_mass_of_bin(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Logarithm of a Gaussian's mass in the bin of width 2/255 around a pixel in [-1, 1]."""
+    centred, precision = data - mean, (-0.5 * log_variance).exp()
+    below = _approximate_normal_cdf(precision * (centred - 1 / 255))
+    above = _approximate_normal_cdf(precision * (centred + 1 / 255))
+    mass = torch.where(data < -0.999, above, torch.where(data > 0.999, 1 - below, above - below))
+    return mass.clamp_min(1e-12).log()
+
+
+def _approximate_normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
