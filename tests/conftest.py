@@ -10,10 +10,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from calm.models.blocks import ZeroLinear
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 
 PAD, EOS, BOS = 0, 1, 2
+HEADS: dict[str, dict] = {
+    "energy": {"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6},
+    "flow": {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16},
+    "diffusion": {"head_type": "diffusion", "num_blocks": 1, "num_steps": 5, "frequency_size": 16},
+    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +50,7 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
             **special,
         ),
         backbone_config=backbone | changes.pop("backbone_config", {}),
-        head_config={"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6}
+        head_config=HEADS[changes.get("head_config", {}).get("head_type", "energy")]
         | changes.pop("head_config", {}),
         **special,
         **changes,
@@ -54,7 +61,9 @@ def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
     """A random model whose draws differ (the head's last layer starts at zero otherwise)."""
     model = CalmForCausalLM(tiny_config(chunk_size, **changes))
     with torch.no_grad():
-        model.head.out.weight.normal_(std=1.0)
+        for module in model.head.modules():
+            if isinstance(module, ZeroLinear):
+                module.weight.normal_(std=1.0)
         model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
         model.backbone.embed_tokens.weight.normal_(std=1.0)
     return model.eval()

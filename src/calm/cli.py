@@ -44,6 +44,10 @@ class _Parser(jsonargparse.ArgumentParser):
     def _sentence(self, message: str) -> str:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
         sentence = re.sub(r"required: \w+\.(\w+)", r"required: --\1", " ".join(lines))
+        # Where several types are allowed the library lists what is wrong with each.
+        no_type = re.search(r'Parser key "([\w.]+)".*Given value: (.*)$', sentence)
+        if no_type and "Union" in sentence:
+            sentence = f"--{no_type[1]} cannot be '{no_type[2]}'; its --help says what it takes."
         unknown = re.search(r"option '([\w.]+)'|arguments?: --([\w.-]+)", sentence)
         if unknown:
             name = (unknown[1] or unknown[2]).split(".")[-1]

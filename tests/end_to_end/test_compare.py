@@ -100,3 +100,14 @@ def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
         capsys, "compare", "--recipe", room / "toy.yaml", "--budget", "0.01", *out
     )
     assert not (tmp_path / "out/report.html").exists()
+    (room / "other.yaml").write_text(TOY.replace("data: {", f"data: {{sources: [{room / 'text.jsonl'}], "))
+    assert "prepared from other sources" in failure(
+        capsys, "compare", "--recipe", room / "other.yaml", "--output", ladder, "--overwrite"
+    )
+
+
+def test_a_ladder_on_prepared_text(ladder, room, tmp_path):
+    (room / "prepared.yaml").write_text(TOY.replace("data: {", f"data: {{sources: [{ladder / 'data'}], "))
+    main(["compare", "--recipe", str(room / "prepared.yaml"), "--chunk_sizes", "[4]", "--no_baseline",
+          "--output", str(tmp_path), "--max_blocks", "2"])  # fmt: skip
+    assert (tmp_path / "K4/model").is_dir() and not (tmp_path / "data").exists()

@@ -14,7 +14,7 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import differences, read_recipe, shipped_recipes, write_recipe
 from calm.training.stages import train
 
-SHIPPED = ["calm_m", "demo", "demo_baseline", "laptop"]
+SHIPPED = ["calm_m", "demo", "demo_baseline", "demo_diffusion", "demo_flow", "laptop"]
 
 
 def test_the_list_is_what_is_shipped():
@@ -35,7 +35,9 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
     def training(stage):
         return changed(stage.training, **few, optimizer=changed(stage.training.optimizer, warmup_steps=1))
 
-    head = dict(recipe.language_model.head) | {"noise_size": 4, "num_blocks": 1}
+    head = dict(recipe.language_model.head) | {"num_blocks": 1}
+    small = {"energy": {"noise_size": 4}, "diffusion": {"num_steps": 4}}
+    head |= small.get(head["head_type"], {})
     return changed(
         recipe,
         data=changed(

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
-from calm.data.prepare import PreparedData, is_prepared, load_prepared
+from calm.data.prepare import is_prepared, load_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.flops import Work, autoencoder_training_flops, cost_of
@@ -18,7 +18,7 @@ from calm.report.measured import Checkpoint
 from calm.training.configurations import autoencoder_config, check_recipe, model_config
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE, prepare_data, train
+from calm.training.stages import HISTORY, RECIPE, data_folder, train
 
 _SMALLEST_LATENT = 16
 
@@ -70,10 +70,11 @@ def train_ladder(
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
     output.mkdir(parents=True, exist_ok=True)
-    data = _data_for(recipe, output)
+    folder = _data_for(recipe, output)
+    data = load_prepared(folder)
     config = model_config(recipe, data.vocab_size)
     operations = budget * (_training_flops(recipe, config) + _autoencoder_flops(recipe, data.vocab_size))
-    source = dataclasses.replace(recipe.data, sources=[str(output / "data")])
+    source = dataclasses.replace(recipe.data, sources=[str(folder)])
     recipe = dataclasses.replace(recipe, data=source)
     rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
     if baseline:
@@ -158,12 +159,16 @@ def _stretched(training: TrainingSettings, steps: int) -> TrainingSettings:
     return dataclasses.replace(training, steps=steps, evaluate_every=max(1, round(every)) if every else 0)
 
 
-def _data_for(recipe: Recipe, output: Path) -> PreparedData:
+def _data_for(recipe: Recipe, output: Path) -> Path:
     """The text of a ladder, prepared once for all rungs."""
-    if is_prepared(output / "data"):
-        return load_prepared(output / "data")
     if not recipe.data.source_list:
         stories = output / "stories.jsonl"
-        write_stories(stories, recipe.seed, NUM_STORIES)
+        if not is_prepared(output / "data"):
+            write_stories(stories, recipe.seed, NUM_STORIES)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)]))
-    return prepare_data(recipe, output / "data")
+    folder = data_folder(recipe, output)
+    if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
+        raise InputError(
+            f"'{folder}' was prepared from other sources than the recipe's; choose another --output."
+        )
+    return folder

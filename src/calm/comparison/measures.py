@@ -45,7 +45,7 @@ class Measures:
     num_blocks: int | None = None
     temperatures: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5, 1 / 3, 0.25)
     low: float = 0.5
-    warm_blocks: int = 4
+    warm_blocks: int = 8
     num_texts: int = 3
     text_tokens: int = 80
     ngrams: tuple[int, ...] = (3, 5)
@@ -90,10 +90,11 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         NUM_ORDERS,
         measures.num_blocks,
     )
-    chunks = contenders[0].card.brier.num_chunks
+    counts = [contender.card.brier.num_chunks for contender in contenders]
+    windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
     protocol = (
         f"held-out text in blocks of {measures.context} tokens, layout documents, "
-        f"about {chunks:,} windows, T = 1, percent ± standard error"
+        f"{windows} windows, T = 1, percent ± standard error"
     )
     return Comparison(contenders, floors, measures.low, prompts, protocol)
 

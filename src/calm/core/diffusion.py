@@ -67,15 +67,19 @@ class NoiseSchedule:
         signals = torch.tensor(kept, dtype=torch.float64).cumprod(0)
         return NoiseSchedule(signals, tuple(range(num_timesteps)))
 
-    def respaced(self, num_steps: int) -> "NoiseSchedule":
+    def respaced(self, num_steps: int, least_signal: float = 0.0) -> "NoiseSchedule":
         """The same diffusion in fewer steps, spread evenly from the first to the last.
+
+        Args:
+            num_steps: Number of steps S.
+            least_signal: Steps with a smaller a_t are left out, as if x_t were pure noise there.
 
         Raises:
             ValueError: If there are not so many steps.
         """
-        if not 1 <= num_steps <= len(self.steps):
-            raise ValueError(f"the number of steps must lie in 1..{len(self.steps)}, got {num_steps}.")
-        last = len(self.steps) - 1
+        last = int((self.signals >= least_signal).sum()) - 1
+        if not 1 <= num_steps <= last + 1:
+            raise ValueError(f"the number of steps must lie in 1..{last + 1}, got {num_steps}.")
         chosen = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
         return NoiseSchedule(self.signals[chosen], tuple(self.steps[i] for i in chosen))
 

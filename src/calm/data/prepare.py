@@ -202,6 +202,11 @@ def is_prepared(path: Path) -> bool:
     return (path / _INFO).is_file()
 
 
+def sources_of(path: Path) -> list[str]:
+    """What a prepared folder was prepared from."""
+    return json.loads((path / _INFO).read_text(encoding="utf-8"))["sources"]
+
+
 def _split(
     documents: datasets.Dataset, fraction: float, seed: int, sources: list[str]
 ) -> dict[str, datasets.Dataset]:

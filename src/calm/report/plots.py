@@ -51,9 +51,9 @@ def plot_warmths(comparison: Comparison) -> Any:
         for number, c in enumerate(comparison.contenders):
             points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.warmths]
             axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
-            for warmth, point in zip(c.warmths, points, strict=True):
-                near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(f"{warmth.temperature:.2g}", point, **near)
+            for end in (0, -1):  # All of them would cover each other.
+                near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 8}
+                axis.annotate(f"T = {c.warmths[end].temperature:.2g}", points[end], **near)
         token = "next token" if order == 1 else f"next {order} tokens"
         axis.set(
             xlabel=f"collision: two samples agree in the {token} (%)",
@@ -61,7 +61,8 @@ def plot_warmths(comparison: Comparison) -> Any:
         )
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.suptitle("Numbers at the points are temperatures.", fontsize="small")
+    temperatures = ", ".join(f"{warmth.temperature:.2g}" for warmth in comparison.contenders[0].warmths)
+    figure.suptitle(f"Along each line the temperature falls: {temperatures}.", fontsize="small")
     return figure
 
 

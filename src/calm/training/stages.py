@@ -62,7 +62,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     """
     check_recipe(recipe)
     _open_run(recipe, output, resume, overwrite)
-    data = _data_of(recipe, output)
+    data = load_prepared(data_folder(recipe, output))
     if recipe.model == "calm" and not (output / "autoencoder").is_dir():
         autoencoder = _train_autoencoder(recipe, data, output)
         _finish(autoencoder, data.tokenizer, output / "autoencoder", recipe)
@@ -91,23 +91,18 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
         write_recipe(recipe, output / RECIPE)
 
 
-def _data_of(recipe: Recipe, output: Path) -> PreparedData:
-    sources = recipe.data.source_list
-    if len(sources) == 1 and is_prepared(Path(sources[0])):
-        return load_prepared(Path(sources[0]))
-    if is_prepared(output / "data"):
-        return load_prepared(output / "data")
-    return prepare_data(recipe, output / "data")
-
-
-def prepare_data(recipe: Recipe, folder: Path) -> PreparedData:
-    """Prepare the text that a recipe names.
+def data_folder(recipe: Recipe, output: Path) -> Path:
+    """The prepared text of a recipe: what its sources name, or `output`/data, which is written if need be.
 
     Raises:
         InputError: If a source or setting is bad.
     """
-    settings = recipe.data
-    return prepare(
+    settings, folder = recipe.data, output / "data"
+    if len(settings.source_list) == 1 and is_prepared(Path(settings.source_list[0])):
+        return Path(settings.source_list[0])
+    if is_prepared(folder):
+        return folder
+    prepare(
         settings.source_list,
         folder,
         options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
@@ -118,6 +113,7 @@ def prepare_data(recipe: Recipe, folder: Path) -> PreparedData:
         seed=recipe.seed,
         num_proc=settings.num_proc,
     )
+    return folder
 
 
 def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:

@@ -1,0 +1,226 @@
+"""Which head learns most, from equal operations and in equal time, and how fast does each draw?
+
+    calm compare --recipe demo --budget 0.7 --chunk_sizes '[4]' --no_baseline --output runs/ladder
+    python benchmarks/heads.py runs/ladder/K4 --output runs/heads
+
+Every run that is named is one seed. Its energy head sets the budget: its text, autoencoder, backbone and
+optimizer are kept, and each other head is trained for as many steps as its operations allow, and again for as
+many as its time allows where that differs by more than 5%. Times of a step are measured first, in turns, in
+this one process. Then all are scored on the same held-out blocks, drawn from in several ways, and timed. What
+is finished is kept, so the benchmark goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import calm  # noqa: F401
+from calm.data.prepare import load_prepared
+from calm.evaluation.held_out import score_brier
+from calm.flops import Work, cost_of
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_config
+from calm.training.configurations import language_model_config
+from calm.training.optimizers import build_optimizer
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import RECIPE, train
+
+HEADS = {
+    "energy": None,  # As the run has it.
+    "flow": {"head_type": "flow", "num_blocks": 1},
+    "diffusion": {"head_type": "diffusion", "num_blocks": 1},
+    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1},
+}
+WAYS = {
+    "energy": [{}],
+    "flow": [
+        {"solver": "euler", "num_steps": 1},
+        {"solver": "euler", "num_steps": 4},
+        {"solver": "midpoint", "num_steps": 1},
+        {"solver": "midpoint", "num_steps": 2},
+        {"solver": "midpoint", "num_steps": 4},
+        {"solver": "midpoint", "num_steps": 10},
+    ],
+    "diffusion": [
+        {"sampler": "ancestral", "num_steps": 25},
+        {"sampler": "ancestral", "num_steps": 100},
+        {"sampler": "ddim", "num_steps": 25},
+        {"sampler": "dpm", "num_steps": 15},
+    ],
+    "mean_flow": [{"num_steps": 1}, {"num_steps": 2}],
+}
+POSITIONS, DRAWS = 64, 16
+
+
+def main():
+    """Train what is missing, score, time, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="runs with an energy head, one for each seed")
+    parser.add_argument("--output", type=Path, default=Path("runs/heads"))
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    recipes = [recipe_with(run, None) for run in arguments.runs]
+    per_step = {name: operations(arguments.runs[0], name) for name in arguments.heads}
+    seconds = step_times(arguments)
+    for name in arguments.heads:
+        print(
+            f"{name}: operations of a step {per_step[name] / per_step['energy']:.2f}, "
+            f"time of a step {seconds[name] / seconds['energy']:.2f} times those of the energy head"
+        )
+    rows = []
+    for run, recipe in zip(arguments.runs, recipes, strict=True):
+        steps = recipe.language_model.training.steps
+        for name in arguments.heads:
+            equal = {
+                "operations": round(steps * per_step["energy"] / per_step[name]),
+                "time": round(steps * seconds["energy"] / seconds[name]),
+            }
+            if abs(equal["time"] / equal["operations"] - 1) <= 0.05:
+                equal = {"both": equal["operations"]}
+            for what, number in equal.items():
+                folder = arguments.output / f"{run.parent.name}_{name}_{what}"
+                model = run / "model" if name == "energy" else trained(run, name, number, folder)
+                rows += scored(model, run, name, what, number, arguments.output)
+    speeds = draw_speeds(arguments, rows)
+    report(rows, speeds, arguments.output)
+
+
+def recipe_with(run, head, steps=None):
+    """The recipe of a run with another head, on the run's own text and autoencoder."""
+    recipe = read_recipe(str(run / RECIPE))
+    model = recipe.language_model
+    training = dataclasses.replace(model.training, evaluate_every=0, save_every=100)
+    if steps is not None:
+        training = dataclasses.replace(training, steps=steps)
+    return dataclasses.replace(
+        recipe,
+        autoencoder=dataclasses.replace(recipe.autoencoder, path=str(run / "autoencoder")),
+        language_model=dataclasses.replace(model, head=head or model.head, training=training),
+    )
+
+
+def config_of(run, name):
+    """Configuration of the model of a run with one of the heads."""
+    recipe = recipe_with(run, HEADS[name])
+    return language_model_config(recipe, load_config(run / "autoencoder"), {})
+
+
+def operations(run, name):
+    """Training operations of a token with one of the heads."""
+    recipe = recipe_with(run, None)
+    cost = cost_of(config_of(run, name), Work(recipe.data.context // recipe.chunk_size))
+    return sum(cost.training.values())
+
+
+def step_times(arguments):
+    """Median seconds of an optimizer step of each head, taken in turns."""
+    path = arguments.output / "step_times.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    run = arguments.runs[0]
+    recipe = recipe_with(run, None)
+    training = recipe.language_model.training
+    blocks = load_prepared(Path(recipe.data.source_list[0])).blocks(
+        "train", chunk_size=recipe.chunk_size, block_size=recipe.data.context
+    )[: training.batch_size]
+    states = {}
+    for name in arguments.heads:
+        model = CalmForCausalLM(config_of(run, name)).train()
+        states[name] = model, build_optimizer(model, training.optimizer)
+    times = {name: [] for name in states}
+    for _ in range(arguments.rounds + 1):
+        for name, (model, optimizer) in states.items():
+            start = time.perf_counter()
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(**blocks, use_cache=False).loss.backward()
+                optimizer.step()
+            times[name].append((time.perf_counter() - start) / 2)
+    medians = {name: statistics.median(few[1:]) for name, few in times.items()}
+    print({name: [round(t, 3) for t in sorted(few[1:])] for name, few in times.items()})
+    path.write_text(json.dumps(medians))
+    return medians
+
+
+def trained(run, name, steps, folder):
+    """The model folder of a head trained for so many steps."""
+    return train(recipe_with(run, HEADS[name], steps), folder, resume=(folder / RECIPE).is_file())
+
+
+def scored(folder, run, name, what, steps, output):
+    """BrierLM of a model, drawn from in each way; kept in a file."""
+    path = output / f"{run.parent.name}_{name}_{what}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    recipe = read_recipe(str(run / RECIPE))
+    data = load_prepared(Path(recipe.data.source_list[0]))
+    blocks = data.blocks("validation", chunk_size=recipe.chunk_size, block_size=recipe.data.context)
+    model = CalmForCausalLM.from_pretrained(folder)
+    rows = []
+    for way in WAYS[name]:
+        model.change_sampling(**way)
+        result = score_brier(model, blocks)
+        rows.append(
+            {"seed": run.parent.name, "head": name, "equal": what, "steps": steps, "way": way}
+            | {"folder": str(folder), "brier_lm": result.brier_lm, "error": result.brier_lm_error}
+            | {"means": result.means, "windows": result.num_chunks}
+        )
+        print({key: rows[-1][key] for key in ("seed", "head", "equal", "steps", "way", "brier_lm", "error")})
+    path.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def draw_speeds(arguments, rows):
+    """Draws per second of each head in each way, taken in turns: median, smallest, largest."""
+    ways = {}
+    for row in rows:
+        ways.setdefault((row["head"], json.dumps(row["way"])), row["folder"])
+    models = {folder: CalmForCausalLM.from_pretrained(folder) for folder in set(ways.values())}
+    speeds = {way: [] for way in ways}
+    hidden = torch.randn(POSITIONS, next(iter(models.values())).config.hidden_size)
+    for _ in range(arguments.rounds + 1):
+        for way, folder in ways.items():
+            model = models[folder]
+            model.change_sampling(**json.loads(way[1]))
+            start = time.perf_counter()
+            with torch.no_grad():
+                model.head.sample(hidden, DRAWS)
+            speeds[way].append(POSITIONS * DRAWS / (time.perf_counter() - start))
+    return {way: (statistics.median(few[1:]), min(few[1:]), max(few[1:])) for way, few in speeds.items()}
+
+
+def report(rows, speeds, output):
+    """One line for each head, budget and way."""
+    energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
+    lines = [
+        "| head | drawn | equal | steps | BrierLM of each seed | draws/s | to energy |",
+        "|---|" + "---|" * 6,
+    ]
+    for name in HEADS:
+        for way in WAYS[name]:
+            for what in ("both", "operations", "time"):
+                same = [r for r in rows if (r["head"], r["equal"], r["way"]) == (name, what, way)]
+                if same:
+                    speed, low, high = speeds[name, json.dumps(way)]
+                    scores = ", ".join(f"{r['brier_lm']:.2f} ± {r['error']:.2f}" for r in same)
+                    steps = ", ".join(sorted({str(r["steps"]) for r in same}))
+                    drawn = " ".join(str(value) for value in way.values())
+                    lines.append(
+                        f"| {name} | {drawn} | {what} | {steps} | {scores} | "
+                        f"{speed:,.0f} ({low:,.0f} to {high:,.0f}) | {speed / energy:.3f} |"
+                    )
+    (output / "heads.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Heads learn a law with two modes, of which a head of squared error knows only the middle."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calm.core.gaussian import DiagonalGaussian
+from calm.models.blocks import ZeroLinear
+from calm.models.heads import GenerativeHead, build_head, parse_head_config
+
+SIZE, LATENT, STD = 32, 4, 0.2
+MODE = torch.tensor([1.5, -1.0, 1.0, 0.5])  # The other mode is its mirror image.
+SHARES = torch.tensor([0.7, 0.25])  # Of the mode, in two contexts.
+CONTEXTS = torch.eye(2, SIZE)
+STEPS, BATCH, DRAWS = 1000, 64, 4000
+
+
+def trained(head: GenerativeHead) -> GenerativeHead:
+    for module in head.modules():
+        if isinstance(module, ZeroLinear):
+            nn.init.zeros_(module.weight)
+    optimizer = torch.optim.Adam(head.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        context = torch.randint(2, (BATCH,), generator=generator)
+        sign = torch.where(torch.rand(BATCH, generator=generator) < SHARES[context], 1.0, -1.0)
+        posterior = DiagonalGaussian(sign.unsqueeze(-1) * MODE, torch.full((BATCH, LATENT), math.log(STD)))
+        optimizer.zero_grad()
+        head.loss(CONTEXTS[context], posterior, generator).mean().backward()
+        optimizer.step()
+        decay.step()
+    return head.requires_grad_(False)
+
+
+def near_modes(draws_NPZ: Tensor) -> tuple[Tensor, Tensor]:
+    """For each context: the share of draws near any mode, and of these the share near the first."""
+    first, second = ((draws_NPZ - sign * MODE).norm(dim=-1) < 5 * STD for sign in (1, -1))
+    return (first | second).float().mean(0), first.sum(0) / (first | second).sum(0)
+
+
+class GuessingHead(GenerativeHead):
+    """What squared error on the latent itself learns: its mean, with noise of the right width around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guess = nn.Sequential(nn.Linear(SIZE, SIZE), nn.SiLU(), nn.Linear(SIZE, LATENT))
+
+    def loss(self, hidden_PD, posterior_PZ, generator=None, noise=None):
+        return (self.guess(hidden_PD) - posterior_PZ.sample(1, generator)[0]).square().sum(-1)
+
+    def prepare(self, hidden_PD):
+        return self.guess(hidden_PD)
+
+    def draw(self, prepared_P, num_draws, randomness=None, noise=None):
+        return prepared_P + STD * torch.randn((num_draws, *prepared_P.shape), generator=randomness)
+
+
+# Fields of each head, and the least share of draws that must lie near a mode.
+HEADS = {
+    "energy": ({"head_type": "energy", "noise_size": 8, "num_posterior_draws": 0}, 0.9),
+    "flow": ({"head_type": "flow", "num_steps": 10}, 0.98),
+    "diffusion": ({"head_type": "diffusion", "num_steps": 100}, 0.98),
+    "diffusion, ddim": ({"head_type": "diffusion", "num_steps": 25, "sampler": "ddim"}, 0.98),
+    "diffusion, dpm": ({"head_type": "diffusion", "num_steps": 15, "sampler": "dpm"}, 0.98),
+    "mean_flow": ({"head_type": "mean_flow", "num_draws": 2}, 0.6),  # One call, and an experiment.
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_modes_are_recovered(name):
+    fields, least = HEADS[name]
+    head = build_head(parse_head_config(fields), SIZE, LATENT)
+    near, share = near_modes(trained(head).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
+    assert (near > least).all(), near
+    # The sampling error of a share is 0.007.
+    assert (share - SHARES).abs().max() < 0.05, share
+
+
+def test_squared_error_finds_no_mode():
+    near, _ = near_modes(trained(GuessingHead()).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
+    assert (near < 0.1).all()
