@@ -199,27 +199,30 @@ def draw_speeds(arguments, rows):
 
 
 def report(rows, speeds, output):
-    """One line for each head, budget and way."""
+    """One line for each head and way of drawing, scores of all seeds beside each other."""
     energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
     lines = [
-        "| head | drawn | equal | steps | BrierLM of each seed | draws/s | to energy |",
-        "|---|" + "---|" * 6,
+        "| head | drawn | equal operations | equal time | draws/s | to energy |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in HEADS:
-        for way in WAYS[name]:
-            for what in ("both", "operations", "time"):
-                same = [r for r in rows if (r["head"], r["equal"], r["way"]) == (name, what, way)]
-                if same:
-                    speed, low, high = speeds[name, json.dumps(way)]
-                    scores = ", ".join(f"{r['brier_lm']:.2f} ± {r['error']:.2f}" for r in same)
-                    steps = ", ".join(sorted({str(r["steps"]) for r in same}))
-                    drawn = " ".join(str(value) for value in way.values())
-                    lines.append(
-                        f"| {name} | {drawn} | {what} | {steps} | {scores} | "
-                        f"{speed:,.0f} ({low:,.0f} to {high:,.0f}) | {speed / energy:.3f} |"
-                    )
+    for name, ways in WAYS.items():
+        for way in ways:
+            same = [row for row in rows if (row["head"], row["way"]) == (name, way)]
+            if same:
+                speed, low, high = speeds[name, json.dumps(way)]
+                drawn = " ".join(str(value) for value in way.values())
+                cells = [name, drawn, *(scores_of(same, what) for what in ("operations", "time"))]
+                cells += [f"{speed:,.0f} ({low:,.0f} to {high:,.0f})", f"{speed / energy:.2g}"]
+                lines.append(f"| {' | '.join(cells)} |")
     (output / "heads.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def scores_of(rows, what):
+    """BrierLM of every seed, and the steps, at one of the budgets."""
+    chosen = [row for row in rows if row["equal"] in (what, "both")]
+    scores = ", ".join(f"{row['brier_lm']:.2f} ± {row['error']:.2f}" for row in chosen)
+    return f"{scores} ({chosen[0]['steps']} steps)"
 
 
 if __name__ == "__main__":

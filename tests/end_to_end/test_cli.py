@@ -10,37 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import TOY, failure
+from toy import failure
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     pipeline,
 )
 
 from calm.cli import main
-from calm.data.stories import write_stories
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    """A folder with text, a recipe and a trained toy run."""
-    folder = tmp_path_factory.mktemp("room")
-    write_stories(folder / "text.jsonl", 0, 40)
-    (folder / "toy.yaml").write_text(TOY)
-    main(["train", "--recipe", str(folder / "toy.yaml"), "--data.sources", str(folder / "text.jsonl"),
-          "--output", str(folder / "run")])  # fmt: skip
-    return folder
 
 
 def test_train_made_a_self_contained_folder(room):
@@ -94,91 +72,9 @@ def test_evaluate_text_files(room, capsys):
     assert "CALM" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def baseline(room) -> Path:
-    """An autoregressive model trained by the same command on the same prepared text."""
-    main(["train", "--recipe", str(room / "toy.yaml"), "--model", "autoregressive", "--chunk_size", "1",
-          "--data.sources", str(room / "run/data"), "--output", str(room / "baseline")])  # fmt: skip
-    return room / "baseline/model"
-
-
-def test_the_baseline_is_a_plain_llama_with_its_tokenizer(baseline, room):
-    model = AutoModelForCausalLM.from_pretrained(baseline)
-    assert type(model) is LlamaForCausalLM and model.config.use_cache
-    assert AutoTokenizer.from_pretrained(baseline).eos_token_id == model.config.eos_token_id
-    history = json.loads((room / "baseline/history.json").read_text())
-    assert list(history) == ["language_model"]
-    assert any(
-        "eval_cross_entropy" in entry and "eval_brier_4" in entry for entry in history["language_model"]
-    )
-
-
-@pytest.mark.parametrize("estimator", ["best", "draws"])
-def test_evaluate_a_baseline(baseline, room, capsys, estimator):
-    main(["evaluate", str(baseline), str(room / "run/data"), "--context", "64", "--ngrams", "2",
-          "--estimator", estimator, "--num_draws", "3"])  # fmt: skip
-    out = capsys.readouterr().out
-    for word in ("perplexity", "2-gram", "autoregressive", "Brier-4", "blocks of 64 tokens", "±"):
-        assert word in out
-    assert "reconstruction" not in out and "CALM" not in out
-
-
 def test_the_published_protocol(room, capsys):
     main(["evaluate", str(room / "run/model"), str(room / "run/data"), "--protocol", "published"])
     assert "blocks of 8192 tokens" in capsys.readouterr().out
-
-
-def test_models_of_others_are_scored_and_write(room, tmp_path, capsys):
-    """GPT-2 as it is shipped: no token for padding, learned positions, ends unknown to its configuration."""
-    tokenizer = AutoTokenizer.from_pretrained(room / "run/model")
-    tokenizer.pad_token = None
-    config = GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=None)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    main(["evaluate", str(tmp_path), str(room / "text.jsonl"), "--context", "64", "--max_blocks", "3"])
-    assert "perplexity" in capsys.readouterr().out
-    main(["generate", str(tmp_path), "Once", "There was a", "--max_new_tokens", "5", "--seed", "0"])
-    assert capsys.readouterr().out.startswith("Once")
-    longer = ["--context", "128"]
-    assert "reads at most 64 tokens" in failure(capsys, "evaluate", tmp_path, room / "text.jsonl", *longer)
-
-
-def test_a_window_of_attention_is_no_hindrance_within_it(room, tmp_path, capsys):
-    config = MistralConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                           num_attention_heads=2, num_key_value_heads=2, sliding_window=64)  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(room / "run/model").save_pretrained(tmp_path)
-    arguments = [tmp_path, room / "text.jsonl", "--max_blocks", "2", "--context"]
-    main(["evaluate", *map(str, arguments), "64"])
-    assert "perplexity" in capsys.readouterr().out
-    assert "reads at most 64 tokens" in failure(capsys, "evaluate", *arguments, "128")
-
-
-def test_models_that_cannot_be_scored(room, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(room / "run/model")
-    for name, model in {
-        "mamba": MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)),
-        "bloom": BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)),
-    }.items():
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        said = failure(capsys, "evaluate", tmp_path / name, room / "text.jsonl", "--context", "64")
-        assert f"'{name}' models cannot be scored" in said
-    assert "holds an autoencoder" in failure(
-        capsys, "evaluate", room / "run/autoencoder", room / "text.jsonl", "--context", "64"
-    )
-
-
-def test_generate_with_a_baseline(baseline, capsys):
-    arguments = ["generate", str(baseline), "Once upon a time", "There was", "--max_new_tokens", "8"]
-    for further in (["--seed", "1"], ["--temperature", "0"], ["--seed", "1", "--temperature", "1"]):
-        main([*arguments, *further])
-        first = capsys.readouterr().out
-        main([*arguments, *further])
-        assert capsys.readouterr().out == first and first.startswith("Once upon a time")
-    assert "pool sampler is for models without" in failure(capsys, *arguments, "--sampler", "pool")
-    assert "temperature must lie between 0 and 1" in failure(capsys, *arguments, "--temperature", "7")
 
 
 def test_flops_of_a_folder_and_of_recipes(room, baseline, capsys):
@@ -207,7 +103,6 @@ def test_prepare_then_train_from_the_prepared_folder(room, tmp_path, capsys):
 
 
 def test_five_lines_of_python(room):
-    from transformers import AutoTokenizer
 
     from calm import CalmForCausalLM
 
@@ -362,7 +257,6 @@ def test_damaged_model_folders(room, tmp_path, capsys):
 
 
 def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
-    from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
     shutil.copytree(room / "run/model", folder)
