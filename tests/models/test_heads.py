@@ -95,15 +95,44 @@ def test_saved_and_loaded(head_type, tmp_path):
 
 
 @every_head
-def test_half_precision_weights(head_type):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_other_types(head_type, dtype):
     model = model_with(head_type)
     hidden = torch.randn(2, 32)
-    expected = model.head.sample(hidden, 2, generator())
-    drawn = model.to(torch.bfloat16).head.sample(hidden.bfloat16(), 2, generator())
-    assert (drawn.float() - expected).norm() / expected.norm() < 0.1
+    noise = torch.randn((5, 2, 2, 8) if head_type == "diffusion" else (2, 2, 8))
+    expected = model.head.sample(hidden, 2, noise=noise)
+    drawn = model.to(dtype).head.sample(hidden.to(dtype), 2, noise=noise)
+    assert (drawn.float() - expected).norm() / expected.norm() < (0.1 if dtype == torch.bfloat16 else 1e-4)
+    assert model.draw_chunks(hidden.to(dtype), 2, generator()).shape == (2, 2, 4)
+    assert 16 < model.generate(ids, max_new_tokens=4, seed=0).shape[1] <= 20
+    model.train()(ids, labels=ids, generator=generator()).loss.backward()
+
+
+@every_head
+def test_mixed_precision(head_type):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tiny = model_with(head_type).train()
-        assert tiny(ids, labels=ids, generator=generator()).loss.isfinite()
+        model = model_with(head_type).train()
+        loss = model(ids, labels=ids, generator=generator()).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.head.parameters())
+
+
+@every_head
+def test_a_compiled_loss_is_the_loss(head_type):
+    head, hidden = model_with(head_type).head, torch.randn(6, 32)
+    posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
+    compiled = torch.compile(head.loss, backend="eager")
+    assert_close(compiled(hidden, posterior, generator()), head.loss(hidden, posterior, generator()))
+
+
+@every_head
+def test_a_text_does_not_depend_on_its_neighbours(head_type):
+    """Whatever number of draws a row takes, it has a stream of its own."""
+    model = model_with(head_type)
+    together = model.generate(ids, max_new_tokens=8, seed=3, max_draws=20)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1], max_new_tokens=8, seed=3, max_draws=20)
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
 
 
 @every_head
@@ -158,6 +187,8 @@ def test_how_a_head_is_drawn_from_can_change():
         model.change_sampling(num_blocks=2)
     with pytest.raises(ValueError, match="solver must be one of"):
         model.change_sampling(solver="magic")
+    with pytest.raises(ValueError, match="no field 'num_stepz'; did you mean 'num_steps'"):
+        model.change_sampling(num_stepz=2)
     assert model.config.head.solver == "heun"
 
 
@@ -176,7 +207,7 @@ def test_the_diffusion_head_draws_with_every_sampler():
 
 
 def test_mean_flow_learns_the_plain_velocity_where_times_are_equal():
-    head = model_with("mean_flow", weight_power=0.0).head
+    head = model_with("mean_flow").head
     posterior = DiagonalGaussian(torch.randn(3, 8), torch.full((3, 8), -1.0))
     hidden, time = torch.randn(3, 32), torch.rand(4, 3)
     noise = MeanFlowNoise(torch.randn(4, 3, 8), torch.randn(4, 3, 8), time, time)
@@ -187,19 +218,44 @@ def test_mean_flow_learns_the_plain_velocity_where_times_are_equal():
     assert_close(head.loss(hidden, posterior, noise=noise), expected)
 
 
+def test_mean_flow_takes_the_derivative_along_the_path():
+    """Against a difference quotient."""
+    head = model_with("mean_flow").head.double()
+    posterior = DiagonalGaussian(torch.randn(3, 8).double(), torch.full((3, 8), -1.0).double())
+    hidden, time = torch.randn(3, 32).double(), 0.8 * torch.rand(4, 3).double()
+    noise = MeanFlowNoise(torch.randn(4, 3, 8).double(), torch.randn(4, 3, 8).double(), time, time + 0.2)
+    velocity = posterior.sample(4, noise=noise.posterior) - noise.start
+
+    def average(time):
+        point = noise.start + time.unsqueeze(-1) * velocity
+        return head.network(point, (10 * time, 10 * (noise.end - time)), head.prepare(hidden))
+
+    change = (average(time + 1e-4) - average(time - 1e-4)) / 2e-4
+    expected = (average(time) - velocity - 0.2 * change).square().mean(-1).mean(0)
+    assert_close(head.loss(hidden, posterior, noise=noise), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"head_type": "flow", "solver": "rk4"}, "solver must be one of euler, midpoint, heun"),
+        ({"head_type": ["flow"]}, "head_type must be the name of a head"),
+        ({"head_type": "flow", "solver": "rk4"}, "solver must be one of euler, midpoint, heun, got 'rk4'"),
+        ({"head_type": "flow", "num_steps": None}, "num_steps must be a whole number, got None"),
+        ({"head_type": "flow", "num_steps": 2.5}, "num_steps must be a whole number, got 2.5"),
+        ({"head_type": "flow", "layer_norm_eps": -1.0}, "layer_norm_eps must be above 0"),
+        ({"head_type": "diffusion", "data_bound": float("nan")}, "data_bound must be a finite number"),
+        ({"head_type": "diffusion", "image_likelihood": 1}, "image_likelihood must be true or false"),
+        ({"head_type": "diffusion", "num_timesteps": 1}, "num_timesteps must be at least 2"),
+        ({"head_type": "diffusion", "sampler": "dpm", "num_steps": 1000}, "at most 967 for the sampler dpm"),
+        ({"head_type": "energy", "alpha": "1"}, "alpha must be a finite number, got '1'"),
         ({"head_type": "flow", "num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"head_type": "flow", "time_bins": -1}, "time_bins must be at least 0"),
         ({"head_type": "flow", "frequency_size": 7}, "frequency_size must be even"),
         ({"head_type": "diffusion", "sampler": "euler"}, "sampler must be one of ancestral, ddim, dpm"),
-        ({"head_type": "diffusion", "num_steps": 1001}, r"at most num_timesteps \(1000\), got 1001"),
+        ({"head_type": "diffusion", "num_steps": 1001}, "at most 1000 for the sampler ancestral of a"),
         ({"head_type": "diffusion", "data_bound": -1.0}, "data_bound must be at least 0"),
         ({"head_type": "diffusion", "steps": 10}, "no field 'steps'"),
         ({"head_type": "mean_flow", "instant_fraction": 1.5}, "instant_fraction must lie in"),
-        ({"head_type": "mean_flow", "weight_power": -1.0}, "weight_power must be at least 0"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

@@ -5,11 +5,12 @@ Step t = 0..T-1 adds noise: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t falli
 Shapes: N draws, P positions, Z latent size.
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ DiffusionSampler = Literal["ancestral", "ddim", "dpm"]
 _LARGEST_BETA = 0.999
 _COSINE_OFFSET = 0.008
 
+Number = Any  # A float, or a tensor of them.
+
 
 class Coefficients(NamedTuple):
-    """What one step, or each of many steps, multiplies with; shapes broadcast against (..., Z).
+    """What a step multiplies with: numbers for one step, or tensors (..., 1) for each of many.
 
     Args:
         signal: sqrt(a_t).
@@ -33,12 +36,17 @@ class Coefficients(NamedTuple):
         most: Logarithm of the largest variance, that of the step forwards.
     """
 
-    signal: Tensor
-    noise: Tensor
-    of_data: Tensor
-    of_point: Tensor
-    least: Tensor
-    most: Tensor
+    signal: Number
+    noise: Number
+    of_data: Number
+    of_point: Number
+    least: Number
+    most: Number
+
+    @staticmethod
+    def look_up(table: Tensor, steps: Tensor) -> "Coefficients":
+        """The coefficients of each of many steps, (...), from the table of a schedule."""
+        return Coefficients(*table.to(steps.device)[steps].unsqueeze(-2).unbind(-1))
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,11 @@ class NoiseSchedule:
     """Some or all steps of a diffusion.
 
     Args:
-        signals: a_t of each step, (S,), float64.
+        signals: a_t of each step.
         steps: Number of each step among all T, which the network is told.
     """
 
-    signals: Tensor
+    signals: tuple[float, ...]
     steps: tuple[int, ...]
 
     @staticmethod
@@ -60,51 +68,56 @@ class NoiseSchedule:
         def signal(time: float) -> float:
             return math.cos((time + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
 
-        kept = [
+        kept = (
             1 - min(1 - signal((t + 1) / num_timesteps) / signal(t / num_timesteps), _LARGEST_BETA)
             for t in range(num_timesteps)
-        ]
-        signals = torch.tensor(kept, dtype=torch.float64).cumprod(0)
-        return NoiseSchedule(signals, tuple(range(num_timesteps)))
+        )
+        return NoiseSchedule(tuple(itertools.accumulate(kept, operator.mul)), tuple(range(num_timesteps)))
 
-    def respaced(self, num_steps: int, least_signal: float = 0.0) -> "NoiseSchedule":
+    def with_signal(self, least: float) -> "NoiseSchedule":
+        """The steps with at least so much signal a_t, the first ones."""
+        count = sum(signal >= least for signal in self.signals)
+        return NoiseSchedule(self.signals[:count], self.steps[:count])
+
+    def respaced(self, num_steps: int) -> "NoiseSchedule":
         """The same diffusion in fewer steps, spread evenly from the first to the last.
-
-        Args:
-            num_steps: Number of steps S.
-            least_signal: Steps with a smaller a_t are left out, as if x_t were pure noise there.
 
         Raises:
             ValueError: If there are not so many steps.
         """
-        last = int((self.signals >= least_signal).sum()) - 1
+        last = len(self.steps) - 1
         if not 1 <= num_steps <= last + 1:
             raise ValueError(f"the number of steps must lie in 1..{last + 1}, got {num_steps}.")
         chosen = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
-        return NoiseSchedule(self.signals[chosen], tuple(self.steps[i] for i in chosen))
+        return NoiseSchedule(tuple(self.signals[i] for i in chosen), tuple(self.steps[i] for i in chosen))
 
-    def at(self, index: Tensor | int, device: torch.device | str = "cpu") -> Coefficients:
-        """Coefficients of the step at an index, or of a tensor of indices (...): each (..., 1), float32."""
-        rows = self._table[index.cpu() if isinstance(index, Tensor) else index].to(device)
-        return Coefficients(*rows.unsqueeze(-2).unbind(-1))
-
-    @cached_property
-    def _table(self) -> Tensor:
-        """(S, 6), in the order of Coefficients."""
-        now = self.signals
-        before = torch.cat([now.new_ones(1), now[:-1]])
+    def at(self, index: int) -> Coefficients:
+        """Coefficients of the step at an index."""
+        now = self.signals[index]
+        before = self.signals[index - 1] if index else 1.0
         beta = 1 - now / before
-        variance = beta * (1 - before) / (1 - now)
-        columns = Coefficients(
-            signal=now.sqrt(),
-            noise=(1 - now).sqrt(),
-            of_data=beta * before.sqrt() / (1 - now),
-            of_point=(1 - before) * (1 - beta).sqrt() / (1 - now),
-            # One single step has no variance backwards at all: nothing is added to its mean.
-            least=torch.cat([variance[1:2], variance[1:]] if len(now) > 1 else [beta]).log(),
-            most=beta.log(),
+        # The first step adds no noise backwards; a likelihood needs some, and takes that of the second.
+        least = self._variance(max(index, 1)) if len(self.signals) > 1 else beta
+        return Coefficients(
+            signal=math.sqrt(now),
+            noise=math.sqrt(1 - now),
+            of_data=beta * math.sqrt(before) / (1 - now),
+            of_point=(1 - before) * math.sqrt(1 - beta) / (1 - now),
+            least=math.log(least),
+            most=math.log(beta),
         )
-        return torch.stack(columns, dim=-1).float()
+
+    def table(self) -> Tensor:
+        """The coefficients of all steps, (S, 6), in their order."""
+        # Of numbers, not of tensors, so that no mode or default device it is made under stays with it.
+        rows = [list(self.at(index)) for index in range(len(self.signals))]
+        with torch.inference_mode(False):
+            return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+    def _variance(self, index: int) -> float:
+        """Variance of x_{t-1} given x_t and x_0."""
+        now, before = self.signals[index], self.signals[index - 1]
+        return (1 - now / before) * (1 - before) / (1 - now)
 
 
 def hybrid_loss(
@@ -112,6 +125,7 @@ def hybrid_loss(
     is_first_NP: Tensor,
     data_NPZ: Tensor,
     noise_NPZ: Tensor,
+    point_NPZ: Tensor,
     predicted_NPZ: Tensor,
     fraction_NPZ: Tensor,
     *,
@@ -119,19 +133,20 @@ def hybrid_loss(
 ) -> Tensor:
     """Squared error of the predicted noise, plus a bound on the likelihood that trains the variance, (N, P).
 
-    Both are means over Z; the bound is in bits, and its gradient reaches the variance alone.
+    Both are means over Z; the bound is in bits, and its gradient reaches the variance alone. It counts as one
+    step's share of the whole bound for any T, as in the released code.
 
     Args:
         step: Coefficients of the steps, (N, P, 1).
         is_first_NP: Where the step is the first, t = 0, whose term is a likelihood and no divergence.
         data_NPZ: x_0.
         noise_NPZ: The noise that was added.
+        point_NPZ: x_t.
         predicted_NPZ: The noise as predicted.
         fraction_NPZ: The predicted log-variance: -1 is the least, 1 the largest.
         as_image: Take the likelihood at t = 0 over the bins of an 8-bit image, as the released code does
             although latents are none. The density of the latent otherwise.
     """
-    point_NPZ = step.signal * data_NPZ + step.noise * noise_NPZ
     squared_NP = (predicted_NPZ - noise_NPZ).square().mean(-1)
     guess_NPZ = data_from_noise(step, point_NPZ, predicted_NPZ.detach())
     mean_NPZ = step.of_data * guess_NPZ + step.of_point * point_NPZ
@@ -187,7 +202,7 @@ def sample(
     """
     x, earlier = start, None
     for taken, index in enumerate(reversed(range(len(schedule.steps)))):
-        now = schedule.at(index, start.device)
+        now = schedule.at(index)
         noise, fraction = predict(x, schedule.steps[index])
         data = data_from_noise(now, x, noise)
         if bound is not None:
@@ -200,21 +215,21 @@ def sample(
             continue
         if index == 0:
             return data
-        then = schedule.at(index - 1, start.device)
+        then = schedule.at(index - 1)
         width = _log_ratio(then) - _log_ratio(now)
         slope = data
         if sampler == "dpm" and earlier is not None and index > 1:
             # Not in the last step, which is much wider than the one before: that would overshoot.
             previous_data, previous_width = earlier
             slope = data + width / (2 * previous_width) * (data - previous_data)
-        x = then.noise / now.noise * x - then.signal * torch.expm1(-width) * slope
+        x = then.noise / now.noise * x - then.signal * math.expm1(-width) * slope
         earlier = data, width
     return x
 
 
-def _log_ratio(step: Coefficients) -> Tensor:
-    """Half the logarithm of the signal-to-noise ratio."""
-    return step.signal.log() - step.noise.log()
+def _log_ratio(step: Coefficients) -> float:
+    """Half the logarithm of the signal-to-noise ratio of one step."""
+    return math.log(step.signal / step.noise)
 
 
 def _log_mass_of_bin(data: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

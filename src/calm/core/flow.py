@@ -6,7 +6,6 @@ Time runs from 0 (standard normal noise) to 1 (data). Shapes: N draws, P positio
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Solver = Literal["euler", "midpoint", "heun"]
@@ -62,10 +61,3 @@ def average_velocity_target(velocity: Tensor, change: Tensor, time_NP: Tensor, e
         end_NP: s >= t.
     """
     return velocity + (end_NP - time_NP).unsqueeze(-1) * change
-
-
-def draw_times(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str
-) -> Tensor:
-    """Times, uniform in [0, 1)."""
-    return torch.rand(shape, generator=generator, device=device)

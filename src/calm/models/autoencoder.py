@@ -92,7 +92,7 @@ class _Decoder(nn.Module):
 
     def chunk_states(self, latents_PZ: Tensor) -> Tensor:
         """What all tokens of a chunk have in common, shape (P, D)."""
-        hidden = self.inp(latents_PZ)
+        hidden = self.inp(latents_PZ.to(self.inp.weight.dtype))  # Heads may draw in float32 always.
         for block in self.blocks[: len(self.blocks) // 2]:
             hidden = block(hidden)
         return hidden

@@ -1,19 +1,75 @@
-"""The network of the heads that take several steps: a residual MLP whose norms time and hidden state shift
-and scale (adaptive layer norm; paper section 3.2).
+"""What the heads that take several steps share: a residual MLP whose norms time and hidden state shift and
+scale (adaptive layer norm; paper section 3.2), and what follows from having one.
 
-Shapes: N draws, P positions, D hidden size, Z latent size, F time frequencies.
+Shapes: N draws, P positions, D hidden size, Z latent size.
 """
 
 import math
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.core.random import Randomness, normal
 from calm.models.blocks import ZeroLinear
+from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
 
 _LONGEST_PERIOD = 10000.0
+
+
+@dataclass(kw_only=True)
+class AdaptiveHeadConfig(HeadConfig):
+    """Fields of every head with an adaptive network.
+
+    Args:
+        num_blocks: Residual blocks.
+        num_draws: Targets N of a position in the loss, each with times and noise of its own.
+        num_steps: Steps of a draw.
+        frequency_size: Sines and cosines of a time.
+        layer_norm_eps: Epsilon of the norms.
+    """
+
+    num_blocks: int = 2
+    num_draws: int = 8
+    num_steps: int = 1
+    frequency_size: int = 256
+    layer_norm_eps: float = 1e-6
+
+    outputs: ClassVar[int] = 1
+    """Vectors of latent size that the network gives."""
+    times: ClassVar[int] = 1
+    """Times that it takes."""
+    training_passes: ClassVar[int] = 3
+    """What training a target costs, in forward passes of the network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "num_blocks", "num_draws", "num_steps")
+        if self.frequency_size < 2 or self.frequency_size % 2:
+            raise ValueError(f"frequency_size must be even and at least 2, got {self.frequency_size}.")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
+
+    @property
+    def calls(self) -> int:
+        """Network calls of a draw."""
+        return self.num_steps
+
+    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+        """See `HeadConfig`; all steps of a draw are counted, and drawing all at once is assumed."""
+        square, blocks = hidden_size * hidden_size, self.num_blocks
+        of_times = self.times * (self.frequency_size * hidden_size + square)
+        of_norms = 3 * blocks * square + 2 * square
+        of_point = (1 + self.outputs) * latent_size * hidden_size + 2 * blocks * square
+        return HeadWork(
+            shared=square + self.calls * of_norms,  # Times are embedded once for all positions.
+            per_draw=self.calls * of_point,
+            training_shared=3 * square,
+            training_per_draw=self.training_passes * (of_times + of_norms + of_point),
+            training_draws=self.num_draws,
+        )
 
 
 class _TimeEmbedding(nn.Module):
@@ -49,40 +105,24 @@ class _Block(nn.Module):
         return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
 
 
-class AdaptiveNetwork(nn.Module):
-    """Points on the way from noise to latents, their times, and a condition -> one vector for each point.
+class _AdaptiveNetwork(nn.Module):
+    """Points on the way from noise to latents, their times, and a condition -> `outputs` vectors each."""
 
-    Args:
-        latent_size: Dimensions Z of a point.
-        out_size: Dimensions of what is predicted.
-        hidden_size: Width D, that of the condition too.
-        num_blocks: Residual blocks.
-        frequency_size: Sines and cosines F of a time.
-        eps: Epsilon of the norms.
-        num_times: Times that each point has.
-    """
-
-    def __init__(
-        self,
-        latent_size: int,
-        out_size: int,
-        hidden_size: int,
-        num_blocks: int,
-        frequency_size: int,
-        eps: float,
-        num_times: int = 1,
-    ) -> None:
+    def __init__(self, config: AdaptiveHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__()
-        self.times = nn.ModuleList(_TimeEmbedding(frequency_size, hidden_size) for _ in range(num_times))
+        eps = config.layer_norm_eps
+        self.times = nn.ModuleList(
+            _TimeEmbedding(config.frequency_size, hidden_size) for _ in range(config.times)
+        )
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(latent_size, hidden_size)
-        self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out_modulation = ZeroLinear(hidden_size, 2 * hidden_size)
-        self.out = ZeroLinear(hidden_size, out_size)
+        self.out = ZeroLinear(hidden_size, config.outputs * latent_size)
 
     def forward(self, x_NPZ: Tensor, times: tuple[Tensor, ...], condition_PD: Tensor) -> Tensor:
-        """What is predicted at every point, (N, P, out).
+        """What is predicted at every point, (N, P, outputs · Z), in the type of the points.
 
         Args:
             x_NPZ: Points.
@@ -90,40 +130,50 @@ class AdaptiveNetwork(nn.Module):
                 make of the norms is computed once for all draws of a position.
             condition_PD: What `condition_in` makes of the hidden states.
         """
-        dtype = self.inp.weight.dtype
         embedded = sum(embed(time) for embed, time in zip(self.times, times, strict=True))
         condition = F.silu(embedded + condition_PD)
-        hidden_NPD = self.inp(x_NPZ.to(dtype))
+        hidden_NPD = self.inp(x_NPZ.to(self.inp.weight.dtype))
         for block in self.blocks:
             hidden_NPD = block(hidden_NPD, condition)
         shift, scale = self.out_modulation(condition).chunk(2, dim=-1)
-        # Points stay in float32 whatever the weights are: many small steps are added up.
-        return self.out(self.out_norm(hidden_NPD) * (1 + scale) + shift).float()
+        return self.out(self.out_norm(hidden_NPD) * (1 + scale) + shift).to(x_NPZ.dtype)
+
+
+class AdaptiveHead(GenerativeHead):
+    """A head with an adaptive network.
+
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+    """
+
+    config: AdaptiveHeadConfig
+
+    def __init__(self, config: AdaptiveHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.config, self.latent_size = config, latent_size
+        self.network = _AdaptiveNetwork(config, hidden_size, latent_size)
+
+    def prepare(self, hidden_PD: Tensor) -> Tensor:
+        """The hidden state as the network takes it, (P, D)."""
+        return self.network.condition_in(hidden_PD)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """Layers that meet latents or times, which Muon leaves to AdamW."""
-        return [self.inp, self.out, *(cast(_TimeEmbedding, embed).inp for embed in self.times)]
+        """The layers that meet latents or times."""
+        network = self.network
+        return [network.inp, network.out, *(cast(_TimeEmbedding, embed).inp for embed in network.times)]
+
+    def starting_points(self, prepared_P: Tensor, num_draws: int, randomness: Randomness) -> Tensor:
+        """Standard normal noise, (N, P, Z)."""
+        dtype = _type_of_points(prepared_P)
+        return normal(num_draws, len(prepared_P), self.latent_size, randomness, prepared_P.device, dtype)
+
+    def recorded(self, noise: Tensor, prepared_P: Tensor) -> Tensor:
+        """Recorded noise in the type of points."""
+        return noise.to(_type_of_points(prepared_P))
 
 
-def adaptive_multiply_adds(
-    latent_size: int,
-    out_size: int,
-    hidden_size: int,
-    num_blocks: int,
-    frequency_size: int,
-    num_times: int = 1,
-) -> tuple[int, int, int, int]:
-    """Multiply-adds of the network: for a hidden state, for a time, for both together, for a point."""
-    square = hidden_size * hidden_size
-    return (
-        square,
-        num_times * (frequency_size * hidden_size + square),
-        3 * num_blocks * square + 2 * square,
-        (latent_size + out_size) * hidden_size + 2 * num_blocks * square,
-    )
-
-
-def check_frequencies(frequency_size: int) -> None:
-    """Raise ValueError unless there are as many sines as cosines."""
-    if frequency_size < 2 or frequency_size % 2:
-        raise ValueError(f"frequency_size must be even and at least 2, got {frequency_size}.")
+def _type_of_points(prepared_P: Tensor) -> torch.dtype:
+    """At least float32, whatever the weights are: many small steps are added up."""
+    return torch.promote_types(prepared_P.dtype, torch.float32)

@@ -6,9 +6,10 @@ Shapes: P positions, D hidden size, Z latent size, N draws.
 import abc
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,18 @@ class HeadConfig:
     head_type: str
 
     sampling_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that only say how a trained head is drawn from, so that they may change afterwards."""
+    """Fields that only say how a trained head is drawn from, so that they may change afterwards: then
+    the head's `config` is replaced, so it reads them anew for every draw."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of other types than the fields have; heads add their ranges.
+
+        Raises:
+            ValueError: If a value does not fit.
+        """
+        for name, kind in get_type_hints(type(self)).items():
+            if name in (field.name for field in dataclasses.fields(self)):
+                _check_type(name, getattr(self, name), kind)
 
     def work(self, hidden_size: int, latent_size: int) -> HeadWork:
         """What the head costs, for `calm flops` and equal budgets.
@@ -59,6 +71,22 @@ class HeadConfig:
             NotImplementedError: If the head does not say.
         """
         raise NotImplementedError(f"the operations of a '{self.head_type}' head are not known.")
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        fits, expected = value in get_args(kind), f"one of {', '.join(map(str, get_args(kind)))}"
+    elif kind is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, expected = is_number and math.isfinite(value), "a finite number"
+    elif kind is int:
+        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif kind in (bool, str):
+        fits, expected = isinstance(value, kind), {bool: "true or false", str: "a text"}[kind]
+    else:  # Only the head itself knows.
+        return
+    if not fits:
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def check_counts(config: HeadConfig, *names: str) -> None:
@@ -107,7 +135,7 @@ class GenerativeHead(nn.Module, abc.ABC):
         randomness: Randomness = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Independent draws of the next latent for prepared positions, shape (N, P, Z).
+        """Independent draws of the next latent for prepared positions, shape (N, P, Z), of any float type.
 
         Args:
             prepared_P: Positions as `prepare` gives them, or some of them.
@@ -156,6 +184,8 @@ def parse_head_config(values: dict[str, Any]) -> HeadConfig:
         ValueError: If the head or one of its fields is unknown, or a value is out of range.
     """
     head_type = values.get("head_type", "energy")
+    if not isinstance(head_type, str):
+        raise ValueError(f"head_type must be the name of a head, got {head_type!r}.")
     config_class, _ = _find_head(head_type)
     known = [field.name for field in dataclasses.fields(config_class)]
     for name in values:
@@ -170,7 +200,10 @@ def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
     Raises:
         ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
     """
+    known_fields = [field.name for field in dataclasses.fields(config)]
     for name in changes:
+        if name not in known_fields:
+            raise ValueError(f"the {config.head_type} head has no field '{name}'{_hint(name, known_fields)}")
         if name not in config.sampling_fields:
             known = ", ".join(config.sampling_fields) or "none"
             raise ValueError(

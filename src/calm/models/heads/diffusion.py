@@ -5,16 +5,15 @@ Shapes: N draws, P positions, D hidden size, Z latent size.
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calm.core.diffusion import DiffusionSampler, NoiseSchedule, hybrid_loss, sample
+from calm.core.diffusion import Coefficients, DiffusionSampler, NoiseSchedule, hybrid_loss, sample
 from calm.core.gaussian import DiagonalGaussian
-from calm.core.random import Randomness, normal
-from calm.models.heads.adaln import AdaptiveNetwork, adaptive_multiply_adds, check_frequencies
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
+from calm.core.random import Randomness
+from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
 
 # The deterministic samplers leave out steps with less signal: there the foreseen latent is an error of the
 # network divided by nearly zero, and nothing later makes up for a wrong start.
@@ -22,7 +21,7 @@ _LEAST_SIGNAL = 2.5e-3
 
 
 @dataclass(kw_only=True)
-class DiffusionHeadConfig(HeadConfig):
+class DiffusionHeadConfig(AdaptiveHeadConfig):
     """Fields of the diffusion head.
 
     Args:
@@ -41,39 +40,27 @@ class DiffusionHeadConfig(HeadConfig):
     """
 
     head_type: str = "diffusion"
-    num_blocks: int = 2
-    num_draws: int = 8
     num_timesteps: int = 1000
     sampler: DiffusionSampler = "ancestral"
     num_steps: int = 100
     data_bound: float = 8.0
     image_likelihood: bool = False
-    frequency_size: int = 256
-    layer_norm_eps: float = 1e-6
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("sampler", "num_steps", "data_bound")
+    outputs: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.sampler not in (samplers := get_args(DiffusionSampler)):
-            raise ValueError(f"sampler must be one of {', '.join(samplers)}, got '{self.sampler}'.")
-        check_counts(self, "num_blocks", "num_draws", "num_timesteps", "num_steps")
-        check_frequencies(self.frequency_size)
-        if self.num_steps > self.num_timesteps:
+        super().__post_init__()
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}.")
+        most = len(_usable_steps(self.num_timesteps, self.sampler).steps)
+        if self.num_steps > most:
             raise ValueError(
-                f"num_steps must be at most num_timesteps ({self.num_timesteps}), got {self.num_steps}."
+                f"num_steps must be at most {most} for the sampler {self.sampler} of a diffusion of "
+                f"{self.num_timesteps} steps, got {self.num_steps}."
             )
         if self.data_bound < 0:
             raise ValueError(f"data_bound must be at least 0, got {self.data_bound}.")
-
-    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
-        """See `HeadConfig`; the steps of a draw are counted."""
-        hidden, time, both, point = adaptive_multiply_adds(
-            latent_size, 2 * latent_size, hidden_size, self.num_blocks, self.frequency_size
-        )
-        steps = self.num_steps
-        return HeadWork(
-            hidden + steps * both, steps * point, 3 * hidden, 3 * (time + both + point), self.num_draws
-        )
 
 
 class DiffusionNoise(NamedTuple):
@@ -84,28 +71,14 @@ class DiffusionNoise(NamedTuple):
     step: Tensor
 
 
-class DiffusionHead(GenerativeHead):
-    """Sampler that removes noise, trained to predict it and its variance.
-
-    Args:
-        config: Fields of the head.
-        hidden_size: Width of the backbone D.
-        latent_size: Dimensions of a latent Z.
-    """
+class DiffusionHead(AdaptiveHead):
+    """Sampler that removes noise, trained to predict it and its variance."""
 
     config: DiffusionHeadConfig
 
     def __init__(self, config: DiffusionHeadConfig, hidden_size: int, latent_size: int) -> None:
-        super().__init__()
-        self.config, self.latent_size = config, latent_size
-        self.network = AdaptiveNetwork(
-            latent_size,
-            2 * latent_size,
-            hidden_size,
-            config.num_blocks,
-            config.frequency_size,
-            config.layer_norm_eps,
-        )
+        super().__init__(config, hidden_size, latent_size)
+        self._coefficients = NoiseSchedule.cosine(config.num_timesteps).table()
 
     def loss(
         self,
@@ -118,7 +91,7 @@ class DiffusionHead(GenerativeHead):
         if noise is None:
             noise = self._draw_noise(posterior_PZ, generator)
         data_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
-        step = _schedule(self.config.num_timesteps).at(noise.step, data_NPZ.device)
+        step = Coefficients.look_up(self._coefficients, noise.step)
         x_NPZ = step.signal * data_NPZ + step.noise * noise.added
         out = self.network(x_NPZ, (noise.step,), self.prepare(hidden_PD))
         predicted_NPZ, fraction_NPZ = out.chunk(2, dim=-1)
@@ -127,15 +100,12 @@ class DiffusionHead(GenerativeHead):
             noise.step == 0,
             data_NPZ,
             noise.added,
+            x_NPZ,
             predicted_NPZ,
             fraction_NPZ,
             as_image=self.config.image_likelihood,
         )
         return loss_NP.mean(0)
-
-    def prepare(self, hidden_PD: Tensor) -> Tensor:
-        """The hidden state as the network takes it, (P, D)."""
-        return self.network.condition_in(hidden_PD)
 
     def draw(
         self,
@@ -149,27 +119,28 @@ class DiffusionHead(GenerativeHead):
         Recorded noise is standard normal, (S, N, P, Z): the start, then that of each step but the last (which
         the deterministic samplers do not need).
         """
-        config, device = self.config, prepared_P.device
+        config = self.config
+        if noise is not None:
+            noise = self.recorded(noise, prepared_P)
 
-        def fresh() -> Tensor:
-            return normal(num_draws, len(prepared_P), self.latent_size, randomness, device)
-
-        def step_noise(taken: int) -> Tensor:
-            return fresh() if noise is None else noise[taken + 1]
+        def noise_number(number: int) -> Tensor:
+            if noise is not None:
+                return noise[number]
+            return self.starting_points(prepared_P, num_draws, randomness)
 
         def predict(x_NPZ: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            out = self.network(x_NPZ, (x_NPZ.new_tensor(step),), prepared_P)
-            predicted_NPZ, fraction_NPZ = out.chunk(2, dim=-1)
+            now = torch.full((), float(step), device=x_NPZ.device)
+            predicted_NPZ, fraction_NPZ = self.network(x_NPZ, (now,), prepared_P).chunk(2, dim=-1)
             return predicted_NPZ, fraction_NPZ
 
-        start = fresh() if noise is None else noise[0].float()
-        least_signal = 0.0 if config.sampler == "ancestral" else _LEAST_SIGNAL
-        schedule = _schedule(config.num_timesteps, config.num_steps, least_signal)
-        return sample(schedule, predict, start, config.sampler, step_noise, config.data_bound or None)
-
-    def boundary_layers(self) -> list[nn.Module]:
-        """See `GenerativeHead`."""
-        return self.network.boundary_layers()
+        return sample(
+            _usable_steps(config.num_timesteps, config.sampler).respaced(config.num_steps),
+            predict,
+            noise_number(0),
+            config.sampler,
+            lambda taken: noise_number(taken + 1),
+            config.data_bound or None,
+        )
 
     def _draw_noise(
         self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None
@@ -184,7 +155,7 @@ class DiffusionHead(GenerativeHead):
 
 
 @functools.cache
-def _schedule(num_timesteps: int, num_steps: int | None = None, least_signal: float = 0.0) -> NoiseSchedule:
-    """The cosine schedule, whole or in fewer steps."""
+def _usable_steps(num_timesteps: int, sampler: DiffusionSampler) -> NoiseSchedule:
+    """The steps among which a sampler's are spread."""
     whole = NoiseSchedule.cosine(num_timesteps)
-    return whole if num_steps is None else whole.respaced(num_steps, least_signal)
+    return whole if sampler == "ancestral" else whole.with_signal(_LEAST_SIGNAL)

@@ -41,6 +41,7 @@ class EnergyHeadConfig(HeadConfig):
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.alpha < 2:
             raise ValueError(f"alpha must lie in (0, 2), got {self.alpha}.")
         if self.num_draws < 2:

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calm.core.flow import CALLS_PER_STEP, Solver, solve, straight_path
 from calm.core.gaussian import DiagonalGaussian
-from calm.core.random import Randomness, normal
-from calm.models.heads.adaln import AdaptiveNetwork, adaptive_multiply_adds, check_frequencies
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
+from calm.core.random import Randomness
+from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
 
-_TIME_SCALE = 1000  # The network's sines are made for times of this range.
+_UNITS_OF_TIME = 1000  # From noise to data: the network's sines are made for numbers of this size.
 
 
 @dataclass(kw_only=True)
-class FlowHeadConfig(HeadConfig):
+class FlowHeadConfig(AdaptiveHeadConfig):
     """Fields of the flow-matching head.
 
     Args:
@@ -35,33 +34,21 @@ class FlowHeadConfig(HeadConfig):
     """
 
     head_type: str = "flow"
-    num_blocks: int = 2
-    num_draws: int = 8
     solver: Solver = "midpoint"
     num_steps: int = 4
     time_bins: int = 0
-    frequency_size: int = 256
-    layer_norm_eps: float = 1e-6
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("solver", "num_steps")
 
     def __post_init__(self) -> None:
-        if self.solver not in CALLS_PER_STEP:
-            raise ValueError(f"solver must be one of {', '.join(CALLS_PER_STEP)}, got '{self.solver}'.")
-        check_counts(self, "num_blocks", "num_draws", "num_steps")
-        check_frequencies(self.frequency_size)
+        super().__post_init__()
         if self.time_bins < 0:
             raise ValueError(f"time_bins must be at least 0, got {self.time_bins}.")
 
-    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
-        """See `HeadConfig`; the solver's steps are counted."""
-        hidden, time, both, point = adaptive_multiply_adds(
-            latent_size, latent_size, hidden_size, self.num_blocks, self.frequency_size
-        )
-        calls = self.num_steps * CALLS_PER_STEP[self.solver]
-        return HeadWork(
-            hidden + calls * both, calls * point, 3 * hidden, 3 * (time + both + point), self.num_draws
-        )
+    @property
+    def calls(self) -> int:
+        """Network calls of a draw."""
+        return self.num_steps * CALLS_PER_STEP[self.solver]
 
 
 class FlowNoise(NamedTuple):
@@ -72,28 +59,10 @@ class FlowNoise(NamedTuple):
     time: Tensor
 
 
-class FlowHead(GenerativeHead):
-    """Sampler that integrates a velocity field, trained by squared error.
-
-    Args:
-        config: Fields of the head.
-        hidden_size: Width of the backbone D.
-        latent_size: Dimensions of a latent Z.
-    """
+class FlowHead(AdaptiveHead):
+    """Sampler that integrates a velocity field, trained by squared error."""
 
     config: FlowHeadConfig
-
-    def __init__(self, config: FlowHeadConfig, hidden_size: int, latent_size: int) -> None:
-        super().__init__()
-        self.config, self.latent_size = config, latent_size
-        self.network = AdaptiveNetwork(
-            latent_size,
-            latent_size,
-            hidden_size,
-            config.num_blocks,
-            config.frequency_size,
-            config.layer_norm_eps,
-        )
 
     def loss(
         self,
@@ -104,15 +73,11 @@ class FlowHead(GenerativeHead):
     ) -> Tensor:
         """Mean squared error of the velocity at N points of every position, shape (P,)."""
         if noise is None:
-            noise = draw_flow_noise(self.config.num_draws, posterior_PZ, generator)
+            noise = self._draw_noise(posterior_PZ, generator)
         targets_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
-        predicted_NPZ = self.network(x_NPZ, (self._scaled(noise.time),), self.prepare(hidden_PD))
+        predicted_NPZ = self.network(x_NPZ, (self._in_units(noise.time),), self.prepare(hidden_PD))
         return (predicted_NPZ - velocity_NPZ).square().mean(-1).mean(0)
-
-    def prepare(self, hidden_PD: Tensor) -> Tensor:
-        """The hidden state as the network takes it, (P, D)."""
-        return self.network.condition_in(hidden_PD)
 
     def draw(
         self,
@@ -123,30 +88,24 @@ class FlowHead(GenerativeHead):
     ) -> Tensor:
         """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
         if noise is None:
-            noise = normal(num_draws, len(prepared_P), self.latent_size, randomness, prepared_P.device)
+            noise = self.starting_points(prepared_P, num_draws, randomness)
 
         def velocity(x_NPZ: Tensor, time: float) -> Tensor:
-            return self.network(x_NPZ, (self._scaled(x_NPZ.new_tensor(time)),), prepared_P)
+            now = torch.full((), time, device=x_NPZ.device)
+            return self.network(x_NPZ, (self._in_units(now),), prepared_P)
 
-        return solve(velocity, noise.float(), self.config.num_steps, self.config.solver)
+        return solve(velocity, self.recorded(noise, prepared_P), self.config.num_steps, self.config.solver)
 
-    def boundary_layers(self) -> list[nn.Module]:
-        """See `GenerativeHead`."""
-        return self.network.boundary_layers()
-
-    def _scaled(self, time: Tensor) -> Tensor:
+    def _in_units(self, time: Tensor) -> Tensor:
         bins = self.config.time_bins
-        return (bins * time).floor() if bins else _TIME_SCALE * time
+        # Heun's solver asks for the time 1 too, which is in no bin.
+        return (bins * time).floor().clamp_max(bins - 1) if bins else _UNITS_OF_TIME * time
 
-
-def draw_flow_noise(
-    num_draws: int, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None
-) -> FlowNoise:
-    """Fresh randomness of one loss."""
-    mean_PZ = posterior_PZ.mean
-    shape, device = (num_draws, *mean_PZ.shape), mean_PZ.device
-    return FlowNoise(
-        torch.randn(shape, generator=generator, device=device),
-        torch.randn(shape, generator=generator, device=device),
-        torch.rand(shape[:-1], generator=generator, device=device),
-    )
+    def _draw_noise(self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None) -> FlowNoise:
+        mean_PZ = posterior_PZ.mean
+        shape, device = (self.config.num_draws, *mean_PZ.shape), mean_PZ.device
+        return FlowNoise(
+            torch.randn(shape, generator=generator, device=device),
+            torch.randn(shape, generator=generator, device=device),
+            torch.rand(shape[:-1], generator=generator, device=device),
+        )

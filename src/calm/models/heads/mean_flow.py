@@ -6,23 +6,25 @@ says how it fares.
 Shapes: N draws, P positions, D hidden size, Z latent size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, func, nn
+from torch import Tensor, func
 
 from calm.core.flow import average_velocity_target, straight_path
 from calm.core.gaussian import DiagonalGaussian
-from calm.core.random import Randomness, normal
-from calm.models.heads.adaln import AdaptiveNetwork, adaptive_multiply_adds, check_frequencies
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
+from calm.core.random import Randomness
+from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
 
-_TIME_SCALE = 10  # The loss takes derivatives by time, which the fast sines of longer ranges would dominate.
+# From noise to data: the loss takes derivatives by time, and the network's fast sines would dominate them
+# if time ran to 1000.
+_UNITS_OF_TIME = 10
 
 
 @dataclass(kw_only=True)
-class MeanFlowHeadConfig(HeadConfig):
+class MeanFlowHeadConfig(AdaptiveHeadConfig):
     """Fields of the MeanFlow head.
 
     Args:
@@ -31,40 +33,21 @@ class MeanFlowHeadConfig(HeadConfig):
         num_draws: Targets N of a position in the loss, each with times and noise of its own.
         num_steps: Equal steps from noise to data; one is what it is trained for.
         instant_fraction: Share of targets with t = s, where the average velocity is the velocity.
-        weight_power: Targets are weighted by 1 / (squared error + 1e-3)^p, as the paper on MeanFlow does with
-            p = 1; in few dimensions that draws the common mode too often (tests/statistical/test_heads.py).
         frequency_size: Sines and cosines of a time.
         layer_norm_eps: Epsilon of the norms.
     """
 
     head_type: str = "mean_flow"
-    num_blocks: int = 2
-    num_draws: int = 8
-    num_steps: int = 1
     instant_fraction: float = 0.75
-    weight_power: float = 0.0
-    frequency_size: int = 256
-    layer_norm_eps: float = 1e-6
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("num_steps",)
+    times: ClassVar[int] = 2
+    training_passes: ClassVar[int] = 5  # torch takes two more forward passes for the derivative.
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_blocks", "num_draws", "num_steps")
-        check_frequencies(self.frequency_size)
+        super().__post_init__()
         if not 0 <= self.instant_fraction <= 1:
             raise ValueError(f"instant_fraction must lie in [0, 1], got {self.instant_fraction}.")
-        if self.weight_power < 0:
-            raise ValueError(f"weight_power must be at least 0, got {self.weight_power}.")
-
-    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
-        """See `HeadConfig`; the derivative along the path takes torch two more forward passes in training."""
-        hidden, time, both, point = adaptive_multiply_adds(
-            latent_size, latent_size, hidden_size, self.num_blocks, self.frequency_size, num_times=2
-        )
-        steps = self.num_steps
-        return HeadWork(
-            hidden + steps * both, steps * point, 3 * hidden, 5 * (time + both + point), self.num_draws
-        )
 
 
 class MeanFlowNoise(NamedTuple):
@@ -76,29 +59,10 @@ class MeanFlowNoise(NamedTuple):
     end: Tensor
 
 
-class MeanFlowHead(GenerativeHead):
-    """Single-step sampler that learns an average velocity.
-
-    Args:
-        config: Fields of the head.
-        hidden_size: Width of the backbone D.
-        latent_size: Dimensions of a latent Z.
-    """
+class MeanFlowHead(AdaptiveHead):
+    """Single-step sampler that learns an average velocity, trained by squared error."""
 
     config: MeanFlowHeadConfig
-
-    def __init__(self, config: MeanFlowHeadConfig, hidden_size: int, latent_size: int) -> None:
-        super().__init__()
-        self.config, self.latent_size = config, latent_size
-        self.network = AdaptiveNetwork(
-            latent_size,
-            latent_size,
-            hidden_size,
-            config.num_blocks,
-            config.frequency_size,
-            config.layer_norm_eps,
-            num_times=2,
-        )
 
     def loss(
         self,
@@ -107,7 +71,7 @@ class MeanFlowHead(GenerativeHead):
         generator: torch.Generator | None = None,
         noise: MeanFlowNoise | None = None,
     ) -> Tensor:
-        """Weighted squared error of the average velocity at N pairs of times a position, shape (P,)."""
+        """Mean squared error of the average velocity at N pairs of times of every position, shape (P,)."""
         if noise is None:
             noise = self._draw_noise(posterior_PZ, generator)
         targets_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
@@ -118,17 +82,11 @@ class MeanFlowHead(GenerativeHead):
             return self._average_velocity(x_NPZ, time_NP, noise.end, prepared_PD)
 
         # Along the path x moves with the velocity and t with 1; s stays.
-        predicted_NPZ, change_NPZ = func.jvp(  # type: ignore[misc]
+        predicted_NPZ, change_NPZ = _value_and_change(
             average, (x_NPZ, noise.time), (velocity_NPZ, torch.ones_like(noise.time))
         )
         target_NPZ = average_velocity_target(velocity_NPZ, change_NPZ.detach(), noise.time, noise.end)
-        error_NP = (predicted_NPZ - target_NPZ).square().mean(-1)
-        weight_NP = (error_NP.detach() + 1e-3) ** -self.config.weight_power
-        return (weight_NP * error_NP).mean(0)
-
-    def prepare(self, hidden_PD: Tensor) -> Tensor:
-        """The hidden state as the network takes it, (P, D)."""
-        return self.network.condition_in(hidden_PD)
+        return (predicted_NPZ - target_NPZ).square().mean(-1).mean(0)
 
     def draw(
         self,
@@ -139,19 +97,16 @@ class MeanFlowHead(GenerativeHead):
     ) -> Tensor:
         """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
         if noise is None:
-            noise = normal(num_draws, len(prepared_P), self.latent_size, randomness, prepared_P.device)
-        x_NPZ, steps = noise.float(), self.config.num_steps
+            noise = self.starting_points(prepared_P, num_draws, randomness)
+        x_NPZ, steps = self.recorded(noise, prepared_P), self.config.num_steps
         for step in range(steps):
-            time, end = x_NPZ.new_tensor(step / steps), x_NPZ.new_tensor((step + 1) / steps)
+            time, end = (torch.full((), t / steps, device=x_NPZ.device) for t in (step, step + 1))
             x_NPZ = x_NPZ + self._average_velocity(x_NPZ, time, end, prepared_P) / steps
         return x_NPZ
 
-    def boundary_layers(self) -> list[nn.Module]:
-        """See `GenerativeHead`."""
-        return self.network.boundary_layers()
-
     def _average_velocity(self, x_NPZ: Tensor, time: Tensor, end: Tensor, prepared_PD: Tensor) -> Tensor:
-        return self.network(x_NPZ, (_TIME_SCALE * time, _TIME_SCALE * (end - time)), prepared_PD)
+        times = (_UNITS_OF_TIME * time, _UNITS_OF_TIME * (end - time))
+        return self.network(x_NPZ, times, prepared_PD)
 
     def _draw_noise(self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None) -> MeanFlowNoise:
         mean_PZ = posterior_PZ.mean
@@ -165,3 +120,12 @@ class MeanFlowHead(GenerativeHead):
             start,
             torch.where(is_instant, start, end),
         )
+
+
+@torch.compiler.disable  # torch.compile cannot trace a forward derivative of layer norms.
+def _value_and_change(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The value of a function, and its derivative along a direction."""
+    value, change = func.jvp(function, at, along)  # type: ignore[misc]
+    return value, change
