@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import calm  # noqa: F401
 from calm.data.prepare import load_prepared
 from calm.evaluation.held_out import score_brier
 from calm.flops import Work, cost_of
@@ -67,7 +66,11 @@ def main():
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    arguments.heads = ["energy", *(name for name in arguments.heads if name != "energy")]
     arguments.output.mkdir(parents=True, exist_ok=True)
+    seeds = [seed_of(run) for run in arguments.runs]
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"the runs must have different seeds, got {', '.join(seeds)}.")
     recipes = [recipe_with(run, None) for run in arguments.runs]
     per_step = {name: operations(arguments.runs[0], name) for name in arguments.heads}
     seconds = step_times(arguments)
@@ -87,11 +90,16 @@ def main():
             if abs(equal["time"] / equal["operations"] - 1) <= 0.05:
                 equal = {"both": equal["operations"]}
             for what, number in equal.items():
-                folder = arguments.output / f"{run.parent.name}_{name}_{what}"
+                folder = arguments.output / f"{seed_of(run)}_{name}_{what}"
                 model = run / "model" if name == "energy" else trained(run, name, number, folder)
                 rows += scored(model, run, name, what, number, arguments.output)
     speeds = draw_speeds(arguments, rows)
     report(rows, speeds, arguments.output)
+
+
+def seed_of(run):
+    """A name for a run: the seed of its recipe."""
+    return f"seed{read_recipe(str(run / RECIPE)).seed}"
 
 
 def recipe_with(run, head, steps=None):
@@ -123,10 +131,10 @@ def operations(run, name):
 
 def step_times(arguments):
     """Median seconds of an optimizer step of each head, taken in turns."""
-    path = arguments.output / "step_times.json"
+    run = arguments.runs[0]
+    path = arguments.output / f"step_times_{seed_of(run)}_{'_'.join(arguments.heads)}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    run = arguments.runs[0]
     recipe = recipe_with(run, None)
     training = recipe.language_model.training
     blocks = load_prepared(Path(recipe.data.source_list[0])).blocks(
@@ -158,7 +166,7 @@ def trained(run, name, steps, folder):
 
 def scored(folder, run, name, what, steps, output):
     """BrierLM of a model, drawn from in each way; kept in a file."""
-    path = output / f"{run.parent.name}_{name}_{what}.json"
+    path = output / f"{seed_of(run)}_{name}_{what}.json"
     if path.is_file():
         return json.loads(path.read_text())
     recipe = read_recipe(str(run / RECIPE))
@@ -170,7 +178,7 @@ def scored(folder, run, name, what, steps, output):
         model.change_sampling(**way)
         result = score_brier(model, blocks)
         rows.append(
-            {"seed": run.parent.name, "head": name, "equal": what, "steps": steps, "way": way}
+            {"seed": seed_of(run), "head": name, "equal": what, "steps": steps, "way": way}
             | {"folder": str(folder), "brier_lm": result.brier_lm, "error": result.brier_lm_error}
             | {"means": result.means, "windows": result.num_chunks}
         )
@@ -222,7 +230,8 @@ def scores_of(rows, what):
     """BrierLM of every seed, and the steps, at one of the budgets."""
     chosen = [row for row in rows if row["equal"] in (what, "both")]
     scores = ", ".join(f"{row['brier_lm']:.2f} ± {row['error']:.2f}" for row in chosen)
-    return f"{scores} ({chosen[0]['steps']} steps)"
+    steps = ", ".join(sorted({str(row["steps"]) for row in chosen}))
+    return f"{scores} ({steps} steps)"
 
 
 if __name__ == "__main__":

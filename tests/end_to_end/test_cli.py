@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from calm.cli import main
+from calm.models.calm import CalmForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -127,6 +128,12 @@ def test_import(tmp_path, capsys):
     main(["import", "--autoencoder", str(case / "autoencoder"), "--model", str(case / "calm"),
           "--out", str(tmp_path / "out")])  # fmt: skip
     assert "energy head, K = 4" in capsys.readouterr().out
+    for head in ("flow", "diffusion"):
+        folder, out = FIXTURES / f"{head}_k4", tmp_path / head
+        main(["import", "--autoencoder", str(folder / "autoencoder"), "--model", str(folder / "calm"),
+              "--out", str(out)])  # fmt: skip
+        assert f"{head} head, K = 4" in capsys.readouterr().out
+        assert CalmForCausalLM.from_pretrained(out).config.head.num_steps in (10, 100)
     assert "is not empty" in failure(
         capsys,
         "import",
@@ -153,6 +160,13 @@ def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
         capsys, "import", "--autoencoder", k4 / "autoencoder", "--model", tmp_path / "torn/calm", "--out", out
     )
     assert "truncated or damaged" in message
+    config = json.loads((k4 / "calm/config.json").read_text())
+    config.pop("noise_size")
+    (tmp_path / "torn/calm/config.json").write_text(json.dumps(config))
+    message = failure(
+        capsys, "import", "--autoencoder", k4 / "autoencoder", "--model", tmp_path / "torn/calm", "--out", out
+    )
+    assert "lack the field 'noise_size'" in message
     assert not out.exists()
 
 

@@ -74,7 +74,13 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
         InputError: If a file is missing or damaged, or the two do not belong together.
     """
     ae_config, lm_config = _read_config(autoencoder), _read_config(model)
-    config = _convert_config(ae_config, lm_config, model)
+    try:
+        config = _convert_config(ae_config, lm_config, model)
+    except KeyError as error:
+        raise InputError(
+            f"the configurations in '{autoencoder}' and '{model}' lack the field {error}; "
+            "give the two folders as they were released."
+        ) from error
     head_names = _ENERGY_HEAD_NAMES if config.head.head_type == "energy" else _ADAPTIVE_HEAD_NAMES
     weights = {f"autoencoder.{name}": tensor for name, tensor in _autoencoder_weights(autoencoder).items()}
     for name, tensor in _read_weights(model).items():
@@ -153,11 +159,14 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
 def _convert_head(head_type: str, lm: dict[str, Any]) -> dict[str, Any]:
     """The head's fields; what the released code fixes, its checkpoints do not say."""
     fields = {"head_type": head_type, "num_blocks": lm["num_mlp_layers"], "num_draws": lm["num_samples"]}
+    fields["layer_norm_eps"] = 1e-6
     if head_type == "energy":
         return fields | {"noise_size": lm["noise_size"], "num_posterior_draws": 100, "alpha": lm["beta"]}
+    fields["frequency_size"] = 256
     if head_type == "flow":
         return fields | {"solver": "midpoint", "num_steps": 10, "time_bins": 1000}
-    return fields | {"num_steps": 100, "data_bound": 0.0, "image_likelihood": True}
+    fields |= {"num_timesteps": 1000, "sampler": "ancestral", "num_steps": 100}
+    return fields | {"data_bound": 0.0, "image_likelihood": True}
 
 
 def _autoencoder_weights(folder: Path) -> dict[str, Tensor]:
