@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.blocks import ZeroLinear
-from calm.models.heads import GenerativeHead, build_head, parse_head_config
+from calm.models.heads import GenerativeHead, build_head, parse_head_config, with_sampling
 
 SIZE, LATENT, STD = 32, 4, 0.2
 MODE = torch.tensor([1.5, -1.0, 1.0, 0.5])  # The other mode is its mirror image.
@@ -58,27 +58,33 @@ class GuessingHead(GenerativeHead):
         return prepared_P + STD * torch.randn((num_draws, *prepared_P.shape), generator=randomness)
 
 
-# Fields of each head, and the least share of draws that must lie near a mode.
+# Fields of each head, ways to draw from it, and the least share of draws that must lie near a mode.
 HEADS = {
-    "energy": ({"head_type": "energy", "noise_size": 8, "num_posterior_draws": 0}, 0.9),
-    "flow": ({"head_type": "flow", "num_steps": 10}, 0.98),
-    "diffusion": ({"head_type": "diffusion", "num_steps": 100}, 0.98),
-    "diffusion, ddim": ({"head_type": "diffusion", "num_steps": 25, "sampler": "ddim"}, 0.98),
-    "diffusion, dpm": ({"head_type": "diffusion", "num_steps": 15, "sampler": "dpm"}, 0.98),
-    "mean_flow": ({"head_type": "mean_flow", "num_draws": 2}, 0.6),  # One call, and an experiment.
+    "energy": ({"noise_size": 8, "num_posterior_draws": 0}, [{}], 0.9),
+    "flow": ({}, [{"num_steps": 10}, {"solver": "heun", "num_steps": 10}], 0.98),
+    "diffusion": (
+        {},
+        [{"num_steps": 100}, {"num_steps": 25, "sampler": "ddim"}, {"num_steps": 15, "sampler": "dpm"}],
+        0.98,
+    ),
+    "mean_flow": ({"num_draws": 4}, [{"num_steps": 1}], 0.6),  # One call, and an experiment.
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_two_modes_are_recovered(name):
-    fields, least = HEADS[name]
-    head = build_head(parse_head_config(fields), SIZE, LATENT)
-    near, share = near_modes(trained(head).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
-    assert (near > least).all(), near
-    # The sampling error of a share is 0.007.
-    assert (share - SHARES).abs().max() < 0.05, share
+@pytest.mark.parametrize("head_type", HEADS)
+def test_two_modes_are_recovered(head_type):
+    fields, ways, least = HEADS[head_type]
+    config = parse_head_config({"head_type": head_type, **fields})
+    head = trained(build_head(config, SIZE, LATENT))
+    for way in ways:
+        head.config = with_sampling(config, way)
+        draws = head.sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2))
+        near, share = near_modes(draws)
+        assert (near > least).all(), (way, near)
+        # The sampling error of a share is 0.007; the rest is what training left.
+        assert (share - SHARES).abs().max() < 0.05, (way, share)
 
 
 def test_squared_error_finds_no_mode():
     near, _ = near_modes(trained(GuessingHead()).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
-    assert (near < 0.1).all()
+    assert (near < 0.4).all()
