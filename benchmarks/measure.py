@@ -1,0 +1,86 @@
+"""What the benchmarks share: timing in turns, peak memory, and the rate of matrix products here."""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+
+def in_turns(functions, rounds=7):
+    """Seconds of each function, called in turns after one round to warm up.
+
+    Machines are noisy: what is compared must run in one process, one after the other.
+    """
+    times = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times, reference):
+    """For each function: median seconds, and the median, least and largest ratio to the reference's round."""
+    rows = {}
+    for name, seconds in times.items():
+        by_round = [theirs / own for own, theirs in zip(seconds, times[reference], strict=True)]
+        rows[name] = statistics.median(seconds), statistics.median(by_round), min(by_round), max(by_round)
+    return rows
+
+
+def peak_memory(function, *arguments):
+    """Bytes that a function of this module's importer takes at most, in a process of its own.
+
+    Args:
+        function: A function at the top of a module; called as `prepare = function(*arguments)`, and what it
+            returns is called without arguments. Memory is counted from between the two.
+        *arguments: Plain values.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure, args=(queue, function, arguments))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def _measure(queue, function, arguments):
+    run = function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        queue.put(torch.cuda.max_memory_allocated() - before)
+        return
+    before = _resident()
+    run()
+    queue.put(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+
+
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def matrix_rate(size=2048, rounds=5):
+    """Floating-point operations per second of a square matrix product in float32: the best of some rounds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    seconds = min(in_turns({"product": lambda: left @ right}, rounds)["product"])
+    return 2 * size**3 / seconds
+
+
+def machine():
+    """One line on what this ran on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"

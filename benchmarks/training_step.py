@@ -1,0 +1,126 @@
+"""What does a whole training step cost: forward, backward, clipping and optimizer?
+
+    python benchmarks/training_step.py
+
+Ours, with the published M posterior draws and with the posterior integrated out, against the same model whose
+head is written the obvious way: the condition joined to every draw, all differences of the energy loss in
+memory. Times in turns, peak memory each in a process of its own, operations as `calm flops` counts them for
+our way.
+"""
+
+import argparse
+
+import torch
+from energy import literal as literal_energy_loss
+from measure import in_turns, machine, matrix_rate, peak_memory, ratios
+from torch.nn import functional
+
+from calm.flops import Work, cost_of
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.heads.energy import EnergyHead, EnergyNoise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class LiteralHead(EnergyHead):
+    """The same head and loss as one would first write them."""
+
+    def loss(self, hidden_PD, posterior_PZ, generator=None, noise=None):
+        """See `GenerativeHead`."""
+        condition = self.condition_norm(self.condition_in(hidden_PD)).expand(self.config.num_draws, -1, -1)
+        x = self.noise_norm(self.noise_in(noise.head))
+        for block in self.blocks:
+            merged = block.merge(torch.cat([block.norm(x), condition], dim=-1))
+            gate, up = block.gate_and_up(functional.silu(block.hidden(functional.silu(merged)))).chunk(
+                2, dim=-1
+            )
+            x = x + block.down(functional.silu(gate) * up)
+        draws = self.out(functional.silu(self.out_hidden(self.out_norm(x))))
+        targets = posterior_PZ.sample(self.config.num_posterior_draws, noise=noise.posterior)
+        return literal_energy_loss(draws, targets, self.config.alpha)
+
+
+def config(num_targets):
+    """5.8M trained parameters; 6.6M with the autoencoder."""
+    return CalmConfig(
+        autoencoder_config=CalmAutoencoderConfig(
+            vocab_size=4096, chunk_size=4, latent_size=64, hidden_size=128, intermediate_size=320
+        ),
+        backbone_config={
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+        },
+        head_config={"head_type": "energy", "num_blocks": 2, "num_posterior_draws": num_targets},
+    )
+
+
+def step(name, batch, tokens, compiled=False):
+    """A function that takes a training step of one kind and returns its loss."""
+    torch.manual_seed(0)
+    model = CalmForCausalLM(config(0 if name == "integrated" else 100)).to(DEVICE).train()
+    with torch.no_grad():
+        model.head.out.weight.normal_(std=0.02)
+    if name == "literal":
+        model.head.__class__ = LiteralHead
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(4, 4096, (batch, tokens), device=DEVICE)
+    positions = batch * (tokens // 4 - 1)
+    forward = torch.compile(model) if compiled else model
+
+    def run():
+        noise = EnergyNoise(
+            torch.rand(8, positions, 64, device=DEVICE) - 0.5,
+            torch.randn(100, positions, 64, device=DEVICE),
+        )
+        optimizer.zero_grad()
+        loss = forward(ids, labels=ids, noise=noise).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def main():
+    """Print a line for each way."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="add our way under torch.compile")
+    arguments = parser.parse_args()
+    sizes = arguments.batch, arguments.tokens
+    ways = {name: (name, *sizes) for name in ("literal", "ours", "integrated")}
+    if arguments.compile:
+        ways["compiled"] = ("ours", *sizes, True)
+        ways["integrated, compiled"] = ("integrated", *sizes, True)
+    steps = {name: step(*way) for name, way in ways.items()}
+    for name in ("literal", "ours"):
+        torch.manual_seed(1)
+        print(f"{name}: loss of the first step {steps[name]():.5f}")
+    table = ratios(in_turns(steps, arguments.rounds), "literal")
+    memory = {name: peak_memory(step, *way) for name, way in ways.items()}
+    operations = sum(cost_of(config(100), Work(arguments.tokens // 4)).training.values())
+    operations *= arguments.batch * arguments.tokens
+    rate = matrix_rate()
+    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {operations / 1e9:.0f} GFLOP a step of ours, ")
+    print(f"matrix products alone reach {rate / 1e9:.0f} GFLOP/s")
+    print("| way | ms | times as fast | tokens/s | of the matrix rate | memory |\n|---|---|---|---|---|---|")
+    for name, (seconds, ratio, least, most) in table.items():
+        print(
+            f"| {name} | {1000 * seconds:.0f} | {ratio:.2f} ({least:.2f} to {most:.2f}) | "
+            f"{sizes[0] * sizes[1] / seconds:,.0f} | {operations / seconds / rate:.0%} | "
+            f"{memory[name] / 2**20:.0f} MiB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
