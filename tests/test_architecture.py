@@ -29,7 +29,17 @@ LEVELS = {
 }
 MOST_LINES = 400
 # torch and what it needs itself, the standard library, and core.
-ALLOWED_IN_CORE = {"torch", "math", "itertools", "dataclasses", "collections", "hashlib", "typing", "calm"}
+ALLOWED_IN_CORE = {
+    "operator",
+    "torch",
+    "math",
+    "itertools",
+    "dataclasses",
+    "collections",
+    "hashlib",
+    "typing",
+    "calm",
+}
 
 
 def room_of(path: Path) -> str:

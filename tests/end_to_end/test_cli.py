@@ -28,6 +28,10 @@ def test_train_made_a_self_contained_folder(room):
     history = json.loads((room / "run/history.json").read_text())
     assert any("eval_token_accuracy" in entry for entry in history["autoencoder"])
     assert any("eval_brier_lm" in entry for entry in history["language_model"])
+    for stage in history.values():
+        logged = [entry for entry in stage if "loss" in entry]
+        assert logged[-1]["tokens_per_second"] > 0 and logged[-1]["memory_gib"] > 0.1
+        assert 0 < logged[-1]["utilisation"] < 1
 
 
 def test_generate(room, capsys):

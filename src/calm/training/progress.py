@@ -13,7 +13,8 @@ class ProgressLines(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+            speed = {"tokens/s": f"{logs['tokens_per_second']:,.0f}"} if "tokens_per_second" in logs else {}
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", **speed)
         figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if figures:
             text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())

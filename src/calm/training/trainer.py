@@ -25,6 +25,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
+from calm.training.speed import Speed, training_flops
 
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
@@ -71,6 +72,14 @@ class ChunkTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLines)
+        context = blocks[0]["input_ids"].shape[-1]
+        self._speed = Speed(
+            settings.batch_size * settings.gradient_accumulation * context,
+            training_flops(model.config, context),
+            self.args.device,
+            torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        )
+        self.add_callback(self._speed)
 
     def train_or_resume(self) -> None:
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation."""
@@ -97,13 +106,20 @@ class ChunkTrainer(Trainer):
         assert self.lr_scheduler is not None
         return self.lr_scheduler
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log figures; with a training loss, how fast training runs as well."""
+        if "loss" in logs:
+            logs |= self._speed.read(self.state.global_step)
+        super().log(logs, start_time)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Score the model on held-out text and log the figures."""
         was_training = self._network.training
         self._network.eval()
-        scores = self.score(self._network, self.eval_dataset)
+        with self._speed.pause():
+            scores = self.score(self._network, self.eval_dataset)
         self._network.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)

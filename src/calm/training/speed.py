@@ -1,0 +1,87 @@
+"""How fast training runs: tokens a second, use of the machine, memory."""
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, TrainerCallback
+
+from calm.errors import InputError
+from calm.flops import Work, autoencoder_training_flops, cost_of
+from calm.models.configuration import CalmAutoencoderConfig
+
+
+class Speed(TrainerCallback):
+    """Figures of training since they were last asked for.
+
+    Args:
+        tokens: Tokens of an optimizer step on this device.
+        flops: Operations per token, if they are known.
+        device: Where training runs.
+        dtype: Type of its matrix products.
+    """
+
+    def __init__(self, tokens: int, flops: float | None, device: torch.device, dtype: torch.dtype) -> None:
+        self._tokens, self._flops, self._device, self._dtype = tokens, flops, device, dtype
+        self._step, self._since = 0, time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training begins, or goes on behind a step."""
+        self._step, self._since = state.global_step, time.perf_counter()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """Tokens per second and device, share of the measured matrix rate, and peak memory in GiB."""
+        seconds, steps = time.perf_counter() - self._since, step - self._step
+        self._step, self._since = step, time.perf_counter()
+        if steps < 1:
+            return {}
+        rate = steps * self._tokens / seconds
+        figures = {"tokens_per_second": round(rate, 1), "memory_gib": round(_peak_memory(self._device), 3)}
+        if self._flops:
+            share = rate * self._flops / matrix_rate(self._device, self._dtype)
+            figures["utilisation"] = round(share, 4)
+        return figures
+
+
+def training_flops(config: PreTrainedConfig, context: int) -> float | None:
+    """Operations per token of training a model on blocks of `context` tokens; None if they are not known."""
+    if isinstance(config, CalmAutoencoderConfig):
+        return autoencoder_training_flops(config)
+    try:
+        return sum(cost_of(config, Work(context // getattr(config, "chunk_size", 1))).training.values())
+    except InputError:
+        return None
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product here: what training can at most reach."""
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        # Reading a number waits for the device.
+        (matrix @ matrix)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Of the device, or of this process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
