@@ -140,6 +140,7 @@ def step_times(arguments):
     blocks = load_prepared(Path(recipe.data.source_list[0])).blocks(
         "train", chunk_size=recipe.chunk_size, block_size=recipe.data.context
     )[: training.batch_size]
+    del blocks["document_ids"]  # Of use for scores only.
     states = {}
     for name in arguments.heads:
         model = CalmForCausalLM(config_of(run, name)).train()

@@ -165,6 +165,17 @@ def test_positions_restart_at_documents_and_blocks_only(documents, chunk_size, c
     assert number == len(documents)
 
 
+def test_a_document_keeps_its_number_where_a_block_cuts_it():
+    blocks = blocks_of([[5, 6, 7, 8, 9], [7]], [11, 23], chunk_size=1, block_size=4)
+    assert blocks["document_ids"].tolist() == [[11, 11, 11, 11], [11, 11, 23, 23]]
+
+
+def test_a_packed_chunk_belongs_to_the_document_in_which_it_begins():
+    blocks = blocks_of([[5, 6, 7, 8], [7, 7]], [4, 9], chunk_size=2, block_size=4, layout="packed")
+    assert blocks["input_ids"].tolist() == [[5, 6, 7, 8], [1, 7, 7, 1]]
+    assert blocks["document_ids"].tolist() == [[4, 4], [4, 9]]
+
+
 @quick
 @given(documents=documents_of, **sizes)
 def test_packed_has_padding_only_at_the_end_of_the_last_block(documents, chunk_size, chunks, seed):

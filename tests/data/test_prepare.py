@@ -244,7 +244,7 @@ def test_a_damaged_folder_is_not_loaded(lost, source, tmp_path):
 def test_blocks_hold_the_documents_of_the_split(layout, source, tmp_path):
     data = prepare_here(source, tmp_path / "out", validation_fraction=0.2)
     blocks = data.blocks("validation", chunk_size=4, block_size=32, layout=layout)
-    assert set(blocks.column_names) == {"input_ids", "labels", "position_ids"}
+    assert set(blocks.column_names) == {"input_ids", "labels", "position_ids", "document_ids"}
     labels = blocks[:]["labels"]
     assert isinstance(labels, torch.Tensor) and labels.shape[1] == 32
     assert blocks[:]["position_ids"].shape == (len(blocks), 8)

@@ -213,3 +213,20 @@ def test_batches_hold_the_first_blocks_in_order(num_blocks, expected):
     batches = list(batches_of(blocks, num_blocks))
     assert torch.cat([batch["input_ids"] for batch in batches])[:, 0].tolist() == list(range(expected))
     assert max(len(batch["input_ids"]) for batch in batches) <= 8
+
+
+def test_parts_of_a_document_in_two_batches_are_one_document():
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, 8, (4, 12), generator=generator) for _ in range(2)]
+    blocks = [block_of(*text.tolist()) for text in texts]
+    for block in blocks:
+        block["document_ids"] = torch.arange(4).unsqueeze(-1).expand(4, 3)
+
+    def score(blocks):
+        return evaluate(Sampler(lambda target, *_: torch.full_like(target, 5)), *blocks)
+
+    whole = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    assert score(blocks).errors == pytest.approx(score([whole]).errors)
+    apart = [block | {"document_ids": block["document_ids"] + 4 * i} for i, block in enumerate(blocks)]
+    assert score(apart).means == score(blocks).means
+    assert score(apart).errors != pytest.approx(score(blocks).errors)

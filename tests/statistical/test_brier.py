@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from calm.core.brier import (
-    BrierSums,
+    DocumentSums,
     brier_lm,
     brier_lm_error,
     brier_scores,
@@ -141,26 +141,30 @@ def test_errors_take_the_documents_into_account():
     generator = torch.Generator().manual_seed(0)
     once = torch.rand(50, 4, generator=generator, dtype=torch.float64)
     document = torch.arange(50)
-    single = BrierSums.of_scores(once, document)
-    many = BrierSums.of_scores(once.repeat_interleave(7, 0), document.repeat_interleave(7))
-    assert_close(many.covariance_KK, single.covariance_KK)
-    assert_close(single.covariance_KK.diagonal(), once.var(0) / 50)
+    single = DocumentSums.of_positions(once, document)
+    many = DocumentSums.of_positions(once.repeat_interleave(7, 0), document.repeat_interleave(7))
+    assert_close(many.covariance_XX, single.covariance_XX)
+    assert_close(single.covariance_XX.diagonal(), once.var(0) / 50)
 
 
 def test_parts_add_up_to_the_whole():
     generator = torch.Generator().manual_seed(1)
     scores, document = torch.rand(90, 4, generator=generator), torch.arange(90) // 4
-    whole = BrierSums.of_scores(scores, document)
-    parts = BrierSums.of_scores(scores[:40], document[:40]) + BrierSums.of_scores(scores[40:], document[40:])
-    for one, other in zip(whole.as_tensors(), parts.as_tensors(), strict=True):
+    whole = DocumentSums.of_positions(scores, document)
+    # The cut at 42 parts a document: its two halves are one document again.
+    cuts = [(0, 42), (42, 60), (60, 90)]
+    parts = [DocumentSums.of_positions(scores[a:b], document[a:b]) for a, b in cuts]
+    joined = DocumentSums.joined(parts)
+    for one, other in zip(vars(whole).values(), vars(joined).values(), strict=True):
         assert_close(one, other)
-    assert_close(whole.means_K, scores.double().mean(0))
+    assert whole.num_positions == 90 and len(whole.count_D) == 23
+    assert_close(whole.means_X, scores.double().mean(0))
 
 
 def test_no_error_of_a_single_document_or_of_a_zero():
-    one = BrierSums.of_scores(torch.rand(5, 4), torch.zeros(5, dtype=torch.long))
-    assert one.covariance_KK.isnan().all()
-    assert math.isnan(brier_lm_error(one.means_K, one.covariance_KK))
+    one = DocumentSums.of_positions(torch.rand(5, 4), torch.zeros(5, dtype=torch.long))
+    assert one.covariance_XX.isnan().all()
+    assert math.isnan(brier_lm_error(one.means_X, one.covariance_XX))
     assert math.isnan(brier_lm_error(torch.tensor([0.5, 0.2, 0.0, 0.1]), torch.eye(4)))
 
 

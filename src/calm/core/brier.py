@@ -138,72 +138,67 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class BrierSums:
-    """All that means and standard errors need, as sums: parts of a text add up to the whole.
+class DocumentSums:
+    """Sums over each document of figures of its positions: what means and standard errors need.
 
-    Scores of one document (or of the part of it in one block) depend on each other, so the errors are
-    those of a sample of documents: with s_d the sum of the n_d scores of a document and
-    m = sum s_d / sum n_d, the covariance of m is estimated by
-    D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
+    Figures of one document depend on each other, so the errors are those of a sample of documents:
+    with s_d the sum of the n_d figures of a document and m = sum s_d / sum n_d, the covariance of m is
+    estimated by D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
 
     Args:
-        num_scores: Scored positions, sum of n_d.
-        num_documents: Documents D.
-        total_K: Sum of s_d.
-        products_KK: Sum of s_d s_d^T.
-        weighted_K: Sum of n_d s_d.
-        squares: Sum of n_d^2.
+        document_D: A number for each document.
+        count_D: Positions n_d.
+        total_DX: Sums s_d of X figures.
     """
 
-    num_scores: Tensor
-    num_documents: Tensor
-    total_K: Tensor
-    products_KK: Tensor
-    weighted_K: Tensor
-    squares: Tensor
+    document_D: Tensor
+    count_D: Tensor
+    total_DX: Tensor
 
     @staticmethod
-    def of_scores(scores_PK: Tensor, document_P: Tensor) -> "BrierSums":
+    def of_positions(figures_PX: Tensor, document_P: Tensor) -> "DocumentSums":
         """Sums of some positions.
 
         Args:
-            scores_PK: Scores.
-            document_P: A number for the document of each position.
+            figures_PX: Figures of each position.
+            document_P: The number of its document.
         """
-        scores_PK = scores_PK.double().cpu()
-        _, index_P, count_D = torch.unique(document_P.cpu(), return_inverse=True, return_counts=True)
-        sums_DK = scores_PK.new_zeros(len(count_D), scores_PK.shape[1]).index_add(0, index_P, scores_PK)
-        count_D = count_D.double()
-        return BrierSums(
-            num_scores=count_D.sum(),
-            num_documents=torch.tensor(float(len(count_D)), dtype=torch.float64),
-            total_K=sums_DK.sum(0),
-            products_KK=sums_DK.T @ sums_DK,
-            weighted_K=count_D @ sums_DK,
-            squares=count_D @ count_D,
-        )
+        ones_P = torch.ones(len(document_P), dtype=torch.float64)
+        return _sum_by_document(document_P.cpu(), ones_P, figures_PX.double().cpu())
 
-    def __add__(self, other: "BrierSums") -> "BrierSums":
-        return BrierSums(*(a + b for a, b in zip(self.as_tensors(), other.as_tensors(), strict=True)))
-
-    def as_tensors(self) -> list[Tensor]:
-        """The fields in order, for sums over processes."""
-        return list(vars(self).values())
+    @staticmethod
+    def joined(parts: Sequence["DocumentSums"]) -> "DocumentSums":
+        """Sums of several parts of a text, in their order; a document may lie in more than one."""
+        return _sum_by_document(*(torch.cat(fields) for fields in zip(*map(_fields, parts), strict=True)))
 
     @property
-    def means_K(self) -> Tensor:
-        """Mean of every order."""
-        return self.total_K / self.num_scores
+    def num_positions(self) -> int:
+        """Positions of all documents."""
+        return int(self.count_D.sum())
 
     @property
-    def covariance_KK(self) -> Tensor:
+    def means_X(self) -> Tensor:
+        """Mean of every figure over all positions."""
+        return self.total_DX.sum(0) / self.count_D.sum()
+
+    @property
+    def covariance_XX(self) -> Tensor:
         """Estimated covariance of the means; NaN for a single document."""
-        mean_K = self.means_K
-        cross_KK = torch.outer(self.weighted_K, mean_K)
-        spread_KK = self.products_KK - cross_KK - cross_KK.T + self.squares * torch.outer(mean_K, mean_K)
-        documents = float(self.num_documents)
+        deviation_DX = self.total_DX - self.count_D.unsqueeze(-1) * self.means_X
+        documents = len(self.count_D)
         factor = documents / (documents - 1) if documents > 1 else math.nan
-        return factor * spread_KK / self.num_scores**2
+        return factor * deviation_DX.T @ deviation_DX / self.count_D.sum() ** 2
+
+
+def _fields(sums: DocumentSums) -> tuple[Tensor, Tensor, Tensor]:
+    return sums.document_D, sums.count_D, sums.total_DX
+
+
+def _sum_by_document(document_P: Tensor, count_P: Tensor, figures_PX: Tensor) -> DocumentSums:
+    document_D, index_P = torch.unique(document_P, return_inverse=True)
+    count_D = count_P.new_zeros(len(document_D)).index_add(0, index_P, count_P)
+    total_DX = figures_PX.new_zeros(len(document_D), figures_PX.shape[1]).index_add(0, index_P, figures_PX)
+    return DocumentSums(document_D, count_D, total_DX)
 
 
 def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:

@@ -6,8 +6,9 @@ Two layouts:
   packed     documents with their EOS are simply concatenated and cut, as in the published
              evaluation; chunks may span documents, and a block is one long context.
 
-A block has three features: `input_ids` (T), `labels` (T, -100 on padding), and `position_ids` (C),
-the position of each chunk in its document, which starts again from 0 with a new document.
+A block has four features: `input_ids` (T), `labels` (T, -100 on padding), `position_ids` (C), the
+position of each chunk in its document, which starts again from 0 with a new document, and
+`document_ids` (C), the number of the document in which each chunk begins.
 """
 
 import hashlib
@@ -45,19 +46,20 @@ def make_blocks(
         seed: Changes the random offsets.
 
     Returns:
-        `input_ids` and `labels` (blocks, T), `position_ids` (blocks, C); int64.
+        `input_ids` and `labels` (blocks, T), `position_ids` and `document_ids` (blocks, C); int64.
 
     Raises:
         InputError: If the block size is not a multiple of the chunk size.
     """
     check_block_size(block_size, chunk_size)
-    pieces, masks, positions = [], [], []
+    pieces, masks, positions, owners = [], [], [], []
     for document, index in zip(documents, indices, strict=True):
         tokens = np.append(np.asarray(document, dtype=np.int64), eos_token_id)
         front = _offset(seed, index, chunk_size) if layout == "documents" else 0
         back = -(front + len(tokens)) % chunk_size if layout == "documents" else 0
         pieces.append(np.pad(tokens, (front, back), constant_values=pad_token_id))
         masks.append(np.pad(np.ones(len(tokens), dtype=bool), (front, back)))
+        owners.append(np.full(len(pieces[-1]), index))
         if layout == "documents":
             positions.append(np.arange(len(pieces[-1]) // chunk_size))
     stream, mask = _to_rows(pieces, block_size, pad_token_id), _to_rows(masks, block_size, False)
@@ -73,6 +75,7 @@ def make_blocks(
         "input_ids": stream,
         "labels": np.where(mask, stream, IGNORED_LABEL),
         "position_ids": position_ids,
+        "document_ids": _to_rows(owners, block_size, indices[-1])[:, ::chunk_size],
     }
 
 

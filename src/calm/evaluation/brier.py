@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calm.core.brier import (
     NUM_ORDERS,
-    BrierSums,
+    DocumentSums,
     brier_lm,
     brier_lm_error,
     share_of_equal_pairs,
@@ -21,7 +21,7 @@ from calm.core.brier import (
 )
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.errors import InputError
-from calm.evaluation.processes import Block, add_over_processes, largest_of_processes, own_share
+from calm.evaluation.processes import Block, gather_from_processes, own_share
 
 
 class ChunkSampler(Protocol):
@@ -147,14 +147,10 @@ def evaluate_brier(
         )
     if num_draws < 2:
         raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")
-    zero, zero_K = torch.zeros((), dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    sums = BrierSums(zero, zero, zero_K, torch.outer(zero_K, zero_K), zero_K, zero)
-    hit_K = equal_K = zero_K
-    context = torch.zeros((), dtype=torch.long)
+    parts: list[tuple[int, int, DocumentSums]] = []
     for index, block, targets in targets_of(
         blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
     ):
-        context = torch.tensor(block["input_ids"].shape[-1])
         # A stream of its own for every batch: which process scores it, and what came before, do not matter.
         generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
         if hasattr(sampler, "estimate"):
@@ -163,23 +159,26 @@ def evaluate_brier(
             draws_NPK = sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
             draws_NPK, _ = targets.end(draws_NPK)
             hit_PK, equal_PK = share_of_hits(draws_NPK, targets.chunks_PK), share_of_equal_pairs(draws_NPK)
-        document_BC = number_documents(block["position_ids"])
-        sums += BrierSums.of_scores(2 * hit_PK - equal_PK, document_BC[:, 1:][targets.is_target_BC])
-        hit_K = hit_K + hit_PK.double().sum(0).cpu()
-        equal_K = equal_K + equal_PK.double().sum(0).cpu()
-    hit_K, equal_K, *tensors = add_over_processes([hit_K, equal_K, *sums.as_tensors()])
-    sums = BrierSums(*tensors)
-    if sums.num_scores == 0:
+        document_P = _documents_of(block, index)[:, 1:][targets.is_target_BC]
+        sums = DocumentSums.of_positions(torch.cat([hit_PK, equal_PK], dim=1), document_P)
+        parts.append((index, block["input_ids"].shape[-1], sums))
+    # In the order of the batches, so that the number of processes changes no digit.
+    parts = sorted(gather_from_processes(parts), key=lambda part: part[0])
+    if not parts:
         raise InputError("the held-out text has no chunk to score; give more text.")
-    means_K, covariance_KK = sums.means_K, sums.covariance_KK
+    sums = DocumentSums.joined([part[2] for part in parts])
+    hit_K, equal_K = sums.means_X.chunk(2)
+    # Brier = 2 hit - collision, and so its covariance.
+    combine_KX = torch.cat([2 * torch.eye(size), -torch.eye(size)], dim=1).double()
+    means_K, covariance_KK = 2 * hit_K - equal_K, combine_KX @ sums.covariance_XX @ combine_KX.T
     return BrierResult(
         means=tuple(means_K.tolist()),
-        num_chunks=int(sums.num_scores),
-        context=int(largest_of_processes(context)),
+        num_chunks=sums.num_positions,
+        context=parts[0][1],
         errors=tuple(covariance_KK.diagonal().clamp_min(0).sqrt().tolist()),
         brier_lm_error=brier_lm_error(means_K, covariance_KK),
-        hits=tuple((hit_K / sums.num_scores).tolist()),
-        collisions=tuple((equal_K / sums.num_scores).tolist()),
+        hits=tuple(hit_K.tolist()),
+        collisions=tuple(equal_K.tolist()),
     )
 
 
@@ -195,6 +194,13 @@ def targets_of(
             chunks_PK = split_into_chunks(tokens, chunk_size)[:, 1:][is_target_BC]
             chunks_PK, _ = end_after_eos(chunks_PK, eos_ids, pad_token_id)
             yield index, block, Targets(is_target_BC, chunks_PK, eos_ids, pad_token_id)
+
+
+def _documents_of(block: Block, index: int) -> Tensor:
+    """A number for the document of every chunk, (B, C); of blocks that do not say, each is its own text."""
+    if "document_ids" in block:
+        return block["document_ids"]
+    return number_documents(block["position_ids"]) + (index << 32)
 
 
 def _seed_of_batch(seed: int, index: int) -> int:

@@ -4,11 +4,13 @@ Without a group (torch.distributed not initialised) everything is this process's
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-Block = Mapping[str, Tensor]  # `input_ids`, `labels`, `position_ids` of calm.data.chunking.
+Block = Mapping[str, Tensor]  # The features of calm.data.chunking; `document_ids` may be missing.
+Thing = TypeVar("Thing")
 
 
 def own_share(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
@@ -22,17 +24,14 @@ def own_share(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
 
 def add_over_processes(tensors: list[Tensor]) -> list[Tensor]:
     """Sums over all processes, added in the order of the processes: the same digits for each of them."""
-    return [torch.stack(parts).sum(0) for parts in zip(*_gather(tensors), strict=True)]
+    everyones = gather_from_processes([[tensor.cpu() for tensor in tensors]])
+    return [torch.stack(parts).sum(0) for parts in zip(*everyones, strict=True)]
 
 
-def largest_of_processes(number: Tensor) -> Tensor:
-    """The largest of a number that each process has."""
-    return torch.stack([part for (part,) in _gather([number])]).amax()
-
-
-def _gather(tensors: list[Tensor]) -> list[list[Tensor]]:
+def gather_from_processes(things: list[Thing]) -> list[Thing]:
+    """What each process has, in the order of the processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return [tensors]
-    gathered: list[list[Tensor]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(gathered, [tensor.cpu() for tensor in tensors])
-    return gathered
+        return things
+    gathered: list[list[Thing]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(gathered, things)
+    return [thing for part in gathered for thing in part]
