@@ -1,7 +1,6 @@
 """What the benchmarks share: timing in turns, peak memory, and the rate of matrix products here."""
 
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -60,13 +59,15 @@ def _measure(queue, function, arguments):
         run()
         queue.put(torch.cuda.max_memory_allocated() - before)
         return
-    before = _resident()
+    before = _status("VmRSS")
     run()
-    queue.put(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    queue.put(max(0, _status("VmHWM") - before))
 
 
-def _resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _status(field):
+    # Not getrusage: its peak is handed down to child processes.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def matrix_rate(size=2048, rounds=5):

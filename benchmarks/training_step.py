@@ -75,7 +75,7 @@ def step(name, batch, tokens, compiled=False):
     def run():
         noise = EnergyNoise(
             torch.rand(8, positions, 64, device=DEVICE) - 0.5,
-            torch.randn(100, positions, 64, device=DEVICE),
+            None if name == "integrated" else torch.randn(100, positions, 64, device=DEVICE),
         )
         optimizer.zero_grad()
         loss = forward(ids, labels=ids, noise=noise).loss

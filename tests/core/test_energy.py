@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from calm.core import energy
 from calm.core.energy import energy_loss, energy_loss_to_gaussian, expected_distance
 from calm.core.gaussian import DiagonalGaussian
 
@@ -60,6 +61,34 @@ def test_gradient_is_finite_where_draws_coincide(alpha):
     energy_loss(draws, targets, alpha).sum().backward()
     assert draws.grad.isfinite().all()
     assert draws.grad.abs().sum() > 0
+
+
+def test_many_positions_are_handled_in_parts(monkeypatch):
+    draws = torch.randn(3, 50, 6, requires_grad=True)
+    targets = torch.randn(4, 50, 6)
+    whole = energy_loss(draws, targets, 0.7)
+    (gradient,) = torch.autograd.grad((whole * torch.arange(50)).sum(), draws)
+    monkeypatch.setattr(energy, "_AT_ONCE", 7 * 4 * 6)
+    parts = energy_loss(draws, targets, 0.7)
+    (of_parts,) = torch.autograd.grad((parts * torch.arange(50)).sum(), draws)
+    assert_close(parts, whole)
+    assert_close(of_parts, gradient)
+
+
+def test_gradient_of_the_targets_too():
+    draws, targets = torch.randn(4, 3, 6, requires_grad=True), torch.randn(5, 3, 6, requires_grad=True)
+    ours = torch.autograd.grad(energy_loss(draws, targets).sum(), (draws, targets))
+    reference = torch.autograd.grad(literal_energy_loss(draws, targets, 1.0).sum(), (draws, targets))
+    for one, other in zip(ours, reference, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled():
+    draws, targets = torch.randn(4, 3, 6, requires_grad=True), torch.randn(5, 3, 6)
+    compiled = torch.compile(energy_loss, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(draws, targets).sum(), draws)
+    (reference,) = torch.autograd.grad(energy_loss(draws, targets).sum(), draws)
+    assert_close(ours, reference)
 
 
 def test_float32_inside_autocast():

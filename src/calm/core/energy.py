@@ -4,6 +4,7 @@ Shapes: N head draws, M posterior draws, P positions, Z latent size.
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from calm.core.gaussian import DiagonalGaussian
 # Squared distances at or below this count as zero. It keeps the gradient of |d|^alpha finite where
 # two draws coincide, as all draws do at initialisation (the head's last layer starts at zero).
 _ZERO_DISTANCE_SQUARED = 1e-12
+
+# Elements of the targets that are handled at once: they stay in the cache of a processor, and fill a GPU.
+_AT_ONCE = 2**20
+_AT_ONCE_ON_GPU = 2**26
 
 
 def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
@@ -32,13 +37,8 @@ def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> T
     """
     _check(draws_NPZ, alpha)
     with torch.autocast(draws_NPZ.device.type, enabled=False):
-        x_PNZ = draws_NPZ.float().transpose(0, 1)
-        y_PMZ = targets_MPZ.to(x_PNZ.dtype).transpose(0, 1)
-        # Distances do not change under a shift; centring keeps the expanded square accurate.
-        centre_P1Z = y_PMZ.mean(1, keepdim=True)
-        squared_PNM = _squared_distances(x_PNZ - centre_P1Z, y_PMZ - centre_P1Z)
-        attraction_P = _power(squared_PNM, alpha).mean((1, 2))
-        return 2 * attraction_P - _mean_distance_between(draws_NPZ.float(), alpha)
+        x_NPZ = draws_NPZ.float()
+        return 2 * _mean_distance_to(x_NPZ, targets_MPZ, alpha) - _mean_distance_between(x_NPZ, alpha)
 
 
 def energy_loss_to_gaussian(draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, alpha: float = 1.0) -> Tensor:
@@ -97,8 +97,64 @@ def _mean_distance_between(draws_NPZ: Tensor, alpha: float) -> Tensor:
     return _power(differences.square().sum(-1), alpha).mean(0)
 
 
+def _mean_distance_to(x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
+    """Mean of |x_n - y_m|^alpha over all n and m, shape (P,)."""
+    if y_MPZ.requires_grad:  # As nobody trains the targets, the short way below does not know their gradient.
+        return _distances(x_NPZ.transpose(0, 1), y_MPZ.to(x_NPZ.dtype).transpose(0, 1), alpha).mean((1, 2))
+    value_P: Tensor = _MeanDistanceTo.apply(x_NPZ, y_MPZ, alpha)
+    return value_P
+
+
+class _MeanDistanceTo(torch.autograd.Function):
+    """Mean distance and its gradient in x at once, some positions at a time.
+
+    Neither the (N, M, P, Z) differences nor a second copy of the targets is ever in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
+        (num_draws, num_positions, size), num_targets = x_NPZ.shape, len(y_MPZ)
+        at_once = _AT_ONCE_ON_GPU if x_NPZ.is_cuda else _AT_ONCE
+        step = max(1, at_once // (num_targets * size))
+        value_P = x_NPZ.new_empty(num_positions)
+        slope_NPZ = torch.empty_like(x_NPZ) if ctx.needs_input_grad[0] else None
+        for start in range(0, num_positions, step):
+            part = slice(start, start + step)
+            x_PNZ, y_PMZ = _centred(x_NPZ[:, part].transpose(0, 1), y_MPZ[:, part].transpose(0, 1))
+            squared_PNM = _squared_distances(x_PNZ, y_PMZ)
+            power_PNM = _power(squared_PNM, alpha)
+            value_P[part] = power_PNM.mean((1, 2))
+            if slope_NPZ is not None:
+                # d|x - y|^alpha / dx = alpha |x - y|^(alpha - 2) (x - y); zero where they coincide.
+                safe_PNM = squared_PNM.clamp_min(_ZERO_DISTANCE_SQUARED)
+                weight_PNM = power_PNM / safe_PNM * (alpha / (num_draws * num_targets))
+                pull_PNZ = torch.baddbmm(
+                    weight_PNM.sum(-1, keepdim=True) * x_PNZ, weight_PNM, y_PMZ, alpha=-1
+                )
+                slope_NPZ[:, part] = pull_PNZ.transpose(0, 1)
+        ctx.save_for_backward(slope_NPZ)
+        return value_P
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (slope_NPZ,) = ctx.saved_tensors
+        return None if slope_NPZ is None else slope_NPZ * gradients[0].unsqueeze(-1), None, None
+
+
+def _centred(x_PNZ: Tensor, y_PMZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Both shifted by the mean of y: distances stay, and the expanded square stays accurate."""
+    y_PMZ = y_PMZ.to(x_PNZ.dtype)
+    centre_P1Z = y_PMZ.mean(1, keepdim=True)
+    return x_PNZ - centre_P1Z, y_PMZ - centre_P1Z
+
+
+def _distances(x_PNZ: Tensor, y_PMZ: Tensor, alpha: float) -> Tensor:
+    """|x - y|^alpha, shape (P, N, M)."""
+    return _power(_squared_distances(*_centred(x_PNZ, y_PMZ)), alpha)
+
+
 def _squared_distances(x_PNZ: Tensor, y_PMZ: Tensor) -> Tensor:
-    """|x - y|^2 by one matrix product, shape (P, N, M): no (N, M, P, Z) tensor is made."""
+    """|x - y|^2 by one matrix product, shape (P, N, M)."""
     norms = x_PNZ.square().sum(-1, keepdim=True) + y_PMZ.square().sum(-1).unsqueeze(1)
     return torch.baddbmm(norms, x_PNZ, y_PMZ.transpose(1, 2), alpha=-2)
 
