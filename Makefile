@@ -5,13 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types wheel clean
+.PHONY: demo test bench check lint types wheel clean
 
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
 
 test: $(STAMP)          ## all tests
 	$(BIN)/python -m pytest -n auto
+
+bench: $(STAMP)         ## time ours against literal references, in turns (about ten minutes, most of it compiling)
+	cd benchmarks && for question in energy "training_step --compile" generation tokenizing; do \
+		set -- $$question && ../$(BIN)/python $$1.py $$2 || exit 1; done
 
 check: lint types       ## lint, types, and the direction of imports
 	$(BIN)/python -m pytest -q tests/test_architecture.py
