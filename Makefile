@@ -14,8 +14,8 @@ test: $(STAMP)          ## all tests
 	$(BIN)/python -m pytest -n auto
 
 bench: $(STAMP)         ## time ours against literal references, in turns (about ten minutes, most of it compiling)
-	cd benchmarks && for question in energy "training_step --compile" generation tokenizing; do \
-		set -- $$question && ../$(BIN)/python $$1.py $$2 || exit 1; done
+	for question in energy.py "training_step.py --compile" generation.py tokenizing.py; do \
+		$(BIN)/python benchmarks/$$question || exit 1; done
 
 check: lint types       ## lint, types, and the direction of imports
 	$(BIN)/python -m pytest -q tests/test_architecture.py
