@@ -46,6 +46,10 @@ def peak_memory(function, *arguments):
     queue = context.Queue()
     process = context.Process(target=_measure, args=(queue, function, arguments))
     process.start()
+    while queue.empty() and process.is_alive():
+        process.join(0.2)
+    if queue.empty():
+        raise RuntimeError(f"{function.__name__}{arguments} ended with exit code {process.exitcode}.")
     result = queue.get()
     process.join()
     return result
@@ -59,7 +63,8 @@ def _measure(queue, function, arguments):
         run()
         queue.put(torch.cuda.max_memory_allocated() - before)
         return
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # The peak starts again from here (Linux).
+    before = _status("VmHWM")
     run()
     queue.put(max(0, _status("VmHWM") - before))
 

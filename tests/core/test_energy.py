@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from calm.core import energy
@@ -83,12 +84,22 @@ def test_gradient_of_the_targets_too():
         assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled():
+def test_compiled_for_any_number_of_positions():
+    """The number of targets of a batch changes all the time."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(energy_loss, backend=counter)
+    for positions in range(3, 11):
+        draws, targets = torch.randn(4, positions, 6, requires_grad=True), torch.randn(5, positions, 6)
+        (ours,) = torch.autograd.grad(compiled(draws, targets).sum(), draws)
+        (reference,) = torch.autograd.grad(energy_loss(draws, targets).sum(), draws)
+        assert_close(ours, reference)
+    assert counter.frame_count <= 3
+
+
+def test_second_derivatives_are_refused():
     draws, targets = torch.randn(4, 3, 6, requires_grad=True), torch.randn(5, 3, 6)
-    compiled = torch.compile(energy_loss, backend="aot_eager")
-    (ours,) = torch.autograd.grad(compiled(draws, targets).sum(), draws)
-    (reference,) = torch.autograd.grad(energy_loss(draws, targets).sum(), draws)
-    assert_close(ours, reference)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(energy_loss(draws, targets).sum(), draws, create_graph=True)
 
 
 def test_float32_inside_autocast():

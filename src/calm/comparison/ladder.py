@@ -69,6 +69,7 @@ def train_ladder(
         raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
+    output = output.resolve()  # Recipes name the text in it, from wherever they are read again.
     output.mkdir(parents=True, exist_ok=True)
     folder = _data_for(recipe, output)
     data = load_prepared(folder)

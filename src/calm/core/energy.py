@@ -99,7 +99,9 @@ def _mean_distance_between(draws_NPZ: Tensor, alpha: float) -> Tensor:
 
 def _mean_distance_to(x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
     """Mean of |x_n - y_m|^alpha over all n and m, shape (P,)."""
-    if y_MPZ.requires_grad:  # As nobody trains the targets, the short way below does not know their gradient.
+    # The short way does not know the gradient of the targets, which nobody trains; and its loop would make
+    # torch.compile start anew for every number of positions.
+    if y_MPZ.requires_grad or torch.compiler.is_compiling():
         return _distances(x_NPZ.transpose(0, 1), y_MPZ.to(x_NPZ.dtype).transpose(0, 1), alpha).mean((1, 2))
     value_P: Tensor = _MeanDistanceTo.apply(x_NPZ, y_MPZ, alpha)
     return value_P
@@ -108,13 +110,13 @@ def _mean_distance_to(x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
 class _MeanDistanceTo(torch.autograd.Function):
     """Mean distance and its gradient in x at once, some positions at a time.
 
-    Neither the (N, M, P, Z) differences nor a second copy of the targets is ever in memory.
+    The (N, M, P, Z) differences are never in memory, and of the targets no more than one part is copied.
     """
 
     @staticmethod
     def forward(ctx: Any, x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
         (num_draws, num_positions, size), num_targets = x_NPZ.shape, len(y_MPZ)
-        at_once = _AT_ONCE_ON_GPU if x_NPZ.is_cuda else _AT_ONCE
+        at_once = _AT_ONCE if x_NPZ.device.type == "cpu" else _AT_ONCE_ON_GPU
         step = max(1, at_once // (num_targets * size))
         value_P = x_NPZ.new_empty(num_positions)
         slope_NPZ = torch.empty_like(x_NPZ) if ctx.needs_input_grad[0] else None
@@ -137,6 +139,8 @@ class _MeanDistanceTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # With create_graph the slope would pass for a constant.
+            raise RuntimeError("the energy loss is differentiated once only; use targets with requires_grad.")
         (slope_NPZ,) = ctx.saved_tensors
         return None if slope_NPZ is None else slope_NPZ * gradients[0].unsqueeze(-1), None, None
 

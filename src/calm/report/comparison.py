@@ -42,6 +42,8 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
+    figures = json.dumps(_without_nan(asdict(comparison)), indent=1, allow_nan=False)
+    path.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
     tables = "".join(
         table_of(caption, columns, rows)
         for caption, (columns, rows) in (
@@ -71,8 +73,6 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
     )
     path.write_text(page_of("Models side by side", body), encoding="utf-8")
-    figures = json.dumps(_without_nan(asdict(comparison)), indent=1, allow_nan=False)
-    path.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
 
 
 def _without_nan(value: Any) -> Any:

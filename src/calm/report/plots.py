@@ -1,5 +1,6 @@
 """Plots of a comparison: quality against cost, accuracy against collision, BrierLM against cross-entropy."""
 
+import itertools
 import statistics
 from typing import Any
 
@@ -34,7 +35,9 @@ def plot_costs(comparison: Comparison) -> Any:
             if x:
                 axis.errorbar([x], [y], yerr=[error], fmt="o", color=colour, label=c.name, capsize=3)
     for axis, label in zip(axes, labels, strict=True):
-        for (name, floor), style in zip(comparison.floors.items(), ("--", ":", "-."), strict=False):
+        for (name, floor), style in zip(
+            comparison.floors.items(), itertools.cycle(("--", ":", "-.")), strict=False
+        ):
             axis.axhline(floor.brier_lm, color="gray", linestyle=style, label=name)
         axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
         axis.grid(alpha=0.3)
@@ -93,4 +96,6 @@ def _cross_entropies(contender: Contender) -> list[tuple[float, float]]:
         for point in contender.checkpoints
         if point.cross_entropy is not None
     ]
-    return points if len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS else []
+    # A correlation needs figures that differ; BrierLM is 0 as long as a model has no skill.
+    enough = len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS and len({y for _, y in points}) > 1
+    return points if enough else []

@@ -17,7 +17,7 @@ from calm.models.configuration import CalmAutoencoderConfig
 
 
 class Speed(TrainerCallback):
-    """Figures of training since they were last asked for.
+    """Tokens a second since they were last asked for, use of the machine, and peak memory of the run so far.
 
     Args:
         tokens: Tokens of an optimizer step on this device.
@@ -29,29 +29,36 @@ class Speed(TrainerCallback):
     def __init__(self, tokens: int, flops: float | None, device: torch.device, dtype: torch.dtype) -> None:
         self._tokens, self._flops, self._device, self._dtype = tokens, flops, device, dtype
         self._step, self._since = 0, time.perf_counter()
+        self._rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training begins, or goes on behind a step."""
+        self._rate = matrix_rate(self._device, self._dtype) if self._flops else None
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._step, self._since = state.global_step, time.perf_counter()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What happens inside is no training."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # What was asked for before is training.
         start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens per second and device, share of the measured matrix rate, and peak memory in GiB."""
+        """Tokens per second and device since the last reading, share of the matrix rate, peak memory (GiB)."""
         seconds, steps = time.perf_counter() - self._since, step - self._step
         self._step, self._since = step, time.perf_counter()
         if steps < 1:
             return {}
         rate = steps * self._tokens / seconds
         figures = {"tokens_per_second": round(rate, 1), "memory_gib": round(_peak_memory(self._device), 3)}
-        if self._flops:
-            share = rate * self._flops / matrix_rate(self._device, self._dtype)
-            figures["utilisation"] = round(share, 4)
+        if self._flops and self._rate:
+            figures["utilisation"] = round(rate * self._flops / self._rate, 4)
         return figures
 
 
@@ -66,16 +73,26 @@ def training_flops(config: PreTrainedConfig, context: int) -> float | None:
 
 
 @functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product here: what training can at most reach."""
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second of a large square matrix product here: what training can at most reach.
+
+    None where that says nothing: half precision on a CPU may be emulated, and takes seconds; and where a GPU
+    has no room for it beside the model.
+    """
+    if device.type == "cpu" and dtype != torch.float32:
+        return None
     size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    # A generator of its own: training must draw the same numbers with or without this.
+    generator = torch.Generator(device).manual_seed(0)
     best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        # Reading a number waits for the device.
-        (matrix @ matrix)[0, 0].item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    try:
+        matrix = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
+        for _ in range(3):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # Reading a number waits for the device.
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    except torch.OutOfMemoryError:
+        return None
     return best
 
 

@@ -201,7 +201,9 @@ def _run_stage(
     path = output / HISTORY
     history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     history[name] = trainer.state.log_history
-    path.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)  # A kill leaves the old one or the new one whole.
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

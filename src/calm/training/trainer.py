@@ -152,11 +152,13 @@ class ChunkTrainer(Trainer):
         self._staging = run_dir / ".partial"
         shutil.rmtree(self._staging, ignore_errors=True)
         try:
-            super()._save_checkpoint(model, trial)
+            with self._speed.pause():
+                super()._save_checkpoint(model, trial)
         finally:
             staging, self._staging = self._staging, None
         if self.args.should_save:
-            _sync(staging / name)
+            with self._speed.pause():
+                _sync(staging / name)
             (staging / name).rename(run_dir / name)
             staging.rmdir()
             rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
