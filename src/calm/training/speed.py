@@ -50,7 +50,7 @@ class Speed(TrainerCallback):
             self._since += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens per second and device since the last reading, share of the matrix rate, peak memory (GiB)."""
+        """Tokens per second and device since the last reading, of the matrix rate, peak memory (GiB)."""
         seconds, steps = time.perf_counter() - self._since, step - self._step
         self._step, self._since = step, time.perf_counter()
         if steps < 1:
