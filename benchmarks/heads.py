@@ -14,14 +14,15 @@ import argparse
 import dataclasses
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import in_turns
 
 from calm.data.prepare import load_prepared
 from calm.evaluation.held_out import score_brier
-from calm.flops import Work, cost_of
+from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_config
 from calm.training.configurations import language_model_config
@@ -124,9 +125,7 @@ def config_of(run, name):
 
 def operations(run, name):
     """Training operations of a token with one of the heads."""
-    recipe = recipe_with(run, None)
-    cost = cost_of(config_of(run, name), Work(recipe.data.context // recipe.chunk_size))
-    return sum(cost.training.values())
+    return training_flops(config_of(run, name), recipe_with(run, None).data.context)
 
 
 def step_times(arguments):
@@ -141,23 +140,25 @@ def step_times(arguments):
         "train", chunk_size=recipe.chunk_size, block_size=recipe.data.context
     )[: training.batch_size]
     del blocks["document_ids"]  # Of use for scores only.
-    states = {}
-    for name in arguments.heads:
-        model = CalmForCausalLM(config_of(run, name)).train()
-        states[name] = model, build_optimizer(model, training.optimizer)
-    times = {name: [] for name in states}
-    for _ in range(arguments.rounds + 1):
-        for name, (model, optimizer) in states.items():
-            start = time.perf_counter()
-            for _ in range(2):
-                optimizer.zero_grad()
-                model(**blocks, use_cache=False).loss.backward()
-                optimizer.step()
-            times[name].append((time.perf_counter() - start) / 2)
-    medians = {name: statistics.median(few[1:]) for name, few in times.items()}
-    print({name: [round(t, 3) for t in sorted(few[1:])] for name, few in times.items()})
+    steps = {name: step_of(config_of(run, name), training, blocks) for name in arguments.heads}
+    times = in_turns(steps, arguments.rounds)
+    medians = {name: statistics.median(few) for name, few in times.items()}
+    print({name: [round(t, 3) for t in sorted(few)] for name, few in times.items()})
     path.write_text(json.dumps(medians))
     return medians
+
+
+def step_of(config, training, blocks):
+    """A function that takes an optimizer step of a new model."""
+    model = CalmForCausalLM(config).train()
+    optimizer = build_optimizer(model, training.optimizer)
+
+    def step():
+        optimizer.zero_grad()
+        model(**blocks, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def trained(run, name, steps, folder):
@@ -194,17 +195,16 @@ def draw_speeds(arguments, rows):
     for row in rows:
         ways.setdefault((row["head"], json.dumps(row["way"])), row["folder"])
     models = {folder: CalmForCausalLM.from_pretrained(folder) for folder in set(ways.values())}
-    speeds = {way: [] for way in ways}
     hidden = torch.randn(POSITIONS, next(iter(models.values())).config.hidden_size)
-    for _ in range(arguments.rounds + 1):
-        for way, folder in ways.items():
-            model = models[folder]
-            model.change_sampling(**json.loads(way[1]))
-            start = time.perf_counter()
-            with torch.no_grad():
-                model.head.sample(hidden, DRAWS)
-            speeds[way].append(POSITIONS * DRAWS / (time.perf_counter() - start))
-    return {way: (statistics.median(few[1:]), min(few[1:]), max(few[1:])) for way, few in speeds.items()}
+
+    @torch.no_grad()
+    def draw(way, folder):
+        models[folder].change_sampling(**json.loads(way[1]))
+        models[folder].head.sample(hidden, DRAWS)
+
+    times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)
+    speeds = {way: [POSITIONS * DRAWS / seconds for seconds in few] for way, few in times.items()}
+    return {way: (statistics.median(few), min(few), max(few)) for way, few in speeds.items()}
 
 
 def report(rows, speeds, output):

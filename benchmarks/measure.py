@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, and the rate of matrix products here."""
+"""What the benchmarks share: timing in turns, peak memory, and what they ran on."""
 
 import multiprocessing
 import statistics
@@ -73,14 +73,6 @@ def _status(field):
     # Not getrusage: its peak is handed down to child processes.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def matrix_rate(size=2048, rounds=5):
-    """Floating-point operations per second of a square matrix product in float32: the best of some rounds."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    seconds = min(in_turns({"product": lambda: left @ right}, rounds)["product"])
-    return 2 * size**3 / seconds
 
 
 def machine():

@@ -12,13 +12,14 @@ import argparse
 
 import torch
 from energy import literal as literal_energy_loss
-from measure import in_turns, machine, matrix_rate, peak_memory, ratios
+from measure import in_turns, machine, peak_memory, ratios
 from torch.nn import functional
 
-from calm.flops import Work, cost_of
+from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads.energy import EnergyHead, EnergyNoise
+from calm.training.speed import matrix_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -108,9 +109,8 @@ def main():
         print(f"{name}: loss of the first step {steps[name]():.5f}")
     table = ratios(in_turns(steps, arguments.rounds), "literal")
     memory = {name: peak_memory(step, *way) for name, way in ways.items()}
-    operations = sum(cost_of(config(100), Work(arguments.tokens // 4)).training.values())
-    operations *= arguments.batch * arguments.tokens
-    rate = matrix_rate()
+    operations = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
+    rate = matrix_rate(torch.device(DEVICE), torch.float32)
     print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {operations / 1e9:.0f} GFLOP a step of ours, ")
     print(f"matrix products alone reach {rate / 1e9:.0f} GFLOP/s")
     print("| way | ms | times as fast | tokens/s | of the matrix rate | memory |\n|---|---|---|---|---|---|")

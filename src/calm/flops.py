@@ -80,6 +80,18 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
     )
 
 
+def training_flops(config: PreTrainedConfig, context: int) -> float:
+    """Operations per token of training a model, or an autoencoder, on blocks of `context` tokens.
+
+    Raises:
+        InputError: If they are not known.
+    """
+    if isinstance(config, CalmAutoencoderConfig):
+        return autoencoder_training_flops(config)
+    size = config.chunk_size if isinstance(config, CalmConfig) else 1
+    return sum(cost_of(config, Work(context // size)).training.values())
+
+
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
     """Operations per token of training an autoencoder, which a language model on it needs first."""
     vocabulary = config.chunk_size * config.vocab_size * config.hidden_size

@@ -13,7 +13,7 @@ from calm.data.chunking import check_block_size
 from calm.data.prepare import is_prepared, load_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
-from calm.flops import Work, autoencoder_training_flops, cost_of
+from calm.flops import training_flops
 from calm.report.measured import Checkpoint
 from calm.training.configurations import autoencoder_config, check_recipe, model_config
 from calm.training.recipe import Recipe, TrainingSettings
@@ -126,14 +126,13 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
 
 def _training_flops(recipe: Recipe, config: PreTrainedConfig) -> float:
     """Operations of the language model's training."""
-    cost = cost_of(config, Work(recipe.data.context // recipe.chunk_size))
-    return sum(cost.training.values()) * _tokens(recipe, recipe.language_model.training)
+    return training_flops(config, recipe.data.context) * _tokens(recipe, recipe.language_model.training)
 
 
 def _autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
     if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
         return 0.0
-    per_token = autoencoder_training_flops(autoencoder_config(recipe, vocab_size, {}))
+    per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
     return per_token * _tokens(recipe, recipe.autoencoder.training)
 
 

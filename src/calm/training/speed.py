@@ -12,8 +12,7 @@ import torch
 from transformers import PreTrainedConfig, TrainerCallback
 
 from calm.errors import InputError
-from calm.flops import Work, autoencoder_training_flops, cost_of
-from calm.models.configuration import CalmAutoencoderConfig
+from calm.flops import training_flops
 
 
 class Speed(TrainerCallback):
@@ -62,12 +61,10 @@ class Speed(TrainerCallback):
         return figures
 
 
-def training_flops(config: PreTrainedConfig, context: int) -> float | None:
-    """Operations per token of training a model on blocks of `context` tokens; None if they are not known."""
-    if isinstance(config, CalmAutoencoderConfig):
-        return autoencoder_training_flops(config)
+def known_training_flops(config: PreTrainedConfig, context: int) -> float | None:
+    """`calm.flops.training_flops`, or None where they are not known."""
     try:
-        return sum(cost_of(config, Work(context // getattr(config, "chunk_size", 1))).training.values())
+        return training_flops(config, context)
     except InputError:
         return None
 

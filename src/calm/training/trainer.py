@@ -25,7 +25,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
-from calm.training.speed import Speed, training_flops
+from calm.training.speed import Speed, known_training_flops
 
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
@@ -75,7 +75,7 @@ class ChunkTrainer(Trainer):
         context = blocks[0]["input_ids"].shape[-1]
         self._speed = Speed(
             settings.batch_size * settings.gradient_accumulation * context,
-            training_flops(model.config, context),
+            known_training_flops(model.config, context),
             self.args.device,
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
@@ -151,17 +151,16 @@ class ChunkTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run_dir / ".partial"
         shutil.rmtree(self._staging, ignore_errors=True)
-        try:
-            with self._speed.pause():
+        with self._speed.pause():
+            try:
                 super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
-        if self.args.should_save:
-            with self._speed.pause():
+            finally:
+                staging, self._staging = self._staging, None
+            if self.args.should_save:
                 _sync(staging / name)
-            (staging / name).rename(run_dir / name)
-            staging.rmdir()
-            rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
+                (staging / name).rename(run_dir / name)
+                staging.rmdir()
+                rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
 
 
 def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:

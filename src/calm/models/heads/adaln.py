@@ -164,16 +164,12 @@ class AdaptiveHead(GenerativeHead):
         network = self.network
         return [network.inp, network.out, *(cast(_TimeEmbedding, embed).inp for embed in network.times)]
 
-    def starting_points(self, prepared_P: Tensor, num_draws: int, randomness: Randomness) -> Tensor:
-        """Standard normal noise, (N, P, Z)."""
-        dtype = _type_of_points(prepared_P)
+    def noise_of_points(
+        self, prepared_P: Tensor, num_draws: int, randomness: Randomness, recorded: Tensor | None
+    ) -> Tensor:
+        """Standard normal noise, (N, P, Z): what was recorded, or fresh."""
+        # At least float32, whatever the weights are: many small steps are added up.
+        dtype = torch.promote_types(prepared_P.dtype, torch.float32)
+        if recorded is not None:
+            return recorded.to(dtype)
         return normal(num_draws, len(prepared_P), self.latent_size, randomness, prepared_P.device, dtype)
-
-    def recorded(self, noise: Tensor, prepared_P: Tensor) -> Tensor:
-        """Recorded noise in the type of points."""
-        return noise.to(_type_of_points(prepared_P))
-
-
-def _type_of_points(prepared_P: Tensor) -> torch.dtype:
-    """At least float32, whatever the weights are: many small steps are added up."""
-    return torch.promote_types(prepared_P.dtype, torch.float32)

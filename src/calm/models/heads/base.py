@@ -56,9 +56,9 @@ class HeadConfig:
         Raises:
             ValueError: If a value does not fit.
         """
-        for name, kind in get_type_hints(type(self)).items():
-            if name in (field.name for field in dataclasses.fields(self)):
-                _check_type(name, getattr(self, name), kind)
+        kinds = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), kinds[field.name])
 
     def work(self, hidden_size: int, latent_size: int) -> HeadWork:
         """What the head costs, for `calm flops` and equal budgets.
@@ -187,10 +187,7 @@ def parse_head_config(values: dict[str, Any]) -> HeadConfig:
     if not isinstance(head_type, str):
         raise ValueError(f"head_type must be the name of a head, got {head_type!r}.")
     config_class, _ = _find_head(head_type)
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for name in values:
-        if name not in known:
-            raise ValueError(f"the {head_type} head has no field '{name}'{_hint(name, known)}")
+    _check_names(values, config_class, head_type)
     return config_class(**{**values, "head_type": head_type})
 
 
@@ -200,10 +197,8 @@ def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
     Raises:
         ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
     """
-    known_fields = [field.name for field in dataclasses.fields(config)]
+    _check_names(changes, type(config), config.head_type)
     for name in changes:
-        if name not in known_fields:
-            raise ValueError(f"the {config.head_type} head has no field '{name}'{_hint(name, known_fields)}")
         if name not in config.sampling_fields:
             known = ", ".join(config.sampling_fields) or "none"
             raise ValueError(
@@ -227,6 +222,10 @@ def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:
     return _REGISTRY[head_type]
 
 
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}."
+def _check_names(values: dict[str, Any], config_class: type[HeadConfig], head_type: str) -> None:
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}."
+            raise ValueError(f"the {head_type} head has no field '{name}'{hint}")

@@ -120,13 +120,10 @@ class DiffusionHead(AdaptiveHead):
         the deterministic samplers do not need).
         """
         config = self.config
-        if noise is not None:
-            noise = self.recorded(noise, prepared_P)
 
         def noise_number(number: int) -> Tensor:
-            if noise is not None:
-                return noise[number]
-            return self.starting_points(prepared_P, num_draws, randomness)
+            recorded = None if noise is None else noise[number]
+            return self.noise_of_points(prepared_P, num_draws, randomness, recorded)
 
         def predict(x_NPZ: Tensor, step: int) -> tuple[Tensor, Tensor]:
             now = torch.full((), float(step), device=x_NPZ.device)

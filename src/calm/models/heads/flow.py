@@ -87,14 +87,13 @@ class FlowHead(AdaptiveHead):
         noise: Tensor | None = None,
     ) -> Tensor:
         """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
-        if noise is None:
-            noise = self.starting_points(prepared_P, num_draws, randomness)
+        start_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, noise)
 
         def velocity(x_NPZ: Tensor, time: float) -> Tensor:
             now = torch.full((), time, device=x_NPZ.device)
             return self.network(x_NPZ, (self._in_units(now),), prepared_P)
 
-        return solve(velocity, self.recorded(noise, prepared_P), self.config.num_steps, self.config.solver)
+        return solve(velocity, start_NPZ, self.config.num_steps, self.config.solver)
 
     def _in_units(self, time: Tensor) -> Tensor:
         bins = self.config.time_bins

@@ -96,9 +96,8 @@ class MeanFlowHead(AdaptiveHead):
         noise: Tensor | None = None,
     ) -> Tensor:
         """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
-        if noise is None:
-            noise = self.starting_points(prepared_P, num_draws, randomness)
-        x_NPZ, steps = self.recorded(noise, prepared_P), self.config.num_steps
+        x_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, noise)
+        steps = self.config.num_steps
         for step in range(steps):
             time, end = (torch.full((), t / steps, device=x_NPZ.device) for t in (step, step + 1))
             x_NPZ = x_NPZ + self._average_velocity(x_NPZ, time, end, prepared_P) / steps
