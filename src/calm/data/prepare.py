@@ -31,6 +31,9 @@ from calm.errors import InputError
 _INFO = "prepared.json"
 _DOCUMENTS_FOR_TOKENIZER = 200_000
 _WORDS_OF_BEGINNING = 24
+# Raised whenever `make_blocks` gives other arrays: datasets keeps blocks in a cache by the arguments of the
+# function that made them, and does not see its code.
+_FORMAT_OF_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class PreparedData:
         blocks = documents.map(
             partial(
                 _blocks_of_batch,
+                format_number=_FORMAT_OF_BLOCKS,
                 chunk_size=chunk_size,
                 block_size=block_size,
                 eos_token_id=self.tokenizer.eos_token_id,
@@ -253,5 +257,8 @@ def _tokenize_batch(
     return {"input_ids": tokenize(tokenizer, batch["text"])}
 
 
-def _blocks_of_batch(batch: dict, indices: list[int], **settings: Any) -> dict[str, np.ndarray]:
+def _blocks_of_batch(
+    batch: dict, indices: list[int], *, format_number: int, **settings: Any
+) -> dict[str, np.ndarray]:
+    assert format_number == _FORMAT_OF_BLOCKS
     return make_blocks(batch["input_ids"], indices, **settings)
