@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.random import Randomness, normal
 from calm.models.blocks import ZeroLinear
@@ -43,6 +44,8 @@ class AdaptiveHeadConfig(HeadConfig):
     """Times that it takes."""
     training_passes: ClassVar[int] = 3
     """What training a target costs, in forward passes of the network."""
+    can_recompute: ClassVar[bool] = True
+    """Whether gradient checkpointing can compute its blocks anew in the backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +108,10 @@ class _Block(nn.Module):
         return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
 
 
+class _RecomputedBlock(_Block, GradientCheckpointingLayer):
+    """The same, computed anew in the backward pass where gradient checkpointing is on."""
+
+
 class _AdaptiveNetwork(nn.Module):
     """Points on the way from noise to latents, their times, and a condition -> `outputs` vectors each."""
 
@@ -116,7 +123,8 @@ class _AdaptiveNetwork(nn.Module):
         )
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(latent_size, hidden_size)
-        self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(config.num_blocks))
+        kind = _RecomputedBlock if config.can_recompute else _Block
+        self.blocks = nn.ModuleList(kind(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out_modulation = ZeroLinear(hidden_size, 2 * hidden_size)
         self.out = ZeroLinear(hidden_size, config.outputs * latent_size)

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
@@ -69,7 +70,7 @@ class EnergyNoise(NamedTuple):
     posterior: Tensor | None
 
 
-class _Block(nn.Module):
+class _Block(GradientCheckpointingLayer):
     """x + down(silu(g) * u), (g, u) from a three-layer network of the draw and the condition."""
 
     def __init__(self, size: int, eps: float) -> None:

@@ -43,6 +43,7 @@ class MeanFlowHeadConfig(AdaptiveHeadConfig):
     sampling_fields: ClassVar[tuple[str, ...]] = ("num_steps",)
     times: ClassVar[int] = 2
     training_passes: ClassVar[int] = 5  # torch takes two more forward passes for the derivative.
+    can_recompute: ClassVar[bool] = False  # Not inside a forward derivative.
 
     def __post_init__(self) -> None:
         super().__post_init__()
