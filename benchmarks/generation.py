@@ -3,14 +3,16 @@
     python benchmarks/generation.py
 
 Random weights, no end of text, one prompt of 32 tokens; `generate` of each, in turns. The Llama's is that of
-transformers, with its cache and the same sampling (temperature 1, no top-k).
+transformers, with its cache and the same sampling (temperature 1, no top-k). With --compile both also write
+with a static cache and a compiled step; compiling is not in the times.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from measure import in_turns, machine, ratios
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -68,6 +70,13 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def compile_config():
+    """How both are compiled, on a CPU too (where transformers does so only if asked)."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
 def main():
     """Print a table for each size."""
     parser = argparse.ArgumentParser(
@@ -77,6 +86,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="add both with a compiled step")
     arguments = parser.parse_args()
     print(machine())
     print("| size | parameters | batch | model | tokens/s | times as fast |\n|---|---|---|---|---|---|")
@@ -86,17 +96,24 @@ def main():
             prompt = torch.randint(4, 4096, (batch, 32), device=DEVICE)
             new = {"max_new_tokens": arguments.tokens}
 
-            def by_chunks(prompt=prompt, new=new, calm=calm):
-                assert calm.generate(prompt, temperature=1.0, seed=0, **new).shape[1] == 32 + arguments.tokens
-
-            def by_tokens(prompt=prompt, new=new, llama=llama):
-                text = llama.generate(prompt, do_sample=True, top_k=0, use_cache=True, pad_token_id=0, **new)
+            def by_chunks(prompt=prompt, new=new, calm=calm, **how):
+                text = calm.generate(prompt, temperature=1.0, seed=0, **new, **how)
                 assert text.shape[1] == 32 + arguments.tokens
 
-            table = ratios(in_turns({"baseline": by_tokens, "CALM": by_chunks}, arguments.rounds), "baseline")
-            for (name, (seconds, ratio, least, most)), model in zip(
-                table.items(), (llama, calm), strict=True
-            ):
+            def by_tokens(prompt=prompt, new=new, llama=llama, **how):
+                text = llama.generate(
+                    prompt, do_sample=True, top_k=0, use_cache=True, pad_token_id=0, **new, **how
+                )
+                assert text.shape[1] == 32 + arguments.tokens
+
+            ways = {"baseline": by_tokens, "CALM": by_chunks}
+            if arguments.compile:
+                how = {"cache_implementation": "static", "compile_config": compile_config()}
+                ways["baseline, compiled"] = partial(by_tokens, **how)
+                ways["CALM, compiled"] = partial(by_chunks, **how)
+            table = ratios(in_turns(ways, arguments.rounds), "baseline")
+            for name, (seconds, ratio, least, most) in table.items():
+                model = calm if name.startswith("CALM") else llama
                 print(
                     f"| {size} | {count(model) / 1e6:.1f} M | {batch} | {name} | "
                     f"{batch * arguments.tokens / seconds:,.0f} | {ratio:.1f} ({least:.1f} to {most:.1f}) |"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import BOS, EOS, PAD, tiny_model
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer
 
 import calm.core.temperature as temperature_module
 import calm.models.sampling as sampling_module
@@ -31,6 +32,44 @@ def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
         assert cached.shape == (2, length + 9)
         assert (cached == plain).all()
         assert (cached[:, :length] == prompt).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_static_cache_writes_the_same(temperature):
+    model = without_eos(tiny_model())
+    prompts = torch.tensor([[5, 6, 7, 8, 9, 11], [PAD, PAD, PAD, PAD, 7, 9]])
+    settings = {"attention_mask": (prompts != PAD).long(), "temperature": temperature, "seed": 3}
+    for num_tokens in (1, 4, 30, 300):  # The last is longer than the shortest cache.
+        texts = [
+            model.generate(prompts, max_new_tokens=num_tokens, cache_implementation=kind, **settings)
+            for kind in ("dynamic", "static")
+        ]
+        assert (texts[0] == texts[1]).all()
+
+
+def test_a_compiled_step_writes_the_same_and_is_compiled_once():
+    model = without_eos(tiny_model())
+    prompt = torch.randint(3, 40, (2, 6))
+    options = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
+    counters["stats"].clear()
+    for num_tokens in (13, 30, 21):
+        settings = {"max_new_tokens": num_tokens, "temperature": 1.0, "seed": num_tokens}
+        assert (model.generate(prompt, **settings, **options) == model.generate(prompt, **settings)).all()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "quantized"}, "must be 'dynamic' or 'static', got 'quantized'"),
+        ({"compile_config": CompileConfig()}, "needs cache_implementation='static'"),
+        ({"repetition_penalty": 1.2}, "does not know the argument.*repetition_penalty"),
+        ({"top_k": 5}, "does not know the argument.*top_k"),
+    ],
+)
+def test_what_generate_cannot_do_is_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(torch.tensor([[5, 6]]), **options)
 
 
 def test_rows_of_other_lengths_in_a_batch_do_not_matter():

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -18,11 +17,30 @@ from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos
 from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.temperature import ChunkSample, TemperatureSettings
 from calm.models.sampling import ChunkSamplingMixin
+from calm.models.stepping import BackboneSteps
 
 if TYPE_CHECKING:
     from calm.models.calm import CalmForCausalLM
 
 DEFAULT_MAX_NEW_TOKENS = 128
+_USED = {
+    "max_new_tokens",
+    "max_length",
+    "temperature",
+    "top_p",
+    "min_p",
+    "num_return_sequences",
+    "use_cache",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "do_sample",
+    "num_beams",
+}
 
 
 @dataclass
@@ -73,9 +91,11 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             attention_mask: (B, T), 1 on tokens of the prompt.
             generation_config: Defaults to the model's; keyword arguments override it. Used are
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
-                sampler), `num_return_sequences`, `use_cache`, `eos_token_id`, `pad_token_id`,
-                `return_dict_in_generate`. `do_sample=False` asks for a mode that no likelihood-free
-                model has, and is an error: say `temperature=0` for the mode of a pool.
+                sampler), `num_return_sequences`, `use_cache`, `cache_implementation` and `compile_config`
+                (see `calm.models.stepping`), `eos_token_id`, `pad_token_id` and
+                `return_dict_in_generate`; others are errors where they are given here.
+                `do_sample=False` asks for a mode that no likelihood-free model has, and is an error:
+                say `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are written (batch of one).
             sampler: "exact" (default) or "pool", see `calm.core.temperature`.
             num_draws: Pool size of the pool sampler, and of both at temperature 0.
@@ -122,6 +142,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             config.max_new_tokens = None
         config.do_sample = True  # Else transformers warns about every temperature.
         unused = config.update(**overrides)
+        unused |= {key: value for key, value in overrides.items() if key not in _USED and value is not None}
         if unused:
             raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
         if config.do_sample is False and "do_sample" in overrides:
@@ -170,35 +191,22 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         pad = 0 if config.pad_token_id is None else config.pad_token_id
         eos_ids = as_id_tensor(config.eos_token_id, prompt_BT.device)
         tokens_BT, mask_BC = align_to_chunks(prompt_BT, mask_BT, size, pad)
-        position_BC = (mask_BC.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.config.backbone) if config.use_cache is not False else None
+        advance = BackboneSteps(self, mask_BC, -(-budget // size), config)
         open_A = torch.arange(len(prompt_BT), device=prompt_BT.device)  # Rows that have not ended.
         written: list[Tensor] = []
         steps: list[tuple[Tensor, ChunkSample]] = []
-        fresh_BT = tokens_BT
         for start in range(0, budget, size):
-            inputs = tokens_BT if cache is None else fresh_BT
-            hidden_BD = self._run_backbone(
-                inputs,
-                mask_BC,
-                position_BC if cache is None else position_BC[:, -(inputs.shape[1] // size) :],
-                cache,
-                cache is not None,
-            ).last_hidden_state[:, -1]
+            hidden_BD = advance(tokens_BT)
             sample = self.sample_chunks(hidden_BD[open_A], settings, select_rows(randomness, open_A))
             steps.append((open_A, sample))
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, eos_ids, pad)
-            chunk_BK = chunk_AK.new_full((len(prompt_BT), size), pad).index_copy(0, open_A, chunk_AK)
-            written.append(chunk_BK[:, : budget - start])
+            tokens_BT = chunk_AK.new_full((len(prompt_BT), size), pad).index_copy(0, open_A, chunk_AK)
+            written.append(tokens_BT[:, : budget - start])
             if streamer is not None:
                 _stream(streamer, written[-1][0], eos_ids)
             open_A = open_A[~ends_A]
             if len(open_A) == 0:
                 break
-            fresh_BT = chunk_BK
-            tokens_BT = torch.cat([tokens_BT, chunk_BK], dim=1)
-            mask_BC = torch.cat([mask_BC, torch.ones_like(mask_BC[:, :1])], dim=1)
-            position_BC = torch.cat([position_BC, position_BC[:, -1:] + 1], dim=1)
         new_BT = torch.cat(written, dim=1)
         return (_trim(new_BT, eos_ids) if len(open_A) == 0 else new_BT), _statistics(steps, len(prompt_BT))
 
