@@ -31,7 +31,7 @@ RECIPE_PARTS = (
     TrainingSettings,
     OptimizerSettings,
 )
-_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs")
+_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "question")
 _NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
 
 

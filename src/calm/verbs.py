@@ -203,6 +203,42 @@ def compare(
     print(f"report: {report}")
 
 
+def ablate(
+    question: str,
+    output: str = "runs/ablation",
+    recipe: str = "demo",
+    seeds: list[int] | None = None,
+    only: list[str] | None = None,
+    max_blocks: int | None = None,
+) -> None:
+    """Train a recipe with each of several settings, over several seeds, and write the table.
+
+    Args:
+        question: Shipped name or .yaml file of an ablation: a question, and the settings that answer it.
+        output: Folder of the runs and their table. Finished runs are kept, stopped ones go on.
+        recipe: What is common to all runs; one that names no text takes the embedded stories.
+        seeds: Seeds of the runs, such as [1,2,3]; 1 and 2 if none are given.
+        only: Names of the settings that are compared; all if none are given.
+        max_blocks: Score this many held-out blocks at most.
+    """
+    from calm.comparison.ablation import read_ablation, run_ablation
+    from calm.report.ablation import print_ablation, write_ablation
+    from calm.training.recipe_files import read_recipe
+
+    folder = Path(output) / Path(question).stem
+    table = run_ablation(
+        read_ablation(question),
+        read_recipe(recipe),
+        seeds or [1, 2],
+        folder,
+        only=only or [],
+        num_blocks=max_blocks,
+    )
+    print_ablation(table)
+    write_ablation(table, folder / "ablation.md")
+    print(f"table: {folder / 'ablation.md'}")
+
+
 def generate(
     model: str,
     prompt: list[str],
@@ -345,6 +381,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "ablate": ablate,
     "generate": generate,
     "import": import_published,
     "flops": flops,

@@ -113,8 +113,8 @@ def test_float32_inside_autocast():
 def exact_expected_distance(points_NPZ, law, alpha):
     """E|x - y|^alpha by its Laplace transform (docs/maths.md), in float64.
 
-    E Q^a = a / Gamma(1 - a) * integral of (1 - E exp(-t Q)) t^(-a - 1) dt, by the trapezoid rule in log t, which
-    is exact to rounding for such an integrand.
+    E Q^a = a / Gamma(1 - a) * integral of (1 - E exp(-t Q)) t^(-a - 1) dt, by the trapezoid rule in log t,
+    which is exact to rounding for such an integrand.
     """
     a, step = alpha / 2, 0.1
     offset = (points_NPZ - law.mean).square()

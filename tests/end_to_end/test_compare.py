@@ -9,7 +9,7 @@ import pytest
 from toy import TOY, failure
 
 from calm.cli import main
-from calm.comparison import ladder as ladder_module
+from calm.comparison import text as text_module
 from calm.data.stories import write_stories
 
 
@@ -20,7 +20,7 @@ def room(tmp_path_factory) -> Path:
     write_stories(folder / "text.jsonl", 0, 40)
     (folder / "toy.yaml").write_text(TOY.replace("evaluate_every: 10", "evaluate_every: 5"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder_module, "NUM_STORIES", 60)  # The embedded corpus, shorter.
+        patch.setattr(text_module, "NUM_STORIES", 60)  # The embedded corpus, shorter.
         yield folder
 
 

@@ -1,42 +1,22 @@
-"""A ladder of models that are trained with equal operations, and what training a run took."""
+"""A ladder of models that are trained with equal operations."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedConfig
 
+from calm.comparison.costs import autoencoder_operations, language_model_operations
+from calm.comparison.text import with_shared_text
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
-from calm.data.prepare import is_prepared, load_prepared, sources_of
-from calm.data.stories import NUM_STORIES, write_stories
+from calm.data.prepare import load_prepared
 from calm.errors import InputError
-from calm.flops import training_flops
-from calm.report.measured import Checkpoint
-from calm.training.configurations import autoencoder_config, check_recipe, model_config
+from calm.training.configurations import check_recipe
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE, data_folder, train
+from calm.training.stages import RECIPE, train
 
 _SMALLEST_LATENT = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingRecord:
-    """What the training of a run took, and where it stood on the way.
-
-    Args:
-        flops: Operations, autoencoder included.
-        seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
-            resumed, the time since then.
-        checkpoints: Where it stood at the evaluations of the language model.
-    """
-
-    flops: float
-    seconds: float
-    checkpoints: list[Checkpoint]
 
 
 def train_ladder(
@@ -69,21 +49,20 @@ def train_ladder(
         raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
-    output = output.resolve()  # Recipes name the text in it, from wherever they are read again.
+    output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    folder = _data_for(recipe, output)
-    data = load_prepared(folder)
-    config = model_config(recipe, data.vocab_size)
-    operations = budget * (_training_flops(recipe, config) + _autoencoder_flops(recipe, data.vocab_size))
-    source = dataclasses.replace(recipe.data, sources=[str(folder)])
-    recipe = dataclasses.replace(recipe, data=source)
+    recipe = with_shared_text(recipe, output)
+    vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
+    operations = budget * (
+        language_model_operations(recipe, vocab_size) + autoencoder_operations(recipe, vocab_size)
+    )
     rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
     if baseline:
         rungs["baseline"] = dataclasses.replace(recipe, model="autoregressive", chunk_size=1)
     for name, rung in rungs.items():
         one_step = dataclasses.replace(rung.language_model.training, steps=1)
-        per_step = _training_flops(_with_training(rung, one_step), model_config(rung, data.vocab_size))
-        steps = round((operations - _autoencoder_flops(rung, data.vocab_size)) / per_step)
+        per_step = language_model_operations(_with_training(rung, one_step), vocab_size)
+        steps = round((operations - autoencoder_operations(rung, vocab_size)) / per_step)
         if steps < 1:
             raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
@@ -93,51 +72,6 @@ def train_ladder(
         Console(highlight=False).print(f"[bold]{name}[/bold]: {steps} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
     return [output / name for name in rungs]
-
-
-def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
-    """What is known of a run's training; nothing for a mere model folder.
-
-    Args:
-        run: Folder of the run.
-        config: Configuration of its language model.
-    """
-    if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
-        return None
-    recipe = read_recipe(str(run / RECIPE))
-    history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
-    total = _training_flops(recipe, config)
-    before = _autoencoder_flops(recipe, config.vocab_size)
-    steps = recipe.language_model.training.steps
-    return TrainingRecord(
-        flops=before + total,
-        seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
-        checkpoints=[
-            Checkpoint(
-                before + total * entry["step"] / steps,
-                entry["eval_brier_lm"],
-                entry.get("eval_cross_entropy"),
-            )
-            for entry in history["language_model"]
-            if "eval_brier_lm" in entry
-        ],
-    )
-
-
-def _training_flops(recipe: Recipe, config: PreTrainedConfig) -> float:
-    """Operations of the language model's training."""
-    return training_flops(config, recipe.data.context) * _tokens(recipe, recipe.language_model.training)
-
-
-def _autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
-    if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
-        return 0.0
-    per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
-    return per_token * _tokens(recipe, recipe.autoencoder.training)
-
-
-def _tokens(recipe: Recipe, training: TrainingSettings) -> int:
-    return training.steps * training.batch_size * training.gradient_accumulation * recipe.data.context
 
 
 def _rung(recipe: Recipe, chunk_size: int) -> Recipe:
@@ -157,18 +91,3 @@ def _stretched(training: TrainingSettings, steps: int) -> TrainingSettings:
     """Another number of steps, evaluated as often."""
     every = training.evaluate_every * steps / training.steps
     return dataclasses.replace(training, steps=steps, evaluate_every=max(1, round(every)) if every else 0)
-
-
-def _data_for(recipe: Recipe, output: Path) -> Path:
-    """The text of a ladder, prepared once for all rungs."""
-    if not recipe.data.source_list:
-        stories = output / "stories.jsonl"
-        if not is_prepared(output / "data"):
-            write_stories(stories, recipe.seed, NUM_STORIES)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)]))
-    folder = data_folder(recipe, output)
-    if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
-        raise InputError(
-            f"'{folder}' was prepared from other sources than the recipe's; choose another --output."
-        )
-    return folder

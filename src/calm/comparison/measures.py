@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from calm.comparison.ladder import record_of
+from calm.comparison.costs import record_of
 from calm.core.brier import NUM_ORDERS
 from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import PreparedData, is_prepared, load_prepared

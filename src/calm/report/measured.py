@@ -1,6 +1,6 @@
 """What a comparison holds: what is known of each model, and how it was measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
@@ -88,3 +88,38 @@ class Comparison:
     temperature: float
     prompts: list[str]
     protocol: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one of the settings that an ablation compares.
+
+    Args:
+        name: Of the setting.
+        operations: Operations of its training, autoencoder included.
+        published: BrierLM in the paper, if it is there.
+        scores: For each seed BrierLM, its standard error over documents (`error`), Brier-1 to Brier-4 in
+            percent, and the share of tokens that the autoencoder gives back (`token_accuracy`).
+    """
+
+    name: str
+    operations: float
+    published: float | None = None
+    scores: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AblationTable:
+    """An ablation as it was run.
+
+    Args:
+        question: What was asked.
+        seeds: Seeds of the runs.
+        context: Tokens of a held-out block.
+        outcomes: One for each setting.
+    """
+
+    question: str
+    seeds: list[int]
+    context: int
+    outcomes: list[Outcome]

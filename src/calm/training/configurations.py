@@ -22,6 +22,11 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    check_model(recipe)
+
+
+def check_model(recipe: Recipe) -> None:
+    """`check_recipe` for a recipe whose text is still to be named."""
     check_block_size(recipe.data.context, recipe.chunk_size)
     # Held-out text is scored by windows of so many tokens.
     check_block_size(recipe.data.context, window_of(recipe.chunk_size))

@@ -1,6 +1,7 @@
 """Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,32 @@ def read_recipe(name: str) -> Recipe:
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {error}") from error
     return Recipe(**vars(parser.instantiate(values)))
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """A recipe with some settings changed.
+
+    Args:
+        recipe: The recipe.
+        settings: Dotted names and their values, such as {"language_model.head.alpha": 0.5}.
+
+    Raises:
+        InputError: If there is no such setting, or it cannot have that value.
+    """
+    values = dataclasses.asdict(recipe)
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        place: Any = values
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise InputError(f"a recipe has no setting '{name}'.")
+        place[last] = value
+    parser = recipe_parser()
+    try:
+        return Recipe(**vars(parser.instantiate(parser.parse_object(values))))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"settings {', '.join(settings)}: {error}") from error
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -60,12 +60,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    check_recipe(recipe)
-    _open_run(recipe, output, resume, overwrite)
-    data = load_prepared(data_folder(recipe, output))
-    if recipe.model == "calm" and not (output / "autoencoder").is_dir():
-        autoencoder = _train_autoencoder(recipe, data, output)
-        _finish(autoencoder, data.tokenizer, output / "autoencoder", recipe)
+    data = _open_run(recipe, output, resume, overwrite)
+    if recipe.model == "calm":
+        _finish_autoencoder(recipe, data, output)
     if not (output / "model").is_dir():
         model = _new_language_model(recipe, data, output)
         _train_language_model(model, recipe, data, output)
@@ -73,7 +70,23 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     return output / "model"
 
 
-def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
+def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
+    """Run a recipe up to its autoencoder; `train` with `resume` would go on from there.
+
+    Returns:
+        The autoencoder's folder.
+
+    Raises:
+        InputError: If a setting or the folder does not fit.
+    """
+    data = _open_run(recipe, output, resume, overwrite=False)
+    _finish_autoencoder(recipe, data, output)
+    return output / "autoencoder"
+
+
+def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> PreparedData:
+    """Check recipe and folder, and open the text."""
+    check_recipe(recipe)
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     if resume and (output / RECIPE).is_file():
@@ -89,6 +102,7 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
         check_output(output, overwrite=False)
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, output / RECIPE)
+    return load_prepared(data_folder(recipe, output))
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:
@@ -124,6 +138,12 @@ def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> 
         layout=recipe.data.layout,
         seed=recipe.seed,
     )
+
+
+def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> None:
+    folder = output / "autoencoder"
+    if not folder.is_dir():
+        _finish(_train_autoencoder(recipe, data, output), data.tokenizer, folder, recipe)
 
 
 def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> CalmAutoencoder:

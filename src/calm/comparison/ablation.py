@@ -1,0 +1,188 @@
+"""One question about the method: the same recipe trained with each of several settings, and scored."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from rich.console import Console
+
+from calm.comparison.costs import autoencoder_operations, language_model_operations
+from calm.comparison.text import with_shared_text
+from calm.data.prepare import load_prepared
+from calm.errors import InputError
+from calm.evaluation.held_out import score_model
+from calm.models.loading import load_model_and_tokenizer
+from calm.report.measured import AblationTable, Outcome
+from calm.training.configurations import check_model
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import with_settings
+from calm.training.stages import RECIPE, train, train_autoencoder
+
+SCORES = "scores.json"
+_PARTS = ("chunk_size", "autoencoder", "language_model")  # What a choice can change.
+
+
+@dataclasses.dataclass(kw_only=True)
+class Choice:
+    """One of the settings that are compared.
+
+    Args:
+        name: How it is called in the table; made of it is the folder of its runs.
+        settings: Dotted names of a recipe and their values.
+        published: BrierLM in the paper, if it is there.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    published: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder: M = 16 becomes M_16."""
+        return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in self.name).split())
+
+
+@dataclasses.dataclass(kw_only=True)
+class Ablation:
+    """A question and the settings that answer it.
+
+    Args:
+        question: What is asked.
+        choices: What is compared.
+    """
+
+    question: str
+    choices: list[Choice]
+
+
+def shipped_ablations() -> dict[str, Path]:
+    """Name -> file of the ablations inside the package."""
+    folder = Path(str(resources.files("calm") / "ablations"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_ablation(name: str) -> Ablation:
+    """Read an ablation by shipped name or path.
+
+    Raises:
+        InputError: If there is none, or it has a mistake.
+    """
+    shipped = shipped_ablations()
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise InputError(f"there is no ablation '{name}'; give a .yaml file or one of: {', '.join(shipped)}.")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Ablation)
+    try:
+        ablation = Ablation(**vars(parser.instantiate(parser.parse_path(str(path)))))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"ablation '{name}': {error}") from error
+    for setting in (setting for choice in ablation.choices for setting in choice.settings):
+        if setting.split(".")[0] not in _PARTS or setting == "autoencoder.path":
+            raise InputError(f"ablation '{name}': all its runs share '{setting}'; leave it out.")
+    folders = [choice.folder for choice in ablation.choices]
+    if not folders or "" in folders or len(set(folders)) < len(folders):
+        raise InputError(f"ablation '{name}': its choices need names that differ in letters or digits.")
+    return ablation
+
+
+def run_ablation(
+    ablation: Ablation,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    output: Path,
+    *,
+    only: Sequence[str] = (),
+    num_blocks: int | None = None,
+) -> AblationTable:
+    """Train what is missing, score it on the same held-out text, and put it side by side.
+
+    Every choice is trained with every seed for the steps that the recipe says. Choices whose
+    autoencoder has the same settings share it, seed by seed. What is finished is kept, and what was stopped
+    goes on.
+
+    Args:
+        ablation: What is compared.
+        recipe: What is common to all runs; without sources it is trained on the embedded stories.
+        seeds: Seeds of the runs. All take the same text and held-out part.
+        output: Folder of all runs.
+        only: Names of the choices that are trained; all if none are given.
+        num_blocks: Held-out blocks that are scored; all when None.
+
+    Raises:
+        InputError: If a choice does not fit the recipe.
+    """
+    chosen = [choice for choice in ablation.choices if not only or choice.name in only]
+    if not seeds or not chosen or len(chosen) < len(only):
+        names = ", ".join(choice.name for choice in ablation.choices)
+        raise InputError(f"an ablation needs seeds, and choices out of: {names}.")
+    if recipe.model != "calm" or recipe.autoencoder.path is not None:
+        raise InputError("an ablation takes a recipe of a CALM that trains its own autoencoder.")
+    for choice in chosen:
+        check_model(_recipe_of(choice, recipe, 0))
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = with_shared_text(recipe, output)
+    vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
+    outcomes = []
+    for choice in chosen:
+        own = _recipe_of(choice, recipe, seeds[0])
+        outcomes.append(
+            Outcome(
+                name=choice.name,
+                published=choice.published,
+                operations=autoencoder_operations(own, vocab_size)
+                + language_model_operations(own, vocab_size),
+            )
+        )
+    for seed in seeds:
+        for choice, outcome in zip(chosen, outcomes, strict=True):
+            Console(highlight=False).print(f"[bold]{choice.name}[/bold], seed {seed}")
+            own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
+            # With the language model of the recipe, so that it is the same run for all choices.
+            same = dataclasses.replace(own, language_model=recipe.language_model)
+            autoencoder = _autoencoder_of(same, output)
+            own = with_settings(own, {"autoencoder.path": str(autoencoder)})
+            train(own, run, resume=(run / RECIPE).is_file())
+            outcome.scores.append(_score(run, recipe, num_blocks))
+    return AblationTable(ablation.question, list(seeds), recipe.data.context, outcomes)
+
+
+def _recipe_of(choice: Choice, recipe: Recipe, seed: int) -> Recipe:
+    return with_settings(recipe, {**choice.settings, "seed": seed})
+
+
+def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
+    """The trained autoencoder of a recipe, which all runs with the same settings and seed share."""
+    settings = {"chunk_size": recipe.chunk_size, **dataclasses.asdict(recipe.autoencoder)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    run = output / f"autoencoder-{digest}" / f"seed{recipe.seed}"
+    return train_autoencoder(recipe, run, resume=(run / RECIPE).is_file())
+
+
+def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:
+    """Held-out figures of a run, kept in its folder."""
+    path, how = run / SCORES, {"context": recipe.data.context, "num_blocks": num_blocks}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["how"] == how:
+            figures: dict[str, float] = kept["figures"]
+            return figures
+    model, _ = load_model_and_tokenizer(str(run / "model"))
+    data = load_prepared(Path(recipe.data.source_list[0]))
+    card = score_model(model, data, context=recipe.data.context, num_blocks=num_blocks)
+    assert card.reconstruction is not None
+    figures = {
+        **card.brier.as_metrics(),
+        "error": card.brier.brier_lm_error,
+        "token_accuracy": card.reconstruction.token_accuracy,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"how": how, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return figures

@@ -1,0 +1,80 @@
+"""What the training of a run takes, counted from its recipe and read from its history."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from calm.flops import training_flops
+from calm.report.measured import Checkpoint
+from calm.training.configurations import autoencoder_config, model_config
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import HISTORY, RECIPE
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRecord:
+    """What the training of a run took, and where it stood on the way.
+
+    Args:
+        flops: Operations, autoencoder included.
+        seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
+            resumed, the time since then.
+        checkpoints: Where it stood at the evaluations of the language model.
+    """
+
+    flops: float
+    seconds: float
+    checkpoints: list[Checkpoint]
+
+
+def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
+    """What is known of a run's training; nothing for a mere model folder.
+
+    Args:
+        run: Folder of the run.
+        config: Configuration of its language model.
+    """
+    if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
+        return None
+    recipe = read_recipe(str(run / RECIPE))
+    history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
+    total = _of_language_model(recipe, config)
+    before = autoencoder_operations(recipe, config.vocab_size)
+    steps = recipe.language_model.training.steps
+    return TrainingRecord(
+        flops=before + total,
+        seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
+        checkpoints=[
+            Checkpoint(
+                before + total * entry["step"] / steps,
+                entry["eval_brier_lm"],
+                entry.get("eval_cross_entropy"),
+            )
+            for entry in history["language_model"]
+            if "eval_brier_lm" in entry
+        ],
+    )
+
+
+def language_model_operations(recipe: Recipe, vocab_size: int) -> float:
+    """Operations of the language model's training."""
+    return _of_language_model(recipe, model_config(recipe, vocab_size))
+
+
+def autoencoder_operations(recipe: Recipe, vocab_size: int) -> float:
+    """Operations of the autoencoder's training; none where the recipe has none or names a trained one."""
+    if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
+        return 0.0
+    per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
+    return per_token * _tokens(recipe, recipe.autoencoder.training)
+
+
+def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:
+    return training_flops(config, recipe.data.context) * _tokens(recipe, recipe.language_model.training)
+
+
+def _tokens(recipe: Recipe, training: TrainingSettings) -> int:
+    return training.steps * training.batch_size * training.gradient_accumulation * recipe.data.context

@@ -1,0 +1,34 @@
+"""The text that several runs share."""
+
+import dataclasses
+from pathlib import Path
+
+from calm.data.prepare import is_prepared, sources_of
+from calm.data.stories import NUM_STORIES, write_stories
+from calm.errors import InputError
+from calm.training.recipe import Recipe
+from calm.training.stages import data_folder
+
+
+def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe with its text prepared once, for all runs in a folder.
+
+    Args:
+        recipe: A recipe; without sources it takes the embedded stories.
+        output: Folder of the runs, an absolute path: recipes name the text in it, from wherever they are
+            read again.
+
+    Raises:
+        InputError: If the folder holds the text of other sources.
+    """
+    if not recipe.data.source_list:
+        stories = output / "stories.jsonl"
+        if not is_prepared(output / "data"):
+            write_stories(stories, recipe.seed, NUM_STORIES)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)]))
+    folder = data_folder(recipe, output)
+    if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
+        raise InputError(
+            f"'{folder}' was prepared from other sources than the recipe's; choose another --output."
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(folder)]))

@@ -1,0 +1,128 @@
+"""`calm ablate` on toy models, and every ablation that is shipped."""
+
+import itertools
+import json
+import math
+
+import pytest
+from toy import TOY, failure
+
+from calm.cli import main
+from calm.comparison.ablation import read_ablation, shipped_ablations
+from calm.data.stories import write_stories
+from calm.training.configurations import check_model
+from calm.training.recipe_files import differences, read_recipe, with_settings
+
+SHIPPED = [
+    "alpha",
+    "chunk_size",
+    "dropout",
+    "head_depth",
+    "head_draws",
+    "kl",
+    "latent_size",
+    "posterior_draws",
+]
+QUESTION = """
+question: Is a head of two blocks better, or another latent?
+choices:
+  - {name: One block, settings: {language_model.head.num_blocks: 1}, published: 4.7}
+  - {name: Two blocks, settings: {language_model.head.num_blocks: 2}}
+  - {name: Z = 12, settings: {autoencoder.latent_size: 12}}
+"""
+
+
+def test_the_list_is_what_is_shipped():
+    assert list(shipped_ablations()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_choice_makes_a_model_of_its_own(name):
+    recipe = read_recipe("demo")
+    ablation = read_ablation(name)
+    made = [with_settings(recipe, choice.settings) for choice in ablation.choices]
+    for choice, changed in zip(ablation.choices, made, strict=True):
+        check_model(changed)
+        assert set(differences(recipe, changed)) <= set(choice.settings)
+    for first, second in itertools.pairwise(made):
+        assert differences(first, second)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A recipe on some text, a question, and its answer with two seeds."""
+    folder = tmp_path_factory.mktemp("room")
+    write_stories(folder / "text.jsonl", 0, 40)
+    (folder / "toy.yaml").write_text(TOY.replace("data: {", f"data: {{sources: [{folder / 'text.jsonl'}], "))
+    (folder / "blocks.yaml").write_text(QUESTION)
+    answer(folder, "[3,4]")
+    return folder
+
+
+def answer(folder, seeds, *more):
+    main(["ablate", str(folder / "blocks.yaml"), "--recipe", str(folder / "toy.yaml"), "--seeds", seeds,
+          "--max_blocks", "4", "--output", str(folder / "out"), *more])  # fmt: skip
+
+
+def test_the_table(room):
+    out = room / "out/blocks"
+    figures = json.loads((out / "ablation.json").read_text())
+    assert figures["question"].startswith("Is a head") and figures["seeds"] == [3, 4]
+    one, two, other = figures["outcomes"]
+    assert [len(outcome["scores"]) for outcome in figures["outcomes"]] == [2, 2, 2]
+    assert one["published"] == 4.7 and two["published"] is None
+    assert two["operations"] > one["operations"]
+    # What the table says is what the models score.
+    table = (out / "ablation.md").read_text()
+    for outcome in (one, two, other):
+        scores = [score["brier_lm"] for score in outcome["scores"]]
+        assert f"| {outcome['name']} | {scores[0]:.2f} ± " in table
+        assert f"| {sum(scores) / 2:.2f} ± " in table
+        brier_1 = sum(score["brier_1"] for score in outcome["scores"]) / 2
+        assert f" | {brier_1:.2f} | " in table
+    # Runs of a seed share an autoencoder where it is the same one.
+    assert one["scores"][0]["token_accuracy"] == two["scores"][0]["token_accuracy"]
+    folders = ["One_block", "Two_blocks", "Z_12"]
+    recipes = {name: read_recipe(str(out / name / "seed3/recipe.yaml")) for name in folders}
+    paths = [recipes[name].autoencoder.path for name in folders]
+    assert paths[0] == paths[1] != paths[2]
+    assert len(list(out.glob("autoencoder-*/seed*/autoencoder"))) == 4
+    assert all(recipe.seed == 3 for recipe in recipes.values())
+
+
+def test_what_is_finished_is_kept(room):
+    out = room / "out/blocks"
+    before = (out / "ablation.json").read_text()
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    (out / "Two_blocks/seed4/scores.json").unlink()
+    answer(room, "[3,4]")
+    assert (out / "ablation.json").read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
+    answer(room, "[4]", "--only", '["Two blocks"]')
+    (outcome,) = json.loads((out / "ablation.json").read_text())["outcomes"]
+    assert outcome["name"] == "Two blocks" and math.isfinite(outcome["scores"][0]["brier_lm"])
+
+
+def test_what_cannot_be_asked(room, tmp_path, capsys):
+    def fail(text, *more):
+        (tmp_path / "q.yaml").write_text(text)
+        return failure(capsys, "ablate", tmp_path / "q.yaml", "--recipe", room / "toy.yaml",
+                       "--output", tmp_path / "out", *more)  # fmt: skip
+
+    assert "no ablation 'nothing'; give a .yaml file or one of: alpha" in failure(capsys, "ablate", "nothing")
+    one = "question: a\nchoices: [{name: a, settings: {%s: 1}}]"
+    assert "has no setting 'autoencoder.at.all'" in fail(one % "autoencoder.at.all")
+    for setting in ("data.context", "seed", "autoencoder.path"):
+        assert f"all its runs share '{setting}'" in fail(one % setting)
+    assert "num_blcks" in fail(QUESTION.replace("num_blocks: 2", "num_blcks: 2"))
+    assert "num_blocks must be" in fail(QUESTION.replace("num_blocks: 2", "num_blocks: 0"))
+    assert "latent_size" in fail(QUESTION.replace("latent_size: 12", "latent_size: many"))
+    assert "names that differ" in fail(
+        QUESTION.replace("Two blocks", "One-block").replace("One block", "One-block")
+    )
+    assert "choices out of: One block, Two blocks" in fail(QUESTION, "--only", '["Three"]')
+    assert "quest" in fail(QUESTION.replace("question", "quest"))
+    assert not (tmp_path / "out").exists()
+    assert "a recipe of a CALM" in failure(
+        capsys, "ablate", "alpha", "--recipe", "demo_baseline", "--output", tmp_path / "out"
+    )
