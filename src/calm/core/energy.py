@@ -65,8 +65,8 @@ def expected_distance(points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: 
     With Q = |x - y|^2: E Q = S = |x - mu|^2 + sum v, Var Q = 2 sum v^2 + 4 sum v (x - mu)^2, and the
     expansion of Q^(alpha/2) around S gives S^(alpha/2) (1 + alpha (alpha - 2)/8 · Var Q / S^2).
     With a = alpha/2 and d = max v / S, at most one over the number of dimensions that share the variance
-    evenly, the error is at most 8 (1 - a) (2 - a) (3 - a) d^2 (1 + 4 d) of S^a (derived in docs/maths.md). For
-    variances spread over a factor of 10 it is 0.5% at Z = 8, 0.03% at Z = 32 and 0.002% at Z = 128.
+    evenly, the error is at most 8 (1 - a) (2 - a) (3 - a) d^2 (1 + 4 d) of S^a (derived in docs/maths.md).
+    For variances spread over a factor of 10 it is 0.5% at Z = 8, 0.03% at Z = 32 and 0.002% at Z = 128.
 
     Args:
         points_NPZ: Points x.

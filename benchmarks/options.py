@@ -1,0 +1,97 @@
+"""What does each option of a recipe cost or save in a training step?
+
+    python benchmarks/options.py
+    python benchmarks/options.py --batch 1 --tokens 16384 --ways reference checkpointing "eager attention"
+
+The model of training_step.py with the integrated energy loss, in turns in one process; peak memory each in a
+process of its own. The reference is what a recipe does when it says nothing: float32, sdpa attention,
+nothing compiled, nothing recomputed; its optimizer here is AdamW, fused as recipes have it. One option is
+changed at a time.
+"""
+
+import argparse
+
+import torch
+from measure import in_turns, machine, peak_memory, ratios
+from training_step import DEVICE, config
+
+from calm.models.calm import CalmForCausalLM
+from calm.training.optimizers import build_optimizer
+from calm.training.recipe import OptimizerSettings
+
+WAYS = {
+    "reference": {},
+    "compile": {"compile": True},
+    "bf16": {"precision": "bf16"},
+    "bf16, compile": {"precision": "bf16", "compile": True},
+    "AdamW not fused": {"fused": False},
+    "muon": {"optimizer": "muon"},
+    "checkpointing": {"checkpointing": True},
+    "eager attention": {"attention": "eager"},
+}
+
+
+def step(batch, tokens, precision="fp32", compile=False, fused=True, optimizer="adamw", checkpointing=False,
+         attention="sdpa"):  # fmt: skip
+    """A function that takes an optimizer step with the options and returns the loss."""
+    torch.manual_seed(0)
+    settings = config(0)
+    settings.backbone.max_position_embeddings = max(1024, tokens)
+    settings._attn_implementation = attention
+    model = CalmForCausalLM(settings).to(DEVICE).train()
+    torch.nn.init.normal_(model.head.out.weight, std=0.02)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    # Small rates: weights that run away give denormal gradients, which a CPU multiplies slowly.
+    updates = build_optimizer(
+        model, OptimizerSettings(name=optimizer, learning_rate=1e-4, adamw_learning_rate=1e-4)
+    )
+    if not fused:
+        for group in updates.param_groups:
+            group["fused"] = False
+    ids = torch.randint(4, 4096, (batch, tokens), device=DEVICE)
+    forward = torch.compile(model) if compile else model
+
+    def run():
+        updates.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        updates.step()
+        return loss.detach()
+
+    return run
+
+
+def main():
+    """Print a line for each option."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    arguments = parser.parse_args()
+    names = ["reference", *(name for name in arguments.ways if name != "reference")]
+    sizes = arguments.batch, arguments.tokens
+    steps = {name: step(*sizes, **WAYS[name]) for name in names}
+    table = ratios(in_turns(steps, arguments.rounds), "reference")
+    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens")
+    print("| option | ms | times as fast | peak memory |\n|---|---|---|---|")
+    for name, (seconds, ratio, least, most) in table.items():
+        memory = peak_memory(step_with, name, *sizes)
+        print(
+            f"| {name} | {1000 * seconds:.0f} | {ratio:.2f} ({least:.2f} to {most:.2f}) | "
+            f"{memory / 2**20:.0f} MiB |"
+        )
+
+
+def step_with(name, batch, tokens):
+    """`step` with the options of a way."""
+    return step(batch, tokens, **WAYS[name])
+
+
+if __name__ == "__main__":
+    main()
