@@ -138,7 +138,7 @@ def step_times(arguments):
     training = recipe.language_model.training
     blocks = load_prepared(Path(recipe.data.source_list[0])).blocks(
         "train", chunk_size=recipe.chunk_size, block_size=recipe.data.context
-    )[: training.batch_size]
+    )[: training.batch_tokens // recipe.data.context]
     del blocks["document_ids"]  # Of use for scores only.
     steps = {name: step_of(config_of(run, name), training, blocks) for name in arguments.heads}
     times = in_turns(steps, arguments.rounds)

@@ -10,14 +10,14 @@ autoencoder:
   latent_size: 8
   hidden_size: 24
   intermediate_size: 32
-  training: {steps: 30, batch_size: 2, evaluate_every: 15, evaluation_blocks: 4}
+  training: {steps: 30, batch_tokens: 128, evaluate_every: 15, evaluation_blocks: 4}
 language_model:
   hidden_size: 32
   intermediate_size: 48
   num_layers: 2
   num_heads: 2
   head: {head_type: energy, noise_size: 8, num_blocks: 1, num_posterior_draws: 0}
-  training: {steps: 20, batch_size: 2, evaluate_every: 10, evaluation_blocks: 4}
+  training: {steps: 20, batch_tokens: 128, evaluate_every: 10, evaluation_blocks: 4}
 """
 
 

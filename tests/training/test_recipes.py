@@ -10,7 +10,7 @@ from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.training.configurations import autoencoder_config, check_recipe, language_model_config
-from calm.training.recipe import Recipe
+from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import differences, read_recipe, shipped_recipes, write_recipe
 from calm.training.stages import train
 
@@ -25,8 +25,8 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
     """The same recipe with small sizes and two steps."""
     few = {
         "steps": 2,
-        "batch_size": 1,
-        "gradient_accumulation": 2,
+        "batch_tokens": 64,
+        "microbatch_tokens": 32,
         "evaluate_every": 2,
         "evaluation_blocks": 2,
     }
@@ -98,6 +98,22 @@ def test_round_trip(tmp_path):
     assert differences(recipe, other) == ["data.context", "seed"]
 
 
+def test_a_step_has_as_many_tokens_on_any_number_of_processes():
+    settings = TrainingSettings(batch_tokens=24 * 64, microbatch_tokens=5 * 64 + 3)
+    for processes in (1, 2, 3, 4, 6, 8, 12, 24):
+        at_once, times = settings.batches(64, processes)
+        assert at_once * times * processes == 24 and at_once <= 5
+    assert settings.batches(64) == (4, 6)
+    assert TrainingSettings(batch_tokens=512).batches(64, 2) == (4, 1)
+    for processes in (5, 48):
+        with pytest.raises(
+            InputError, match=f"multiple of {64 * processes} .*{processes} processes.*got 1536"
+        ):
+            settings.batches(64, processes)
+    with pytest.raises(InputError, match="at least the context of 512 tokens, got 323"):
+        dataclasses.replace(settings, batch_tokens=1024).batches(512)
+
+
 def test_mistakes_are_found_before_any_work():
     with pytest.raises(InputError, match="names no text"):
         check_recipe(read_recipe("demo"))
@@ -106,7 +122,7 @@ def test_mistakes_are_found_before_any_work():
     )
     check_recipe(recipe)
     bad_steps = dataclasses.replace(recipe.autoencoder.training, steps=0)
-    with pytest.raises(InputError, match="steps and batch_size must be at least 1"):
+    with pytest.raises(InputError, match="steps must be at least 1, got 0"):
         check_recipe(
             dataclasses.replace(
                 recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)

@@ -25,7 +25,7 @@ from calm.training.trainer import ChunkTrainer
 def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
     training = TrainingSettings(
         steps=8,
-        batch_size=2,
+        batch_tokens=64,
         evaluate_every=3,
         evaluation_blocks=4,
         save_every=3,

@@ -69,12 +69,12 @@ def autoencoder_operations(recipe: Recipe, vocab_size: int) -> float:
     if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
         return 0.0
     per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
-    return per_token * _tokens(recipe, recipe.autoencoder.training)
+    return per_token * _tokens(recipe.autoencoder.training)
 
 
 def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:
-    return training_flops(config, recipe.data.context) * _tokens(recipe, recipe.language_model.training)
+    return training_flops(config, recipe.data.context) * _tokens(recipe.language_model.training)
 
 
-def _tokens(recipe: Recipe, training: TrainingSettings) -> int:
-    return training.steps * training.batch_size * training.gradient_accumulation * recipe.data.context
+def _tokens(training: TrainingSettings) -> int:
+    return training.steps * training.batch_tokens

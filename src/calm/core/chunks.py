@@ -23,6 +23,11 @@ def split_into_chunks(tokens_BT: Tensor, chunk_size: int) -> Tensor:
     return tokens_BT.unflatten(-1, (-1, chunk_size))
 
 
+def have_label(labels_BT: Tensor, chunk_size: int) -> Tensor:
+    """Which chunks hold a token with a label, boolean (B, C)."""
+    return (split_into_chunks(labels_BT, chunk_size) != IGNORED_LABEL).any(-1)
+
+
 def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: int) -> Tensor:
     """Which of the chunks 1..C-1 are predicted from the chunk before, boolean (B, C-1).
 
@@ -33,7 +38,7 @@ def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: 
         position_ids_BC: Position of every chunk in its document, 0 at a start; None for one document.
         chunk_size: Tokens per chunk K.
     """
-    is_target = (split_into_chunks(labels_BT, chunk_size) != IGNORED_LABEL).any(-1)[:, 1:]
+    is_target = have_label(labels_BT, chunk_size)[:, 1:]
     return is_target if position_ids_BC is None else is_target & (position_ids_BC[:, 1:] > 0)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from calm.core.chunks import IGNORED_LABEL, number_documents, split_into_chunks
+from calm.core.chunks import have_label, number_documents
 from calm.evaluation.processes import Block
 
 Decoder = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
@@ -48,7 +48,7 @@ class BranchedText:
         self._decoder, self._cache, self._dtype = decoder, cache, dtype
         self._is_target_BQ = is_target_BC
         self.num_steps = chunk_size // unit_size
-        has_text_BU = (split_into_chunks(block["labels"], unit_size) != IGNORED_LABEL).any(-1)
+        has_text_BU = have_label(block["labels"], unit_size)
         document_BU = number_documents(block["position_ids"]).repeat_interleave(self.num_steps, dim=1)
         self._position_BU = _positions(has_text_BU, document_BU)
         index_U = torch.arange(has_text_BU.shape[1], device=has_text_BU.device)

@@ -3,8 +3,9 @@
 Shapes: P positions (chunks), K tokens per chunk, D hidden size, Z latent size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from calm.core.argmax import Screen, argmax_of_scores
-from calm.core.chunks import IGNORED_LABEL, split_into_chunks
+from calm.core.chunks import IGNORED_LABEL, have_label, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.configuration import CalmAutoencoderConfig
@@ -115,7 +116,7 @@ class CalmAutoencoder(PreTrainedModel):
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True  # The Trainer passes num_items_in_batch.
     # It has no attention, so every implementation that a model around it asks for will do.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
@@ -196,12 +197,36 @@ class CalmAutoencoder(PreTrainedModel):
             keep_tokens > config.token_dropout, posterior, keep_latents > config.latent_dropout
         )
 
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What the loss is a mean over: tokens with a label, and chunks with any, (2,)."""
+        has_label_BC = have_label(labels, self.config.chunk_size)
+        return torch.stack([(labels != IGNORED_LABEL).sum(), has_label_BC.sum()])
+
+    def draw_training_noise(
+        self, generators: Sequence[torch.Generator], input_ids: Tensor, labels: Tensor, **_: Any
+    ) -> AutoencoderNoise:
+        """The `noise` of a forward pass in training, drawn for each row of the batch by itself.
+
+        Args:
+            generators: One for each row, on the device of the model.
+            input_ids: As in `forward`.
+            labels: As in `forward`.
+        """
+        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        has_label_BC = have_label(labels, self.config.chunk_size)
+        rows = [
+            self.draw_noise(chunks_CK[has_label_C], generator)
+            for chunks_CK, has_label_C, generator in zip(chunks_BCK, has_label_BC, generators, strict=True)
+        ]
+        return AutoencoderNoise(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
     def forward(
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: AutoencoderNoise | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> AutoencoderOutput:
         """Encode, draw a latent (the mean in eval mode), decode; with labels, the loss of it.
 
@@ -211,6 +236,8 @@ class CalmAutoencoder(PreTrainedModel):
                 are left out.
             generator: Source of the training noise; the default generator when None.
             noise: Recorded training noise to use instead, for the chunks that have a label.
+            num_items_in_batch: Tokens with a label, and chunks with any, of the whole optimizer step, (2,);
+                those of this batch when None. The loss is the sum divided by them.
 
         Raises:
             ValueError: If T is not a multiple of K.
@@ -221,14 +248,19 @@ class CalmAutoencoder(PreTrainedModel):
             logits_PKV = self.decode(self._latents(chunks_PK, generator, noise)[0])
             return AutoencoderOutput(logits=logits_PKV.reshape(*input_ids.shape, -1))
         labels_PK = split_into_chunks(labels, config.chunk_size).flatten(0, 1)
-        has_label_P = (labels_PK != IGNORED_LABEL).any(-1)
+        has_label_P = have_label(labels, config.chunk_size).flatten()
         latents_PZ, posterior = self._latents(chunks_PK[has_label_P], generator, noise)
         cross_entropy = F.cross_entropy(
             self.decode(latents_PZ).flatten(0, 1).float(),
             labels_PK[has_label_P].flatten(),
             ignore_index=IGNORED_LABEL,
+            reduction="sum",
         )
-        kl = floored_kl(posterior, config.kl_floor).mean()
+        kl = floored_kl(posterior, config.kl_floor).sum()
+        num_tokens, num_chunks = (
+            self.count_targets(labels) if num_items_in_batch is None else num_items_in_batch
+        )
+        cross_entropy, kl = cross_entropy / num_tokens, kl / num_chunks
         loss = config.chunk_size * cross_entropy + config.kl_weight * kl
         return AutoencoderOutput(loss=loss, cross_entropy=cross_entropy.detach(), kl=kl.detach())
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, P positions, D hidden size, Z latent size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,37 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
             # An all-padding batch has no target: the loss is zero, not 0 / 0.
             loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
         return CalmOutput(loss=loss, last_hidden_state=hidden_BCD, past_key_values=outputs.past_key_values)
+
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What the loss is a mean over: chunks that are predicted."""
+        return find_targets(labels, position_ids, self.config.chunk_size).sum()
+
+    def draw_training_noise(
+        self,
+        generators: Sequence[torch.Generator],
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """The `noise` of a forward pass in training, drawn for each row of the batch by itself.
+
+        Args:
+            generators: One for each row, on the device of the model.
+            input_ids: As in `forward`.
+            labels: As in `forward`.
+            position_ids: As in `forward`.
+        """
+        counts_B = find_targets(labels, position_ids, self.config.chunk_size).sum(-1).tolist()
+        rows = [
+            self.head.draw_noise(count, self.config.latent_size, generator, input_ids.device)
+            for count, generator in zip(counts_B, generators, strict=True)
+        ]
+        if rows[0] is None:
+            return None
+        return type(rows[0])(
+            *(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
+        )
 
     def hidden_states_of_chunks(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

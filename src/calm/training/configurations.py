@@ -46,11 +46,9 @@ def check_model(recipe: Recipe) -> None:
         language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
     for stage in (recipe.autoencoder, recipe.language_model):
         find_optimizer(stage.training.optimizer.name)
-        if stage.training.steps < 1 or stage.training.batch_size < 1:
-            raise InputError(
-                f"steps and batch_size must be at least 1, got {stage.training.steps} and "
-                f"{stage.training.batch_size}."
-            )
+        if stage.training.steps < 1:
+            raise InputError(f"steps must be at least 1, got {stage.training.steps}.")
+        stage.training.batches(recipe.data.context)
 
 
 def autoencoder_config(

@@ -6,6 +6,8 @@ This file imports neither torch nor transformers: the command line reads it for 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from calm.errors import InputError
+
 
 @dataclass(kw_only=True)
 class DataSettings:
@@ -92,8 +94,9 @@ class TrainingSettings:
 
     Args:
         steps: Optimizer steps.
-        batch_size: Blocks per step and device.
-        gradient_accumulation: Batches per optimizer step.
+        batch_tokens: Tokens of an optimizer step, on all processes together: whole blocks for each.
+        microbatch_tokens: Tokens that a process works on at once, at most; the gradients of several such
+            batches are summed where its share of a step is larger. None for the whole share.
         optimizer: The optimizer and its schedule.
         precision: "fp32", or "bf16" for mixed precision.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -107,8 +110,8 @@ class TrainingSettings:
     """
 
     steps: int = 1000
-    batch_size: int = 8
-    gradient_accumulation: int = 1
+    batch_tokens: int = 8192
+    microbatch_tokens: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -119,6 +122,34 @@ class TrainingSettings:
     save_every: int = 200
     keep_checkpoints: int = 2
     num_workers: int = 0
+
+    def batches(self, context: int, num_processes: int = 1) -> tuple[int, int]:
+        """Blocks that a process works on at once, and how often it does so in an optimizer step.
+
+        Args:
+            context: Tokens of a block.
+            num_processes: Processes that share the step.
+
+        Raises:
+            InputError: If the step is not a whole number of blocks for each process, or a block is larger
+                than what a process may work on at once.
+        """
+        shared = context * num_processes
+        if self.batch_tokens < 1 or self.batch_tokens % shared:
+            of_processes = f" x {num_processes} processes" if num_processes > 1 else ""
+            raise InputError(
+                f"batch_tokens must be a multiple of {shared} (blocks of {context} tokens{of_processes}), "
+                f"got {self.batch_tokens}."
+            )
+        blocks = self.batch_tokens // shared
+        most = blocks if self.microbatch_tokens is None else self.microbatch_tokens // context
+        if most < 1:
+            raise InputError(
+                f"microbatch_tokens must be at least the context of {context} tokens, "
+                f"got {self.microbatch_tokens}."
+            )
+        at_once = next(size for size in range(min(most, blocks), 0, -1) if blocks % size == 0)
+        return at_once, blocks // at_once
 
 
 @dataclass(kw_only=True)

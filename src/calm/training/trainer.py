@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -19,13 +20,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from calm.core.chunks import IGNORED_LABEL, find_targets
+from calm.core.chunks import IGNORED_LABEL
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.training.noise import generators_of_blocks, number_of_block
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
 from calm.training.speed import Speed, known_training_flops
+
+_NUMBERS = "block_numbers"
 
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
@@ -61,20 +65,21 @@ class ChunkTrainer(Trainer):
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        context = blocks[0]["input_ids"].shape[-1]
         is_of_chunks = isinstance(model, CalmForCausalLM | CalmAutoencoder)
+        self._count: Any = model.count_targets if is_of_chunks else _count_tokens
         super().__init__(
             model=model,
-            args=_arguments(settings, output, seed),
+            args=_arguments(settings, context, output, seed),
             train_dataset=blocks,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            data_collator=default_data_collator if is_of_chunks else _collate_tokens,
+            data_collator=_collate_chunks if is_of_chunks else _collate_tokens,
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLines)
-        context = blocks[0]["input_ids"].shape[-1]
         self._speed = Speed(
-            settings.batch_size * settings.gradient_accumulation * context,
+            settings.batch_tokens // self.args.world_size,
             known_training_flops(model.config, context),
             self.args.device,
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
@@ -126,17 +131,32 @@ class ChunkTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, with noise that the seed, the step and each block decide."""
+        numbers = inputs.pop(_NUMBERS, None)
+        if numbers is not None:
+            step, device = self.state.global_step, inputs["input_ids"].device
+            generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
+            draw: Any = self._network.draw_training_noise
+            inputs["noise"] = draw(generators, **inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor | int | None:
-        """Target chunks of an optimizer step: the language model's loss is a mean over them."""
-        if not self.model_accepts_loss_kwargs or not batch_samples:
+        """Targets of an optimizer step on all processes: the loss is a mean over them."""
+        if not batch_samples:
             return None
-        size = getattr(self._network.config, "chunk_size", 1)  # A model of tokens has no such field.
-        targets = [find_targets(batch["labels"], batch.get("position_ids"), size) for batch in batch_samples]
-        count = torch.stack([is_target.sum() for is_target in targets]).sum().to(device)
+        counts = [self._count(batch["labels"], batch.get("position_ids")) for batch in batch_samples]
+        count = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
+            count = self.accelerator.reduce(count)
         return count.clamp_min(1)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -163,6 +183,12 @@ class ChunkTrainer(Trainer):
                 rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
 
 
+def _collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Blocks for a model of chunks, each with the number that names its noise."""
+    numbers = [number_of_block(block["input_ids"]) for block in blocks]
+    return default_data_collator(blocks) | {_NUMBERS: torch.tensor(numbers)}
+
+
 def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
     batch = default_data_collator(blocks)
@@ -171,14 +197,20 @@ def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     return batch | {"use_cache": False}
 
 
-def _arguments(settings: TrainingSettings, output: Path, seed: int) -> TrainingArguments:
+def _count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Targets of a model of tokens: labels behind the first token."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
+def _arguments(settings: TrainingSettings, context: int, output: Path, seed: int) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
+    blocks, accumulation = settings.batches(context, PartialState().num_processes)
     steps = settings.steps
     return TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=blocks,
+        gradient_accumulation_steps=accumulation,
         max_grad_norm=settings.optimizer.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",

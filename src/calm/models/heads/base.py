@@ -123,6 +123,20 @@ class GenerativeHead(nn.Module, abc.ABC):
             noise: Recorded randomness to use instead, in the form that the head documents.
         """
 
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Any:
+        """All randomness of one loss, in the form that `loss` takes as `noise`; None if there is none.
+
+        A named tuple of tensors whose second axis is that of the positions, or of None. Training draws it for
+        each block by itself, so that it does not depend on the blocks beside it.
+        """
+        return None
+
     @abc.abstractmethod
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """What all draws of a position share, computed once: any tensor with a first axis P."""

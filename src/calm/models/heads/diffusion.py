@@ -89,7 +89,7 @@ class DiffusionHead(AdaptiveHead):
     ) -> Tensor:
         """Hybrid loss at N steps of every position, shape (P,); see `calm.core.diffusion`."""
         if noise is None:
-            noise = self._draw_noise(posterior_PZ, generator)
+            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
         data_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         step = Coefficients.look_up(self._coefficients, noise.step)
         x_NPZ = step.signal * data_NPZ + step.noise * noise.added
@@ -139,11 +139,15 @@ class DiffusionHead(AdaptiveHead):
             config.data_bound or None,
         )
 
-    def _draw_noise(
-        self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
     ) -> DiffusionNoise:
-        mean_PZ = posterior_PZ.mean
-        shape, device = (self.config.num_draws, *mean_PZ.shape), mean_PZ.device
+        """See `GenerativeHead`."""
+        shape = (self.config.num_draws, num_positions, latent_size)
         return DiffusionNoise(
             torch.randn(shape, generator=generator, device=device),
             torch.randn(shape, generator=generator, device=device),

@@ -125,12 +125,27 @@ class EnergyHead(GenerativeHead):
     ) -> Tensor:
         """Energy loss of every position, shape (P,); see `calm.core.energy`."""
         config = self.config
-        head_noise, posterior_noise = noise or (None, None)
-        draws_NPZ = self.sample(hidden_PD, config.num_draws, generator, head_noise)
+        if noise is None:
+            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
+        draws_NPZ = self.sample(hidden_PD, config.num_draws, noise=noise.head)
         if config.num_posterior_draws == 0:
             return energy_loss_to_gaussian(draws_NPZ, posterior_PZ, config.alpha)
-        targets_MPZ = posterior_PZ.sample(config.num_posterior_draws, generator, posterior_noise)
+        targets_MPZ = posterior_PZ.sample(config.num_posterior_draws, noise=noise.posterior)
         return energy_loss(draws_NPZ, targets_MPZ, config.alpha)
+
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> EnergyNoise:
+        """See `GenerativeHead`."""
+        config = self.config
+        head_NPU = uniform(config.num_draws, num_positions, config.noise_size, generator, device) - 0.5
+        shape = (config.num_posterior_draws, num_positions, latent_size)
+        posterior_MPZ = torch.randn(shape, generator=generator, device=device) if shape[0] else None
+        return EnergyNoise(head_NPU, posterior_MPZ)
 
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """The condition's part of every block, (P, blocks, D)."""

@@ -73,7 +73,7 @@ class FlowHead(AdaptiveHead):
     ) -> Tensor:
         """Mean squared error of the velocity at N points of every position, shape (P,)."""
         if noise is None:
-            noise = self._draw_noise(posterior_PZ, generator)
+            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
         targets_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
         predicted_NPZ = self.network(x_NPZ, (self._in_units(noise.time),), self.prepare(hidden_PD))
@@ -100,9 +100,15 @@ class FlowHead(AdaptiveHead):
         # Heun's solver asks for the time 1 too, which is in no bin.
         return (bins * time).floor().clamp_max(bins - 1) if bins else _UNITS_OF_TIME * time
 
-    def _draw_noise(self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None) -> FlowNoise:
-        mean_PZ = posterior_PZ.mean
-        shape, device = (self.config.num_draws, *mean_PZ.shape), mean_PZ.device
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> FlowNoise:
+        """See `GenerativeHead`."""
+        shape = (self.config.num_draws, num_positions, latent_size)
         return FlowNoise(
             torch.randn(shape, generator=generator, device=device),
             torch.randn(shape, generator=generator, device=device),

@@ -74,7 +74,7 @@ class MeanFlowHead(AdaptiveHead):
     ) -> Tensor:
         """Mean squared error of the average velocity at N pairs of times of every position, shape (P,)."""
         if noise is None:
-            noise = self._draw_noise(posterior_PZ, generator)
+            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
         targets_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
         prepared_PD = self.prepare(hidden_PD)
@@ -108,9 +108,15 @@ class MeanFlowHead(AdaptiveHead):
         times = (_UNITS_OF_TIME * time, _UNITS_OF_TIME * (end - time))
         return self.network(x_NPZ, times, prepared_PD)
 
-    def _draw_noise(self, posterior_PZ: DiagonalGaussian, generator: torch.Generator | None) -> MeanFlowNoise:
-        mean_PZ = posterior_PZ.mean
-        shape, device = (self.config.num_draws, *mean_PZ.shape), mean_PZ.device
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> MeanFlowNoise:
+        """See `GenerativeHead`."""
+        shape = (self.config.num_draws, num_positions, latent_size)
         times = torch.rand((2, *shape[:-1]), generator=generator, device=device)
         is_instant = torch.rand(shape[:-1], generator=generator, device=device) < self.config.instant_fraction
         start, end = times.amin(0), times.amax(0)
