@@ -1,8 +1,18 @@
-"""A recipe of toy size, and what a command says that must fail."""
+"""Recipes of toy size, and what a command says that must fail."""
+
+from pathlib import Path
 
 import pytest
 
 from calm.cli import main
+from calm.training.recipe import (
+    AutoencoderSettings,
+    DataSettings,
+    LanguageModelSettings,
+    OptimizerSettings,
+    Recipe,
+    TrainingSettings,
+)
 
 TOY = """
 data: {vocab_size: 300, context: 64, validation_fraction: 0.1, num_proc: 1}
@@ -19,6 +29,34 @@ language_model:
   head: {head_type: energy, noise_size: 8, num_blocks: 1, num_posterior_draws: 0}
   training: {steps: 20, batch_tokens: 128, evaluate_every: 10, evaluation_blocks: 4}
 """
+
+
+def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
+    """A recipe on a text that trains in a second."""
+    training = TrainingSettings(
+        steps=8,
+        batch_tokens=64,
+        evaluate_every=3,
+        evaluation_blocks=4,
+        save_every=3,
+        optimizer=OptimizerSettings(name=optimizer, warmup_steps=2, schedule="warmup_stable_decay"),
+    )
+    return Recipe(
+        seed=3,
+        data=DataSettings(sources=str(text), vocab_size=300, context=32, validation_fraction=0.2, num_proc=1),
+        autoencoder=AutoencoderSettings(
+            latent_size=8, hidden_size=16, intermediate_size=24, training=training
+        ),
+        language_model=LanguageModelSettings(
+            hidden_size=16,
+            intermediate_size=24,
+            num_layers=2,
+            num_heads=2,
+            head={"head_type": "energy", "noise_size": 4, "num_blocks": 1, "num_posterior_draws": 4},
+            training=training,
+        ),
+        **changes,
+    )
 
 
 def failure(capsys, *arguments: object) -> str:

@@ -84,9 +84,12 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
         resume: Go on with the run in that folder.
         overwrite: Remove what is in that folder first.
     """
+    from calm.training.processes import processes
     from calm.training.stages import train as run
 
-    print(f"model: {run(recipe, Path(output), resume=resume, overwrite=overwrite)}")
+    model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+    if processes().is_main_process:
+        print(f"model: {model}")
 
 
 def evaluate(

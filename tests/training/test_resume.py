@@ -6,47 +6,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from toy import toy_recipe
 from transformers import TrainerCallback
 
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.training import stages
-from calm.training.recipe import (
-    AutoencoderSettings,
-    DataSettings,
-    LanguageModelSettings,
-    OptimizerSettings,
-    Recipe,
-    TrainingSettings,
-)
 from calm.training.trainer import ChunkTrainer
-
-
-def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
-    training = TrainingSettings(
-        steps=8,
-        batch_tokens=64,
-        evaluate_every=3,
-        evaluation_blocks=4,
-        save_every=3,
-        optimizer=OptimizerSettings(name=optimizer, warmup_steps=2, schedule="warmup_stable_decay"),
-    )
-    return Recipe(
-        seed=3,
-        data=DataSettings(sources=str(text), vocab_size=300, context=32, validation_fraction=0.2, num_proc=1),
-        autoencoder=AutoencoderSettings(
-            latent_size=8, hidden_size=16, intermediate_size=24, training=training
-        ),
-        language_model=LanguageModelSettings(
-            hidden_size=16,
-            intermediate_size=24,
-            num_layers=2,
-            num_heads=2,
-            head={"head_type": "energy", "noise_size": 4, "num_blocks": 1, "num_posterior_draws": 4},
-            training=training,
-        ),
-        **changes,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from calm.training.configurations import (
     language_model_config,
     special_tokens_of,
 )
+from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import differences, read_recipe, write_recipe
 from calm.training.trainer import ChunkTrainer, Score
@@ -85,8 +86,19 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
 
 
 def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> PreparedData:
-    """Check recipe and folder, and open the text."""
+    """Check recipe and folder, and open the text: the main process first, which writes what is missing."""
     check_recipe(recipe)
+    everyone = processes()
+    for stage in (recipe.autoencoder, recipe.language_model):
+        stage.training.batches(recipe.data.context, everyone.num_processes)
+    if everyone.is_main_process:
+        _open_folder(recipe, output, resume, overwrite)
+        data_folder(recipe, output)
+    everyone.wait_for_everyone()
+    return load_prepared(data_folder(recipe, output))
+
+
+def _open_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
     if overwrite and not resume:
         shutil.rmtree(output, ignore_errors=True)
     if resume and (output / RECIPE).is_file():
@@ -102,7 +114,6 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Pr
         check_output(output, overwrite=False)
         output.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, output / RECIPE)
-    return load_prepared(data_folder(recipe, output))
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:
@@ -131,13 +142,14 @@ def data_folder(recipe: Recipe, output: Path) -> Path:
 
 
 def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
-    return data.blocks(
-        split,
-        chunk_size=chunk_size,
-        block_size=recipe.data.context,
-        layout=recipe.data.layout,
-        seed=recipe.seed,
-    )
+    with processes().main_process_first():  # It fills the cache.
+        return data.blocks(
+            split,
+            chunk_size=chunk_size,
+            block_size=recipe.data.context,
+            layout=recipe.data.layout,
+            seed=recipe.seed,
+        )
 
 
 def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> None:
@@ -218,6 +230,8 @@ def _run_stage(
         recipe.seed,
     )
     trainer.train_or_resume()
+    if not processes().is_main_process:
+        return
     path = output / HISTORY
     history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     history[name] = trainer.state.log_history
@@ -227,10 +241,12 @@ def _run_stage(
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
-    with written_whole(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_recipe(recipe, partial / RECIPE)
+    if processes().is_main_process:
+        with written_whole(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            write_recipe(recipe, partial / RECIPE)
+    processes().wait_for_everyone()
 
 
 def _check_autoencoder(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -25,6 +24,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.training.noise import generators_of_blocks, number_of_block
 from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training.processes import processes
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
 from calm.training.speed import Speed, known_training_flops
@@ -170,17 +170,21 @@ class ChunkTrainer(Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run_dir / ".partial"
-        shutil.rmtree(self._staging, ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        processes().wait_for_everyone()
         with self._speed.pause():
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 staging, self._staging = self._staging, None
+            processes().wait_for_everyone()  # Each process writes a part.
             if self.args.should_save:
                 _sync(staging / name)
                 (staging / name).rename(run_dir / name)
                 staging.rmdir()
                 rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
+            processes().wait_for_everyone()
 
 
 def _collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def _count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
 def _arguments(settings: TrainingSettings, context: int, output: Path, seed: int) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
-    blocks, accumulation = settings.batches(context, PartialState().num_processes)
+    blocks, accumulation = settings.batches(context, processes().num_processes)
     steps = settings.steps
     return TrainingArguments(
         output_dir=str(output),
