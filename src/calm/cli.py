@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ import docstring_parser
 import jsonargparse
 
 import calm
-from calm.errors import InputError
+from calm.errors import InputError, RunError, Terminated
 from calm.training.recipe import (
     AutoencoderSettings,
     DataSettings,
@@ -106,7 +107,7 @@ def _summary(function: Callable[..., None]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb; a mistake of the user ends in one sentence and exit code 2."""
+    """Run a verb. A mistake of the user ends in one sentence and exit code 2, a failed run in 1."""
     arguments = _with_recipe_paths(list(sys.argv[1:] if arguments is None else arguments))
     try:
         parser = build_parser()
@@ -123,6 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
         VERBS[values.verb](**settings)
     except InputError as error:
         fail(str(error))
+    except Terminated as error:
+        print(f"calm: {error}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    except RunError as error:
+        print(f"calm: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("calm: interrupted", file=sys.stderr)
         sys.exit(130)

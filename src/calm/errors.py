@@ -1,8 +1,16 @@
-"""The one exception for mistakes that a user can mend: the command line prints it as a sentence."""
+"""Exceptions that the command line prints as a sentence."""
 
 
 class InputError(ValueError):
     """Bad input: says what is wrong, which value, and what to do, in one sentence."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on through no mistake of its input: says why, and what is left of it."""
+
+
+class Terminated(RunError):
+    """A run that was asked to end (SIGTERM) and has kept its state."""
 
 
 def reason_of(error: BaseException) -> str:

@@ -41,8 +41,8 @@ def assert_same_run(first, second):
 
 
 def launch(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               "-m", "calm", "train", *map(str, arguments)]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "calm", "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -89,9 +89,7 @@ def test_a_step_that_cannot_be_shared(alone):
     folder, _ = alone
     result = launch(3, "--recipe", folder / "recipe.yaml", "--output", folder / "three")
     assert result.returncode != 0
-    assert (
-        "batch_tokens must be a multiple of 96 (blocks of 32 tokens x 3 processes), got 128" in result.stderr
-    )
+    assert "multiple of 96 (blocks of 32 tokens x 3 processes), got 128" in result.stderr
     assert (
         'Traceback (most recent call last):\n  File "<frozen runpy>'
         not in result.stderr.split("calm: error")[0]

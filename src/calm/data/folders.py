@@ -1,11 +1,17 @@
 """Output folders that appear whole or not at all, and never replace what a user had."""
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm.errors import InputError
+from safetensors import SafetensorError
+
+from calm.errors import InputError, RunError, reason_of
+
+_ERRORS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+_WORDS_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -26,6 +32,41 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
+def disk_errors(path: Path, left: str = "nothing that was there is lost") -> Iterator[None]:
+    """Turn what a full or failing disk raises inside the block into one sentence.
+
+    Args:
+        path: What is being written.
+        left: What is left, for the message.
+
+    Raises:
+        RunError: If the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        raise RunError(f"'{path}' could not be written ({reason_of(error)}); {left}.") from error
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error, or one behind it, tells of a disk; writers of weights have errors of their own."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in _ERRORS_OF_THE_DISK:
+            return True
+        if isinstance(chain, SafetensorError) and "I/O error" in str(chain):
+            return True
+        if isinstance(chain, RuntimeError) and any(word in str(chain) for word in _WORDS_OF_TORCH):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+@contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write in that becomes `path` when the block ends without an error.
 
@@ -33,13 +74,15 @@ def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         InputError: If `path` is not empty and `overwrite` is False.
+        RunError: If the disk is full, or cannot be written.
     """
     check_output(path, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with disk_errors(path):
+            yield partial
         replaced = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():

@@ -26,7 +26,7 @@ from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.folders import written_whole
 from calm.data.sources import ReadingOptions, load_documents
 from calm.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
-from calm.errors import InputError
+from calm.errors import InputError, RunError
 
 _INFO = "prepared.json"
 _DOCUMENTS_FOR_TOKENIZER = 200_000
@@ -68,7 +68,8 @@ class PreparedData:
         """A split as blocks of `block_size` tokens with the features of `calm.data.chunking`."""
         documents = {"train": self.train, "validation": self.validation}[split]
         check_block_size(block_size, chunk_size)
-        blocks = documents.map(
+        make = partial(
+            documents.map,
             partial(
                 _blocks_of_batch,
                 format_number=_FORMAT_OF_BLOCKS,
@@ -85,6 +86,12 @@ class PreparedData:
             num_proc=num_proc if num_proc > 1 else None,
             desc=f"chunking {split}",
         )
+        try:
+            blocks = make()
+        except OSError as error:
+            if error.errno is not None:  # Of the disk. Without a number: blocks in the cache are damaged.
+                raise
+            blocks = make(load_from_cache_file=False)
         return blocks.with_format("torch")
 
     def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
@@ -143,7 +150,15 @@ def prepare(
         else:
             tokens = load_tokenizer(tokenizer)
         for name, split in splits.items():
-            _tokenized(split, tokens, num_proc, name).save_to_disk(folder / name)
+            try:
+                _tokenized(split, tokens, num_proc, name).save_to_disk(folder / name)
+            except RuntimeError as error:
+                if "abruptly died" not in str(error):
+                    raise
+                raise RunError(
+                    "a process that tokenizes died (out of memory?); try a smaller num_proc. "
+                    "Nothing that was there is lost."
+                ) from error
         tokens.save_pretrained(folder / "tokenizer")
         info = {
             "sources": sources,
@@ -151,6 +166,7 @@ def prepare(
             "vocab_size": len(tokens),
             "documents": {name: len(split) for name, split in splits.items()},
             "seed": seed,
+            "bytes": {name: size for split in splits for name, size in _sizes(folder, split).items()},
         }
         (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -165,6 +181,7 @@ def load_prepared(path: Path) -> PreparedData:
     """
     if not (path / _INFO).is_file():
         raise InputError(f"'{path}' is not a prepared folder (it has no {_INFO}); run `calm prepare` first.")
+    _check_sizes(path)
     try:
         return PreparedData(
             train=datasets.load_from_disk(path / "train"),
@@ -173,6 +190,28 @@ def load_prepared(path: Path) -> PreparedData:
         )
     except (OSError, ValueError) as error:
         raise InputError(f"the prepared folder '{path}' is damaged ({error}); prepare it again.") from error
+
+
+def _sizes(folder: Path, split: str) -> dict[str, int]:
+    """Bytes of the files of a split, by their path in the prepared folder."""
+    files = sorted((folder / split).glob("*.arrow"))
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise InputError if a file has not the size with which it was written: a read would crash or go astray."""
+    try:
+        sizes = json.loads((path / _INFO).read_text(encoding="utf-8"))["bytes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"'{path / _INFO}' is damaged or of an earlier version; prepare the text again."
+        ) from error
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            raise InputError(
+                f"'{path / name}' is damaged ({found} bytes instead of {size}); prepare the text again."
+            )
 
 
 def held_out_data(

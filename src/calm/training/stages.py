@@ -21,7 +21,7 @@ import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.folders import check_output, written_whole
+from calm.data.folders import check_output, disk_errors, written_whole
 from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.errors import InputError
@@ -61,13 +61,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    data = _open_run(recipe, output, resume, overwrite)
-    if recipe.model == "calm":
-        _finish_autoencoder(recipe, data, output)
-    if not (output / "model").is_dir():
-        model = _new_language_model(recipe, data, output)
-        _train_language_model(model, recipe, data, output)
-        _finish(model, data.tokenizer, output / "model", recipe)
+    with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
+        data = _open_run(recipe, output, resume, overwrite)
+        if recipe.model == "calm":
+            _finish_autoencoder(recipe, data, output)
+        if not (output / "model").is_dir():
+            model = _new_language_model(recipe, data, output)
+            _train_language_model(model, recipe, data, output)
+            _finish(model, data.tokenizer, output / "model", recipe)
     return output / "model"
 
 

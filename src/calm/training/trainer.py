@@ -20,8 +20,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.data.folders import disk_errors
+from calm.errors import RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
 from calm.training.noise import generators_of_blocks, number_of_block
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.processes import processes
@@ -85,13 +88,39 @@ class ChunkTrainer(Trainer):
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
         self.add_callback(self._speed)
+        self._watch = LossWatch(self.args.device)
+        self._signals = LeaveOnSignal()
+        self.add_callback(self._signals)
 
     def train_or_resume(self) -> None:
-        """Train from the last whole checkpoint, or from the start; end with a held-out evaluation."""
+        """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
+
+        Raises:
+            RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
+            Terminated: If the run was asked to end by SIGTERM; it has written a checkpoint.
+        """
         self._output.mkdir(parents=True, exist_ok=True)
-        self.train(resume_from_checkpoint=get_last_checkpoint(str(self._output)))
+        try:
+            self.train(resume_from_checkpoint=get_last_checkpoint(str(self._output)))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(f"{reason_of(error)} Set num_workers lower or to 0; {self._left()}.") from error
+        if self._signals.left:
+            raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
         if not self.settings.evaluate_every:
             self.evaluate()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One batch; the first loss that is not finite is remembered."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._watch.see(loss, self.state.global_step + 1)
+        return loss
+
+    def _left(self) -> str:
+        """What is left of the run if it ends now."""
+        checkpoint = get_last_checkpoint(str(self._output))
+        return f"--resume goes on from '{checkpoint}'" if checkpoint else "there is no checkpoint yet"
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
@@ -114,6 +143,7 @@ class ChunkTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log figures; with a training loss, how fast training runs as well."""
         if "loss" in logs:
+            self._watch.check(self._left())
             logs |= self._speed.read(self.state.global_step)
         super().log(logs, start_time)
 
@@ -167,13 +197,15 @@ class ChunkTrainer(Trainer):
 
         A run killed while it writes leaves no checkpoint that looks whole and is not.
         """
+        self._watch.check(self._left())
+        check_weights(self._network, self.state.global_step, self._left())
         run_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run_dir / ".partial"
         if self.args.should_save:
             shutil.rmtree(self._staging, ignore_errors=True)
         processes().wait_for_everyone()
-        with self._speed.pause():
+        with self._speed.pause(), disk_errors(run_dir / name, self._left()):
             try:
                 super()._save_checkpoint(model, trial)
             finally:

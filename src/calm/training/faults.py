@@ -1,0 +1,82 @@
+"""What can happen to a run: a loss that is not finite, a signal to end, processes that die, a full disk."""
+
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import TrainerCallback
+
+from calm.errors import RunError
+from calm.training.processes import processes
+
+
+class LossWatch:
+    """Finds the first step whose loss is not finite, without waiting for the device at every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
+
+    def see(self, loss: Tensor, step: int) -> None:
+        """Take note of a loss."""
+        is_first = (self._bad_step < 0) & ~loss.detach().isfinite().all()
+        self._bad_step = torch.where(is_first, step, self._bad_step)
+
+    def check(self, left: str) -> None:
+        """Stop the run on all processes if a loss was not finite on any.
+
+        Args:
+            left: What is left of the run, for the message.
+
+        Raises:
+            RunError: If it was not.
+        """
+        bad_step = self._bad_step.clone()
+        if processes().num_processes > 1:
+            distributed.all_reduce(bad_step, distributed.ReduceOp.MAX)
+        if bad_step >= 0:
+            raise RunError(
+                f"the loss of step {int(bad_step)} is not finite; {left}. A lower learning rate or clipping "
+                "(max_grad_norm) may help, in a run of its own."
+            )
+
+
+def check_weights(model: nn.Module, step: int, left: str) -> None:
+    """Raise RunError if a weight that is trained is not finite."""
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    if not all(bool(norm.isfinite()) for norm in torch._foreach_norm(weights)):
+        raise RunError(f"weights are not finite after step {step}; {left}.")
+
+
+class LeaveOnSignal(TrainerCallback):
+    """On SIGTERM, as schedulers send it: finish the step, write a checkpoint, and leave.
+
+    `left` says afterwards whether that has happened.
+    """
+
+    def __init__(self) -> None:
+        self.left = False
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen."""
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave if any process was asked to."""
+        asked = self._asked
+        if processes().num_processes > 1:
+            flag = torch.tensor(int(asked), device=processes().device)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked and state.global_step < state.max_steps:
+            self.left = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listen no more."""
+        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+
+    def _remember(self, *_: Any) -> None:
+        self._asked = True

@@ -1,0 +1,200 @@
+"""What can happen to a run, done to it: it goes on to the same weights, or stops with one sentence."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import toy_recipe
+
+from calm.cli import main
+from calm.data.stories import write_stories
+from calm.errors import RunError
+from calm.training import stages
+from calm.training.faults import LossWatch, check_weights
+from calm.training.recipe_files import with_settings, write_recipe
+from calm.training.trainer import ChunkTrainer
+
+STAGES = ("autoencoder", "language_model")
+
+
+def in_both(settings):
+    return {f"{stage}.training.{name}": value for stage in STAGES for name, value in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A recipe that saves at every step, and its run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_stories(folder / "text.jsonl", 0, 12)
+    changes = in_both({"steps": 12, "save_every": 1, "log_every": 1, "evaluate_every": 0})
+    recipe = with_settings(toy_recipe(folder / "text.jsonl"), changes)
+    write_recipe(recipe, folder / "recipe.yaml")
+    stages.train(recipe, folder / "whole")
+    return folder, recipe
+
+
+def same_weights(first, second):
+    one, other = (load_file(run / "model/model.safetensors") for run in (first, second))
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def start(folder, output, *more, limit=None):
+    """`calm train` in a process of its own."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "calm", "train", "--recipe", str(folder / "recipe.yaml"),
+         "--output", str(output), *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=limit_files if limit else None,
+    )  # fmt: skip
+
+
+def wait_for(path, process, seconds=100):
+    """Until a file or folder is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end and process.poll() is None, process.stdout.read()[-2000:]
+        time.sleep(0.002)
+
+
+def test_kill_at_any_moment(whole):
+    """SIGKILL while a checkpoint is being written, in both stages, and at a later moment of each."""
+    folder, recipe = whole
+    output = folder / "killed"
+    for stage, name in (
+        ("autoencoder", ".partial"),
+        ("language_model", ".partial"),
+        ("language_model", "checkpoint-7"),
+    ):
+        process = start(folder, output, *(["--resume"] if output.exists() else []))
+        wait_for(output / "checkpoints" / stage / name, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for checkpoint in (output / "checkpoints").glob("*/checkpoint-*"):
+            assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+                file.name for file in checkpoint.iterdir()
+            }
+        assert not (output / "model").exists()
+    stages.train(recipe, output, resume=True)
+    assert same_weights(folder / "whole", output)
+
+
+def test_sigterm_leaves_a_checkpoint(whole):
+    folder, recipe = whole
+    slow = with_settings(recipe, in_both({"steps": 400, "save_every": 400}))
+    (folder / "slow").mkdir()
+    write_recipe(slow, folder / "slow/recipe.yaml")
+    output = folder / "ended"
+    process = start(folder / "slow", output)
+    wait_for(output / "checkpoints/autoencoder/tensorboard", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, text[-2000:]
+    (checkpoint,) = (output / "checkpoints/autoencoder").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 1 <= step < 400
+    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in text
+    assert "Traceback" not in text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(whole, monkeypatch, capsys):
+    folder, recipe = whole
+    output = folder / "diverged"
+    original = ChunkTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        is_bad = self.args.output_dir.endswith("language_model") and self.state.global_step == 4
+        return original(self, *args, **kwargs) * (torch.nan if is_bad else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkTrainer, "compute_loss", poisoned)
+        with pytest.raises(SystemExit) as raised:
+            main(["train", "--recipe", str(folder / "recipe.yaml"), "--output", str(output)])
+    assert raised.value.code == 1
+    said = capsys.readouterr().err
+    last = output / "checkpoints/language_model/checkpoint-4"
+    assert f"calm: error: the loss of step 5 is not finite; --resume goes on from '{last}'." in said
+    assert sorted(path.name for path in last.parent.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    stages.train(recipe, output, resume=True)
+    assert same_weights(folder / "whole", output)
+
+
+def test_weights_that_are_not_finite_are_never_saved():
+    model = torch.nn.Linear(2, 2)
+    check_weights(model, 1, "")
+    with torch.no_grad():
+        model.weight[0, 1] = torch.inf
+    with pytest.raises(RunError, match="weights are not finite after step 3; nothing is left"):
+        check_weights(model, 3, "nothing is left")
+    watch = LossWatch(torch.device("cpu"))
+    for step, loss in enumerate([1.0, 2.0, torch.inf, torch.nan, 1.0]):
+        watch.see(torch.tensor(loss), step)
+    with pytest.raises(RunError, match="the loss of step 2 is not finite; all is lost"):
+        watch.check("all is lost")
+
+
+@pytest.mark.parametrize("limit", [20_000, 40_000])
+def test_a_full_disk(whole, limit):
+    """Files that cannot grow beyond a limit, as on a full disk."""
+    folder, recipe = whole
+    output = folder / f"full-{limit}"
+    process = start(folder, output, limit=limit)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, text[-3000:]
+    sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", text)
+    assert sentence and "Traceback" not in text, text[-3000:]
+    stages.train(recipe, output, resume=(output / "recipe.yaml").exists())
+    assert same_weights(folder / "whole", output)
+
+
+def test_a_worker_that_dies(whole, monkeypatch, capsys):
+    folder, recipe = whole
+    loading = with_settings(recipe, in_both({"num_workers": 1}))
+    write_recipe(loading, folder / "loading.yaml")
+    original = ChunkTrainer.training_step
+
+    def deadly(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == 2:
+            for child in subprocess.check_output(["pgrep", "-P", str(os.getpid())], text=True).split():
+                os.kill(int(child), signal.SIGKILL)
+        return original(self, model, inputs, num_items_in_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkTrainer, "training_step", deadly)
+        with pytest.raises(SystemExit) as raised:
+            main(["train", "--recipe", str(folder / "loading.yaml"), "--output", str(folder / "orphan")])
+    assert raised.value.code == 1
+    assert re.search(r"error: DataLoader worker .*num_workers lower.*goes on from", capsys.readouterr().err)
+    stages.train(loading, folder / "orphan", resume=True)
+    assert same_weights(folder / "whole", folder / "orphan")
+
+
+def test_a_damaged_shard_is_named(whole, tmp_path, capsys):
+    folder, _ = whole
+    data = tmp_path / "data"
+    shutil.copytree(folder / "whole/data", data)
+    for shard in (data / "train").glob("*.arrow"):
+        shard.write_bytes(shard.read_bytes()[:-100])
+    again = ["train", "--recipe", str(folder / "recipe.yaml"), "--data.sources", str(data)]
+    with pytest.raises(SystemExit) as raised:
+        main([*again, "--output", str(tmp_path / "out")])
+    assert raised.value.code == 2
+    (shard,) = (data / "train").glob("data-*.arrow")
+    assert f"'{shard}' is damaged" in capsys.readouterr().err
+    # Blocks that were kept for a next time are made anew.
+    shutil.copy(folder / "whole/data/train" / shard.name, shard)
+    main([*again, "--output", str(tmp_path / "out"), "--overwrite"])
+    assert same_weights(folder / "whole", tmp_path / "out")
