@@ -121,9 +121,10 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
     assert total(cost.parameters) == sum(p.numel() for p in model.parameters())
 
 
-def test_training_agrees_with_an_independent_counter():
+@pytest.mark.parametrize("backbone_input", ["tokens", "latents", "both"])
+def test_training_agrees_with_an_independent_counter(backbone_input):
     """But for the layers whose inputs need no gradient, and the last chunk, which predicts nothing."""
-    model = CalmForCausalLM(tiny_config(4))
+    model = CalmForCausalLM(tiny_config(4, backbone_input=backbone_input))
     model.backbone.set_attn_implementation("eager")
     chunks = 40
     tokens = torch.randint(40, (1, chunks * 4))

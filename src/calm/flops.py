@@ -119,11 +119,13 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     except NotImplementedError as error:
         raise InputError(str(error)) from error
     once = {
-        "input": 2 * (size * width * 2 * width + 2 * width * width),
+        "input": 2 * (config.input_size * 2 * width + 2 * width * width),
         "backbone": 2 * _decoder_weights(backbone),
         "attention": _attention(backbone, work.positions),
     }
-    inference = once | {
+    encoder = {"encoder": 2 * _encoder_of_chunks(autoencoder)}  # Once where a latent is input and target.
+    inference: dict[str, float] = {**once, **(encoder if config.reads_latents else {})}
+    inference |= {
         "head": 2
         * (head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws),
         "decoder": 2 * work.draws * _decoder_of_chunks(autoencoder),
@@ -131,9 +133,9 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     }
     times = head.training_draws if work.condition_per_draw else 1
     training = {part: 3 * flops for part, flops in once.items()} | {
-        "head": 2 * (head.training_shared * times + head.training_per_draw * head.training_draws),
-        "encoder": 2 * _encoder_of_chunks(autoencoder),
+        "head": 2 * (head.training_shared * times + head.training_per_draw * head.training_draws)
     }
+    training |= encoder
     return Cost(
         parameters=_count_parameters(config),
         inference={part: flops / size for part, flops in inference.items()},

@@ -15,6 +15,7 @@ from calm.training.recipe_files import differences, read_recipe, with_settings
 
 SHIPPED = [
     "alpha",
+    "backbone_input",
     "chunk_size",
     "dropout",
     "head_depth",

@@ -23,6 +23,41 @@ def test_trains_at_any_chunk_size(chunk_size):
     assert not missing
 
 
+@pytest.mark.parametrize("backbone_input", ["latents", "both"])
+def test_the_backbone_can_read_latents(backbone_input, tmp_path):
+    """What it reads is the mean of the posterior of each chunk, beside the tokens or alone."""
+    model = tiny_model(backbone_input=backbone_input)
+    ids = torch.randint(3, 40, (2, 16))
+    latents = model.autoencoder.encode(ids.unflatten(-1, (-1, 4))).mean
+    tokens = model.backbone.embed_tokens(ids).reshape(2, 4, -1)
+    read = torch.cat([tokens, latents], -1) if backbone_input == "both" else latents
+    expected = model.backbone(inputs_embeds=model.projection(read)).last_hidden_state
+    assert_close(model.hidden_states_of_chunks(ids), expected)
+    # Encoded once for input and target, the loss is that of targets encoded alone.
+    noise = model.draw_training_noise([torch.Generator().manual_seed(n) for n in (0, 1)], ids, ids)
+    loss = model.head.loss(
+        expected[:, :-1].flatten(0, 1),
+        model.autoencoder.encode(ids.unflatten(-1, (-1, 4))[:, 1:].flatten(0, 1)),
+        noise=noise,
+    )
+    assert_close(model(ids, labels=ids, noise=noise).loss, loss.mean())
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [name for name, p in model.autoencoder.named_parameters() if p.grad is not None]
+    model.eval().save_pretrained(tmp_path)
+    loaded = CalmForCausalLM.from_pretrained(tmp_path)
+    settings = {"max_new_tokens": 9, "temperature": 1.0, "seed": 1}
+    text = model.generate(ids, **settings)
+    assert (loaded.generate(ids, **settings) == text).all()
+    assert (model.generate(ids, use_cache=False, **settings) == text).all()
+
+
+def test_an_unknown_input_of_the_backbone_is_refused():
+    with pytest.raises(ValueError, match="must be one of tokens, latents, both, got 'words'"):
+        tiny_config(backbone_input="words")
+
+
 def test_the_autoencoder_stays_frozen_and_in_eval_mode(model, tmp_path):
     model.save_pretrained(tmp_path)
     for candidate in (model, CalmForCausalLM.from_pretrained(tmp_path)):

@@ -64,7 +64,8 @@ def test_autoencoder_loss_and_gradient(case):
 def test_backbone(case):
     model, expected = case
     inputs = expected["input_ids"][:, : -model.config.chunk_size]
-    embeddings = model.projection(model.backbone.embed_tokens(inputs))
+    chunks = inputs.unflatten(-1, (-1, model.config.chunk_size))
+    embeddings = model.projection(model.backbone.embed_tokens(chunks).flatten(-2))
     assert_close(embeddings, expected["calm.chunk_embeds"], **CLOSE)
     assert_close(model.hidden_states_of_chunks(inputs), expected["calm.hidden"], rtol=1e-4, atol=1e-5)
 

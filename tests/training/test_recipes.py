@@ -4,17 +4,40 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
-from calm.training.configurations import autoencoder_config, check_recipe, language_model_config
+from calm.training.configurations import check_recipe, model_config
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import differences, read_recipe, shipped_recipes, write_recipe
+from calm.training.recipe_files import (
+    differences,
+    read_recipe,
+    shipped_recipes,
+    with_settings,
+    write_recipe,
+)
 from calm.training.stages import train
 
-SHIPPED = ["calm_m", "demo", "demo_baseline", "demo_diffusion", "demo_flow", "laptop"]
+SHIPPED = [
+    "calm_l",
+    "calm_m",
+    "calm_m_diffusion",
+    "calm_m_flow",
+    "calm_xl",
+    "cpu_tiny",
+    "demo",
+    "demo_baseline",
+    "demo_diffusion",
+    "demo_flow",
+    "laptop",
+    "one_gpu",
+    "transformer_l",
+    "transformer_m",
+    "transformer_s",
+]
 
 
 def test_the_list_is_what_is_shipped():
@@ -29,6 +52,8 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
         "microbatch_tokens": 32,
         "evaluate_every": 2,
         "evaluation_blocks": 2,
+        "compile": False,  # It takes half a minute for each; test_compiled_training does it once.
+        "num_workers": 0,
     }
     changed = dataclasses.replace
 
@@ -75,19 +100,71 @@ def test_runs_for_two_steps(name, tmp_path):
     assert differences(saved, read_recipe(str(tmp_path / "run/recipe.yaml"))) == []
 
 
-def test_calm_m_has_the_published_size():
-    """371M parameters beside the 75M of the autoencoder (paper, Llama 3 vocabulary and padding)."""
-    import torch
-
-    recipe = read_recipe("calm_m")
-    autoencoder = autoencoder_config(recipe, 128_257, {})
-    config = language_model_config(recipe, autoencoder, {})
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("calm_m", 371),
+        ("calm_l", 735),
+        ("calm_xl", 1820),
+        ("transformer_s", 281),
+        ("transformer_m", 465),
+        ("transformer_l", 849),
+    ],
+)
+def test_models_of_the_paper_have_the_published_size(name, millions):
+    """Parameters beside the 75M of the autoencoder (paper, Llama 3 vocabulary and padding)."""
+    config = model_config(read_recipe(name), 128_257)
     with torch.device("meta"):
-        model = CalmForCausalLM(config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.autoencoder.parameters())
-    assert trained == pytest.approx(371e6, rel=0.01)
-    assert frozen == pytest.approx(75e6, rel=0.02)
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parameters == pytest.approx(millions * 1e6, rel=0.01)
+    if name.startswith("calm"):
+        frozen = sum(p.numel() for p in model.autoencoder.parameters())
+        assert frozen == pytest.approx(75e6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.split("_")[0] in ("calm", "transformer")])
+def test_recipes_of_the_paper_have_its_settings(name):
+    """Appendix of the paper: steps, tokens a step, rates, and the autoencoder."""
+    recipe = read_recipe(name)
+    model = recipe.language_model.training
+    assert (model.steps, model.batch_tokens, model.precision) == (250_000, 2**21, "bf16")
+    optimizer = model.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 3e-4, 0.1)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.max_grad_norm) == (
+        0.9,
+        0.95,
+        1e-8,
+        1,
+    )
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 2000)
+    assert recipe.data.context == 2048 * recipe.chunk_size and recipe.data.layout == "packed"
+    if recipe.model == "calm":
+        autoencoder = recipe.autoencoder
+        assert (autoencoder.latent_size, autoencoder.hidden_size, autoencoder.intermediate_size) == (
+            128,
+            512,
+            1280,
+        )
+        assert (autoencoder.token_dropout, autoencoder.latent_dropout) == (0.15, 0.15)
+        assert (autoencoder.kl_weight, autoencoder.kl_floor) == (1e-3, 0.5)
+        assert (autoencoder.training.steps, autoencoder.training.batch_tokens) == (30_000, 2**19)
+        assert recipe.language_model.head["num_blocks"] == recipe.language_model.num_layers // 4
+
+
+def test_compiled_training(tmp_path):
+    """A compiled language model has the losses of one that is not."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    losses = []
+    for compiled in (False, True):
+        settings = {"language_model.training.compile": compiled, "language_model.training.log_every": 1}
+        recipe = with_settings(shrink(read_recipe("cpu_tiny"), str(text)), settings)
+        train(recipe, tmp_path / str(compiled))
+        history = json.loads((tmp_path / str(compiled) / "history.json").read_text())
+        losses.append([entry["loss"] for entry in history["language_model"] if "loss" in entry])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_round_trip(tmp_path):

@@ -4,6 +4,7 @@ Shapes: P positions (any number of leading axes), Z latent size, M draws.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class DiagonalGaussian:
         """KL(self || N(0, 1)) of every dimension in nats, shape (P, Z)."""
         return 0.5 * (self.mean.square() + self.variance - 1) - self.log_std
 
-    def __getitem__(self, index: Tensor) -> "DiagonalGaussian":
-        """Select positions."""
+    def __getitem__(self, index: Any) -> "DiagonalGaussian":
+        """Select positions, as a tensor would."""
         return DiagonalGaussian(self.mean[index], self.log_std[index])
 
 

@@ -199,7 +199,7 @@ def _sizes(folder: Path, split: str) -> dict[str, int]:
 
 
 def _check_sizes(path: Path) -> None:
-    """Raise InputError if a file has not the size with which it was written: a read would crash or go astray."""
+    """Raise InputError if a file has not the size that it was written with: reading it could go astray."""
     try:
         sizes = json.loads((path / _INFO).read_text(encoding="utf-8"))["bytes"]
     except (ValueError, KeyError, TypeError) as error:

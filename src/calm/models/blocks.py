@@ -25,18 +25,14 @@ class ZeroLinear(nn.Linear):
 
 
 class ChunkProjection(nn.Module):
-    """The K token embeddings of a chunk -> one input vector of the backbone (paper section 3.4)."""
+    """What is known of a chunk, by default its K token embeddings -> one input vector (paper section 3.4)."""
 
-    def __init__(self, chunk_size: int, hidden_size: int, eps: float) -> None:
+    def __init__(self, input_size: int, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.chunk_size = chunk_size
-        self.expand = nn.Linear(chunk_size * hidden_size, 2 * hidden_size)
+        self.expand = nn.Linear(input_size, 2 * hidden_size)
         self.squeeze = nn.Linear(2 * hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
-    def forward(self, embeddings_BTD: Tensor) -> Tensor:
-        """Token embeddings (B, T, D) -> chunk vectors (B, T / K, D)."""
-        batch, num_tokens, hidden_size = embeddings_BTD.shape
-        chunks = embeddings_BTD.reshape(batch, num_tokens // self.chunk_size, -1)
-        assert chunks.shape[-1] == self.chunk_size * hidden_size
-        return self.norm(self.squeeze(F.silu(self.expand(chunks))))
+    def forward(self, chunks_BCX: Tensor) -> Tensor:
+        """Chunks (B, C, X) -> vectors (B, C, D)."""
+        return self.norm(self.squeeze(F.silu(self.expand(chunks_BCX))))

@@ -69,7 +69,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         super().__init__(config)
         self.autoencoder = CalmAutoencoder(config.autoencoder)
         self.backbone = ChunkBackbone(config.backbone)
-        self.projection = ChunkProjection(config.chunk_size, config.hidden_size, config.layer_norm_eps)
+        self.projection = ChunkProjection(config.input_size, config.hidden_size, config.layer_norm_eps)
         self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
         self.post_init()
         self._freeze_autoencoder()
@@ -88,6 +88,8 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
 
     def _freeze_autoencoder(self) -> None:
         self.autoencoder.requires_grad_(False).eval()
+        if not self.config.reads_tokens:
+            self.backbone.embed_tokens.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "CalmForCausalLM":
         """Switch backbone and head; the autoencoder stays frozen and in eval mode."""
@@ -139,19 +141,25 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         Raises:
             ValueError: If T is not a multiple of K.
         """
+        posterior_BCZ = self._encode(input_ids) if self.config.reads_latents else None
         outputs = self._run_backbone(
-            input_ids, self._chunk_mask(attention_mask), position_ids, past_key_values, use_cache
+            input_ids,
+            self._chunk_mask(attention_mask),
+            position_ids,
+            past_key_values,
+            use_cache,
+            posterior_BCZ,
         )
         hidden_BCD = outputs.last_hidden_state
         loss = None
         if labels is not None:
             is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
-            loss_P = self.head.loss(
-                hidden_BCD[:, :-1][is_target_BC],
-                self._posterior_of(input_ids, is_target_BC),
-                generator,
-                noise,
+            posterior_PZ = (
+                self._encode(input_ids, is_target_BC)
+                if posterior_BCZ is None
+                else posterior_BCZ[:, 1:][is_target_BC]
             )
+            loss_P = self.head.loss(hidden_BCD[:, :-1][is_target_BC], posterior_PZ, generator, noise)
             count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
             # An all-padding batch has no target: the loss is zero, not 0 / 0.
             loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
@@ -205,18 +213,31 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
+        posterior_BCZ: DiagonalGaussian | None = None,
     ) -> Any:
         """Run the decoder; with a cache, the mask also covers the chunks in it."""
-        split_into_chunks(input_ids, self.config.chunk_size)  # Raises where T is not a multiple of K.
         return self.backbone(
-            inputs_embeds=self.projection(self.backbone.embed_tokens(input_ids)),
+            inputs_embeds=self.projection(self._read_chunks(input_ids, posterior_BCZ)),
             attention_mask=mask_BC,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
 
-    @torch.no_grad()
-    def _posterior_of(self, input_ids: Tensor, is_target_BC: Tensor) -> DiagonalGaussian:
+    def _read_chunks(self, input_ids: Tensor, posterior_BCZ: DiagonalGaussian | None = None) -> Tensor:
+        """What the backbone gets to know of each chunk, (B, C, X)."""
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
-        return self.autoencoder.encode(chunks_BCK[:, 1:][is_target_BC])
+        parts = []
+        if self.config.reads_tokens:
+            parts.append(self.backbone.embed_tokens(chunks_BCK).flatten(-2))
+        if self.config.reads_latents:
+            parts.append((posterior_BCZ or self._encode(input_ids)).mean)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @torch.no_grad()
+    def _encode(self, input_ids: Tensor, is_target_BC: Tensor | None = None) -> DiagonalGaussian:
+        """Posterior of every chunk, (B, C, Z), or only of those that are targets, (P, Z)."""
+        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        return self.autoencoder.encode(
+            chunks_BCK if is_target_BC is None else chunks_BCK[:, 1:][is_target_BC]
+        )

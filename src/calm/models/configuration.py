@@ -63,6 +63,9 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+BACKBONE_INPUTS = ("tokens", "latents", "both")
+
+
 class CalmConfig(PreTrainedConfig):
     """Configuration of a continuous autoregressive language model.
 
@@ -75,6 +78,8 @@ class CalmConfig(PreTrainedConfig):
         embedding_initializer_range: That of new token embeddings of the model. With 1, tokens stay
             distinct when a large rate moves them all alike; 0.02 is published.
         layer_norm_eps: Epsilon of the input projection's norm.
+        backbone_input: What the backbone reads of a chunk: "tokens" (its own embeddings of them), "latents"
+            (the mean of the autoencoder's posterior), or "both". The paper compares them and takes tokens.
     """
 
     model_type = "calm"
@@ -86,12 +91,17 @@ class CalmConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     embedding_initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
+    backbone_input: str = "tokens"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.backbone_input not in BACKBONE_INPUTS:
+            raise ValueError(
+                f"backbone_input must be one of {', '.join(BACKBONE_INPUTS)}, got '{self.backbone_input}'."
+            )
         autoencoder = self.autoencoder_config or {}
         if not isinstance(autoencoder, CalmAutoencoderConfig):
             autoencoder = CalmAutoencoderConfig(**autoencoder)
@@ -152,6 +162,22 @@ class CalmConfig(PreTrainedConfig):
     def chunk_size(self) -> int:
         """Tokens per chunk K."""
         return self.autoencoder.chunk_size
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the backbone reads embeddings of tokens."""
+        return self.backbone_input != "latents"
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the backbone reads latents."""
+        return self.backbone_input != "tokens"
+
+    @property
+    def input_size(self) -> int:
+        """Numbers of a chunk that the input projection takes."""
+        tokens = self.chunk_size * self.hidden_size if self.reads_tokens else 0
+        return tokens + (self.latent_size if self.reads_latents else 0)
 
     @property
     def latent_size(self) -> int:

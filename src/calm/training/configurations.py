@@ -93,6 +93,7 @@ def language_model_config(
         backbone_config=_decoder_fields(settings),
         head_config=settings.head,
         embedding_initializer_range=settings.embedding_initializer_range,
+        backbone_input=settings.backbone_input,
         attn_implementation=settings.attention,
         **special_tokens,
     )

@@ -196,6 +196,7 @@ class LanguageModelSettings:
         max_chunks: Longest sequence in chunks (in tokens for an autoregressive model).
         rope_theta: Base of the rotary positions.
         embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
+        backbone_input: What the backbone reads of a chunk: its tokens, its latent, or both (see CalmConfig).
         attention: Implementation; "flash_attention_2" and others need their package.
         head: The head: `head_type` and its own fields (see calm.models.heads); unused by an
             autoregressive model.
@@ -210,6 +211,7 @@ class LanguageModelSettings:
     max_chunks: int = 2048
     rope_theta: float = 10000.0
     embedding_initializer_range: float = 0.02
+    backbone_input: Literal["tokens", "latents", "both"] = "tokens"
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})
     training: TrainingSettings = field(default_factory=TrainingSettings)

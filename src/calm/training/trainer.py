@@ -251,6 +251,7 @@ def _arguments(settings: TrainingSettings, context: int, output: Path, seed: int
         use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
+        ddp_find_unused_parameters=False,  # All that is trained takes part in every loss.
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
