@@ -1,5 +1,8 @@
 """Recipes of toy size, and what a command says that must fail."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,14 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
         ),
         **changes,
     )
+
+
+def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """`calm train` on several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "calm", "train", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def failure(capsys, *arguments: object) -> str:

@@ -1,14 +1,11 @@
 """One process, two, and one that sums gradients of two halves: the same run."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from toy import toy_recipe
+from toy import launch, toy_recipe
 
 from calm.data.stories import stories
 from calm.training import stages
@@ -38,13 +35,6 @@ def assert_same_run(first, second):
         assert one.keys() == other.keys()
         for name in one:
             assert_close(one[name], other[name], **WEIGHTS)
-
-
-def launch(processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "calm", "train", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,12 @@ def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:
     return randomness
 
 
+def seed_of(*parts: object) -> int:
+    """A seed that belongs to some numbers and words, and to them alone."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()  # torch takes 63 bits.
+    return int.from_bytes(digest, "big")
+
+
 def generators_of_rows(
     seed: int, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:

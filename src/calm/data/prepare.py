@@ -113,6 +113,7 @@ def prepare(
     validation_fraction: float = 0.02,
     seed: int = 0,
     num_proc: int | None = None,
+    most: int | None = None,
     overwrite: bool = False,
 ) -> PreparedData:
     """Read, split and tokenize text, and write a prepared folder.
@@ -129,6 +130,7 @@ def prepare(
         validation_fraction: Share of documents held out where `sources` is split.
         seed: Changes which documents are held out.
         num_proc: Processes; all cores when None.
+        most: Documents of each file that are read at most: a sample of text that is streamed.
         overwrite: Whether an existing output folder is replaced.
 
     Raises:
@@ -138,11 +140,12 @@ def prepare(
     num_proc = num_proc or os.cpu_count() or 1
     with written_whole(output, overwrite) as folder:
         read = partial(load_documents, options=options, cache_dir=str(folder / "cache"), num_proc=num_proc)
-        documents = read(sources)
+        documents = read(sources, most=most)
+        highest = None
         if validation_sources:
             splits = {"train": documents, "validation": read(list(validation_sources))}
         else:
-            splits = _split(documents, validation_fraction, seed, sources)
+            splits, highest = _split(documents, validation_fraction, seed, sources)
         tokens: PreTrainedTokenizerBase
         if tokenizer is None:
             texts = splits["train"].select(range(min(_DOCUMENTS_FOR_TOKENIZER, len(splits["train"]))))
@@ -166,6 +169,7 @@ def prepare(
             "vocab_size": len(tokens),
             "documents": {name: len(split) for name, split in splits.items()},
             "seed": seed,
+            "held_out_below": highest,
             "bytes": {name: size for split in splits for name, size in _sizes(folder, split).items()},
         }
         (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -245,6 +249,11 @@ def is_prepared(path: Path) -> bool:
     return (path / _INFO).is_file()
 
 
+def held_out_below(path: Path) -> int | None:
+    """The highest rank that was held out when a folder was prepared; None if nothing was split."""
+    return json.loads((path / _INFO).read_text(encoding="utf-8"))["held_out_below"]
+
+
 def sources_of(path: Path) -> list[str]:
     """What a prepared folder was prepared from."""
     return json.loads((path / _INFO).read_text(encoding="utf-8"))["sources"]
@@ -252,10 +261,11 @@ def sources_of(path: Path) -> list[str]:
 
 def _split(
     documents: datasets.Dataset, fraction: float, seed: int, sources: list[str]
-) -> dict[str, datasets.Dataset]:
+) -> tuple[dict[str, datasets.Dataset], int]:
+    """Training and held-out documents, and the highest rank that is held out."""
     if not 0 < fraction < 1:
         raise InputError(f"validation_fraction must lie between 0 and 1, got {fraction}.")
-    ranks = np.array([_rank(row["text"], seed) for row in documents], dtype=np.uint64)
+    ranks = np.array([rank_of(row["text"], seed) for row in documents], dtype=np.uint64)
     distinct = np.unique(ranks)
     if len(distinct) < 2:
         raise InputError(
@@ -263,14 +273,17 @@ def _split(
             "text; pass --separator to part it, or --validation with other text."
         )
     held_out = max(1, min(len(distinct) - 1, round(fraction * len(distinct))))
-    is_held_out = ranks <= distinct[held_out - 1]
-    return {
+    highest = distinct[held_out - 1]
+    is_held_out = ranks <= highest
+    splits = {
         "train": documents.select(np.flatnonzero(~is_held_out)),
         "validation": documents.select(np.flatnonzero(is_held_out)),
     }
+    return splits, int(highest)
 
 
-def _rank(text: str, seed: int) -> int:
+def rank_of(text: str, seed: int) -> int:
+    """A number of 64 bits for a document; those with the lowest are held out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big")
 

@@ -6,12 +6,14 @@ Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +54,12 @@ class ReadingOptions:
 
 
 def load_documents(
-    sources: list[str], options: ReadingOptions, *, cache_dir: str | None = None, num_proc: int = 1
+    sources: list[str],
+    options: ReadingOptions,
+    *,
+    cache_dir: str | None = None,
+    num_proc: int = 1,
+    most: int | None = None,
 ) -> datasets.Dataset:
     """All documents of the sources as a memory-mapped dataset with one column, `text`.
 
@@ -62,6 +69,7 @@ def load_documents(
         options: How documents are found.
         cache_dir: Where the dataset is written; the cache of `datasets` when None.
         num_proc: Processes that read files at the same time.
+        most: Documents of each file or hub dataset that are read at most.
 
     Raises:
         InputError: If a source is missing, empty, damaged or of an unknown format.
@@ -73,13 +81,50 @@ def load_documents(
     for source in sources:
         if Path(source).exists():
             files += find_files(Path(source))
-        elif _HUB_NAME.fullmatch(source) and _format_of(Path(source)) is None:
-            parts.append(_load_from_hub(source, options.text_field))
         else:
-            raise InputError(f"there is no file or folder '{source}'; check the path.")
+            _check_hub_name(source)
+            parts.append(_load_from_hub(source, options.text_field, most=most))
     if files:
-        parts.append(_read_files(files, options, cache_dir, num_proc))
+        parts.append(_read_files(files, options, cache_dir, num_proc, most))
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Documents that are read one after the other: a file, or a part of a hub dataset.
+
+    Args:
+        name: What it is, for messages.
+        read: Gives its documents.
+    """
+
+    name: str
+    read: Callable[[], Iterator[str]]
+
+
+def find_shards(sources: Sequence[str], options: ReadingOptions) -> list[Shard]:
+    """What the sources consist of, without reading it.
+
+    Args:
+        sources: As for `load_documents`; hub datasets are read as they arrive, and not stored.
+        options: How documents are found.
+
+    Raises:
+        InputError: If a source is missing or of an unknown format.
+    """
+    shards = []
+    for source in sources:
+        if Path(source).exists():
+            files = find_files(Path(source))
+            shards += [Shard(str(file), partial(read_documents, file, options)) for file in files]
+        else:
+            _check_hub_name(source)
+            stream = _load_from_hub(source, options.text_field, streaming=True)
+            parts = range(stream.num_shards)
+            shards += [Shard(f"{source} {part}", partial(_read_part, stream, part)) for part in parts]
+    if not shards:
+        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
+    return shards
 
 
 def find_files(path: Path) -> list[Path]:
@@ -191,7 +236,7 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
 
 
 def _read_files(
-    files: list[Path], options: ReadingOptions, cache_dir: str | None, num_proc: int
+    files: list[Path], options: ReadingOptions, cache_dir: str | None, num_proc: int, most: int | None
 ) -> datasets.Dataset:
     if not any(True for file in files for _ in read_documents(file, options)):
         raise InputError(f"there is no text in {', '.join(map(str, files))}; give a source with text.")
@@ -201,7 +246,7 @@ def _read_files(
         return datasets.Dataset.from_generator(
             _generate,
             features=datasets.Features({"text": datasets.Value("large_string")}),
-            gen_kwargs={"stamps": stamps, "options": options},
+            gen_kwargs={"stamps": stamps, "options": options, "most": most},
             cache_dir=cache_dir,
             num_proc=min(num_proc, len(files)) if num_proc > 1 and len(files) > 1 else None,
         )
@@ -214,16 +259,40 @@ def _read_files(
         raise
 
 
-def _generate(stamps: list[tuple[str, int, int]], options: ReadingOptions) -> Iterator[dict[str, str]]:
+def _generate(
+    stamps: list[tuple[str, int, int]], options: ReadingOptions, most: int | None
+) -> Iterator[dict[str, str]]:
     for file, _, _ in stamps:
-        for document in read_documents(Path(file), options):
+        for document in itertools.islice(read_documents(Path(file), options), most):
             yield {"text": document}
 
 
-def _load_from_hub(source: str, text_field: str) -> datasets.Dataset:
+def _check_hub_name(source: str) -> None:
+    if not _HUB_NAME.fullmatch(source) or _format_of(Path(source)) is not None:
+        raise InputError(f"there is no file or folder '{source}'; check the path.")
+
+
+def _read_part(stream: datasets.IterableDataset, part: int) -> Iterator[str]:
+    """Documents of one shard of a hub dataset, without those that are blank."""
+    for row in stream.shard(num_shards=stream.num_shards, index=part):
+        if row["text"] and row["text"].strip():
+            yield row["text"]
+
+
+def _load_from_hub(source: str, text_field: str, streaming: bool = False, most: int | None = None) -> Any:
+    """The train split of a hub dataset as the column `text`: whole, its beginning, or as it arrives."""
     name, _, config = source.partition(":")
     try:
-        dataset = datasets.load_dataset(name, config or None, split="train")
+        if most is not None:
+            first = _load_from_hub(source, text_field, streaming=True).take(most)
+            return datasets.Dataset.from_list(
+                list(first), datasets.Features({"text": datasets.Value("string")})
+            )
+        dataset = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
+        if dataset.column_names is None:
+            dataset = dataset._resolve_features()  # A stream looks at its first record.
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"'{source}' is neither a file or folder here nor a dataset that the hub gave "
@@ -234,4 +303,5 @@ def _load_from_hub(source: str, text_field: str) -> datasets.Dataset:
             f"the dataset '{source}' has no column '{text_field}'; "
             f"its columns are {', '.join(dataset.column_names)}."
         )
-    return dataset.select_columns([text_field]).rename_column(text_field, "text")
+    column = dataset.select_columns([text_field])
+    return column if text_field == "text" else column.rename_column(text_field, "text")

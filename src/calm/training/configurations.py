@@ -22,6 +22,12 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    streamed = recipe.data
+    if streamed.streaming and (streamed.sample_documents < 2 or streamed.window_documents < 1):
+        raise InputError(
+            "a stream needs at least 2 sample_documents and 1 window_documents, got "
+            f"{streamed.sample_documents} and {streamed.window_documents}."
+        )
     check_model(recipe)
 
 

@@ -4,17 +4,15 @@ So the same blocks give the same loss on one process or many, at once or one aft
 resumed run.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-_BYTES = 7  # A seed of torch has 63 bits without its sign.
+from calm.core.random import seed_of
 
 
 def number_of_block(input_ids_T: Tensor) -> int:
     """A number for the text of a block, which names its noise."""
-    return int.from_bytes(_digest(input_ids_T.numpy().tobytes()), "big")
+    return seed_of(input_ids_T.numpy().tobytes())
 
 
 def generators_of_blocks(
@@ -28,9 +26,4 @@ def generators_of_blocks(
         numbers: Of the blocks, by `number_of_block`.
         device: Where the noise is drawn.
     """
-    seeds = [int.from_bytes(_digest(repr((seed, step, number)).encode()), "big") for number in numbers]
-    return [torch.Generator(device).manual_seed(value) for value in seeds]
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_BYTES).digest()
+    return [torch.Generator(device).manual_seed(seed_of(seed, step, number)) for number in numbers]

@@ -24,6 +24,10 @@ class DataSettings:
         context: Tokens per block, a multiple of the chunk size.
         layout: "documents" aligns each document to chunks, "packed" concatenates them.
         num_proc: Processes for reading and tokenizing; none takes all cores.
+        streaming: Read and tokenize while training, for text larger than the disk. A sample is prepared first
+            for tokenizer and held-out text.
+        sample_documents: Documents of each file or hub dataset in that sample, at most.
+        window_documents: Documents of a stream that are shuffled among each other.
     """
 
     sources: list[str] | str = field(default_factory=list)
@@ -36,6 +40,9 @@ class DataSettings:
     context: int = 1024
     layout: Literal["documents", "packed"] = "documents"
     num_proc: int | None = None
+    streaming: bool = False
+    sample_documents: int = 10_000
+    window_documents: int = 1000
 
     @property
     def source_list(self) -> list[str]:

@@ -22,8 +22,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.folders import check_output, disk_errors, written_whole
-from calm.data.prepare import PreparedData, is_prepared, load_prepared, prepare
+from calm.data.prepare import PreparedData, held_out_below, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
+from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
 from calm.evaluation.samplers import scorer_of
@@ -125,6 +126,10 @@ def data_folder(recipe: Recipe, output: Path) -> Path:
     """
     settings, folder = recipe.data, output / "data"
     if len(settings.source_list) == 1 and is_prepared(Path(settings.source_list[0])):
+        if settings.streaming:
+            raise InputError(
+                f"'{settings.source_list[0]}' is prepared text; streaming takes the text itself."
+            )
         return Path(settings.source_list[0])
     if is_prepared(folder):
         return folder
@@ -138,8 +143,31 @@ def data_folder(recipe: Recipe, output: Path) -> Path:
         validation_fraction=settings.validation_fraction,
         seed=recipe.seed,
         num_proc=settings.num_proc,
+        most=settings.sample_documents if settings.streaming else None,
     )
     return folder
+
+
+def _training_blocks(
+    recipe: Recipe, data: PreparedData, num_workers: int, output: Path
+) -> datasets.Dataset | BlockStream:
+    settings = recipe.data
+    if not settings.streaming:
+        return _blocks(recipe, data, "train", recipe.chunk_size)
+    everyone = processes()
+    stream = StreamSettings(
+        sources=settings.source_list,
+        options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
+        chunk_size=recipe.chunk_size,
+        block_size=settings.context,
+        layout=settings.layout,
+        seed=recipe.seed,
+        window=settings.window_documents,
+        held_out_below=held_out_below(data_folder(recipe, output)),
+        held_out_seed=recipe.seed,
+    )
+    position = Position(everyone.num_processes, max(1, num_workers))
+    return BlockStream(stream, data.tokenizer, position, everyone.process_index)
 
 
 def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
@@ -222,12 +250,13 @@ def _run_stage(
 ) -> None:
     trainer = ChunkTrainer(
         model,
-        _blocks(recipe, data, "train", recipe.chunk_size),
+        _training_blocks(recipe, data, settings.num_workers, output),
         held_out,
         score,
         settings,
         output / "checkpoints" / name,
         data.tokenizer,
+        recipe.data.context,
         recipe.seed,
     )
     trainer.train_or_resume()

@@ -3,12 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.folders import disk_errors
+from calm.data.streaming import PLACE, BlockStream
 from calm.errors import RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
@@ -42,38 +45,40 @@ class ChunkTrainer(Trainer):
 
     Args:
         model: The model.
-        blocks: Training blocks of `calm.data.chunking`.
+        blocks: Training blocks of `calm.data.chunking`, or a stream of them.
         held_out: Held-out blocks.
         score: Evaluation on the held-out blocks; its figures are logged.
         settings: The stage's part of a recipe.
         output: Folder of checkpoints and logs.
         tokenizer: Saved with each checkpoint.
+        context: Tokens of a block.
         seed: Seed of data order and training noise.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        blocks: datasets.Dataset,
+        blocks: datasets.Dataset | BlockStream,
         held_out: datasets.Dataset,
         score: Score,
         settings: TrainingSettings,
         output: Path,
         tokenizer: PreTrainedTokenizerBase,
+        context: int,
         seed: int,
     ) -> None:
         self.score = score
         self.settings = settings
         self._network, self._output = model, output
+        self._stream = blocks if isinstance(blocks, BlockStream) else None
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        context = blocks[0]["input_ids"].shape[-1]
         is_of_chunks = isinstance(model, CalmForCausalLM | CalmAutoencoder)
         self._count: Any = model.count_targets if is_of_chunks else _count_tokens
         super().__init__(
             model=model,
-            args=_arguments(settings, context, output, seed),
+            args=_arguments(settings, context, output, seed, self._stream is not None),
             train_dataset=blocks,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -100,8 +105,11 @@ class ChunkTrainer(Trainer):
             Terminated: If the run was asked to end by SIGTERM; it has written a checkpoint.
         """
         self._output.mkdir(parents=True, exist_ok=True)
+        checkpoint = get_last_checkpoint(str(self._output))
+        if checkpoint and self._stream is not None:
+            self._stream.position.load(Path(checkpoint) / self._position_file)
         try:
-            self.train(resume_from_checkpoint=get_last_checkpoint(str(self._output)))
+            self.train(resume_from_checkpoint=checkpoint)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -110,6 +118,23 @@ class ChunkTrainer(Trainer):
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
         if not self.settings.evaluate_every:
             self.evaluate()
+
+    @property
+    def _position_file(self) -> str:
+        return f"position_{processes().process_index}.json"
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches; those of a stream come as they are, for it knows what other processes read."""
+        if self._stream is None:
+            return super().get_train_dataloader()
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        return DataLoader(
+            self._stream,
+            batch_size=self._train_batch_size,
+            collate_fn=partial(_collate_stream, collate=collate),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One batch; the first loss that is not finite is remembered."""
@@ -169,6 +194,9 @@ class ChunkTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, with noise that the seed, the step and each block decide."""
+        place = inputs.pop(PLACE, None)
+        if place is not None and self._stream is not None:
+            self._stream.position.note(*place.tolist())
         numbers = inputs.pop(_NUMBERS, None)
         if numbers is not None:
             step, device = self.state.global_step, inputs["input_ids"].device
@@ -208,6 +236,8 @@ class ChunkTrainer(Trainer):
         with self._speed.pause(), disk_errors(run_dir / name, self._left()):
             try:
                 super()._save_checkpoint(model, trial)
+                if self._stream is not None:
+                    self._stream.position.save(self._staging / name / self._position_file)
             finally:
                 staging, self._staging = self._staging, None
             processes().wait_for_everyone()  # Each process writes a part.
@@ -225,6 +255,12 @@ def _collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     return default_data_collator(blocks) | {_NUMBERS: torch.tensor(numbers)}
 
 
+def _collate_stream(blocks: list[dict[str, Tensor]], collate: Callable[..., Any]) -> dict[str, Any]:
+    """A batch of a stream, with the place behind its last block."""
+    places = [block.pop(PLACE) for block in blocks]
+    return collate(blocks) | {PLACE: places[-1]}
+
+
 def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
     batch = default_data_collator(blocks)
@@ -238,7 +274,9 @@ def _count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     return (labels[:, 1:] != IGNORED_LABEL).sum()
 
 
-def _arguments(settings: TrainingSettings, context: int, output: Path, seed: int) -> TrainingArguments:
+def _arguments(
+    settings: TrainingSettings, context: int, output: Path, seed: int, is_stream: bool
+) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     blocks, accumulation = settings.batches(context, processes().num_processes)
     steps = settings.steps
@@ -251,6 +289,7 @@ def _arguments(settings: TrainingSettings, context: int, output: Path, seed: int
         use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
+        ignore_data_skip=is_stream,  # It begins where it was stopped.
         ddp_find_unused_parameters=False,  # All that is trained takes part in every loss.
         logging_steps=settings.log_every,
         logging_first_step=True,

@@ -1,0 +1,218 @@
+"""Text without end -> blocks: read, tokenized and laid out while training goes on.
+
+Documents are taken in windows. Those of a window are shuffled among each other and laid out in blocks
+together; the order of files is shuffled anew for each epoch. So a window is a function of the sources, the
+seed and its place alone, and a stream goes on exactly where it was stopped without keeping what it has read.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from calm.core.random import seed_of
+from calm.data.chunking import Layout, check_block_size, make_blocks
+from calm.data.prepare import rank_of
+from calm.data.sources import ReadingOptions, Shard, find_shards
+from calm.data.tokenizer import tokenize
+from calm.errors import InputError
+
+PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on behind it.
+_FEATURES = ("input_ids", "labels", "position_ids")
+
+
+class Place(NamedTuple):
+    """Where a reader stands: before a block of a window that begins at a document of a shard.
+
+    Args:
+        epoch: How often all shards have been read.
+        shard: Number in this epoch's order of the reader's shards.
+        document: Of the shard, counted before any is left out.
+        window: Windows of this epoch before it.
+        block: Blocks of the window before it.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    document: int = 0
+    window: int = 0
+    block: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How text becomes a stream of blocks.
+
+    Args:
+        sources: Files, folders, or hub datasets.
+        options: How documents are found in them.
+        chunk_size: Tokens per chunk K.
+        block_size: Tokens per block T.
+        layout: How documents meet chunks.
+        seed: Of the order, and of the offsets of documents in their chunks.
+        window: Documents that are shuffled among each other.
+        held_out_below: Documents whose rank (`calm.data.prepare.rank_of`) is at most this are held out; none
+            if it is None.
+        held_out_seed: Seed of those ranks.
+    """
+
+    sources: Sequence[str]
+    options: ReadingOptions
+    chunk_size: int
+    block_size: int
+    layout: Layout = "documents"
+    seed: int = 0
+    window: int = 1000
+    held_out_below: int | None = None
+    held_out_seed: int = 0
+
+
+@dataclass
+class Position:
+    """How far a process has read.
+
+    Args:
+        num_processes: Processes of the run.
+        num_workers: Workers of each that read.
+        next_worker: Whose turn it is.
+        places: Where each worker goes on.
+    """
+
+    num_processes: int
+    num_workers: int
+    next_worker: int = 0
+    places: dict[int, Place] = field(default_factory=dict)
+
+    def note(self, worker: int, *place: int) -> None:
+        """Take note that a batch of a worker has been used."""
+        self.places[worker] = Place(*place)
+        self.next_worker = (worker + 1) % self.num_workers
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Go to where another one was saved.
+
+        Raises:
+            InputError: If there is none, or another number of readers had parted the text.
+        """
+        if not path.is_file():
+            raise InputError(f"there is no '{path}': streamed text goes on with as many processes as before.")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if (saved["num_processes"], saved["num_workers"]) != (self.num_processes, self.num_workers):
+            raise InputError(
+                f"streamed text was read by {saved['num_processes']} process(es) with {saved['num_workers']} "
+                f"worker(s) each and goes on with as many, not {self.num_processes} with {self.num_workers}."
+            )
+        self.next_worker = saved["next_worker"]
+        self.places = {int(worker): Place(*place) for worker, place in saved["places"].items()}
+
+
+class BlockStream(IterableDataset):
+    """Blocks without end, with the features of `calm.data.chunking` that training needs, and `PLACE`.
+
+    Readers are the workers of all processes. With as many shards as readers or more, each reads shards of its
+    own; else all read everything and lay out windows in turn.
+
+    Args:
+        settings: How text becomes blocks.
+        tokenizer: Its tokenizer.
+        position: Where to begin; training notes there how far it has come.
+        process: Number of this process.
+
+    Raises:
+        InputError: If a source is missing or of an unknown format.
+    """
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        position: Position,
+        process: int = 0,
+    ) -> None:
+        check_block_size(settings.block_size, settings.chunk_size)
+        self.settings, self.position = settings, position
+        self._tokenizer, self._process = tokenizer, process
+        self._shards = find_shards(settings.sources, settings.options)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Blocks from the position on."""
+        info = get_worker_info()
+        number, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (number + self.position.next_worker) % workers  # torch takes the first batch from number 0.
+        reader = self._process * workers + worker
+        return self._read(reader, self.position.num_processes * workers, worker)
+
+    def _read(self, reader: int, readers: int, worker: int) -> Iterator[dict[str, Tensor]]:
+        start = self.position.places.get(worker, Place())
+        for epoch in itertools.count(start.epoch):
+            shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
+            own_shards = len(shards) >= readers
+            windows = self._windows(shards[reader::readers] if own_shards else shards, start)
+            has_any = start != Place(epoch)  # What is behind a place inside an epoch may be nothing.
+            for place, documents in windows:
+                if not own_shards and place.window % readers != reader:
+                    continue
+                has_any = True
+                blocks = self._lay_out(place, documents)
+                first = start.block if place == start._replace(block=0) else 0
+                for number in range(first, len(blocks["input_ids"])):
+                    block = {name: torch.from_numpy(blocks[name][number]) for name in _FEATURES}
+                    yield block | {PLACE: torch.tensor([worker, *place._replace(block=number + 1)])}
+            if not has_any:
+                raise InputError(
+                    f"one of {readers} readers finds no text in {', '.join(self.settings.sources)}; give "
+                    "more text, fewer processes or workers, or smaller windows than "
+                    f"{self.settings.window} documents."
+                )
+            start = Place(epoch + 1)
+
+    def _windows(self, shards: list[Shard], start: Place) -> Iterator[tuple[Place, list[str]]]:
+        """Windows of documents from a place on, and where each begins."""
+        place, documents = start._replace(block=0), list[str]()
+        for number in range(start.shard, len(shards)):
+            for index, text in enumerate(shards[number].read()):
+                if (number == start.shard and index < start.document) or self._is_held_out(text):
+                    continue
+                if not documents:
+                    place = place._replace(shard=number, document=index)
+                documents.append(text)
+                if len(documents) == self.settings.window:
+                    yield place, documents
+                    place, documents = place._replace(window=place.window + 1), []
+        if documents:
+            yield place, documents
+
+    def _is_held_out(self, text: str) -> bool:
+        highest = self.settings.held_out_below
+        return highest is not None and rank_of(text, self.settings.held_out_seed) <= highest
+
+    def _lay_out(self, place: Place, documents: list[str]) -> dict[str, np.ndarray]:
+        settings = self.settings
+        # Shards of its own: two readers have windows of the same place.
+        seed = seed_of(settings.seed, *place, documents[0])
+        order = np.random.default_rng(seed).permutation(len(documents))
+        return make_blocks(
+            tokenize(self._tokenizer, [documents[i] for i in order]),
+            list(range(len(documents))),
+            chunk_size=settings.chunk_size,
+            block_size=settings.block_size,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
+            layout=settings.layout,
+            seed=seed,
+        )
+
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng(seed_of(self.settings.seed, epoch))

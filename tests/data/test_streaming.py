@@ -1,0 +1,165 @@
+"""A stream gives every document once an epoch to one reader, and goes on exactly where it was stopped."""
+
+import itertools
+import json
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.data.prepare import held_out_below, prepare, rank_of
+from calm.data.sources import ReadingOptions, find_shards
+from calm.data.stories import stories
+from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+
+NUM_DOCUMENTS = 60
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents in five files, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    documents = list(stories(0, NUM_DOCUMENTS))
+    assert len(set(documents)) == NUM_DOCUMENTS
+    for number in range(5):
+        part = documents[number * 12 : (number + 1) * 12]
+        lines = (json.dumps({"text": document}) + "\n" for document in part)
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder, documents, train_tokenizer(documents, 300)
+
+
+def stream(text, position=None, process=0, **changes):
+    folder, _, tokenizer = text
+    settings = {"sources": [str(folder)], "options": ReadingOptions(), "chunk_size": 4, "block_size": 64}
+    settings |= {"window": 7, "seed": 3} | changes
+    return BlockStream(StreamSettings(**settings), tokenizer, position or Position(1, 1), process)
+
+
+def epochs_of(reader, number):
+    """All blocks of the first epochs."""
+    return list(itertools.takewhile(lambda block: block[PLACE][1] < number, reader))
+
+
+def documents_in(blocks, tokenizer):
+    """The texts in blocks: what lies between the ends of documents."""
+    tokens = torch.cat([block["input_ids"][block["labels"] != IGNORED_LABEL] for block in blocks]).tolist()
+    found, document = [], []
+    for token in tokens:
+        if token == tokenizer.eos_token_id:
+            found.append(tokenizer.decode(document, skip_special_tokens=True))
+            document = []
+        else:
+            document.append(token)
+    assert not document
+    return found
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 2), (3, 3)])
+def test_readers_share_the_text_without_overlap(text, processes, workers):
+    """With fewer readers than files, each has files of its own; with more, windows in turn."""
+    _, documents, tokenizer = text
+    for epoch in (1, 2):
+        found = []
+        for process, worker in itertools.product(range(processes), range(workers)):
+            reader = stream(text, Position(processes, workers), process)
+            blocks = epochs_of(reader._read(process * workers + worker, processes * workers, worker), epoch)
+            found += documents_in([block for block in blocks if block[PLACE][1] == epoch - 1], tokenizer)
+        assert sorted(found) == sorted(documents)
+
+
+def test_order(text):
+    _, documents, tokenizer = text
+    blocks = epochs_of(stream(text), 2)
+    found = documents_in(blocks, tokenizer)
+    first, second = found[:NUM_DOCUMENTS], found[NUM_DOCUMENTS:]
+    assert sorted(first) == sorted(second) == sorted(documents)
+    assert first != second and first != documents
+    assert documents_in(epochs_of(stream(text), 1), tokenizer) == first
+    assert documents_in(epochs_of(stream(text, seed=4), 1), tokenizer) != first
+    for block in blocks:
+        assert block["input_ids"].shape == block["labels"].shape == (64,)
+        assert block["position_ids"].shape == (16,)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 7])
+def test_it_goes_on_exactly_where_it_was_stopped(text, workers, tmp_path):
+    """With workers that read ahead, too."""
+
+    def batches(position, count, note):
+        loader = DataLoader(stream(text, position), batch_size=2, num_workers=workers)
+        taken = []
+        for batch in itertools.islice(loader, count):
+            note(*batch[PLACE][-1].tolist())
+            taken.append(batch["input_ids"])
+        return taken
+
+    def new():
+        return Position(1, max(1, workers))
+
+    whole = batches(new(), 40, lambda *_: None)
+    assert len({tuple(row.tolist()) for batch in whole for row in batch}) > 60
+    for stop in (1, 2, 5, 11, 23):
+        read = new()
+        before = batches(new(), stop, read.note)
+        read.save(tmp_path / "position.json")
+        again = new()
+        again.load(tmp_path / "position.json")
+        assert again == read
+        after = batches(again, 40 - stop, lambda *_: None)
+        assert all((a == b).all() for a, b in zip(before + after, whole, strict=True))
+
+
+def test_held_out_documents_are_never_in_it(text, tmp_path):
+    """Also those that the sample did not hold."""
+    folder, documents, _ = text
+    data = prepare([str(folder)], tmp_path / "data", vocab_size=300, validation_fraction=0.3, seed=5, most=8)
+    assert len(data.train) + len(data.validation) == 5 * 8
+    highest = held_out_below(tmp_path / "data")
+    kept = [document for document in documents if rank_of(document, 5) > highest]
+    assert len(kept) < NUM_DOCUMENTS - len(data.validation)
+    reader = BlockStream(
+        StreamSettings(sources=[str(folder)], options=ReadingOptions(), chunk_size=4, block_size=64,
+                       held_out_below=highest, held_out_seed=5),
+        data.tokenizer, Position(1, 1),
+    )  # fmt: skip
+    assert sorted(documents_in(epochs_of(reader, 1), data.tokenizer)) == sorted(kept)
+
+
+def test_a_hub_dataset_as_it_arrives(text, tmp_path, monkeypatch):
+    folder, documents, tokenizer = text
+
+    def load(name, config, split, streaming):
+        assert (name, config, split) == ("someone/stories", None, "train")
+        files = sorted(str(file) for file in folder.iterdir())
+        return original("json", data_files=files, split="train", streaming=streaming, cache_dir=str(tmp_path))
+
+    original = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    shards = find_shards(["someone/stories"], ReadingOptions())
+    assert len(shards) == 5
+    assert sorted(document for shard in shards for document in shard.read()) == sorted(documents)
+    reader = stream(text, sources=["someone/stories"])
+    assert sorted(documents_in(epochs_of(reader, 1), tokenizer)) == sorted(documents)
+    data = prepare(["someone/stories"], tmp_path / "data", vocab_size=300, most=20)
+    assert len(data.train) + len(data.validation) == 20
+    with pytest.raises(InputError, match="has no column 'content'; its columns are text"):
+        find_shards(["someone/stories"], ReadingOptions(text_field="content"))
+
+
+def test_what_cannot_be_streamed(text, tmp_path):
+    with pytest.raises(InputError, match="there is no file or folder 'no/such/place'"):
+        stream(text, sources=["no/such/place"])
+    with pytest.raises(InputError, match="one of 1 readers finds no text"):
+        next(iter(stream(text, held_out_below=2**64)))
+    with pytest.raises(InputError, match=r"one of 12 readers finds no text .* smaller windows than 7"):
+        list(stream(text, Position(3, 4))._read(11, 12, 3))  # There are nine windows.
+    position = Position(2, 1, places={0: Place(0, 1, 2, 3, 4)})
+    position.save(tmp_path / "position.json")
+    with pytest.raises(InputError, match=r"by 2 process\(es\) with 1 worker\(s\) .* not 1 with 3"):
+        Position(1, 3).load(tmp_path / "position.json")
+    with pytest.raises(InputError, match="as many processes as before"):
+        Position(2, 1).load(tmp_path / "position_1.json")
