@@ -199,12 +199,22 @@ def test_mistakes_are_found_before_any_work():
     )
     check_recipe(recipe)
     bad_steps = dataclasses.replace(recipe.autoencoder.training, steps=0)
-    with pytest.raises(InputError, match="steps must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"autoencoder.training.steps must be at least 1, got 0"):
         check_recipe(
             dataclasses.replace(
                 recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)
             )
         )
+    uneven = dataclasses.replace(recipe.autoencoder.training, batch_tokens=2000)
+    recipe_of_uneven = dataclasses.replace(
+        recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=uneven)
+    )
+    with pytest.raises(
+        InputError, match=r"autoencoder.training.batch_tokens must be a multiple of 512 .*2000"
+    ):
+        check_recipe(recipe_of_uneven)
+    # A stage that is not trained need not fit.
+    check_recipe(dataclasses.replace(recipe_of_uneven, model="autoregressive", chunk_size=1))
     with pytest.raises(InputError, match="set chunk_size to 1, not 4"):
         check_recipe(dataclasses.replace(recipe, model="autoregressive"))
     with pytest.raises(InputError, match="multiple of the chunk size 4"):

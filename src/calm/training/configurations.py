@@ -14,7 +14,7 @@ from calm.training.recipe import LanguageModelSettings, Recipe
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
     """Find the mistakes of a recipe before any work is done.
 
     Raises:
@@ -28,10 +28,10 @@ def check_recipe(recipe: Recipe) -> None:
             "a stream needs at least 2 sample_documents and 1 window_documents, got "
             f"{streamed.sample_documents} and {streamed.window_documents}."
         )
-    check_model(recipe)
+    check_model(recipe, num_processes)
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: Recipe, num_processes: int = 1) -> None:
     """`check_recipe` for a recipe whose text is still to be named."""
     check_block_size(recipe.data.context, recipe.chunk_size)
     # Held-out text is scored by windows of so many tokens.
@@ -50,11 +50,17 @@ def check_model(recipe: Recipe) -> None:
         autoregressive_config(recipe, vocab_size=1, special_tokens={})
     else:
         language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
-    for stage in (recipe.autoencoder, recipe.language_model):
-        find_optimizer(stage.training.optimizer.name)
-        if stage.training.steps < 1:
-            raise InputError(f"steps must be at least 1, got {stage.training.steps}.")
-        stage.training.batches(recipe.data.context)
+    stages = {"language_model": recipe.language_model.training}
+    if recipe.model == "calm" and recipe.autoencoder.path is None:
+        stages["autoencoder"] = recipe.autoencoder.training
+    for name, training in stages.items():
+        find_optimizer(training.optimizer.name)
+        if training.steps < 1:
+            raise InputError(f"{name}.training.steps must be at least 1, got {training.steps}.")
+        try:
+            training.batches(recipe.data.context, num_processes)
+        except InputError as error:
+            raise InputError(f"{name}.training.{error}") from error
 
 
 def autoencoder_config(

@@ -1,6 +1,9 @@
 """What can happen to a run: a loss that is not finite, a signal to end, processes that die, a full disk."""
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,11 +60,18 @@ class LeaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.left = False
         self._asked = False
-        self._previous: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen."""
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of the signal inside the block, where the main thread runs it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave if any process was asked to."""
@@ -73,10 +83,6 @@ class LeaveOnSignal(TrainerCallback):
         if asked and state.global_step < state.max_steps:
             self.left = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen no more."""
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
     def _remember(self, *_: Any) -> None:
         self._asked = True

@@ -89,10 +89,8 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
 
 def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> PreparedData:
     """Check recipe and folder, and open the text: the main process first, which writes what is missing."""
-    check_recipe(recipe)
     everyone = processes()
-    for stage in (recipe.autoencoder, recipe.language_model):
-        stage.training.batches(recipe.data.context, everyone.num_processes)
+    check_recipe(recipe, everyone.num_processes)
     if everyone.is_main_process:
         _open_folder(recipe, output, resume, overwrite)
         data_folder(recipe, output)

@@ -109,7 +109,8 @@ class ChunkTrainer(Trainer):
         if checkpoint and self._stream is not None:
             self._stream.position.load(Path(checkpoint) / self._position_file)
         try:
-            self.train(resume_from_checkpoint=checkpoint)
+            with self._signals.listening():
+                self.train(resume_from_checkpoint=checkpoint)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
