@@ -80,7 +80,9 @@ def draw(points, path):
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
-    axes.set(xlabel="text read, GB", ylabel="memory of the process, MiB", ylim=(0, None))
+    axes.set(
+        xlabel="text read, GB", ylabel="memory of the process, MiB", ylim=(0, 1.3 * max(y for _, y in points))
+    )
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
