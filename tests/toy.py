@@ -62,10 +62,11 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
     )
 
 
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+def launch(processes: int, *arguments: object, program: Path | None = None) -> subprocess.CompletedProcess:
     """`calm train` on several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "calm", "train", *map(str, arguments)]
+    what = ["-m", "calm"] if program is None else [str(program)]
+    command = [sys.executable, *launcher, *what, "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 

@@ -150,6 +150,20 @@ def test_a_hub_dataset_as_it_arrives(text, tmp_path, monkeypatch):
         find_shards(["someone/stories"], ReadingOptions(text_field="content"))
 
 
+def test_a_file_without_text_is_no_end(text, tmp_path):
+    """A reader whose share of an epoch is empty goes on with the next."""
+    folder, documents, tokenizer = text
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "blank.jsonl").write_text("\n")
+    found = []
+    for reader in range(6):
+        stream_of = stream(text, Position(6, 1), sources=[str(tmp_path)])
+        blocks = itertools.takewhile(lambda block: block[PLACE][1] < 8, stream_of._read(reader, 6, 0))
+        found += documents_in(list(blocks), tokenizer)
+    assert sorted(found) == sorted(documents * 8)
+
+
 def test_what_cannot_be_streamed(text, tmp_path):
     with pytest.raises(InputError, match="there is no file or folder 'no/such/place'"):
         stream(text, sources=["no/such/place"])

@@ -16,7 +16,7 @@ from toy import toy_recipe
 
 from calm.cli import main
 from calm.data.stories import write_stories
-from calm.errors import RunError
+from calm.errors import RunError, Terminated
 from calm.training import stages
 from calm.training.faults import LossWatch, check_weights
 from calm.training.recipe_files import with_settings, write_recipe
@@ -110,6 +110,26 @@ def test_sigterm_leaves_a_checkpoint(whole):
     assert "Traceback" not in text
 
 
+def test_sigterm_in_the_last_step_of_a_stage(whole, monkeypatch):
+    """It is not passed over; the run goes on to the same weights."""
+    folder, recipe = whole
+    output = folder / "ended-late"
+    original = ChunkTrainer.training_step
+
+    def signalled(self, model, inputs, num_items_in_batch=None):
+        if self.args.output_dir.endswith("autoencoder") and self.state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, inputs, num_items_in_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkTrainer, "training_step", signalled)
+        with pytest.raises(Terminated, match="after step 12; --resume goes on from"):
+            stages.train(recipe, output)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    stages.train(recipe, output, resume=True)
+    assert same_weights(folder / "whole", output)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(whole, monkeypatch, capsys):
     folder, recipe = whole
     output = folder / "diverged"
@@ -156,6 +176,7 @@ def test_a_full_disk(whole, limit):
     assert process.returncode == 1, text[-3000:]
     sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", text)
     assert sentence and "Traceback" not in text, text[-3000:]
+    assert not list(output.rglob(".partial*"))
     stages.train(recipe, output, resume=(output / "recipe.yaml").exists())
     assert same_weights(folder / "whole", output)
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from toy import launch, toy_recipe
 
+from calm.data.prepare import load_prepared
 from calm.data.stories import stories
 from calm.training import stages
 from calm.training.recipe_files import with_settings, write_recipe
@@ -73,6 +74,39 @@ def test_two_processes(alone):
     assert_same_run(folder / "alone", folder / "two")
     assert result.stdout.count("model:") == 1
     assert not list((folder / "two").rglob(".partial"))
+
+
+def test_a_given_autoencoder_and_a_slow_process(alone):
+    """No process may pass a barrier that another does not come to."""
+    folder, recipe = alone
+    given = with_settings(recipe, {"autoencoder.path": str(folder / "alone/autoencoder")})
+    write_recipe(given, folder / "given.yaml")
+    slow = "import os, time, calm.training.stages as s; load = s.load_prepared; "
+    slow += "s.load_prepared = lambda p: (time.sleep(4 * int(os.environ['RANK'])), load(p))[1]; "
+    slow += "from calm.cli import main; main()"
+    (folder / "slow.py").write_text(slow)
+    result = launch(
+        2, "--recipe", folder / "given.yaml", "--output", folder / "given", program=folder / "slow.py"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (folder / "given/model/model.safetensors").is_file()
+
+
+def test_an_epoch_has_whole_steps(alone):
+    """The blocks do not fill the last step of an epoch, and there are several epochs."""
+    folder, recipe = alone
+    data = load_prepared(folder / "alone/data")
+    number = len(data.blocks("train", chunk_size=4, block_size=32, seed=3))
+    assert number % 17 and number < 12 * 17
+    odd = {f"{stage}.training.{name}": value for stage in ("autoencoder", "language_model")
+           for name, value in {"batch_tokens": 17 * 32, "steps": 24}.items()}  # fmt: skip
+    stages.train(with_settings(recipe, odd), folder / "odd")
+    small = {f"{stage}.training.microbatch_tokens": 32 for stage in ("autoencoder", "language_model")}
+    stages.train(with_settings(recipe, odd | small), folder / "odd-parts")
+    for stage, figures in losses(folder / "odd").items():
+        others = losses(folder / "odd-parts")[stage]
+        assert len(figures) == 24
+        assert_close([loss for _, loss in figures], [loss for _, loss in others], rtol=1e-3, atol=0.0)
 
 
 def test_a_step_that_cannot_be_shared(alone):

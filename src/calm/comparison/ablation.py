@@ -126,7 +126,6 @@ def run_ablation(
     for choice in chosen:
         check_model(_recipe_of(choice, recipe, 0))
     output = output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
     recipe = with_shared_text(recipe, output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []

@@ -50,7 +50,6 @@ def train_ladder(
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
     output = output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
     recipe = with_shared_text(recipe, output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     operations = budget * (

@@ -21,6 +21,9 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
     Raises:
         InputError: If the folder holds the text of other sources.
     """
+    if recipe.data.streaming:
+        raise InputError("runs that are compared share prepared text: set data.streaming to false.")
+    output.mkdir(parents=True, exist_ok=True)
     if not recipe.data.source_list:
         stories = output / "stories.jsonl"
         if not is_prepared(output / "data"):

@@ -275,8 +275,12 @@ def _check_hub_name(source: str) -> None:
 def _read_part(stream: datasets.IterableDataset, part: int) -> Iterator[str]:
     """Documents of one shard of a hub dataset, without those that are blank."""
     for row in stream.shard(num_shards=stream.num_shards, index=part):
-        if row["text"] and row["text"].strip():
+        if _has_text(row):
             yield row["text"]
+
+
+def _has_text(row: dict[str, str | None]) -> bool:
+    return bool(row["text"] and row["text"].strip())
 
 
 def _load_from_hub(source: str, text_field: str, streaming: bool = False, most: int | None = None) -> Any:
@@ -284,7 +288,7 @@ def _load_from_hub(source: str, text_field: str, streaming: bool = False, most: 
     name, _, config = source.partition(":")
     try:
         if most is not None:
-            first = _load_from_hub(source, text_field, streaming=True).take(most)
+            first = _load_from_hub(source, text_field, streaming=True).filter(_has_text).take(most)
             return datasets.Dataset.from_list(
                 list(first), datasets.Features({"text": datasets.Value("string")})
             )

@@ -26,6 +26,7 @@ from calm.data.tokenizer import tokenize
 from calm.errors import InputError
 
 PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on behind it.
+_MOST_EMPTY_EPOCHS = 100
 _FEATURES = ("input_ids", "labels", "position_ids")
 
 
@@ -155,7 +156,7 @@ class BlockStream(IterableDataset):
         return self._read(reader, self.position.num_processes * workers, worker)
 
     def _read(self, reader: int, readers: int, worker: int) -> Iterator[dict[str, Tensor]]:
-        start = self.position.places.get(worker, Place())
+        start, empty = self.position.places.get(worker, Place()), 0
         for epoch in itertools.count(start.epoch):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
             own_shards = len(shards) >= readers
@@ -170,7 +171,9 @@ class BlockStream(IterableDataset):
                 for number in range(first, len(blocks["input_ids"])):
                     block = {name: torch.from_numpy(blocks[name][number]) for name in _FEATURES}
                     yield block | {PLACE: torch.tensor([worker, *place._replace(block=number + 1)])}
-            if not has_any:
+            empty = 0 if has_any else empty + 1
+            # A share of files without text is no end of it: another epoch deals them otherwise.
+            if empty > (_MOST_EMPTY_EPOCHS if own_shards and len(shards) > 1 else 0):
                 raise InputError(
                     f"one of {readers} readers finds no text in {', '.join(self.settings.sources)}; give "
                     "more text, fewer processes or workers, or smaller windows than "

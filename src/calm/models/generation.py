@@ -116,7 +116,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         """
         config = self._generation_settings(generation_config, kwargs)
         settings = _temperature_settings(config, sampler, num_draws, max_draws)
-        prompt_BT, mask_BT = self._prompts(input_ids, attention_mask, config.num_return_sequences or 1)
+        prompt_BT, mask_BT = self._prompts(input_ids, attention_mask, config)
         randomness: Randomness = generator
         if generator is None and seed is not None:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
@@ -157,13 +157,17 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         return config
 
     def _prompts(
-        self: "CalmForCausalLM", input_ids: Tensor | None, attention_mask: Tensor | None, copies: int
+        self: "CalmForCausalLM",
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        config: GenerationConfig,
     ) -> tuple[Tensor, Tensor]:
         """Prompt tokens and mask, (B · copies, T) each."""
         if input_ids is None:
-            if self.config.bos_token_id is None:
+            begin = self.config.bos_token_id if config.bos_token_id is None else config.bos_token_id
+            if begin is None:
                 raise ValueError("give a prompt: this model has no beginning-of-text token.")
-            input_ids = torch.tensor([[self.config.bos_token_id]], device=self.device)
+            input_ids = torch.tensor([[begin]], device=self.device)
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be (batch, tokens), not empty; got {tuple(input_ids.shape)}.")
         if attention_mask is None:
@@ -174,6 +178,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             )
         if not attention_mask.bool().any(-1).all():
             raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+        copies = config.num_return_sequences or 1
         return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
 
     def _write(

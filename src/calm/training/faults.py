@@ -71,7 +71,7 @@ class LeaveOnSignal(TrainerCallback):
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave if any process was asked to."""
@@ -80,7 +80,7 @@ class LeaveOnSignal(TrainerCallback):
             flag = torch.tensor(int(asked), device=processes().device)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
             asked = bool(flag)
-        if asked and state.global_step < state.max_steps:
+        if asked:
             self.left = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

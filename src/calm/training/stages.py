@@ -66,7 +66,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         data = _open_run(recipe, output, resume, overwrite)
         if recipe.model == "calm":
             _finish_autoencoder(recipe, data, output)
-        if not (output / "model").is_dir():
+        if not _is_finished(output / "model"):
             model = _new_language_model(recipe, data, output)
             _train_language_model(model, recipe, data, output)
             _finish(model, data.tokenizer, output / "model", recipe)
@@ -179,9 +179,16 @@ def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> 
         )
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether a stage has left its folder; the same answer for all processes."""
+    is_finished = folder.is_dir()
+    processes().wait_for_everyone()  # Else a quick one could write it before a slow one looks.
+    return is_finished
+
+
 def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> None:
     folder = output / "autoencoder"
-    if not folder.is_dir():
+    if not _is_finished(folder):
         _finish(_train_autoencoder(recipe, data, output), data.tokenizer, folder, recipe)
 
 

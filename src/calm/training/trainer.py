@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -69,7 +69,7 @@ class ChunkTrainer(Trainer):
     ) -> None:
         self.score = score
         self.settings = settings
-        self._network, self._output = model, output
+        self._network, self._output, self._context = model, output, context
         self._stream = blocks if isinstance(blocks, BlockStream) else None
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
@@ -136,6 +136,15 @@ class ChunkTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """A random order of whole steps: what does not fill one is left for another epoch.
+
+        So a step has as many tokens at the end of an epoch as elsewhere, however many processes share it.
+        """
+        blocks: Any = train_dataset if train_dataset is not None else self.train_dataset
+        step = self.settings.batch_tokens // self._context
+        return RandomSampler(blocks, num_samples=max(1, len(blocks) // step) * step)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One batch; the first loss that is not finite is remembered."""
@@ -239,6 +248,10 @@ class ChunkTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 if self._stream is not None:
                     self._stream.position.save(self._staging / name / self._position_file)
+            except BaseException:
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                raise
             finally:
                 staging, self._staging = self._staging, None
             processes().wait_for_everyone()  # Each process writes a part.
@@ -281,7 +294,7 @@ def _arguments(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     blocks, accumulation = settings.batches(context, processes().num_processes)
     steps = settings.steps
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=blocks,
@@ -305,6 +318,9 @@ def _arguments(
         report_to=["tensorboard"],
         seed=seed,
     )
+    if arguments.n_gpu > 1:  # Without a launcher. DataParallel would share out noise and multiply the step.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _sync(folder: Path) -> None:
