@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.folders import disk_errors
@@ -258,8 +258,11 @@ class ChunkTrainer(Trainer):
             if self.args.should_save:
                 _sync(staging / name)
                 (staging / name).rename(run_dir / name)
-                staging.rmdir()
-                rotate_checkpoints(str(run_dir), save_total_limit=max(1, self.settings.keep_checkpoints))
+                # Old ones are moved away before they are deleted: a kill meanwhile leaves no half of one.
+                steps = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+                for old in steps[: -max(1, self.settings.keep_checkpoints)]:
+                    old.rename(staging / old.name)
+                shutil.rmtree(staging)
             processes().wait_for_everyone()
 
 
