@@ -64,12 +64,13 @@ def _measure(queue, function, arguments):
         queue.put(torch.cuda.max_memory_allocated() - before)
         return
     Path("/proc/self/clear_refs").write_text("5")  # The peak starts again from here (Linux).
-    before = _status("VmHWM")
+    before = status("VmHWM")
     run()
-    queue.put(max(0, _status("VmHWM") - before))
+    queue.put(max(0, status("VmHWM") - before))
 
 
-def _status(field):
+def status(field):
+    """Bytes of a field of /proc/self/status (Linux)."""
     # Not getrusage: its peak is handed down to child processes.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

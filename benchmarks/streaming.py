@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from measure import machine
+from measure import machine, status
 
 from calm.data.sources import ReadingOptions
 from calm.data.stories import stories
@@ -60,19 +60,13 @@ def read(stream, num_files, size, lines):
         epoch, shard, document = block["place"][1:4].tolist()
         done = (shard + document / lines) * size / 1e9 if epoch == 0 else num_files * size / 1e9
         if done >= due:
-            points.append((done, memory()))
+            points.append((done, status("VmRSS") / 2**20))
             tokens, speed = blocks * 1024 / 1e6, done * 1e3 / (time.perf_counter() - begin)
             print(f"| {done:.2f} | {tokens:,.0f} M | {points[-1][1]:,.0f} | {speed:.1f} |", flush=True)
             due = done + num_files * size / 1e9 / TWENTIETHS
         if epoch:
             break
     return points
-
-
-def memory():
-    """MiB that this process has in memory now (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def draw(points, path):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from calm.comparison.costs import autoencoder_operations, language_model_operations
 from calm.comparison.text import with_shared_text
+from calm.data.folders import write_file_whole
 from calm.data.prepare import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
@@ -181,7 +182,5 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
         "error": card.brier.brier_lm_error,
         "token_accuracy": card.reconstruction.token_accuracy,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"how": how, "figures": figures}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file_whole(path, json.dumps({"how": how, "figures": figures}, indent=1) + "\n")
     return figures

@@ -66,6 +66,13 @@ def _is_of_the_disk(error: BaseException) -> bool:
     return False
 
 
+def write_file_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write in that becomes `path` when the block ends without an error.

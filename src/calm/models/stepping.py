@@ -40,6 +40,7 @@ class BackboneSteps:
         self._length = mask_BC.shape[1]
         self._mask_BC = torch.cat([mask_BC, mask_BC.new_ones(len(mask_BC), num_steps - 1)], dim=1)
         self._cache = self._new_cache(config)
+        self._position_BC = (self._mask_BC.cumsum(-1) - 1).clamp_min(0)
         self._compile_config = _compile_config(config)
         self._seen_BT: Tensor | None = None
 
@@ -56,7 +57,7 @@ class BackboneSteps:
                 tokens_BT = torch.cat([earlier_BT, tokens_BT], dim=1)
         self._seen_BT = tokens_BT
         size = self._model.config.chunk_size
-        position_BC = (self._mask_BC[:, : self._length].cumsum(-1) - 1).clamp_min(0)
+        position_BC = self._position_BC[:, : self._length]
         # A static cache has one shape for all steps; attention does not look ahead.
         length = None if isinstance(self._cache, StaticCache) else self._length
         forward: Callable[..., Any] = self._model

@@ -1,6 +1,5 @@
 """An ablation as a table: on the terminal, as Markdown, and as figures."""
 
-import json
 import math
 import statistics
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
 from calm.report.tables import short
 
@@ -35,8 +35,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
         "percent ± standard error over documents; one column for each seed."
     )
     path.write_text(f"{table.question}\n\n{body}\n\n{note}\n", encoding="utf-8")
-    figures = json.dumps(asdict(table), indent=1).replace("NaN", "null")
-    path.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
+    write_figures(asdict(table), path.with_suffix(".json"))
 
 
 def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:

@@ -1,16 +1,14 @@
 """Several models side by side: a table, plots against cost, and texts, as one self-contained HTML file."""
 
 import html
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from calm.report.figures import write_figures
 from calm.report.measured import Comparison
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
@@ -42,8 +40,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
-    figures = json.dumps(_without_nan(asdict(comparison)), indent=1, allow_nan=False)
-    path.with_suffix(".json").write_text(figures + "\n", encoding="utf-8")
+    write_figures(asdict(comparison), path.with_suffix(".json"))
     tables = "".join(
         table_of(caption, columns, rows)
         for caption, (columns, rows) in (
@@ -73,15 +70,6 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
     )
     path.write_text(page_of("Models side by side", body), encoding="utf-8")
-
-
-def _without_nan(value: Any) -> Any:
-    """The same with null for errors that are not known, which JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -21,7 +21,7 @@ import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.folders import check_output, disk_errors, written_whole
+from calm.data.folders import check_output, disk_errors, write_file_whole, written_whole
 from calm.data.prepare import PreparedData, held_out_below, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.data.streaming import BlockStream, Position, StreamSettings
@@ -270,9 +270,7 @@ def _run_stage(
     path = output / HISTORY
     history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     history[name] = trainer.state.log_history
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)  # A kill leaves the old one or the new one whole.
+    write_file_whole(path, json.dumps(history, indent=1) + "\n")
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

@@ -1,0 +1,21 @@
+"""All figures of a report as JSON."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_figures(values: dict[str, Any], path: Path) -> None:
+    """Write figures as JSON, with null for what is not a number."""
+    figures = json.dumps(_without_nan(values), indent=1, allow_nan=False)
+    path.write_text(figures + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for errors that are not known, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
