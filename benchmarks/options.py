@@ -13,7 +13,7 @@ import argparse
 
 import torch
 from measure import in_turns, machine, peak_memory, ratios
-from training_step import DEVICE, config
+from training_step import DEVICE, config, take_step
 
 from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer
@@ -52,14 +52,12 @@ def step(batch, tokens, precision="fp32", compile=False, fused=True, optimizer="
     ids = torch.randint(4, 4096, (batch, tokens), device=DEVICE)
     forward = torch.compile(model) if compile else model
 
-    def run():
-        updates.zero_grad()
+    def compute_loss():
         with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
-            loss = forward(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        updates.step()
-        return loss.detach()
+            return forward(ids, labels=ids).loss
+
+    def run():
+        return take_step(model, updates, compute_loss)
 
     return run
 

@@ -60,6 +60,16 @@ def config(num_targets):
     )
 
 
+def take_step(model, optimizer, compute_loss):
+    """Forward, backward, clipping and optimizer; the loss."""
+    optimizer.zero_grad()
+    loss = compute_loss()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
 def step(name, batch, tokens, compiled=False):
     """A function that takes a training step of one kind and returns its loss."""
     torch.manual_seed(0)
@@ -78,12 +88,7 @@ def step(name, batch, tokens, compiled=False):
             torch.rand(8, positions, 64, device=DEVICE) - 0.5,
             None if name == "integrated" else torch.randn(100, positions, 64, device=DEVICE),
         )
-        optimizer.zero_grad()
-        loss = forward(ids, labels=ids, noise=noise).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.detach()
+        return take_step(model, optimizer, lambda: forward(ids, labels=ids, noise=noise).loss)
 
     return run
 

@@ -94,11 +94,9 @@ class Shard:
     """Documents that are read one after the other: a file, or a part of a hub dataset.
 
     Args:
-        name: What it is, for messages.
         read: Gives its documents.
     """
 
-    name: str
     read: Callable[[], Iterator[str]]
 
 
@@ -116,12 +114,12 @@ def find_shards(sources: Sequence[str], options: ReadingOptions) -> list[Shard]:
     for source in sources:
         if Path(source).exists():
             files = find_files(Path(source))
-            shards += [Shard(str(file), partial(read_documents, file, options)) for file in files]
+            shards += [Shard(partial(read_documents, file, options)) for file in files]
         else:
             _check_hub_name(source)
             stream = _load_from_hub(source, options.text_field, streaming=True)
             parts = range(stream.num_shards)
-            shards += [Shard(f"{source} {part}", partial(_read_part, stream, part)) for part in parts]
+            shards += [Shard(partial(_read_part, stream, part)) for part in parts]
     if not shards:
         raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
     return shards
