@@ -1,14 +1,17 @@
 """One process, two, and one that sums gradients of two halves: the same run."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torch.testing import assert_close
 from toy import launch, toy_recipe
 
 from calm.data.prepare import load_prepared
 from calm.data.stories import stories
+from calm.errors import InputError
 from calm.training import stages
 from calm.training.recipe_files import with_settings, write_recipe
 
@@ -90,6 +93,86 @@ def test_a_given_autoencoder_and_a_slow_process(alone):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (folder / "given/model/model.safetensors").is_file()
+
+
+def test_a_sharded_model(alone):
+    """Weights, gradients and optimizer state parted: the same run, which others may go on with."""
+    folder, recipe = alone
+    muon = with_settings(recipe, {"language_model.training.optimizer.name": "muon"})
+    stages.train(muon, folder / "muon")
+    sharded = with_settings(
+        muon, {"language_model.sharded": True, "autoencoder.path": str(folder / "alone/autoencoder")}
+    )
+    write_recipe(sharded, folder / "sharded.yaml")
+    run = folder / "sharded"
+    arguments = ("--recipe", folder / "sharded.yaml", "--output", run)
+    result = launch(2, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    def assert_same():
+        assert_close(
+            *(losses(folder / name)["language_model"] for name in ("muon", "sharded")), rtol=1e-5, atol=0.0
+        )
+        weights = load_file(run / "model/model.safetensors")
+        for name, weight in load_file(folder / "muon/model/model.safetensors").items():
+            assert_close(weights[name], weight, **WEIGHTS)
+
+    assert_same()
+    last = run / "checkpoints/language_model/checkpoint-8"
+    written = FileSystemReader(last / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
+    assert all(len(tensor.chunks) == 2 for tensor in written.values()), "each process writes its part"
+
+    shutil.rmtree(run / "model")
+    shutil.rmtree(last)
+    with pytest.raises(InputError, match="written by a sharded run; go on with two processes"):
+        stages.train(sharded, run, resume=True)
+    result = launch(4, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same()
+
+
+def test_what_does_not_go_with_sharding(alone, monkeypatch):
+    folder, recipe = alone
+    both = {"language_model.sharded": True, "language_model.training.compile": True}
+    with pytest.raises(InputError, match="cannot be compiled yet"):
+        stages.train(with_settings(recipe, both), folder / "compiled")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"set language_model\.sharded to true"):
+        stages.train(recipe, folder / "by-launcher")
+    assert not (folder / "by-launcher").exists()
+
+
+def program(folder, what):
+    """A program that is `calm` with something done at the first loss of step 5 of the second process."""
+    path = folder / "program.py"
+    path.write_text(
+        "import os, signal, calm.training.faults as f\nfrom calm.cli import main\nsee = f.LossWatch.see\n"
+        "def watched(self, loss, step):\n    if step == 5 and os.environ['RANK'] == '1':\n"
+        f"        {what}\n    see(self, loss, step)\n"
+        "f.LossWatch.see = watched\nmain()\n"
+    )
+    return path
+
+
+def test_one_process_is_asked_to_leave(alone, tmp_path):
+    """All leave with it, and the run goes on to the same end."""
+    folder, _ = alone
+    arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
+    result = launch(2, *arguments, program=program(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)"))
+    assert result.returncode != 0
+    assert result.stderr.count("calm: asked to end after step 5; --resume goes on from") == 2
+    result = launch(2, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(folder / "alone", tmp_path / "run")
+
+
+def test_one_process_has_a_loss_that_is_not_finite(alone, tmp_path):
+    folder, _ = alone
+    arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
+    result = launch(2, *arguments, program=program(tmp_path, "loss = loss * float('nan')"))
+    assert result.returncode != 0
+    assert result.stderr.count("the loss of step 5 is not finite; --resume goes on from") >= 1
+    assert "checkpoint-3" in result.stderr
 
 
 def test_an_epoch_has_whole_steps(alone):

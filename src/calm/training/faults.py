@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from calm.errors import RunError
@@ -45,9 +46,14 @@ class LossWatch:
 
 
 def check_weights(model: nn.Module, step: int, left: str) -> None:
-    """Raise RunError if a weight that is trained is not finite."""
+    """Raise RunError on all processes if a weight that is trained is not finite on any."""
     weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    if not all(bool(norm.isfinite()) for norm in torch._foreach_norm(weights)):
+    own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    is_bad = ~torch.stack(torch._foreach_norm(own)).isfinite().all()
+    if processes().num_processes > 1:
+        is_bad = is_bad.int()
+        distributed.all_reduce(is_bad, distributed.ReduceOp.MAX)
+    if is_bad:
         raise RunError(f"weights are not finite after step {step}; {left}.")
 
 

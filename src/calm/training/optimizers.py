@@ -7,6 +7,7 @@ import torch
 from pytorch_optimizer import Muon
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from calm.errors import InputError
@@ -23,6 +24,13 @@ class MuonWithAdamW(Muon):
 
     @staticmethod
     def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+        sharded = [update for update in updates if isinstance(update, DTensor)]
+        if sharded:  # Each process does the work for whole matrices.
+            whole = MuonWithAdamW._orthogonalize(group, [update.full_tensor() for update in sharded])
+            return [
+                distribute_tensor(matrix, update.device_mesh, update.placements, src_data_rank=None)
+                for matrix, update in zip(whole, sharded, strict=True)
+            ]
         dtype = torch.bfloat16 if updates[0].is_cuda else torch.float32
         result = zero_power_via_newton_schulz_5(
             torch.stack(updates), num_steps=group["ns_steps"], weights=group["ns_coeffs"], dtype=dtype

@@ -204,6 +204,8 @@ class LanguageModelSettings:
         rope_theta: Base of the rotary positions.
         embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
         backbone_input: What the backbone reads of a chunk: its tokens, its latent, or both (see CalmConfig).
+        sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
+            instead of all of them (DDP).
         attention: Implementation; "flash_attention_2" and others need their package.
         head: The head: `head_type` and its own fields (see calm.models.heads); unused by an
             autoregressive model.
@@ -219,6 +221,7 @@ class LanguageModelSettings:
     rope_theta: float = 10000.0
     embedding_initializer_range: float = 0.02
     backbone_input: Literal["tokens", "latents", "both"] = "tokens"
+    sharded: bool = False
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})
     training: TrainingSettings = field(default_factory=TrainingSettings)

@@ -42,6 +42,7 @@ from calm.training.configurations import (
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import differences, read_recipe, write_recipe
+from calm.training.sharding import check_sharding
 from calm.training.trainer import ChunkTrainer, Score
 
 RECIPE, HISTORY = "recipe.yaml", "history.json"
@@ -68,7 +69,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
             _finish_autoencoder(recipe, data, output)
         if not _is_finished(output / "model"):
             model = _new_language_model(recipe, data, output)
-            _train_language_model(model, recipe, data, output)
+            model = _train_language_model(model, recipe, data, output)
             _finish(model, data.tokenizer, output / "model", recipe)
     return output / "model"
 
@@ -91,6 +92,7 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Pr
     """Check recipe and folder, and open the text: the main process first, which writes what is missing."""
     everyone = processes()
     check_recipe(recipe, everyone.num_processes)
+    check_sharding(recipe)
     if everyone.is_main_process:
         _open_folder(recipe, output, resume, overwrite)
         data_folder(recipe, output)
@@ -207,8 +209,9 @@ def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Calm
         return score_reconstruction(model, held_out, settings.training.evaluation_blocks).as_metrics()
 
     held_out = _blocks(recipe, data, "validation", recipe.chunk_size)
-    _run_stage("autoencoder", autoencoder, recipe, data, held_out, score, settings.training, output)
-    return autoencoder
+    whole = _run_stage("autoencoder", autoencoder, recipe, data, held_out, score, settings.training, output)
+    assert isinstance(whole, CalmAutoencoder)
+    return whole
 
 
 def _new_language_model(recipe: Recipe, data: PreparedData, output: Path) -> PreTrainedModel:
@@ -227,7 +230,9 @@ def _new_language_model(recipe: Recipe, data: PreparedData, output: Path) -> Pre
     return model
 
 
-def _train_language_model(model: PreTrainedModel, recipe: Recipe, data: PreparedData, output: Path) -> None:
+def _train_language_model(
+    model: PreTrainedModel, recipe: Recipe, data: PreparedData, output: Path
+) -> PreTrainedModel:
     settings = recipe.language_model.training
     held_out = _blocks(recipe, data, "validation", scorer_of(model).chunk_size)
 
@@ -239,8 +244,9 @@ def _train_language_model(model: PreTrainedModel, recipe: Recipe, data: Prepared
             ).cross_entropy
         return metrics
 
-    _run_stage("language_model", model, recipe, data, held_out, score, settings, output)
-    model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
+    whole = _run_stage("language_model", model, recipe, data, held_out, score, settings, output)
+    whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
+    return whole
 
 
 def _run_stage(
@@ -252,7 +258,8 @@ def _run_stage(
     score: Score,
     settings: TrainingSettings,
     output: Path,
-) -> None:
+) -> PreTrainedModel:
+    """Train a model; it, or a copy of it with all weights where processes share them."""
     trainer = ChunkTrainer(
         model,
         _training_blocks(recipe, data, settings.num_workers, output),
@@ -263,14 +270,15 @@ def _run_stage(
         data.tokenizer,
         recipe.data.context,
         recipe.seed,
+        sharded=name == "language_model" and recipe.language_model.sharded,
     )
     trainer.train_or_resume()
-    if not processes().is_main_process:
-        return
-    path = output / HISTORY
-    history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    history[name] = trainer.state.log_history
-    write_file_whole(path, json.dumps(history, indent=1) + "\n")
+    if processes().is_main_process:
+        path = output / HISTORY
+        history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        history[name] = trainer.state.log_history
+        write_file_whole(path, json.dumps(history, indent=1) + "\n")
+    return trainer.whole_network()
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

@@ -17,25 +17,29 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from calm.core.chunks import IGNORED_LABEL
 from calm.data.folders import disk_errors
 from calm.data.streaming import PLACE, BlockStream
 from calm.errors import RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.training.collating import NUMBERS, collate_chunks, collate_stream, collate_tokens, count_tokens
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
-from calm.training.noise import generators_of_blocks, number_of_block
+from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.processes import processes
 from calm.training.progress import ProgressLines
 from calm.training.recipe import TrainingSettings
+from calm.training.sharding import (
+    check_checkpoint,
+    keep_autocast,
+    shard_on_cpu_as_well,
+    sharding_arguments,
+    whole_copy,
+)
 from calm.training.speed import Speed, known_training_flops
-
-_NUMBERS = "block_numbers"
 
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
@@ -53,6 +57,7 @@ class ChunkTrainer(Trainer):
         tokenizer: Saved with each checkpoint.
         context: Tokens of a block.
         seed: Seed of data order and training noise.
+        sharded: Whether each process keeps a part of the model only, where there are several.
     """
 
     def __init__(
@@ -66,23 +71,27 @@ class ChunkTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         seed: int,
+        sharded: bool = False,
     ) -> None:
         self.score = score
         self.settings = settings
         self._network, self._output, self._context = model, output, context
+        self._is_sharded = sharded and processes().num_processes > 1
         self._stream = blocks if isinstance(blocks, BlockStream) else None
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         is_of_chunks = isinstance(model, CalmForCausalLM | CalmAutoencoder)
-        self._count: Any = model.count_targets if is_of_chunks else _count_tokens
+        self._count: Any = model.count_targets if is_of_chunks else count_tokens
         super().__init__(
             model=model,
-            args=_arguments(settings, context, output, seed, self._stream is not None),
+            args=_arguments(
+                settings, context, output, seed, self._stream is not None, model if self._is_sharded else None
+            ),
             train_dataset=blocks,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            data_collator=_collate_chunks if is_of_chunks else _collate_tokens,
+            data_collator=collate_chunks if is_of_chunks else collate_tokens,
         )
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLines)
@@ -101,11 +110,14 @@ class ChunkTrainer(Trainer):
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
 
         Raises:
+            InputError: If the checkpoint is sharded and the run is not, or the other way round.
             RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
             Terminated: If the run was asked to end by SIGTERM; it has written a checkpoint.
         """
         self._output.mkdir(parents=True, exist_ok=True)
         checkpoint = get_last_checkpoint(str(self._output))
+        if checkpoint:
+            check_checkpoint(Path(checkpoint), self._is_sharded)
         if checkpoint and self._stream is not None:
             self._stream.position.load(Path(checkpoint) / self._position_file)
         try:
@@ -120,6 +132,10 @@ class ChunkTrainer(Trainer):
         if not self.settings.evaluate_every:
             self.evaluate()
 
+    def whole_network(self) -> PreTrainedModel:
+        """The model with all weights: itself, or a copy where each process has a part of them."""
+        return whole_copy(self._network)
+
     @property
     def _position_file(self) -> str:
         return f"position_{processes().process_index}.json"
@@ -132,7 +148,7 @@ class ChunkTrainer(Trainer):
         return DataLoader(
             self._stream,
             batch_size=self._train_batch_size,
-            collate_fn=partial(_collate_stream, collate=collate),
+            collate_fn=partial(collate_stream, collate=collate),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -156,6 +172,12 @@ class ChunkTrainer(Trainer):
         """What is left of the run if it ends now."""
         checkpoint = get_last_checkpoint(str(self._output))
         return f"--resume goes on from '{checkpoint}'" if checkpoint else "there is no checkpoint yet"
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """What places the model on its device and shares it among processes."""
+        super().create_accelerator_and_postprocess()
+        if self._is_sharded:
+            keep_autocast(self.accelerator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
@@ -189,7 +211,7 @@ class ChunkTrainer(Trainer):
         was_training = self._network.training
         self._network.eval()
         with self._speed.pause():
-            scores = self.score(self._network, self.eval_dataset)
+            scores = self.score(self.whole_network(), self.eval_dataset)
         self._network.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -207,7 +229,7 @@ class ChunkTrainer(Trainer):
         place = inputs.pop(PLACE, None)
         if place is not None and self._stream is not None:
             self._stream.position.note(*place.tolist())
-        numbers = inputs.pop(_NUMBERS, None)
+        numbers = inputs.pop(NUMBERS, None)
         if numbers is not None:
             step, device = self.state.global_step, inputs["input_ids"].device
             generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
@@ -266,33 +288,13 @@ class ChunkTrainer(Trainer):
             processes().wait_for_everyone()
 
 
-def _collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Blocks for a model of chunks, each with the number that names its noise."""
-    numbers = [number_of_block(block["input_ids"]) for block in blocks]
-    return default_data_collator(blocks) | {_NUMBERS: torch.tensor(numbers)}
-
-
-def _collate_stream(blocks: list[dict[str, Tensor]], collate: Callable[..., Any]) -> dict[str, Any]:
-    """A batch of a stream, with the place behind its last block."""
-    places = [block.pop(PLACE) for block in blocks]
-    return collate(blocks) | {PLACE: places[-1]}
-
-
-def _collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
-    batch = default_data_collator(blocks)
-    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)
-    # transformers keeps documents apart by their positions only where there is no cache.
-    return batch | {"use_cache": False}
-
-
-def _count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Targets of a model of tokens: labels behind the first token."""
-    return (labels[:, 1:] != IGNORED_LABEL).sum()
-
-
 def _arguments(
-    settings: TrainingSettings, context: int, output: Path, seed: int, is_stream: bool
+    settings: TrainingSettings,
+    context: int,
+    output: Path,
+    seed: int,
+    is_stream: bool,
+    sharded: PreTrainedModel | None,
 ) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
     blocks, accumulation = settings.batches(context, processes().num_processes)
@@ -320,7 +322,10 @@ def _arguments(
         disable_tqdm=False,  # Otherwise the log level decides.
         report_to=["tensorboard"],
         seed=seed,
+        **(sharding_arguments(sharded) if sharded else {}),
     )
+    if sharded:
+        shard_on_cpu_as_well()
     if arguments.n_gpu > 1:  # Without a launcher. DataParallel would share out noise and multiply the step.
         arguments._n_gpu = 1
     return arguments

@@ -1,0 +1,86 @@
+"""Weights, gradients and optimizer state parted among processes: FSDP2 of torch, by way of accelerate."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from calm.errors import InputError
+from calm.training.recipe import Recipe
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise InputError for what does not go with sharding."""
+    if recipe.language_model.sharded and recipe.language_model.training.compile:
+        raise InputError(
+            "a sharded model cannot be compiled yet; set language_model.sharded or "
+            "language_model.training.compile to false."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "the configuration of accelerate asks for FSDP, which would shard the autoencoder as well; "
+            "launch without it and set language_model.sharded to true."
+        )
+
+
+def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `TrainingArguments` for a model of which each process keeps a part.
+
+    Args:
+        model: The model; its `_no_split_modules` are gathered one at a time, all else for the whole step.
+    """
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": list(model._no_split_modules or []),
+            "reshard_after_forward": True,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+        },
+    }
+
+
+def shard_on_cpu_as_well() -> None:
+    """Make accelerate shard in a group of CPU processes, as torch can; by itself it would replicate there."""
+    state = PartialState()
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def keep_autocast(accelerator: Accelerator) -> None:
+    """Leave mixed precision to autocast, as without sharding: losses and gradients stay in float32."""
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
+    """Raise InputError if a checkpoint was written sharded and the run is not, or the other way round."""
+    if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() == is_sharded:
+        return
+    if is_sharded:
+        raise InputError(f"'{checkpoint}' was not written by a sharded run; go on with one process.")
+    raise InputError(
+        f"'{checkpoint}' was written by a sharded run; go on with two processes or more, as many as you like."
+    )
+
+
+def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with all weights in each process; the model itself if it is not sharded.
+
+    All processes call it together.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    unsharded: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with no_init_weights():
+        whole = unsharded(copy.deepcopy(model.config))
+    whole.load_state_dict(weights)
+    return whole.to(model.device)
