@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from calm.core.chunks import IGNORED_LABEL
-from calm.data.prepare import held_out_below, prepare, rank_of
+from calm.data.pieces import rank_of
+from calm.data.prepare import held_out_below, prepare
 from calm.data.sources import ReadingOptions, find_shards
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings

@@ -8,10 +8,8 @@
 Chunking happens later (`calm.data.chunking`), so one prepared folder serves every chunk size.
 """
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,13 +21,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.folders import written_whole
+from calm.data.folders import check_output, written_whole
+from calm.data.pieces import kept_work, ranks_of, tokenized, tokens_of, trained_tokenizer
 from calm.data.sources import ReadingOptions, load_documents
-from calm.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
-from calm.errors import InputError, RunError
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import InputError
 
 _INFO = "prepared.json"
-_DOCUMENTS_FOR_TOKENIZER = 200_000
 _WORDS_OF_BEGINNING = 24
 # Raised whenever `make_blocks` gives other arrays: datasets keeps blocks in a cache by the arguments of the
 # function that made them, and does not see its code.
@@ -118,7 +116,8 @@ def prepare(
 ) -> PreparedData:
     """Read, split and tokenize text, and write a prepared folder.
 
-    The held-out split goes by whole documents, and equal documents go to the same side.
+    The held-out split goes by whole documents, and equal documents go to the same side. Work that was
+    stopped is taken up again (`calm.data.pieces`).
 
     Args:
         sources: Files, folders or hub datasets; see `calm.data.sources`.
@@ -135,45 +134,43 @@ def prepare(
 
     Raises:
         InputError: If a source or setting is bad, or there are too few documents to split.
+        RunError: If the disk is full, or a process dies.
     """
     options = options or ReadingOptions()
     num_proc = num_proc or os.cpu_count() or 1
-    with written_whole(output, overwrite) as folder:
-        read = partial(load_documents, options=options, cache_dir=str(folder / "cache"), num_proc=num_proc)
+    check_output(output, overwrite)
+    if not validation_sources and not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}.")
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    with kept_work(output) as work:
+        read = partial(load_documents, options=options, cache_dir=str(work), num_proc=num_proc)
         documents = read(sources, most=most)
+        ranks = ranks_of(documents, seed)
         highest = None
         if validation_sources:
-            splits = {"train": documents, "validation": read(list(validation_sources))}
+            held_out = read(list(validation_sources))
+            splits = {"train": (documents, ranks), "validation": (held_out, ranks_of(held_out, seed))}
         else:
-            splits, highest = _split(documents, validation_fraction, seed, sources)
-        tokens: PreTrainedTokenizerBase
-        if tokenizer is None:
-            texts = splits["train"].select(range(min(_DOCUMENTS_FOR_TOKENIZER, len(splits["train"]))))
-            tokens = train_tokenizer((row["text"] for row in texts), vocab_size)
-        else:
-            tokens = load_tokenizer(tokenizer)
-        for name, split in splits.items():
-            try:
-                _tokenized(split, tokens, num_proc, name).save_to_disk(folder / name)
-            except RuntimeError as error:
-                if "abruptly died" not in str(error):
-                    raise
-                raise RunError(
-                    "a process that tokenizes died (out of memory?); try a smaller num_proc. "
-                    "Nothing that was there is lost."
-                ) from error
-        tokens.save_pretrained(folder / "tokenizer")
-        info = {
-            "sources": sources,
-            "options": asdict(options),
-            "vocab_size": len(tokens),
-            "documents": {name: len(split) for name, split in splits.items()},
-            "seed": seed,
-            "held_out_below": highest,
-            "bytes": {name: size for split in splits for name, size in _sizes(folder, split).items()},
+            splits, highest = _split(documents, ranks, validation_fraction, sources)
+        tokens = given or trained_tokenizer(*splits["train"], vocab_size, work)
+        parts = {
+            name: tokens_of(*split, tokens, work, num_proc=num_proc, name=name)
+            for name, split in splits.items()
         }
-        (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder / "cache", ignore_errors=True)
+        with written_whole(output, overwrite) as folder:
+            for name, part in parts.items():
+                part.save_to_disk(folder / name)
+            tokens.save_pretrained(folder / "tokenizer")
+            info = {
+                "sources": sources,
+                "options": asdict(options),
+                "vocab_size": len(tokens),
+                "documents": {name: len(part) for name, part in parts.items()},
+                "seed": seed,
+                "held_out_below": highest,
+                "bytes": {name: size for part in parts for name, size in _sizes(folder, part).items()},
+            }
+            (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return load_prepared(output)
 
 
@@ -240,7 +237,7 @@ def held_out_data(
                 "give the text itself, or prepare it with --tokenizer MODEL."
             )
         return data
-    documents = _tokenized(load_documents(sources, options), tokenizer, 1, "held-out text")
+    documents = tokenized(load_documents(sources, options), tokenizer, 1, "held-out text")
     return PreparedData(train=documents.select([]), validation=documents, tokenizer=tokenizer)
 
 
@@ -260,12 +257,9 @@ def sources_of(path: Path) -> list[str]:
 
 
 def _split(
-    documents: datasets.Dataset, fraction: float, seed: int, sources: list[str]
-) -> tuple[dict[str, datasets.Dataset], int]:
-    """Training and held-out documents, and the highest rank that is held out."""
-    if not 0 < fraction < 1:
-        raise InputError(f"validation_fraction must lie between 0 and 1, got {fraction}.")
-    ranks = np.array([rank_of(row["text"], seed) for row in documents], dtype=np.uint64)
+    documents: datasets.Dataset, ranks: np.ndarray, fraction: float, sources: list[str]
+) -> tuple[dict[str, tuple[datasets.Dataset, np.ndarray]], int]:
+    """Training and held-out documents with their ranks, and the highest rank that is held out."""
     distinct = np.unique(ranks)
     if len(distinct) < 2:
         raise InputError(
@@ -276,37 +270,10 @@ def _split(
     highest = distinct[held_out - 1]
     is_held_out = ranks <= highest
     splits = {
-        "train": documents.select(np.flatnonzero(~is_held_out)),
-        "validation": documents.select(np.flatnonzero(is_held_out)),
+        name: (documents.select(np.flatnonzero(chosen)), ranks[chosen])
+        for name, chosen in (("train", ~is_held_out), ("validation", is_held_out))
     }
     return splits, int(highest)
-
-
-def rank_of(text: str, seed: int) -> int:
-    """A number of 64 bits for a document; those with the lowest are held out."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _tokenized(
-    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, name: str
-) -> datasets.Dataset:
-    # A process costs more than it brings for a few documents.
-    enough = len(documents) > 1000 * num_proc
-    return documents.map(
-        partial(_tokenize_batch, tokenizer=tokenizer),
-        batched=True,
-        remove_columns=documents.column_names,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        num_proc=num_proc if num_proc > 1 and enough else None,
-        desc=f"tokenizing {name}",
-    )
-
-
-def _tokenize_batch(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    return {"input_ids": tokenize(tokenizer, batch["text"])}
 
 
 def _blocks_of_batch(

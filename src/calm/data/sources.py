@@ -36,6 +36,8 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": bz2.open,
 }
 _FORMATS = (".txt", ".jsonl", ".parquet")
+_BYTES_AT_ONCE = 2**28  # Of files, for each process.
+_Stamp = tuple[str, int, int]  # Path, bytes, time of change.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -240,13 +242,32 @@ def _read_files(
         raise InputError(f"there is no text in {', '.join(map(str, files))}; give a source with text.")
     # Size and time are part of the arguments so that a changed file is not taken from the cache.
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    groups = [_read_group(group, options, cache_dir, num_proc, most) for group in _groups(stamps, num_proc)]
+    return datasets.concatenate_datasets(groups)
+
+
+def _groups(stamps: list[_Stamp], num_proc: int) -> Iterator[list[_Stamp]]:
+    """Files that are read together: enough work for all processes, and not too much to lose."""
+    group: list[_Stamp] = []
+    for stamp in stamps:
+        group.append(stamp)
+        if sum(size for _, size, _ in group) >= num_proc * _BYTES_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _read_group(
+    stamps: list[_Stamp], options: ReadingOptions, cache_dir: str | None, num_proc: int, most: int | None
+) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_generator(
             _generate,
             features=datasets.Features({"text": datasets.Value("large_string")}),
             gen_kwargs={"stamps": stamps, "options": options, "most": most},
             cache_dir=cache_dir,
-            num_proc=min(num_proc, len(files)) if num_proc > 1 and len(files) > 1 else None,
+            num_proc=min(num_proc, len(stamps)) if num_proc > 1 and len(stamps) > 1 else None,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         cause: BaseException | None = error
@@ -257,9 +278,7 @@ def _read_files(
         raise
 
 
-def _generate(
-    stamps: list[tuple[str, int, int]], options: ReadingOptions, most: int | None
-) -> Iterator[dict[str, str]]:
+def _generate(stamps: list[_Stamp], options: ReadingOptions, most: int | None) -> Iterator[dict[str, str]]:
     for file, _, _ in stamps:
         for document in itertools.islice(read_documents(Path(file), options), most):
             yield {"text": document}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.random import seed_of
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.prepare import rank_of
+from calm.data.pieces import rank_of
 from calm.data.sources import ReadingOptions, Shard, find_shards
 from calm.data.tokenizer import tokenize
 from calm.errors import InputError

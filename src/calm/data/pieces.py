@@ -1,0 +1,172 @@
+"""Long work on text, done piece by piece in a folder that outlives a kill: the same command goes on there.
+
+    .NAME.work/            beside the prepared folder NAME, until that is complete
+      generator/           documents that were read, a group of files each (datasets' own cache)
+      tokenizer-DIGEST/    a trained tokenizer
+      tokens-DIGEST*.arrow tokens of some documents
+
+Every piece appears whole, under a name made of what it depends on, so nothing stale is ever taken.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.folders import disk_errors, written_whole
+from calm.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from calm.errors import InputError, RunError
+
+_DOCUMENTS_OF_A_PIECE = 100_000
+_DOCUMENTS_FOR_TOKENIZER = 200_000
+
+
+@contextlib.contextmanager
+def kept_work(output: Path) -> Iterator[Path]:
+    """The folder of the work for `output`; removed at the end, kept after an error with some pieces done.
+
+    Raises:
+        RunError: If the disk is full, or cannot be written.
+    """
+    folder = output.with_name(f".{output.name}.work")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(output):
+            yield folder
+    except (InputError, RunError) as error:
+        if _num_pieces(folder) < 2:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        raise type(error)(
+            f"{error} What is done is kept in '{folder}', and the same command goes on from it."
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _num_pieces(folder: Path) -> int:
+    read = [file for file in folder.glob("generator/*/*/*.arrow") if file.parent.suffix != ".incomplete"]
+    return len(read) + len(list(folder.glob("tok*")))
+
+
+def ranks_of(documents: datasets.Dataset, seed: int) -> np.ndarray:
+    """A number of 64 bits for each document, by its text and the seed."""
+    return np.fromiter((rank_of(row["text"], seed) for row in documents), np.uint64, len(documents))
+
+
+def rank_of(text: str, seed: int) -> int:
+    """A number of 64 bits for a document; those with the lowest are held out."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "big")
+
+
+def trained_tokenizer(
+    documents: datasets.Dataset, ranks: np.ndarray, vocab_size: int, work: Path
+) -> PreTrainedTokenizerBase:
+    """A BPE of the first documents, trained once.
+
+    Raises:
+        InputError: If the vocabulary cannot hold all bytes.
+    """
+    few = range(min(_DOCUMENTS_FOR_TOKENIZER, len(documents)))
+    folder = work / f"tokenizer-{_digest(ranks[: len(few)], str(vocab_size))}"
+    if not folder.is_dir():
+        tokenizer = train_tokenizer((row["text"] for row in documents.select(few)), vocab_size)
+        with written_whole(folder) as partial_folder:
+            tokenizer.save_pretrained(partial_folder)
+    return load_tokenizer(str(folder))
+
+
+def tokens_of(
+    documents: datasets.Dataset,
+    ranks: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    *,
+    num_proc: int,
+    name: str,
+) -> datasets.Dataset:
+    """Documents as the column `input_ids`; pieces that are there are taken.
+
+    Args:
+        documents: Column `text`.
+        ranks: Of each document.
+        tokenizer: The tokenizer.
+        work: Folder of pieces.
+        num_proc: Processes.
+        name: Of the split, for the display.
+
+    Raises:
+        RunError: If a process dies.
+    """
+    by = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    starts = range(0, max(1, len(documents)), _DOCUMENTS_OF_A_PIECE)
+    pieces = []
+    for number, start in enumerate(starts, 1):
+        stop = min(start + _DOCUMENTS_OF_A_PIECE, len(documents))
+        piece = partial(
+            tokenized,
+            documents.select(range(start, stop)),
+            tokenizer,
+            num_proc,
+            f"{name} ({number} of {len(starts)})" if len(starts) > 1 else name,
+            work / f"tokens-{_digest(ranks[start:stop], by)}.arrow",
+        )
+        try:
+            pieces.append(piece())
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # Of the disk, not of a damaged piece.
+                raise
+            pieces.append(piece(take_kept=False))
+    return datasets.concatenate_datasets(pieces)
+
+
+def tokenized(
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int,
+    name: str,
+    file: Path | None = None,
+    take_kept: bool = True,
+) -> datasets.Dataset:
+    """Documents as the column `input_ids`, in a file if one is named.
+
+    Raises:
+        RunError: If a process dies.
+    """
+    # A process costs more than it brings for a few documents.
+    enough = len(documents) > 1000 * num_proc
+    try:
+        return documents.map(
+            partial(_tokenize_batch, tokenizer=tokenizer),
+            batched=True,
+            remove_columns=documents.column_names,
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            num_proc=num_proc if num_proc > 1 and enough else None,
+            cache_file_name=str(file) if file else None,
+            load_from_cache_file=take_kept,
+            desc=f"tokenizing {name}",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise RunError(
+            "a process that tokenizes died (out of memory?); try a smaller num_proc. "
+            "Nothing that was there is lost."
+        ) from error
+
+
+def _tokenize_batch(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
+    return {"input_ids": tokenize(tokenizer, batch["text"])}
+
+
+def _digest(ranks: np.ndarray, setting: str) -> str:
+    return hashlib.blake2b(ranks.tobytes() + setting.encode(), digest_size=12).hexdigest()

@@ -1,0 +1,136 @@
+"""`calm prepare` that is killed goes on where it stopped, and takes nothing that does not belong to it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from calm.data import pieces, sources
+from calm.data.prepare import is_prepared, load_prepared, prepare
+from calm.data.stories import stories
+from calm.errors import InputError
+
+# `calm prepare` in small pieces, which kills itself after the second call of a function.
+PROGRAM = """
+import os, signal, sys
+from calm.data import pieces, prepare, sources
+
+pieces._DOCUMENTS_OF_A_PIECE, sources._BYTES_AT_ONCE = 25, 1
+places = {"read": (sources, "_read_group"), "tokenize": (pieces, "tokenized"), "save": (prepare, "_sizes")}
+module, name = places[sys.argv[1]]
+function, calls = getattr(module, name), []
+
+def counted(*arguments, **settings):
+    result = function(*arguments, **settings)
+    calls.append(name)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(module, name, counted)
+from calm.cli import main
+main(["prepare", *sys.argv[2:], "--vocab_size", "300", "--num_proc", "1"])
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(4):
+        lines = [json.dumps({"text": story}) + "\n" for story in stories(number, 20)]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 25)
+    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
+
+
+def prepared(text, output, **settings):
+    return prepare([str(text)], output, **({"vocab_size": 300, "num_proc": 1} | settings))
+
+
+def tokens(data):
+    return list(data.train["input_ids"]), list(data.validation["input_ids"])
+
+
+def count_calls(monkeypatch, module, name):
+    calls, function = [], getattr(module, name)
+
+    def counted(*arguments, **settings):
+        calls.append(arguments)
+        return function(*arguments, **settings)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("where", ["read", "tokenize", "save"])
+def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch):
+    output, work = tmp_path / "out", tmp_path / ".out.work"
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), where, str(text), "--output", str(output)]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=100).returncode == -9
+    assert not output.exists() and not is_prepared(output)
+    read = len(list(work.glob("generator/*/*/*.arrow")))
+    kept = list(work.glob("tokens-*.arrow"))
+    assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
+
+    lines = count_calls(monkeypatch, sources, "_read_json_lines")
+    texts = count_calls(monkeypatch, pieces, "tokenize")
+    data = prepared(text, output)
+    assert len(lines) == 1 + 4 - read  # One look at whether there is any text at all.
+    assert len(texts) == 5 - len(kept)  # Of 78 training and 2 held-out documents.
+    assert tokens(data) == tokens(prepared(text, tmp_path / "another"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "out", "program.py", "text"]
+
+
+def test_a_bad_file_costs_itself_only(text, tmp_path, small_pieces, monkeypatch):
+    good = (text / "2.jsonl").read_text()
+    (text / "2.jsonl").write_text(good + "{\n")
+    with pytest.raises(InputError, match=r"2\.jsonl', line 21.*kept in '.*\.out\.work'"):
+        prepared(text, tmp_path / "out")
+    (text / "2.jsonl").write_text(good)
+    lines = count_calls(monkeypatch, sources, "_read_json_lines")
+    data = prepared(text, tmp_path / "out")
+    assert len(lines) == 1 + 2
+    assert tokens(data) == tokens(prepared(text, tmp_path / "another"))
+
+
+def test_nothing_done_leaves_nothing(text, tmp_path, small_pieces):
+    (text / "0.jsonl").write_text('{"text": "good"}\n{\n')
+    with pytest.raises(InputError, match=r"mend that line\.$"):
+        prepared(text, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+@pytest.mark.parametrize("change", ["text", "vocab_size", "seed", "tokenizer"])
+def test_stale_work_is_not_taken(change, text, tmp_path, small_pieces, monkeypatch):
+    """What was begun with other text or settings is another's work."""
+    monkeypatch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)  # Keeps all pieces of the first run.
+    prepared(text, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert list((tmp_path / ".out.work").glob("tokens-*.arrow"))
+    settings = {"vocab_size": {"vocab_size": 320}, "seed": {"seed": 5}}.get(change, {})
+    if change == "text":
+        (text / "1.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories(9, 20)))
+    if change == "tokenizer":
+        settings = {"tokenizer": str(tmp_path / "first/tokenizer")}
+    data = prepared(text, tmp_path / "out", **settings)
+    assert tokens(data) == tokens(prepared(text, tmp_path / "another", **settings))
+    assert (tokens(data) == tokens(load_prepared(tmp_path / "first"))) == (change == "tokenizer")
+
+
+def test_a_damaged_piece_is_made_anew(text, tmp_path, small_pieces, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)
+        whole = tokens(prepared(text, tmp_path / "out"))
+    (tmp_path / "out").rename(tmp_path / "first")
+    for piece in (tmp_path / ".out.work").glob("tokens-*.arrow"):
+        piece.write_bytes(piece.read_bytes()[: piece.stat().st_size // 2])
+    assert tokens(prepared(text, tmp_path / "out")) == whole
