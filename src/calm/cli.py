@@ -14,6 +14,12 @@ import jsonargparse
 
 import calm
 from calm.errors import InputError, RunError, Terminated
+from calm.training.finetuning_recipe import (
+    AnswerSettings,
+    ExampleSettings,
+    FinetuningRecipe,
+    LoraSettings,
+)
 from calm.training.recipe import (
     AutoencoderSettings,
     DataSettings,
@@ -31,7 +37,13 @@ RECIPE_PARTS = (
     LanguageModelSettings,
     TrainingSettings,
     OptimizerSettings,
+    FinetuningRecipe,
+    ExampleSettings,
+    LoraSettings,
+    AnswerSettings,
 )
+# Verbs that follow a recipe, whose fields are their options.
+_RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "question")
 _NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
 
@@ -73,11 +85,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
     verbs = parser.add_subcommands(dest="verb")
     for name, function in VERBS.items():
         verb = _Parser(description=_summary(function))
-        if function is VERBS["train"]:
+        if name in _RECIPES:
             verb.add_argument(
                 "--recipe", action="config", help="shipped name or .yaml file; later options win"
             )
-            verb.add_class_arguments(Recipe, sub_configs=False)
+            verb.add_class_arguments(_RECIPES[name], sub_configs=False)
         _add_parameters(verb, function)
         verbs.add_subcommand(name, verb, help=_summary(function))
     return parser
@@ -88,7 +100,7 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     by_hand: set[str | int] = set()
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.annotation is Recipe:
+        if parameter.annotation in _RECIPES.values():
             by_hand.add(name)
         elif parameter.annotation is bool:
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
@@ -116,10 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.print_help()
             return
         settings = dict(vars(values[values.verb]))
-        if values.verb == "train":
+        if (kind := _RECIPES.get(values.verb)) is not None:
             settings.pop("recipe", None)
-            fields = {field.name: settings.pop(field.name) for field in dataclasses.fields(Recipe)}
-            settings["recipe"] = Recipe(**fields)
+            settings["recipe"] = kind(**{f.name: settings.pop(f.name) for f in dataclasses.fields(kind)})
         _quieten()
         VERBS[values.verb](**settings)
     except InputError as error:
@@ -148,12 +159,15 @@ def _with_recipe_paths(arguments: list[str]) -> list[str]:
     from calm.training.recipe_files import find_recipe
 
     result = list(arguments)
+    kind = _RECIPES.get(arguments[0]) if arguments else None
+    if kind is None:
+        return result
     try:
         for i, argument in enumerate(arguments):
             if argument.startswith("--recipe="):
-                result[i] = "--recipe=" + find_recipe(argument.removeprefix("--recipe="))
-            elif argument == "--recipe" and i + 1 < len(arguments) and arguments[0] == "train":
-                result[i + 1] = find_recipe(arguments[i + 1])
+                result[i] = "--recipe=" + find_recipe(argument.removeprefix("--recipe="), kind)
+            elif argument == "--recipe" and i + 1 < len(arguments):
+                result[i + 1] = find_recipe(arguments[i + 1], kind)
     except InputError as error:
         fail(str(error))
     return result

@@ -39,8 +39,39 @@ def continue_texts(
     Raises:
         InputError: If an argument is out of range.
     """
+    ids = tokenizer(list(prompts))["input_ids"]
+    new_tokens = continue_tokens(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stream=stream,
+        **sampling,
+    )
+    return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.5,
+    seed: int | None = None,
+    stream: bool = False,
+    **sampling: Any,
+) -> Tensor:
+    """`continue_texts` for prompts of token ids: new tokens (B, S), padded behind their end.
+
+    Raises:
+        InputError: If an argument is out of range.
+    """
     # Padding goes in front: a model of tokens goes on from the last column.
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+    batch = batch.to(model.device)
     write = model.generate if isinstance(model, CalmForCausalLM) else _tokens_of(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     try:
@@ -55,8 +86,7 @@ def continue_texts(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    new_tokens = output[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return output[:, batch["input_ids"].shape[1] :]
 
 
 def _tokens_of(model: PreTrainedModel) -> Callable[..., Tensor]:

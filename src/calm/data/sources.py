@@ -134,13 +134,13 @@ def find_files(path: Path) -> list[Path]:
         InputError: If the format is unknown or the folder holds nothing that can be read.
     """
     if path.is_file():
-        if _format_of(path) is None:
+        if format_of(path) is None:
             raise InputError(
                 f"cannot read '{path}': its name must end in {', '.join(_FORMATS)}, "
                 f"perhaps followed by {', '.join(_OPENERS)}."
             )
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
+    found = sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
     if not found:
         raise InputError(f"the folder '{path}' holds no {', '.join(_FORMATS)} file; check the path.")
     return found
@@ -153,7 +153,7 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
         InputError: If the file is damaged, not UTF-8, or a record has no text.
     """
     readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-    reader = readers[_format_of(path) or ".txt"]
+    reader = readers[format_of(path) or ".txt"]
     try:
         for document in reader(path, options):
             if document.strip():
@@ -164,21 +164,23 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
         ) from error
 
 
-def _format_of(path: Path) -> str | None:
+def format_of(path: Path) -> str | None:
+    """The known ending of a file without that of its packing."""
     name = path.name.lower()
     for packing in _OPENERS:
         name = name.removesuffix(packing)
     return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
+    """A file to read, unpacked."""
     opener = _OPENERS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends."""
-    with _open(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -190,7 +192,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_text(path: Path, options: ReadingOptions) -> Iterator[str]:
     lines: list[str] = []
-    for _, line in _lines(path):
+    for _, line in numbered_lines(path):
         if options.separator is not None and line.strip() == options.separator.strip():
             yield "".join(lines).strip("\r\n")
             lines = []
@@ -200,7 +202,7 @@ def _read_text(path: Path, options: ReadingOptions) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:
@@ -221,7 +223,7 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
-    with _open(path) as file:
+    with open_file(path) as file:
         table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
         if options.text_field not in table.schema_arrow.names:
             raise InputError(
@@ -285,7 +287,7 @@ def _generate(stamps: list[_Stamp], options: ReadingOptions, most: int | None) -
 
 
 def _check_hub_name(source: str) -> None:
-    if not _HUB_NAME.fullmatch(source) or _format_of(Path(source)) is not None:
+    if not _HUB_NAME.fullmatch(source) or format_of(Path(source)) is not None:
         raise InputError(f"there is no file or folder '{source}'; check the path.")
 
 
@@ -302,23 +304,17 @@ def _has_text(row: dict[str, str | None]) -> bool:
 
 def _load_from_hub(source: str, text_field: str, streaming: bool = False, most: int | None = None) -> Any:
     """The train split of a hub dataset as the column `text`: whole, its beginning, or as it arrives."""
-    name, _, config = source.partition(":")
-    try:
-        if most is not None:
+    if most is not None:
+        try:
             first = _load_from_hub(source, text_field, streaming=True).filter(_has_text).take(most)
             return datasets.Dataset.from_list(
                 list(first), datasets.Features({"text": datasets.Value("string")})
             )
-        dataset = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
-        if dataset.column_names is None:
-            dataset = dataset._resolve_features()  # A stream looks at its first record.
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"'{source}' is neither a file or folder here nor a dataset that the hub gave "
-            f"({reason_of(error)})."
-        ) from error
+        except InputError:
+            raise
+        except Exception as error:
+            raise _not_given(source, error) from error
+    dataset = load_hub_dataset(source, streaming)
     if text_field not in dataset.column_names:
         raise InputError(
             f"the dataset '{source}' has no column '{text_field}'; "
@@ -326,3 +322,25 @@ def _load_from_hub(source: str, text_field: str, streaming: bool = False, most: 
         )
     column = dataset.select_columns([text_field])
     return column if text_field == "text" else column.rename_column(text_field, "text")
+
+
+def load_hub_dataset(source: str, streaming: bool = False) -> Any:
+    """The train split of "owner/name" or "owner/name:config", whole or as it arrives.
+
+    Raises:
+        InputError: If it is no name, or the hub does not give it.
+    """
+    _check_hub_name(source)
+    name, _, config = source.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
+        # A stream looks at its first record.
+        return dataset._resolve_features() if dataset.column_names is None else dataset
+    except Exception as error:
+        raise _not_given(source, error) from error
+
+
+def _not_given(source: str, error: Exception) -> InputError:
+    return InputError(
+        f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason_of(error)})."
+    )

@@ -65,7 +65,7 @@ def load_language_model_and_tokenizer(
     """A CALM or any causal language model of transformers, and the tokenizer beside it.
 
     Args:
-        name: Folder, or name on the hub.
+        name: Folder of a model or of adapters, or name on the hub.
         head: Changes of how the head of a CALM is drawn from.
         **kwargs: Arguments of `from_pretrained`.
 
@@ -73,11 +73,44 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
             cannot be changed so.
     """
+    if is_adapter(Path(name)):
+        model = _with_adapters(Path(name), **kwargs)
+        return _ready(*_with_tokenizer(model, name), name, head)
     kind = _model_type(Path(name)) if Path(name).is_dir() else None
     if kind == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
     model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
-    model, tokenizer = _with_tokenizer(_load(model_class, name, **kwargs), name)
+    return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds low-rank adapters of a model that is elsewhere."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
+    """The model that adapters belong to, with them added to its weights."""
+    try:
+        import peft  # noqa: PLC0415 (of an extra)
+    except ImportError as error:
+        raise InputError(
+            f"'{path}' holds adapters, which need peft; install it with: pip install 'calm-lm[finetune]'"
+        ) from error
+    try:
+        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        model, _ = load_language_model_and_tokenizer(str(base), **kwargs)
+        merged: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except InputError as error:
+        raise InputError(f"the model that the adapters in '{path}' belong to: {error}") from error
+    except Exception as error:  # Of json, safetensors, peft.
+        raise InputError(f"cannot load the adapters in '{path}' ({reason_of(error)}).") from error
+    return merged.eval()
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, head: dict[str, Any] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that knows how texts are ended and padded, and draws as it was told."""
     if head:
         change_head(model, head)
     if tokenizer.eos_token_id is None:

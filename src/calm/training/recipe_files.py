@@ -1,24 +1,31 @@
 """Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonargparse
 
+from calm.data.folders import check_output
 from calm.errors import InputError
+from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
+RECIPE = "recipe.yaml"
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
+_FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes inside the package."""
-    folder = Path(str(resources.files("calm") / "recipes"))
+
+def shipped_recipes(kind: type = Recipe) -> dict[str, Path]:
+    """Name -> file of the recipes of a kind inside the package."""
+    folder = Path(str(resources.files("calm") / _FOLDERS[kind]))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find_recipe(name: str) -> str:
+def find_recipe(name: str, kind: type = Recipe) -> str:
     """The path of a recipe given by path or by shipped name.
 
     Raises:
@@ -26,34 +33,39 @@ def find_recipe(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    shipped = shipped_recipes()
+    shipped = shipped_recipes(kind)
     if name in shipped:
         return str(shipped[name])
     raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}.")
 
 
-def recipe_parser() -> jsonargparse.ArgumentParser:
-    """A parser whose arguments are the fields of `Recipe`, dotted."""
+def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
+    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, sub_configs=False)
+    parser.add_class_arguments(kind, sub_configs=False)
     return parser
 
 
 def read_recipe(name: str) -> Recipe:
+    """`read_recipe_of` a model that is trained."""
+    return read_recipe_of(Recipe, name)
+
+
+def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     """Read a recipe strictly: unknown keys and wrong types are errors.
 
     Raises:
         InputError: If there is no such recipe or it has a mistake.
     """
-    parser = recipe_parser()
+    parser = recipe_parser(kind)
     try:
-        values = parser.parse_path(find_recipe(name))
+        values = parser.parse_path(find_recipe(name, kind))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {error}") from error
-    return Recipe(**vars(parser.instantiate(values)))
+    return kind(**vars(parser.instantiate(values)))
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
     """A recipe with some settings changed.
 
     Args:
@@ -72,21 +84,21 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         if not isinstance(place, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
         place[last] = value
-    parser = recipe_parser()
+    parser, kind = recipe_parser(type(recipe)), type(recipe)
     try:
-        return Recipe(**vars(parser.instantiate(parser.parse_object(values))))
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"settings {', '.join(settings)}: {error}") from error
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     """Write all settings of a recipe, defaults included."""
-    parser = recipe_parser()
+    parser = recipe_parser(type(recipe))
     text = parser.dump(parser.parse_object(dataclasses.asdict(recipe)), skip_none=False)
     path.write_text(text, encoding="utf-8")
 
 
-def differences(first: Recipe, second: Recipe) -> list[str]:
+def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
     """Dotted names of the settings in which two recipes differ."""
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
@@ -99,3 +111,26 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
         return [] if a == b else [name.lstrip(".")]
 
     return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")
+
+
+def open_run_folder(recipe: Recipe | FinetuningRecipe, output: Path, resume: bool, overwrite: bool) -> None:
+    """Make the folder of a run with its recipe in it, or see that a run there can go on.
+
+    Raises:
+        InputError: If it is not empty, there is nothing to go on with, or that has another recipe.
+    """
+    if overwrite and not resume:
+        shutil.rmtree(output, ignore_errors=True)
+    if resume and (output / RECIPE).is_file():
+        changed = differences(read_recipe_of(type(recipe), str(output / RECIPE)), recipe)
+        if changed:
+            raise InputError(
+                f"cannot resume '{output}': the recipe differs in {', '.join(changed)}; "
+                f"use the recipe in {output / RECIPE}, or another output folder."
+            )
+    elif resume:
+        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
+    else:
+        check_output(output, overwrite=False)
+        output.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, output / RECIPE)

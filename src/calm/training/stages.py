@@ -14,14 +14,13 @@ A finished stage is recognised by its folder, so a run that was killed goes on w
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.folders import check_output, disk_errors, write_file_whole, written_whole
+from calm.data.folders import disk_errors, write_file_whole, written_whole
 from calm.data.prepare import PreparedData, held_out_below, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.data.streaming import BlockStream, Position, StreamSettings
@@ -41,11 +40,11 @@ from calm.training.configurations import (
 )
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import differences, read_recipe, write_recipe
+from calm.training.recipe_files import RECIPE, open_run_folder, write_recipe
 from calm.training.sharding import check_sharding
 from calm.training.trainer import ChunkTrainer, Score
 
-RECIPE, HISTORY = "recipe.yaml", "history.json"
+HISTORY = "history.json"
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -94,28 +93,10 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Pr
     check_recipe(recipe, everyone.num_processes)
     check_sharding(recipe)
     if everyone.is_main_process:
-        _open_folder(recipe, output, resume, overwrite)
+        open_run_folder(recipe, output, resume, overwrite)
         data_folder(recipe, output)
     everyone.wait_for_everyone()
     return load_prepared(data_folder(recipe, output))
-
-
-def _open_folder(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
-    if overwrite and not resume:
-        shutil.rmtree(output, ignore_errors=True)
-    if resume and (output / RECIPE).is_file():
-        changed = differences(read_recipe(str(output / RECIPE)), recipe)
-        if changed:
-            raise InputError(
-                f"cannot resume '{output}': the recipe differs in {', '.join(changed)}; "
-                f"use the recipe in {output / RECIPE}, or another output folder."
-            )
-    elif resume:
-        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
-    else:
-        check_output(output, overwrite=False)
-        output.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, output / RECIPE)
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:

@@ -58,6 +58,7 @@ class ChunkTrainer(Trainer):
         context: Tokens of a block.
         seed: Seed of data order and training noise.
         sharded: Whether each process keeps a part of the model only, where there are several.
+        adapted: The `peft.PeftModel` around the model, if adapters are trained.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ChunkTrainer(Trainer):
         context: int,
         seed: int,
         sharded: bool = False,
+        adapted: Any = None,
     ) -> None:
         self.score = score
         self.settings = settings
@@ -84,7 +86,7 @@ class ChunkTrainer(Trainer):
         is_of_chunks = isinstance(model, CalmForCausalLM | CalmAutoencoder)
         self._count: Any = model.count_targets if is_of_chunks else count_tokens
         super().__init__(
-            model=model,
+            model=adapted if adapted is not None else model,
             args=_arguments(
                 settings, context, output, seed, self._stream is not None, model if self._is_sharded else None
             ),

@@ -1,0 +1,234 @@
+"""Prompts with completions -> blocks in which only completions are targets.
+
+Records of .jsonl or .parquet files, or of hub datasets, hold either `prompt` and `completion`, or `messages`
+(a list of {"role", "content"}). A conversation gives an example for each answer of the assistant: what was
+said before is its prompt, written by the chat template of the tokenizer.
+
+A prompt has padding in front, so that the completion starts on a chunk boundary, as in generation:
+
+    [pad pad p1 p2] [p3 p4 p5 p6] | [c1 c2 c3 c4] [EOS pad pad pad]        K = 4
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.data.pieces import rank_of
+from calm.data.records import load_records
+from calm.data.tokenizer import tokenize
+from calm.errors import InputError
+
+ASSISTANT = "assistant"
+# For tokenizers without a template of their own.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model shall write after what.
+
+    Args:
+        prompt: Tokens of the prompt, with a beginning of text where the tokenizer has one.
+        completion: Tokens of the completion, ended by EOS.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def read_examples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    """The examples of each record of files, folders or hub datasets.
+
+    Raises:
+        InputError: If a source is missing, or a record is not of either form.
+    """
+    conversations = []
+    for where, record in load_records(sources):
+        try:
+            conversations.append(list(_examples_of(record, tokenizer)))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    if not conversations:
+        raise InputError(f"there is no example in {', '.join(sources)}; give a file with records.")
+    return conversations
+
+
+def split_examples(
+    conversations: list[list[Example]], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; conversations that begin alike are on the same side.
+
+    Raises:
+        InputError: If there is nothing to split.
+    """
+    ranks = [rank_of(str(conversation[0].prompt), seed) for conversation in conversations]
+    distinct = sorted(set(ranks))
+    if len(distinct) < 2 or not 0 < fraction < 1:
+        raise InputError(
+            f"{len(distinct)} different prompts cannot be split with validation_fraction {fraction}; give "
+            "more, a fraction between 0 and 1, or validation_sources."
+        )
+    held_out = max(1, min(len(distinct) - 1, round(fraction * len(distinct))))
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for conversation, rank in zip(conversations, ranks, strict=True):
+        sides[rank <= distinct[held_out - 1]].extend(conversation)
+    return sides
+
+
+def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a conversation that the assistant is to go on with.
+
+    Raises:
+        InputError: If the template does not take it.
+    """
+    return _special_tokens_read(_written(messages, tokenizer, True), tokenizer)
+
+
+def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    if "messages" in record:
+        yield from _answers(_checked_messages(record["messages"]), tokenizer)
+        return
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise InputError("a record needs 'prompt' and 'completion', both text, or 'messages'.")
+    if not completion:
+        raise InputError("the completion is empty; leave the record out.")
+    prompt_ids = tokenize(tokenizer, [prompt])[0]
+    completion_ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    yield _ended(prompt_ids, completion_ids, tokenizer)
+
+
+def _checked_messages(messages: Any) -> list[dict[str, str]]:
+    is_right = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not is_right:
+        raise InputError("'messages' must be a list of {'role': text, 'content': text}.")
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise InputError(f"no message is of the role '{ASSISTANT}', so there is nothing to learn.")
+    return messages
+
+
+def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    for place, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        before = _written(messages[:place], tokenizer, True)
+        after = _written(messages[: place + 1], tokenizer, False)
+        if not after.startswith(before):
+            raise InputError(
+                "the chat template writes a conversation otherwise once there is an answer, so the answer "
+                "cannot be told from the prompt; give another template."
+            )
+        answer = _special_tokens_read(after[len(before) :], tokenizer)
+        yield _ended(_special_tokens_read(before, tokenizer), answer, tokenizer)
+
+
+def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=to_answer,
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"the chat template does not take these messages ({error}).") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _special_tokens_read(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ended(prompt: list[int], completion: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """With one EOS, behind which a template may have more."""
+    if not prompt:
+        raise InputError("the prompt has no token, and the tokenizer none that begins a text.")
+    eos = tokenizer.eos_token_id
+    end = completion.index(eos) if eos in completion else len(completion)
+    return Example(prompt, [*completion[:end], eos])
+
+
+def lay_out(
+    examples: Iterable[Example], *, chunk_size: int, block_size: int, pad_token_id: int
+) -> tuple[datasets.Dataset, int]:
+    """Blocks with the features of `calm.data.chunking`, and how many examples were shortened.
+
+    Examples that are together in a block do not see each other; none is cut by the edge of one. Of a long
+    prompt the end is kept, and of a completion that alone is too long the beginning.
+
+    Args:
+        examples: The examples, in the order in which they are laid out.
+        chunk_size: Tokens per chunk K.
+        block_size: Tokens per block T, a multiple of K.
+        pad_token_id: Id of padding.
+    """
+    rows: dict[str, list[np.ndarray]] = {"tokens": [], "labels": [], "positions": [], "owners": []}
+    room = shortened = 0
+    for number, example in enumerate(examples):
+        prompt, completion = _fitting(example, chunk_size, block_size)
+        shortened += len(prompt) < len(example.prompt) or len(completion) < len(example.completion)
+        front, back = -len(prompt) % chunk_size, -len(completion) % chunk_size
+        tokens = np.pad(np.array(prompt + completion), (front, back), constant_values=pad_token_id)
+        labels = np.full(len(tokens), IGNORED_LABEL)
+        labels[front + len(prompt) :][: len(completion)] = completion
+        if len(tokens) > room:
+            _start_row(rows, block_size, chunk_size, pad_token_id)
+            room = block_size
+        here, chunk = block_size - room, (block_size - room) // chunk_size
+        rows["tokens"][-1][here : here + len(tokens)] = tokens
+        rows["labels"][-1][here : here + len(tokens)] = labels
+        num_chunks = len(tokens) // chunk_size
+        rows["positions"][-1][chunk : chunk + num_chunks] = np.arange(num_chunks)
+        rows["owners"][-1][chunk:] = number
+        room -= len(tokens)
+    names = {"tokens": "input_ids", "labels": "labels", "positions": "position_ids", "owners": "document_ids"}
+    blocks = datasets.Dataset.from_dict({names[name]: row for name, row in rows.items()})
+    return blocks.with_format("torch"), shortened
+
+
+def _start_row(
+    rows: dict[str, list[np.ndarray]], block_size: int, chunk_size: int, pad_token_id: int
+) -> None:
+    num_chunks = block_size // chunk_size
+    rows["tokens"].append(np.full(block_size, pad_token_id))
+    rows["labels"].append(np.full(block_size, IGNORED_LABEL))
+    rows["positions"].append(np.zeros(num_chunks, dtype=np.int64))
+    rows["owners"].append(np.zeros(num_chunks, dtype=np.int64))
+
+
+def _fitting(example: Example, chunk_size: int, block_size: int) -> tuple[list[int], list[int]]:
+    """Prompt and completion that fit in a block, both in whole chunks."""
+    completion = example.completion[: block_size - chunk_size]
+    room = block_size - len(completion) - (-len(completion) % chunk_size)
+    return example.prompt[-room:], completion
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Give a tokenizer the chat template of a file; without one, the plain one if it has none.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    if path is None:
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+        return
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the chat template '{path}' cannot be read ({error}).") from error

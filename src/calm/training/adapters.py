@@ -1,0 +1,63 @@
+"""Low-rank adapters by peft, on what is trained of a language model."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm.errors import InputError
+from calm.models.calm import CalmForCausalLM
+from calm.training.finetuning_recipe import LoraSettings
+
+
+def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> Any:
+    """A `peft.PeftModel` around the model, whose adapters alone are trained.
+
+    Args:
+        model: A CALM, or a causal language model of transformers. Adapters are put into it in place.
+        settings: The adapters.
+        base: Where the model came from; it is written beside the adapters.
+
+    Raises:
+        InputError: If peft is not installed, or a setting is out of range.
+    """
+    try:
+        import peft  # noqa: PLC0415 (of an extra)
+    except ImportError as error:
+        raise InputError("adapters need peft; install it with: pip install 'calm-lm[finetune]'") from error
+    if settings.rank < 1 or not 0 <= settings.dropout < 1 or settings.alpha <= 0:
+        raise InputError(
+            f"lora needs a rank of at least 1, an alpha above 0 and a dropout from 0 to below 1, got "
+            f"{settings.rank}, {settings.alpha} and {settings.dropout}."
+        )
+    model.name_or_path = base
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=_linear_layers(model, settings.layers),
+        ),
+    )
+
+
+def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
+    """Full names of the linear layers that get adapters."""
+    if isinstance(model, CalmForCausalLM):
+        parts = {"backbone": ["backbone", "projection"], "head": ["head"]}
+        prefixes = parts["backbone"] + parts["head"] if where == "both" else parts[where]
+    elif where == "head":
+        raise InputError("an autoregressive model has no generative head; set lora.layers to backbone.")
+    else:
+        prefixes = [model.base_model_prefix]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[0] in prefixes
+    ]
+
+
+def merge_adapters(adapted: Any) -> PreTrainedModel:
+    """The model with its adapters added to its weights; the adapted model is used up."""
+    return adapted.merge_and_unload()

@@ -1,0 +1,225 @@
+"""A model and examples -> a model that answers: supervised fine-tuning, whole or by low-rank adapters.
+
+output/
+  recipe.yaml    the resolved recipe
+  checkpoints/   checkpoints and TensorBoard logs
+  adapter/       the adapters, where they were trained
+  model/         the result: a self-contained model folder (with the adapters added)
+  answers.jsonl  held-out prompts: what was expected, and what the model wrote before and after
+  history.json   logged losses and held-out scores
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from calm.data.chunking import check_block_size
+from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
+from calm.data.folders import disk_errors, write_file_whole, written_whole
+from calm.errors import InputError
+from calm.generation import continue_tokens
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.training.adapters import merge_adapters, with_adapters
+from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
+from calm.training.optimizers import find_optimizer
+from calm.training.processes import processes
+from calm.training.recipe_files import RECIPE, open_run_folder, write_recipe
+from calm.training.trainer import ChunkTrainer
+
+ANSWERS, HISTORY = "answers.jsonl", "history.json"
+_ANSWERS_AT_ONCE = 16
+
+
+def finetune(
+    recipe: FinetuningRecipe, output: Path, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Train a model on examples; what is finished is kept.
+
+    Args:
+        recipe: The recipe.
+        output: Folder of the run; see the layout at the top of this file.
+        resume: Whether to go on with a run in that folder.
+        overwrite: Whether to remove what is in that folder first.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        InputError: If a setting, the examples or the folder do not fit.
+        RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
+    """
+    _check(recipe)
+    model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
+    give_template(tokenizer, recipe.examples.chat_template)
+    chunk_size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    check_block_size(recipe.examples.context, chunk_size)
+    examples, held_out = _read(recipe, tokenizer)
+    everyone = processes()
+    if everyone.is_main_process:
+        open_run_folder(recipe, output, resume, overwrite)
+    everyone.wait_for_everyone()
+    if not (output / "model").is_dir():
+        with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
+            _train(model, tokenizer, examples, held_out, recipe, output)
+    return output / "model"
+
+
+def _check(recipe: FinetuningRecipe) -> None:
+    if not recipe.model:
+        raise InputError("the recipe names no model; pass --model FOLDER.")
+    if not recipe.examples.sources:
+        raise InputError("the recipe names no examples; pass --examples.sources FILE.")
+    find_optimizer(recipe.training.optimizer.name)
+    if recipe.training.steps < 1:
+        raise InputError(f"training.steps must be at least 1, got {recipe.training.steps}.")
+    try:
+        recipe.training.batches(recipe.examples.context, processes().num_processes)
+    except InputError as error:
+        raise InputError(f"training.{error}") from error
+
+
+def _read(
+    recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example]]:
+    settings = recipe.examples
+    conversations = read_examples(_as_list(settings.sources), tokenizer)
+    if not settings.validation_sources:
+        return split_examples(conversations, settings.validation_fraction, recipe.seed)
+    held_out = read_examples(_as_list(settings.validation_sources), tokenizer)
+    return [example for c in conversations for example in c], [example for c in held_out for example in c]
+
+
+def _as_list(sources: list[str] | str) -> list[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    held_out: list[Example],
+    recipe: FinetuningRecipe,
+    output: Path,
+) -> None:
+    context, settings = recipe.examples.context, recipe.training
+    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    layout = {"chunk_size": size, "block_size": context, "pad_token_id": tokenizer.pad_token_id}
+    blocks, shortened = lay_out(examples, **layout)
+    held_out_blocks, _ = lay_out(held_out, **layout)
+    asked = held_out[: recipe.answers.number]
+    if processes().is_main_process:
+        epochs = settings.steps * settings.batch_tokens / (len(blocks) * context)
+        print(
+            f"{len(examples)} examples in {len(blocks)} blocks ({shortened} shortened to fit), "
+            f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"
+        )
+    answers_before = answer(model, tokenizer, asked, recipe.answers, recipe.seed)
+
+    def score(scored: PreTrainedModel, blocks: datasets.Dataset) -> dict[str, float]:
+        metrics = {"held_out_loss": _held_out_loss(scored, blocks, settings.evaluation_blocks)}
+        if asked:
+            answers = answer(scored, tokenizer, asked, recipe.answers, recipe.seed)
+            metrics["exact_match"] = exact_match(answers, asked, tokenizer)
+        return metrics
+
+    set_seed(recipe.seed)
+    adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
+    trainer = ChunkTrainer(
+        model,
+        blocks,
+        held_out_blocks,
+        score,
+        settings,
+        output / "checkpoints",
+        tokenizer,
+        context,
+        recipe.seed,
+        adapted=adapted,
+    )
+    trainer.train_or_resume()
+    model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
+    answers_after = answer(model.eval(), tokenizer, asked, recipe.answers, recipe.seed)
+    if not processes().is_main_process:
+        return
+    write_file_whole(output / HISTORY, json.dumps(trainer.state.log_history, indent=1) + "\n")
+    write_file_whole(output / ANSWERS, _as_records(asked, answers_before, answers_after, tokenizer))
+    if adapted is not None:
+        _write(adapted, tokenizer, output / "adapter", recipe)
+        model = merge_adapters(adapted)
+    _write(model, tokenizer, output / "model", recipe)
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    settings: AnswerSettings,
+    seed: int,
+) -> list[str]:
+    """What a model writes after the prompt of each example, at most as long as the longest completion."""
+    answers = []
+    longest = max((len(example.completion) for example in examples), default=0)
+    for start in range(0, len(examples), _ANSWERS_AT_ONCE):
+        tokens = continue_tokens(
+            model,
+            tokenizer,
+            [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]],
+            max_new_tokens=longest,
+            temperature=settings.temperature,
+            seed=seed,
+            num_draws=settings.num_draws if settings.temperature == 0 else None,
+        )
+        answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return answers
+
+
+def exact_match(answers: list[str], examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Percent of the answers that are the completion, but for white space at the ends."""
+    pairs = zip(answers, _wanted(examples, tokenizer), strict=True)
+    right = [text.strip() == wanted.strip() for text, wanted in pairs]
+    return 100 * sum(right) / len(right)
+
+
+def _wanted(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode([example.completion for example in examples], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, most: int) -> float:
+    """Mean loss of the targets, with the same noise each time."""
+    total, count = 0.0, 0
+    generator = torch.Generator(model.device).manual_seed(0)
+    for block in blocks.select(range(min(most, len(blocks)))).iter(batch_size=1):
+        batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
+        if isinstance(model, CalmForCausalLM):
+            targets = int(model.count_targets(batch["labels"], batch["position_ids"]))
+            loss = model(**batch, generator=generator).loss
+        else:
+            targets = int((batch["labels"][:, 1:] != -100).sum())
+            loss = model(**batch, use_cache=False).loss
+        if targets:
+            total, count = total + float(loss) * targets, count + targets
+    return total / max(1, count)
+
+
+def _as_records(
+    examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    prompts = tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=True)
+    rows = zip(prompts, _wanted(examples, tokenizer), before, after, strict=True)
+    names = ("prompt", "completion", "before", "after")
+    return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: FinetuningRecipe) -> None:
+    if folder.is_dir():
+        return
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_recipe(recipe, partial / RECIPE)

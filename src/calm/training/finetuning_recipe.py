@@ -1,0 +1,84 @@
+"""What a recipe for fine-tuning says.
+
+This file imports neither torch nor transformers: the command line reads it for its help.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from calm.training.recipe import TrainingSettings
+
+
+@dataclass(kw_only=True)
+class ExampleSettings:
+    """Prompts and completions.
+
+    Args:
+        sources: A .jsonl or .parquet file, a folder of them or a hub dataset, or a list of these. Records
+            hold `prompt` and `completion`, or `messages`.
+        validation_sources: Held-out examples; none holds out a part of the sources.
+        validation_fraction: Share of examples held out.
+        context: Tokens per block, a multiple of the chunk size; longer examples are shortened.
+        chat_template: File of a chat template for `messages`; none takes that of the tokenizer, or a plain
+            one.
+    """
+
+    sources: list[str] | str = field(default_factory=list)
+    validation_sources: list[str] | str | None = None
+    validation_fraction: float = 0.1
+    context: int = 512
+    chat_template: str | None = None
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters; all weights but the frozen autoencoder are trained where there are none.
+
+    Args:
+        rank: Rank of the adapters; 0 for none.
+        alpha: What is added is scaled by alpha / rank.
+        dropout: Share of an adapter's inputs that is dropped.
+        layers: Where adapters are put: linear layers of the "backbone" (of a baseline: of its decoder), of
+            the "head", or of "both".
+    """
+
+    rank: int = 0
+    alpha: int = 32
+    dropout: float = 0.0
+    layers: Literal["backbone", "head", "both"] = "both"
+
+
+@dataclass(kw_only=True)
+class AnswerSettings:
+    """How held-out prompts are answered when the model is scored.
+
+    Args:
+        number: Held-out prompts that are answered; 0 for none.
+        temperature: 0 to 1.
+        num_draws: Draws of a pool at temperature 0.
+    """
+
+    number: int = 64
+    temperature: float = 0.0
+    num_draws: int = 32
+
+
+@dataclass(kw_only=True)
+class FinetuningRecipe:
+    """Everything that decides a fine-tuning run.
+
+    Args:
+        seed: Seed of all randomness.
+        model: Folder or hub name of a CALM, or of an autoregressive model.
+        examples: What is learned.
+        lora: Adapters.
+        training: How it is trained.
+        answers: How it is scored.
+    """
+
+    seed: int = 0
+    model: str = ""
+    examples: ExampleSettings = field(default_factory=ExampleSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    answers: AnswerSettings = field(default_factory=AnswerSettings)

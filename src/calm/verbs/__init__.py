@@ -1,0 +1,20 @@
+"""The verbs of the command line."""
+
+from collections.abc import Callable
+
+from calm.verbs.making import ablate, compare, demo, finetune, prepare, train
+from calm.verbs.using import doctor, evaluate, flops, generate, import_published
+
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "prepare": prepare,
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "compare": compare,
+    "ablate": ablate,
+    "generate": generate,
+    "import": import_published,
+    "flops": flops,
+    "doctor": doctor,
+}

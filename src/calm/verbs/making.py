@@ -1,0 +1,198 @@
+"""The verbs that make models: each a typed function whose docstring is its help.
+
+Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once.
+"""
+
+from pathlib import Path
+
+from calm.errors import InputError
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe
+
+
+def demo(output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo") -> None:
+    """Train on the embedded stories, score the model, and let it write.
+
+    Args:
+        output: Folder of the run.
+        overwrite: Remove what is in that folder first.
+        recipe: Recipe to follow.
+    """
+    from calm.demo import run_demo
+
+    run_demo(Path(output), recipe_name=recipe, overwrite=overwrite)
+
+
+def prepare(
+    sources: list[str],
+    output: str,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    text_field: str = "text",
+    separator: str | None = None,
+    validation: list[str] | str | None = None,
+    validation_fraction: float = 0.02,
+    seed: int = 0,
+    num_proc: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn text into a prepared folder: tokenizer, tokenized training and held-out documents.
+
+    Args:
+        sources: Files (.txt, .jsonl, .parquet; plain, .gz, .xz, .zst, .bz2), folders, or hub datasets.
+        output: Folder to write.
+        tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
+        vocab_size: Size of a trained vocabulary.
+        text_field: Field of the text in .jsonl, .parquet and hub datasets.
+        separator: Line that parts the documents of a .txt file ("" for a blank line).
+        validation: Sources of held-out text; none holds out a part of the sources.
+        validation_fraction: Share of documents held out.
+        seed: Changes which documents are held out.
+        num_proc: Processes; none takes all cores.
+        overwrite: Replace the output folder.
+    """
+    from calm.data.prepare import prepare as run
+    from calm.data.sources import ReadingOptions
+
+    data = run(
+        sources,
+        Path(output),
+        options=ReadingOptions(text_field=text_field, separator=separator),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        validation_sources=[validation] if isinstance(validation, str) else validation or [],
+        validation_fraction=validation_fraction,
+        seed=seed,
+        num_proc=num_proc,
+        overwrite=overwrite,
+    )
+    print(
+        f"{output}: {len(data.train)} training and {len(data.validation)} held-out documents, "
+        f"{data.vocab_size} token ids"
+    )
+
+
+def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
+    """Follow a recipe: prepare the text, train the autoencoder, then the language model.
+
+    Args:
+        recipe: The recipe.
+        output: Folder of the run.
+        resume: Go on with the run in that folder.
+        overwrite: Remove what is in that folder first.
+    """
+    from calm.training.processes import processes
+    from calm.training.stages import train as run
+
+    model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+    if processes().is_main_process:
+        print(f"model: {model}")
+
+
+def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
+    """Fine-tune a model on prompts with completions, or on conversations, whole or by low-rank adapters.
+
+    Args:
+        recipe: The recipe.
+        output: Folder of the run.
+        resume: Go on with the run in that folder.
+        overwrite: Remove what is in that folder first.
+    """
+    from calm.training.finetuning import finetune as run
+    from calm.training.processes import processes
+
+    model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+    if processes().is_main_process:
+        print(f"model: {model}")
+
+
+def compare(
+    runs: list[str] | None = None,
+    output: str = "runs/compare",
+    recipe: str | None = None,
+    chunk_sizes: list[int] | None = None,
+    no_baseline: bool = False,
+    budget: float = 1.0,
+    data: str | None = None,
+    context: int | None = None,
+    max_blocks: int | None = None,
+    temperature: float = 0.5,
+    overwrite: bool = False,
+) -> None:
+    """Score models on the same text, and set quality against cost: a table and an HTML report.
+
+    Args:
+        runs: Folders of runs, or model folders, to compare.
+        output: Folder of report.html and report.json, and of the runs that are trained here.
+        recipe: Train this recipe first, at several chunk sizes with equal operations.
+        chunk_sizes: Those chunk sizes; 1, 2, 4 and 8 if none are given.
+        no_baseline: Train no autoregressive model beside them.
+        budget: Share of the recipe's operations that each of them gets.
+        data: Prepared folder whose held-out part is scored; that of the first run if none is given.
+        context: Tokens per block; that of the recipe, or 512.
+        max_blocks: Score this many blocks at most.
+        temperature: Low temperature of the texts and of the cost that is shown.
+        overwrite: Replace a report that is there. Runs are never replaced; unfinished ones go on.
+    """
+    from calm.comparison.ladder import train_ladder
+    from calm.comparison.measures import Measures, compare
+    from calm.data.folders import check_file
+    from calm.report.comparison import print_comparison, write_comparison
+    from calm.report.pages import new_figure
+    from calm.training.recipe_files import read_recipe
+
+    folders = [Path(run) for run in runs or []]
+    report = Path(output) / "report.html"
+    for file in (report, report.with_suffix(".json")):
+        check_file(file, overwrite)
+    new_figure(1, 1)  # Fails now, not after hours, where matplotlib is missing.
+    Measures(low=temperature)
+    if recipe is not None:
+        ladder = read_recipe(recipe)
+        context = context or ladder.data.context
+        sizes = [1, 2, 4, 8] if chunk_sizes is None else chunk_sizes
+        folders += train_ladder(ladder, sizes, Path(output), baseline=not no_baseline, budget=budget)
+    elif not folders:
+        raise InputError("name runs to compare, or a --recipe to train.")
+    measures = Measures(context=context or 512, num_blocks=max_blocks, low=temperature)
+    comparison = compare(folders, Path(data) if data else None, measures)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    print_comparison(comparison)
+    write_comparison(comparison, report)
+    print(f"report: {report}")
+
+
+def ablate(
+    question: str,
+    output: str = "runs/ablation",
+    recipe: str = "demo",
+    seeds: list[int] | None = None,
+    only: list[str] | None = None,
+    max_blocks: int | None = None,
+) -> None:
+    """Train a recipe with each of several settings, over several seeds, and write the table.
+
+    Args:
+        question: Shipped name or .yaml file of an ablation: a question, and the settings that answer it.
+        output: Folder of the runs and their table. Finished runs are kept, stopped ones go on.
+        recipe: What is common to all runs; one that names no text takes the embedded stories.
+        seeds: Seeds of the runs, such as [1,2,3]; 1 and 2 if none are given.
+        only: Names of the settings that are compared; all if none are given.
+        max_blocks: Score this many held-out blocks at most.
+    """
+    from calm.comparison.ablation import read_ablation, run_ablation
+    from calm.report.ablation import print_ablation, write_ablation
+    from calm.training.recipe_files import read_recipe
+
+    folder = Path(output) / Path(question).stem
+    table = run_ablation(
+        read_ablation(question),
+        read_recipe(recipe),
+        seeds or [1, 2],
+        folder,
+        only=only or [],
+        num_blocks=max_blocks,
+    )
+    print_ablation(table)
+    write_ablation(table, folder / "ablation.md")
+    print(f"table: {folder / 'ablation.md'}")

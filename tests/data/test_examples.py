@@ -1,0 +1,201 @@
+"""Prompts with completions: where a completion starts, what is a target, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from calm.core.chunks import IGNORED_LABEL, find_targets
+from calm.data.examples import (
+    PLAIN_TEMPLATE,
+    Example,
+    chat_prompt,
+    give_template,
+    lay_out,
+    read_examples,
+    split_examples,
+)
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+
+PAD, EOS = 0, 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = train_tokenizer(stories(0, 20), 400)
+    give_template(tokenizer, None)
+    return tokenizer
+
+
+def written(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return [str(path)]
+
+
+def laid_out(examples, chunk_size=4, block_size=24):
+    blocks, shortened = lay_out(examples, chunk_size=chunk_size, block_size=block_size, pad_token_id=PAD)
+    return {name: blocks[:][name] for name in blocks.column_names}, shortened
+
+
+def test_a_completion_starts_on_a_chunk_boundary():
+    """The picture at the top of the module."""
+    block, shortened = laid_out([Example([11, 12, 13, 14, 15, 16], [21, 22, 23, 24, EOS])])
+    expected = [PAD, PAD, 11, 12, 13, 14, 15, 16, 21, 22, 23, 24, EOS, PAD, PAD, PAD] + [PAD] * 8
+    assert block["input_ids"].tolist() == [expected]
+    labels = [IGNORED_LABEL] * 8 + [21, 22, 23, 24, EOS] + [IGNORED_LABEL] * 11
+    assert block["labels"].tolist() == [labels]
+    assert block["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0]]
+    assert shortened == 0
+    targets = find_targets(block["labels"], block["position_ids"], 4)
+    assert targets.tolist() == [[False, True, True, False, False]]  # The chunks of the completion.
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 8])
+def test_every_completion_token_is_a_target_once(chunk_size):
+    """Whatever the lengths: no prompt or padding is, and no example is cut by the edge of a block."""
+    generator = torch.Generator().manual_seed(chunk_size)
+    lengths = torch.randint(1, 9, (40, 2), generator=generator).tolist()
+    examples = [
+        Example([100 + n] * prompt, [*[200 + n] * completion, EOS])
+        for n, (prompt, completion) in enumerate(lengths)
+    ]
+    blocks, shortened = laid_out(examples, chunk_size, 24)
+    assert shortened == 0
+    labels = blocks["labels"]
+    wanted = [token for example in examples for token in example.completion]
+    assert labels[labels != IGNORED_LABEL].tolist() == wanted
+    is_target = find_targets(labels, blocks["position_ids"], chunk_size)
+    num_chunks = sum(-(-len(example.completion) // chunk_size) for example in examples)
+    assert is_target.sum() == num_chunks
+    chunks = blocks["input_ids"].unflatten(-1, (-1, chunk_size))
+    for row, number in zip(chunks.flatten(0, 1), blocks["document_ids"].flatten(), strict=True):
+        own = {PAD, EOS, 100 + int(number), 200 + int(number)}
+        assert set(row.tolist()) <= own
+        assert not {100 + int(number), 200 + int(number)} <= set(row.tolist()), "a chunk has one part only"
+
+
+def test_long_examples_keep_the_end_of_the_prompt():
+    block, shortened = laid_out([Example(list(range(100, 140)), [21, 22, EOS])])
+    assert shortened == 1
+    assert block["input_ids"][0].tolist() == [*range(120, 140), 21, 22, EOS, PAD]
+    block, shortened = laid_out([Example([11, 12], list(range(200, 240)))])
+    assert shortened == 1
+    assert block["input_ids"][0].tolist() == [PAD, PAD, 11, 12, *range(200, 220)]
+
+
+def test_prompt_and_completion(tokenizer, tmp_path):
+    sources = written(tmp_path / "a.jsonl", {"prompt": "Once upon", "completion": " a time <|eos|>."})
+    [[example]] = read_examples(sources, tokenizer)
+    assert tokenizer.decode(example.prompt) == "<|bos|>Once upon"
+    assert tokenizer.decode(example.completion) == " a time <|eos|>.<|eos|>"
+    assert example.completion.count(tokenizer.eos_token_id) == 1  # "<|eos|>" in a text is text.
+
+
+def test_messages_give_an_example_for_each_answer(tokenizer, tmp_path):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Good day"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Farewell"},
+    ]
+    [[first, second]] = read_examples(written(tmp_path / "a.jsonl", {"messages": messages}), tokenizer)
+    assert tokenizer.decode(first.prompt) == "<|bos|>system: Be kind.\nuser: Hello\nassistant:"
+    assert tokenizer.decode(first.completion) == " Good day<|eos|>"
+    assert tokenizer.decode(second.prompt) == (
+        "<|bos|>system: Be kind.\nuser: Hello\nassistant: Good day<|eos|>\nuser: Bye\nassistant:"
+    )
+    assert tokenizer.decode(second.completion) == " Farewell<|eos|>"
+    assert first.prompt == chat_prompt(messages[:2], tokenizer)
+    assert second.prompt == chat_prompt(messages[:4], tokenizer)
+
+
+def test_a_template_of_ones_own(tokenizer, tmp_path):
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    other = train_tokenizer(stories(0, 20), 400)
+    give_template(other, str(tmp_path / "template.jinja"))
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    [[example]] = read_examples(written(tmp_path / "a.jsonl", record), other)
+    assert other.decode(example.prompt) == "[user]Hi<|eos|>\n[assistant]"
+    assert other.decode(example.completion) == "Ho<|eos|>"  # What stands behind the end is not learned.
+
+
+BAD = {
+    "no fields": ({"text": "a"}, "line 1: a record needs 'prompt' and 'completion'"),
+    "number": ({"prompt": "a", "completion": 3}, "line 1: a record needs"),
+    "empty": ({"prompt": "a", "completion": ""}, "the completion is empty"),
+    "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
+    "no list": ({"messages": "a"}, "must be a list"),
+    "answer first": ({"messages": [{"role": "assistant", "content": "a"}]}, "does not take these messages"),
+    "no content": ({"messages": [{"role": "assistant"}]}, "must be a list"),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD.values(), ids=BAD)
+def test_bad_records(record, message, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_examples(written(tmp_path / "a.jsonl", record), tokenizer)
+
+
+def test_bad_files(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_text("[1]\n")
+    (tmp_path / "c.jsonl").write_text("{\n")
+    (tmp_path / "d.jsonl").write_text("\n")
+    (tmp_path / "e.parquet").write_text("no")
+    for name, message in {
+        "a.txt": "has no records",
+        "b.jsonl": "line 1, is no record",
+        "c.jsonl": "line 1, is not JSON",
+        "d.jsonl": "there is no example",
+        "e.parquet": "is damaged",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read_examples([str(tmp_path / name)], tokenizer)
+
+
+def test_a_template_that_takes_no_such_roles(tokenizer, tmp_path):
+    other = train_tokenizer(stories(0, 20), 400)
+    other.chat_template = "{{ raise_exception('only users') }}"
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    with pytest.raises(InputError, match=r"does not take these messages \(only users\)"):
+        read_examples(written(tmp_path / "a.jsonl", record), other)
+
+
+def test_alike_prompts_are_on_one_side():
+    conversations = [[Example([n % 10], [n, EOS]), Example([n % 10, 5], [n, EOS])] for n in range(40)]
+    train, held_out = split_examples(conversations, 0.2, seed=1)
+    assert {example.prompt[0] for example in train} & {example.prompt[0] for example in held_out} == set()
+    assert len(train) == 64 and len(held_out) == 16
+    assert (train, held_out) == split_examples(conversations, 0.2, seed=1)
+    with pytest.raises(InputError, match="1 different prompts cannot be split"):
+        split_examples(conversations[:1], 0.2, seed=1)
+
+
+def test_parquet_and_packed_lines_hold_the_same(tokenizer, tmp_path):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)]
+    plain = read_examples(written(tmp_path / "a.jsonl", *records), tokenizer)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "c.parquet")
+    for name in ("b.jsonl.gz", "c.parquet"):
+        assert read_examples([str(tmp_path / name)], tokenizer) == plain
+
+
+def test_the_plain_template_is_given_only_where_there_is_none():
+    other = train_tokenizer(stories(0, 20), 400)
+    other.chat_template = "mine"
+    give_template(other, None)
+    assert other.chat_template == "mine" != PLAIN_TEMPLATE
+    with pytest.raises(InputError, match="cannot be read"):
+        give_template(other, "none.jinja")

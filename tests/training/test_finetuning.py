@@ -1,0 +1,247 @@
+"""Fine-tuning: it learns, adapters are saved, merged and loaded, and what is killed goes on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from toy import failure, toy_recipe
+
+from calm.data.stories import write_stories
+from calm.errors import InputError
+from calm.generation import continue_texts
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.training import stages
+from calm.training.adapters import with_adapters
+from calm.training.finetuning import finetune
+from calm.training.finetuning_recipe import (
+    AnswerSettings,
+    ExampleSettings,
+    FinetuningRecipe,
+    LoraSettings,
+)
+from calm.training.recipe import OptimizerSettings, TrainingSettings
+from calm.training.recipe_files import read_recipe_of, shipped_recipes, with_settings, write_recipe
+from calm.training.trainer import ChunkTrainer
+
+ANSWERS = {"cat": "meow", "dog": "woof", "duck": "quack"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained CALM and a baseline, with the same tokenizer, and examples that both can learn."""
+    folder = tmp_path_factory.mktemp("base")
+    write_stories(folder / "text.jsonl", 0, 100)
+    recipe = with_settings(
+        toy_recipe(folder / "text.jsonl", "adamw"),
+        {
+            "autoencoder.training.steps": 600,
+            "autoencoder.training.batch_tokens": 512,
+            "autoencoder.training.evaluate_every": 600,
+            "autoencoder.training.save_every": 600,
+            "autoencoder.training.optimizer.learning_rate": 1e-2,
+            "autoencoder.hidden_size": 48,
+            "autoencoder.latent_size": 16,
+            "autoencoder.token_dropout": 0.0,
+            "autoencoder.latent_dropout": 0.0,
+            "language_model.head.noise_size": 8,
+            "language_model.head.num_posterior_draws": 0,
+            "language_model.hidden_size": 48,
+        },
+    )
+    stages.train(recipe, folder / "calm")
+    plain = with_settings(recipe, {"model": "autoregressive", "chunk_size": 1})
+    stages.train(plain, folder / "plain")
+    records = [
+        {"prompt": f"{n} The {animal} says", "completion": f" {sound}"}
+        for n in range(40)
+        for animal, sound in ANSWERS.items()
+    ]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def recipe_for(base, model="calm", *, rank=0, steps=8, **training):
+    return FinetuningRecipe(
+        seed=2,
+        model=str(base / model / "model"),
+        examples=ExampleSettings(sources=str(base / "examples.jsonl"), context=32),
+        lora=LoraSettings(rank=rank, alpha=8, layers="both" if model == "calm" else "backbone"),
+        answers=AnswerSettings(number=8, num_draws=8),
+        training=TrainingSettings(
+            **{
+                "steps": steps,
+                "batch_tokens": 128,
+                "evaluate_every": 4,
+                "save_every": 4,
+                "log_every": 1,
+                "optimizer": OptimizerSettings(
+                    name="adamw", learning_rate=1e-2, warmup_steps=2, schedule="linear"
+                ),
+            }
+            | training
+        ),
+    )
+
+
+def answers_of(run):
+    return [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", ["calm", "plain"])
+def test_it_learns_to_answer(model, base, tmp_path):
+    recipe = recipe_for(base, model, steps=250, evaluate_every=250, save_every=250, batch_tokens=512)
+    finetune(recipe, tmp_path / "run")
+    answers = answers_of(tmp_path / "run")
+    assert len(answers) == 8 and answers[0].keys() == {"prompt", "completion", "before", "after"}
+    right = {
+        when: sum(a[when].strip() == a["completion"].strip() for a in answers) for when in ("before", "after")
+    }
+    assert right["before"] <= 2 and right["after"] >= 6, answers
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    last = [entry for entry in history if "eval_exact_match" in entry][-1]
+    assert last["eval_exact_match"] == 100 * right["after"] / 8
+
+    tuned, tokenizer = load_language_model_and_tokenizer(str(tmp_path / "run/model"))
+    [text] = continue_texts(tuned, tokenizer, [answers[0]["prompt"]], temperature=0, num_draws=8, seed=0)
+    assert text.strip() == answers[0]["after"].strip()  # And it stops.
+
+
+def test_the_autoencoder_stays_as_it_was(base, tmp_path):
+    finetune(recipe_for(base), tmp_path / "run")
+    before, after = weights_of(base / "calm/model"), weights_of(tmp_path / "run/model")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"backbone", "head", "projection"}
+
+
+@pytest.mark.parametrize("model", ["calm", "plain"])
+def test_adapters_are_saved_merged_and_loaded(model, base, tmp_path):
+    recipe = recipe_for(base, model, rank=4)
+    folder = finetune(recipe, tmp_path / "run")
+    adapter = tmp_path / "run/adapter"
+    assert not (adapter / "config.json").exists() and not (adapter / "model.safetensors").exists()
+    small = (adapter / "adapter_model.safetensors").stat().st_size
+    assert small < 0.7 * (folder / "model.safetensors").stat().st_size
+    merged, tokenizer = load_language_model_and_tokenizer(str(folder))
+    loaded, _ = load_language_model_and_tokenizer(str(adapter))
+    assert type(merged) is type(loaded)
+    for (name, one), (_, other) in zip(merged.named_parameters(), loaded.named_parameters(), strict=True):
+        assert_close(one, other, msg=name)
+    base_weights = weights_of(base / model / "model")
+    changed = {
+        name
+        for name, weight in merged.state_dict().items()
+        if (weight - base_weights[name]).abs().max() > 1e-6
+    }
+    assert changed and all(name.endswith(".weight") for name in changed)
+    assert not any(name.startswith(("autoencoder", "backbone.embed", "model.embed")) for name in changed)
+    texts = [continue_texts(m, tokenizer, ["The cat says"], temperature=1, seed=1) for m in (merged, loaded)]
+    assert texts[0] == texts[1]
+
+
+def test_adapters_are_around_the_linear_layers_alone(base):
+    model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
+    for layers, parts in {"backbone": {"backbone", "projection"}, "head": {"head"}}.items():
+        model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
+        adapted = with_adapters(model, LoraSettings(rank=2, layers=layers), "base")
+        trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+        assert {name.split(".")[2] for name in trained} == parts
+        assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_resumed_equals_uninterrupted(rank, base, tmp_path, monkeypatch):
+    recipe = recipe_for(base, rank=rank)
+    finetune(recipe, tmp_path / "whole")
+    step = ChunkTrainer.training_step
+
+    def killed(self, *arguments, **settings):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/model").exists()
+    finetune(recipe, tmp_path / "run", resume=True)
+    for name, weight in weights_of(tmp_path / "whole/model").items():
+        assert torch.equal(weight, weights_of(tmp_path / "run/model")[name]), name
+    assert answers_of(tmp_path / "run") == answers_of(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone(base, tmp_path):
+    recipe = recipe_for(base, steps=1)
+    folder = finetune(recipe, tmp_path / "run")
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    finetune(recipe, tmp_path / "run", resume=True)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="is not empty"):
+        finetune(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=r"the recipe differs in lora\.rank"):
+        finetune(with_settings(recipe, {"lora.rank": 2}), tmp_path / "run", resume=True)
+
+
+BAD = {
+    "model": ({"model": ""}, "names no model"),
+    "sources": ({"examples.sources": []}, "names no examples"),
+    "optimizer": ({"training.optimizer.name": "none"}, "no optimizer 'none'"),
+    "steps": ({"training.steps": 0}, "training.steps must be at least 1, got 0"),
+    "tokens": ({"training.batch_tokens": 33}, "training.batch_tokens must be a multiple of 32"),
+    "context": ({"examples.context": 30, "training.batch_tokens": 120}, "multiple of the chunk size 4"),
+    "dropout": ({"lora.rank": 2, "lora.dropout": 1.0}, "lora needs a rank"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_recipes(changes, message, base, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune(with_settings(recipe_for(base), changes), tmp_path / "run")
+
+
+def test_adapters_whose_model_is_gone(base, tmp_path):
+    shutil.copytree(base / "calm/model", tmp_path / "model")
+    recipe = with_settings(recipe_for(base, rank=2, steps=1), {"model": str(tmp_path / "model")})
+    finetune(recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(InputError, match=r"the model that the adapters in '.*' belong to: cannot load"):
+        load_language_model_and_tokenizer(str(tmp_path / "run/adapter"))
+
+
+def test_without_peft(base, monkeypatch):
+    import sys
+
+    model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"pip install 'calm-lm\[finetune\]'"):
+        with_adapters(model, LoraSettings(rank=2), "base")
+
+
+def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
+    from calm.cli import main
+
+    shipped = shipped_recipes(FinetuningRecipe)
+    assert shipped.keys() == {"full", "lora"}
+    for name in shipped:
+        read = read_recipe_of(FinetuningRecipe, name)
+        assert (read.lora.rank > 0) == (name == "lora")
+        small = ["--examples.context", "32", "--training.batch_tokens", "64", "--training.steps", "2"]
+        main(
+            ["finetune", "--recipe", name, "--model", str(base / "calm/model"), *small,
+             "--answers.number", "2", "--examples.sources", str(base / "examples.jsonl"),
+             "--output", str(tmp_path / name)]
+        )  # fmt: skip
+        out = capsys.readouterr().out
+        assert "108 examples in" in out and f"model: {tmp_path / name / 'model'}" in out
+    message = failure(capsys, "finetune", "--recipe", "none", "--output", tmp_path / "x")
+    assert "there is no recipe 'none'; give a .yaml file or one of: full, lora" in message
+    write_recipe(recipe_for(base), tmp_path / "mine.yaml")
+    assert read_recipe_of(FinetuningRecipe, str(tmp_path / "mine.yaml")) == recipe_for(base)
