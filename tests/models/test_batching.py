@@ -1,0 +1,116 @@
+"""Rows that come and go write what each would write alone."""
+
+import random
+
+import pytest
+import torch
+from conftest import EOS, tiny_model
+
+from calm.core.temperature import TemperatureSettings
+from calm.models.batching import ChunkBatch
+
+SETTINGS = (
+    TemperatureSettings(temperature=1.0),
+    TemperatureSettings(temperature=0.7, max_draws=8),
+    TemperatureSettings(temperature=0.5, sampler="pool", num_draws=12, top_p=0.9),
+    TemperatureSettings(temperature=0.0, num_draws=6),
+)
+
+
+def alone(model, prompt, settings, budget, seed):
+    """What `generate` writes after one prompt."""
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=budget,
+        seed=seed,
+        temperature=settings.temperature,
+        sampler=settings.sampler,
+        num_draws=settings.num_draws,
+        max_draws=settings.max_draws,
+        top_p=settings.top_p,
+    )[0, len(prompt) :].tolist()
+    return out[: out.index(EOS) + 1] if EOS in out else out
+
+
+def requests(number, seed):
+    chance = random.Random(seed)
+    return [
+        (
+            [chance.randrange(3, 40) for _ in range(chance.randrange(1, 30))],
+            chance.choice(SETTINGS),
+            chance.randrange(1, 25),
+            chance.randrange(1000),
+        )
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+@pytest.mark.parametrize("backbone_input", ["tokens", "both"])
+def test_rows_that_come_and_go(chunk_size, backbone_input):
+    """They join at random steps, are of all lengths, settings and seeds, and end when they end."""
+    model = tiny_model(chunk_size, backbone_input=backbone_input)
+    chance, batch = random.Random(chunk_size), ChunkBatch(model)
+    waiting, texts, largest = requests(24, chunk_size), {}, 0
+    order = {}
+    while waiting or len(batch):
+        while waiting and (len(batch) == 0 or chance.random() < 0.5):
+            request = waiting.pop()
+            row = batch.join(*request)
+            order[row], texts[row] = request, []
+        largest = max(largest, len(batch))
+        for written in batch.step():
+            assert 1 <= len(written.tokens) <= chunk_size and written.num_draws >= 1
+            assert 0 < written.agreement <= 1
+            texts[written.row] += written.tokens
+    assert largest >= 4 and len(texts) == 24
+    for row, request in order.items():
+        assert row.has_ended
+        assert texts[row] == alone(model, *request)
+        assert row.by_eos == (texts[row][-1] == EOS)
+
+
+def test_equal_requests_write_the_same():
+    model = tiny_model()
+    batch = ChunkBatch(model)
+    request = ([5, 6, 7], SETTINGS[1], 16, 3)
+    rows = [batch.join(*request) for _ in range(3)]
+    texts = {row: [] for row in rows}
+    while len(batch):
+        for written in batch.step():
+            texts[written.row] += written.tokens
+    assert {tuple(text) for text in texts.values()} == {tuple(alone(model, *request))}
+
+
+def test_a_row_that_is_dropped_leaves_the_others_alone():
+    model = tiny_model()
+    batch, [first, second, third] = ChunkBatch(model), requests(3, 5)
+    first, second = (first[0], first[1], 24, 1), (second[0], second[1], 24, 2)
+    rows = [batch.join(*request) for request in (first, second, third)]
+    texts = {row: [] for row in rows}
+    for step in range(20):
+        if step == 2:
+            batch.drop(rows[0])
+            batch.drop(rows[0])  # Once more is no matter.
+            assert len(batch) <= 2
+        for written in batch.step():
+            texts[written.row] += written.tokens
+    assert len(batch) == 0 and batch.step() == []
+    assert texts[rows[1]] == alone(model, *second)
+    assert texts[rows[2]] == alone(model, *third)
+    assert texts[rows[0]] == alone(model, *first)[: len(texts[rows[0]])] and len(texts[rows[0]]) <= 8
+
+
+def test_the_cache_shrinks_with_its_longest_row():
+    model = tiny_model()
+    model.config.eos_token_id = None
+    model.generation_config.eos_token_id = None
+    batch = ChunkBatch(model)
+    batch.join([5] * 40, SETTINGS[0], 8, 0)
+    batch.join([5] * 4, SETTINGS[0], 24, 0)
+    assert batch._mask_RC.shape == (2, 10)
+    batch.step()
+    assert batch._mask_RC.shape == (2, 11)
+    batch.step()  # The long one ends.
+    assert batch._mask_RC.shape == (1, 3)
+    assert all(keys.shape[2] == 3 for keys in (layer.keys for layer in batch._cache.layers))
