@@ -52,7 +52,7 @@ def test_rows_that_come_and_go(chunk_size, backbone_input):
     model = tiny_model(chunk_size, backbone_input=backbone_input)
     chance, batch = random.Random(chunk_size), ChunkBatch(model)
     waiting, texts, largest = requests(24, chunk_size), {}, 0
-    order = {}
+    order, ends = {}, {}
     while waiting or len(batch):
         while waiting and (len(batch) == 0 or chance.random() < 0.5):
             request = waiting.pop()
@@ -63,11 +63,12 @@ def test_rows_that_come_and_go(chunk_size, backbone_input):
             assert 1 <= len(written.tokens) <= chunk_size and written.num_draws >= 1
             assert 0 < written.agreement <= 1
             texts[written.row] += written.tokens
+            ends[written.row] = written.ended_by
     assert largest >= 4 and len(texts) == 24
     for row, request in order.items():
         assert row.has_ended
         assert texts[row] == alone(model, *request)
-        assert row.by_eos == (texts[row][-1] == EOS)
+        assert ends[row] == ("eos" if texts[row][-1] == EOS else "budget")
 
 
 def test_equal_requests_write_the_same():

@@ -4,8 +4,8 @@ Shapes: R rows, C chunks in the cache, K tokens per chunk, D hidden size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class Row:
         budget: Tokens that may still be written.
         generator: Source of its randomness.
         position: Position of its next chunk.
-        has_ended: Whether it has left, by EOS or by its budget.
-        by_eos: Whether EOS ended it.
+        has_ended: Whether it has left.
     """
 
     settings: TemperatureSettings
@@ -36,7 +35,6 @@ class Row:
     generator: torch.Generator
     position: int
     has_ended: bool = False
-    by_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,18 @@ class Written:
     Args:
         row: The row.
         tokens: Its new tokens, EOS included, at most K.
+        ended_by: "eos" or "budget" with the last chunk of the row.
         num_draws: Draws that were made.
         agreement: Share of the draws that are equal to the chunk.
         fell_back: Whether the budget of draws was spent.
     """
 
     row: Row
-    tokens: list[int] = field(default_factory=list)
-    num_draws: int = 0
-    agreement: float = 0.0
-    fell_back: bool = False
+    tokens: list[int]
+    ended_by: Literal["eos", "budget"] | None
+    num_draws: int
+    agreement: float
+    fell_back: bool
 
 
 class ChunkBatch:
@@ -82,14 +82,22 @@ class ChunkBatch:
         return len(self._rows)
 
     @torch.no_grad()
-    def join(self, prompt: Sequence[int], settings: TemperatureSettings, budget: int, seed: int) -> Row:
+    def join(
+        self,
+        prompt: Sequence[int],
+        settings: TemperatureSettings,
+        budget: int,
+        seed: int,
+        copy: int = 0,
+    ) -> Row:
         """Read a prompt; the next step writes its first chunk.
 
         Args:
             prompt: Its tokens, at least one.
             settings: How chunks are sampled.
             budget: Most new tokens, at least 1.
-            seed: With the prompt it decides the text.
+            seed: With the prompt and the copy it decides the text.
+            copy: Which of several texts of the same prompt and seed, as of `num_return_sequences`.
         """
         device, size = self._model.device, self._model.config.chunk_size
         ids_1T = torch.tensor([list(prompt)], device=device)
@@ -102,7 +110,7 @@ class ChunkBatch:
             past_key_values=cache,
             use_cache=True,
         )
-        [generator] = generators_of_rows(seed, [prompt], device)
+        generator = generators_of_rows(seed, [prompt] * (copy + 1), device)[copy]
         row = Row(settings, budget, generator, position=int(mask_1C.sum()))
         hidden_1D = outputs.last_hidden_state[:, -1]
         self._hidden_RD = torch.cat([self._hidden_RD.to(hidden_1D.dtype), hidden_1D])
@@ -152,13 +160,14 @@ class ChunkBatch:
         if ends:
             is_eos = torch.isin(chunk_K, self._eos_ids).tolist()
             tokens = tokens[: is_eos.index(True) + 1]
-        row.by_eos = ends and len(tokens) <= row.budget
+        by_eos = ends and len(tokens) <= row.budget
         tokens = tokens[: row.budget]
         row.budget -= len(tokens)
-        row.has_ended = row.by_eos or row.budget == 0
+        row.has_ended = by_eos or row.budget == 0
         return Written(
             row,
             tokens,
+            "eos" if by_eos else "budget" if row.has_ended else None,
             int(sample.num_draws_R[number]),
             float(sample.agreement_R[number]),
             bool(sample.fell_back_R[number]),

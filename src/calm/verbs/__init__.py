@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from calm.verbs.making import ablate, compare, demo, finetune, prepare, train
-from calm.verbs.using import doctor, evaluate, flops, generate, import_published
+from calm.verbs.using import doctor, evaluate, flops, generate, import_published, serve
 
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -14,6 +14,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "ablate": ablate,
     "generate": generate,
+    "serve": serve,
     "import": import_published,
     "flops": flops,
     "doctor": doctor,

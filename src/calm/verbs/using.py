@@ -203,3 +203,55 @@ def doctor() -> None:
 
     for line in examine():
         print(line)
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    api_key_file: str | None = None,
+    temperature: float = 0.5,
+    max_rows: int = 16,
+    max_waiting: int = 256,
+    max_tokens: int = 4096,
+    max_draws: int = 1000,
+    max_body: int = 1 << 20,
+    seconds: float = 300.0,
+    head: dict[str, Any] | None = None,
+) -> None:
+    """Answer requests of the OpenAI API with a CALM.
+
+    Args:
+        model: Folder of a model or of adapters, or hub name.
+        host: Address to listen at; the default is reached from this machine only.
+        port: Port to listen at; 0 takes a free one.
+        name: The model's name in requests; that of its folder if none is given.
+        api_key_file: File with the key that requests must show; the environment variable CALM_API_KEY is
+            another way.
+        temperature: Where a request says none.
+        max_rows: Texts that are written at the same time.
+        max_waiting: Texts that wait for their turn; more are refused.
+        max_tokens: Most new tokens of a text.
+        max_draws: Most draws of a chunk.
+        max_body: Most bytes of a request.
+        seconds: How long a request may take.
+        head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
+    """
+    from calm.serving.run import run_server
+
+    run_server(
+        model,
+        host,
+        port,
+        head,
+        name=name,
+        api_key_file=api_key_file,
+        temperature=temperature,
+        max_rows=max_rows,
+        max_waiting=max_waiting,
+        max_tokens=max_tokens,
+        max_draws=max_draws,
+        max_body=max_body,
+        seconds=seconds,
+    )

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in which concurrent requests share batches."""

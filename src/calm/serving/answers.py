@@ -1,0 +1,149 @@
+"""The texts of one request: submitted together, delivered as they are written, given up when nobody waits."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.core.temperature import TemperatureSettings
+from calm.models.batching import Written
+from calm.serving.engine import Engine, Job, QueueFullError
+from calm.serving.protocol import ApiError
+from calm.serving.text import TextBuilder
+
+_SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became certain of a text.
+
+    Args:
+        index: Which text of the request.
+        text: What is new.
+        finish_reason: "stop" or "length" with the last part.
+        chunks: What was drawn, for those who want to see.
+    """
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Answers:
+    """All texts of one request.
+
+    Args:
+        engine: Who writes.
+        tokenizer: Of the model.
+        prompts: Tokens of each text's prompt.
+        copies: Texts of each prompt.
+        settings: How chunks are sampled.
+        budget: Most tokens of a text.
+        seed: Seed of all.
+        stops: Where a text ends.
+        seconds: How long all may take.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Sequence[int]]
+    copies: int
+    settings: TemperatureSettings
+    budget: int
+    seed: int
+    stops: Sequence[str]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        number = len(self.prompts) * self.copies
+        self._texts = [TextBuilder(self.tokenizer, self.stops) for _ in range(number)]
+        self._arrived: asyncio.Queue[tuple[int, Written | Exception]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + self.seconds
+        self._jobs = [
+            Job(prompt, self.settings, self.budget, self.seed, self._delivery(index), copy, deadline)
+            for index, (prompt, copy) in enumerate(
+                (prompt, copy) for prompt in self.prompts for copy in range(self.copies)
+            )
+        ]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens so far, as the API counts them."""
+        read, written = sum(map(len, self.prompts)), sum(text.num_tokens for text in self._texts)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def submit(self) -> None:
+        """Ask the engine.
+
+        Raises:
+            ApiError: If too many texts are waiting.
+        """
+        try:
+            self.engine.submit(self._jobs)
+        except QueueFullError as error:
+            raise ApiError(str(error), 429, "rate_limit_error", code="queue_full") from error
+
+    async def parts(self, is_gone: Callable[[], Any] | None = None) -> AsyncIterator[Part]:
+        """What is written, as it comes; whatever ends this, nothing goes on being written.
+
+        Args:
+            is_gone: Awaited now and then: whether whoever asked has left.
+
+        Raises:
+            ApiError: If a text fails or takes too long.
+        """
+        open_texts, looked = set(range(len(self._jobs))), time.monotonic()
+        try:
+            while open_texts:
+                if is_gone is not None and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                    if await is_gone():
+                        return
+                    looked = time.monotonic()
+                try:
+                    index, what = await asyncio.wait_for(self._arrived.get(), _SECONDS_BETWEEN_LOOKS)
+                except asyncio.TimeoutError:  # Another class before Python 3.11.
+                    continue
+                if index not in open_texts:
+                    continue
+                part = self._part(index, what)
+                if part.finish_reason is not None:
+                    open_texts.discard(index)
+                yield part
+        finally:
+            self.engine.cancel(self._jobs)
+
+    def _part(self, index: int, what: Written | Exception) -> Part:
+        if isinstance(what, TimeoutError):
+            raise ApiError(f"{what}; ask for fewer tokens.", 504, "server_error", code="timeout")
+        if isinstance(what, Exception):
+            raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
+        builder = self._texts[index]
+        new = builder.add(what.tokens, is_last=what.ended_by is not None)
+        reason = None
+        if builder.is_stopped:
+            self.engine.cancel([self._jobs[index]])
+            reason = "stop"
+        elif what.ended_by is not None:
+            reason = "stop" if what.ended_by == "eos" else "length"
+        return Part(index, new, reason, [self._describe(what)])
+
+    def _describe(self, written: Written) -> dict[str, Any]:
+        return {
+            "tokens": [self.tokenizer.decode([token]) for token in written.tokens],
+            "num_draws": written.num_draws,
+            "agreement": round(written.agreement, 4),
+            "fell_back": written.fell_back,
+        }
+
+    def _delivery(self, index: int) -> Callable[[Written | Exception], None]:
+        def deliver(what: Written | Exception) -> None:
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, what))
+
+        return deliver

@@ -1,0 +1,200 @@
+"""One thread that writes for all: texts wait in a queue, join the batch, and are delivered chunk by chunk."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from calm.core.temperature import TemperatureSettings
+from calm.errors import reason_of
+from calm.models.batching import ChunkBatch, Row, Written
+from calm.models.calm import CalmForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFullError(Exception):
+    """So many texts are waiting that no more are taken."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A text to write.
+
+    Args:
+        prompt: Its tokens.
+        settings: How chunks are sampled.
+        budget: Most new tokens.
+        seed: With the prompt and the copy it decides the text.
+        deliver: Called in the engine's thread with every chunk, or with the error that ended the text.
+        copy: Which of several texts of the same prompt and seed.
+        deadline: `time.monotonic()` after which it is given up.
+    """
+
+    prompt: Sequence[int]
+    settings: TemperatureSettings
+    budget: int
+    seed: int
+    deliver: Callable[[Written | Exception], None]
+    copy: int = 0
+    deadline: float = float("inf")
+    is_cancelled: bool = field(default=False, init=False)
+
+
+@dataclass
+class EngineStatistics:
+    """What the engine has done since it started."""
+
+    steps: int = 0
+    rows_of_steps: int = 0
+    tokens: int = 0
+    draws: int = 0
+    seconds: float = 0.0
+
+
+class Engine:
+    """Writes texts of a model.
+
+    Args:
+        model: The model; nobody else may use it meanwhile.
+        max_rows: Texts that are written at the same time.
+        max_waiting: Texts that wait for their turn.
+    """
+
+    def __init__(self, model: CalmForCausalLM, max_rows: int = 16, max_waiting: int = 256) -> None:
+        self.statistics = EngineStatistics()
+        self._model, self._max_rows, self._max_waiting = model, max_rows, max_waiting
+        self._batch = ChunkBatch(model)
+        self._rows: dict[Row, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="calm-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up all texts and end the thread."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether texts are written."""
+        return self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def num_rows(self) -> int:
+        """Texts that are being written."""
+        return len(self._rows)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take texts in, all or none.
+
+        Raises:
+            QueueFullError: If too many are waiting.
+        """
+        with self._changed:
+            if len(self._waiting) + len(jobs) > self._max_waiting:
+                raise QueueFullError(
+                    f"{len(self._waiting)} texts are waiting, and at most {self._max_waiting} may; try later."
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give texts up, whether they wait or are being written; ended ones are no matter."""
+        with self._changed:
+            for job in jobs:
+                job.is_cancelled = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while self._wait():
+            started = time.perf_counter()
+            try:
+                self._let_go()
+                self._let_in()
+                written = self._batch.step()
+            except Exception as error:
+                logger.exception("a step failed")
+                self._fail_all(error)
+                continue
+            self._count(written, time.perf_counter() - started)
+            for one in written:
+                job = self._rows[one.row]
+                if one.ended_by is not None:
+                    del self._rows[one.row]
+                _deliver(job, one)
+        self._fail_all(RuntimeError("the server is shutting down"))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False if that is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows)
+            return not self._is_stopping
+
+    def _let_go(self) -> None:
+        now = time.monotonic()
+        for row, job in list(self._rows.items()):
+            if job.is_cancelled or job.deadline < now:
+                self._batch.drop(row)
+                del self._rows[row]
+                if not job.is_cancelled:
+                    _deliver(job, TimeoutError("the text took too long"))
+
+    def _let_in(self) -> None:
+        while len(self._rows) < self._max_rows:
+            with self._changed:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            if job.is_cancelled:
+                continue
+            if job.deadline < time.monotonic():
+                _deliver(job, TimeoutError("the text waited too long"))
+                continue
+            try:
+                row = self._batch.join(job.prompt, job.settings, job.budget, job.seed, job.copy)
+            except Exception as error:
+                logger.exception("a prompt could not be read")
+                _deliver(job, error)
+            else:
+                self._rows[row] = job
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._changed:
+            jobs = [*self._rows.values(), *(self._waiting if self._is_stopping else ())]
+            if self._is_stopping:
+                self._waiting.clear()
+        self._rows.clear()
+        self._batch = ChunkBatch(self._model)
+        for job in jobs:
+            _deliver(job, error)
+
+    def _count(self, written: list[Written], seconds: float) -> None:
+        self.statistics.steps += bool(written)
+        self.statistics.rows_of_steps += len(written)
+        self.statistics.tokens += sum(len(one.tokens) for one in written)
+        self.statistics.draws += sum(one.num_draws for one in written)
+        self.statistics.seconds += seconds
+
+
+def _deliver(job: Job, what: Written | Exception) -> None:
+    """Whoever asked may be gone, which is no matter to the others."""
+    try:
+        job.deliver(what)
+    except Exception as error:
+        logger.debug("a text could not be delivered (%s)", reason_of(error))
+        job.is_cancelled = True

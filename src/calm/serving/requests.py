@@ -1,0 +1,236 @@
+"""Requests -> texts to write -> answers in the form of the OpenAI API."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.examples import chat_prompt
+from calm.errors import InputError
+from calm.models.calm import CalmForCausalLM
+from calm.serving.answers import Answers, Part
+from calm.serving.engine import Engine
+from calm.serving.metrics import Metrics
+from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest
+
+if TYPE_CHECKING:
+    from calm.serving.app import ServerSettings
+
+
+class Endpoint:
+    """Turns requests into answers.
+
+    Args:
+        engine: Who writes.
+        model: The model.
+        tokenizer: Its tokenizer.
+        settings: What is allowed.
+        metrics: What is counted.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: CalmForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: "ServerSettings",
+        metrics: Metrics,
+    ) -> None:
+        self._engine, self._model, self._tokenizer = engine, model, tokenizer
+        self._settings, self._metrics = settings, metrics
+
+    def check_name(self, name: str) -> None:
+        """Raise ApiError for a model that is not served."""
+        if name != self._settings.name:
+            raise ApiError(
+                f"there is no model '{name}' here; this server has '{self._settings.name}'.",
+                404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def complete(self, request: CompletionRequest) -> "CompletionAnswer":
+        """The answer to a completion request, submitted.
+
+        Raises:
+            ApiError: If the request cannot be honoured.
+        """
+        asked = request.prompts()
+        if not asked:
+            raise ApiError("'prompt' is empty; give a text.", param="prompt")
+        prompts = [self._tokens_of(prompt) for prompt in asked]
+        answers = self._submit(request, prompts, request.max_tokens)
+        echoes = self._tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
+        return CompletionAnswer(answers, request, self._settings.name, repeated)
+
+    def chat(self, request: ChatRequest) -> "ChatAnswer":
+        """The answer to a chat request, submitted.
+
+        Raises:
+            ApiError: If the request cannot be honoured.
+        """
+        if self._tokenizer.chat_template is None:
+            raise ApiError(
+                "this model has no chat template, so it was not made for chats; use /v1/completions.",
+                param="messages",
+            )
+        try:
+            prompt = chat_prompt([message.as_text() for message in request.messages], self._tokenizer)
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from error
+        budget = request.max_completion_tokens or request.max_tokens
+        if budget is None:
+            budget = min(max(1, self._room(prompt)), self._settings.max_tokens)
+        return ChatAnswer(self._submit(request, [prompt], budget), request, self._settings.name)
+
+    def _submit(
+        self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], budget: int
+    ) -> Answers:
+        self.check_name(request.model)
+        request.check(self._settings.max_draws)
+        if budget > self._settings.max_tokens:
+            raise ApiError(f"'max_tokens' may be {self._settings.max_tokens} at most.", param="max_tokens")
+        for prompt in prompts:
+            if self._room(prompt) < budget:
+                limit = self._model.config.backbone.max_position_embeddings * self._model.config.chunk_size
+                raise ApiError(
+                    f"the prompt has {len(prompt)} tokens and {budget} are asked for, more than the context "
+                    f"of {limit}; shorten one of them.",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+        answers = Answers(
+            engine=self._engine,
+            tokenizer=self._tokenizer,
+            prompts=prompts,
+            copies=request.n,
+            settings=request.settings(self._settings.defaults),
+            budget=budget,
+            seed=request.chosen_seed(),
+            stops=request.stops,
+            seconds=self._settings.seconds,
+        )
+        answers.submit()
+        self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return answers
+
+    def _tokens_of(self, prompt: str | list[int]) -> list[int]:
+        size = len(self._tokenizer)
+        ids: list[int] = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError("a prompt has no token; give a text.", param="prompt")
+        if any(not 0 <= token < size for token in ids):
+            raise ApiError(f"token ids of 'prompt' lie between 0 and {size - 1}.", param="prompt")
+        return ids
+
+    def _room(self, prompt: list[int]) -> int:
+        """New tokens that fit behind a prompt."""
+        size = self._model.config.chunk_size
+        positions = self._model.config.backbone.max_position_embeddings
+        return (positions - -(-len(prompt) // size)) * size
+
+
+class _Answer:
+    """One answer, whole or in pieces."""
+
+    def __init__(self, answers: Answers, request: CompletionRequest | ChatRequest, name: str) -> None:
+        self._answers, self._request = answers, request
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": name,
+        }
+
+    prefix = object_name = piece_name = ""
+
+    async def whole(self, is_gone: Callable[[], Any]) -> dict[str, Any] | None:
+        """All of it at once; None if whoever asked has left."""
+        number = len(self._answers.prompts) * self._answers.copies
+        texts, reasons = [self._opening(index) for index in range(number)], [""] * number
+        chunks: list[list[dict[str, Any]]] = [[] for _ in range(number)]
+        async for part in self._answers.parts(is_gone):
+            texts[part.index] += part.text
+            reasons[part.index] = part.finish_reason or ""
+            chunks[part.index] += part.chunks
+        if not all(reasons):
+            return None
+        choices = []
+        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+            choice = {"index": index, "finish_reason": reason, "logprobs": None, **self._said(text)}
+            choices.append(choice | ({"chunks": chunks[index]} if self._request.return_chunks else {}))
+        return {**self._head, "object": self.object_name, "choices": choices, "usage": self._answers.usage}
+
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
+        """Part after part."""
+        usage = self._request.stream_options is not None and self._request.stream_options.include_usage
+        more = {"usage": None} if usage else {}
+        for index in range(len(self._answers.prompts) * self._answers.copies):
+            if (first := self._first(index)) is not None:
+                yield self._piece(index, first, None) | more
+        async for part in self._answers.parts():
+            if part.text or part.finish_reason or self._request.return_chunks:
+                yield self._piece(part.index, self._more(part), part.finish_reason, part) | more
+        if usage:
+            yield {**self._head, "object": self.piece_name, "choices": [], "usage": self._answers.usage}
+
+    def _piece(
+        self, index: int, said: dict[str, Any], reason: str | None, part: Part | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "finish_reason": reason, "logprobs": None, **said}
+        if part is not None and self._request.return_chunks:
+            choice["chunks"] = part.chunks
+        return {**self._head, "object": self.piece_name, "choices": [choice]}
+
+    def _opening(self, index: int) -> str:
+        return ""
+
+    def _said(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _first(self, index: int) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def _more(self, part: Part) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionAnswer(_Answer):
+    """Of /v1/completions."""
+
+    prefix, object_name, piece_name = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self, answers: Answers, request: CompletionRequest, name: str, echoes: list[str] | None
+    ) -> None:
+        super().__init__(answers, request, name)
+        self._echoes = echoes
+
+    def _opening(self, index: int) -> str:
+        return self._echoes[index] if self._echoes else ""
+
+    def _said(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _first(self, index: int) -> dict[str, Any] | None:
+        return {"text": self._echoes[index]} if self._echoes else None
+
+    def _more(self, part: Part) -> dict[str, Any]:
+        return {"text": part.text}
+
+
+class ChatAnswer(_Answer):
+    """Of /v1/chat/completions."""
+
+    prefix, object_name, piece_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _said(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _first(self, index: int) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _more(self, part: Part) -> dict[str, Any]:
+        return {"delta": {"content": part.text} if part.text else {}}

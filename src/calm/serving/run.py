@@ -1,0 +1,95 @@
+"""`calm serve`: a model folder, a port, and a clean end."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from calm.core.temperature import TemperatureSettings
+from calm.errors import InputError
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_language_model_and_tokenizer
+
+KEY_VARIABLE = "CALM_API_KEY"
+_SECONDS_TO_FINISH = 30  # What is being written when the server is asked to end may end first.
+
+
+def run_server(
+    model: str,
+    host: str,
+    port: int,
+    head: dict[str, Any] | None,
+    *,
+    name: str | None,
+    api_key_file: str | None,
+    temperature: float,
+    **limits: Any,
+) -> None:
+    """Load a model and serve it until SIGINT or SIGTERM.
+
+    Args:
+        model: Folder or hub name.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        head: Changes of how the head is drawn from.
+        name: The model's name in requests.
+        api_key_file: File with the key.
+        temperature: Where a request says none.
+        **limits: Further fields of `calm.serving.app.ServerSettings`.
+
+    Raises:
+        InputError: If a value or the model is bad, or the address cannot be used.
+    """
+    try:
+        import uvicorn  # noqa: PLC0415 (of an extra)
+
+        from calm.serving.app import ServerSettings, create_app  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(
+            f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"
+        ) from error
+    for limit, value in limits.items():
+        if value <= 0:
+            raise InputError(f"{limit} must be above 0, got {value}.")
+    try:
+        defaults = TemperatureSettings(temperature=temperature)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    key = _key(api_key_file)
+    network, tokenizer = load_language_model_and_tokenizer(model, head)
+    if not isinstance(network, CalmForCausalLM):
+        raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
+    settings = ServerSettings(
+        name=name or Path(model).resolve().name, api_key=key, defaults=defaults, **limits
+    )
+    with _listening(host, port) as listener:
+        app = create_app(network, tokenizer, settings)
+        where = f"http://{host}:{listener.getsockname()[1]}"
+        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"), flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_FINISH
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _key(file: str | None) -> str | None:
+    """The key that requests must show, from a file or the environment."""
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the API key file '{file}' cannot be read ({error}).") from error
+    if not key:
+        raise InputError(f"the API key file '{file}' is empty.")
+    return key
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"cannot listen at {host}, port {port} ({error}); choose another --port or --host."
+        ) from error

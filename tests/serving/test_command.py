@@ -1,0 +1,56 @@
+"""`calm serve` as a process: it says where it is, answers, and ends cleanly; mistakes are one sentence."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import openai
+import pytest
+from toy import failure
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_it_serves_and_ends(end, folder):
+    environment = {**os.environ, "CALM_API_KEY": "k"}
+    command = [sys.executable, "-m", "calm", "serve", str(folder), "--port", "0", "--temperature", "1"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        said = re.fullmatch(r"serving 'small' at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert said, line
+        client = openai.OpenAI(base_url=said[1], api_key="k")
+        answer = client.completions.create(model="small", prompt="One day", max_tokens=8)
+        assert answer.usage.completion_tokens == 8
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode in (0, -end, 128 + end) and "Traceback" not in errors, errors
+    finally:
+        process.kill()
+
+
+def test_mistakes(folder, capsys, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen at 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
+    assert "port 99999" in failure(capsys, "serve", folder, "--port", 99999)
+    assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
+    assert "temperature must lie between 0 and 1" in failure(capsys, "serve", folder, "--temperature", 2)
+    assert "cannot be read" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "none")
+    (tmp_path / "empty").write_text("\n")
+    assert "is empty" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "empty")
+    assert "there is no model" in failure(capsys, "serve", tmp_path)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'calm-lm[serve]'" in failure(capsys, "serve", folder)

@@ -1,0 +1,413 @@
+"""The server, by the client of the OpenAI API and by clients that behave badly."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from serving_client import serving
+
+from calm.core.temperature import TemperatureSettings
+from calm.generation import continue_texts
+
+PROMPT = "Once upon a time"
+
+
+def alone(model, tokenizer, prompt, **settings):
+    [text] = continue_texts(model, tokenizer, [prompt], **settings)
+    return text
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def test_models(server):
+    _, client, _ = server
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "calm"
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.models.retrieve("other")
+    assert raised.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_a_completion_is_what_generate_writes(server, model, tokenizer, temperature):
+    _, client, _ = server
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=24, temperature=temperature, seed=7,
+        extra_body={"max_draws": 16, "num_draws": 16},
+    )  # fmt: skip
+    expected = alone(
+        model,
+        tokenizer,
+        PROMPT,
+        max_new_tokens=24,
+        temperature=temperature,
+        seed=7,
+        max_draws=16,
+        num_draws=16,
+    )
+    [choice] = answer.choices
+    assert choice.text == expected and choice.finish_reason == "length" and choice.logprobs is None
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
+    assert answer.usage.total_tokens == 24 + answer.usage.prompt_tokens
+
+
+def test_the_same_seed_gives_the_same_text(server):
+    _, client, _ = server
+
+    def text(**arguments):
+        return (
+            client.completions.create(model="tiny", prompt=PROMPT, max_tokens=16, **arguments).choices[0].text
+        )
+
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert text() != text()
+
+
+def test_a_stream_is_the_completion_in_parts(server):
+    _, client, _ = server
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 22, "seed": 3, "temperature": 1}
+    whole = client.completions.create(**arguments).choices[0].text
+    events = list(client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(choice.text for event in events for choice in event.choices) == whole
+    assert [c.finish_reason for event in events for c in event.choices][-1] == "length"
+    assert len(events) >= 4
+    assert events[-1].choices == [] and events[-1].usage.completion_tokens == 22
+
+
+def test_several_prompts_and_copies(server, model, tokenizer):
+    """As `num_return_sequences` numbers them; token ids are prompts too."""
+    _, client, _ = server
+    prompts = [PROMPT, "One day"]
+    answer = client.completions.create(model="tiny", prompt=prompts, n=2, max_tokens=8, seed=5, temperature=1)
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    same = client.completions.create(model="tiny", prompt=ids, n=2, max_tokens=8, seed=5, temperature=1)
+    assert [c.text for c in answer.choices] == [c.text for c in same.choices]
+    expected = []
+    for prompt in prompts:
+        expected += continue_texts(
+            model, tokenizer, [prompt], num_return_sequences=2, max_new_tokens=8, seed=5, temperature=1
+        )
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    events = client.completions.create(
+        model="tiny", prompt=prompts, n=2, max_tokens=8, seed=5, temperature=1, stream=True, echo=True
+    )
+    texts = dict.fromkeys(range(4), "")
+    for event in events:
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+    opening = [PROMPT, PROMPT, "One day", "One day"]
+    assert list(texts.values()) == [a + b for a, b in zip(opening, expected, strict=True)]
+
+
+def test_chat(server, model, tokenizer):
+    _, client, _ = server
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, seed=2)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    text = client.completions.create(model="tiny", prompt=ids, max_tokens=12, seed=2).choices[0].text
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", text)
+    assert answer.object == "chat.completion"
+    events = list(client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=12, seed=2, stream=True
+    ))  # fmt: skip
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content or "" for event in events) == text
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    assert (
+        client.chat.completions.create(model="tiny", messages=parts, max_tokens=4).choices[0].message.content
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stops(server, stream):
+    """Text ends before the stop, also where its parts come in different chunks."""
+    engine, client, _ = server
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 60, "seed": 11, "temperature": 1}
+    whole = client.completions.create(**arguments).choices[0].text
+    for start in range(3, 40, 4):
+        stop = whole[start : start + 5]
+        answer = client.completions.create(**arguments, stop=[stop, "never there"], stream=stream)
+        if stream:
+            events = list(answer)
+            text = "".join(event.choices[0].text for event in events)
+            reason = events[-1].choices[0].finish_reason
+        else:
+            text, reason = answer.choices[0].text, answer.choices[0].finish_reason
+        assert (text, reason) == (whole[: whole.index(stop)], "stop")
+    wait_until(lambda: engine.num_rows == 0)
+
+
+def test_chunks_on_request(server):
+    _, client, _ = server
+    answer = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=10,
+        seed=1,
+        temperature=0.5,
+        extra_body={"return_chunks": True},
+    )
+    chunks = answer.choices[0].model_extra["chunks"]
+    assert [len(chunk["tokens"]) for chunk in chunks] == [4, 4, 2]
+    assert all(chunk["num_draws"] >= 1 and 0 < chunk["agreement"] <= 1 for chunk in chunks)
+
+
+BAD = {
+    "logprobs": ({"logprobs": 0}, "'logprobs' cannot be honoured", "logprobs"),
+    "bias": ({"logit_bias": {"5": 1}}, "'logit_bias' cannot be honoured", "logit_bias"),
+    "penalty": ({"presence_penalty": 0.5}, "'presence_penalty' cannot be honoured", "presence_penalty"),
+    "best_of": ({"best_of": 3}, "'best_of' cannot be honoured", "best_of"),
+    "unknown": ({"extra_body": {"colour": 1}}, "there is no argument 'colour'", "colour"),
+    "hot": ({"temperature": 1.5}, "lies between 0 and 1", "temperature"),
+    "cold": ({"temperature": -1}, "greater than or equal to 0", "temperature"),
+    "top_p": ({"top_p": 0}, "top_p must lie in", None),
+    "no tokens": ({"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
+    "many tokens": ({"max_tokens": 5000}, "may be 4096 at most", "max_tokens"),
+    "long": ({"max_tokens": 300}, "more than the context of 256", "prompt"),
+    "draws": ({"extra_body": {"max_draws": 10**6}}, "may be 1000 at most", "max_draws"),
+    "sampler": ({"extra_body": {"sampler": "greedy"}}, "Input should be 'exact' or 'pool'", "sampler"),
+    "empty stop": ({"stop": ""}, "none of them empty", "stop"),
+    "no prompt": ({"prompt": []}, "is empty", "prompt"),
+    "ids": ({"prompt": [5, 100000]}, "token ids of 'prompt' lie between", "prompt"),
+    "seed": ({"extra_body": {"seed": "x"}}, "valid integer", "seed"),
+    "n": ({"n": 0}, "greater than or equal to 1", "n"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message", "param"), BAD.values(), ids=BAD)
+def test_what_cannot_be_honoured_is_said(arguments, message, param, server):
+    _, client, _ = server
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(**{"model": "tiny", "prompt": PROMPT, **arguments})
+    assert raised.value.status_code == 400 and message in raised.value.body["message"]
+    assert raised.value.type == "invalid_request_error" and raised.value.param == param
+
+
+def test_what_is_asked_for_and_is_the_default_is_no_error(server):
+    _, client, _ = server
+    client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=4, presence_penalty=0, frequency_penalty=0.0, logit_bias={},
+        user="me", best_of=1,
+    )  # fmt: skip
+    messages = [{"role": "user", "content": "a"}]
+    client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, logprobs=False, response_format={"type": "text"},
+        metadata={"a": "b"}, store=False,
+    )  # fmt: skip
+    with pytest.raises(openai.BadRequestError, match="there are no tools"):
+        tool = {"type": "function", "function": {"name": "f"}}
+        client.chat.completions.create(model="tiny", messages=messages, tools=[tool])
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        client.completions.create(model="gpt", prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"\xff\xfe{}", b"[]", b"3", b'{"model": "tiny"}', b'{"model": "tiny", "prompt": 3}', b""],
+)
+def test_malformed_bodies(body, server):
+    _, _, url = server
+    answer = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_too_large(server):
+    _, client, url = server
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.completions.create(model="tiny", prompt="a" * (1 << 20))
+    assert raised.value.status_code == 413
+
+    def parts():  # Without a length in the header.
+        for _ in range(40):
+            yield b"a" * (1 << 15)
+
+    assert httpx.post(f"{url}/v1/completions", content=parts()).status_code == 413
+
+
+def test_a_long_prompt_is_refused_quickly(server):
+    _, client, _ = server
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="tiny", prompt=[5] * 10_000, max_tokens=4)
+    assert raised.value.code == "context_length_exceeded"
+
+
+def test_unknown_paths_and_methods(server):
+    _, _, url = server
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{url}/v1/completions").status_code == 405
+
+
+def test_health_and_metrics(server):
+    _, client, url = server
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8)
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{url}/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(figures["calm_tokens_total"]) >= 8
+    assert float(figures["calm_draws_total"]) >= float(figures["calm_chunks_total"]) >= 2
+    assert float(figures['calm_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert not any("nothing" in line for line in figures), "paths that were asked for are no labels"
+
+
+def test_a_key(model, tokenizer):
+    with serving(model, tokenizer, api_key="s3cret") as (_, client, url):
+        with pytest.raises(openai.AuthenticationError) as raised:
+            client.models.list()
+        assert raised.value.code == "invalid_api_key"
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert [m.id for m in client.with_options(api_key="s3cret").models.list()] == ["tiny"]
+        for wrong in ("s3cre", "s3cret1", "S3CRET", "ä"):
+            headers = {"authorization": f"Bearer {wrong}".encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+
+
+def test_fifty_clients_get_what_each_would_get_alone(model, tokenizer):
+    """Prompts of many lengths and settings, in a batch that they join and leave."""
+    prompts = ["Once upon a time " + "there was a cat. " * (n % 5) for n in range(50)]
+    temperatures = [1.0, 0.5, 0.7, 0.0]
+
+    def ask(number):
+        return client.completions.create(
+            model="tiny", prompt=prompts[number], max_tokens=8 + number % 30, seed=number,
+            temperature=temperatures[number % 4], extra_body={"max_draws": 16, "num_draws": 16},
+        ).choices[0].text  # fmt: skip
+
+    with serving(model, tokenizer, max_rows=8) as (engine, client, _):
+        with ThreadPoolExecutor(50) as pool:
+            texts = list(pool.map(ask, range(50)))
+        statistics = engine.statistics
+        assert statistics.rows_of_steps / statistics.steps > 3, "they shared steps"
+    for number, text in enumerate(texts):
+        assert text == alone(
+            model, tokenizer, prompts[number], max_new_tokens=8 + number % 30, seed=number,
+            temperature=temperatures[number % 4], max_draws=16, num_draws=16,
+        )  # fmt: skip
+
+
+def slowed(monkeypatch, seconds):
+    """Steps take at least so long."""
+    from calm.models.batching import ChunkBatch
+
+    step = ChunkBatch.step
+
+    def slow(self):
+        time.sleep(seconds)
+        return step(self)
+
+    monkeypatch.setattr(ChunkBatch, "step", slow)
+
+
+def test_a_full_queue(model, tokenizer, monkeypatch):
+    slowed(monkeypatch, 0.05)
+    with serving(model, tokenizer, max_rows=1, max_waiting=2) as (engine, client, _):
+
+        def ask(number):
+            try:
+                return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=40, seed=number)
+            except openai.RateLimitError as error:
+                return error
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        refused = [answer for answer in answers if isinstance(answer, Exception)]
+        assert 1 <= len(refused) <= 6
+        assert all(error.status_code == 429 and error.code == "queue_full" for error in refused)
+        with pytest.raises(openai.RateLimitError):  # All or none.
+            client.completions.create(model="tiny", prompt=[PROMPT] * 3)
+        wait_until(lambda: engine.num_waiting == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(stream, model, tokenizer, monkeypatch):
+    slowed(monkeypatch, 0.05)
+    with serving(model, tokenizer) as (engine, client, url):
+        body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "stream": stream}).encode()
+        port = int(url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: engine.num_rows == 1)
+            connection.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: engine.num_rows == 0, seconds=2)
+        assert engine.statistics.tokens < 200
+        assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
+
+
+def test_a_slow_reader_does_not_hold_the_others_up(model, tokenizer):
+    with serving(model, tokenizer) as (engine, client, _):
+        reader = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True, seed=1)
+        first = next(iter(reader))
+        text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, seed=2).choices[0].text
+        assert text == alone(model, tokenizer, PROMPT, max_new_tokens=200, seed=2, temperature=1.0)
+        rest = "".join(event.choices[0].text for event in reader)
+        expected = alone(model, tokenizer, PROMPT, max_new_tokens=200, seed=1, temperature=1.0)
+        assert first.choices[0].text + rest == expected
+        wait_until(lambda: engine.num_rows == 0)
+
+
+def test_a_text_that_takes_too_long(model, tokenizer, monkeypatch):
+    slowed(monkeypatch, 0.1)
+    with serving(model, tokenizer, seconds=0.35) as (engine, client, _):
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200)
+        assert raised.value.status_code == 504 and raised.value.code == "timeout"
+        with pytest.raises(openai.APIError, match="took too long"):
+            list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True))
+        wait_until(lambda: engine.num_rows == 0)
+
+
+def test_an_error_ends_its_texts_and_not_the_server(model, tokenizer, monkeypatch):
+    from calm.models.batching import ChunkBatch
+
+    with serving(model, tokenizer) as (_, client, _):
+        with monkeypatch.context() as patch:
+
+            def broken(self):
+                raise ValueError("the head drew a latent that is not finite")
+
+            patch.setattr(ChunkBatch, "step", broken)
+            with pytest.raises(openai.InternalServerError, match="not finite"):
+                client.completions.create(model="tiny", prompt=PROMPT)
+        assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
+
+
+def test_stopping_ends_what_is_being_written(model, tokenizer, monkeypatch):
+    slowed(monkeypatch, 0.2)
+    ends = []
+    with serving(model, tokenizer) as (engine, client, _):
+
+        def ask():
+            try:
+                client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200)
+            except openai.APIError as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until(lambda: engine.num_rows == 1)
+    thread.join(20)
+    assert not thread.is_alive() and len(ends) == 1 and not engine.is_alive
+
+
+def test_defaults_of_the_server(model, tokenizer):
+    defaults = TemperatureSettings(temperature=0.0, num_draws=8)
+    with serving(model, tokenizer, defaults=defaults) as (_, client, _):
+        text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, seed=1).choices[0].text
+    assert text == alone(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, num_draws=8, seed=1)

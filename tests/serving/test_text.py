@@ -1,0 +1,58 @@
+"""Text as tokens arrive: whole characters, stops, and in the end what the tokenizer makes of all tokens."""
+
+import random
+
+import pytest
+
+from calm.serving.text import TextBuilder
+
+TEXT = "Zoë said: “naïve 🐱 cats” — once, twice, thrice! STOP and more."
+
+
+def in_parts(tokens, chance):
+    parts, start = [], 0
+    while start < len(tokens):
+        size = chance.randrange(1, 5)
+        parts.append(tokens[start : start + size])
+        start += size
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_parts_make_the_whole(seed, tokenizer):
+    tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    builder, said = TextBuilder(tokenizer), []
+    parts = in_parts(tokens, random.Random(seed))
+    for number, part in enumerate(parts):
+        said.append(builder.add(part, is_last=number == len(parts) - 1))
+        assert "\ufffd" not in said[-1]
+    assert "".join(said) == TEXT and builder.num_tokens == len(tokens)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("stops", [["STOP"], ["thrice", "twice"], ["🐱"], ["e", "naïve"]])
+def test_nothing_of_a_stop_is_said(seed, stops, tokenizer):
+    tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    builder, said = TextBuilder(tokenizer, stops), ""
+    for part in in_parts(tokens, random.Random(seed)):
+        said += builder.add(part)
+        if builder.is_stopped:
+            break
+    assert builder.is_stopped
+    assert said == TEXT[: min(TEXT.index(stop) for stop in stops)]
+    assert builder.add(tokens) == ""
+
+
+def test_what_only_began_like_a_stop_is_said_in_the_end(tokenizer):
+    tokens = tokenizer("one two thr", add_special_tokens=False)["input_ids"]
+    builder = TextBuilder(tokenizer, ["three"])
+    said = builder.add(tokens)
+    assert said == "one two "
+    assert said + builder.add([], is_last=True) == "one two thr"
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
+    tokens = tokenizer("a🐱", add_special_tokens=False)["input_ids"][:-1]
+    builder = TextBuilder(tokenizer)
+    assert builder.add(tokens) == "a"
+    assert builder.add([], is_last=True) == "\ufffd"
