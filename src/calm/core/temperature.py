@@ -176,6 +176,26 @@ def sample_from_pool(
     return _choose(pool, pool.number(), temperature, randomness, top_p, min_p)
 
 
+def law_of_pool(count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """With which chance `sample_from_pool` chooses each of the different chunks of a pool, (C,).
+
+    Args:
+        count_C: How often each chunk occurs, at least once.
+        temperature: T in [0, 1].
+        top_p: As there.
+        min_p: As there.
+
+    Raises:
+        ValueError: If the temperature is out of range or the pool smaller than 1/T.
+    """
+    owner_N = torch.arange(len(count_C), device=count_C.device).repeat_interleave(count_C)
+    count_1N = count_C[owner_N].unsqueeze(0)
+    log_weight_1N = _log_weights(count_1N, _order_for(temperature, len(owner_N)))
+    log_weight_1N = log_weight_1N.masked_fill(_is_cut(count_1N, top_p, min_p), -math.inf)
+    chance_N = (log_weight_1N - count_1N.double().log())[0].softmax(0)
+    return chance_N.new_zeros(len(count_C)).index_add_(0, owner_N, chance_N)
+
+
 def sample_exact(
     draw: Draw,
     num_rows: int,

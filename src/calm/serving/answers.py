@@ -136,6 +136,7 @@ class Answers:
 
     def _describe(self, written: Written) -> dict[str, Any]:
         return {
+            "token_ids": written.tokens,
             "tokens": [self.tokenizer.decode([token]) for token in written.tokens],
             "num_draws": written.num_draws,
             "agreement": round(written.agreement, 4),

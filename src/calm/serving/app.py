@@ -7,11 +7,12 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,11 +23,19 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.calm import CalmForCausalLM
 from calm.serving.engine import Engine
 from calm.serving.metrics import Metrics
-from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from calm.serving.pools import describe_pool
+from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest, PoolRequest
 from calm.serving.requests import Endpoint
 
 logger = logging.getLogger(__name__)
-_OPEN_PATHS = ("/health",)  # Answered without a key.
+# Answered without a key.
+_OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground.css")
+_PAGE_PARTS = {"playground.js": "text/javascript", "playground.css": "text/css"}
+# The page takes nothing from elsewhere, and text that the model wrote cannot make it.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +120,38 @@ def create_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await _answer(endpoint.chat(body), body.stream, request)
 
+    @app.post("/v1/calm/pool")
+    async def pool(body: PoolRequest) -> dict[str, Any]:
+        return await describe_pool(endpoint, body, settings.max_draws)
+
+    _add_playground(app, settings)
     return app
+
+
+def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
+    """The page at /, of small files that lie beside this one."""
+    folder = resources.files("calm") / "serving" / "page"
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse((folder / "index.html").read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
+
+    @app.get("/page/{name}")
+    async def part(name: str) -> Response:
+        if name not in _PAGE_PARTS:
+            raise HTTPException(404, "there is no such part of the page")
+        text = (folder / name).read_text(encoding="utf-8")
+        return Response(text, media_type=_PAGE_PARTS[name], headers=_PAGE_HEADERS)
+
+    @app.get("/page")
+    async def about() -> dict[str, Any]:
+        """What the page must know before it has a key."""
+        return {
+            "model": settings.name,
+            "needs_key": settings.api_key is not None,
+            "temperature": settings.defaults.temperature,
+            "max_draws": settings.max_draws,
+        }
 
 
 async def _answer(answer: Any, is_stream: bool, request: Request) -> Response:

@@ -5,7 +5,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from calm.core.temperature import TemperatureSettings
 from calm.errors import reason_of
@@ -69,6 +71,7 @@ class Engine:
         self._batch = ChunkBatch(model)
         self._rows: dict[Row, Job] = {}
         self._waiting: deque[Job] = deque()
+        self._asked: deque[tuple[Callable[[CalmForCausalLM], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="calm-engine", daemon=True)
@@ -120,8 +123,23 @@ class Engine:
                 job.is_cancelled = True
             self._changed.notify()
 
+    def ask(self, question: Callable[[CalmForCausalLM], Any]) -> Future:
+        """Have something done with the model between two steps.
+
+        Raises:
+            QueueFullError: If too much is waiting.
+        """
+        answer: Future = Future()
+        with self._changed:
+            if self._is_stopping or len(self._asked) >= self._max_waiting:
+                raise QueueFullError("too much is being asked; try later.")
+            self._asked.append((question, answer))
+            self._changed.notify()
+        return answer
+
     def _run(self) -> None:
         while self._wait():
+            self._answer()
             started = time.perf_counter()
             try:
                 self._let_go()
@@ -137,13 +155,29 @@ class Engine:
                 if one.ended_by is not None:
                     del self._rows[one.row]
                 _deliver(job, one)
-        self._fail_all(RuntimeError("the server is shutting down"))
+        end = RuntimeError("the server is shutting down")
+        self._fail_all(end)
+        for _, answer in self._asked:
+            answer.set_exception(end)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows)
+            self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows or self._asked)
             return not self._is_stopping
+
+    def _answer(self) -> None:
+        """One question a step, so that texts go on."""
+        with self._changed:
+            if not self._asked:
+                return
+            question, answer = self._asked.popleft()
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(question(self._model))
+        except Exception as error:
+            answer.set_exception(error)
 
     def _let_go(self) -> None:
         now = time.monotonic()

@@ -153,6 +153,19 @@ class CompletionRequest(_Sampling):
         return [prompt] if is_one else prompt
 
 
+class PoolRequest(BaseModel):
+    """POST /v1/calm/pool: what could come next."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    prompt: str | list[StrictInt]
+    written: list[StrictInt] = Field(default_factory=list)  # Tokens behind the prompt, whole chunks.
+    num_draws: StrictInt = Field(200, ge=1)
+    temperatures: list[float] = Field(default_factory=lambda: [1.0], max_length=16)
+    most: StrictInt = Field(12, ge=1, le=1000)
+    seed: StrictInt | None = None
+
+
 class TextPart(BaseModel):
     """A part of a message."""
 

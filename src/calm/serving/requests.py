@@ -38,7 +38,7 @@ class Endpoint:
         settings: "ServerSettings",
         metrics: Metrics,
     ) -> None:
-        self._engine, self._model, self._tokenizer = engine, model, tokenizer
+        self.engine, self.model, self.tokenizer = engine, model, tokenizer
         self._settings, self._metrics = settings, metrics
 
     def check_name(self, name: str) -> None:
@@ -60,9 +60,9 @@ class Endpoint:
         asked = request.prompts()
         if not asked:
             raise ApiError("'prompt' is empty; give a text.", param="prompt")
-        prompts = [self._tokens_of(prompt) for prompt in asked]
+        prompts = [self.tokens_of(prompt) for prompt in asked]
         answers = self._submit(request, prompts, request.max_tokens)
-        echoes = self._tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        echoes = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
         repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
         return CompletionAnswer(answers, request, self._settings.name, repeated)
 
@@ -72,18 +72,18 @@ class Endpoint:
         Raises:
             ApiError: If the request cannot be honoured.
         """
-        if self._tokenizer.chat_template is None:
+        if self.tokenizer.chat_template is None:
             raise ApiError(
                 "this model has no chat template, so it was not made for chats; use /v1/completions.",
                 param="messages",
             )
         try:
-            prompt = chat_prompt([message.as_text() for message in request.messages], self._tokenizer)
+            prompt = chat_prompt([message.as_text() for message in request.messages], self.tokenizer)
         except InputError as error:
             raise ApiError(str(error), param="messages") from error
         budget = request.max_completion_tokens or request.max_tokens
         if budget is None:
-            budget = min(max(1, self._room(prompt)), self._settings.max_tokens)
+            budget = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
         return ChatAnswer(self._submit(request, [prompt], budget), request, self._settings.name)
 
     def _submit(
@@ -94,8 +94,8 @@ class Endpoint:
         if budget > self._settings.max_tokens:
             raise ApiError(f"'max_tokens' may be {self._settings.max_tokens} at most.", param="max_tokens")
         for prompt in prompts:
-            if self._room(prompt) < budget:
-                limit = self._model.config.backbone.max_position_embeddings * self._model.config.chunk_size
+            if self.room_behind(prompt) < budget:
+                limit = self.model.config.backbone.max_position_embeddings * self.model.config.chunk_size
                 raise ApiError(
                     f"the prompt has {len(prompt)} tokens and {budget} are asked for, more than the context "
                     f"of {limit}; shorten one of them.",
@@ -103,8 +103,8 @@ class Endpoint:
                     code="context_length_exceeded",
                 )
         answers = Answers(
-            engine=self._engine,
-            tokenizer=self._tokenizer,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
             prompts=prompts,
             copies=request.n,
             settings=request.settings(self._settings.defaults),
@@ -117,19 +117,24 @@ class Endpoint:
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return answers
 
-    def _tokens_of(self, prompt: str | list[int]) -> list[int]:
-        size = len(self._tokenizer)
-        ids: list[int] = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    def tokens_of(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ApiError: If there are none, or the model does not know them.
+        """
+        size = len(self.tokenizer)
+        ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError("a prompt has no token; give a text.", param="prompt")
         if any(not 0 <= token < size for token in ids):
             raise ApiError(f"token ids of 'prompt' lie between 0 and {size - 1}.", param="prompt")
         return ids
 
-    def _room(self, prompt: list[int]) -> int:
+    def room_behind(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt."""
-        size = self._model.config.chunk_size
-        positions = self._model.config.backbone.max_position_embeddings
+        size = self.model.config.chunk_size
+        positions = self.model.config.backbone.max_position_embeddings
         return (positions - -(-len(prompt) // size)) * size
 
 

@@ -1,0 +1,85 @@
+"""What could come next: draws of the next chunk, how often each, and what temperature makes of them."""
+
+import asyncio
+import secrets
+from collections import Counter
+from typing import Any
+
+import torch
+
+from calm.core.chunks import align_to_chunks
+from calm.core.random import generators_of_rows
+from calm.core.temperature import law_of_pool
+from calm.models.calm import CalmForCausalLM
+from calm.serving.engine import QueueFullError
+from calm.serving.protocol import ApiError, PoolRequest
+from calm.serving.requests import Endpoint
+
+
+async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: int) -> dict[str, Any]:
+    """The commonest draws of the chunk behind a prompt and what was written after it.
+
+    Args:
+        endpoint: Whose model and tokenizer.
+        request: What is asked.
+        most_draws: Draws that the server allows.
+
+    Raises:
+        ApiError: If the request cannot be honoured.
+    """
+    endpoint.check_name(request.model)
+    if request.num_draws > most_draws:
+        raise ApiError(f"'num_draws' may be {most_draws} at most.", param="num_draws")
+    prompt = endpoint.tokens_of(request.prompt)
+    size = endpoint.model.config.chunk_size
+    if len(request.written) % size:
+        raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
+    ids = [*prompt, *(endpoint.tokens_of(request.written) if request.written else [])]
+    if endpoint.room_behind(ids) < size:
+        raise ApiError("there is no room behind the text.", param="prompt", code="context_length_exceeded")
+    seed = secrets.randbits(31) if request.seed is None else request.seed
+    try:
+        draws = await asyncio.wrap_future(
+            endpoint.engine.ask(lambda model: _draw(model, ids, request.num_draws, seed))
+        )
+    except QueueFullError as error:
+        raise ApiError(str(error), 429, "rate_limit_error", code="queue_full") from error
+    counted = Counter(draws).most_common()
+    counts = torch.tensor([count for _, count in counted])
+    try:
+        laws = [law_of_pool(counts, temperature).tolist() for temperature in request.temperatures]
+    except ValueError as error:
+        raise ApiError(str(error), param="temperatures") from error
+    candidates = [
+        {
+            "token_ids": list(tokens),
+            "tokens": [endpoint.tokenizer.decode([token]) for token in tokens],
+            "count": count,
+            "chances": [law[place] for law in laws],
+        }
+        for place, (tokens, count) in enumerate(counted[: request.most])
+    ]
+    return {
+        "object": "calm.pool",
+        "model": request.model,
+        "num_draws": request.num_draws,
+        "num_different": len(counted),
+        "temperatures": request.temperatures,
+        "candidates": candidates,
+    }
+
+
+@torch.no_grad()
+def _draw(model: CalmForCausalLM, ids: list[int], num_draws: int, seed: int) -> list[tuple[int, ...]]:
+    """Draws of the chunk behind a text, at temperature 1."""
+    size = model.config.chunk_size
+    ids_1T = torch.tensor([ids], device=model.device)
+    tokens_1T, mask_1C = align_to_chunks(
+        ids_1T, torch.ones_like(ids_1T), size, model.config.pad_token_id or 0
+    )
+    hidden_1CD = model.hidden_states_of_chunks(
+        tokens_1T, mask_1C.repeat_interleave(size, dim=1), (mask_1C.cumsum(-1) - 1).clamp_min(0)
+    )
+    generators = generators_of_rows(seed, [ids], model.device)
+    draws_N1K = model.draw_chunks(hidden_1CD[:, -1], num_draws, generators)
+    return [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
