@@ -106,20 +106,22 @@ def test_a_person_writes_and_looks_into_a_chunk(server, browser):
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(url)
+    assert not page.get_by_label("Key").is_visible()
     page.get_by_label("Prompt").fill("Once <b>upon</b>")
-    page.get_by_label("Tokens, at most").fill("12")
+    page.get_by_label("Most tokens").fill("12")
     page.get_by_label("Seed").fill("5")
-    page.get_by_label("Draws of a chunk").fill("30")
+    page.get_by_label("Most draws").fill("30")
     page.get_by_role("button", name="Write").click()
-    page.wait_for_function("document.getElementById('state').textContent.startsWith('3 chunks')")
+    page.get_by_text("3 chunks").wait_for()
     text = client.completions.create(
         model="tiny", prompt="Once <b>upon</b>", max_tokens=12, seed=5, temperature=1,
         extra_body={"max_draws": 30, "num_draws": 30},
     ).choices[0].text  # fmt: skip
     assert page.locator("#text").text_content() == "Once <b>upon</b>" + text
-    chunks = page.locator("#text button")
+    chunks = page.locator("#text [role=button]")
     assert chunks.count() == 3
-    chunks.nth(1).click()
+    chunks.nth(1).focus()
+    page.keyboard.press("Enter")
     page.wait_for_selector("#pool tr:nth-child(3)")
     assert page.locator("#chunk-title").text_content() == "Chunk 2"
     assert page.locator("#chunk-tokens .token").count() == 4
@@ -144,11 +146,11 @@ def test_a_person_is_told_what_is_wrong_and_may_stop(model, tokenizer, browser, 
         page.wait_for_selector("#state.wrong")
         assert "API key is missing or wrong" in page.locator("#state").text_content()
         page.get_by_label("Key").fill("k")
-        page.get_by_label("Tokens, at most").fill("200")
+        page.get_by_label("Most tokens").fill("200")
         page.get_by_role("button", name="Write").click()
-        page.wait_for_selector("#text button:nth-of-type(2)")
+        page.wait_for_selector("#text [role=button]:nth-of-type(3)")
         page.get_by_role("button", name="Stop").click()
-        page.wait_for_function("document.getElementById('state').textContent == 'stopped'")
+        page.get_by_text("stopped", exact=True).wait_for()
         deadline = time.monotonic() + 5
         while engine.num_rows and time.monotonic() < deadline:
             time.sleep(0.05)

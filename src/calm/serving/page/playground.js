@@ -50,13 +50,20 @@ async function asking(path, body, signal) {
 
 function show(chunk, text) {
   const number = chunks.push(chunk) - 1;
-  const button = document.createElement("button");
-  button.type = "button";
+  // A real button would not break across lines, as text does.
+  const button = document.createElement("span");
+  button.setAttribute("role", "button");
+  button.tabIndex = 0;
   button.textContent = text;
   button.title = `${chunk.num_draws} draws, ${(100 * chunk.agreement).toFixed(1)}% agreed`;
   if (chunk.fell_back) button.className = "spent";
   button.setAttribute("aria-pressed", "false");
   button.addEventListener("click", () => open(number, button));
+  button.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    open(number, button);
+  });
   at("text").append(button);
 }
 
@@ -116,7 +123,7 @@ function tokensOf(tokens) {
 
 async function open(number, button) {
   const chunk = chunks[number];
-  for (const other of at("text").querySelectorAll("button")) other.setAttribute("aria-pressed", "false");
+  for (const other of at("text").querySelectorAll("[role=button]")) other.setAttribute("aria-pressed", "false");
   button.setAttribute("aria-pressed", "true");
   at("chunk").hidden = false;
   at("chunk-title").textContent = `Chunk ${number + 1}`;
@@ -160,7 +167,8 @@ function showPool(pool, chunk, chosen) {
     count.textContent = candidate.count;
     const bar = document.createElement("td");
     const meter = document.createElement("meter");
-    meter.value = candidate.count / pool.num_draws;
+    meter.max = pool.candidates[0].count;
+    meter.value = candidate.count;
     bar.append(meter);
     row.append(text, count, bar);
     candidate.chances.forEach((chance, place) => {
