@@ -21,6 +21,7 @@ LEVELS = {
     "doctor": 2,
     "training": 3,
     "report": 3,
+    "harness": 3,
     "serving": 3,
     "comparison": 4,
     "demo": 4,

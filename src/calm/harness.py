@@ -1,0 +1,215 @@
+"""A model class for EleutherAI's evaluation harness (lm-eval), where a CALM runs the tasks that ask for text.
+
+    python -m calm.harness run --model calm --model_args pretrained=runs/demo/model --tasks my_task
+
+or in Python, `lm_eval.simple_evaluate(model=HarnessModel("runs/demo/model"), tasks=[...])`.
+
+Tasks that ask for log-likelihoods are refused: a CALM has none. As an experiment, multiple choice can be answered
+by sampling instead (`choices`): the scores are no likelihoods, and do not compare with those of other models.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+
+from calm.core.chunks import split_into_chunks
+from calm.core.random import generators_of_rows
+from calm.errors import InputError
+from calm.generation import continue_tokens
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_language_model_and_tokenizer
+
+Choices = Literal["refuse", "agreement", "energy"]
+_KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
+
+
+@register_model("calm")
+class HarnessModel(LM):
+    """A CALM in the harness.
+
+    Args:
+        pretrained: Folder of a model or of adapters, or hub name.
+        temperature: Where a task asks to sample and says no temperature. Tasks that ask for greedy decoding
+            get temperature 0: the commonest chunk of a pool.
+        num_draws: Size of that pool, and draws of each chunk for `choices`.
+        batch_size: Texts written at once.
+        max_gen_toks: Most new tokens where a task says none.
+        seed: Seed of all draws.
+        choices: What is done with tasks that ask for log-likelihoods: "refuse", or, as an experiment,
+            "agreement": the share of drawn tokens that are those of the continuation; or "energy": minus the
+            energy score of the drawn latents for the continuation's own (paper, section 3.2).
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        temperature: float = 0.5,
+        num_draws: int = 64,
+        batch_size: int | str = 8,
+        max_gen_toks: int = 128,
+        seed: int = 1234,
+        choices: Choices = "refuse",
+        **_: Any,  # What the harness says to every model: device, max_batch_size.
+    ) -> None:
+        super().__init__()
+        if choices not in ("refuse", "agreement", "energy"):
+            raise InputError(f"choices must be refuse, agreement or energy, got '{choices}'.")
+        model, self._tokenizer = load_language_model_and_tokenizer(pretrained)
+        if not isinstance(model, CalmForCausalLM):
+            raise InputError(f"'{pretrained}' is no CALM; the harness has model classes for others (hf).")
+        self._model, self._choices, self._seed = model, choices, seed
+        self._temperature, self._num_draws = temperature, num_draws
+        self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        self._max_gen_toks = max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for the harness's cache of requests."""
+        return str(self._tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the text of a prompt."""
+        if self._tokenizer.chat_template is None:
+            raise InputError("the model has no chat template; leave out --apply_chat_template.")
+        text = self._tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(text, str)
+        return text
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text behind each context, up to the first of its stops.
+
+        Raises:
+            InputError: If a task asks for what a CALM cannot do.
+        """
+        texts: list[str] = [""] * len(requests)
+        for places in self._alike(requests):
+            settings = _writing(requests[places[0]].args[1], self._temperature, self._num_draws)
+            stops, budget = settings.pop("until"), settings.pop("max_gen_toks") or self._max_gen_toks
+            prompts = [self._fitting(requests[place].args[0], budget) for place in places]
+            tokens = continue_tokens(
+                self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=self._seed, **settings
+            )
+            written = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for place, text in zip(places, written, strict=True):
+                texts[place] = text[
+                    : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+                ]
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Scores of continuations by sampling, for multiple choice, if that was asked for.
+
+        Raises:
+            InputError: If it was not.
+        """
+        if self._choices == "refuse":
+            raise InputError(
+                "this task asks for log-likelihoods, which a CALM does not have. Run tasks that ask for "
+                "text (output_type: generate_until), or, as an experiment, say choices=agreement or "
+                "choices=energy in the model's arguments."
+            )
+        return [(self._score(*request.args), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Perplexities do not exist for a CALM.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("this task asks for perplexities, which a CALM does not have; see `calm evaluate`.")
+
+    def _alike(self, requests: list[Instance]) -> Iterator[list[int]]:
+        """Places of requests that can be written together."""
+        groups: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(place)
+        for places in groups.values():
+            for start in range(0, len(places), self._batch_size):
+                yield places[start : start + self._batch_size]
+
+    def _fitting(self, context: str, budget: int) -> list[int]:
+        """Tokens of a context, of which the end is kept if it is too long."""
+        size = self._model.config.chunk_size
+        room = self._model.config.backbone.max_position_embeddings - -(-budget // size)
+        if room < 1:
+            raise InputError(f"{budget} tokens do not fit in the model's context.")
+        ids: list[int] = self._tokenizer(context)["input_ids"]
+        if not ids:
+            raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
+        return ids[-room * size :]
+
+    @torch.no_grad()
+    def _score(self, context: str, continuation: str) -> float:
+        """How well draws agree with a continuation, chunk by chunk behind what came before it."""
+        size = self._model.config.chunk_size
+        ids: list[int] = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError("a continuation is empty; the task is none for choices.")
+        prompt = self._fitting(context, len(ids))
+        front, back = -len(prompt) % size, -len(ids) % size
+        pad = self._model.config.pad_token_id or 0
+        tokens_1T = torch.tensor([[pad] * front + prompt + ids + [pad] * back], device=self._model.device)
+        mask_1T = torch.ones_like(tokens_1T)
+        mask_1T[:, :front] = 0
+        first = (front + len(prompt)) // size
+        hidden_PD = self._model.hidden_states_of_chunks(tokens_1T, mask_1T)[0, first - 1 : -1]
+        chunks_PK = split_into_chunks(tokens_1T, size)[0, first:]
+        generators = generators_of_rows(self._seed, [[*prompt, place] for place in range(len(hidden_PD))],
+                                        self._model.device)  # fmt: skip
+        latents_NPZ = self._model.head.sample(hidden_PD, self._num_draws, generators)
+        if self._choices == "energy":
+            return -float(_energy_score(latents_NPZ, self._model.autoencoder.encode(chunks_PK).mean))
+        drawn_NPK = self._model.autoencoder.decode_tokens(latents_NPZ)
+        is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, : len(ids)]
+        return float(is_equal_NT.double().mean())
+
+
+def _energy_score(latents_NPZ: Tensor, target_PZ: Tensor) -> Tensor:
+    """2 E|z - y| - E|z - z'| over draws z, mean over the chunks: smaller is better."""
+    num_draws = len(latents_NPZ)
+    to_target = (latents_NPZ - target_PZ).norm(dim=-1).mean(0)
+    among = torch.cdist(latents_NPZ.transpose(0, 1), latents_NPZ.transpose(0, 1)).sum((-1, -2))
+    return (2 * to_target - among / (num_draws * (num_draws - 1))).mean()
+
+
+def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[str, Any]:
+    """Arguments of `continue_tokens` for what a task asks, with `until` and `max_gen_toks` still in it."""
+    unknown = [name for name in asked if name not in _KNOWN]
+    if unknown:
+        raise InputError(f"a CALM cannot honour '{unknown[0]}' of this task's generation_kwargs.")
+    until = asked.get("until") or []
+    settings: dict[str, Any] = {
+        "until": [until] if isinstance(until, str) else list(until),
+        "max_gen_toks": asked.get("max_gen_toks"),
+    }
+    # The harness's tasks mean greedy decoding where they do not say do_sample.
+    if not asked.get("do_sample") or asked.get("temperature") == 0:
+        return settings | {"temperature": 0.0, "num_draws": num_draws}
+    cuts = {name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None}
+    sampler = {"sampler": "pool", **cuts} if cuts.get("top_p", 1) < 1 or cuts.get("min_p", 0) > 0 else {}
+    return settings | {"temperature": asked.get("temperature", temperature), **sampler}
+
+
+def main() -> None:
+    """The harness's own command line, which knows `--model calm`."""
+    from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415
+
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"calm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

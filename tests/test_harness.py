@@ -1,0 +1,205 @@
+"""lm-eval runs tasks that ask for text; likelihoods are refused, or replaced by sampling on request."""
+
+import json
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+import torch
+from conftest import tiny_model
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from calm.core.chunks import align_to_chunks
+from calm.data.examples import give_template
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+from calm.generation import continue_texts
+from calm.harness import HarnessModel, _energy_score, main
+from calm.models.loading import load_language_model_and_tokenizer
+
+TASKS = {
+    "texts": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: ['e'], max_gen_toks: 12}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
+    "choices": "output_type: multiple_choice\ndoc_to_target: 0\ndoc_to_choice: '{{choices}}'\n"
+    "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(4)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tokenizer = train_tokenizer(stories(0, 20), 320)
+    give_template(tokenizer, None)
+    tiny_model(4, vocab_size=320).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tasks_in(folder, records):
+    """Tasks of the harness on a file here, so that nothing is fetched."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
+            f"test_split: test\ndoc_to_text: '{{{{question}}}}'\nmetadata: {{version: 1}}\n{text}"
+        )
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def test_a_task_that_asks_for_text(folder, tmp_path):
+    """Answers that the model gives are right, others are not."""
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    questions = ["Once upon", "One day", "A cat and a dog", "Then"]
+    texts = [
+        continue_texts(model, tokenizer, [q], max_new_tokens=12, temperature=0, num_draws=16, seed=7)[0]
+        for q in questions
+    ]
+    assert any("e" in text for text in texts)
+    answers = [text.split("e")[0] for text in texts]
+    answers[1] += "wrong"
+    manager = tasks_in(
+        tmp_path,
+        [{"question": q, "answer": a, "choices": ["x"]} for q, a in zip(questions, answers, strict=True)],
+    )
+    harness = HarnessModel(str(folder), num_draws=16, seed=7)
+    results = lm_eval.simple_evaluate(model=harness, tasks=["texts"], task_manager=manager, bootstrap_iters=0)
+    assert results["results"]["texts"]["exact_match,none"] == 0.75
+
+
+def instance(*arguments):
+    return Instance("generate_until", {}, arguments, 0)
+
+
+def test_sampled_text_and_groups_of_settings(folder):
+    harness = HarnessModel(str(folder), batch_size=2, seed=3)
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    sampled = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 9}
+    requests = [
+        instance(f"text {n}", sampled if n % 2 else {"until": "zzz", "max_gen_toks": 5}) for n in range(7)
+    ]
+    for number, text in enumerate(harness.generate_until(requests)):
+        settings = (
+            {"max_new_tokens": 9, "temperature": 0.7}
+            if number % 2
+            else {"max_new_tokens": 5, "temperature": 0, "num_draws": 64}
+        )
+        assert [text] == continue_texts(model, tokenizer, [f"text {number}"], seed=3, **settings)
+
+
+def test_long_contexts_lose_their_beginning(folder):
+    harness = HarnessModel(str(folder))
+    [text] = harness.generate_until([instance("word " * 500, {"max_gen_toks": 8})])
+    assert isinstance(text, str)
+    with pytest.raises(InputError, match="300 tokens do not fit"):
+        harness.generate_until([instance("word", {"max_gen_toks": 300})])
+    with pytest.raises(InputError, match="cannot honour 'num_beams'"):
+        harness.generate_until([instance("word", {"num_beams": 3})])
+
+
+def test_likelihoods_are_refused(folder, tmp_path):
+    manager = tasks_in(tmp_path, [{"question": "q", "answer": "a", "choices": ["x", "y"]}])
+    harness = HarnessModel(str(folder))
+    with pytest.raises(InputError, match="asks for log-likelihoods, which a CALM does not have"):
+        lm_eval.simple_evaluate(model=harness, tasks=["choices"], task_manager=manager)
+    with pytest.raises(InputError, match="perplexities"):
+        harness.loglikelihood_rolling([instance("text")])
+
+
+def test_choices_by_sampling(folder, tmp_path):
+    """What the model itself writes most often is the better choice, whatever the order."""
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    questions = [f"Story {n} begins" for n in range(8)]
+    liked = continue_texts(
+        model, tokenizer, questions, max_new_tokens=8, temperature=0, num_draws=200, seed=1
+    )
+    records = [
+        {"question": q, "answer": "", "choices": [text, "zq" * 5, "!!??"]}
+        for q, text in zip(questions, liked, strict=True)
+    ]
+    manager = tasks_in(tmp_path, records)
+    harness = HarnessModel(str(folder), choices="agreement", num_draws=200)
+    results = lm_eval.simple_evaluate(
+        model=harness, tasks=["choices"], task_manager=manager, bootstrap_iters=0
+    )
+    assert results["results"]["choices"]["acc,none"] >= 0.75
+
+
+def test_agreement_is_the_share_of_drawn_tokens(folder):
+    """Against draws made here, behind the context and what of the continuation came before."""
+    harness = HarnessModel(str(folder), choices="agreement", num_draws=2000)
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    context, continuation = "Once upon", " a time there"
+    [(score, is_greedy)] = harness.loglikelihood([instance(context, continuation)])
+    assert not is_greedy
+    prompt = tokenizer(context)["input_ids"]
+    ids = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    shares = []
+    for start in range(0, len(ids), 4):
+        seen = torch.tensor([prompt + ids[:start]])
+        tokens, mask = align_to_chunks(seen, torch.ones_like(seen), 4, 0)
+        hidden = model.hidden_states_of_chunks(tokens, mask.repeat_interleave(4, 1))[:, -1]
+        drawn = model.draw_chunks(hidden, 2000)[:, 0]
+        wanted = torch.tensor(ids[start : start + 4])
+        shares += (drawn[:, : len(wanted)] == wanted).double().mean(0).tolist()
+    assert score == pytest.approx(sum(shares) / len(shares), abs=0.02)
+
+
+def test_the_energy_score_is_that_of_the_draws():
+    """Pair by pair; and draws around the target score better than others."""
+    generator = torch.Generator().manual_seed(0)
+    draws, target = torch.randn(7, 3, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    expected = 0.0
+    for place in range(3):
+        to_target = sum(float((z[place] - target[place]).norm()) for z in draws) / 7
+        pairs = [float((a[place] - b[place]).norm()) for a in draws for b in draws]
+        expected += (2 * to_target - sum(pairs) / (7 * 6)) / 3
+    assert float(_energy_score(draws, target)) == pytest.approx(expected, rel=1e-5)
+    assert _energy_score(draws * 0.1 + target, target) < _energy_score(draws * 0.1 - target, target)
+
+
+def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
+    """With a head that draws about the posterior of one continuation."""
+    harness = HarnessModel(str(folder), choices="energy", num_draws=16)
+    tokenizer, autoencoder = harness._tokenizer, harness._model.autoencoder
+    ids = tokenizer(" a cat", add_special_tokens=False)["input_ids"]
+    chunk = torch.tensor([ids + [0] * (-len(ids) % 4)])[:, :4]
+    mean = autoencoder.encode(chunk).mean.detach()
+    noise = torch.randn(16, 1, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        harness._model.head, "sample", lambda hidden, *_: mean + 0.01 * noise.expand(-1, len(hidden), -1)
+    )
+    right, wrong = harness.loglikelihood([instance("One", " a cat"), instance("One", "zq")])
+    assert right[0] > wrong[0]
+
+
+def test_bad_arguments(folder, tmp_path):
+    with pytest.raises(InputError, match="choices must be refuse, agreement or energy, got 'best'"):
+        HarnessModel(str(folder), choices="best")
+    with pytest.raises(InputError, match="there is no model"):
+        HarnessModel(str(tmp_path))
+
+
+def test_the_command_line(folder, tmp_path):
+    tasks_in(tmp_path, [{"question": "Once", "answer": "b", "choices": ["x", "y"]}])
+    command = [sys.executable, "-m", "calm.harness", "run", "--model", "calm"]
+    command += ["--include_path", str(tmp_path), "--model_args", f"pretrained={folder},num_draws=8"]
+    done = subprocess.run([*command, "--tasks", "texts"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exact_match" in done.stdout
+
+
+def test_a_refusal_is_one_sentence_on_the_command_line(monkeypatch, capsys):
+    def refuse():
+        raise InputError("this task asks for log-likelihoods.")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refuse)
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "calm: error: this task asks for log-likelihoods.\n"
