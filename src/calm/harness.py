@@ -4,8 +4,8 @@
 
 or in Python, `lm_eval.simple_evaluate(model=HarnessModel("runs/demo/model"), tasks=[...])`.
 
-Tasks that ask for log-likelihoods are refused: a CALM has none. As an experiment, multiple choice can be answered
-by sampling instead (`choices`): the scores are no likelihoods, and do not compare with those of other models.
+Tasks that ask for log-likelihoods are refused: a CALM has none. As an experiment, multiple choice can be
+answered by sampling instead (`choices`): the scores are no likelihoods, and do not compare with others.
 """
 
 import sys
