@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.core.chunks import find_targets
 from calm.data.chunking import make_blocks
-from calm.training.trainer import _collate_tokens
+from calm.training.collating import collate_tokens
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 EOS, PAD = 1, 0
@@ -17,7 +17,7 @@ def test_the_loss_is_the_mean_over_tokens_of_the_documents_alone():
         DOCUMENTS, [0, 1, 2, 3], chunk_size=1, block_size=16, eos_token_id=EOS, pad_token_id=PAD
     )
     assert len(arrays["input_ids"]) == 1
-    batch = _collate_tokens([{name: torch.from_numpy(rows[0]) for name, rows in arrays.items()}])
+    batch = collate_tokens([{name: torch.from_numpy(rows[0]) for name, rows in arrays.items()}])
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, initializer_range=0.5, **sizes)).eval()
     total, count = 0.0, 0
