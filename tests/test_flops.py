@@ -87,6 +87,11 @@ def counted(function):
     return counter.get_total_flops()
 
 
+def assert_counts(counted, expected, angles):
+    """Equal, or more by the angles of rotary positions: some releases of transformers multiply for them."""
+    assert min(abs(counted - expected), abs(counted - expected - angles)) <= 1
+
+
 def test_llama_agrees_with_an_independent_counter():
     config = LlamaConfig(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -94,7 +99,7 @@ def test_llama_agrees_with_an_independent_counter():
     )  # fmt: skip
     model, tokens = LlamaForCausalLM(config), torch.randint(90, (1, 20))
     expected = total(cost_of(config, Work(positions=20)).inference) * 20
-    assert counted(lambda: model(tokens)) == pytest.approx(expected, abs=1)
+    assert_counts(counted(lambda: model(tokens)), expected, angles=6 * 20)
     assert total(cost_of(config).parameters) == sum(p.numel() for p in model.parameters())
 
 
@@ -113,7 +118,7 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
         model.autoencoder.decode(model.head.sample(hidden, draws))
 
     expected = total(cost.inference) * chunks * chunk_size
-    assert counted(write) == pytest.approx(expected, abs=1)
+    assert_counts(counted(write), expected, angles=8 * chunks)
     chunk = tokens.view(chunks, chunk_size)
     assert counted(lambda: model.autoencoder.encode(chunk)) == pytest.approx(
         cost.training["encoder"] * chunks * chunk_size, abs=1
