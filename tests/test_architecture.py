@@ -25,9 +25,10 @@ LEVELS = {
     "serving": 3,
     "comparison": 4,
     "demo": 4,
-    "verbs": 5,
-    "cli": 6,
-    "__main__": 7,
+    "sharing": 5,
+    "verbs": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 MOST_LINES = 400
 # torch and what it needs itself, the standard library, and core.

@@ -44,7 +44,7 @@ RECIPE_PARTS = (
 )
 # Verbs that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
-_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "question")
+_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "run", "question")
 _NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
 
 

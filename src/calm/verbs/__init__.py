@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from calm.verbs.making import ablate, compare, demo, finetune, prepare, train
-from calm.verbs.using import doctor, evaluate, flops, generate, import_published, serve
+from calm.verbs.using import doctor, evaluate, flops, generate, import_published, serve, share
 
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -16,6 +16,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "serve": serve,
     "import": import_published,
+    "share": share,
     "flops": flops,
     "doctor": doctor,
 }

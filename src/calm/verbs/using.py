@@ -205,6 +205,41 @@ def doctor() -> None:
         print(line)
 
 
+def share(
+    run: str,
+    push: str | None = None,
+    private: bool = False,
+    name: str | None = None,
+    license: str | None = None,
+    ngrams: list[int] | int | None = None,
+    max_blocks: int | None = None,
+) -> None:
+    """Write the model card of a run from what it knows and scores, and upload its model if asked to.
+
+    Args:
+        run: Folder of a run of `calm train`.
+        push: Name on the hub, "owner/name", to upload the model folder to.
+        private: Make a new repository there private.
+        name: Of the model on its card; that on the hub, or that of the run's folder if none is given.
+        license: Identifier of a licence that the hub knows, such as mit.
+        ngrams: Orders of n-gram floors on the card, such as [3,5].
+        max_blocks: Score this many held-out blocks at most.
+    """
+    from calm.sharing import push as upload
+    from calm.sharing import write_card
+
+    card = write_card(
+        Path(run),
+        name=name or push,
+        license_name=license,
+        ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
+        num_blocks=max_blocks,
+    )
+    print(f"card: {card}")
+    if push is not None:
+        print(f"model: {upload(card.parent, push, is_private=private)}")
+
+
 def serve(
     model: str,
     host: str = "127.0.0.1",

@@ -1,0 +1,116 @@
+"""The model card says what the run was, and nothing of the machine; the hub's client uploads it."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from toy import failure, toy_recipe
+
+from calm.cli import main
+from calm.data.prepare import load_prepared
+from calm.data.stories import write_stories
+from calm.errors import InputError
+from calm.evaluation.held_out import score_model
+from calm.models.loading import load_model_and_tokenizer
+from calm.sharing import write_card
+from calm.training import stages
+from calm.training.recipe_files import with_settings
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secret-place")
+    write_stories(folder / "text.jsonl", 0, 20)
+    recipe = toy_recipe(folder / "text.jsonl", "adamw")
+    stages.train(recipe, folder / "run")
+    stages.train(with_settings(recipe, {"model": "autoregressive", "chunk_size": 1}), folder / "plain")
+    return folder
+
+
+def test_the_card_says_what_the_run_was(runs, capsys):
+    main(["share", str(runs / "run"), "--name", "small", "--license", "mit", "--ngrams", "[3]"])
+    path = runs / "run/model/README.md"
+    assert capsys.readouterr().out.splitlines()[-1] == f"card: {path}"
+    card = ModelCard.load(path)
+    assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == (
+        "calm-lm",
+        "mit",
+        "text-generation",
+    )
+    model, _ = load_model_and_tokenizer(str(runs / "run/model"))
+    data = load_prepared(runs / "run/data")
+    brier = score_model(model, data, context=32, layout_seed=3).brier
+    [result] = card.data.eval_results
+    assert result.metric_value == pytest.approx(brier.brier_lm, abs=1e-3)
+    text = path.read_text()
+    for figure, error in zip(brier.as_metrics().values(), brier.as_errors().values(), strict=True):
+        assert f"{figure:.2f}" in text and (error != error or f" ± {error:.2f}" in text)
+    for words in (
+        "text.jsonl",
+        "8 steps of 64 tokens",
+        "3-gram",
+        "operations by count",
+        "one latent of 8 dimensions",
+    ):
+        assert words in text, words
+    assert str(runs) not in text and "secret-place" not in text, "no folder of this machine"
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["seed"] == 3 and recipe["data"]["sources"] == "text.jsonl"
+
+
+def test_the_code_of_the_card_runs(runs, monkeypatch):
+    path = write_card(runs / "run", name=str(runs / "run/model"))
+    code = path.read_text().split("```python\n")[1].split("```")[0]
+    said = []
+    exec(code.replace("print(", "said.append("), {"said": said})
+    assert len(said) == 1 and isinstance(said[0], str)
+
+
+def test_a_baseline_has_a_card_too(runs):
+    text = write_card(runs / "plain").read_text()
+    assert "A baseline for CALM" in text or "a baseline for CALM" in text
+    assert "Perplexity" in text and "autoencoder" not in text.split("## Recipe")[0]
+
+
+def test_a_card_of_ones_own_is_kept(runs, capsys):
+    path = write_card(runs / "run")
+    path.write_text("mine")
+    with pytest.raises(InputError, match="move it away"):
+        write_card(runs / "run")
+    assert path.read_text() == "mine"
+    path.unlink()
+    assert "is no finished run" in failure(capsys, "share", runs)
+
+
+def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
+    import calm.sharing
+
+    done = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            done.append((name, private, exist_ok))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            files = sorted(path.name for path in folder_path.iterdir())
+            assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+            done.append(repo_id)
+
+    monkeypatch.setattr(calm.sharing, "HfApi", Hub)
+    main(["share", str(runs / "run"), "--push", "me/small", "--private"])
+    assert done == [("me/small", True, True), "me/small"]
+    assert capsys.readouterr().out.endswith("model: https://hub/me/small\n")
+    assert '"me/small"' in (runs / "run/model/README.md").read_text()
+
+
+def test_a_hub_that_is_not_there(runs, capsys):
+    """The tests run offline: one sentence, no waiting."""
+    with pytest.raises(SystemExit) as raised:
+        main(["share", str(runs / "run"), "--push", "me/small"])
+    assert raised.value.code == 1
+    said = capsys.readouterr().err
+    assert "calm: error: 'me/small' could not be uploaded" in said and "hf auth login" in said
+    history = json.loads((runs / "run/history.json").read_text())
+    assert history.keys() == {"autoencoder", "language_model"}
