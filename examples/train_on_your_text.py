@@ -1,0 +1,44 @@
+"""Train a small CALM on text of your own, score it on held-out text, and let it write.
+
+    python examples/train_on_your_text.py my_texts/ --output runs/mine
+
+The same from the command line: `calm train --recipe cpu_tiny --data.sources my_texts/ --output runs/mine`,
+then `calm evaluate` and `calm generate`.
+"""
+
+import argparse
+from pathlib import Path
+
+from calm.data.prepare import load_prepared
+from calm.evaluation.held_out import score_model
+from calm.generation import continue_texts
+from calm.models.loading import load_model_and_tokenizer
+from calm.report.tables import print_scorecard
+from calm.training.recipe_files import read_recipe, with_settings
+from calm.training.stages import train
+
+
+def main() -> None:
+    """Train, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", help="a .txt, .jsonl or .parquet file, or a folder of them")
+    parser.add_argument("--output", type=Path, default=Path("runs/mine"))
+    parser.add_argument("--recipe", default="cpu_tiny")
+    parser.add_argument("--steps", type=int, help="of the language model; by default those of the recipe")
+    arguments = parser.parse_args()
+
+    recipe = with_settings(read_recipe(arguments.recipe), {"data.sources": arguments.text})
+    if arguments.steps:
+        recipe = with_settings(recipe, {"language_model.training.steps": arguments.steps})
+    folder = train(recipe, arguments.output, resume=(arguments.output / "recipe.yaml").is_file())
+
+    model, tokenizer = load_model_and_tokenizer(str(folder))
+    data = load_prepared(arguments.output / "data")
+    print_scorecard(score_model(model, data, context=recipe.data.context, ngrams=[3]))
+    for beginning, _ in data.held_out_beginnings(2):
+        [text] = continue_texts(model, tokenizer, [beginning], max_new_tokens=60, temperature=0.5, seed=1)
+        print(f"{beginning} |{text}\n")
+
+
+if __name__ == "__main__":
+    main()
