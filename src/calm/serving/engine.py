@@ -121,6 +121,8 @@ class Engine:
         with self._changed:
             for job in jobs:
                 job.is_cancelled = True
+            # Those in the queue make room at once.
+            self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             self._changed.notify()
 
     def ask(self, question: Callable[[CalmForCausalLM], Any]) -> Future:
