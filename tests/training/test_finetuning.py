@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import HEADS, tiny_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from toy import failure, toy_recipe
+from toy import failure, launch, toy_recipe
 
 from calm.data.stories import write_stories
 from calm.errors import InputError
@@ -154,6 +155,31 @@ def test_adapters_are_around_the_linear_layers_alone(base):
         trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
         assert {name.split(".")[2] for name in trained} == parts
         assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_every_adapter_takes_part(head_type):
+    """One around a layer that is never called would learn nothing, and stop several processes."""
+    model = tiny_model(head_config={"head_type": head_type}, backbone_input="both")
+    adapted = with_adapters(model, LoraSettings(rank=2), "base").train()
+    tokens = torch.randint(3, 40, (2, 32))
+    loss = adapted(input_ids=tokens, labels=tokens, position_ids=torch.arange(8).repeat(2, 1)).loss
+    loss.backward()
+    trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert [name for name, weight in trained.items() if weight.grad is None] == []
+    assert sum(weight.grad.abs().sum() > 0 for name, weight in trained.items() if "lora_B" in name) > 10
+
+
+def test_two_processes_learn_the_same(base, tmp_path):
+    recipe = recipe_for(base, rank=4)
+    finetune(recipe, tmp_path / "alone")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    arguments = ("--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
+    result = launch(2, *arguments, verb="finetune")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, weight in weights_of(tmp_path / "alone/model").items():
+        assert_close(weights_of(tmp_path / "two/model")[name], weight, rtol=0, atol=1e-4)
+    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("rank", [0, 4])

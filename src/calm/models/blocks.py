@@ -24,6 +24,10 @@ class ZeroLinear(nn.Linear):
     """A linear layer whose weights start at zero (the model's initialisation sees to it)."""
 
 
+class PartedLinear(nn.Linear):
+    """A linear layer whose weights are used in parts; it is never called, so an adapter would be mute."""
+
+
 class ChunkProjection(nn.Module):
     """What is known of a chunk, by default its K token embeddings -> one input vector (paper section 3.4)."""
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.errors import InputError
+from calm.models.blocks import PartedLinear
 from calm.models.calm import CalmForCausalLM
 from calm.training.finetuning_recipe import LoraSettings
 
@@ -54,7 +55,9 @@ def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] in prefixes
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, PartedLinear)
+        and name.split(".")[0] in prefixes
     ]
 
 

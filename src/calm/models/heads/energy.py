@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
-from calm.models.blocks import ZeroLinear
+from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork
 
 
@@ -76,7 +76,7 @@ class _Block(GradientCheckpointingLayer):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(size, eps=eps)
-        self.merge = nn.Linear(2 * size, size)
+        self.merge = PartedLinear(2 * size, size)
         self.hidden = nn.Linear(size, size)
         self.gate_and_up = nn.Linear(size, 2 * size)
         self.down = nn.Linear(size, size)
