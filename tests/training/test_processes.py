@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.testing import assert_close
@@ -129,6 +130,23 @@ def test_a_sharded_model(alone):
     result = launch(4, *arguments, "--resume")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same()
+
+
+def test_a_sharded_model_in_mixed_precision(alone):
+    """It computes in bfloat16 where a model that is not sharded does, and nowhere else."""
+    folder, recipe = alone
+    given = {"autoencoder.path": str(folder / "alone/autoencoder")}
+    mixed = with_settings(recipe, {**given, "language_model.training.precision": "bf16"})
+    stages.train(mixed, folder / "mixed")
+    write_recipe(with_settings(mixed, {"language_model.sharded": True}), folder / "mixed.yaml")
+    result = launch(2, "--recipe", folder / "mixed.yaml", "--output", folder / "mixed-sharded")
+    assert result.returncode == 0, result.stderr[-3000:]
+    of_one, of_two, in_float32 = (
+        torch.tensor([loss for _, loss in losses(folder / name)["language_model"]])
+        for name in ("mixed", "mixed-sharded", "alone")
+    )
+    assert_close(of_two, of_one, rtol=1e-5, atol=0.0)
+    assert (of_one / in_float32 - 1).abs().max() > 1e-5
 
 
 def test_what_does_not_go_with_sharding(alone, monkeypatch):

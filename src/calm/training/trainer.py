@@ -181,6 +181,12 @@ class ChunkTrainer(Trainer):
         if self._is_sharded:
             keep_autocast(self.accelerator)
 
+    def compute_loss_context_manager(self) -> Any:
+        """What a loss is computed in: accelerate puts autocast around models, but not around sharded ones."""
+        if not self._is_sharded or self.settings.precision != "bf16":
+            return super().compute_loss_context_manager()
+        return torch.autocast(self.args.device.type, torch.bfloat16)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
         if self.optimizer is None:
