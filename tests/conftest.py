@@ -20,6 +20,13 @@ HEADS: dict[str, dict] = {
     "flow": {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1, "num_steps": 5, "frequency_size": 16},
     "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
+    "categorical_flow": {
+        "head_type": "categorical_flow",
+        "num_blocks": 1,
+        "frequency_size": 16,
+        "rank": 6,
+        "num_steps": 4,
+    },
 }
 
 
@@ -40,8 +47,10 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
+    head_type = changes.get("head_config", {}).get("head_type", "energy")
     return CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
+            kind="codes" if head_type == "categorical_flow" else "mlp",
             vocab_size=vocab_size,
             chunk_size=chunk_size,
             latent_size=8,
@@ -50,8 +59,7 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
             **special,
         ),
         backbone_config=backbone | changes.pop("backbone_config", {}),
-        head_config=HEADS[changes.get("head_config", {}).get("head_type", "energy")]
-        | changes.pop("head_config", {}),
+        head_config=HEADS[head_type] | changes.pop("head_config", {}),
         **special,
         **changes,
     )
@@ -64,7 +72,8 @@ def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
         for module in model.head.modules():
             if isinstance(module, ZeroLinear):
                 module.weight.normal_(std=1.0)
-        model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
+        if not model.config.autoencoder.has_codes:
+            model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
         model.backbone.embed_tokens.weight.normal_(std=1.0)
     return model.eval()
 

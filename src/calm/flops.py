@@ -94,6 +94,8 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
 
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
     """Operations per token of training an autoencoder, which a language model on it needs first."""
+    if config.has_codes:  # They are not trained.
+        return 0.0
     vocabulary = config.chunk_size * config.vocab_size * config.hidden_size
     return 3 * 2 * (_encoder_of_chunks(config) + _decoder_of_chunks(config) + vocabulary) / config.chunk_size
 
@@ -164,6 +166,8 @@ def _query_width(config: LlamaConfig) -> int:
 
 def _decoder_of_chunks(config: CalmAutoencoderConfig) -> int:
     """Multiply-adds that decode a latent, vocabulary projection aside."""
+    if config.has_codes:
+        return 0
     size, width = config.chunk_size, config.hidden_size
     block, half = 3 * width * config.intermediate_size, config.num_decoder_layers // 2
     blocks = half * block + (config.num_decoder_layers - half) * size * block
@@ -172,6 +176,8 @@ def _decoder_of_chunks(config: CalmAutoencoderConfig) -> int:
 
 def _encoder_of_chunks(config: CalmAutoencoderConfig) -> int:
     """Multiply-adds that encode a chunk."""
+    if config.has_codes:
+        return 0
     size, width = config.chunk_size, config.hidden_size
     block, half = 3 * width * config.intermediate_size, config.num_encoder_layers // 2
     blocks = half * size * block + (config.num_encoder_layers - half) * block

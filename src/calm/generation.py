@@ -99,13 +99,15 @@ def _tokens_of(model: PreTrainedModel) -> Callable[..., Tensor]:
         seed: int | None,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        sampler: str = "exact",
+        sampler: str | None = None,
         num_draws: int = 0,
         max_draws: int = 0,
         **arguments: Any,
     ) -> Tensor:
-        if sampler == "pool":
-            raise InputError("the pool sampler is for models without probabilities; leave out --sampler.")
+        if sampler in ("pool", "head"):
+            raise InputError(
+                f"the {sampler} sampler is for models without probabilities; leave out --sampler."
+            )
         inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
         if temperature > 0:
             arguments |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}

@@ -206,7 +206,7 @@ def test_other_temperatures_are_refused(temperature):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "beam"}, "sampler must be one of exact, pool; got 'beam'"),
+        ({"sampler": "beam"}, "sampler must be one of exact, pool, head; got 'beam'"),
         ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
         ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
         ({"temperature": 0, "num_draws": 0}, "at least 1 draws, got num_draws=0"),

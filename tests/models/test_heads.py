@@ -27,6 +27,12 @@ def model_with(head_type: str, **fields) -> CalmForCausalLM:
     return tiny_model(head_config={"head_type": head_type, **fields})
 
 
+def loss_of(head, hidden: torch.Tensor, posterior: DiagonalGaussian, *arguments) -> torch.Tensor:
+    """The loss, with tokens where the head needs them."""
+    tokens = {"tokens_PK": torch.randint(3, 40, (len(hidden), 4), generator=generator(9))}
+    return head.loss(hidden, posterior, *arguments, **(tokens if head.needs_tokens else {}))
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -70,7 +76,7 @@ def test_the_loss_follows_the_seed_and_reaches_every_parameter(head_type):
 def test_the_loss_is_one_number_for_each_position(head_type):
     head = model_with(head_type).head
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
-    loss = head.loss(torch.randn(6, 32), posterior, generator())
+    loss = loss_of(head, torch.randn(6, 32), posterior, generator())
     assert loss.shape == (6,) and loss.isfinite().all()
 
 
@@ -121,8 +127,9 @@ def test_mixed_precision(head_type):
 def test_a_compiled_loss_is_the_loss(head_type):
     head, hidden = model_with(head_type).head, torch.randn(6, 32)
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
-    compiled = torch.compile(head.loss, backend="eager")
-    assert_close(compiled(hidden, posterior, generator()), head.loss(hidden, posterior, generator()))
+    compiled = torch.compile(loss_of, backend="eager")
+    arguments = (head, hidden, posterior, generator())
+    assert_close(compiled(*arguments), loss_of(head, hidden, posterior, generator()))
 
 
 @every_head
@@ -156,7 +163,7 @@ def test_operations_agree_with_an_independent_counter(head_type, draws):
         model.head.sample(hidden, draws)
     of_time = 0
     if head_type != "energy":
-        calls = {"flow": 4, "diffusion": 5, "mean_flow": 2}[head_type]
+        calls = {"flow": 4, "diffusion": 5, "mean_flow": 2, "categorical_flow": 4}[head_type]
         of_time = 2 * calls * (16 * 32 + 32 * 32)
     expected = 2 * positions * (work.shared + draws * work.per_draw)
     assert counter.get_total_flops() - of_time == expected
@@ -171,7 +178,7 @@ def test_training_operations_agree_with_an_independent_counter(head_type):
     work = model.config.head.work(32, 8)
     posterior = DiagonalGaussian(torch.randn(positions, 8), torch.full((positions, 8), -1.0))
     with FlopCounterMode(display=False) as counter:
-        model.head.loss(hidden, posterior).sum().backward()
+        loss_of(model.head, hidden, posterior).sum().backward()
     expected = 2 * positions * (work.training_shared + work.training_draws * work.training_per_draw)
     # No gradient goes to noise, points and times, so their layers take a pass less.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)

@@ -1,11 +1,14 @@
 """Heads learn a law with two modes, of which a head of squared error knows only the middle."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm import CalmAutoencoder, CalmAutoencoderConfig
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.blocks import ZeroLinear
 from calm.models.heads import GenerativeHead, build_head, parse_head_config, with_sampling
@@ -17,7 +20,8 @@ CONTEXTS = torch.eye(2, SIZE)
 STEPS, BATCH, DRAWS = 1000, 64, 4000
 
 
-def trained(head: GenerativeHead) -> GenerativeHead:
+def train(head: GenerativeHead, loss: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Train a head on random contexts."""
     for module in head.modules():
         if isinstance(module, ZeroLinear):
             nn.init.zeros_(module.weight)
@@ -26,13 +30,23 @@ def trained(head: GenerativeHead) -> GenerativeHead:
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         context = torch.randint(2, (BATCH,), generator=generator)
-        sign = torch.where(torch.rand(BATCH, generator=generator) < SHARES[context], 1.0, -1.0)
-        posterior = DiagonalGaussian(sign.unsqueeze(-1) * MODE, torch.full((BATCH, LATENT), math.log(STD)))
         optimizer.zero_grad()
-        head.loss(CONTEXTS[context], posterior, generator).mean().backward()
+        loss(context, generator).mean().backward()
         optimizer.step()
         decay.step()
-    return head.requires_grad_(False)
+    head.requires_grad_(False)
+
+
+def trained(head: GenerativeHead) -> GenerativeHead:
+    """A head that has seen the two modes."""
+
+    def loss(context: Tensor, generator: torch.Generator) -> Tensor:
+        sign = torch.where(torch.rand(BATCH, generator=generator) < SHARES[context], 1.0, -1.0)
+        posterior = DiagonalGaussian(sign.unsqueeze(-1) * MODE, torch.full((BATCH, LATENT), math.log(STD)))
+        return head.loss(CONTEXTS[context], posterior, generator)
+
+    train(head, loss)
+    return head
 
 
 def near_modes(draws_NPZ: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,3 +102,36 @@ def test_two_modes_are_recovered(head_type):
 def test_squared_error_finds_no_mode():
     near, _ = near_modes(trained(GuessingHead()).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
     assert (near < 0.4).all()
+
+
+JOINT = torch.tensor(
+    [[[0.4, 0.0, 0.1], [0.0, 0.3, 0.0], [0.0, 0.1, 0.1]], [[0.0, 0.2, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.3]]]
+)
+"""The law of two tokens in two contexts, in which each says much of the other."""
+
+
+def test_the_categorical_flow_learns_a_joint_law_and_sharpens_it():
+    autoencoder = CalmAutoencoder(
+        CalmAutoencoderConfig(kind="codes", vocab_size=3, chunk_size=2, latent_size=12)
+    )
+    fields = {"head_type": "categorical_flow", "vocab_size": 3, "chunk_size": 2, "rank": 8, "num_steps": 40}
+    head = build_head(parse_head_config(fields | {"last_time": 0.8}), SIZE, 12)
+    head.attach(autoencoder.requires_grad_(False))
+
+    def loss(context, generator):
+        chunk = torch.multinomial(JOINT[context].flatten(1), 1, generator=generator)[:, 0]
+        tokens = torch.stack([chunk // 3, chunk % 3], dim=-1)
+        return head.loss(CONTEXTS[context], autoencoder.encode(tokens), generator, tokens_PK=tokens)
+
+    train(head, loss)
+    prepared = head.prepare(CONTEXTS)
+    for temperature, most in ((1.0, 0.05), (0.5, 0.2)):
+        draws = head.draw_at(temperature, prepared, DRAWS, torch.Generator().manual_seed(2))
+        first, second = autoencoder.decode_tokens(draws).unbind(-1)
+        seen = F.one_hot(3 * first + second, 9).float().mean(0)
+        wanted = JOINT.flatten(1) ** (1 / temperature)
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+        distance = (seen - wanted).abs().sum(-1) / 2
+        assert distance.max() < most, (temperature, distance)
+        # Draws at T = 1 are further from the sharpened law than those at T = 0.5.
+        assert temperature == 1 or ((JOINT.flatten(1) - wanted).abs().sum(-1) / 2 > distance + 0.02).all()

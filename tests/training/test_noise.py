@@ -56,7 +56,8 @@ def gradient(model, parts, total):
 
 
 @pytest.mark.parametrize(
-    "kind", ["energy", "energy, integrated", "flow", "diffusion", "mean_flow", "autoencoder"]
+    "kind",
+    ["energy", "energy, integrated", "flow", "diffusion", "mean_flow", "categorical_flow", "autoencoder"],
 )
 def test_a_batch_in_parts_has_the_same_gradient(kind):
     if kind == "autoencoder":

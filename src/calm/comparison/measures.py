@@ -132,8 +132,10 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
 def _warmth(
     model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
 ) -> Warmth:
-    settings = TemperatureSettings(temperature=temperature)
-    draws = CalmDraws(model, settings) if isinstance(model, CalmForCausalLM) else None
+    settings, draws = TemperatureSettings(temperature=temperature), None
+    if isinstance(model, CalmForCausalLM):
+        settings = dataclasses.replace(settings, sampler=model.default_sampler(temperature))
+        draws = CalmDraws(model, settings)
     scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
     result = score_sampler(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)

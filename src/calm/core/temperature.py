@@ -21,7 +21,7 @@ Draw = Callable[[int, Tensor], Tensor]
 """draw(num_draws, rows_R): independent draws of those rows at temperature 1: token ids (N, R, K), or
 states (N, R, X) that go with a `TokenReader`."""
 
-SAMPLERS = ("exact", "pool")
+SAMPLERS = ("exact", "pool", "head")
 _ROUNDING = 1e-3
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
@@ -53,8 +53,9 @@ class TemperatureSettings:
 
     Args:
         temperature: T in [0, 1]; 0 takes the commonest chunk of a pool.
-        sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice, or "pool", whose law
-            tends to it as `num_draws` grows.
+        sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice; "pool", whose law
+            tends to it as `num_draws` grows; or "head", one draw of a head that takes a temperature
+            itself, whose law is the head's own.
         num_draws: Pool size of the pool sampler, and of both at temperature 0.
         max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
         first_block: Draws that the exact sampler begins with; None chooses. It moves cost, not the law.
@@ -73,7 +74,13 @@ class TemperatureSettings:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
-        if self.sampler == "pool" or self.temperature == 0:
+        if self.sampler == "head":
+            if not 0 < self.temperature <= 1:
+                raise ValueError(
+                    f"sampler='head' takes a temperature above 0 and at most 1, got {self.temperature:g}; "
+                    "sampler='pool' gives the commonest chunk at 0."
+                )
+        elif self.sampler == "pool" or self.temperature == 0:
             _order_for(self.temperature, self.num_draws, "num_draws=")
         else:
             _order_for(self.temperature, self.max_draws, "max_draws=")
@@ -84,13 +91,18 @@ class TemperatureSettings:
                 "top_p must lie in (0, 1] and min_p in [0, 1]; "
                 f"got top_p={self.top_p:g} and min_p={self.min_p:g}."
             )
-        if self.sampler == "exact" and self.truncates:
+        if self.sampler != "pool" and self.truncates:
             raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
 
     @property
     def truncates(self) -> bool:
         """Whether `top_p` or `min_p` can drop a chunk."""
         return self.top_p < 1 or self.min_p > 0
+
+    @property
+    def takes_one_draw(self) -> bool:
+        """Whether a single draw is the sample."""
+        return self.sampler == "head" or (self.temperature == 1 and not self.truncates)
 
 
 def inverse_temperature(temperature: float) -> float:
@@ -117,7 +129,7 @@ def sample(
     """One chunk for every row by the sampler of the settings; at T = 1 that is a single draw.
 
     Args:
-        draw: Makes draws of some rows.
+        draw: Makes draws of some rows; for the sampler "head", at the temperature of the settings.
         num_rows: Number of rows R.
         settings: Sampler and temperature.
         randomness: Source of the choices; the draws have their own.
@@ -128,7 +140,7 @@ def sample(
     """
     if num_rows < 1:
         raise ValueError("there is no row to sample: the batch is empty.")
-    if settings.temperature == 1 and not settings.truncates:
+    if settings.takes_one_draw:
         rows_R = torch.arange(num_rows)
         chunks_RK = Pool(draw(1, rows_R), reader).chunks(torch.zeros_like(rows_R), rows_R)
         one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)

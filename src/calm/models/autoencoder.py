@@ -17,6 +17,7 @@ from calm.core.argmax import Screen, argmax_of_scores
 from calm.core.chunks import IGNORED_LABEL, have_label, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
+from calm.models.codes import CodeDecoder, CodeEncoder, draw_codes
 from calm.models.configuration import CalmAutoencoderConfig
 
 _LATENTS_AT_ONCE = 512  # The decoder's own tensors then stay in the caches of a CPU.
@@ -110,7 +111,7 @@ class _Decoder(nn.Module):
 
 
 class CalmAutoencoder(PreTrainedModel):
-    """Context-free variational autoencoder of chunks, made of MLPs only."""
+    """Context-free variational autoencoder of chunks, made of MLPs only, or of codes without training."""
 
     config: CalmAutoencoderConfig
     config_class = CalmAutoencoderConfig
@@ -122,10 +123,19 @@ class CalmAutoencoder(PreTrainedModel):
 
     def __init__(self, config: CalmAutoencoderConfig) -> None:
         super().__init__(config)
-        self.encoder = _Encoder(config)
-        self.decoder = _Decoder(config)
+        self.encoder: _Encoder | CodeEncoder
+        self.decoder: _Decoder | CodeDecoder
+        if config.has_codes:
+            self.encoder, self.decoder = CodeEncoder(config), CodeDecoder(config)
+        else:
+            self.encoder, self.decoder = _Encoder(config), _Decoder(config)
         self._screen: Screen | None = None
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.config.has_codes and isinstance(module, nn.Embedding):
+            draw_codes(module)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding, which is also the vocabulary projection of the decoder."""
@@ -141,7 +151,8 @@ class CalmAutoencoder(PreTrainedModel):
 
     def decode(self, latents_PZ: Tensor) -> Tensor:
         """Token scores of each latent, shape (P, K, V)."""
-        return F.linear(self.decoder(latents_PZ), self.encoder.embed_tokens.weight)
+        weight_VD = self.encoder.embed_tokens.weight
+        return F.linear(self.decoder(latents_PZ).to(weight_VD.dtype), weight_VD)
 
     def decode_tokens(self, latents_PZ: Tensor) -> Tensor:
         """Most likely tokens of each latent, shape (P, K), for any leading axes P.
@@ -167,8 +178,8 @@ class CalmAutoencoder(PreTrainedModel):
 
     def _most_likely(self, vectors: Tensor) -> Tensor:
         """Tokens with the largest scores, the last axis of token vectors taken away."""
-        flat = vectors.flatten(0, -2)
         weight_VD = self.encoder.embed_tokens.weight
+        flat = vectors.flatten(0, -2).to(weight_VD.dtype)
         best = argmax_of_scores(flat, weight_VD) if self._screen is None else self._screen.argmax(flat)
         return best.view(vectors.shape[:-1])
 

@@ -71,6 +71,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         self.backbone = ChunkBackbone(config.backbone)
         self.projection = ChunkProjection(config.input_size, config.hidden_size, config.layer_norm_eps)
         self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
+        self.head.attach(self.autoencoder)
         self.post_init()
         self._freeze_autoencoder()
         self.generation_config = GenerationConfig(
@@ -159,7 +160,13 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
                 if posterior_BCZ is None
                 else posterior_BCZ[:, 1:][is_target_BC]
             )
-            loss_P = self.head.loss(hidden_BCD[:, :-1][is_target_BC], posterior_PZ, generator, noise)
+            tokens = {}
+            if self.head.needs_tokens:
+                tokens = {
+                    "tokens_PK": split_into_chunks(input_ids, self.config.chunk_size)[:, 1:][is_target_BC]
+                }
+            hidden_PD = hidden_BCD[:, :-1][is_target_BC]
+            loss_P = self.head.loss(hidden_PD, posterior_PZ, generator, noise, **tokens)
             count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
             # An all-padding batch has no target: the loss is zero, not 0 / 0.
             loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))

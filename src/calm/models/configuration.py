@@ -1,11 +1,13 @@
 """What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling
+
+AUTOENCODER_KINDS = ("mlp", "codes")
 
 
 class CalmAutoencoderConfig(PreTrainedConfig):
@@ -14,6 +16,9 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of token ids V.
         chunk_size: Tokens per chunk K.
+        kind: "mlp", the published autoencoder, or "codes": each token has a fixed random code, a latent is
+            the codes of its tokens in a row, and nothing is trained (see calm.models.codes). Of what
+            follows only the latent size counts then; a code has Z / K dimensions.
         latent_size: Dimensions of a latent Z.
         hidden_size: Width of token and chunk vectors.
         intermediate_size: Inner width of the gated MLPs.
@@ -32,6 +37,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
     vocab_size: int = 4096
     chunk_size: int = 4
+    kind: str = "mlp"
     latent_size: int = 128
     hidden_size: int = 512
     intermediate_size: int = 1280
@@ -57,10 +63,24 @@ class CalmAutoencoderConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} must be even (half on tokens, half on chunks) and at least 2, got {layers}."
                 )
+        if self.kind not in AUTOENCODER_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(AUTOENCODER_KINDS)}, got '{self.kind}'.")
+        if self.has_codes:
+            if self.latent_size % self.chunk_size:
+                raise ValueError(
+                    f"latent_size must be a multiple of the chunk size {self.chunk_size} for codes, "
+                    f"got {self.latent_size}."
+                )
+            self.hidden_size = self.latent_size // self.chunk_size
         for name in ("token_dropout", "latent_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether latents are fixed codes of tokens in a row."""
+        return self.kind == "codes"
 
 
 BACKBONE_INPUTS = ("tokens", "latents", "both")
@@ -116,7 +136,7 @@ class CalmConfig(PreTrainedConfig):
         }
         self.autoencoder_config = autoencoder
         self.backbone_config = LlamaConfig(**backbone)
-        self.head_config = asdict(parse_head_config(self.head_config or {"head_type": "energy"}))
+        self.head_config = _with_sizes(self.head_config or {"head_type": "energy"}, autoencoder)
         super().__post_init__(**kwargs)
 
     @property
@@ -193,3 +213,11 @@ class CalmConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Layers of the backbone."""
         return self.backbone.num_hidden_layers
+
+
+def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dict[str, Any]:
+    """All fields of a head; those that repeat a size of the autoencoder are taken from there."""
+    config = parse_head_config(head)
+    known = {field.name for field in fields(config)}
+    sizes = {name: getattr(autoencoder, name) for name in ("vocab_size", "chunk_size") if name in known}
+    return asdict(config) | sizes

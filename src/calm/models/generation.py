@@ -97,7 +97,8 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
                 `do_sample=False` asks for a mode that no likelihood-free model has, and is an error:
                 say `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are written (batch of one).
-            sampler: "exact" (default) or "pool", see `calm.core.temperature`.
+            sampler: "exact", "pool" or "head", see `calm.core.temperature`; by default "head" where the
+                head takes a temperature, "exact" elsewhere.
             num_draws: Pool size of the pool sampler, and of both at temperature 0.
             max_draws: Most draws a chunk of the exact sampler.
             seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
@@ -115,6 +116,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             ValueError: If an argument is out of range, unknown or contradicts another.
         """
         config = self._generation_settings(generation_config, kwargs)
+        sampler = sampler or self.default_sampler(config.temperature)
         settings = _temperature_settings(config, sampler, num_draws, max_draws)
         prompt_BT, mask_BT = self._prompts(input_ids, attention_mask, config)
         randomness: Randomness = generator
@@ -217,7 +219,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
 
 
 def _temperature_settings(
-    config: GenerationConfig, sampler: str | None, num_draws: int | None, max_draws: int | None
+    config: GenerationConfig, sampler: str, num_draws: int | None, max_draws: int | None
 ) -> TemperatureSettings:
     """Settings from what was given; what was not keeps its default."""
     given = {

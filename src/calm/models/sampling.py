@@ -53,8 +53,10 @@ class ChunkSamplingMixin:
             randomness: Source of the draws and choices: one generator, or one for each position.
 
         Raises:
-            ValueError: If there is no position, or a latent is not finite.
+            ValueError: If there is no position, a latent is not finite, or the head is asked for a
+                temperature that it does not take.
         """
+        self.check_sampler(settings)
         prepared_P = self.head.prepare(hidden_PD)
         config = self.autoencoder.config
         is_large = config.vocab_size * config.hidden_size >= _LARGE_PROJECTION
@@ -62,10 +64,25 @@ class ChunkSamplingMixin:
 
         def draw(num_draws: int, rows: Tensor) -> Tensor:
             chosen = prepared_P if len(rows) == len(prepared_P) else prepared_P[rows.to(prepared_P.device)]
-            return decode(_finite(self.head.draw(chosen, num_draws, select_rows(randomness, rows))))
+            own = select_rows(randomness, rows)
+            if settings.sampler == "head" and settings.temperature < 1:
+                return decode(_finite(self.head.draw_at(settings.temperature, chosen, num_draws, own)))
+            return decode(_finite(self.head.draw(chosen, num_draws, own)))
 
         reader = _DecoderReader(self.autoencoder) if is_large else None
         return sample(draw, len(hidden_PD), settings, randomness, reader)
+
+    def default_sampler(self, temperature: float) -> str:
+        """The sampler where none is named: the head's own, which costs one draw, where there is one."""
+        return "head" if self.head.takes_temperature and temperature > 0 else "exact"
+
+    def check_sampler(self, settings: TemperatureSettings) -> None:
+        """Raise ValueError if the head is asked for a temperature that it does not take."""
+        if settings.sampler == "head" and not self.head.takes_temperature:
+            raise ValueError(
+                f"a {self.head.config.head_type} head does not take a temperature; "
+                "use the sampler 'exact' or 'pool'."
+            )
 
     @torch.no_grad()
     def draw_chunks(self, hidden_PD: Tensor, num_draws: int, randomness: Randomness = None) -> Tensor:

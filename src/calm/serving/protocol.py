@@ -77,7 +77,7 @@ class _Sampling(BaseModel):
     metadata: dict[str, str] | None = None
     # Ours.
     min_p: float | None = None
-    sampler: Literal["exact", "pool"] | None = None
+    sampler: Literal["exact", "pool", "head"] | None = None
     num_draws: StrictInt | None = Field(None, ge=1)
     max_draws: StrictInt | None = Field(None, ge=1)
     return_chunks: bool = False
@@ -127,6 +127,8 @@ class _Sampling(BaseModel):
         cuts = given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
         if cuts and "sampler" not in given:
             given["sampler"] = "pool"
+        if given.get("temperature") == 0 and defaults.sampler == "head":
+            given.setdefault("sampler", "exact")
         if given.get("temperature", 0) > 1:
             raise ApiError(
                 "'temperature' lies between 0 and 1 for a model without likelihoods, "

@@ -102,12 +102,17 @@ class Endpoint:
                     param="prompt",
                     code="context_length_exceeded",
                 )
+        settings = request.settings(self._settings.defaults)
+        try:
+            self.model.check_sampler(settings)
+        except ValueError as error:
+            raise ApiError(str(error), param="sampler") from error
         answers = Answers(
             engine=self.engine,
             tokenizer=self.tokenizer,
             prompts=prompts,
             copies=request.n,
-            settings=request.settings(self._settings.defaults),
+            settings=settings,
             budget=budget,
             seed=request.chosen_seed(),
             stops=request.stops,

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run_server(
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     if not isinstance(network, CalmForCausalLM):
         raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
+    defaults = replace(defaults, sampler=network.default_sampler(temperature))
     settings = ServerSettings(
         name=name or Path(model).resolve().name, api_key=key, defaults=defaults, **limits
     )

@@ -76,6 +76,7 @@ def autoencoder_config(
         CalmAutoencoderConfig,
         vocab_size=vocab_size,
         chunk_size=recipe.chunk_size,
+        kind=settings.kind,
         latent_size=settings.latent_size,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,

@@ -165,6 +165,8 @@ class AutoencoderSettings:
 
     Args:
         path: A trained autoencoder folder (or a model folder with one inside) to use; none trains one.
+        kind: "mlp" for the published autoencoder, "codes" for fixed codes of tokens, which need no training
+            and of what follows only the latent size.
         latent_size: Dimensions of a latent.
         hidden_size: Width.
         intermediate_size: Inner width of the MLPs.
@@ -178,6 +180,7 @@ class AutoencoderSettings:
     """
 
     path: str | None = None
+    kind: Literal["mlp", "codes"] = "mlp"
     latent_size: int = 128
     hidden_size: int = 512
     intermediate_size: int = 1280

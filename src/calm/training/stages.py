@@ -184,6 +184,8 @@ def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Calm
     set_seed(recipe.seed)
     special = special_tokens_of(data.tokenizer)
     autoencoder = CalmAutoencoder(autoencoder_config(recipe, data.vocab_size, special))
+    if autoencoder.config.has_codes:
+        return autoencoder
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         assert isinstance(model, CalmAutoencoder)

@@ -74,7 +74,7 @@ def generate(
     prompt: list[str],
     max_new_tokens: int = 128,
     temperature: float = 0.5,
-    sampler: Literal["exact", "pool"] = "exact",
+    sampler: Literal["exact", "pool", "head"] | None = None,
     num_draws: int = 200,
     max_draws: int = 200,
     top_p: float = 1.0,
@@ -90,7 +90,8 @@ def generate(
         prompt: Text to continue; more than one are written as a batch.
         max_new_tokens: Most tokens of a continuation.
         temperature: From 0 to 1; lower is more fluent and less varied, 0 the commonest chunk of a pool.
-        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it.
+        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it; head is one
+            draw of a head that takes a temperature itself. None for head where there is one, else exact.
         num_draws: Pool of draws of the pool sampler, and of both at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.

@@ -14,6 +14,7 @@ from calm.models.heads.base import (
     register_head,
     with_sampling,
 )
+from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
 from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.flow import FlowHead, FlowHeadConfig
@@ -23,8 +24,11 @@ register_head("energy", EnergyHeadConfig, EnergyHead)
 register_head("flow", FlowHeadConfig, FlowHead)
 register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
 register_head("mean_flow", MeanFlowHeadConfig, MeanFlowHead)
+register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
 
 __all__ = [
+    "CategoricalFlowHead",
+    "CategoricalFlowHeadConfig",
     "DiffusionHead",
     "DiffusionHeadConfig",
     "EnergyHead",

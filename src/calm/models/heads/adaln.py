@@ -60,12 +60,17 @@ class AdaptiveHeadConfig(HeadConfig):
         """Network calls of a draw."""
         return self.num_steps
 
+    def output_size(self, latent_size: int) -> int:
+        """Numbers that the network gives for a point."""
+        return self.outputs * latent_size
+
     def work(self, hidden_size: int, latent_size: int) -> HeadWork:
         """See `HeadConfig`; all steps of a draw are counted, and drawing all at once is assumed."""
         square, blocks = hidden_size * hidden_size, self.num_blocks
         of_times = self.times * (self.frequency_size * hidden_size + square)
         of_norms = 3 * blocks * square + 2 * square
-        of_point = (1 + self.outputs) * latent_size * hidden_size + 2 * blocks * square
+        ends = latent_size + self.output_size(latent_size)
+        of_point = ends * hidden_size + 2 * blocks * square
         return HeadWork(
             shared=square + self.calls * of_norms,  # Times are embedded once for all positions.
             per_draw=self.calls * of_point,
@@ -127,10 +132,10 @@ class _AdaptiveNetwork(nn.Module):
         self.blocks = nn.ModuleList(kind(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out_modulation = ZeroLinear(hidden_size, 2 * hidden_size)
-        self.out = ZeroLinear(hidden_size, config.outputs * latent_size)
+        self.out = ZeroLinear(hidden_size, config.output_size(latent_size))
 
     def forward(self, x_NPZ: Tensor, times: tuple[Tensor, ...], condition_PD: Tensor) -> Tensor:
-        """What is predicted at every point, (N, P, outputs · Z), in the type of the points.
+        """What is predicted at every point, (N, P, `output_size`), in the type of the points.
 
         Args:
             x_NPZ: Points.

@@ -106,6 +106,29 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     config: HeadConfig
 
+    needs_tokens: ClassVar[bool] = False
+    """Whether `loss` also takes `tokens_PK`, the tokens of the target chunks."""
+    takes_temperature: ClassVar[bool] = False
+    """Whether one draw can come from a law of lower temperature: then there is `draw_at`."""
+
+    def attach(self, autoencoder: nn.Module) -> None:
+        """Get to know the frozen autoencoder of the model, once, before its weights are loaded.
+
+        Raises:
+            ValueError: If the head does not work with such an autoencoder.
+        """
+        return
+
+    def draw_at(
+        self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None
+    ) -> Tensor:
+        """Independent draws at a temperature in (0, 1), (N, P, Z), for the price of as many at T = 1.
+
+        Raises:
+            NotImplementedError: If the head `takes_temperature` not.
+        """
+        raise NotImplementedError(f"a '{self.config.head_type}' head does not take a temperature.")
+
     @abc.abstractmethod
     def loss(
         self,

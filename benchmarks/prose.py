@@ -1,0 +1,271 @@
+"""Can CALM write real prose, and is it better than a Transformer of equal total cost?
+
+    python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose
+
+For each seed and each budget of training operations (autoencoder included) one model of each kind is trained
+on the same text with the same tokenizer, optimizer and context, and scored on the same held-out text:
+
+    baseline     a Llama of tokens
+    energy_K4    CALM as published, but for Muon and the integrated posterior (recipe `laptop_energy`)
+    energy_K2    the same with chunks of two tokens
+    improved_K4  the categorical flow head on codes (recipe `laptop`)
+    improved_K2  the same with chunks of two tokens
+
+What is finished is kept, so the benchmark goes on where it was stopped; runs of several seeds may share an
+output folder at the same time, once its text is prepared (`--models` with no name does only that).
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from calm.comparison.costs import autoencoder_operations, language_model_operations, record_of
+from calm.core.chunks import split_into_chunks
+from calm.core.temperature import TemperatureSettings
+from calm.data.prepare import load_prepared, prepare
+from calm.evaluation.held_out import batches_of, score_ngrams, score_sampler
+from calm.evaluation.samplers import scorer_of, scorer_of_draws
+from calm.evaluation.steps import CalmDraws
+from calm.flops import Work, cost_of
+from calm.models.calm import CalmForCausalLM
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.report.pages import new_figure
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import RECIPE, train
+
+MODELS = {
+    "baseline": ("laptop", 1),
+    "energy_K4": ("laptop_energy", 4),
+    "energy_K2": ("laptop_energy", 2),
+    "improved_K4": ("laptop", 4),
+    "improved_K2": ("laptop", 2),
+}
+MOST_FOR_AUTOENCODER = 0.25  # Of the budget.
+LOW = 0.5  # The temperature of fluent text.
+WARM_BLOCKS, WORD_BLOCKS, SEED = 16, 16, 1234
+
+
+def main():
+    """Train and score what is missing, then draw up what there is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", default="train.jsonl.xz", help="training text")
+    parser.add_argument("--valid", default="valid.jsonl.xz", help="held-out text")
+    parser.add_argument("--output", type=Path, default=Path("runs/prose"))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[1.5e13, 3e13, 6e13])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--blocks", type=int, help="held-out blocks that are scored, all by default")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    base = read_recipe("laptop").data
+    if not (output / "data").is_dir():
+        prepare(
+            [arguments.train],
+            output / "data",
+            validation_sources=[arguments.valid],
+            vocab_size=base.vocab_size,
+        )
+    floor = output / "floor.json"
+    if not floor.is_file():
+        floor.write_text(json.dumps(score_floor(output / "data", base.context, arguments.blocks)))
+    for seed in arguments.seeds:
+        for budget in sorted(arguments.budgets):
+            for name in arguments.models:
+                run(name, budget, seed, output, arguments.blocks)
+    report(output)
+
+
+def run(name, budget, seed, output, num_blocks):
+    """Train and score one model, unless that is done."""
+    folder = output / f"{name}_{budget:.2g}_seed{seed}"
+    result = folder / "score.json"
+    if result.is_file():
+        return
+    recipe = recipe_of(name, budget, seed, output / "data")
+    print(f"{folder.name}: {recipe.language_model.training.steps} steps", flush=True)
+    train(recipe, folder, resume=(folder / RECIPE).is_file())
+    scores = score(folder, recipe.data.context, num_blocks)
+    result.write_text(json.dumps({"model": name, "budget": budget, "seed": seed, **scores}, indent=1))
+
+
+def recipe_of(name, budget, seed, data):
+    """The recipe of a model, with as many steps as a budget of operations allows."""
+    shipped, chunk_size = MODELS[name]
+    recipe = read_recipe(shipped)
+    autoencoder, model = recipe.autoencoder, recipe.language_model
+    text = dataclasses.replace(recipe.data, sources=[str(data)])
+    recipe = dataclasses.replace(recipe, seed=seed, data=text, chunk_size=chunk_size)
+    if name == "baseline":
+        recipe = dataclasses.replace(recipe, model="autoregressive")
+    latent = autoencoder.latent_size * chunk_size // 4
+    recipe = dataclasses.replace(recipe, autoencoder=dataclasses.replace(autoencoder, latent_size=latent))
+    vocab_size = load_prepared(data).vocab_size
+    most = MOST_FOR_AUTOENCODER * budget
+    if (wanted := autoencoder_operations(recipe, vocab_size)) > most:
+        steps = round(autoencoder.training.steps * most / wanted)
+        autoencoder = dataclasses.replace(
+            recipe.autoencoder, training=dataclasses.replace(autoencoder.training, steps=steps)
+        )
+        recipe = dataclasses.replace(recipe, autoencoder=autoencoder)
+    one = dataclasses.replace(model.training, steps=1)
+    per_step = language_model_operations(
+        dataclasses.replace(recipe, language_model=dataclasses.replace(model, training=one)), vocab_size
+    )
+    steps = round((budget - autoencoder_operations(recipe, vocab_size)) / per_step)
+    training = dataclasses.replace(
+        model.training, steps=steps, evaluate_every=max(1, steps // 6), evaluation_blocks=64
+    )
+    return dataclasses.replace(recipe, language_model=dataclasses.replace(model, training=training))
+
+
+def score(folder, context, num_blocks):
+    """Quality and cost of a trained model."""
+    model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
+    data = load_prepared(folder.parent / "data")
+    is_calm = isinstance(model, CalmForCausalLM)
+    size = model.config.chunk_size if is_calm else 1
+    record = record_of(folder, model.config)
+    result = {
+        "training_flops": record.flops,
+        "seconds": record.seconds,
+        "steps": read_recipe(str(folder / RECIPE)).language_model.training.steps,
+        "parameters": sum(cost_of(model.config).parameters.values()),
+    }
+    for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
+        settings, draws = TemperatureSettings(temperature=temperature), None
+        if is_calm:
+            settings = dataclasses.replace(settings, sampler=model.default_sampler(temperature))
+            draws = CalmDraws(model, settings)
+        scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
+        blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
+        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
+        cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
+        result[f"T{temperature:g}"] = {
+            "brier_lm": brier.brier_lm,
+            "error": brier.brier_lm_error,
+            "brier": [100 * mean for mean in brier.means[:4]],
+            "hits": [100 * value for value in brier.hits[:4]],
+            "collisions": [100 * value for value in brier.collisions[:4]],
+            "draws": draws.mean_draws if draws else 1,
+            "inference_flops": sum(cost.inference.values()),
+        }
+        if is_calm and size == 4:
+            result[f"T{temperature:g}"]["well_formed"] = well_formed(
+                model, tokenizer, data, context, settings
+            )
+    return result
+
+
+def score_floor(path, context, num_blocks):
+    """BrierLM of a trigram model of the training text."""
+    data = load_prepared(path)
+    blocks = data.blocks("validation", chunk_size=4, block_size=context)
+    floors = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks)
+    return {
+        name: {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error} for name, floor in floors.items()
+    }
+
+
+def well_formed(model, tokenizer, data, context, settings):
+    """Share of drawn chunks whose words all occur in the training text, read behind the true text before.
+
+    A word that the chunk leaves unfinished counts if a word of the training text begins like it.
+    """
+    words, beginnings = known_words(data, tokenizer)
+    blocks = data.blocks("validation", chunk_size=4, block_size=context)
+    generator, good, total = torch.Generator().manual_seed(SEED), 0, 0
+    draws = CalmDraws(model, settings)
+    for block in batches_of(blocks, WORD_BLOCKS):
+        with torch.no_grad():
+            hidden = model.hidden_states_of_chunks(block["input_ids"], position_ids=block["position_ids"])
+            chunks = draws(hidden[:, 1:-1].flatten(0, 1), 1, generator)[0]
+        text = split_into_chunks(block["input_ids"], 4)
+        before = torch.cat([text[:, :-2], text[:, 1:-1]], dim=-1).flatten(0, 1)
+        for known, drawn in zip(before.tolist(), chunks.tolist(), strict=True):
+            begun, whole = tokenizer.decode(known), tokenizer.decode(known + drawn)
+            touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start() > 0]
+            good += all(m.group() in (beginnings if m.end() == len(whole) else words) for m in touched)
+            total += 1
+    return good / total
+
+
+def known_words(data, tokenizer):
+    """Words of the training text, and all their beginnings."""
+    words = set()
+    for tokens in data.train["input_ids"]:
+        words.update(re.findall(r"[A-Za-z]+", tokenizer.decode(tokens)))
+    return words, {word[:end] for word in words for end in range(1, len(word) + 1)}
+
+
+def report(output):
+    """Tables and the figure, of all runs that are finished."""
+    results = [json.loads(path.read_text()) for path in sorted(output.glob("*/score.json"))]
+    floors = json.loads((output / "floor.json").read_text())
+    for name, floor in floors.items():
+        print(f"{name}: {floor['brier_lm']:.2f} ± {floor['error']:.2f}")
+    print(
+        "| model | operations | seed | steps | BrierLM | Brier-1..4 | min | T = 1 | T = 0.5 | draws | words |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in sorted(results, key=lambda r: (list(MODELS).index(r["model"]), r["budget"], r["seed"])):
+        hot, cold = r["T1"], r["T0.5"]
+        formed = (
+            f"{100 * hot['well_formed']:.0f}%, {100 * cold['well_formed']:.0f}%"
+            if "well_formed" in hot
+            else ""
+        )
+        print(
+            f"| {r['model']} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
+            f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} "
+            f"| {', '.join(f'{value:.2f}' for value in hot['brier'])} | {r['seconds'] / 60:.1f} "
+            f"| {hot['inference_flops'] / 1e6:.1f} M | {cold['inference_flops'] / 1e6:.1f} M "
+            f"| {cold['draws']:.0f} | {formed} |"
+        )
+    plot(results, floors, output / "prose.png")
+
+
+def plot(results, floors, path):
+    """BrierLM against training operations, time, and operations of a written token."""
+    figure = new_figure(12, 8)
+    axes = figure.subplots(2, 2).flatten()
+    places = (
+        ("training operations, autoencoder included", lambda r: r["training_flops"]),
+        ("training minutes", lambda r: r["seconds"] / 60),
+        ("operations per written token, T = 1", lambda r: r["T1"]["inference_flops"]),
+        (f"operations per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"]),
+    )
+    order = {name: number for number, name in enumerate(MODELS)}
+    for name, group in groupby(
+        sorted(results, key=lambda r: (order[r["model"]], r["budget"])), lambda r: r["model"]
+    ):
+        runs = list(group)
+        for axis, (label, x_of) in zip(axes, places, strict=True):
+            points = []
+            for _, same in groupby(runs, lambda r: r["budget"]):
+                same = list(same)
+                ys = [r["T1"]["brier_lm"] for r in same]
+                error = statistics.mean(r["T1"]["error"] for r in same) / len(same) ** 0.5
+                spread = statistics.stdev(ys) / len(ys) ** 0.5 if len(ys) > 1 else 0.0
+                points.append((statistics.mean(map(x_of, same)), statistics.mean(ys), max(error, spread)))
+            x, y, error = zip(*points, strict=True)
+            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=name)
+            axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
+    for axis in axes:
+        for name, floor in floors.items():
+            axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label=name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The categorical flow head: flow matching to codes of tokens, trained by cross-entropy (docs/heads.md).
+
+It predicts no velocity but the law of each token at the end of the path; the velocity follows from it. What
+the point itself says of its token is known in closed form and added (see `calm.core.categorical`), so that
+the network learns the law of a token given the hidden state and the noisy tokens beside it, and nothing
+else.
+
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, Z latent size, V vocabulary, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from calm.core.categorical import evidence, follow_endpoints, times_of_steps
+from calm.core.gaussian import DiagonalGaussian
+from calm.core.random import Randomness
+from calm.models.blocks import PartedLinear
+from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
+from calm.models.heads.base import HeadWork, check_counts
+
+_UNITS_OF_TIME = 1000  # The network's sines are made for numbers of this size.
+_GOLDEN_RATIO = 0.6180339887498949
+_SCORES_AT_ONCE = 2**26  # Above it, scores of the loss are computed in parts, and anew in the backward pass.
+
+
+@dataclass(kw_only=True)
+class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
+    """Fields of the categorical flow head.
+
+    Args:
+        head_type: Always "categorical_flow".
+        num_blocks: Residual blocks.
+        num_draws: Points N of a position in the loss, each with a time and noise of its own.
+        num_steps: Network calls of a draw.
+        rank: Size of a token's vector before the scores of the vocabulary.
+        last_time: Times of training and sampling lie in [0, last_time]; behind it, no token is in doubt.
+        vocab_size: Tokens; the model fills it in.
+        chunk_size: Tokens per chunk; the model fills it in.
+        frequency_size: Sines and cosines of a time.
+        layer_norm_eps: Epsilon of the norms.
+    """
+
+    head_type: str = "categorical_flow"
+    num_draws: int = 1
+    num_steps: int = 8
+    rank: int = 64
+    last_time: float = 0.6
+    vocab_size: int = 1
+    chunk_size: int = 1
+
+    sampling_fields: ClassVar[tuple[str, ...]] = ("num_steps",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "rank", "vocab_size", "chunk_size")
+        if not 0 < self.last_time < 1:
+            raise ValueError(f"last_time must lie in (0, 1), got {self.last_time}.")
+
+    def output_size(self, latent_size: int) -> int:
+        """See `AdaptiveHeadConfig`: a vector for each token."""
+        return self.chunk_size * self.rank
+
+    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+        """See `HeadConfig`; with the scores of the vocabulary, and the mean code that they give."""
+        work = super().work(hidden_size, latent_size)
+        code = latent_size // self.chunk_size
+        scores = self.chunk_size * self.vocab_size * (self.rank + 1 + code)
+        mean = self.chunk_size * self.vocab_size * code
+        return work._replace(
+            per_draw=work.per_draw + self.calls * (scores + mean),
+            training_per_draw=work.training_per_draw + 3 * scores,
+        )
+
+
+class CategoricalFlowNoise(NamedTuple):
+    """All randomness of one loss: starting points (N, P, Z), times as shares of the last one (N, P)."""
+
+    start: Tensor
+    time: Tensor
+
+
+class CategoricalFlowHead(AdaptiveHead):
+    """Sampler that follows the mean code of the tokens a point may lead to."""
+
+    config: CategoricalFlowHeadConfig
+    needs_tokens: ClassVar[bool] = True
+    takes_temperature: ClassVar[bool] = True
+
+    def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        self.scores = PartedLinear(config.rank, config.vocab_size)
+        self._codes: tuple[nn.Embedding, ...] = ()
+
+    def attach(self, autoencoder: nn.Module) -> None:
+        """See `GenerativeHead`; the autoencoder must be one of codes."""
+        if not autoencoder.config.has_codes:  # type: ignore[union-attr]
+            raise ValueError(
+                "a categorical_flow head draws codes of tokens: it takes an autoencoder of kind 'codes', "
+                f"not '{autoencoder.config.kind}'."  # type: ignore[union-attr]
+            )
+        # In a tuple, so that they are not taken for a part of the head.
+        self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
+
+    def loss(
+        self,
+        hidden_PD: Tensor,
+        posterior_PZ: DiagonalGaussian,
+        generator: torch.Generator | None = None,
+        noise: CategoricalFlowNoise | None = None,
+        tokens_PK: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the chunk's tokens at N points of every position, in nats, shape (P,)."""
+        if tokens_PK is None:
+            raise ValueError("the loss of a categorical_flow head takes the tokens of the chunks, tokens_PK.")
+        codes_PZ = posterior_PZ.mean
+        if noise is None:
+            noise = self.draw_noise(len(hidden_PD), codes_PZ.shape[-1], generator, hidden_PD.device)
+        time_NP = self.config.last_time * noise.time
+        points_NPZ = torch.lerp(noise.start, codes_PZ.to(noise.start.dtype), time_NP.unsqueeze(-1))
+        features_NPKX = self._features(points_NPZ, time_NP, self.prepare(hidden_PD), 1.0)
+        targets_NPK = tokens_PK.expand(*features_NPKX.shape[:-1])
+        loss_M = _cross_entropy(features_NPKX.flatten(0, 2), self._table(), targets_NPK.flatten())
+        return loss_M.view_as(targets_NPK).mean((0, 2))
+
+    def draw_noise(
+        self,
+        num_positions: int,
+        latent_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> CategoricalFlowNoise:
+        """See `GenerativeHead`. Times are spread evenly from a random beginning, which lowers variance."""
+        draws = self.config.num_draws
+        start_NPZ = torch.randn((draws, num_positions, latent_size), generator=generator, device=device)
+        beginning = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+        number_M = torch.arange(draws * num_positions, device=device, dtype=torch.float64)
+        time_M = (beginning + _GOLDEN_RATIO * number_M) % 1
+        return CategoricalFlowNoise(start_NPZ, time_M.float().view(draws, num_positions))
+
+    def draw(
+        self,
+        prepared_P: Tensor,
+        num_draws: int,
+        randomness: Randomness = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
+        return self._draw(prepared_P, self.noise_of_points(prepared_P, num_draws, randomness, noise), 1.0)
+
+    def draw_at(
+        self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None
+    ) -> Tensor:
+        """See `GenerativeHead`: each token's law, given what its neighbours have become so far, is sharpened.
+
+        As with a model of tokens this is not the law of whole chunks to the power 1/T; it costs one draw.
+        """
+        if not 0 < temperature <= 1:
+            raise ValueError(f"the temperature of a draw must lie in (0, 1], got {temperature}.")
+        start_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, None)
+        return self._draw(prepared_P, start_NPZ, temperature)
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """The layers that meet codes, times or the vocabulary."""
+        return [*super().boundary_layers(), self.scores]
+
+    def _draw(self, prepared_P: Tensor, start_NPZ: Tensor, temperature: float) -> Tensor:
+        table_VX, codes_VZ = self._table(), self._codes[0].weight
+
+        def endpoint(points_NPZ: Tensor, time: float) -> Tensor:
+            now = torch.full((), time, device=points_NPZ.device)
+            features_NPKX = self._features(points_NPZ, now, prepared_P, temperature)
+            law_NPKV = F.linear(features_NPKX, table_VX).float().softmax(-1)
+            return (law_NPKV.to(codes_VZ.dtype) @ codes_VZ).flatten(-2).to(points_NPZ.dtype)
+
+        times = times_of_steps(self.config.num_steps, self.config.last_time)
+        return follow_endpoints(endpoint, start_NPZ, times)
+
+    def _features(self, points_NPZ: Tensor, time: Tensor, prepared_P: Tensor, temperature: float) -> Tensor:
+        """What the rows of `_table` are multiplied with to give scores of tokens, (N, P, K, r + d + 1)."""
+        size = self.config.chunk_size
+        vectors_NPKR = self.network(points_NPZ, (_UNITS_OF_TIME * time,), prepared_P).unflatten(
+            -1, (size, -1)
+        )
+        evidence_NPKC = evidence(points_NPZ.unflatten(-1, (size, -1)), time)
+        one_NPK1 = torch.ones_like(vectors_NPKR[..., :1])
+        learned = torch.cat([vectors_NPKR, one_NPK1], dim=-1) / temperature  # Evidence has no temperature.
+        return torch.cat([learned, evidence_NPKC], dim=-1).to(self.scores.weight.dtype)
+
+    def _table(self) -> Tensor:
+        """A row for each token: its learned vector and bias, and its code, (V, r + 1 + d)."""
+        weight_VR, bias_V = self.scores.weight, self.scores.bias
+        return torch.cat([weight_VR, bias_V.unsqueeze(-1), self._codes[0].weight.to(weight_VR.dtype)], dim=-1)
+
+
+def _cross_entropy(features_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:
+    """Cross-entropy of each row, (M,), with scores of at most `_SCORES_AT_ONCE` in memory."""
+
+    def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(part_MX, table_VX).float(), target_M, reduction="none")
+
+    rows = max(1, _SCORES_AT_ONCE // len(table_VX))
+    if len(features_MX) <= rows:
+        return of_part(features_MX, targets_M)
+    parts = zip(features_MX.split(rows), targets_M.split(rows), strict=True)
+    return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])

@@ -1,0 +1,99 @@
+"""Flow matching to codes of tokens, against densities and laws that are known in closed form."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch.distributions import Normal
+from torch.testing import assert_close
+
+from calm.core.categorical import evidence, follow_endpoints, times_of_steps
+
+SIZE = 6  # Of a code.
+DRAWS = 20_000
+
+
+def codes_of(number: int) -> torch.Tensor:
+    codes = torch.randn(number, SIZE, generator=torch.Generator().manual_seed(3)).double()
+    return F.normalize(codes, dim=-1) * SIZE**0.5
+
+
+def start(tokens: int) -> torch.Tensor:
+    return torch.randn(DRAWS, tokens * SIZE, generator=torch.Generator().manual_seed(4)).double()
+
+
+def tokens_of(points: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The nearest codes, (N, K)."""
+    return (points.unflatten(-1, (-1, SIZE)) @ codes.T).argmax(-1)
+
+
+def exact_endpoint(law: torch.Tensor, codes: torch.Tensor, temperature: float = 1.0):
+    """The mean code of each token under the true posterior of a joint law over all chunks, by enumeration."""
+    size = len(codes)
+    chunks = torch.tensor(list(itertools.product(range(size), repeat=law.ndim)))
+    log_prior = law.flatten().log() / temperature
+
+    def endpoint(points: torch.Tensor, time: float) -> torch.Tensor:
+        scores = evidence(points.unflatten(-1, (-1, SIZE)), torch.tensor(time)) @ codes.T  # (N, K, V)
+        log_chunks = log_prior + sum(scores[:, place, chunks[:, place]] for place in range(law.ndim))
+        return log_chunks.softmax(-1) @ codes[chunks].flatten(1)
+
+    return endpoint
+
+
+def test_evidence_is_the_log_likelihood_up_to_a_constant():
+    codes, time = codes_of(7), torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
+    points = torch.randn(3, 1, SIZE, dtype=torch.float64)
+    scores = (evidence(points, time) @ codes.T)[:, 0]
+    for row, t in enumerate(time):
+        density = Normal(t * codes, 1 - t).log_prob(points[row]).sum(-1)
+        assert_close(scores[row] - scores[row, 0], density - density[0])
+
+
+def test_evidence_stays_finite_at_the_end():
+    assert evidence(torch.randn(2, 3, SIZE), torch.tensor([1.0, 0.999999])).isfinite().all()
+
+
+def test_times_go_from_zero_to_the_last():
+    assert times_of_steps(1, 0.6) == [0.0]
+    assert times_of_steps(4, 0.6) == pytest.approx([0, 0.2, 0.4, 0.6])
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        times_of_steps(0, 0.6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_certain_endpoint_is_reached_in_any_number_of_steps(steps):
+    end = torch.randn(3, SIZE)
+    reached = follow_endpoints(lambda x, t: end, torch.randn(3, SIZE), times_of_steps(steps, 0.6))
+    assert_close(reached, end)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_one_token_comes_out_with_its_probability(temperature):
+    """With the prior sharpened and the evidence as it is, the law is the tempered one."""
+    codes, law = codes_of(5), torch.tensor([0.45, 0.3, 0.15, 0.07, 0.03]).double()
+    drawn = follow_endpoints(exact_endpoint(law, codes, temperature), start(1), times_of_steps(120, 0.9))
+    counts = torch.bincount(tokens_of(drawn, codes)[:, 0], minlength=5)
+    expected = law ** (1 / temperature) / (law ** (1 / temperature)).sum() * DRAWS
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_tokens_that_depend_on_each_other_come_out_together():
+    """Each step knows only the law of each token by itself, and yet the joint law is drawn from."""
+    codes = codes_of(3)
+    law = torch.tensor([[0.3, 0.01, 0.04], [0.02, 0.25, 0.03], [0.05, 0.1, 0.2]]).double()
+    drawn = follow_endpoints(exact_endpoint(law, codes), start(2), times_of_steps(120, 0.9))
+    first, second = tokens_of(drawn, codes).T
+    counts = torch.bincount(3 * first + second, minlength=9)
+    assert stats.chisquare(counts, law.flatten() / law.sum() * DRAWS).pvalue > 1e-3
+
+
+def test_one_step_takes_tokens_for_independent():
+    """What the steps are for: with a single one, all draws land on the mean of all chunks."""
+    codes = codes_of(3)
+    law = torch.tensor([[0.5, 1e-9, 1e-9], [1e-9, 0.5, 1e-9], [1e-9, 1e-9, 1e-9]]).double()
+    endpoint = exact_endpoint(law, codes)
+    drawn = follow_endpoints(endpoint, start(2), times_of_steps(1, 0.9))
+    assert (drawn - drawn[0]).abs().max() < 1e-4

@@ -1,0 +1,149 @@
+"""The categorical flow head and the codes that it draws."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
+from torch.testing import assert_close
+
+from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
+from calm.core.temperature import TemperatureSettings
+from calm.evaluation.reconstruction import evaluate_reconstruction
+from calm.flops import autoencoder_training_flops
+from calm.models.heads import categorical_flow
+
+HEAD = {"head_type": "categorical_flow"}
+ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def model() -> CalmForCausalLM:
+    return tiny_model(head_config=HEAD)
+
+
+def test_codes_have_one_length_and_are_given_back():
+    autoencoder = CalmAutoencoder(
+        CalmAutoencoderConfig(kind="codes", vocab_size=30, chunk_size=3, latent_size=24)
+    )
+    codes = autoencoder.get_input_embeddings().weight
+    assert codes.shape == (30, 8)
+    assert_close(codes.norm(dim=-1), torch.full((30,), 8**0.5))
+    tokens = torch.randint(30, (50, 3))
+    posterior = autoencoder.encode(tokens)
+    assert posterior.mean.shape == (50, 24)
+    assert torch.equal(autoencoder.decode_tokens(posterior.sample(1)[0]), tokens)
+    assert torch.equal(autoencoder.read_tokens(autoencoder.chunk_states(posterior.mean), 1, 3), tokens[:, 1:])
+    assert autoencoder_training_flops(autoencoder.config) == 0
+
+
+def test_codes_are_kept_when_saved_and_loaded(tmp_path):
+    model = CalmForCausalLM(tiny_config(head_config=HEAD))
+    model.save_pretrained(tmp_path)
+    loaded = CalmForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded.autoencoder.get_input_embeddings().weight, model.autoencoder.get_input_embeddings().weight
+    )
+    block = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(4).expand(2, -1)}
+    assert evaluate_reconstruction(loaded.autoencoder, [block], torch.Generator()).token_accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "magic"}, "kind must be one of mlp, codes, got 'magic'"),
+        ({"kind": "codes", "latent_size": 30}, "a multiple of the chunk size 4 for codes, got 30"),
+    ],
+)
+def test_bad_codes(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CalmAutoencoderConfig(**fields)
+
+
+def test_the_head_takes_sizes_from_the_autoencoder_and_needs_codes():
+    config = tiny_config(head_config=HEAD | {"vocab_size": 7, "chunk_size": 9})
+    assert (config.head.vocab_size, config.head.chunk_size) == (40, 4)
+    with pytest.raises(ValueError, match="takes an autoencoder of kind 'codes', not 'mlp'"):
+        config = tiny_config()
+        config.head_config = tiny_config(head_config=HEAD).head_config
+        CalmForCausalLM(config)
+
+
+def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
+    head, hidden, tokens = model.head, torch.randn(5, 32), torch.randint(40, (5, 4))
+    codes = model.autoencoder.get_input_embeddings().weight
+    posterior = model.autoencoder.encode(tokens)
+    noise = head.draw_noise(5, 8, torch.Generator().manual_seed(1))
+    time = 0.6 * noise.time[0]
+    points = (1 - time[:, None]) * noise.start[0] + time[:, None] * posterior.mean
+    vectors = head.network(points, (1000 * time,), head.prepare(hidden)).view(5, 4, 6)
+    prior = F.linear(vectors, head.scores.weight, head.scores.bias)
+    density = -(points.view(5, 4, 1, 2) - time.view(5, 1, 1, 1) * codes).square().sum(-1)
+    scores = prior + density / (2 * (1 - time).square()).view(5, 1, 1)
+    expected = F.cross_entropy(scores.flatten(0, 1), tokens.flatten(), reduction="none").view(5, 4).mean(-1)
+    assert_close(head.loss(hidden, posterior, noise=noise, tokens_PK=tokens), expected)
+
+
+def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
+    losses = []
+    for at_once in (2**26, 40 * 7):
+        monkeypatch.setattr(categorical_flow, "_SCORES_AT_ONCE", at_once)
+        model.zero_grad()
+        loss = model.train()(ids, labels=ids, generator=torch.Generator().manual_seed(2)).loss
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert_close(losses[0], losses[1])
+
+
+def test_times_are_spread_evenly(model):
+    noise = model.head.draw_noise(1000, 8, torch.Generator().manual_seed(3))
+    counts = torch.histc(noise.time, 20, 0, 1)
+    assert counts.min() >= 48 and counts.max() <= 52
+    assert (
+        noise.time[0, 1:].equal(noise.time[0, 1:])
+        and (noise.time[0, 1:] - noise.time[0, :-1]).abs().min() > 0.3
+    )
+
+
+def test_a_draw_at_a_temperature(model):
+    """At T = 1 it is a draw; the lower T, the more draws agree; other heads refuse."""
+    torch.nn.init.normal_(model.head.scores.weight)
+    torch.nn.init.zeros_(model.head.network.inp.weight)  # So that only evidence tells draws apart.
+    prepared = model.head.prepare(torch.randn(3, 32))
+    hot, warm, cold = (
+        model.head.draw_at(t, prepared, 300, torch.Generator().manual_seed(4)) for t in (1.0, 0.5, 0.05)
+    )
+    assert torch.equal(hot, model.head.draw(prepared, 300, torch.Generator().manual_seed(4)))
+
+    def agreement(draws):
+        chunks = model.autoencoder.decode_tokens(draws)[:, 0]
+        return (chunks[:150] == chunks[150:]).all(-1).float().mean()
+
+    assert agreement(cold) > agreement(warm) + 0.05 and agreement(warm) >= agreement(hot)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 0"):
+        model.head.draw_at(0, prepared, 1)
+
+
+def test_the_sampler_of_the_head(model):
+    settings = TemperatureSettings(temperature=0.5, sampler="head")
+    hidden = torch.randn(3, 32)
+    sample = model.sample_chunks(hidden, settings, torch.Generator().manual_seed(0))
+    drawn = model.head.draw_at(0.5, model.head.prepare(hidden), 1, torch.Generator().manual_seed(0))
+    assert torch.equal(sample.chunks_RK, model.autoencoder.decode_tokens(drawn)[0])
+    assert sample.num_draws_R.tolist() == [1, 1, 1]
+    assert model.default_sampler(0.5) == "head" and model.default_sampler(0.0) == "exact"
+    written = model.generate(ids, max_new_tokens=8, seed=1, temperature=0.5)
+    assert torch.equal(
+        written, model.generate(ids, max_new_tokens=8, seed=1, temperature=0.5, sampler="head")
+    )
+    other = tiny_model()
+    assert other.default_sampler(0.5) == "exact"
+    with pytest.raises(ValueError, match="a energy head does not take a temperature"):
+        other.generate(ids, max_new_tokens=8, sampler="head")
+    with pytest.raises(NotImplementedError, match="does not take a temperature"):
+        other.head.draw_at(0.5, other.head.prepare(hidden), 1)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.9}])
+def test_what_the_sampler_of_the_head_cannot(fields):
+    with pytest.raises(ValueError, match=r"above 0 and at most 1|use them with sampler='pool'"):
+        TemperatureSettings(sampler="head", **fields)
