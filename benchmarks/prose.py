@@ -23,16 +23,14 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-import torch
-
 from calm.comparison.costs import autoencoder_operations, language_model_operations, record_of
-from calm.core.chunks import split_into_chunks
 from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import load_prepared, prepare
-from calm.evaluation.held_out import batches_of, score_ngrams, score_sampler
+from calm.evaluation.held_out import score_ngrams, score_sampler
 from calm.evaluation.samplers import scorer_of, scorer_of_draws
 from calm.evaluation.steps import CalmDraws
 from calm.flops import Work, cost_of
+from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
@@ -46,9 +44,11 @@ MODELS = {
     "improved_K4": ("laptop", 4),
     "improved_K2": ("laptop", 2),
 }
+CONTEXT = 512
 MOST_FOR_AUTOENCODER = 0.25  # Of the budget.
 LOW = 0.5  # The temperature of fluent text.
-WARM_BLOCKS, WORD_BLOCKS, SEED = 16, 16, 1234
+WARM_BLOCKS, SEED = 16, 1234
+PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
 
 
 def main():
@@ -65,17 +65,17 @@ def main():
     parser.add_argument("--blocks", type=int, help="held-out blocks that are scored, all by default")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
-    base = read_recipe("laptop").data
+    vocab_size = read_recipe("laptop").data.vocab_size
     if not (output / "data").is_dir():
         prepare(
             [arguments.train],
             output / "data",
             validation_sources=[arguments.valid],
-            vocab_size=base.vocab_size,
+            vocab_size=vocab_size,
         )
     floor = output / "floor.json"
     if not floor.is_file():
-        floor.write_text(json.dumps(score_floor(output / "data", base.context, arguments.blocks)))
+        floor.write_text(json.dumps(score_floor(output / "data", CONTEXT, arguments.blocks)))
     for seed in arguments.seeds:
         for budget in sorted(arguments.budgets):
             for name in arguments.models:
@@ -86,14 +86,17 @@ def main():
 def run(name, budget, seed, output, num_blocks):
     """Train and score one model, unless that is done."""
     folder = output / f"{name}_{budget:.2g}_seed{seed}"
-    result = folder / "score.json"
+    result, words = folder / "score.json", folder / "words.json"
     if result.is_file():
+        if not words.is_file():
+            words.write_text(json.dumps(score_words(folder)))
         return
     recipe = recipe_of(name, budget, seed, output / "data")
     print(f"{folder.name}: {recipe.language_model.training.steps} steps", flush=True)
     train(recipe, folder, resume=(folder / RECIPE).is_file())
     scores = score(folder, recipe.data.context, num_blocks)
     result.write_text(json.dumps({"model": name, "budget": budget, "seed": seed, **scores}, indent=1))
+    words.write_text(json.dumps(score_words(folder)))
 
 
 def recipe_of(name, budget, seed, data):
@@ -101,7 +104,7 @@ def recipe_of(name, budget, seed, data):
     shipped, chunk_size = MODELS[name]
     recipe = read_recipe(shipped)
     autoencoder, model = recipe.autoencoder, recipe.language_model
-    text = dataclasses.replace(recipe.data, sources=[str(data)])
+    text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
     recipe = dataclasses.replace(recipe, seed=seed, data=text, chunk_size=chunk_size)
     if name == "baseline":
         recipe = dataclasses.replace(recipe, model="autoregressive")
@@ -128,7 +131,7 @@ def recipe_of(name, budget, seed, data):
 
 def score(folder, context, num_blocks):
     """Quality and cost of a trained model."""
-    model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
+    model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     is_calm = isinstance(model, CalmForCausalLM)
     size = model.config.chunk_size if is_calm else 1
@@ -157,10 +160,6 @@ def score(folder, context, num_blocks):
             "draws": draws.mean_draws if draws else 1,
             "inference_flops": sum(cost.inference.values()),
         }
-        if is_calm and size == 4:
-            result[f"T{temperature:g}"]["well_formed"] = well_formed(
-                model, tokenizer, data, context, settings
-            )
     return result
 
 
@@ -174,27 +173,33 @@ def score_floor(path, context, num_blocks):
     }
 
 
-def well_formed(model, tokenizer, data, context, settings):
-    """Share of drawn chunks whose words all occur in the training text, read behind the true text before.
+def score_words(folder):
+    """Share of well-formed chunks: four tokens written behind held-out text, all of whose words are known.
 
-    A word that the chunk leaves unfinished counts if a word of the training text begins like it.
+    Known is a word of the training text; a word that is left unfinished counts if a known one begins like it.
     """
+    model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
+    data = load_prepared(folder.parent / "data")
     words, beginnings = known_words(data, tokenizer)
-    blocks = data.blocks("validation", chunk_size=4, block_size=context)
-    generator, good, total = torch.Generator().manual_seed(SEED), 0, 0
-    draws = CalmDraws(model, settings)
-    for block in batches_of(blocks, WORD_BLOCKS):
-        with torch.no_grad():
-            hidden = model.hidden_states_of_chunks(block["input_ids"], position_ids=block["position_ids"])
-            chunks = draws(hidden[:, 1:-1].flatten(0, 1), 1, generator)[0]
-        text = split_into_chunks(block["input_ids"], 4)
-        before = torch.cat([text[:, :-2], text[:, 1:-1]], dim=-1).flatten(0, 1)
-        for known, drawn in zip(before.tolist(), chunks.tolist(), strict=True):
-            begun, whole = tokenizer.decode(known), tokenizer.decode(known + drawn)
-            touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start() > 0]
-            good += all(m.group() in (beginnings if m.end() == len(whole) else words) for m in touched)
-            total += 1
-    return good / total
+    prompts = [
+        list(tokens[start : start + PROMPT])
+        for tokens in data.validation["input_ids"]
+        for start in range(0, len(tokens) - PROMPT - 4, PROMPT)
+    ][:NUM_PROMPTS]
+    shares = {}
+    for temperature in (1.0, LOW):
+        good = 0
+        for first in range(0, len(prompts), 64):
+            batch = prompts[first : first + 64]
+            written = continue_tokens(
+                model, tokenizer, batch, max_new_tokens=4, temperature=temperature, seed=SEED
+            )
+            for known, new in zip(batch, written.tolist(), strict=True):
+                begun, whole = tokenizer.decode(known[-8:]), tokenizer.decode(known[-8:] + new)
+                touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
+                good += all(m.group() in (beginnings if m.end() == len(whole) else words) for m in touched)
+        shares[f"T{temperature:g}"] = good / len(prompts)
+    return shares
 
 
 def known_words(data, tokenizer):
@@ -207,7 +212,11 @@ def known_words(data, tokenizer):
 
 def report(output):
     """Tables and the figure, of all runs that are finished."""
-    results = [json.loads(path.read_text()) for path in sorted(output.glob("*/score.json"))]
+    results = []
+    for path in sorted(output.glob("*/score.json")):
+        words = path.with_name("words.json")
+        shares = json.loads(words.read_text()) if words.is_file() else {}
+        results.append(json.loads(path.read_text()) | {"words": shares})
     floors = json.loads((output / "floor.json").read_text())
     for name, floor in floors.items():
         print(f"{name}: {floor['brier_lm']:.2f} ± {floor['error']:.2f}")
@@ -217,11 +226,7 @@ def report(output):
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for r in sorted(results, key=lambda r: (list(MODELS).index(r["model"]), r["budget"], r["seed"])):
         hot, cold = r["T1"], r["T0.5"]
-        formed = (
-            f"{100 * hot['well_formed']:.0f}%, {100 * cold['well_formed']:.0f}%"
-            if "well_formed" in hot
-            else ""
-        )
+        formed = ", ".join(f"{100 * share:.0f}%" for share in r["words"].values())
         print(
             f"| {r['model']} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
             f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} "

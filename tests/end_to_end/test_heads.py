@@ -14,13 +14,16 @@ HEADS = {
     "flow": {"head_type": "flow", "num_blocks": 1, "frequency_size": 16},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1, "frequency_size": 16, "num_steps": 6},
     "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
+    "categorical_flow": {"head_type": "categorical_flow", "num_blocks": 1, "frequency_size": 16, "rank": 8},
 }
 CHANGES = {
     "flow": {"solver": "euler", "num_steps": 3},
     "diffusion": {"sampler": "dpm", "num_steps": 3},
     "mean_flow": {"num_steps": 2},
+    "categorical_flow": {"num_steps": 2},
 }
-CALLS = {"flow": (8, 3), "diffusion": (6, 3), "mean_flow": (1, 2)}  # Of the network for a draw.
+# Of the network for a draw.
+CALLS = {"flow": (8, 3), "diffusion": (6, 3), "mean_flow": (1, 2), "categorical_flow": (8, 2)}
 
 
 @pytest.fixture(scope="module", params=HEADS)
@@ -31,7 +34,8 @@ def run(request, tmp_path_factory) -> Path:
     write_stories(text, 0, 40)
     recipe.write_text(TOY)
     main(["train", "--recipe", str(recipe), "--data.sources", str(text), "--output", str(folder),
-          "--language_model.head", json.dumps(HEADS[request.param])])  # fmt: skip
+          "--language_model.head", json.dumps(HEADS[request.param]),
+          "--autoencoder.kind", "codes" if request.param == "categorical_flow" else "mlp"])  # fmt: skip
     return folder
 
 
@@ -69,7 +73,7 @@ def test_costs_follow_the_steps(run, capsys):
         main(["flops", str(run / "model"), "--draws", "5", *change])
         return next(line for line in capsys.readouterr().out.splitlines() if "head " in line)
 
-    more = {"flow": 8, "diffusion": 60, "mean_flow": 2}[run.name]
+    more = {"flow": 8, "diffusion": 60, "mean_flow": 2, "categorical_flow": 4}[run.name]
     assert head_row() != head_row("--head", json.dumps({"num_steps": more}))
 
 
@@ -82,3 +86,30 @@ def test_what_cannot_change(run, capsys, tmp_path):
         assert "num_steps must be at least 1, got 0" in failure(capsys, *verb, "--head", '{"num_steps": 0}')
         assert "--head cannot be 'five'; its --help says" in failure(capsys, *verb, "--head", "five")
     assert "only a CALM has a head" in failure(capsys, "flops", "demo_baseline", "--head", '{"num_steps": 2}')
+
+
+def test_codes_take_no_training(tmp_path, capsys):
+    text, recipe = tmp_path / "text.jsonl", tmp_path / "recipe.yaml"
+    write_stories(text, 0, 20)
+    recipe.write_text(TOY)
+    run, head = tmp_path / "run", json.dumps(HEADS["categorical_flow"])
+    train = [
+        "train",
+        "--recipe",
+        recipe,
+        "--data.sources",
+        text,
+        "--output",
+        run,
+        "--language_model.head",
+        head,
+    ]
+    message = failure(capsys, *train)
+    assert "a categorical_flow head draws codes of tokens: set the autoencoder's kind to 'codes'" in message
+    main([*map(str, train), "--autoencoder.kind", "codes"])
+    assert list(json.loads((run / "history.json").read_text())) == ["language_model"]
+    capsys.readouterr()
+    main(["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"])
+    assert "100.00" in capsys.readouterr().out  # Of the tokens are given back.
+    main(["generate", str(run / "model"), "Once upon a time", "--max_new_tokens", "4", "--seed", "1"])
+    assert "Once upon a time" in capsys.readouterr().out

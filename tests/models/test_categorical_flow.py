@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 from torch.testing import assert_close
 
-from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmForCausalLM
+from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
 from calm.core.temperature import TemperatureSettings
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.flops import autoencoder_training_flops
@@ -62,10 +62,8 @@ def test_bad_codes(fields, message):
 def test_the_head_takes_sizes_from_the_autoencoder_and_needs_codes():
     config = tiny_config(head_config=HEAD | {"vocab_size": 7, "chunk_size": 9})
     assert (config.head.vocab_size, config.head.chunk_size) == (40, 4)
-    with pytest.raises(ValueError, match="takes an autoencoder of kind 'codes', not 'mlp'"):
-        config = tiny_config()
-        config.head_config = tiny_config(head_config=HEAD).head_config
-        CalmForCausalLM(config)
+    with pytest.raises(ValueError, match="set the autoencoder's kind to 'codes', not 'mlp'"):
+        CalmConfig(autoencoder_config=CalmAutoencoderConfig(), head_config=HEAD)
 
 
 def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):

@@ -218,6 +218,11 @@ class CalmConfig(PreTrainedConfig):
 def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dict[str, Any]:
     """All fields of a head; those that repeat a size of the autoencoder are taken from there."""
     config = parse_head_config(head)
+    if config.needs_codes and not autoencoder.has_codes:
+        raise ValueError(
+            f"a {config.head_type} head draws codes of tokens: set the autoencoder's kind to 'codes', "
+            f"not '{autoencoder.kind}'."
+        )
     known = {field.name for field in fields(config)}
     sizes = {name: getattr(autoencoder, name) for name in ("vocab_size", "chunk_size") if name in known}
     return asdict(config) | sizes

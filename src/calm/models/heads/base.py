@@ -50,6 +50,9 @@ class HeadConfig:
     """Fields that only say how a trained head is drawn from, so that they may change afterwards: then
     the head's `config` is replaced, so it reads them anew for every draw."""
 
+    needs_codes: ClassVar[bool] = False
+    """Whether the head only draws codes of tokens: then the autoencoder must be of kind "codes"."""
+
     def __post_init__(self) -> None:
         """Refuse values of other types than the fields have; heads add their ranges.
 
@@ -112,11 +115,7 @@ class GenerativeHead(nn.Module, abc.ABC):
     """Whether one draw can come from a law of lower temperature: then there is `draw_at`."""
 
     def attach(self, autoencoder: nn.Module) -> None:
-        """Get to know the frozen autoencoder of the model, once, before its weights are loaded.
-
-        Raises:
-            ValueError: If the head does not work with such an autoencoder.
-        """
+        """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
         return
 
     def draw_at(

@@ -54,6 +54,7 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
     chunk_size: int = 1
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("num_steps",)
+    needs_codes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,12 +98,7 @@ class CategoricalFlowHead(AdaptiveHead):
         self._codes: tuple[nn.Embedding, ...] = ()
 
     def attach(self, autoencoder: nn.Module) -> None:
-        """See `GenerativeHead`; the autoencoder must be one of codes."""
-        if not autoencoder.config.has_codes:  # type: ignore[union-attr]
-            raise ValueError(
-                "a categorical_flow head draws codes of tokens: it takes an autoencoder of kind 'codes', "
-                f"not '{autoencoder.config.kind}'."  # type: ignore[union-attr]
-            )
+        """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
         # In a tuple, so that they are not taken for a part of the head.
         self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
 
