@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from toy import failure, toy_recipe
@@ -114,3 +115,20 @@ def test_a_hub_that_is_not_there(runs, capsys):
     assert "calm: error: 'me/small' could not be uploaded" in said and "hf auth login" in said
     history = json.loads((runs / "run/history.json").read_text())
     assert history.keys() == {"autoencoder", "language_model"}
+
+
+def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    main(["share", str(runs / "run"), "--export", str(copy)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"copy: {copy}"
+    weights = [(folder / "model.safetensors").stat().st_size for folder in (copy, runs / "run/model")]
+    assert weights[0] < 0.7 * weights[1]
+    assert (copy / "README.md").read_text() == (runs / "run/model/README.md").read_text()
+    model, _ = load_model_and_tokenizer(str(runs / "run/model"))
+    copied, _ = load_model_and_tokenizer(str(copy))
+    for name, weight in copied.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, model.state_dict()[name].bfloat16().float()), name
+    assert "is there already" in failure(capsys, "share", runs / "run", "--export", copy)
+    message = failure(capsys, "share", runs / "run", "--export", tmp_path / "b", "--dtype", "int4")
+    assert "dtype must be float32, bfloat16 or float16, got 'int4'" in message

@@ -1,13 +1,17 @@
 """A run -> a model folder that others can use: a model card written from the run, and the way to the hub."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.comparison.costs import record_of
-from calm.data.folders import write_file_whole
+from calm.data.folders import write_file_whole, written_whole
 from calm.data.prepare import load_prepared
 from calm.errors import InputError, RunError, reason_of
 from calm.evaluation.held_out import Scorecard, score_model
@@ -62,6 +66,42 @@ def write_card(
     )  # fmt: skip
     write_file_whole(path, card_text(run, recipe, model, card, name or run.resolve().name, license_name))
     return path
+
+
+def export(folder: Path, target: Path, dtype: str) -> None:
+    """Copy a model folder with its card, the weights in another type.
+
+    The copy is loaded in float32 all the same: the type is that of the file, not of the computation.
+
+    Args:
+        folder: The model folder.
+        target: Folder to write.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: If there is something at the target, or the type is not one of these.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got '{dtype}'.")
+    if target.exists():
+        raise InputError(f"'{target}' is there already; choose another --export or move it away.")
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    with written_whole(target) as partial:
+        torch.nn.Module.to(model, getattr(torch, dtype))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        write_file_whole(partial / "config.json", json.dumps(_in_float32(config), indent=2) + "\n")
+        for name in (CARD, RECIPE):
+            shutil.copyfile(folder / name, partial / name)
+
+
+def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those in it, that asks for float32."""
+    nested = {
+        name: _in_float32(value) if isinstance(value, dict) else value for name, value in config.items()
+    }
+    return nested | ({"dtype": "float32"} if "dtype" in config else {})
 
 
 def push(folder: Path, repository: str, *, is_private: bool) -> str:
@@ -180,7 +220,7 @@ def _data(recipe: Recipe, sources: list[str]) -> str:
 
 def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
     settings, lines = recipe.language_model.training, []
-    if recipe.model == "calm" and recipe.autoencoder.path is None:
+    if recipe.model == "calm" and recipe.autoencoder.path is None and recipe.autoencoder.kind == "mlp":
         first = recipe.autoencoder.training
         lines.append(f"Autoencoder: {first.steps:,} steps of {first.batch_tokens:,} tokens.")
     lines.append(

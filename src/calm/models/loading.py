@@ -19,6 +19,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
 from calm.models.registration import register
+from calm.models.shipped import folder_of
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -40,11 +41,12 @@ def load_autoencoder(path: Path) -> CalmAutoencoder:
 
 
 def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
-    """A language model from a folder or from the hub.
+    """A language model from a folder, of the package, or from the hub.
 
     Raises:
         InputError: If there is none, it is of another kind, or the folder is damaged.
     """
+    name = folder_of(name)
     if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
         raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
     return _load(CalmForCausalLM, name, **kwargs)
@@ -56,6 +58,7 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
+    name = folder_of(name)
     return _with_tokenizer(load_model(name, **kwargs), name)
 
 
@@ -65,7 +68,7 @@ def load_language_model_and_tokenizer(
     """A CALM or any causal language model of transformers, and the tokenizer beside it.
 
     Args:
-        name: Folder of a model or of adapters, or name on the hub.
+        name: Folder of a model or of adapters, name of a model of the package, or name on the hub.
         head: Changes of how the head of a CALM is drawn from.
         **kwargs: Arguments of `from_pretrained`.
 
@@ -73,6 +76,7 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
             cannot be changed so.
     """
+    name = folder_of(name)
     if is_adapter(Path(name)):
         model = _with_adapters(Path(name), **kwargs)
         return _ready(*_with_tokenizer(model, name), name, head)
@@ -147,6 +151,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     Raises:
         InputError: If there is none, or it cannot be read.
     """
+    path = Path(folder_of(str(path)))
     if not (path / "config.json").is_file():
         raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
     try:

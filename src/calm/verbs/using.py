@@ -169,7 +169,7 @@ def flops(
     """Count parameters, training operations and the true cost of a token, by part.
 
     Args:
-        target: Model folder, or a recipe (shipped name or .yaml file).
+        target: Model folder, name of a model of the package, or a recipe (shipped name or .yaml file).
         draws: Draws of a chunk at low temperature: the size of the pool, or the mean of what the exact
             sampler makes (generate counts them).
         positions: Positions of the context that attention sees.
@@ -179,11 +179,12 @@ def flops(
     """
     from calm.flops import Work, cost_of
     from calm.models.loading import change_head, load_config
+    from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
     from calm.training.configurations import model_config
     from calm.training.recipe_files import read_recipe
 
-    if Path(target).is_dir():
+    if Path(folder_of(target)).is_dir():
         config = load_config(Path(target))
     else:
         config = model_config(read_recipe(target), vocab_size)
@@ -214,6 +215,8 @@ def share(
     license: str | None = None,
     ngrams: list[int] | int | None = None,
     max_blocks: int | None = None,
+    export: str | None = None,
+    dtype: str = "bfloat16",
 ) -> None:
     """Write the model card of a run from what it knows and scores, and upload its model if asked to.
 
@@ -225,7 +228,10 @@ def share(
         license: Identifier of a licence that the hub knows, such as mit.
         ngrams: Orders of n-gram floors on the card, such as [3,5].
         max_blocks: Score this many held-out blocks at most.
+        export: Folder for a copy of the model with its card, in fewer bytes.
+        dtype: Type of the weights in that copy: float32, bfloat16 or float16.
     """
+    from calm.sharing import export as copy
     from calm.sharing import push as upload
     from calm.sharing import write_card
 
@@ -237,6 +243,9 @@ def share(
         num_blocks=max_blocks,
     )
     print(f"card: {card}")
+    if export is not None:
+        copy(card.parent, Path(export), dtype)
+        print(f"copy: {export}")
     if push is not None:
         print(f"model: {upload(card.parent, push, is_private=private)}")
 
