@@ -1,0 +1,103 @@
+"""What does a head that takes a temperature itself give up against exact sampling of whole chunks?
+
+    python benchmarks/head_temperature.py runs/demo_categorical
+
+For held-out positions of a run, one chunk by each way of sampling: how often it occurs anywhere in the
+training text (is it well-formed?), how often it is the next chunk of the text or begins with its next token,
+how often two samples agree, and what a written token costs.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from calm.core.chunks import find_targets, split_into_chunks
+from calm.core.temperature import TemperatureSettings
+from calm.data.prepare import load_prepared
+from calm.evaluation.held_out import batches_of
+from calm.evaluation.steps import CalmDraws
+from calm.flops import Work, cost_of
+from calm.models.loading import load_model
+from calm.training.recipe_files import read_recipe
+from calm.training.stages import RECIPE, data_folder
+
+
+def main():
+    """Sample in every way and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--blocks", type=int, default=16, help="held-out blocks")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8], help="network calls of a draw")
+    arguments = parser.parse_args()
+    recipe = read_recipe(str(arguments.run / RECIPE))
+    model, data = load_model(str(arguments.run / "model")), load_prepared(data_folder(recipe, arguments.run))
+    seen, size = chunks_of_text(data, model.config.chunk_size), model.config.chunk_size
+    hidden, truth = positions(model, data, recipe, arguments.blocks)
+    print(
+        f"{len(truth)} positions; of the true chunks {share_seen(truth, seen):.1%} occur in the training text"
+    )
+    print(
+        "| sampler | calls | T | occurs | next chunk | next token | two agree | draws | operations a token |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for steps in arguments.steps:
+        model.change_sampling(num_steps=steps)
+        for settings in ways():
+            draws = CalmDraws(model, settings)
+            first, second = draws(hidden, 2, torch.Generator().manual_seed(1))
+            work = Work(recipe.data.context // size, draws.mean_draws)
+            print(
+                f"| {settings.sampler} | {steps} | {settings.temperature:g} | {share_seen(first, seen):.1%} "
+                f"| {share(first == truth):.1%} | {share(first[:, :1] == truth[:, :1]):.1%} "
+                f"| {share(first == second):.1%} | {draws.mean_draws:.0f} "
+                f"| {sum(cost_of(model.config, work).inference.values()) / 1e6:.1f} M |",
+                flush=True,
+            )
+
+
+def ways():
+    """All samplers and temperatures."""
+    head = TemperatureSettings(sampler="head")
+    yield from (dataclasses.replace(head, temperature=t) for t in (1.0, 0.7, 0.5, 0.35))
+    yield TemperatureSettings(temperature=0.5)
+
+
+def positions(model, data, recipe, num_blocks):
+    """Hidden states before held-out chunks inside documents, (P, D), and those chunks, (P, K)."""
+    size, states, chunks = model.config.chunk_size, [], []
+    blocks = data.blocks("validation", chunk_size=size, block_size=recipe.data.context, seed=recipe.seed)
+    for block in batches_of(blocks, num_blocks):
+        with torch.no_grad():
+            hidden = model.hidden_states_of_chunks(block["input_ids"], position_ids=block["position_ids"])
+        is_target = find_targets(block["labels"], block["position_ids"], size)
+        is_target &= (split_into_chunks(block["labels"], size)[:, 1:] >= 0).all(-1)
+        states.append(hidden[:, :-1][is_target])
+        chunks.append(split_into_chunks(block["input_ids"], size)[:, 1:][is_target])
+    return torch.cat(states), torch.cat(chunks)
+
+
+def chunks_of_text(data, size):
+    """All runs of K tokens in the training text."""
+    return {
+        tuple(tokens[start : start + size])
+        for tokens in data.train["input_ids"]
+        for start in range(len(tokens) - size + 1)
+    }
+
+
+def share_seen(chunks, seen):
+    """Share of chunks that occur in the training text."""
+    return sum(tuple(chunk) in seen for chunk in chunks.tolist()) / len(chunks)
+
+
+def share(equal):
+    """Share of rows that are equal throughout."""
+    return equal.all(-1).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()
