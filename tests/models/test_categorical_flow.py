@@ -73,7 +73,8 @@ def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
     noise = head.draw_noise(5, 8, torch.Generator().manual_seed(1))
     time = 0.6 * noise.time[0]
     points = (1 - time[:, None]) * noise.start[0] + time[:, None] * posterior.mean
-    vectors = head.network(points, (1000 * time,), head.prepare(hidden)).view(5, 4, 6)
+    vectors = head.network(points, (1000 * time,), head.network.condition_in(hidden)) + head.direct(hidden)
+    vectors = vectors.view(5, 4, 6)
     prior = F.linear(vectors, head.scores.weight, head.scores.bias)
     density = -(points.view(5, 4, 1, 2) - time.view(5, 1, 1, 1) * codes).square().sum(-1)
     scores = prior + density / (2 * (1 - time).square()).view(5, 1, 1)

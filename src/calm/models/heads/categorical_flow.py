@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from calm.core.categorical import evidence, follow_endpoints, times_of_steps
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
-from calm.models.blocks import PartedLinear
+from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
 from calm.models.heads.base import HeadWork, check_counts
 
@@ -70,9 +70,12 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
         """See `HeadConfig`; with the scores of the vocabulary, and the mean code that they give."""
         work = super().work(hidden_size, latent_size)
         code = latent_size // self.chunk_size
+        direct = hidden_size * self.output_size(latent_size)
         scores = self.chunk_size * self.vocab_size * (self.rank + 1 + code)
         mean = self.chunk_size * self.vocab_size * code
         return work._replace(
+            shared=work.shared + direct,
+            training_shared=work.training_shared + 3 * direct,
             per_draw=work.per_draw + self.calls * (scores + mean),
             training_per_draw=work.training_per_draw + 3 * scores,
         )
@@ -94,6 +97,8 @@ class CategoricalFlowHead(AdaptiveHead):
 
     def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
+        # Straight from the hidden state: the network meets it only as a scale and shift of its norms.
+        self.direct = ZeroLinear(hidden_size, config.output_size(latent_size))
         self.scores = PartedLinear(config.rank, config.vocab_size)
         self._codes: tuple[nn.Embedding, ...] = ()
 
@@ -101,6 +106,10 @@ class CategoricalFlowHead(AdaptiveHead):
         """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
         # In a tuple, so that they are not taken for a part of the head.
         self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
+
+    def prepare(self, hidden_PD: Tensor) -> Tensor:
+        """The hidden state as the network takes it, and its direct part of tokens' vectors, (P, D + K·r)."""
+        return torch.cat([super().prepare(hidden_PD), self.direct(hidden_PD)], dim=-1)
 
     def loss(
         self,
@@ -162,7 +171,7 @@ class CategoricalFlowHead(AdaptiveHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet codes, times or the vocabulary."""
-        return [*super().boundary_layers(), self.scores]
+        return [*super().boundary_layers(), self.direct, self.scores]
 
     def _draw(self, prepared_P: Tensor, start_NPZ: Tensor, temperature: float) -> Tensor:
         table_VX, codes_VZ = self._table(), self._codes[0].weight
@@ -179,9 +188,10 @@ class CategoricalFlowHead(AdaptiveHead):
     def _features(self, points_NPZ: Tensor, time: Tensor, prepared_P: Tensor, temperature: float) -> Tensor:
         """What the rows of `_table` are multiplied with to give scores of tokens, (N, P, K, r + d + 1)."""
         size = self.config.chunk_size
-        vectors_NPKR = self.network(points_NPZ, (_UNITS_OF_TIME * time,), prepared_P).unflatten(
-            -1, (size, -1)
-        )
+        split = prepared_P.shape[-1] - self.direct.out_features
+        condition_PD, direct_PX = prepared_P[:, :split], prepared_P[:, split:]
+        vectors_NPX = self.network(points_NPZ, (_UNITS_OF_TIME * time,), condition_PD) + direct_PX
+        vectors_NPKR = vectors_NPX.unflatten(-1, (size, -1))
         evidence_NPKC = evidence(points_NPZ.unflatten(-1, (size, -1)), time)
         one_NPK1 = torch.ones_like(vectors_NPKR[..., :1])
         learned = torch.cat([vectors_NPKR, one_NPK1], dim=-1) / temperature  # Evidence has no temperature.
