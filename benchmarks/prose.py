@@ -188,7 +188,7 @@ def score_words(folder):
     ][:NUM_PROMPTS]
     shares = {}
     for temperature in (1.0, LOW):
-        good = 0
+        good = total = 0
         for first in range(0, len(prompts), 64):
             batch = prompts[first : first + 64]
             written = continue_tokens(
@@ -197,8 +197,11 @@ def score_words(folder):
             for known, new in zip(batch, written.tolist(), strict=True):
                 begun, whole = tokenizer.decode(known[-8:]), tokenizer.decode(known[-8:] + new)
                 touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
-                good += all(m.group() in (beginnings if m.end() == len(whole) else words) for m in touched)
-        shares[f"T{temperature:g}"] = good / len(prompts)
+                good += bool(touched) and all(
+                    m.group() in (beginnings if m.end() == len(whole) else words) for m in touched
+                )
+                total += bool(touched)  # Punctuation alone says nothing.
+        shares[f"T{temperature:g}"] = good / total
     return shares
 
 

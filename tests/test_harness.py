@@ -92,6 +92,17 @@ def test_sampled_text_and_groups_of_settings(folder):
         assert [text] == continue_texts(model, tokenizer, [f"text {number}"], seed=3, **settings)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_repeated_requests_get_texts_of_their_own(folder, batch_size):
+    """Whatever the size of a batch: the first is the request alone, and no two are equal."""
+    harness = HarnessModel(str(folder), batch_size=batch_size, seed=3)
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 9}
+    texts = harness.generate_until([instance("a text", sampled)] * 4)
+    assert len(set(texts)) == 4
+    assert texts[0] == harness.generate_until([instance("a text", sampled)])[0]
+    assert texts == HarnessModel(str(folder), seed=3).generate_until([instance("a text", sampled)] * 4)
+
+
 def test_long_contexts_lose_their_beginning(folder):
     harness = HarnessModel(str(folder))
     [text] = harness.generate_until([instance("word " * 500, {"max_gen_toks": 8})])

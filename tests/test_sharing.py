@@ -94,7 +94,12 @@ def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
             done.append((name, private, exist_ok))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
+            assert path_in_repo == "recipe.yaml" and b"secret-place" not in path_or_fileobj
+            assert yaml.safe_load(path_or_fileobj)["data"]["sources"] == "text.jsonl"
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+            assert ignore_patterns == ["recipe.yaml"]
             files = sorted(path.name for path in folder_path.iterdir())
             assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
             done.append(repo_id)
@@ -124,6 +129,7 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     weights = [(folder / "model.safetensors").stat().st_size for folder in (copy, runs / "run/model")]
     assert weights[0] < 0.7 * weights[1]
     assert (copy / "README.md").read_text() == (runs / "run/model/README.md").read_text()
+    assert "secret-place" not in (copy / "recipe.yaml").read_text()
     model, _ = load_model_and_tokenizer(str(runs / "run/model"))
     copied, _ = load_model_and_tokenizer(str(copy))
     for name, weight in copied.state_dict().items():

@@ -9,6 +9,7 @@ answered by sampling instead (`choices`): the scores are no likelihoods, and do 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from calm.core.chunks import split_into_chunks
-from calm.core.random import generators_of_rows
+from calm.core.random import generators_of_rows, seed_of
 from calm.errors import InputError
 from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
@@ -92,12 +93,13 @@ class HarnessModel(LM):
             InputError: If a task asks for what a CALM cannot do.
         """
         texts: list[str] = [""] * len(requests)
-        for places in self._alike(requests):
+        for places, copy in self._alike(requests):
             settings = _writing(requests[places[0]].args[1], self._temperature, self._num_draws)
             stops, budget = settings.pop("until"), settings.pop("max_gen_toks") or self._max_gen_toks
             prompts = [self._fitting(requests[place].args[0], budget) for place in places]
+            seed = seed_of(self._seed, copy) if copy else self._seed
             tokens = continue_tokens(
-                self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=self._seed, **settings
+                self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=seed, **settings
             )
             written = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for place, text in zip(places, written, strict=True):
@@ -128,14 +130,20 @@ class HarnessModel(LM):
         """
         raise InputError("this task asks for perplexities, which a CALM does not have; see `calm evaluate`.")
 
-    def _alike(self, requests: list[Instance]) -> Iterator[list[int]]:
-        """Places of requests that can be written together."""
-        groups: dict[str, list[int]] = {}
+    def _alike(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
+        """Places of requests that can be written together, and how often they came before.
+
+        A task that wants several texts of a context repeats the request.
+        """
+        seen: Counter[str] = Counter()
+        groups: dict[tuple[str, int], list[int]] = {}
         for place, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(place)
-        for places in groups.values():
+            copy = seen[repr(request.args)]
+            seen[repr(request.args)] += 1
+            groups.setdefault((repr(request.args[1]), copy), []).append(place)
+        for (_, copy), places in groups.items():
             for start in range(0, len(places), self._batch_size):
-                yield places[start : start + self._batch_size]
+                yield places[start : start + self._batch_size], copy
 
     def _fitting(self, context: str, budget: int) -> list[int]:
         """Tokens of a context, of which the end is kept if it is too long."""
@@ -143,7 +151,9 @@ class HarnessModel(LM):
         room = self._model.config.backbone.max_position_embeddings - -(-budget // size)
         if room < 1:
             raise InputError(f"{budget} tokens do not fit in the model's context.")
-        ids: list[int] = self._tokenizer(context)["input_ids"]
+        # A chat template writes the token that begins a text itself.
+        begun = self._tokenizer.bos_token is not None and context.startswith(str(self._tokenizer.bos_token))
+        ids: list[int] = self._tokenizer(context, add_special_tokens=not begun)["input_ids"]
         if not ids:
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
         return ids[-room * size :]

@@ -92,8 +92,8 @@ def export(folder: Path, target: Path, dtype: str) -> None:
         tokenizer.save_pretrained(partial)
         config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         write_file_whole(partial / "config.json", json.dumps(_in_float32(config), indent=2) + "\n")
-        for name in (CARD, RECIPE):
-            shutil.copyfile(folder / name, partial / name)
+        shutil.copyfile(folder / CARD, partial / CARD)
+        write_file_whole(partial / RECIPE, _recipe(folder / RECIPE))
 
 
 def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +121,14 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=is_private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model of calm")
+        message = "A model of calm"
+        hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=[RECIPE]
+        )
+        recipe = _recipe(folder / RECIPE).encode()
+        hub.upload_file(
+            path_or_fileobj=recipe, path_in_repo=RECIPE, repo_id=repository, commit_message=message
+        )
     except Exception as error:  # Of the network, the hub, or the name.
         raise RunError(
             f"'{repository}' could not be uploaded ({reason_of(error)}); "
@@ -220,7 +227,7 @@ def _data(recipe: Recipe, sources: list[str]) -> str:
 
 def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
     settings, lines = recipe.language_model.training, []
-    if recipe.model == "calm" and recipe.autoencoder.path is None and recipe.autoencoder.kind == "mlp":
+    if recipe.trains_autoencoder:
         first = recipe.autoencoder.training
         lines.append(f"Autoencoder: {first.steps:,} steps of {first.batch_tokens:,} tokens.")
     lines.append(

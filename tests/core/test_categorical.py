@@ -1,6 +1,7 @@
 """Flow matching to codes of tokens, against densities and laws that are known in closed form."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scipy import stats
 from torch.distributions import Normal
 from torch.testing import assert_close
 
-from calm.core.categorical import evidence, follow_endpoints, times_of_steps
+from calm.core.categorical import evidence, follow_endpoints, last_time, times_of_steps
 
 SIZE = 6  # Of a code.
 DRAWS = 20_000
@@ -56,17 +57,27 @@ def test_evidence_stays_finite_at_the_end():
     assert evidence(torch.randn(2, 3, SIZE), torch.tensor([1.0, 0.999999])).isfinite().all()
 
 
-def test_times_go_from_zero_to_the_last():
-    assert times_of_steps(1, 0.6) == [0.0]
-    assert times_of_steps(4, 0.6) == pytest.approx([0, 0.2, 0.4, 0.6])
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        times_of_steps(0, 0.6)
+def even(steps: int, last: float = 0.9) -> list[float]:
+    return [last * step / (steps - 1) for step in range(steps)]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_times_rise_from_zero_to_where_tokens_are_told_apart():
+    for steps in (2, 4, 60):
+        times = times_of_steps(steps, 16, 4096)
+        assert times[0] == 0 and times == sorted(times) and len(times) == steps
+        assert times[-1] <= last_time(16, 4096) < 1
+    # With d = 16 and 5 log V nats between two codes.
+    assert 16 * (last_time(16, 4096) / (1 - last_time(16, 4096))) ** 2 == pytest.approx(5 * math.log(4096))
+    assert times_of_steps(200, 16, 4096)[-1] == last_time(16, 4096)
+    assert last_time(4, 4096) > last_time(16, 4096)
+    with pytest.raises(ValueError, match="num_steps must be at least 2, got 1"):
+        times_of_steps(1, 16, 4096)
+
+
+@pytest.mark.parametrize("steps", [2, 7])
 def test_a_certain_endpoint_is_reached_in_any_number_of_steps(steps):
     end = torch.randn(3, SIZE)
-    reached = follow_endpoints(lambda x, t: end, torch.randn(3, SIZE), times_of_steps(steps, 0.6))
+    reached = follow_endpoints(lambda x, t: end, torch.randn(3, SIZE), even(steps))
     assert_close(reached, end)
 
 
@@ -74,7 +85,7 @@ def test_a_certain_endpoint_is_reached_in_any_number_of_steps(steps):
 def test_one_token_comes_out_with_its_probability(temperature):
     """With the prior sharpened and the evidence as it is, the law is the tempered one."""
     codes, law = codes_of(5), torch.tensor([0.45, 0.3, 0.15, 0.07, 0.03]).double()
-    drawn = follow_endpoints(exact_endpoint(law, codes, temperature), start(1), times_of_steps(120, 0.9))
+    drawn = follow_endpoints(exact_endpoint(law, codes, temperature), start(1), even(120))
     counts = torch.bincount(tokens_of(drawn, codes)[:, 0], minlength=5)
     expected = law ** (1 / temperature) / (law ** (1 / temperature)).sum() * DRAWS
     assert stats.chisquare(counts, expected).pvalue > 1e-3
@@ -84,16 +95,30 @@ def test_tokens_that_depend_on_each_other_come_out_together():
     """Each step knows only the law of each token by itself, and yet the joint law is drawn from."""
     codes = codes_of(3)
     law = torch.tensor([[0.3, 0.01, 0.04], [0.02, 0.25, 0.03], [0.05, 0.1, 0.2]]).double()
-    drawn = follow_endpoints(exact_endpoint(law, codes), start(2), times_of_steps(120, 0.9))
+    drawn = follow_endpoints(exact_endpoint(law, codes), start(2), even(120))
     first, second = tokens_of(drawn, codes).T
     counts = torch.bincount(3 * first + second, minlength=9)
     assert stats.chisquare(counts, law.flatten() / law.sum() * DRAWS).pvalue > 1e-3
 
 
-def test_one_step_takes_tokens_for_independent():
-    """What the steps are for: with a single one, all draws land on the mean of all chunks."""
-    codes = codes_of(3)
-    law = torch.tensor([[0.5, 1e-9, 1e-9], [1e-9, 0.5, 1e-9], [1e-9, 1e-9, 1e-9]]).double()
-    endpoint = exact_endpoint(law, codes)
-    drawn = follow_endpoints(endpoint, start(2), times_of_steps(1, 0.9))
-    assert (drawn - drawn[0]).abs().max() < 1e-4
+def test_four_steps_are_near_the_law_of_a_large_vocabulary():
+    """A skewed law over 2048 tokens, by the share of tokens of each rank; the noise is below 0.02."""
+    size, draws = 2048, 4000
+    codes = F.normalize(torch.randn(size, 16, generator=torch.Generator().manual_seed(5)), dim=-1) * 4
+    law = 1 / torch.arange(1, size + 1)
+    law = law / law.sum()
+
+    def endpoint(points: torch.Tensor, time: float) -> torch.Tensor:
+        scores = evidence(points.unsqueeze(1), torch.tensor(time))[:, 0] @ codes.T
+        return (scores + law.log()).softmax(-1) @ codes
+
+    rank = torch.bucketize(torch.arange(size), torch.tensor([1, 4, 16, 64, 256, 1024]))
+    expected = torch.zeros(7).index_add(0, rank, law)
+    distance = {}
+    for steps in (2, 4, 16):
+        noise = torch.randn(draws, 16, generator=torch.Generator().manual_seed(6))
+        drawn = follow_endpoints(endpoint, noise, times_of_steps(steps, 16, size))
+        share = torch.bincount(rank[(drawn @ codes.T).argmax(-1)], minlength=7) / draws
+        distance[steps] = (share - expected).abs().sum().item() / 2
+    assert distance[16] < 0.03 and distance[4] < 0.06 and distance[2] < 0.2, distance
+    assert distance[2] > distance[4] > distance[16] / 2

@@ -115,3 +115,19 @@ def test_the_cache_shrinks_with_its_longest_row():
     batch.step()  # The long one ends.
     assert batch._mask_RC.shape == (1, 3)
     assert all(keys.shape[2] == 3 for keys in (layer.keys for layer in batch._cache.layers))
+
+
+def test_a_row_that_cannot_join_leaves_nothing_behind(model, monkeypatch):
+    batch, settings = ChunkBatch(model), SETTINGS[0]
+    first = batch.join([5, 6, 7], settings, 8, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("calm.models.batching._side_by_side", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            batch.join([9, 10, 11, 12, 13], settings, 8, 2)
+    second = batch.join([14, 15], settings, 8, 3)
+    written = {first: [], second: []}
+    for _ in range(2):
+        for one in batch.step():
+            written[one.row] += one.tokens
+    assert written[first] == alone(model, [5, 6, 7], settings, 8, 1)
+    assert written[second] == alone(model, [14, 15], settings, 8, 3)

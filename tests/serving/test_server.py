@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from conftest import tiny_model
 from serving_client import serving
 
 from calm.core.temperature import TemperatureSettings
 from calm.generation import continue_texts
+from calm.models.batching import ChunkBatch
 
 PROMPT = "Once upon a time"
 
@@ -180,7 +182,11 @@ BAD = {
     "many tokens": ({"max_tokens": 5000}, "may be 4096 at most", "max_tokens"),
     "long": ({"max_tokens": 300}, "more than the context of 256", "prompt"),
     "draws": ({"extra_body": {"max_draws": 10**6}}, "may be 1000 at most", "max_draws"),
-    "sampler": ({"extra_body": {"sampler": "greedy"}}, "Input should be 'exact' or 'pool'", "sampler"),
+    "sampler": (
+        {"extra_body": {"sampler": "greedy"}},
+        "Input should be 'exact', 'pool' or 'head'",
+        "sampler",
+    ),
     "empty stop": ({"stop": ""}, "none of them empty", "stop"),
     "no prompt": ({"prompt": []}, "is empty", "prompt"),
     "ids": ({"prompt": [5, 100000]}, "token ids of 'prompt' lie between", "prompt"),
@@ -418,3 +424,58 @@ def test_defaults_of_the_server(model, tokenizer):
     with serving(model, tokenizer, defaults=defaults) as (_, client, _):
         text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, seed=1).choices[0].text
     assert text == alone(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, num_draws=8, seed=1)
+
+
+def test_equal_prompts_of_a_request_get_different_texts(server, model, tokenizer):
+    """They are copies, numbered over the whole request."""
+    _, client, _ = server
+    arguments = {"model": "tiny", "max_tokens": 8, "seed": 5, "temperature": 1}
+    answer = client.completions.create(prompt=[PROMPT, "One day", PROMPT], **arguments)
+    texts = [choice.text for choice in answer.choices]
+    copies = [choice.text for choice in client.completions.create(prompt=PROMPT, n=2, **arguments).choices]
+    assert [texts[0], texts[2]] == copies and copies[0] != copies[1]
+
+
+def test_a_head_with_a_temperature_is_asked_by_default(tokenizer):
+    sharp = tiny_model(4, vocab_size=320, head_config={"head_type": "categorical_flow"})
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 5}
+    # Whatever the server's own temperature is, that of the request decides.
+    with serving(sharp, tokenizer, defaults=TemperatureSettings(temperature=0, num_draws=9)) as (
+        _,
+        client,
+        _,
+    ):
+
+        def draws(**more):
+            extra = {"return_chunks": True, **more.pop("extra", {})}
+            choice = client.completions.create(**arguments, **more, extra_body=extra).choices[0]
+            return {chunk["num_draws"] for chunk in choice.chunks}, choice.text
+
+        assert draws(temperature=0.5) == draws(temperature=0.5, extra={"sampler": "head"})
+        assert draws(temperature=0.5)[0] == {1}
+        assert draws(temperature=0)[0] == draws()[0] == {9}
+        assert draws(temperature=0.5, top_p=0.9)[0] == {9}
+        text = alone(sharp, tokenizer, PROMPT, max_new_tokens=8, temperature=0.5, seed=5)
+        assert draws(temperature=0.5)[1] == text
+
+
+def test_a_head_without_a_temperature_is_not_asked(server):
+    _, client, _ = server
+    with pytest.raises(openai.BadRequestError, match="head does not take a temperature") as raised:
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, extra_body={"sampler": "head"})
+    assert raised.value.param == "sampler"
+
+
+def test_an_engine_that_breaks_tells_everybody(model, tokenizer, monkeypatch):
+    """Also those who come later."""
+
+    def broken(self, *arguments):
+        raise SystemError("the device is gone")
+
+    with serving(model, tokenizer) as (engine, client, _):
+        monkeypatch.setattr(ChunkBatch, "step", broken)
+        monkeypatch.setattr(ChunkBatch, "__init__", broken)
+        for message in ("device is gone", "shutting down"):
+            with pytest.raises(openai.APIStatusError, match=message):
+                client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4)
+            wait_until(lambda: not engine.is_alive)

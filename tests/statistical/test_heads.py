@@ -115,7 +115,7 @@ def test_the_categorical_flow_learns_a_joint_law_and_sharpens_it():
         CalmAutoencoderConfig(kind="codes", vocab_size=3, chunk_size=2, latent_size=12)
     )
     fields = {"head_type": "categorical_flow", "vocab_size": 3, "chunk_size": 2, "rank": 8, "num_steps": 40}
-    head = build_head(parse_head_config(fields | {"last_time": 0.8}), SIZE, 12)
+    head = build_head(parse_head_config(fields), SIZE, 12)
     head.attach(autoencoder.requires_grad_(False))
 
     def loss(context, generator):

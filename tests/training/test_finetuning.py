@@ -1,5 +1,6 @@
 """Fine-tuning: it learns, adapters are saved, merged and loaded, and what is killed goes on."""
 
+import dataclasses
 import json
 import shutil
 
@@ -112,6 +113,14 @@ def test_it_learns_to_answer(model, base, tmp_path):
     tuned, tokenizer = load_language_model_and_tokenizer(str(tmp_path / "run/model"))
     [text] = continue_texts(tuned, tokenizer, [answers[0]["prompt"]], temperature=0, num_draws=8, seed=0)
     assert text.strip() == answers[0]["after"].strip()  # And it stops.
+
+
+def test_no_answers_are_asked_for(base, tmp_path):
+    recipe = recipe_for(base)
+    finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=0)), tmp_path / "run")
+    assert (tmp_path / "run/model/config.json").is_file() and answers_of(tmp_path / "run") == []
+    with pytest.raises(InputError, match=r"answers\.number must be at least 0, got -1"):
+        finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=-1)), tmp_path / "other")
 
 
 def test_the_autoencoder_stays_as_it_was(base, tmp_path):

@@ -9,6 +9,7 @@ interpolation (Dieleman et al., arXiv 2211.15089), variational flow matching (Ei
 2406.04843); see docs/heads.md for the derivation. Shapes: K tokens per chunk, d size of a code, Z = K·d.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 Endpoint = Callable[[Tensor, float], Tensor]
 """endpoint(x, t): mean of the data at the end of the paths that pass x at time t, of the shape of x."""
 
+_ALL_TOLD_APART = 5.0  # Times log V.
 _LARGEST_WEIGHT = 100.0  # Nothing is in doubt by then, and float32 holds the scores.
 
 
@@ -31,15 +33,34 @@ def evidence(points_KD: Tensor, time: Tensor) -> Tensor:
     return points_KD * weight[..., None, None]
 
 
-def times_of_steps(num_steps: int, last_time: float) -> list[float]:
-    """Even times from 0 to `last_time`, at which the endpoint is asked for; no token is in doubt behind them.
+def last_time(code_size: int, vocab_size: int) -> float:
+    """A time at which hardly any token is in doubt, whatever the network says of it.
+
+    Two codes are told apart by d·(t/(1 - t))² nats in the mean; to be told from all V takes a few log V.
+    """
+    return _time_of(_ALL_TOLD_APART * math.log(vocab_size), code_size)
+
+
+def times_of_steps(num_steps: int, code_size: int, vocab_size: int) -> list[float]:
+    """The times at which the endpoint is asked for, from 0 on.
+
+    They lie close where tokens are decided, and reach further with more steps; found with an oracle in the
+    network's place (docs/log.md).
 
     Raises:
-        ValueError: If there is no step.
+        ValueError: If there are fewer than two: a single step ends at the mean of all codes.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    return [last_time * step / max(1, num_steps - 1) for step in range(num_steps)]
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
+    most = min(1.5 + num_steps / 8, _ALL_TOLD_APART) * math.log(vocab_size)
+    shares = (step / (num_steps - 1) for step in range(num_steps))
+    return [_time_of(share**1.5 * most, code_size) for share in shares]
+
+
+def _time_of(nats: float, code_size: int) -> float:
+    """The time at which two codes are told apart by so many nats: d·(t/(1 - t))² = nats."""
+    ratio = math.sqrt(nats / code_size)
+    return ratio / (1 + ratio)
 
 
 def follow_endpoints(endpoint: Endpoint, start: Tensor, times: list[float]) -> Tensor:

@@ -23,6 +23,9 @@ states (N, R, X) that go with a `TokenReader`."""
 
 SAMPLERS = ("exact", "pool", "head")
 _ROUNDING = 1e-3
+_LEAST = 1e-300
+LOWEST_OF_HEADS = 0.01
+"""The lowest temperature that a head is asked for: its scores are divided by it."""
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
@@ -75,10 +78,10 @@ class TemperatureSettings:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
         if self.sampler == "head":
-            if not 0 < self.temperature <= 1:
+            if not LOWEST_OF_HEADS <= self.temperature <= 1:
                 raise ValueError(
-                    f"sampler='head' takes a temperature above 0 and at most 1, got {self.temperature:g}; "
-                    "sampler='pool' gives the commonest chunk at 0."
+                    f"sampler='head' takes temperatures from {LOWEST_OF_HEADS} to 1, got "
+                    f"{self.temperature:g}; sampler='pool' gives the commonest chunk at 0."
                 )
         elif self.sampler == "pool" or self.temperature == 0:
             _order_for(self.temperature, self.num_draws, "num_draws=")
@@ -115,6 +118,8 @@ def inverse_temperature(temperature: float) -> float:
         raise ValueError(f"temperature must lie between 0 and 1, got {temperature}.")
     if temperature == 0:
         return math.inf
+    if temperature < _LEAST:  # 1/T would not be a number.
+        raise ValueError(f"a temperature above 0 must be at least {_LEAST:g}, got {temperature:g}.")
     order = 1 / temperature
     return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
 

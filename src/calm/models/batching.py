@@ -113,11 +113,13 @@ class ChunkBatch:
         generator = generators_of_rows(seed, [prompt] * (copy + 1), device)[copy]
         row = Row(settings, budget, generator, position=int(mask_1C.sum()))
         hidden_1D = outputs.last_hidden_state[:, -1]
-        self._hidden_RD = torch.cat([self._hidden_RD.to(hidden_1D.dtype), hidden_1D])
-        self._cache = _side_by_side(self._cache, cache, self._model) if self._rows else cache
+        hidden_RD = torch.cat([self._hidden_RD.to(hidden_1D.dtype), hidden_1D])
         length = max(self._mask_RC.shape[1], mask_1C.shape[1])
         parts = [pad_columns(mask, (length - mask.shape[1], 0)) for mask in (self._mask_RC, mask_1C)]
-        self._mask_RC = torch.cat(parts)
+        mask_RC = torch.cat(parts)
+        cache = _side_by_side(self._cache, cache, self._model) if self._rows else cache
+        # All at once: a row that failed to join must leave nothing behind.
+        self._hidden_RD, self._mask_RC, self._cache = hidden_RD, mask_RC, cache
         self._rows.append(row)
         return row
 

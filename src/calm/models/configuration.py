@@ -58,7 +58,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         for name in ("vocab_size", "chunk_size", "latent_size", "hidden_size", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("num_encoder_layers", "num_decoder_layers"):
+        for name in ("num_encoder_layers", "num_decoder_layers") if not self.has_codes else ():
             if (layers := getattr(self, name)) < 2 or layers % 2:
                 raise ValueError(
                     f"{name} must be even (half on tokens, half on chunks) and at least 2, got {layers}."

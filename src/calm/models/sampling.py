@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calm.core.pool import TokenReader
 from calm.core.random import Randomness, select_rows
-from calm.core.temperature import ChunkSample, TemperatureSettings, sample
+from calm.core.temperature import LOWEST_OF_HEADS, ChunkSample, TemperatureSettings, sample
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.heads import GenerativeHead
 
@@ -74,7 +74,7 @@ class ChunkSamplingMixin:
 
     def default_sampler(self, temperature: float) -> str:
         """The sampler where none is named: the head's own, which costs one draw, where there is one."""
-        return "head" if self.head.takes_temperature and temperature > 0 else "exact"
+        return "head" if self.head.takes_temperature and temperature >= LOWEST_OF_HEADS else "exact"
 
     def check_sampler(self, settings: TemperatureSettings) -> None:
         """Raise ValueError if the head is asked for a temperature that it does not take."""

@@ -7,6 +7,8 @@ from pathlib import Path
 def shipped_models() -> dict[str, Path]:
     """Model folders inside the package, by name."""
     root = Path(str(files("calm"))) / "shipped"
+    if not root.is_dir():
+        return {}
     return {path.name: path for path in sorted(root.iterdir()) if (path / "config.json").is_file()}
 
 

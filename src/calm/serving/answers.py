@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,12 +67,13 @@ class Answers:
         self._arrived: asyncio.Queue[tuple[int, Written | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         deadline = time.monotonic() + self.seconds
-        self._jobs = [
-            Job(prompt, self.settings, self.budget, self.seed, self._delivery(index), copy, deadline)
-            for index, (prompt, copy) in enumerate(
-                (prompt, copy) for prompt in self.prompts for copy in range(self.copies)
-            )
-        ]
+        written: Counter[tuple[int, ...]] = Counter()  # Equal prompts get different texts.
+        self._jobs = []
+        for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.copies)):
+            copy = written[tuple(prompt)]
+            written[tuple(prompt)] += 1
+            job = Job(prompt, self.settings, self.budget, self.seed, self._delivery(index), copy, deadline)
+            self._jobs.append(job)
 
     @property
     def usage(self) -> dict[str, int]:
@@ -89,6 +91,10 @@ class Answers:
             self.engine.submit(self._jobs)
         except QueueFullError as error:
             raise ApiError(str(error), 429, "rate_limit_error", code="queue_full") from error
+
+    def cancel(self) -> None:
+        """Give all texts up."""
+        self.engine.cancel(self._jobs)
 
     async def parts(self, is_gone: Callable[[], Any] | None = None) -> AsyncIterator[Part]:
         """What is written, as it comes; whatever ends this, nothing goes on being written.
@@ -117,7 +123,7 @@ class Answers:
                     open_texts.discard(index)
                 yield part
         finally:
-            self.engine.cancel(self._jobs)
+            self.cancel()
 
     def _part(self, index: int, what: Written | Exception) -> Part:
         if isinstance(what, TimeoutError):

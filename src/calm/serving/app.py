@@ -225,6 +225,9 @@ class _Watch:
                 await self._app(scope, receive, note)
             else:
                 await _REFUSAL(scope, receive, note)
+        except Exception:
+            status = 500
+            raise
         finally:
             # Never what was asked for: labels must be few.
             path = getattr(scope.get("route"), "path", "other")

@@ -109,6 +109,8 @@ class Engine:
             QueueFullError: If too many are waiting.
         """
         with self._changed:
+            if self._is_stopping:
+                raise QueueFullError("the server is shutting down.")
             if len(self._waiting) + len(jobs) > self._max_waiting:
                 raise QueueFullError(
                     f"{len(self._waiting)} texts are waiting, and at most {self._max_waiting} may; try later."
@@ -140,6 +142,20 @@ class Engine:
         return answer
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            logger.exception("the engine has failed for good")
+        finally:  # Nobody waits for what will not come.
+            with self._changed:
+                self._is_stopping = True
+            end = RuntimeError("the server is shutting down")
+            self._fail_all(end)
+            for _, answer in self._asked:
+                if answer.set_running_or_notify_cancel():
+                    answer.set_exception(end)
+
+    def _work(self) -> None:
         while self._wait():
             self._answer()
             started = time.perf_counter()
@@ -157,10 +173,6 @@ class Engine:
                 if one.ended_by is not None:
                     del self._rows[one.row]
                 _deliver(job, one)
-        end = RuntimeError("the server is shutting down")
-        self._fail_all(end)
-        for _, answer in self._asked:
-            answer.set_exception(end)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to end."""
@@ -215,9 +227,10 @@ class Engine:
             if self._is_stopping:
                 self._waiting.clear()
         self._rows.clear()
-        self._batch = ChunkBatch(self._model)
         for job in jobs:
             _deliver(job, error)
+        if not self._is_stopping:
+            self._batch = ChunkBatch(self._model)
 
     def _count(self, written: list[Written], seconds: float) -> None:
         self.statistics.steps += bool(written)

@@ -1,6 +1,7 @@
 """What requests may hold, in the words of the OpenAI API, and what of it a CALM can honour."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -114,10 +115,16 @@ class _Sampling(BaseModel):
         """The seed that was given, or one of chance."""
         return secrets.randbits(31) if self.seed is None else self.seed
 
-    def settings(self, defaults: TemperatureSettings) -> TemperatureSettings:
+    def settings(
+        self, defaults: TemperatureSettings, default_sampler: Callable[[float], str]
+    ) -> TemperatureSettings:
         """How chunks are sampled.
 
         `top_p` and `min_p` cut a pool of draws, so they choose the pool sampler where none is named.
+
+        Args:
+            defaults: Where the request says nothing.
+            default_sampler: Chooses a sampler by the temperature where none is named.
 
         Raises:
             ApiError: If a value is out of range.
@@ -125,10 +132,9 @@ class _Sampling(BaseModel):
         names = ("temperature", "top_p", "min_p", "sampler", "num_draws", "max_draws")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cuts = given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
-        if cuts and "sampler" not in given:
-            given["sampler"] = "pool"
-        if given.get("temperature") == 0 and defaults.sampler == "head":
-            given.setdefault("sampler", "exact")
+        given.setdefault(
+            "sampler", "pool" if cuts else default_sampler(given.get("temperature", defaults.temperature))
+        )
         if given.get("temperature", 0) > 1:
             raise ApiError(
                 "'temperature' lies between 0 and 1 for a model without likelihoods, "

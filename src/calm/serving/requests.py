@@ -102,7 +102,7 @@ class Endpoint:
                     param="prompt",
                     code="context_length_exceeded",
                 )
-        settings = request.settings(self._settings.defaults)
+        settings = request.settings(self._settings.defaults, self.model.default_sampler)
         try:
             self.model.check_sampler(settings)
         except ValueError as error:
@@ -175,16 +175,19 @@ class _Answer:
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Part after part."""
-        usage = self._request.stream_options is not None and self._request.stream_options.include_usage
-        more = {"usage": None} if usage else {}
-        for index in range(len(self._answers.prompts) * self._answers.copies):
-            if (first := self._first(index)) is not None:
-                yield self._piece(index, first, None) | more
-        async for part in self._answers.parts():
-            if part.text or part.finish_reason or self._request.return_chunks:
-                yield self._piece(part.index, self._more(part), part.finish_reason, part) | more
-        if usage:
-            yield {**self._head, "object": self.piece_name, "choices": [], "usage": self._answers.usage}
+        try:
+            usage = self._request.stream_options is not None and self._request.stream_options.include_usage
+            more = {"usage": None} if usage else {}
+            for index in range(len(self._answers.prompts) * self._answers.copies):
+                if (first := self._first(index)) is not None:
+                    yield self._piece(index, first, None) | more
+            async for part in self._answers.parts():
+                if part.text or part.finish_reason or self._request.return_chunks:
+                    yield self._piece(part.index, self._more(part), part.finish_reason, part) | more
+            if usage:
+                yield {**self._head, "object": self.piece_name, "choices": [], "usage": self._answers.usage}
+        finally:  # Whoever asked may leave before the first part.
+            self._answers.cancel()
 
     def _piece(
         self, index: int, said: dict[str, Any], reason: str | None, part: Part | None = None

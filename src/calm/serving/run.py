@@ -2,7 +2,6 @@
 
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,15 @@ def run_server(
     for limit, value in limits.items():
         if value <= 0:
             raise InputError(f"{limit} must be above 0, got {value}.")
+    most = min(TemperatureSettings.max_draws, limits.get("max_draws", TemperatureSettings.max_draws))
     try:
-        defaults = TemperatureSettings(temperature=temperature)
+        defaults = TemperatureSettings(temperature=temperature, num_draws=most, max_draws=most)
     except ValueError as error:
         raise InputError(str(error)) from error
     key = _key(api_key_file)
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     if not isinstance(network, CalmForCausalLM):
         raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
-    defaults = replace(defaults, sampler=network.default_sampler(temperature))
     settings = ServerSettings(
         name=name or Path(model).resolve().name, api_key=key, defaults=defaults, **limits
     )

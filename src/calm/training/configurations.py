@@ -1,5 +1,6 @@
 """Recipe -> configurations of the two models."""
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -8,9 +9,11 @@ from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.loading import load_config
 from calm.training.optimizers import find_optimizer
 from calm.training.recipe import LanguageModelSettings, Recipe
 
+_SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -51,7 +54,7 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
     else:
         language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
     stages = {"language_model": recipe.language_model.training}
-    if recipe.model == "calm" and recipe.autoencoder.path is None:
+    if recipe.trains_autoencoder:
         stages["autoencoder"] = recipe.autoencoder.training
     for name, training in stages.items():
         find_optimizer(training.optimizer.name)
@@ -66,12 +69,25 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
 def autoencoder_config(
     recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
 ) -> CalmAutoencoderConfig:
-    """Configuration of the autoencoder of a recipe.
+    """Configuration of the autoencoder of a recipe; that of a trained one if the recipe names it.
 
     Raises:
         InputError: If a value is out of range.
     """
     settings = recipe.autoencoder
+    if settings.path is not None and (Path(settings.path) / "config.json").is_file():
+        given = load_config(Path(settings.path))
+        if isinstance(given, CalmConfig):
+            return given.autoencoder
+        if isinstance(given, CalmAutoencoderConfig):
+            return given
+        raise InputError(f"'{settings.path}' holds a model of type '{given.model_type}', not an autoencoder.")
+    if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
+        raise InputError(
+            f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "
+            f"autoencoder.latent_size to at least {_SMALLEST_CODE * recipe.chunk_size}, "
+            f"not {settings.latent_size}."
+        )
     return _build(
         CalmAutoencoderConfig,
         vocab_size=vocab_size,

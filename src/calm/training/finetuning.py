@@ -77,6 +77,8 @@ def _check(recipe: FinetuningRecipe) -> None:
     find_optimizer(recipe.training.optimizer.name)
     if recipe.training.steps < 1:
         raise InputError(f"training.steps must be at least 1, got {recipe.training.steps}.")
+    if recipe.answers.number < 0:
+        raise InputError(f"answers.number must be at least 0, got {recipe.answers.number}.")
     try:
         recipe.training.batches(recipe.examples.context, processes().num_processes)
     except InputError as error:
@@ -186,7 +188,7 @@ def exact_match(answers: list[str], examples: list[Example], tokenizer: PreTrain
 
 
 def _wanted(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return tokenizer.batch_decode([example.completion for example in examples], skip_special_tokens=True)
+    return [str(tokenizer.decode(one.completion, skip_special_tokens=True)) for one in examples]
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def _held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, most: int) 
 def _as_records(
     examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    prompts = tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=True)
+    prompts = [str(tokenizer.decode(one.prompt, skip_special_tokens=True)) for one in examples]
     rows = zip(prompts, _wanted(examples, tokenizer), before, after, strict=True)
     names = ("prompt", "completion", "before", "after")
     return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)

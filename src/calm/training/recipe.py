@@ -250,3 +250,8 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
+
+    @property
+    def trains_autoencoder(self) -> bool:
+        """Whether there is a first stage."""
+        return self.model == "calm" and self.autoencoder.path is None and self.autoencoder.kind == "mlp"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calm.core.categorical import evidence, follow_endpoints, times_of_steps
+from calm.core.categorical import evidence, follow_endpoints, last_time, times_of_steps
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
@@ -25,7 +25,7 @@ from calm.models.heads.base import HeadWork, check_counts
 
 _UNITS_OF_TIME = 1000  # The network's sines are made for numbers of this size.
 _GOLDEN_RATIO = 0.6180339887498949
-_SCORES_AT_ONCE = 2**26  # Above it, scores of the loss are computed in parts, and anew in the backward pass.
+_SCORES_AT_ONCE = 2**26  # More are computed in parts; those of a loss anew in the backward pass.
 
 
 @dataclass(kw_only=True)
@@ -36,9 +36,8 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
         head_type: Always "categorical_flow".
         num_blocks: Residual blocks.
         num_draws: Points N of a position in the loss, each with a time and noise of its own.
-        num_steps: Network calls of a draw.
+        num_steps: Network calls of a draw, at least 2.
         rank: Size of a token's vector before the scores of the vocabulary.
-        last_time: Times of training and sampling lie in [0, last_time]; behind it, no token is in doubt.
         vocab_size: Tokens; the model fills it in.
         chunk_size: Tokens per chunk; the model fills it in.
         frequency_size: Sines and cosines of a time.
@@ -47,9 +46,8 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
 
     head_type: str = "categorical_flow"
     num_draws: int = 1
-    num_steps: int = 8
+    num_steps: int = 4
     rank: int = 64
-    last_time: float = 0.6
     vocab_size: int = 1
     chunk_size: int = 1
 
@@ -59,8 +57,8 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "rank", "vocab_size", "chunk_size")
-        if not 0 < self.last_time < 1:
-            raise ValueError(f"last_time must lie in (0, 1), got {self.last_time}.")
+        if self.num_steps < 2:  # A single one ends at the mean of all codes.
+            raise ValueError(f"num_steps must be at least 2, got {self.num_steps}.")
 
     def output_size(self, latent_size: int) -> int:
         """See `AdaptiveHeadConfig`: a vector for each token."""
@@ -100,6 +98,7 @@ class CategoricalFlowHead(AdaptiveHead):
         # Straight from the hidden state: the network meets it only as a scale and shift of its norms.
         self.direct = ZeroLinear(hidden_size, config.output_size(latent_size))
         self.scores = PartedLinear(config.rank, config.vocab_size)
+        self.code_size = latent_size // config.chunk_size
         self._codes: tuple[nn.Embedding, ...] = ()
 
     def attach(self, autoencoder: nn.Module) -> None:
@@ -125,7 +124,7 @@ class CategoricalFlowHead(AdaptiveHead):
         codes_PZ = posterior_PZ.mean
         if noise is None:
             noise = self.draw_noise(len(hidden_PD), codes_PZ.shape[-1], generator, hidden_PD.device)
-        time_NP = self.config.last_time * noise.time
+        time_NP = last_time(self.code_size, self.config.vocab_size) * noise.time
         points_NPZ = torch.lerp(noise.start, codes_PZ.to(noise.start.dtype), time_NP.unsqueeze(-1))
         features_NPKX = self._features(points_NPZ, time_NP, self.prepare(hidden_PD), 1.0)
         targets_NPK = tokens_PK.expand(*features_NPKX.shape[:-1])
@@ -140,12 +139,12 @@ class CategoricalFlowHead(AdaptiveHead):
         device: torch.device | str = "cpu",
     ) -> CategoricalFlowNoise:
         """See `GenerativeHead`. Times are spread evenly from a random beginning, which lowers variance."""
-        draws = self.config.num_draws
-        start_NPZ = torch.randn((draws, num_positions, latent_size), generator=generator, device=device)
-        beginning = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-        number_M = torch.arange(draws * num_positions, device=device, dtype=torch.float64)
-        time_M = (beginning + _GOLDEN_RATIO * number_M) % 1
-        return CategoricalFlowNoise(start_NPZ, time_M.float().view(draws, num_positions))
+        shape = (self.config.num_draws, num_positions)
+        start_NPZ = torch.randn((*shape, latent_size), generator=generator, device=device)
+        beginning = torch.rand((), generator=generator, device=device).cpu().double()
+        number_NP = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
+        time_NP = (beginning + _GOLDEN_RATIO * number_NP) % 1  # In double: some devices have none.
+        return CategoricalFlowNoise(start_NPZ, time_NP.float().to(device))
 
     def draw(
         self,
@@ -174,15 +173,19 @@ class CategoricalFlowHead(AdaptiveHead):
         return [*super().boundary_layers(), self.direct, self.scores]
 
     def _draw(self, prepared_P: Tensor, start_NPZ: Tensor, temperature: float) -> Tensor:
-        table_VX, codes_VZ = self._table(), self._codes[0].weight
+        table_VX, codes_VC = self._table(), self._code_table()
+        rows = max(1, _SCORES_AT_ONCE // len(table_VX))
 
         def endpoint(points_NPZ: Tensor, time: float) -> Tensor:
             now = torch.full((), time, device=points_NPZ.device)
             features_NPKX = self._features(points_NPZ, now, prepared_P, temperature)
-            law_NPKV = F.linear(features_NPKX, table_VX).float().softmax(-1)
-            return (law_NPKV.to(codes_VZ.dtype) @ codes_VZ).flatten(-2).to(points_NPZ.dtype)
+            means = [
+                F.linear(part_MX, table_VX).float().softmax(-1).to(codes_VC.dtype) @ codes_VC
+                for part_MX in features_NPKX.flatten(0, 2).split(rows)
+            ]
+            return torch.cat(means).view_as(points_NPZ).to(points_NPZ.dtype)
 
-        times = times_of_steps(self.config.num_steps, self.config.last_time)
+        times = times_of_steps(self.config.num_steps, self.code_size, self.config.vocab_size)
         return follow_endpoints(endpoint, start_NPZ, times)
 
     def _features(self, points_NPZ: Tensor, time: Tensor, prepared_P: Tensor, temperature: float) -> Tensor:
@@ -200,7 +203,11 @@ class CategoricalFlowHead(AdaptiveHead):
     def _table(self) -> Tensor:
         """A row for each token: its learned vector and bias, and its code, (V, r + 1 + d)."""
         weight_VR, bias_V = self.scores.weight, self.scores.bias
-        return torch.cat([weight_VR, bias_V.unsqueeze(-1), self._codes[0].weight.to(weight_VR.dtype)], dim=-1)
+        return torch.cat([weight_VR, bias_V.unsqueeze(-1), self._code_table()], dim=-1)
+
+    def _code_table(self) -> Tensor:
+        """The codes, (V, d), where the head is and in its type: it may be a copy without the autoencoder."""
+        return self._codes[0].weight.to(self.scores.weight)
 
 
 def _cross_entropy(features_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:

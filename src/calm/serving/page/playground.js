@@ -80,10 +80,11 @@ async function write(event) {
   at("text").append(before);
   const body = {
     model: at("model").textContent, prompt, stream: true, return_chunks: true,
-    temperature: Number(at("temperature").value), sampler: at("sampler").value,
+    temperature: Number(at("temperature").value),
     max_draws: Number(at("draws").value), num_draws: Number(at("draws").value),
     max_tokens: Number(at("tokens").value),
   };
+  if (at("sampler").value !== "") body.sampler = at("sampler").value;
   if (at("seed").value !== "") body.seed = Number(at("seed").value);
   stopper = new AbortController();
   at("write").disabled = true;
