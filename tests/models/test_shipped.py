@@ -1,0 +1,30 @@
+"""Names of models that come with the package."""
+
+import pytest
+from conftest import tiny_model
+
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+from calm.models import shipped
+from calm.models.loading import load_config, load_language_model_and_tokenizer, load_model
+
+
+def test_no_models_are_no_mistake(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    assert shipped.shipped_models() == {} and shipped.folder_of("small") == "small"
+    with pytest.raises(InputError, match="the hub did not give it"):
+        load_model("small")
+
+
+def test_a_model_of_the_package_is_loaded_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    folder = tmp_path / "shipped" / "small"
+    tiny_model(4, vocab_size=320).save_pretrained(folder)
+    train_tokenizer(stories(0, 20), 320).save_pretrained(folder)
+    assert list(shipped.shipped_models()) == ["small"] and shipped.folder_of("small") == str(folder)
+    model, tokenizer = load_language_model_and_tokenizer("small")
+    assert model.config.vocab_size == load_config(folder).vocab_size == len(tokenizer) == 320
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert shipped.folder_of("small") == "small", "a folder here comes first"
