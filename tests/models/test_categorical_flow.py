@@ -127,7 +127,7 @@ def test_a_draw_at_a_temperature():
     def mean_log_law(draws):
         return log_law.gather(-1, model.autoencoder.decode_tokens(draws).permute(1, 2, 0)).mean()
 
-    assert mean_log_law(cold) > mean_log_law(warm) + 0.1 > mean_log_law(hot) + 0.2
+    assert mean_log_law(cold) > mean_log_law(warm) + 0.03 > mean_log_law(hot) + 0.1
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 0"):
         model.head.draw_at(0, prepared, 1)
 

@@ -72,7 +72,7 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
         ),
         autoencoder=changed(
             recipe.autoencoder,
-            latent_size=8,
+            latent_size=32 if recipe.autoencoder.kind == "codes" else 8,
             hidden_size=16,
             intermediate_size=16,
             training=training(recipe.autoencoder),
