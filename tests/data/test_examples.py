@@ -147,12 +147,14 @@ def test_bad_files(tokenizer, tmp_path):
     (tmp_path / "b.jsonl").write_text("[1]\n")
     (tmp_path / "c.jsonl").write_text("{\n")
     (tmp_path / "d.jsonl").write_text("\n")
+    (tmp_path / "f.jsonl").write_text('{"prompt": "\\ud800", "completion": "a"}\n')
     (tmp_path / "e.parquet").write_text("no")
     for name, message in {
         "a.txt": "has no records",
         "b.jsonl": "line 1, is no record",
         "c.jsonl": "line 1, is not JSON",
         "d.jsonl": "there is no example",
+        "f.jsonl": "line 1, has half a surrogate pair",
         "e.parquet": "is damaged",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -123,6 +123,14 @@ def test_no_answers_are_asked_for(base, tmp_path):
         finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=-1)), tmp_path / "other")
 
 
+def test_adapters_find_their_model_from_elsewhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base)
+    recipe = dataclasses.replace(recipe_for(base, rank=2), model="calm/model")
+    finetune(recipe, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    load_language_model_and_tokenizer("run/adapter")
+
+
 def test_the_autoencoder_stays_as_it_was(base, tmp_path):
     finetune(recipe_for(base), tmp_path / "run")
     before, after = weights_of(base / "calm/model"), weights_of(tmp_path / "run/model")

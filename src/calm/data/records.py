@@ -51,6 +51,12 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"'{path}', line {number}, is not JSON ({error}); mend that line.") from None
         if not isinstance(record, dict):
             raise InputError(f"'{path}', line {number}, is no record ({{...}}); mend that line.")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"'{path}', line {number}, has half a surrogate pair in a text; mend that line."
+            ) from None
         yield f"'{path}', line {number}", record
 
 

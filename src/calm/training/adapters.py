@@ -1,5 +1,6 @@
 """Low-rank adapters by peft, on what is trained of a language model."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,8 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
             f"lora needs a rank of at least 1, an alpha above 0 and a dropout from 0 to below 1, got "
             f"{settings.rank}, {settings.alpha} and {settings.dropout}."
         )
-    model.name_or_path = base
+    # A folder by its whole path: the adapters may be loaded from elsewhere.
+    model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return peft.get_peft_model(
         model,
         peft.LoraConfig(
