@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import openai
 import uvicorn
 
+from calm.generation import continue_texts
+from calm.models.batching import ChunkBatch
 from calm.serving.app import ServerSettings, create_app
 
 
@@ -27,3 +29,29 @@ def serving(model, tokenizer, **settings):
     finally:
         server.should_exit = True
         thread.join()
+
+
+PROMPT = "Once upon a time"
+
+
+def alone(model, tokenizer, prompt, **settings):
+    [text] = continue_texts(model, tokenizer, [prompt], **settings)
+    return text
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def slowed(monkeypatch, seconds):
+    """Steps take at least so long."""
+    step = ChunkBatch.step
+
+    def slow(self):
+        time.sleep(seconds)
+        return step(self)
+
+    monkeypatch.setattr(ChunkBatch, "step", slow)
