@@ -23,12 +23,11 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-from calm.comparison.costs import autoencoder_operations, language_model_operations, record_of
-from calm.core.temperature import TemperatureSettings
+from calm.comparison.costs import affordable_steps, autoencoder_operations, record_of
+from calm.comparison.ladder import at_chunk_size
 from calm.data.prepare import load_prepared, prepare
 from calm.evaluation.held_out import score_ngrams, score_sampler
-from calm.evaluation.samplers import scorer_of, scorer_of_draws
-from calm.evaluation.steps import CalmDraws
+from calm.evaluation.samplers import scorer_at
 from calm.flops import Work, cost_of
 from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
@@ -102,27 +101,18 @@ def run(name, budget, seed, output, num_blocks):
 def recipe_of(name, budget, seed, data):
     """The recipe of a model, with as many steps as a budget of operations allows."""
     shipped, chunk_size = MODELS[name]
-    recipe = read_recipe(shipped)
-    autoencoder, model = recipe.autoencoder, recipe.language_model
+    recipe = at_chunk_size(read_recipe(shipped), chunk_size)
     text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
-    recipe = dataclasses.replace(recipe, seed=seed, data=text, chunk_size=chunk_size)
+    recipe = dataclasses.replace(recipe, seed=seed, data=text)
     if name == "baseline":
         recipe = dataclasses.replace(recipe, model="autoregressive")
-    latent = autoencoder.latent_size * chunk_size // 4
-    recipe = dataclasses.replace(recipe, autoencoder=dataclasses.replace(autoencoder, latent_size=latent))
     vocab_size = load_prepared(data).vocab_size
-    most = MOST_FOR_AUTOENCODER * budget
+    most, autoencoder = MOST_FOR_AUTOENCODER * budget, recipe.autoencoder
     if (wanted := autoencoder_operations(recipe, vocab_size)) > most:
         steps = round(autoencoder.training.steps * most / wanted)
-        autoencoder = dataclasses.replace(
-            recipe.autoencoder, training=dataclasses.replace(autoencoder.training, steps=steps)
-        )
-        recipe = dataclasses.replace(recipe, autoencoder=autoencoder)
-    one = dataclasses.replace(model.training, steps=1)
-    per_step = language_model_operations(
-        dataclasses.replace(recipe, language_model=dataclasses.replace(model, training=one)), vocab_size
-    )
-    steps = round((budget - autoencoder_operations(recipe, vocab_size)) / per_step)
+        training = dataclasses.replace(autoencoder.training, steps=steps)
+        recipe = dataclasses.replace(recipe, autoencoder=dataclasses.replace(autoencoder, training=training))
+    steps, model = affordable_steps(recipe, vocab_size, budget), recipe.language_model
     training = dataclasses.replace(
         model.training, steps=steps, evaluate_every=max(1, steps // 6), evaluation_blocks=64
     )
@@ -133,8 +123,7 @@ def score(folder, context, num_blocks):
     """Quality and cost of a trained model."""
     model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
-    is_calm = isinstance(model, CalmForCausalLM)
-    size = model.config.chunk_size if is_calm else 1
+    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     record = record_of(folder, model.config)
     result = {
         "training_flops": record.flops,
@@ -143,11 +132,7 @@ def score(folder, context, num_blocks):
         "parameters": sum(cost_of(model.config).parameters.values()),
     }
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
-        settings, draws = TemperatureSettings(temperature=temperature), None
-        if is_calm:
-            settings = dataclasses.replace(settings, sampler=model.default_sampler(temperature))
-            draws = CalmDraws(model, settings)
-        scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
+        scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
         brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
         cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))

@@ -72,6 +72,13 @@ def autoencoder_operations(recipe: Recipe, vocab_size: int) -> float:
     return per_token * _tokens(recipe.autoencoder.training)
 
 
+def affordable_steps(recipe: Recipe, vocab_size: int, operations: float) -> int:
+    """Steps of the language model that are left of some operations when the autoencoder is trained."""
+    per_token = training_flops(model_config(recipe, vocab_size), recipe.data.context)
+    per_step = per_token * recipe.language_model.training.batch_tokens
+    return round((operations - autoencoder_operations(recipe, vocab_size)) / per_step)
+
+
 def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:
     return training_flops(config, recipe.data.context) * _tokens(recipe.language_model.training)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from calm.comparison.costs import autoencoder_operations, language_model_operations
+from calm.comparison.costs import affordable_steps, autoencoder_operations, language_model_operations
 from calm.comparison.text import with_shared_text
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
@@ -55,13 +55,11 @@ def train_ladder(
     operations = budget * (
         language_model_operations(recipe, vocab_size) + autoencoder_operations(recipe, vocab_size)
     )
-    rungs = {f"K{size}": _rung(recipe, size) for size in chunk_sizes}
+    rungs = {f"K{size}": at_chunk_size(recipe, size) for size in chunk_sizes}
     if baseline:
         rungs["baseline"] = dataclasses.replace(recipe, model="autoregressive", chunk_size=1)
     for name, rung in rungs.items():
-        one_step = dataclasses.replace(rung.language_model.training, steps=1)
-        per_step = language_model_operations(_with_training(rung, one_step), vocab_size)
-        steps = round((operations - autoencoder_operations(rung, vocab_size)) / per_step)
+        steps = affordable_steps(rung, vocab_size, operations)
         if steps < 1:
             raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
@@ -73,7 +71,7 @@ def train_ladder(
     return [output / name for name in rungs]
 
 
-def _rung(recipe: Recipe, chunk_size: int) -> Recipe:
+def at_chunk_size(recipe: Recipe, chunk_size: int) -> Recipe:
     """The recipe at another chunk size, with as many latent dimensions per token."""
     latent = max(_SMALLEST_LATENT, round(recipe.autoencoder.latent_size * chunk_size / recipe.chunk_size))
     autoencoder = dataclasses.replace(recipe.autoencoder, latent_size=latent)

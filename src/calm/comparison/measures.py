@@ -13,8 +13,7 @@ from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_sampler
-from calm.evaluation.samplers import scorer_of, scorer_of_draws
-from calm.evaluation.steps import CalmDraws
+from calm.evaluation.samplers import scorer_at
 from calm.flops import Work, cost_of
 from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
@@ -132,11 +131,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
 def _warmth(
     model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
 ) -> Warmth:
-    settings, draws = TemperatureSettings(temperature=temperature), None
-    if isinstance(model, CalmForCausalLM):
-        settings = dataclasses.replace(settings, sampler=model.default_sampler(temperature))
-        draws = CalmDraws(model, settings)
-    scorer = scorer_of_draws(draws) if draws else scorer_of(model, settings=settings)
+    scorer, draws = scorer_at(model, temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
     result = score_sampler(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)
     mean_draws = draws.mean_draws if draws else 1.0

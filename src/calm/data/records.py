@@ -11,7 +11,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from calm.data.sources import find_files, format_of, load_hub_dataset, numbered_lines, open_file
+from calm.data.sources import (
+    find_files,
+    format_of,
+    has_half_a_pair,
+    load_hub_dataset,
+    numbered_lines,
+    open_file,
+)
 from calm.errors import InputError
 
 _ROWS_AT_ONCE = 1000
@@ -51,12 +58,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"'{path}', line {number}, is not JSON ({error}); mend that line.") from None
         if not isinstance(record, dict):
             raise InputError(f"'{path}', line {number}, is no record ({{...}}); mend that line.")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"'{path}', line {number}, has half a surrogate pair in a text; mend that line."
-            ) from None
+        if has_half_a_pair(json.dumps(record, ensure_ascii=False)):
+            raise InputError(f"'{path}', line {number}, has half a surrogate pair in a text; mend that line.")
         yield f"'{path}', line {number}", record
 
 

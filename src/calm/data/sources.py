@@ -215,11 +215,16 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
                 f"'{path}', line {number}, has no text in a field '{options.text_field}'; "
                 "mend that line or name another field."
             )
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if has_half_a_pair(text):
             raise InputError(
                 f"'{path}', line {number}, has half a surrogate pair in its text; mend that line."
             )
         yield text
+
+
+def has_half_a_pair(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, which JSON can name and UTF-8 cannot write."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:

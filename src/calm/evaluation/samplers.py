@@ -3,6 +3,7 @@
 Shapes: B batch, C chunks, P targets, K tokens per chunk, N draws.
 """
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -100,3 +101,19 @@ def scorer_of_draws(draws: CalmDraws) -> ChunkSampler | ChunkScorer:
     """The scorer of a CALM; `draws.mean_draws` tells afterwards what its samples took."""
     is_long = draws.model.config.chunk_size >= NUM_ORDERS
     return CalmSampler(draws) if is_long else StepScorer(ShortChunks(draws))
+
+
+def scorer_at(
+    model: PreTrainedModel, temperature: float
+) -> tuple[ChunkSampler | ChunkScorer, CalmDraws | None]:
+    """The scorer of a model at a temperature, and the draws of a CALM, by its default sampler.
+
+    Args:
+        model: A CALM, or any causal language model of transformers.
+        temperature: Above 0.
+    """
+    settings = TemperatureSettings(temperature=temperature)
+    if not isinstance(model, CalmForCausalLM):
+        return scorer_of(model, settings=settings), None
+    draws = CalmDraws(model, dataclasses.replace(settings, sampler=model.default_sampler(temperature)))
+    return scorer_of_draws(draws), draws

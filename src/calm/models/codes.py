@@ -20,9 +20,7 @@ _LOG_STD = -10.0  # A code is certain; the logarithm stays finite.
 def draw_codes(embedding: nn.Embedding) -> None:
     """Random directions of length sqrt(d) as codes; those that were loaded stay."""
     init.normal_(embedding.weight)
-    if not getattr(embedding.weight, "_is_hf_initialized", False):
-        codes_VD = F.normalize(embedding.weight, dim=-1) * embedding.embedding_dim**0.5
-        init.copy_(embedding.weight, codes_VD)
+    init.copy_(embedding.weight, F.normalize(embedding.weight, dim=-1) * embedding.embedding_dim**0.5)
 
 
 class CodeEncoder(nn.Module):

@@ -17,7 +17,7 @@ from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
-from calm.models.configuration import CalmConfig
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 
@@ -32,12 +32,29 @@ def load_autoencoder(path: Path) -> CalmAutoencoder:
     Raises:
         InputError: If there is none, or the folder is damaged.
     """
-    config = _model_type(path)
-    if config == "calm":
+    path = Path(folder_of(str(path)))
+    config = load_config(path)
+    if isinstance(config, CalmConfig):
         return load_model(str(path)).autoencoder
-    if config != "calm_autoencoder":
-        raise InputError(f"'{path}' holds a model of type '{config}', not an autoencoder.")
+    _autoencoder_in(config, path)
     return _load(CalmAutoencoder, str(path))
+
+
+def load_autoencoder_config(path: Path) -> CalmAutoencoderConfig:
+    """The configuration of an autoencoder, from its own folder or from a model folder that has it inside.
+
+    Raises:
+        InputError: If there is none, or it cannot be read.
+    """
+    return _autoencoder_in(load_config(path), path)
+
+
+def _autoencoder_in(config: PreTrainedConfig, path: Path) -> CalmAutoencoderConfig:
+    if isinstance(config, CalmConfig):
+        return config.autoencoder
+    if not isinstance(config, CalmAutoencoderConfig):
+        raise InputError(f"'{path}' holds a model of type '{config.model_type}', not an autoencoder.")
+    return config
 
 
 def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
@@ -151,7 +168,6 @@ def load_config(path: Path) -> PreTrainedConfig:
     Raises:
         InputError: If there is none, or it cannot be read.
     """
-    path = Path(folder_of(str(path)))
     if not (path / "config.json").is_file():
         raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
     try:

@@ -9,7 +9,7 @@ from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.loading import load_config
+from calm.models.loading import load_autoencoder_config
 from calm.training.optimizers import find_optimizer
 from calm.training.recipe import LanguageModelSettings, Recipe
 
@@ -76,12 +76,7 @@ def autoencoder_config(
     """
     settings = recipe.autoencoder
     if settings.path is not None and (Path(settings.path) / "config.json").is_file():
-        given = load_config(Path(settings.path))
-        if isinstance(given, CalmConfig):
-            return given.autoencoder
-        if isinstance(given, CalmAutoencoderConfig):
-            return given
-        raise InputError(f"'{settings.path}' holds a model of type '{given.model_type}', not an autoencoder.")
+        return load_autoencoder_config(Path(settings.path))
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
             f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "

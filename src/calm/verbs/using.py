@@ -184,10 +184,8 @@ def flops(
     from calm.training.configurations import model_config
     from calm.training.recipe_files import read_recipe
 
-    if Path(folder_of(target)).is_dir():
-        config = load_config(Path(target))
-    else:
-        config = model_config(read_recipe(target), vocab_size)
+    folder = Path(folder_of(target))
+    config = load_config(folder) if folder.is_dir() else model_config(read_recipe(target), vocab_size)
     if head:
         change_head(config, head)
     size = getattr(config, "chunk_size", 1)

@@ -17,6 +17,8 @@ from calm.core.random import Randomness, normal
 from calm.models.blocks import ZeroLinear
 from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
 
+UNITS_OF_TIME = 1000
+"""From noise to data, in what the sines of the network are made for."""
 _LONGEST_PERIOD = 10000.0
 
 

@@ -20,10 +20,9 @@ from calm.core.categorical import evidence, follow_endpoints, last_time, times_o
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
-from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
+from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
 from calm.models.heads.base import HeadWork, check_counts
 
-_UNITS_OF_TIME = 1000  # The network's sines are made for numbers of this size.
 _GOLDEN_RATIO = 0.6180339887498949
 _SCORES_AT_ONCE = 2**26  # More are computed in parts; those of a loss anew in the backward pass.
 
@@ -193,7 +192,7 @@ class CategoricalFlowHead(AdaptiveHead):
         size = self.config.chunk_size
         split = prepared_P.shape[-1] - self.direct.out_features
         condition_PD, direct_PX = prepared_P[:, :split], prepared_P[:, split:]
-        vectors_NPX = self.network(points_NPZ, (_UNITS_OF_TIME * time,), condition_PD) + direct_PX
+        vectors_NPX = self.network(points_NPZ, (UNITS_OF_TIME * time,), condition_PD) + direct_PX
         vectors_NPKR = vectors_NPX.unflatten(-1, (size, -1))
         evidence_NPKC = evidence(points_NPZ.unflatten(-1, (size, -1)), time)
         one_NPK1 = torch.ones_like(vectors_NPKR[..., :1])

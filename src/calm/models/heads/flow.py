@@ -12,9 +12,7 @@ from torch import Tensor
 from calm.core.flow import CALLS_PER_STEP, Solver, solve, straight_path
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
-from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
-
-_UNITS_OF_TIME = 1000  # From noise to data: the network's sines are made for numbers of this size.
+from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
 
 
 @dataclass(kw_only=True)
@@ -98,7 +96,7 @@ class FlowHead(AdaptiveHead):
     def _in_units(self, time: Tensor) -> Tensor:
         bins = self.config.time_bins
         # Heun's solver asks for the time 1 too, which is in no bin.
-        return (bins * time).floor().clamp_max(bins - 1) if bins else _UNITS_OF_TIME * time
+        return (bins * time).floor().clamp_max(bins - 1) if bins else UNITS_OF_TIME * time
 
     def draw_noise(
         self,
