@@ -27,7 +27,9 @@ HEADS: dict[str, dict] = {
         "rank": 6,
         "num_steps": 4,
     },
+    "sequential": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6},
 }
+WITH_CODES = ("categorical_flow", "sequential")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
     head_type = changes.get("head_config", {}).get("head_type", "energy")
     return CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
-            kind="codes" if head_type == "categorical_flow" else "mlp",
+            kind="codes" if head_type in WITH_CODES else "mlp",
             vocab_size=vocab_size,
             chunk_size=chunk_size,
             latent_size=8,

@@ -16,6 +16,7 @@ HEADS = {
     "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
     "categorical_flow": {"head_type": "categorical_flow", "num_blocks": 1, "frequency_size": 16, "rank": 8},
 }
+SEQUENTIAL = {"head_type": "sequential", "num_blocks": 1, "token_size": 8, "rank": 8}
 CHANGES = {
     "flow": {"solver": "euler", "num_steps": 3},
     "diffusion": {"sampler": "dpm", "num_steps": 3},
@@ -89,11 +90,12 @@ def test_what_cannot_change(run, capsys, tmp_path):
     assert "only a CALM has a head" in failure(capsys, "flops", "demo_baseline", "--head", '{"num_steps": 2}')
 
 
-def test_codes_take_no_training(tmp_path, capsys):
+@pytest.mark.parametrize("head", [HEADS["categorical_flow"], SEQUENTIAL], ids=lambda head: head["head_type"])
+def test_codes_take_no_training(head, tmp_path, capsys):
     text, recipe = tmp_path / "text.jsonl", tmp_path / "recipe.yaml"
     write_stories(text, 0, 20)
     recipe.write_text(TOY)
-    run, head = tmp_path / "run", json.dumps(HEADS["categorical_flow"])
+    run = tmp_path / "run"
     train = [
         "train",
         "--recipe",
@@ -103,10 +105,11 @@ def test_codes_take_no_training(tmp_path, capsys):
         "--output",
         run,
         "--language_model.head",
-        head,
+        json.dumps(head),
     ]
     message = failure(capsys, *train)
-    assert "a categorical_flow head draws codes of tokens: set the autoencoder's kind to 'codes'" in message
+    wanted = f"a {head['head_type']} head draws codes of tokens: set the autoencoder's kind to 'codes'"
+    assert wanted in message
     codes = ["--autoencoder.kind", "codes"]
     message = failure(capsys, *train, *codes)
     assert "set autoencoder.latent_size to at least 32, not 8" in message

@@ -46,10 +46,12 @@ def requests(number, seed):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
-@pytest.mark.parametrize("backbone_input", ["tokens", "both"])
-def test_rows_that_come_and_go(chunk_size, backbone_input):
+@pytest.mark.parametrize(
+    ("head_type", "backbone_input"), [("energy", "tokens"), ("energy", "both"), ("sequential", "tokens")]
+)
+def test_rows_that_come_and_go(chunk_size, head_type, backbone_input):
     """They join at random steps, are of all lengths, settings and seeds, and end when they end."""
-    model = tiny_model(chunk_size, backbone_input=backbone_input)
+    model = tiny_model(chunk_size, backbone_input=backbone_input, head_config={"head_type": head_type})
     chance, batch = random.Random(chunk_size), ChunkBatch(model)
     waiting, texts, largest = requests(24, chunk_size), {}, 0
     order, ends = {}, {}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import HEADS, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -166,7 +166,7 @@ def test_tokens_must_fill_chunks(model):
         model(torch.zeros(1, 7, dtype=torch.long))
 
 
-@pytest.mark.parametrize("head", ["energy", "flow", "diffusion", "mean_flow", "categorical_flow"])
+@pytest.mark.parametrize("head", HEADS)
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(head):
     """The blocks of the head hold most: they work on N draws of every position."""
     small = {"noise_size": 8} if head == "energy" else {}

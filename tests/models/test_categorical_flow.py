@@ -11,7 +11,7 @@ from calm.core.categorical import last_time
 from calm.core.temperature import TemperatureSettings
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.flops import autoencoder_training_flops
-from calm.models.heads import categorical_flow
+from calm.models.heads import scores
 
 HEAD = {"head_type": "categorical_flow"}
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -86,7 +86,7 @@ def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
 def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
     losses = []
     for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr(categorical_flow, "_SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids, generator=torch.Generator().manual_seed(2)).loss
         loss.backward()

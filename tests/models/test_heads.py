@@ -33,6 +33,11 @@ def loss_of(head, hidden: torch.Tensor, posterior: DiagonalGaussian, *arguments)
     return head.loss(hidden, posterior, *arguments, **(tokens if head.needs_tokens else {}))
 
 
+def states(head, count: int = 2, **options) -> torch.Tensor:
+    """States as the model hands them to the head."""
+    return torch.randn(count, 32 + head.config.own_size, **options)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -44,7 +49,8 @@ def test_the_list_of_heads_is_complete():
 
 @every_head
 def test_draws_have_the_shape_of_latents_and_follow_the_seed(head_type):
-    head, hidden = model_with(head_type).head, torch.randn(3, 32)
+    head = model_with(head_type).head
+    hidden = states(head, 3)
     draws = head.sample(hidden, 5, generator(1))
     assert draws.shape == (5, 3, 8) and draws.isfinite().all() and draws.dtype == torch.float32
     assert torch.equal(draws, head.sample(hidden, 5, generator(1)))
@@ -54,7 +60,8 @@ def test_draws_have_the_shape_of_latents_and_follow_the_seed(head_type):
 
 @every_head
 def test_rows_with_generators_of_their_own_do_not_depend_on_each_other(head_type):
-    head, hidden = model_with(head_type).head, torch.randn(3, 32)
+    head = model_with(head_type).head
+    hidden = states(head, 3)
     together = head.sample(hidden, 4, [generator(row) for row in range(3)])
     alone = head.sample(hidden[1:2], 4, [generator(1)])
     assert_close(together[:, 1:2], alone)
@@ -76,7 +83,7 @@ def test_the_loss_follows_the_seed_and_reaches_every_parameter(head_type):
 def test_the_loss_is_one_number_for_each_position(head_type):
     head = model_with(head_type).head
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
-    loss = loss_of(head, torch.randn(6, 32), posterior, generator())
+    loss = loss_of(head, states(head, 6), posterior, generator())
     assert loss.shape == (6,) and loss.isfinite().all()
 
 
@@ -86,7 +93,7 @@ def test_new_heads_start_without_an_effect_of_the_hidden_state(head_type):
     torch.manual_seed(0)
     head = CalmForCausalLM(tiny_config(head_config=HEADS[head_type])).head
     assert any(isinstance(module, ZeroLinear) for module in head.modules())
-    one, other = (head.sample(torch.randn(2, 32), 3, generator()) for _ in range(2))
+    one, other = (head.sample(states(head), 3, generator()) for _ in range(2))
     assert_close(one, other)
 
 
@@ -96,7 +103,7 @@ def test_saved_and_loaded(head_type, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = CalmForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.head) is type(model.head) and loaded.config.head == model.config.head
-    hidden = torch.randn(2, 32)
+    hidden = states(model.head)
     assert_close(model.head.sample(hidden, 3, generator()), loaded.head.sample(hidden, 3, generator()))
 
 
@@ -104,8 +111,9 @@ def test_saved_and_loaded(head_type, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_of_other_types(head_type, dtype):
     model = model_with(head_type)
-    hidden = torch.randn(2, 32)
+    hidden = states(model.head)
     noise = torch.randn((5, 2, 2, 8) if head_type == "diffusion" else (2, 2, 8))
+    noise = torch.rand(2, 2, 4) if head_type == "sequential" else noise
     expected = model.head.sample(hidden, 2, noise=noise)
     drawn = model.to(dtype).head.sample(hidden.to(dtype), 2, noise=noise)
     assert (drawn.float() - expected).norm() / expected.norm() < (0.1 if dtype == torch.bfloat16 else 1e-4)
@@ -125,7 +133,8 @@ def test_mixed_precision(head_type):
 
 @every_head
 def test_a_compiled_loss_is_the_loss(head_type):
-    head, hidden = model_with(head_type).head, torch.randn(6, 32)
+    head = model_with(head_type).head
+    hidden = states(head, 6)
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
     compiled = torch.compile(loss_of, backend="eager")
     arguments = (head, hidden, posterior, generator())
@@ -147,7 +156,7 @@ def test_a_text_does_not_depend_on_its_neighbours(head_type):
 def test_chunks_at_low_temperature(head_type, sampler):
     model = model_with(head_type)
     settings = TemperatureSettings(temperature=0.5, sampler=sampler, num_draws=20, max_draws=20)
-    sampled = model.sample_chunks(torch.randn(3, 32), settings, generator())
+    sampled = model.sample_chunks(states(model.head, 3), settings, generator())
     assert sampled.chunks_RK.shape == (3, 4)
     assert 16 < model.generate(ids, max_new_tokens=5, seed=0).shape[1] <= 21
 
@@ -157,12 +166,12 @@ def test_chunks_at_low_temperature(head_type, sampler):
 def test_operations_agree_with_an_independent_counter(head_type, draws):
     """But for what a head makes of the time alone, once for all positions."""
     model, positions = model_with(head_type), 10
-    hidden = torch.randn(positions, 32)
+    hidden = states(model.head, positions)
     work = model.config.head.work(32, 8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head.sample(hidden, draws)
     of_time = 0
-    if head_type != "energy":
+    if head_type not in ("energy", "sequential"):
         calls = {"flow": 4, "diffusion": 5, "mean_flow": 2, "categorical_flow": 4}[head_type]
         of_time = 2 * calls * (16 * 32 + 32 * 32)
     expected = 2 * positions * (work.shared + draws * work.per_draw)
@@ -174,7 +183,7 @@ def test_operations_agree_with_an_independent_counter(head_type, draws):
 @every_head
 def test_training_operations_agree_with_an_independent_counter(head_type):
     model, positions = model_with(head_type), 50
-    hidden = torch.randn(positions, 32, requires_grad=True)
+    hidden = states(model.head, positions, requires_grad=True)
     work = model.config.head.work(32, 8)
     posterior = DiagonalGaussian(torch.randn(positions, 8), torch.full((positions, 8), -1.0))
     with FlopCounterMode(display=False) as counter:

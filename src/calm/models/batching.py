@@ -74,7 +74,7 @@ class ChunkBatch:
         self._rows: list[Row] = []
         self._cache = DynamicCache(config=model.config.backbone)
         self._mask_RC = torch.zeros(0, 0, dtype=torch.long, device=model.device)
-        self._hidden_RD = torch.zeros(0, model.config.hidden_size, device=model.device)
+        self._hidden_RD = torch.zeros(0, model.config.state_size, device=model.device)
         self._eos_ids = as_id_tensor(model.config.eos_token_id, model.device)
         self._pad = model.config.pad_token_id or 0
 

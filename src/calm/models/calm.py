@@ -29,7 +29,8 @@ class CalmOutput(ModelOutput):
 
     Args:
         loss: Mean loss of the head over the target chunks; present with labels.
-        last_hidden_state: Backbone state of every chunk, shape (B, C, D).
+        last_hidden_state: State of every chunk, shape (B, C, D): that of the backbone, and behind it what the
+            head reads itself, if it does.
         past_key_values: Cache, if one was used.
     """
 
@@ -223,13 +224,17 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         posterior_BCZ: DiagonalGaussian | None = None,
     ) -> Any:
         """Run the decoder; with a cache, the mask also covers the chunks in it."""
-        return self.backbone(
+        outputs = self.backbone(
             inputs_embeds=self.projection(self._read_chunks(input_ids, posterior_BCZ)),
             attention_mask=mask_BC,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
+        own = self.head.read_chunks(split_into_chunks(input_ids, self.config.chunk_size))
+        if own is not None:
+            outputs.last_hidden_state = torch.cat([outputs.last_hidden_state, own], dim=-1)
+        return outputs
 
     def _read_chunks(self, input_ids: Tensor, posterior_BCZ: DiagonalGaussian | None = None) -> Tensor:
         """What the backbone gets to know of each chunk, (B, C, X)."""

@@ -210,6 +210,11 @@ class CalmConfig(PreTrainedConfig):
         return self.backbone.hidden_size
 
     @property
+    def state_size(self) -> int:
+        """Numbers of a chunk's state: those of the backbone, and what the head reads itself."""
+        return self.hidden_size + self.head.own_size
+
+    @property
     def num_hidden_layers(self) -> int:
         """Layers of the backbone."""
         return self.backbone.num_hidden_layers

@@ -19,12 +19,14 @@ from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.flow import FlowHead, FlowHeadConfig
 from calm.models.heads.mean_flow import MeanFlowHead, MeanFlowHeadConfig
+from calm.models.heads.sequential import SequentialHead, SequentialHeadConfig
 
 register_head("energy", EnergyHeadConfig, EnergyHead)
 register_head("flow", FlowHeadConfig, FlowHead)
 register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
 register_head("mean_flow", MeanFlowHeadConfig, MeanFlowHead)
 register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
+register_head("sequential", SequentialHeadConfig, SequentialHead)
 
 __all__ = [
     "CategoricalFlowHead",
@@ -40,6 +42,8 @@ __all__ = [
     "HeadWork",
     "MeanFlowHead",
     "MeanFlowHeadConfig",
+    "SequentialHead",
+    "SequentialHeadConfig",
     "build_head",
     "check_counts",
     "parse_head_config",

@@ -99,7 +99,7 @@ class _TimeEmbedding(nn.Module):
         return self.out(F.silu(self.inp(waves.to(self.inp.weight.dtype))))
 
 
-class _Block(nn.Module):
+class AdaptiveBlock(nn.Module):
     """x + gate * mlp(scaled and shifted norm of x); it starts as the identity."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -110,12 +110,17 @@ class _Block(nn.Module):
         self.modulation = ZeroLinear(size, 3 * size)
 
     def forward(self, x_NPD: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        """Points (N, P, D) under their conditions, of a shape that broadcasts to theirs."""
+        return self.modulated(x_NPD, self.modulation(condition))
+
+    def modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
+        """The same where shift, scale and gate, (..., 3 D), are known already."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         normed_NPD = self.norm(x_NPD) * (1 + scale) + shift
         return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
 
 
-class _RecomputedBlock(_Block, GradientCheckpointingLayer):
+class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
     """The same, computed anew in the backward pass where gradient checkpointing is on."""
 
 
@@ -130,7 +135,7 @@ class _AdaptiveNetwork(nn.Module):
         )
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(latent_size, hidden_size)
-        kind = _RecomputedBlock if config.can_recompute else _Block
+        kind = RecomputedBlock if config.can_recompute else AdaptiveBlock
         self.blocks = nn.ModuleList(kind(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out_modulation = ZeroLinear(hidden_size, 2 * hidden_size)

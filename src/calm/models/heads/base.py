@@ -63,6 +63,11 @@ class HeadConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), kinds[field.name])
 
+    @property
+    def own_size(self) -> int:
+        """Numbers that the head itself reads of every chunk; see `GenerativeHead.read_chunks`."""
+        return 0
+
     def work(self, hidden_size: int, latent_size: int) -> HeadWork:
         """What the head costs, for `calm flops` and equal budgets.
 
@@ -117,6 +122,13 @@ class GenerativeHead(nn.Module, abc.ABC):
     def attach(self, autoencoder: nn.Module) -> None:
         """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
         return
+
+    def read_chunks(self, chunks_BCK: Tensor) -> Tensor | None:
+        """What the head itself wants to know of the chunk that a state stands for, (B, C, `own_size`).
+
+        It is put behind the backbone's state, so that all methods get states of D + `own_size` numbers.
+        """
+        return None
 
     def draw_at(
         self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from calm.core.categorical import evidence, follow_endpoints, last_time, times_of_steps
 from calm.core.gaussian import DiagonalGaussian
@@ -22,9 +20,9 @@ from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
 from calm.models.heads.base import HeadWork, check_counts
+from calm.models.heads.scores import cross_entropy, laws
 
 _GOLDEN_RATIO = 0.6180339887498949
-_SCORES_AT_ONCE = 2**26  # More are computed in parts; those of a loss anew in the backward pass.
 
 
 @dataclass(kw_only=True)
@@ -127,7 +125,7 @@ class CategoricalFlowHead(AdaptiveHead):
         points_NPZ = torch.lerp(noise.start, codes_PZ.to(noise.start.dtype), time_NP.unsqueeze(-1))
         features_NPKX = self._features(points_NPZ, time_NP, self.prepare(hidden_PD), 1.0)
         targets_NPK = tokens_PK.expand(*features_NPKX.shape[:-1])
-        loss_M = _cross_entropy(features_NPKX.flatten(0, 2), self._table(), targets_NPK.flatten())
+        loss_M = cross_entropy(features_NPKX.flatten(0, 2), self._table(), targets_NPK.flatten())
         return loss_M.view_as(targets_NPK).mean((0, 2))
 
     def draw_noise(
@@ -173,14 +171,12 @@ class CategoricalFlowHead(AdaptiveHead):
 
     def _draw(self, prepared_P: Tensor, start_NPZ: Tensor, temperature: float) -> Tensor:
         table_VX, codes_VC = self._table(), self._code_table()
-        rows = max(1, _SCORES_AT_ONCE // len(table_VX))
 
         def endpoint(points_NPZ: Tensor, time: float) -> Tensor:
             now = torch.full((), time, device=points_NPZ.device)
             features_NPKX = self._features(points_NPZ, now, prepared_P, temperature)
             means = [
-                F.linear(part_MX, table_VX).float().softmax(-1).to(codes_VC.dtype) @ codes_VC
-                for part_MX in features_NPKX.flatten(0, 2).split(rows)
+                law_MV.to(codes_VC.dtype) @ codes_VC for law_MV in laws(features_NPKX.flatten(0, 2), table_VX)
             ]
             return torch.cat(means).view_as(points_NPZ).to(points_NPZ.dtype)
 
@@ -207,16 +203,3 @@ class CategoricalFlowHead(AdaptiveHead):
     def _code_table(self) -> Tensor:
         """The codes, (V, d), where the head is and in its type: it may be a copy without the autoencoder."""
         return self._codes[0].weight.to(self.scores.weight)
-
-
-def _cross_entropy(features_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:
-    """Cross-entropy of each row, (M,), with scores of at most `_SCORES_AT_ONCE` in memory."""
-
-    def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(part_MX, table_VX).float(), target_M, reduction="none")
-
-    rows = max(1, _SCORES_AT_ONCE // len(table_VX))
-    if len(features_MX) <= rows:
-        return of_part(features_MX, targets_M)
-    parts = zip(features_MX.split(rows), targets_M.split(rows), strict=True)
-    return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])

@@ -1,0 +1,37 @@
+"""Scores of a whole vocabulary, in parts where there are too many for memory.
+
+Shapes: M rows, X size of their vectors, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SCORES_AT_ONCE = 2**26
+"""More are computed in parts; those of a loss anew in the backward pass."""
+
+
+def cross_entropy(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:
+    """Cross-entropy of each row, (M,), in nats, under the softmax of its products with the table."""
+
+    def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(part_MX, table_VX).float(), target_M, reduction="none")
+
+    rows = _rows_at_once(table_VX)
+    if len(vectors_MX) <= rows:
+        return of_part(vectors_MX, targets_M)
+    parts = zip(vectors_MX.split(rows), targets_M.split(rows), strict=True)
+    return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])
+
+
+def laws(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
+    """The law of the vocabulary for each row, (m, V), for some rows at a time."""
+    for part_MX in vectors_MX.split(_rows_at_once(table_VX)):
+        yield F.linear(part_MX, table_VX).float().softmax(-1)
+
+
+def _rows_at_once(table_VX: Tensor) -> int:
+    return max(1, SCORES_AT_ONCE // len(table_VX))

@@ -1,0 +1,144 @@
+"""The sequential head against the enumeration of all chunks."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
+from torch.testing import assert_close
+
+from calm import CalmForCausalLM
+from calm.core.temperature import TemperatureSettings
+from calm.models.heads import scores
+from calm.models.heads.sequential import _choose
+
+HEAD = {"head_type": "sequential"}
+VOCABULARY, SIZE = 5, 2
+ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def small() -> CalmForCausalLM:
+    """A model with few chunks, that are not equally likely."""
+    model = tiny_model(SIZE, vocab_size=VOCABULARY, head_config=HEAD)
+    with torch.no_grad():
+        model.head.scores.weight.normal_(std=0.3)
+        model.head.scores.bias.normal_(std=0.5)
+        model.head.embed_tokens.weight.normal_(std=1.0)
+    return model
+
+
+def log_laws(head, states):
+    """Log-probability of every chunk in every state, (P, V, V), from the loss."""
+    chunks = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=SIZE)))
+    laws = [-SIZE * head.loss(state.expand(len(chunks), -1), None, tokens_PK=chunks) for state in states]
+    return torch.stack(laws).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
+
+
+def shares(model, draws):
+    """How often each chunk was drawn, (P, V, V)."""
+    first, second = model.autoencoder.decode_tokens(draws).unbind(-1)
+    counts = F.one_hot(VOCABULARY * first + second, VOCABULARY**2).double().mean(0)
+    return counts.unflatten(-1, (VOCABULARY, VOCABULARY))
+
+
+def test_the_loss_is_that_of_a_law(small):
+    laws = log_laws(small.head, torch.randn(3, small.config.state_size)).exp()
+    assert_close(laws.sum((1, 2)), torch.ones(3))
+    assert laws.std() > 0.02
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_follow_the_law_of_the_loss(small, temperature):
+    """At T each token has its law to the power 1/T, made to sum to one, given the token before it."""
+    states, number = torch.randn(3, small.config.state_size), 40_000
+    laws = log_laws(small.head, states).double()
+    first, given = laws.logsumexp(-1), laws.log_softmax(-1)
+    wanted = (first / temperature).softmax(-1)[..., None] * (given / temperature).softmax(-1)
+    prepared, generator = small.head.prepare(states), torch.Generator().manual_seed(1)
+    seen = shares(small, small.head.draw_at(temperature, prepared, number, generator))
+    # So many standard errors in 75 shares are met once in tens of thousands of seeds.
+    assert ((seen - wanted).abs() < 4.5 * (wanted * (1 - wanted) / number).sqrt() + 1e-9).all()
+
+
+def test_a_draw_at_temperature_one_is_a_draw(small):
+    prepared = small.head.prepare(torch.randn(3, small.config.state_size))
+    one, other = (
+        draw(torch.Generator().manual_seed(4))
+        for draw in (
+            lambda generator: small.head.draw_at(1.0, prepared, 5, generator),
+            lambda generator: small.head.draw(prepared, 5, generator),
+        )
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 0"):
+        small.head.draw_at(0, prepared, 1)
+
+
+def test_a_text_is_drawn_from_the_law_of_the_text_so_far(small):
+    """Backbone, own embeddings and head together: what follows a prompt, against the loss of the whole."""
+    prompt, chunks = torch.tensor([[3, 4, 1, 3]]), itertools.product(range(VOCABULARY), repeat=SIZE)
+    texts = torch.cat([prompt.expand(25, -1), torch.tensor(list(chunks))], dim=-1)
+    labels = texts.clone()
+    labels[:, :4] = -100  # Only the chunk behind the prompt counts.
+    with torch.no_grad():
+        losses = [
+            small(text[None], labels=label[None]).loss for text, label in zip(texts, labels, strict=True)
+        ]
+        state = small.hidden_states_of_chunks(prompt)[:, -1]
+    assert_close((-SIZE * torch.stack(losses)).view(1, VOCABULARY, VOCABULARY), log_laws(small.head, state))
+
+
+def test_the_window_reaches_back_into_the_chunk_before():
+    """Whatever the backbone says: a change of the chunk's last token changes the law of the next one."""
+    model = tiny_model(head_config=HEAD)
+    changed = ids.clone()
+    changed[:, 7] = 3 + (changed[:, 7] - 2) % 37
+    width = model.config.hidden_size
+    one, other = (model.hidden_states_of_chunks(tokens)[:, 1] for tokens in (ids, changed))
+    other = torch.cat([one[:, :width], other[:, width:]], dim=-1)
+    tokens = ids[:, 8:12]
+    losses = [model.head.loss(state, None, tokens_PK=tokens) for state in (one, other)]
+    assert (losses[0] - losses[1]).abs().min() > 1e-4
+    assert one.shape == (2, model.config.state_size) == (2, 32 + 4 * 5)
+
+
+def test_scores_in_parts_are_the_scores(monkeypatch):
+    model, found = tiny_model(head_config=HEAD), []
+    for at_once in (2**26, 40 * 7):
+        monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+        model.zero_grad()
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([loss.detach(), *gradients, model.eval().generate(ids, max_new_tokens=12, seed=3)])
+    assert_close(found[0], found[1])
+
+
+def test_a_token_is_chosen_by_the_running_sum_of_its_law():
+    laws = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    points = torch.tensor([0.0, 0.24, 0.26, 0.999, 1 - 2**-24])
+    chosen = _choose(torch.ones(5, 1), laws.log().T.nan_to_num(neginf=-1e9), points)
+    assert chosen.tolist() == [1, 1, 3, 3, 3]
+
+
+def test_the_sampler_of_the_head():
+    model = tiny_model(head_config=HEAD)
+    assert model.default_sampler(0.5) == "head"
+    state = torch.randn(3, model.config.state_size)
+    settings = TemperatureSettings(temperature=0.5, sampler="head")
+    sample = model.sample_chunks(state, settings, torch.Generator().manual_seed(0))
+    drawn = model.head.draw_at(0.5, model.head.prepare(state), 1, torch.Generator().manual_seed(0))
+    assert torch.equal(sample.chunks_RK, model.autoencoder.decode_tokens(drawn)[0])
+    assert sample.num_draws_R.tolist() == [1, 1, 1]
+
+
+def test_the_head_says_what_it_lacks():
+    model = tiny_model(head_config=HEAD)
+    with pytest.raises(ValueError, match="takes the tokens of the chunks"):
+        model.head.loss(torch.randn(1, model.config.state_size), None)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        tiny_config(head_config=HEAD | {"rank": 0})
+    with pytest.raises(ValueError, match="layer_norm_eps must be above 0"):
+        tiny_config(head_config=HEAD | {"layer_norm_eps": 0.0})
