@@ -1,0 +1,59 @@
+"""Unselected texts of several models at several temperatures, as a page of the documentation.
+
+    python benchmarks/samples.py CALM=runs/a/model baseline=runs/b/model --prompt "The old house" \
+        --output samples.md
+
+Every model continues the same prompt with the seeds 1, 2, ...; nothing is left out.
+"""
+
+import argparse
+from pathlib import Path
+
+from calm.generation import continue_texts
+from calm.models.loading import load_language_model_and_tokenizer
+
+
+def main():
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", help="name=folder of each model")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.5, 0.25])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--title", default="Samples")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    lines = [f"## {arguments.title}", "", f"All continue: *{arguments.prompt}*", ""]
+    for named in arguments.models:
+        name, folder = named.split("=", 1)
+        model, tokenizer = load_language_model_and_tokenizer(folder)
+        for temperature in arguments.temperatures:
+            lines += [f"### {name}, T = {temperature:g}", ""]
+            for seed in range(1, arguments.seeds + 1):
+                [text] = continue_texts(
+                    model,
+                    tokenizer,
+                    [arguments.prompt],
+                    max_new_tokens=arguments.tokens,
+                    temperature=temperature,
+                    seed=seed,
+                )
+                lines.append(f"{seed}. {as_markdown(text)}")
+            lines.append("")
+    arguments.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(arguments.output)
+
+
+def as_markdown(text):
+    """One line, with nothing that is taken for markup."""
+    text = " ".join(text.split()).replace("\\", "\\\\")
+    for mark in "*_`<>[]#|":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+if __name__ == "__main__":
+    main()
