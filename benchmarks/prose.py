@@ -22,6 +22,7 @@ draws the table and the figure of what was measured for the documentation:
 import argparse
 import dataclasses
 import json
+import math
 import re
 import statistics
 from itertools import groupby
@@ -30,8 +31,9 @@ from pathlib import Path
 from calm.comparison.costs import affordable_steps, autoencoder_operations, record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.data.prepare import load_prepared, prepare
-from calm.evaluation.held_out import score_ngrams, score_sampler
-from calm.evaluation.samplers import scorer_at
+from calm.evaluation.held_out import score_ngrams, score_perplexity, score_sampler
+from calm.evaluation.perplexity import has_likelihood
+from calm.evaluation.samplers import scorer_at, scorer_of
 from calm.flops import Work, cost_of
 from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
@@ -145,6 +147,10 @@ def score(folder, context, num_blocks):
         "steps": read_recipe(str(folder / RECIPE)).language_model.training.steps,
         "parameters": sum(cost_of(model.config).parameters.values()),
     }
+    if has_likelihood(model):
+        width = scorer_of(model).chunk_size
+        blocks = data.blocks("validation", chunk_size=width, block_size=context)
+        result["cross_entropy"] = score_perplexity(model, blocks, num_blocks).cross_entropy
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
         scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
@@ -219,14 +225,16 @@ def report(folder):
     for name, floor in floors.items():
         print(f"{name}: {floor['brier_lm']:.2f} ± {floor['error']:.2f}")
     print(
-        "| model | operations | seed | steps | BrierLM | Brier-1..4 | min | T = 1 | T = 0.5 | draws | words |"
+        "| model | operations | seed | steps | nats | BrierLM | Brier-1..4 | min | T = 1 | T = 0.5 | draws "
+        "| words |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for r in sorted(results, key=lambda r: (list(MODELS).index(r["model"]), r["budget"], r["seed"])):
         hot, cold = r["T1"], r["T0.5"]
         formed = ", ".join(f"{100 * share:.0f}%" for share in r["words"].values())
         print(
             f"| {r['model']} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
+            f"| {r.get('cross_entropy', math.nan):.3f} "
             f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} "
             f"| {', '.join(f'{value:.2f}' for value in hot['brier'])} | {r['seconds'] / 60:.1f} "
             f"| {hot['inference_flops'] / 1e6:.1f} M | {cold['inference_flops'] / 1e6:.1f} M "

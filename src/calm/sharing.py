@@ -200,8 +200,7 @@ def _how_to_use(kind: str, name: str) -> str:
     sampling = "temperature=0.5, seed=1" if kind == "calm" else "do_sample=True"
     begin = "import calm  # pip install calm-lm; no remote code\n" if kind == "calm" else ""
     limits = (
-        "\nTemperatures lie between 0 and 1. There are no likelihoods, and so no perplexity, no logits "
-        "and no beam search."
+        "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."
         if kind == "calm"
         else ""
     )

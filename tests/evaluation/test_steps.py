@@ -194,6 +194,34 @@ def test_perplexity_is_that_of_the_documents_alone():
     assert result.cross_entropy == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_perplexity_of_a_head_that_has_a_likelihood(size):
+    """Chunk by chunk, behind the document's own chunks alone."""
+    window = max(size, 4)
+    model = tiny_model(size, head_config={"head_type": "sequential"})
+    model.head.scores.weight.data.normal_(std=0.3)
+    block = blocks_of(vocab=40, chunk_size=window, longest=40)
+    targets = targets_in(block, window)
+    assert (targets.chunks_PK == PAD).any() and (targets.chunks_PK == EOS).any()
+    total, count = 0.0, 0
+    places = zip(targets.is_target_BC.nonzero().tolist(), targets.chunks_PK.tolist(), strict=True)
+    for (row, column), truth in places:
+        first = column - int(block["position_ids"][row, column])
+        before = block["input_ids"][row, first * window : (column + 1) * window].tolist()
+        for start in range(0, window, size):
+            # A chunk of nothing but padding at the start of a document is not read.
+            read = before + truth[:start]
+            lead = next(i for i, token in enumerate(read) if token != PAD) // size * size
+            state = model.hidden_states_of_chunks(torch.tensor([read[lead:]]))[:, -1]
+            losses = model.head.token_losses(state, torch.tensor([truth[start : start + size]]))[0]
+            for token, loss in zip(truth[start : start + size], losses.tolist(), strict=True):
+                if token != PAD:
+                    total, count = total + loss, count + 1
+    result = evaluate_perplexity(model, [block], eos_token_id=EOS, pad_token_id=PAD)
+    assert result.num_tokens == count
+    assert result.cross_entropy == pytest.approx(total / count, rel=1e-4)
+
+
 def test_the_ceiling_of_a_perfect_autoencoder_is_100():
     model, block = tiny_model(2), blocks_of(vocab=40)
 

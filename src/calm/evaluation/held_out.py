@@ -13,7 +13,7 @@ from calm.data.prepare import PreparedData
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, ChunkSampler, ChunkScorer, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
-from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity, has_likelihood
 from calm.evaluation.processes import Block
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.samplers import AutoencoderCeiling, Estimator, scorer_of
@@ -84,13 +84,14 @@ def score_model(
     documents = data.train["input_ids"] if ngrams else []
     floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
+    perplexity = score_perplexity(model, blocks, num_blocks) if has_likelihood(model) else None
     if not isinstance(model, CalmForCausalLM):
-        perplexity = score_perplexity(model, blocks, num_blocks)
         return Scorecard("autoregressive", brier, perplexity=perplexity, floors=floors)
     return Scorecard(
         "CALM",
         brier,
         reconstruction=score_reconstruction(model.autoencoder, blocks, num_blocks, seed),
+        perplexity=perplexity,
         floors=floors,
         ceilings={"ceiling": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
     )
@@ -187,7 +188,7 @@ def ends_of_text(model: PreTrainedModel) -> dict[str, Any]:
 def score_perplexity(
     model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: int | None = None
 ) -> PerplexityResult:
-    """Perplexity of a model of tokens on held-out blocks, laid out in chunks of four."""
+    """Perplexity of a model that has a likelihood on held-out blocks, laid out as for BrierLM."""
     return evaluate_perplexity(
         model,
         batches_of(blocks, num_blocks, model.device),

@@ -26,6 +26,7 @@ from calm.data.sources import ReadingOptions
 from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
+from calm.evaluation.perplexity import has_likelihood
 from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
@@ -221,7 +222,7 @@ def _train_language_model(
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         metrics = score_brier(model, held_out, settings.evaluation_blocks).as_metrics()
-        if recipe.model == "autoregressive":
+        if has_likelihood(model):
             metrics["cross_entropy"] = score_perplexity(
                 model, held_out, settings.evaluation_blocks
             ).cross_entropy

@@ -116,6 +116,8 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     needs_tokens: ClassVar[bool] = False
     """Whether `loss` also takes `tokens_PK`, the tokens of the target chunks."""
+    has_likelihood: ClassVar[bool] = False
+    """Whether the probability of a chunk is known: then there is `token_losses`."""
     takes_temperature: ClassVar[bool] = False
     """Whether one draw can come from a law of lower temperature: then there is `draw_at`."""
 
@@ -129,6 +131,14 @@ class GenerativeHead(nn.Module, abc.ABC):
         It is put behind the backbone's state, so that all methods get states of D + `own_size` numbers.
         """
         return None
+
+    def token_losses(self, hidden_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """Cross-entropy of each token of the chunks given all before it, in nats, (P, K).
+
+        Raises:
+            NotImplementedError: If the head `has_likelihood` not.
+        """
+        raise NotImplementedError(f"a '{self.config.head_type}' head has no likelihood.")
 
     def draw_at(
         self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None

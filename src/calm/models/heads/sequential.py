@@ -89,6 +89,7 @@ class SequentialHead(GenerativeHead):
 
     config: SequentialHeadConfig
     needs_tokens: ClassVar[bool] = True
+    has_likelihood: ClassVar[bool] = True
     takes_temperature: ClassVar[bool] = True
 
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
@@ -126,6 +127,10 @@ class SequentialHead(GenerativeHead):
         """Mean cross-entropy of the chunk's tokens, each given all before it, in nats, shape (P,)."""
         if tokens_PK is None:
             raise ValueError("the loss of a sequential head takes the tokens of the chunks, tokens_PK.")
+        return self.token_losses(hidden_PD, tokens_PK).mean(-1)
+
+    def token_losses(self, hidden_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """See `GenerativeHead`."""
         state_PD, before_PKE = self._parts(hidden_PD)
         size = self.config.chunk_size
         known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
@@ -136,7 +141,7 @@ class SequentialHead(GenerativeHead):
             x_PKD = block(x_PKD, condition_P1D)
         vectors_PKR = self.out(self.out_norm(x_PKD)) + self.direct(state_PD).unflatten(-1, (size, -1))
         loss_M = cross_entropy(_with_one(vectors_PKR.flatten(0, 1)), self._table(), tokens_PK.flatten())
-        return loss_M.view_as(tokens_PK).mean(-1)
+        return loss_M.view_as(tokens_PK)
 
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
