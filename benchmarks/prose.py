@@ -244,38 +244,48 @@ def report(folder):
 
 
 def plot(results, floors, path):
-    """BrierLM against training operations, time, and operations of a written token."""
+    """BrierLM against training operations, time and operations of a written token; nats where they are known."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
     places = (
-        ("training operations, autoencoder included", lambda r: r["training_flops"]),
-        ("training minutes", lambda r: r["seconds"] / 60),
-        ("operations per written token, T = 1", lambda r: r["T1"]["inference_flops"]),
-        (f"operations per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"]),
+        ("training operations, autoencoder included", lambda r: r["training_flops"], brier_of),
+        ("training operations, autoencoder included", lambda r: r["training_flops"], nats_of),
+        ("training minutes", lambda r: r["seconds"] / 60, brier_of),
+        (f"operations per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
     )
     order = {name: number for number, name in enumerate(MODELS)}
-    for name, group in groupby(
-        sorted(results, key=lambda r: (order[r["model"]], r["budget"])), lambda r: r["model"]
-    ):
+    ordered = sorted(results, key=lambda r: (order[r["model"]], r["budget"]))
+    for name, group in groupby(ordered, lambda r: r["model"]):
         runs = list(group)
-        for axis, (label, x_of) in zip(axes, places, strict=True):
+        for axis, (label, x_of, y_of) in zip(axes, places, strict=True):
             points = []
             for _, same in groupby(runs, lambda r: r["budget"]):
                 same = list(same)
-                ys = [r["T1"]["brier_lm"] for r in same]
-                error = statistics.mean(r["T1"]["error"] for r in same) / len(same) ** 0.5
-                spread = statistics.stdev(ys) / len(ys) ** 0.5 if len(ys) > 1 else 0.0
-                points.append((statistics.mean(map(x_of, same)), statistics.mean(ys), max(error, spread)))
+                values, errors = zip(*map(y_of, same), strict=True)
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                error = max(statistics.mean(errors), spread) / len(values) ** 0.5
+                points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
             axis.errorbar(x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=name)
-            axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
-    for axis in axes:
-        for name, floor in floors.items():
+            axis.set(xlabel=label, xscale="log")
+    for axis, (_, _, y_of) in zip(axes, places, strict=True):
+        axis.set_ylabel("nats per token (held-out)" if y_of is nats_of else "BrierLM (held-out, T = 1)")
+        for name, floor in floors.items() if y_of is brier_of else ():
             axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label=name)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     print(path)
+
+
+def brier_of(result):
+    """BrierLM at T = 1 with its standard error."""
+    return result["T1"]["brier_lm"], result["T1"]["error"]
+
+
+def nats_of(result):
+    """Cross-entropy where it is known."""
+    return result.get("cross_entropy", math.nan), 0.0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def runs(tmp_path_factory):
 
 
 def test_the_card_says_what_the_run_was(runs, capsys):
-    main(["share", str(runs / "run"), "--name", "small", "--license", "mit", "--ngrams", "[3]"])
+    about = ["--about", "It knows ships."]
+    main(["share", str(runs / "run"), "--name", "small", "--license", "mit", "--ngrams", "[3]", *about])
     path = runs / "run/model/README.md"
     assert capsys.readouterr().out.splitlines()[-1] == f"card: {path}"
     card = ModelCard.load(path)
@@ -53,6 +54,8 @@ def test_the_card_says_what_the_run_was(runs, capsys):
         "3-gram",
         "operations by count",
         "one latent of 8 dimensions",
+        "It knows ships.",
+        'from_pretrained("path/to/small")',
     ):
         assert words in text, words
     assert str(runs) not in text and "secret-place" not in text, "no folder of this machine"

@@ -33,6 +33,7 @@ def write_card(
     *,
     name: str | None = None,
     license_name: str | None = None,
+    about: str | None = None,
     ngrams: list[int] | None = None,
     num_blocks: int | None = None,
 ) -> Path:
@@ -42,6 +43,7 @@ def write_card(
         run: Folder of `calm train`.
         name: Of the model on the card; that of the run's folder if none is given.
         license_name: An identifier that the hub knows, such as "mit".
+        about: A paragraph in your own words.
         ngrams: Orders of n-gram floors on the card.
         num_blocks: Held-out blocks that are scored at most.
 
@@ -64,7 +66,8 @@ def write_card(
         model, data, context=recipe.data.context, ngrams=ngrams or [], num_blocks=num_blocks,
         layout_seed=recipe.seed,
     )  # fmt: skip
-    write_file_whole(path, card_text(run, recipe, model, card, name or run.resolve().name, license_name))
+    name = name or run.resolve().name
+    write_file_whole(path, card_text(run, recipe, model, card, name, license_name, about))
     return path
 
 
@@ -138,7 +141,13 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
 
 
 def card_text(
-    run: Path, recipe: Recipe, model: PreTrainedModel, card: Scorecard, name: str, license_name: str | None
+    run: Path,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    card: Scorecard,
+    name: str,
+    license_name: str | None,
+    about: str | None = None,
 ) -> str:
     """The model card as Markdown.
 
@@ -149,6 +158,7 @@ def card_text(
         card: Its figures on held-out text.
         name: Of the model.
         license_name: Its licence, if one was named.
+        about: A paragraph of its makers.
     """
     config = model.config
     kind = "calm" if isinstance(model, CalmForCausalLM) else "autoregressive"
@@ -174,6 +184,7 @@ def card_text(
         f"---\n{metadata.to_yaml()}\n---\n{_MARK}",
         f"# {name}",
         _what_it_is(config),
+        *([about] if about else []),
         _how_to_use(kind, name),
         f"## Data\n\n{_data(recipe, sources)}",
         f"## Training\n\n{_training(run, recipe, config)}",
@@ -198,6 +209,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
 
 def _how_to_use(kind: str, name: str) -> str:
     sampling = "temperature=0.5, seed=1" if kind == "calm" else "do_sample=True"
+    folder = name if "/" in name else f"path/to/{name}"  # A name on the hub has an owner.
     begin = "import calm  # pip install calm-lm; no remote code\n" if kind == "calm" else ""
     limits = (
         "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."
@@ -206,8 +218,8 @@ def _how_to_use(kind: str, name: str) -> str:
     )
     return (
         f"```python\n{begin}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         'prompt = tokenizer("Once upon a time", return_tensors="pt")\n'
         f"tokens = model.generate(**prompt, max_new_tokens=100, {sampling})\n"
         f"print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n```{limits}"

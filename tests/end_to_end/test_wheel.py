@@ -30,6 +30,15 @@ def test_contents(wheel):
     assert not [name for name in names if name.startswith(("tests", "src"))]
 
 
+def test_the_model_of_the_package_is_small_and_says_what_it_is(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        folder = "calm/shipped/stories/"
+        assert archive.getinfo(folder + "model.safetensors").file_size < 16_000_000
+        card = archive.read(folder + "README.md").decode()
+    for said in ("license: mit", "BrierLM", "head_type: sequential", "calm share"):
+        assert said in card, said
+
+
 def test_installs_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
@@ -58,3 +67,8 @@ def test_installs_in_an_empty_environment(wheel, tmp_path):
         [tmp_path / "env/bin/calm", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout
     assert "train" in help_text
+    write = [tmp_path / "env/bin/calm", "generate", "stories", "Once upon a time", "--max_new_tokens", "24"]
+    text = subprocess.run(
+        [*write, "--seed", "1"], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout
+    assert text.startswith("Once upon a time") and len(text.split()) > 15

@@ -82,18 +82,20 @@ def read_history(path: Path) -> History:
 
 
 def _plot(history: History, card: Scorecard) -> Any:
-    figure = new_figure(11, 7)
-    axes = figure.subplots(2, 2)
     exact = {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"}
-    panels: list[tuple[Any, str, dict[str, str], str, dict[str, BrierResult]]] = [
-        (axes[0][0], "autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
-        (axes[0][1], "autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
-        (axes[1][0], "language_model", {"loss": "training"}, "language model: loss of the head", {}),
-        (axes[1][1], "language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
+    panels: list[tuple[str, dict[str, str], str, dict[str, BrierResult]]] = [
+        ("autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
+        ("autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
+        ("language_model", {"loss": "training"}, "language model: loss of the head", {}),
+        ("language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
     ]
-    for axis, stage, lines, label, floors in panels:
+    panels = [panel for panel in panels if panel[0] in history]  # Codes of tokens are not trained.
+    rows = len(panels) // 2
+    figure = new_figure(11, 3.5 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axis, (stage, lines, label, floors) in zip(axes, panels, strict=True):
         for key, name in lines.items():
-            points = [(entry["step"], entry[key]) for entry in history.get(stage, []) if key in entry]
+            points = [(entry["step"], entry[key]) for entry in history[stage] if key in entry]
             axis.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=name)
         for (name, result), style in zip(floors.items(), ("--", ":", "-."), strict=False):
             axis.axhline(result.brier_lm, color="gray", linestyle=style, label=name)
@@ -101,5 +103,6 @@ def _plot(history: History, card: Scorecard) -> Any:
         axis.grid(alpha=0.3)
         if len(lines) + len(floors) > 1:
             axis.legend()
-    axes[0][1].set_ylim(top=100.2)
+        if lines is exact:
+            axis.set_ylim(top=100.2)
     return figure

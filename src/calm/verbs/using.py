@@ -211,6 +211,7 @@ def share(
     private: bool = False,
     name: str | None = None,
     license: str | None = None,
+    about: str | None = None,
     ngrams: list[int] | int | None = None,
     max_blocks: int | None = None,
     export: str | None = None,
@@ -224,6 +225,7 @@ def share(
         private: Make a new repository there private.
         name: Of the model on its card; that on the hub, or that of the run's folder if none is given.
         license: Identifier of a licence that the hub knows, such as mit.
+        about: A paragraph of your own for the card.
         ngrams: Orders of n-gram floors on the card, such as [3,5].
         max_blocks: Score this many held-out blocks at most.
         export: Folder for a copy of the model with its card, in fewer bytes.
@@ -237,6 +239,7 @@ def share(
         Path(run),
         name=name or push,
         license_name=license,
+        about=about,
         ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
         num_blocks=max_blocks,
     )
