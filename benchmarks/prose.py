@@ -56,6 +56,7 @@ MOST_FOR_AUTOENCODER = 0.25  # Of the budget.
 FLOOR = "floor.json"
 LOW = 0.5  # The temperature of fluent text.
 WARM_BLOCKS, SEED = 16, 1234
+DRAWS = 8  # Of a CALM at T = 1; the baseline is scored by its probabilities.
 PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
 
 
@@ -154,7 +155,8 @@ def score(folder, context, num_blocks):
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
         scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
-        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
+        num_draws = 2 if draws is None or temperature < 1 else DRAWS
+        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED, num_draws)
         cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
         result[f"T{temperature:g}"] = {
             "brier_lm": brier.brier_lm,
