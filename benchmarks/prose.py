@@ -246,7 +246,7 @@ def report(folder):
 
 
 def plot(results, floors, path):
-    """BrierLM against training operations, time and operations of a written token; nats where they are known."""
+    """BrierLM against training operations, time and operations of a written token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
     places = (
@@ -265,7 +265,8 @@ def plot(results, floors, path):
                 same = list(same)
                 values, errors = zip(*map(y_of, same), strict=True)
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                error = max(statistics.mean(errors), spread) / len(values) ** 0.5
+                # Seeds share the documents, so that error does not shrink with their number.
+                error = max(statistics.mean(errors), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
             axis.errorbar(x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=name)

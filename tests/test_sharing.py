@@ -133,6 +133,8 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     assert weights[0] < 0.7 * weights[1]
     assert (copy / "README.md").read_text() == (runs / "run/model/README.md").read_text()
     assert "secret-place" not in (copy / "recipe.yaml").read_text()
+    for folder in (copy, runs / "run/model"):
+        assert str(runs) not in (folder / "config.json").read_text(), "no folder of this machine"
     model, _ = load_model_and_tokenizer(str(runs / "run/model"))
     copied, _ = load_model_and_tokenizer(str(copy))
     for name, weight in copied.state_dict().items():

@@ -100,9 +100,11 @@ def export(folder: Path, target: Path, dtype: str) -> None:
 
 
 def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, and those in it, that asks for float32."""
+    """A configuration, and those in it, that asks for float32 and names no folder of this machine."""
     nested = {
-        name: _in_float32(value) if isinstance(value, dict) else value for name, value in config.items()
+        name: _in_float32(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "_name_or_path"
     }
     return nested | ({"dtype": "float32"} if "dtype" in config else {})
 

@@ -117,6 +117,11 @@ def test_codes_take_no_training(head, tmp_path, capsys):
     assert list(json.loads((run / "history.json").read_text())) == ["language_model"]
     capsys.readouterr()
     main(["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"])
-    assert "100.00" in capsys.readouterr().out  # Of the tokens are given back.
+    said = capsys.readouterr().out
+    assert "100.00" in said  # Of the tokens are given back.
+    [*_, last] = [
+        e for e in json.loads((run / "history.json").read_text())["language_model"] if "eval_brier_lm" in e
+    ]
+    assert ("perplexity" in said) == ("eval_cross_entropy" in last) == (head is SEQUENTIAL)
     main(["generate", str(run / "model"), "Once upon a time", "--max_new_tokens", "4", "--seed", "1"])
     assert "Once upon a time" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BOS, EOS, PAD, tiny_model
+from conftest import BOS, EOS, HEADS, PAD, tiny_model
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer
@@ -233,10 +233,11 @@ def test_standard_streamers_get_the_text(model):
     assert "".join(streamer) == tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def test_latents_that_are_not_finite_are_refused():
-    model = tiny_model()
+@pytest.mark.parametrize("head_type", HEADS)
+def test_latents_that_are_not_finite_are_refused(head_type):
+    model = tiny_model(head_config={"head_type": head_type})
     with torch.no_grad():
-        model.head.out.bias.fill_(float("nan"))
+        model.backbone.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="latent that is not finite"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 

@@ -119,8 +119,9 @@ def test_scores_in_parts_are_the_scores(monkeypatch):
 def test_a_token_is_chosen_by_the_running_sum_of_its_law():
     laws = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     points = torch.tensor([0.0, 0.24, 0.26, 0.999, 1 - 2**-24])
-    chosen = _choose(torch.ones(5, 1), laws.log().T.nan_to_num(neginf=-1e9), points)
+    chosen, sums = _choose(torch.ones(5, 1), laws.log().T.nan_to_num(neginf=-1e9), points)
     assert chosen.tolist() == [1, 1, 3, 3, 3]
+    assert_close(sums, torch.ones(5))
 
 
 def test_the_sampler_of_the_head():

@@ -27,4 +27,6 @@ def test_a_model_of_the_package_is_loaded_by_its_name(tmp_path, monkeypatch):
     assert model.config.vocab_size == load_config(folder).vocab_size == len(tokenizer) == 320
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert shipped.folder_of("small") == "small", "a folder here comes first"
+    assert shipped.folder_of("small") == str(folder)
+    (tmp_path / "small/config.json").write_text("{}")
+    assert shipped.folder_of("small") == "small", "a model here comes first"

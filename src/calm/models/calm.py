@@ -29,8 +29,8 @@ class CalmOutput(ModelOutput):
 
     Args:
         loss: Mean loss of the head over the target chunks; present with labels.
-        last_hidden_state: State of every chunk, shape (B, C, D): that of the backbone, and behind it what the
-            head reads itself, if it does.
+        last_hidden_state: State of every chunk, shape (B, C, D), with D the configuration's `state_size`:
+            the backbone's state, and behind it what the head reads itself, if it does.
         past_key_values: Cache, if one was used.
     """
 
@@ -207,7 +207,7 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
     def hidden_states_of_chunks(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Backbone state of every chunk, shape (B, C, D); state i predicts chunk i + 1."""
+        """State of every chunk, (B, C, D), as `CalmOutput` has it; state i predicts chunk i + 1."""
         mask_BC = self._chunk_mask(attention_mask)
         return self._run_backbone(input_ids, mask_BC, position_ids).last_hidden_state
 

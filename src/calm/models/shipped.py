@@ -13,5 +13,6 @@ def shipped_models() -> dict[str, Path]:
 
 
 def folder_of(name: str) -> str:
-    """The folder of a model of the package; any other name, and a folder here, stays as it is."""
-    return name if Path(name).exists() or name not in shipped_models() else str(shipped_models()[name])
+    """The folder of a model of the package; any other name, and a model's folder here, stays as it is."""
+    here = any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return name if here or name not in shipped_models() else str(shipped_models()[name])

@@ -113,7 +113,8 @@ def language_model_config(
     settings = recipe.language_model
     return _build(
         CalmConfig,
-        autoencoder_config=autoencoder.to_dict(),
+        # Where it lay is nobody's business who gets the model.
+        autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
         backbone_config=_decoder_fields(settings),
         head_config=settings.head,
         embedding_initializer_range=settings.embedding_initializer_range,

@@ -187,18 +187,21 @@ class SequentialHead(GenerativeHead):
         *modulations, direct_PX, before_PX = prepared_P.split(widths, dim=-1)
         direct_PKR = direct_PX.unflatten(-1, (size, -1))
         known = list(before_PX.unflatten(-1, (size, -1)).expand(len(noise), -1, -1, -1).unbind(-2))
-        table_VX, tokens = self._table(), []
+        table_VX, tokens, damage_NP = self._table(), [], torch.zeros_like(noise[..., 0])
         for place, uniform_NP in enumerate(noise.unbind(-1)):
             x_NPD = self.inp(torch.cat(known[-size:], dim=-1)) + self.embed_places.weight[place]
             for block, modulation in zip(self.blocks, modulations, strict=True):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
             vectors_MX = _with_one(vectors_NPR.flatten(0, 1)) / temperature
-            tokens_NP = _choose(vectors_MX, table_VX, uniform_NP.flatten())
-            tokens.append(tokens_NP.view_as(uniform_NP))
+            tokens_M, sums_M = _choose(vectors_MX, table_VX, uniform_NP.flatten())
+            tokens.append(tokens_M.view_as(uniform_NP))
+            damage_NP = damage_NP + 0 * sums_M.view_as(uniform_NP)
             known.append(self.embed_tokens(tokens[-1]))
         codes_VC = self._codes[0].weight.to(prepared_P.device)  # It may be a copy without the autoencoder.
-        return F.embedding(torch.stack(tokens, dim=-1), codes_VC).flatten(-2)
+        codes_NPZ = F.embedding(torch.stack(tokens, dim=-1), codes_VC).flatten(-2)
+        # Tokens are always tokens: that a law was none, because weights are damaged, must show in the latent.
+        return codes_NPZ + damage_NP.unsqueeze(-1).to(codes_NPZ.dtype)
 
     def _parts(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K, E)."""
@@ -214,13 +217,17 @@ def _with_one(vectors_MR: Tensor) -> Tensor:
     return torch.cat([vectors_MR, torch.ones_like(vectors_MR[:, :1])], dim=-1)
 
 
-def _choose(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> Tensor:
-    """A token from each row's law, (M,): where the law's running sum first exceeds the uniform number."""
-    chosen, first = [], 0
+def _choose(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """A token from each row's law: where the law's running sum first exceeds the uniform number, (M,).
+
+    And the last of these sums, (M,): 1 but for rounding, and not finite where the scores are not.
+    """
+    chosen, totals, first = [], [], 0
     for law_MV in laws(vectors_MX, table_VX):
         sums_MV = law_MV.cumsum(-1)
         # Times the last sum, which is not quite 1: no number lies beyond it.
         points_M1 = uniform_M[first : first + len(law_MV), None].to(sums_MV.dtype) * sums_MV[:, -1:]
         chosen.append(torch.searchsorted(sums_MV, points_M1, right=True).squeeze(-1))
+        totals.append(sums_MV[:, -1])
         first += len(law_MV)
-    return torch.cat(chosen).clamp_max(len(table_VX) - 1)
+    return torch.cat(chosen).clamp_max(len(table_VX) - 1), torch.cat(totals)
