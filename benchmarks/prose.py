@@ -56,7 +56,6 @@ MOST_FOR_AUTOENCODER = 0.25  # Of the budget.
 FLOOR = "floor.json"
 LOW = 0.5  # The temperature of fluent text.
 WARM_BLOCKS, SEED = 16, 1234
-DRAWS = 8  # Of a CALM at T = 1; the baseline is scored by its probabilities.
 PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
 
 
@@ -79,8 +78,10 @@ def main():
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     results = arguments.results or output / "results"
+    if not arguments.models and not (results / FLOOR).is_file() and arguments.results:
+        parser.error(f"there are no results in '{results}' (no {FLOOR}).")
     results.mkdir(parents=True, exist_ok=True)
-    if arguments.models or not any(results.iterdir()):
+    if arguments.models or not (results / FLOOR).is_file():
         if not (output / "data").is_dir():
             prepare(
                 [arguments.train],
@@ -155,8 +156,7 @@ def score(folder, context, num_blocks):
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
         scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
-        num_draws = 2 if draws is None or temperature < 1 else DRAWS
-        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED, num_draws)
+        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
         cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
         result[f"T{temperature:g}"] = {
             "brier_lm": brier.brier_lm,

@@ -26,6 +26,8 @@ def main():
     parser.add_argument("--title", default="Samples")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if wrong := [named for named in arguments.models if "=" not in named]:
+        parser.error(f"a model must be name=folder, not '{wrong[0]}'.")
     lines = [f"## {arguments.title}", "", f"All continue: *{arguments.prompt}*", ""]
     for named in arguments.models:
         name, folder = named.split("=", 1)
