@@ -98,7 +98,7 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("model", ["calm", "plain"])
 def test_it_learns_to_answer(model, base, tmp_path):
-    recipe = recipe_for(base, model, steps=250, evaluate_every=250, save_every=250, batch_tokens=512)
+    recipe = recipe_for(base, model, steps=600, evaluate_every=600, save_every=600, batch_tokens=512)
     finetune(recipe, tmp_path / "run")
     answers = answers_of(tmp_path / "run")
     assert len(answers) == 8 and answers[0].keys() == {"prompt", "completion", "before", "after"}
