@@ -217,6 +217,25 @@ class GenerativeHead(nn.Module, abc.ABC):
         return []
 
 
+class CodeHead(GenerativeHead):
+    """What heads that draw codes of tokens share: they know the codes, and take a temperature."""
+
+    needs_tokens: ClassVar[bool] = True
+    takes_temperature: ClassVar[bool] = True
+    _codes: tuple[nn.Embedding, ...] = ()
+
+    def attach(self, autoencoder: nn.Module) -> None:
+        """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
+        # In a tuple, so that they are not taken for a part of the head.
+        self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
+
+    @staticmethod
+    def check_temperature(temperature: float) -> None:
+        """Raise ValueError unless a draw can have the temperature."""
+        if not 0 < temperature <= 1:
+            raise ValueError(f"the temperature of a draw must lie in (0, 1], got {temperature}.")
+
+
 _REGISTRY: dict[str, tuple[type[HeadConfig], type[GenerativeHead]]] = {}
 _ENTRY_POINTS = "calm.heads"
 

@@ -19,7 +19,7 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
-from calm.models.heads.base import HeadWork, check_counts
+from calm.models.heads.base import CodeHead, HeadWork, check_counts
 from calm.models.heads.scores import cross_entropy, laws
 
 _GOLDEN_RATIO = 0.6180339887498949
@@ -83,12 +83,10 @@ class CategoricalFlowNoise(NamedTuple):
     time: Tensor
 
 
-class CategoricalFlowHead(AdaptiveHead):
+class CategoricalFlowHead(CodeHead, AdaptiveHead):
     """Sampler that follows the mean code of the tokens a point may lead to."""
 
     config: CategoricalFlowHeadConfig
-    needs_tokens: ClassVar[bool] = True
-    takes_temperature: ClassVar[bool] = True
 
     def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
@@ -96,12 +94,6 @@ class CategoricalFlowHead(AdaptiveHead):
         self.direct = ZeroLinear(hidden_size, config.output_size(latent_size))
         self.scores = PartedLinear(config.rank, config.vocab_size)
         self.code_size = latent_size // config.chunk_size
-        self._codes: tuple[nn.Embedding, ...] = ()
-
-    def attach(self, autoencoder: nn.Module) -> None:
-        """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
-        # In a tuple, so that they are not taken for a part of the head.
-        self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
 
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """The hidden state as the network takes it, and its direct part of tokens' vectors, (P, D + K·r)."""
@@ -160,8 +152,7 @@ class CategoricalFlowHead(AdaptiveHead):
 
         As with a model of tokens this is not the law of whole chunks to the power 1/T; it costs one draw.
         """
-        if not 0 < temperature <= 1:
-            raise ValueError(f"the temperature of a draw must lie in (0, 1], got {temperature}.")
+        self.check_temperature(temperature)
         start_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, None)
         return self._draw(prepared_P, start_NPZ, temperature)
 

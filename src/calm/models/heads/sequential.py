@@ -21,7 +21,7 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
+from calm.models.heads.base import CodeHead, HeadConfig, HeadWork, check_counts
 from calm.models.heads.scores import cross_entropy, laws
 
 
@@ -75,7 +75,7 @@ class SequentialHeadConfig(HeadConfig):
         )
 
 
-class SequentialHead(GenerativeHead):
+class SequentialHead(CodeHead):
     """Sampler of one token after another.
 
     Before each place it reads the last K tokens, those of the chunk before included. So its states are those
@@ -88,9 +88,7 @@ class SequentialHead(GenerativeHead):
     """
 
     config: SequentialHeadConfig
-    needs_tokens: ClassVar[bool] = True
     has_likelihood: ClassVar[bool] = True
-    takes_temperature: ClassVar[bool] = True
 
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__()
@@ -105,12 +103,6 @@ class SequentialHead(GenerativeHead):
         self.out = ZeroLinear(hidden_size, config.rank)
         self.direct = ZeroLinear(hidden_size, size * config.rank)
         self.scores = PartedLinear(config.rank, config.vocab_size)
-        self._codes: tuple[nn.Embedding, ...] = ()
-
-    def attach(self, autoencoder: nn.Module) -> None:
-        """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
-        # In a tuple, so that they are not taken for a part of the head.
-        self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
 
     def read_chunks(self, chunks_BCK: Tensor) -> Tensor:
         """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
@@ -164,8 +156,7 @@ class SequentialHead(GenerativeHead):
         self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None
     ) -> Tensor:
         """See `GenerativeHead`: each token's law is sharpened, as in a model of tokens."""
-        if not 0 < temperature <= 1:
-            raise ValueError(f"the temperature of a draw must lie in (0, 1], got {temperature}.")
+        self.check_temperature(temperature)
         return self._draw(prepared_P, num_draws, randomness, None, temperature)
 
     def boundary_layers(self) -> list[nn.Module]:
