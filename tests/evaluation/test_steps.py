@@ -12,8 +12,9 @@ from calm.data.chunking import make_blocks
 from calm.errors import InputError
 from calm.evaluation.brier import Targets, evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
-from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_of, scorer_of_draws
-from calm.evaluation.steps import CalmDraws, ProbabilityScorer, ShortChunks, StepScorer, Tokens
+from calm.evaluation.readers import CalmDraws, Chunks, Tokens
+from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_at, scorer_of, scorer_of_draws
+from calm.evaluation.steps import ProbabilityScorer, StepScorer
 
 VOCAB = 12
 
@@ -25,6 +26,16 @@ def llama(seed=0, vocab_size=VOCAB):
         num_attention_heads=2, initializer_range=0.6, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def sequential(chunk_size, **changes):
+    """A CALM whose head has a likelihood, and laws that are not flat."""
+    model = tiny_model(chunk_size, head_config={"head_type": "sequential"}, **changes)
+    with torch.no_grad():
+        model.head.scores.weight.normal_(std=0.3)
+        model.head.scores.bias.normal_(std=0.5)
+        model.head.embed_tokens.weight.normal_(std=1.0)
+    return model
 
 
 def gpt2():
@@ -88,7 +99,7 @@ def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
 def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size):
     model, block = tiny_model(unit_size), blocks_of(vocab=40)
     targets = targets_in(block)
-    text = ShortChunks(CalmDraws(model)).read(block, targets, 4)
+    text = Chunks(CalmDraws(model)).read(block, targets, 4)
     path = torch.randint(3, 40, (len(targets.chunks_PK), 4), generator=torch.Generator().manual_seed(0))
     steps = 4 // unit_size
     with torch.no_grad():
@@ -103,7 +114,28 @@ def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size)
                 assert_close(states[place], alone[num_units + step], rtol=1e-4, atol=1e-4)
 
 
-def literal_means(model, block, targets):
+def law_of_tokens(model):
+    """Next-token law of a model of tokens behind a text and some tokens more."""
+    return lambda before, window: model(torch.tensor([before + window])).logits[0, -1].double().softmax(-1)
+
+
+def law_of_chunks(model, temperature):
+    """The same of a CALM whose head has a likelihood, from the loss of every token."""
+    size, vocab = model.config.chunk_size, model.config.vocab_size
+
+    def law(before, window):
+        whole = len(window) // size * size
+        text = [PAD] * (-len(before) % size) + before + window[:whole]
+        state = model.hidden_states_of_chunks(torch.tensor([text]))[:, -1]
+        begun = window[whole:]
+        chunks = torch.tensor([[*begun, v, *[PAD] * (size - len(begun) - 1)] for v in range(vocab)])
+        losses = model.head.token_losses(state.expand(vocab, -1), chunks)[:, len(begun)]
+        return (-losses.double() / temperature).softmax(-1)
+
+    return law
+
+
+def literal_means(law_of, block, targets):
     """Brier-n of every target by enumerating all windows of tokens: no branch, no cache, no estimate."""
     scores = []
     for before, truth in zip(
@@ -117,8 +149,7 @@ def literal_means(model, block, targets):
                 if EOS in window:
                     longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + chance
                     continue
-                law = model(torch.tensor([before + list(window)])).logits[0, -1].double().softmax(-1)
-                for token, p in enumerate(law.tolist()):
+                for token, p in enumerate(law_of(before, list(window)).tolist()):
                     longer[(*window, token)] = chance * p
             laws = longer
             row.append(2 * laws.get(tuple(truth[:order]), 0.0) - sum(p * p for p in laws.values()))
@@ -133,7 +164,7 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
     assert (targets.chunks_PK == EOS).any() and (targets.chunks_PK[:, -1] != PAD).any()
-    exact = literal_means(model, block, targets)
+    exact = literal_means(law_of_tokens(model), block, targets)
     scorer = scorer_of(model, estimator)
     repeats = []
     for seed in range(300):
@@ -148,6 +179,51 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
         assert error[1:].max() < 0.004
     assert ((means.mean(0) - exact)[1:].abs() < 3.5 * error[1:]).all()
     assert abs(means[:, 0].mean() - exact[0]) < 3.5 * error[0] + 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("unit_size", "temperature"), [(2, 1.0), (4, 1.0), (4, 0.5)])
+def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temperature):
+    model = sequential(unit_size, vocab_size=5)
+    block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
+    targets = targets_in(block)
+    exact = literal_means(law_of_chunks(model, temperature), block, targets)
+    scorer, draws = scorer_at(model, temperature)
+    repeats = []
+    for seed in range(200):
+        hits, equal = scorer.estimate(block, targets, 2, torch.Generator().manual_seed(seed))
+        repeats.append((2 * hits - equal).double().mean(0))
+    means = torch.stack(repeats)
+    error = means.std(0) / len(repeats) ** 0.5
+    assert_close(means[:, 0], exact[0].expand(200).double(), rtol=1e-5, atol=1e-5)
+    assert 0 < error[1:].max() < 0.01
+    assert ((means.mean(0) - exact)[1:].abs() < 3.5 * error[1:]).all()
+    assert draws.mean_draws == 1
+
+
+def test_whether_a_calm_is_scored_by_its_probabilities():
+    model = sequential(4)
+    pool = TemperatureSettings(temperature=0.5, sampler="pool")
+    head = TemperatureSettings(temperature=0.5, sampler="head")
+    assert isinstance(scorer_of(model), ProbabilityScorer)
+    assert isinstance(scorer_of(model, settings=head), ProbabilityScorer)
+    # Of whole chunks at a temperature nothing but draws is known.
+    assert isinstance(scorer_of(model, settings=pool), CalmSampler)
+    assert isinstance(scorer_of(sequential(2), settings=pool), StepScorer)
+    assert isinstance(scorer_of(model, "draws"), CalmSampler)
+    assert isinstance(scorer_of(tiny_model(4)), CalmSampler)
+
+
+@pytest.mark.parametrize("unit_size", [2, 4])
+def test_probabilities_of_chunks_have_less_variance_and_agree_with_draws(unit_size):
+    model, blocks = sequential(unit_size), [blocks_of(num_documents=200, block_size=96, vocab=40)]
+    settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
+    best, drawn = (evaluate_brier(scorer_of(model, e), blocks, **settings) for e in ("best", "draws"))
+    assert best.num_chunks == drawn.num_chunks > 300
+    for order in range(2):  # Draws of more tokens hardly ever agree here.
+        error = (best.errors[order] ** 2 + drawn.errors[order] ** 2) ** 0.5
+        assert abs(best.means[order] - drawn.means[order]) < 3.5 * error
+        assert best.errors[order] < drawn.errors[order]
 
 
 def test_probabilities_have_less_variance_and_agree_with_draws():
@@ -166,7 +242,7 @@ def test_short_chunks_cut_into_one_step_score_like_whole_ones():
     """A CALM with K = 4 by steps (one step of four tokens) is what `CalmSampler` scores."""
     model, block = tiny_model(4), blocks_of(vocab=40)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 3, "num_draws": 4}
-    stepwise = StepScorer(ShortChunks(CalmDraws(model)))
+    stepwise = StepScorer(Chunks(CalmDraws(model)))
     assert stepwise.chunk_size == 4
     one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, CalmSampler(CalmDraws(model))))
     assert one.means == pytest.approx(other.means, abs=1e-6)

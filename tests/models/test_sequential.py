@@ -62,6 +62,22 @@ def test_draws_follow_the_law_of_the_loss(small, temperature):
     assert ((seen - wanted).abs() < 4.5 * (wanted * (1 - wanted) / number).sqrt() + 1e-9).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_probabilities_of_tokens_are_those_of_the_law(small, temperature, monkeypatch):
+    """And two draws of a token agree with the sum of the squares of its law."""
+    states = torch.randn(3, small.config.state_size)
+    laws = log_laws(small.head, states).double()
+    first = (laws.logsumexp(-1) / temperature).softmax(-1)
+    given = (laws / temperature).softmax(-1)
+    monkeypatch.setattr(scores, "SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
+    for chunk in ([0, 0], [2, 4], [4, 1]):
+        found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
+        wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
+        squares = torch.stack([first.square().sum(-1), given[:, chunk[0]].square().sum(-1)], dim=-1)
+        assert_close(found[0].detach().double(), wanted, rtol=1e-5, atol=1e-6)
+        assert_close(found[1].detach().double(), squares, rtol=1e-5, atol=1e-6)
+
+
 def test_a_draw_at_temperature_one_is_a_draw(small):
     prepared = small.head.prepare(torch.randn(3, small.config.state_size))
     one, other = (

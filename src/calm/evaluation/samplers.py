@@ -16,7 +16,8 @@ from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.evaluation.brier import ChunkSampler, ChunkScorer
 from calm.evaluation.processes import Block
-from calm.evaluation.steps import CalmDraws, ProbabilityScorer, ShortChunks, StepScorer, Tokens
+from calm.evaluation.readers import CalmDraws, Chunks, Tokens
+from calm.evaluation.steps import ProbabilityScorer, StepScorer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 
@@ -82,7 +83,7 @@ def scorer_of(
         InputError: If the model cannot be scored.
     """
     if isinstance(model, CalmForCausalLM):
-        return scorer_of_draws(CalmDraws(model, settings))
+        return scorer_of_draws(CalmDraws(model, settings), estimator)
     if not model.can_generate():
         raise InputError(f"a {type(model).__name__} is no causal language model; there is nothing to score.")
     config = model.config.get_text_config()
@@ -97,10 +98,12 @@ def scorer_of(
     return ProbabilityScorer(tokens) if estimator == "best" else StepScorer(tokens)
 
 
-def scorer_of_draws(draws: CalmDraws) -> ChunkSampler | ChunkScorer:
+def scorer_of_draws(draws: CalmDraws, estimator: Estimator = "best") -> ChunkSampler | ChunkScorer:
     """The scorer of a CALM; `draws.mean_draws` tells afterwards what its samples took."""
+    if estimator == "best" and draws.have_probabilities:
+        return ProbabilityScorer(Chunks(draws))
     is_long = draws.model.config.chunk_size >= NUM_ORDERS
-    return CalmSampler(draws) if is_long else StepScorer(ShortChunks(draws))
+    return CalmSampler(draws) if is_long else StepScorer(Chunks(draws))
 
 
 def scorer_at(

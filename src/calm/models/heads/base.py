@@ -117,7 +117,7 @@ class GenerativeHead(nn.Module, abc.ABC):
     needs_tokens: ClassVar[bool] = False
     """Whether `loss` also takes `tokens_PK`, the tokens of the target chunks."""
     has_likelihood: ClassVar[bool] = False
-    """Whether the probability of a chunk is known: then there is `token_losses`."""
+    """Whether chunks have a known probability: then there are `token_losses` and `token_probabilities`."""
     takes_temperature: ClassVar[bool] = False
     """Whether one draw can come from a law of lower temperature: then there is `draw_at`."""
 
@@ -134,6 +134,21 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     def token_losses(self, hidden_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """Cross-entropy of each token of the chunks given all before it, in nats, (P, K).
+
+        Raises:
+            NotImplementedError: If the head `has_likelihood` not.
+        """
+        raise NotImplementedError(f"a '{self.config.head_type}' head has no likelihood.")
+
+    def token_probabilities(
+        self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Chance to draw each token given all before it, and that two draws of it agree, (P, K) each.
+
+        Args:
+            hidden_PD: Backbone states.
+            tokens_PK: The chunks.
+            temperature: Of the draws, as `draw_at` takes it.
 
         Raises:
             NotImplementedError: If the head `has_likelihood` not.

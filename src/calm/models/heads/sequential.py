@@ -22,7 +22,7 @@ from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
 from calm.models.heads.base import CodeHead, HeadConfig, HeadWork, check_counts
-from calm.models.heads.scores import cross_entropy, laws
+from calm.models.heads.scores import cross_entropy, laws, probabilities
 
 
 @dataclass(kw_only=True)
@@ -123,17 +123,17 @@ class SequentialHead(CodeHead):
 
     def token_losses(self, hidden_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """See `GenerativeHead`."""
-        state_PD, before_PKE = self._parts(hidden_PD)
-        size = self.config.chunk_size
-        known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
-        windows_PKW = known_PTE.unfold(1, size, 1).transpose(-1, -2).flatten(-2)
-        x_PKD = self.inp(windows_PKW) + self.embed_places.weight
-        condition_P1D = F.silu(self.condition_in(state_PD)).unsqueeze(1)
-        for block in self.blocks:
-            x_PKD = block(x_PKD, condition_P1D)
-        vectors_PKR = self.out(self.out_norm(x_PKD)) + self.direct(state_PD).unflatten(-1, (size, -1))
-        loss_M = cross_entropy(_with_one(vectors_PKR.flatten(0, 1)), self._table(), tokens_PK.flatten())
-        return loss_M.view_as(tokens_PK)
+        vectors_MX = self._vectors(hidden_PD, tokens_PK)
+        return cross_entropy(vectors_MX, self._table(), tokens_PK.flatten()).view_as(tokens_PK)
+
+    def token_probabilities(
+        self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """See `GenerativeHead`."""
+        self.check_temperature(temperature)
+        vectors_MX = self._vectors(hidden_PD, tokens_PK) / temperature
+        of_token_M, squares_M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
+        return of_token_M.view(tokens_PK.shape), squares_M.view(tokens_PK.shape)
 
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
@@ -193,6 +193,19 @@ class SequentialHead(CodeHead):
         codes_NPZ = F.embedding(torch.stack(tokens, dim=-1), codes_VC).flatten(-2)
         # Tokens are always tokens: that a law was none, because weights are damaged, must show in the latent.
         return codes_NPZ + damage_NP.unsqueeze(-1).to(codes_NPZ.dtype)
+
+    def _vectors(self, hidden_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """What meets the table at every place, given the true tokens before it, (P·K, r + 1)."""
+        state_PD, before_PKE = self._parts(hidden_PD)
+        size = self.config.chunk_size
+        known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
+        windows_PKW = known_PTE.unfold(1, size, 1).transpose(-1, -2).flatten(-2)
+        x_PKD = self.inp(windows_PKW) + self.embed_places.weight
+        condition_P1D = F.silu(self.condition_in(state_PD)).unsqueeze(1)
+        for block in self.blocks:
+            x_PKD = block(x_PKD, condition_P1D)
+        vectors_PKR = self.out(self.out_norm(x_PKD)) + self.direct(state_PD).unflatten(-1, (size, -1))
+        return _with_one(vectors_PKR.flatten(0, 1))
 
     def _parts(self, hidden_PD: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K, E)."""
