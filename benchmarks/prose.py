@@ -27,6 +27,7 @@ import re
 import statistics
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from calm.comparison.costs import affordable_steps, autoencoder_operations, record_of
 from calm.comparison.ladder import at_chunk_size
@@ -42,16 +43,26 @@ from calm.report.pages import new_figure
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train
 
+
+
+class Kind(NamedTuple):
+    """A kind of model: its recipe, and what is set for this text and these budgets (docs/log.md)."""
+
+    recipe: str
+    chunk_size: int
+    width: int
+    batch: int  # Tokens of a step.
+
+
 MODELS = {
-    "baseline": ("laptop", 1),
-    "energy_K4": ("laptop_energy", 4),
-    "energy_K2": ("laptop_energy", 2),
-    "categorical_K4": ("laptop_categorical", 4),
-    "sequential_K4": ("laptop", 4),
-    "sequential_K2": ("laptop", 2),
+    "baseline": Kind("laptop", 1, 64, 1024),
+    "energy_K4": Kind("laptop_energy", 4, 96, 1024),
+    "energy_K2": Kind("laptop_energy", 2, 96, 1024),
+    "categorical_K4": Kind("laptop_categorical", 4, 96, 1024),
+    "sequential_K4": Kind("laptop", 4, 96, 2048),
+    "sequential_K2": Kind("laptop", 2, 96, 2048),
 }
 CONTEXT = 512
-BATCH = 1024  # Tokens of a step: the best for the baseline of 512 to 4096, and for CALM (docs/log.md).
 MOST_FOR_AUTOENCODER = 0.25  # Of the budget.
 FLOOR = "floor.json"
 LOW = 0.5  # The temperature of fluent text.
@@ -117,11 +128,16 @@ def run(name, budget, seed, output, num_blocks):
 
 def recipe_of(name, budget, seed, data):
     """The recipe of a model, with as many steps as a budget of operations allows."""
-    shipped, chunk_size = MODELS[name]
-    recipe = at_chunk_size(read_recipe(shipped), chunk_size)
-    model = recipe.language_model
-    training = dataclasses.replace(model.training, batch_tokens=BATCH)
-    recipe = dataclasses.replace(recipe, language_model=dataclasses.replace(model, training=training))
+    kind = MODELS[name]
+    recipe = at_chunk_size(read_recipe(kind.recipe), kind.chunk_size)
+    model = dataclasses.replace(
+        recipe.language_model,
+        hidden_size=kind.width,
+        intermediate_size=round(kind.width * 2.75),
+        num_heads=max(2, kind.width // 64),
+        training=dataclasses.replace(recipe.language_model.training, batch_tokens=kind.batch),
+    )
+    recipe = dataclasses.replace(recipe, language_model=model)
     text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
     recipe = dataclasses.replace(recipe, seed=seed, data=text)
     if name == "baseline":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.data import prepare as preparing
 from calm.data.prepare import PreparedData, held_out_data, is_prepared, load_prepared, prepare
 from calm.data.sources import ReadingOptions
 from calm.data.stories import stories
@@ -109,6 +110,17 @@ def test_tokens_of_a_document(source, tmp_path):
     assert data.train.column_names == data.validation.column_names == ["input_ids"]
     for ids in data.train["input_ids"]:
         assert ids[0] == data.tokenizer.bos_token_id and data.tokenizer.eos_token_id not in ids
+
+
+def test_tokens_of_a_long_text_are_counted_in_its_first_part(source, tmp_path, monkeypatch):
+    prepare_here(source, tmp_path / "data")
+    data = load_prepared(tmp_path / "data")
+    documents = [[*tokens, data.tokenizer.eos_token_id] for tokens in data.train["input_ids"]]
+    whole = Counter(token for document in documents for token in document)
+    assert data.token_counts().tolist() == [whole[token] for token in range(data.vocab_size)]
+    monkeypatch.setattr(preparing, "_MOST_COUNTED", len(documents[0]) + 1)
+    part = Counter(documents[0] + documents[1])
+    assert data.token_counts().tolist() == [part[token] for token in range(data.vocab_size)]
 
 
 def test_the_vocabulary_is_trained_on_the_training_documents_only(tmp_path):

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from calm.data.prepare import load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
@@ -19,7 +21,7 @@ from calm.training.recipe_files import (
     with_settings,
     write_recipe,
 )
-from calm.training.stages import train
+from calm.training.stages import _new_language_model, train, train_autoencoder
 
 SHIPPED = [
     "calm_l",
@@ -102,6 +104,28 @@ def test_runs_for_two_steps(name, tmp_path):
     assert getattr(loaded.config, "chunk_size", 1) == recipe.chunk_size
     saved = read_recipe(str(model / "recipe.yaml"))
     assert differences(saved, read_recipe(str(tmp_path / "run/recipe.yaml"))) == []
+
+
+@pytest.mark.parametrize("name", ["demo_sequential", "demo_categorical"])
+@pytest.mark.parametrize("bias_from_text", [True, False])
+def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_text, tmp_path):
+    texts = list(stories(0, 12))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = shrink(read_recipe(name), str(tmp_path / "text.jsonl"))
+    recipe.language_model.head["bias_from_text"] = bias_from_text
+    run = tmp_path / "run"
+    train_autoencoder(recipe, run)
+    data = load_prepared(run / "data")
+    bias = _new_language_model(recipe, data, run).head.scores.bias.detach()
+    if bias_from_text:
+        counts = torch.zeros(data.vocab_size)
+        for tokens in data.train["input_ids"]:
+            for token in [*tokens, data.tokenizer.eos_token_id]:
+                counts[token] += 1
+        assert (counts == 0).any()  # Such a token gets half a count.
+        assert_close(bias.exp(), (counts + 0.5) / (counts.sum() + len(counts) / 2), rtol=1e-5, atol=1e-8)
+    else:
+        assert not bias.any()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from calm.errors import InputError
 
 _INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
+_MOST_COUNTED = 10_000_000
 # Raised whenever `make_blocks` gives other arrays: datasets keeps blocks in a cache by the arguments of the
 # function that made them, and does not see its code.
 _FORMAT_OF_BLOCKS = 2
@@ -91,6 +92,19 @@ class PreparedData:
                 raise
             blocks = make(load_from_cache_file=False)
         return blocks.with_format("torch")
+
+    def token_counts(self) -> np.ndarray:
+        """How often each token id occurs in the training text, ends of text included, (V,).
+
+        Of a long text only the first millions of tokens are counted.
+        """
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for tokens in self.train.with_format("numpy")["input_ids"]:
+            counts += np.bincount(tokens, minlength=self.vocab_size)
+            counts[self.tokenizer.eos_token_id] += 1
+            if counts.sum() >= _MOST_COUNTED:
+                break
+        return counts
 
     def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
         """First words of the first held-out documents, and how each goes on."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
+from calm.models.blocks import PartedLinear
 
 
 class HeadWork(NamedTuple):
@@ -125,6 +126,10 @@ class GenerativeHead(nn.Module, abc.ABC):
         """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
         return
 
+    def begin_with(self, counts_V: Tensor) -> None:
+        """Start from how often each token occurs in the training text; a new model's head is told it once."""
+        return
+
     def read_chunks(self, chunks_BCK: Tensor) -> Tensor | None:
         """What the head itself wants to know of the chunk that a state stands for, (B, C, `own_size`).
 
@@ -232,17 +237,51 @@ class GenerativeHead(nn.Module, abc.ABC):
         return []
 
 
+@dataclass(kw_only=True)
+class CodeHeadConfig(HeadConfig):
+    """Fields of heads that draw codes of tokens.
+
+    Args:
+        rank: Size of a token's vector before the scores of the vocabulary.
+        bias_from_text: Whether a new model's scores start from how often each token occurs in its text.
+        vocab_size: Tokens; the model fills it in.
+        chunk_size: Tokens per chunk; the model fills it in.
+    """
+
+    rank: int = 64
+    bias_from_text: bool = True
+    vocab_size: int = 1
+    chunk_size: int = 1
+
+    needs_codes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "rank", "vocab_size", "chunk_size")
+
+
 class CodeHead(GenerativeHead):
     """What heads that draw codes of tokens share: they know the codes, and take a temperature."""
+
+    config: CodeHeadConfig
 
     needs_tokens: ClassVar[bool] = True
     takes_temperature: ClassVar[bool] = True
     _codes: tuple[nn.Embedding, ...] = ()
+    scores: PartedLinear
+    """The last layer: vectors of tokens -> scores of the vocabulary."""
 
     def attach(self, autoencoder: nn.Module) -> None:
         """See `GenerativeHead`: of the autoencoder, which is one of codes, it needs these."""
         # In a tuple, so that they are not taken for a part of the head.
         self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def begin_with(self, counts_V: Tensor) -> None:
+        """See `GenerativeHead`: the first law of every token is that of single tokens."""
+        if self.config.bias_from_text:
+            seen_V = counts_V.double() + 0.5  # Of a token that does not occur, too, there is a logarithm.
+            self.scores.bias.copy_((seen_V / seen_V.sum()).log())
 
     @staticmethod
     def check_temperature(temperature: float) -> None:

@@ -19,14 +19,14 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
-from calm.models.heads.base import CodeHead, HeadWork, check_counts
+from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork
 from calm.models.heads.scores import cross_entropy, laws
 
 _GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(kw_only=True)
-class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
+class CategoricalFlowHeadConfig(CodeHeadConfig, AdaptiveHeadConfig):
     """Fields of the categorical flow head.
 
     Args:
@@ -34,26 +34,20 @@ class CategoricalFlowHeadConfig(AdaptiveHeadConfig):
         num_blocks: Residual blocks.
         num_draws: Points N of a position in the loss, each with a time and noise of its own.
         num_steps: Network calls of a draw, at least 2.
-        rank: Size of a token's vector before the scores of the vocabulary.
-        vocab_size: Tokens; the model fills it in.
-        chunk_size: Tokens per chunk; the model fills it in.
         frequency_size: Sines and cosines of a time.
         layer_norm_eps: Epsilon of the norms.
+
+    The others are those of `CodeHeadConfig`.
     """
 
     head_type: str = "categorical_flow"
     num_draws: int = 1
     num_steps: int = 4
-    rank: int = 64
-    vocab_size: int = 1
-    chunk_size: int = 1
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("num_steps",)
-    needs_codes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "rank", "vocab_size", "chunk_size")
         if self.num_steps < 2:  # A single one ends at the mean of all codes.
             raise ValueError(f"num_steps must be at least 2, got {self.num_steps}.")
 

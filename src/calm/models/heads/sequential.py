@@ -21,37 +21,31 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
-from calm.models.heads.base import CodeHead, HeadConfig, HeadWork, check_counts
+from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork, check_counts
 from calm.models.heads.scores import cross_entropy, laws, probabilities
 
 
 @dataclass(kw_only=True)
-class SequentialHeadConfig(HeadConfig):
+class SequentialHeadConfig(CodeHeadConfig):
     """Fields of the sequential head.
 
     Args:
         head_type: Always "sequential".
         num_blocks: Residual blocks.
         token_size: Size of the embedding of a token of the chunk.
-        rank: Size of a token's vector before the scores of the vocabulary.
-        vocab_size: Tokens; the model fills it in.
-        chunk_size: Tokens per chunk; the model fills it in.
         layer_norm_eps: Epsilon of the norms.
+
+    The others are those of `CodeHeadConfig`.
     """
 
     head_type: str = "sequential"
     num_blocks: int = 2
     token_size: int = 64
-    rank: int = 64
-    vocab_size: int = 1
-    chunk_size: int = 1
     layer_norm_eps: float = 1e-6
-
-    needs_codes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_blocks", "token_size", "rank", "vocab_size", "chunk_size")
+        check_counts(self, "num_blocks", "token_size")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
 
