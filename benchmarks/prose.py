@@ -44,7 +44,6 @@ from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train
 
 
-
 class Kind(NamedTuple):
     """A kind of model: its recipe, and what is set for this text and these budgets (docs/log.md)."""
 

@@ -90,6 +90,12 @@ def test_flops_of_a_folder_and_of_recipes(room, baseline, capsys):
     main(["flops", str(baseline)])
     out = capsys.readouterr().out
     assert "K = 1" in out and "draws" not in out
+    main(["flops", "laptop", "--vocab_size", "4096"])  # Its head takes a temperature in one draw.
+    out = capsys.readouterr().out
+    assert "K = 4" in out and "draws" not in out and "T = 1" not in out
+    main(["flops", "laptop_energy", "--vocab_size", "4096"])
+    out = capsys.readouterr().out
+    assert "with 200 draws" in out and "T = 1" in out
     main(["flops", "calm_m", "--vocab_size", "128257", "--published"])
     out = capsys.readouterr().out
     assert "291 M" in out and "30.2 G" in out

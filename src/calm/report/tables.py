@@ -52,7 +52,7 @@ def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
     columns: dict[str, Mapping[str, float]] = {
         "parameters": one.parameters,
         "training": one.training,
-        "inference, T = 1": one.inference,
+        "inference" if many is None else "inference, T = 1": one.inference,
     }
     if many is not None:
         columns[f"with {draws:g} draws"] = many.inference

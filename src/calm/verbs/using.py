@@ -160,7 +160,7 @@ def import_published(
 
 def flops(
     target: str,
-    draws: float = 200,
+    draws: float | None = None,
     positions: int = 2048,
     vocab_size: int | None = None,
     published: bool = False,
@@ -171,13 +171,14 @@ def flops(
     Args:
         target: Model folder, name of a model of the package, or a recipe (shipped name or .yaml file).
         draws: Draws of a chunk at low temperature: the size of the pool, or the mean of what the exact
-            sampler makes (generate counts them).
+            sampler makes (generate counts them). 200, or 1 for a head that takes a temperature itself.
         positions: Positions of the context that attention sees.
         vocab_size: Token ids of a recipe whose tokenizer is not here.
         published: Count the head's work on the hidden state with every draw, as the paper does.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     from calm.flops import Work, cost_of
+    from calm.models.heads import takes_temperature
     from calm.models.loading import change_head, load_config
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
@@ -188,11 +189,13 @@ def flops(
     config = load_config(folder) if folder.is_dir() else model_config(read_recipe(target), vocab_size)
     if head:
         change_head(config, head)
-    size = getattr(config, "chunk_size", 1)
+    size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
+    if draws is None:
+        draws = 200 if is_calm and not takes_temperature(config.head) else 1
     print_costs(
         f"operations per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",
         cost_of(config, Work(positions, condition_per_draw=published)),
-        cost_of(config, Work(positions, draws, published)) if config.model_type == "calm" else None,
+        cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None,
         draws,
     )
 

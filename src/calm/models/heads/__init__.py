@@ -12,6 +12,7 @@ from calm.models.heads.base import (
     check_counts,
     parse_head_config,
     register_head,
+    takes_temperature,
     with_sampling,
 )
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
@@ -48,5 +49,6 @@ __all__ = [
     "check_counts",
     "parse_head_config",
     "register_head",
+    "takes_temperature",
     "with_sampling",
 ]

@@ -344,6 +344,11 @@ def build_head(config: HeadConfig, hidden_size: int, latent_size: int) -> Genera
     return head_class(config, hidden_size, latent_size)
 
 
+def takes_temperature(config: HeadConfig) -> bool:
+    """Whether a head of this configuration draws at a temperature for the price of a draw."""
+    return _find_head(config.head_type)[1].takes_temperature
+
+
 def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:
     if head_type not in _REGISTRY:
         for entry_point in entry_points(group=_ENTRY_POINTS, name=head_type):
