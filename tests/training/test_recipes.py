@@ -39,6 +39,7 @@ SHIPPED = [
     "laptop",
     "laptop_categorical",
     "laptop_energy",
+    "laptop_quick",
     "one_gpu",
     "transformer_l",
     "transformer_m",
