@@ -29,8 +29,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from calm.comparison.costs import affordable_steps, autoencoder_operations, record_of
 from calm.comparison.ladder import at_chunk_size
+from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.data.prepare import load_prepared, prepare
 from calm.evaluation.held_out import score_ngrams, score_perplexity, score_sampler
 from calm.evaluation.perplexity import has_likelihood
@@ -172,6 +175,8 @@ def score(folder, context, num_blocks):
         scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
         brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
+        if temperature == 1:
+            result["documents"] = rows_of(brier.documents)
         cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
         result[f"T{temperature:g}"] = {
             "brier_lm": brier.brier_lm,
@@ -183,6 +188,21 @@ def score(folder, context, num_blocks):
             "inference_flops": sum(cost.inference.values()),
         }
     return result
+
+
+def rows_of(sums):
+    """Number, targets and sums of Brier-1 to Brier-4 of every document, for differences between models."""
+    columns = sums.document_D.tolist(), sums.count_D.tolist(), sums.total_DX[:, :4].tolist()
+    return [
+        [number, count, *(round(value, 6) for value in total)]
+        for number, count, total in zip(*columns, strict=True)
+    ]
+
+
+def sums_of(rows):
+    """The same as `rows_of` was given."""
+    table = torch.tensor(rows, dtype=torch.float64)
+    return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
 def score_floor(path, context, num_blocks):
@@ -242,22 +262,32 @@ def report(folder):
     for name, floor in floors.items():
         print(f"{name}: {floor['brier_lm']:.2f} ± {floor['error']:.2f}")
     print(
-        "| model | operations | seed | steps | nats | BrierLM | Brier-1..4 | min | T = 1 | T = 0.5 | draws "
-        "| words |"
+        "| model | operations | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
+        "| T = 0.5 | draws | words |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for r in sorted(results, key=lambda r: (list(MODELS).index(r["model"]), r["budget"], r["seed"])):
         hot, cold = r["T1"], r["T0.5"]
         formed = ", ".join(f"{100 * share:.0f}%" for share in r["words"].values())
         print(
             f"| {r['model']} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
             f"| {r.get('cross_entropy', math.nan):.3f} "
-            f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} "
+            f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} | {difference_of(r, results)} "
             f"| {', '.join(f'{value:.2f}' for value in hot['brier'])} | {r['seconds'] / 60:.1f} "
             f"| {hot['inference_flops'] / 1e6:.1f} M | {cold['inference_flops'] / 1e6:.1f} M "
             f"| {cold['draws']:.0f} | {formed} |"
         )
     plot(results, floors, folder / "prose.png")
+
+
+def difference_of(result, results):
+    """BrierLM minus that of the baseline with the same budget and seed; documents are paired."""
+    for other in results:
+        same = other["budget"] == result["budget"] and other["seed"] == result["seed"]
+        if same and other["model"] == "baseline" != result["model"]:
+            difference, error = brier_lm_difference(*(sums_of(r["documents"]) for r in (result, other)))
+            return f"{difference:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    return ""
 
 
 def plot(results, floors, path):

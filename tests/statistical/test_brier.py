@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from calm.core.brier import (
     DocumentSums,
     brier_lm,
+    brier_lm_difference,
     brier_lm_error,
     brier_scores,
     brier_scores_of_draws,
@@ -61,14 +62,14 @@ def text_blocks(num_rows, num_tokens, chunk_size, seed):
 
 
 class ChainSampler:
-    """Draws whole chunks of the model's chain."""
+    """Draws whole chunks of a chain."""
 
-    def __init__(self, chunk_size):
-        self.chunk_size = chunk_size
+    def __init__(self, chunk_size, chain_VV=MODEL):
+        self.chunk_size, self.chain_VV = chunk_size, chain_VV
 
     def draw_next_chunks(self, block, is_target_BC, num_draws, generator):
         last_P = block["input_ids"].unflatten(1, (-1, self.chunk_size))[:, :-1, -1][is_target_BC]
-        return walk(MODEL, last_P.expand(num_draws, -1), self.chunk_size, generator)
+        return walk(self.chain_VV, last_P.expand(num_draws, -1), self.chunk_size, generator)
 
 
 class ChainText:
@@ -134,6 +135,40 @@ def test_standard_errors_cover(chunk_size):
     # Four standard deviations of the share of 400 draws of chance 0.95 are 0.044.
     assert (covered / repetitions).min() > 0.90
     assert (covered / repetitions).max() < 0.995
+
+
+def test_the_error_of_a_difference_covers_and_is_smaller():
+    """The text's own chain against the model's, on the same documents."""
+    right, wrong = ChainSampler(4, TRUTH), ChainSampler(4)
+    exact = torch.tensor(sums_over_paths(4, TRUTH, TRUTH), dtype=torch.float64)  # 2 hit - collision = hit.
+    difference = brier_lm(exact) - brier_lm(exact_means(4))
+    covered, ratios, repetitions = 0, [], 300
+    for repetition in range(repetitions):
+        blocks = [text_blocks(60, 24, 4, 5000 + repetition)]
+        settings = {"eos_token_id": None, "pad_token_id": 0, "num_draws": 16}
+        one, other = (
+            evaluate_brier(sampler, blocks, seed=seed + 2 * repetition, **settings)
+            for seed, sampler in enumerate((right, wrong))
+        )
+        seen, error = brier_lm_difference(one.documents, other.documents)
+        assert seen == pytest.approx(one.brier_lm - other.brier_lm)
+        covered += abs(seen - difference) < 1.96 * error
+        ratios.append(error / math.hypot(one.brier_lm_error, other.brier_lm_error))
+    assert 0.90 < covered / repetitions < 0.995
+    assert max(ratios) < 0.95
+    assert difference > 0
+
+
+def test_a_difference_of_nothing_and_of_other_documents():
+    generator = torch.Generator().manual_seed(2)
+    scores, document = torch.rand(60, 4, generator=generator), torch.arange(60) // 3
+    sums = DocumentSums.of_positions(scores, document)
+    assert brier_lm_difference(sums, sums) == pytest.approx((0, 0), abs=1e-6)
+    nothing = DocumentSums.of_positions(-scores, document)
+    difference, error = brier_lm_difference(sums, nothing)
+    assert difference == pytest.approx(brier_lm(sums.means_X)) and math.isnan(error)
+    with pytest.raises(ValueError, match="same documents only"):
+        brier_lm_difference(sums, DocumentSums.of_positions(scores[:-1], document[:-1]))
 
 
 def test_errors_take_the_documents_into_account():

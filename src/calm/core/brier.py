@@ -171,6 +171,10 @@ class DocumentSums:
         """Sums of several parts of a text, in their order; a document may lie in more than one."""
         return _sum_by_document(*(torch.cat(fields) for fields in zip(*map(_fields, parts), strict=True)))
 
+    def pairs_with(self, other: "DocumentSums") -> bool:
+        """Whether both have the same documents, with as many positions each."""
+        return torch.equal(self.document_D, other.document_D) and torch.equal(self.count_D, other.count_D)
+
     @property
     def num_positions(self) -> int:
         """Positions of all documents."""
@@ -210,9 +214,44 @@ def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:
         means_K: Means of Brier-1 to Brier-4; further orders are ignored.
         covariance_KK: Their covariance.
     """
-    score = brier_lm(means_K)
-    if not score > 0:
+    if not brier_lm(means_K) > 0:
         return math.nan
-    gradient = score / (NUM_ORDERS * means_K[:NUM_ORDERS].double())
-    variance = gradient @ covariance_KK[:NUM_ORDERS, :NUM_ORDERS].double() @ gradient
-    return math.sqrt(max(float(variance), 0.0)) if not math.isnan(float(variance)) else math.nan
+    gradient = _gradient(means_K)
+    return _root(gradient @ covariance_KK[:NUM_ORDERS, :NUM_ORDERS].double() @ gradient)
+
+
+def brier_lm_difference(first: DocumentSums, second: DocumentSums) -> tuple[float, float]:
+    """BrierLM of one model minus that of another on the same text, and the standard error of that.
+
+    A document that is hard for one model is hard for the other, so the difference is known better than either
+    score. The delta method again, on the joint covariance of both models' means.
+
+    Args:
+        first: Sums of Brier-1 to Brier-4 of one model; further orders are ignored.
+        second: Of the other.
+
+    Returns:
+        The difference in 0..100, and its standard error; NaN where one of the two scores is 0.
+
+    Raises:
+        ValueError: If the positions are not those of the same documents.
+    """
+    if not first.pairs_with(second):
+        raise ValueError("two models can be compared on the same documents only, cut in the same way.")
+    totals = [sums.total_DX[:, :NUM_ORDERS] for sums in (first, second)]
+    joint = DocumentSums(first.document_D, first.count_D, torch.cat(totals, dim=1))
+    means_K, others_K = joint.means_X.chunk(2)
+    scores = brier_lm(means_K), brier_lm(others_K)
+    if not min(scores) > 0:
+        return scores[0] - scores[1], math.nan
+    gradient = torch.cat([_gradient(means_K), -_gradient(others_K)])
+    return scores[0] - scores[1], _root(gradient @ joint.covariance_XX @ gradient)
+
+
+def _gradient(means_K: Tensor) -> Tensor:
+    return brier_lm(means_K) / (NUM_ORDERS * means_K[:NUM_ORDERS].double())
+
+
+def _root(variance: Tensor) -> float:
+    """Square root, where rounding may have left a little less than 0."""
+    return math.nan if math.isnan(float(variance)) else math.sqrt(max(float(variance), 0.0))

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, K tokens per chunk, C chunks, P target chunks, N draw
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -86,6 +86,7 @@ class BrierResult:
         brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is 0.
         hits: Means of P(y), the chance to draw the text's own next tokens, for 1..K of them.
         collisions: Means of sum_x P(x)^2, the chance that two draws agree; Brier-n is 2 hit - collision.
+        documents: Sums of Brier-1 to Brier-K by document, for `calm.core.brier.brier_lm_difference`.
     """
 
     means: tuple[float, ...]
@@ -95,6 +96,7 @@ class BrierResult:
     brier_lm_error: float = math.nan
     hits: tuple[float, ...] = ()
     collisions: tuple[float, ...] = ()
+    documents: DocumentSums | None = field(default=None, repr=False, compare=False)
 
     @property
     def brier_lm(self) -> float:
@@ -179,6 +181,7 @@ def evaluate_brier(
         brier_lm_error=brier_lm_error(means_K, covariance_KK),
         hits=tuple(hit_K.tolist()),
         collisions=tuple(equal_K.tolist()),
+        documents=DocumentSums(sums.document_D, sums.count_D, sums.total_DX @ combine_KX.T),
     )
 
 

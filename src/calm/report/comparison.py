@@ -1,13 +1,17 @@
 """Several models side by side: a table, plots against cost, and texts, as one self-contained HTML file."""
 
 import html
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from calm.core.brier import brier_lm_difference
+from calm.evaluation.brier import BrierResult
 from calm.report.figures import write_figures
 from calm.report.measured import Comparison
 from calm.report.pages import image_of, page_of, table_of
@@ -40,7 +44,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
-    write_figures(asdict(comparison), path.with_suffix(".json"))
+    write_figures(asdict(comparison, dict_factory=_without_documents), path.with_suffix(".json"))
     tables = "".join(
         table_of(caption, columns, rows)
         for caption, (columns, rows) in (
@@ -73,9 +77,29 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    rows = [(name, cells_of(result)) for name, result in comparison.floors.items()]
-    rows += [(contender.name, cells_of(contender.card.brier)) for contender in comparison.contenders]
-    return list(BRIER_COLUMNS), rows
+    results = comparison.floors | {c.name: c.card.brier for c in comparison.contenders}
+    first = comparison.contenders[0]
+    columns = [*BRIER_COLUMNS, f"to {first.name}"]
+    return columns, [
+        (name, [*cells_of(result), _difference(result, first.card.brier)]) for name, result in results.items()
+    ]
+
+
+def _difference(result: BrierResult, first: BrierResult) -> str:
+    """How far BrierLM is ahead of the first model's, with the error of that; nothing for the first itself.
+
+    And nothing where windows differ, as for chunks of eight tokens beside four.
+    """
+    one, other = result.documents, first.documents
+    if result is first or one is None or other is None or not one.pairs_with(other):
+        return ""
+    difference, error = brier_lm_difference(one, other)
+    return f"{difference:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def _without_documents(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields for the file of figures: the sums of single documents are too many."""
+    return {name: value for name, value in items if name != "documents"}
 
 
 def _costs(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
