@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import lm_eval
 import pytest
@@ -116,10 +117,56 @@ def test_long_contexts_lose_their_beginning(folder):
 def test_likelihoods_are_refused(folder, tmp_path):
     manager = tasks_in(tmp_path, [{"question": "q", "answer": "a", "choices": ["x", "y"]}])
     harness = HarnessModel(str(folder))
-    with pytest.raises(InputError, match="asks for log-likelihoods, which a CALM does not have"):
+    with pytest.raises(InputError, match="asks for log-likelihoods, which this CALM does not have"):
         lm_eval.simple_evaluate(model=harness, tasks=["choices"], task_manager=manager)
     with pytest.raises(InputError, match="perplexities"):
         harness.loglikelihood_rolling([instance("text")])
+
+
+def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
+    """Token by token behind the context, and in a task: what the model thinks likeliest is chosen."""
+    torch.manual_seed(4)
+    model = tiny_model(4, vocab_size=320, head_config={"head_type": "sequential"})
+    tokenizer = load_language_model_and_tokenizer(str(folder))[1]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "sequential")
+    harness = HarnessModel(str(tmp_path / "sequential"))
+    context, continuation = "Once upon a", " time there was nobody in"
+
+    def law_behind(ids, written):
+        """Of the next token, from the losses of all tokens there."""
+        seen = torch.tensor([ids + written[: len(written) // 4 * 4]])
+        tokens, mask = align_to_chunks(seen, torch.ones_like(seen), 4, 0)
+        state = model.hidden_states_of_chunks(tokens, mask.repeat_interleave(4, 1))[:, -1]
+        begun = written[len(written) // 4 * 4 :]
+        chunks = torch.tensor([[*begun, token, *[0] * (3 - len(begun))] for token in range(320)])
+        return -model.head.token_losses(state.expand(320, -1), chunks)[:, len(begun)].detach()
+
+    ids = tokenizer(context)["input_ids"]
+    words = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    assert len(words) % 4 and len(words) > 4
+    total = sum(float(law_behind(ids, words[:n])[word]) for n, word in enumerate(words))
+    [(score, is_greedy)] = harness.loglikelihood([instance(context, continuation)])
+    assert score == pytest.approx(total, rel=1e-5) and not is_greedy
+    best: list[int] = []
+    for _ in range(6):
+        best.append(int(law_behind(ids, best).argmax()))
+
+    # Whose bytes are no text, so it is only called one.
+    def tokens_of(text, **settings):
+        return {"input_ids": best} if text == "best" else tokenizer(text, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "_tokenizer", Mock(side_effect=tokens_of, bos_token=None))
+        [(likeliest, is_greedy)] = harness.loglikelihood([instance(context, "best")])
+    assert is_greedy and likeliest > score
+    choices = ["zq!zq!", "time there was nobody in"]
+    manager = tasks_in(tmp_path, [{"question": context, "answer": "", "choices": choices}])
+    results = lm_eval.simple_evaluate(
+        model=harness, tasks=["choices"], task_manager=manager, bootstrap_iters=0
+    )
+    [responses] = [sample["filtered_resps"] for sample in results["samples"]["choices"]]
+    assert responses[1][0] == pytest.approx(score)
 
 
 def test_choices_by_sampling(folder, tmp_path):

@@ -4,8 +4,9 @@
 
 or in Python, `lm_eval.simple_evaluate(model=HarnessModel("runs/demo/model"), tasks=[...])`.
 
-Tasks that ask for log-likelihoods are refused: a CALM has none. As an experiment, multiple choice can be
-answered by sampling instead (`choices`): the scores are no likelihoods, and do not compare with others.
+Tasks that ask for log-likelihoods get them from a model whose head has them (`sequential`); for other heads
+they are refused. As an experiment, multiple choice can be answered by sampling instead (`choices`): the
+scores are no likelihoods, and do not compare with others.
 """
 
 import sys
@@ -42,9 +43,10 @@ class HarnessModel(LM):
         batch_size: Texts written at once.
         max_gen_toks: Most new tokens where a task says none.
         seed: Seed of all draws.
-        choices: What is done with tasks that ask for log-likelihoods: "refuse", or, as an experiment,
-            "agreement": the share of drawn tokens that are those of the continuation; or "energy": minus the
-            energy score of the drawn latents for the continuation's own (paper, section 3.2).
+        choices: What is done with tasks that ask for log-likelihoods where the model has none: "refuse";
+            or, as an experiment with any model, "agreement": the share of drawn tokens that are those of the
+            continuation; or "energy": minus the energy score of the drawn latents for the continuation's own
+            (paper, section 3.2).
     """
 
     def __init__(
@@ -109,26 +111,33 @@ class HarnessModel(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Scores of continuations by sampling, for multiple choice, if that was asked for.
+        """Log-likelihood of each continuation in nats, and whether each of its tokens is the likeliest.
+
+        Or scores by sampling, for multiple choice, if that was asked for.
 
         Raises:
-            InputError: If it was not.
+            InputError: If it was not, and the model has no likelihood.
         """
         if self._choices == "refuse":
+            if self._model.head.has_likelihood:
+                return [self._likelihood(*request.args) for request in requests]
             raise InputError(
-                "this task asks for log-likelihoods, which a CALM does not have. Run tasks that ask for "
+                "this task asks for log-likelihoods, which this CALM does not have. Run tasks that ask for "
                 "text (output_type: generate_until), or, as an experiment, say choices=agreement or "
                 "choices=energy in the model's arguments."
             )
         return [(self._score(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Perplexities do not exist for a CALM.
+        """Perplexities of whole documents are none of a CALM's: it begins behind a first chunk.
 
         Raises:
             InputError: Always.
         """
-        raise InputError("this task asks for perplexities, which a CALM does not have; see `calm evaluate`.")
+        raise InputError(
+            "this task asks for perplexities of whole documents; a CALM predicts nothing before its second "
+            "chunk. `calm evaluate` scores it."
+        )
 
     def _alike(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
         """Places of requests that can be written together, and how often they came before.
@@ -158,9 +167,13 @@ class HarnessModel(LM):
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
         return ids[-room * size :]
 
-    @torch.no_grad()
-    def _score(self, context: str, continuation: str) -> float:
-        """How well draws agree with a continuation, chunk by chunk behind what came before it."""
+    def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
+        """A continuation in chunks of its own behind a context.
+
+        Returns:
+            Tokens of the context; number of tokens of the continuation; the states that its chunks are drawn
+            from (P, D); its chunks, with padding at the end (P, K).
+        """
         size = self._model.config.chunk_size
         ids: list[int] = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -173,14 +186,27 @@ class HarnessModel(LM):
         mask_1T[:, :front] = 0
         first = (front + len(prompt)) // size
         hidden_PD = self._model.hidden_states_of_chunks(tokens_1T, mask_1T)[0, first - 1 : -1]
-        chunks_PK = split_into_chunks(tokens_1T, size)[0, first:]
+        return prompt, len(ids), hidden_PD, split_into_chunks(tokens_1T, size)[0, first:]
+
+    @torch.no_grad()
+    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        _, number, hidden_PD, chunks_PK = self._read(context, continuation)
+        losses_T = self._model.head.token_losses(hidden_PD, chunks_PK).flatten()[:number]
+        chances = self._model.head.token_probabilities(hidden_PD, chunks_PK)
+        is_likeliest_PK = chances.of_token_PK == chances.highest_PK
+        return -float(losses_T.double().sum()), bool(is_likeliest_PK.flatten()[:number].all())
+
+    @torch.no_grad()
+    def _score(self, context: str, continuation: str) -> float:
+        """How well draws agree with a continuation, chunk by chunk behind what came before it."""
+        prompt, number, hidden_PD, chunks_PK = self._read(context, continuation)
         generators = generators_of_rows(self._seed, [[*prompt, place] for place in range(len(hidden_PD))],
                                         self._model.device)  # fmt: skip
         latents_NPZ = self._model.head.sample(hidden_PD, self._num_draws, generators)
         if self._choices == "energy":
             return -float(_energy_score(latents_NPZ, self._model.autoencoder.encode(chunks_PK).mean))
         drawn_NPK = self._model.autoencoder.decode_tokens(latents_NPZ)
-        is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, : len(ids)]
+        is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, :number]
         return float(is_equal_NT.double().mean())
 
 

@@ -146,8 +146,9 @@ class Chunks:
 
     def probabilities(self, outputs_PX: Tensor, units_PK: Tensor) -> tuple[Tensor, Tensor]:
         """See `LikelihoodModel`."""
-        settings = self.draw.settings
-        return self.model.head.token_probabilities(outputs_PX, units_PK, settings.temperature)
+        temperature = self.draw.settings.temperature
+        chances = self.model.head.token_probabilities(outputs_PX, units_PK, temperature)
+        return chances.of_token_PK, chances.of_pair_PK
 
 
 class Tokens:

@@ -37,6 +37,20 @@ class HeadWork(NamedTuple):
     training_draws: int
 
 
+class TokenChances(NamedTuple):
+    """What the law of each token of some chunks, given all tokens before it, says.
+
+    Args:
+        of_token_PK: Probability of the token.
+        of_pair_PK: Chance that two draws of the token agree: the sum of the squares of the law.
+        highest_PK: Probability of the likeliest token.
+    """
+
+    of_token_PK: Tensor
+    of_pair_PK: Tensor
+    highest_PK: Tensor
+
+
 @dataclass(kw_only=True)
 class HeadConfig:
     """Fields that every head has.
@@ -147,8 +161,8 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     def token_probabilities(
         self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Chance to draw each token given all before it, and that two draws of it agree, (P, K) each.
+    ) -> TokenChances:
+        """What the law of each token given all before it says, (P, K) each.
 
         Args:
             hidden_PD: Backbone states.

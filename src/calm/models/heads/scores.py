@@ -27,13 +27,22 @@ def cross_entropy(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Te
     return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])
 
 
-def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row's law: the probability of a token, and the sum of the squares of all, (M,) each."""
-    rows, of_token, squares = _rows_at_once(table_VX), [], []
-    for law_MV, part_M in zip(laws(vectors_MX, table_VX), tokens_M.split(rows), strict=True):
-        of_token.append(law_MV.gather(1, part_M.unsqueeze(-1)).squeeze(-1))
-        squares.append(law_MV.square().sum(-1))
-    return torch.cat(of_token), torch.cat(squares)
+def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
+    """Of each row's law: probability of a token, sum of the squares of all, and the highest, (3, M)."""
+    parts = zip(laws(vectors_MX, table_VX), tokens_M.split(_rows_at_once(table_VX)), strict=True)
+    return torch.cat(
+        [
+            torch.stack(
+                [
+                    law_MV.gather(1, part_M.unsqueeze(-1)).squeeze(-1),
+                    law_MV.square().sum(-1),
+                    law_MV.amax(-1),
+                ]
+            )
+            for law_MV, part_M in parts
+        ],
+        dim=-1,
+    )
 
 
 def laws(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:

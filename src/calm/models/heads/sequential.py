@@ -21,7 +21,7 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
-from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork, check_counts
+from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork, TokenChances, check_counts
 from calm.models.heads.scores import cross_entropy, laws, probabilities
 
 
@@ -122,12 +122,12 @@ class SequentialHead(CodeHead):
 
     def token_probabilities(
         self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> TokenChances:
         """See `GenerativeHead`."""
         self.check_temperature(temperature)
         vectors_MX = self._vectors(hidden_PD, tokens_PK) / temperature
-        of_token_M, squares_M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
-        return of_token_M.view(tokens_PK.shape), squares_M.view(tokens_PK.shape)
+        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
+        return TokenChances(*figures_3M.unflatten(-1, tokens_PK.shape))
 
     def prepare(self, hidden_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
