@@ -302,8 +302,8 @@ def test_streamer_gets_the_text_and_no_more(budget):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_length": 2}, "no room for new tokens"),
         ({"colour": "red"}, "does not know the argument"),
-        ({"do_sample": False}, "no greedy decoding without likelihoods"),
-        ({"num_beams": 4}, "beam search needs likelihoods"),
+        ({"do_sample": False}, "chunks are not decoded greedily"),
+        ({"num_beams": 4}, "no beam search over chunks"),
     ],
 )
 def test_bad_arguments(model, arguments, message):

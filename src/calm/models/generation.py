@@ -94,7 +94,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
                 sampler), `num_return_sequences`, `use_cache`, `cache_implementation` and `compile_config`
                 (see `calm.models.stepping`), `eos_token_id`, `pad_token_id` and
                 `return_dict_in_generate`; others are errors where they are given here.
-                `do_sample=False` asks for a mode that no likelihood-free model has, and is an error:
+                `do_sample=False` asks for greedy decoding, which there is not for chunks, and is an error:
                 say `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are written (batch of one).
             sampler: "exact", "pool" or "head", see `calm.core.temperature`; by default "head" where the
@@ -148,9 +148,9 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         if unused:
             raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
         if config.do_sample is False and "do_sample" in overrides:
-            raise ValueError("there is no greedy decoding without likelihoods: set temperature=0.")
+            raise ValueError("chunks are not decoded greedily: set temperature=0 for the commonest of a pool.")
         if (config.num_beams or 1) > 1:
-            raise ValueError("beam search needs likelihoods, which this model does not have.")
+            raise ValueError("there is no beam search over chunks: num_beams must be 1.")
         config.temperature = 1.0 if config.temperature is None else config.temperature
         if config.eos_token_id is None:
             config.eos_token_id = self.config.eos_token_id

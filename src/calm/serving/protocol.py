@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from calm.core.temperature import TemperatureSettings
 
-# Fields of the OpenAI API that have no meaning without likelihoods, or none here, and what they may be.
-_NEEDS_LIKELIHOODS = "this model draws text and has no likelihoods"
+# Fields of the OpenAI API that have no meaning where chunks are drawn, or none here, and what they may be.
+_NEEDS_LIKELIHOODS = "this model draws text by the chunk, without scores of tokens"
 _NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logprobs": ((None, False), _NEEDS_LIKELIHOODS),
     "top_logprobs": ((None,), _NEEDS_LIKELIHOODS),
@@ -137,7 +137,7 @@ class _Sampling(BaseModel):
         )
         if given.get("temperature", 0) > 1:
             raise ApiError(
-                "'temperature' lies between 0 and 1 for a model without likelihoods, "
+                "'temperature' lies between 0 and 1 for a CALM, "
                 f"got {self.temperature:g}.",
                 param="temperature",
             )
