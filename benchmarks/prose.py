@@ -3,7 +3,8 @@
     python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose
 
 For each seed and each budget of training operations (autoencoder included) one model of each kind is trained
-on the same text with the same tokenizer, optimizer and context, and scored on the same held-out text:
+on the same text with the same tokenizer, optimizer and context, at a width and with steps that suit such
+budgets (`MODELS`), and scored on the same held-out text:
 
     baseline          a Llama of tokens
     energy_K4         CALM as published, but for Muon and the integrated posterior (recipe `laptop_energy`)
@@ -50,6 +51,7 @@ from calm.training.stages import RECIPE, train
 class Kind(NamedTuple):
     """A kind of model: its recipe, and what is set for this text and these budgets (docs/log.md)."""
 
+    label: str
     recipe: str
     chunk_size: int
     width: int
@@ -57,12 +59,12 @@ class Kind(NamedTuple):
 
 
 MODELS = {
-    "baseline": Kind("laptop_quick", 1, 64, 1024),
-    "energy_K4": Kind("laptop_energy", 4, 64, 1024),
-    "energy_K2": Kind("laptop_energy", 2, 64, 1024),
-    "categorical_K4": Kind("laptop_categorical", 4, 64, 1024),
-    "sequential_K4": Kind("laptop_quick", 4, 64, 2048),
-    "sequential_K2": Kind("laptop_quick", 2, 64, 2048),
+    "baseline": Kind("Transformer", "laptop_quick", 1, 64, 1024),
+    "energy_K4": Kind("CALM as published, K = 4", "laptop_energy", 4, 64, 1024),
+    "energy_K2": Kind("CALM as published, K = 2", "laptop_energy", 2, 64, 1024),
+    "categorical_K4": Kind("CALM, four tokens at once", "laptop_categorical", 4, 64, 1024),
+    "sequential_K4": Kind("CALM as improved, K = 4", "laptop_quick", 4, 64, 2048),
+    "sequential_K2": Kind("CALM as improved, K = 2", "laptop_quick", 2, 64, 2048),
 }
 CONTEXT = 512
 MOST_FOR_AUTOENCODER = 0.5  # Of the budget: with less, chunks of so short a training are not rebuilt.
@@ -81,7 +83,7 @@ def main():
     parser.add_argument("--valid", default="valid.jsonl.xz", help="held-out text")
     parser.add_argument("--output", type=Path, default=Path("runs/prose"))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=[1e13, 2e13, 4e13])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[5e12, 1e13, 2e13])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--blocks", type=int, help="held-out blocks that are scored, all by default")
     parser.add_argument("--vocab_size", type=int, default=4096)
@@ -270,7 +272,7 @@ def report(folder):
         hot, cold = r["T1"], r["T0.5"]
         formed = ", ".join(f"{100 * share:.0f}%" for share in r["words"].values())
         print(
-            f"| {r['model']} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
+            f"| {MODELS[r['model']].label} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
             f"| {r.get('cross_entropy', math.nan):.3f} "
             f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} | {difference_of(r, results)} "
             f"| {', '.join(f'{value:.2f}' for value in hot['brier'])} | {r['seconds'] / 60:.1f} "
@@ -314,7 +316,9 @@ def plot(results, floors, path):
                 error = max(statistics.mean(errors), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
-            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=name)
+            axis.errorbar(
+                x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=MODELS[name].label
+            )
             axis.set(xlabel=label, xscale="log")
     for axis, (_, _, y_of) in zip(axes, places, strict=True):
         axis.set_ylabel("nats per token (held-out)" if y_of is nats_of else "BrierLM (held-out, T = 1)")
