@@ -148,7 +148,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         if unused:
             raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
         if config.do_sample is False and "do_sample" in overrides:
-            raise ValueError("chunks are not decoded greedily: set temperature=0 for the commonest of a pool.")
+            raise ValueError("chunks are not decoded greedily: temperature=0 takes the commonest of a pool.")
         if (config.num_beams or 1) > 1:
             raise ValueError("there is no beam search over chunks: num_beams must be 1.")
         config.temperature = 1.0 if config.temperature is None else config.temperature
