@@ -137,8 +137,7 @@ class _Sampling(BaseModel):
         )
         if given.get("temperature", 0) > 1:
             raise ApiError(
-                "'temperature' lies between 0 and 1 for a CALM, "
-                f"got {self.temperature:g}.",
+                f"'temperature' lies between 0 and 1 for a CALM, got {self.temperature:g}.",
                 param="temperature",
             )
         try:
