@@ -71,6 +71,7 @@ MOST_FOR_AUTOENCODER = 0.5  # Of the budget: with less, chunks of so short a tra
 FLOOR = "floor.json"
 LOW = 0.5  # The temperature of fluent text.
 WARM_BLOCKS, SEED = 16, 1234
+NUM_DRAWS = 16  # Of a chunk at T = 1, where a CALM has no probabilities.
 PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
 
 
@@ -176,7 +177,8 @@ def score(folder, context, num_blocks):
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
         scorer, draws = scorer_at(model, temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
-        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED)
+        num_draws = NUM_DRAWS if temperature == 1 else 2  # Probabilities need none.
+        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED, num_draws)
         if temperature == 1:
             result["documents"] = rows_of(brier.documents)
         cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
@@ -273,10 +275,10 @@ def report(folder):
         formed = ", ".join(f"{100 * share:.0f}%" for share in r["words"].values())
         print(
             f"| {MODELS[r['model']].label} | {r['training_flops']:.2e} | {r['seed']} | {r['steps']} "
-            f"| {r.get('cross_entropy', math.nan):.3f} "
-            f"| {hot['brier_lm']:.2f} ± {hot['error']:.2f} | {difference_of(r, results)} "
+            f"| {format(r['cross_entropy'], '.3f') if 'cross_entropy' in r else ''} "
+            f"| {with_error(hot['brier_lm'], hot['error'])} | {difference_of(r, results)} "
             f"| {', '.join(f'{value:.2f}' for value in hot['brier'])} | {r['seconds'] / 60:.1f} "
-            f"| {hot['inference_flops'] / 1e6:.1f} M | {cold['inference_flops'] / 1e6:.1f} M "
+            f"| {hot['inference_flops'] / 1e6:.2f} M | {cold['inference_flops'] / 1e6:.2f} M "
             f"| {cold['draws']:.0f} | {formed} |"
         )
     plot(results, floors, folder / "prose.png")
@@ -288,8 +290,13 @@ def difference_of(result, results):
         same = other["budget"] == result["budget"] and other["seed"] == result["seed"]
         if same and other["model"] == "baseline" != result["model"]:
             difference, error = brier_lm_difference(*(sums_of(r["documents"]) for r in (result, other)))
-            return f"{difference:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+            return with_error(difference, error, "+")
     return ""
+
+
+def with_error(value, error, sign=""):
+    """A number and its standard error, if it has one."""
+    return f"{value:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
 def plot(results, floors, path):
