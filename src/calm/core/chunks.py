@@ -53,6 +53,17 @@ def number_documents(position_ids_BC: Tensor) -> Tensor:
     return row_B1 * (position_ids_BC.shape[-1] + 1) + in_row_BC
 
 
+def is_behind_eos(chunk_PK: Tensor, eos_ids: Tensor) -> Tensor:
+    """Which tokens of a chunk come after its first EOS, (P, K).
+
+    Args:
+        chunk_PK: Token ids, any leading axes P.
+        eos_ids: All ids that end a text, one axis, may be empty.
+    """
+    is_eos_PK = torch.isin(chunk_PK, eos_ids).long()
+    return is_eos_PK.cumsum(-1) - is_eos_PK > 0
+
+
 def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Replace what follows the first EOS of a chunk by padding; also tell which chunks end, (P,).
 
@@ -61,9 +72,8 @@ def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple
         eos_ids: All ids that end a text, one axis, may be empty.
         pad_token_id: What to write after the end.
     """
-    is_eos_PK = torch.isin(chunk_PK, eos_ids)
-    after_PK = is_eos_PK.long().cumsum(-1) - is_eos_PK.long() > 0
-    return torch.where(after_PK, pad_token_id, chunk_PK), is_eos_PK.any(-1)
+    ended_PK = torch.where(is_behind_eos(chunk_PK, eos_ids), pad_token_id, chunk_PK)
+    return ended_PK, torch.isin(chunk_PK, eos_ids).any(-1)
 
 
 def align_to_chunks(

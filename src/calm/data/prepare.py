@@ -29,7 +29,7 @@ from calm.errors import InputError
 
 _INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
-_MOST_COUNTED = 10_000_000
+_MOST_COUNTED, _COUNTED_AT_ONCE = 10_000_000, 1000
 # Raised whenever `make_blocks` gives other arrays: datasets keeps blocks in a cache by the arguments of the
 # function that made them, and does not see its code.
 _FORMAT_OF_BLOCKS = 2
@@ -99,9 +99,12 @@ class PreparedData:
         Of a long text only the first millions of tokens are counted.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for tokens in self.train.with_format("numpy")["input_ids"]:
-            counts += np.bincount(tokens, minlength=self.vocab_size)
-            counts[self.tokenizer.eos_token_id] += 1
+        for batch in self.train.with_format("numpy").iter(_COUNTED_AT_ONCE):  # Documents may be very short.
+            documents = batch["input_ids"]
+            totals = counts.sum() + np.cumsum([len(tokens) + 1 for tokens in documents])
+            documents = documents[: np.searchsorted(totals, _MOST_COUNTED) + 1]
+            counts += np.bincount(np.concatenate(documents), minlength=self.vocab_size)
+            counts[self.tokenizer.eos_token_id] += len(documents)
             if counts.sum() >= _MOST_COUNTED:
                 break
         return counts

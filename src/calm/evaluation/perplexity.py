@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from calm.core.chunks import is_behind_eos
 from calm.errors import InputError
 from calm.evaluation.brier import targets_of
 from calm.evaluation.processes import Block, add_over_processes
@@ -68,8 +69,7 @@ def evaluate_perplexity(
         losses_PK = torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
-        is_eos_PK = torch.isin(targets.chunks_PK, targets.eos_ids)
-        losses_M = losses_PK[is_eos_PK.long().cumsum(-1) - is_eos_PK.long() == 0]
+        losses_M = losses_PK[~is_behind_eos(targets.chunks_PK, targets.eos_ids)]
         total, count = total + losses_M.double().sum().cpu(), count + len(losses_M)
     total, count = add_over_processes([total, count])
     if count == 0:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from calm.core.brier import share_of_equal_pairs, share_of_hits, window_of, windows_of_steps
+from calm.core.chunks import is_behind_eos
 from calm.evaluation.brier import Targets
 from calm.evaluation.processes import Block
 from calm.evaluation.readers import LikelihoodModel, StepModel
@@ -106,8 +107,7 @@ class ProbabilityScorer:
         Behind the end of a text there is nothing but padding, with certainty.
         """
         token_PK, equal_PK = self.model.probabilities(outputs_PX, units_PK)
-        is_eos_PK = torch.isin(units_PK, targets.eos_ids)
-        over_PK = has_ended_P.unsqueeze(-1) | (is_eos_PK.long().cumsum(-1) - is_eos_PK.long() > 0)
+        over_PK = has_ended_P.unsqueeze(-1) | is_behind_eos(units_PK, targets.eos_ids)
         token_PK, equal_PK = token_PK.masked_fill(over_PK, 1.0), equal_PK.masked_fill(over_PK, 1.0)
         chance_PK = token_PK.cumprod(-1)
         before_PK = torch.cat([torch.ones_like(chance_PK[:, :1]), chance_PK[:, :-1]], dim=-1)
