@@ -44,6 +44,7 @@ from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
+from calm.report.tables import with_error
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train
 
@@ -264,7 +265,7 @@ def report(folder):
     floors = json.loads((folder / FLOOR).read_text())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
     for name, floor in floors.items():
-        print(f"{name}: {floor['brier_lm']:.2f} ± {floor['error']:.2f}")
+        print(f"{name}: {with_error(floor['brier_lm'], floor['error'])}")
     print(
         "| model | operations | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
         "| T = 0.5 | draws | words |"
@@ -292,11 +293,6 @@ def difference_of(result, results):
             difference, error = brier_lm_difference(*(sums_of(r["documents"]) for r in (result, other)))
             return with_error(difference, error, "+")
     return ""
-
-
-def with_error(value, error, sign=""):
-    """A number and its standard error, if it has one."""
-    return f"{value:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
 def plot(results, floors, path):

@@ -1,5 +1,6 @@
 """The server, by the client of the OpenAI API."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -212,6 +213,26 @@ def test_malformed_bodies(body, server):
     answer = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": "\ud800"},
+        {"prompt": ["a", "b\ud800"]},
+        {"stop": ["\udfff"]},
+        {"user": "\ud800"},
+        {"model": "\ud800"},
+        {"\ud800": 1},
+        {"stream": True, "prompt": "\ud800"},
+    ],
+)
+def test_half_a_surrogate_pair(field, server):
+    _, _, url = server
+    body = json.dumps({"model": "tiny", "prompt": PROMPT, **field}).encode()  # ASCII: as an escape.
+    answer = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "half a surrogate pair" in answer.json()["error"]["message"]
 
 
 def test_a_body_that_is_too_large(server):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
-from calm.report.tables import short
+from calm.report.tables import short, with_error
 
 
 def print_ablation(table: AblationTable) -> None:
@@ -44,12 +44,12 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     rows = []
     for outcome in table.outcomes:
         scores = [score["brier_lm"] for score in outcome.scores]
-        spread = f" ± {statistics.stdev(scores) / math.sqrt(len(scores)):.2f}" if len(scores) > 1 else ""
+        spread = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
         rows.append(
             [
                 outcome.name,
-                *(f"{score['brier_lm']:.2f} ± {score['error']:.2f}" for score in outcome.scores),
-                f"{statistics.mean(scores):.2f}{spread}",
+                *(with_error(score["brier_lm"], score["error"]) for score in outcome.scores),
+                with_error(statistics.mean(scores), spread),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
                 short(outcome.operations),

@@ -1,7 +1,6 @@
 """Several models side by side: a table, plots against cost, and texts, as one self-contained HTML file."""
 
 import html
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from calm.report.figures import write_figures
 from calm.report.measured import Comparison
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
-from calm.report.tables import BRIER_COLUMNS, cells_of, short
+from calm.report.tables import BRIER_COLUMNS, cells_of, short, with_error
 
 _COSTS = (
     "parameters, tokens that the autoencoder gives back, perplexity, operations and time of training, "
@@ -93,8 +92,7 @@ def _difference(result: BrierResult, first: BrierResult) -> str:
     one, other = result.documents, first.documents
     if result is first or one is None or other is None or not one.pairs_with(other):
         return ""
-    difference, error = brier_lm_difference(one, other)
-    return f"{difference:+.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    return with_error(*brier_lm_difference(one, other), sign="+")
 
 
 def _without_documents(items: list[tuple[str, Any]]) -> dict[str, Any]:

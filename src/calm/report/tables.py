@@ -94,4 +94,9 @@ def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:
 def cells_of(result: BrierResult) -> list[str]:
     """BrierLM and Brier-1..4 with their standard errors, where there are any."""
     pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
-    return [f"{value:.2f}" + (f"±{error:.2f}" if not math.isnan(error) else "") for value, error in pairs]
+    return [with_error(value, error).replace(" ", "") for value, error in pairs]  # Narrow: a terminal has 80.
+
+
+def with_error(value: float, error: float, sign: str = "") -> str:
+    """A number and its standard error, if it has one; the sign "+" shows that of the number always."""
+    return f"{value:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")

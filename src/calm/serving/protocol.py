@@ -1,13 +1,15 @@
 """What requests may hold, in the words of the OpenAI API, and what of it a CALM can honour."""
 
+import json
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from calm.core.temperature import TemperatureSettings
+from calm.data.sources import has_half_a_pair
 
 # Fields of the OpenAI API that have no meaning where chunks are drawn, or none here, and what they may be.
 _NEEDS_LIKELIHOODS = "this model draws text by the chunk, without scores of tokens"
@@ -82,6 +84,13 @@ class _Sampling(BaseModel):
     num_draws: StrictInt | None = Field(None, ge=1)
     max_draws: StrictInt | None = Field(None, ge=1)
     return_chunks: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_written(cls, body: Any) -> Any:
+        if has_half_a_pair(json.dumps(body, ensure_ascii=False)):
+            raise ApiError("the request has half a surrogate pair in a text; leave it out.")
+        return body
 
     def check(self, most_draws: int) -> None:
         """Raise ApiError for what cannot be honoured.
