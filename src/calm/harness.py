@@ -38,7 +38,7 @@ class HarnessModel(LM):
     Args:
         pretrained: Folder of a model or of adapters, or hub name.
         temperature: Where a task asks to sample and says no temperature. Tasks that ask for greedy decoding
-            get temperature 0: the commonest chunk of a pool.
+            get temperature 0: the commonest chunk of a pool, or greedy decoding where a head can.
         num_draws: Size of that pool, and draws of each chunk for `choices`.
         batch_size: Texts written at once.
         max_gen_toks: Most new tokens where a task says none.

@@ -89,8 +89,10 @@ def test_a_draw_at_temperature_one_is_a_draw(small):
         )
     )
     assert torch.equal(one, other)
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 0"):
-        small.head.draw_at(0, prepared, 1)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1"):
+        small.head.draw_at(-1, prepared, 1)
+    with pytest.raises(ValueError, match=r"must lie in \[0.01, 1\], got 0"):  # No law has that temperature.
+        small.head.token_probabilities(torch.randn(1, small.config.state_size), torch.ones(1, 2).long(), 0)
 
 
 def test_a_text_is_drawn_from_the_law_of_the_text_so_far(small):
@@ -150,6 +152,28 @@ def test_the_sampler_of_the_head():
     drawn = model.head.draw_at(0.5, model.head.prepare(state), 1, torch.Generator().manual_seed(0))
     assert torch.equal(sample.chunks_RK, model.autoencoder.decode_tokens(drawn)[0])
     assert sample.num_draws_R.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("at_once", [2**26, 40 * 2])
+def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
+    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    torch.manual_seed(2)
+    model = tiny_model(head_config=HEAD)
+    with torch.no_grad():
+        for weight in (model.head.out.weight, model.head.direct.weight):  # Else no law depends on the text.
+            weight.normal_()
+    written = model.generate(ids, max_new_tokens=8, temperature=0.0, seed=1, return_dict_in_generate=True)
+    assert written.num_draws.max() == 1
+    assert torch.equal(written.sequences, model.generate(ids, max_new_tokens=8, temperature=0.0, seed=2))
+    state = torch.randn(5, model.config.state_size)
+    settings = TemperatureSettings(temperature=0.0, sampler=model.default_sampler(0.0))
+    chunks = model.sample_chunks(state, settings).chunks_RK
+    for place in range(4):  # No other token at this place is likelier, whatever stands before it.
+        others = chunks.repeat_interleave(40, 0)
+        others[:, place] = torch.arange(40).repeat(5)
+        losses = model.head.token_losses(state.repeat_interleave(40, 0), others)[:, place].view(5, 40)
+        assert torch.equal(losses.argmin(-1), chunks[:, place])
+    assert len(chunks.unique(dim=0)) > 1
 
 
 def test_the_head_says_what_it_lacks():

@@ -24,8 +24,6 @@ states (N, R, X) that go with a `TokenReader`."""
 SAMPLERS = ("exact", "pool", "head")
 _ROUNDING = 1e-3
 _LEAST = 1e-300
-LOWEST_OF_HEADS = 0.01
-"""The lowest temperature that a head is asked for: its scores are divided by it."""
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
@@ -55,11 +53,11 @@ class TemperatureSettings:
     """How chunks are sampled.
 
     Args:
-        temperature: T in [0, 1]; 0 takes the commonest chunk of a pool.
+        temperature: T in [0, 1]; 0 takes the commonest chunk of a pool, or the head's own likeliest.
         sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice; "pool", whose law
             tends to it as `num_draws` grows; or "head", one draw of a head that takes a temperature
             itself, whose law is the head's own.
-        num_draws: Pool size of the pool sampler, and of both at temperature 0.
+        num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
         first_block: Draws that the exact sampler begins with; None chooses. It moves cost, not the law.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
@@ -78,11 +76,7 @@ class TemperatureSettings:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
         if self.sampler == "head":
-            if not LOWEST_OF_HEADS <= self.temperature <= 1:
-                raise ValueError(
-                    f"sampler='head' takes temperatures from {LOWEST_OF_HEADS} to 1, got "
-                    f"{self.temperature:g}; sampler='pool' gives the commonest chunk at 0."
-                )
+            inverse_temperature(self.temperature)  # Raises where it is none; heads may take fewer.
         elif self.sampler == "pool" or self.temperature == 0:
             _order_for(self.temperature, self.num_draws, "num_draws=")
         else:

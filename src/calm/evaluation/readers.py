@@ -83,7 +83,8 @@ class CalmDraws:
     @property
     def have_probabilities(self) -> bool:
         """Whether the law of the samples is known: that of the head, at T = 1 or its own below."""
-        return self.model.head.has_likelihood and (self.is_untempered or self.settings.sampler == "head")
+        is_head, is_law = self.settings.sampler == "head", self.settings.temperature > 0
+        return self.model.head.has_likelihood and (self.is_untempered or (is_head and is_law))
 
     @property
     def mean_draws(self) -> float:

@@ -99,7 +99,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             streamer: Receives the new tokens as they are written (batch of one).
             sampler: "exact", "pool" or "head", see `calm.core.temperature`; by default "head" where the
                 head takes a temperature, "exact" elsewhere.
-            num_draws: Pool size of the pool sampler, and of both at temperature 0.
+            num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
             max_draws: Most draws a chunk of the exact sampler.
             seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
                 and its earlier copies in the batch, not on the other rows (up to rounding, which

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calm.core.pool import TokenReader
 from calm.core.random import Randomness, select_rows
-from calm.core.temperature import LOWEST_OF_HEADS, ChunkSample, TemperatureSettings, sample
+from calm.core.temperature import ChunkSample, TemperatureSettings, sample
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.heads import GenerativeHead
 
@@ -74,14 +74,20 @@ class ChunkSamplingMixin:
 
     def default_sampler(self, temperature: float) -> str:
         """The sampler where none is named: the head's own, which costs one draw, where there is one."""
-        return "head" if self.head.takes_temperature and temperature >= LOWEST_OF_HEADS else "exact"
+        lowest = self.head.lowest_temperature
+        return "head" if lowest < 1 and temperature >= lowest else "exact"
 
     def check_sampler(self, settings: TemperatureSettings) -> None:
         """Raise ValueError if the head is asked for a temperature that it does not take."""
-        if settings.sampler == "head" and not self.head.takes_temperature:
+        if settings.sampler != "head":
+            return
+        lowest, name = self.head.lowest_temperature, self.head.config.head_type
+        if lowest == 1:
+            raise ValueError(f"a {name} head does not take a temperature; use the sampler 'exact' or 'pool'.")
+        if settings.temperature < lowest:
             raise ValueError(
-                f"a {self.head.config.head_type} head does not take a temperature; "
-                "use the sampler 'exact' or 'pool'."
+                f"a {name} head takes temperatures from {lowest:g} to 1, got {settings.temperature:g}; "
+                "sampler='pool' gives the commonest chunk at 0."
             )
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class AnswerSettings:
     Args:
         number: Held-out prompts that are answered; 0 for none.
         temperature: 0 to 1.
-        num_draws: Draws of a pool at temperature 0.
+        num_draws: Draws of a pool at temperature 0, where a head cannot decode greedily.
     """
 
     number: int = 64

@@ -89,10 +89,11 @@ def generate(
         model: Folder or hub name of a CALM or of any causal language model of transformers.
         prompt: Text to continue; more than one are written as a batch.
         max_new_tokens: Most tokens of a continuation.
-        temperature: From 0 to 1; lower is more fluent and less varied, 0 the commonest chunk of a pool.
+        temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
+            or greedy decoding where a head can.
         sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it; head is one
             draw of a head that takes a temperature itself. None for head where there is one, else exact.
-        num_draws: Pool of draws of the pool sampler, and of both at temperature 0.
+        num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
         min_p: Pool only: drop chunks less frequent than this share of the commonest.

@@ -133,8 +133,8 @@ class GenerativeHead(nn.Module, abc.ABC):
     """Whether `loss` also takes `tokens_PK`, the tokens of the target chunks."""
     has_likelihood: ClassVar[bool] = False
     """Whether chunks have a known probability: then there are `token_losses` and `token_probabilities`."""
-    takes_temperature: ClassVar[bool] = False
-    """Whether one draw can come from a law of lower temperature: then there is `draw_at`."""
+    lowest_temperature: ClassVar[float] = 1.0
+    """The lowest temperature that one draw can have; where it lies below 1 there is `draw_at`."""
 
     def attach(self, autoencoder: nn.Module) -> None:
         """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
@@ -177,10 +177,10 @@ class GenerativeHead(nn.Module, abc.ABC):
     def draw_at(
         self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None
     ) -> Tensor:
-        """Independent draws at a temperature in (0, 1), (N, P, Z), for the price of as many at T = 1.
+        """Independent draws at a temperature below 1, (N, P, Z), for the price of as many at T = 1.
 
         Raises:
-            NotImplementedError: If the head `takes_temperature` not.
+            NotImplementedError: If the head takes no temperature.
         """
         raise NotImplementedError(f"a '{self.config.head_type}' head does not take a temperature.")
 
@@ -280,7 +280,7 @@ class CodeHead(GenerativeHead):
     config: CodeHeadConfig
 
     needs_tokens: ClassVar[bool] = True
-    takes_temperature: ClassVar[bool] = True
+    lowest_temperature: ClassVar[float] = 0.01  # Scores are divided by it.
     _codes: tuple[nn.Embedding, ...] = ()
     scores: PartedLinear
     """The last layer: vectors of tokens -> scores of the vocabulary."""
@@ -297,11 +297,12 @@ class CodeHead(GenerativeHead):
             seen_V = counts_V.double() + 0.5  # Of a token that does not occur, too, there is a logarithm.
             self.scores.bias.copy_((seen_V / seen_V.sum()).log())
 
-    @staticmethod
-    def check_temperature(temperature: float) -> None:
-        """Raise ValueError unless a draw can have the temperature."""
-        if not 0 < temperature <= 1:
-            raise ValueError(f"the temperature of a draw must lie in (0, 1], got {temperature}.")
+    @classmethod
+    def check_temperature(cls, temperature: float, lowest: float | None = None) -> None:
+        """Raise ValueError unless a draw can have the temperature: `lowest` (default: the head's) to 1."""
+        least = cls.lowest_temperature if lowest is None else lowest
+        if not least <= temperature <= 1:
+            raise ValueError(f"the temperature of a draw must lie in [{least:g}, 1], got {temperature:g}.")
 
 
 _REGISTRY: dict[str, tuple[type[HeadConfig], type[GenerativeHead]]] = {}
@@ -360,7 +361,7 @@ def build_head(config: HeadConfig, hidden_size: int, latent_size: int) -> Genera
 
 def takes_temperature(config: HeadConfig) -> bool:
     """Whether a head of this configuration draws at a temperature for the price of a draw."""
-    return _find_head(config.head_type)[1].takes_temperature
+    return _find_head(config.head_type)[1].lowest_temperature < 1
 
 
 def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:

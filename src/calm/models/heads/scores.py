@@ -45,6 +45,13 @@ def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Ten
     )
 
 
+def likeliest(vectors_MX: Tensor, table_VX: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the token with the highest score, (M,), the first of equals, and that score, (M,)."""
+    rows = vectors_MX.split(_rows_at_once(table_VX))
+    best = [F.linear(part_MX, table_VX).float().max(-1) for part_MX in rows]
+    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+
+
 def laws(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
     """The law of the vocabulary for each row, (m, V), for some rows at a time."""
     for part_MX in vectors_MX.split(_rows_at_once(table_VX)):

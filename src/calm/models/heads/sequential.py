@@ -22,7 +22,9 @@ from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
 from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork, TokenChances, check_counts
-from calm.models.heads.scores import cross_entropy, laws, probabilities
+from calm.models.heads.scores import cross_entropy, laws, likeliest, probabilities
+
+_LOWEST_OF_LAWS = 0.01  # Scores are divided by it; below, nothing is left to chance.
 
 
 @dataclass(kw_only=True)
@@ -83,6 +85,7 @@ class SequentialHead(CodeHead):
 
     config: SequentialHeadConfig
     has_likelihood: ClassVar[bool] = True
+    lowest_temperature: ClassVar[float] = 0.0
 
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__()
@@ -124,7 +127,7 @@ class SequentialHead(CodeHead):
         self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
     ) -> TokenChances:
         """See `GenerativeHead`."""
-        self.check_temperature(temperature)
+        self.check_temperature(temperature, _LOWEST_OF_LAWS)
         vectors_MX = self._vectors(hidden_PD, tokens_PK) / temperature
         figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
         return TokenChances(*figures_3M.unflatten(-1, tokens_PK.shape))
@@ -149,7 +152,10 @@ class SequentialHead(CodeHead):
     def draw_at(
         self, temperature: float, prepared_P: Tensor, num_draws: int, randomness: Randomness = None
     ) -> Tensor:
-        """See `GenerativeHead`: each token's law is sharpened, as in a model of tokens."""
+        """See `GenerativeHead`: each token's law is sharpened, as in a model of tokens.
+
+        Below T = 0.01 it is the likeliest token, with or without noise.
+        """
         self.check_temperature(temperature)
         return self._draw(prepared_P, num_draws, randomness, None, temperature)
 
@@ -178,8 +184,11 @@ class SequentialHead(CodeHead):
             for block, modulation in zip(self.blocks, modulations, strict=True):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
-            vectors_MX = _with_one(vectors_NPR.flatten(0, 1)) / temperature
-            tokens_M, sums_M = _choose(vectors_MX, table_VX, uniform_NP.flatten())
+            vectors_MX = _with_one(vectors_NPR.flatten(0, 1))
+            if temperature < _LOWEST_OF_LAWS:
+                tokens_M, sums_M = likeliest(vectors_MX, table_VX)
+            else:
+                tokens_M, sums_M = _choose(vectors_MX / temperature, table_VX, uniform_NP.flatten())
             tokens.append(tokens_M.view_as(uniform_NP))
             damage_NP = damage_NP + 0 * sums_M.view_as(uniform_NP)
             known.append(self.embed_tokens(tokens[-1]))
