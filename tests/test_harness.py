@@ -154,19 +154,28 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
 
     # Whose bytes are no text, so it is only called one.
     def tokens_of(text, **settings):
-        return {"input_ids": best} if text == "best" else tokenizer(text, **settings)
+        return {"input_ids": ids + best} if text.endswith("best") else tokenizer(text, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "_tokenizer", Mock(side_effect=tokens_of, bos_token=None))
         [(likeliest, is_greedy)] = harness.loglikelihood([instance(context, "best")])
     assert is_greedy and likeliest > score
-    choices = ["zq!zq!", "time there was nobody in"]
-    manager = tasks_in(tmp_path, [{"question": context, "answer": "", "choices": choices}])
+    likelier, other = "zq!zq!", "time there was nobody in"  # It has fewer tokens.
+    choices = [
+        {"question": context, "answer": "", "choices": pair}
+        for pair in ([likelier, other], [other, likelier])
+    ]
+    manager = tasks_in(tmp_path, choices)
     results = lm_eval.simple_evaluate(
         model=harness, tasks=["choices"], task_manager=manager, bootstrap_iters=0
     )
-    [responses] = [sample["filtered_resps"] for sample in results["samples"]["choices"]]
-    assert responses[1][0] == pytest.approx(score)
+    first, second = results["samples"]["choices"]
+    assert first["filtered_resps"][1][0] == second["filtered_resps"][0][0] == pytest.approx(score)
+    assert first["filtered_resps"][0][0] > score
+    assert (first["acc"], second["acc"]) == (1, 0)  # The task's answer is the first of the two.
+    # A space belongs to the word behind it.
+    moved = harness.loglikelihood([instance(f"{context} ", continuation[1:])])
+    assert moved == harness.loglikelihood([instance(context, continuation)])
 
 
 def test_choices_by_sampling(folder, tmp_path):

@@ -160,25 +160,33 @@ class HarnessModel(LM):
         room = self._model.config.backbone.max_position_embeddings - -(-budget // size)
         if room < 1:
             raise InputError(f"{budget} tokens do not fit in the model's context.")
-        # A chat template writes the token that begins a text itself.
-        begun = self._tokenizer.bos_token is not None and context.startswith(str(self._tokenizer.bos_token))
-        ids: list[int] = self._tokenizer(context, add_special_tokens=not begun)["input_ids"]
+        ids = self._encode(context)
         if not ids:
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
         return ids[-room * size :]
 
+    def _encode(self, text: str) -> list[int]:
+        # A chat template writes the token that begins a text itself.
+        begun = self._tokenizer.bos_token is not None and text.startswith(str(self._tokenizer.bos_token))
+        ids: list[int] = self._tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        return ids
+
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
         """A continuation in chunks of its own behind a context.
+
+        Both are tokenised as one text; spaces that end the context belong to the continuation, as a tokenizer
+        has them. So does the harness with models of its own.
 
         Returns:
             Tokens of the context; number of tokens of the continuation; the states that its chunks are drawn
             from (P, D); its chunks, with padding at the end (P, K).
         """
         size = self._model.config.chunk_size
-        ids: list[int] = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        begun = context.rstrip()
+        ids = self._encode(context + continuation)[len(self._encode(begun)) :]
         if not ids:
             raise InputError("a continuation is empty; the task is none for choices.")
-        prompt = self._fitting(context, len(ids))
+        prompt = self._fitting(begun, len(ids))
         front, back = -len(prompt) % size, -len(ids) % size
         pad = self._model.config.pad_token_id or 0
         tokens_1T = torch.tensor([[pad] * front + prompt + ids + [pad] * back], device=self._model.device)

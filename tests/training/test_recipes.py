@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -127,6 +128,13 @@ def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_
         assert_close(bias.exp(), (counts + 0.5) / (counts.sum() + len(counts) / 2), rtol=1e-5, atol=1e-8)
     else:
         assert not bias.any()
+
+
+def test_a_head_of_a_larger_vocabulary_starts_from_the_text_too():
+    """Codes that were made for another tokenizer may know more tokens than the text has."""
+    head = tiny_model(4, vocab_size=40, head_config={"head_type": "sequential"}).head
+    head.begin_with(lambda: torch.tensor([3, 1]))
+    assert_close(head.scores.bias.exp(), torch.tensor([3.5, 1.5, *[0.5] * 38]) / 24)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from calm.evaluation.branches import BranchedText
 from calm.evaluation.brier import Targets
 from calm.evaluation.processes import Block
 from calm.models.calm import CalmForCausalLM
+from calm.models.heads.base import LOWEST_OF_LAWS
 
 
 class Text(Protocol):
@@ -83,8 +84,8 @@ class CalmDraws:
     @property
     def have_probabilities(self) -> bool:
         """Whether the law of the samples is known: that of the head, at T = 1 or its own below."""
-        is_head, is_law = self.settings.sampler == "head", self.settings.temperature > 0
-        return self.model.head.has_likelihood and (self.is_untempered or (is_head and is_law))
+        is_law = self.settings.sampler == "head" and self.settings.temperature >= LOWEST_OF_LAWS
+        return self.model.head.has_likelihood and (self.is_untempered or is_law)
 
     @property
     def mean_draws(self) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from calm.core.brier import brier_lm_difference
 from calm.evaluation.brier import BrierResult
 from calm.report.figures import write_figures
-from calm.report.measured import Comparison
+from calm.report.measured import Comparison, Contender
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
 from calm.report.tables import BRIER_COLUMNS, cells_of, short, with_error
@@ -77,22 +77,39 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
     results = comparison.floors | {c.name: c.card.brier for c in comparison.contenders}
-    first = comparison.contenders[0]
-    columns = [*BRIER_COLUMNS, f"to {first.name}"]
+    best = _best(comparison)
+    columns = [*BRIER_COLUMNS, f"to {best.name}"]
     return columns, [
-        (name, [*cells_of(result), _difference(result, first.card.brier)]) for name, result in results.items()
+        (name, [*cells_of(result), _difference(result, best.card.brier)]) for name, result in results.items()
     ]
 
 
-def _difference(result: BrierResult, first: BrierResult) -> str:
-    """How far BrierLM is ahead of the first model's, with the error of that; nothing for the first itself.
+def _best(comparison: Comparison) -> Contender:
+    """The best of the models whose windows most of the others have too."""
+
+    def rank(one: Contender) -> tuple[int, float]:
+        num_pairs = sum(_are_paired(one.card.brier, other.card.brier) for other in comparison.contenders)
+        return num_pairs, one.card.brier.brier_lm
+
+    return max(comparison.contenders, key=rank)
+
+
+def _are_paired(one: BrierResult, other: BrierResult) -> bool:
+    """Whether two scores are of the same windows."""
+    if one.documents is None or other.documents is None:
+        return False
+    return one.documents.pairs_with(other.documents)
+
+
+def _difference(result: BrierResult, best: BrierResult) -> str:
+    """How far BrierLM lies from the best model's, with the error of that; nothing for that model itself.
 
     And nothing where windows differ, as for chunks of eight tokens beside four.
     """
-    one, other = result.documents, first.documents
-    if result is first or one is None or other is None or not one.pairs_with(other):
+    if result is best or not _are_paired(result, best):
         return ""
-    return with_error(*brier_lm_difference(one, other), sign="+")
+    assert result.documents and best.documents
+    return with_error(*brier_lm_difference(result.documents, best.documents), sign="+").replace(" ", "")
 
 
 def _without_documents(items: list[tuple[str, Any]]) -> dict[str, Any]:

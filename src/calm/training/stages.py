@@ -211,7 +211,7 @@ def _new_language_model(recipe: Recipe, data: PreparedData, output: Path) -> Pre
     autoencoder = load_autoencoder(output / "autoencoder")
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model.head.begin_with(torch.from_numpy(data.token_counts()))
+    model.head.begin_with(lambda: torch.from_numpy(data.token_counts()))
     return model
 
 

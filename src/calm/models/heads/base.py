@@ -7,11 +7,13 @@ import abc
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
@@ -140,8 +142,12 @@ class GenerativeHead(nn.Module, abc.ABC):
         """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
         return
 
-    def begin_with(self, counts_V: Tensor) -> None:
-        """Start from how often each token occurs in the training text; a new model's head is told it once."""
+    def begin_with(self, count_tokens: Callable[[], Tensor]) -> None:
+        """Start from how often each token occurs in the training text; a new model's head is asked once.
+
+        Args:
+            count_tokens: Counts them, (V,); V may be less than the head's vocabulary, if that is another's.
+        """
         return
 
     def read_chunks(self, chunks_BCK: Tensor) -> Tensor | None:
@@ -274,13 +280,17 @@ class CodeHeadConfig(HeadConfig):
         check_counts(self, "rank", "vocab_size", "chunk_size")
 
 
+LOWEST_OF_LAWS = 0.01
+"""The lowest temperature of a law that is the softmax of scores: they are divided by it."""
+
+
 class CodeHead(GenerativeHead):
     """What heads that draw codes of tokens share: they know the codes, and take a temperature."""
 
     config: CodeHeadConfig
 
     needs_tokens: ClassVar[bool] = True
-    lowest_temperature: ClassVar[float] = 0.01  # Scores are divided by it.
+    lowest_temperature: ClassVar[float] = LOWEST_OF_LAWS
     _codes: tuple[nn.Embedding, ...] = ()
     scores: PartedLinear
     """The last layer: vectors of tokens -> scores of the vocabulary."""
@@ -291,10 +301,11 @@ class CodeHead(GenerativeHead):
         self._codes = (autoencoder.get_input_embeddings(),)  # type: ignore[operator]
 
     @torch.no_grad()
-    def begin_with(self, counts_V: Tensor) -> None:
+    def begin_with(self, count_tokens: Callable[[], Tensor]) -> None:
         """See `GenerativeHead`: the first law of every token is that of single tokens."""
         if self.config.bias_from_text:
-            seen_V = counts_V.double() + 0.5  # Of a token that does not occur, too, there is a logarithm.
+            counts_V = count_tokens().double()
+            seen_V = F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # No logarithm of 0.
             self.scores.bias.copy_((seen_V / seen_V.sum()).log())
 
     @classmethod

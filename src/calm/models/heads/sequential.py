@@ -21,10 +21,15 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.adaln import RecomputedBlock
-from calm.models.heads.base import CodeHead, CodeHeadConfig, HeadWork, TokenChances, check_counts
+from calm.models.heads.base import (
+    LOWEST_OF_LAWS,
+    CodeHead,
+    CodeHeadConfig,
+    HeadWork,
+    TokenChances,
+    check_counts,
+)
 from calm.models.heads.scores import cross_entropy, laws, likeliest, probabilities
-
-_LOWEST_OF_LAWS = 0.01  # Scores are divided by it; below, nothing is left to chance.
 
 
 @dataclass(kw_only=True)
@@ -127,7 +132,7 @@ class SequentialHead(CodeHead):
         self, hidden_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
     ) -> TokenChances:
         """See `GenerativeHead`."""
-        self.check_temperature(temperature, _LOWEST_OF_LAWS)
+        self.check_temperature(temperature, LOWEST_OF_LAWS)
         vectors_MX = self._vectors(hidden_PD, tokens_PK) / temperature
         figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
         return TokenChances(*figures_3M.unflatten(-1, tokens_PK.shape))
@@ -185,7 +190,7 @@ class SequentialHead(CodeHead):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
             vectors_MX = _with_one(vectors_NPR.flatten(0, 1))
-            if temperature < _LOWEST_OF_LAWS:
+            if temperature < LOWEST_OF_LAWS:
                 tokens_M, sums_M = likeliest(vectors_MX, table_VX)
             else:
                 tokens_M, sums_M = _choose(vectors_MX / temperature, table_VX, uniform_NP.flatten())
