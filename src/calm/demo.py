@@ -25,16 +25,19 @@ NUM_SAMPLES = 6
 _FLOORS = [3, 5]
 
 
-def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False) -> Scorecard:
+def run_demo(
+    output: Path, *, recipe_name: str = "demo", num_stories: int = NUM_STORIES, overwrite: bool = False
+) -> Scorecard:
     """Write stories, train on them, score the model on stories it has not seen, and let it write.
 
     Args:
         output: Folder of the run; report.html and model/ are inside.
         recipe_name: Recipe to follow.
+        num_stories: Stories to write; a share of them, which the recipe names, is held out.
         overwrite: Whether to remove what is in that folder first.
 
     Raises:
-        InputError: If the folder is not empty or matplotlib is missing.
+        InputError: If the folder is not empty, matplotlib is missing or there are too few stories.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the demo draws plots; pip install 'calm-lm[report]' first.")
@@ -46,10 +49,12 @@ def run_demo(output: Path, *, recipe_name: str = "demo", overwrite: bool = False
     recipe = read_recipe(recipe_name)
     if recipe.model != "calm":
         raise InputError(f"the demo trains a CALM; for the recipe '{recipe_name}' use `calm train`.")
+    if num_stories < 2:
+        raise InputError(f"stories must be at least 2, one to train on and one held out; got {num_stories}.")
     text = output.with_name(f"{output.name}-stories.jsonl")
     check_output(output, overwrite)
-    say(f"writing {NUM_STORIES:,} stories to {text}")
-    write_stories(text, recipe.seed, NUM_STORIES)
+    say(f"writing {num_stories:,} stories to {text}")
+    write_stories(text, recipe.seed, num_stories)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
     say("training the autoencoder, then the language model")
     folder = train(recipe, output, overwrite=overwrite)

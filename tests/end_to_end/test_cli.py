@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from calm.cli import main
+from calm.data.prepare import load_prepared
 from calm.models.calm import CalmForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -333,3 +334,16 @@ def test_same_seed_same_model(room, tmp_path):
     ]
     assert weights[0] == weights[1]
     assert torch.get_num_threads() == 1
+
+
+def test_demo(room, tmp_path, capsys):
+    demo = ["demo", "--recipe", str(room / "toy.yaml"), "--output", str(tmp_path / "demo")]
+    assert "stories must be at least 2" in failure(capsys, *demo, "--stories", "1")
+    main([*demo, "--stories", "30"])
+    out = capsys.readouterr().out
+    assert "writing 30 stories" in out and "5-gram" in out
+    texts = (tmp_path / "demo-stories.jsonl").read_text().splitlines()
+    data = load_prepared(tmp_path / "demo/data")
+    assert len(texts) == len(data.train) + len(data.validation) == 30 and len(data.validation) == 3
+    assert "data:image/png" in (tmp_path / "demo/report.html").read_text()
+    assert "is not empty" in failure(capsys, *demo)

@@ -5,22 +5,26 @@ Imports of torch and transformers happen inside the verbs, so that `calm --help`
 
 from pathlib import Path
 
+from calm.data.stories import NUM_STORIES
 from calm.errors import InputError
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
 
-def demo(output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo") -> None:
+def demo(
+    output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo", stories: int = NUM_STORIES
+) -> None:
     """Train on the embedded stories, score the model, and let it write.
 
     Args:
         output: Folder of the run.
         overwrite: Remove what is in that folder first.
         recipe: Recipe to follow.
+        stories: How many to write.
     """
     from calm.demo import run_demo
 
-    run_demo(Path(output), recipe_name=recipe, overwrite=overwrite)
+    run_demo(Path(output), recipe_name=recipe, num_stories=stories, overwrite=overwrite)
 
 
 def prepare(
