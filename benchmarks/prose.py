@@ -39,6 +39,7 @@ from calm.comparison.ladder import at_chunk_size
 from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.data.folders import write_file_whole
 from calm.data.prepare import load_prepared, prepare
+from calm.errors import InputError
 from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_sampler
 from calm.evaluation.perplexity import has_likelihood
 from calm.evaluation.samplers import scorer_at, scorer_of
@@ -102,12 +103,15 @@ def main():
     results.mkdir(parents=True, exist_ok=True)
     if arguments.models or not (results / FLOOR).is_file():
         if not (output / "data").is_dir():
-            prepare(
-                [arguments.train],
-                output / "data",
-                validation_sources=[arguments.valid],
-                vocab_size=arguments.vocab_size,
-            )
+            try:
+                prepare(
+                    [arguments.train],
+                    output / "data",
+                    validation_sources=[arguments.valid],
+                    vocab_size=arguments.vocab_size,
+                )
+            except InputError as error:
+                parser.error(str(error))
         if not (results / FLOOR).is_file():
             write(results / FLOOR, score_floor(output / "data", CONTEXT, arguments.blocks))
     for seed in arguments.seeds:
@@ -229,61 +233,75 @@ def sums_of(rows):
 
 
 def score_floor(path, context, num_blocks):
-    """BrierLM of a trigram model of the training text."""
+    """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
-    floors = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks)
-    return {
-        name: {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error} for name, floor in floors.items()
-    }
+    [floor] = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks).values()
+    prompts, truth = zip(*prompts_of(data), strict=True)
+    words = share_of_words(data.tokenizer, prompts, truth, known_words(data))
+    scores = {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error, "words": words}
+    return scores | {"documents": rows_of(floor.documents)}
 
 
 def score_words(folder):
-    """Share of well-formed chunks: four tokens written behind held-out text, all of whose words are known.
-
-    Known is a word of the training text; a word that is left unfinished counts if a known one begins like it.
-    """
+    """Share of well-formed chunks at two temperatures: four tokens written behind held-out text."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
-    words, beginnings = known_words(data, tokenizer)
-    prompts = [
-        list(tokens[start : start + PROMPT])
-        for tokens in data.validation["input_ids"]
-        for start in range(0, len(tokens) - PROMPT - 4, PROMPT)
-    ][:NUM_PROMPTS]
+    known, prompts = known_words(data), [prompt for prompt, _ in prompts_of(data)]
     shares = {}
     for temperature in (1.0, LOW):
-        good = total = 0
+        written = []
         for first in range(0, len(prompts), 64):
             batch = prompts[first : first + 64]
-            written = continue_tokens(
+            written += continue_tokens(
                 model, tokenizer, batch, max_new_tokens=4, temperature=temperature, seed=SEED
-            )
-            for known, new in zip(batch, written.tolist(), strict=True):
-                begun, whole = tokenizer.decode(known[-8:]), tokenizer.decode(known[-8:] + new)
-                touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
-                good += bool(touched) and all(
-                    m.group() in (beginnings if m.end() == len(whole) else words) for m in touched
-                )
-                total += bool(touched)  # Punctuation alone says nothing.
-        shares[f"T{temperature:g}"] = good / total
+            ).tolist()
+        shares[f"T{temperature:g}"] = share_of_words(tokenizer, prompts, written, known)
     return shares
 
 
-def known_words(data, tokenizer):
+def prompts_of(data):
+    """Places of the held-out text: tokens before each, and the four behind it."""
+    places = [
+        (list(tokens[start : start + PROMPT]), list(tokens[start + PROMPT : start + PROMPT + 4]))
+        for tokens in data.validation["input_ids"]
+        for start in range(0, len(tokens) - PROMPT - 4, PROMPT)
+    ]
+    return places[:NUM_PROMPTS]
+
+
+def share_of_words(tokenizer, prompts, written, known):
+    """Share of the chunks all of whose words are known, of those that hold letters.
+
+    Known is a word of the training text; a word that is left unfinished counts if a known one begins like it.
+    """
+    words, beginnings = known
+    good = total = 0
+    for before, new in zip(prompts, written, strict=True):
+        begun, whole = tokenizer.decode(before[-8:]), tokenizer.decode(before[-8:] + new)
+        touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
+        good += bool(touched) and all(
+            m.group() in (beginnings if m.end() == len(whole) else words) for m in touched
+        )
+        total += bool(touched)  # Punctuation alone says nothing.
+    return good / total
+
+
+def known_words(data):
     """Words of the training text, and all their beginnings."""
     words = set()
     for tokens in data.train["input_ids"]:
-        words.update(re.findall(r"[A-Za-z]+", tokenizer.decode(tokens)))
+        words.update(re.findall(r"[A-Za-z]+", data.tokenizer.decode(tokens)))
     return words, {word[:end] for word in words for end in range(1, len(word) + 1)}
 
 
 def report(folder):
     """Tables and the figure, of all runs that are finished."""
-    floors = json.loads((folder / FLOOR).read_text())
+    floor = json.loads((folder / FLOOR).read_text())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
-    for name, floor in floors.items():
-        print(f"{name}: {with_error(floor['brier_lm'], floor['error'])}")
+    print(
+        f"trigram: {with_error(floor['brier_lm'], floor['error'])}; true chunks: {floor['words']:.1%} words"
+    )
     print(
         "| model | operations | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
         "| T = 0.5 | draws | words |"
@@ -300,7 +318,7 @@ def report(folder):
             f"| {hot['inference_flops'] / 1e6:.2f} M | {cold['inference_flops'] / 1e6:.2f} M "
             f"| {cold['draws']:.0f} | {formed} |"
         )
-    plot(results, floors, folder / "prose.png")
+    plot(results, floor, folder / "prose.png")
 
 
 def difference_of(result, results):
@@ -308,12 +326,12 @@ def difference_of(result, results):
     for other in results:
         same = other["budget"] == result["budget"] and other["seed"] == result["seed"]
         if same and other["model"] == "baseline" != result["model"]:
-            difference, error = brier_lm_difference(*(sums_of(r["documents"]) for r in (result, other)))
-            return with_error(difference, error, "+")
+            one, other = (sums_of(r["documents"]) for r in (result, other))
+            return with_error(*brier_lm_difference(one, other), "+") if one.pairs_with(other) else ""
     return ""
 
 
-def plot(results, floors, path):
+def plot(results, floor, path):
     """BrierLM against training operations, time and operations of a written token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
@@ -343,8 +361,8 @@ def plot(results, floors, path):
             axis.set(xlabel=label, xscale="log")
     for axis, (_, _, y_of) in zip(axes, places, strict=True):
         axis.set_ylabel("nats per token (held-out)" if y_of is nats_of else "BrierLM (held-out, T = 1)")
-        for name, floor in floors.items() if y_of is brier_of else ():
-            axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label=name)
+        if y_of is brier_of:
+            axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label="trigram")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
