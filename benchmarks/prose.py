@@ -350,7 +350,7 @@ def plot(results, floor, path):
             for _, same in groupby(runs, lambda r: r["budget"]):
                 same = list(same)
                 values, errors = zip(*map(y_of, same), strict=True)
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0  # Of no number: none.
                 # Seeds share the documents, so that error does not shrink with their number.
                 error = max(statistics.mean(errors), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
