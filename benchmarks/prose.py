@@ -352,7 +352,8 @@ def plot(results, floor, path):
                 values, errors = zip(*map(y_of, same), strict=True)
                 spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0  # Of no number: none.
                 # Seeds share the documents, so that error does not shrink with their number.
-                error = max(statistics.mean(errors), spread / len(values) ** 0.5)
+                known = [error for error in errors if not math.isnan(error)] or [0.0]  # None where BrierLM is 0.
+                error = max(statistics.mean(known), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
             axis.errorbar(
