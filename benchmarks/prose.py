@@ -352,7 +352,7 @@ def plot(results, floor, path):
                 values, errors = zip(*map(y_of, same), strict=True)
                 spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0  # Of no number: none.
                 # Seeds share the documents, so that error does not shrink with their number.
-                known = [error for error in errors if not math.isnan(error)] or [0.0]  # None where BrierLM is 0.
+                known = [error for error in errors if not math.isnan(error)] or [0.0]  # Of 0: none.
                 error = max(statistics.mean(known), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
@@ -365,7 +365,7 @@ def plot(results, floor, path):
         if y_of is brier_of:
             axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label="trigram")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize="small")
     figure.savefig(path, dpi=110)
     print(path)
 
