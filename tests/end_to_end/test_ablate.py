@@ -10,6 +10,7 @@ from toy import TOY, failure
 from calm.cli import main
 from calm.comparison.ablation import read_ablation, shipped_ablations
 from calm.data.stories import write_stories
+from calm.report.tables import with_error
 from calm.training.configurations import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
 
@@ -77,7 +78,8 @@ def test_the_table(room):
     table = (out / "ablation.md").read_text()
     for outcome in (one, two, other):
         scores = [score["brier_lm"] for score in outcome["scores"]]
-        assert f"| {outcome['name']} | {scores[0]:.2f} " in table
+        first = with_error(scores[0], outcome["scores"][0]["error"] or math.nan)
+        assert f"| {outcome['name']} | {first} |" in table
         assert f"| {sum(scores) / 2:.2f} ± " in table
         brier_1 = sum(score["brier_1"] for score in outcome["scores"]) / 2
         assert f" | {brier_1:.2f} | " in table

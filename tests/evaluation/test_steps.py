@@ -208,12 +208,10 @@ def test_whether_a_calm_is_scored_by_its_probabilities():
     assert isinstance(scorer_of(model), ProbabilityScorer)
     assert isinstance(scorer_of(model, settings=head), ProbabilityScorer)
     # Of whole chunks at a temperature nothing but draws is known; nor where tokens are chosen greedily.
+    blocks = [blocks_of(num_documents=4, block_size=64, vocab=40)]
     for temperature in (0.0, 0.005):
         greedy = TemperatureSettings(temperature=temperature, sampler="head")
-        scorer, blocks = (
-            scorer_of(model, settings=greedy),
-            [blocks_of(num_documents=4, block_size=64, vocab=40)],
-        )
+        scorer = scorer_of(model, settings=greedy)
         result = evaluate_brier(scorer, blocks, eos_token_id=EOS, pad_token_id=PAD, seed=0)
         assert isinstance(scorer, CalmSampler) and result.collisions[0] == 1
     assert isinstance(scorer_of(model, settings=pool), CalmSampler)

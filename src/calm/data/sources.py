@@ -224,7 +224,11 @@ def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
 
 def has_half_a_pair(text: str) -> bool:
     """Whether a text holds half a surrogate pair, which JSON can name and UTF-8 cannot write."""
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
