@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import inspect
+import logging
+import os
 import re
 import signal
 import sys
@@ -132,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
             settings.pop("recipe", None)
             settings["recipe"] = kind(**{f.name: settings.pop(f.name) for f in dataclasses.fields(kind)})
         _quieten()
+        _tell_notes()
         VERBS[values.verb](**settings)
     except InputError as error:
         fail(str(error))
@@ -152,6 +155,23 @@ def _quieten() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+class _Notes(logging.Handler):
+    """Prints what the package has to say to standard error, wherever that leads at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one note."""
+        print(f"calm: {self.format(record)}", file=sys.stderr, flush=True)
+
+
+def _tell_notes() -> None:
+    """Print notes (the package's loggers, from INFO on), once for all processes of a run."""
+    logger = logging.getLogger("calm")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
+    logger.propagate = False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:
