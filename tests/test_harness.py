@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from unittest.mock import Mock
 
 import lm_eval
 import pytest
@@ -11,6 +10,7 @@ import torch
 from conftest import tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from other_tokenizers import KINDS
 
 from calm.core.chunks import align_to_chunks
 from calm.data.examples import give_template
@@ -20,6 +20,9 @@ from calm.errors import InputError
 from calm.generation import continue_texts
 from calm.harness import HarnessModel, _energy_score, main
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.text.chat import encode_chat
+from calm.text.decoding import decode_behind
+from calm.text.encoding import encode_documents
 
 TASKS = {
     "texts": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
@@ -114,6 +117,32 @@ def test_long_contexts_lose_their_beginning(folder):
         harness.generate_until([instance("word", {"num_beams": 3})])
 
 
+@pytest.mark.parametrize("kind", ["llama with an end", "unigram", "byte-level"])
+def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
+    """No end of text behind a context, control tokens only from the template, the space behind a context."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    torch.manual_seed(4)
+    model = tiny_model(4, vocab_size=len(tokenizer), head_config={"head_type": "sequential"})
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    harness = HarnessModel(str(tmp_path / "model"), temperature=1.0)
+    context = f"Once {tokenizer.eos_token} upon a"
+    settings = {"max_new_tokens": 9, "temperature": 1.0, "seed": 1234}
+    [text] = harness.generate_until([instance(context, {"do_sample": True, "max_gen_toks": 9})])
+    assert [text] == continue_texts(harness._model, harness._tokenizer, [context], **settings)
+    for continuation in (" time", "time", "</s>"):
+        prompt, number, _, chunks = harness._read(context, continuation)
+        assert [prompt] == encode_documents(tokenizer, [context])
+        read = chunks.flatten()[:number].tolist()
+        assert decode_behind(tokenizer, prompt, read) == continuation and tokenizer.eos_token_id not in read
+    messages = [{"role": "user", "content": context}]
+    assert harness._encode(harness.apply_chat_template(messages)) == encode_chat(tokenizer, messages)
+
+
 def test_likelihoods_are_refused(folder, tmp_path):
     manager = tasks_in(tmp_path, [{"question": "q", "answer": "a", "choices": ["x", "y"]}])
     harness = HarnessModel(str(folder))
@@ -153,11 +182,11 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
         best.append(int(law_behind(ids, best).argmax()))
 
     # Whose bytes are no text, so it is only called one.
-    def tokens_of(text, **settings):
-        return {"input_ids": ids + best} if text.endswith("best") else tokenizer(text, **settings)
+    def tokens_of(text):
+        return ids + best if text.endswith("best") else tokenizer(text)["input_ids"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "_tokenizer", Mock(side_effect=tokens_of, bos_token=None))
+        patch.setattr(harness, "_encode", tokens_of)
         [(likeliest, is_greedy)] = harness.loglikelihood([instance(context, "best")])
     assert is_greedy and likeliest > score
     likelier, other = "zq!zq!", "time there was nobody in"  # It has fewer tokens.

@@ -23,9 +23,12 @@ from torch import Tensor
 from calm.core.chunks import split_into_chunks
 from calm.core.random import generators_of_rows, seed_of
 from calm.errors import InputError
-from calm.generation import continue_tokens
+from calm.generation import continue_tokens, crop_prompts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.text.chat import render
+from calm.text.decoding import decode_behind
+from calm.text.encoding import encode_documents, encode_rendering, encode_words
 
 Choices = Literal["refuse", "agreement", "energy"]
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
@@ -70,6 +73,7 @@ class HarnessModel(LM):
         self._temperature, self._num_draws = temperature, num_draws
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self._max_gen_toks = max_gen_toks
+        self._is_chat = False  # Whether contexts come from the chat template.
 
     @property
     def tokenizer_name(self) -> str:
@@ -79,14 +83,11 @@ class HarnessModel(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the text of a prompt."""
+        """A conversation as the text of a prompt, in which words that look like control tokens are marked."""
         if self._tokenizer.chat_template is None:
             raise InputError("the model has no chat template; leave out --apply_chat_template.")
-        text = self._tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        assert isinstance(text, str)
-        return text
+        self._is_chat = True
+        return render(self._tokenizer, chat_history, to_answer=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text behind each context, up to the first of its stops.
@@ -98,13 +99,13 @@ class HarnessModel(LM):
         for places, copy in self._alike(requests):
             settings = _writing(requests[places[0]].args[1], self._temperature, self._num_draws)
             stops, budget = settings.pop("until"), settings.pop("max_gen_toks") or self._max_gen_toks
-            prompts = [self._fitting(requests[place].args[0], budget) for place in places]
+            prompts = self._cropped([self._encode(requests[place].args[0]) for place in places], budget)
             seed = seed_of(self._seed, copy) if copy else self._seed
             tokens = continue_tokens(
                 self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=seed, **settings
             )
-            written = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for place, text in zip(places, written, strict=True):
+            for place, prompt, new in zip(places, prompts, tokens.tolist(), strict=True):
+                text = decode_behind(self._tokenizer, prompt, new)
                 texts[place] = text[
                     : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
                 ]
@@ -154,22 +155,17 @@ class HarnessModel(LM):
             for start in range(0, len(places), self._batch_size):
                 yield places[start : start + self._batch_size], copy
 
-    def _fitting(self, context: str, budget: int) -> list[int]:
-        """Tokens of a context, of which the end is kept if it is too long."""
-        size = self._model.config.chunk_size
-        room = self._model.config.backbone.max_position_embeddings - -(-budget // size)
-        if room < 1:
-            raise InputError(f"{budget} tokens do not fit in the model's context.")
-        ids = self._encode(context)
-        if not ids:
+    def _cropped(self, contexts: list[list[int]], budget: int) -> list[list[int]]:
+        """Contexts that fit beside so many new tokens; of long ones the end is kept, as is usual there."""
+        if not all(contexts):
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
-        return ids[-room * size :]
+        return crop_prompts(self._model, contexts, budget)
 
     def _encode(self, text: str) -> list[int]:
         # A chat template writes the token that begins a text itself.
-        begun = self._tokenizer.bos_token is not None and text.startswith(str(self._tokenizer.bos_token))
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        return ids
+        if self._is_chat:
+            return encode_rendering(self._tokenizer, text)
+        return encode_documents(self._tokenizer, [text])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
         """A continuation in chunks of its own behind a context.
@@ -183,10 +179,16 @@ class HarnessModel(LM):
         """
         size = self._model.config.chunk_size
         begun = context.rstrip()
-        ids = self._encode(context + continuation)[len(self._encode(begun)) :]
+        ids, prompt = self._encode(context + continuation), self._encode(begun)
+        is_apart = ids[: len(prompt)] == prompt  # Else a token reaches from one into the other.
+        ids = (
+            ids[len(prompt) :]
+            if is_apart
+            else encode_words(self._tokenizer, context[len(begun) :] + continuation)
+        )
         if not ids:
             raise InputError("a continuation is empty; the task is none for choices.")
-        prompt = self._fitting(begun, len(ids))
+        [prompt] = self._cropped([prompt], len(ids))
         front, back = -len(prompt) % size, -len(ids) % size
         pad = self._model.config.pad_token_id or 0
         tokens_1T = torch.tensor([[pad] * front + prompt + ids + [pad] * back], device=self._model.device)

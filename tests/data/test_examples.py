@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from other_tokenizers import KINDS
 
 from calm.core.chunks import IGNORED_LABEL, find_targets
 from calm.data.examples import (
     PLAIN_TEMPLATE,
     Example,
-    chat_prompt,
     give_template,
     lay_out,
     read_examples,
@@ -18,6 +18,9 @@ from calm.data.examples import (
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
+from calm.text.chat import encode_chat
+from calm.text.decoding import decode_behind
+from calm.text.encoding import encode_documents
 
 PAD, EOS = 0, 1
 
@@ -108,8 +111,8 @@ def test_messages_give_an_example_for_each_answer(tokenizer, tmp_path):
         "<|bos|>system: Be kind.\nuser: Hello\nassistant: Good day<|eos|>\nuser: Bye\nassistant:"
     )
     assert tokenizer.decode(second.completion) == " Farewell<|eos|>"
-    assert first.prompt == chat_prompt(messages[:2], tokenizer)
-    assert second.prompt == chat_prompt(messages[:4], tokenizer)
+    assert first.prompt == encode_chat(tokenizer, messages[:2])
+    assert second.prompt == encode_chat(tokenizer, messages[:4])
 
 
 def test_a_template_of_ones_own(tokenizer, tmp_path):
@@ -125,6 +128,77 @@ def test_a_template_of_ones_own(tokenizer, tmp_path):
     assert other.decode(example.completion) == "Ho<|eos|>"  # What stands behind the end is not learned.
 
 
+def examples_of(tokenizer, path, *said, template=None):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    roles = ["user", "assistant"] * len(said)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    return read_examples(written(path / "a.jsonl", {"messages": messages}), tokenizer)[0]
+
+
+def test_words_that_look_like_control_tokens_are_words(tokenizer, tmp_path):
+    said = "A text ends with <|eos|> and nothing more."
+    [example] = examples_of(tokenizer, tmp_path, "Mark <|bos|> 1<|eos|>", said)
+    assert tokenizer.decode(example.completion, skip_special_tokens=True) == f" {said}"
+    assert example.completion.index(tokenizer.eos_token_id) == len(example.completion) - 1
+    assert tokenizer.decode(example.prompt, skip_special_tokens=True) == (
+        "user: Mark <|bos|> 1<|eos|>\nassistant:"
+    )
+    assert tokenizer.eos_token_id not in example.prompt
+    assert example.prompt.count(tokenizer.bos_token_id) == 1
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("is_control", [True, False])
+def test_the_sign_that_ends_a_turn_is_not_learned_as_words(is_control, tmp_path):
+    """A control token ends the answer itself; in the place of other signs stands EOS."""
+    tokenizer = train_tokenizer(stories(0, 20), 400)
+    if is_control:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    first, second = examples_of(tokenizer, tmp_path, "Hi", "Yes.", "Sure?", "No.<|im_end|>", template=CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>") if is_control else tokenizer.eos_token_id
+    assert [tokenizer.decode(one.completion[:-1]) for one in (first, second)] == ["Yes.", "No.<|im_end|>"]
+    assert first.completion[-1] == second.completion[-1] == end
+    assert end not in second.completion[:-1]
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(first.prompt) == prompt
+    assert tokenizer.decode(second.prompt) == f"{prompt}Yes.<|im_end|>\n{prompt.replace('Hi', 'Sure?')}"
+
+
+def test_a_template_that_changes_an_answer_is_taken_as_it_writes(tmp_path):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | upper | trim }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = train_tokenizer(stories(0, 20), 400)
+    [example] = examples_of(tokenizer, tmp_path, "Hi", " Ho <|eos|> ho ", template=template)
+    assert tokenizer.decode(example.completion[:-1]) == "HO <|eos|> HO"
+    assert example.completion.index(tokenizer.eos_token_id) == len(example.completion) - 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama with an end", "unigram, first"])
+def test_a_completion_is_spelled_behind_its_prompt_as_it_is(kind, tmp_path):
+    tokenizer = KINDS[kind]()
+    pairs = [("Who ran?", "Tom."), ("Who ran?", " Tom."), ("a happy b", "oy")]
+    records = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    for [example], (prompt, completion) in zip(
+        read_examples(written(tmp_path / "a.jsonl", *records), tokenizer), pairs, strict=True
+    ):
+        assert [example.prompt] == encode_documents(tokenizer, [prompt])
+        assert example.completion[-1] == tokenizer.eos_token_id not in example.prompt
+        assert decode_behind(tokenizer, example.prompt, example.completion) == completion
+
+
+def test_parts_of_a_message_are_its_text(tokenizer, tmp_path):
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day<|e"}]
+    [example] = examples_of(tokenizer, tmp_path, "Hi", [*parts, {"type": "text", "text": "os|>"}])
+    assert tokenizer.decode(example.completion[:-1]) == " Good day<|eos|>"
+
+
 BAD = {
     "no fields": ({"text": "a"}, "line 1: a record needs 'prompt' and 'completion'"),
     "number": ({"prompt": "a", "completion": 3}, "line 1: a record needs"),
@@ -132,7 +206,15 @@ BAD = {
     "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     "no list": ({"messages": "a"}, "must be a list"),
     "answer first": ({"messages": [{"role": "assistant", "content": "a"}]}, "does not take these messages"),
-    "no content": ({"messages": [{"role": "assistant"}]}, "must be a list"),
+    "no content": ({"messages": [{"role": "assistant"}]}, r"content of messages\[0\] must be a text"),
+    "empty content": (
+        {"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]},
+        r"content of messages\[0\] must be a text",
+    ),
+    "picture": (
+        {"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}]},
+        r"content of messages\[0\] must be a text",
+    ),
 }
 
 

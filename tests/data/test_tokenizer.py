@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calm.data.stories import stories
-from calm.data.tokenizer import BOS, EOS, PAD, load_tokenizer, tokenize, train_tokenizer
+from calm.data.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
 from calm.errors import InputError
+from calm.text.encoding import encode_documents
 
 TEXTS = ["", "Tom ran.", " two  spaces ", "Größe 日本 🎈\n\ttab", "a" * 3000]
 
@@ -53,7 +54,7 @@ def test_any_text_comes_back(text):
 
 def test_each_text_begins_with_one_bos_and_has_no_eos():
     tokenizer = trained()
-    for ids in tokenize(tokenizer, TEXTS):
+    for ids in encode_documents(tokenizer, TEXTS):
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.eos_token_id not in ids
 
@@ -98,7 +99,7 @@ def test_a_tokenizer_file_is_enough(tmp_path):
     loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert len(loaded) == len(tokenizer)
-    assert tokenize(loaded, TEXTS) == tokenize(tokenizer, TEXTS)
+    assert encode_documents(loaded, TEXTS) == encode_documents(tokenizer, TEXTS)
 
 
 def test_no_text_is_too_long(tmp_path):
@@ -106,7 +107,7 @@ def test_no_text_is_too_long(tmp_path):
     word_tokenizer("</s>", eos_token="</s>", model_max_length=4).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.model_max_length > 1e9
-    assert len(tokenize(loaded, ["one two three " * 10])[0]) == 30
+    assert len(encode_documents(loaded, ["one two three " * 10])[0]) == 30
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 258])
@@ -153,11 +154,11 @@ def test_padding_of_its_own_is_kept(tmp_path):
     assert loaded.pad_token_id == 5 and len(loaded) == 6
 
 
-def test_tokenize_drops_an_end_that_the_tokenizer_appends(tmp_path):
+def test_an_end_that_the_tokenizer_appends_is_dropped(tmp_path):
     word_tokenizer("</s>", eos_token="</s>", appends="</s>").save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded("one two")["input_ids"] == [0, 1, 4]
-    assert tokenize(loaded, ["one two", "", "three </s> one"]) == [[0, 1], [], [2, 4, 0]]
+    assert encode_documents(loaded, ["one two", "", "three </s> one"]) == [[0, 1], [], [2, 3, 0]]
 
 
 @pytest.mark.timeout(60)

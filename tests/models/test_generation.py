@@ -36,7 +36,7 @@ def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_static_cache_writes_the_same(temperature):
-    model = without_eos(tiny_model())
+    model = without_eos(tiny_model(backbone_config={"max_position_embeddings": 128}))
     prompts = torch.tensor([[5, 6, 7, 8, 9, 11], [PAD, PAD, PAD, PAD, 7, 9]])
     settings = {"attention_mask": (prompts != PAD).long(), "temperature": temperature, "seed": 3}
     for num_tokens in (1, 4, 30, 300):  # The last is longer than the shortest cache.
@@ -63,8 +63,19 @@ def test_a_compiled_step_writes_the_same_and_is_compiled_once():
     [
         ({"cache_implementation": "quantized"}, "must be 'dynamic' or 'static', got 'quantized'"),
         ({"compile_config": CompileConfig()}, "needs cache_implementation='static'"),
-        ({"repetition_penalty": 1.2}, "does not know the argument.*repetition_penalty"),
-        ({"top_k": 5}, "does not know the argument.*top_k"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 cannot be honoured: .* no scores of tokens"),
+        ({"top_k": 5}, "top_k=5 cannot be honoured"),
+        ({"top_k": True}, "top_k=True cannot be honoured"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids=.* cannot be honoured"),
+        ({"min_new_tokens": 3}, "min_new_tokens=3 cannot be honoured: the end of a text is drawn"),
+        ({"num_beams": 4}, "no beam search over chunks"),
+        ({"output_scores": True}, "output_scores=True cannot be honoured"),
+        ({"generation_config": GenerationConfig(repetition_penalty=1.2)}, "repetition_penalty=1.2 cannot"),
+        ({"stop_strings": "a"}, "stop_strings need the model's tokenizer"),
+        (
+            {"max_new_tokens": 255},
+            "2 tokens and 255 are asked for, more than the context of 256; ask for 252",
+        ),
     ],
 )
 def test_what_generate_cannot_do_is_an_error(options, message):
@@ -303,7 +314,6 @@ def test_streamer_gets_the_text_and_no_more(budget):
         ({"max_length": 2}, "no room for new tokens"),
         ({"colour": "red"}, "does not know the argument"),
         ({"do_sample": False}, "chunks are not decoded greedily"),
-        ({"num_beams": 4}, "no beam search over chunks"),
     ],
 )
 def test_bad_arguments(model, arguments, message):

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.pieces import rank_of
 from calm.data.records import load_records
-from calm.data.tokenizer import tokenize
 from calm.errors import InputError
+from calm.text.chat import ASSISTANT, end_of_turn, render
+from calm.text.encoding import control_tokens_of, encode_documents, encode_rendering, encode_words
+from calm.text.marks import split_at
 
-ASSISTANT = "assistant"
 # For tokenizers without a template of their own.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
@@ -86,15 +86,6 @@ def split_examples(
     return sides
 
 
-def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a conversation that the assistant is to go on with.
-
-    Raises:
-        InputError: If the template does not take it.
-    """
-    return _special_tokens_read(_written(messages, tokenizer, True), tokenizer)
-
-
 def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     if "messages" in record:
         yield from _answers(_checked_messages(record["messages"]), tokenizer)
@@ -104,64 +95,83 @@ def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         raise InputError("a record needs 'prompt' and 'completion', both text, or 'messages'.")
     if not completion:
         raise InputError("the completion is empty; leave the record out.")
-    prompt_ids = tokenize(tokenizer, [prompt])[0]
-    completion_ids = tokenizer(completion, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    yield _ended(prompt_ids, completion_ids, tokenizer)
+    prompt_ids = encode_documents(tokenizer, [prompt])[0]
+    yield _example(prompt_ids, [*encode_words(tokenizer, completion), tokenizer.eos_token_id])
 
 
 def _checked_messages(messages: Any) -> list[dict[str, str]]:
-    is_right = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not is_right:
+    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    if not is_list or not all(isinstance(message.get("role"), str) for message in messages):
         raise InputError("'messages' must be a list of {'role': text, 'content': text}.")
-    if not any(message["role"] == ASSISTANT for message in messages):
+    checked = [
+        message | {"content": _text_of(message.get("content"), f"messages[{place}]")}
+        for place, message in enumerate(messages)
+    ]
+    if not any(message["role"] == ASSISTANT for message in checked):
         raise InputError(f"no message is of the role '{ASSISTANT}', so there is nothing to learn.")
-    return messages
+    return checked
+
+
+def _text_of(content: Any, where: str) -> str:
+    """The content of a message: a text, or parts of one as the OpenAI API has them."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not texts or len(texts) < len(parts):
+        raise InputError(
+            f"the content of {where} must be a text, or a list of parts {{'type': 'text', 'text': text}}."
+        )
+    return "".join(texts)
 
 
 def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     for place, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = _written(messages[:place], tokenizer, True)
-        after = _written(messages[: place + 1], tokenizer, False)
+        before = render(tokenizer, messages[:place], to_answer=True)
+        after = render(tokenizer, messages[: place + 1], to_answer=False)
         if not after.startswith(before):
             raise InputError(
                 "the chat template writes a conversation otherwise once there is an answer, so the answer "
                 "cannot be told from the prompt; give another template."
             )
-        answer = _special_tokens_read(after[len(before) :], tokenizer)
-        yield _ended(_special_tokens_read(before, tokenizer), answer, tokenizer)
+        answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
+        words = encode_rendering(tokenizer, answer, goes_on=True)
+        if end is None:  # What the template writes behind an answer cannot be told from it.
+            end = tokenizer.eos_token_id
+            words = words[: words.index(end)] if end in words else words
+        yield _example(encode_rendering(tokenizer, before), [*words, end])
 
 
-def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=to_answer,
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise InputError(f"the chat template does not take these messages ({error}).") from error
-    assert isinstance(text, str)
-    return text
+def _words_and_end(
+    written: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, int | None]:
+    """The words of an answer as the template wrote it, and the id that ends it.
+
+    A control token that the template puts there is the end. Any other sign is for the turns that follow; the
+    answer ends with EOS instead, so that nobody is shown the sign.
+
+    Args:
+        written: What the template wrote for the answer.
+        messages: What was said before.
+        tokenizer: The tokenizer.
+    """
+    behind = end_of_turn(tokenizer, messages)
+    if not behind or not written.endswith(behind):
+        return written, None
+    words, control = written.removesuffix(behind), control_tokens_of(tokenizer)
+    sign = behind.lstrip()
+    first = split_at(sign, control)[:1]
+    if first and first[0] in control:
+        return words + behind.removesuffix(sign), control[first[0]]
+    return words, tokenizer.eos_token_id
 
 
-def _special_tokens_read(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _ended(prompt: list[int], completion: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """With one EOS, behind which a template may have more."""
+def _example(prompt: list[int], completion: list[int]) -> Example:
     if not prompt:
         raise InputError("the prompt has no token, and the tokenizer none that begins a text.")
-    eos = tokenizer.eos_token_id
-    end = completion.index(eos) if eos in completion else len(completion)
-    return Example(prompt, [*completion[:end], eos])
+    return Example(prompt, completion)
 
 
 def lay_out(

@@ -21,8 +21,9 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.folders import disk_errors, written_whole
-from calm.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
+from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
+from calm.text.encoding import encode_documents
 
 _DOCUMENTS_OF_A_PIECE = 100_000
 _DOCUMENTS_FOR_TOKENIZER = 200_000
@@ -165,7 +166,7 @@ def tokenized(
 def _tokenize_batch(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
-    return {"input_ids": tokenize(tokenizer, batch["text"])}
+    return {"input_ids": encode_documents(tokenizer, batch["text"])}
 
 
 def _digest(ranks: np.ndarray, setting: str) -> str:

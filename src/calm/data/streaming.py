@@ -22,8 +22,8 @@ from calm.core.random import seed_of
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.pieces import rank_of
 from calm.data.sources import ReadingOptions, Shard, find_shards
-from calm.data.tokenizer import tokenize
 from calm.errors import InputError
+from calm.text.encoding import encode_documents
 
 PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on behind it.
 _MOST_EMPTY_EPOCHS = 100
@@ -207,7 +207,7 @@ class BlockStream(IterableDataset):
         seed = seed_of(settings.seed, *place, documents[0])
         order = np.random.default_rng(seed).permutation(len(documents))
         return make_blocks(
-            tokenize(self._tokenizer, [documents[i] for i in order]),
+            encode_documents(self._tokenizer, [documents[i] for i in order]),
             list(range(len(documents))),
             chunk_size=settings.chunk_size,
             block_size=settings.block_size,

@@ -79,11 +79,3 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = _NO_LIMIT
     return tokenizer
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text with the tokenizer's own beginning but without an EOS at the end."""
-    # "<|eos|>" in a text is text, not the end of it.
-    documents = tokenizer(texts, return_attention_mask=False, split_special_tokens=True, verbose=False)
-    eos = tokenizer.eos_token_id
-    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in documents["input_ids"]]

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos
+from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos, is_behind_eos
 from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.temperature import ChunkSample, TemperatureSettings
+from calm.models.context import check_room, room_beside
+from calm.models.generation_arguments import REFUSED, check_arguments
 from calm.models.sampling import ChunkSamplingMixin
 from calm.models.stepping import BackboneSteps
+from calm.models.stopping import Stopping
 
 if TYPE_CHECKING:
     from calm.models.calm import CalmForCausalLM
@@ -39,7 +42,8 @@ _USED = {
     "pad_token_id",
     "return_dict_in_generate",
     "do_sample",
-    "num_beams",
+    "max_time",
+    "stop_strings",
 }
 
 
@@ -78,6 +82,8 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         max_draws: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
     ) -> Tensor | CalmGenerateOutput:
         """Continue each prompt by chunks until EOS or `max_new_tokens`.
@@ -91,9 +97,10 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             attention_mask: (B, T), 1 on tokens of the prompt.
             generation_config: Defaults to the model's; keyword arguments override it. Used are
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
-                sampler), `num_return_sequences`, `use_cache`, `cache_implementation` and `compile_config`
-                (see `calm.models.stepping`), `eos_token_id`, `pad_token_id` and
-                `return_dict_in_generate`; others are errors where they are given here.
+                sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
+                `cache_implementation` and `compile_config` (see `calm.models.stepping`), `eos_token_id`,
+                `pad_token_id` and `return_dict_in_generate`. Others pass at their defaults and are errors
+                otherwise (see `calm.models.generation_arguments`).
                 `do_sample=False` asks for greedy decoding, which there is not for chunks, and is an error:
                 say `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are written (batch of one).
@@ -106,6 +113,9 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
                 differs between shapes of a batch).
             generator: One source of randomness for all rows, on the model's device; alternative to
                 `seed`.
+            tokenizer: The model's tokenizer; `stop_strings` need it.
+            stopping_criteria: Criteria of transformers. They are asked after every token of a chunk, and see
+                no scores.
             **kwargs: Changes of the generation config.
 
         Returns:
@@ -113,7 +123,8 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             With `return_dict_in_generate`, a `CalmGenerateOutput`, which counts draws as well.
 
         Raises:
-            ValueError: If an argument is out of range, unknown or contradicts another.
+            ValueError: If an argument is out of range, unknown or contradicts another, or a prompt and its
+                new tokens do not fit in the model's context.
         """
         config = self._generation_settings(generation_config, kwargs)
         sampler = sampler or self.default_sampler(config.temperature)
@@ -123,12 +134,17 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         if generator is None and seed is not None:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
             randomness = generators_of_rows(seed, rows, self.device)
-        budget = _num_new_tokens(config, prompt_BT.shape[1])
+        num_tokens = int(mask_BT.bool().sum(-1).max())
+        budget = _num_new_tokens(config, prompt_BT.shape[1], room_beside(self.config, num_tokens) or 0)
+        check_room(self.config, num_tokens, budget)
+        stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)
         if streamer is not None:
             if prompt_BT.shape[0] > 1:
                 raise ValueError("a streamer takes one prompt at a time.")
             streamer.put(prompt_BT.cpu())
-        new_BT, statistics = self._write(prompt_BT, mask_BT, budget, config, settings, randomness, streamer)
+        new_BT, statistics = self._write(
+            prompt_BT, mask_BT, budget, config, settings, randomness, streamer, stopping
+        )
         if streamer is not None:
             streamer.end()
         sequences = torch.cat([prompt_BT, new_BT], dim=1)
@@ -143,14 +159,13 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         if overrides.get("max_new_tokens") is None and "max_length" in overrides:
             config.max_new_tokens = None
         config.do_sample = True  # Else transformers warns about every temperature.
-        unused = config.update(**overrides)
-        unused |= {key: value for key, value in overrides.items() if key not in _USED and value is not None}
-        if unused:
+        config.update(**overrides)
+        check_arguments(vars(config) | overrides)
+        known = _USED | REFUSED.keys()
+        if unused := [name for name, value in overrides.items() if name not in known and value is not None]:
             raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
         if config.do_sample is False and "do_sample" in overrides:
             raise ValueError("chunks are not decoded greedily: temperature=0 takes the commonest of a pool.")
-        if (config.num_beams or 1) > 1:
-            raise ValueError("there is no beam search over chunks: num_beams must be 1.")
         config.temperature = 1.0 if config.temperature is None else config.temperature
         if config.eos_token_id is None:
             config.eos_token_id = self.config.eos_token_id
@@ -180,6 +195,11 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
             )
         if not attention_mask.bool().any(-1).all():
             raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+        if int(input_ids.min()) < 0 or int(input_ids.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids lie between 0 and {self.config.vocab_size - 1}, got {int(input_ids.min())} to "
+                f"{int(input_ids.max())}; is this the model's own tokenizer?"
+            )
         copies = config.num_return_sequences or 1
         return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
 
@@ -192,6 +212,7 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         settings: TemperatureSettings,
         randomness: Randomness,
         streamer: BaseStreamer | None,
+        stopping: Stopping,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """New tokens of each row, (B, new) with new <= budget, and the statistics of every step."""
         size = self.config.chunk_size
@@ -200,22 +221,30 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
         tokens_BT, mask_BC = align_to_chunks(prompt_BT, mask_BT, size, pad)
         advance = BackboneSteps(self, mask_BC, -(-budget // size), config)
         open_A = torch.arange(len(prompt_BT), device=prompt_BT.device)  # Rows that have not ended.
-        written: list[Tensor] = []
+        written = [prompt_BT]
+        length_B = torch.zeros_like(prompt_BT[:, 0])  # Tokens of each text.
         steps: list[tuple[Tensor, ChunkSample]] = []
         for start in range(0, budget, size):
             hidden_BD = advance(tokens_BT)
             sample = self.sample_chunks(hidden_BD[open_A], settings, select_rows(randomness, open_A))
             steps.append((open_A, sample))
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, eos_ids, pad)
+            kept_A = (~is_behind_eos(sample.chunks_RK, eos_ids)).sum(-1)
+            if stopping.is_needed:
+                stop_A = stopping.lengths(torch.cat(written, dim=1)[open_A], chunk_AK, open_A.tolist())
+                kept_A, ends_A = kept_A.minimum(stop_A), ends_A | (stop_A <= size)
+                is_kept_AK = torch.arange(size, device=kept_A.device) < kept_A.unsqueeze(-1)
+                chunk_AK = chunk_AK.where(is_kept_AK, pad)
             tokens_BT = chunk_AK.new_full((len(prompt_BT), size), pad).index_copy(0, open_A, chunk_AK)
+            length_B = length_B.index_add(0, open_A, kept_A)
             written.append(tokens_BT[:, : budget - start])
             if streamer is not None:
-                _stream(streamer, written[-1][0], eos_ids)
+                _stream(streamer, written[-1][0, : int(kept_A[0])])
             open_A = open_A[~ends_A]
             if len(open_A) == 0:
                 break
-        new_BT = torch.cat(written, dim=1)
-        return (_trim(new_BT, eos_ids) if len(open_A) == 0 else new_BT), _statistics(steps, len(prompt_BT))
+        new_BT = torch.cat(written[1:], dim=1)[:, : int(length_B.max())]
+        return new_BT, _statistics(steps, len(prompt_BT))
 
 
 def _temperature_settings(
@@ -233,11 +262,9 @@ def _temperature_settings(
     return TemperatureSettings(temperature=config.temperature, **chosen)
 
 
-def _stream(streamer: BaseStreamer, tokens: Tensor, eos_ids: Tensor) -> None:
+def _stream(streamer: BaseStreamer, tokens: Tensor) -> None:
     for token in tokens.cpu():
         streamer.put(token.unsqueeze(0))
-        if torch.isin(token, eos_ids.cpu()):
-            break
 
 
 def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[str, Tensor]:
@@ -250,21 +277,16 @@ def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[
     return {name: torch.stack(columns, dim=1) for name, columns in table.items()}
 
 
-def _num_new_tokens(config: GenerationConfig, prompt_length: int) -> int:
+def _num_new_tokens(config: GenerationConfig, prompt_length: int, room: int) -> int:
+    """Most new tokens: what is asked for, or where nothing is, as many as usual if they fit."""
     if config.max_new_tokens is not None:
         budget = config.max_new_tokens
     elif config.max_length is not None:
         budget = config.max_length - prompt_length
     else:
-        budget = DEFAULT_MAX_NEW_TOKENS
+        budget = min(DEFAULT_MAX_NEW_TOKENS, max(1, room))
     if budget < 1:
         raise ValueError(
             f"there is no room for new tokens: max_new_tokens is {budget}; it must be at least 1."
         )
     return budget
-
-
-def _trim(tokens_BT: Tensor, eos_ids: Tensor) -> Tensor:
-    """Cut the columns after the last EOS, where every row has ended."""
-    is_eos = torch.isin(tokens_BT, eos_ids)
-    return tokens_BT[:, : int(is_eos.any(0).nonzero().max()) + 1] if bool(is_eos.any()) else tokens_BT

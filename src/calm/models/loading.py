@@ -20,6 +20,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.registration import register
 from calm.models.shipped import folder_of
+from calm.text.chat import end_of_turn_id
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -139,13 +140,22 @@ def _ready(
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so a token that means something else will do.
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    # Text is ended and padded by the tokenizer, so scores must know those ids.
-    ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
-    if tokenizer.eos_token_id not in ends:
-        model.config.eos_token_id = [*ends, tokenizer.eos_token_id]
+    end_as_told(model, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model's texts end by the tokenizer's EOS, and by what ends an answer in its chat template.
+
+    Text is ended by the tokenizer, so whoever writes or scores must know those ids.
+    """
+    ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
+    wanted = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
+    if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
+        model.config.eos_token_id = [*ends, *more]
+        model.generation_config.eos_token_id = model.config.eos_token_id
 
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:

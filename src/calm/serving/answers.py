@@ -13,7 +13,7 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.batching import Written
 from calm.serving.engine import Engine, Job, QueueFullError
 from calm.serving.protocol import ApiError
-from calm.serving.text import TextBuilder
+from calm.text.decoding import TextBuilder
 
 _SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
 
@@ -62,8 +62,11 @@ class Answers:
     seconds: float
 
     def __post_init__(self) -> None:
-        number = len(self.prompts) * self.copies
-        self._texts = [TextBuilder(self.tokenizer, self.stops) for _ in range(number)]
+        self._texts = [
+            TextBuilder(self.tokenizer, self.stops, prompt)
+            for prompt in self.prompts
+            for _ in range(self.copies)
+        ]
         self._arrived: asyncio.Queue[tuple[int, Written | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         deadline = time.monotonic() + self.seconds

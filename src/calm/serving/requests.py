@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.examples import chat_prompt
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
+from calm.models.context import check_room, room_beside
 from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
 from calm.serving.metrics import Metrics
 from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
+from calm.text.decoding import decode_behind
+from calm.text.encoding import encode_documents
 
 if TYPE_CHECKING:
     from calm.serving.app import ServerSettings
@@ -40,6 +43,9 @@ class Endpoint:
     ) -> None:
         self.engine, self.model, self.tokenizer = engine, model, tokenizer
         self._settings, self._metrics = settings, metrics
+        # Where a template ends what the assistant says by words, a model may have learned to write them.
+        by_words = end_of_turn(tokenizer).strip() if end_of_turn_id(tokenizer) is None else ""
+        self._ends_of_turn = [by_words] if by_words else []
 
     def check_name(self, name: str) -> None:
         """Raise ApiError for a model that is not served."""
@@ -62,7 +68,7 @@ class Endpoint:
             raise ApiError("'prompt' is empty; give a text.", param="prompt")
         prompts = [self.tokens_of(prompt) for prompt in asked]
         answers = self._submit(request, prompts, request.max_tokens)
-        echoes = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        echoes = [one if isinstance(one, str) else decode_behind(self.tokenizer, [], one) for one in asked]
         repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
         return CompletionAnswer(answers, request, self._settings.name, repeated)
 
@@ -78,30 +84,30 @@ class Endpoint:
                 param="messages",
             )
         try:
-            prompt = chat_prompt([message.as_text() for message in request.messages], self.tokenizer)
+            prompt = encode_chat(self.tokenizer, [message.as_text() for message in request.messages])
         except InputError as error:
             raise ApiError(str(error), param="messages") from error
         budget = request.max_completion_tokens or request.max_tokens
         if budget is None:
             budget = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
-        return ChatAnswer(self._submit(request, [prompt], budget), request, self._settings.name)
+        answers = self._submit(request, [prompt], budget, self._ends_of_turn)
+        return ChatAnswer(answers, request, self._settings.name)
 
     def _submit(
-        self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], budget: int
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[list[int]],
+        budget: int,
+        more_stops: Sequence[str] = (),
     ) -> Answers:
         self.check_name(request.model)
         request.check(self._settings.max_draws)
         if budget > self._settings.max_tokens:
             raise ApiError(f"'max_tokens' may be {self._settings.max_tokens} at most.", param="max_tokens")
-        for prompt in prompts:
-            if self.room_behind(prompt) < budget:
-                limit = self.model.config.backbone.max_position_embeddings * self.model.config.chunk_size
-                raise ApiError(
-                    f"the prompt has {len(prompt)} tokens and {budget} are asked for, more than the context "
-                    f"of {limit}; shorten one of them.",
-                    param="prompt",
-                    code="context_length_exceeded",
-                )
+        try:
+            check_room(self.model.config, max(map(len, prompts)), budget)
+        except ValueError as error:
+            raise ApiError(str(error), param="prompt", code="context_length_exceeded") from error
         settings = request.settings(self._settings.defaults, self.model.default_sampler)
         try:
             self.model.check_sampler(settings)
@@ -115,7 +121,7 @@ class Endpoint:
             settings=settings,
             budget=budget,
             seed=request.chosen_seed(),
-            stops=request.stops,
+            stops=[*request.stops, *more_stops],
             seconds=self._settings.seconds,
         )
         answers.submit()
@@ -129,7 +135,7 @@ class Endpoint:
             ApiError: If there are none, or the model does not know them.
         """
         size = len(self.tokenizer)
-        ids: list[int] = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids = encode_documents(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError("a prompt has no token; give a text.", param="prompt")
         if any(not 0 <= token < size for token in ids):
@@ -138,9 +144,7 @@ class Endpoint:
 
     def room_behind(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt."""
-        size = self.model.config.chunk_size
-        positions = self.model.config.backbone.max_position_embeddings
-        return (positions - -(-len(prompt) // size)) * size
+        return room_beside(self.model.config, len(prompt)) or 0
 
 
 class _Answer:

@@ -23,7 +23,9 @@ from calm.data.folders import disk_errors, write_file_whole, written_whole
 from calm.errors import InputError
 from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
-from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.context import room_beside
+from calm.models.loading import end_as_told, load_language_model_and_tokenizer
+from calm.text.decoding import decode_behind
 from calm.training.adapters import merge_adapters, with_adapters
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
 from calm.training.optimizers import find_optimizer
@@ -56,6 +58,7 @@ def finetune(
     _check(recipe)
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
     give_template(tokenizer, recipe.examples.chat_template)
+    end_as_told(model, tokenizer)
     chunk_size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     check_block_size(recipe.examples.context, chunk_size)
     examples, held_out = _read(recipe, tokenizer)
@@ -166,17 +169,22 @@ def answer(
     """What a model writes after the prompt of each example, at most as long as the longest completion."""
     answers = []
     longest = max((len(example.completion) for example in examples), default=0)
+    if (room := room_beside(model.config, 1)) is not None:
+        longest = min(longest, room)
     for start in range(0, len(examples), _ANSWERS_AT_ONCE):
+        prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
         tokens = continue_tokens(
             model,
             tokenizer,
-            [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]],
+            prompts,
             max_new_tokens=longest,
             temperature=settings.temperature,
             seed=seed,
             num_draws=settings.num_draws if settings.temperature == 0 else None,
+            crop=True,
         )
-        answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        pairs = zip(prompts, tokens.tolist(), strict=True)
+        answers += [decode_behind(tokenizer, prompt, new) for prompt, new in pairs]
     return answers
 
 
@@ -188,7 +196,7 @@ def exact_match(answers: list[str], examples: list[Example], tokenizer: PreTrain
 
 
 def _wanted(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [str(tokenizer.decode(one.completion, skip_special_tokens=True)) for one in examples]
+    return [decode_behind(tokenizer, one.prompt, one.completion) for one in examples]
 
 
 @torch.no_grad()
@@ -212,7 +220,7 @@ def _held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, most: int) 
 def _as_records(
     examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    prompts = [str(tokenizer.decode(one.prompt, skip_special_tokens=True)) for one in examples]
+    prompts = [decode_behind(tokenizer, [], one.prompt) for one in examples]
     rows = zip(prompts, _wanted(examples, tokenizer), before, after, strict=True)
     names = ("prompt", "completion", "before", "after")
     return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)

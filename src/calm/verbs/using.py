@@ -72,7 +72,7 @@ def evaluate(
 def generate(
     model: str,
     prompt: list[str],
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.5,
     sampler: Literal["exact", "pool", "head"] | None = None,
     num_draws: int = 200,
@@ -82,13 +82,14 @@ def generate(
     head: dict[str, Any] | None = None,
     seed: int | None = None,
     stream: bool = False,
+    crop: bool = False,
 ) -> None:
     """Continue prompts.
 
     Args:
         model: Folder or hub name of a CALM or of any causal language model of transformers.
         prompt: Text to continue; more than one are written as a batch.
-        max_new_tokens: Most tokens of a continuation.
+        max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
         temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
             or greedy decoding where a head can.
         sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it; head is one
@@ -100,6 +101,7 @@ def generate(
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the text repeatable.
         stream: Print the text as it is written.
+        crop: Keep the end of a prompt that is too long for the context; without it that is an error.
     """
     from calm.generation import continue_texts
     from calm.models.loading import load_language_model_and_tokenizer
@@ -122,6 +124,7 @@ def generate(
         min_p=min_p,
         seed=seed,
         stream=stream,
+        crop=crop,
     )
     if not stream:
         print("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))

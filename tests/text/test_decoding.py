@@ -3,8 +3,10 @@
 import random
 
 import pytest
+from other_tokenizers import KINDS
 
-from calm.serving.text import TextBuilder
+from calm.text.decoding import TextBuilder, decode_behind
+from calm.text.encoding import encode_documents, encode_words
 
 TEXT = "Zoë said: “naïve 🐱 cats” — once, twice, thrice! STOP and more."
 
@@ -56,3 +58,21 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
     builder = TextBuilder(tokenizer)
     assert builder.add(tokens) == "a"
     assert builder.add([], is_last=True) == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram", "unigram, first", "byte-level", "slow"])
+@pytest.mark.parametrize("prompt", ["A good morning, a", "Tom: “Zoë”"])
+def test_the_space_behind_a_prompt_is_kept(kind, prompt):
+    """Token by token, and all at once."""
+    other = KINDS[kind]()
+    new = encode_words(other, " happy boy ran.")
+    [ids] = encode_documents(other, [prompt])
+    assert decode_behind(other, ids, new) == " happy boy ran."
+    builder = TextBuilder(other, prompt=ids)
+    assert "".join(builder.add([token]) for token in new) + builder.add([], is_last=True) == " happy boy ran."
+
+
+def test_half_a_character_of_the_prompt_becomes_whole(tokenizer):
+    ids = tokenizer("a 🐱!", add_special_tokens=False)["input_ids"]
+    assert decode_behind(tokenizer, ids[:3], ids[3:]) == "🐱!"
+    assert decode_behind(tokenizer, ids, []) == ""

@@ -1,0 +1,73 @@
+"""Conversations -> token ids, by the chat template of a tokenizer.
+
+Control tokens are those that the template writes. What somebody said is words, whatever it looks like.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from calm.errors import InputError
+from calm.text.encoding import control_tokens_of, encode_rendering, marks_of
+from calm.text.marks import split_at
+
+ASSISTANT = "assistant"
+_PLACE = "\ue0f4"  # Where an answer would stand, to see what a template writes behind one.
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, to_answer: bool) -> str:
+    """A conversation as the template writes it, in which words are marked (see `calm.text.encoding`).
+
+    Args:
+        tokenizer: The tokenizer, with a chat template.
+        messages: Each with its `role` and `content`.
+        to_answer: Whether an answer of the assistant is to follow.
+
+    Raises:
+        InputError: If the template does not take the messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            marks_of(tokenizer).mark(list(messages)),
+            tokenize=False,
+            add_generation_prompt=to_answer,
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"the chat template does not take these messages ({error}).") from error
+    assert isinstance(text, str)
+    return text
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Tokens of a conversation that the assistant is to go on with.
+
+    Raises:
+        InputError: If the template does not take the messages.
+    """
+    return encode_rendering(tokenizer, render(tokenizer, messages, to_answer=True))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = ()) -> str:
+    """What the template writes behind an answer of the assistant; "" where that cannot be told.
+
+    Args:
+        tokenizer: The tokenizer, with or without a chat template.
+        messages: What was said before the answer; a short question if nothing is given.
+    """
+    asked = list(messages) or [{"role": "user", "content": "?"}]
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        text = render(tokenizer, [*asked, {"role": ASSISTANT, "content": _PLACE}], to_answer=False)
+    except InputError:
+        return ""
+    return text.partition(_PLACE)[2] if text.count(_PLACE) == 1 else ""
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token by which the template ends an answer, if it does so by one."""
+    control = control_tokens_of(tokenizer)
+    parts = split_at(end_of_turn(tokenizer).lstrip(), control)
+    return control.get(parts[0]) if parts else None

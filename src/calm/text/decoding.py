@@ -1,0 +1,104 @@
+"""Token ids -> text. New tokens are spelled behind what stands before them, never alone.
+
+Alone, the first new token of a SentencePiece-like tokenizer loses its space, and the first bytes of a
+character are no text yet.
+"""
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"  # What a tokenizer makes of the first bytes of a character.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_CONTEXT = 16  # So many tokens of the prompt decide how what follows is spelled.
+
+
+def decode_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that tokens add to a prompt, control tokens left out.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Tokens of what stands before; may be empty.
+        tokens: The tokens.
+    """
+    return _decode_behind(tokenizer, _context_of(tokenizer, prompt), tokens)
+
+
+def _context_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
+    """The last words of a prompt."""
+    control = set(tokenizer.all_special_ids)
+    return [token for token in prompt[-2 * _CONTEXT :] if token not in control][-_CONTEXT:]
+
+
+def _decode_behind(tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: Sequence[int]) -> str:
+    before, whole = tokenizer.batch_decode([context, [*context, *tokens]], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    # Half a character at the end of the prompt became a whole one.
+    pairs = enumerate(zip(before, whole, strict=False))
+    return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
+
+
+class TextBuilder:
+    """The text of one answer as its tokens arrive.
+
+    The parts together are what `decode_behind` makes of all tokens at once, cut before the first stop.
+
+    Args:
+        tokenizer: The tokenizer.
+        stops: Where the text ends, if one of them comes up in it.
+        prompt: Tokens of what the answer stands behind.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        self.num_tokens = 0
+        self.is_stopped = False
+        self._tokenizer, self._context = tokenizer, _context_of(tokenizer, prompt)
+        self._stops = [stop for stop in stops if stop]
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, tokens: Sequence[int], is_last: bool = False) -> str:
+        """Take tokens, and give the text that has become certain.
+
+        Args:
+            tokens: New tokens.
+            is_last: Whether no more will come: then nothing is held back.
+        """
+        if self.is_stopped:
+            return ""
+        self._tokens += tokens
+        self.num_tokens += len(tokens)
+        text = _decode_behind(self._tokenizer, self._context, self._tokens)
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            text = text[: min(found)]
+        elif not is_last:
+            text = text[: self._certain(text)]
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+    def _certain(self, text: str) -> int:
+        """How much of the text stays whatever follows: no half character, no beginning of a stop."""
+        end = len(text.rstrip(_INCOMPLETE))
+        settled = len(self._tokens)
+        while settled and self._is_byte(self._tokens[settled - 1]):
+            settled -= 1
+        if settled < len(self._tokens):
+            before = _decode_behind(self._tokenizer, self._context, self._tokens[:settled])
+            end = min(end, len(before))
+        held = max((_overlap(text[:end], stop) for stop in self._stops), default=0)
+        return end - held
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether a token is a byte as SentencePiece has them, which are text or not as a whole run."""
+        return _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is a beginning of the stop."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,160 @@
+"""Text -> token ids. What a text says never becomes a control token.
+
+"<|eos|>" in somebody's words is seven letters, not the end of a text. Only the tokenizer itself (the tokens
+that begin a text), a chat template, or an explicit token id puts a control token in place.
+
+Text comes in three kinds:
+  a document    begins as the tokenizer begins texts, and has no end yet (`encode_documents`)
+  words         go on behind other text (`encode_words`)
+  a rendering   is what a chat template wrote (`encode_rendering`): its control tokens are such, and the words
+                that it was given are words, because they were marked (`marks_of`) before it saw them
+"""
+
+import secrets
+import weakref
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from calm.text.marks import Marks, is_marked, replace_all, split_at
+from calm.text.twin import puts_space_in_front, twin_of
+
+_PROBES = ("a", "0", ".", "é", "的")  # A tokenizer knows at least one of these.
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that begin here: the tokenizer's own beginning, the words, and nothing behind them.
+
+    A tokenizer that ends every text (`<s> $A </s>`) does not end these: a prompt goes on, and documents get
+    their end where they are laid out in blocks.
+    """
+    begin = beginning_of(tokenizer)
+    return [[*begin, *ids] for ids in _encode(tokenizer, texts)]
+
+
+def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that goes on behind other text.
+
+    Tokenizers in the manner of SentencePiece put a space in front of all they read; these words get none.
+    """
+    control = _control_of(tokenizer)
+    if not control.puts_space_in_front:
+        return _encode(tokenizer, [text])[0]
+    return control.encode_words(tokenizer, text, begins=False)
+
+
+def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: bool = False) -> list[int]:
+    """Token ids of what a chat template wrote from marked words.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The rendering, or a part of it.
+        goes_on: Whether it goes on behind other text.
+    """
+    control = _control_of(tokenizer)
+    if is_marked(text) or (goes_on and control.puts_space_in_front):
+        return control.encode_rendering(tokenizer, text, begins=not goes_on)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    return ids
+
+
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """The marks that keep words from becoming control tokens in a chat template."""
+    return _control_of(tokenizer).marks
+
+
+def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts in front of a text."""
+    for probe in _PROBES:
+        read = tokenizer(probe, return_special_tokens_mask=True)
+        if 0 in read["special_tokens_mask"]:
+            ids: list[int] = read["input_ids"][: read["special_tokens_mask"].index(0)]
+            return ids
+    return []
+
+
+def control_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the control tokens by their spelling.
+
+    The token for what a tokenizer does not know is none of them: any text may hold it.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    unknown = None if tokenizer.unk_token in roles else tokenizer.unk_token
+    return {token: i for token, i in (added | named).items() if token and token != unknown}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the words of each text, which begins here."""
+    if not texts:
+        return []
+    control = _control_of(tokenizer)
+    # `split_special_tokens` is about tokens that are looked for in a text. Unigram and WordLevel models have
+    # the control tokens among their words as well.
+    return [
+        ids if control.ids.isdisjoint(ids) else control.encode_words(tokenizer, text, begins=True)
+        for text, ids in zip(texts, _plain(tokenizer, texts), strict=True)
+    ]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
+
+
+class _Control:
+    """The control tokens of a tokenizer, and ways to read text in spite of them."""
+
+    def __init__(self, tokens: dict[str, int], backend: Tokenizer | None) -> None:
+        self.ids = frozenset(tokens.values())
+        self.marks = Marks(list(tokens))
+        self.puts_space_in_front = backend is not None and puts_space_in_front(backend)
+        self.tokens, self._backend = tokens, backend
+        secret = secrets.token_hex(8)  # So no text can hold a name.
+        self._names = {token: f"\ue0f2{secret}.{i}\ue0f3" for token, i in tokens.items()}
+        self._twins: dict[bool, Tokenizer] = {}
+
+    def encode_words(self, tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
+        """Token ids of words that hold the spelling of a control token, or go on behind other text."""
+        if self._backend is not None:
+            return self._by_twin(text, begins)
+        # A tokenizer without a fast backend reads the spellings in two halves.
+        parts = split_at(text, self.tokens)
+        halves = [(part[:1], part[1:]) if part in self.tokens else (part,) for part in parts]
+        return [i for pair in halves for half in pair for i in _plain(tokenizer, [half])[0]]
+
+    def encode_rendering(self, tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
+        """Token ids of a rendering of marked words."""
+        if self._backend is not None:
+            return self._by_twin(self.marks.unmark(replace_all(text, self._names)), begins)
+        ids: list[int] = []
+        for part in split_at(text, self.tokens):
+            control = self.tokens.get(part)
+            ids += [control] if control is not None else _encode(tokenizer, [self.marks.unmark(part)])[0]
+        return ids
+
+    def _by_twin(self, text: str, begins: bool) -> list[int]:
+        if begins not in self._twins:
+            assert self._backend is not None
+            self._twins[begins] = twin_of(self._backend, self._names, begins)
+        return list(self._twins[begins].encode(text, add_special_tokens=False).ids)
+
+
+_CONTROLS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Control] = weakref.WeakKeyDictionary()
+
+
+def _control_of(tokenizer: PreTrainedTokenizerBase) -> _Control:
+    """What is known of a tokenizer, made once; anew if it got further tokens."""
+    known, tokens = _CONTROLS.get(tokenizer), control_tokens_of(tokenizer)
+    if known is None or known.tokens != tokens:
+        known = _Control(tokens, tokenizer.backend_tokenizer if tokenizer.is_fast else None)
+        _CONTROLS[tokenizer] = known
+    return known

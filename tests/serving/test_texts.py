@@ -1,0 +1,91 @@
+"""Prompts become the ids that training reads, and new tokens the text that stands behind the prompt."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from other_tokenizers import KINDS
+from serving_client import alone, serving
+
+from calm.models.loading import end_as_told
+from calm.text.chat import encode_chat
+from calm.text.decoding import decode_behind
+from calm.text.encoding import encode_documents
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["llama with an end", "unigram", "byte-level"])
+def served(request):
+    torch.manual_seed(4)
+    tokenizer = KINDS[request.param]()
+    tokenizer.chat_template = CHATML
+    model = tiny_model(4, vocab_size=len(tokenizer))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    with serving(model, tokenizer) as (engine, client, _):
+        yield model, tokenizer, engine, client
+
+
+SETTINGS = {"max_tokens": 12, "seed": 3, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a", "The tag </s> ends it, <|eos|> too.", " a\n", "Zoë: <s>"])
+def test_texts_are_those_of_the_command_line_and_an_echo_is_whole(prompt, served):
+    model, tokenizer, _, client = served
+    text = alone(model, tokenizer, prompt, max_new_tokens=12, seed=3, temperature=1.0)
+    answer = client.completions.create(model="tiny", prompt=prompt, echo=True, **SETTINGS)
+    assert answer.choices[0].text == prompt + text
+    assert answer.usage.prompt_tokens == len(encode_documents(tokenizer, [prompt])[0])
+    parts = client.completions.create(model="tiny", prompt=prompt, stream=True, **SETTINGS)
+    assert "".join(part.choices[0].text for part in parts) == text
+
+
+def test_ids_as_a_prompt_are_taken_as_they_are(served):
+    _, tokenizer, _, client = served
+    ids = [*encode_documents(tokenizer, ["Tom: "])[0], tokenizer.eos_token_id, 40, 41]
+    answer = client.completions.create(model="tiny", prompt=ids, echo=True, **SETTINGS)
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].text.startswith(decode_behind(tokenizer, [], ids))
+
+
+def test_what_is_said_in_a_chat_is_words(served):
+    """Asked by what the engine gets to read."""
+    _, tokenizer, engine, client = served
+    said = f"Mark {tokenizer.eos_token}{tokenizer.bos_token} 1"
+    messages = [{"role": "user", "content": said}]
+    prompts, submit = [], engine.submit
+    engine.submit = lambda jobs: (prompts.extend(job.prompt for job in jobs), submit(jobs))[1]
+    try:
+        client.chat.completions.create(model="tiny", messages=messages, **SETTINGS)
+    finally:
+        engine.submit = submit
+    assert prompts == [encode_chat(tokenizer, messages)]
+    assert tokenizer.eos_token_id not in prompts[0]
+
+
+@pytest.mark.parametrize("is_control", [True, False])
+def test_nobody_is_shown_the_sign_that_ends_a_turn(is_control):
+    """Neither where it is a control token, nor where a model has learned to write it as words."""
+    tokenizer = KINDS["byte-level"]()
+    tokenizer.chat_template = CHATML
+    if is_control:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    model = tiny_model(4, vocab_size=len(tokenizer))
+    end_as_told(model, tokenizer)
+    written = tokenizer("Yes.<|im_end|>\nuser and more of it", add_special_tokens=False)["input_ids"]
+    chunks = iter(torch.tensor(written[: len(written) // 4 * 4]).split(4))
+    sample = model.sample_chunks
+
+    def scripted(hidden_PD, settings, randomness=None):
+        drawn = sample(hidden_PD, settings, randomness)
+        return drawn._replace(chunks_RK=next(chunks)[None])
+
+    model.sample_chunks = scripted
+    with serving(model, tokenizer) as (_, client, _):
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Well?"}], max_tokens=20
+        )
+    assert answer.choices[0].message.content == "Yes."
+    assert answer.choices[0].finish_reason == "stop"

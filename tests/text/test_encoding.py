@@ -1,0 +1,157 @@
+"""What a text says never becomes a control token, with tokenizers of every kind."""
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from other_tokenizers import KINDS, LOSSLESS
+
+from calm.text.chat import encode_chat
+from calm.text.decoding import decode_behind
+from calm.text.encoding import (
+    beginning_of,
+    control_tokens_of,
+    encode_documents,
+    encode_rendering,
+    encode_words,
+    marks_of,
+)
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@cache
+def tokenizer_of(kind):
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def with_special(kind, text):
+    """A text in which "@" stands for control tokens, each in turn."""
+    spellings = list(control_tokens_of(tokenizer_of(kind)))
+    for number in range(text.count("@")):
+        text = text.replace("@", spellings[number % len(spellings)], 1)
+    return text
+
+
+texts = st.text(alphabet="@ ab<>|/s.é日\n", max_size=12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, database=None)
+@given(text=texts)
+def test_words_are_words(kind, text):
+    tokenizer, text = tokenizer_of(kind), with_special(kind, text)
+    control = set(control_tokens_of(tokenizer).values())
+    [document], begin = encode_documents(tokenizer, [text]), beginning_of(tokenizer)
+    assert document[: len(begin)] == begin
+    assert control.isdisjoint(document[len(begin) :])
+    assert control.isdisjoint(encode_words(tokenizer, text))
+    if kind in LOSSLESS and text:
+        spelled = tokenizer.decode(document, skip_special_tokens=True)
+        assert (
+            spelled == text.removeprefix(" ") or spelled == text or "unigram" in kind
+        )  # <unk> loses letters.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_begin_as_the_tokenizer_says_and_do_not_end(kind):
+    tokenizer = tokenizer_of(kind)
+    begin = beginning_of(tokenizer)
+    assert begin == {"byte-level": [2], "words": [], "bert": [2], "slow": []}.get(kind, [1])
+    own = tokenizer("a happy boy")["input_ids"]
+    [ids] = encode_documents(tokenizer, ["a happy boy"])
+    assert ids == own[: len(ids)] and set(own[len(ids) :]) <= {tokenizer.eos_token_id}
+    assert encode_documents(tokenizer, ["", "a happy boy"]) == [begin, ids]
+    assert encode_documents(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@pytest.mark.parametrize("prompt", ["A good morning, a", "Yes:", "Tom said", ""])
+@pytest.mark.parametrize("more", [" happy boy.", "happy boy", "\nNew", ", and", "  two"])
+def test_words_behind_a_prompt_are_spelled_as_they_are(kind, prompt, more):
+    tokenizer = tokenizer_of(kind)
+    [ids] = encode_documents(tokenizer, [prompt])
+    if "unigram" in kind and "\n" in more:
+        more = more.replace("\n", " ")  # It has no line ends.
+    if not prompt:
+        more = more.lstrip(" ")  # The first space of a text is not told from none.
+    assert decode_behind(tokenizer, ids, encode_words(tokenizer, more)) == more
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None, database=None)
+@given(first=texts, second=texts)
+def test_only_a_template_writes_control_tokens(kind, first, second):
+    tokenizer = tokenizer_of(kind)
+    first, second = with_special(kind, first), with_special(kind, second)
+    control = control_tokens_of(tokenizer)
+    eos = tokenizer.eos_token_id
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+    ids = encode_chat(tokenizer, messages)
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    assert [i for i in ids if i in set(control.values())] == [*bos, eos, eos]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_such_words_a_conversation_is_read_as_the_tokenizer_reads_it(kind):
+    tokenizer = tokenizer_of(kind)
+    messages = [{"role": "user", "content": " Tom? "}, {"role": "assistant", "content": "Yes, a <b>."}]
+    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert encode_chat(tokenizer, messages) == tokenizer(written, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "unigram, first"])
+def test_marked_words_do_not_change_how_the_rest_is_read(kind):
+    """The ids are those of the same conversation with words in the place of what only looks special."""
+    tokenizer = tokenizer_of(kind)
+    spelling = tokenizer.eos_token
+    odd = [{"role": "user", "content": f"one {spelling} two"}, {"role": "assistant", "content": "three"}]
+    even = [{"role": "user", "content": "one two"}, odd[1]]
+    ids, plain = encode_chat(tokenizer, odd), encode_chat(tokenizer, even)
+    begun = tokenizer(f"{tokenizer.bos_token}<|user|>one", add_special_tokens=False)["input_ids"]
+    assert ids[: len(begun)] == plain[: len(begun)] == begun
+    assert ids[ids.index(tokenizer.eos_token_id) :] == plain[plain.index(tokenizer.eos_token_id) :]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.replace(" ", "") == f"<|user|>one{spelling}two<|assistant|>three<|assistant|>".replace(
+        " ", ""
+    )
+
+
+def test_two_pieces_do_not_grow_into_a_control_token():
+    tokenizer = KINDS["byte-level"]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tail }}{% endfor %}"
+    ids = encode_chat(tokenizer, [{"role": "<|e", "content": "os|", "tail": ">"}])
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "<|eos|>"
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.text(alphabet="<|eos|>\ue0f0\ue0f112 ", max_size=20))
+def test_marks_come_off_whatever_the_text_holds(text):
+    tokenizer = tokenizer_of("byte-level")
+    marks = marks_of(tokenizer)
+    marked = marks.mark({"a": [text, 3]})
+    assert marks.unmark(marked["a"][0]) == text and marked["a"][1] == 3
+    assert tokenizer.eos_token not in marked["a"][0]
+
+
+def test_a_part_of_a_rendering_goes_on_without_a_space():
+    tokenizer = tokenizer_of("llama")
+    assert tokenizer.decode(encode_rendering(tokenizer, "Yes")) == "Yes"
+    behind = encode_rendering(tokenizer, "Yes</s>", goes_on=True)
+    assert decode_behind(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], behind) == "Yes"
+    assert behind[-1] == tokenizer.eos_token_id
+
+
+def test_tokens_that_came_later_are_control_tokens_too():
+    tokenizer = KINDS["byte-level"]()
+    [before] = encode_documents(tokenizer, ["a<|im_end|>b"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert encode_documents(tokenizer, ["a<|im_end|>b"]) == [before]
+    assert control_tokens_of(tokenizer)["<|im_end|>"] == len(tokenizer) - 1
