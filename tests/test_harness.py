@@ -140,7 +140,9 @@ def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
         read = chunks.flatten()[:number].tolist()
         assert decode_behind(tokenizer, prompt, read) == continuation and tokenizer.eos_token_id not in read
     messages = [{"role": "user", "content": context}]
-    assert harness._encode(harness.apply_chat_template(messages)) == encode_chat(tokenizer, messages)
+    rendered = harness.apply_chat_template(messages)
+    assert harness._encode(rendered) == encode_chat(tokenizer, messages)
+    assert tokenizer.eos_token_id not in harness._read(rendered, "</s><|eos|>")[3]
 
 
 def test_likelihoods_are_refused(folder, tmp_path):
@@ -182,8 +184,8 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
         best.append(int(law_behind(ids, best).argmax()))
 
     # Whose bytes are no text, so it is only called one.
-    def tokens_of(text):
-        return ids + best if text.endswith("best") else tokenizer(text)["input_ids"]
+    def tokens_of(text, more=""):
+        return ids + best if more.endswith("best") else tokenizer(text + more)["input_ids"]
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "_encode", tokens_of)

@@ -86,7 +86,7 @@ def write_samples(
     """Continue the first words of held-out stories."""
     beginnings = data.held_out_beginnings(NUM_SAMPLES)
     prompts = [beginning for beginning, _ in beginnings]
-    continuations = continue_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.5, seed=seed)
+    continuations = continue_texts(model, tokenizer, prompts, at_most=400, temperature=0.5, seed=seed)
     return [
         Sample(prompt, continuation, truth)
         for (prompt, truth), continuation in zip(beginnings, continuations, strict=True)

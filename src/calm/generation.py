@@ -25,6 +25,8 @@ def continue_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    *,
+    stream: bool = False,
     **arguments: Any,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
@@ -33,13 +35,15 @@ def continue_texts(
         model: A CALM, or another causal language model, which writes with its probabilities.
         tokenizer: Its tokenizer.
         prompts: Texts to continue, of any lengths; they are written as one batch.
+        stream: Print prompt and continuation as they are written (one prompt).
         **arguments: As `continue_tokens` takes them.
 
     Raises:
         InputError: If an argument is out of range, or a prompt has no token or is too long.
     """
     ids = encode_documents(tokenizer, prompts)
-    new_tokens = continue_tokens(model, tokenizer, ids, **arguments)
+    streamer = _Printer(tokenizer, prompts[0]) if stream else None
+    new_tokens = continue_tokens(model, tokenizer, ids, streamer=streamer, **arguments)
     copies = len(new_tokens) // len(ids)  # With `num_return_sequences`.
     behind = [prompt for prompt in ids for _ in range(copies)]
     return [
@@ -53,9 +57,10 @@ def continue_tokens(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int | None = None,
+    at_most: int = DEFAULT_MAX_NEW_TOKENS,
     temperature: float = 0.5,
     seed: int | None = None,
-    stream: bool = False,
+    streamer: BaseStreamer | None = None,
     crop: bool = False,
     **sampling: Any,
 ) -> Tensor:
@@ -65,10 +70,11 @@ def continue_tokens(
         model: A CALM, or another causal language model, which writes with its probabilities.
         tokenizer: Its tokenizer.
         prompts: Token ids to continue.
-        max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if nothing is given.
+        max_new_tokens: Most tokens of a continuation, which must fit in the context.
+        at_most: Most tokens if `max_new_tokens` is not given; fewer where the context ends before.
         temperature: 0 to 1.
         seed: Makes the texts repeatable.
-        stream: Print the text as it is written (one prompt).
+        streamer: Gets the prompt, then new tokens as they are written (one prompt).
         crop: Keep the end of a prompt that is too long for the context; without it that is an error.
         **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these
             another model uses `top_p` and `min_p` only.
@@ -81,7 +87,7 @@ def continue_tokens(
     longest = max(map(len, prompts))
     if max_new_tokens is None:
         room = room_beside(model.config, 1 if crop else longest)
-        max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS if room is None else room))
+        max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
         prompts = crop_prompts(model, prompts, max_new_tokens)
     # Padding goes in front: a model of tokens goes on from the last column.
@@ -96,7 +102,7 @@ def continue_tokens(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            streamer=_Printer(tokenizer) if stream else None,
+            streamer=streamer,
             **sampling,
         )
     except ValueError as error:
@@ -130,10 +136,10 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
 
 
 class _Printer(BaseStreamer):
-    """Prints one text as it is written, behind its prompt."""
+    """Prints a prompt, and its text as it is written."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
         self._builder: TextBuilder | None = None
 
     def put(self, value: Tensor) -> None:
@@ -141,6 +147,7 @@ class _Printer(BaseStreamer):
         tokens = value.flatten().tolist()
         if self._builder is None:
             self._builder = TextBuilder(self._tokenizer, prompt=tokens)
+            self._print(self._prompt)
         else:
             self._print(self._builder.add(tokens))
 

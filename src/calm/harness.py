@@ -28,7 +28,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.text.chat import render
 from calm.text.decoding import decode_behind
-from calm.text.encoding import encode_documents, encode_rendering, encode_words
+from calm.text.encoding import encode_documents, encode_rendering, encode_words, marks_of
 
 Choices = Literal["refuse", "agreement", "energy"]
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
@@ -161,11 +161,11 @@ class HarnessModel(LM):
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
         return crop_prompts(self._model, contexts, budget)
 
-    def _encode(self, text: str) -> list[int]:
-        # A chat template writes the token that begins a text itself.
+    def _encode(self, context: str, continuation: str = "") -> list[int]:
+        # A chat template writes control tokens, that which begins a text among them.
         if self._is_chat:
-            return encode_rendering(self._tokenizer, text)
-        return encode_documents(self._tokenizer, [text])[0]
+            return encode_rendering(self._tokenizer, context + marks_of(self._tokenizer).mark(continuation))
+        return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
         """A continuation in chunks of its own behind a context.
@@ -179,7 +179,7 @@ class HarnessModel(LM):
         """
         size = self._model.config.chunk_size
         begun = context.rstrip()
-        ids, prompt = self._encode(context + continuation), self._encode(begun)
+        ids, prompt = self._encode(context, continuation), self._encode(begun)
         is_apart = ids[: len(prompt)] == prompt  # Else a token reaches from one into the other.
         ids = (
             ids[len(prompt) :]

@@ -121,7 +121,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
             model,
             tokenizer,
             prompts,
-            max_new_tokens=measures.text_tokens,
+            at_most=measures.text_tokens,
             temperature=measures.low,
             seed=EVALUATION_SEED,
         ),

@@ -109,8 +109,6 @@ def generate(
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
     network, tokenizer = load_language_model_and_tokenizer(model, head)
-    if stream:
-        print(prompt[0], end="", flush=True)
     texts = continue_texts(
         network,
         tokenizer,
