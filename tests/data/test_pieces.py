@@ -82,7 +82,7 @@ def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch
     assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
 
     lines = count_calls(monkeypatch, sources, "_read_json_lines")
-    texts = count_calls(monkeypatch, pieces, "tokenize")
+    texts = count_calls(monkeypatch, pieces, "encode_documents")
     data = prepared(text, output)
     assert len(lines) == 1 + 4 - read  # One look at whether there is any text at all.
     assert len(texts) == 5 - len(kept)  # Of 78 training and 2 held-out documents.
