@@ -156,3 +156,13 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
 def test_ids_that_no_token_has(ids, model):
     with pytest.raises(ValueError, match="token ids lie between 0 and"):
         model.generate(torch.tensor(ids))
+
+
+def test_prompts_that_a_tokenizer_has_ended_are_told(model, caplog):
+    with caplog.at_level(logging.WARNING, "calm"):
+        model.generate(torch.tensor([[5, 6, 1], [7, 1, 9]]), max_new_tokens=4)
+        model.generate(torch.tensor([[1]]), max_new_tokens=4)
+        assert not caplog.text
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        model.generate(torch.tensor([[5, 6, 1], [7, 1, 9]]), attention_mask=mask, max_new_tokens=4)
+    assert "Every prompt ends with an end-of-text token" in caplog.text

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, K tokens per chunk, C chunks, D hidden size, S steps.
 """
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from calm.models.stopping import Stopping
 if TYPE_CHECKING:
     from calm.models.calm import CalmForCausalLM
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 128
 _USED = {
     "max_new_tokens",
@@ -200,6 +202,11 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
                 f"token ids lie between 0 and {self.config.vocab_size - 1}, got {int(input_ids.min())} to "
                 f"{int(input_ids.max())}; is this the model's own tokenizer?"
             )
+        if input_ids.shape[1] > 1 and _all_end(input_ids, attention_mask, config):
+            logger.warning(
+                "Every prompt ends with an end-of-text token; what is written behind it is another text. "
+                "calm.text.encoding.encode_documents reads prompts without the one that a tokenizer appends."
+            )
         copies = config.num_return_sequences or 1
         return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
 
@@ -245,6 +252,14 @@ class ChunkGenerationMixin(ChunkSamplingMixin):
                 break
         new_BT = torch.cat(written[1:], dim=1)[:, : int(length_B.max())]
         return new_BT, _statistics(steps, len(prompt_BT))
+
+
+def _all_end(prompt_BT: Tensor, mask_BT: Tensor, config: GenerationConfig) -> bool:
+    """Whether the last token of every prompt ends a text."""
+    column_T = torch.arange(prompt_BT.shape[1], device=prompt_BT.device)
+    last_B = torch.where(mask_BT.bool(), column_T, -1).amax(-1, keepdim=True)
+    eos_ids = as_id_tensor(config.eos_token_id, prompt_BT.device)
+    return bool(torch.isin(prompt_BT.gather(1, last_B), eos_ids).all())
 
 
 def _temperature_settings(
