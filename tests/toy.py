@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from calm.cli import main
 from calm.training.recipe import (
@@ -16,6 +17,7 @@ from calm.training.recipe import (
     Recipe,
     TrainingSettings,
 )
+from calm.training.trainer import ChunkTrainer
 
 TOY = """
 data: {vocab_size: 300, context: 64, validation_fraction: 0.1, num_proc: 1}
@@ -81,3 +83,25 @@ def failure(capsys, *arguments: object) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calm: error:")]
     assert len(lines) == 1
     return lines[0]
+
+
+class Kill(TrainerCallback):
+    """Stops the process's work at a step, without any chance to clean up."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupt(monkeypatch, stage: str, step: int) -> None:
+    original = ChunkTrainer.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if Path(self.args.output_dir).name == stage:
+            self.add_callback(Kill(step))
+
+    monkeypatch.setattr(ChunkTrainer, "__init__", patched)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from toy import toy_recipe
-from transformers import TrainerCallback
+from toy import interrupt, toy_recipe
 
 from calm.data.stories import stories
 from calm.errors import InputError
@@ -20,28 +19,6 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.jsonl"
     path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
     return path
-
-
-class Kill(TrainerCallback):
-    """Stops the process's work at a step, without any chance to clean up."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def interrupt(monkeypatch, stage: str, step: int) -> None:
-    original = ChunkTrainer.__init__
-
-    def patched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        if Path(self.args.output_dir).name == stage:
-            self.add_callback(Kill(step))
-
-    monkeypatch.setattr(ChunkTrainer, "__init__", patched)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

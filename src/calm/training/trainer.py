@@ -18,13 +18,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from calm.data.checksums import write_checksums
 from calm.data.folders import disk_errors
 from calm.data.streaming import PLACE, BlockStream
 from calm.errors import RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint
 from calm.training.collating import NUMBERS, collate_chunks, collate_stream, collate_tokens, count_tokens
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
 from calm.training.noise import generators_of_blocks
@@ -112,19 +113,20 @@ class ChunkTrainer(Trainer):
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
 
         Raises:
-            InputError: If the checkpoint is sharded and the run is not, or the other way round.
+            InputError: If the checkpoint is sharded and the run is not, or the other way round, or no
+                checkpoint is whole.
             RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
             Terminated: If the run was asked to end by SIGTERM; it has written a checkpoint.
         """
         self._output.mkdir(parents=True, exist_ok=True)
-        checkpoint = get_last_checkpoint(str(self._output))
+        checkpoint = newest_whole_checkpoint(self._output)
         if checkpoint:
-            check_checkpoint(Path(checkpoint), self._is_sharded)
+            check_checkpoint(checkpoint, self._is_sharded)
         if checkpoint and self._stream is not None:
-            self._stream.position.load(Path(checkpoint) / self._position_file)
+            self._stream.position.load(checkpoint / self._position_file)
         try:
             with self._signals.listening():
-                self.train(resume_from_checkpoint=checkpoint)
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -172,8 +174,8 @@ class ChunkTrainer(Trainer):
 
     def _left(self) -> str:
         """What is left of the run if it ends now."""
-        checkpoint = get_last_checkpoint(str(self._output))
-        return f"--resume goes on from '{checkpoint}'" if checkpoint else "there is no checkpoint yet"
+        checkpoints = checkpoints_in(self._output)
+        return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
 
     def create_accelerator_and_postprocess(self) -> None:
         """What places the model on its device and shares it among processes."""
@@ -286,11 +288,11 @@ class ChunkTrainer(Trainer):
                 staging, self._staging = self._staging, None
             processes().wait_for_everyone()  # Each process writes a part.
             if self.args.should_save:
+                write_checksums(staging / name)
                 _sync(staging / name)
                 (staging / name).rename(run_dir / name)
                 # Old ones are moved away before they are deleted: a kill meanwhile leaves no half of one.
-                steps = sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-                for old in steps[: -max(1, self.settings.keep_checkpoints)]:
+                for old in checkpoints_in(run_dir)[: -max(1, self.settings.keep_checkpoints)]:
                     old.rename(staging / old.name)
                 shutil.rmtree(staging)
             processes().wait_for_everyone()

@@ -1,0 +1,71 @@
+"""Checksums of the files of a folder, written with them, so that damage is noticed and named.
+
+BLAKE2b of the standard library, about 1 GB a second and core; against accidents, not against forgery.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS = "checksums.json"
+_BYTES_AT_ONCE = 1 << 20
+_FILES_AT_ONCE = 4  # Hashing and reading leave Python's lock.
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the size and checksum of every file below a folder into the folder."""
+    files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        sums = dict(zip(files, threads.map(_describe, files.values()), strict=True))
+    text = json.dumps({"algorithm": "blake2b-128", "files": sums}, indent=1) + "\n"
+    (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+
+
+def find_damage(folder: Path) -> list[str]:
+    """What is not as it was written, such as "optimizer.pt has 0 bytes instead of 4096"; nothing if all is.
+
+    Files that came later do not matter.
+
+    Raises:
+        FileNotFoundError: If the folder has no checksums.
+    """
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(file["bytes"]), str(file["blake2b"])) for name, file in written.items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"{CHECKSUMS} cannot be read"]
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        found = threads.map(lambda item: _compare(folder, item[0], *item[1]), expected.items())
+        return [problem for problem in found if problem]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
+
+
+def _compare(folder: Path, name: str, size: int, checksum: str) -> str | None:
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        return None if _checksum(path) == checksum else f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_BYTES_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Checkpoints of a stage: which there are, whether they are whole, and the newest that is.
+
+checkpoints/<stage>/checkpoint-STEP/          with checksums.json
+checkpoints/<stage>/damaged-checkpoint-STEP/  set aside, never read
+"""
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+
+from calm.data.checksums import find_damage
+from calm.errors import InputError
+from calm.training.processes import processes
+
+logger = logging.getLogger(__name__)
+_PREFIX = "checkpoint-"
+_ZIPPED = (".pt", ".pth", ".bin")  # As torch writes them, with a checksum of each part.
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints, by their steps."""
+    found = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and path.name.startswith(_PREFIX) and path.name.removeprefix(_PREFIX).isdecimal()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; the same for all processes. None if there is none yet.
+
+    Newer ones that are damaged are named and set aside.
+
+    Raises:
+        InputError: If there are checkpoints, and all are damaged.
+    """
+    answer: list[str | InputError | None] = [None]
+    if processes().is_main_process:
+        try:
+            found = _set_damaged_aside(folder)
+            answer[0] = str(found) if found else None
+        except InputError as error:
+            answer[0] = error
+    if processes().num_processes > 1:
+        answer = broadcast_object_list(answer)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    return Path(answer[0]) if answer[0] else None
+
+
+def _set_damaged_aside(folder: Path) -> Path | None:
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints_in(folder)):
+        problems = problems_of(checkpoint)
+        if not problems:
+            for bad, what in damaged.items():
+                aside = _free_name(bad)
+                bad.rename(aside)
+                logger.warning(
+                    "the checkpoint '%s' is damaged (%s); going on from '%s', the newest that is whole. "
+                    "The damaged one is now '%s'.",
+                    bad, what, checkpoint.name, aside.name,
+                )  # fmt: skip
+            return checkpoint
+        damaged[checkpoint] = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
+    if damaged:
+        newest, what = next(iter(damaged.items()))
+        raise InputError(
+            f"no checkpoint in '{folder}' is whole: '{newest.name}' is damaged ({what}). Restore it from a "
+            "copy, or move that folder away and --resume starts this stage from its beginning."
+        )
+    return None
+
+
+def _free_name(checkpoint: Path) -> Path:
+    name = f"damaged-{checkpoint.name}"
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(path for path in map(checkpoint.with_name, names) if not path.exists())
+
+
+def problems_of(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint.
+
+    One of an earlier version has no checksums: its files must be there and be whole in themselves.
+    """
+    try:
+        return find_damage(checkpoint)
+    except FileNotFoundError:
+        return [*_missing(checkpoint), *_unreadable(checkpoint)]
+
+
+def _missing(checkpoint: Path) -> Iterator[str]:
+    names = [path.name for path in checkpoint.iterdir()]
+    if not any("model" in name for name in names):
+        yield "the weights are missing"
+    for part, what in (("trainer_state.json", "the state of the training"), ("optimizer", "the optimizer"),
+                       ("scheduler.pt", "the schedule"), ("rng_state", "the random states")):  # fmt: skip
+        if not any(name.startswith(part) for name in names):
+            yield f"{what} is missing ({part})"
+
+
+def _unreadable(checkpoint: Path) -> Iterator[str]:
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and not _is_whole(path):
+            yield f"{path.relative_to(checkpoint)} is empty or damaged"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of a format that can tell says so."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in _ZIPPED:
+            with zipfile.ZipFile(path) as file:
+                return file.testzip() is None
+        return path.stat().st_size > 0
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+        return False

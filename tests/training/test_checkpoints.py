@@ -1,0 +1,145 @@
+"""Damaged checkpoints are named and set aside, and a run goes on from the newest that is whole."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import interrupt, toy_recipe
+
+from calm.data.checksums import CHECKSUMS, find_damage, write_checksums
+from calm.data.stories import stories
+from calm.errors import InputError
+from calm.training import stages
+from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, problems_of
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A recipe, the folder of a run that ended, and that of one that was stopped with two checkpoints."""
+    root = tmp_path_factory.mktemp("runs")
+    text = root / "stories.jsonl"
+    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    recipe = toy_recipe(text)
+    stages.train(recipe, root / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "language_model", 7)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, root / "stopped")
+    return recipe, root / "whole", root / "stopped"
+
+
+def empty(checkpoint):
+    for path in checkpoint.iterdir():
+        path.unlink()
+
+
+def cut(name):
+    def damage(checkpoint):
+        data = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(data[: len(data) // 2])
+
+    return damage
+
+
+def flip(name):
+    def damage(checkpoint):
+        data = bytearray((checkpoint / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (checkpoint / name).write_bytes(data)
+
+    return damage
+
+
+DAMAGE = {
+    "optimizer emptied": (lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
+    "weights cut": (cut("model.safetensors"), "model.safetensors"),
+    "weights missing": (lambda checkpoint: (checkpoint / "model.safetensors").unlink(), "model.safetensors"),
+    "state missing": (lambda checkpoint: (checkpoint / "trainer_state.json").unlink(), "trainer_state.json"),
+    "state garbage": (
+        lambda checkpoint: (checkpoint / "trainer_state.json").write_text("{"),
+        "trainer_state.json",
+    ),
+    "random states cut": (cut("rng_state.pth"), "rng_state.pth"),
+    "schedule missing": (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt"),
+    "emptied": (empty, "missing"),
+}
+FLIPS = {
+    f"a byte of {name}": (flip(name), name)
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "config.json")
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), (DAMAGE | FLIPS).values(), ids=DAMAGE | FLIPS)
+def test_damage_is_found_and_named(damage, named, stopped, tmp_path):
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(stopped[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
+    assert problems_of(checkpoint) == []
+    damage(checkpoint)
+    assert named in problems_of(checkpoint)[0]
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_without_checksums_too(damage, named, stopped, tmp_path):
+    """As checkpoints of earlier versions are."""
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(stopped[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
+    (checkpoint / CHECKSUMS).unlink()
+    assert problems_of(checkpoint) == []
+    damage(checkpoint)
+    assert problems_of(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["optimizer emptied", "emptied", "a byte of model.safetensors"])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(kind, stopped, tmp_path, caplog):
+    recipe, whole, source = stopped
+    shutil.copytree(source, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/language_model"
+    (DAMAGE | FLIPS)[kind][0](folder / "checkpoint-6")
+    for odd in ("checkpoint-abc", "checkpoint-", "checkpoint--1"):
+        (folder / odd).mkdir()
+    (folder / "checkpoint-99").write_text("a file")
+    resumed = stages.train(recipe, tmp_path / "run", resume=True)
+    first, second = (load_file(path / "model.safetensors") for path in (whole / "model", resumed))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert "checkpoint-6' is damaged" in caplog.text and "going on from 'checkpoint-3'" in caplog.text
+    assert (folder / "damaged-checkpoint-6").is_dir()
+    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-6", "checkpoint-8"]
+    assert all(problems_of(path) == [] for path in checkpoints_in(folder))
+
+
+def test_nothing_is_thrown_away_where_all_are_damaged(stopped, tmp_path):
+    recipe, _, source = stopped
+    shutil.copytree(source, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/language_model"
+    for name in ("checkpoint-3", "checkpoint-6"):
+        DAMAGE["optimizer emptied"][0](folder / name)
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole: 'checkpoint-6' is damaged \(opt"):
+        stages.train(recipe, tmp_path / "run", resume=True)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_there_may_be_none_yet(tmp_path):
+    assert newest_whole_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "checkpoint-x").mkdir()
+    assert newest_whole_checkpoint(tmp_path) is None and checkpoints_in(tmp_path) == []
+
+
+def test_checksums_of_a_folder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    save_file({"a": torch.arange(4)}, tmp_path / "inner/a.safetensors")
+    (tmp_path / "empty").write_bytes(b"")
+    write_checksums(tmp_path)
+    assert find_damage(tmp_path) == []
+    (tmp_path / "later").write_text("of no matter")
+    assert find_damage(tmp_path) == []
+    (tmp_path / "empty").write_bytes(b"1")
+    flip("inner/a.safetensors")(tmp_path)
+    assert find_damage(tmp_path) == [
+        "empty has 1 bytes instead of 0", "inner/a.safetensors has changed since it was written",
+    ]  # fmt: skip
+    for text in ("[", "[]", '{"files": {"a": 1}}', '{"files": []}'):
+        (tmp_path / CHECKSUMS).write_text(text)
+        assert find_damage(tmp_path) == ["checksums.json cannot be read"]
