@@ -165,6 +165,7 @@ def card_text(
     config = model.config
     kind = "calm" if isinstance(model, CalmForCausalLM) else "autoregressive"
     sources = [_shown(source) for source in recipe.data.source_list]
+    metric = "brier_1" if card.brier.undefined else "brier_lm"
     metadata = ModelCardData(
         library_name="calm-lm" if kind == "calm" else "transformers",
         license=license_name,
@@ -176,9 +177,9 @@ def card_text(
                 task_type="text-generation",
                 dataset_type="held-out text",
                 dataset_name=", ".join(sources),
-                metric_type="brier_lm",
-                metric_name="BrierLM",
-                metric_value=round(card.brier.brier_lm, 3),
+                metric_type=metric,
+                metric_name={"brier_lm": "BrierLM", "brier_1": "Brier-1"}[metric],
+                metric_value=round(card.brier.as_metrics()[metric], 3),
             )
         ],
     )

@@ -9,6 +9,7 @@ from toy import TOY, failure
 
 from calm.cli import main
 from calm.comparison.ablation import read_ablation, shipped_ablations
+from calm.core.brier import undefined_brier_lm
 from calm.data.stories import write_stories
 from calm.report.tables import with_error
 from calm.training.configurations import check_model
@@ -79,8 +80,13 @@ def test_the_table(room):
     for outcome in (one, two, other):
         scores = [score["brier_lm"] for score in outcome["scores"]]
         first = with_error(scores[0], outcome["scores"][0]["error"] or math.nan)
+        undefined = [undefined_brier_lm([s[f"brier_{n}"] for n in (1, 2, 3, 4)]) for s in outcome["scores"]]
+        assert [score == 0 for score in scores] == [reason is not None for reason in undefined]
+        first = f"undefined: {undefined[0]}" if undefined[0] else first
         assert f"| {outcome['name']} | {first} |" in table
-        assert f"| {sum(scores) / 2:.2f} ± " in table
+        number = 2 - undefined.count(None)
+        mean = f"undefined for {number} of 2 |" if number else f"{sum(scores) / 2:.2f} ± "
+        assert f"| {mean}" in table
         brier_1 = sum(score["brier_1"] for score in outcome["scores"]) / 2
         assert f" | {brier_1:.2f} | " in table
     # Runs of a seed share an autoencoder where it is the same one.

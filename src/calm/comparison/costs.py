@@ -50,7 +50,8 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
         checkpoints=[
             Checkpoint(
                 before + total * entry["step"] / steps,
-                entry["eval_brier_lm"],
+                entry["eval_brier_lm"] or None,
+                entry["eval_brier_1"],
                 entry.get("eval_cross_entropy"),
             )
             for entry in history["language_model"]

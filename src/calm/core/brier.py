@@ -118,8 +118,8 @@ def matching_prefixes(first_PK: Tensor, second_PK: Tensor) -> Tensor:
 def brier_lm(means: Sequence[float] | Tensor) -> float:
     """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4), from the mean of each order.
 
-    A model without skill at some order (mean <= 0) scores 0: the product of two negative means
-    would otherwise look like a good score.
+    Undefined where a mean is not positive (see `undefined_brier_lm`), and 0 then: the product of two negative
+    means would otherwise look like a good score.
 
     Args:
         means: Means of Brier-1 to Brier-4; further orders are ignored.
@@ -135,6 +135,22 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
     if min(first) <= 0:
         return 0.0
     return 100 * math.exp(sum(map(math.log, first)) / NUM_ORDERS)
+
+
+def undefined_brier_lm(means: Sequence[float] | Tensor) -> str | None:
+    """Why BrierLM is undefined, such as "Brier-4 below 0"; None where it is defined.
+
+    Weak models have no skill at the higher orders, and an estimate near 0 may fall below it. What tells them
+    apart is Brier-1, or nats.
+
+    Args:
+        means: Means of Brier-1 to Brier-4; further orders are ignored.
+    """
+    for order, mean in enumerate(map(float, means[:NUM_ORDERS]), 1):
+        if not mean > 0:
+            how = "below 0" if mean < 0 else "is 0" if mean == 0 else "is not known"
+            return f"Brier-{order} {how}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,7 @@ def _sum_by_document(document_P: Tensor, count_P: Tensor, figures_PX: Tensor) ->
 
 
 def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:
-    """Standard error of BrierLM by the delta method; NaN where BrierLM is 0 or has no error.
+    """Standard error of BrierLM by the delta method; NaN where BrierLM is undefined or has no error.
 
     The gradient of BrierLM in the mean of order n is BrierLM / (4 mean_n).
 
@@ -231,7 +247,7 @@ def brier_lm_difference(first: DocumentSums, second: DocumentSums) -> tuple[floa
         second: Of the other.
 
     Returns:
-        The difference in 0..100, and its standard error; NaN where one of the two scores is 0.
+        The difference in 0..100, and its standard error; NaN where one of the scores is undefined.
 
     Raises:
         ValueError: If the positions are not those of the same documents.

@@ -18,6 +18,7 @@ from calm.core.brier import (
     brier_lm_error,
     share_of_equal_pairs,
     share_of_hits,
+    undefined_brier_lm,
 )
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.errors import InputError
@@ -83,7 +84,7 @@ class BrierResult:
         num_chunks: Number of scored chunks.
         context: Tokens of a block: scores of other contexts do not compare.
         errors: Standard errors of the means, for a sample of documents; NaN for a single one.
-        brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is 0.
+        brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is undefined.
         hits: Means of P(y), the chance to draw the text's own next tokens, for 1..K of them.
         collisions: Means of sum_x P(x)^2, the chance that two draws agree; Brier-n is 2 hit - collision.
         documents: Sums of Brier-1 to Brier-K by document, for `calm.core.brier.brier_lm_difference`.
@@ -100,8 +101,13 @@ class BrierResult:
 
     @property
     def brier_lm(self) -> float:
-        """BrierLM in 0..100."""
+        """BrierLM in 0..100; 0 where it is undefined."""
         return brier_lm(self.means)
+
+    @property
+    def undefined(self) -> str | None:
+        """Why BrierLM is undefined, such as "Brier-4 below 0"; None where it is defined."""
+        return undefined_brier_lm(self.means)
 
     def as_metrics(self) -> dict[str, float]:
         """BrierLM and Brier-1..4 in percent, under short names."""

@@ -5,24 +5,19 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
-from calm.report.tables import short, with_error
+from calm.report.tables import narrow_table, short, with_error
 
 
 def print_ablation(table: AblationTable) -> None:
     """Print the table."""
     console = Console(highlight=False)
     console.print(table.question)
-    columns, rows = _cells(table)
-    shown = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(narrow_table(*_cells(table)))
 
 
 def write_ablation(table: AblationTable, path: Path) -> None:
@@ -43,13 +38,11 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     columns = ["", *seeds, "mean", "Brier-1", "tokens given back", "operations", "in the paper"]
     rows = []
     for outcome in table.outcomes:
-        scores = [score["brier_lm"] for score in outcome.scores]
-        spread = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
         rows.append(
             [
                 outcome.name,
-                *(with_error(score["brier_lm"], score["error"]) for score in outcome.scores),
-                with_error(statistics.mean(scores), spread),
+                *map(_brier_lm, outcome.scores),
+                _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
                 short(outcome.operations),
@@ -57,3 +50,18 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return columns, rows
+
+
+def _brier_lm(score: dict[str, float]) -> str:
+    """BrierLM of a seed with its error, or why it is undefined."""
+    undefined = undefined_brier_lm([score[f"brier_{order}"] for order in range(1, NUM_ORDERS + 1)])
+    return f"undefined: {undefined}" if undefined else with_error(score["brier_lm"], score["error"])
+
+
+def _mean(scores: list[dict[str, float]]) -> str:
+    """Mean over the seeds with its standard error, where BrierLM is defined for all."""
+    values = [score["brier_lm"] for score in scores]
+    if not min(values) > 0:
+        return f"undefined for {sum(not value > 0 for value in values)} of {len(values)}"
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return with_error(statistics.mean(values), spread)

@@ -5,9 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from calm.core.brier import brier_lm_difference
 from calm.evaluation.brier import BrierResult
@@ -15,7 +13,7 @@ from calm.report.figures import write_figures
 from calm.report.measured import Comparison, Contender
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
-from calm.report.tables import BRIER_COLUMNS, cells_of, short, with_error
+from calm.report.tables import BRIER_COLUMNS, cells_of, narrow_table, short, with_error
 
 _COSTS = (
     "parameters, tokens that the autoencoder gives back, perplexity, operations and time of training, "
@@ -31,10 +29,7 @@ def print_comparison(comparison: Comparison) -> None:
         (_COSTS, _costs(comparison)),
     ):
         console.print(caption)
-        table = Table("", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name, cells in rows:
-            table.add_row(name, *cells)
-        console.print(table)
+        console.print(narrow_table(["", *columns], [[name, *cells] for name, cells in rows]))
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -87,9 +82,10 @@ def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str
 def _best(comparison: Comparison) -> Contender:
     """The best of the models whose windows most of the others have too."""
 
-    def rank(one: Contender) -> tuple[int, float]:
-        num_pairs = sum(_are_paired(one.card.brier, other.card.brier) for other in comparison.contenders)
-        return num_pairs, one.card.brier.brier_lm
+    def rank(one: Contender) -> tuple[int, float, float]:
+        brier = one.card.brier
+        num_pairs = sum(_are_paired(brier, other.card.brier) for other in comparison.contenders)
+        return num_pairs, brier.brier_lm, brier.means[0]  # Those without BrierLM by Brier-1.
 
     return max(comparison.contenders, key=rank)
 
@@ -104,9 +100,9 @@ def _are_paired(one: BrierResult, other: BrierResult) -> bool:
 def _difference(result: BrierResult, best: BrierResult) -> str:
     """How far BrierLM lies from the best model's, with the error of that; nothing for that model itself.
 
-    And nothing where windows differ, as for chunks of eight tokens beside four.
+    And nothing where windows differ, as for chunks of eight tokens beside four, or a score is undefined.
     """
-    if result is best or not _are_paired(result, best):
+    if result is best or not _are_paired(result, best) or result.undefined or best.undefined:
         return ""
     assert result.documents and best.documents
     return with_error(*brier_lm_difference(result.documents, best.documents), sign="+").replace(" ", "")

@@ -12,12 +12,14 @@ class Checkpoint:
 
     Args:
         flops: Operations spent so far, those of the autoencoder included.
-        brier_lm: Its BrierLM on the held-out blocks that are scored during training.
+        brier_lm: Its BrierLM on the held-out blocks that are scored during training; None where undefined.
+        brier_1: Its Brier-1 there, in percent.
         cross_entropy: Nats per token on the same blocks, where the model has probabilities.
     """
 
     flops: float
-    brier_lm: float
+    brier_lm: float | None
+    brier_1: float
     cross_entropy: float | None = None
 
 
@@ -98,8 +100,8 @@ class Outcome:
         name: Of the setting.
         operations: Operations of its training, autoencoder included.
         published: BrierLM in the paper, if it is there.
-        scores: For each seed BrierLM, its standard error over documents (`error`), Brier-1 to Brier-4 in
-            percent, and the share of tokens that the autoencoder gives back (`token_accuracy`).
+        scores: For each seed BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
+            to Brier-4 in percent, and the share of tokens that the autoencoder gives back (`token_accuracy`).
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Plots of a comparison: quality against cost, accuracy against collision, BrierLM against cross-entropy."""
 
 import itertools
+import math
 import statistics
 from typing import Any
 
@@ -12,7 +13,10 @@ _FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
 
 
 def plot_costs(comparison: Comparison) -> Any:
-    """BrierLM against training and inference operations, and against time."""
+    """BrierLM against training and inference operations, and against time.
+
+    Where a model has none, because one of its factors is not positive, all are shown by Brier-1.
+    """
     figure, low = new_figure(11, 8), comparison.temperature
     axes = figure.subplots(2, 2).flatten()
     labels = (
@@ -21,25 +25,26 @@ def plot_costs(comparison: Comparison) -> Any:
         "inference at T = 1: operations per token",
         f"inference at T = {low:g}: operations per token",
     )
+    results = [*comparison.floors.values(), *(c.card.brier for c in comparison.contenders)]
+    metric = "brier_1" if any(result.undefined for result in results) else "brier_lm"
     for number, c in enumerate(comparison.contenders):
-        y, error, colour = c.card.brier.brier_lm, c.card.brier.brier_lm_error, f"C{number}"
+        brier, colour = c.card.brier, f"C{number}"
+        y, error = brier.as_metrics()[metric], brier.as_errors().get(metric, math.nan)
         xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
-        if c.checkpoints:
-            axes[0].plot(
-                [point.flops for point in c.checkpoints],
-                [point.brier_lm for point in c.checkpoints],
-                color=colour,
-                alpha=0.5,
-            )
+        passed = [point for point in c.checkpoints if getattr(point, metric) is not None]
+        if passed:
+            ys = [getattr(point, metric) for point in passed]
+            axes[0].plot([point.flops for point in passed], ys, color=colour, alpha=0.5)
         for axis, x in zip(axes, xs, strict=True):
             if x:
                 axis.errorbar([x], [y], yerr=[error], fmt="o", color=colour, label=c.name, capsize=3)
+    name_of = {"brier_lm": "BrierLM", "brier_1": "Brier-1, since BrierLM is undefined for some"}
     for axis, label in zip(axes, labels, strict=True):
         for (name, floor), style in zip(
             comparison.floors.items(), itertools.cycle(("--", ":", "-.")), strict=False
         ):
-            axis.axhline(floor.brier_lm, color="gray", linestyle=style, label=name)
-        axis.set(xlabel=label, ylabel="BrierLM (held-out, T = 1)", xscale="log")
+            axis.axhline(floor.as_metrics()[metric], color="gray", linestyle=style, label=name)
+        axis.set(xlabel=label, ylabel=f"{name_of[metric]}\n(held-out, T = 1)", xscale="log")
         axis.grid(alpha=0.3)
     axes[1].set(xscale="linear")
     axes[1].set_xlim(left=0)
@@ -94,8 +99,8 @@ def _cross_entropies(contender: Contender) -> list[tuple[float, float]]:
     points = [
         (point.cross_entropy, point.brier_lm)
         for point in contender.checkpoints
-        if point.cross_entropy is not None
+        if point.cross_entropy is not None and point.brier_lm is not None
     ]
-    # A correlation needs figures that differ; BrierLM is 0 as long as a model has no skill.
+    # A correlation needs figures that differ.
     enough = len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS and len({y for _, y in points}) > 1
     return points if enough else []

@@ -87,7 +87,7 @@ def _plot(history: History, card: Scorecard) -> Any:
         ("autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
         ("autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
         ("language_model", {"loss": "training"}, "language model: loss of the head", {}),
-        ("language_model", {"eval_brier_lm": "CALM"}, "BrierLM, held-out", card.floors),
+        ("language_model", *_scores_on_the_way(history, card)),
     ]
     panels = [panel for panel in panels if panel[0] in history]  # Codes of tokens are not trained.
     rows = len(panels) // 2
@@ -96,9 +96,11 @@ def _plot(history: History, card: Scorecard) -> Any:
     for axis, (stage, lines, label, floors) in zip(axes, panels, strict=True):
         for key, name in lines.items():
             points = [(entry["step"], entry[key]) for entry in history[stage] if key in entry]
+            points = [point for point in points if key != "eval_brier_lm" or point[1] > 0]
             axis.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=name)
         for (name, result), style in zip(floors.items(), ("--", ":", "-."), strict=False):
-            axis.axhline(result.brier_lm, color="gray", linestyle=style, label=name)
+            metric = next(iter(lines)).removeprefix("eval_")
+            axis.axhline(result.as_metrics()[metric], color="gray", linestyle=style, label=name)
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
         if len(lines) + len(floors) > 1:
@@ -106,3 +108,14 @@ def _plot(history: History, card: Scorecard) -> Any:
         if lines is exact:
             axis.set_ylim(top=100.2)
     return figure
+
+
+def _scores_on_the_way(
+    history: History, card: Scorecard
+) -> tuple[dict[str, str], str, dict[str, BrierResult]]:
+    """BrierLM where it is defined in the end, else Brier-1: key and name, title, and floors."""
+    known = [entry["eval_brier_lm"] for entry in history["language_model"] if "eval_brier_lm" in entry]
+    if card.brier.undefined or not known or not known[-1] > 0:
+        return {"eval_brier_1": "CALM"}, "Brier-1, held-out (BrierLM is undefined)", card.floors
+    floors = {name: result for name, result in card.floors.items() if not result.undefined}
+    return {"eval_brier_lm": "CALM"}, "BrierLM, held-out", floors

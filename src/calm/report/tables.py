@@ -1,7 +1,7 @@
 """Figures as tables on the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -33,11 +33,19 @@ def print_scorecard(card: Scorecard) -> None:
             highlight=False,
         )
     console.print(caption_of(card.brier), highlight=False)
-    # Narrow enough for 80 columns.
-    table = Table("", *BRIER_COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, result in rows_of(card):
-        table.add_row(name, *cells_of(result))
-    console.print(table)
+    rows = [[name, *cells_of(result)] for name, result in rows_of(card)]
+    console.print(narrow_table(["", *BRIER_COLUMNS], rows))
+
+
+def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for a terminal of 80 columns: cells are broken between words, and no word is cut short."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        words = [word for cell in (column, *(row[number] for row in rows)) for word in cell.split()]
+        table.add_column(column, min_width=max(map(len, words), default=0))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
@@ -92,9 +100,11 @@ def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:
 
 
 def cells_of(result: BrierResult) -> list[str]:
-    """BrierLM and Brier-1..4 with their standard errors, where there are any."""
+    """BrierLM and Brier-1..4 with their standard errors, where there are any; BrierLM may be undefined."""
     pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
-    return [with_error(value, error).replace(" ", "") for value, error in pairs]  # Narrow: a terminal has 80.
+    cells = [with_error(value, error).replace(" ", "") for value, error in pairs]
+    # No spaces: a terminal has 80 columns.
+    return [f"undefined: {result.undefined}", *cells[1:]] if result.undefined else cells
 
 
 def with_error(value: float, error: float, sign: str = "") -> str:

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import ProgressCallback
 
+from calm.core.brier import NUM_ORDERS, undefined_brier_lm
+
 
 class ProgressLines(ProgressCallback):
     """The Trainer's bar with readable figures instead of printed dictionaries."""
@@ -17,5 +19,12 @@ class ProgressLines(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", **speed)
         figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if figures:
-            text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            text = ", ".join(f"{key} {_shown(key, value, figures)}" for key, value in figures.items())
             self.training_bar.write(f"step {state.global_step}: {text}")
+
+
+def _shown(key: str, value: float, figures: dict[str, float]) -> str:
+    if key == "brier_lm" and not value > 0:
+        orders = [figures[f"brier_{order}"] for order in range(1, NUM_ORDERS + 1)]
+        return f"undefined ({undefined_brier_lm(orders)})"
+    return f"{value:.4g}"
