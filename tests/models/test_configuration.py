@@ -52,3 +52,53 @@ def test_round_trip(tmp_path):
 def test_the_backbone_has_the_vocabulary_of_the_autoencoder():
     config = tiny_config(vocab_size=77)
     assert config.backbone_config.vocab_size == config.vocab_size == 77
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"autoencoder": {}, "hidden_size": 96}, "autoencoder cannot be set; give autoencoder_config"),
+        (
+            {"hidden_size": 96},
+            "hidden_size is set in backbone_config, as backbone_config={'hidd",
+        ),
+        ({"vocab_size": 9}, "vocab_size is set in autoencoder_config"),
+        ({"head": 3}, "head cannot be set; give head_config"),
+        ({"reads_tokens": True}, "reads_tokens cannot be set; give backbone_input"),
+        ({"state_size": 3}, "state_size cannot be set: it follows from"),
+        ({"hiden_size": 96}, "CalmConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
+        ({"backbone": {"hidden_size": 3}}, "backbone cannot be set; give backbone_config"),
+        ({"backbone_confg": {}}, "did you mean 'backbone_config'"),
+        ({"autoencoder_config": [1]}, r"autoencoder_config must be a configuration or a mapping, got \[1\]"),
+        ({"backbone_config": "llama"}, "backbone_config must be a configuration or a mapping, got 'llama'"),
+        ({"backbone_config": {"hidden_size": "96"}}, "backbone_config: .*expected int, got str"),
+        ({"backbone_config": {"hidden": 96}}, "backbone_config has no field 'hidden'"),
+        ({"autoencoder_config": {"latent": 96}}, "no field 'latent'; did you mean 'latent_size'"),
+        ({"autoencoder_config": {"latent_size": "96"}}, "latent_size must be a whole number, got '96'"),
+        ({"autoencoder_config": {"kl_weight": None}}, "kl_weight must be a number, got None"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps must be a number, got 'small'"),
+        ({"backbone_input": 3}, "backbone_input must be a text, got 3"),
+    ],
+)
+def test_what_is_no_field_is_one_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        CalmConfig(**arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_sentence_names_the_fields_there_are():
+    with pytest.raises(ValueError, match="fields of CalmConfig are autoencoder_config, backbone_config"):
+        CalmConfig(hidden_size=96)
+    config = tiny_config()
+    with pytest.raises(ValueError, match="hidden_size is set in backbone_config"):
+        config.hidden_size = 96
+
+
+def test_what_transformers_and_others_keep_in_a_configuration_passes():
+    extra = {
+        "architectures": ["CalmForCausalLM"], "dtype": "float32", "_name_or_path": "x", "use_cache": True,
+        "transformers_version": "5.17.0", "note": "mine", "auto_map": {}, "quantization_config": None,
+        "attn_implementation": "sdpa", "id2label": {0: "a"}, "problem_type": None, "return_dict": True,
+    }  # fmt: skip
+    config = CalmConfig(**(tiny_config().to_dict() | extra))
+    assert config.note == "mine" and config.hidden_size == 32

@@ -112,6 +112,30 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         """Replace the token embedding."""
         self.backbone.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """The token embedding; its size is that of the autoencoder, which was trained with this vocabulary.
+
+        Raises:
+            ValueError: If another size is asked for.
+        """
+        size = new_num_tokens or self.config.vocab_size
+        size = -(-size // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        if size != self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary cannot grow or shrink from {self.config.vocab_size} to {size} tokens: the "
+                "autoencoder inside was trained with it. Train both with a tokenizer that has the new tokens."
+            )
+        return self.get_input_embeddings()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments as they are. Wrappers such as peft's look for it; `generate` has no need of it."""
+        return {"input_ids": input_ids, **arguments}
+
     def forward(
         self,
         input_ids: Tensor,
@@ -123,6 +147,8 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         noise: Any = None,
+        return_dict: bool | None = None,
+        **others: Any,
     ) -> CalmOutput:
         """Backbone states; with labels, the head's loss for predicting every next chunk as well.
 
@@ -139,10 +165,13 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
                 divided by it (the mean over this batch when None).
             generator: Source of the head's training noise; the default generator when None.
             noise: Recorded training noise of the head.
+            return_dict: Accepted as wrappers pass it; the output is a `CalmOutput` always.
+            **others: What wrappers pass beside, such as peft's `inputs_embeds`; must be None.
 
         Raises:
-            ValueError: If T is not a multiple of K.
+            ValueError: If T is not a multiple of K, or an argument is not known.
         """
+        _check_unused(others)
         posterior_BCZ = self._encode(input_ids) if self.config.reads_latents else None
         outputs = self._run_backbone(
             input_ids,
@@ -253,3 +282,15 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
         return self.autoencoder.encode(
             chunks_BCK if is_target_BC is None else chunks_BCK[:, 1:][is_target_BC]
         )
+
+
+def _check_unused(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for an argument that asks for something."""
+    asked = [name for name, value in arguments.items() if value is not None and value is not False]
+    if "inputs_embeds" in asked:
+        raise ValueError(
+            "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do "
+            "not work; low-rank adapters do."
+        )
+    if asked:
+        raise ValueError(f"forward() does not know the argument(s): {', '.join(asked)}.")

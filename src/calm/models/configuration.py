@@ -1,6 +1,8 @@
 """What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -55,6 +57,8 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_names(type(self), kwargs)
+        _check_types(self)
         for name in ("vocab_size", "chunk_size", "latent_size", "hidden_size", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -84,6 +88,21 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
 
 BACKBONE_INPUTS = ("tokens", "latents", "both")
+# What a `CalmConfig` only repeats, and the part of it that decides. None: it follows from other sizes.
+_WHERE = {
+    "autoencoder": "autoencoder_config",
+    "vocab_size": "autoencoder_config",
+    "chunk_size": "autoencoder_config",
+    "latent_size": "autoencoder_config",
+    "backbone": "backbone_config",
+    "hidden_size": "backbone_config",
+    "num_hidden_layers": "backbone_config",
+    "head": "head_config",
+    "state_size": None,
+    "input_size": None,
+    "reads_tokens": "backbone_input",
+    "reads_latents": "backbone_input",
+}
 
 
 class CalmConfig(PreTrainedConfig):
@@ -118,15 +137,20 @@ class CalmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_names(type(self), kwargs, more=_WHERE)
+        _check_types(self)
         if self.backbone_input not in BACKBONE_INPUTS:
             raise ValueError(
                 f"backbone_input must be one of {', '.join(BACKBONE_INPUTS)}, got '{self.backbone_input}'."
             )
         autoencoder = self.autoencoder_config or {}
         if not isinstance(autoencoder, CalmAutoencoderConfig):
-            autoencoder = CalmAutoencoderConfig(**autoencoder)
+            autoencoder = CalmAutoencoderConfig(**_as_mapping("autoencoder_config", autoencoder))
         backbone = self.backbone_config or {}
-        backbone = dict(backbone.to_dict() if isinstance(backbone, LlamaConfig) else backbone)
+        if isinstance(backbone, LlamaConfig):
+            backbone = backbone.to_dict()
+        backbone = dict(_as_mapping("backbone_config", backbone))
+        _check_names(LlamaConfig, backbone, "backbone_config")
         backbone |= {
             "vocab_size": autoencoder.vocab_size,
             "pad_token_id": self.pad_token_id,
@@ -135,9 +159,16 @@ class CalmConfig(PreTrainedConfig):
             "embedding_initializer_range": self.embedding_initializer_range,
         }
         self.autoencoder_config = autoencoder
-        self.backbone_config = LlamaConfig(**backbone)
-        self.head_config = _with_sizes(self.head_config or {"head_type": "energy"}, autoencoder)
+        self.backbone_config = _llama(backbone)
+        head = _as_mapping("head_config", self.head_config or {"head_type": "energy"})
+        self.head_config = _with_sizes(dict(head), autoencoder)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Also how transformers takes arguments that are no field, from_pretrained's among them.
+        if name in _WHERE:
+            raise ValueError(_set_elsewhere(name, value))
+        super().__setattr__(name, value)
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
@@ -231,3 +262,65 @@ def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dic
     known = {field.name for field in fields(config)}
     sizes = {name: getattr(autoencoder, name) for name in ("vocab_size", "chunk_size") if name in known}
     return asdict(config) | sizes
+
+
+def _set_elsewhere(name: str, value: Any) -> str:
+    """The sentence for what a `CalmConfig` only repeats."""
+    where, own = _WHERE[name], ", ".join(_own_fields(CalmConfig))
+    if where is None:
+        return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
+    if where.removesuffix("_config") == name or where == "backbone_input":
+        return f"{name} cannot be set; give {where}. The fields of CalmConfig are {own}."
+    return (
+        f"{name} is set in {where}, as {where}={{'{name}': {value!r}}}. The fields of CalmConfig are {own}."
+    )
+
+
+def _check_names(
+    kind: type[PreTrainedConfig], given: Iterable[str], where: str = "", more: Iterable[str] = ()
+) -> None:
+    """Raise ValueError for a name that is nearly, but not, that of a field.
+
+    Other names pass: transformers keeps what it does not know, and so do saved configurations.
+    """
+    own = [field.name for field in fields(kind)]
+    known = {*own, *more, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
+    for name in given:
+        if name in known:
+            continue
+        near = [field for field in own if field.startswith(f"{name}_")]
+        near += get_close_matches(name, [*own, *more], n=1, cutoff=0.8)
+        if near:
+            place = where or kind.__name__
+            raise ValueError(f"{place} has no field '{name}'; did you mean '{near[0]}'?")
+
+
+def _check_types(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a number or text that is none."""
+    kinds: dict[Any, tuple[Any, str]] = {
+        int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
+    }  # fmt: skip
+    for name, hint in _own_fields(type(config)).items():
+        kind, said = kinds.get(hint, (object, ""))
+        value = getattr(config, name)
+        if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
+            raise ValueError(f"{name} must be {said}, got {value!r}.")
+
+
+def _own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Fields that a configuration does not have from transformers, and their types."""
+    names = {field.name for field in fields(kind)}
+    return {name: hint for name, hint in kind.__annotations__.items() if name in names}
+
+
+def _as_mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a configuration or a mapping, got {value!r}.")
+    return value
+
+
+def _llama(values: dict[str, Any]) -> LlamaConfig:
+    try:
+        return LlamaConfig(**values)
+    except Exception as error:  # The library that checks its fields has an exception of its own.
+        raise ValueError(f"backbone_config: {str(error).splitlines()[-1].strip()}") from error
