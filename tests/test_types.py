@@ -1,0 +1,42 @@
+"""Type checkers know the public names, also in a program that is checked strictly."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import calm
+
+ROOT = Path(__file__).parents[1]
+# What calm itself is built on takes most of a minute to check, and says nothing of its names.
+SETTINGS = "[mypy]\nstrict = true\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
+PROGRAM = """
+from calm import {names}
+from calm.core.brier import NUM_ORDERS
+from calm.models.loading import load_model_and_tokenizer
+import calm
+
+version: str = calm.__version__
+score: float = brier_lm([0.1] * NUM_ORDERS)
+settings: calm.TemperatureSettings = TemperatureSettings(temperature=0.5)
+model: CalmForCausalLM = load_model_and_tokenizer("stories")[0]
+head: type[GenerativeHead] | type[HeadConfig] = HeadConfig
+"""
+
+
+def test_public_names_and_examples_are_known_to_a_strict_checker(tmp_path):
+    """In an environment where calm is installed: mypy reports what is wrong in the program, not in calm."""
+    venv.create(tmp_path / "env", with_pip=False)
+    [site] = (tmp_path / "env").rglob("site-packages")
+    (site / "calm.pth").write_text(f"{ROOT / 'src'}\n")
+    (tmp_path / "mypy.ini").write_text(SETTINGS)
+    (tmp_path / "program.py").write_text(PROGRAM.format(names=", ".join(calm.__all__)))
+    python = next(path for path in (tmp_path / "env").rglob("python*") if path.stem == "python")
+    files = [tmp_path / "program.py", *(ROOT / "examples").glob("*.py")]
+    command = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", tmp_path / "cache"]
+    done = subprocess.run([*map(str, [*command, *files])], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.startswith("Success") and done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_public_name_is_there():
+    assert set(calm.__all__) == {*calm._HOMES, "__version__"}
