@@ -16,6 +16,7 @@ from calm.data.prepare import load_prepared
 from calm.errors import InputError, RunError, reason_of
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.flops import Work, cost_of
+from calm.hub import is_hub_name, unreachable
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
 from calm.models.loading import load_language_model_and_tokenizer
@@ -109,6 +110,22 @@ def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
     return nested | ({"dtype": "float32"} if "dtype" in config else {})
 
 
+def check_push(repository: str) -> None:
+    """Find out before the work whether a model could be uploaded.
+
+    Args:
+        repository: "owner/name".
+
+    Raises:
+        InputError: If it is no such name.
+        RunError: If the hub cannot be reached.
+    """
+    if "/" not in repository or not is_hub_name(repository):
+        raise InputError(f"'{repository}' is no name on the hub; give OWNER/NAME.")
+    if (reason := unreachable()) is not None:
+        raise RunError(f"'{repository}' could not be uploaded ({reason}); try again with a network.")
+
+
 def push(folder: Path, repository: str, *, is_private: bool) -> str:
     """Upload a model folder to the hub.
 
@@ -121,8 +138,10 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
         The address of the model.
 
     Raises:
+        InputError: If it is no such name.
         RunError: If the hub cannot be reached or refuses.
     """
+    check_push(repository)
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=is_private, exist_ok=True)

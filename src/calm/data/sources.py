@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from calm.errors import InputError, reason_of
+from calm.hub import hub_or_cache, may_be_on_hub
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
@@ -296,7 +297,8 @@ def _generate(stamps: list[_Stamp], options: ReadingOptions, most: int | None) -
 
 
 def _check_hub_name(source: str) -> None:
-    if not _HUB_NAME.fullmatch(source) or format_of(Path(source)) is not None:
+    name = source.partition(":")[0]
+    if not _HUB_NAME.fullmatch(source) or format_of(Path(source)) is not None or not may_be_on_hub(name):
         raise InputError(f"there is no file or folder '{source}'; check the path.")
 
 
@@ -342,9 +344,10 @@ def load_hub_dataset(source: str, streaming: bool = False) -> Any:
     _check_hub_name(source)
     name, _, config = source.partition(":")
     try:
-        dataset = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
-        # A stream looks at its first record.
-        return dataset._resolve_features() if dataset.column_names is None else dataset
+        with hub_or_cache():
+            dataset = datasets.load_dataset(name, config or None, split="train", streaming=streaming)
+            # A stream looks at its first record.
+            return dataset._resolve_features() if dataset.column_names is None else dataset
     except Exception as error:
         raise _not_given(source, error) from error
 

@@ -1,12 +1,14 @@
 """Tokenizers: load one, or train a byte-level BPE on the data."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.errors import InputError, reason_of
+from calm.hub import hub_or_cache, may_be_on_hub
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
 _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
@@ -58,14 +60,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: If there is none, or it has no end-of-text token.
     """
     path = Path(name)
-    if path.suffix == ".json" and not path.is_file():
+    is_file = path.suffix == ".json"
+    if is_file and not path.is_file():
         raise InputError(f"there is no tokenizer file '{name}'; check the path.")
+    if not is_file and not path.is_dir() and not may_be_on_hub(name):
+        raise InputError(f"there is no tokenizer folder '{name}'; check the path.")
     try:
-        tokenizer = (
-            PreTrainedTokenizerFast(tokenizer_file=name)
-            if path.suffix == ".json"
-            else AutoTokenizer.from_pretrained(name)
-        )
+        with nullcontext() if path.exists() else hub_or_cache():
+            tokenizer = (
+                PreTrainedTokenizerFast(tokenizer_file=name)
+                if is_file
+                else AutoTokenizer.from_pretrained(name)
+            )
     except Exception as error:
         raise InputError(f"cannot load a tokenizer from '{name}' ({reason_of(error)}).") from error
     if tokenizer.eos_token_id is None:

@@ -1,5 +1,6 @@
 """Opening folders of weights, with plain words about what is wrong with them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from transformers import (
 
 from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, reason_of
+from calm.hub import hub_or_cache, may_be_on_hub
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.missing import no_model_in, no_such_folder, not_given
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.text.chat import end_of_turn_id
@@ -64,7 +67,7 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     Raises:
         InputError: If there is none, it is of another kind, or the folder is damaged.
     """
-    name = folder_of(name)
+    name = _place_of(name)
     if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
         raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
     return _load(CalmForCausalLM, name, **kwargs)
@@ -76,7 +79,7 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
-    name = folder_of(name)
+    name = _place_of(name)
     return _with_tokenizer(load_model(name, **kwargs), name)
 
 
@@ -94,7 +97,7 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
             cannot be changed so.
     """
-    name = folder_of(name)
+    name = _place_of(name)
     if is_adapter(Path(name)):
         model = _with_adapters(Path(name), **kwargs)
         return _ready(*_with_tokenizer(model, name), name, head)
@@ -103,6 +106,23 @@ def load_language_model_and_tokenizer(
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
     model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
+
+
+def _place_of(name: str) -> str:
+    """The folder of a model, or a name that the hub may be asked for."""
+    try:
+        place = folder_of(name)
+        is_named = bool(name.strip()) and (Path(place).is_dir() or may_be_on_hub(name))
+    except OSError as error:  # It may not be read, or no file has so long a name.
+        raise InputError(f"cannot load '{name}': {error.strerror}.") from error
+    if not is_named:
+        raise InputError(no_such_folder(name))
+    return place
+
+
+def _asking_hub(name: str) -> AbstractContextManager[None]:
+    """Within, a model is loaded from its folder, from the hub, or from its cache if there is no network."""
+    return nullcontext() if Path(name).is_dir() else hub_or_cache()
 
 
 def is_adapter(path: Path) -> bool:
@@ -160,7 +180,8 @@ def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with _asking_hub(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except _HUB_ERRORS as error:
         raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
     if len(tokenizer) > model.config.get_text_config().vocab_size:
@@ -179,7 +200,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         InputError: If there is none, or it cannot be read.
     """
     if not (path / "config.json").is_file():
-        raise InputError(f"there is no model in '{path}' (no config.json); check the path.")
+        raise InputError(no_model_in(str(path)))
     try:
         return AutoConfig.from_pretrained(path)
     except _HUB_ERRORS as error:
@@ -192,11 +213,13 @@ def _model_type(path: Path) -> str:
 
 def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     try:
-        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        with _asking_hub(name):
+            loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
         model, info = loaded
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
-        where = "is damaged" if Path(name).is_dir() else "is no folder here, and the hub did not give it"
-        raise InputError(f"cannot load '{name}': it {where} ({reason_of(error)}).") from error
+        reason, is_here = reason_of(error), Path(name).is_dir()
+        damaged = f"cannot load '{name}': it is damaged ({reason})."
+        raise InputError(damaged if is_here else not_given(name, reason)) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(

@@ -10,6 +10,7 @@ from calm.data.chunking import check_block_size
 from calm.errors import InputError
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.loading import load_autoencoder_config
+from calm.models.shipped import folder_of
 from calm.training.optimizers import find_optimizer
 from calm.training.recipe import LanguageModelSettings, Recipe
 
@@ -75,8 +76,8 @@ def autoencoder_config(
         InputError: If a value is out of range.
     """
     settings = recipe.autoencoder
-    if settings.path is not None and (Path(settings.path) / "config.json").is_file():
-        return load_autoencoder_config(Path(settings.path))
+    if settings.path is not None and (Path(folder_of(settings.path)) / "config.json").is_file():
+        return load_autoencoder_config(Path(folder_of(settings.path)))
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
             f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "

@@ -1,0 +1,98 @@
+"""What is told where there is no model of the given name: which there are, and which was probably meant."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from calm.hub import is_hub_name
+from calm.models.shipped import MODEL_FILES, expanded, shipped_models
+
+_MOST_NAMED = 3
+_MOST_ALIKE = 50
+_MOST_FOLDERS = 300  # Searched for models,
+_MOST_ENTRIES = 1000  # in so many of the entries of each,
+_DEPTH = 3  # as deep as runs/NAME/model,
+_PASSED_BY = ("autoencoder", "checkpoints", "data")  # and not in these parts of a run.
+
+
+def no_such_folder(name: str) -> str:
+    """The sentence for a name that is no folder here, and none that the hub is asked for."""
+    if not name.strip():
+        return f"the name of the model is empty{models_near(name)}"
+    if expanded(name).is_file():
+        return f"cannot load '{name}': it is a file; give the folder that it is in."
+    owner = name.partition("/")[0]
+    why = f" (the hub was not asked, since '{owner}' is a folder here)" if is_hub_name(name) else ""
+    return f"cannot load '{name}': there is no such folder{why}{models_near(name)}"
+
+
+def not_given(name: str, reason: str) -> str:
+    """The sentence for a name that is no folder here, and that the hub did not give."""
+    missing = "it is no folder here, and the hub did not give it"
+    return f"cannot load '{name}': {missing} ({reason.rstrip('.')}){models_near(name)}"
+
+
+def no_model_in(folder: str) -> str:
+    """The sentence for a folder without a model."""
+    if (Path(folder) / "recipe.yaml").is_file():
+        return f"'{folder}' is a run whose model is not finished (no model/config.json); go on with --resume."
+    inside = [path.as_posix() for path in islice(_model_folders(Path(folder)), _MOST_NAMED)]
+    hint = f"there is one in {' and '.join(inside)}" if inside else "check the path"
+    return f"there is no model in '{folder}' (no config.json); {hint}."
+
+
+def models_near(name: str) -> str:
+    """The end of a sentence: models of the package and in folders near, and which has a name like that."""
+    near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_ALIKE)]
+    shipped = list(shipped_models())
+    known = [*(f"{model} (of the package)" for model in shipped), *near[:_MOST_NAMED]]
+    # A run may have been named instead of the model inside.
+    alike = {model.removesuffix("/model"): model for model in near}
+    alike |= {model: model for model in shipped + near}
+    found = difflib.get_close_matches(Path(name).as_posix(), alike, n=1, cutoff=0.7)
+    models = f"; models near: {', '.join(known)}" if known else ""
+    return f"{models}; did you mean '{alike[found[0]]}'?" if found else f"{models}."
+
+
+def _deepest_folder(name: str) -> Path:
+    """The part of a path that exists; this folder if that is no more than the root."""
+    for parent in expanded(name).parents:
+        if parent.is_dir() and parent != Path(parent.anchor):
+            return parent
+    return Path()
+
+
+def _model_folders(start: Path) -> Iterator[Path]:
+    """Folders of language models in a folder, the nearest first."""
+    level, searched = [start], 0
+    for _ in range(_DEPTH):
+        deeper = []
+        for folder in level[: _MOST_FOLDERS - searched]:
+            for inner in _folders_in(folder):
+                if _is_language_model(inner):
+                    yield inner
+                else:
+                    deeper.append(inner)
+        searched += len(level)
+        level = deeper
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        entries = sorted(islice(folder.iterdir(), _MOST_ENTRIES))
+        return [e for e in entries if e.is_dir() and e.name not in _PASSED_BY and not e.name.startswith(".")]
+    except OSError:  # It may not be read.
+        return []
+
+
+def _is_language_model(folder: Path) -> bool:
+    for file in MODEL_FILES:
+        try:
+            config = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        keys = {"model_type", "peft_type"} & config.keys() if isinstance(config, dict) else set()
+        return bool(keys) and config.get("model_type") != "calm_autoencoder"
+    return False

@@ -1,0 +1,73 @@
+"""Names of models: a run stands for its model, and a wrong name is told with the right ones."""
+
+import json
+
+import pytest
+from conftest import tiny_model
+from toy import failure
+
+from calm.errors import InputError
+from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model
+from calm.models.shipped import folder_of
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with two runs, one of them unfinished."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("runs/demo/model")
+    for run in ("demo", "begun"):
+        (tmp_path / "runs" / run / "autoencoder").mkdir(parents=True)
+        (tmp_path / "runs" / run / "recipe.yaml").write_text("seed: 0\n")
+        config = json.dumps({"model_type": "calm_autoencoder"})
+        (tmp_path / "runs" / run / "autoencoder/config.json").write_text(config)
+    return tmp_path
+
+
+def test_a_run_stands_for_its_model(here, monkeypatch):
+    assert (
+        folder_of("runs/demo") == folder_of("runs/demo/") == "runs/demo/model" == folder_of("runs/demo/model")
+    )
+    assert load_model("runs/demo").config == load_model("runs/demo/model").config
+    assert load_autoencoder(here / "runs/demo").config.model_type == "calm_autoencoder"
+    monkeypatch.setenv("HOME", str(here))
+    assert folder_of("~/runs/demo") == str(here / "runs/demo/model")
+    (here / "runs/demo").rename(here / "stories")
+    assert folder_of("stories") == "stories/model", "a run here comes before the model of the package"
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("stoires", "models near: stories (of the package), runs/demo/model; did you mean 'stories'?"),
+        ("nobody/nothing", "models near: stories (of the package), runs/demo/model."),
+        (
+            "runs/dmeo",
+            "there is no such folder (the hub was not asked, since 'runs' is a folder here); "
+            "models near: stories (of the package), runs/demo/model; did you mean 'runs/demo/model'?",
+        ),
+        (
+            "runs/demo/modle",
+            "there is no such folder; models near: stories (of the package), runs/demo/model; "
+            "did you mean 'runs/demo/model'?",
+        ),
+        ("./none", "there is no such folder; models near: stories (of the package), runs/demo/model."),
+        ("runs/demo/model/config.json", "it is a file; give the folder that it is in."),
+        ("runs/begun", "is a run whose model is not finished (no model/config.json); go on with --resume."),
+        ("runs", "there is no model in 'runs' (no config.json); there is one in runs/demo/model."),
+        (" ", "the name of the model is empty; models near: stories (of the package), runs/demo/model."),
+        ("", "the name of the model is empty; models near: stories (of the package), runs/demo/model."),
+        ("m" * 300, "File name too long."),
+    ],
+)
+def test_what_is_told_of_a_wrong_name(here, name, end):
+    with pytest.raises(InputError) as caught:
+        load_language_model_and_tokenizer(name)
+    assert str(caught.value).endswith(end)
+
+
+def test_flops_knows_models_and_recipes(here, capsys):
+    said = failure(capsys, "flops", "stoires")
+    assert "there is no recipe 'stoires'" in said and said.endswith("did you mean 'stories'?")
+    assert failure(capsys, "flops", "laptp").endswith("runs/demo/model.")
+    assert "did you mean 'laptop'" in failure(capsys, "flops", "laptp")
