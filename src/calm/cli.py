@@ -1,77 +1,29 @@
 """The command line: the arguments of the verbs (calm.verbs), and mistakes as one sentence."""
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
 import jsonargparse
 
 import calm
 from calm.errors import InputError, RunError, Terminated
-from calm.training.finetuning_recipe import (
-    AnswerSettings,
-    ExampleSettings,
-    FinetuningRecipe,
-    LoraSettings,
-)
-from calm.training.recipe import (
-    AutoencoderSettings,
-    DataSettings,
-    LanguageModelSettings,
-    OptimizerSettings,
-    Recipe,
-    TrainingSettings,
-)
+from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
+from calm.terminal import make_output_sturdy
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe
 from calm.verbs import VERBS
 
-RECIPE_PARTS = (
-    Recipe,
-    DataSettings,
-    AutoencoderSettings,
-    LanguageModelSettings,
-    TrainingSettings,
-    OptimizerSettings,
-    FinetuningRecipe,
-    ExampleSettings,
-    LoraSettings,
-    AnswerSettings,
-)
 # Verbs that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "run", "question")
 _NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Reports a mistake as one sentence."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(self._sentence(str(ex) if ex is not None else message))
-
-    def _sentence(self, message: str) -> str:
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        sentence = re.sub(r"required: \w+\.(\w+)", r"required: --\1", " ".join(lines))
-        # Where several types are allowed the library lists what is wrong with each.
-        no_type = re.search(r'Parser key "([\w.]+)".*Given value: (.*)$', sentence)
-        if no_type and "Union" in sentence:
-            sentence = f"--{no_type[1]} cannot be '{no_type[2]}'; its --help says what it takes."
-        unknown = re.search(r"option '([\w.]+)'|arguments?: --([\w.-]+)", sentence)
-        if unknown:
-            name = (unknown[1] or unknown[2]).split(".")[-1]
-            near = difflib.get_close_matches(name, self._known_names(), n=1)
-            sentence += f"; did you mean '{near[0]}'?" if near else ""
-        return sentence
-
-    def _known_names(self) -> list[str]:
-        return sorted({field.name for settings in RECIPE_PARTS for field in dataclasses.fields(settings)})
 
 
 def fail(message: str) -> NoReturn:
@@ -81,12 +33,15 @@ def fail(message: str) -> NoReturn:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of all verbs."""
-    parser = _Parser(prog="calm", description="Continuous autoregressive language models.")
+    """The parser of all verbs. It raises what is wrong instead of leaving the process."""
+    said = "Continuous autoregressive language models."
+    parser = jsonargparse.ArgumentParser(
+        prog="calm", description=said, exit_on_error=False, allow_abbrev=True
+    )
     parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
-    verbs = parser.add_subcommands(dest="verb")
+    verbs = parser.add_subcommands(dest="verb", required=False)
     for name, function in VERBS.items():
-        verb = _Parser(description=_summary(function))
+        verb = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
             verb.add_argument(
                 "--recipe", action="config", help="shipped name or .yaml file; later options win"
@@ -107,7 +62,7 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
         elif parameter.annotation is bool:
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
             by_hand.add(name)
-        elif name in _POSITIONAL and (function, name) not in _NOT_POSITIONAL:
+        elif name in _positional_of(function):
             several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             if parameter.default is not inspect.Parameter.empty:
                 several = {"nargs": "*", "default": parameter.default}
@@ -116,26 +71,30 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
     parser.add_function_arguments(function, skip=by_hand, as_positional=False)
 
 
+def _positional_of(function: Callable[..., None]) -> list[str]:
+    """Parameters of a verb that are given by position."""
+    names = [name for name in inspect.signature(function).parameters if name in _POSITIONAL]
+    return [name for name in names if (function, name) not in _NOT_POSITIONAL]
+
+
+def _options_of(verb: str, arguments: list[str]) -> Options:
+    """What a verb takes, to say what is wrong with its arguments."""
+    hints = get_type_hints(VERBS[verb])
+    hints.pop("return")
+    if (kind := _RECIPES.get(verb)) is not None:
+        hints = {**hints, "recipe": str, **types_of(kind)}
+    return Options(hints, _positional_of(VERBS[verb]), verb, arguments)
+
+
 def _summary(function: Callable[..., None]) -> str:
     return (function.__doc__ or "").splitlines()[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb. A mistake of the user ends in one sentence and exit code 2, a failed run in 1."""
-    arguments = _with_recipe_paths(list(sys.argv[1:] if arguments is None else arguments))
+    make_output_sturdy()
     try:
-        parser = build_parser()
-        values = parser.instantiate(parser.parse_args(arguments))
-        if values.verb is None:
-            parser.print_help()
-            return
-        settings = dict(vars(values[values.verb]))
-        if (kind := _RECIPES.get(values.verb)) is not None:
-            settings.pop("recipe", None)
-            settings["recipe"] = kind(**{f.name: settings.pop(f.name) for f in dataclasses.fields(kind)})
-        _quieten()
-        _tell_notes()
-        VERBS[values.verb](**settings)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
     except InputError as error:
         fail(str(error))
     except Terminated as error:
@@ -144,9 +103,59 @@ def main(arguments: list[str] | None = None) -> None:
     except RunError as error:
         print(f"calm: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"'{error.filename}': {error.strerror}.")
     except KeyboardInterrupt:
         print("calm: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # At the end of the interpreter, a closed pipe would be a traceback.
+
+
+def _run(arguments: list[str]) -> None:
+    """Run the verb that the arguments begin with. Without one, there is help."""
+    if not arguments:
+        build_parser().print_help()
+        return
+    verb = arguments[0]
+    if verb not in VERBS:
+        _answer_option(verb)
+        return
+    settings = _parse(verb, arguments)
+    _quieten()
+    _tell_notes()
+    VERBS[verb](**settings)
+
+
+def _answer_option(option: str) -> None:
+    """Print help or the version; anything else is no verb."""
+    known = ("-h", "--help", "--version")
+    if not option or not any(one.startswith(option) for one in known):
+        raise InputError(unknown_command(option, VERBS))
+    build_parser().parse_args([option])
+
+
+def _parse(verb: str, arguments: list[str]) -> dict[str, Any]:
+    """The parameters of a verb from the command line."""
+    options = _options_of(verb, arguments[1:])
+    parser = build_parser()
+    try:
+        values = parser.parse_args(_with_recipe_paths(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(sentence(str(error), options)) from error
+    if (kind := _RECIPES.get(verb)) is None:
+        return dict(vars(parser.instantiate(values)[verb]))
+    recipe_fields = [field.name for field in dataclasses.fields(kind)]
+    given = values[verb].as_dict()
+    if (mistake := mistake_in({name: given[name] for name in recipe_fields}, options)) is not None:
+        raise InputError(mistake)
+    settings = dict(vars(parser.instantiate(values)[verb]))
+    del settings["recipe"]  # The file: it has done its work.
+    settings["recipe"] = kind(**{name: settings.pop(name) for name in recipe_fields})
+    return settings
 
 
 def _quieten() -> None:
@@ -175,19 +184,24 @@ def _tell_notes() -> None:
 
 
 def _with_recipe_paths(arguments: list[str]) -> list[str]:
-    """Replace the names of shipped recipes behind --recipe by their paths."""
-    from calm.training.recipe_files import find_recipe
+    """Replace the names of shipped recipes behind --recipe by their paths, and see that they are recipes."""
+    from calm.training.recipe_files import check_recipe_file, find_recipe
+
+    kind = _RECIPES.get(arguments[0])
+    if kind is None:
+        return arguments
+    # What a recipe printed by --print_config has beside the recipe.
+    others = dict.fromkeys(inspect.signature(VERBS[arguments[0]]).parameters, Any)
+
+    def path_of(name: str) -> str:
+        path = find_recipe(name, kind)
+        check_recipe_file(path, Options({**others, **types_of(kind)}))
+        return path
 
     result = list(arguments)
-    kind = _RECIPES.get(arguments[0]) if arguments else None
-    if kind is None:
-        return result
-    try:
-        for i, argument in enumerate(arguments):
-            if argument.startswith("--recipe="):
-                result[i] = "--recipe=" + find_recipe(argument.removeprefix("--recipe="), kind)
-            elif argument == "--recipe" and i + 1 < len(arguments):
-                result[i + 1] = find_recipe(arguments[i + 1], kind)
-    except InputError as error:
-        fail(str(error))
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--recipe="):
+            result[i] = "--recipe=" + path_of(argument.removeprefix("--recipe="))
+        elif argument == "--recipe" and i + 1 < len(arguments):
+            result[i + 1] = path_of(arguments[i + 1])
     return result

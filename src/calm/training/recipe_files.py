@@ -1,6 +1,7 @@
 """Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
 
 import dataclasses
+import difflib
 import shutil
 from collections.abc import Mapping
 from importlib import resources
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
+import yaml
 
 from calm.data.folders import check_output
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
+from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -36,7 +39,10 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
     shipped = shipped_recipes(kind)
     if name in shipped:
         return str(shipped[name])
-    raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}.")
+    inside = Path(name, RECIPE)
+    near = [str(inside)] if inside.is_file() else difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}{hint}")
 
 
 def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
@@ -58,11 +64,40 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
         InputError: If there is no such recipe or it has a mistake.
     """
     parser = recipe_parser(kind)
+    options = Options(types_of(kind))
+    path = find_recipe(name, kind)
+    check_recipe_file(path, options)
     try:
-        values = parser.parse_path(find_recipe(name, kind))
+        values = parser.parse_path(path)
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"recipe '{name}': {error}") from error
+        raise InputError(f"recipe '{name}': {sentence(str(error), options)}") from error
     return kind(**vars(parser.instantiate(values)))
+
+
+def check_recipe_file(path: str, options: Options) -> None:
+    """See that a file holds settings, and only such as there are.
+
+    Raises:
+        InputError: If it cannot be read, is no YAML, or has other settings.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe '{path}' is not UTF-8; save it as such.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe '{path}' is no YAML{_place_and_problem(error)}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
+    if (mistake := mistake_in(values, options)) is not None:
+        raise InputError(f"recipe '{path}': {mistake}")
+
+
+def _place_and_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f" (line {error.problem_mark.line + 1}: {error.problem})"
+    return f" ({reason_of(error)})"
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
@@ -85,10 +120,13 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
             raise InputError(f"a recipe has no setting '{name}'.")
         place[last] = value
     parser, kind = recipe_parser(type(recipe)), type(recipe)
+    options, where = Options(types_of(kind)), f"settings {', '.join(settings)}"
+    if (mistake := mistake_in(values, options)) is not None:
+        raise InputError(f"{where}: {mistake}")
     try:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"settings {', '.join(settings)}: {error}") from error
+        raise InputError(f"{where}: {sentence(str(error), options)}") from error
 
 
 def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:

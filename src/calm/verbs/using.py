@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calm.errors import InputError
+from calm.terminal import as_text
 
 PUBLISHED_POSITIONS = 2048
 
@@ -108,6 +109,7 @@ def generate(
 
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
+    prompt = [as_text(text) for text in prompt]
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     texts = continue_texts(
         network,
@@ -182,13 +184,21 @@ def flops(
     from calm.flops import Work, cost_of
     from calm.models.heads import takes_temperature
     from calm.models.loading import change_head, load_config
+    from calm.models.missing import models_near
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
     from calm.training.configurations import model_config
-    from calm.training.recipe_files import read_recipe
+    from calm.training.recipe_files import find_recipe, read_recipe
 
     folder = Path(folder_of(target))
-    config = load_config(folder) if folder.is_dir() else model_config(read_recipe(target), vocab_size)
+    if folder.is_dir():
+        config = load_config(folder)
+    else:
+        try:
+            find_recipe(target)
+        except InputError as error:
+            raise InputError(str(error).rstrip(".?") + models_near(target)) from error
+        config = model_config(read_recipe(target), vocab_size)
     if head:
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
@@ -236,15 +246,17 @@ def share(
         export: Folder for a copy of the model with its card, in fewer bytes.
         dtype: Type of the weights in that copy: float32, bfloat16 or float16.
     """
+    from calm.sharing import check_push, write_card
     from calm.sharing import export as copy
     from calm.sharing import push as upload
-    from calm.sharing import write_card
 
+    if push is not None:
+        check_push(push)
     card = write_card(
         Path(run),
         name=name or push,
         license_name=license,
-        about=about,
+        about=None if about is None else as_text(about),
         ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
         num_blocks=max_blocks,
     )

@@ -1,0 +1,207 @@
+"""Mistakes in options and recipes, each as one plain sentence: what is wrong, which value, what was meant.
+
+What jsonargparse says is for programmers. Here it is read for the kind of mistake and the place of it, and
+said anew with the names and types that the command at hand has.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_NEAR = 0.75  # Of difflib: from here on, another name is worth a suggestion.
+_MOST_CHARACTERS = 60  # Of a value that is shown.
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_LISTS = {int: "a list of whole numbers, such as [1,2]", str: "a list of texts, such as [a,b]"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command or a recipe takes.
+
+    Args:
+        types: Dotted names and their types.
+        positional: Those that are given by their place.
+        command: The command; empty for a recipe.
+        arguments: What was given to the command.
+    """
+
+    types: Mapping[str, Any]
+    positional: Sequence[str] = ()
+    command: str = ""
+    arguments: Sequence[str] = ()
+
+    def shown(self, name: str) -> str:
+        """A name as the user wrote it: an option with its dashes, a place of the usage line, or a key."""
+        option = f"--{name}"
+        written = [argument.split("=")[0] for argument in self.arguments if argument.startswith("--")]
+        # An option may be cut short, or go on with a key of a mapping.
+        is_option = any(option.startswith(one) or one.startswith(f"{option}.") for one in written)
+        return option if is_option and name not in self.positional else name
+
+
+def types_of(kind: type, before: str = "") -> dict[str, Any]:
+    """Dotted names and types of the settings of a recipe and of their groups."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        found[before + name] = hint
+        if dataclasses.is_dataclass(hint):
+            found |= types_of(hint, f"{before}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+def unknown_command(name: str, commands: Iterable[str]) -> str:
+    """The sentence for a command that there is not, or an option in the place of one."""
+    if name.startswith("-"):
+        return f"unrecognized option {name}; options come after a command, as in: calm train {name}"
+    near = difflib.get_close_matches(name, list(commands), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"give one of: {', '.join(commands)}."
+    return f"there is no command '{name}'; {hint}"
+
+
+def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") -> str | None:
+    """The sentence for the first setting that there is not, is no group but should be, or has no value.
+
+    Args:
+        values: Settings in groups, as in a recipe.
+        options: Which there are.
+        before: Dotted name of the group that they are of, with a dot at its end.
+    """
+    for key, value in values.items():
+        name = f"{before}{key}"
+        hint = options.types.get(name)
+        if hint is None and not _is_in_mapping(name, options):
+            return unknown(options, name)
+        is_group = dataclasses.is_dataclass(hint)
+        if is_group and isinstance(value, Mapping):
+            if (inner := mistake_in(value, options, f"{name}.")) is not None:
+                return inner
+        elif is_group or (value is None and not _may_be_null(hint)):
+            return wrong_value(options, name, "null" if value is None else str(value))
+    return None
+
+
+def sentence(message: str, options: Options) -> str:
+    """What jsonargparse says about arguments or a recipe, as one sentence."""
+    text = " ".join(message.split())
+    for pattern, say in _SAYINGS:
+        if found := re.search(pattern, text):
+            return say(options, *found.groups())
+    return re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+
+
+def wrong_value(options: Options, name: str, value: str) -> str:
+    """The sentence for a value of a kind that a setting does not take."""
+    hint = options.types.get(name)
+    if nested := re.match(r"NestedArg\(key='([^']*)'", value):  # A key of what is no mapping.
+        return unknown(options, f"--{name}.{nested[1]}")
+    value = value if len(value) <= _MOST_CHARACTERS else value[:_MOST_CHARACTERS] + "..."
+    got = {"": "nothing", "None": "null", "null": "null"}.get(value, f"'{value}'")
+    return f"{options.shown(name)} must be {_in_words(hint)}, got {got}."
+
+
+def unknown(options: Options, name: str) -> str:
+    """The sentence for a setting that there is not, with its dashes if it was given as an option."""
+    dashes = "--" if name.startswith("-") else ""
+    what = f"unrecognized option {name}" if dashes else f"there is no setting '{name}'"
+    near = _near(name.lstrip("-"), options.types)
+    if dashes and near and near[0] in options.positional:
+        by_place = f"calm {options.command} {' '.join(options.positional)}"
+        return f"{what}; {near[0]} is given without a name, as in: {by_place}"
+    if near:
+        return f"{what}; did you mean {_listed([dashes + one for one in near], 'or')}?"
+    return f"{what}; calm {options.command} --help lists them all." if dashes else f"{what}."
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    """Names that are most alike: in their last part, and as a whole or in as many parts as were given."""
+    parts = name.split(".")
+
+    def likeness(other: str) -> float:
+        ends = other.split(".")
+        whole = max(_ratio(name, other), _ratio(name, ".".join(ends[-len(parts) :])))
+        return min(_ratio(parts[-1], ends[-1]), whole)
+
+    scores = {other: likeness(other) for other in known}
+    best = max(scores.values(), default=0.0)
+    return [other for other, score in scores.items() if score == best and best >= _NEAR]
+
+
+def _ratio(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
+
+
+def _in_words(hint: Any) -> str:
+    """What a setting of a type takes, such as "a whole number"."""
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        longest_last = sorted((_in_words(one) for one in inner if one is not type(None)), key=len)
+        return _listed(longest_last, "or")
+    if get_origin(hint) is Literal:
+        return _listed(inner, "or")
+    if get_origin(hint) is list:
+        return _LISTS[inner[0]]
+    if get_origin(hint) is dict:
+        return """a mapping, such as '{"num_steps": 2}'"""
+    if dataclasses.is_dataclass(hint):
+        return "a mapping of settings"
+    return _WORDS.get(hint, "of another kind")
+
+
+def _listed(names: Sequence[str], word: str) -> str:
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def _may_be_null(hint: Any) -> bool:
+    return hint is Any or hint is None or type(None) in get_args(hint)
+
+
+def _is_in_mapping(name: str, options: Options) -> bool:
+    """Whether a dotted name leads into a setting that is a mapping of its own."""
+    groups = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+    return any(get_origin(options.types.get(group)) is dict for group in groups)
+
+
+def _unrecognized(options: Options, text: str) -> str:
+    given = max((a for a in options.arguments if f"{text} ".startswith(f"{a} ")), key=len, default=text)
+    if not given.startswith("-"):
+        return f"unexpected argument '{given}'; calm {options.command} --help tells what it takes."
+    if not given.startswith("--"):
+        return f"unrecognized option {given}; put -- before text that begins with a dash."
+    return unknown(options, given.split("=")[0])
+
+
+def _missing(options: Options, names: str) -> str:
+    bare = [name.removeprefix(f"{options.command}.").lstrip("-") for name in names.split(", ")]
+    shown = _listed([name if name in options.positional else f"--{name}" for name in bare], "and")
+    return f"missing {shown}; calm {options.command} --help tells what it takes."
+
+
+def _ignored_value(options: Options, name: str, value: str) -> str:
+    if name.startswith("--"):
+        return f"{name} takes no value, got '{value}'."
+    return f"unrecognized option {name.split('/')[0]}{value}; put -- before text that begins with a dash."
+
+
+_SAYINGS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"^unrecognized arguments: ?(.*)$", _unrecognized),
+    (r"^(--print_\w+) is no longer", unknown),
+    (r"does not accept option '([^']*)'", unknown),
+    (r"^the following arguments are required: (.*)$", _missing),
+    (r"^argument (-[^:]*?): ignored explicit argument '(.*)'$", _ignored_value),
+    (r"^argument ([^:/]+)[^:]*: expected .*argument", lambda _, name: f"{name} needs a value."),
+    (
+        r"^ambiguous option: (\S+) could match (.*)$",
+        lambda _, name, names: f"{name} could be {_listed(names.split(', '), 'or')}; write it in full.",
+    ),
+    (
+        r'^Invalid option "(.*)" for (--\S+)$',
+        lambda _, value, name: f"{name} cannot be '{value}'; it takes skip_default or skip_unset.",
+    ),
+    (r'^Parser key "([^"]+)": Unable to load config \'(.*?)\' - ', wrong_value),
+    (r'^Parser key "([^"]+)": .*(?:Got|Given) value: ?(.*)$', wrong_value),
+)

@@ -1,0 +1,117 @@
+"""What the command line says of arguments that are wrong: one sentence, in the words of its help."""
+
+import pytest
+from toy import failure
+
+from calm.cli import main
+from calm.verbs import VERBS
+
+WRONG = [
+    ("trian", "there is no command 'trian'; did you mean 'train'?"),
+    ("--seed 1 train", "unrecognized option --seed; options come after a command, as in: calm train --seed"),
+    ("--print_shtab bash", "unrecognized option --print_shtab"),
+    ("--print_config", "unrecognized option --print_config"),
+    ("generate", "missing model and prompt; calm generate --help tells what it takes."),
+    ("generate stories", "missing prompt; calm generate --help"),
+    ("import --model m", "missing --autoencoder and --out; calm import --help"),
+    ("train", "missing --output; calm train --help"),
+    ("flops a b", "unexpected argument 'b'; calm flops --help"),
+    ("doctor x", "unexpected argument 'x'; calm doctor --help"),
+    ("train --foo", "unrecognized option --foo; calm train --help lists them all."),
+    ("generate a b --tempurature 1", "unrecognized option --tempurature; did you mean --temperature?"),
+    ("generate a b --tempurature=1", "unrecognized option --tempurature; did you mean --temperature?"),
+    ("generate a b --prompt x", "prompt is given without a name, as in: calm generate model prompt"),
+    ("generate a -x", "unrecognized option -x; put -- before text that begins with a dash."),
+    ("generate a -hi", "unrecognized option -hi; put -- before text that begins with a dash."),
+    ("train --training.x 1", "unrecognized option --training.x; calm train --help lists them all."),
+    (
+        "train --training.steps 1",
+        "did you mean --autoencoder.training.steps or --language_model.training.steps?",
+    ),
+    ("train --output o --data.sources.x 1", "unrecognized option --data.sources.x"),
+    ("finetune --steps 1", "did you mean --training.steps?"),
+    ("generate a b --max 3", "--max could be --max_new_tokens or --max_draws; write it in full."),
+    ("generate a b --temperature", "--temperature needs a value."),
+    ("train --recipe", "--recipe needs a value."),
+    ("compare --chunk_sizes", "--chunk_sizes needs a value."),
+    ("generate a b --stream=yes", "--stream takes no value, got 'yes'."),
+    ("generate a b --temperature hot", "--temperature must be a number, got 'hot'."),
+    ("generate a b --temp hot", "--temperature must be a number, got 'hot'."),
+    ("generate a b --seed=", "--seed must be a whole number, got nothing."),
+    ("generate a b --sampler magic", "--sampler must be exact, pool or head, got 'magic'."),
+    ("generate a b --head {x", "--head must be a mapping, such as '{\"num_steps\": 2}', got '{x'."),
+    ("evaluate a b --ngrams [1,x]", "must be a whole number or a list of whole numbers, such as [1,2], got"),
+    ("compare --chunk_sizes 1 2", "--chunk_sizes must be a list of whole numbers, such as [1,2], got '1'."),
+    ("train --output o --seed null", "--seed must be a whole number, got null."),
+    ("train --output o --data null", "--data must be a mapping of settings, got null."),
+    ("train --output o --data no.yaml", "--data must be a mapping of settings, got 'no.yaml'."),
+    ("train --output o --data.streaming maybe", "--data.streaming must be true or false, got 'maybe'."),
+    ("train --output o --data {context:1,x:2}", "--data must be a mapping of settings"),
+    ('train --output o --data {"x":2}', "there is no setting 'data.x'."),
+    ("train --print_config=foo", "--print_config cannot be 'foo'; it takes skip_default or skip_unset."),
+    ("train --output o --recipe demoo", "did you mean 'demo'?"),
+    (
+        "finetune --output o --recipe demo",
+        "there is no recipe 'demo'; give a .yaml file or one of: full, lora.",
+    ),
+    ("share x --push small", "'small' is no name on the hub; give OWNER/NAME."),
+]
+JARGON = (
+    "Parser key",
+    "Union",
+    "NoneType",
+    "Expected a",
+    "ns.",
+    "<class",
+    "Traceback",
+    "verb",
+    "jsonargparse",
+)
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_wrong_arguments(capsys, arguments, message):
+    said = failure(capsys, *arguments.split(" "))
+    assert message in said
+    assert not [word for word in JARGON if word in said]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
+    assert f"unrecognized option --nonsense; calm {verb} --help" in failure(capsys, verb, "--nonsense")
+    assert failure(capsys, verb, "a", "b", "c", "--nonsense=3") != ""
+
+
+def test_no_command_is_a_question_for_help(capsys):
+    main([])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: calm") and all(verb in out for verb in VERBS)
+    for arguments in (["--help"], ["-h"]):
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert raised.value.code == 0 and capsys.readouterr().out == out
+
+
+def test_a_printed_configuration_is_a_recipe(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "demo", "--seed", "7", "--print_config"])
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", str(tmp_path / "mine.yaml"), "--print_config=skip_default"])
+    assert "seed: 7" in capsys.readouterr().out
+
+
+def test_a_path_that_the_system_refuses_is_one_sentence(capsys):
+    assert failure(capsys, "ablate", "m" * 300).endswith(": File name too long.")
+
+
+def test_a_prompt_without_tokens(capsys, monkeypatch):
+    import calm.models.loading as loading
+
+    class Tokenizer:
+        def __call__(self, texts):
+            return {"input_ids": [list(text.encode()) for text in texts]}
+
+    monkeypatch.setattr(loading, "load_language_model_and_tokenizer", lambda *_: (None, Tokenizer()))
+    assert "a prompt has no token" in failure(capsys, "generate", "stories", "")
+    assert "a prompt has no token" in failure(capsys, "generate", "stories", "a", "")

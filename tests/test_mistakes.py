@@ -1,0 +1,118 @@
+"""Mistakes in options and recipes are told in the words of the command at hand."""
+
+from typing import Any, Literal
+
+import pytest
+
+from calm.errors import InputError
+from calm.mistakes import Options, mistake_in, sentence, types_of, unknown, unknown_command
+from calm.training.recipe import DataSettings, Recipe
+from calm.training.recipe_files import read_recipe, with_settings
+
+RECIPE = Options(types_of(Recipe))
+
+
+def test_the_names_of_a_recipe_are_dotted():
+    names = RECIPE.types
+    assert names["data"] is DataSettings and names["language_model.training.optimizer.beta1"] is float
+    assert "training" not in names
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("language_model.hiden_size", ["language_model.hidden_size"]),
+        ("hiden_size", ["autoencoder.hidden_size", "language_model.hidden_size"]),
+        ("training.steps", ["autoencoder.training.steps", "language_model.training.steps"]),
+        ("data.vocab_sise", ["data.vocab_size"]),
+        ("langage_model", ["language_model"]),
+        ("training.x", []),
+        ("language_model.training.x", []),
+        ("prompt", []),
+        ("lr", []),
+    ],
+)
+def test_only_what_is_near_is_suggested(name, meant):
+    for dashes in ("", "--"):
+        said = unknown(RECIPE, dashes + name)
+        if meant:
+            assert said.endswith(f"; did you mean {' or '.join(dashes + one for one in meant)}?")
+        else:
+            assert "did you mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("foo: 1", "recipe 'r.yaml': there is no setting 'foo'."),
+        ("data:\n  contxt: 1", "there is no setting 'data.contxt'; did you mean data.context?"),
+        ("data: hello", "data must be a mapping of settings, got 'hello'."),
+        ("data: [1]", r"data must be a mapping of settings, got '\[1\]'."),
+        ("data:", "data must be a mapping of settings, got null."),
+        ("seed:", "seed must be a whole number, got null."),
+        ("seed: 1.5", "recipe 'r.yaml': seed must be a whole number, got '1.5'."),
+        ("seed: x", "seed must be a whole number, got 'x'."),
+        ("autoencoder: {kl_weight: much}", "autoencoder.kl_weight must be a number, got 'much'."),
+        ("data: {streaming: perhaps}", "data.streaming must be true or false, got 'perhaps'."),
+        ("data: {layout: loose}", "data.layout must be documents or packed, got 'loose'."),
+        ("data: {num_proc: two}", "data.num_proc must be a whole number, got 'two'."),
+        ("data: {sources: {a: b}}", "data.sources must be text or a list of texts, such as"),
+        ("data: {sources: [1, 2]}", r"such as \[a,b\], got '\[1, 2\]'."),
+        (
+            "language_model: {head: energy}",
+            "language_model.head must be a mapping, such as .*, got 'energy'.",
+        ),
+        ("1: 2", "there is no setting '1'."),
+        ("seed: 1\n  data: 2", r"the recipe 'r.yaml' is no YAML \(line 2: "),
+        ("seed: 'a", r"is no YAML \(line 1: found unexpected end of stream\)."),
+        ("seed: !!python/name:os.system", r"is no YAML \(line 1: could not determine a constructor"),
+        ("a\x00", "the recipe 'r.yaml' is no YAML"),
+        ("- a", "the recipe 'r.yaml' holds no settings; write them as 'name: value'."),
+        ("hello", "holds no settings"),
+        ("", "holds no settings"),
+        (b"model: caf\xe9", "the recipe 'r.yaml' is not UTF-8; save it as such."),
+    ],
+)
+def test_a_recipe_with_a_mistake(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        read_recipe("r.yaml")
+    assert "\n" not in str(caught.value) and "Parser key" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"there is no recipe 'laptp'; .*; did you mean 'laptop'\?"):
+        read_recipe("laptp")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text("seed: 1\n")
+    with pytest.raises(InputError, match=r"did you mean '.*recipe.yaml'\?"):
+        read_recipe("run")
+
+
+def test_recipes_that_are_right():
+    for values in ({}, {"data.context": 64}, {"language_model.head.rank": 3}, {"data": {"num_proc": None}}):
+        assert mistake_in(values, RECIPE) is None
+    recipe = read_recipe("demo")
+    assert with_settings(recipe, {"data.num_proc": None}).data.num_proc is None
+    with pytest.raises(InputError, match=r"settings seed: seed must be a whole number, got null\."):
+        with_settings(recipe, {"seed": None})
+
+
+def test_what_is_shown_of_a_value():
+    options = Options({"seed": int, "kind": Literal["a", "b"], "any": Any}, arguments=["--seed=x"])
+    assert "got 'xxx" in sentence(f'Parser key "seed": Got value: {"x" * 900}', options)
+    assert len(sentence(f'Parser key "seed": Got value: {"x" * 900}', options)) < 120
+    assert (
+        sentence('Parser key "seed":\n  Got value: ', options)
+        == "--seed must be a whole number, got nothing."
+    )
+    assert sentence("something else\n  of two lines", options) == "something else of two lines"
+
+
+def test_commands():
+    commands = ["train", "generate", "share"]
+    assert unknown_command("trian", commands) == "there is no command 'trian'; did you mean 'train'?"
+    assert unknown_command("x", commands).endswith("give one of: train, generate, share.")
+    assert "options come after a command" in unknown_command("--seed", commands)

@@ -1,0 +1,85 @@
+"""Output that nobody reads, that leads nowhere, or to an old encoding, is no reason for a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calm.errors import InputError
+from calm.terminal import CLOSED_PIPE, as_text
+
+SOURCE = Path(__file__).parents[1] / "src"
+HELP, MISTAKE = ("-m", "calm", "--help"), ("-m", "calm", "trian")
+TABLE = (
+    "-c",
+    "from calm.cli import main; import calm.cli as cli; from rich.console import Console\n"
+    "cli._run = lambda arguments: Console().print('a table')\nmain()",
+)
+posix = pytest.mark.skipif(os.name != "posix", reason="shells of POSIX")
+
+
+def run(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    quick = "import calm_command; calm_command.is_running = True\n"  # So that nothing imports torch.
+    arguments = tuple(quick + part if arguments[i - 1] == "-c" else part for i, part in enumerate(arguments))
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), **settings.pop("environment", {})}
+    return subprocess.run([sys.executable, *arguments], env=environment, timeout=60, **settings)
+
+
+def closed_pipe() -> int:
+    """The end to write to of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("arguments", [HELP, ("-u", *HELP), TABLE, ("-u", *TABLE)])
+def test_a_pipe_that_nobody_reads_ends_quietly(arguments):
+    done = run(*arguments, stdout=closed_pipe(), stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, b"")
+
+
+@pytest.mark.parametrize("arguments", [MISTAKE, ("-u", *MISTAKE)])
+def test_so_do_messages_that_nobody_reads(arguments):
+    done = run(*arguments, stderr=closed_pipe(), stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (CLOSED_PIPE, b"")
+
+
+@posix
+@pytest.mark.parametrize(("arguments", "code"), [(HELP, 0), (TABLE, 0), (MISTAKE, 2)])
+def test_streams_may_be_closed(arguments, code):
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, *arguments]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SOURCE)}).returncode == code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_sentence():
+    with Path("/dev/full").open("wb") as full:
+        done = run(*HELP, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "calm: error: the output could not be written (No space left on device).\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"54.3?0.2 ? ? caf?"),
+        ("cp1252", b"54.3\xb10.2 ? ? caf\xe9"),
+        ("utf-8", "54.3±0.2 → 🎈 café".encode()),
+        ("ascii:backslashreplace", b"54.3\\xb10.2 \\u2192 \\U0001f388 caf\\xe9"),
+        ("ascii:surrogateescape", b"54.3?0.2 ? ? caf?"),
+    ],
+)
+def test_characters_that_an_encoding_lacks_are_replaced(encoding, shown):
+    code = "import calm.cli as cli\ncli._run = lambda arguments: print('54.3±0.2 → 🎈 café')\ncli.main()"
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = run("-c", code, environment=environment, capture_output=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, shown, b"")
+
+
+def test_texts_from_a_terminal_without_an_encoding_are_utf_8():
+    assert as_text("Größe 🎈") == "Größe 🎈"
+    assert as_text("Größe".encode().decode("ascii", "surrogateescape")) == "Größe"
+    with pytest.raises(InputError, match="is not UTF-8"):
+        as_text(b"Gr\xf6\xdfe".decode("ascii", "surrogateescape"))
