@@ -63,10 +63,10 @@ def test_installs_in_an_empty_environment(wheel, tmp_path):
     place, count = out.split()
     assert place == str(Path(site) / "calm")
     assert int(count) == len(list((ROOT / "src/calm/recipes").glob("*.yaml")))
-    help_text = subprocess.run(
-        [tmp_path / "env/bin/calm", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
-    ).stdout
-    assert "train" in help_text
+    ask_for_help = [python, "-X", "importtime", tmp_path / "env/bin/calm", "--help"]
+    done = subprocess.run(ask_for_help, capture_output=True, text=True, check=True, cwd=tmp_path)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "train" in done.stdout and "calm.cli" in imported and "torch" not in imported
     write = [tmp_path / "env/bin/calm", "generate", "stories", "Once upon a time", "--max_new_tokens", "24"]
     text = subprocess.run(
         [*write, "--seed", "1"], capture_output=True, text=True, check=True, cwd=tmp_path
