@@ -1,5 +1,7 @@
 """Tokenizers: trained ones give every text back; loaded ones have an end and a padding of their own."""
 
+import json
+import random
 from functools import cache
 
 import datasets
@@ -7,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calm.data.stories import stories
@@ -72,6 +74,32 @@ def test_training_is_repeatable_and_makes_text_shorter():
     assert again.get_vocab() == trained().get_vocab()
     story = next(stories(7))
     assert len(trained()(story)["input_ids"]) < 0.75 * len(story)
+
+
+def test_training_takes_no_piece_longer_than_a_thousand_bytes():
+    """Learning merges in a run of 300,000 letters would take minutes."""
+    run = "".join(random.Random(0).choices("abcdefg", k=5000))
+    cut = [run[start : start + 1000] for start in range(0, 5000, 1000)]
+    trained_on_it = train_tokenizer([run], 600).backend_tokenizer.to_str()
+    assert trained_on_it == train_tokenizer(cut, 600).backend_tokenizer.to_str()
+    assert max(map(len, train_tokenizer(["a" * 3000], 300).get_vocab())) == 1000
+
+
+def test_a_tokenizer_of_ordinary_text_is_that_of_the_library():
+    texts = [*stories(0, 50), "=" * 200 + " " * 400 + "\n" * 100, "https://example.org/" + "ab12" * 200]
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[PAD, EOS, BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(texts, trainer)
+    ours = json.loads(train_tokenizer(texts, 500).backend_tokenizer.to_str())
+    expected = json.loads(theirs.to_str())
+    for part in ("model", "pre_tokenizer", "normalizer", "added_tokens"):
+        assert ours[part] == expected[part]
 
 
 def test_padding_goes_in_front():

@@ -13,10 +13,24 @@ from calm.hub import hub_or_cache, may_be_on_hub
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
 _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
 _NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
+# The time to learn merges grows with the square of a piece's length. Words of ordinary text are far shorter.
+_LONGEST_PIECE = 1000
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise InputError if a vocabulary cannot hold all bytes and the special tokens."""
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes and the special tokens), "
+            f"got {vocab_size}."
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE that puts a beginning-of-text token in front of every text.
+
+    BPE learns merges inside pieces of text (words, numbers, runs of white space). For training only, pieces
+    longer than 1000 bytes are cut to that length.
 
     Args:
         texts: What to train on.
@@ -25,13 +39,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         InputError: If the vocabulary cannot hold all bytes.
     """
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise InputError(
-            f"vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes and the special tokens), "
-            f"got {vocab_size}."
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.FixedLength(_LONGEST_PIECE)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -40,6 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pieces
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
