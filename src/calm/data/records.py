@@ -11,14 +11,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from calm.data.sources import (
-    find_files,
-    format_of,
-    has_half_a_pair,
-    load_hub_dataset,
-    numbered_lines,
-    open_file,
-)
+from calm.data.files import find_files, format_of, is_here, open_file
+from calm.data.sources import check_sources, has_half_a_pair, load_hub_dataset, numbered_lines
 from calm.errors import InputError
 
 _ROWS_AT_ONCE = 1000
@@ -33,12 +27,13 @@ def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
     Raises:
         InputError: If a source is missing, damaged, or has no records.
     """
+    check_sources(sources)
     for source in sources:
-        if not Path(source).exists():
+        if not is_here(source):
             for number, row in enumerate(load_hub_dataset(source)):
                 yield f"'{source}', row {number}", row
             continue
-        for file in find_files(Path(source)):
+        for file in find_files(Path(source), tell=True):
             readers = {".jsonl": _json_lines, ".parquet": _rows}
             if (reader := readers.get(format_of(file) or "")) is None:
                 raise InputError(f"'{file}' has no records; examples come in .jsonl or .parquet files.")

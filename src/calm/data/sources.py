@@ -3,8 +3,6 @@
 Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
 """
 
-import bz2
-import gzip
 import io
 import itertools
 import json
@@ -15,28 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
+from calm.data.files import find_files, format_of, is_here, open_file
 from calm.errors import InputError, reason_of
 from calm.hub import hub_or_cache, may_be_on_hub
 
-
-def _open_zstandard(path: Path) -> IO[bytes]:
-    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-    return io.BufferedReader(stream)
-
-
-_OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstandard,
-    ".bz2": bz2.open,
-}
-_FORMATS = (".txt", ".jsonl", ".parquet")
 _BYTES_AT_ONCE = 2**28  # Of files, for each process.
 _Stamp = tuple[str, int, int]  # Path, bytes, time of change.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -77,15 +63,13 @@ def load_documents(
     Raises:
         InputError: If a source is missing, empty, damaged or of an unknown format.
     """
-    if not sources:
-        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
+    check_sources(sources)
     files: list[Path] = []
     parts: list[datasets.Dataset] = []
     for source in sources:
-        if Path(source).exists():
-            files += find_files(Path(source))
+        if is_here(source):
+            files += find_files(Path(source), tell=True)
         else:
-            _check_hub_name(source)
             parts.append(_load_from_hub(source, options.text_field, most=most))
     if files:
         parts.append(_read_files(files, options, cache_dir, num_proc, most))
@@ -113,38 +97,32 @@ def find_shards(sources: Sequence[str], options: ReadingOptions) -> list[Shard]:
     Raises:
         InputError: If a source is missing or of an unknown format.
     """
+    check_sources(sources)
     shards = []
     for source in sources:
-        if Path(source).exists():
+        if is_here(source):
             files = find_files(Path(source))
             shards += [Shard(partial(read_documents, file, options)) for file in files]
         else:
-            _check_hub_name(source)
             stream = _load_from_hub(source, options.text_field, streaming=True)
             parts = range(stream.num_shards)
             shards += [Shard(partial(_read_part, stream, part)) for part in parts]
-    if not shards:
-        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
     return shards
 
 
-def find_files(path: Path) -> list[Path]:
-    """The file itself, or all files of known formats below a folder, in sorted order.
+def check_sources(sources: Sequence[str]) -> None:
+    """Find mistakes in the names of sources before any work is done; hub datasets are not asked for.
 
     Raises:
-        InputError: If the format is unknown or the folder holds nothing that can be read.
+        InputError: If there are none, or one is missing or of an unknown format.
     """
-    if path.is_file():
-        if format_of(path) is None:
-            raise InputError(
-                f"cannot read '{path}': its name must end in {', '.join(_FORMATS)}, "
-                f"perhaps followed by {', '.join(_OPENERS)}."
-            )
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and format_of(file))
-    if not found:
-        raise InputError(f"the folder '{path}' holds no {', '.join(_FORMATS)} file; check the path.")
-    return found
+    if not sources:
+        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
+    for source in sources:
+        if is_here(source):
+            find_files(Path(source))
+        else:
+            _check_hub_name(source)
 
 
 def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
@@ -163,20 +141,6 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
         raise InputError(
             f"cannot read '{path}': it is damaged or not what its name says ({error})."
         ) from error
-
-
-def format_of(path: Path) -> str | None:
-    """The known ending of a file without that of its packing."""
-    name = path.name.lower()
-    for packing in _OPENERS:
-        name = name.removesuffix(packing)
-    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
-
-
-def open_file(path: Path) -> IO[bytes]:
-    """A file to read, unpacked."""
-    opener = _OPENERS.get(path.suffix.lower())
-    return opener(path) if opener else path.open("rb")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,202 @@
+"""The files of a source: known formats, plain or packed, and what is left out below a folder.
+
+Below a folder these are not read: hidden files and folders, those of systems and tools (waste baskets,
+caches, installed packages), what calm itself wrote (runs, prepared text, models), links that lead nowhere,
+folders that cannot be opened, and files that are read already under another name. What a user names directly
+is read.
+"""
+
+import bz2
+import gzip
+import io
+import logging
+import lzma
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+
+from calm.errors import InputError, reason_of
+
+logger = logging.getLogger(__name__)
+FORMATS = (".txt", ".jsonl", ".parquet")
+_OF_TOOLS = {
+    "__macosx",
+    "__pycache__",
+    "__pypackages__",
+    "node_modules",
+    "site-packages",
+    "lost+found",
+    "system volume information",
+    "$recycle.bin",
+    "recycler",
+    "#recycle",
+    "@recycle",
+    "#snapshot",
+    "@recently-snapshot",
+    "@eadir",
+}
+_ENDS_OF_TOOLS = (".dist-info", ".egg-info")
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return io.BufferedReader(stream)
+
+
+PACKINGS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+    ".bz2": bz2.open,
+}
+
+
+def format_of(path: Path) -> str | None:
+    """The known ending of a file without that of its packing."""
+    name = path.name.lower()
+    for packing in PACKINGS:
+        name = name.removesuffix(packing)
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file to read, unpacked."""
+    opener = PACKINGS.get(path.suffix.lower())
+    return opener(path) if opener else path.open("rb")
+
+
+def is_here(source: str) -> bool:
+    """Whether a source is a file or folder of this machine.
+
+    Raises:
+        InputError: If the name is empty, or what it names cannot be looked at.
+    """
+    if not source.strip():
+        raise InputError("a source of text has an empty name; give a file, a folder or a hub dataset.")
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot look at '{source}' ({reason_of(error)}); check the path.") from error
+
+
+def find_files(path: Path, *, tell: bool = False) -> list[Path]:
+    """The file itself, or all files of known formats below a folder that are read, in sorted order.
+
+    Links are followed. A file with several names (by links) is read once.
+
+    Args:
+        path: A file or folder.
+        tell: Whether to log how many files of a folder are read and left out, where any are left out.
+
+    Raises:
+        InputError: If the format is unknown or the folder holds nothing that can be read.
+    """
+    if path.is_file():
+        if format_of(path) is None:
+            raise InputError(
+                f"cannot read '{path}': its name must end in {', '.join(FORMATS)}, "
+                f"perhaps followed by {', '.join(PACKINGS)}."
+            )
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"cannot read '{path}': it is neither a file nor a folder.")
+    listing = _Listing(path)
+    left_out = ", ".join(f"{reason} ({count})" for reason, count in sorted(listing.left_out.items()))
+    if not listing.files:
+        but = f" (left out: {left_out})" if left_out else ""
+        raise InputError(f"the folder '{path}' holds no {', '.join(FORMATS)} file{but}; check the path.")
+    if tell and left_out:
+        number = len(listing.files)
+        logger.info("read %d file%s of '%s'; left out: %s", number, "s" * (number != 1), path, left_out)
+    return listing.files
+
+
+@dataclass
+class _Listing:
+    """What lies below a folder.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        InputError: If the folder itself cannot be opened.
+    """
+
+    root: Path
+    files: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._seen: set[tuple[int, int | str]] = set()
+        # Links come last, so that a link to what is read anyway changes nothing.
+        self._links = [self.root]
+        for link in self._links:  # It grows meanwhile.
+            self._walk(link)
+        self.files.sort()
+
+    def _walk(self, start: Path) -> None:
+        """Take note of a file, or of all below a folder, in the order of names."""
+        waiting = [start]
+        while waiting:
+            path = waiting.pop()
+            if path is not start and path.is_symlink():
+                self._links.append(path)
+                continue
+            try:
+                status = path.stat()
+                is_folder = stat.S_ISDIR(status.st_mode)
+                names = sorted(os.listdir(path)) if is_folder else []  # noqa: PTH208 (names, not paths)
+            except OSError as error:
+                if path is self.root:
+                    raise InputError(f"cannot open the folder '{path}' ({reason_of(error)}).") from error
+                self.left_out["broken links" if path.is_symlink() else "unreadable"] += 1
+                continue
+            if path is not self.root and (reason := _reason_against(path, status, names)):
+                self.left_out[reason] += 1
+            elif (identity := _identity_of(path, status)) in self._seen:
+                self.left_out["read already under another name"] += 1
+            else:
+                self._seen.add(identity)
+                if not is_folder:
+                    self.files.append(path)
+                waiting += [path / name for name in reversed(names) if self._is_wanted(path / name)]
+
+    def _is_wanted(self, path: Path) -> bool:
+        """Whether a name below a folder is not that of something hidden or of a tool."""
+        name = path.name.lower()
+        if name in _OF_TOOLS or name.endswith(_ENDS_OF_TOOLS):
+            self.left_out["of systems and tools"] += 1
+        elif name.startswith((".", "~$")):
+            if format_of(path) or path.is_dir():  # Other hidden files are not worth a word.
+                self.left_out["hidden"] += 1
+        else:
+            return True
+        return False
+
+
+def _identity_of(path: Path, status: os.stat_result) -> tuple[int, int | str]:
+    """The same for all names of a file or folder."""
+    return status.st_dev, status.st_ino or str(path.resolve())  # Some file systems number nothing.
+
+
+def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) -> str | None:
+    """Why something with an ordinary name is not read, if it is not."""
+    if stat.S_ISDIR(status.st_mode):
+        if "pyvenv.cfg" in names:
+            return "of systems and tools"
+        return "runs, models and prepared text" if _is_of_calm(path, names) else None
+    return None if stat.S_ISREG(status.st_mode) and format_of(path) else "other formats"
+
+
+def _is_of_calm(path: Path, names: Collection[str]) -> bool:
+    """Whether a folder is prepared text, a model with its tokenizer, or a run."""
+    if "prepared.json" in names or "tokenizer_config.json" in names:
+        return True
+    parts = ("data/prepared.json", "checkpoints", "autoencoder/config.json", "model/config.json")
+    return "recipe.yaml" in names and any((path / part).exists() for part in parts)
