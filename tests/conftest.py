@@ -1,5 +1,6 @@
 """Small models, a small tokenizer and a small run, shared by all tests."""
 
+import logging
 import os
 
 # One thread each: the suite runs in parallel, and bit-identical results need a fixed number.
@@ -36,6 +37,12 @@ WITH_CODES = ("categorical_flow", "sequential")
 def _seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _notes_are_caught():
+    """The command line keeps the notes of the package to itself, and an earlier test may have run it."""
+    logging.getLogger("calm").propagate = True
 
 
 def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:

@@ -208,7 +208,7 @@ def card_text(
         _what_it_is(config),
         *([about] if about else []),
         _how_to_use(kind, name),
-        f"## Data\n\n{_data(recipe, sources)}",
+        f"## Data\n\n{_data(run, recipe, sources)}",
         f"## Training\n\n{_training(run, recipe, config)}",
         f"## Evaluation\n\n{_evaluation(card, recipe)}",
         f"## Recipe\n\n```yaml\n{_recipe(run / RECIPE)}```",
@@ -248,14 +248,12 @@ def _how_to_use(kind: str, name: str) -> str:
     )
 
 
-def _data(recipe: Recipe, sources: list[str]) -> str:
+def _data(run: Path, recipe: Recipe, sources: list[str]) -> str:
+    counts = load_prepared(data_folder(recipe, run)).counts()
+    of_sample = "Text was streamed; of a sample of it there were " if recipe.data.streaming else ""
     held_out = recipe.data.validation_source_list
-    rest = (
-        f"Held-out text: {', '.join(map(_shown, held_out))}."
-        if held_out
-        else f"{recipe.data.validation_fraction:.3g} of the documents were held out, equal ones together."
-    )
-    return f"{', '.join(sources)}. {rest}"
+    how = f"from {', '.join(map(_shown, held_out))}" if held_out else "equal documents together"
+    return f"{', '.join(sources)}. {of_sample}{counts}, {how}."
 
 
 def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:

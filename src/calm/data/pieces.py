@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.folders import disk_errors, written_whole
+from calm.data.folders import disk_errors, new_folder, work_of, written_whole
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
 from calm.text.encoding import encode_documents
@@ -36,19 +36,20 @@ def kept_work(output: Path) -> Iterator[Path]:
     Raises:
         RunError: If the disk is full, or cannot be written.
     """
-    folder = output.with_name(f".{output.name}.work")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with disk_errors(output):
-            yield folder
-    except (InputError, RunError) as error:
-        if _num_pieces(folder) < 2:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        raise type(error)(
-            f"{error} What is done is kept in '{folder}', and the same command goes on from it."
-        ) from error
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = work_of(output)
+    with disk_errors(output), new_folder(output.parent):
+        folder.mkdir(exist_ok=True)
+        try:
+            with disk_errors(output):
+                yield folder
+        except (InputError, RunError) as error:
+            if _num_pieces(folder) < 2:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            raise type(error)(
+                f"{error} What is done is kept in '{folder}', and the same command goes on from it."
+            ) from error
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _num_pieces(folder: Path) -> int:

@@ -21,10 +21,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.folders import check_output, written_whole
+from calm.data.counts import Counts, count
+from calm.data.folders import check_output, check_spared, written_whole
 from calm.data.pieces import kept_work, ranks_of, tokenized, tokens_of, trained_tokenizer
-from calm.data.sources import ReadingOptions, load_documents
-from calm.data.tokenizer import load_tokenizer
+from calm.data.sources import ReadingOptions, check_sources, load_documents
+from calm.data.splitting import Split, choose_split, split_documents
+from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError
 
 _INFO = "prepared.json"
@@ -93,6 +95,10 @@ class PreparedData:
             blocks = make(load_from_cache_file=False)
         return blocks.with_format("torch")
 
+    def counts(self) -> Counts:
+        """Documents and tokens of both parts."""
+        return count(self.train, self.validation)
+
     def token_counts(self) -> np.ndarray:
         """How often each token id occurs in the training text, ends of text included, (V,).
 
@@ -133,8 +139,8 @@ def prepare(
 ) -> PreparedData:
     """Read, split and tokenize text, and write a prepared folder.
 
-    The held-out split goes by whole documents, and equal documents go to the same side. Work that was
-    stopped is taken up again (`calm.data.pieces`).
+    The held-out split goes by whole documents, or by parts of long ones where documents are too coarse
+    (`calm.data.splitting`). Work that was stopped is taken up again (`calm.data.pieces`).
 
     Args:
         sources: Files, folders or hub datasets; see `calm.data.sources`.
@@ -143,36 +149,42 @@ def prepare(
         tokenizer: Folder, file or hub name of a tokenizer; None trains a BPE on the training split.
         vocab_size: Size of a trained vocabulary.
         validation_sources: Where held-out documents come from; none splits `sources`.
-        validation_fraction: Share of documents held out where `sources` is split.
+        validation_fraction: Share of the text held out where `sources` is split.
         seed: Changes which documents are held out.
         num_proc: Processes; all cores when None.
         most: Documents of each file that are read at most: a sample of text that is streamed.
         overwrite: Whether an existing output folder is replaced.
 
     Raises:
-        InputError: If a source or setting is bad, or there are too few documents to split.
+        InputError: If a source or setting is bad, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
     options = options or ReadingOptions()
     num_proc = num_proc or os.cpu_count() or 1
     check_output(output, overwrite)
-    if not validation_sources and not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}.")
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    given = check_text(
+        sources,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        validation_sources=validation_sources,
+        validation_fraction=validation_fraction,
+    )
+    check_spared(output, [*sources, *validation_sources, *([] if tokenizer is None else [tokenizer])])
     with kept_work(output) as work:
         read = partial(load_documents, options=options, cache_dir=str(work), num_proc=num_proc)
         documents = read(sources, most=most)
         ranks = ranks_of(documents, seed)
-        highest = None
+        split = Split(seed)
         if validation_sources:
             held_out = read(list(validation_sources))
             splits = {"train": (documents, ranks), "validation": (held_out, ranks_of(held_out, seed))}
         else:
-            splits, highest = _split(documents, ranks, validation_fraction, sources)
+            split = choose_split(documents, ranks, validation_fraction, seed, sources)
+            splits = split_documents(documents, ranks, split, work)
         tokens = given or trained_tokenizer(*splits["train"], vocab_size, work)
         parts = {
-            name: tokens_of(*split, tokens, work, num_proc=num_proc, name=name)
-            for name, split in splits.items()
+            name: tokens_of(*part, tokens, work, num_proc=num_proc, name=name)
+            for name, part in splits.items()
         }
         with written_whole(output, overwrite) as folder:
             for name, part in parts.items():
@@ -182,13 +194,51 @@ def prepare(
                 "sources": sources,
                 "options": asdict(options),
                 "vocab_size": len(tokens),
-                "documents": {name: len(part) for name, part in parts.items()},
+                **asdict(count(**parts)),
                 "seed": seed,
-                "held_out_below": highest,
+                "validation_fraction": None if validation_sources else validation_fraction,
+                "held_out_below": split.highest,
+                "part_bytes": split.part_bytes,
+                "sample_documents": most,
                 "bytes": {name: size for part in parts for name, size in _sizes(folder, part).items()},
             }
             (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    return load_prepared(output)
+    data = load_prepared(output)
+    tell_counts(output, data)
+    return data
+
+
+def check_text(
+    sources: Sequence[str],
+    *,
+    tokenizer: str | None,
+    vocab_size: int,
+    validation_sources: Sequence[str],
+    validation_fraction: float,
+) -> PreTrainedTokenizerBase | None:
+    """Find the mistakes of what is to be prepared before anything is written; the arguments of `prepare`.
+
+    Returns:
+        The tokenizer, if one is named.
+
+    Raises:
+        InputError: If a source is missing or of an unknown format, or a setting is bad.
+    """
+    if named := [*sources, *validation_sources]:
+        check_sources(named)
+    if not validation_sources and not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}.")
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    check_vocab_size(vocab_size)
+    return None
+
+
+def tell_counts(path: Path, data: PreparedData) -> None:
+    """Log how much text of a prepared folder is trained on and held out."""
+    info = _read_info(path)
+    is_sample = info.get("sample_documents") is not None
+    data.counts().tell(info.get("validation_fraction"), is_sample=is_sample)
 
 
 def load_prepared(path: Path) -> PreparedData:
@@ -265,32 +315,23 @@ def is_prepared(path: Path) -> bool:
 
 def held_out_below(path: Path) -> int | None:
     """The highest rank that was held out when a folder was prepared; None if nothing was split."""
-    return json.loads((path / _INFO).read_text(encoding="utf-8"))["held_out_below"]
+    return _read_info(path)["held_out_below"]
+
+
+def split_of(path: Path) -> Split:
+    """What is held out of the text that a folder was prepared from, and of more text of that kind."""
+    info = _read_info(path)
+    return Split(info.get("seed", 0), info["held_out_below"], info.get("part_bytes"))
 
 
 def sources_of(path: Path) -> list[str]:
     """What a prepared folder was prepared from."""
-    return json.loads((path / _INFO).read_text(encoding="utf-8"))["sources"]
+    return _read_info(path)["sources"]
 
 
-def _split(
-    documents: datasets.Dataset, ranks: np.ndarray, fraction: float, sources: list[str]
-) -> tuple[dict[str, tuple[datasets.Dataset, np.ndarray]], int]:
-    """Training and held-out documents with their ranks, and the highest rank that is held out."""
-    distinct = np.unique(ranks)
-    if len(distinct) < 2:
-        raise InputError(
-            f"{', '.join(sources)} holds one document, which cannot be split into training and held-out "
-            "text; pass --separator to part it, or --validation with other text."
-        )
-    held_out = max(1, min(len(distinct) - 1, round(fraction * len(distinct))))
-    highest = distinct[held_out - 1]
-    is_held_out = ranks <= highest
-    splits = {
-        name: (documents.select(np.flatnonzero(chosen)), ranks[chosen])
-        for name, chosen in (("train", ~is_held_out), ("validation", is_held_out))
-    }
-    return splits, int(highest)
+def _read_info(path: Path) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads((path / _INFO).read_text(encoding="utf-8"))
+    return info
 
 
 def _blocks_of_batch(

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.random import seed_of
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.pieces import rank_of
 from calm.data.sources import ReadingOptions, Shard, find_shards
+from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents
 
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     Args:
         epoch: How often all shards have been read.
         shard: Number in this epoch's order of the reader's shards.
-        document: Of the shard, counted before any is left out.
+        document: Of the shard, counted before any is left out; stretches of one that is cut count singly.
         window: Windows of this epoch before it.
         block: Blocks of the window before it.
     """
@@ -60,9 +60,11 @@ class StreamSettings:
         layout: How documents meet chunks.
         seed: Of the order, and of the offsets of documents in their chunks.
         window: Documents that are shuffled among each other.
-        held_out_below: Documents whose rank (`calm.data.prepare.rank_of`) is at most this are held out; none
+        held_out_below: Documents whose rank (`calm.data.pieces.rank_of`) is at most this are held out; none
             if it is None.
         held_out_seed: Seed of those ranks.
+        part_bytes: Longer documents are held out in parts of about this size; None if none are
+            (`calm.data.splitting`).
     """
 
     sources: Sequence[str]
@@ -74,6 +76,7 @@ class StreamSettings:
     window: int = 1000
     held_out_below: int | None = None
     held_out_seed: int = 0
+    part_bytes: int | None = None
 
 
 @dataclass
@@ -146,6 +149,7 @@ class BlockStream(IterableDataset):
         self.settings, self.position = settings, position
         self._tokenizer, self._process = tokenizer, process
         self._shards = find_shards(settings.sources, settings.options)
+        self._split = Split(settings.held_out_seed, settings.held_out_below, settings.part_bytes)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Blocks from the position on."""
@@ -185,8 +189,9 @@ class BlockStream(IterableDataset):
         """Windows of documents from a place on, and where each begins."""
         place, documents = start._replace(block=0), list[str]()
         for number in range(start.shard, len(shards)):
-            for index, text in enumerate(shards[number].read()):
-                if (number == start.shard and index < start.document) or self._is_held_out(text):
+            runs = (run for text in shards[number].read() for run in self._split.runs(text))
+            for index, (is_held_out, text) in enumerate(runs):
+                if is_held_out or (number == start.shard and index < start.document):
                     continue
                 if not documents:
                     place = place._replace(shard=number, document=index)
@@ -196,10 +201,6 @@ class BlockStream(IterableDataset):
                     place, documents = place._replace(window=place.window + 1), []
         if documents:
             yield place, documents
-
-    def _is_held_out(self, text: str) -> bool:
-        highest = self.settings.held_out_below
-        return highest is not None and rank_of(text, self.settings.held_out_seed) <= highest
 
     def _lay_out(self, place: Place, documents: list[str]) -> dict[str, np.ndarray]:
         settings = self.settings

@@ -1,0 +1,195 @@
+"""Which text is held out: whole documents, or parts of long ones where whole documents are too coarse.
+
+Documents and parts have ranks, numbers of 64 bits that depend on their text and the seed alone, and those
+with the lowest are held out. So a document read later, from a stream, falls on the same side without a list
+of all, and equal ones are on one side.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute
+
+from calm.data.counts import number
+from calm.data.cutting import longest_part, parts_of
+from calm.data.pieces import rank_of, ranks_of
+from calm.errors import InputError
+
+logger = logging.getLogger(__name__)
+_NEAR = 0.25  # Deviation from the share asked for, relative to it, that needs no parts.
+_PARTS_HELD_OUT = 6  # About as many, if parts of long documents are held out.
+_SHORT = 1000  # Bytes of a document that stays whole among others.
+_FEWEST_PARTS = 50  # Of a single document.
+_DOCUMENTS_AT_ONCE = 100  # They may be long.
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tells training text from held-out text.
+
+    Args:
+        seed: Seed of the ranks.
+        highest: The highest rank that is held out; None if nothing is.
+        part_bytes: Documents longer than this are cut into parts of about that size; None if none is.
+    """
+
+    seed: int = 0
+    highest: int | None = None
+    part_bytes: int | None = None
+
+    def runs(self, text: str) -> Iterator[tuple[bool, str]]:
+        """Whether a document is held out, and the document; or the same of its stretches on either side."""
+        if self.part_bytes is None:
+            yield self._is_held_out(text), text
+            return
+        for is_held_out, run in itertools.groupby(parts_of(text, self.part_bytes), self._is_held_out):
+            yield is_held_out, "".join(run)
+
+    def _is_held_out(self, text: str) -> bool:
+        if self.highest is None or rank_of(text, self.seed) > self.highest:
+            return False
+        # A part that could not be made small would be more than was asked for.
+        return self.part_bytes is None or len(text.encode()) <= longest_part(self.part_bytes)
+
+
+def choose_split(
+    documents: datasets.Dataset, ranks: np.ndarray, fraction: float, seed: int, sources: list[str]
+) -> Split:
+    """The split that holds out a share of the text.
+
+    That share of the documents is held out, in the order of their ranks, where it is near the share of the
+    text, or no document is long. Else long documents are cut into parts, and documents and parts are held
+    out up to the share of the text.
+
+    Args:
+        documents: Column `text`.
+        ranks: Of each document.
+        fraction: Share that is held out, above 0 and below 1.
+        seed: Seed of the ranks.
+        sources: Where the documents come from, for the message.
+
+    Raises:
+        InputError: If there is one document only, of one paragraph.
+    """
+    sizes = _bytes_of(documents)
+    whole = _by_documents(ranks, sizes, fraction, seed)
+    size = _part_bytes(int(sizes.sum()), fraction, is_single=whole is None)
+    if whole is not None and (abs(whole[1] - fraction) <= _NEAR * fraction or sizes.max() <= size):
+        return whole[0]
+    part_ranks, part_sizes = _parts(documents, ranks, sizes, size, seed)
+    while 2 * part_sizes[part_sizes <= longest_part(size)].sum() < sizes.sum():
+        size *= 2  # Most paragraphs are longer than a part.
+        part_ranks, part_sizes = _parts(documents, ranks, sizes, size, seed)
+    in_parts = _by_parts(part_ranks, part_sizes, fraction, seed, size)
+    found = [choice for choice in (whole, in_parts) if choice is not None]
+    if not found:
+        raise InputError(
+            f"{', '.join(sources)} holds one document without two different paragraphs or lines, which "
+            "cannot be split into training and held-out text; give more text, pass --separator to part it, "
+            "or --validation with other text."
+        )
+    split, _ = min(found, key=lambda choice: abs(choice[1] - fraction))
+    if split.part_bytes is not None:
+        logger.info(
+            "text: cut %s (between paragraphs, if there are any) so that part of the text can be held out",
+            number((sizes > size).sum(), "long document"),
+        )
+    return split
+
+
+def split_documents(
+    documents: datasets.Dataset, ranks: np.ndarray, split: Split, work: Path
+) -> dict[str, tuple[datasets.Dataset, np.ndarray]]:
+    """Training and held-out documents, in their order, each with their ranks.
+
+    Args:
+        documents: Column `text`.
+        ranks: Of each document.
+        split: Tells one from the other.
+        work: Folder for the text of documents that are cut.
+    """
+    if split.part_bytes is None:
+        is_held_out = ranks <= np.uint64(split.highest or 0)
+    else:
+        documents = documents.map(
+            partial(_runs_of_batch, split=split),
+            batched=True,
+            batch_size=_DOCUMENTS_AT_ONCE,
+            writer_batch_size=_DOCUMENTS_AT_ONCE,
+            remove_columns=documents.column_names,
+            features=datasets.Features(
+                {"text": datasets.Value("large_string"), "is_held_out": datasets.Value("bool")}
+            ),
+            cache_file_name=str(work / "runs.arrow"),
+            load_from_cache_file=False,
+            desc="cutting long documents",
+        )
+        is_held_out = np.array(documents.select_columns("is_held_out").with_format("numpy")[:]["is_held_out"])
+        documents = documents.select_columns("text")
+        ranks = ranks_of(documents, split.seed)
+    return {
+        name: (documents.select(np.flatnonzero(chosen)), ranks[chosen])
+        for name, chosen in (("train", ~is_held_out), ("validation", is_held_out))
+    }
+
+
+def _runs_of_batch(batch: dict[str, list[str]], *, split: Split) -> dict[str, list]:
+    runs = [run for text in batch["text"] for run in split.runs(text)]
+    return {"text": [text for _, text in runs], "is_held_out": [is_held_out for is_held_out, _ in runs]}
+
+
+def _bytes_of(documents: datasets.Dataset) -> np.ndarray:
+    tables = documents.with_format("arrow").iter(1000)
+    lengths = [pyarrow.compute.binary_length(table["text"]).to_numpy() for table in tables]
+    return np.concatenate(lengths).astype(np.int64)
+
+
+def _part_bytes(total: int, fraction: float, *, is_single: bool) -> int:
+    """Bytes of the parts of long documents: a few of them make up the smaller side."""
+    least = min(_SHORT, total // _FEWEST_PARTS) if is_single else _SHORT
+    return max(1, least, int(min(fraction, 1 - fraction) * total) // _PARTS_HELD_OUT)
+
+
+def _by_documents(
+    ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int
+) -> tuple[Split, float] | None:
+    """The split that holds out a share of the distinct documents, and its share of the text."""
+    distinct = np.unique(ranks)
+    if len(distinct) < 2:
+        return None
+    held_out = max(1, min(len(distinct) - 1, round(fraction * len(distinct))))
+    highest = distinct[held_out - 1]
+    return Split(seed, int(highest)), float(sizes[ranks <= highest].sum() / sizes.sum())
+
+
+def _parts(
+    documents: datasets.Dataset, ranks: np.ndarray, sizes: np.ndarray, size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks and bytes of documents, of the parts instead where they are long."""
+    is_long = sizes > size
+    part_ranks, part_sizes = [ranks[~is_long]], [sizes[~is_long]]
+    for row in documents.select(np.flatnonzero(is_long)):
+        parts = parts_of(row["text"], size)
+        part_ranks.append(np.array([rank_of(part, seed) for part in parts], np.uint64))
+        part_sizes.append(np.array([len(part.encode()) for part in parts], np.int64))
+    return np.concatenate(part_ranks), np.concatenate(part_sizes)
+
+
+def _by_parts(
+    ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int, size: int
+) -> tuple[Split, float] | None:
+    """The split that holds out documents and parts up to a share of the text, and that share."""
+    may_be = sizes <= longest_part(size)
+    distinct, where = np.unique(ranks[may_be], return_inverse=True)
+    at_most = len(distinct) - bool(may_be.all())  # Something is left to train on.
+    if at_most < 1:
+        return None
+    shares = np.cumsum(np.bincount(where, sizes[may_be]))[:at_most] / sizes.sum()
+    last = int(np.argmin(np.abs(shares - fraction)))
+    return Split(seed, int(distinct[last]), size), float(shares[last])
