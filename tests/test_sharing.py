@@ -63,6 +63,14 @@ def test_the_card_says_what_the_run_was(runs, capsys):
     assert recipe["seed"] == 3 and recipe["data"]["sources"] == "text.jsonl"
 
 
+def test_the_card_counts_the_text_that_there_was(runs):
+    """Not the share that the recipe asks for."""
+    counts = load_prepared(runs / "run/data").counts()
+    assert 0.15 < counts.share < 0.25 and counts.documents == {"train": 16, "validation": 4}
+    [line] = [line for line in write_card(runs / "run").read_text().splitlines() if "held out" in line]
+    assert line == f"text.jsonl. {counts}, equal documents together."
+
+
 def test_the_code_of_the_card_runs(runs, monkeypatch):
     path = write_card(runs / "run", name=str(runs / "run/model"))
     code = path.read_text().split("```python\n")[1].split("```")[0]

@@ -1,14 +1,16 @@
 """`calm demo`: the main job from end to end on the embedded corpus."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.folders import check_output
+from calm.data.folders import check_output, new_folder
 from calm.data.prepare import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
@@ -18,6 +20,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.run import Sample, read_history, write_report
 from calm.report.tables import print_scorecard
+from calm.training.configurations import check_model
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
 
@@ -51,13 +54,14 @@ def run_demo(
         raise InputError(f"the demo trains a CALM; for the recipe '{recipe_name}' use `calm train`.")
     if num_stories < 2:
         raise InputError(f"stories must be at least 2, one to train on and one held out; got {num_stories}.")
-    text = output.with_name(f"{output.name}-stories.jsonl")
     check_output(output, overwrite)
+    check_model(recipe)
+    text = output.with_name(f"{output.name}-stories.jsonl")
     say(f"writing {num_stories:,} stories to {text}")
-    write_stories(text, recipe.seed, num_stories)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
-    say("training the autoencoder, then the language model")
-    folder = train(recipe, output, overwrite=overwrite)
+    with _stories_in(text, recipe.seed, num_stories):
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
+        say("training the autoencoder, then the language model")
+        folder = train(recipe, output, overwrite=overwrite)
     say("scoring held-out stories")
     model, tokenizer = load_model_and_tokenizer(str(folder))
     data = load_prepared(output / "data")
@@ -78,6 +82,20 @@ def run_demo(
     )
     say(f"model: {folder}   report: {report}")
     return card
+
+
+@contextlib.contextmanager
+def _stories_in(path: Path, seed: int, number: int) -> Iterator[None]:
+    """A file of stories; if the block refuses its input, a file that was not there before goes again."""
+    was_there = path.exists()
+    with new_folder(path.parent):
+        write_stories(path, seed, number)
+        try:
+            yield
+        except InputError:
+            if not was_there:
+                path.unlink()
+            raise
 
 
 def write_samples(

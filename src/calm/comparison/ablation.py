@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -124,8 +125,8 @@ def run_ablation(
         raise InputError(f"an ablation needs seeds, and choices out of: {names}.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
         raise InputError("an ablation takes a recipe of a CALM that trains its own autoencoder.")
-    for choice in chosen:
-        check_model(_recipe_of(choice, recipe, 0))
+    for choice, seed in itertools.product(chosen, seeds):
+        check_model(_recipe_of(choice, recipe, seed))
     output = output.resolve()
     recipe = with_shared_text(recipe, output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size

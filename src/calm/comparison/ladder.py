@@ -12,7 +12,7 @@ from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepare import load_prepared
 from calm.errors import InputError
-from calm.training.configurations import check_recipe
+from calm.training.configurations import check_model, check_recipe
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.stages import RECIPE, train
 
@@ -49,6 +49,9 @@ def train_ladder(
         raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
+        check_model(at_chunk_size(recipe, size))
+    if not budget > 0:
+        raise InputError(f"the budget must be above 0, got {budget:g}.")
     output = output.resolve()
     recipe = with_shared_text(recipe, output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size

@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+from calm.data.folders import new_folder
 from calm.data.prepare import is_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
+from calm.training.opening import check_data, data_folder
 from calm.training.recipe import Recipe
-from calm.training.stages import data_folder
 
 
 def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
@@ -23,13 +24,16 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
     """
     if recipe.data.streaming:
         raise InputError("runs that are compared share prepared text: set data.streaming to false.")
-    output.mkdir(parents=True, exist_ok=True)
-    if not recipe.data.source_list:
-        stories = output / "stories.jsonl"
-        if not is_prepared(output / "data"):
-            write_stories(stories, recipe.seed, NUM_STORIES)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)]))
-    folder = data_folder(recipe, output)
+    check_data(recipe.data, output)
+    with new_folder(output):
+        if not recipe.data.source_list:
+            stories = output / "stories.jsonl"
+            if not is_prepared(output / "data"):
+                write_stories(stories, recipe.seed, NUM_STORIES)
+            recipe = dataclasses.replace(
+                recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)])
+            )
+        folder = data_folder(recipe, output)
     if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
         raise InputError(
             f"'{folder}' was prepared from other sources than the recipe's; choose another --output."

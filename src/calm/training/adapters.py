@@ -1,5 +1,6 @@
 """Low-rank adapters by peft, on what is trained of a language model."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,22 @@ from calm.errors import InputError
 from calm.models.blocks import PartedLinear
 from calm.models.calm import CalmForCausalLM
 from calm.training.finetuning_recipe import LoraSettings
+
+
+def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Find what stands against adapters, before anything is written.
+
+    Raises:
+        InputError: If peft is not installed, or a setting is out of range or does not fit the model.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("adapters need peft; install it with: pip install 'calm-lm[finetune]'")
+    if settings.rank < 1 or not 0 <= settings.dropout < 1 or settings.alpha <= 0:
+        raise InputError(
+            f"lora needs a rank of at least 1, an alpha above 0 and a dropout from 0 to below 1, got "
+            f"{settings.rank}, {settings.alpha} and {settings.dropout}."
+        )
+    _linear_layers(model, settings.layers)
 
 
 def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> Any:
@@ -23,15 +40,9 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     Raises:
         InputError: If peft is not installed, or a setting is out of range.
     """
-    try:
-        import peft  # noqa: PLC0415 (of an extra)
-    except ImportError as error:
-        raise InputError("adapters need peft; install it with: pip install 'calm-lm[finetune]'") from error
-    if settings.rank < 1 or not 0 <= settings.dropout < 1 or settings.alpha <= 0:
-        raise InputError(
-            f"lora needs a rank of at least 1, an alpha above 0 and a dropout from 0 to below 1, got "
-            f"{settings.rank}, {settings.alpha} and {settings.dropout}."
-        )
+    check_adapters(model, settings)
+    import peft  # noqa: PLC0415 (of an extra)
+
     # A folder by its whole path: the adapters may be loaded from elsewhere.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return peft.get_peft_model(

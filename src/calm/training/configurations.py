@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
+from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
-from calm.training.optimizers import find_optimizer
-from calm.training.recipe import LanguageModelSettings, Recipe
+from calm.training.optimizers import check_optimizer
+from calm.training.recipe import LanguageModelSettings, Recipe, TrainingSettings
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -45,26 +47,56 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
             f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
             f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
         )
-    if recipe.model == "autoregressive":
-        if recipe.chunk_size != 1:
-            raise InputError(
-                f"an autoregressive model predicts single tokens: set chunk_size to 1, "
-                f"not {recipe.chunk_size}."
-            )
-        autoregressive_config(recipe, vocab_size=1, special_tokens={})
-    else:
-        language_model_config(recipe, autoencoder_config(recipe, vocab_size=1, special_tokens={}), {})
+    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
+        raise InputError(
+            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
+        )
+    _check_network(recipe)
     stages = {"language_model": recipe.language_model.training}
     if recipe.trains_autoencoder:
         stages["autoencoder"] = recipe.autoencoder.training
     for name, training in stages.items():
-        find_optimizer(training.optimizer.name)
-        if training.steps < 1:
-            raise InputError(f"{name}.training.steps must be at least 1, got {training.steps}.")
-        try:
-            training.batches(recipe.data.context, num_processes)
-        except InputError as error:
-            raise InputError(f"{name}.training.{error}") from error
+        check_training(training, f"{name}.training", recipe.data.context, num_processes)
+    check_seed(recipe.seed)
+
+
+def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
+    """Find the mistakes of how a stage is trained.
+
+    Args:
+        training: Its settings.
+        name: How they are called, for the message.
+        context: Tokens of a block.
+        num_processes: Processes that share the work.
+
+    Raises:
+        InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
+    """
+    check_optimizer(training.optimizer)
+    for setting, least in (("steps", 1), ("num_workers", 0)):
+        if (value := getattr(training, setting)) < least:
+            raise InputError(f"{name}.{setting} must be at least {least}, got {value}.")
+    try:
+        training.batches(context, num_processes)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from error
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError if a seed is none that all generators take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"the seed must lie between 0 and {2**32 - 1}, got {seed}.")
+
+
+def _check_network(recipe: Recipe) -> None:
+    """Build the network of a recipe without memory: what it refuses is told before any work is done."""
+    network: Any = LlamaForCausalLM if recipe.model == "autoregressive" else CalmForCausalLM
+    config = model_config(recipe, vocab_size=1)
+    try:
+        with torch.device("meta"):
+            network(config)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
 
 
 def autoencoder_config(

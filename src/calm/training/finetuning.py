@@ -26,11 +26,11 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.context import room_beside
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
 from calm.text.decoding import decode_behind
-from calm.training.adapters import merge_adapters, with_adapters
+from calm.training.adapters import check_adapters, merge_adapters, with_adapters
+from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
-from calm.training.optimizers import find_optimizer
 from calm.training.processes import processes
-from calm.training.recipe_files import RECIPE, open_run_folder, write_recipe
+from calm.training.recipe_files import RECIPE, check_run_folder, opened_run_folder, write_recipe
 from calm.training.trainer import ChunkTrainer
 
 ANSWERS, HISTORY = "answers.jsonl", "history.json"
@@ -56,15 +56,21 @@ def finetune(
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
     _check(recipe)
+    everyone = processes()
+    if everyone.is_main_process:
+        needed = [recipe.model, *_as_list(recipe.examples.sources)]
+        check_run_folder(recipe, output, resume, overwrite, needed)
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
     chunk_size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     check_block_size(recipe.examples.context, chunk_size)
+    if recipe.lora.rank:
+        check_adapters(model, recipe.lora)
     examples, held_out = _read(recipe, tokenizer)
-    everyone = processes()
     if everyone.is_main_process:
-        open_run_folder(recipe, output, resume, overwrite)
+        with opened_run_folder(recipe, output, resume, overwrite):
+            pass  # All has been looked at.
     everyone.wait_for_everyone()
     if not (output / "model").is_dir():
         with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
@@ -77,15 +83,10 @@ def _check(recipe: FinetuningRecipe) -> None:
         raise InputError("the recipe names no model; pass --model FOLDER.")
     if not recipe.examples.sources:
         raise InputError("the recipe names no examples; pass --examples.sources FILE.")
-    find_optimizer(recipe.training.optimizer.name)
-    if recipe.training.steps < 1:
-        raise InputError(f"training.steps must be at least 1, got {recipe.training.steps}.")
     if recipe.answers.number < 0:
         raise InputError(f"answers.number must be at least 0, got {recipe.answers.number}.")
-    try:
-        recipe.training.batches(recipe.examples.context, processes().num_processes)
-    except InputError as error:
-        raise InputError(f"training.{error}") from error
+    check_seed(recipe.seed)
+    check_training(recipe.training, "training", recipe.examples.context, processes().num_processes)
 
 
 def _read(

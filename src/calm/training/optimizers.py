@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.models.heads import GenerativeHead
 from calm.training.recipe import OptimizerSettings
 
@@ -53,6 +53,18 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True)
     build: Any = optimizer_class  # Each class has arguments of its own.
     return build(groups, lr=rate, **settings.extra)
+
+
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Raise InputError if the optimizer of a recipe is unknown, or does not take its settings."""
+    try:
+        build_optimizer(nn.Linear(2, 2), settings)
+    except InputError:
+        raise
+    except Exception as error:  # Each class has its own ways to refuse.
+        raise InputError(
+            f"the optimizer '{settings.name}' does not take its settings ({reason_of(error)})."
+        ) from error
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:

@@ -16,7 +16,7 @@ class DataSettings:
     Args:
         sources: A file, folder or hub dataset, or a list of them, or a folder of `calm prepare`.
         validation_sources: Held-out text; none holds out a part of the sources.
-        validation_fraction: Share of documents held out.
+        validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.

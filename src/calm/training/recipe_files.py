@@ -1,9 +1,10 @@
 """Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
 
+import contextlib
 import dataclasses
 import difflib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +12,14 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from calm.data.folders import check_output
+from calm.data.folders import check_output, check_spared, emptied, new_folder, work_of
 from calm.errors import InputError, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
+DATA = "data"  # The prepared text of a run, in its folder.
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 
@@ -151,24 +153,62 @@ def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
     return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")
 
 
-def open_run_folder(recipe: Recipe | FinetuningRecipe, output: Path, resume: bool, overwrite: bool) -> None:
-    """Make the folder of a run with its recipe in it, or see that a run there can go on.
+def check_run_folder(
+    recipe: Recipe | FinetuningRecipe,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    needed: Sequence[str] = (),
+) -> None:
+    """See that a run can begin in a folder, or go on there; nothing is changed.
+
+    Args:
+        recipe: The recipe.
+        output: The folder.
+        resume: Whether a run goes on there.
+        overwrite: Whether what is there may be removed.
+        needed: Paths, or names of other kinds, of what the run reads.
 
     Raises:
-        InputError: If it is not empty, there is nothing to go on with, or that has another recipe.
+        InputError: If the folder is not empty, holds what the run needs, there is nothing to go on with, or
+            that has another recipe.
     """
-    if overwrite and not resume:
-        shutil.rmtree(output, ignore_errors=True)
-    if resume and (output / RECIPE).is_file():
+    if not resume:
+        is_free = not _names_in(output) - {work_of(output / DATA).name}
+        check_output(output, overwrite=overwrite or is_free)
+        check_spared(output, needed)
+    elif (output / RECIPE).is_file():
         changed = differences(read_recipe_of(type(recipe), str(output / RECIPE)), recipe)
         if changed:
             raise InputError(
                 f"cannot resume '{output}': the recipe differs in {', '.join(changed)}; "
                 f"use the recipe in {output / RECIPE}, or another output folder."
             )
-    elif resume:
-        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
     else:
-        check_output(output, overwrite=False)
-        output.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
+
+
+@contextlib.contextmanager
+def opened_run_folder(
+    recipe: Recipe | FinetuningRecipe, output: Path, resume: bool, overwrite: bool
+) -> Iterator[None]:
+    """The folder of a run with its recipe in it, for the block that makes the run ready.
+
+    If the block refuses its input, the folder is as it was, but for work on text that is kept there.
+
+    Raises:
+        InputError: As `check_run_folder`, or as the block does.
+    """
+    check_run_folder(recipe, output, resume, overwrite)
+    if resume:
+        yield
+        return
+    work = work_of(output / DATA)
+    with new_folder(output), emptied(output, kept=[work.name]):
         write_recipe(recipe, output / RECIPE)
+        yield
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

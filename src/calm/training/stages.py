@@ -21,28 +21,30 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.folders import disk_errors, write_file_whole, written_whole
-from calm.data.prepare import PreparedData, held_out_below, is_prepared, load_prepared, prepare
-from calm.data.sources import ReadingOptions
+from calm.data.prepare import PreparedData, split_of
 from calm.data.streaming import BlockStream, Position, StreamSettings
-from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
 from calm.evaluation.perplexity import has_likelihood
 from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
-from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.configurations import (
     autoencoder_config,
     autoregressive_config,
-    check_recipe,
     language_model_config,
     special_tokens_of,
 )
+from calm.training.opening import (
+    check_vocabulary,
+    data_folder,
+    open_run,
+    reading_options,
+    trained_autoencoder,
+)
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import RECIPE, open_run_folder, write_recipe
-from calm.training.sharding import check_sharding
+from calm.training.recipe_files import RECIPE, write_recipe
 from calm.training.trainer import ChunkTrainer, Score
 
 HISTORY = "history.json"
@@ -64,7 +66,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         InputError: If a setting or the folder does not fit.
     """
     with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
-        data = _open_run(recipe, output, resume, overwrite)
+        data = open_run(recipe, output, resume=resume, overwrite=overwrite)
         if recipe.model == "calm":
             _finish_autoencoder(recipe, data, output)
         if not _is_finished(output / "model"):
@@ -83,51 +85,9 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    data = _open_run(recipe, output, resume, overwrite=False)
+    data = open_run(recipe, output, resume=resume, overwrite=False)
     _finish_autoencoder(recipe, data, output)
     return output / "autoencoder"
-
-
-def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> PreparedData:
-    """Check recipe and folder, and open the text: the main process first, which writes what is missing."""
-    everyone = processes()
-    check_recipe(recipe, everyone.num_processes)
-    check_sharding(recipe)
-    if everyone.is_main_process:
-        open_run_folder(recipe, output, resume, overwrite)
-        data_folder(recipe, output)
-    everyone.wait_for_everyone()
-    return load_prepared(data_folder(recipe, output))
-
-
-def data_folder(recipe: Recipe, output: Path) -> Path:
-    """The prepared text of a recipe: what its sources name, or `output`/data, which is written if need be.
-
-    Raises:
-        InputError: If a source or setting is bad.
-    """
-    settings, folder = recipe.data, output / "data"
-    if len(settings.source_list) == 1 and is_prepared(Path(settings.source_list[0])):
-        if settings.streaming:
-            raise InputError(
-                f"'{settings.source_list[0]}' is prepared text; streaming takes the text itself."
-            )
-        return Path(settings.source_list[0])
-    if is_prepared(folder):
-        return folder
-    prepare(
-        settings.source_list,
-        folder,
-        options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
-        tokenizer=settings.tokenizer,
-        vocab_size=settings.vocab_size,
-        validation_sources=settings.validation_source_list,
-        validation_fraction=settings.validation_fraction,
-        seed=recipe.seed,
-        num_proc=settings.num_proc,
-        most=settings.sample_documents if settings.streaming else None,
-    )
-    return folder
 
 
 def _training_blocks(
@@ -137,16 +97,18 @@ def _training_blocks(
     if not settings.streaming:
         return _blocks(recipe, data, "train", recipe.chunk_size)
     everyone = processes()
+    split = split_of(data_folder(recipe, output))
     stream = StreamSettings(
         sources=settings.source_list,
-        options=ReadingOptions(text_field=settings.text_field, separator=settings.separator),
+        options=reading_options(settings),
         chunk_size=recipe.chunk_size,
         block_size=settings.context,
         layout=settings.layout,
         seed=recipe.seed,
         window=settings.window_documents,
-        held_out_below=held_out_below(data_folder(recipe, output)),
-        held_out_seed=recipe.seed,
+        held_out_below=split.highest,
+        held_out_seed=split.seed,
+        part_bytes=split.part_bytes,
     )
     position = Position(everyone.num_processes, max(1, num_workers))
     return BlockStream(stream, data.tokenizer, position, everyone.process_index)
@@ -178,10 +140,9 @@ def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Non
 
 def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> CalmAutoencoder:
     settings = recipe.autoencoder
-    if settings.path is not None:
-        autoencoder = load_autoencoder(Path(settings.path))
-        _check_autoencoder(autoencoder.config, recipe, data)
-        return autoencoder
+    if (trained := trained_autoencoder(recipe)) is not None:
+        check_vocabulary(trained.config, recipe, data)
+        return trained
     set_seed(recipe.seed)
     special = special_tokens_of(data.tokenizer)
     autoencoder = CalmAutoencoder(autoencoder_config(recipe, data.vocab_size, special))
@@ -273,17 +234,3 @@ def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
             tokenizer.save_pretrained(partial)
             write_recipe(recipe, partial / RECIPE)
     processes().wait_for_everyone()
-
-
-def _check_autoencoder(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:
-    path = recipe.autoencoder.path
-    if config.chunk_size != recipe.chunk_size:
-        raise InputError(
-            f"the autoencoder '{path}' has chunks of {config.chunk_size} tokens, the recipe of "
-            f"{recipe.chunk_size}; set chunk_size to {config.chunk_size}."
-        )
-    if data.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
-            f"autoencoder '{path}'; prepare the text with the autoencoder's tokenizer."
-        )

@@ -50,8 +50,8 @@ def prepare(
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         validation: Sources of held-out text; none holds out a part of the sources.
-        validation_fraction: Share of documents held out.
-        seed: Changes which documents are held out.
+        validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
+        seed: Changes what is held out.
         num_proc: Processes; none takes all cores.
         overwrite: Replace the output folder.
     """

@@ -1,0 +1,143 @@
+"""Opening a run: what its recipe names is looked at before anything is written, then the text is prepared.
+
+A command that is refused leaves the output folder as it was.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from calm.data.prepare import PreparedData, check_text, is_prepared, load_prepared, prepare, tell_counts
+from calm.data.sources import ReadingOptions, check_sources
+from calm.errors import InputError
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.configuration import CalmAutoencoderConfig
+from calm.models.loading import load_autoencoder
+from calm.training.configurations import check_recipe
+from calm.training.processes import processes
+from calm.training.recipe import DataSettings, Recipe
+from calm.training.recipe_files import DATA, check_run_folder, opened_run_folder
+from calm.training.sharding import check_sharding
+
+
+def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> PreparedData:
+    """Check recipe, folder and sources, and open the text: the main process first, which prepares it.
+
+    Raises:
+        InputError: If anything that the recipe names is missing or does not fit.
+        RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
+    """
+    everyone = processes()
+    check_recipe(recipe, everyone.num_processes)
+    check_sharding(recipe)
+    if everyone.is_main_process:
+        check_run_folder(recipe, output, resume, overwrite, _places_of(recipe))
+        check_data(recipe.data, output if resume else None)
+        autoencoder = trained_autoencoder(recipe)
+        with opened_run_folder(recipe, output, resume, overwrite):
+            was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
+            folder = data_folder(recipe, output)
+            data = load_prepared(folder)
+            if was_there:
+                tell_counts(folder, data)
+            if autoencoder is not None:
+                check_vocabulary(autoencoder.config, recipe, data)
+    everyone.wait_for_everyone()
+    return load_prepared(data_folder(recipe, output))
+
+
+def check_data(settings: DataSettings, output: Path | None = None) -> None:
+    """Find the mistakes of what a recipe says of its text, before anything is written.
+
+    Args:
+        settings: That part of the recipe.
+        output: Folder of a run that goes on; None for one that begins.
+
+    Raises:
+        InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting is
+            bad.
+    """
+    if (folder := _prepared_source(settings)) is not None:
+        load_prepared(folder)
+    elif output is None or not is_prepared(output / DATA):
+        check_text(settings.source_list, **_preparation(settings))
+    elif settings.streaming:
+        check_sources(settings.source_list)
+
+
+def data_folder(recipe: Recipe, output: Path) -> Path:
+    """The prepared text of a recipe: what its sources name, or `output`/data, which is written if need be.
+
+    Raises:
+        InputError: If a source or setting is bad.
+    """
+    settings, folder = recipe.data, output / DATA
+    if (source := _prepared_source(settings)) is not None:
+        return source
+    if not is_prepared(folder):
+        prepare(
+            settings.source_list,
+            folder,
+            options=reading_options(settings),
+            seed=recipe.seed,
+            num_proc=settings.num_proc,
+            most=settings.sample_documents if settings.streaming else None,
+            **_preparation(settings),
+        )
+    return folder
+
+
+def reading_options(settings: DataSettings) -> ReadingOptions:
+    """How documents are found in the sources of a recipe."""
+    return ReadingOptions(text_field=settings.text_field, separator=settings.separator)
+
+
+def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:
+    """The autoencoder that a recipe names, if it names one.
+
+    Raises:
+        InputError: If there is none, it is damaged, or its chunks have another size than the recipe's.
+    """
+    path = recipe.autoencoder.path
+    if recipe.model != "calm" or path is None:
+        return None
+    autoencoder = load_autoencoder(Path(path))
+    if autoencoder.config.chunk_size != recipe.chunk_size:
+        raise InputError(
+            f"the autoencoder '{path}' has chunks of {autoencoder.config.chunk_size} tokens, the recipe of "
+            f"{recipe.chunk_size}; set chunk_size to {autoencoder.config.chunk_size}."
+        )
+    return autoencoder
+
+
+def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:
+    """Raise InputError if text has more tokens than the trained autoencoder of a recipe."""
+    if data.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
+            f"autoencoder '{recipe.autoencoder.path}'; prepare the text with the autoencoder's tokenizer."
+        )
+
+
+def _prepared_source(settings: DataSettings) -> Path | None:
+    """The prepared folder that a recipe names as its text, if it does."""
+    if len(settings.source_list) != 1 or not is_prepared(Path(settings.source_list[0])):
+        return None
+    if settings.streaming:
+        raise InputError(f"'{settings.source_list[0]}' is prepared text; streaming takes the text itself.")
+    return Path(settings.source_list[0])
+
+
+def _places_of(recipe: Recipe) -> list[str]:
+    """Paths and names of what a recipe reads."""
+    data, more = recipe.data, (recipe.data.tokenizer, recipe.autoencoder.path)
+    return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
+
+
+def _preparation(settings: DataSettings) -> dict[str, Any]:
+    """Settings that are checked before text is prepared, as arguments of `prepare`."""
+    return {
+        "tokenizer": settings.tokenizer,
+        "vocab_size": settings.vocab_size,
+        "validation_sources": settings.validation_source_list,
+        "validation_fraction": settings.validation_fraction,
+    }

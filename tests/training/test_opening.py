@@ -1,0 +1,212 @@
+"""A command that is refused leaves nothing behind, and takes nothing away."""
+
+import json
+from pathlib import Path
+
+import pytest
+from toy import failure, toy_recipe
+
+from calm.cli import main
+from calm.data import pieces, sources
+from calm.data.prepare import load_prepared
+from calm.data.stories import write_stories
+from calm.errors import InputError
+from calm.training import stages
+from calm.training.recipe_files import with_settings, write_recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with text, a recipe, a run of another chunk size, and examples."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_stories(folder / "text.jsonl", 0, 30)
+    (folder / "examples.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"p{n}", "completion": "c"}) + "\n" for n in range(9))
+    )
+    recipe = toy_recipe(folder / "text.jsonl")
+    write_recipe(recipe, folder / "toy.yaml")
+    stages.train(with_settings(recipe, {"chunk_size": 2}), folder / "of_two")
+    return folder
+
+
+def everything_below(folder: Path):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+REFUSED = {
+    "a mistyped source": ("--data.sources", "nofile.txt", "there is no file or folder 'nofile.txt'"),
+    "a hub dataset": ("--data.sources", "nobody/nothing", "nor a dataset that the hub gave"),
+    "one of several sources": ("--data.sources", '["{text}", "no.jsonl"]', "no file or folder 'no.jsonl'"),
+    "an unknown format": ("--data.sources", "{folder}/toy.yaml", "its name must end in"),
+    "a folder without text": ("--data.sources", "{empty}", "holds no .txt"),
+    "validation sources": ("--data.validation_sources", "no.txt", "no file or folder 'no.txt'"),
+    "a tokenizer": ("--data.tokenizer", "no/such", "cannot load a tokenizer from 'no/such'"),
+    "a tokenizer file": ("--data.tokenizer", "no.json", "there is no tokenizer file 'no.json'"),
+    "the vocabulary": ("--data.vocab_size", "10", "vocab_size must be at least 259"),
+    "the fraction": ("--data.validation_fraction", "1.5", "must lie between 0 and 1, got 1.5"),
+    "a field": ("--data.text_field", "body", "has no text in a field 'body'"),
+    "an autoencoder": ("--autoencoder.path", "nowhere", "there is no model in 'nowhere'"),
+    "an autoencoder of other chunks": (
+        "--autoencoder.path",
+        "{folder}/of_two/autoencoder",
+        "set chunk_size to 2",
+    ),
+    "the seed": ("--seed", "-1", "the seed must lie between 0 and"),
+    "workers": ("--language_model.training.num_workers", "-1", "num_workers must be at least 0, got -1"),
+    "the attention": ("--language_model.attention", "none", "the recipe does not make a model"),
+    "the optimizer": ("--autoencoder.training.optimizer.name", "none", "there is no optimizer 'none'"),
+}
+
+
+@pytest.mark.parametrize(("option", "value", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_training_leaves_nothing(option, value, message, runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    value = value.replace("{folder}", str(runs)).replace("{empty}", str(tmp_path / "empty"))
+    arguments = [
+        "train",
+        "--recipe",
+        runs / "toy.yaml",
+        option,
+        value.replace("{text}", str(runs / "text.jsonl")),
+    ]
+    before = everything_below(tmp_path)
+    assert message in failure(capsys, *arguments, "--output", tmp_path / "new/deep/run")
+    assert everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a mistyped source", "a hub dataset", "a field"])
+def test_a_refused_training_takes_nothing_away(name, runs, tmp_path, capsys):
+    option, value, _ = REFUSED[name]
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/weights").write_text("mine")
+    (tmp_path / "run/recipe.yaml").write_text("mine")
+    before = everything_below(tmp_path)
+    failure(
+        capsys,
+        "train",
+        "--recipe",
+        runs / "toy.yaml",
+        option,
+        value,
+        "--overwrite",
+        "--output",
+        tmp_path / "run",
+    )
+    assert everything_below(tmp_path) == before
+
+
+def test_the_optimizer_is_told_what_it_does_not_take(runs, tmp_path, capsys):
+    changes = {"name": "adamw", "learning_rate": -1.0}
+    more = [f"--language_model.training.optimizer.{name}={value}" for name, value in changes.items()]
+    arguments = ["train", "--recipe", runs / "toy.yaml", "--output", tmp_path / "run", *more]
+    assert "the optimizer 'adamw' does not take its settings" in failure(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_corrected_command_works(runs, tmp_path, capsys):
+    arguments = ["train", "--recipe", str(runs / "toy.yaml"), "--output", str(tmp_path / "run")]
+    failure(capsys, *arguments, "--data.sources", "nobody/nothing")
+    main(arguments)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    said = capsys.readouterr().err
+    assert said.count("calm: text: 24 documents and ") == 1
+    main([*arguments, "--overwrite"])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "autoencoder", "checkpoints", "data", "history.json", "model", "recipe.yaml",
+    ]  # fmt: skip
+
+
+def test_prepared_text_is_counted_before_it_is_trained_on(runs, tmp_path, caplog):
+    recipe = with_settings(toy_recipe(runs / "of_two/data"), {"model": "autoregressive", "chunk_size": 1})
+    with caplog.at_level("INFO", "calm"):
+        stages.train(recipe, tmp_path / "run")
+    counts = load_prepared(runs / "of_two/data").counts()
+    assert f"text: {counts}" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 5)
+    text, run = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    for number in range(4):
+        write_stories(text / f"{number}.jsonl", number, 10)
+    good = (text / "3.jsonl").read_text()
+    (text / "3.jsonl").write_text(good + "{\n")
+    if overwrite:
+        run.mkdir()
+        (run / "mine.txt").write_text("mine")
+    recipe = toy_recipe(text)
+    with pytest.raises(InputError, match=r"3\.jsonl', line 11.*kept in '.*\.data\.work'"):
+        stages.train(recipe, run, overwrite=overwrite)
+    assert sorted(path.name for path in run.iterdir()) == [".data.work", *["mine.txt"] * overwrite]
+    (text / "3.jsonl").write_text(good)
+    stages.train(recipe, run, overwrite=overwrite)
+    assert sorted(path.name for path in run.iterdir()) == [
+        "autoencoder", "checkpoints", "data", "history.json", "model", "recipe.yaml",
+    ]  # fmt: skip
+
+
+def test_what_a_command_reads_is_not_replaced_by_it(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    stages.train(toy_recipe(runs / "text.jsonl"), run)
+    (run / "mine.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "link").symlink_to(run / "mine.txt")
+    before = everything_below(tmp_path)
+    train = ["train", "--recipe", runs / "toy.yaml", "--overwrite", "--output", run]
+    for more in (
+        ("--data.sources", run / "mine.txt"),
+        ("--data.sources", run),
+        ("--data.sources", run / "data"),
+        ("--data.validation_sources", tmp_path / "link"),
+        ("--data.tokenizer", run / "model"),
+        ("--autoencoder.path", run / "autoencoder"),
+    ):
+        assert "lies in the output folder" in failure(capsys, *train, *more), more
+    finetune = ["finetune", "--recipe", "full", "--examples.sources", runs / "examples.jsonl", "--overwrite"]
+    assert "lies in the output folder" in failure(
+        capsys, *finetune, "--model", run / "model", "--output", run
+    )
+    assert "lies in the output folder" in failure(
+        capsys, "prepare", run / "mine.txt", "--overwrite", "--output", run
+    )
+    assert everything_below(tmp_path) == before
+
+
+OTHERS = {
+    "demo": ["demo", "--stories", "10", "--recipe", "{bad}"],
+    "compare": ["compare", "--recipe", "{missing}"],
+    "a comparison without a budget": ["compare", "--recipe", "{toy}", "--budget", "0"],
+    "ablate": ["ablate", "alpha", "--recipe", "{missing}", "--seeds", "[1]"],
+    "an ablation with a bad seed": ["ablate", "alpha", "--recipe", "{toy}", "--seeds", "[1,-1]"],
+    "finetune": ["finetune", "--recipe", "full", "--model", "{model}", "--examples.sources", "no.jsonl"],
+    "held-out examples": [
+        "finetune", "--recipe", "full", "--model", "{model}", "--examples.sources", "{examples}",
+        "--examples.validation_sources", "no.jsonl",
+    ],
+    "adapters": [
+        "finetune", "--recipe", "lora", "--model", "{model}", "--examples.sources", "{examples}",
+        "--lora.dropout", "2",
+    ],
+    "prepare": ["prepare", "no.txt"],
+    "prepare with held-out text": ["prepare", "{text}", "--validation", "no.txt"],
+    "prepare with a broken file": ["prepare", "{broken}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", OTHERS.values(), ids=OTHERS)
+def test_other_commands_leave_nothing_either(arguments, runs, tmp_path, capsys):
+    recipe = toy_recipe(runs / "text.jsonl")
+    files = {
+        "toy": runs / "toy.yaml", "model": runs / "of_two/model", "text": runs / "text.jsonl",
+        "examples": runs / "examples.jsonl", "bad": tmp_path / "bad.yaml",
+        "missing": tmp_path / "missing.yaml", "broken": tmp_path / "broken.jsonl",
+    }  # fmt: skip
+    write_recipe(with_settings(recipe, {"data.vocab_size": 10}), files["bad"])
+    write_recipe(with_settings(recipe, {"data.sources": "no.jsonl"}), files["missing"])
+    files["broken"].write_text('{"text": "good"}\n{\n')
+    before = everything_below(tmp_path)
+    failure(capsys, *(part.format(**files) if "{" in part else part for part in arguments),
+            "--output", tmp_path / "new/out")  # fmt: skip
+    assert everything_below(tmp_path) == before
