@@ -74,7 +74,7 @@ BAD = {
     "written": ({"written": [5]}, "whole chunks of 4"),
     "ids": ({"prompt": [999]}, "token ids"),
     "long": ({"prompt": [5] * 256}, "no room behind"),
-    "unknown": ({"colour": 1}, "Extra inputs"),
+    "unknown": ({"colour": 1}, "there is no argument 'colour'"),
 }
 
 

@@ -159,7 +159,7 @@ BAD = {
     "unknown": ({"extra_body": {"colour": 1}}, "there is no argument 'colour'", "colour"),
     "hot": ({"temperature": 1.5}, "lies between 0 and 1", "temperature"),
     "cold": ({"temperature": -1}, "greater than or equal to 0", "temperature"),
-    "top_p": ({"top_p": 0}, "top_p must lie in", None),
+    "top_p": ({"top_p": 0}, "greater than 0", "top_p"),
     "no tokens": ({"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
     "many tokens": ({"max_tokens": 5000}, "may be 4096 at most", "max_tokens"),
     "long": ({"max_tokens": 300}, "more than the context of 256", "prompt"),
@@ -205,17 +205,6 @@ def test_what_is_asked_for_and_is_the_default_is_no_error(server):
 
 
 @pytest.mark.parametrize(
-    "body",
-    [b"{", b"\xff\xfe{}", b"[]", b"3", b'{"model": "tiny"}', b'{"model": "tiny", "prompt": 3}', b""],
-)
-def test_malformed_bodies(body, server):
-    _, _, url = server
-    answer = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-
-
-@pytest.mark.parametrize(
     "field",
     [
         {"prompt": "\ud800"},
@@ -235,30 +224,11 @@ def test_half_a_surrogate_pair(field, server):
     assert "half a surrogate pair" in answer.json()["error"]["message"]
 
 
-def test_a_body_that_is_too_large(server):
-    _, client, url = server
-    with pytest.raises(openai.APIStatusError) as raised:
-        client.completions.create(model="tiny", prompt="a" * (1 << 20))
-    assert raised.value.status_code == 413
-
-    def parts():  # Without a length in the header.
-        for _ in range(40):
-            yield b"a" * (1 << 15)
-
-    assert httpx.post(f"{url}/v1/completions", content=parts()).status_code == 413
-
-
 def test_a_long_prompt_is_refused_quickly(server):
     _, client, _ = server
     with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(model="tiny", prompt=[5] * 10_000, max_tokens=4)
     assert raised.value.code == "context_length_exceeded"
-
-
-def test_unknown_paths_and_methods(server):
-    _, _, url = server
-    assert httpx.get(f"{url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
 
 
 def test_health_and_metrics(server):
@@ -271,19 +241,6 @@ def test_health_and_metrics(server):
     assert float(figures["calm_draws_total"]) >= float(figures["calm_chunks_total"]) >= 2
     assert float(figures['calm_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert not any("nothing" in line for line in figures), "paths that were asked for are no labels"
-
-
-def test_a_key(model, tokenizer):
-    with serving(model, tokenizer, api_key="s3cret") as (_, client, url):
-        with pytest.raises(openai.AuthenticationError) as raised:
-            client.models.list()
-        assert raised.value.code == "invalid_api_key"
-        assert httpx.get(f"{url}/metrics").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert [m.id for m in client.with_options(api_key="s3cret").models.list()] == ["tiny"]
-        for wrong in ("s3cre", "s3cret1", "S3CRET", "ä"):
-            headers = {"authorization": f"Bearer {wrong}".encode()}
-            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
 def test_fifty_clients_get_what_each_would_get_alone(model, tokenizer):

@@ -11,11 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.temperature import TemperatureSettings
 from calm.models.batching import Written
-from calm.serving.engine import Engine, Job, QueueFullError
-from calm.serving.protocol import ApiError
+from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
+from calm.serving.errors import ApiError
 from calm.text.decoding import TextBuilder
 
 _SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
+
+
+def of_queue(error: QueueFullError) -> ApiError:
+    """Why the engine takes nothing, as an answer; whoever asked may try again later."""
+    if isinstance(error, StoppingError):
+        return ApiError(str(error), 503, "server_error", code="shutting_down")
+    return ApiError(str(error), 429, "rate_limit_error", code="queue_full")
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,12 @@ class Answers:
         """Ask the engine.
 
         Raises:
-            ApiError: If too many texts are waiting.
+            ApiError: If too many texts are waiting, or the server is shutting down.
         """
         try:
             self.engine.submit(self._jobs)
         except QueueFullError as error:
-            raise ApiError(str(error), 429, "rate_limit_error", code="queue_full") from error
+            raise of_queue(error) from error
 
     def cancel(self) -> None:
         """Give all texts up."""
@@ -131,6 +138,8 @@ class Answers:
     def _part(self, index: int, what: Written | Exception) -> Part:
         if isinstance(what, TimeoutError):
             raise ApiError(f"{what}; ask for fewer tokens.", 504, "server_error", code="timeout")
+        if isinstance(what, QueueFullError):
+            raise of_queue(what)
         if isinstance(what, Exception):
             raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
         builder = self._texts[index]

@@ -3,33 +3,33 @@
 import contextlib
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import Headers
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from calm.core.temperature import TemperatureSettings
 from calm.models.calm import CalmForCausalLM
+from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
+from calm.serving.errors import ApiError, quoted
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
-from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest, PoolRequest
+from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
 from calm.serving.requests import Endpoint
+from calm.serving.watch import Watch
 
 logger = logging.getLogger(__name__)
-# Answered without a key.
-_OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground.css")
+_NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says where no path fits.
 _PAGE_PARTS = {"playground.js": "text/javascript", "playground.css": "text/css"}
 # The page takes nothing from elsewhere, and text that the model wrote cannot make it.
 _PAGE_HEADERS = {
@@ -86,18 +86,18 @@ def create_app(
         engine.stop()
 
     # Its own pages of documentation would load scripts from elsewhere.
-    app = FastAPI(
-        title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=settings.max_body
-    )
+    app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     _add_errors(app)
-    app.add_middleware(_Watch, settings=settings, metrics=metrics)
+    app.add_middleware(Watch, key=settings.api_key, metrics=metrics)
     described = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
 
     @app.get("/health")
     async def health() -> JSONResponse:
         alive = engine.is_alive
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        if alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "stopped"}, 503, headers={"retry-after": "1"})
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -112,20 +112,29 @@ def create_app(
         endpoint.check_name(name)
         return described
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    @app.post("/v1/completions", response_model=None, openapi_extra=_body_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, settings.max_body)
         return await _answer(endpoint.complete(body), body.stream, request)
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatRequest, settings.max_body)
         return await _answer(endpoint.chat(body), body.stream, request)
 
-    @app.post("/v1/calm/pool")
-    async def pool(body: PoolRequest) -> dict[str, Any]:
+    @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
+    async def pool(request: Request) -> dict[str, Any]:
+        body = await read_body(request, PoolRequest, settings.max_body)
         return await describe_pool(endpoint, body, settings.max_draws)
 
     _add_playground(app, settings)
     return app
+
+
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """What the description of the API says of a body."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"content": content, "required": True}}
 
 
 def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
@@ -171,81 +180,29 @@ async def _events(answer: Any) -> AsyncIterator[str]:
             yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
+    except Exception:
+        logger.exception("a stream failed")
+        said = ApiError("the server made a mistake; its log has more.", 500, "server_error")
+        yield f"data: {json.dumps(said.body)}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def of_ours(_: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
-
-    @app.exception_handler(RequestValidationError)
-    async def of_fields(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid" or not path:
-            said = ApiError("the body is no JSON object; send one, with content-type application/json.")
-        else:
-            said = ApiError(f"'{path[0]}': {first['msg']}.", param=path[0])
-        return JSONResponse(said.body, said.status)
+        return error.response()
 
     @app.exception_handler(HTTPException)
-    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
-        said = ApiError(f"{error.detail}.", error.status_code)
-        return JSONResponse(said.body, said.status, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def of_nobody(_: Request, error: Exception) -> JSONResponse:
-        logger.error("an answer failed", exc_info=error)
-        said = ApiError("the server made a mistake; its log has more.", 500, "server_error")
-        return JSONResponse(said.body, said.status)
-
-
-class _Watch:
-    """Asks for the key, and counts requests when their answers have ended."""
-
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
-        self._app, self._key, self._metrics = app, settings.api_key, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 499  # Gone before there was an answer.
-
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            if self._is_known(scope):
-                await self._app(scope, receive, note)
-            else:
-                await _REFUSAL(scope, receive, note)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            # Never what was asked for: labels must be few.
-            path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(path, str(status)).inc()
-            self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
-
-    def _is_known(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] in _OPEN_PATHS:
-            return True
-        shown = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-        return secrets.compare_digest(shown.encode(), self._key.encode())
-
-
-_REFUSAL = JSONResponse(
-    ApiError(
-        "the API key is missing or wrong; send 'Authorization: Bearer KEY'.",
-        kind="authentication_error",
-        code="invalid_api_key",
-    ).body,
-    401,
-)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        path = quoted(request.scope["path"])
+        if error.status_code == 404 and error.detail == _NOT_FOUND:
+            return ApiError(f"there is nothing at '{path}'; the API is at /v1.", 404).response()
+        if error.status_code != 405:
+            return ApiError(f"{error.detail}.", error.status_code).response()
+        methods = {method.strip() for method in (error.headers or {}).get("Allow", "").split(",")} - {""}
+        methods |= {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+        allowed = {"allow": ", ".join(sorted(methods))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allowed)
+        said = ApiError(f"'{path}' does not take {quoted(request.method)}; use {allowed['allow']}.", 405)
+        return JSONResponse(said.body, said.status, headers=allowed)

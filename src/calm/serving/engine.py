@@ -21,6 +21,10 @@ class QueueFullError(Exception):
     """So many texts are waiting that no more are taken."""
 
 
+class StoppingError(QueueFullError):
+    """The server is shutting down, so nothing is taken any more."""
+
+
 @dataclass(eq=False)
 class Job:
     """A text to write.
@@ -107,10 +111,11 @@ class Engine:
 
         Raises:
             QueueFullError: If too many are waiting.
+            StoppingError: If the server is shutting down.
         """
         with self._changed:
             if self._is_stopping:
-                raise QueueFullError("the server is shutting down.")
+                raise StoppingError("the server is shutting down.")
             if len(self._waiting) + len(jobs) > self._max_waiting:
                 raise QueueFullError(
                     f"{len(self._waiting)} texts are waiting, and at most {self._max_waiting} may; try later."
@@ -132,10 +137,13 @@ class Engine:
 
         Raises:
             QueueFullError: If too much is waiting.
+            StoppingError: If the server is shutting down.
         """
         answer: Future = Future()
         with self._changed:
-            if self._is_stopping or len(self._asked) >= self._max_waiting:
+            if self._is_stopping:
+                raise StoppingError("the server is shutting down.")
+            if len(self._asked) >= self._max_waiting:
                 raise QueueFullError("too much is being asked; try later.")
             self._asked.append((question, answer))
             self._changed.notify()
@@ -149,7 +157,7 @@ class Engine:
         finally:  # Nobody waits for what will not come.
             with self._changed:
                 self._is_stopping = True
-            end = RuntimeError("the server is shutting down")
+            end = StoppingError("the server is shutting down.")
             self._fail_all(end)
             for _, answer in self._asked:
                 if answer.set_running_or_notify_cancel():

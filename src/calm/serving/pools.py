@@ -11,8 +11,10 @@ from calm.core.chunks import align_to_chunks
 from calm.core.random import generators_of_rows
 from calm.core.temperature import law_of_pool
 from calm.models.calm import CalmForCausalLM
+from calm.serving.answers import of_queue
 from calm.serving.engine import QueueFullError
-from calm.serving.protocol import ApiError, PoolRequest
+from calm.serving.errors import ApiError
+from calm.serving.protocol import PoolRequest
 from calm.serving.requests import Endpoint
 
 
@@ -30,6 +32,11 @@ async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: in
     endpoint.check_name(request.model)
     if request.num_draws > most_draws:
         raise ApiError(f"'num_draws' may be {most_draws} at most.", param="num_draws")
+    try:  # With any counts it would raise the same.
+        for temperature in request.temperatures:
+            law_of_pool(torch.tensor([request.num_draws]), temperature)
+    except ValueError as error:
+        raise ApiError(str(error), param="temperatures") from error
     prompt = endpoint.tokens_of(request.prompt)
     size = endpoint.model.config.chunk_size
     if len(request.written) % size:
@@ -43,13 +50,10 @@ async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: in
             endpoint.engine.ask(lambda model: _draw(model, ids, request.num_draws, seed))
         )
     except QueueFullError as error:
-        raise ApiError(str(error), 429, "rate_limit_error", code="queue_full") from error
+        raise of_queue(error) from error
     counted = Counter(draws).most_common()
     counts = torch.tensor([count for _, count in counted])
-    try:
-        laws = [law_of_pool(counts, temperature).tolist() for temperature in request.temperatures]
-    except ValueError as error:
-        raise ApiError(str(error), param="temperatures") from error
+    laws = [law_of_pool(counts, temperature).tolist() for temperature in request.temperatures]
     candidates = [
         {
             "token_ids": list(tokens),

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, room_beside
 from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
+from calm.serving.errors import ApiError, quoted
 from calm.serving.metrics import Metrics
-from calm.serving.protocol import ApiError, ChatRequest, CompletionRequest
+from calm.serving.protocol import ChatRequest, CompletionRequest
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_behind
 from calm.text.encoding import encode_documents
@@ -51,7 +53,7 @@ class Endpoint:
         """Raise ApiError for a model that is not served."""
         if name != self._settings.name:
             raise ApiError(
-                f"there is no model '{name}' here; this server has '{self._settings.name}'.",
+                f"there is no model '{quoted(name)}' here; this server has '{self._settings.name}'.",
                 404,
                 param="model",
                 code="model_not_found",
@@ -63,11 +65,10 @@ class Endpoint:
         Raises:
             ApiError: If the request cannot be honoured.
         """
-        asked = request.prompts()
-        if not asked:
-            raise ApiError("'prompt' is empty; give a text.", param="prompt")
+        asked = request.prompt
+        settings = self._check(request, len(asked), request.max_tokens)
         prompts = [self.tokens_of(prompt) for prompt in asked]
-        answers = self._submit(request, prompts, request.max_tokens)
+        answers = self._submit(request, prompts, request.max_tokens, settings)
         echoes = [one if isinstance(one, str) else decode_behind(self.tokenizer, [], one) for one in asked]
         repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
         return CompletionAnswer(answers, request, self._settings.name, repeated)
@@ -83,36 +84,54 @@ class Endpoint:
                 "this model has no chat template, so it was not made for chats; use /v1/completions.",
                 param="messages",
             )
+        budget = request.max_completion_tokens or request.max_tokens
+        settings = self._check(request, 1, budget or 1)
         try:
-            prompt = encode_chat(self.tokenizer, [message.as_text() for message in request.messages])
+            prompt = encode_chat(self.tokenizer, request.messages)
         except InputError as error:
             raise ApiError(str(error), param="messages") from error
-        budget = request.max_completion_tokens or request.max_tokens
         if budget is None:
             budget = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
-        answers = self._submit(request, [prompt], budget, self._ends_of_turn)
+        answers = self._submit(request, [prompt], budget, settings, self._ends_of_turn)
         return ChatAnswer(answers, request, self._settings.name)
+
+    def _check(
+        self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
+    ) -> TemperatureSettings:
+        """Look at all that can be wrong before anything is made of the prompts; how chunks are sampled."""
+        self.check_name(request.model)
+        request.check(self._settings.max_draws)
+        most = self._settings.max_waiting
+        if num_prompts * request.n > most:
+            raise ApiError(
+                f"the request asks for {num_prompts * request.n} texts, and at most {most} may wait; ask for "
+                "fewer at once.",
+                param="prompt" if num_prompts > most else "n",
+            )
+        if budget > self._settings.max_tokens:
+            name = (
+                "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
+            )
+            raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
+        settings = request.settings(self._settings.defaults, self.model.default_sampler)
+        try:
+            self.model.check_sampler(settings)
+        except ValueError as error:
+            raise ApiError(str(error), param="sampler") from error
+        return settings
 
     def _submit(
         self,
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         budget: int,
+        settings: TemperatureSettings,
         more_stops: Sequence[str] = (),
     ) -> Answers:
-        self.check_name(request.model)
-        request.check(self._settings.max_draws)
-        if budget > self._settings.max_tokens:
-            raise ApiError(f"'max_tokens' may be {self._settings.max_tokens} at most.", param="max_tokens")
         try:
             check_room(self.model.config, max(map(len, prompts)), budget)
         except ValueError as error:
-            raise ApiError(str(error), param="prompt", code="context_length_exceeded") from error
-        settings = request.settings(self._settings.defaults, self.model.default_sampler)
-        try:
-            self.model.check_sampler(settings)
-        except ValueError as error:
-            raise ApiError(str(error), param="sampler") from error
+            raise ApiError(str(error), param=request.prompt_name, code="context_length_exceeded") from error
         answers = Answers(
             engine=self.engine,
             tokenizer=self.tokenizer,
@@ -121,7 +140,7 @@ class Endpoint:
             settings=settings,
             budget=budget,
             seed=request.chosen_seed(),
-            stops=[*request.stops, *more_stops],
+            stops=[*request.stop, *more_stops],
             seconds=self._settings.seconds,
         )
         answers.submit()
@@ -136,6 +155,11 @@ class Endpoint:
         """
         size = len(self.tokenizer)
         ids = encode_documents(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+        if not ids and isinstance(prompt, str):
+            raise ApiError(
+                "a prompt has no text, and this model's tokenizer has no token that begins one; give a text.",
+                param="prompt",
+            )
         if not ids:
             raise ApiError("a prompt has no token; give a text.", param="prompt")
         if any(not 0 <= token < size for token in ids):

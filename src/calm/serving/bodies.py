@@ -1,0 +1,107 @@
+"""Bodies of requests: JSON objects, whatever content type is named, that fit a model."""
+
+import codecs
+import json
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
+
+from calm.serving.errors import ApiError, json_type, of_validation
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[_Model], most_bytes: int) -> _Model:
+    """The body of a request.
+
+    Args:
+        request: The request.
+        model: What the body must fit.
+        most_bytes: Length that is allowed.
+
+    Raises:
+        ApiError: If it is from a page of another origin, too long, no JSON object, or does not fit.
+    """
+    _check_origin(request)
+    body = parse_object(await _read(request, most_bytes))
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise of_validation(error) from error
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        raw: Its bytes, in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ApiError: If it is none.
+    """
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if not raw.strip():
+        raise ApiError("the body is empty; send a JSON object.")
+    encoding = json.detect_encoding(raw)
+    if encoding != "utf-8":
+        raise ApiError(f"the body is in {encoding[:6].upper()}; send it in UTF-8.")
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(f"the body is not UTF-8 (byte {error.start}); send a JSON object in UTF-8.") from error
+    try:
+        body = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(_why_no_json(str(error))) from error
+    if not isinstance(body, dict):
+        raise ApiError(f"the body is {json_type(body)}; send a JSON object.")
+    return body
+
+
+def _why_no_json(said: str) -> str:
+    if "hex escape" in said:
+        return "the request has half a surrogate pair, or half an escape, in a text; leave it out."
+    if "recursion" in said:
+        return "the body is nested too deeply; send a flat JSON object."
+    return f"the body is not valid JSON ({said}); send a JSON object."
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what a page of another origin can send without the browser asking first.
+
+    Browsers ask (by a preflight, which is not granted here) before they send JSON elsewhere, but not before
+    they send a form or plain text, and name the page's origin with it. Other clients name none.
+    """
+    origin = request.headers.get("origin")
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if origin is None or content_type == "application/json":
+        return
+    own = f"{request.scope['scheme']}://{request.headers.get('host', '')}"
+    if origin.lower() != own.lower():
+        raise ApiError(
+            "requests of pages of another origin must have the content type application/json.",
+            403,
+            code="origin_not_allowed",
+        )
+
+
+async def _read(request: Request, most_bytes: int) -> bytes:
+    if (request.headers.get("content-encoding") or "identity").lower() != "identity":
+        raise ApiError("the body is compressed; send it as it is, without content-encoding.", 415)
+    too_long = ApiError(f"the body is longer than the {most_bytes} bytes that are allowed; shorten it.", 413)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most_bytes:
+        raise too_long
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most_bytes:
+                raise too_long
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ApiError("the client left before the end of the body.", 499) from error
+    return b"".join(parts)

@@ -1,0 +1,75 @@
+"""Errors in the form of the OpenAI API."""
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+_SECONDS_TO_WAIT = "1"  # A place in the queue may be free by then.
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    429: {"retry-after": _SECONDS_TO_WAIT},
+    503: {"retry-after": _SECONDS_TO_WAIT},
+}
+_JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+_LONGEST_QUOTE = 80
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        message: What is wrong, and what to do.
+        status: HTTP status.
+        kind: The error type of the API.
+        param: The field that is wrong.
+        code: A word for programs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        """The answer, with the headers that belong to its status."""
+        return JSONResponse(self.body, self.status, headers=_HEADERS.get(self.status))
+
+
+def at(place: str, message: str) -> ApiError:
+    """The error of a place in the body, such as `messages[2].content`."""
+    return ApiError(f"{place}: {message}", param=place)
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """The first fault of a body that does not fit its model, as one sentence."""
+    first = error.errors(include_url=False)[0]
+    place = ""
+    for part in first["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" if place else quoted(part)
+    if first["type"] == "missing":
+        return ApiError(f"'{place}' is missing.", param=place)
+    if first["type"] == "extra_forbidden":
+        return ApiError(f"there is no argument '{place}'; leave it out.", param=place)
+    if first["type"] == "model_type":
+        return at(place, f"must be an object, got {json_type(first['input'])}.")
+    if first["type"] == "too_long":
+        return at(place, f"may hold {first['ctx']['max_length']} values at most.")
+    return at(place, f"{first['msg']}.")
+
+
+def quoted(text: str) -> str:
+    """A text as short as an error message may repeat it."""
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value, with its article."""
+    return "null" if value is None else _JSON_TYPES.get(type(value), "an object")

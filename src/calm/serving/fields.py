@@ -1,0 +1,121 @@
+"""Every field of the OpenAI API, and what becomes of it. Null asks for the default and is always accepted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calm.serving.errors import ApiError, json_type, quoted
+
+BOTH = ("/v1/completions", "/v1/chat/completions")
+COMPLETIONS, CHATS = BOTH
+
+
+@dataclass(frozen=True)
+class Honoured:
+    """Does what the API says, at these paths."""
+
+    paths: tuple[str, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """May hold any value of a type, because it does not bear on the text."""
+
+    type: type
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Cannot be honoured, for a reason, so only the default is accepted."""
+
+    reason: str
+    defaults: tuple[Any, ...] = ()
+
+
+_NO_SCORES = "this model draws text by the chunk, without scores of tokens"
+_NO_TOOLS = "there are no tools"
+
+FIELDS: dict[str, Honoured | Ignored | Refused] = {
+    "model": Honoured(),
+    "prompt": Honoured((COMPLETIONS,)),
+    "messages": Honoured((CHATS,)),
+    "max_tokens": Honoured(),
+    "max_completion_tokens": Honoured((CHATS,)),
+    "n": Honoured(),
+    "stream": Honoured(),
+    "stream_options": Honoured(),
+    "stop": Honoured(),
+    "seed": Honoured(),
+    "temperature": Honoured(),
+    "top_p": Honoured(),
+    "echo": Honoured((COMPLETIONS,)),
+    # Bookkeeping and caches.
+    "user": Ignored(str),
+    "metadata": Ignored(dict),
+    "safety_identifier": Ignored(str),
+    "prompt_cache_key": Ignored(str),
+    "prompt_cache_options": Ignored(dict),
+    "prompt_cache_retention": Ignored(str),
+    "parallel_tool_calls": Ignored(bool),
+    # Neither here nor there where text is drawn by the chunk.
+    "logprobs": Refused(_NO_SCORES, (False,)),
+    "top_logprobs": Refused(_NO_SCORES),
+    "logit_bias": Refused(_NO_SCORES, ({},)),
+    "presence_penalty": Refused(_NO_SCORES, (0,)),
+    "frequency_penalty": Refused(_NO_SCORES, (0,)),
+    "best_of": Refused(_NO_SCORES, (1,)),
+    "suffix": Refused("text is written forwards only", ("",)),
+    "tools": Refused(_NO_TOOLS, ([],)),
+    "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
+    "functions": Refused(_NO_TOOLS, ([],)),
+    "function_call": Refused(_NO_TOOLS, ("none", "auto")),
+    "response_format": Refused("answers are plain text", ({"type": "text"},)),
+    "modalities": Refused("answers are text", (["text"],)),
+    "audio": Refused("answers are text"),
+    "store": Refused("nothing is stored", (False,)),
+    "service_tier": Refused("there is one tier of service", ("auto", "default")),
+    "reasoning_effort": Refused("the model does not reason", ("none",)),
+    "verbosity": Refused("how much is written is up to the model and 'max_tokens'", ("medium",)),
+    "prediction": Refused("predicted text is of no use to this model"),
+    "moderation": Refused("nothing is moderated"),
+    "web_search_options": Refused("the web is not searched"),
+}
+
+
+def check_fields(given: Mapping[str, Any]) -> None:
+    """Look at what the request's own model does not read.
+
+    Args:
+        given: Those fields and their values.
+
+    Raises:
+        ApiError: If a field does not exist, or asks for what cannot be done.
+    """
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise ApiError(f"there is no argument '{quoted(name)}'; leave it out.", param=quoted(name))
+        if value is None:
+            continue
+        rule = FIELDS[name]
+        if isinstance(rule, Honoured):
+            raise ApiError(f"'{name}' is an argument of {rule.paths[0]}; leave it out.", param=name)
+        if isinstance(rule, Ignored):
+            _check_type(name, value, rule.type)
+        elif not any(_is_same(value, default) for default in rule.defaults):
+            raise ApiError(
+                f"'{name}' cannot be honoured: {rule.reason}. Leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise ApiError(f"'{name}' must be {json_type(expected())}, got {json_type(value)}.", param=name)
+    if isinstance(value, dict) and name == "metadata" and not all(isinstance(v, str) for v in value.values()):
+        raise ApiError("the values of 'metadata' must be strings.", param=name)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Equality in which 0 is not false: `logprobs=0` asks for something."""
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)

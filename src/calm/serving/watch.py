@@ -1,0 +1,82 @@
+"""What every request passes: the key, an id, counts, and the answer to what nobody caught."""
+
+import logging
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from calm.serving.errors import ApiError
+from calm.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+# Answered without a key.
+_OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground.css")
+
+
+class Watch:
+    """Asks for the key, names requests, and counts them when their answers have ended.
+
+    Args:
+        app: What answers.
+        key: What requests must show; None for no key.
+        metrics: What is counted.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        # The environment may hold bytes that are not UTF-8; Python keeps them as surrogates.
+        self._key = None if key is None else key.strip().encode("utf-8", "surrogateescape")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":  # As GET; the server leaves the body out.
+            scope = {**scope, "method": "GET"}
+        started, status = time.perf_counter(), 499  # Gone before there was an answer.
+        request_id, is_answered = f"req_{secrets.token_hex(12)}", False
+
+        async def note(message: Message) -> None:
+            nonlocal status, is_answered
+            if message["type"] == "http.response.start":
+                status, is_answered = message["status"], True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if self._is_known(scope):
+                await self._app(scope, receive, note)
+            else:
+                await _REFUSAL.response()(scope, receive, note)
+        except Exception:
+            logger.exception("the answer to %s failed", request_id)
+            if is_answered:
+                status = 500
+                raise
+            said = f"the server made a mistake; its log has more, at {request_id}."
+            await ApiError(said, 500, "server_error").response()(scope, receive, note)
+        finally:
+            # Never what was asked for: labels must be few.
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
+
+    def _is_known(self, scope: Scope) -> bool:
+        if self._key is None or scope["path"] in _OPEN_PATHS:
+            return True
+        scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
+        # Headers are decoded as Latin-1, which gives the bytes back.
+        return scheme.lower() == "bearer" and secrets.compare_digest(
+            shown.strip().encode("latin-1"), self._key
+        )
+
+
+_REFUSAL = ApiError(
+    "the API key is missing or wrong; send 'Authorization: Bearer KEY'.",
+    401,
+    kind="authentication_error",
+    code="invalid_api_key",
+)

@@ -1,0 +1,235 @@
+"""Every field of the OpenAI API: honoured, ignored or refused, and null is always the default."""
+
+import httpx
+import openai
+import pytest
+from conftest import tiny_model
+from openai.types import completion_create_params as completions
+from openai.types.chat import completion_create_params as chats
+from other_tokenizers import KINDS
+from serving_client import PROMPT, serving
+
+from calm.serving import requests
+from calm.serving.fields import FIELDS, Honoured, Ignored
+from calm.text.encoding import beginning_of
+
+HTTP = httpx.Client(timeout=30)  # Quicker than one for each request.
+REQUIRED = {"model", "messages"}
+BODIES = {
+    "/v1/completions": {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "seed": 1},
+    "/v1/chat/completions": {
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "seed": 1,
+    },
+}  # fmt: skip
+
+
+def fields_of(module):
+    kinds = (module.CompletionCreateParamsNonStreaming, module.CompletionCreateParamsStreaming)
+    return set().union(*(kind.__required_keys__ | kind.__optional_keys__ for kind in kinds))
+
+
+NAMES = {"/v1/completions": fields_of(completions), "/v1/chat/completions": fields_of(chats)}
+ALL = [(path, name) for path, names in NAMES.items() for name in sorted(names)]
+
+
+def post(server, path, **changes):
+    _, _, url = server
+    return HTTP.post(url + path, json={**BODIES[path], **changes}, timeout=30)
+
+
+def test_the_table_has_every_field_of_the_client():
+    assert {"max_tokens", "logit_bias", "stream", "verbosity"} <= set().union(*NAMES.values())
+    assert set().union(*NAMES.values()) == set(FIELDS)
+    for path, names in NAMES.items():
+        for name, rule in FIELDS.items():
+            if isinstance(rule, Honoured):
+                assert (path in rule.paths) == (name in names), name
+
+
+@pytest.mark.parametrize(("path", "name"), ALL)
+def test_null_asks_for_the_default(path, name, server):
+    answer = post(server, path, **{name: None})
+    if name in REQUIRED:
+        assert answer.status_code == 400 and answer.json()["error"]["message"] == f"'{name}' is missing."
+    else:
+        assert answer.status_code == 200, answer.text
+
+
+def test_nulls_change_no_text(server):
+    for path, names in NAMES.items():
+        nulls = dict.fromkeys(names - set(BODIES[path]))
+        more = dict.fromkeys(("min_p", "sampler", "num_draws", "max_draws", "return_chunks"))
+        choices = post(server, path, **nulls, **more).json()["choices"]
+        assert choices == post(server, path).json()["choices"]
+
+
+DEFAULTS = {
+    "n": 1, "stream": False, "stop": [], "temperature": 1, "top_p": 1, "stream_options": {},
+    "user": "me", "safety_identifier": "me", "prompt_cache_key": "x", "metadata": {"a": "b"},
+    "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h",
+    "parallel_tool_calls": True,
+    "logprobs": False, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1.0,
+    "suffix": "", "tools": [], "tool_choice": "none", "functions": [], "function_call": "auto",
+    "response_format": {"type": "text"}, "modalities": ["text"], "store": False, "service_tier": "auto",
+    "reasoning_effort": "none", "verbosity": "medium",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_asking_for_the_default_is_no_error(path, server):
+    assert post(server, path, **DEFAULTS).json()["choices"] == post(server, path).json()["choices"]
+    assert post(server, path, service_tier="default", tool_choice="auto").status_code == 200
+
+
+OTHER = {
+    "logprobs": 0, "top_logprobs": 2, "logit_bias": {"5": 1}, "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "best_of": 2, "suffix": "x", "tools": [{}], "tool_choice": "required", "functions": [{}],
+    "function_call": {"name": "f"}, "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "audio": {}, "store": True, "service_tier": "flex", "reasoning_effort": "low", "verbosity": "low",
+    "prediction": {"type": "content", "content": "a"}, "moderation": {"model": "m"}, "web_search_options": {},
+}  # fmt: skip
+
+
+def test_all_that_is_refused_is_tried():
+    assert set(OTHER) == {n for n, rule in FIELDS.items() if not isinstance(rule, Honoured | Ignored)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_cannot_be_honoured_is_refused_with_a_reason(name, server):
+    for path in BODIES:
+        error = post(server, path, **{name: OTHER[name]}).json()["error"]
+        assert f"'{name}' cannot be honoured: " in error["message"]
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("name", [name for name, rule in FIELDS.items() if isinstance(rule, Ignored)])
+def test_what_is_ignored_has_a_type(name, server):
+    error = post(server, "/v1/completions", **{name: 3}).json()["error"]
+    assert error["param"] == name and "got a number" in error["message"]
+
+
+def test_a_field_of_the_other_path_says_so(server):
+    for path, name, value in (
+        ("/v1/chat/completions", "echo", True),
+        ("/v1/chat/completions", "prompt", "a"),
+        ("/v1/completions", "max_completion_tokens", 3),
+        ("/v1/completions", "messages", []),
+    ):
+        error = post(server, path, **{name: value}).json()["error"]
+        assert f"'{name}' is an argument of /v1/" in error["message"] and error["param"] == name
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "num_draws", "max_draws"])
+def test_whole_numbers_are_whole_however_they_are_written(name, server):
+    whole = post(server, "/v1/completions", **{name: 16})
+    assert post(server, "/v1/completions", **{name: 16.0}).json()["choices"] == whole.json()["choices"]
+    for wrong in (16.5, True, "16", [16], {}):
+        answer = post(server, "/v1/completions", **{name: wrong})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+
+
+def test_token_ids_may_be_whole_floats_too(server):
+    path = "/v1/completions"
+    expected = post(server, path, prompt=[40, 41], echo=True).json()["choices"]
+    assert post(server, path, prompt=[40.0, 41.0], echo=True).json()["choices"] == expected
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "stream", "echo", "return_chunks"])
+def test_nothing_is_guessed_from_another_type(name, server):
+    wrong = [1, "true", [], {}] if name in ("stream", "echo", "return_chunks") else [True, "1", [], {}]
+    for value in wrong:
+        answer = post(server, "/v1/completions", **{name: value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+
+
+WRONG = {
+    "a number": ({"prompt": 3}, "prompt", "prompt: must be a string, an array of token ids, or an array"),
+    "mixed": ({"prompt": ["a", 1]}, "prompt[1]", "prompt[1]: must be a string like those before it, got a n"),
+    "text in ids": (
+        {"prompt": [1, "a"]},
+        "prompt[1]",
+        "prompt[1]: a token id is a whole number, got a string",
+    ),
+    "a half": ({"prompt": [1, 2.5]}, "prompt[1]", "prompt[1]: a token id is a whole number, got 2.5."),
+    "ids in ids": (
+        {"prompt": [[1], [2, True]]},
+        "prompt[1][1]",
+        "a token id is a whole number",
+    ),
+    "null in prompts": (
+        {"prompt": ["a", None]},
+        "prompt[1]",
+        "prompt[1]: must be a string like those before",
+    ),
+    "stop": ({"stop": {"a": 1}}, "stop", "stop: must be a string or an array of strings, got an object."),
+    "null in stops": ({"stop": ["a", None]}, "stop[1]", "stop[1]: must be a string, got null."),
+    "many stops": ({"stop": ["a"] * 17}, "stop", "up to 16 texts, got 17"),
+    "a long stop": ({"stop": "a" * 1001}, "stop", "longer than 1000 characters"),
+    "stream options": (
+        {"stream_options": 3},
+        "stream_options",
+        "stream_options: must be an object, got a",
+    ),
+    "in them": (
+        {"stream_options": {"include_usage": 3}},
+        "stream_options.include_usage",
+        "stream_options.include_usage: Input should be a valid boolean.",
+    ),
+    "unknown there": ({"stream_options": {"x": 1}}, "stream_options.x", "no argument 'stream_options.x'"),
+    "metadata": ({"metadata": {"a": 1}}, "metadata", "values of 'metadata' must be strings"),
+    "a seed beyond 64 bits": ({"seed": 2**63}, "seed", "seed: Input should be less than or equal to"),
+    "unknown and null": ({"colour": None}, "colour", "there is no argument 'colour'"),
+    "a long name": ({"x" * 500: 1}, "x" * 80 + "...", "there is no argument"),
+}
+
+
+@pytest.mark.parametrize(("changes", "param", "message"), WRONG.values(), ids=WRONG)
+def test_errors_are_one_sentence_that_names_the_place(changes, param, message, server):
+    error = post(server, "/v1/completions", **changes).json()["error"]
+    assert error["param"] == param and message in error["message"]
+    assert len(error["message"]) < 300 and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama with an end"])
+def test_no_prompt_is_the_beginning_of_a_text(kind):
+    tokenizer = KINDS[kind]()
+    with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, url):
+        arguments = {"model": "tiny", "max_tokens": 8, "seed": 1}
+        begin = beginning_of(tokenizer)
+        expected = client.completions.create(prompt=begin, **arguments)
+        for prompt in ({"prompt": None}, {}, {"prompt": ""}):
+            answer = HTTP.post(f"{url}/v1/completions", json={**arguments, **prompt}).json()
+            assert answer["choices"][0]["text"] == expected.choices[0].text
+            assert answer["usage"]["prompt_tokens"] == len(begin) == 1
+
+
+def test_where_no_token_begins_a_text_a_prompt_is_asked_for():
+    tokenizer = KINDS["words"]()
+    assert beginning_of(tokenizer) == []
+    with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, _):
+        with pytest.raises(openai.BadRequestError, match="no token that begins one; give a text") as raised:
+            client.completions.create(model="tiny", prompt=None)
+        assert raised.value.param == "prompt"
+
+
+def test_a_request_that_can_never_be_served_is_refused_before_any_work(server, monkeypatch):
+    def worked(*_):
+        raise AssertionError("a prompt was encoded")
+
+    monkeypatch.setattr(requests, "encode_documents", worked)
+    monkeypatch.setattr(requests, "encode_chat", worked)
+    for changes, count, param in (
+        ({"prompt": ["a"] * 100_000, "n": 128}, 12_800_000, "prompt"),
+        ({"prompt": [[1]] * 257}, 257, "prompt"),
+        ({"prompt": ["a"] * 3, "n": 100}, 300, "n"),
+    ):
+        answer = post(server, "/v1/completions", **changes)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+        assert f"asks for {count} texts, and at most 256" in answer.json()["error"]["message"]
+    for changes in ({"max_tokens": 5000}, {"tools": [{}]}, {"temperature": 2}, {"sampler": "head"}):
+        for path in BODIES:
+            assert post(server, path, **changes).status_code == 400
+    error = post(server, "/v1/chat/completions", max_completion_tokens=5000).json()["error"]
+    assert error["param"] == "max_completion_tokens"

@@ -1,0 +1,93 @@
+"""Messages of a chat: what they may hold, and where a fault lies."""
+
+import openai
+import pytest
+
+from calm.serving.errors import ApiError
+from calm.serving.messages import ROLES, read_messages
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+TEXT = {"type": "text", "text": "a"}
+BEFORE = [user("a"), {"role": "assistant", "content": "b"}]
+WRONG = {
+    "no parts": (user([]), ".content", "must hold at least one"),
+    "null": (user(None), ".content", "only an assistant's may be null"),
+    "missing": ({"role": "user"}, ".content", "it is missing"),
+    "null of a system": ({"role": "system", "content": None}, ".content", "only an assistant's may be null"),
+    "null of a tool": ({"role": "tool", "content": None}, ".content", "only an assistant's may be null"),
+    "no parts of an assistant": ({"role": "assistant", "content": []}, ".content", "must hold at least one"),
+    "a number": (user(3), ".content", "got a number"),
+    "an object": (user({"text": "a"}), ".content", "got an object"),
+    "a string as a part": (user([TEXT, "a"]), ".content[1]", "must be an object such as"),
+    "null as a part": (user([None]), ".content[0]", "must be an object such as"),
+    "no text": (user([{"type": "text"}]), ".content[0].text", "must be a string, got null"),
+    "another text": (user([TEXT, {"type": "text", "text": 3}]), ".content[1].text", "got a number"),
+    "no type": (user([{"text": "a"}]), ".content[0]", "without a type"),
+    "an image": (
+        user([TEXT, {"type": "image_url", "image_url": {}}]),
+        ".content[1]",
+        "'image_url'",
+    ),
+    "sound": (user([{"type": "input_audio", "input_audio": {}}]), ".content[0]", "reads text parts only"),
+    "a file": (user([{"type": "file", "file": {}}]), ".content[0]", "reads text parts only"),
+    "a user's refusal": (user([{"type": "refusal", "refusal": "a"}]), ".content[0]", "reads text parts only"),
+    "no role": ({"content": "a"}, ".role", "it is missing"),
+    "a role that is no string": ({"role": 3, "content": "a"}, ".role", "got a number"),
+    "an unknown role": ({"role": "robot", "content": "a"}, ".role", "must be one of developer, system, user"),
+    "capitals": ({"role": "User", "content": "a"}, ".role", "got 'User'"),
+    "a string": ("hello", "", "must be an object with a role and a content, got a string"),
+}
+
+
+@pytest.mark.parametrize(("message", "place", "said"), WRONG.values(), ids=WRONG)
+def test_a_fault_names_its_place(message, place, said):
+    with pytest.raises(ApiError) as raised:
+        read_messages([*BEFORE, message])
+    error = raised.value.body["error"]
+    assert error["param"] == f"messages[2]{place}"
+    assert error["message"].startswith(f"messages[2]{place}: ") and said in error["message"]
+
+
+@pytest.mark.parametrize("value", [[], {}, "a", 3])
+def test_there_must_be_messages(value):
+    with pytest.raises(ApiError, match="messages: must"):
+        read_messages(value)
+    with pytest.raises(ApiError, match="4096 messages at most"):
+        read_messages([user("a")] * 4097)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_of_the_api_is_known(role):
+    message = {"role": role, "name": "x", "tool_call_id": "1", "content": [TEXT, TEXT]}
+    assert read_messages([message]) == [{"role": role, "content": "aa"}]
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None}, ""),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, ""),
+        ({}, ""),
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"content": [{"type": "refusal", "refusal": "No."}, TEXT]}, "No.a"),
+        ({"content": ""}, ""),
+    ],
+)
+def test_an_assistant_may_have_said_nothing_or_refused(message, text):
+    assert read_messages([{"role": "assistant", **message}]) == [{"role": "assistant", "content": text}]
+
+
+def test_an_answer_goes_back_as_it_came(server):
+    """Clients add the message of an answer to the next request, with all its fields."""
+    _, client, _ = server
+    messages = [user("Hello")]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    messages = [*messages, answer.choices[0].message.model_dump(), user("More")]
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=4).choices
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tiny", messages=[*messages, user([])])
+    assert raised.value.param == "messages[3].content"
