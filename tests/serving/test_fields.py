@@ -163,6 +163,12 @@ WRONG = {
         "prompt[1]",
         "prompt[1]: must be a string like those before",
     ),
+    "an unknown id": (
+        {"prompt": [[1], [999]]},
+        "prompt[1]",
+        "token ids of 'prompt[1]' lie between 0 and 319",
+    ),
+    "no ids": ({"prompt": [[1], []]}, "prompt[1]", "prompt[1]: a prompt has no token; give a text."),
     "stop": ({"stop": {"a": 1}}, "stop", "stop: must be a string or an array of strings, got an object."),
     "null in stops": ({"stop": ["a", None]}, "stop[1]", "stop[1]: must be a string, got null."),
     "many stops": ({"stop": ["a"] * 17}, "stop", "up to 16 texts, got 17"),
@@ -181,6 +187,7 @@ WRONG = {
     "metadata": ({"metadata": {"a": 1}}, "metadata", "values of 'metadata' must be strings"),
     "a seed beyond 64 bits": ({"seed": 2**63}, "seed", "seed: Input should be less than or equal to"),
     "unknown and null": ({"colour": None}, "colour", "there is no argument 'colour'"),
+    "lines": ({"a\nb": 1}, "a\\nb", "there is no argument 'a\\nb'"),
     "a long name": ({"x" * 500: 1}, "x" * 80 + "...", "there is no argument"),
 }
 
@@ -209,7 +216,9 @@ def test_where_no_token_begins_a_text_a_prompt_is_asked_for():
     tokenizer = KINDS["words"]()
     assert beginning_of(tokenizer) == []
     with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, _):
-        with pytest.raises(openai.BadRequestError, match="no token that begins one; give a text") as raised:
+        with pytest.raises(
+            openai.BadRequestError, match="no token that begins a text; give a text"
+        ) as raised:
             client.completions.create(model="tiny", prompt=None)
         assert raised.value.param == "prompt"
 

@@ -72,7 +72,10 @@ BAD = {
     "few draws": ({"num_draws": 1, "temperatures": [0.5]}, "needs at least 2 draws"),
     "temperature": ({"temperatures": [2.0]}, "between 0 and 1"),
     "written": ({"written": [5]}, "whole chunks of 4"),
-    "ids": ({"prompt": [999]}, "token ids"),
+    "ids": ({"prompt": [999]}, "token ids of 'prompt'"),
+    "ids behind": ({"written": [5, 6, 7, 999]}, "token ids of 'written'"),
+    "not whole": ({"written": [5, 6.5]}, "written[1]: a token id is a whole number, got 6.5"),
+    "many temperatures": ({"temperatures": [1] * 17}, "may hold 16 values at most"),
     "long": ({"prompt": [5] * 256}, "no room behind"),
     "unknown": ({"colour": 1}, "there is no argument 'colour'"),
 }

@@ -66,8 +66,9 @@ def of_validation(error: ValidationError) -> ApiError:
 
 
 def quoted(text: str) -> str:
-    """A text as short as an error message may repeat it."""
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
+    """A text as an error message may repeat it: on one line, and not all of a long one."""
+    shown = repr(text[:_LONGEST_QUOTE])[1:-1]
+    return shown if len(text) <= _LONGEST_QUOTE else f"{shown}..."
 
 
 def json_type(value: Any) -> str:

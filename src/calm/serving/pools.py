@@ -41,7 +41,7 @@ async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: in
     size = endpoint.model.config.chunk_size
     if len(request.written) % size:
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
-    ids = [*prompt, *(endpoint.tokens_of(request.written) if request.written else [])]
+    ids = [*prompt, *(endpoint.tokens_of(request.written, "written") if request.written else [])]
     if endpoint.room_behind(ids) < size:
         raise ApiError("there is no room behind the text.", param="prompt", code="context_length_exceeded")
     seed = secrets.randbits(31) if request.seed is None else request.seed

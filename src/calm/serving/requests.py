@@ -13,7 +13,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, room_beside
 from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
-from calm.serving.errors import ApiError, quoted
+from calm.serving.errors import ApiError, at, quoted
 from calm.serving.metrics import Metrics
 from calm.serving.protocol import ChatRequest, CompletionRequest
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
@@ -65,9 +65,10 @@ class Endpoint:
         Raises:
             ApiError: If the request cannot be honoured.
         """
-        asked = request.prompt
+        asked: Sequence[str | list[int]] = request.prompt
         settings = self._check(request, len(asked), request.max_tokens)
-        prompts = [self.tokens_of(prompt) for prompt in asked]
+        places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
+        prompts = [self.tokens_of(prompt, place) for prompt, place in zip(asked, places, strict=True)]
         answers = self._submit(request, prompts, request.max_tokens, settings)
         echoes = [one if isinstance(one, str) else decode_behind(self.tokenizer, [], one) for one in asked]
         repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
@@ -147,23 +148,23 @@ class Endpoint:
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return answers
 
-    def tokens_of(self, prompt: str | list[int]) -> list[int]:
+    def tokens_of(self, prompt: str | list[int], place: str = "prompt") -> list[int]:
         """Token ids of a prompt.
+
+        Args:
+            prompt: A text or token ids.
+            place: Where it stands in the request.
 
         Raises:
             ApiError: If there are none, or the model does not know them.
         """
         size = len(self.tokenizer)
         ids = encode_documents(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
-        if not ids and isinstance(prompt, str):
-            raise ApiError(
-                "a prompt has no text, and this model's tokenizer has no token that begins one; give a text.",
-                param="prompt",
-            )
         if not ids:
-            raise ApiError("a prompt has no token; give a text.", param="prompt")
+            why = ", and this model's tokenizer has no token that begins a text" if prompt == "" else ""
+            raise at(place, f"a prompt has no token{why}; give a text.")
         if any(not 0 <= token < size for token in ids):
-            raise ApiError(f"token ids of 'prompt' lie between 0 and {size - 1}.", param="prompt")
+            raise ApiError(f"token ids of '{place}' lie between 0 and {size - 1}.", param=place)
         return ids
 
     def room_behind(self, prompt: list[int]) -> int:
