@@ -44,9 +44,16 @@ def test_the_card_says_what_the_run_was(runs, capsys):
     data = load_prepared(runs / "run/data")
     brier = score_model(model, data, context=32, layout_seed=3).brier
     [result] = card.data.eval_results
-    assert result.metric_value == pytest.approx(brier.brier_lm, abs=1e-3)
+    metric = "brier_1" if brier.undefined else "brier_lm"
+    assert result.metric_type == metric
+    assert result.metric_value == pytest.approx(brier.as_metrics()[metric], abs=1e-3)
     text = path.read_text()
-    for figure, error in zip(brier.as_metrics().values(), brier.as_errors().values(), strict=True):
+    figures = brier.as_metrics()
+    if brier.undefined:
+        assert f"undefined: {brier.undefined}" in text
+        del figures["brier_lm"]
+    for name, figure in figures.items():
+        error = brier.as_errors()[name]
         assert f"{figure:.2f}" in text and (error != error or f" ± {error:.2f}" in text)
     for words in (
         "text.jsonl",
@@ -96,7 +103,7 @@ def test_a_card_of_ones_own_is_kept(runs, capsys):
 
 
 def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
-    import calm.sharing
+    import calm.sharing.publishing
 
     done = []
 
@@ -115,7 +122,7 @@ def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
             assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
             done.append(repo_id)
 
-    monkeypatch.setattr(calm.sharing, "HfApi", Hub)
+    monkeypatch.setattr(calm.sharing.publishing, "HfApi", Hub)
     main(["share", str(runs / "run"), "--push", "me/small", "--private"])
     assert done == [("me/small", True, True), "me/small"]
     assert capsys.readouterr().out.endswith("model: https://hub/me/small\n")
@@ -151,3 +158,67 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     assert "is there already" in failure(capsys, "share", runs / "run", "--export", copy)
     message = failure(capsys, "share", runs / "run", "--export", tmp_path / "b", "--dtype", "int4")
     assert "dtype must be float32, bfloat16 or float16, got 'int4'" in message
+
+
+@pytest.fixture(scope="module")
+def answering(runs):
+    """A run of `calm finetune` on the model of the run, and one by adapters."""
+    rows = [{"prompt": f"Say {n}:", "completion": f" {n} it is."} for n in range(24)]
+    (runs / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model": runs / "run/model", "examples.sources": runs / "questions.jsonl", "examples.context": 32,
+        "training.steps": 2, "training.batch_tokens": 64, "answers.number": 2,
+    }  # fmt: skip
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    for name, more in {"asked": [], "adapted": ["--lora.rank", "2"]}.items():
+        main(["finetune", "--recipe", "full", "--output", str(runs / name), *options, *more])
+    return runs
+
+
+def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
+    (answering / "run/model/README.md").unlink(missing_ok=True)
+    for name in ("asked", "adapted"):
+        main(["share", str(answering / name), "--license", "mit", "--about", "It says numbers."])
+    path = answering / "adapted/model/README.md"
+    assert capsys.readouterr().out.splitlines()[-1] == f"card: {path}"
+    card, text = ModelCard.load(path), path.read_text()
+    answers = [json.loads(line) for line in (answering / "adapted/answers.jsonl").read_text().splitlines()]
+    right = 100 * sum(row["after"].strip() == row["completion"].strip() for row in answers) / len(answers)
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("exact_match", right)
+    assert "fine-tuned" in card.data.tags and "base_model" not in card.data.to_dict()
+    history = json.loads((answering / "adapted/history.json").read_text())
+    loss = [entry["eval_held_out_loss"] for entry in history if "eval_held_out_loss" in entry][-1]
+    for words in (
+        "run, fine-tuned.",  # The model's name is that of its run.
+        "questions.jsonl. 22 examples to train on (0 shortened to fit in 32 tokens), 2 held out.",
+        "2 steps of 64 tokens",
+        "adapters of rank 2 (both). The model here has them added",
+        "It says numbers.",
+        f"Loss on held-out completions: {loss:.4g}.",
+        "Of 2 held-out prompts",
+        json.dumps(answers[0]["completion"].strip()),
+        f"prompt = tokenizer({json.dumps(answers[0]['prompt'])}",
+        "model: run",
+    ):
+        assert words in text, words
+    assert "secret-place" not in text
+    assert "all weights" in (answering / "asked/model/README.md").read_text()
+    main(
+        ["share", str(answering / "asked"), "--export", str(tmp_path / "copy")]
+    )  # Its own card, written anew.
+    for file in (tmp_path / "copy").glob("*.*"):
+        assert b"secret-place" not in file.read_bytes(), file
+    assert load_model_and_tokenizer(str(tmp_path / "copy"))
+
+
+def test_what_is_no_run_to_share(answering, capsys, tmp_path):
+    for folder in (answering / "run/model", answering, tmp_path):
+        assert "is no finished run of `calm train` or `calm finetune`" in failure(capsys, "share", folder)
+    message = failure(capsys, "share", answering / "asked", "--ngrams", "[3]")
+    assert "leave out --ngrams and --max_blocks" in message
+    answers = answering / "asked/answers.jsonl"
+    whole = answers.read_text()
+    answers.write_text("{")
+    assert "is damaged" in failure(capsys, "share", answering / "asked")
+    answers.write_text(whole)

@@ -5,6 +5,7 @@ output/
   checkpoints/   checkpoints and TensorBoard logs
   adapter/       the adapters, where they were trained
   model/         the result: a self-contained model folder (with the adapters added)
+  examples.json  how many examples there were
   answers.jsonl  held-out prompts: what was expected, and what the model wrote before and after
   history.json   logged losses and held-out scores
 """
@@ -33,7 +34,7 @@ from calm.training.processes import processes
 from calm.training.recipe_files import RECIPE, check_run_folder, opened_run_folder, write_recipe
 from calm.training.trainer import ChunkTrainer
 
-ANSWERS, HISTORY = "answers.jsonl", "history.json"
+ANSWERS, COUNTS, HISTORY = "answers.jsonl", "examples.json", "history.json"
 _ANSWERS_AT_ONCE = 16
 
 
@@ -124,6 +125,8 @@ def _train(
             f"{len(examples)} examples in {len(blocks)} blocks ({shortened} shortened to fit), "
             f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"
         )
+        counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
+        write_file_whole(output / COUNTS, json.dumps(counts) + "\n")
     answers_before = answer(model, tokenizer, asked, recipe.answers, recipe.seed)
 
     def score(scored: PreTrainedModel, blocks: datasets.Dataset) -> dict[str, float]:

@@ -235,14 +235,14 @@ def share(
     """Write the model card of a run from what it knows and scores, and upload its model if asked to.
 
     Args:
-        run: Folder of a run of `calm train`.
+        run: Folder of a run of `calm train` or `calm finetune`.
         push: Name on the hub, "owner/name", to upload the model folder to.
         private: Make a new repository there private.
         name: Of the model on its card; that on the hub, or that of the run's folder if none is given.
         license: Identifier of a licence that the hub knows, such as mit.
         about: A paragraph of your own for the card.
-        ngrams: Orders of n-gram floors on the card, such as [3,5].
-        max_blocks: Score this many held-out blocks at most.
+        ngrams: Orders of n-gram floors on the card of a trained model, such as [3,5].
+        max_blocks: Score this many held-out blocks at most, for a trained model.
         export: Folder for a copy of the model with its card, in fewer bytes.
         dtype: Type of the weights in that copy: float32, bfloat16 or float16.
     """

@@ -1,0 +1,144 @@
+"""What the cards of all runs have in common: their form, and what is told of a model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from calm.flops import Work, cost_of
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmConfig
+from calm.report.tables import short
+from calm.training.recipe_files import RECIPE
+
+CARD = "README.md"
+MARK = "<!-- Written by `calm share`; it is written anew each time. -->"
+# Settings of recipes that may be folders or files of whoever trained.
+_PLACES = (
+    "data.sources", "data.validation_sources", "data.tokenizer", "autoencoder.path",
+    "model", "examples.sources", "examples.validation_sources", "examples.chat_template",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Words:
+    """What whoever shares a model says of it.
+
+    Args:
+        name: Of the model.
+        license_name: Identifier of its licence, if one was named.
+        about: A paragraph of its makers.
+    """
+
+    name: str
+    license_name: str | None = None
+    about: str | None = None
+
+
+def card_of(
+    run: Path,
+    model: PreTrainedModel,
+    words: Words,
+    sections: Mapping[str, str],
+    results: list[EvalResult],
+    *,
+    prompt: str = "Once upon a time",
+    tags: tuple[str, ...] = (),
+    base_model: str | None = None,
+) -> str:
+    """A model card as Markdown.
+
+    Args:
+        run: Folder of the run.
+        model: Its language model.
+        words: Name, licence, and a paragraph.
+        sections: Their titles and texts.
+        results: Figures for the metadata.
+        prompt: What the example of its use begins with.
+        tags: Further words to find it by.
+        base_model: Name on the hub of the model that it was made from.
+    """
+    is_calm = isinstance(model, CalmForCausalLM)
+    metadata = ModelCardData(
+        library_name="calm-lm" if is_calm else "transformers",
+        license=words.license_name,
+        base_model=base_model,
+        tags=[*(["calm", "continuous-autoregressive"] if is_calm else ["baseline"]), *tags],
+        pipeline_tag="text-generation",
+        model_name=words.name,
+        eval_results=results,
+    )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n{MARK}",
+        f"# {words.name}",
+        _what_it_is(model.config),
+        *([words.about] if words.about else []),
+        _how_to_use(is_calm, words.name, prompt),
+        *(f"## {title}\n\n{text}" for title, text in sections.items()),
+        f"## Recipe\n\n```yaml\n{recipe_text(run / RECIPE)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def recipe_text(path: Path) -> str:
+    """A recipe without the folders of whoever trained."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for place in _PLACES:
+        *groups, last = place.split(".")
+        group = values
+        for key in groups:
+            group = group.get(key, {})
+        value = group.get(last)
+        if isinstance(value, list):
+            group[last] = [shown(one) for one in value]
+        elif isinstance(value, str):
+            group[last] = shown(value)
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def shown(source: str) -> str:
+    """A source as others may read it: the last part of a path here, or a name on the hub.
+
+    The model of a run has the name of the run.
+    """
+    path = Path(source)
+    if not path.exists() and not path.is_absolute():
+        return source
+    path = path.resolve()
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _what_it_is(config: PreTrainedConfig) -> str:
+    parameters = short(sum(cost_of(config).parameters.values()))
+    if not isinstance(config, CalmConfig):
+        return f"An autoregressive language model (Llama) of {parameters} parameters, a baseline for CALM."
+    inference = sum(cost_of(config, Work(positions=512)).inference.values())
+    return (
+        "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
+        f"{parameters} parameters. It predicts one latent of {config.latent_size} dimensions for each "
+        f"{config.chunk_size} tokens, with a head of the kind `{config.head.head_type}`; its autoencoder is "
+        f"inside. A token at T = 1, behind 512 chunks, takes {short(inference)} operations."
+    )
+
+
+def _how_to_use(is_calm: bool, name: str, prompt: str) -> str:
+    sampling = "temperature=0.5, seed=1" if is_calm else "do_sample=True"
+    folder = name if "/" in name else f"path/to/{name}"  # A name on the hub has an owner.
+    begin = "import calm  # pip install calm-lm; no remote code\n" if is_calm else ""
+    limits = (
+        "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."
+        if is_calm
+        else ""
+    )
+    return (
+        f"```python\n{begin}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'prompt = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt")\n'
+        f"tokens = model.generate(**prompt, max_new_tokens=100, {sampling})\n"
+        f"print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n```{limits}"
+    )

@@ -1,0 +1,68 @@
+"""A finished run -> the card in its model folder."""
+
+from pathlib import Path
+
+import yaml
+
+from calm.data.folders import write_file_whole
+from calm.errors import InputError
+from calm.sharing.card import CARD, MARK, Words
+from calm.sharing.finetuned import card_of_finetuning
+from calm.sharing.trained import card_of_training
+from calm.training.recipe_files import RECIPE
+
+
+def write_card(
+    run: Path,
+    *,
+    name: str | None = None,
+    license_name: str | None = None,
+    about: str | None = None,
+    ngrams: list[int] | None = None,
+    num_blocks: int | None = None,
+) -> Path:
+    """Write the model card of a finished run into its model folder, from what it knows and scores.
+
+    Args:
+        run: Folder of `calm train` or `calm finetune`.
+        name: Of the model on the card; that of the run's folder if none is given.
+        license_name: An identifier that the hub knows, such as "mit".
+        about: A paragraph in your own words.
+        ngrams: Orders of n-gram floors on the card of a trained model.
+        num_blocks: Held-out blocks that are scored at most, for a trained model.
+
+    Returns:
+        The card.
+
+    Raises:
+        InputError: If the run is not finished, an argument does not apply, or there is a card of somebody's
+            own.
+    """
+    folder = run / "model"
+    if not (run / RECIPE).is_file() or not (folder / "config.json").is_file():
+        raise InputError(
+            f"'{run}' is no finished run of `calm train` or `calm finetune` (it needs {RECIPE} and model/)."
+        )
+    path = folder / CARD
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+        raise InputError(f"'{path}' was not written by `calm share`; move it away to have one written.")
+    words = Words(name or run.resolve().name, license_name, about)
+    if not _is_finetuning(run / RECIPE):
+        text = card_of_training(run, words, ngrams or [], num_blocks)
+    elif ngrams or num_blocks is not None:
+        raise InputError(
+            "the card of a fine-tuned model has the scores of its run; leave out --ngrams and --max_blocks."
+        )
+    else:
+        text = card_of_finetuning(run, words)
+    write_file_whole(path, text)
+    return path
+
+
+def _is_finetuning(path: Path) -> bool:
+    """Whether a recipe is one of `calm finetune`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"'{path}' cannot be read ({error}).") from error
+    return isinstance(values, dict) and "examples" in values

@@ -1,0 +1,138 @@
+"""The card of a run of `calm finetune`: what the model was, what it was shown, and what it answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from calm.errors import InputError
+from calm.hub import is_hub_name
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.shipped import shipped_models
+from calm.sharing.card import Words, card_of, shown
+from calm.training.finetuning import ANSWERS, COUNTS, HISTORY
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe_files import RECIPE, read_recipe_of
+
+_SAMPLES = 3
+_LONGEST_SAMPLE = 600  # Characters of a prompt that are shown: its end.
+
+
+def card_of_finetuning(run: Path, words: Words) -> str:
+    """The card of a fine-tuned model, with the scores that its run has left.
+
+    Args:
+        run: Folder of the run.
+        words: Name, licence, and a paragraph.
+
+    Raises:
+        InputError: If what the run has left is damaged.
+    """
+    recipe = read_recipe_of(FinetuningRecipe, str(run / RECIPE))
+    model, _ = load_language_model_and_tokenizer(str(run / "model"))
+    answers = [json.loads(line) for line in _read(run / ANSWERS, "").splitlines()]
+    history = json.loads(_read(run / HISTORY, "[]"))
+    sources = ", ".join(map(shown, _listed(recipe.examples.sources)))
+    results = []
+    if answers:
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out examples",
+                dataset_name=sources,
+                metric_type="exact_match",
+                metric_name="Exact match",
+                metric_value=round(_exact_match(answers, "after"), 2),
+            )
+        )
+    sections = {
+        "Base model": _base(recipe),
+        "Data": _data(run, recipe, sources),
+        "Training": _training(run, recipe),
+        "Evaluation": _evaluation(history, answers, recipe),
+    }
+    is_on_hub = is_hub_name(recipe.model) and not Path(recipe.model).exists()
+    is_on_hub = is_on_hub and recipe.model not in shipped_models()
+    return card_of(
+        run,
+        model,
+        words,
+        sections,
+        results,
+        prompt=answers[0]["prompt"] if answers else "Once upon a time",
+        tags=("fine-tuned",),
+        base_model=recipe.model if is_on_hub else None,
+    )
+
+
+def _read(path: Path, default: str) -> str:
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else default
+        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(part)
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' is damaged ({error}); move it away to have a card without it.") from error
+    return text
+
+
+def _listed(sources: list[str] | str | None) -> list[str]:
+    return [sources] if isinstance(sources, str) else sources or []
+
+
+def _base(recipe: FinetuningRecipe) -> str:
+    where = " (a model of the package)" if recipe.model in shipped_models() else ""
+    return f"{shown(recipe.model)}{where}, fine-tuned."
+
+
+def _data(run: Path, recipe: FinetuningRecipe, sources: str) -> str:
+    counts = json.loads(_read(run / COUNTS, "{}"))
+    number = (
+        f" {counts['examples']:,} examples to train on ({counts['shortened']:,} shortened to fit in "
+        f"{recipe.examples.context} tokens), {counts['held_out']:,} held out."
+        if counts
+        else ""
+    )
+    held_out = ", ".join(map(shown, _listed(recipe.examples.validation_sources)))
+    how = f" Held-out examples: {held_out}." if held_out else " Held out by prompts: equal ones together."
+    return f"{sources}.{number}{how}"
+
+
+def _training(run: Path, recipe: FinetuningRecipe) -> str:
+    training, lora = recipe.training, recipe.lora
+    what = f"low-rank adapters of rank {lora.rank} ({lora.layers})" if lora.rank else "all weights"
+    added = " The model here has them added to its weights." if (run / "adapter").is_dir() else ""
+    return (
+        f"{training.steps:,} steps of {training.batch_tokens:,} tokens, in blocks of "
+        f"{recipe.examples.context}, with {training.optimizer.name}: {what}.{added}"
+    )
+
+
+def _evaluation(
+    history: list[dict[str, Any]], answers: list[dict[str, str]], recipe: FinetuningRecipe
+) -> str:
+    losses = [entry["eval_held_out_loss"] for entry in history if "eval_held_out_loss" in entry]
+    parts = [f"Loss on held-out completions: {losses[-1]:.4g}."] if losses else []
+    if answers:
+        before, after = (_exact_match(answers, when) for when in ("before", "after"))
+        parts.append(
+            f"Of {len(answers)} held-out prompts, {before:.0f}% were answered with the expected completion "
+            f"before, {after:.0f}% after (temperature {recipe.answers.temperature:g}, seed {recipe.seed}; "
+            "white space at the ends does not count)."
+        )
+    samples = [
+        f"```text\n{row['prompt'][-_LONGEST_SAMPLE:]}\n```\n\n"
+        f"- expected: {_quoted(row['completion'])}\n- before: {_quoted(row['before'])}\n"
+        f"- after: {_quoted(row['after'])}"
+        for row in answers[:_SAMPLES]
+    ]
+    return "\n\n".join([*parts, *samples]) or "The run was not scored."
+
+
+def _exact_match(answers: list[dict[str, str]], when: str) -> float:
+    """Percent of the answers that are the completion."""
+    return 100 * sum(row[when].strip() == row["completion"].strip() for row in answers) / len(answers)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text.strip(), ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""A model folder -> a copy in fewer bytes, or a repository on the hub."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+
+from calm.data.folders import write_file_whole, written_whole
+from calm.errors import InputError, RunError, reason_of
+from calm.hub import is_hub_name, unreachable
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.sharing.card import CARD, recipe_text
+from calm.training.recipe_files import RECIPE
+
+
+def export(folder: Path, target: Path, dtype: str) -> None:
+    """Copy a model folder with its card, the weights in another type.
+
+    The copy is loaded in float32 all the same: the type is that of the file, not of the computation.
+
+    Args:
+        folder: The model folder.
+        target: Folder to write.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: If there is something at the target, or the type is not one of these.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got '{dtype}'.")
+    if target.exists():
+        raise InputError(f"'{target}' is there already; choose another --export or move it away.")
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    with written_whole(target) as partial:
+        torch.nn.Module.to(model, getattr(torch, dtype))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        write_file_whole(partial / "config.json", json.dumps(_in_float32(config), indent=2) + "\n")
+        shutil.copyfile(folder / CARD, partial / CARD)
+        write_file_whole(partial / RECIPE, recipe_text(folder / RECIPE))
+
+
+def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those in it, that asks for float32 and names no folder of this machine."""
+    nested = {
+        name: _in_float32(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "_name_or_path"
+    }
+    return nested | ({"dtype": "float32"} if "dtype" in config else {})
+
+
+def check_push(repository: str) -> None:
+    """Find out before the work whether a model could be uploaded.
+
+    Args:
+        repository: "owner/name".
+
+    Raises:
+        InputError: If it is no such name.
+        RunError: If the hub cannot be reached.
+    """
+    if "/" not in repository or not is_hub_name(repository):
+        raise InputError(f"'{repository}' is no name on the hub; give OWNER/NAME.")
+    if (reason := unreachable()) is not None:
+        raise RunError(f"'{repository}' could not be uploaded ({reason}); try again with a network.")
+
+
+def push(folder: Path, repository: str, *, is_private: bool) -> str:
+    """Upload a model folder to the hub.
+
+    Args:
+        folder: The model folder, with its card.
+        repository: "owner/name"; it is made if there is none.
+        is_private: Whether a new repository is private.
+
+    Returns:
+        The address of the model.
+
+    Raises:
+        InputError: If it is no such name.
+        RunError: If the hub cannot be reached or refuses.
+    """
+    check_push(repository)
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, private=is_private, exist_ok=True)
+        message = "A model of calm"
+        hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=[RECIPE]
+        )
+        recipe = recipe_text(folder / RECIPE).encode()
+        hub.upload_file(
+            path_or_fileobj=recipe, path_in_repo=RECIPE, repo_id=repository, commit_message=message
+        )
+    except Exception as error:  # Of the network, the hub, or the name.
+        raise RunError(
+            f"'{repository}' could not be uploaded ({reason_of(error)}); "
+            "log in with `hf auth login`, and the same command goes on."
+        ) from error
+    return str(address)

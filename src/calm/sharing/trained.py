@@ -1,0 +1,95 @@
+"""The card of a run of `calm train`: its text, its training, and its scores on held-out text."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from transformers import PreTrainedConfig
+
+from calm.comparison.costs import record_of
+from calm.data.prepare import load_prepared
+from calm.evaluation.held_out import Scorecard, score_model
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
+from calm.sharing.card import Words, card_of, shown
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import data_folder
+
+
+def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int | None) -> str:
+    """Score the model of a run on its held-out text, and write its card.
+
+    Args:
+        run: Folder of the run.
+        words: Name, licence, and a paragraph.
+        ngrams: Orders of n-gram floors.
+        num_blocks: Held-out blocks that are scored at most.
+    """
+    recipe = read_recipe(str(run / RECIPE))
+    model, _ = load_language_model_and_tokenizer(str(run / "model"))
+    data = load_prepared(data_folder(recipe, run))
+    card = score_model(
+        model, data, context=recipe.data.context, ngrams=ngrams, num_blocks=num_blocks,
+        layout_seed=recipe.seed,
+    )  # fmt: skip
+    sources = [shown(source) for source in recipe.data.source_list]
+    metric = "brier_1" if card.brier.undefined else "brier_lm"
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="held-out text",
+        dataset_name=", ".join(sources),
+        metric_type=metric,
+        metric_name={"brier_lm": "BrierLM", "brier_1": "Brier-1"}[metric],
+        metric_value=round(card.brier.as_metrics()[metric], 3),
+    )
+    sections = {
+        "Data": _data(run, recipe, sources),
+        "Training": _training(run, recipe, model.config),
+        "Evaluation": _evaluation(card, recipe),
+    }
+    return card_of(run, model, words, sections, [result])
+
+
+def _data(run: Path, recipe: Recipe, sources: list[str]) -> str:
+    counts = load_prepared(data_folder(recipe, run)).counts()
+    of_sample = "Text was streamed; of a sample of it there were " if recipe.data.streaming else ""
+    held_out = recipe.data.validation_source_list
+    how = f"from {', '.join(map(shown, held_out))}" if held_out else "equal documents together"
+    return f"{', '.join(sources)}. {of_sample}{counts}, {how}."
+
+
+def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
+    settings, lines = recipe.language_model.training, []
+    if recipe.trains_autoencoder:
+        first = recipe.autoencoder.training
+        lines.append(f"Autoencoder: {first.steps:,} steps of {first.batch_tokens:,} tokens.")
+    lines.append(
+        f"Language model: {settings.steps:,} steps of {settings.batch_tokens:,} tokens, in blocks of "
+        f"{recipe.data.context}, with {settings.optimizer.name}."
+    )
+    if (record := record_of(run, config)) is not None:
+        is_long = record.seconds >= 60
+        time = f"{record.seconds / 60:.0f} minutes" if is_long else f"{record.seconds:.0f} s"
+        lines.append(
+            f"Together {record.flops:.2e} operations by count; {time}, held-out evaluations included "
+            "(since the last resume, where a run was stopped)."
+        )
+    return "\n".join(lines)
+
+
+def _evaluation(card: Scorecard, recipe: Recipe) -> str:
+    rows = [f"| | {' | '.join(BRIER_COLUMNS)} |", "|---" * (len(BRIER_COLUMNS) + 1) + "|"]
+    for name, result in rows_of(card):
+        cells = " | ".join(cell.replace("±", " ± ") for cell in cells_of(result))
+        rows.append(f"| {name} | {cells} |")
+    protocol = (
+        f"Held-out text, T = 1, {card.brier.num_chunks:,} chunks in blocks of {card.brier.context} tokens "
+        "(layout documents), percent ± standard error over documents, training seed "
+        f"{recipe.seed}. Scores of other contexts or tokenizers do not compare."
+    )
+    more = ""
+    if card.reconstruction is not None:
+        more = f"\n\nThe autoencoder gives back {card.reconstruction.token_accuracy:.2%} of held-out tokens."
+    if card.perplexity is not None:
+        more += f"\n\nPerplexity {card.perplexity.perplexity:.3f} a token."
+    return "\n".join(rows) + f"\n\n{protocol}{more}"
