@@ -27,11 +27,12 @@ def test_a_full_queue(model, tokenizer, monkeypatch):
         refused = [answer for answer in answers if isinstance(answer, Exception)]
         assert 1 <= len(refused) <= 6
         assert all(error.status_code == 429 and error.code == "queue_full" for error in refused)
-        streams = [
-            client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
-            for _ in range(3)
-        ]
-        wait_until(lambda: engine.num_waiting == 2)
+        streams = []
+        for waiting in range(3):  # Behind the one that is being written.
+            streams.append(
+                client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
+            )
+            wait_until(lambda: (engine.num_rows, engine.num_waiting) == (1, waiting))
         with pytest.raises(openai.RateLimitError):  # All or none.
             client.completions.create(model="tiny", prompt=[PROMPT] * 2)
         for stream in streams:
