@@ -5,7 +5,7 @@ import random
 import pytest
 from other_tokenizers import KINDS
 
-from calm.text.decoding import TextBuilder, decode_behind
+from calm.text.decoding import TextBuilder, decode_behind, spell_tokens
 from calm.text.encoding import encode_documents, encode_words
 
 TEXT = "Zoë said: “naïve 🐱 cats” — once, twice, thrice! STOP and more."
@@ -76,3 +76,12 @@ def test_half_a_character_of_the_prompt_becomes_whole(tokenizer):
     ids = tokenizer("a 🐱!", add_special_tokens=False)["input_ids"]
     assert decode_behind(tokenizer, ids[:3], ids[3:]) == "🐱!"
     assert decode_behind(tokenizer, ids, []) == ""
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram", "byte-level"])
+def test_tokens_are_spelled_with_their_spaces(kind):
+    other = KINDS[kind]()
+    ids = [*encode_words(other, " a happy boy"), other.eos_token_id]
+    spelled = spell_tokens(other, ids)
+    assert "".join(spelled) == f" a happy boy{other.eos_token}"
+    assert spelled[-1] == other.eos_token

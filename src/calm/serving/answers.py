@@ -13,7 +13,7 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.batching import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
-from calm.text.decoding import TextBuilder
+from calm.text.decoding import TextBuilder, spell_tokens
 
 _SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
 
@@ -56,6 +56,7 @@ class Answers:
         seed: Seed of all.
         stops: Where a text ends.
         seconds: How long all may take.
+        with_chunks: Whether parts tell what was drawn.
     """
 
     engine: Engine
@@ -67,6 +68,7 @@ class Answers:
     seed: int
     stops: Sequence[str]
     seconds: float
+    with_chunks: bool = False
 
     def __post_init__(self) -> None:
         self._texts = [
@@ -150,12 +152,12 @@ class Answers:
             reason = "stop"
         elif what.ended_by is not None:
             reason = "stop" if what.ended_by == "eos" else "length"
-        return Part(index, new, reason, [self._describe(what)])
+        return Part(index, new, reason, [self._describe(what)] if self.with_chunks else [])
 
     def _describe(self, written: Written) -> dict[str, Any]:
         return {
             "token_ids": written.tokens,
-            "tokens": [self.tokenizer.decode([token]) for token in written.tokens],
+            "tokens": spell_tokens(self.tokenizer, written.tokens),
             "num_draws": written.num_draws,
             "agreement": round(written.agreement, 4),
             "fell_back": written.fell_back,

@@ -16,6 +16,7 @@ from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError
 from calm.serving.protocol import PoolRequest
 from calm.serving.requests import Endpoint
+from calm.text.decoding import spell_tokens
 
 
 async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: int) -> dict[str, Any]:
@@ -57,7 +58,7 @@ async def describe_pool(endpoint: Endpoint, request: PoolRequest, most_draws: in
     candidates = [
         {
             "token_ids": list(tokens),
-            "tokens": [endpoint.tokenizer.decode([token]) for token in tokens],
+            "tokens": spell_tokens(endpoint.tokenizer, tokens),
             "count": count,
             "chances": [law[place] for law in laws],
         }

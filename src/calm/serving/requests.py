@@ -143,6 +143,7 @@ class Endpoint:
             seed=request.chosen_seed(),
             stops=[*request.stop, *more_stops],
             seconds=self._settings.seconds,
+            with_chunks=request.return_chunks,
         )
         answers.submit()
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))

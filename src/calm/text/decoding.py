@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from calm.text.encoding import encode_words
+
 _INCOMPLETE = "\ufffd"  # What a tokenizer makes of the first bytes of a character.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTEXT = 16  # So many tokens of the prompt decide how what follows is spelled.
@@ -38,6 +40,17 @@ def _decode_behind(tokenizer: PreTrainedTokenizerBase, context: list[int], token
     # Half a character at the end of the prompt became a whole one.
     pairs = enumerate(zip(before, whole, strict=False))
     return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
+
+
+def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Each token by itself, with the space in front that it has; control tokens by their names."""
+    control, before = set(tokenizer.all_special_ids), encode_words(tokenizer, "a")
+    return [
+        str(tokenizer.convert_ids_to_tokens(token))
+        if token in control
+        else decode_behind(tokenizer, before, [token])
+        for token in tokens
+    ]
 
 
 class TextBuilder:
