@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from calm.data.prepare import load_prepared
 from calm.data.stories import stories
@@ -266,7 +267,9 @@ def test_mistakes_are_found_before_any_work():
             dataclasses.replace(recipe, chunk_size=2, data=dataclasses.replace(recipe.data, context=510))
         )
     flash = dataclasses.replace(recipe.language_model, attention="flash_attention_2")
-    check_recipe(dataclasses.replace(recipe, language_model=flash))
+    if not is_flash_attn_2_available():
+        with pytest.raises(InputError, match="does not make a model: FlashAttention2 has been toggled on"):
+            check_recipe(dataclasses.replace(recipe, language_model=flash))
     with pytest.raises(InputError, match="attention to sdpa"):
         check_recipe(dataclasses.replace(recipe, chunk_size=2, language_model=flash))
     with pytest.raises(InputError, match="there is no recipe 'none'"):
