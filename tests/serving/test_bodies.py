@@ -118,6 +118,17 @@ def test_a_compressed_body_is_named_as_such(server):
 
 
 @pytest.mark.parametrize("path", REQUESTS)
+def test_a_form_in_parts_is_named_as_such(path, server):
+    _, _, url = server
+    for answer in (
+        HTTP.post(url + path, files={"model": b"tiny"}),
+        HTTP.post(url + path, content=b"{}", headers={"content-type": "Multipart/Form-Data; boundary=x"}),
+    ):
+        assert answer.status_code == 400 and is_of_the_api(answer)
+        assert "a form in several parts; send a JSON object" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", REQUESTS)
 def test_pages_of_other_origins_cannot_send_forms(path, server):
     """Browsers ask before they send JSON to another origin, and are not told yes; forms they just send."""
     _, _, url = server
@@ -131,7 +142,7 @@ def test_pages_of_other_origins_cannot_send_forms(path, server):
         headers = {"content-type": content_type}
         assert status("http://elsewhere.example", **headers) == status("null", **headers) == 403
         assert status(own.replace("http:", "https:"), **headers) == 403
-        assert status(own, **headers) == 200
+        assert status(own, **headers) == (400 if "multipart" in content_type else 200)
     assert status("http://elsewhere.example") == 403, "no content type at all"
     assert status("http://elsewhere.example", **{"content-type": "Application/JSON; charset=utf-8"}) == 200
     preflight = HTTP.options(

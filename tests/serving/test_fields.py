@@ -65,6 +65,7 @@ def test_nulls_change_no_text(server):
 
 DEFAULTS = {
     "n": 1, "stream": False, "stop": [], "temperature": 1, "top_p": 1, "stream_options": {},
+    "top_logprobs": 0,
     "user": "me", "safety_identifier": "me", "prompt_cache_key": "x", "metadata": {"a": "b"},
     "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h",
     "parallel_tool_calls": True,
@@ -108,6 +109,18 @@ def test_what_cannot_be_honoured_is_refused_with_a_reason(name, server):
 def test_what_is_ignored_has_a_type(name, server):
     error = post(server, "/v1/completions", **{name: 3}).json()["error"]
     assert error["param"] == name and "got a number" in error["message"]
+
+
+def test_a_refusal_lists_what_is_accepted(server):
+    error = post(server, "/v1/chat/completions", tool_choice="required").json()["error"]
+    assert error["message"].endswith('Leave it out or send "none" or "auto" or null.')
+    error = post(server, "/v1/chat/completions", audio={}).json()["error"]
+    assert error["message"].endswith("Leave it out or send null.")
+
+
+def test_a_server_with_a_low_limit_answers_who_asks_for_no_length(model, tokenizer):
+    with serving(model, tokenizer, max_tokens=8) as (_, client, _):
+        assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens == 8
 
 
 def test_a_field_of_the_other_path_says_so(server):
@@ -185,6 +198,19 @@ WRONG = {
     ),
     "unknown there": ({"stream_options": {"x": 1}}, "stream_options.x", "no argument 'stream_options.x'"),
     "metadata": ({"metadata": {"a": 1}}, "metadata", "values of 'metadata' must be strings"),
+    "much metadata": (
+        {"metadata": {str(n): "a" for n in range(17)}},
+        "metadata",
+        "'metadata' may hold 16 pairs at most, got 17.",
+    ),
+    "a long key": ({"metadata": {"a" * 65: "b"}}, "metadata", "may have 64 characters"),
+    "a long value": ({"metadata": {"a": "b" * 513}}, "metadata", "and its values 512, at most"),
+    "nearly cold": ({"temperature": 1e-310}, "temperature", "a temperature above 0 must be at least"),
+    "few draws": (
+        {"temperature": 0.1, "num_draws": 2, "sampler": "pool"},
+        "num_draws",
+        "num_draws=2",
+    ),
     "a seed beyond 64 bits": ({"seed": 2**63}, "seed", "seed: Input should be less than or equal to"),
     "unknown and null": ({"colour": None}, "colour", "there is no argument 'colour'"),
     "lines": ({"a\nb": 1}, "a\\nb", "there is no argument 'a\\nb'"),

@@ -40,7 +40,7 @@ def test_a_key(model, tokenizer):
             assert status(f"{scheme} s3cret") == 200
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "\udcff\udcfe", " spaces around "])
+@pytest.mark.parametrize("key", ["schlüssel", "voilà", "\u2105", "\udcff\udca0", " spaces around "])
 def test_a_key_of_other_bytes(key, model, tokenizer):
     """As the environment may hold them."""
     with serving(model, tokenizer, api_key=key) as (_, _, url):
@@ -57,6 +57,17 @@ def test_unknown_paths_and_methods(server):
     assert answer.status_code == 405 and is_of_the_api(answer)
     assert answer.headers["allow"] == "OPTIONS, POST"
     assert HTTP.delete(f"{url}/v1/models").headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+def test_a_slash_at_the_end_is_no_matter(server, model, tokenizer):
+    _, _, url = server
+    for path in ("/v1/models", "/v1/models/tiny", "/health", "/page"):
+        answer = HTTP.get(f"{url}{path}/")
+        assert answer.status_code == 200 and answer.json() == HTTP.get(url + path).json()
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
+    assert HTTP.post(f"{url}/v1/completions/", json=body).status_code == 200
+    with serving(model, tokenizer, api_key="k") as (_, _, url):
+        assert HTTP.get(f"{url}/metrics/").status_code == 401
 
 
 def test_head_is_get_without_a_body_and_options_lists_methods(server):
@@ -116,6 +127,18 @@ def test_a_mistake_of_the_server_is_told_by_the_id_in_its_log(server, monkeypatc
     name = answer.headers["x-request-id"]
     assert name in answer.json()["error"]["message"] and name in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_mistake_within_a_stream_is_told_alike(server, monkeypatch, caplog):
+    _, _, url = server
+    monkeypatch.setattr(requests.CompletionAnswer, "_more", lambda *_: 1 / 0)
+    body = {"model": "tiny", "prompt": "a", "stream": True}
+    answer = HTTP.post(f"{url}/v1/completions", json=body)
+    assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
+    event, end, _ = answer.text.split("\n\n")
+    name = answer.headers["x-request-id"]
+    assert name in json.loads(event.removeprefix("data: "))["error"]["message"] and end == "data: [DONE]"
+    assert name in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("chat", [False, True])

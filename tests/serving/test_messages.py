@@ -81,6 +81,11 @@ def test_an_assistant_may_have_said_nothing_or_refused(message, text):
     assert read_messages([{"role": "assistant", **message}]) == [{"role": "assistant", "content": text}]
 
 
+def test_a_function_may_have_said_nothing():
+    message = {"role": "function", "name": "f", "content": None}
+    assert read_messages([message]) == [{"role": "function", "content": ""}]
+
+
 def test_an_answer_goes_back_as_it_came(server):
     """Clients add the message of an answer to the next request, with all its fields."""
     _, client, _ = server

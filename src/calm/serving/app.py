@@ -21,7 +21,7 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.calm import CalmForCausalLM
 from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
-from calm.serving.errors import ApiError, quoted
+from calm.serving.errors import ApiError, own_mistake, quoted
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
@@ -36,6 +36,8 @@ _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "cache-control": "no-cache",
 }
+# Parts go out as they come, through proxies too.
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def create_app(
         engine.stop()
 
     # Its own pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine = engine
     _add_errors(app)
     app.add_middleware(Watch, key=settings.api_key, metrics=metrics)
@@ -133,8 +135,8 @@ def create_app(
 
 def _body_of(model: type[BaseModel]) -> dict[str, Any]:
     """What the description of the API says of a body."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"content": content, "required": True}}
+    schema = {"$id": model.__name__, **model.model_json_schema()}  # Its references begin there.
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
 def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
@@ -168,12 +170,11 @@ async def _answer(answer: Any, is_stream: bool, request: Request) -> Response:
     if not is_stream:
         whole = await answer.whole(request.is_disconnected)
         return JSONResponse(whole) if whole is not None else Response(status_code=499)
-    return StreamingResponse(
-        _events(answer), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-    )
+    events = _events(answer, request.scope["request_id"])
+    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _events(answer: Any) -> AsyncIterator[str]:
+async def _events(answer: Any, request_id: str) -> AsyncIterator[str]:
     """Each part as an event; an error in the middle is an event too."""
     try:
         async for piece in answer.pieces():
@@ -181,9 +182,8 @@ async def _events(answer: Any) -> AsyncIterator[str]:
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
     except Exception:
-        logger.exception("a stream failed")
-        said = ApiError("the server made a mistake; its log has more.", 500, "server_error")
-        yield f"data: {json.dumps(said.body)}\n\n"
+        logger.exception("the answer to %s failed", request_id)
+        yield f"data: {json.dumps(own_mistake(request_id).body)}\n\n"
     yield "data: [DONE]\n\n"
 
 

@@ -25,7 +25,10 @@ async def read_body(request: Request, model: type[_Model], most_bytes: int) -> _
     Raises:
         ApiError: If it is from a page of another origin, too long, no JSON object, or does not fit.
     """
-    _check_origin(request)
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    _check_origin(request, content_type)
+    if content_type.startswith("multipart/"):
+        raise ApiError("the body is a form in several parts; send a JSON object.")
     body = parse_object(await _read(request, most_bytes))
     try:
         return model.model_validate(body)
@@ -69,14 +72,13 @@ def _why_no_json(said: str) -> str:
     return f"the body is not valid JSON ({said}); send a JSON object."
 
 
-def _check_origin(request: Request) -> None:
+def _check_origin(request: Request, content_type: str) -> None:
     """Refuse what a page of another origin can send without the browser asking first.
 
     Browsers ask (by a preflight, which is not granted here) before they send JSON elsewhere, but not before
     they send a form or plain text, and name the page's origin with it. Other clients name none.
     """
     origin = request.headers.get("origin")
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if origin is None or content_type == "application/json":
         return
     own = f"{request.scope['scheme']}://{request.headers.get('host', '')}"

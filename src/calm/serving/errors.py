@@ -43,6 +43,13 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=_HEADERS.get(self.status))
 
 
+def own_mistake(request_id: str) -> ApiError:
+    """The error for what no request should bring about."""
+    return ApiError(
+        f"the server made a mistake; its log has more, at {request_id}.", 500, kind="server_error"
+    )
+
+
 def at(place: str, message: str) -> ApiError:
     """The error of a place in the body, such as `messages[2].content`."""
     return ApiError(f"{place}: {message}", param=place)

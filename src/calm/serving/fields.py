@@ -1,5 +1,6 @@
 """Every field of the OpenAI API, and what becomes of it. Null asks for the default and is always accepted."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Refused:
     reason: str
     defaults: tuple[Any, ...] = ()
 
+    @property
+    def accepted(self) -> str:
+        """The values that ask for nothing."""
+        return " or ".join([*map(json.dumps, self.defaults), "null"])
+
 
 _NO_SCORES = "this model draws text by the chunk, without scores of tokens"
 _NO_TOOLS = "there are no tools"
@@ -59,7 +65,7 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "parallel_tool_calls": Ignored(bool),
     # Neither here nor there where text is drawn by the chunk.
     "logprobs": Refused(_NO_SCORES, (False,)),
-    "top_logprobs": Refused(_NO_SCORES),
+    "top_logprobs": Refused(_NO_SCORES, (0,)),
     "logit_bias": Refused(_NO_SCORES, ({},)),
     "presence_penalty": Refused(_NO_SCORES, (0,)),
     "frequency_penalty": Refused(_NO_SCORES, (0,)),
@@ -103,7 +109,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
             _check_type(name, value, rule.type)
         elif not any(_is_same(value, default) for default in rule.defaults):
             raise ApiError(
-                f"'{name}' cannot be honoured: {rule.reason}. Leave it out.",
+                f"'{name}' cannot be honoured: {rule.reason}. Leave it out or send {rule.accepted}.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -112,8 +118,22 @@ def check_fields(given: Mapping[str, Any]) -> None:
 def _check_type(name: str, value: Any, expected: type) -> None:
     if not isinstance(value, expected):
         raise ApiError(f"'{name}' must be {json_type(expected())}, got {json_type(value)}.", param=name)
-    if isinstance(value, dict) and name == "metadata" and not all(isinstance(v, str) for v in value.values()):
-        raise ApiError("the values of 'metadata' must be strings.", param=name)
+    if isinstance(value, dict) and name == "metadata":
+        _check_metadata(value)
+
+
+def _check_metadata(pairs: dict[str, Any]) -> None:
+    """As long as the API allows."""
+    if len(pairs) > 16:
+        raise ApiError(f"'metadata' may hold 16 pairs at most, got {len(pairs)}.", param="metadata")
+    for key, value in pairs.items():
+        if not isinstance(value, str):
+            raise ApiError("the values of 'metadata' must be strings.", param="metadata")
+        if len(key) > 64 or len(value) > 512:
+            raise ApiError(
+                "the keys of 'metadata' may have 64 characters, and its values 512, at most.",
+                param="metadata",
+            )
 
 
 def _is_same(value: Any, default: Any) -> bool:

@@ -7,6 +7,7 @@ from calm.serving.errors import at, json_type, quoted
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 _MOST_MESSAGES = 4096
 _ASSISTANT = "assistant"
+_MAY_BE_NULL = (_ASSISTANT, "function")
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
@@ -43,7 +44,7 @@ def _read_content(message: dict[str, Any], role: str, place: str) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if content is None and role == _ASSISTANT:
+    if content is None and role in _MAY_BE_NULL:
         refusal = message.get("refusal")
         return refusal if isinstance(refusal, str) else ""
     if isinstance(content, list):
@@ -51,7 +52,7 @@ def _read_content(message: dict[str, Any], role: str, place: str) -> str:
             raise at(place, 'an array of parts must hold at least one; for no text, give "".')
         return "".join(_read_part(part, role, f"{place}[{index}]") for index, part in enumerate(content))
     found = "it is missing" if "content" not in message else f"got {json_type(content)}"
-    more = "; only an assistant's may be null" if content is None else ""
+    more = "; only an assistant's may be null, or a function's" if content is None else ""
     raise at(place, f"must be a string or an array of text parts, but {found}{more}.")
 
 

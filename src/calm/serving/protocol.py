@@ -82,7 +82,7 @@ class _Sampling(_Body):
         Raises:
             ApiError: If a value is out of range.
         """
-        names = ("temperature", "top_p", "min_p", "sampler", "num_draws", "max_draws")
+        names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         cuts = given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
         given.setdefault(
@@ -96,7 +96,8 @@ class _Sampling(_Body):
         try:
             return replace(defaults, **given)
         except ValueError as error:
-            raise ApiError(str(error)) from error
+            wrong = next((name for name in names if name in str(error)), None)
+            raise ApiError(str(error), param=wrong) from error
 
 
 class CompletionRequest(_Sampling):
@@ -104,7 +105,7 @@ class CompletionRequest(_Sampling):
 
     prompt_name = "prompt"
     prompt: Prompts = Field(default_factory=lambda: [""])  # The beginning of a text.
-    max_tokens: Count = 16
+    max_tokens: Count | None = None
     echo: StrictBool = False
 
 

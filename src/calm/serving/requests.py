@@ -23,6 +23,8 @@ from calm.text.encoding import encode_documents
 if TYPE_CHECKING:
     from calm.serving.app import ServerSettings
 
+_TOKENS_OF_A_COMPLETION = 16  # Where a request says nothing, as the API has it.
+
 
 class Endpoint:
     """Turns requests into answers.
@@ -66,10 +68,11 @@ class Endpoint:
             ApiError: If the request cannot be honoured.
         """
         asked: Sequence[str | list[int]] = request.prompt
-        settings = self._check(request, len(asked), request.max_tokens)
+        budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
+        settings = self._check(request, len(asked), budget)
         places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
         prompts = [self.tokens_of(prompt, place) for prompt, place in zip(asked, places, strict=True)]
-        answers = self._submit(request, prompts, request.max_tokens, settings)
+        answers = self._submit(request, prompts, budget, settings)
         echoes = [one if isinstance(one, str) else decode_behind(self.tokenizer, [], one) for one in asked]
         repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
         return CompletionAnswer(answers, request, self._settings.name, repeated)

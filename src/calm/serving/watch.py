@@ -7,7 +7,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from calm.serving.errors import ApiError
+from calm.serving.errors import ApiError, own_mistake
 from calm.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,9 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # As GET; the server leaves the body out.
-            scope = {**scope, "method": "GET"}
         started, status = time.perf_counter(), 499  # Gone before there was an answer.
         request_id, is_answered = f"req_{secrets.token_hex(12)}", False
+        scope = {**_as_routes_know_it(scope), "request_id": request_id}
 
         async def note(message: Message) -> None:
             nonlocal status, is_answered
@@ -56,8 +55,7 @@ class Watch:
             if is_answered:
                 status = 500
                 raise
-            said = f"the server made a mistake; its log has more, at {request_id}."
-            await ApiError(said, 500, "server_error").response()(scope, receive, note)
+            await own_mistake(request_id).response()(scope, receive, note)
         finally:
             # Never what was asked for: labels must be few.
             path = getattr(scope.get("route"), "path", "other")
@@ -68,10 +66,18 @@ class Watch:
         if self._key is None or scope["path"] in _OPEN_PATHS:
             return True
         scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Headers are decoded as Latin-1, which gives the bytes back.
+        # Headers are decoded as Latin-1, which gives the bytes back; other white space than ASCII's may be
+        # half of a UTF-8 character.
         return scheme.lower() == "bearer" and secrets.compare_digest(
-            shown.strip().encode("latin-1"), self._key
+            shown.strip(" \t").encode("latin-1"), self._key
         )
+
+
+def _as_routes_know_it(scope: Scope) -> Scope:
+    """HEAD is GET, whose body the server leaves out, and a path does not end in '/'."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    path = scope["path"]
+    return {**scope, "method": method, "path": path[:-1] if len(path) > 2 and path.endswith("/") else path}
 
 
 _REFUSAL = ApiError(
