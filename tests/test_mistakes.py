@@ -91,10 +91,12 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         read_recipe("run")
 
 
-def test_recipes_that_are_right():
+def test_recipes_that_are_right(tmp_path):
     for values in ({}, {"data.context": 64}, {"language_model.head.rank": 3}, {"data": {"num_proc": None}}):
         assert mistake_in(values, RECIPE) is None
     recipe = read_recipe("demo")
+    (tmp_path / "r.yaml").write_text("language_model: {head: {alpha: 1e-3, name: é}}", encoding="utf-8")
+    assert read_recipe(str(tmp_path / "r.yaml")).language_model.head == {"alpha": 1e-3, "name": "é"}
     assert with_settings(recipe, {"data.num_proc": None}).data.num_proc is None
     with pytest.raises(InputError, match=r"settings seed: seed must be a whole number, got null\."):
         with_settings(recipe, {"seed": None})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from calm.errors import InputError
 from calm.terminal import CLOSED_PIPE, as_text
@@ -76,6 +77,14 @@ def test_characters_that_an_encoding_lacks_are_replaced(encoding, shown):
     environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     done = run("-c", code, environment=environment, capture_output=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, shown, b"")
+
+
+def test_recipes_are_utf_8_whatever_the_terminal_is(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("data: {separator: '→ é'}\n".encode())
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    command = ("-m", "calm", "train", "--recipe", str(tmp_path / "mine.yaml"))
+    done = run(*command, "--print_config=skip_default", environment=environment, capture_output=True)
+    assert yaml.safe_load(done.stdout.decode()) == {"data": {"separator": "→ é"}}
 
 
 def test_texts_from_a_terminal_without_an_encoding_are_utf_8():

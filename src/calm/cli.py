@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
 import jsonargparse
+import yaml
 
 import calm
 from calm.errors import InputError, RunError, Terminated
@@ -143,7 +144,7 @@ def _parse(verb: str, arguments: list[str]) -> dict[str, Any]:
     options = _options_of(verb, arguments[1:])
     parser = build_parser()
     try:
-        values = parser.parse_args(_with_recipe_paths(arguments))
+        values = parser.parse_args(_with_recipe_texts(arguments))
     except jsonargparse.ArgumentError as error:
         raise InputError(sentence(str(error), options)) from error
     if (kind := _RECIPES.get(verb)) is None:
@@ -183,25 +184,21 @@ def _tell_notes() -> None:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def _with_recipe_paths(arguments: list[str]) -> list[str]:
-    """Replace the names of shipped recipes behind --recipe by their paths, and see that they are recipes."""
-    from calm.training.recipe_files import check_recipe_file, find_recipe
+def _with_recipe_texts(arguments: list[str]) -> list[str]:
+    """Replace the names of recipes behind --recipe by what they say, in ASCII."""
+    from calm.training.recipe_files import settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
         return arguments
     # What a recipe printed by --print_config has beside the recipe.
     others = dict.fromkeys(inspect.signature(VERBS[arguments[0]]).parameters, Any)
-
-    def path_of(name: str) -> str:
-        path = find_recipe(name, kind)
-        check_recipe_file(path, Options({**others, **types_of(kind)}))
-        return path
-
+    options = Options({**others, **types_of(kind)})
     result = list(arguments)
     for i, argument in enumerate(arguments):
         if argument.startswith("--recipe="):
-            result[i] = "--recipe=" + path_of(argument.removeprefix("--recipe="))
+            settings = settings_in(argument.removeprefix("--recipe="), kind, options)
+            result[i] = "--recipe=" + yaml.safe_dump(settings)
         elif argument == "--recipe" and i + 1 < len(arguments):
-            result[i + 1] = path_of(arguments[i + 1])
+            result[i + 1] = yaml.safe_dump(settings_in(arguments[i + 1], kind, options))
     return result

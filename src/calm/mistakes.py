@@ -86,7 +86,7 @@ def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") ->
 
 def sentence(message: str, options: Options) -> str:
     """What jsonargparse says about arguments or a recipe, as one sentence."""
-    text = " ".join(message.split())
+    text = " ".join(message.split()).removeprefix('Parser key "recipe": ')
     for pattern, say in _SAYINGS:
         if found := re.search(pattern, text):
             return say(options, *found.groups())

@@ -67,23 +67,31 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     """
     parser = recipe_parser(kind)
     options = Options(types_of(kind))
-    path = find_recipe(name, kind)
-    check_recipe_file(path, options)
+    settings = settings_in(name, kind, options)
     try:
-        values = parser.parse_path(path)
+        values = parser.parse_object(settings)
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {sentence(str(error), options)}") from error
     return kind(**vars(parser.instantiate(values)))
 
 
-def check_recipe_file(path: str, options: Options) -> None:
-    """See that a file holds settings, and only such as there are.
+def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
+    """The settings in the file of a recipe: such as there are, in groups, of whatever types.
+
+    Args:
+        name: A path or a shipped name.
+        kind: The kind of recipe.
+        options: Which settings there are.
 
     Raises:
-        InputError: If it cannot be read, is no YAML, or has other settings.
+        InputError: If there is none, it cannot be read, is no YAML, or has other settings.
     """
+    path = find_recipe(name, kind)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
+        if not isinstance(values, dict):  # but a mapping in which nothing has a value as text.
+            values = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -93,7 +101,8 @@ def check_recipe_file(path: str, options: Options) -> None:
     if not isinstance(values, dict):
         raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
     if (mistake := mistake_in(values, options)) is not None:
-        raise InputError(f"recipe '{path}': {mistake}")
+        raise InputError(f"recipe '{name}': {mistake}")
+    return values
 
 
 def _place_and_problem(error: yaml.YAMLError) -> str:
