@@ -103,15 +103,3 @@ def test_a_printed_configuration_is_a_recipe(capsys, tmp_path):
 
 def test_a_path_that_the_system_refuses_is_one_sentence(capsys):
     assert failure(capsys, "ablate", "m" * 300).endswith(": File name too long.")
-
-
-def test_a_prompt_without_tokens(capsys, monkeypatch):
-    import calm.models.loading as loading
-
-    class Tokenizer:
-        def __call__(self, texts):
-            return {"input_ids": [list(text.encode()) for text in texts]}
-
-    monkeypatch.setattr(loading, "load_language_model_and_tokenizer", lambda *_: (None, Tokenizer()))
-    assert "a prompt has no token" in failure(capsys, "generate", "stories", "")
-    assert "a prompt has no token" in failure(capsys, "generate", "stories", "a", "")
