@@ -1,6 +1,8 @@
 """Names of models: a run stands for its model, and a wrong name is told with the right ones."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import tiny_model
@@ -71,3 +73,20 @@ def test_flops_knows_models_and_recipes(here, capsys):
     assert "there is no recipe 'stoires'" in said and said.endswith("did you mean 'stories'?")
     assert failure(capsys, "flops", "laptp").endswith("runs/demo/model.")
     assert "did you mean 'laptop'" in failure(capsys, "flops", "laptp")
+
+
+def test_a_name_is_looked_for_without_torch_and_without_retries(tmp_path, monkeypatch):
+    """As the commands do it before they import anything heavy."""
+    program = (
+        "import sys; from calm.models.missing import look_for; from calm.errors import InputError\n"
+        "look_for('stories')\n"
+        "try:\n    look_for('stoires')\n"
+        "except InputError as error:\n    print(error)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    start = "import sys, types; sys.modules['calm_command'] = types.SimpleNamespace(is_running=True); "
+    done = subprocess.run(
+        [sys.executable, "-c", start + program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot load 'stoires'" in done.stdout and "did you mean 'stories'?" in done.stdout

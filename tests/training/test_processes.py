@@ -85,7 +85,7 @@ def test_a_given_autoencoder_and_a_slow_process(alone):
     folder, recipe = alone
     given = with_settings(recipe, {"autoencoder.path": str(folder / "alone/autoencoder")})
     write_recipe(given, folder / "given.yaml")
-    slow = "import os, time, calm.training.stages as s; load = s.load_prepared; "
+    slow = "import os, time, calm.training.opening as s; load = s.load_prepared; "
     slow += "s.load_prepared = lambda p: (time.sleep(4 * int(os.environ['RANK'])), load(p))[1]; "
     slow += "from calm.cli import main; main()"
     (folder / "slow.py").write_text(slow)

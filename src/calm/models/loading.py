@@ -16,11 +16,11 @@ from transformers import (
 
 from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, reason_of
-from calm.hub import hub_or_cache, may_be_on_hub
+from calm.hub import hub_or_cache
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.missing import no_model_in, no_such_folder, not_given
+from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.text.chat import end_of_turn_id
@@ -67,7 +67,7 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     Raises:
         InputError: If there is none, it is of another kind, or the folder is damaged.
     """
-    name = _place_of(name)
+    name = place_of(name)
     if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
         raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
     return _load(CalmForCausalLM, name, **kwargs)
@@ -79,7 +79,7 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
-    name = _place_of(name)
+    name = place_of(name)
     return _with_tokenizer(load_model(name, **kwargs), name)
 
 
@@ -97,7 +97,7 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
             cannot be changed so.
     """
-    name = _place_of(name)
+    name = place_of(name)
     if is_adapter(Path(name)):
         model = _with_adapters(Path(name), **kwargs)
         return _ready(*_with_tokenizer(model, name), name, head)
@@ -106,18 +106,6 @@ def load_language_model_and_tokenizer(
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
     model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
-
-
-def _place_of(name: str) -> str:
-    """The folder of a model, or a name that the hub may be asked for."""
-    try:
-        place = folder_of(name)
-        is_named = bool(name.strip()) and (Path(place).is_dir() or may_be_on_hub(name))
-    except OSError as error:  # It may not be read, or no file has so long a name.
-        raise InputError(f"cannot load '{name}': {error.strerror}.") from error
-    if not is_named:
-        raise InputError(no_such_folder(name))
-    return place
 
 
 def _asking_hub(name: str) -> AbstractContextManager[None]:

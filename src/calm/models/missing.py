@@ -1,4 +1,7 @@
-"""What is told where there is no model of the given name: which there are, and which was probably meant."""
+"""Where a model of a given name is; or if there is none, which there are, and which was probably meant.
+
+This file imports neither torch nor transformers: a mistyped name is answered before they are.
+"""
 
 import difflib
 import json
@@ -6,8 +9,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from calm.hub import is_hub_name
-from calm.models.shipped import MODEL_FILES, expanded, shipped_models
+from huggingface_hub import constants, try_to_load_from_cache
+
+from calm.errors import InputError
+from calm.hub import is_hub_name, may_be_on_hub, unreachable
+from calm.models.shipped import MODEL_FILES, expanded, folder_of, shipped_models
 
 _MOST_NAMED = 3
 _MOST_ALIKE = 50
@@ -15,6 +21,42 @@ _MOST_FOLDERS = 300  # Searched for models,
 _MOST_ENTRIES = 1000  # in so many of the entries of each,
 _DEPTH = 3  # as deep as runs/NAME/model,
 _PASSED_BY = ("autoencoder", "checkpoints", "data")  # and not in these parts of a run.
+
+
+def place_of(name: str) -> str:
+    """The folder of a model, or a name that the hub may be asked for.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    try:
+        place = folder_of(name)
+        is_here = Path(place).is_dir()
+    except OSError as error:  # It may not be read, or no file has so long a name.
+        raise InputError(f"cannot load '{name}': {error.strerror}.") from error
+    if is_here and name.strip():
+        return place
+    if not name.strip() or not may_be_on_hub(name):
+        raise InputError(no_such_folder(name))
+    return place
+
+
+def look_for(name: str) -> None:
+    """See that there is a folder of a model, or a hub that answers, or a cache that has it.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    if Path(place_of(name)).is_dir() or _is_cached(name):
+        return
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
+    if reason is not None:
+        raise InputError(not_given(name, reason))
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a model of the hub was loaded here before."""
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in MODEL_FILES)
 
 
 def no_such_folder(name: str) -> str:

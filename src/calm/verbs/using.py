@@ -1,6 +1,7 @@
 """The verbs that use models: each a typed function whose docstring is its help.
 
-Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once.
+Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once. Names of
+models are looked at before them: a mistyped one is answered in two seconds.
 """
 
 from pathlib import Path
@@ -45,6 +46,7 @@ def evaluate(
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         seed: Seed of the draws.
     """
+    _look_for(model)
     from calm.data.prepare import held_out_data
     from calm.data.sources import ReadingOptions
     from calm.evaluation.held_out import score_model
@@ -104,12 +106,13 @@ def generate(
         stream: Print the text as it is written.
         crop: Keep the end of a prompt that is too long for the context; without it that is an error.
     """
-    from calm.generation import continue_texts
-    from calm.models.loading import load_language_model_and_tokenizer
-
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
     prompt = [as_text(text) for text in prompt]
+    _look_for(model)
+    from calm.generation import continue_texts
+    from calm.models.loading import load_language_model_and_tokenizer
+
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     texts = continue_texts(
         network,
@@ -301,6 +304,7 @@ def serve(
         seconds: How long a request may take.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
+    _look_for(model)
     from calm.serving.run import run_server
 
     run_server(
@@ -318,3 +322,10 @@ def serve(
         max_body=max_body,
         seconds=seconds,
     )
+
+
+def _look_for(model: str) -> None:
+    """Raise InputError for a model that is not there, before torch is imported."""
+    from calm.models.missing import look_for
+
+    look_for(model)
