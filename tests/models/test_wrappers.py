@@ -42,6 +42,10 @@ def test_what_a_model_cannot_take_is_one_sentence():
     """Prompt tuning would put vectors in the place of tokens."""
     with pytest.raises(ValueError, match="a CALM takes no inputs_embeds: it reads tokens, in whole chunks"):
         tiny_model()(None, inputs_embeds=torch.zeros(1, 8, 32))
+    sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
+    for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig):
+        with pytest.raises(ValueError, match="prompt and prefix tuning do not work; low-rank adapters do"):
+            peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", **sizes))
     with pytest.raises(ValueError, match=r"forward\(\) does not know the argument\(s\): colour"):
         tiny_model()(TOKENS, colour="red")
 
@@ -96,3 +100,22 @@ def test_the_trainer_takes_the_model_as_it_is(tmp_path):
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert not torch.equal(model.backbone.norm.weight, before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+        peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_other_adapters_by_peft(config):
+    adapted = peft.get_peft_model(tiny_model(), config).train()
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    trained = [weight for weight in adapted.parameters() if weight.requires_grad]
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in trained)
+    assert adapted.eval().generate(input_ids=TOKENS, max_new_tokens=4, seed=1).shape[1] > 16

@@ -22,6 +22,11 @@ from calm.models.configuration import CalmConfig
 from calm.models.generation import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, build_head
 
+_NO_VECTORS = (
+    "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do not "
+    "work; low-rank adapters do."
+)
+
 
 @dataclass
 class CalmOutput(ModelOutput):
@@ -131,6 +136,16 @@ class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
                 "autoencoder inside was trained with it. Train both with a tokenizer that has the new tokens."
             )
         return self.get_input_embeddings()
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module inside, by its dotted name.
+
+        Raises:
+            ValueError: If peft asks where a learned prompt would go, which has no place here.
+        """
+        if target == "embeddings.word_embeddings":  # The first thing that peft does with such a prompt.
+            raise ValueError(_NO_VECTORS)
+        return super().get_submodule(target)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
         """The arguments as they are. Wrappers such as peft's look for it; `generate` has no need of it."""
@@ -288,9 +303,6 @@ def _check_unused(arguments: dict[str, Any]) -> None:
     """Raise ValueError for an argument that asks for something."""
     asked = [name for name, value in arguments.items() if value is not None and value is not False]
     if "inputs_embeds" in asked:
-        raise ValueError(
-            "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do "
-            "not work; low-rank adapters do."
-        )
+        raise ValueError(_NO_VECTORS)
     if asked:
         raise ValueError(f"forward() does not know the argument(s): {', '.join(asked)}.")
