@@ -17,7 +17,7 @@ from calm.core.chunks import find_targets, split_into_chunks
 from calm.core.temperature import TemperatureSettings
 from calm.data.prepare import load_prepared
 from calm.evaluation.held_out import batches_of
-from calm.evaluation.steps import CalmDraws
+from calm.evaluation.readers import CalmDraws
 from calm.flops import Work, cost_of
 from calm.models.loading import load_model
 from calm.training.recipe_files import read_recipe

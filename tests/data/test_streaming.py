@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.pieces import rank_of
-from calm.data.prepare import held_out_below, prepare
+from calm.data.prepare import prepare, split_of
 from calm.data.sources import ReadingOptions, find_shards
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings
@@ -119,7 +119,7 @@ def test_held_out_documents_are_never_in_it(text, tmp_path):
     folder, documents, _ = text
     data = prepare([str(folder)], tmp_path / "data", vocab_size=300, validation_fraction=0.3, seed=5, most=8)
     assert len(data.train) + len(data.validation) == 5 * 8
-    highest = held_out_below(tmp_path / "data")
+    highest = split_of(tmp_path / "data").highest
     kept = [document for document in documents if rank_of(document, 5) > highest]
     assert len(kept) < NUM_DOCUMENTS - len(data.validation)
     reader = BlockStream(

@@ -313,11 +313,6 @@ def is_prepared(path: Path) -> bool:
     return (path / _INFO).is_file()
 
 
-def held_out_below(path: Path) -> int | None:
-    """The highest rank that was held out when a folder was prepared; None if nothing was split."""
-    return _read_info(path)["held_out_below"]
-
-
 def split_of(path: Path) -> Split:
     """What is held out of the text that a folder was prepared from, and of more text of that kind."""
     info = _read_info(path)

@@ -19,6 +19,7 @@ from calm.evaluation.reconstruction import ReconstructionResult, evaluate_recons
 from calm.evaluation.samplers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.models.context import longest_context
 
 EVALUATION_SEED = 1234  # The same draws at every evaluation, so that checkpoints compare.
 _BATCH = 8
@@ -100,10 +101,7 @@ def score_model(
 def check_context(model: PreTrainedModel, context: int) -> None:
     """Raise InputError if a model cannot read so many tokens at once."""
     config = model.config.get_text_config()
-    if isinstance(model, CalmForCausalLM):
-        longest = model.config.backbone.max_position_embeddings * model.config.chunk_size
-    else:
-        longest = getattr(config, "max_position_embeddings", None) or context
+    longest = longest_context(model.config) or context
     window = getattr(config, "sliding_window", None) or longest
     if context > min(longest, window):
         raise InputError(
