@@ -37,7 +37,6 @@ import torch
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.core.brier import DocumentSums, brier_lm_difference
-from calm.data.folders import write_file_whole
 from calm.data.prepare import load_prepared, prepare
 from calm.errors import InputError
 from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_sampler
@@ -49,6 +48,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
 from calm.report.tables import with_error
+from calm.storage.folders import write_file_whole
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train, train_autoencoder
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.folders import check_output, new_folder
 from calm.data.prepare import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
@@ -20,6 +19,8 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.run import Sample, read_history, write_report
 from calm.report.tables import print_scorecard
+from calm.storage.folders import check_output, new_folder
+from calm.storage.ours import RUN
 from calm.training.configurations import check_model
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
@@ -54,7 +55,7 @@ def run_demo(
         raise InputError(f"the demo trains a CALM; for the recipe '{recipe_name}' use `calm train`.")
     if num_stories < 2:
         raise InputError(f"stories must be at least 2, one to train on and one held out; got {num_stories}.")
-    check_output(output, overwrite)
+    check_output(output, RUN if overwrite else None)
     check_model(recipe)
     text = output.with_name(f"{output.name}-stories.jsonl")
     say(f"writing {num_stories:,} stories to {text}")

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import interrupt, toy_recipe
 
-from calm.data.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.data.stories import stories
 from calm.errors import InputError
+from calm.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.training import stages
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, problems_of
 

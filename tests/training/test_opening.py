@@ -136,11 +136,13 @@ def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, ru
     (text / "3.jsonl").write_text(good + "{\n")
     if overwrite:
         run.mkdir()
-        (run / "mine.txt").write_text("mine")
+        (run / "history.json").write_text("old")
+        (run / "recipe.yaml").write_text("old")
     recipe = toy_recipe(text)
     with pytest.raises(InputError, match=r"3\.jsonl', line 11.*kept in '.*\.data\.work'"):
         stages.train(recipe, run, overwrite=overwrite)
-    assert sorted(path.name for path in run.iterdir()) == [".data.work", *["mine.txt"] * overwrite]
+    old = ["history.json", "recipe.yaml"] if overwrite else []
+    assert sorted(path.name for path in run.iterdir()) == [".data.work", *old]
     (text / "3.jsonl").write_text(good)
     stages.train(recipe, run, overwrite=overwrite)
     assert sorted(path.name for path in run.iterdir()) == [

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from calm.comparison.costs import autoencoder_operations, language_model_operations
 from calm.comparison.text import with_shared_text
-from calm.data.folders import write_file_whole
 from calm.data.prepare import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.measured import AblationTable, Outcome
+from calm.storage.disk import write_file_whole
 from calm.training.configurations import check_model
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import with_settings

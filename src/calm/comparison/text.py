@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from calm.data.folders import new_folder
 from calm.data.prepare import is_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
+from calm.storage.folders import new_folder
 from calm.training.opening import check_data, data_folder
 from calm.training.recipe import Recipe
 

@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.folders import disk_errors, new_folder, work_of, written_whole
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
+from calm.storage.disk import disk_errors
+from calm.storage.folders import new_folder, work_of, written_whole
+from calm.storage.locks import locked
 from calm.text.encoding import encode_documents
 
 _DOCUMENTS_OF_A_PIECE = 100_000
@@ -37,7 +39,11 @@ def kept_work(output: Path) -> Iterator[Path]:
         RunError: If the disk is full, or cannot be written.
     """
     folder = work_of(output)
-    with disk_errors(output), new_folder(output.parent):
+    with (
+        disk_errors(output),
+        new_folder(output.parent),
+        locked(folder.with_name(f"{folder.name}.lock"), f"'{output}'"),
+    ):
         folder.mkdir(exist_ok=True)
         try:
             with disk_errors(output):

@@ -22,12 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
-from calm.data.folders import check_output, check_spared, written_whole
 from calm.data.pieces import kept_work, ranks_of, tokenized, tokens_of, trained_tokenizer
 from calm.data.sources import ReadingOptions, check_sources, load_documents
 from calm.data.splitting import Split, choose_split, split_documents
 from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError
+from calm.storage.folders import check_output, check_spared, written_whole
+from calm.storage.ours import PREPARED
 
 _INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
@@ -161,7 +162,9 @@ def prepare(
     """
     options = options or ReadingOptions()
     num_proc = num_proc or os.cpu_count() or 1
-    check_output(output, overwrite)
+    replaces = PREPARED if overwrite else None
+    check_spared(output, [*sources, *validation_sources, *([] if tokenizer is None else [tokenizer])])
+    check_output(output, replaces)
     given = check_text(
         sources,
         tokenizer=tokenizer,
@@ -169,7 +172,6 @@ def prepare(
         validation_sources=validation_sources,
         validation_fraction=validation_fraction,
     )
-    check_spared(output, [*sources, *validation_sources, *([] if tokenizer is None else [tokenizer])])
     with kept_work(output) as work:
         read = partial(load_documents, options=options, cache_dir=str(work), num_proc=num_proc)
         documents = read(sources, most=most)
@@ -186,7 +188,7 @@ def prepare(
             name: tokens_of(*part, tokens, work, num_proc=num_proc, name=name)
             for name, part in splits.items()
         }
-        with written_whole(output, overwrite) as folder:
+        with written_whole(output, replaces) as folder:
             for name, part in parts.items():
                 part.save_to_disk(folder / name)
             tokens.save_pretrained(folder / "tokenizer")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import yaml
 
-from calm.data.folders import write_file_whole
 from calm.errors import InputError
 from calm.sharing.card import CARD, MARK, Words
 from calm.sharing.finetuned import card_of_finetuning
 from calm.sharing.trained import card_of_training
+from calm.storage.disk import write_file_whole
 from calm.training.recipe_files import RECIPE
 
 

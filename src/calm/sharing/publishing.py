@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
-from calm.data.folders import write_file_whole, written_whole
 from calm.errors import InputError, RunError, reason_of
 from calm.hub import is_hub_name, unreachable
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.sharing.card import CARD, recipe_text
+from calm.storage.disk import write_file_whole
+from calm.storage.folders import written_whole
 from calm.training.recipe_files import RECIPE
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
-from calm.data.checksums import find_damage
 from calm.errors import InputError
+from calm.storage.checksums import find_damage
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)

@@ -20,18 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
-from calm.data.folders import disk_errors, write_file_whole, written_whole
 from calm.errors import InputError
 from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import room_beside
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
+from calm.storage.disk import disk_errors, write_file_whole
+from calm.storage.folders import written_whole
 from calm.text.decoding import decode_behind
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
 from calm.training.processes import processes
-from calm.training.recipe_files import RECIPE, check_run_folder, opened_run_folder, write_recipe
+from calm.training.recipe_files import RECIPE, held_run_folder, opened_run_folder, write_recipe
 from calm.training.trainer import ChunkTrainer
 
 ANSWERS, COUNTS, HISTORY = "answers.jsonl", "examples.json", "history.json"
@@ -57,10 +58,12 @@ def finetune(
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
     _check(recipe)
-    everyone = processes()
-    if everyone.is_main_process:
-        needed = [recipe.model, *_as_list(recipe.examples.sources)]
-        check_run_folder(recipe, output, resume, overwrite, needed)
+    with held_run_folder(recipe, output, resume, overwrite, _places_of(recipe)):
+        _run(recipe, output, resume)
+    return output / "model"
+
+
+def _run(recipe: FinetuningRecipe, output: Path, resume: bool) -> None:
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
@@ -69,14 +72,13 @@ def finetune(
     if recipe.lora.rank:
         check_adapters(model, recipe.lora)
     examples, held_out = _read(recipe, tokenizer)
-    if everyone.is_main_process:
-        with opened_run_folder(recipe, output, resume, overwrite):
+    if processes().is_main_process:
+        with opened_run_folder(recipe, output, resume):
             pass  # All has been looked at.
-    everyone.wait_for_everyone()
+    processes().wait_for_everyone()
     if not (output / "model").is_dir():
         with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
             _train(model, tokenizer, examples, held_out, recipe, output)
-    return output / "model"
 
 
 def _check(recipe: FinetuningRecipe) -> None:
@@ -99,6 +101,13 @@ def _read(
         return split_examples(conversations, settings.validation_fraction, recipe.seed)
     held_out = read_examples(_as_list(settings.validation_sources), tokenizer)
     return [example for c in conversations for example in c], [example for c in held_out for example in c]
+
+
+def _places_of(recipe: FinetuningRecipe) -> list[str]:
+    """Paths and names of what a recipe reads."""
+    examples = recipe.examples
+    named = [recipe.model, *_as_list(examples.sources), *_as_list(examples.validation_sources or [])]
+    return [*named, *([examples.chat_template] if examples.chat_template else [])]
 
 
 def _as_list(sources: list[str] | str) -> list[str]:

@@ -3,6 +3,8 @@
 A command that is refused leaves the output folder as it was.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from calm.models.loading import load_autoencoder
 from calm.training.configurations import check_recipe
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
-from calm.training.recipe_files import DATA, check_run_folder, opened_run_folder
+from calm.training.recipe_files import DATA, held_run_folder, opened_run_folder
 from calm.training.sharding import check_sharding
 
 
-def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> PreparedData:
-    """Check recipe, folder and sources, and open the text: the main process first, which prepares it.
+@contextlib.contextmanager
+def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> Iterator[PreparedData]:
+    """The text of a run, whose folder no other process may work in meanwhile.
+
+    Recipe, folder and sources are looked at first; the main process prepares the text.
 
     Raises:
         InputError: If anything that the recipe names is missing or does not fit.
@@ -29,20 +34,20 @@ def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
     everyone = processes()
     check_recipe(recipe, everyone.num_processes)
     check_sharding(recipe)
-    if everyone.is_main_process:
-        check_run_folder(recipe, output, resume, overwrite, _places_of(recipe))
-        check_data(recipe.data, output if resume else None)
-        autoencoder = trained_autoencoder(recipe)
-        with opened_run_folder(recipe, output, resume, overwrite):
-            was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
-            folder = data_folder(recipe, output)
-            data = load_prepared(folder)
-            if was_there:
-                tell_counts(folder, data)
-            if autoencoder is not None:
-                check_vocabulary(autoencoder.config, recipe, data)
-    everyone.wait_for_everyone()
-    return load_prepared(data_folder(recipe, output))
+    with held_run_folder(recipe, output, resume, overwrite, _places_of(recipe)):
+        if everyone.is_main_process:
+            check_data(recipe.data, output if resume else None)
+            autoencoder = trained_autoencoder(recipe)
+            with opened_run_folder(recipe, output, resume):
+                was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
+                folder = data_folder(recipe, output)
+                data = load_prepared(folder)
+                if was_there:
+                    tell_counts(folder, data)
+                if autoencoder is not None:
+                    check_vocabulary(autoencoder.config, recipe, data)
+        everyone.wait_for_everyone()
+        yield load_prepared(data_folder(recipe, output))
 
 
 def check_data(settings: DataSettings, output: Path | None = None) -> None:

@@ -12,14 +12,26 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from calm.data.folders import check_output, check_spared, emptied, new_folder, work_of
 from calm.errors import InputError, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of
+from calm.storage.folders import (
+    check_output,
+    check_spared,
+    discard_replaced,
+    emptied,
+    new_folder,
+    restore,
+    work_of,
+)
+from calm.storage.locks import locked
+from calm.storage.ours import LOCK, RUN
 from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.processes import processes
 from calm.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 DATA = "data"  # The prepared text of a run, in its folder.
+_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays where a folder is emptied for a run.
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 
@@ -183,9 +195,8 @@ def check_run_folder(
             that has another recipe.
     """
     if not resume:
-        is_free = not _names_in(output) - {work_of(output / DATA).name}
-        check_output(output, overwrite=overwrite or is_free)
         check_spared(output, needed)
+        check_output(output, RUN if overwrite else None, _KEPT)
     elif (output / RECIPE).is_file():
         changed = differences(read_recipe_of(type(recipe), str(output / RECIPE)), recipe)
         if changed:
@@ -198,26 +209,45 @@ def check_run_folder(
 
 
 @contextlib.contextmanager
-def opened_run_folder(
-    recipe: Recipe | FinetuningRecipe, output: Path, resume: bool, overwrite: bool
+def held_run_folder(
+    recipe: Recipe | FinetuningRecipe,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    needed: Sequence[str] = (),
 ) -> Iterator[None]:
-    """The folder of a run with its recipe in it, for the block that makes the run ready.
+    """A folder that can take a run, or go on with one, and that no other process works in meanwhile.
 
-    If the block refuses its input, the folder is as it was, but for work on text that is kept there.
+    What a killed command has moved aside there is put back first. The arguments are those of
+    `check_run_folder`.
 
     Raises:
-        InputError: As `check_run_folder`, or as the block does.
+        InputError: As `check_run_folder`, or if another process is at work there.
     """
-    check_run_folder(recipe, output, resume, overwrite)
-    if resume:
+    if not processes().is_main_process:
         yield
         return
-    work = work_of(output / DATA)
-    with new_folder(output), emptied(output, kept=[work.name]):
+    if not output.is_dir():
+        check_run_folder(recipe, output, resume, overwrite, needed)
+    with new_folder(output), locked(output / LOCK, f"the run '{output}'"):
+        if not (resume and (output / RECIPE).is_file()):
+            restore(output, _KEPT)
+        check_run_folder(recipe, output, resume, overwrite, needed)
+        yield
+
+
+@contextlib.contextmanager
+def opened_run_folder(recipe: Recipe | FinetuningRecipe, output: Path, resume: bool) -> Iterator[None]:
+    """The folder of a run with its recipe in it, for the block that makes the run ready.
+
+    What was there before goes when that has ended well. Otherwise the folder is as it was, but for work on
+    text that is kept there.
+    """
+    if resume:
+        yield
+        discard_replaced(output)
+        return
+    with emptied(output, _KEPT):
         write_recipe(recipe, output / RECIPE)
         yield
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    shutil.rmtree(work_of(output / DATA), ignore_errors=True)

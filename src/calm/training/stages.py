@@ -20,7 +20,6 @@ import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.folders import disk_errors, write_file_whole, written_whole
 from calm.data.prepare import PreparedData, split_of
 from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
@@ -29,6 +28,8 @@ from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_autoencoder
+from calm.storage.disk import disk_errors, write_file_whole
+from calm.storage.folders import written_whole
 from calm.training.configurations import (
     autoencoder_config,
     autoregressive_config,
@@ -65,8 +66,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
-        data = open_run(recipe, output, resume=resume, overwrite=overwrite)
+    with (
+        disk_errors(output, "with room on the disk, --resume goes on from what was finished"),
+        open_run(recipe, output, resume=resume, overwrite=overwrite) as data,
+    ):
         if recipe.model == "calm":
             _finish_autoencoder(recipe, data, output)
         if not _is_finished(output / "model"):
@@ -85,8 +88,8 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
     Raises:
         InputError: If a setting or the folder does not fit.
     """
-    data = open_run(recipe, output, resume=resume, overwrite=False)
-    _finish_autoencoder(recipe, data, output)
+    with open_run(recipe, output, resume=resume, overwrite=False) as data:
+        _finish_autoencoder(recipe, data, output)
     return output / "autoencoder"
 
 

@@ -19,12 +19,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from calm.data.checksums import write_checksums
-from calm.data.folders import disk_errors
 from calm.data.streaming import PLACE, BlockStream
 from calm.errors import RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.storage.checksums import write_checksums
+from calm.storage.disk import disk_errors
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint
 from calm.training.collating import NUMBERS, collate_chunks, collate_stream, collate_tokens, count_tokens
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights

@@ -140,9 +140,9 @@ def compare(
     """
     from calm.comparison.ladder import train_ladder
     from calm.comparison.measures import Measures, compare
-    from calm.data.folders import check_file
     from calm.report.comparison import print_comparison, write_comparison
     from calm.report.pages import new_figure
+    from calm.storage.folders import check_file
     from calm.training.recipe_files import read_recipe
 
     folders = [Path(run) for run in runs or []]

@@ -145,11 +145,13 @@ def import_published(
         tokenizer: Folder, tokenizer.json or hub name of its tokenizer, to put inside.
         overwrite: Replace the output folder.
     """
-    from calm.data.folders import written_whole
     from calm.data.tokenizer import load_tokenizer
     from calm.models.published import load_published
+    from calm.storage.folders import check_spared, written_whole
+    from calm.storage.ours import MODEL
 
-    with written_whole(Path(out), overwrite) as folder:
+    check_spared(Path(out), [autoencoder, model, *([tokenizer] if tokenizer else [])])
+    with written_whole(Path(out), MODEL if overwrite else None) as folder:
         network = load_published(Path(autoencoder), Path(model))
         if tokenizer is not None:
             tokens = load_tokenizer(tokenizer)

@@ -12,10 +12,11 @@ from typing import Any
 CHECKSUMS = "checksums.json"
 _BYTES_AT_ONCE = 1 << 20
 _FILES_AT_ONCE = 4  # Hashing and reading leave Python's lock.
+_FOR_PEOPLE = (".md", ".yaml", ".html")  # They may be edited, and decide nothing.
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the size and checksum of every file below a folder into the folder."""
+    """Write the size and checksum of every file below a folder into the folder, but for texts for people."""
     files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         sums = dict(zip(files, threads.map(_describe, files.values()), strict=True))
@@ -44,7 +45,11 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return sorted(path for path in folder.rglob("*") if _counts(path))
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and path.name != CHECKSUMS and path.suffix not in _FOR_PEOPLE
 
 
 def _describe(path: Path) -> dict[str, Any]:

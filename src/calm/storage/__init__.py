@@ -1,0 +1,1 @@
+"""What lies on a disk: folders that appear whole, checksums, locks."""

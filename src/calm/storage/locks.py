@@ -1,0 +1,86 @@
+"""Locks that keep a second process out of a folder, and end with the process that holds them."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from calm.errors import InputError
+
+_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Hold a lock for the block; its file is there meanwhile.
+
+    Where nothing can be written nothing can be spoilt, and there is no lock.
+
+    Args:
+        file: The file; its folder exists.
+        what: What only one process may work on, for the message.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    try:
+        descriptor = _take(file)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        descriptor = -1
+    if descriptor is None:
+        raise InputError(
+            f"another process is at work on {what}{_whose(file)}; wait until it has ended, or stop it."
+        )
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                file.unlink()
+            os.close(descriptor)
+
+
+def _take(file: Path) -> int | None:
+    """A descriptor that holds the lock; None if another process has it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(descriptor):
+            os.close(descriptor)
+            return None
+        # Whoever held it before may have removed the file meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take a lock that belongs to this process alone: those that it forks and leaves behind have no part."""
+    try:
+        if os.name == "nt":
+            import msvcrt  # noqa: PLC0415 (of this system only)
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl  # noqa: PLC0415
+
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # Some network file systems.
+            return True
+        raise
+    return True
+
+
+def _whose(file: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return f" (process {int(file.read_text(encoding='ascii'))})"
+    return ""

@@ -1,0 +1,216 @@
+"""Folders are emptied and replaced so that a kill at any moment loses nothing."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calm.errors import InputError
+from calm.storage.folders import check_file, check_spared, emptied, restore, written_whole
+from calm.storage.ours import MODEL, PREPARED, RUN, check_replaceable
+
+KILLED = 9
+
+
+def below(folder: Path):
+    """All files below a folder and what is in them."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def run_until_killed(work, after: int) -> bool:
+    """Run something in another process that dies at one of its changes to folders; whether it died."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    left = after
+
+    def dying(change):
+        def changed(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                os._exit(KILLED)
+            left -= 1
+            return change(*args, **kwargs)
+
+        return changed
+
+    for name in ("rename", "mkdir", "rmdir", "unlink"):
+        setattr(Path, name, dying(getattr(Path, name)))
+    shutil.rmtree = dying(shutil.rmtree)
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+@pytest.fixture
+def old(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/weights").write_text("old")
+    (folder / "recipe.yaml").write_text("old")
+    (folder / ".lock").write_text("kept")
+    return folder
+
+
+def test_a_kill_while_a_folder_is_emptied_loses_nothing(old):
+    before, number, ends = below(old), 0, []
+
+    def replace():
+        with emptied(old, [".lock"]):
+            (old / "recipe.yaml").write_text("new")
+            (old / "data").mkdir()
+
+    while run_until_killed(replace, number):
+        restore(old, [".lock"])
+        ends.append("new" if (old / "recipe.yaml").read_text() == "new" else "old")
+        if ends[-1] == "old":
+            assert below(old) == before, number
+        number += 1
+        shutil.rmtree(old)
+        (old / "model").mkdir(parents=True)
+        for name, text in before.items():
+            (old / name).write_text(text)
+    assert ends == sorted(ends, reverse=True)  # All old ones come first.
+    assert {"old", "new"} == set(ends)
+    assert below(old) == {"recipe.yaml": "new", ".lock": "kept"}
+
+
+def test_a_kill_while_a_folder_is_put_back_loses_nothing(old):
+    before = below(old)
+    for number in range(20):
+        run_until_killed(lambda: _die_in(old), 100)
+        killed = run_until_killed(lambda: restore(old, [".lock"]), number)
+        restore(old, [".lock"])
+        assert below(old) == before, number
+        if not killed:
+            return
+    raise AssertionError("it never came to its end")
+
+
+def _die_in(folder: Path):
+    with emptied(folder, [".lock"]):
+        (folder / "recipe.yaml").write_text("new")
+        os._exit(KILLED)
+
+
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), OSError(28, "no space")])
+def test_whatever_stops_the_work_in_an_emptied_folder_it_is_as_it_was(error, old):
+    before = below(old)
+    with pytest.raises(type(error)), emptied(old, [".lock"]):
+        (old / "new").write_text("new")
+        raise error
+    assert below(old) == before
+    assert sorted(path.name for path in old.iterdir()) == [".lock", "model", "recipe.yaml"]
+
+
+def _prepared(folder: Path, text: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prepared.json").write_text(text)
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "text"
+
+    def replace():
+        with written_whole(path, PREPARED) as folder:
+            _prepared(folder, "new")
+
+    for number in range(30):
+        _prepared(path, "old")
+        killed = run_until_killed(replace, number)
+        assert killed or number > 5
+        with pytest.raises(RuntimeError), written_whole(path, PREPARED):  # What comes next puts it right.
+            raise RuntimeError
+        assert (path / "prepared.json").read_text() in ("old", "new"), number
+        assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
+        if not killed:
+            return
+    raise AssertionError("it never came to its end")
+
+
+def test_what_replaces_a_link_replaces_what_it_leads_to(tmp_path):
+    _prepared(tmp_path / "disk/text", "old")
+    (tmp_path / "text").symlink_to(tmp_path / "disk/text")
+    with written_whole(tmp_path / "text", PREPARED) as folder:
+        _prepared(folder, "new")
+    assert (tmp_path / "text").is_symlink()
+    assert (tmp_path / "disk/text/prepared.json").read_text() == "new"
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["text"]
+
+
+FOREIGN = {
+    "documents": ({"letter.txt": "", "photos/one.jpg": ""}, "it does not hold a run"),
+    "prepared text": ({"prepared.json": "", "train/state.json": ""}, "it does not hold a run"),
+    "notes in a run": ({"recipe.yaml": "", "notes.txt": ""}, "it holds 'notes.txt'"),
+    "notes deep in a run": ({"recipe.yaml": "", "model/thoughts.txt": ""}, "it holds 'model/thoughts.txt'"),
+    "a repository": ({"recipe.yaml": "", ".git/config": ""}, "it holds '.git'"),
+    "a folder named as a file": ({"recipe.yaml": "", "history.json/x": ""}, "it holds 'history.json'"),
+    "a file named as a folder": ({"recipe.yaml": "", "model": ""}, "it holds 'model'"),
+    "text beside a run": ({"recipe.yaml": "", "data/train/mine.jsonl": ""}, "it holds 'data/train/mine"),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_what_no_command_made_is_not_replaced(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="is not replaced") as error:
+        check_replaceable(tmp_path, RUN)
+    assert message in str(error.value)
+
+
+def test_a_link_in_a_run_may_go_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/letter.txt").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    check_replaceable(run, RUN)
+    with emptied(run):
+        pass
+    assert (tmp_path / "disk/letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [RUN, PREPARED, MODEL], ids=lambda kind: kind.name)
+def test_the_current_folder_the_home_and_those_above_them_are_never_replaced(kind, tmp_path, monkeypatch):
+    inner = tmp_path / "home/person"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent, tmp_path):
+        (folder / kind.sign).write_text("")
+    (tmp_path / "link").symlink_to(inner)
+    monkeypatch.chdir(inner)
+    for path in (Path(), Path(".."), Path("../person"), inner, tmp_path, tmp_path / "link", Path("/")):
+        with pytest.raises(InputError, match="the current folder, which is never replaced"):
+            check_replaceable(path, kind)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(inner))
+    for path in (inner, inner.parent, tmp_path / "link"):
+        with pytest.raises(InputError, match="your home folder, which is never replaced"):
+            check_replaceable(path, kind)
+
+
+def test_what_is_read_is_spared_by_whatever_name(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "text.txt").write_text("")
+    (tmp_path / "link").symlink_to(run)
+    for output, source in ((run, run), (run, run / "text.txt"), (tmp_path / "link", run / "text.txt"),
+                           (run, tmp_path / "link/text.txt"), (run / ".." / "run", run)):  # fmt: skip
+        with pytest.raises(InputError, match="lies in the output folder"):
+            check_spared(output, [str(source)])
+    check_spared(run, [str(tmp_path), "owner/name"])
+
+
+def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a folder"):
+        check_file(tmp_path / "report.html", overwrite=True)
+    with pytest.raises(InputError, match="is one, and no folder"):
+        check_file(tmp_path / "file/report.html", overwrite=True)
