@@ -15,7 +15,7 @@ import torch
 
 from calm.core.chunks import find_targets, split_into_chunks
 from calm.core.temperature import TemperatureSettings
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import batches_of
 from calm.evaluation.readers import CalmDraws
 from calm.flops import Work, cost_of

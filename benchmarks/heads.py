@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from measure import in_turns
 
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_brier
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM

@@ -37,7 +37,8 @@ import torch
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.core.brier import DocumentSums, brier_lm_difference
-from calm.data.prepare import load_prepared, prepare
+from calm.data.prepare import prepare
+from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_sampler
 from calm.evaluation.perplexity import has_likelihood

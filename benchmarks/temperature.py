@@ -28,7 +28,7 @@ import calm  # noqa: F401
 import calm.models.sampling as sampling
 from calm.core.chunks import find_targets
 from calm.core.temperature import ChunkSample, TemperatureSettings, sample
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig

@@ -9,7 +9,7 @@ then `calm evaluate` and `calm generate`.
 import argparse
 from pathlib import Path
 
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_model
 from calm.generation import continue_texts
 from calm.models.loading import load_model_and_tokenizer

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from toy import failure, toy_recipe
 
 from calm.cli import main
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model

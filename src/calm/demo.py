@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.prepare import PreparedData, load_prepared
+from calm.data.prepared import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model

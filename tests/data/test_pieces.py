@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from calm.data import pieces, sources
-from calm.data.prepare import is_prepared, load_prepared, prepare
+from calm.data.prepare import prepare
+from calm.data.prepared import is_prepared, load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
 
@@ -17,8 +18,8 @@ import os, signal, sys
 from calm.data import pieces, prepare, sources
 
 pieces._DOCUMENTS_OF_A_PIECE, sources._BYTES_AT_ONCE = 25, 1
-places = {"read": (sources, "_read_group"), "tokenize": (pieces, "tokenized"), "save": (prepare, "_sizes")}
-module, name = places[sys.argv[1]]
+name = {"save": "asdict"}.get(sys.argv[1], "made_or_kept")
+module = {"read": sources, "tokenize": pieces, "save": prepare}[sys.argv[1]]
 function, calls = getattr(module, name), []
 
 def counted(*arguments, **settings):
@@ -78,7 +79,7 @@ def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch
     assert subprocess.run(command, capture_output=True, check=False, timeout=100).returncode == -9
     assert not output.exists() and not is_prepared(output)
     read = len(list(work.glob("generator/*/*/*.arrow")))
-    kept = list(work.glob("tokens-*.arrow"))
+    kept = list(work.glob("tokens-*/*.arrow"))
     assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
 
     lines = count_calls(monkeypatch, sources, "_read_json_lines")
@@ -115,7 +116,7 @@ def test_stale_work_is_not_taken(change, text, tmp_path, small_pieces, monkeypat
     monkeypatch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)  # Keeps all pieces of the first run.
     prepared(text, tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "first")
-    assert list((tmp_path / ".out.work").glob("tokens-*.arrow"))
+    assert list((tmp_path / ".out.work").glob("tokens-*/*.arrow"))
     settings = {"vocab_size": {"vocab_size": 320}, "seed": {"seed": 5}}.get(change, {})
     if change == "text":
         (text / "1.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories(9, 20)))
@@ -126,11 +127,29 @@ def test_stale_work_is_not_taken(change, text, tmp_path, small_pieces, monkeypat
     assert (tokens(data) == tokens(load_prepared(tmp_path / "first"))) == (change == "tokenizer")
 
 
-def test_a_damaged_piece_is_made_anew(text, tmp_path, small_pieces, monkeypatch):
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def unmark(file):
+    """As if its writer had been killed before it was marked as finished."""
+    file.with_name(f"{file.name}.sum").unlink()
+
+
+@pytest.mark.parametrize("pieces_of", ["tokens-*/*.arrow", "generator/*/*/*.arrow"])
+@pytest.mark.parametrize("damage", [flip_a_bit, halve, unmark])
+def test_a_damaged_piece_is_made_anew(damage, pieces_of, text, tmp_path, small_pieces, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)
         whole = tokens(prepared(text, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / "first")
-    for piece in (tmp_path / ".out.work").glob("tokens-*.arrow"):
-        piece.write_bytes(piece.read_bytes()[: piece.stat().st_size // 2])
+    for piece in sorted((tmp_path / ".out.work").glob(pieces_of))[1:3]:
+        damage(piece)
     assert tokens(prepared(text, tmp_path / "out")) == whole
+    assert "that are damaged or were not finished; they are made again" in caplog.text

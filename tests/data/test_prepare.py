@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from calm.core.chunks import IGNORED_LABEL
-from calm.data import prepare as preparing
-from calm.data.prepare import PreparedData, held_out_data, is_prepared, load_prepared, prepare
+from calm.data import prepared as opening
+from calm.data.prepare import prepare
+from calm.data.prepared import PreparedData, held_out_data, is_prepared, load_prepared
 from calm.data.sources import ReadingOptions
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
@@ -89,6 +90,7 @@ def test_what_is_in_the_folder(source, tmp_path):
     data = prepare_here(source, tmp_path / "deep" / "out")
     folder = tmp_path / "deep" / "out"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "checksums.json",
         "prepared.json",
         "tokenizer",
         "train",
@@ -118,7 +120,7 @@ def test_tokens_of_a_long_text_are_counted_in_its_first_part(source, tmp_path, m
     documents = [[*tokens, data.tokenizer.eos_token_id] for tokens in data.train["input_ids"]]
     whole = Counter(token for document in documents for token in document)
     assert data.token_counts().tolist() == [whole[token] for token in range(data.vocab_size)]
-    monkeypatch.setattr(preparing, "_MOST_COUNTED", len(documents[0]) + 1)
+    monkeypatch.setattr(opening, "_MOST_COUNTED", len(documents[0]) + 1)
     part = Counter(documents[0] + documents[1])
     assert data.token_counts().tolist() == [part[token] for token in range(data.vocab_size)]
 
@@ -227,11 +229,11 @@ def test_an_empty_folder_may_be_the_output(source, tmp_path):
 def test_overwrite_replaces_the_whole_folder(source, tmp_path):
     output = tmp_path / "out"
     prepare_here(source, output, seed=0)
-    (output / "stale.txt").write_text("stale")
+    (output / "train/cache-stale.arrow").write_text("stale")
     other = write_source(tmp_path / "other.jsonl", ["one", "two", "three"])
     data = prepare_here(other, output, overwrite=True)
     assert Counter(texts_of(data, "train") + texts_of(data, "validation")) == Counter(["one", "two", "three"])
-    assert not (output / "stale.txt").exists()
+    assert not (output / "train/cache-stale.arrow").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.jsonl", "other.jsonl", "out"]
 
 
@@ -248,7 +250,7 @@ def test_a_wrong_folder_is_not_loaded(tmp_path):
 def test_a_damaged_folder_is_not_loaded(lost, source, tmp_path):
     prepare_here(source, tmp_path / "out")
     (tmp_path / "out" / lost).unlink()
-    with pytest.raises(InputError, match=r"out' is damaged .*prepare it again"):
+    with pytest.raises(InputError, match=rf"out' is damaged: {lost} is missing; prepare it again"):
         load_prepared(tmp_path / "out")
 
 
@@ -265,11 +267,11 @@ def test_blocks_hold_the_documents_of_the_split(layout, source, tmp_path):
     assert labels[labels != IGNORED_LABEL].tolist() == expected
 
 
-def test_offsets_go_on_over_the_batches_of_a_large_split():
+def test_offsets_go_on_over_the_batches_of_a_large_split(tmp_path):
     """`datasets` hands over 1000 documents at a time; document 1000 must not count as document 0 again."""
     num = 2500
     documents = datasets.Dataset.from_dict({"input_ids": [[5, 5, 5]] * num})
-    data = PreparedData(documents, documents, train_tokenizer(["a"], 259))
+    data = PreparedData(documents, documents, train_tokenizer(["a"], 259), "digest", tmp_path)
     rows = data.blocks("train", chunk_size=4, block_size=8)[:]["labels"].view(-1, 4)
     # Three tokens and EOS: a document begins in each chunk that is its first.
     is_start = ((rows == 5).cumsum(-1) == 1).any(-1) & ((rows == 5).any(-1))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm.data.pieces import rank_of, ranks_of
-from calm.data.prepare import load_prepared, prepare, split_of
+from calm.data.prepare import prepare
+from calm.data.prepared import load_prepared, split_of
 from calm.data.sources import ReadingOptions
 from calm.data.splitting import choose_split
 from calm.data.stories import stories
@@ -237,6 +238,9 @@ def test_a_folder_of_an_earlier_version_still_opens(tmp_path, caplog):
     info = json.loads(path.read_text())
     for name in ("tokens", "validation_fraction", "part_bytes", "sample_documents"):
         del info[name]
+    name = "train/data-00000-of-00001.arrow"
+    info["bytes"] = {name: (tmp_path / "out" / name).stat().st_size}
+    (tmp_path / "out/checksums.json").unlink()
     path.write_text(json.dumps(info))
     assert load_prepared(tmp_path / "out").counts().documents == info["documents"]
     assert split_of(tmp_path / "out").part_bytes is None

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.pieces import rank_of
-from calm.data.prepare import prepare, split_of
+from calm.data.prepare import prepare
+from calm.data.prepared import split_of
 from calm.data.sources import ReadingOptions, find_shards
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from calm.cli import main
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.models.calm import CalmForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -8,7 +8,7 @@ from toy import failure, toy_recipe
 
 from calm.cli import main
 from calm.data import pieces, sources
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.training import stages

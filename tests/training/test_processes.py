@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.testing import assert_close
 from toy import launch, toy_recipe
 
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.training import stages

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from toy import failure, launch, toy_recipe
 
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.training import stages
 from calm.training.recipe_files import with_settings, write_recipe

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from calm.comparison.costs import autoencoder_operations, language_model_operations
 from calm.comparison.text import with_shared_text
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.measured import AblationTable, Outcome
-from calm.storage.disk import write_file_whole
+from calm.storage.checksums import is_marked, mark
+from calm.storage.disk import read_json, write_file_whole
 from calm.training.configurations import check_model
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import with_settings
@@ -169,8 +170,8 @@ def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
 def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:
     """Held-out figures of a run, kept in its folder."""
     path, how = run / SCORES, {"context": recipe.data.context, "num_blocks": num_blocks}
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    if is_marked(path):
+        kept = read_json(path, dict)
         if kept["how"] == how:
             figures: dict[str, float] = kept["figures"]
             return figures
@@ -184,4 +185,5 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
         "token_accuracy": card.reconstruction.token_accuracy,
     }
     write_file_whole(path, json.dumps({"how": how, "figures": figures}, indent=1) + "\n")
+    mark(path)
     return figures

@@ -1,13 +1,14 @@
 """What the training of a run takes, counted from its recipe and read from its history."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from calm.errors import InputError, reason_of
 from calm.flops import training_flops
 from calm.report.measured import Checkpoint
+from calm.storage.disk import read_json
 from calm.training.configurations import autoencoder_config, model_config
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import read_recipe
@@ -40,24 +41,30 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
         return None
     recipe = read_recipe(str(run / RECIPE))
-    history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
+    history = read_json(run / HISTORY, dict)
     total = _of_language_model(recipe, config)
     before = autoencoder_operations(recipe, config.vocab_size)
     steps = recipe.language_model.training.steps
-    return TrainingRecord(
-        flops=before + total,
-        seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
-        checkpoints=[
-            Checkpoint(
-                before + total * entry["step"] / steps,
-                entry["eval_brier_lm"] or None,
-                entry["eval_brier_1"],
-                entry.get("eval_cross_entropy"),
-            )
-            for entry in history["language_model"]
-            if "eval_brier_lm" in entry
-        ],
-    )
+    try:
+        return TrainingRecord(
+            flops=before + total,
+            seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
+            checkpoints=[
+                Checkpoint(
+                    before + total * entry["step"] / steps,
+                    entry["eval_brier_lm"] or None,
+                    entry["eval_brier_1"],
+                    entry.get("eval_cross_entropy"),
+                )
+                for entry in history["language_model"]
+                if "eval_brier_lm" in entry
+            ],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"'{run / HISTORY}' is damaged ({reason_of(error)}); restore it, or give '{run / 'model'}' to do "
+            "without what training cost."
+        ) from error
 
 
 def language_model_operations(recipe: Recipe, vocab_size: int) -> float:

@@ -10,7 +10,7 @@ from calm.comparison.costs import affordable_steps, autoencoder_operations, lang
 from calm.comparison.text import with_shared_text
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.training.configurations import check_model, check_recipe
 from calm.training.recipe import Recipe, TrainingSettings

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from calm.comparison.costs import record_of
 from calm.core.brier import NUM_ORDERS
 from calm.core.temperature import TemperatureSettings
-from calm.data.prepare import PreparedData, is_prepared, load_prepared
+from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_sampler
 from calm.evaluation.samplers import scorer_at

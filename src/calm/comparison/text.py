@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from calm.data.prepare import is_prepared, sources_of
+from calm.data.prepared import is_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.storage.folders import new_folder

@@ -3,7 +3,7 @@
     .NAME.work/            beside the prepared folder NAME, until that is complete
       generator/           documents that were read, a group of files each (datasets' own cache)
       tokenizer-DIGEST/    a trained tokenizer
-      tokens-DIGEST*.arrow tokens of some documents
+      tokens-DIGEST/       tokens of some documents
 
 Every piece appears whole, under a name made of what it depends on, so nothing stale is ever taken.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from calm.data.kept import made_or_kept
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
 from calm.storage.disk import disk_errors
@@ -60,7 +60,7 @@ def kept_work(output: Path) -> Iterator[Path]:
 
 def _num_pieces(folder: Path) -> int:
     read = [file for file in folder.glob("generator/*/*/*.arrow") if file.parent.suffix != ".incomplete"]
-    return len(read) + len(list(folder.glob("tok*")))
+    return len(read) + len([*folder.glob("tokenizer-*"), *folder.glob("tokens-*/*.arrow")])
 
 
 def ranks_of(documents: datasets.Dataset, seed: int) -> np.ndarray:
@@ -118,20 +118,17 @@ def tokens_of(
     pieces = []
     for number, start in enumerate(starts, 1):
         stop = min(start + _DOCUMENTS_OF_A_PIECE, len(documents))
+        tokens = work / f"tokens-{_digest(ranks[start:stop], by)}"
+        tokens.mkdir(exist_ok=True)
         piece = partial(
             tokenized,
             documents.select(range(start, stop)),
             tokenizer,
             num_proc,
             f"{name} ({number} of {len(starts)})" if len(starts) > 1 else name,
-            work / f"tokens-{_digest(ranks[start:stop], by)}.arrow",
+            tokens / "tokens.arrow",
         )
-        try:
-            pieces.append(piece())
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # Of the disk, not of a damaged piece.
-                raise
-            pieces.append(piece(take_kept=False))
+        pieces.append(made_or_kept(piece, tokens, "tokens"))
     return datasets.concatenate_datasets(pieces)
 
 
@@ -140,10 +137,9 @@ def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int,
     name: str,
-    file: Path | None = None,
-    take_kept: bool = True,
+    file: Path,
 ) -> datasets.Dataset:
-    """Documents as the column `input_ids`, in a file if one is named.
+    """Documents as the column `input_ids` in a file, which is taken as it is if it is there.
 
     Raises:
         RunError: If a process dies.
@@ -157,8 +153,8 @@ def tokenized(
             remove_columns=documents.column_names,
             features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
             num_proc=num_proc if num_proc > 1 and enough else None,
-            cache_file_name=str(file) if file else None,
-            load_from_cache_file=take_kept,
+            cache_file_name=str(file),
+            load_from_cache_file=True,
             desc=f"tokenizing {name}",
         )
     except RuntimeError as error:

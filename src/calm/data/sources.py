@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from calm.data.files import find_files, format_of, is_here, open_file
+from calm.data.kept import made_or_kept
 from calm.errors import InputError, reason_of
 from calm.hub import hub_or_cache, may_be_on_hub
 
@@ -218,7 +219,16 @@ def _read_files(
         raise InputError(f"there is no text in {', '.join(map(str, files))}; give a source with text.")
     # Size and time are part of the arguments so that a changed file is not taken from the cache.
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    groups = [_read_group(group, options, cache_dir, num_proc, most) for group in _groups(stamps, num_proc)]
+    below = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "generator"
+    groups = [
+        made_or_kept(
+            partial(_read_group, group, options, cache_dir, num_proc, most),
+            below,
+            "documents",
+            has_folders=True,
+        )
+        for group in _groups(stamps, num_proc)
+    ]
     return datasets.concatenate_datasets(groups)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.chunking import Layout
-from calm.data.prepare import PreparedData
+from calm.data.prepared import PreparedData
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, ChunkSampler, ChunkScorer, evaluate_brier
 from calm.evaluation.ngram import NGramSampler

@@ -1,7 +1,6 @@
 """The report of one run, as one self-contained HTML file."""
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.report.pages import image_of, new_figure, page_of, table_of
 from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of
+from calm.storage.disk import read_json
 
 History = dict[str, list[dict[str, Any]]]
 """Logged figures of each stage, as the Trainer keeps them."""
@@ -77,8 +77,12 @@ from a draw of its posterior (standard deviation {rec.posterior_std:.2f}),
 
 
 def read_history(path: Path) -> History:
-    """The logged figures of a run."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The logged figures of a run.
+
+    Raises:
+        InputError: If they are damaged.
+    """
+    return read_json(path, dict)
 
 
 def _plot(history: History, card: Scorecard) -> Any:

@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult
 from transformers import PreTrainedConfig
 
 from calm.comparison.costs import record_of
-from calm.data.prepare import load_prepared
+from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of

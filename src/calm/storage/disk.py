@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -11,6 +13,8 @@ from calm.errors import InputError, RunError, reason_of
 
 _ERRORS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 _WORDS_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+
+Value = TypeVar("Value", dict, list)
 
 
 @contextlib.contextmanager
@@ -46,6 +50,28 @@ def _is_of_the_disk(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+def read_json(path: Path, kind: type[Value]) -> Value:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        kind: What that must be: dict or list.
+
+    Raises:
+        InputError: If it cannot be read, is no JSON, or holds something else.
+        FileNotFoundError: If there is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({reason_of(error)}); restore it or move it away.") from error
+    if not isinstance(value, kind):
+        raise InputError(f"'{path}' is damaged (it holds no {kind.__name__}); restore it or move it away.")
+    return value
 
 
 def write_file_whole(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """Output folders that appear whole or not at all, and never replace what a user would miss."""
 
+import atexit
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -62,6 +64,13 @@ def check_file(path: Path, overwrite: bool) -> None:
 def work_of(output: Path) -> Path:
     """Where work for a prepared folder is kept."""
     return output.with_name(f".{output.name}.work")
+
+
+def temporary_folder() -> Path:
+    """A new folder (see TMPDIR) that ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="calm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

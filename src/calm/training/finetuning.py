@@ -31,6 +31,7 @@ from calm.text.decoding import decode_behind
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
+from calm.training.inputs import check_inputs, digest_of_examples, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe_files import RECIPE, held_run_folder, opened_run_folder, write_recipe
 from calm.training.trainer import ChunkTrainer
@@ -73,8 +74,12 @@ def _run(recipe: FinetuningRecipe, output: Path, resume: bool) -> None:
         check_adapters(model, recipe.lora)
     examples, held_out = _read(recipe, tokenizer)
     if processes().is_main_process:
+        inputs = {
+            f"the model '{recipe.model}'": digest_of_weights(model),
+            "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
+        }
         with opened_run_folder(recipe, output, resume):
-            pass  # All has been looked at.
+            check_inputs(output, inputs)
     processes().wait_for_everyone()
     if not (output / "model").is_dir():
         with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):

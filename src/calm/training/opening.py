@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calm.data.prepare import PreparedData, check_text, is_prepared, load_prepared, prepare, tell_counts
+from calm.data.prepare import check_text, prepare, tell_counts
+from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.data.sources import ReadingOptions, check_sources
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.configurations import check_recipe
+from calm.training.inputs import check_inputs, digest_of_files, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.recipe_files import DATA, held_run_folder, opened_run_folder
@@ -46,8 +48,19 @@ def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
                     tell_counts(folder, data)
                 if autoencoder is not None:
                     check_vocabulary(autoencoder.config, recipe, data)
+                check_inputs(output, _inputs_of(recipe, data, autoencoder))
         everyone.wait_for_everyone()
         yield load_prepared(data_folder(recipe, output))
+
+
+def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
+    """Digests of all that decides what a recipe makes."""
+    inputs = {"its prepared text (with the tokenizer)": data.digest}
+    if recipe.data.streaming:
+        inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
+    if autoencoder is not None:
+        inputs[f"the autoencoder '{recipe.autoencoder.path}'"] = digest_of_weights(autoencoder)
+    return inputs
 
 
 def check_data(settings: DataSettings, output: Path | None = None) -> None:

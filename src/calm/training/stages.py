@@ -14,21 +14,24 @@ A finished stage is recognised by its folder, so a run that was killed goes on w
 """
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from calm.data.prepare import PreparedData, split_of
+from calm.data.prepared import PreparedData, split_of
 from calm.data.streaming import BlockStream, Position, StreamSettings
+from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
 from calm.evaluation.perplexity import has_likelihood
 from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_autoencoder
-from calm.storage.disk import disk_errors, write_file_whole
+from calm.storage.disk import disk_errors, read_json, write_file_whole
 from calm.storage.folders import written_whole
 from calm.training.configurations import (
     autoencoder_config,
@@ -48,6 +51,7 @@ from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE, write_recipe
 from calm.training.trainer import ChunkTrainer, Score
 
+logger = logging.getLogger(__name__)
 HISTORY = "history.json"
 
 
@@ -224,10 +228,21 @@ def _run_stage(
     trainer.train_or_resume()
     if processes().is_main_process:
         path = output / HISTORY
-        history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        history = _history_in(path)
         history[name] = trainer.state.log_history
         write_file_whole(path, json.dumps(history, indent=1) + "\n")
     return trainer.whole_network()
+
+
+def _history_in(path: Path) -> dict[str, Any]:
+    """What was logged so far; if that is damaged it is set aside, for no weights depend on it."""
+    try:
+        return read_json(path, dict) if path.exists() else {}
+    except InputError as error:
+        aside = path.with_name(f"damaged-{path.name}")
+        path.replace(aside)
+        logger.warning("%s It is now '%s'; what was logged before is missing.", error, aside.name)
+        return {}
 
 
 def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

@@ -47,7 +47,7 @@ def evaluate(
         seed: Seed of the draws.
     """
     _look_for(model)
-    from calm.data.prepare import held_out_data
+    from calm.data.prepared import held_out_data
     from calm.data.sources import ReadingOptions
     from calm.evaluation.held_out import score_model
     from calm.models.loading import load_language_model_and_tokenizer

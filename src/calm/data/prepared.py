@@ -1,0 +1,256 @@
+"""A prepared folder, open for reading: tokenizer, documents, and the blocks that are made of them.
+
+folder/
+  train/ validation/   datasets with one column, `input_ids`: the tokens of a document, no EOS
+  tokenizer/           a tokenizer folder of transformers
+  prepared.json        what was prepared, from what
+  checksums.json       of all these files
+  blocks/              blocks that were made of the documents, kept
+"""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.chunking import Layout, check_block_size, make_blocks
+from calm.data.counts import Counts, count
+from calm.data.kept import made_or_kept
+from calm.data.pieces import tokenized
+from calm.data.sources import ReadingOptions, load_documents
+from calm.data.splitting import Split
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import InputError
+from calm.storage.checksums import CHECKSUMS, find_damage
+from calm.storage.disk import read_json
+from calm.storage.folders import temporary_folder
+
+logger = logging.getLogger(__name__)
+INFO = "prepared.json"
+_WORDS_OF_BEGINNING = 24
+_MOST_COUNTED, _COUNTED_AT_ONCE, _DIGESTED_AT_ONCE = 10_000_000, 1000, 1000
+# Raised whenever `make_blocks` gives other arrays: blocks are kept by its arguments, not by its code.
+_FORMAT_OF_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder, open for reading.
+
+    Args:
+        train: Documents to train on.
+        validation: Documents held out.
+        tokenizer: The tokenizer of both.
+        digest: Of tokens and tokenizer: the same wherever the folder lies.
+        folder: Where blocks are kept.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    folder: Path
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return len(self.tokenizer)
+
+    def blocks(
+        self,
+        split: str,
+        *,
+        chunk_size: int,
+        block_size: int,
+        layout: Layout = "documents",
+        seed: int = 0,
+        num_proc: int = 1,
+    ) -> datasets.Dataset:
+        """A split as blocks of `block_size` tokens with the features of `calm.data.chunking`."""
+        documents = {"train": self.train, "validation": self.validation}[split]
+        check_block_size(block_size, chunk_size)
+        settings = {
+            "chunk_size": chunk_size,
+            "block_size": block_size,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "layout": layout,
+            "seed": seed,
+        }
+        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, num_proc]).encode()
+        kept = _writable(self.folder) / "blocks"
+        kept.mkdir(exist_ok=True)
+        file = kept / f"{split}-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.arrow"
+        make = partial(
+            documents.map,
+            partial(_blocks_of_batch, **settings),
+            with_indices=True,
+            batched=True,
+            remove_columns=documents.column_names,
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(file),
+            load_from_cache_file=True,
+            desc=f"chunking {split}",
+        )
+        return made_or_kept(make, kept, f"blocks of {split}").with_format("torch")
+
+    def counts(self) -> Counts:
+        """Documents and tokens of both parts."""
+        return count(self.train, self.validation)
+
+    def token_counts(self) -> np.ndarray:
+        """How often each token id occurs in the training text, ends of text included, (V,).
+
+        Of a long text only the first millions of tokens are counted.
+        """
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for batch in self.train.with_format("numpy").iter(_COUNTED_AT_ONCE):  # Documents may be very short.
+            documents = batch["input_ids"]
+            totals = counts.sum() + np.cumsum([len(tokens) + 1 for tokens in documents])
+            documents = documents[: np.searchsorted(totals, _MOST_COUNTED) + 1]
+            counts += np.bincount(np.concatenate(documents), minlength=self.vocab_size)
+            counts[self.tokenizer.eos_token_id] += len(documents)
+            if counts.sum() >= _MOST_COUNTED:
+                break
+        return counts
+
+    def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
+        """First words of the first held-out documents, and how each goes on."""
+        few = self.validation.select(range(min(number, len(self.validation))))
+        texts = self.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
+        beginnings = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
+        return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
+
+
+def load_prepared(path: Path) -> PreparedData:
+    """Open a prepared folder.
+
+    Raises:
+        InputError: If it is not one, or is damaged.
+    """
+    if not (path / INFO).is_file():
+        raise InputError(f"'{path}' is not a prepared folder (it has no {INFO}); run `calm prepare` first.")
+    try:
+        problems = find_damage(path)
+    except FileNotFoundError:  # Of an earlier version.
+        _check_sizes(path)
+    else:
+        if problems:
+            raise InputError(f"the prepared folder '{path}' is damaged: {problems[0]}; prepare it again.")
+    try:
+        train, validation = (datasets.load_from_disk(path / name) for name in ("train", "validation"))
+        tokenizer = load_tokenizer(str(path / "tokenizer"))
+        digest = read_info(path).get("digest") or digest_of(train, validation, tokenizer)
+        return PreparedData(train, validation, tokenizer, digest, path)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"the prepared folder '{path}' is damaged ({error}); prepare it again.") from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise InputError if a file has not the size that it was written with: reading it could go astray."""
+    try:
+        sizes = json.loads((path / INFO).read_text(encoding="utf-8"))["bytes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"'{path / INFO}' is damaged or of an earlier version, or {CHECKSUMS} is missing; prepare the "
+            "text again."
+        ) from error
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            raise InputError(
+                f"'{path / name}' is damaged ({found} bytes instead of {size}); prepare the text again."
+            )
+
+
+def held_out_data(
+    sources: list[str], tokenizer: PreTrainedTokenizerBase, options: ReadingOptions
+) -> PreparedData:
+    """Text to score with a model's own tokenizer.
+
+    Args:
+        sources: A prepared folder of the same tokenizer, of which the held-out part is scored, or
+            files, folders or hub datasets, of which all is.
+        tokenizer: The model's tokenizer.
+        options: How documents are found in sources.
+
+    Raises:
+        InputError: If a source is bad, or a folder was prepared with another tokenizer.
+    """
+    if len(sources) == 1 and is_prepared(Path(sources[0])):
+        data = load_prepared(Path(sources[0]))
+        if data.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"'{sources[0]}' was prepared with another tokenizer than the model's; "
+                "give the text itself, or prepare it with --tokenizer MODEL."
+            )
+        return data
+    folder = temporary_folder()
+    read = load_documents(sources, options, cache_dir=str(folder))
+    documents = tokenized(read, tokenizer, 1, "held-out text", folder / "tokens.arrow")
+    nothing = documents.select([])
+    digest = digest_of(nothing, documents, tokenizer)
+    return PreparedData(nothing, documents, tokenizer, digest, folder)
+
+
+def digest_of(
+    train: datasets.Dataset, validation: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """A digest of the tokens of documents and of their tokenizer, whatever files they lie in."""
+    by = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else repr(sorted(tokenizer.get_vocab().items()))
+    )
+    whole = hashlib.blake2b(by.encode(), digest_size=16)
+    for part in (train, validation):
+        lengths, tokens = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        for table in part.with_format("arrow").iter(_DIGESTED_AT_ONCE):
+            for documents in table["input_ids"].chunks:
+                lengths.update(documents.value_lengths().to_numpy().astype("<i8").tobytes())
+                tokens.update(documents.flatten().to_numpy().astype("<i4").tobytes())
+        whole.update(lengths.digest() + tokens.digest())
+    return whole.hexdigest()
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or another one that ends with this process if it cannot be written."""
+    if os.access(folder, os.W_OK):
+        return folder
+    other = temporary_folder()
+    logger.info("'%s' cannot be written; blocks of its text are kept in '%s' for now.", folder, other)
+    return other
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a path is a prepared folder."""
+    return (path / INFO).is_file()
+
+
+def split_of(path: Path) -> Split:
+    """What is held out of the text that a folder was prepared from, and of more text of that kind."""
+    info = read_info(path)
+    return Split(info.get("seed", 0), info["held_out_below"], info.get("part_bytes"))
+
+
+def sources_of(path: Path) -> list[str]:
+    """What a prepared folder was prepared from."""
+    return read_info(path)["sources"]
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What `calm prepare` noted in a prepared folder."""
+    return read_json(path / INFO, dict)
+
+
+def _blocks_of_batch(batch: dict, indices: list[int], **settings: Any) -> dict[str, np.ndarray]:
+    return make_blocks(batch["input_ids"], indices, **settings)

@@ -1,0 +1,161 @@
+"""A run goes on with what it began with, or says what is another."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from toy import interrupt, toy_recipe
+
+from calm.data.prepare import prepare
+from calm.data.stories import write_stories
+from calm.errors import InputError
+from calm.training import stages
+from calm.training.finetuning import finetune
+from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe
+from calm.training.recipe import TrainingSettings
+from calm.training.recipe_files import with_settings
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run of a toy recipe that was stopped, with its text."""
+    write_stories(tmp_path / "text.jsonl", 0, 40)
+    write_stories(tmp_path / "other.jsonl", 1, 40)
+
+    def stop(**changes):
+        recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), changes)
+        with monkeypatch.context() as patch:
+            interrupt(patch, "language_model", 5)
+            with pytest.raises(KeyboardInterrupt):
+                stages.train(recipe, tmp_path / "run")
+        return recipe, tmp_path / "run"
+
+    return stop
+
+
+def files(run):
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def refused(recipe, run, what):
+    before = files(run)
+    with pytest.raises(InputError, match=rf"cannot resume '.*run': {what} changed since the run began"):
+        stages.train(recipe, run, resume=True)
+    assert files(run) == before
+
+
+def test_another_text_in_the_place_of_a_prepared_folder(stopped, tmp_path):
+    prepare([str(tmp_path / "text.jsonl")], tmp_path / "text", vocab_size=300, num_proc=1)
+    recipe, run = stopped(**{"data.sources": str(tmp_path / "text")})
+    (tmp_path / "text").rename(tmp_path / "first")
+    prepare([str(tmp_path / "other.jsonl")], tmp_path / "text", vocab_size=300, num_proc=1)
+    refused(recipe, run, r"its prepared text \(with the tokenizer\)")
+    shutil.rmtree(tmp_path / "text")
+    (tmp_path / "first").rename(tmp_path / "text")
+    stages.train(recipe, run, resume=True)
+
+
+def test_another_tokenizer(stopped, tmp_path):
+    recipe, run = stopped()
+    shutil.rmtree(run / "data")
+    prepare(
+        [str(tmp_path / "text.jsonl")],
+        run / "data",
+        vocab_size=301,
+        num_proc=1,
+        validation_fraction=0.2,
+        seed=3,
+    )
+    refused(recipe, run, r"its prepared text \(with the tokenizer\)")
+
+
+def test_text_that_is_prepared_again_is_the_same(stopped, tmp_path):
+    recipe, run = stopped()
+    shutil.rmtree(run / "data")
+    whole = stages.train(recipe, tmp_path / "whole")
+    resumed = stages.train(recipe, run, resume=True)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_streamed_text_that_has_grown(stopped, tmp_path):
+    recipe, run = stopped(**{"data.streaming": True})
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    refused(recipe, run, "its streamed text")
+
+
+def test_another_autoencoder(stopped, tmp_path):
+    write_stories(tmp_path / "text.jsonl", 0, 40)
+    stages.train(toy_recipe(tmp_path / "text.jsonl"), tmp_path / "first")
+    recipe, run = stopped(**{"autoencoder.path": str(tmp_path / "first/autoencoder")})
+    file = tmp_path / "first/autoencoder/model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, file, {"format": "pt"})
+    (file.parent / "checksums.json").unlink()
+    refused(recipe, run, "the autoencoder '.*autoencoder'")
+
+
+def test_a_run_of_an_earlier_version_goes_on(stopped):
+    recipe, run = stopped()
+    (run / "inputs.json").unlink()
+    stages.train(recipe, run, resume=True)
+    assert json.loads((run / "inputs.json").read_text()).keys() == {"its prepared text (with the tokenizer)"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0", "[" * 100_000])
+def test_a_damaged_record_is_named(content, stopped):
+    recipe, run = stopped()
+    (run / "inputs.json").write_text(content)
+    with pytest.raises(InputError, match=r"inputs\.json' is damaged .*; restore it or move it away"):
+        stages.train(recipe, run, resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0"])
+def test_a_damaged_history_is_set_aside(content, stopped, caplog):
+    recipe, run = stopped()
+    (run / "history.json").write_text(content)
+    stages.train(recipe, run, resume=True)
+    assert json.loads((run / "history.json").read_text()).keys() == {"language_model"}
+    assert (run / "damaged-history.json").read_text() == content
+    assert "It is now 'damaged-history.json'" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_stories(folder / "text.jsonl", 0, 40)
+    return stages.train(toy_recipe(folder / "text.jsonl"), folder / "run")
+
+
+def test_fine_tuning_of_another_model_or_of_other_examples(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "base")
+    lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) + "\n" for n in range(12)]
+    (tmp_path / "examples.jsonl").write_text("".join(lines))
+    recipe = FinetuningRecipe(
+        model=str(tmp_path / "base"),
+        examples=ExampleSettings(sources=str(tmp_path / "examples.jsonl"), context=32),
+        training=TrainingSettings(steps=8, batch_tokens=64, save_every=3, evaluate_every=0),
+    )
+    recipe.answers.number = 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, "checkpoints", 5)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe, tmp_path / "run")
+    (tmp_path / "examples.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match=r"its examples \(with the tokenizer\) changed since"):
+        finetune(recipe, tmp_path / "run", resume=True)
+    (tmp_path / "examples.jsonl").write_text("".join(lines))
+    file = tmp_path / "base/model.safetensors"
+    good = file.read_bytes()
+    weights = load_file(file)
+    save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
+    (tmp_path / "base/checksums.json").unlink()
+    with pytest.raises(InputError, match=r"the model '.*base' changed since the run began"):
+        finetune(recipe, tmp_path / "run", resume=True)
+    file.write_bytes(good)
+    finetune(dataclasses.replace(recipe), tmp_path / "run", resume=True)
