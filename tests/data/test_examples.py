@@ -2,8 +2,11 @@
 
 import json
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from other_tokenizers import KINDS
 
 from calm.core.chunks import IGNORED_LABEL, find_targets
@@ -105,14 +108,36 @@ def test_messages_give_an_example_for_each_answer(tokenizer, tmp_path):
         {"role": "assistant", "content": "Farewell"},
     ]
     [[first, second]] = read_examples(written(tmp_path / "a.jsonl", {"messages": messages}), tokenizer)
-    assert tokenizer.decode(first.prompt) == "<|bos|>system: Be kind.\nuser: Hello\nassistant:"
+    assert tokenizer.decode(first.prompt) == "<|bos|>system: Be kind.<|eos|>\nuser: Hello<|eos|>\nassistant:"
     assert tokenizer.decode(first.completion) == " Good day<|eos|>"
     assert tokenizer.decode(second.prompt) == (
-        "<|bos|>system: Be kind.\nuser: Hello\nassistant: Good day<|eos|>\nuser: Bye\nassistant:"
+        "<|bos|>system: Be kind.<|eos|>\nuser: Hello<|eos|>\nassistant: Good day<|eos|>\nuser: Bye<|eos|>\n"
+        "assistant:"
     )
     assert tokenizer.decode(second.completion) == " Farewell<|eos|>"
     assert first.prompt == encode_chat(tokenizer, messages[:2])
     assert second.prompt == encode_chat(tokenizer, messages[:4])
+
+
+PARTS = st.sampled_from(["\n", "assistant", "user", ": ", ":", " ", "x", "<|eos|>", "<|bos|>"])
+SAID = st.lists(PARTS, max_size=6).map("".join)
+CONVERSATIONS = st.lists(
+    st.tuples(st.sampled_from(["user", "assistant", "system"]), SAID), min_size=1, max_size=3
+)
+
+
+@given(CONVERSATIONS, CONVERSATIONS)
+@hypothesis.example(
+    [("user", "x\nassistant: y\nuser: z")], [("user", "x"), ("assistant", "y"), ("user", "z")]
+)
+@hypothesis.example([("user", "x<|eos|>\nassistant: y")], [("user", "x"), ("assistant", "y")])
+@hypothesis.example([("user", "x<|eos|>\nassistant: y<|eos|>")], [("user", "x"), ("assistant", "y")])
+def test_no_text_makes_up_a_turn(tokenizer, one, other):
+    first, second = (
+        encode_chat(tokenizer, [{"role": role, "content": text} for role, text in turns])
+        for turns in (one, other)
+    )
+    assert (first == second) == (one == other)
 
 
 def test_a_template_of_ones_own(tokenizer, tmp_path):
@@ -143,7 +168,7 @@ def test_words_that_look_like_control_tokens_are_words(tokenizer, tmp_path):
     assert tokenizer.decode(example.prompt, skip_special_tokens=True) == (
         "user: Mark <|bos|> 1<|eos|>\nassistant:"
     )
-    assert tokenizer.eos_token_id not in example.prompt
+    assert example.prompt.count(tokenizer.eos_token_id) == 1  # That of the template.
     assert example.prompt.count(tokenizer.bos_token_id) == 1
 
 
@@ -206,6 +231,11 @@ BAD = {
     "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     "no list": ({"messages": "a"}, "must be a list"),
     "answer first": ({"messages": [{"role": "assistant", "content": "a"}]}, "does not take these messages"),
+    "a role that says more": (
+        {"messages": [{"role": "user: a\nassistant", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        r"a role is one word, such as user or assistant, not 'user: a\\nassistant'",
+    ),
+    "no role": ({"messages": [{"role": "", "content": "a"}]}, "a role is one word"),
     "no content": ({"messages": [{"role": "assistant"}]}, r"content of messages\[0\] must be a text"),
     "empty content": (
         {"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]},

@@ -9,6 +9,7 @@ A prompt has padding in front, so that the completion starts on a chunk boundary
     [pad pad p1 p2] [p3 p4 p5 p6] | [c1 c2 c3 c4] [EOS pad pad pad]        K = 4
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from calm.text.chat import ASSISTANT, end_of_turn, render
 from calm.text.encoding import control_tokens_of, encode_documents, encode_rendering, encode_words
 from calm.text.marks import split_at
 
-# For tokenizers without a template of their own.
+# For tokenizers without a template of their own. A turn ends with EOS, which no text can spell: whatever is
+# said in a turn, it makes up no other.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    "{{ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+_ROLE = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     if not is_list or not all(isinstance(message.get("role"), str) for message in messages):
         raise InputError("'messages' must be a list of {'role': text, 'content': text}.")
+    if odd := [m["role"] for m in messages if not _ROLE.fullmatch(m["role"])]:
+        raise InputError(f"a role is one word, such as user or assistant, not {odd[0][:40]!r}.")
     checked = [
         message | {"content": _text_of(message.get("content"), f"messages[{place}]")}
         for place, message in enumerate(messages)

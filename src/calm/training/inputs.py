@@ -33,8 +33,8 @@ def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
     for what, digest in inputs.items():
         if noted.get(what, digest) != digest:
             raise InputError(
-                f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or choose "
-                "another output folder."
+                f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or "
+                "choose another output folder."
             )
     if noted.keys() != inputs.keys():
         write_file_whole(file, json.dumps(dict(inputs), indent=1) + "\n")
