@@ -17,7 +17,8 @@ import datasets
 from measure import in_turns, machine, ratios
 
 from calm.data.prepare import prepare
-from calm.data.sources import ReadingOptions, load_documents
+from calm.data.reading import ReadingOptions
+from calm.data.sources import load_documents
 from calm.data.stories import write_stories
 from calm.data.tokenizer import train_tokenizer
 

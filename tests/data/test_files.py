@@ -9,8 +9,9 @@ import pytest
 
 from calm.data import files
 from calm.data.files import find_files
+from calm.data.reading import ReadingOptions
 from calm.data.records import load_records
-from calm.data.sources import ReadingOptions, find_shards, load_documents
+from calm.data.sources import find_shards, load_documents
 from calm.errors import InputError
 
 NOT_READ = [

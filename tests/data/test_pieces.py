@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from calm.data import pieces, sources
+from calm.data import pieces, reading, sources
 from calm.data.prepare import prepare
 from calm.data.prepared import is_prepared, load_prepared
 from calm.data.stories import stories
@@ -82,7 +82,7 @@ def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch
     kept = list(work.glob("tokens-*/*.arrow"))
     assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
 
-    lines = count_calls(monkeypatch, sources, "_read_json_lines")
+    lines = count_calls(monkeypatch, reading, "_read_json_lines")
     texts = count_calls(monkeypatch, pieces, "encode_documents")
     data = prepared(text, output)
     assert len(lines) == 1 + 4 - read  # One look at whether there is any text at all.
@@ -97,7 +97,7 @@ def test_a_bad_file_costs_itself_only(text, tmp_path, small_pieces, monkeypatch)
     with pytest.raises(InputError, match=r"2\.jsonl', line 21.*kept in '.*\.out\.work'"):
         prepared(text, tmp_path / "out")
     (text / "2.jsonl").write_text(good)
-    lines = count_calls(monkeypatch, sources, "_read_json_lines")
+    lines = count_calls(monkeypatch, reading, "_read_json_lines")
     data = prepared(text, tmp_path / "out")
     assert len(lines) == 1 + 2
     assert tokens(data) == tokens(prepared(text, tmp_path / "another"))

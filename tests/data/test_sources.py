@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from calm.data.sources import ReadingOptions, find_files, load_documents, read_documents
+from calm.data.reading import ReadingOptions, read_documents
+from calm.data.sources import find_files, load_documents
 from calm.errors import InputError
 
 DOCUMENTS = ["The first document.\nIt has two lines.", "Größe 日本 🎈", "third"]

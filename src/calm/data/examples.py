@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.pieces import rank_of
 from calm.data.records import load_records
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.text.chat import ASSISTANT, end_of_turn, render
 from calm.text.encoding import control_tokens_of, encode_documents, encode_rendering, encode_words
 from calm.text.marks import split_at
@@ -245,4 +245,4 @@ def give_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the chat template '{path}' cannot be read ({error}).") from error
+        raise InputError(f"the chat template '{path}' cannot be read ({reason_of(error)}).") from error

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from calm.data.counts import count
 from calm.data.pieces import kept_work, ranks_of, tokens_of, trained_tokenizer
 from calm.data.prepared import INFO, PreparedData, digest_of, load_prepared, read_info
-from calm.data.sources import ReadingOptions, check_sources, load_documents
+from calm.data.reading import ReadingOptions
+from calm.data.sources import check_sources, load_documents
 from calm.data.splitting import Split, choose_split, split_documents
 from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError

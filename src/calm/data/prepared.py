@@ -26,10 +26,11 @@ from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
 from calm.data.kept import made_or_kept
 from calm.data.pieces import tokenized
-from calm.data.sources import ReadingOptions, load_documents
+from calm.data.reading import ReadingOptions
+from calm.data.sources import load_documents
 from calm.data.splitting import Split
 from calm.data.tokenizer import load_tokenizer
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.storage.checksums import CHECKSUMS, find_damage
 from calm.storage.disk import read_json
 from calm.storage.folders import temporary_folder
@@ -152,7 +153,9 @@ def load_prepared(path: Path) -> PreparedData:
         digest = read_info(path).get("digest") or digest_of(train, validation, tokenizer)
         return PreparedData(train, validation, tokenizer, digest, path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InputError(f"the prepared folder '{path}' is damaged ({error}); prepare it again.") from error
+        raise InputError(
+            f"the prepared folder '{path}' is damaged ({reason_of(error)}); prepare it again."
+        ) from error
 
 
 def _check_sizes(path: Path) -> None:

@@ -1,19 +1,14 @@
 """Records of .jsonl and .parquet files and of hub datasets, each with where it stands."""
 
-import io
 import json
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from calm.data.files import find_files, format_of, is_here, open_file
-from calm.data.sources import check_sources, has_half_a_pair, load_hub_dataset, numbered_lines
-from calm.errors import InputError
+from calm.data.files import find_files, format_of, is_here
+from calm.data.reading import DAMAGE, has_half_a_pair, numbered_lines, open_parquet
+from calm.data.sources import check_sources, load_hub_dataset
+from calm.errors import InputError, reason_of
 
 _ROWS_AT_ONCE = 1000
 
@@ -39,8 +34,8 @@ def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
                 raise InputError(f"'{file}' has no records; examples come in .jsonl or .parquet files.")
             try:
                 yield from reader(file)
-            except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
-                raise InputError(f"cannot read '{file}': it is damaged ({error}).") from error
+            except DAMAGE as error:
+                raise InputError(f"cannot read '{file}': it is damaged ({reason_of(error)}).") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -50,7 +45,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"'{path}', line {number}, is not JSON ({error}); mend that line.") from None
+            raise InputError(
+                f"'{path}', line {number}, is not JSON ({reason_of(error)}); mend that line."
+            ) from None
         if not isinstance(record, dict):
             raise InputError(f"'{path}', line {number}, is no record ({{...}}); mend that line.")
         if has_half_a_pair(json.dumps(record, ensure_ascii=False)):
@@ -59,10 +56,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open_file(path) as file:
-        table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
+    with open_parquet(path) as table:
         number = 0
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for record in batch.to_pylist():
+            try:
+                records = batch.to_pylist()
+            except UnicodeDecodeError as error:
+                raise InputError(f"'{path}' is not UTF-8 ({error.reason}); convert it first.") from None
+            for record in records:
                 yield f"'{path}', row {number}", record
                 number += 1

@@ -3,12 +3,8 @@
 Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
 """
 
-import io
 import itertools
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,31 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 
-from calm.data.files import find_files, format_of, is_here, open_file
+from calm.data.files import find_files, format_of, is_here
 from calm.data.kept import made_or_kept
+from calm.data.reading import ReadingOptions, read_documents
 from calm.errors import InputError, reason_of
 from calm.hub import hub_or_cache, may_be_on_hub
 
 _BYTES_AT_ONCE = 2**28  # Of files, for each process.
 _Stamp = tuple[str, int, int]  # Path, bytes, time of change.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How documents are found in what is read.
-
-    Args:
-        text_field: Field of the text in JSON lines, parquet files and hub datasets.
-        separator: A line that parts the documents of a .txt file ("" for a blank line); None if
-            each file is one document.
-    """
-
-    text_field: str = "text"
-    separator: str | None = None
 
 
 def load_documents(
@@ -124,92 +105,6 @@ def check_sources(sources: Sequence[str]) -> None:
             find_files(Path(source))
         else:
             _check_hub_name(source)
-
-
-def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """Documents of one file, without those that are blank.
-
-    Raises:
-        InputError: If the file is damaged, not UTF-8, or a record has no text.
-    """
-    readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-    reader = readers[format_of(path) or ".txt"]
-    try:
-        for document in reader(path, options):
-            if document.strip():
-                yield document
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
-        raise InputError(
-            f"cannot read '{path}': it is damaged or not what its name says ({error})."
-        ) from error
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends."""
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"'{path}' is not UTF-8 (line {number}: {error.reason}); convert it to UTF-8 first."
-                ) from None
-
-
-def _read_text(path: Path, options: ReadingOptions) -> Iterator[str]:
-    lines: list[str] = []
-    for _, line in numbered_lines(path):
-        if options.separator is not None and line.strip() == options.separator.strip():
-            yield "".join(lines).strip("\r\n")
-            lines = []
-        else:
-            lines.append(line)
-    yield "".join(lines).strip("\r\n")
-
-
-def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
-    for number, line in numbered_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"'{path}', line {number}, is not JSON ({error}); mend that line.") from None
-        text = record.get(options.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(
-                f"'{path}', line {number}, has no text in a field '{options.text_field}'; "
-                "mend that line or name another field."
-            )
-        if has_half_a_pair(text):
-            raise InputError(
-                f"'{path}', line {number}, has half a surrogate pair in its text; mend that line."
-            )
-        yield text
-
-
-def has_half_a_pair(text: str) -> bool:
-    """Whether a text holds half a surrogate pair, which JSON can name and UTF-8 cannot write."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
-    with open_file(path) as file:
-        table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
-        if options.text_field not in table.schema_arrow.names:
-            raise InputError(
-                f"'{path}' has no column '{options.text_field}'; "
-                f"its columns are {', '.join(table.schema_arrow.names)}."
-            )
-        column = table.schema_arrow.field(options.text_field).type
-        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-            raise InputError(f"the column '{options.text_field}' of '{path}' is {column}, not text.")
-        for batch in table.iter_batches(batch_size=1000, columns=[options.text_field]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
 
 
 def _read_files(

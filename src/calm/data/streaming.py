@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.random import seed_of
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.sources import ReadingOptions, Shard, find_shards
+from calm.data.reading import ReadingOptions
+from calm.data.sources import Shard, find_shards
 from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents

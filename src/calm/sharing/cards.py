@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.sharing.card import CARD, MARK, Words
 from calm.sharing.finetuned import card_of_finetuning
 from calm.sharing.trained import card_of_training
@@ -64,5 +64,5 @@ def _is_finetuning(path: Path) -> bool:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"'{path}' cannot be read ({error}).") from error
+        raise InputError(f"'{path}' cannot be read ({reason_of(error)}).") from error
     return isinstance(values, dict) and "examples" in values

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.hub import is_hub_name
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
@@ -72,7 +72,9 @@ def _read(path: Path, default: str) -> str:
         for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
             json.loads(part)
     except (OSError, ValueError) as error:
-        raise InputError(f"'{path}' is damaged ({error}); move it away to have a card without it.") from error
+        raise InputError(
+            f"'{path}' is damaged ({reason_of(error)}); move it away to have a card without it."
+        ) from error
     return text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.text.encoding import control_tokens_of, encode_rendering, marks_of
 from calm.text.marks import split_at
 
@@ -35,7 +35,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
             add_generation_prompt=to_answer,
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise InputError(f"the chat template does not take these messages ({error}).") from error
+        raise InputError(f"the chat template does not take these messages ({reason_of(error)}).") from error
     assert isinstance(text, str)
     return text
 

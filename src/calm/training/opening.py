@@ -10,7 +10,8 @@ from typing import Any
 
 from calm.data.prepare import check_text, prepare, tell_counts
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
-from calm.data.sources import ReadingOptions, check_sources
+from calm.data.reading import ReadingOptions
+from calm.data.sources import check_sources
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
@@ -106,7 +107,11 @@ def data_folder(recipe: Recipe, output: Path) -> Path:
 
 def reading_options(settings: DataSettings) -> ReadingOptions:
     """How documents are found in the sources of a recipe."""
-    return ReadingOptions(text_field=settings.text_field, separator=settings.separator)
+    return ReadingOptions(
+        text_field=settings.text_field,
+        separator=settings.separator,
+        max_document_mb=settings.max_document_mb,
+    )
 
 
 def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:

@@ -19,6 +19,7 @@ class DataSettings:
         validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
+        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
         vocab_size: Size of a trained vocabulary.
         context: Tokens per block, a multiple of the chunk size.
@@ -35,6 +36,7 @@ class DataSettings:
     validation_fraction: float = 0.02
     text_field: str = "text"
     separator: str | None = None
+    max_document_mb: int = 1000
     tokenizer: str | None = None
     vocab_size: int = 4096
     context: int = 1024

@@ -34,6 +34,7 @@ def prepare(
     vocab_size: int = 4096,
     text_field: str = "text",
     separator: str | None = None,
+    max_document_mb: int = 1000,
     validation: list[str] | str | None = None,
     validation_fraction: float = 0.02,
     seed: int = 0,
@@ -49,6 +50,7 @@ def prepare(
         vocab_size: Size of a trained vocabulary.
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
+        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         validation: Sources of held-out text; none holds out a part of the sources.
         validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
         seed: Changes what is held out.
@@ -56,12 +58,12 @@ def prepare(
         overwrite: Replace the output folder.
     """
     from calm.data.prepare import prepare as run
-    from calm.data.sources import ReadingOptions
+    from calm.data.reading import ReadingOptions
 
     data = run(
         sources,
         Path(output),
-        options=ReadingOptions(text_field=text_field, separator=separator),
+        options=ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         validation_sources=[validation] if isinstance(validation, str) else validation or [],

@@ -26,6 +26,7 @@ def evaluate(
     head: dict[str, Any] | None = None,
     text_field: str = "text",
     separator: str | None = None,
+    max_document_mb: int = 1000,
     seed: int = 1234,
 ) -> None:
     """Score a model on held-out text: BrierLM, Brier-1 to Brier-4, reconstruction or perplexity.
@@ -44,11 +45,12 @@ def evaluate(
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         text_field: Field of the text in .jsonl, .parquet and hub datasets.
         separator: Line that parts the documents of a .txt file ("" for a blank line).
+        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         seed: Seed of the draws.
     """
     _look_for(model)
     from calm.data.prepared import held_out_data
-    from calm.data.sources import ReadingOptions
+    from calm.data.reading import ReadingOptions
     from calm.evaluation.held_out import score_model
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.tables import print_scorecard
@@ -56,7 +58,7 @@ def evaluate(
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     if protocol == "published":
         context, layout = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1), "packed"
-    options = ReadingOptions(text_field=text_field, separator=separator)
+    options = ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb)
     print_scorecard(
         score_model(
             network,
