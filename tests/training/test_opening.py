@@ -43,7 +43,7 @@ REFUSED = {
     "a tokenizer": ("--data.tokenizer", "no/such", "cannot load a tokenizer from 'no/such'"),
     "a tokenizer file": ("--data.tokenizer", "no.json", "there is no tokenizer file 'no.json'"),
     "the vocabulary": ("--data.vocab_size", "10", "vocab_size must be at least 259"),
-    "the fraction": ("--data.validation_fraction", "1.5", "must lie between 0 and 1, got 1.5"),
+    "the fraction": ("--data.validation_fraction", "1.5", "must be above 0 and below 1, got 1.5"),
     "a field": ("--data.text_field", "body", "has no text in a field 'body'"),
     "an autoencoder": ("--autoencoder.path", "nowhere", "there is no model in 'nowhere'"),
     "an autoencoder of other chunks": (
@@ -52,7 +52,11 @@ REFUSED = {
         "set chunk_size to 2",
     ),
     "the seed": ("--seed", "-1", "the seed must lie between 0 and"),
-    "workers": ("--language_model.training.num_workers", "-1", "num_workers must be at least 0, got -1"),
+    "workers": (
+        "--language_model.training.num_workers",
+        "-1",
+        "at most 4,096, got -1",
+    ),
     "the attention": ("--language_model.attention", "none", "the recipe does not make a model"),
     "the optimizer": ("--autoencoder.training.optimizer.name", "none", "there is no optimizer 'none'"),
 }
@@ -96,10 +100,10 @@ def test_a_refused_training_takes_nothing_away(name, runs, tmp_path, capsys):
 
 
 def test_the_optimizer_is_told_what_it_does_not_take(runs, tmp_path, capsys):
-    changes = {"name": "adamw", "learning_rate": -1.0}
+    changes = {"name": "lion", "extra": '{"betas": [2, 2]}'}
     more = [f"--language_model.training.optimizer.{name}={value}" for name, value in changes.items()]
     arguments = ["train", "--recipe", runs / "toy.yaml", "--output", tmp_path / "run", *more]
-    assert "the optimizer 'adamw' does not take its settings" in failure(capsys, *arguments)
+    assert "the optimizer 'lion' does not take its settings" in failure(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -112,7 +116,7 @@ def test_the_corrected_command_works(runs, tmp_path, capsys):
     assert said.count("calm: text: 24 documents and ") == 1
     main([*arguments, "--overwrite"])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "autoencoder", "checkpoints", "data", "history.json", "model", "recipe.yaml",
+        "autoencoder", "checkpoints", "data", "history.json", "inputs.json", "model", "recipe.yaml",
     ]  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, ru
     (text / "3.jsonl").write_text(good)
     stages.train(recipe, run, overwrite=overwrite)
     assert sorted(path.name for path in run.iterdir()) == [
-        "autoencoder", "checkpoints", "data", "history.json", "model", "recipe.yaml",
+        "autoencoder", "checkpoints", "data", "history.json", "inputs.json", "model", "recipe.yaml",
     ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
 from calm.training.optimizers import check_optimizer
+from calm.training.probing import check_attention, check_compiler, check_memory
+from calm.training.ranges import check_ranges
 from calm.training.recipe import LanguageModelSettings, Recipe, TrainingSettings
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
@@ -39,6 +41,8 @@ def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
 
 def check_model(recipe: Recipe, num_processes: int = 1) -> None:
     """`check_recipe` for a recipe whose text is still to be named."""
+    check_seed(recipe.seed)
+    check_ranges(recipe)
     check_block_size(recipe.data.context, recipe.chunk_size)
     # Held-out text is scored by windows of so many tokens.
     check_block_size(recipe.data.context, window_of(recipe.chunk_size))
@@ -57,7 +61,7 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
         stages["autoencoder"] = recipe.autoencoder.training
     for name, training in stages.items():
         check_training(training, f"{name}.training", recipe.data.context, num_processes)
-    check_seed(recipe.seed)
+    check_attention(recipe.language_model)
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
@@ -73,9 +77,7 @@ def check_training(training: TrainingSettings, name: str, context: int, num_proc
         InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
     """
     check_optimizer(training.optimizer)
-    for setting, least in (("steps", 1), ("num_workers", 0)):
-        if (value := getattr(training, setting)) < least:
-            raise InputError(f"{name}.{setting} must be at least {least}, got {value}.")
+    check_compiler(training, name)
     try:
         training.batches(context, num_processes)
     except InputError as error:
@@ -94,7 +96,9 @@ def _check_network(recipe: Recipe) -> None:
     config = model_config(recipe, vocab_size=1)
     try:
         with torch.device("meta"):
-            network(config)
+            check_memory(network(config))
+    except InputError:
+        raise
     except (ValueError, ImportError) as error:
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
 

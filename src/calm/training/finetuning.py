@@ -33,6 +33,7 @@ from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
 from calm.training.inputs import check_inputs, digest_of_examples, digest_of_weights
 from calm.training.processes import processes
+from calm.training.ranges import check_ranges
 from calm.training.recipe_files import RECIPE, held_run_folder, opened_run_folder, write_recipe
 from calm.training.trainer import ChunkTrainer
 
@@ -91,9 +92,8 @@ def _check(recipe: FinetuningRecipe) -> None:
         raise InputError("the recipe names no model; pass --model FOLDER.")
     if not recipe.examples.sources:
         raise InputError("the recipe names no examples; pass --examples.sources FILE.")
-    if recipe.answers.number < 0:
-        raise InputError(f"answers.number must be at least 0, got {recipe.answers.number}.")
     check_seed(recipe.seed)
+    check_ranges(recipe)
     check_training(recipe.training, "training", recipe.examples.context, processes().num_processes)
 
 

@@ -1,0 +1,73 @@
+"""Whether this machine can do what a recipe asks of it, tried before hours of work."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.errors import InputError, reason_of
+from calm.models.loading import best_device
+from calm.training.recipe import LanguageModelSettings, TrainingSettings
+
+_COMPILERS = ("c++", "g++", "clang++", "cl")
+_ALWAYS = ("sdpa", "eager")
+_BYTES_OF_A_WEIGHT = 4
+
+
+def check_compiler(training: TrainingSettings, name: str) -> None:
+    """Raise InputError if a stage is to be compiled, and there is no compiler for what torch generates."""
+    if not training.compile:
+        return
+    compiler = os.environ.get("CXX")
+    if not any(map(shutil.which, [compiler] if compiler else _COMPILERS)):
+        raise InputError(
+            f"{name}.compile needs a C++ compiler, and there is none ({compiler or ', '.join(_COMPILERS)}); "
+            "install one, or set it to false."
+        )
+
+
+def check_attention(settings: LanguageModelSettings) -> None:
+    """Raise InputError if an attention does not train a small model here."""
+    if settings.attention in _ALWAYS:
+        return
+    heads = settings.num_key_value_heads or settings.num_heads
+    shape: dict[str, Any] = {
+        "hidden_size": settings.hidden_size,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": heads,
+        "attn_implementation": settings.attention,
+    }
+    try:
+        config = LlamaConfig(vocab_size=8, intermediate_size=8, num_hidden_layers=1, **shape)
+        model: Any = nn.Module.to(LlamaForCausalLM(config), best_device())
+        tokens = torch.ones(1, 8, dtype=torch.long, device=model.device)
+        is_half = settings.training.precision == "bf16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=is_half):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    except Exception as error:  # Of whichever package it is.
+        raise InputError(
+            f"language_model.attention '{settings.attention}' does not work here ({reason_of(error)}); "
+            "set it to sdpa."
+        ) from error
+
+
+def check_memory(network: nn.Module) -> None:
+    """Raise InputError if the weights of a network alone do not fit in the memory of this machine."""
+    there = _bytes_of_memory()
+    needed = _BYTES_OF_A_WEIGHT * sum(weight.numel() for weight in network.parameters())
+    if there is not None and needed > there:
+        raise InputError(
+            f"the recipe makes a model of {needed // _BYTES_OF_A_WEIGHT:,} parameters, which need "
+            f"{needed / 1e9:,.0f} GB for the weights alone; this machine has {there / 1e9:,.0f}; "
+            "make it smaller."
+        )
+
+
+def _bytes_of_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Not on every system.
+        return None

@@ -1,0 +1,137 @@
+"""Ranges of the numbers in recipes: what lies outside is found before anything is begun."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from calm.errors import InputError
+from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, LoraSettings
+from calm.training.recipe import (
+    AutoencoderSettings,
+    DataSettings,
+    LanguageModelSettings,
+    OptimizerSettings,
+    Recipe,
+    TrainingSettings,
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`.
+
+    Args:
+        least: The least, or what all are above.
+        most: The most, or what all are below.
+        has_least: Whether the least is one of them.
+        has_most: Whether the most is one of them.
+    """
+
+    least: float
+    most: float = math.inf
+    has_least: bool = True
+    has_most: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.least if self.has_least else value > self.least
+        below = value <= self.most if self.has_most else value < self.most
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        lower = f"at least {self.least:,}" if self.has_least else f"above {self.least:,}"
+        if math.isinf(self.most):
+            return f"{lower} and finite"
+        return f"{lower} and {f'at most {self.most:,}' if self.has_most else f'below {self.most:,}'}"
+
+
+_COUNT = Range(0, 10**12)
+_POSITIVE_COUNT = Range(1, 10**12)
+_SIZE = Range(1, 10**6)
+_LAYERS = Range(1, 10_000)
+_PROCESSES = Range(0, 4096)
+_RATE = Range(0)
+_ABOVE_ZERO = Range(0, has_least=False)
+_SHARE = Range(0, 1)
+_SHARE_BELOW_ONE = Range(0, 1, has_most=False)
+_PART = Range(0, 1, has_least=False, has_most=False)
+_SEED = Range(0, 2**32 - 1)
+# Every number of every group of settings.
+RANGES: dict[type, dict[str, Range]] = {
+    DataSettings: {
+        "validation_fraction": _PART,
+        "max_document_mb": Range(1, 10**6),
+        "vocab_size": Range(1, 10**7),
+        "context": Range(1, 10**9),
+        "num_proc": Range(1, 4096),
+        "sample_documents": _POSITIVE_COUNT,
+        "window_documents": _POSITIVE_COUNT,
+    },
+    OptimizerSettings: {
+        "learning_rate": _RATE,
+        "adamw_learning_rate": _RATE,
+        "weight_decay": _RATE,
+        "beta1": _SHARE_BELOW_ONE,
+        "beta2": _SHARE_BELOW_ONE,
+        "epsilon": _RATE,
+        "momentum": _SHARE_BELOW_ONE,
+        "newton_schulz_steps": Range(1, 100),
+        "warmup_steps": _COUNT,
+        "decay_fraction": _SHARE,
+        "max_grad_norm": _RATE,
+    },
+    TrainingSettings: {
+        "steps": _POSITIVE_COUNT,
+        "batch_tokens": _POSITIVE_COUNT,
+        "microbatch_tokens": _POSITIVE_COUNT,
+        "log_every": _POSITIVE_COUNT,
+        "evaluate_every": _COUNT,
+        "evaluation_blocks": _POSITIVE_COUNT,
+        "save_every": _COUNT,
+        "keep_checkpoints": _POSITIVE_COUNT,
+        "num_workers": _PROCESSES,
+    },
+    AutoencoderSettings: {
+        "latent_size": _SIZE,
+        "hidden_size": _SIZE,
+        "intermediate_size": _SIZE,
+        "num_encoder_layers": _LAYERS,
+        "num_decoder_layers": _LAYERS,
+        "token_dropout": _SHARE_BELOW_ONE,
+        "latent_dropout": _SHARE_BELOW_ONE,
+        "kl_weight": _RATE,
+        "kl_floor": _RATE,
+    },
+    LanguageModelSettings: {
+        "hidden_size": _SIZE,
+        "intermediate_size": _SIZE,
+        "num_layers": _LAYERS,
+        "num_heads": _SIZE,
+        "num_key_value_heads": _SIZE,
+        "max_chunks": Range(1, 10**9),
+        "rope_theta": _ABOVE_ZERO,
+        "embedding_initializer_range": _RATE,
+    },
+    Recipe: {"seed": _SEED, "chunk_size": Range(1, 1024)},
+    ExampleSettings: {"validation_fraction": _PART, "context": Range(1, 10**9)},
+    LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": _SHARE_BELOW_ONE},
+    AnswerSettings: {"number": _COUNT, "temperature": _SHARE, "num_draws": Range(1, 10**6)},
+    FinetuningRecipe: {"seed": _SEED},
+}
+
+
+def check_ranges(settings: Any, before: str = "") -> None:
+    """Raise InputError for the first number of some settings, or of groups in them, that is out of range.
+
+    Args:
+        settings: A recipe or a group of its settings.
+        before: Dotted name of the group, with a dot at its end.
+    """
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{before}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            allowed = RANGES[type(settings)][field.name]
+            if value not in allowed:
+                raise InputError(f"{name} must be {allowed}, got {value}.")
