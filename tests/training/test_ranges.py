@@ -120,5 +120,5 @@ def test_an_attention_that_does_not_train_here(monkeypatch):
 
 def test_a_model_larger_than_the_memory(monkeypatch):
     monkeypatch.setattr(probing, "_bytes_of_memory", lambda: 10_000)
-    with pytest.raises(InputError, match="parameters, which need 0 GB .*; this machine has 0"):
+    with pytest.raises(InputError, match=r"parameters, which need 0 GB .*; this machine has 0"):
         check_recipe(toy_recipe("text"))
