@@ -15,6 +15,7 @@ LEVELS = {
     "core": 0,
     "text": 0,
     "hub": 0,
+    "ranges": 0,
     "mistakes": 0,
     "storage": 0,
     "models": 1,

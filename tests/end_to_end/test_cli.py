@@ -262,6 +262,14 @@ def test_nothing_is_overwritten_without_the_flag(room, capsys):
     assert (room / "run/model/model.safetensors").read_bytes() == before
 
 
+def _changed(folder):
+    """A copy of a model folder with another sentence in its configuration."""
+    other = folder.with_name("changed")
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    return other
+
+
 def test_damaged_model_folders(room, tmp_path, capsys):
     assert "there is no such folder" in failure(capsys, "generate", tmp_path / "none", "Once")
     (tmp_path / "bare").mkdir()
@@ -269,16 +277,18 @@ def test_damaged_model_folders(room, tmp_path, capsys):
     torn = tmp_path / "torn"
     shutil.copytree(room / "run/model", torn)
     weights = torn / "model.safetensors"
+    assert "is not as it was written" in failure(capsys, "generate", _changed(torn), "Once")
+    (torn / "checksums.json").unlink()
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert "is damaged" in failure(capsys, "generate", torn, "Once")
+    assert "is truncated or damaged" in failure(capsys, "generate", torn, "Once")
     weights.write_bytes(whole)
     config = json.loads((torn / "config.json").read_text())
     (torn / "config.json").write_text("{")
-    assert "cannot be read" in failure(capsys, "generate", torn, "Once")
+    assert "config.json' is damaged" in failure(capsys, "generate", torn, "Once")
     config["autoencoder_config"]["vocab_size"] = 100
     (torn / "config.json").write_text(json.dumps(config))
-    assert "is damaged" in failure(capsys, "generate", torn, "Once")
+    assert "do not fit their configuration" in failure(capsys, "generate", torn, "Once")
 
 
 def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
@@ -288,6 +298,9 @@ def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
+    told = failure(capsys, "generate", folder, "Once")
+    assert "tokenizer.json has" in told and "if the change was meant, remove '" in told
+    (folder / "checksums.json").unlink()
     assert "has 301 tokens, more than the model's 300" in failure(capsys, "generate", folder, "Once")
 
 

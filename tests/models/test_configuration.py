@@ -16,8 +16,8 @@ def test_odd_layer_counts_are_refused(name, layers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"token_dropout": 1.0}, r"token_dropout must lie in \[0, 1\), got 1.0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1 and at most 1,024, got 0"),
+        ({"token_dropout": 1.0}, "token_dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_values_out_of_range_are_refused(changes, message):
@@ -77,7 +77,7 @@ def test_the_backbone_has_the_vocabulary_of_the_autoencoder():
         ({"autoencoder_config": {"latent_size": "96"}}, "latent_size must be a whole number, got '96'"),
         ({"autoencoder_config": {"kl_weight": None}}, "kl_weight must be a number, got None"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps must be a number, got 'small'"),
-        ({"backbone_input": 3}, "backbone_input must be a text, got 3"),
+        ({"backbone_input": 3}, "backbone_input must be one of tokens, latents, both, got "),
     ],
 )
 def test_what_is_no_field_is_one_sentence(arguments, message):

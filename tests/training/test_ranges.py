@@ -9,11 +9,12 @@ from toy import failure, toy_recipe
 
 from calm.data.stories import write_stories
 from calm.errors import InputError
+from calm.ranges import Range
 from calm.training import probing, stages
 from calm.training.configurations import check_recipe
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.ranges import RANGES, Range, check_ranges
+from calm.training.ranges import RANGES, check_ranges
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import read_recipe_of, shipped_recipes, with_settings, write_recipe
 

@@ -17,7 +17,7 @@ from calm.data.files import find_files, format_of, is_here
 from calm.data.kept import made_or_kept
 from calm.data.reading import ReadingOptions, read_documents
 from calm.errors import InputError, reason_of
-from calm.hub import hub_or_cache, may_be_on_hub
+from calm.hub.connection import hub_or_cache, may_be_on_hub
 
 _BYTES_AT_ONCE = 2**28  # Of files, for each process.
 _Stamp = tuple[str, int, int]  # Path, bytes, time of change.

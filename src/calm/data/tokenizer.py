@@ -1,14 +1,14 @@
 """Tokenizers: load one, or train a byte-level BPE on the data."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.errors import InputError, reason_of
-from calm.hub import hub_or_cache, may_be_on_hub
+from calm.hub.connection import may_be_on_hub
+from calm.hub.opening import open_tokenizer
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
 _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
@@ -78,12 +78,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not is_file and not path.is_dir() and not may_be_on_hub(name):
         raise InputError(f"there is no tokenizer folder '{name}'; check the path.")
     try:
-        with nullcontext() if path.exists() else hub_or_cache():
-            tokenizer = (
-                PreTrainedTokenizerFast(tokenizer_file=name)
-                if is_file
-                else AutoTokenizer.from_pretrained(name)
-            )
+        tokenizer = open_tokenizer(name)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"cannot load a tokenizer from '{name}' ({reason_of(error)}).") from error
     if tokenizer.eos_token_id is None:

@@ -1,12 +1,12 @@
 """What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from calm.errors import cause_of
+from calm.models.fields import check_fields, check_heads, check_names, own_fields
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling
 
 AUTOENCODER_KINDS = ("mlp", "codes")
@@ -57,11 +57,8 @@ class CalmAutoencoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_names(type(self), kwargs)
-        _check_types(self)
-        for name in ("vocab_size", "chunk_size", "latent_size", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_names(type(self), kwargs)
+        check_fields(self)
         for name in ("num_encoder_layers", "num_decoder_layers") if not self.has_codes else ():
             if (layers := getattr(self, name)) < 2 or layers % 2:
                 raise ValueError(
@@ -76,9 +73,6 @@ class CalmAutoencoderConfig(PreTrainedConfig):
                     f"got {self.latent_size}."
                 )
             self.hidden_size = self.latent_size // self.chunk_size
-        for name in ("token_dropout", "latent_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
 
     @property
@@ -137,8 +131,7 @@ class CalmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_names(type(self), kwargs, more=_WHERE)
-        _check_types(self)
+        check_names(type(self), kwargs, more=_WHERE)
         if self.backbone_input not in BACKBONE_INPUTS:
             raise ValueError(
                 f"backbone_input must be one of {', '.join(BACKBONE_INPUTS)}, got '{self.backbone_input}'."
@@ -146,11 +139,12 @@ class CalmConfig(PreTrainedConfig):
         autoencoder = self.autoencoder_config or {}
         if not isinstance(autoencoder, CalmAutoencoderConfig):
             autoencoder = CalmAutoencoderConfig(**_as_mapping("autoencoder_config", autoencoder))
+        check_fields(self, autoencoder.vocab_size)
         backbone = self.backbone_config or {}
         if isinstance(backbone, LlamaConfig):
             backbone = backbone.to_dict()
         backbone = dict(_as_mapping("backbone_config", backbone))
-        _check_names(LlamaConfig, backbone, "backbone_config")
+        check_names(LlamaConfig, backbone, "backbone_config")
         backbone |= {
             "vocab_size": autoencoder.vocab_size,
             "pad_token_id": self.pad_token_id,
@@ -266,7 +260,7 @@ def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dic
 
 def _set_elsewhere(name: str, value: Any) -> str:
     """The sentence for what a `CalmConfig` only repeats."""
-    where, own = _WHERE[name], ", ".join(_own_fields(CalmConfig))
+    where, own = _WHERE[name], ", ".join(own_fields(CalmConfig))
     if where is None:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
     if where.removesuffix("_config") == name or where == "backbone_input":
@@ -274,43 +268,6 @@ def _set_elsewhere(name: str, value: Any) -> str:
     return (
         f"{name} is set in {where}, as {where}={{'{name}': {value!r}}}. The fields of CalmConfig are {own}."
     )
-
-
-def _check_names(
-    kind: type[PreTrainedConfig], given: Iterable[str], where: str = "", more: Iterable[str] = ()
-) -> None:
-    """Raise ValueError for a name that is nearly, but not, that of a field.
-
-    Other names pass: transformers keeps what it does not know, and so do saved configurations.
-    """
-    own = [field.name for field in fields(kind)]
-    known = {*own, *more, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
-    for name in given:
-        if name in known:
-            continue
-        near = [field for field in own if field.startswith(f"{name}_")]
-        near += get_close_matches(name, [*own, *more], n=1, cutoff=0.8)
-        if near:
-            place = where or kind.__name__
-            raise ValueError(f"{place} has no field '{name}'; did you mean '{near[0]}'?")
-
-
-def _check_types(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a number or text that is none."""
-    kinds: dict[Any, tuple[Any, str]] = {
-        int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
-    }  # fmt: skip
-    for name, hint in _own_fields(type(config)).items():
-        kind, said = kinds.get(hint, (object, ""))
-        value = getattr(config, name)
-        if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
-            raise ValueError(f"{name} must be {said}, got {value!r}.")
-
-
-def _own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Fields that a configuration does not have from transformers, and their types."""
-    names = {field.name for field in fields(kind)}
-    return {name: hint for name, hint in kind.__annotations__.items() if name in names}
 
 
 def _as_mapping(name: str, value: Any) -> dict[str, Any]:
@@ -321,6 +278,9 @@ def _as_mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _llama(values: dict[str, Any]) -> LlamaConfig:
     try:
-        return LlamaConfig(**values)
+        config = LlamaConfig(**values)
+        check_fields(config)
+        check_heads(config)
     except Exception as error:  # The library that checks its fields has an exception of its own.
-        raise ValueError(f"backbone_config: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"backbone_config: {cause_of(error)}") from error
+    return config

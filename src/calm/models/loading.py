@@ -1,33 +1,31 @@
 """Opening folders of weights, with plain words about what is wrong with them."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from calm.core.chunks import as_id_tensor
-from calm.errors import InputError, reason_of
-from calm.hub import hub_or_cache
+from calm.errors import InputError, cause_of, reason_of
+from calm.hub.opening import base_of_adapters, open_adapters, open_config, open_network, open_tokenizer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
+from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
+from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
-_HUB_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 def load_autoencoder(path: Path) -> CalmAutoencoder:
@@ -108,11 +106,6 @@ def load_language_model_and_tokenizer(
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
 
 
-def _asking_hub(name: str) -> AbstractContextManager[None]:
-    """Within, a model is loaded from its folder, from the hub, or from its cache if there is no network."""
-    return nullcontext() if Path(name).is_dir() else hub_or_cache()
-
-
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds low-rank adapters of a model that is elsewhere."""
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
@@ -121,19 +114,28 @@ def is_adapter(path: Path) -> bool:
 def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     """The model that adapters belong to, with them added to its weights."""
     try:
-        import peft  # noqa: PLC0415 (of an extra)
+        import peft  # noqa: F401, PLC0415 (of an extra)
     except ImportError as error:
         raise InputError(
             f"'{path}' holds adapters, which need peft; install it with: pip install 'calm-lm[finetune]'"
         ) from error
     try:
-        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-        model, _ = load_language_model_and_tokenizer(str(base), **kwargs)
-        merged: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+        base = base_of_adapters(path)
+    except InputError:
+        raise
+    except Exception as error:  # Of json, peft.
+        raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
+    try:
+        model, _ = load_language_model_and_tokenizer(base, **kwargs)
     except InputError as error:
         raise InputError(f"the model that the adapters in '{path}' belong to: {error}") from error
+    try:
+        merged: PreTrainedModel = open_adapters(model, path).merge_and_unload()
+    except InputError:
+        raise
     except Exception as error:  # Of json, safetensors, peft.
-        raise InputError(f"cannot load the adapters in '{path}' ({reason_of(error)}).") from error
+        raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
+    check_finite(merged, str(path))
     return merged.eval()
 
 
@@ -168,14 +170,21 @@ def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
     try:
-        with _asking_hub(name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except _HUB_ERRORS as error:
+        tokenizer = open_tokenizer(name)
+    except InputError:
+        raise
+    except Exception as error:  # Of the tokenizers library, of jinja, of json.
         raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
-    if len(tokenizer) > model.config.get_text_config().vocab_size:
+    size = model.config.get_text_config().vocab_size
+    if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= max(size, len(tokenizer)):
+        raise InputError(
+            f"the tokenizer in '{name}' has the token id {highest}, and the model {size} ids; put the "
+            "model's own tokenizer there."
+        )
+    if len(tokenizer) > size:
         raise InputError(
             f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
-            f"{model.config.get_text_config().vocab_size}; put the model's own tokenizer there."
+            f"{size}; put the model's own tokenizer there."
         )
     torch.nn.Module.to(model, best_device())
     return model, tokenizer
@@ -190,9 +199,11 @@ def load_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise InputError(no_model_in(str(path)))
     try:
-        return AutoConfig.from_pretrained(path)
-    except _HUB_ERRORS as error:
-        raise InputError(f"the configuration in '{path}' cannot be read ({reason_of(error)}).") from error
+        return open_config(str(path))
+    except InputError:
+        raise
+    except Exception as error:  # Of whichever class the configuration has.
+        raise InputError(f"the configuration in '{path}' cannot be read ({cause_of(error)}).") from error
 
 
 def _model_type(path: Path) -> str:
@@ -200,12 +211,15 @@ def _model_type(path: Path) -> str:
 
 
 def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
+    is_here = Path(name).is_dir()
+    if is_here:
+        _check_folder(model_class, Path(name))
     try:
-        with _asking_hub(name):
-            loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-        model, info = loaded
+        model, info = open_network(model_class, name, **kwargs)
+    except InputError:
+        raise
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
-        reason, is_here = reason_of(error), Path(name).is_dir()
+        reason = reason_of(error)
         damaged = f"cannot load '{name}': it is damaged ({reason})."
         raise InputError(damaged if is_here else not_given(name, reason)) from error
     missing = sorted(info["missing_keys"])
@@ -214,7 +228,27 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
             f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, "
             f"the first is {missing[0]}."
         )
+    check_finite(model, name)
     return model.eval()
+
+
+def _check_folder(model_class: Any, folder: Path) -> None:
+    """Look at what a folder says of a model before any memory is taken for it.
+
+    Raises:
+        InputError: If its files are not as they were written, or configuration and weights do not fit.
+    """
+    check_as_written(folder)
+    config, headers = load_config(folder), read_headers(folder)
+    check_size(config, headers, str(folder))
+    try:
+        with torch.device("meta"):
+            network = getattr(model_class, "from_config", model_class)(config)
+    except Exception as error:  # Of whichever class it is.
+        raise InputError(f"the configuration in '{folder}' makes no model ({cause_of(error)}).") from error
+    check_parameters(network, headers, str(folder))
+    if config.model_type in ("calm", "calm_autoencoder"):  # Others may be packed in ways of their own.
+        check_headers(network, headers, str(folder))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

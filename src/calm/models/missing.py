@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 
 from calm.errors import InputError
-from calm.hub import is_hub_name, may_be_on_hub, unreachable
+from calm.hub.connection import is_hub_name, may_be_on_hub, unreachable
 from calm.models.shipped import MODEL_FILES, expanded, folder_of, shipped_models
 
 _MOST_NAMED = 3

@@ -5,18 +5,18 @@ Its autoencoder is repeated inside the language model's weights, its path is rec
 the training machine, and the kind of head is told by `architectures` only.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from calm.errors import InputError, reason_of
+from calm.errors import InputError, cause_of
+from calm.hub.opening import read_settings
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.weights import check_finite, check_size, read_headers, read_weights
 
 _HEADS = {"EnergyTransformer": "energy", "FlowTransformer": "flow", "DiffusionTransformer": "diffusion"}
 
@@ -76,29 +76,49 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
     ae_config, lm_config = _read_config(autoencoder), _read_config(model)
     try:
         config = _convert_config(ae_config, lm_config, model)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(
             f"the configurations in '{autoencoder}' and '{model}' lack the field {error}; "
             "give the two folders as they were released."
         ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the configurations in '{autoencoder}' and '{model}' do not make a model ({cause_of(error)}); "
+            "give the two folders as they were released."
+        ) from error
+    for folder, part in ((autoencoder, config.autoencoder), (model, config)):
+        check_size(part, read_headers(folder), str(folder))
     head_names = _ENERGY_HEAD_NAMES if config.head.head_type == "energy" else _ADAPTIVE_HEAD_NAMES
     weights = {f"autoencoder.{name}": tensor for name, tensor in _autoencoder_weights(autoencoder).items()}
-    for name, tensor in _read_weights(model).items():
+    for name, tensor in read_weights(model).items():
         if name.startswith("generative_head."):
             head_name = _rename(name.removeprefix("generative_head."), head_names)
             weights[f"head.{head_name}"] = tensor
         # `ae_model` repeats the autoencoder, `mlp_generator` the head.
         elif not name.startswith(("ae_model.", "mlp_generator.")):
             weights[_rename(name, _MODEL_NAMES)] = tensor
+    with torch.device("meta"):
+        _fit(CalmForCausalLM(config), weights, autoencoder, model)
     result = CalmForCausalLM(config)
+    _fit(result, weights, autoencoder, model)
+    check_finite(result, f"{autoencoder}' and '{model}")
+    return result.eval()
+
+
+def _fit(network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path, model: Path) -> None:
+    """Fill a network with weights; one on the meta device only sees whether they fit."""
+    odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
     try:
-        result.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        problem = str(error).strip().splitlines()[1].strip()
+        if odd is not None:
+            raise ValueError(f"{odd} has numbers of type {weights[odd].dtype}, not real ones.")
+        network.load_state_dict(weights, strict=True)
+    except (RuntimeError, ValueError) as error:
+        problem = str(error).strip().splitlines()[min(1, str(error).strip().count("\n"))].strip()
         raise InputError(
             f"the weights in '{autoencoder}' and '{model}' do not fit their configurations: {problem}"
         ) from error
-    return result.eval()
 
 
 def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> CalmConfig:
@@ -171,7 +191,7 @@ def _convert_head(head_type: str, lm: dict[str, Any]) -> dict[str, Any]:
 
 def _autoencoder_weights(folder: Path) -> dict[str, Tensor]:
     weights = {}
-    for name, tensor in _read_weights(folder).items():
+    for name, tensor in read_weights(folder).items():
         # The vocabulary projection is tied to the embedding.
         if name != "decoder.lm_head_weight":
             weights[_rename(name, _AUTOENCODER_NAMES)] = tensor
@@ -190,34 +210,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"there is no config.json in '{folder}'; check the path.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"'{path}' is not JSON ({error}); download it again.") from error
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: safetensors or pytorch_model.bin, whole or in shards, on the CPU."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (folder / f"{stem}.{suffix}").is_file():
-            shards = [f"{stem}.{suffix}"]
-        else:
-            continue
-        weights: dict[str, Tensor] = {}
-        for shard in shards:
-            weights |= _read_shard(folder / shard)
-        return weights
-    raise InputError(f"there are no weights in '{folder}' (model.safetensors or pytorch_model.bin).")
-
-
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only refuses pickles that could run code.
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"cannot read '{path}': it is truncated or damaged ({reason_of(error)}).") from error
+    return read_settings(path)

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from calm.errors import InputError, reason_of
-from calm.hub import is_hub_name
+from calm.hub.connection import is_hub_name
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
 from calm.sharing.card import Words, card_of, shown

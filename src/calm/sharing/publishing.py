@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi
 
 from calm.errors import InputError, RunError, reason_of
-from calm.hub import is_hub_name, unreachable
+from calm.hub.connection import is_hub_name, unreachable
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.sharing.card import CARD, recipe_text
 from calm.storage.disk import write_file_whole

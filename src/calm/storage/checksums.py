@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from calm.errors import InputError
+
 CHECKSUMS = "checksums.json"
 _BYTES_AT_ONCE = 1 << 20
 _FILES_AT_ONCE = 4  # Hashing and reading leave Python's lock.
@@ -43,6 +45,23 @@ def find_damage(folder: Path) -> list[str]:
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         found = threads.map(lambda item: _compare(folder, item[0], *item[1]), expected.items())
         return [problem for problem in found if problem]
+
+
+def check_as_written(folder: Path) -> None:
+    """See that the files of a folder are as they were written; a folder without checksums passes.
+
+    Raises:
+        InputError: If one is not.
+    """
+    try:
+        problems = find_damage(folder)
+    except FileNotFoundError:
+        return
+    if problems:
+        raise InputError(
+            f"'{folder}' is not as it was written: {problems[0]}. Restore it from a copy; if the change was "
+            f"meant, remove '{folder / CHECKSUMS}'."
+        )
 
 
 def mark(file: Path) -> None:

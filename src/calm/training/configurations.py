@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
-from calm.errors import InputError, reason_of
+from calm.errors import InputError, cause_of, reason_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.loading import load_autoencoder_config
@@ -227,6 +227,4 @@ def _build(config_class: type[Config], **values: Any) -> Config:
     try:
         return config_class(**values)
     except (ValueError, TypeError) as error:
-        # The validation of transformers puts the cause in the last line.
-        cause = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"the recipe does not make a model: {cause}") from error
+        raise InputError(f"the recipe does not make a model: {cause_of(error)}") from error

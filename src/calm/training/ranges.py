@@ -1,11 +1,10 @@
 """Ranges of the numbers in recipes: what lies outside is found before anything is begun."""
 
 import dataclasses
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from calm.errors import InputError
+from calm.ranges import Range
 from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, LoraSettings
 from calm.training.recipe import (
     AutoencoderSettings,
@@ -15,35 +14,6 @@ from calm.training.recipe import (
     Recipe,
     TrainingSettings,
 )
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `least` to `most`.
-
-    Args:
-        least: The least, or what all are above.
-        most: The most, or what all are below.
-        has_least: Whether the least is one of them.
-        has_most: Whether the most is one of them.
-    """
-
-    least: float
-    most: float = math.inf
-    has_least: bool = True
-    has_most: bool = True
-
-    def __contains__(self, value: float) -> bool:
-        above = value >= self.least if self.has_least else value > self.least
-        below = value <= self.most if self.has_most else value < self.most
-        return above and below and math.isfinite(value)
-
-    def __str__(self) -> str:
-        lower = f"at least {self.least:,}" if self.has_least else f"above {self.least:,}"
-        if math.isinf(self.most):
-            return f"{lower} and finite"
-        return f"{lower} and {f'at most {self.most:,}' if self.has_most else f'below {self.most:,}'}"
-
 
 _COUNT = Range(0, 10**12)
 _POSITIVE_COUNT = Range(1, 10**12)
@@ -132,6 +102,7 @@ def check_ranges(settings: Any, before: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            allowed = RANGES[type(settings)][field.name]
-            if value not in allowed:
-                raise InputError(f"{name} must be {allowed}, got {value}.")
+            try:
+                RANGES[type(settings)][field.name].check(name, value)
+            except ValueError as error:
+                raise InputError(str(error)) from None

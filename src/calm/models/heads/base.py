@@ -98,6 +98,9 @@ class HeadConfig:
         raise NotImplementedError(f"the operations of a '{self.head_type}' head are not known.")
 
 
+_MOST, _MOST_BLOCKS = 10**7, 10_000  # Files of configurations are not trusted.
+
+
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is Literal:
         fits, expected = value in get_args(kind), f"one of {', '.join(map(str, get_args(kind)))}"
@@ -105,7 +108,9 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits, expected = is_number and math.isfinite(value), "a finite number"
     elif kind is int:
-        fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        most = _MOST_BLOCKS if name == "num_blocks" else _MOST
+        fits = isinstance(value, int) and not isinstance(value, bool) and value <= most
+        expected = f"a whole number of at most {most:,}"
     elif kind in (bool, str):
         fits, expected = isinstance(value, kind), {bool: "true or false", str: "a text"}[kind]
     else:  # Only the head itself knows.

@@ -8,10 +8,10 @@ import pytest
 from conftest import tiny_model
 from huggingface_hub import constants
 
-from calm import hub
 from calm.data.sources import load_hub_dataset
 from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
+from calm.hub import connection as hub
 from calm.models.loading import load_language_model_and_tokenizer, load_model
 
 

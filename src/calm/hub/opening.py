@@ -1,0 +1,188 @@
+"""The one door to models, tokenizers and adapters of others: their weights are read, their code is not run.
+
+A folder, or a repository of the hub, can name code of its own, packages to import, and kernels to fetch.
+Whatever needs one of these is refused; the libraries would ask, or run it.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from calm.errors import InputError, reason_of
+from calm.hub.connection import hub_or_cache
+
+_MOST_BYTES = 10_000_000  # Of a file of settings; those of large models have some thousands.
+_WORDS_OF_CODE = ("custom code", "trust_remote_code", "custom generation code")
+# Arguments of `from_pretrained` that say which files are meant.
+_WHERE = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "force_download")
+_GENERATE = "custom_generate"
+_LOADS_UNSAFELY = "weights_only"
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, a file, or the hub.
+
+    Raises:
+        InputError: If it needs code of its own.
+        Exception: Of the libraries, for what is missing or damaged.
+    """
+    with _without_code(name):
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        read_settings(Path(name) / "tokenizer_config.json")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return tokenizer
+
+
+def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a model, from a folder or the hub.
+
+    Args:
+        name: Folder or hub name.
+        **kwargs: Which version of it, as `from_pretrained` takes them.
+
+    Raises:
+        InputError: If it needs code of its own, or kernels from elsewhere.
+        Exception: Of the libraries, for what is missing or damaged.
+    """
+    with _without_code(name):
+        read_settings(Path(name) / "config.json")
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
+        _check_kernels(config, name)
+        return config
+
+
+def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """A model, and what the library says of its loading.
+
+    Args:
+        kind: A class with `from_pretrained`.
+        name: Folder or hub name.
+        **kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        InputError: If it needs code of its own, or kernels from elsewhere.
+        Exception: Of the libraries, for what is missing or damaged.
+    """
+    open_config(name, **{option: value for option, value in kwargs.items() if option in _WHERE})
+    if (Path(name) / _GENERATE / "generate.py").exists():
+        raise _needs_code(name, f"{_GENERATE}/generate.py")
+    read_settings(Path(name) / "generation_config.json")
+    with _without_code(name):
+        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+        return loaded
+
+
+def base_of_adapters(path: Path) -> str:
+    """Name of the model that the adapters in a folder belong to.
+
+    Raises:
+        InputError: If the folder names packages to import.
+        Exception: Of peft, for what is damaged.
+    """
+    import peft  # noqa: PLC0415 (of an extra)
+
+    settings = read_settings(path / "adapter_config.json")
+    # peft would import what these name.
+    if odd := [name for name in ("megatron_config", "auto_mapping") if settings.get(name)]:
+        raise _needs_code(str(path), f"{odd[0]} in adapter_config.json")
+    return str(peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
+
+
+def open_adapters(model: Any, path: Path) -> Any:
+    """A model with the adapters of a folder around it, a `peft.PeftModel`.
+
+    Raises:
+        Exception: Of peft, for what is damaged or does not fit.
+    """
+    import peft  # noqa: PLC0415 (of an extra)
+
+    with _without_code(str(path)):
+        return peft.PeftModel.from_pretrained(model, str(path))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a JSON file of settings holds; nothing if there is none.
+
+    Raises:
+        InputError: If it is too long, cannot be read, or holds something else.
+    """
+    try:
+        if not file.is_file():
+            return {}
+        if (size := file.stat().st_size) > _MOST_BYTES:
+            raise InputError(f"'{file}' is too long for settings ({size:,} bytes); restore it from a copy.")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{file}' is damaged ({reason_of(error)}); restore it from a copy.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"'{file}' is damaged (it holds no settings); restore it from a copy.")
+    return values
+
+
+def may_run_code(error: BaseException) -> bool:
+    """Whether torch refused to read a pickle because of what it would do."""
+    text = str(error)
+    return _LOADS_UNSAFELY in text and ("Unsupported" in text or "unsupported" in text)
+
+
+def asking_hub(name: str) -> AbstractContextManager[None]:
+    """Within, something is loaded from its folder, from the hub, or from its cache if there is no network."""
+    return nullcontext() if Path(name).exists() else hub_or_cache()
+
+
+@contextmanager
+def _without_code(name: str) -> Iterator[None]:
+    """Within, the hub is asked at most briefly, and errors that offer to run code are one sentence."""
+    try:
+        with asking_hub(name):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        if any(word in str(error) for word in _WORDS_OF_CODE):
+            raise _needs_code(name, "auto_map") from error
+        if may_run_code(error):
+            raise _is_code(name) from error
+        raise
+    except BaseException as error:  # A panic of the tokenizers library is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(reason_of(error)) from error
+
+
+def _needs_code(name: str, what: str) -> InputError:
+    return InputError(
+        f"'{name}' needs code of its own ({what}), which is never run here; ask for a version that the "
+        "libraries can load by themselves."
+    )
+
+
+def _is_code(name: str) -> InputError:
+    return InputError(
+        f"'{name}' holds a pickle that could run code, so it is not read; ask for safetensors instead."
+    )
+
+
+def _check_kernels(config: PreTrainedConfig, name: str) -> None:
+    """Raise InputError if a configuration, or one in it, names an attention that is fetched from the hub."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    for part in parts:
+        chosen = getattr(part, "_attn_implementation", None)
+        for kernel in chosen.values() if isinstance(chosen, dict) else [chosen]:
+            if isinstance(kernel, str) and "/" in kernel:
+                raise _needs_code(name, f"the attention '{kernel}'")

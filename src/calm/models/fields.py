@@ -1,0 +1,123 @@
+"""What the fields of configurations may hold: files of them are not trusted."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from calm.ranges import Range
+
+_SIZE = Range(1, 10**6)
+_LAYERS = Range(1, 10_000)
+_ABOVE_ZERO = Range(0, has_least=False)
+_SHARE_BELOW_ONE = Range(0, 1, has_most=False)
+VOCABULARY = Range(1, 10**7)
+RANGES: dict[str, dict[str, Range]] = {
+    "calm_autoencoder": {
+        "vocab_size": VOCABULARY,
+        "chunk_size": Range(1, 1024),
+        "latent_size": _SIZE,
+        "hidden_size": _SIZE,
+        "intermediate_size": _SIZE,
+        "num_encoder_layers": Range(0, 10_000),
+        "num_decoder_layers": Range(0, 10_000),
+        "token_dropout": _SHARE_BELOW_ONE,
+        "latent_dropout": _SHARE_BELOW_ONE,
+        "kl_weight": Range(0),
+        "kl_floor": Range(0),
+        "dropped_token_id": Range(0),
+        "rms_norm_eps": _ABOVE_ZERO,
+        "initializer_range": Range(0),
+    },
+    "calm": {
+        "initializer_range": Range(0),
+        "embedding_initializer_range": Range(0),
+        "layer_norm_eps": _ABOVE_ZERO,
+    },
+    "llama": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": _SIZE,
+        "intermediate_size": _SIZE,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _SIZE,
+        "num_key_value_heads": _SIZE,
+        "head_dim": _SIZE,
+        "max_position_embeddings": Range(1, 10**9),
+        "rms_norm_eps": _ABOVE_ZERO,
+        "initializer_range": Range(0),
+        "attention_dropout": _SHARE_BELOW_ONE,
+    },
+}
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "dropped_token_id")
+
+
+def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> None:
+    """Raise ValueError if a field is of another type, out of range, or a token that there is not.
+
+    Args:
+        config: A configuration of a CALM, an autoencoder or a Llama.
+        vocab_size: Number of token ids; its own if None.
+    """
+    kinds: dict[Any, tuple[Any, str]] = {
+        int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
+    }  # fmt: skip
+    for name, hint in own_fields(type(config)).items():
+        kind, said = kinds.get(hint, (object, ""))
+        value = getattr(config, name)
+        if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
+            raise ValueError(f"{name} must be {said}, got {value!r}.")
+    for name, allowed in RANGES.get(config.model_type, {}).items():
+        value = getattr(config, name, None)
+        if value is not None:
+            allowed.check(name, value)
+    size = getattr(config, "vocab_size", None) if vocab_size is None else vocab_size
+    for name in _TOKENS:
+        ids = getattr(config, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            is_id = isinstance(token, int) and not isinstance(token, bool)
+            if token is not None and not (is_id and size is not None and 0 <= token < size):
+                raise ValueError(f"{name} must be a token id from 0 to below {size}, got {token!r}.")
+
+
+def check_heads(config: PreTrainedConfig) -> None:
+    """Raise ValueError if the attention heads of a Llama do not part its width and each other."""
+    heads, of_keys = config.num_attention_heads, config.num_key_value_heads
+    if heads % of_keys:
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads {of_keys}, got {heads}."
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {config.head_dim}.")
+    rope = config.rope_parameters or {}
+    for name in ("rope_theta", "factor"):
+        if (value := rope.get(name)) is not None:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
+            _ABOVE_ZERO.check(name, value)
+
+
+def check_names(
+    kind: type[PreTrainedConfig], given: Iterable[str], where: str = "", more: Iterable[str] = ()
+) -> None:
+    """Raise ValueError for a name that is nearly, but not, that of a field.
+
+    Other names pass: transformers keeps what it does not know, and so do saved configurations.
+    """
+    own = [field.name for field in fields(kind)]
+    known = {*own, *more, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
+    for name in given:
+        if name in known:
+            continue
+        near = [field for field in own if field.startswith(f"{name}_")]
+        near += get_close_matches(name, [*own, *more], n=1, cutoff=0.8)
+        if near:
+            place = where or kind.__name__
+            raise ValueError(f"{place} has no field '{name}'; did you mean '{near[0]}'?")
+
+
+def own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Fields that a configuration does not have from transformers, and their types."""
+    names = {field.name for field in fields(kind)}
+    return {name: hint for name, hint in kind.__annotations__.items() if name in names}

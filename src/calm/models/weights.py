@@ -1,0 +1,223 @@
+"""Files of weights, which are not trusted: looked at before anything is built, and after it is filled."""
+
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from calm.errors import InputError, reason_of
+from calm.hub.opening import may_run_code, read_settings
+
+_KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_REALS = ("F64", "F32", "F16", "BF16")
+_NAMES_OF_TORCH = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_LEAST_BYTES = 0.1  # Of a parameter, in weights that are packed most tightly.
+_COUNTS_OF_LAYERS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of a tensor.
+
+    Args:
+        shape: Its shape.
+        dtype: Its type as safetensors calls it, such as F32.
+        file: The file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder: safetensors before pickles, whole or in shards.
+
+    Raises:
+        InputError: If there are none, one is missing, or an index names files elsewhere.
+    """
+    for stem, suffix in _KINDS:
+        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _shards_of(index)
+    raise InputError(f"there are no weights in '{folder}' (model.safetensors or pytorch_model.bin).")
+
+
+def _shards_of(index: Path) -> list[Path]:
+    names = read_settings(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"'{index}' is damaged (it has no weight_map of names); restore it from a copy.")
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"'{index}' names a file outside its folder ('{name}'); restore it from a copy.")
+        if not (index.parent / name).is_file():
+            raise InputError(f"'{index}' names '{name}', which is missing; restore it from a copy.")
+    return [index.parent / name for name in shards]
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and types of all tensors of a folder; their values are not read.
+
+    Raises:
+        InputError: If there are no weights, or a file is damaged or could run code.
+    """
+    found: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        with _plain_words(file):
+            if file.suffix == ".safetensors":
+                found |= _header_of(file)
+            else:
+                found |= {
+                    name: TensorInfo(tuple(tensor.shape), _dtype_name(tensor), file)
+                    for name, tensor in _read_pickle(file).items()
+                }
+    return found
+
+
+def _header_of(file: Path) -> dict[str, TensorInfo]:
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+        return {
+            name: TensorInfo(tuple(one.get_shape()), str(one.get_dtype()), file)
+            for name, one in slices.items()
+        }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, on the CPU.
+
+    Raises:
+        InputError: As `read_headers`.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        with _plain_words(file):
+            weights |= load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return weights
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle; whatever else one could do is refused by torch."""
+    try:
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        values = torch.load(file, map_location="cpu", weights_only=True)  # Of the older format.
+    if not isinstance(values, Mapping) or not all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in values.items()
+    ):
+        raise ValueError("it holds something else than tensors")
+    return dict(values)
+
+
+class _plain_words:
+    """Within, what the libraries say of a file that they cannot read is one sentence."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, InputError):
+            return
+        if may_run_code(error):
+            raise InputError(
+                f"'{self._file}' is a pickle that could run code, so it is not read; ask for "
+                "safetensors instead."
+            ) from error
+        reason = "it is no file of weights" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
+        raise InputError(f"cannot read '{self._file}': it is truncated or damaged ({reason}).") from error
+
+
+def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], where: str) -> None:
+    """See that a configuration does not describe more layers than the files have tensors.
+
+    Raises:
+        InputError: If it does.
+    """
+    for name, value in _counts_in(config.to_dict()):
+        if value > len(headers):
+            raise InputError(
+                f"the configuration in '{where}' has {name} = {value:,}, and the weights {len(headers)} "
+                "tensors; they do not belong together."
+            )
+
+
+def _counts_in(values: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _counts_in(value)
+        elif name in _COUNTS_OF_LAYERS and isinstance(value, int):
+            yield name, value
+
+
+def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: str) -> None:
+    """See that weights fit a network, which may be on the meta device.
+
+    Args:
+        network: The network.
+        headers: What the files say.
+        where: The folder, for messages.
+
+    Raises:
+        InputError: If a tensor has another shape, or numbers of another kind.
+    """
+    for name, wanted in network.state_dict().items():
+        found = headers.get(name)
+        if found is None:
+            continue
+        if found.shape != tuple(wanted.shape):
+            raise InputError(
+                f"the weights in '{where}' do not fit their configuration: {name} has the shape "
+                f"{list(found.shape)} instead of {list(wanted.shape)}."
+            )
+        if wanted.is_floating_point() and found.dtype not in _REALS:
+            raise InputError(
+                f"the weights in '{where}' do not fit their configuration: {name} has numbers of type "
+                f"{found.dtype}, not real ones ({', '.join(_REALS)})."
+            )
+
+
+def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], where: str) -> None:
+    """See that a network on the meta device is not far larger than its weights on the disk.
+
+    Raises:
+        InputError: If it is.
+    """
+    described = sum(weight.numel() for weight in network.parameters())
+    there = sum(file.stat().st_size for file in {one.file for one in headers.values()})
+    if described * _LEAST_BYTES > there:
+        raise InputError(
+            f"the configuration in '{where}' describes {described:,} parameters, and the weights have "
+            f"{there:,} bytes; they do not belong together."
+        )
+
+
+def check_finite(network: nn.Module, where: str) -> None:
+    """See that all weights are numbers.
+
+    Raises:
+        InputError: If one is NaN or infinite.
+    """
+    for name, weight in network.state_dict().items():
+        if weight.is_floating_point() and weight.numel():
+            largest = torch.linalg.vector_norm(weight.detach().flatten(), ord=math.inf)
+            if not largest.isfinite():
+                raise InputError(f"the weights in '{where}' are damaged: {name} holds NaN or infinity.")
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return _NAMES_OF_TORCH.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))

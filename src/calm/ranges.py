@@ -1,0 +1,42 @@
+"""Ranges of numbers."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`.
+
+    Args:
+        least: The least, or what all are above.
+        most: The most, or what all are below.
+        has_least: Whether the least is one of them.
+        has_most: Whether the most is one of them.
+    """
+
+    least: float
+    most: float = math.inf
+    has_least: bool = True
+    has_most: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.least if self.has_least else value > self.least
+        below = value <= self.most if self.has_most else value < self.most
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        lower = f"at least {self.least:,}" if self.has_least else f"above {self.least:,}"
+        if math.isinf(self.most):
+            return f"{lower} and finite"
+        return f"{lower} and {f'at most {self.most:,}' if self.has_most else f'below {self.most:,}'}"
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError if a value is out of range.
+
+        Args:
+            name: What it is of, for the message.
+            value: The value.
+        """
+        if value not in self:
+            raise ValueError(f"{name} must be {self}, got {value}.")
