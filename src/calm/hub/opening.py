@@ -37,11 +37,22 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         Exception: Of the libraries, for what is missing or damaged.
     """
     with _without_code(name):
+        tokenizer: PreTrainedTokenizerBase
         if Path(name).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=name)
-        read_settings(Path(name) / "tokenizer_config.json")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            read_settings(Path(name) / "tokenizer_config.json")
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _try_out(tokenizer)
         return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once: settings of the wrong kind are found by who reads them, not when they are set."""
+    ids = tokenizer(["A word.", ""])["input_ids"]
+    tokenizer.decode(ids[0], skip_special_tokens=True)
+    if any(isinstance(token, bool) or token < 0 for token in tokenizer.get_vocab().values()):
+        raise ValueError("a token has a negative id")
 
 
 def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:

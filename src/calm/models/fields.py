@@ -5,7 +5,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from calm.ranges import Range
 
@@ -50,6 +50,24 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_dropout": _SHARE_BELOW_ONE,
     },
 }
+_WRITING = {
+    "temperature": Range(0),
+    "top_k": Range(0, 10**9),
+    "top_p": Range(0, 1),
+    "min_p": Range(0, 1),
+    "typical_p": Range(0, 1),
+    "epsilon_cutoff": Range(0, 1),
+    "eta_cutoff": Range(0, 1),
+    "repetition_penalty": _ABOVE_ZERO,
+    "length_penalty": Range(-1e6, 1e6),
+    "max_length": Range(0, 10**12),
+    "max_new_tokens": Range(0, 10**12),
+    "min_length": Range(0, 10**12),
+    "min_new_tokens": Range(0, 10**12),
+    "num_beams": Range(1, 10**4),
+    "num_return_sequences": Range(1, 10**4),
+    "no_repeat_ngram_size": Range(0, 10**6),
+}
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "dropped_token_id")
 
 
@@ -72,7 +90,31 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         value = getattr(config, name, None)
         if value is not None:
             allowed.check(name, value)
-    size = getattr(config, "vocab_size", None) if vocab_size is None else vocab_size
+    check_tokens(config, getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
+
+
+def check_generation(config: GenerationConfig, vocab_size: int) -> None:
+    """Raise ValueError if a default of writing is of another type, out of range, or no token id.
+
+    Args:
+        config: What was read beside a model.
+        vocab_size: Number of token ids of the model.
+    """
+    check_tokens(config, vocab_size)
+    for name, allowed in _WRITING.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number, got {value!r}.")
+        allowed.check(name, value)
+    for name in ("do_sample", "use_cache"):
+        if not isinstance(getattr(config, name, None), bool | None):
+            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
+
+
+def check_tokens(config: Any, size: int | None) -> None:
+    """Raise ValueError if a special token of a configuration is none of `size` token ids."""
     for name in _TOKENS:
         ids = getattr(config, name, None)
         for token in ids if isinstance(ids, list) else [ids]:

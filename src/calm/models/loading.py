@@ -17,6 +17,7 @@ from calm.hub.opening import base_of_adapters, open_adapters, open_config, open_
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.fields import check_generation
 from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
@@ -229,6 +230,11 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
             f"the first is {missing[0]}."
         )
     check_finite(model, name)
+    if (settings := getattr(model, "generation_config", None)) is not None:
+        try:
+            check_generation(settings, model.config.get_text_config().vocab_size)
+        except ValueError as error:
+            raise InputError(f"generation_config.json in '{name}': {error}") from error
     return model.eval()
 
 

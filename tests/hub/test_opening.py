@@ -1,0 +1,224 @@
+"""Folders that name code of their own: it never runs, nobody is asked, and every command says so."""
+
+import ast
+import io
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import failure, toy_recipe
+
+import calm
+from calm.data.stories import write_stories
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import InputError
+from calm.hub.opening import base_of_adapters, read_settings
+from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model
+from calm.training import stages
+from calm.training.recipe_files import write_recipe
+
+SOURCE = Path(calm.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_stories(folder / "text.jsonl", 0, 30)
+    recipe = toy_recipe(folder / "text.jsonl")
+    write_recipe(recipe, folder / "toy.yaml")
+    stages.train(recipe, folder / "run")
+    lines = [json.dumps({"prompt": f"p{n}", "completion": "c"}) + "\n" for n in range(9)]
+    (folder / "examples.jsonl").write_text("".join(lines))
+    return folder
+
+
+def changed(file: Path, **changes):
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(settings | changes))
+
+
+@pytest.fixture
+def hostile(run, tmp_path, monkeypatch):
+    """A model whose tokenizer and configuration need code of their own, which would leave a file."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(run / "run/model", folder)
+    (folder / "checksums.json").unlink()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    for name in ("evil.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(code + "class Evil: pass\ndef generate(*a, **k): pass\n")
+    auto = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    changed(folder / "tokenizer_config.json", auto_map=auto, tokenizer_class="Evil")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    yield folder
+    assert not (tmp_path / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 20  # Nobody was asked.
+
+
+def foreign(folder: Path):
+    """A model of a type that only its own code knows."""
+    changed(
+        folder / "config.json",
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+    )
+
+
+COMMANDS = {
+    "generate": ["generate", "{model}", "Once"],
+    "evaluate": ["evaluate", "{model}", "{text}"],
+    "serve": ["serve", "{model}", "--port", "0"],
+    "finetune": ["finetune", "--recipe", "full", "--model", "{model}", "--examples.sources", "{examples}"],
+    "compare": ["compare", "{model}", "--data", "{data}"],
+    "prepare": ["prepare", "{text}", "--tokenizer", "{model}"],
+    "train with its tokenizer": ["train", "--recipe", "{toy}", "--data.tokenizer", "{model}"],
+    "import with its tokenizer": ["import", "{model}", "{model}", "--tokenizer", "{model}"],
+    "share": ["share", "{run}", "--export", "{out}"],
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("change", [None, foreign])
+def test_no_command_runs_it(change, arguments, hostile, run, tmp_path, capsys):
+    if change:
+        change(hostile)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model").symlink_to(hostile)
+    for name in ("recipe.yaml", "history.json"):
+        shutil.copy(run / "run" / name, tmp_path / "run")
+    places = {
+        "model": hostile, "text": run / "text.jsonl", "examples": run / "examples.jsonl",
+        "data": run / "run/data", "toy": run / "toy.yaml", "run": tmp_path / "run", "out": tmp_path / "out",
+    }  # fmt: skip
+    filled = [part.format(**places) for part in arguments]
+    if arguments[0] in ("finetune", "compare", "prepare", "train"):
+        filled += ["--output", str(tmp_path / "out")]
+    if arguments[0] == "import":
+        filled += ["--out", str(tmp_path / "out")]
+    told = failure(capsys, *filled)
+    assert "trust_remote_code" not in told and "y/N" not in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["flops", "train"])
+def test_a_configuration_alone_runs_none(name, hostile, run, tmp_path, capsys):
+    foreign(hostile)
+    arguments = {
+        "flops": ["flops", hostile],
+        "train": [
+            "train",
+            "--recipe",
+            run / "toy.yaml",
+            "--autoencoder.path",
+            hostile,
+            "--output",
+            tmp_path / "out",
+        ],
+    }[name]
+    assert "needs code of its own (auto_map), which is never run here" in failure(capsys, *arguments)
+
+
+def test_what_is_needed_is_said(hostile):
+    with pytest.raises(InputError, match=r"needs code of its own \(custom_generate/generate\.py\)"):
+        load_model(str(hostile))
+    with pytest.raises(InputError, match=r"needs code of its own \(auto_map\)"):
+        load_tokenizer(str(hostile))
+    shutil.rmtree(hostile / "custom_generate")
+    changed(hostile / "config.json", attn_implementation="evil/kernels")
+    with pytest.raises(InputError, match=r"needs code of its own .the attention 'evil/kernels'"):
+        load_model(str(hostile))
+
+
+def test_code_that_is_not_needed_is_passed_by(hostile):
+    """Many published folders have code for older versions beside what the library knows by itself."""
+    shutil.rmtree(hostile / "custom_generate")
+    changed(hostile / "config.json", auto_map={"AutoConfig": "evil.Evil"})
+    assert load_model(str(hostile)).config.chunk_size == 4
+
+
+@pytest.mark.parametrize("field", ["megatron_config", "auto_mapping"])
+def test_adapters_import_nothing(field, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {
+        "peft_type": "LORA", "base_model_name_or_path": "x", "megatron_core": "evil",
+        field: {"parent_library": "evil", "base_model_class": "Evil"},
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"needs code of its own .{field} in adapter_config"):
+        base_of_adapters(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle", "legacy"])
+def test_a_pickle_that_could_run_code_is_called_that(form, run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run / "run/autoencoder", folder)
+    for name in ("checksums.json", "model.safetensors"):
+        (folder / name).unlink()
+    weights = load_file(run / "run/autoencoder/model.safetensors") | {"x": Evil(tmp_path / "ran")}
+    if form == "pickle":
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    else:
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "torch")
+    with pytest.raises(InputError, match=r"is a pickle that could run code, so it is not read") as told:
+        load_autoencoder(folder)
+    assert "weights_only" not in str(told.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_of_weights_alone_are_read(run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run / "run/model", folder)
+    (folder / "checksums.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    model, _ = load_language_model_and_tokenizer(str(folder))
+    assert all((model.state_dict()[name].cpu() == weight).all() for name, weight in weights.items())
+
+
+DAMAGED = ["", "[]", "1", "{", "\0", "[" * 100_000, '{"a": 1', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_settings_that_are_damaged(content, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(content) if isinstance(content, bytes) else file.write_text(content)
+    with pytest.raises(InputError, match=r"config\.json' is damaged .*; restore it from a copy"):
+        read_settings(file)
+
+
+def test_settings_that_are_too_long(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": "' + "x" * 10_000_000 + '"}')
+    with pytest.raises(InputError, match=r"too long for settings \(10,000,009 bytes\)"):
+        read_settings(tmp_path / "config.json")
+
+
+DOORS = ("from_pretrained", "load_dataset", "import_module")
+MAY = {"hub/opening.py", "data/sources.py"}
+
+
+def test_there_is_one_door():
+    for file in SOURCE.rglob("*.py"):
+        name = file.relative_to(SOURCE).as_posix()
+        calls = {
+            node.attr
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and node.attr in DOORS
+        }
+        assert name in MAY or not calls, f"{name} opens what others wrote by {calls}; use calm.hub.opening"
