@@ -87,7 +87,7 @@ def odd_values(draw, content: bytes) -> bytes:
         if change == "type":
             kinds = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
             weights[name] = weights[name].to(draw(st.sampled_from(kinds)))
-        elif change == "value" and weights[name].is_floating_point():
+        elif change == "value" and weights[name].is_floating_point() and weights[name].numel():
             weights[name] = weights[name].clone()
             weights[name].view(-1)[draw(st.integers(0, weights[name].numel() - 1))] = draw(SPECIAL)
         elif change == "shape":

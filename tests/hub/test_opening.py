@@ -8,9 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy import failure, toy_recipe
 
 import calm
@@ -151,9 +152,39 @@ def test_adapters_import_nothing(field, tmp_path, monkeypatch):
         field: {"parent_library": "evil", "base_model_class": "Evil"},
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=f"needs code of its own .{field} in adapter_config"):
-        base_of_adapters(tmp_path)
+    if field == "auto_mapping":  # It names the class of the model, which is known without.
+        assert base_of_adapters(tmp_path) == "x"
+    else:
+        with pytest.raises(InputError, match=r"needs code of its own .megatron_config in adapter_config"):
+            base_of_adapters(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_adapters_that_fill_nothing(run, tmp_path):
+    model, tokenizer = load_language_model_and_tokenizer(str(run / "run/model"))
+    layers = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(model, layers)
+    adapted.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    changed(tmp_path / "adapter_config.json", base_model_name_or_path=str(run / "run/model"))
+    load_language_model_and_tokenizer(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"other.{name}": weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"do not fit the model: 8 of their tensors are missing, the"):
+        load_language_model_and_tokenizer(str(tmp_path))
+    changed(tmp_path / "adapter_config.json", target_modules=["none"])
+    with pytest.raises(InputError, match=r"cannot load the adapters in '.*' \(.*none"):
+        load_language_model_and_tokenizer(str(tmp_path))
+
+
+def test_a_model_that_is_saved_anew_is_not_held_against_what_was_there(run, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run / "run/model", folder)
+    model = load_model(str(folder))
+    with torch.no_grad():
+        model.head.out.weight.add_(1)
+    model.save_pretrained(folder)
+    assert (load_model(str(folder)).head.out.weight == model.head.out.weight).all()
 
 
 class Evil:

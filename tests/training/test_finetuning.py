@@ -119,7 +119,7 @@ def test_no_answers_are_asked_for(base, tmp_path):
     recipe = recipe_for(base)
     finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=0)), tmp_path / "run")
     assert (tmp_path / "run/model/config.json").is_file() and answers_of(tmp_path / "run") == []
-    with pytest.raises(InputError, match=r"answers\.number must be at least 0, got -1"):
+    with pytest.raises(InputError, match=r"answers\.number must be at least 0 and .*, got -1"):
         finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=-1)), tmp_path / "other")
 
 
@@ -237,10 +237,13 @@ BAD = {
     "model": ({"model": ""}, "names no model"),
     "sources": ({"examples.sources": []}, "names no examples"),
     "optimizer": ({"training.optimizer.name": "none"}, "no optimizer 'none'"),
-    "steps": ({"training.steps": 0}, "training.steps must be at least 1, got 0"),
+    "steps": ({"training.steps": 0}, "training.steps must be at least 1 and .*, got 0"),
     "tokens": ({"training.batch_tokens": 33}, "training.batch_tokens must be a multiple of 32"),
     "context": ({"examples.context": 30, "training.batch_tokens": 120}, "multiple of the chunk size 4"),
-    "dropout": ({"lora.rank": 2, "lora.dropout": 1.0}, "lora needs a rank"),
+    "dropout": (
+        {"lora.rank": 2, "lora.dropout": 1.0},
+        "lora.dropout must be .* below 1, got 1.0",
+    ),
 }
 
 

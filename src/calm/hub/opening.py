@@ -106,9 +106,8 @@ def base_of_adapters(path: Path) -> str:
     import peft  # noqa: PLC0415 (of an extra)
 
     settings = read_settings(path / "adapter_config.json")
-    # peft would import what these name.
-    if odd := [name for name in ("megatron_config", "auto_mapping") if settings.get(name)]:
-        raise _needs_code(str(path), f"{odd[0]} in adapter_config.json")
+    if settings.get("megatron_config"):  # With it peft imports whatever megatron_core names.
+        raise _needs_code(str(path), "megatron_config in adapter_config.json")
     return str(peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
 
 
@@ -116,12 +115,20 @@ def open_adapters(model: Any, path: Path) -> Any:
     """A model with the adapters of a folder around it, a `peft.PeftModel`.
 
     Raises:
+        InputError: If they do not fill what they put into the model.
         Exception: Of peft, for what is damaged or does not fit.
     """
     import peft  # noqa: PLC0415 (of an extra)
 
     with _without_code(str(path)):
-        return peft.PeftModel.from_pretrained(model, str(path))
+        adapted = peft.PeftModel.from_pretrained(model, str(path))
+        wanted, found = peft.get_peft_model_state_dict(adapted), peft.load_peft_weights(str(path))
+    if missing := sorted(wanted.keys() - found.keys()):  # peft warns of it at most.
+        raise InputError(
+            f"the adapters in '{path}' do not fit the model: {len(missing)} of their tensors are missing, "
+            f"the first is {missing[0]}."
+        )
+    return adapted
 
 
 def read_settings(file: Path) -> dict[str, Any]:

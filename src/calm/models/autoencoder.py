@@ -19,6 +19,7 @@ from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.codes import CodeDecoder, CodeEncoder, draw_codes
 from calm.models.configuration import CalmAutoencoderConfig
+from calm.models.saving import SavedAnew
 
 _LATENTS_AT_ONCE = 512  # The decoder's own tensors then stay in the caches of a CPU.
 
@@ -110,7 +111,7 @@ class _Decoder(nn.Module):
         return self.norm(hidden)
 
 
-class CalmAutoencoder(PreTrainedModel):
+class CalmAutoencoder(SavedAnew, PreTrainedModel):
     """Context-free variational autoencoder of chunks, made of MLPs only, or of codes without training."""
 
     config: CalmAutoencoderConfig

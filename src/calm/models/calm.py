@@ -21,6 +21,7 @@ from calm.models.blocks import ChunkProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
 from calm.models.generation import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, build_head
+from calm.models.saving import SavedAnew
 
 _NO_VECTORS = (
     "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do not "
@@ -56,7 +57,7 @@ class ChunkBackbone(LlamaModel):
                 init.zeros_(module.weight[self.padding_idx])
 
 
-class CalmForCausalLM(ChunkGenerationMixin, PreTrainedModel):
+class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     """Continuous autoregressive language model with its frozen autoencoder inside."""
 
     config: CalmConfig
