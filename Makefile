@@ -5,13 +5,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench check lint types wheel clean
+# What torch brings itself, for a processor or for a GPU, is not in the lock.
+OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+
+.PHONY: demo test fuzz soak bench check lint types lock clean
 
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
 
 test: $(STAMP)          ## all tests
 	$(BIN)/python -m pytest -n auto
+
+# Cases that fail are kept in .hypothesis, and are tried first the next time.
+fuzz: $(STAMP)          ## search for input that breaks something, for about an hour on two cores
+	CALM_FUZZ_EXAMPLES=$(or $(EXAMPLES),1500) $(BIN)/python -m pytest -n auto --timeout 7200 tests/fuzz
+
+soak: $(STAMP)          ## serve a crowd that behaves badly for half an hour
+	$(BIN)/python benchmarks/soak.py
 
 bench: $(STAMP)         ## time ours against literal references, in turns (about a quarter of an hour, most of it compiling)
 	for question in energy.py "training_step.py --compile" options.py "generation.py --compile" tokenizing.py; do \
@@ -28,12 +40,18 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 # torch comes first and alone: a CPU build that is at hand stays, and no GPU build is pulled in later.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
+
+lock:                   ## write requirements.lock anew after constraints.txt has changed (needs uv)
+	uv pip compile pyproject.toml --extra dev --constraints constraints.txt --generate-hashes --universal \
+		--python-version 3.11 --no-annotate --no-header --quiet $(addprefix --no-emit-package ,$(OF_TORCH)) \
+		--output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
