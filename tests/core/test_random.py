@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calm.core.random import generators_of_rows, select_rows, uniform
+from calm.core.random import generator_of_row, generators_of_rows, select_rows, uniform
 
 
 def test_a_row_draws_the_same_numbers_alone_and_in_a_batch():
@@ -38,3 +38,9 @@ def test_selected_rows_go_on_with_their_own_streams():
 def test_a_generator_for_every_row_is_needed():
     with pytest.raises(ValueError, match="there are 3 rows, but 2 generators"):
         uniform(1, 3, 1, [torch.Generator(), torch.Generator()])
+
+
+def test_the_generator_of_a_copy_needs_no_other():
+    rows = [[5, 6]] * 3
+    expected = [generator.initial_seed() for generator in generators_of_rows(1, rows)]
+    assert [generator_of_row(1, rows[0], copy).initial_seed() for copy in range(3)] == expected

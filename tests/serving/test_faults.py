@@ -94,6 +94,35 @@ def test_an_error_ends_its_texts_and_not_the_server(model, tokenizer, monkeypatc
         assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
 
 
+def test_an_error_of_one_text_is_told_to_who_asked_for_it_alone(model, tokenizer, monkeypatch):
+    join, bad = ChunkBatch.join, "A bad one"
+
+    def poisoned(self, prompt, *others):
+        row = join(self, prompt, *others)
+        if prompt == tokenizer(bad)["input_ids"]:
+            self._hidden_RD[-1] = float("nan")
+        return row
+
+    monkeypatch.setattr(ChunkBatch, "join", poisoned)
+    with serving(model, tokenizer) as (engine, client, _), ThreadPoolExecutor(6) as pool:
+
+        def ask(number):
+            prompt = bad if number == 3 else PROMPT
+            try:
+                answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=40, seed=number)
+            except openai.InternalServerError as error:
+                return error
+            return answer.choices[0].text
+
+        texts = list(pool.map(ask, range(6)))
+        assert "not finite" in str(texts.pop(3))
+        expected = [
+            alone(model, tokenizer, PROMPT, max_new_tokens=40, seed=number, temperature=1.0)
+            for number in (0, 1, 2, 4, 5)
+        ]
+        assert texts == expected and engine.num_rows == 0
+
+
 def test_stopping_ends_what_is_being_written(model, tokenizer, monkeypatch):
     slowed(monkeypatch, 0.2)
     ends = []

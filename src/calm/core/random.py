@@ -86,7 +86,21 @@ def generators_of_rows(
     generators = []
     for row in map(tuple, rows):
         copy = seen[row] = seen.get(row, -1) + 1
-        digest = hashlib.blake2b(repr((seed, copy, row)).encode(), digest_size=8).digest()
-        # manual_seed takes at most 63 bits without wrapping.
-        generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1))
+        generators.append(generator_of_row(seed, row, copy, device))
     return generators
+
+
+def generator_of_row(
+    seed: int, row: Sequence[int], copy: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The generator that `generators_of_rows` gives a row.
+
+    Args:
+        seed: The user's seed.
+        row: Its tokens, without padding.
+        copy: How often the same row came before.
+        device: Where the numbers will be drawn.
+    """
+    digest = hashlib.blake2b(repr((seed, copy, tuple(row))).encode(), digest_size=8).digest()
+    # manual_seed takes at most 63 bits without wrapping.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from calm.core.temperature import TemperatureSettings
 from calm.errors import reason_of
-from calm.models.batching import ChunkBatch, Row, Written
+from calm.models.batching import ChunkBatch, Failed, Row, Written
 from calm.models.calm import CalmForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -177,10 +177,17 @@ class Engine:
                 continue
             self._count(written, time.perf_counter() - started)
             for one in written:
-                job = self._rows[one.row]
-                if one.ended_by is not None:
-                    del self._rows[one.row]
-                _deliver(job, one)
+                self._hand_out(one)
+
+    def _hand_out(self, one: Written | Failed) -> None:
+        job = self._rows[one.row]
+        if isinstance(one, Failed) or one.ended_by is not None:
+            del self._rows[one.row]
+        if isinstance(one, Failed):
+            logger.error("a text could not be written", exc_info=one.error)
+            _deliver(job, one.error)
+        else:
+            _deliver(job, one)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to end."""
@@ -240,7 +247,8 @@ class Engine:
         if not self._is_stopping:
             self._batch = ChunkBatch(self._model)
 
-    def _count(self, written: list[Written], seconds: float) -> None:
+    def _count(self, results: list[Written | Failed], seconds: float) -> None:
+        written = [one for one in results if isinstance(one, Written)]
         self.statistics.steps += bool(written)
         self.statistics.rows_of_steps += len(written)
         self.statistics.tokens += sum(len(one.tokens) for one in written)
