@@ -1,7 +1,6 @@
 """A row that cannot be written leaves; the others write what they would have written without it."""
 
 import pytest
-import torch
 from conftest import tiny_model
 
 from calm.core.temperature import TemperatureSettings
@@ -76,9 +75,7 @@ def test_whatever_fails_the_others_lose_no_draw(place, error, model, monkeypatch
     rows = join_all(batch)
     before, _ = write(batch, rows, 2)
     if place == "sampling":
-        broken = FailsFor(
-            model.sample_chunks, lambda _, settings, own: rows[3].generator in own, error
-        )
+        broken = FailsFor(model.sample_chunks, lambda _, settings, own: rows[3].generator in own, error)
         monkeypatch.setattr(model, "sample_chunks", broken)
     else:
         half_read = FailsFor(

@@ -47,7 +47,7 @@ def test_a_client_that_leaves_frees_its_place(stream, model, tokenizer, monkeypa
         body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "stream": stream}).encode()
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             wait_until(lambda: engine.num_rows == 1)
             connection.shutdown(socket.SHUT_RDWR)

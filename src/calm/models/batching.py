@@ -82,8 +82,8 @@ class ChunkBatch:
     padding in front. With the same seed a row gets the text that `generate` gives its prompt alone, but for
     rounding, which differs between the shapes of a batch.
 
-    A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave, and
-    the others go on without them; where none fails alone, as when memory is short, they go on by halves.
+    A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave,
+    and the others go on without them; where none fails alone, as when memory is short, they go on by halves.
 
     Args:
         model: The model.

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib import resources
@@ -22,6 +22,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, own_mistake, quoted
+from calm.serving.hosts import Hosts
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
@@ -54,6 +55,8 @@ class ServerSettings:
         max_draws: Most draws of a chunk.
         max_body: Bytes of a request.
         seconds: How long a request may take.
+        allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
+            "*" for any.
     """
 
     name: str
@@ -65,6 +68,7 @@ class ServerSettings:
     max_draws: int = 1000
     max_body: int = 1 << 20
     seconds: float = 300.0
+    allowed_hosts: Sequence[str] = ()
 
 
 def create_app(
@@ -91,7 +95,7 @@ def create_app(
     app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine = engine
     _add_errors(app)
-    app.add_middleware(Watch, key=settings.api_key, metrics=metrics)
+    app.add_middleware(Watch, key=settings.api_key, hosts=Hosts(settings.allowed_hosts), metrics=metrics)
     described = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
 
     @app.get("/health")

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def run_server(
     name: str | None,
     api_key_file: str | None,
     temperature: float,
+    allowed_hosts: Sequence[str] = (),
     **limits: Any,
 ) -> None:
     """Load a model and serve it until SIGINT or SIGTERM.
@@ -35,6 +37,7 @@ def run_server(
         name: The model's name in requests.
         api_key_file: File with the key.
         temperature: Where a request says none.
+        allowed_hosts: Names that it may be called by, beside `host` and its own.
         **limits: Further fields of `calm.serving.app.ServerSettings`.
 
     Raises:
@@ -44,6 +47,7 @@ def run_server(
         import uvicorn  # noqa: PLC0415 (of an extra)
 
         from calm.serving.app import ServerSettings, create_app  # noqa: PLC0415
+        from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
     except ImportError as error:
         raise InputError(
             f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"
@@ -53,6 +57,7 @@ def run_server(
             raise InputError(f"{limit} must be above 0, got {value}.")
     most = min(TemperatureSettings.max_draws, limits.get("max_draws", TemperatureSettings.max_draws))
     try:
+        Hosts(allowed_hosts)
         defaults = TemperatureSettings(temperature=temperature, num_draws=most, max_draws=most)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -61,7 +66,11 @@ def run_server(
     if not isinstance(network, CalmForCausalLM):
         raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
     settings = ServerSettings(
-        name=name or Path(model).resolve().name, api_key=key, defaults=defaults, **limits
+        name=name or Path(model).resolve().name,
+        api_key=key,
+        defaults=defaults,
+        allowed_hosts=[*allowed_hosts, *([host] if is_name(host) else [])],
+        **limits,
     )
     with _listening(host, port) as listener:
         app = create_app(network, tokenizer, settings)

@@ -284,6 +284,7 @@ def serve(
     max_draws: int = 1000,
     max_body: int = 1 << 20,
     seconds: float = 300.0,
+    allowed_hosts: list[str] | None = None,
     head: dict[str, Any] | None = None,
 ) -> None:
     """Answer requests of the OpenAI API with a CALM.
@@ -302,6 +303,8 @@ def serve(
         max_draws: Most draws of a chunk.
         max_body: Most bytes of a request.
         seconds: How long a request may take.
+        allowed_hosts: Names that web pages and clients may call the server by, such as '[example.org]'; addresses,
+            localhost and this machine's own name are always good, and "*" is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     _look_for(model)
@@ -321,6 +324,7 @@ def serve(
         max_draws=max_draws,
         max_body=max_body,
         seconds=seconds,
+        allowed_hosts=allowed_hosts or [],
     )
 
 
