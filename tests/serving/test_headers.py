@@ -166,9 +166,7 @@ def test_an_error_inside_a_stream_is_an_event_and_then_the_end(chat, model, toke
 def test_a_client_that_leaves_before_the_end_of_its_body_is_no_mistake(server, caplog):
     _, client, url = server
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"
-        )
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 100\r\n\r\n{")
     label = 'path="/v1/completions",status="499"'
     wait_until(lambda: label in HTTP.get(f"{url}/metrics").text)
     assert "failed" not in caplog.text and client.models.list()

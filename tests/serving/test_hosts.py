@@ -11,16 +11,20 @@ from calm.serving.errors import ApiError
 from calm.serving.hosts import Hosts
 
 SAFE = [
-    None, "localhost", "LocalHost:8000", "localhost.", "localhost:", "127.0.0.1:8000", "127.8.9.1", "10.0.0.7:1",
-    "0.0.0.0", "8.8.8.8:80", "[::1]:8000", "[::1]", "[2001:db8::7]:8000", "[::ffff:127.0.0.1]", " localhost ",
+    None, "localhost", "LocalHost:8000", "localhost.", "localhost:", "127.0.0.1:8000", "127.8.9.1",
+    "10.0.0.7:1", "0.0.0.0", "8.8.8.8:80", "[::1]:8000", "[::1]", "[2001:db8::7]:8000", "[::ffff:127.0.0.1]",
+    " localhost ",
     socket.gethostname(), f"{socket.gethostname().upper()}:8000",
 ]  # fmt: skip
 NOT_SAFE = [
     "evil.example", "evil.example:8000", "localhost.evil.example", "evil.localhost", "127.0.0.1.evil.example",
-    "127.0.0.1.nip.io:8000", "localhost@evil.example", "evil.example#localhost", "localhost/evil", "", ":8000",
+    "127.0.0.1.nip.io:8000", "localhost@evil.example", "evil.example#localhost", "localhost/evil",
+    "", ":8000",
     "[evil.example]", "[127.0.0.1]", "::1", "::1:8000", "[::1", "[::1]x", "[::1]:80:80", "localhost:80x",
-    "localhost:80:80", "local host", "localhost,evil.example", "localhost\x00", "127.1", "0x7f000001", "2130706433",
-    "127.0.0.1:\u0661", "\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3", "\xff", "[", "*", "a" * 70_000,
+    "localhost:80:80", "local host", "localhost,evil.example", "localhost\x00",
+    "127.1", "0x7f000001", "2130706433",
+    "127.0.0.1:\u0661", "\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3", "\xff",
+    "[", "*", "a" * 70_000,
 ]  # fmt: skip
 
 

@@ -10,8 +10,37 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Randomness = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for all rows, one for each row, or None for the default generator."""
+
+class DrawsInParts:
+    """The randomness of N draws that are made part by part, and come out as if they were made at once.
+
+    Whatever asks for numbers must ask in the same order for every part.
+
+    Args:
+        num_draws: All draws N.
+        generators: Source of the numbers: one generator for each row.
+    """
+
+    def __init__(self, num_draws: int, generators: Sequence[torch.Generator]) -> None:
+        self._num_draws, self._generators = num_draws, generators
+        self._first, self._asked = 0, 0
+        self._whole: list[Tensor] = []  # (N, R, U) for each time that numbers are asked for.
+
+    def begin(self, first: int) -> "DrawsInParts":
+        """What follows is for the draws from this one on."""
+        self._first, self._asked = first, 0
+        return self
+
+    def next(self, num_draws: int, make: Callable[[int, Sequence[torch.Generator]], Tensor]) -> Tensor:
+        """The numbers of so many draws, of those that `make` gives for all."""
+        if self._asked == len(self._whole):
+            self._whole.append(make(self._num_draws, self._generators))
+        self._asked += 1
+        return self._whole[self._asked - 1][self._first : self._first + num_draws]
+
+
+Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | None
+"""One generator for all rows, one for each row, draws in parts, or None for the default generator."""
 
 
 def uniform(
@@ -47,6 +76,10 @@ def _of_rows(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
+    if isinstance(randomness, DrawsInParts):
+        return randomness.next(
+            num_draws, lambda most, own: _of_rows(numbers, most, num_rows, size, own, device, dtype)
+        )
     if isinstance(randomness, Sequence):
         if len(randomness) != num_rows:
             raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")

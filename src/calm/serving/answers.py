@@ -13,9 +13,8 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.batching import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
+from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone
 from calm.text.decoding import TextBuilder, spell_tokens
-
-_SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
 
 
 def of_queue(error: QueueFullError) -> ApiError:
@@ -108,7 +107,7 @@ class Answers:
         """Give all texts up."""
         self.engine.cancel(self._jobs)
 
-    async def parts(self, is_gone: Callable[[], Any] | None = None) -> AsyncIterator[Part]:
+    async def parts(self, is_gone: IsGone | None = None) -> AsyncIterator[Part]:
         """What is written, as it comes; whatever ends this, nothing goes on being written.
 
         Args:
@@ -120,12 +119,12 @@ class Answers:
         open_texts, looked = set(range(len(self._jobs))), time.monotonic()
         try:
             while open_texts:
-                if is_gone is not None and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                if is_gone is not None and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
                     if await is_gone():
                         return
                     looked = time.monotonic()
                 try:
-                    index, what = await asyncio.wait_for(self._arrived.get(), _SECONDS_BETWEEN_LOOKS)
+                    index, what = await asyncio.wait_for(self._arrived.get(), SECONDS_BETWEEN_LOOKS)
                 except asyncio.TimeoutError:  # Another class before Python 3.11.
                     continue
                 if index not in open_texts:

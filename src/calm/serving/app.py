@@ -37,6 +37,7 @@ _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "cache-control": "no-cache",
 }
+_MANY_TOKENS = 10_000  # From so many on, an answer is put in words off the event loop.
 # Parts go out as they come, through proxies too.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -52,7 +53,9 @@ class ServerSettings:
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait; more are refused with 429.
         max_tokens: Most new tokens of a text.
+        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
         max_draws: Most draws of a chunk.
+        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         max_body: Bytes of a request.
         seconds: How long a request may take.
         allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
@@ -65,7 +68,9 @@ class ServerSettings:
     max_rows: int = 16
     max_waiting: int = 256
     max_tokens: int = 4096
+    max_request_tokens: int = 1 << 18
     max_draws: int = 1000
+    draws_at_once: int = 4096
     max_body: int = 1 << 20
     seconds: float = 300.0
     allowed_hosts: Sequence[str] = ()
@@ -81,7 +86,7 @@ def create_app(
         tokenizer: Its tokenizer.
         settings: What is allowed.
     """
-    engine = Engine(model, settings.max_rows, settings.max_waiting)
+    engine = Engine(model, settings.max_rows, settings.max_waiting, settings.draws_at_once)
     metrics = Metrics(engine)
     endpoint = Endpoint(engine, model, tokenizer, settings, metrics)
 
@@ -89,6 +94,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        endpoint.readers.stop()
         engine.stop()
 
     # Its own pages of documentation would load scripts from elsewhere.
@@ -120,18 +126,22 @@ def create_app(
 
     @app.post("/v1/completions", response_model=None, openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, settings.max_body)
-        return await _answer(endpoint.complete(body), body.stream, request)
+        body = await read_body(request, CompletionRequest, settings.max_body, endpoint.readers)
+        answer = await endpoint.complete(body, request.is_disconnected)
+        return await _answer(endpoint, answer, body.stream, request)
 
     @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatRequest, settings.max_body)
-        return await _answer(endpoint.chat(body), body.stream, request)
+        body = await read_body(request, ChatRequest, settings.max_body, endpoint.readers)
+        answer = await endpoint.chat(body, request.is_disconnected)
+        return await _answer(endpoint, answer, body.stream, request)
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
-    async def pool(request: Request) -> dict[str, Any]:
-        body = await read_body(request, PoolRequest, settings.max_body)
-        return await describe_pool(endpoint, body, settings.max_draws)
+    async def pool(request: Request) -> Response:
+        body = await read_body(request, PoolRequest, settings.max_body, endpoint.readers)
+        is_gone = request.is_disconnected
+        found = await describe_pool(endpoint, body, settings.max_draws, settings.seconds, is_gone)
+        return await endpoint.readers.run(lambda: JSONResponse(found), is_gone)
 
     _add_playground(app, settings)
     return app
@@ -169,11 +179,15 @@ def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
         }
 
 
-async def _answer(answer: Any, is_stream: bool, request: Request) -> Response:
+async def _answer(endpoint: Endpoint, answer: Any, is_stream: bool, request: Request) -> Response:
     """An answer as one object or as server-sent events."""
     if not is_stream:
         whole = await answer.whole(request.is_disconnected)
-        return JSONResponse(whole) if whole is not None else Response(status_code=499)
+        if whole is None:
+            return Response(status_code=499)
+        if whole["usage"]["completion_tokens"] < _MANY_TOKENS:
+            return JSONResponse(whole)
+        return await endpoint.readers.run(lambda: JSONResponse(whole), request.is_disconnected)
     events = _events(answer, request.scope["request_id"])
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 

@@ -1,8 +1,8 @@
 """By which names a server may be called.
 
 A web page can have its own name resolve to any address (DNS rebinding); the browser then takes the server
-there for a part of the page's site, and the page reads all answers. The Host header still has the page's name.
-An attack needs such a name, so addresses are always good.
+there for a part of the page's site, and the page reads all answers. The Host header still has the page's
+name. An attack needs such a name, so addresses are always good.
 """
 
 import ipaddress
@@ -21,7 +21,8 @@ class Hosts:
     """The names of a server.
 
     Args:
-        names: Names beside `localhost` and that of this machine; "*.name" for all below a name, and "*" for any.
+        names: Names beside `localhost` and that of this machine; "*.name" for all below a name, and "*" for
+            any.
 
     Raises:
         ValueError: If one is no name of a host.
@@ -54,8 +55,8 @@ class Hosts:
         )
         if not is_own:
             raise ApiError(
-                f"this server does not answer by the name '{quoted(host)}'; call it by its address, or start it "
-                "with --allowed_hosts NAME.",
+                f"this server does not answer by the name '{quoted(host)}'; call it by its address, or start "
+                "it with --allowed_hosts.",
                 403,
                 code="host_not_allowed",
             )

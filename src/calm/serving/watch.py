@@ -1,4 +1,4 @@
-"""What every request passes: the name it calls, the key, an id, counts, and the answer to what nobody caught."""
+"""What every request passes: its Host, the key, an id, counts, and the answer to what nobody caught."""
 
 import logging
 import secrets
@@ -17,7 +17,7 @@ _OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground
 
 
 class Watch:
-    """Looks at the name that is called and at the key, names requests, and counts them when their answers have ended.
+    """Checks host and key, names requests, and counts them when their answers have ended.
 
     Args:
         app: What answers.

@@ -303,8 +303,8 @@ def serve(
         max_draws: Most draws of a chunk.
         max_body: Most bytes of a request.
         seconds: How long a request may take.
-        allowed_hosts: Names that web pages and clients may call the server by, such as '[example.org]'; addresses,
-            localhost and this machine's own name are always good, and "*" is any.
+        allowed_hosts: Names that the server may be called by, such as '[example.org]', beside addresses,
+            localhost and this machine's own name; '["*"]' is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     _look_for(model)
