@@ -23,6 +23,7 @@ from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, own_mistake, quoted
 from calm.serving.hosts import Hosts
+from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
@@ -57,6 +58,13 @@ class ServerSettings:
         max_draws: Most draws of a chunk.
         draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         max_body: Bytes of a request.
+        max_bytes: Bytes of all requests that are not answered yet, at least those of one.
+        max_client_bytes: The same for one address.
+        max_connections: Connections at the same time; fewer where the system does not allow as many files.
+        max_client_connections: Connections of one address at the same time.
+        header_seconds: How long the head of a request may take.
+        body_seconds: How long its body may take.
+        write_seconds: How long a client may leave what has been sent to it.
         seconds: How long a request may take.
         allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
             "*" for any.
@@ -72,6 +80,13 @@ class ServerSettings:
     max_draws: int = 1000
     draws_at_once: int = 4096
     max_body: int = 1 << 20
+    max_bytes: int = 1 << 26
+    max_client_bytes: int = 1 << 24
+    max_connections: int = 512
+    max_client_connections: int = 128
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    write_seconds: float = 60.0
     seconds: float = 300.0
     allowed_hosts: Sequence[str] = ()
 
@@ -88,6 +103,9 @@ def create_app(
     """
     engine = Engine(model, settings.max_rows, settings.max_waiting, settings.draws_at_once)
     metrics = Metrics(engine)
+    intake = Intake(
+        *(max(most, settings.max_body) for most in (settings.max_bytes, settings.max_client_bytes))
+    )
     endpoint = Endpoint(engine, model, tokenizer, settings, metrics)
 
     @contextlib.asynccontextmanager
@@ -99,9 +117,11 @@ def create_app(
 
     # Its own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.engine = engine
+    app.state.engine, app.state.intake = engine, intake
     _add_errors(app)
-    app.add_middleware(Watch, key=settings.api_key, hosts=Hosts(settings.allowed_hosts), metrics=metrics)
+    app.add_middleware(
+        Watch, key=settings.api_key, hosts=Hosts(settings.allowed_hosts), intake=intake, metrics=metrics
+    )
     described = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
 
     @app.get("/health")
