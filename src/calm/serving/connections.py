@@ -6,13 +6,12 @@ that waits too long is told so and closed, and descriptors are left for the rest
 
 import asyncio
 import ipaddress
-import json
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -91,15 +90,17 @@ def affordable_connections(wanted: int) -> int:
         return wanted
     affordable = max(1, soft - reserve)
     logger.warning(
-        "%d open files are allowed, so at most %d connections are taken; raise that limit (ulimit -n) for %d.",
-        soft, affordable, wanted,
-    )  # fmt: skip
+        "%d open files are allowed, so at most %d connections are taken; raise 'ulimit -n' for %d.",
+        soft,
+        affordable,
+        wanted,
+    )
     return affordable
 
 
 def _open_files() -> int:
     try:
-        return len(os.listdir("/dev/fd"))
+        return len(list(Path("/dev/fd").iterdir()))
     except OSError:
         return _OTHER_FILES
 
@@ -229,7 +230,7 @@ class Connection(H11Protocol):
         try:
             head = self.conn.send(h11.Response(status_code=error.status, headers=headers)) or b""
             is_head = self.scope is not None and self.scope["method"] == "HEAD"
-            body = b"" if is_head else self.conn.send(h11.Data(data=json.dumps(error.body).encode())) or b""
+            body = b"" if is_head else self.conn.send(h11.Data(data=response.body)) or b""
         except h11.LocalProtocolError:
             self.transport.abort()
             return

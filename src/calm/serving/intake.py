@@ -49,8 +49,8 @@ class Intake:
             ):
                 if size and kept + size > most:
                     raise ApiError(
-                        f"the requests {whose} that are not answered yet have {kept} bytes, and at most {most} "
-                        "are allowed; try later.",
+                        f"the requests {whose} that are not answered yet have {kept} bytes, and at most "
+                        f"{most} are allowed; try later.",
                         429,
                         "rate_limit_error",
                         code="too_many_bytes",

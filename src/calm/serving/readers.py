@@ -1,4 +1,4 @@
-"""Work that would hold the event loop up, in a thread of its own, for as long as somebody waits for it."""
+"""Work that would hold the event loop up, in threads of its own, for as long as somebody waits for it."""
 
 import asyncio
 import copy
@@ -38,10 +38,10 @@ async def unless_gone(work: "Future[_Result]", is_gone: IsGone) -> _Result:
 
 
 class Readers:
-    """A thread that reads and spells texts, one request after the other.
+    """A thread that reads texts, one request after the other, and one that spells what is written.
 
-    It has a tokenizer to itself: what a tokenizer takes for a control token is a setting of it, which each
-    call changes.
+    The first has a tokenizer to itself: what a tokenizer takes for a control token is a setting of it, which
+    each call changes.
 
     Args:
         tokenizer: Copied.
@@ -51,7 +51,8 @@ class Readers:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_waiting: int) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         self._max_waiting, self._num_waiting = max_waiting, 0
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="calm-reader")
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="calm-reader")
+        self._spelling = ThreadPoolExecutor(1, thread_name_prefix="calm-speller")
 
     async def run(self, work: Callable[[], _Result], is_gone: IsGone) -> _Result:
         """Do something in the thread.
@@ -68,7 +69,7 @@ class Readers:
                 "too many requests wait to be read; try later.", 429, "rate_limit_error", code="queue_full"
             )
         try:
-            begun = self._threads.submit(work)
+            begun = self._reading.submit(work)
         except RuntimeError as error:  # It has been stopped.
             raise ApiError(
                 "the server is shutting down.", 503, "server_error", code="shutting_down"
@@ -79,6 +80,11 @@ class Readers:
         finally:
             self._num_waiting -= 1
 
+    async def spell(self, work: Callable[[], _Result]) -> _Result:
+        """Do something in the other thread, for a text that is being written."""
+        return await asyncio.wrap_future(self._spelling.submit(work))
+
     def stop(self) -> None:
         """Begin nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._spelling.shutdown(wait=False, cancel_futures=True)

@@ -203,6 +203,7 @@ class Endpoint:
             seed=request.chosen_seed(),
             stops=[*request.stop, *more_stops],
             seconds=self._settings.seconds,
+            readers=self.readers,
             with_chunks=request.return_chunks,
         )
         answers.submit()

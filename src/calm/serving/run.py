@@ -55,7 +55,7 @@ def run_server(
             f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"
         ) from error
     for limit, value in limits.items():
-        if value <= 0:
+        if not value > 0:  # Or it is no number.
             raise InputError(f"{limit} must be above 0, got {value}.")
     most = min(TemperatureSettings.max_draws, limits.get("max_draws", TemperatureSettings.max_draws))
     try:
