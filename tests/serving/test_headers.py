@@ -47,6 +47,16 @@ def test_a_key_of_other_bytes(key, model, tokenizer):
         shown = b"Bearer " + key.encode("utf-8", "surrogateescape").strip()
         assert HTTP.get(f"{url}/v1/models", headers={"authorization": shown}).status_code == 200
         assert HTTP.get(f"{url}/v1/models", headers={"authorization": shown + b"x"}).status_code == 401
+        assert HTTP.get(f"{url}/v1/models", headers={"authorization": shown[:-1]}).status_code == 401
+
+
+def test_a_key_in_the_latin_1_of_some_clients(model, tokenizer):
+    with serving(model, tokenizer, api_key="schl\u00fcssel") as (_, _, url):
+        for encoding in ("utf-8", "latin-1"):
+            shown = {"authorization": "Bearer schl\u00fcssel".encode(encoding)}
+            assert HTTP.get(f"{url}/v1/models", headers=shown).status_code == 200
+        for wrong in (b"Bearer schl\xfdssel", b"Bearer schlussel", b"Bearer schl\xff\xfcssel"):
+            assert HTTP.get(f"{url}/v1/models", headers={"authorization": wrong}).status_code == 401
 
 
 def test_unknown_paths_and_methods(server):

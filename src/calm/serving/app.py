@@ -65,6 +65,7 @@ class ServerSettings:
         header_seconds: How long the head of a request may take.
         body_seconds: How long its body may take.
         write_seconds: How long a client may leave what has been sent to it.
+        template_seconds: How long the chat template may take.
         seconds: How long a request may take.
         allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
             "*" for any.
@@ -87,6 +88,7 @@ class ServerSettings:
     header_seconds: float = 20.0
     body_seconds: float = 60.0
     write_seconds: float = 60.0
+    template_seconds: float = 5.0
     seconds: float = 300.0
     allowed_hosts: Sequence[str] = ()
 

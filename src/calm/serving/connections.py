@@ -230,14 +230,16 @@ class Connection(H11Protocol):
         try:
             head = self.conn.send(h11.Response(status_code=error.status, headers=headers)) or b""
             is_head = self.scope is not None and self.scope["method"] == "HEAD"
-            body = b"" if is_head else self.conn.send(h11.Data(data=response.body)) or b""
+            body = b"" if is_head else self.conn.send(h11.Data(data=bytes(response.body))) or b""
         except h11.LocalProtocolError:
             self.transport.abort()
             return
         self.transport.write(head + body)
         self._time("rest", _SECONDS_TO_READ, self.transport.abort)
-        if self.transport.can_write_eof():
+        try:
             self.transport.write_eof()
+        except OSError:  # The client has left.
+            self.transport.abort()
 
     def _number_of_client(self) -> int:
         own = _address(self)

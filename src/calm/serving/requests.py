@@ -17,6 +17,7 @@ from calm.serving.errors import ApiError, at, quoted
 from calm.serving.metrics import Metrics
 from calm.serving.protocol import ChatRequest, CompletionRequest
 from calm.serving.readers import IsGone, Readers
+from calm.serving.templates import render_elsewhere
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_behind
 from calm.text.encoding import encode_documents
@@ -24,6 +25,8 @@ from calm.text.encoding import encode_documents
 if TYPE_CHECKING:
     from calm.serving.app import ServerSettings
 
+_LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
+_RENDERING = 4  # and so many times those of the context, for marks and what is written around the words.
 _TOKENS_OF_A_COMPLETION = 16  # Where a request says nothing, as the API has it.
 
 
@@ -50,8 +53,12 @@ class Endpoint:
         self.readers = Readers(tokenizer, settings.max_waiting)
         self._settings, self._metrics = settings, metrics
         self._most_characters = _most_characters(model, tokenizer)
+        reader = self.readers.tokenizer
+        if tokenizer.chat_template is not None:
+            most = min(_LONGEST_RENDERING, _RENDERING * (self._most_characters or _LONGEST_RENDERING))
+            render_elsewhere(reader, most, settings.template_seconds)
         # Where a template ends what the assistant says by words, a model may have learned to write them.
-        by_words = end_of_turn(tokenizer).strip() if end_of_turn_id(tokenizer) is None else ""
+        by_words = end_of_turn(reader).strip() if end_of_turn_id(reader) is None else ""
         self._ends_of_turn = [by_words] if by_words else []
 
     def check_name(self, name: str) -> None:

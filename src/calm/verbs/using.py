@@ -293,6 +293,7 @@ def serve(
     header_seconds: float = 20.0,
     body_seconds: float = 60.0,
     write_seconds: float = 60.0,
+    template_seconds: float = 5.0,
     allowed_hosts: list[str] | None = None,
     head: dict[str, Any] | None = None,
 ) -> None:
@@ -321,6 +322,7 @@ def serve(
         header_seconds: How long the head of a request may take.
         body_seconds: How long its body may take.
         write_seconds: How long a client may leave what has been sent to it.
+        template_seconds: How long the chat template of the model may take.
         allowed_hosts: Names that the server may be called by, such as '[example.org]', beside addresses,
             localhost and this machine's own name; '["*"]' is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
@@ -351,6 +353,7 @@ def serve(
         header_seconds=header_seconds,
         body_seconds=body_seconds,
         write_seconds=write_seconds,
+        template_seconds=template_seconds,
         allowed_hosts=allowed_hosts or [],
     )
 
