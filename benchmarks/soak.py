@@ -257,8 +257,9 @@ class Crowd:
     def malformed(self, client, chance):
         """What is no HTTP, or none that is taken."""
         raw = chance.choice([
-            b"\x16\x03\x01" + chance.randbytes(50) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", chance.randbytes(200) + b"\r\n\r\n",
-            b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nhost: evil.example\r\n\r\n",
+            b"\x16\x03\x01" + chance.randbytes(50) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+            chance.randbytes(200) + b"\r\n\r\n",
+            b"GET /" + b"a" * 400_000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nhost: evil.example\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2000000\r\n\r\n",
         ])  # fmt: skip
         with self.connect() as connection:
@@ -272,8 +273,10 @@ class Crowd:
     def invalid(self, client, chance):
         """Requests that cannot be honoured."""
         body = chance.choice([
-            {"prompt": "a" * 900_000}, {"prompt": ["a"] * 100_000, "n": 128}, {"prompt": [5] * 300_000}, {"prompt": 5},
-            {"prompt": "a", "max_tokens": 10**9}, {"prompt": "a", "n": 10**9}, {"messages": []}, {"stop": ["a"] * 99},
+            {"prompt": "a" * 900_000}, {"prompt": ["a"] * 100_000, "n": 128}, {"prompt": [5] * 300_000},
+            {"prompt": 5},
+            {"prompt": "a", "max_tokens": 10**9}, {"prompt": "a", "n": 10**9}, {"messages": []},
+            {"stop": ["a"] * 99},
         ])  # fmt: skip
         status = client.post("/v1/completions", json={"model": "model", **body}).status_code
         return status if status in (400, 413, *BUSY) else self.fault(f"{str(body)[:80]}: {status}")
