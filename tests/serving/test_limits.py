@@ -128,6 +128,14 @@ def test_a_text_that_nobody_waits_for_is_not_read(model, tokenizer, held):
         assert len(read) == 2 and engine.statistics.tokens == 4
 
 
+def test_what_waits_too_long_to_be_read(model, tokenizer, held):
+    with serving(model, tokenizer, seconds=0.1) as (engine, _, url):
+        answer = post(url, prompt="One", max_tokens=1)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        held[0].set()
+        assert engine.statistics.steps == 0
+
+
 def test_too_many_wait_to_be_read(model, tokenizer, held):
     with serving(model, tokenizer, max_waiting=2) as (_, _, url), ThreadPoolExecutor(5) as threads:
         asked = [threads.submit(post, url, prompt="One", max_tokens=1) for _ in range(5)]

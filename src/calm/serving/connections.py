@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from calm.serving.app import ServerSettings
 
 logger = logging.getLogger(__name__)
-_BACKLOG = 128  # All of them may be accepted at once, before any is refused.
-_SPARE = 64  # Connections beyond the limit that are told why they are closed.
-_OTHER_FILES = 64
+_SPARE = 100  # Connections that may be accepted at once before any is refused; and again, that are told why.
+_OTHER_FILES = 32
 _SECONDS_TO_FINISH = 30  # What is being written when the server is asked to end may end first.
 _SECONDS_TO_READ = 2.0  # For a client that still sends, to see why it is refused.
 
@@ -41,6 +40,7 @@ class ConnectionLimits:
         body_seconds: For its body.
         write_seconds: For a client to take what has been sent.
         most: Connections at the same time.
+        spare: Connections beyond those that are told why they are closed.
         most_of_client: Connections of one address at the same time.
     """
 
@@ -48,6 +48,7 @@ class ConnectionLimits:
     body_seconds: float
     write_seconds: float
     most: int
+    spare: int
     most_of_client: int
 
 
@@ -59,43 +60,50 @@ def uvicorn_config(app: FastAPI, settings: "ServerSettings", **options: Any) -> 
         settings: What is allowed.
         **options: Further arguments of `uvicorn.Config`.
     """
+    most, spare = affordable_connections(settings.max_connections)
     limits = ConnectionLimits(
         settings.header_seconds,
         settings.body_seconds,
         settings.write_seconds,
-        affordable_connections(settings.max_connections),
+        most,
+        spare,
         settings.max_client_connections,
     )
     protocol = type("LimitedConnection", (Connection,), {"limits": limits})
     fixed = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _SECONDS_TO_FINISH}
-    return uvicorn.Config(app, **{**fixed, **options}, http=protocol, ws="none", backlog=_BACKLOG)
+    return uvicorn.Config(app, **{**fixed, **options}, http=protocol, ws="none", backlog=spare)
 
 
-def affordable_connections(wanted: int) -> int:
-    """As many connections as descriptors allow, whose limit is raised if it can be."""
+def affordable_connections(wanted: int) -> tuple[int, int]:
+    """As many connections as descriptors allow, whose limit is raised if it can be, and a few to spare.
+
+    The system's queue of connections is as long, since all in it may be accepted before one can be refused.
+    """
     try:
         import resource  # noqa: PLC0415 (not on Windows)
     except ImportError:
-        return wanted
-    reserve = _open_files() + _OTHER_FILES + _BACKLOG + _SPARE
+        return wanted, _SPARE
+    needed = _open_files() + _OTHER_FILES + wanted + 2 * _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted + reserve:
-        most = wanted + reserve if hard == resource.RLIM_INFINITY else min(hard, wanted + reserve)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
         except (ValueError, OSError):
             logger.debug("the limit of descriptors cannot be raised")
-    if soft == resource.RLIM_INFINITY or soft >= wanted + reserve:
-        return wanted
-    affordable = max(1, soft - reserve)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted, _SPARE
+    free = wanted + 2 * _SPARE - (needed - soft)
+    affordable = max(1, free // 2, free - 2 * _SPARE)
+    spare = max(1, (free - affordable) // 2)
     logger.warning(
         "%d open files are allowed, so at most %d connections are taken; raise 'ulimit -n' for %d.",
         soft,
         affordable,
         wanted,
     )
-    return affordable
+    return affordable, spare
 
 
 def _open_files() -> int:
@@ -118,7 +126,7 @@ class Connection(H11Protocol):
         """Take it, or say why not."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # What the system does not take waits in the answer.
-        if len(self.connections) > self.limits.most + _SPARE:
+        if len(self.connections) > self.limits.most + self.limits.spare:
             transport.abort()
         elif len(self.connections) > self.limits.most:
             self._refuse(_too_many("all clients", self.limits.most))

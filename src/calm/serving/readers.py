@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -17,19 +18,24 @@ SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
 _Result = TypeVar("_Result")
 
 
-async def unless_gone(work: "Future[_Result]", is_gone: IsGone) -> _Result:
+async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float = float("inf")) -> _Result:
     """What comes of some work, which is cancelled if nobody waits for it any more.
 
     Args:
         work: The work.
         is_gone: Awaited now and then.
+        seconds: How long it may take, about.
 
     Raises:
-        ApiError: If whoever asked has left.
+        ApiError: If whoever asked has left, or it takes too long.
     """
-    result = asyncio.wrap_future(work)
+    result, deadline = asyncio.wrap_future(work), time.monotonic() + seconds
     try:
         while not (await asyncio.wait({result}, timeout=SECONDS_BETWEEN_LOOKS))[0]:
+            if time.monotonic() > deadline:
+                raise ApiError(
+                    "the request took too long to read; try later.", 504, "server_error", code="timeout"
+                )
             if await is_gone():
                 raise ApiError("the client left before its answer.", 499)
         return result.result()
@@ -46,10 +52,11 @@ class Readers:
     Args:
         tokenizer: Copied.
         max_waiting: Requests that wait for their turn; more are refused.
+        seconds: How long each may take, with its wait.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_waiting: int) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_waiting: int, seconds: float) -> None:
+        self.tokenizer, self._seconds = copy.deepcopy(tokenizer), seconds
         self._max_waiting, self._num_waiting = max_waiting, 0
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="calm-reader")
         self._spelling = ThreadPoolExecutor(1, thread_name_prefix="calm-speller")
@@ -62,7 +69,7 @@ class Readers:
             is_gone: Whether whoever asked has left; then it is not begun.
 
         Raises:
-            ApiError: If too much is waiting, or whoever asked has left.
+            ApiError: If too much is waiting, it takes too long, or whoever asked has left.
         """
         if self._num_waiting >= self._max_waiting:
             raise ApiError(
@@ -76,7 +83,7 @@ class Readers:
             ) from error
         self._num_waiting += 1
         try:
-            return await unless_gone(begun, is_gone)
+            return await unless_gone(begun, is_gone, self._seconds)
         finally:
             self._num_waiting -= 1
 

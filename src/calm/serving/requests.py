@@ -50,7 +50,7 @@ class Endpoint:
         metrics: Metrics,
     ) -> None:
         self.engine, self.model, self.tokenizer = engine, model, tokenizer
-        self.readers = Readers(tokenizer, settings.max_waiting)
+        self.readers = Readers(tokenizer, settings.max_waiting, settings.seconds)
         self._settings, self._metrics = settings, metrics
         self._most_characters = _most_characters(model, tokenizer)
         reader = self.readers.tokenizer
