@@ -57,6 +57,8 @@ def test_what_is_no_name(name, capsys):
     with pytest.raises(ValueError, match="is no name of a host"):
         Hosts([name])
     assert "is no name of a host" in failure(capsys, "serve", "stories", f"--allowed_hosts={[name]}")
+    if name == "http://a.org":  # One name needs no brackets.
+        assert "is no name of a host" in failure(capsys, "serve", "stories", "--allowed_hosts", name)
 
 
 PATHS = (

@@ -294,7 +294,7 @@ def serve(
     body_seconds: float = 60.0,
     write_seconds: float = 60.0,
     template_seconds: float = 5.0,
-    allowed_hosts: list[str] | None = None,
+    allowed_hosts: list[str] | str | None = None,
     head: dict[str, Any] | None = None,
 ) -> None:
     """Answer requests of the OpenAI API with a CALM.
@@ -323,8 +323,8 @@ def serve(
         body_seconds: How long its body may take.
         write_seconds: How long a client may leave what has been sent to it.
         template_seconds: How long the chat template of the model may take.
-        allowed_hosts: Names that the server may be called by, such as '[example.org]', beside addresses,
-            localhost and this machine's own name; '["*"]' is any.
+        allowed_hosts: Name or names that the server may be called by, such as '[a.org, b.org]', beside
+            addresses, localhost and this machine's own name; '*' is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     _look_for(model)
@@ -354,7 +354,7 @@ def serve(
         body_seconds=body_seconds,
         write_seconds=write_seconds,
         template_seconds=template_seconds,
-        allowed_hosts=allowed_hosts or [],
+        allowed_hosts=[allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts or [],
     )
 
 
