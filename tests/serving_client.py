@@ -10,13 +10,15 @@ import uvicorn
 from calm.generation import continue_texts
 from calm.models.batching import ChunkBatch
 from calm.serving.app import ServerSettings, create_app
+from calm.serving.connections import uvicorn_config
 
 
 @contextmanager
 def serving(model, tokenizer, **settings):
     """A running server and a client of it."""
-    app = create_app(model, tokenizer, ServerSettings(**{"name": "tiny", **settings}))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    settings = ServerSettings(**{"name": "tiny", **settings})
+    app = create_app(model, tokenizer, settings)
+    server = uvicorn.Server(uvicorn_config(app, settings, port=0, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

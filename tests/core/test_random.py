@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from calm.core.random import generators_of_rows, select_rows, uniform
+from calm.core.random import (
+    DrawsInParts,
+    generator_of_row,
+    generators_of_rows,
+    normal,
+    select_rows,
+    uniform,
+)
 
 
 def test_a_row_draws_the_same_numbers_alone_and_in_a_batch():
@@ -38,3 +45,21 @@ def test_selected_rows_go_on_with_their_own_streams():
 def test_a_generator_for_every_row_is_needed():
     with pytest.raises(ValueError, match="there are 3 rows, but 2 generators"):
         uniform(1, 3, 1, [torch.Generator(), torch.Generator()])
+
+
+def test_the_generator_of_a_copy_needs_no_other():
+    rows = [[5, 6]] * 3
+    expected = [generator.initial_seed() for generator in generators_of_rows(1, rows)]
+    assert [generator_of_row(1, rows[0], copy).initial_seed() for copy in range(3)] == expected
+
+
+@pytest.mark.parametrize("part", [1, 3, 7, 20])
+def test_draws_in_parts_are_those_of_all_at_once(part):
+    def ask(randomness, num_draws):
+        """Twice, as a head with noise at several steps does."""
+        return torch.cat([normal(num_draws, 2, 3, randomness), uniform(num_draws, 2, 5, randomness)], dim=-1)
+
+    whole = ask(generators_of_rows(1, [[5], [6]]), 20)
+    parts = DrawsInParts(20, generators_of_rows(1, [[5], [6]]))
+    pieces = [ask(parts.begin(first), min(part, 20 - first)) for first in range(0, 20, part)]
+    assert torch.equal(torch.cat(pieces), whole)

@@ -11,6 +11,9 @@ import openai
 import pytest
 from toy import failure
 
+from calm.serving.run import _key
+from calm.serving.watch import _spellings
+
 
 @pytest.fixture(scope="module")
 def folder(model, tokenizer, tmp_path_factory):
@@ -41,12 +44,24 @@ def test_it_serves_and_ends(end, folder):
         process.kill()
 
 
+@pytest.mark.parametrize(
+    "raw",
+    ["k\u00e4y".encode(), b"k\xe4y", "\ufeffk\u00e4y\r\n".encode(), "k\u00e4y\n".encode("utf-16")],
+    ids=["utf-8", "latin-1", "with a mark", "utf-16"],
+)
+def test_a_key_file_in_any_encoding(raw, tmp_path):
+    (tmp_path / "key").write_bytes(raw)
+    key = _key(str(tmp_path / "key"))
+    assert _spellings(key) & {b"k\xe4y", "k\u00e4y".encode()}
+
+
 def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen at 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
     assert "port 99999" in failure(capsys, "serve", folder, "--port", 99999)
     assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
+    assert "must be above 0, got -1" in failure(capsys, "serve", folder, "--header_seconds=-1")
     assert "temperature must lie between 0 and 1" in failure(capsys, "serve", folder, "--temperature", 2)
     assert "cannot be read" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "none")
     (tmp_path / "empty").write_text("\n")

@@ -47,7 +47,7 @@ def test_a_client_that_leaves_frees_its_place(stream, model, tokenizer, monkeypa
         body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "stream": stream}).encode()
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             wait_until(lambda: engine.num_rows == 1)
             connection.shutdown(socket.SHUT_RDWR)
@@ -92,6 +92,35 @@ def test_an_error_ends_its_texts_and_not_the_server(model, tokenizer, monkeypatc
             with pytest.raises(openai.InternalServerError, match="not finite"):
                 client.completions.create(model="tiny", prompt=PROMPT)
         assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
+
+
+def test_an_error_of_one_text_is_told_to_who_asked_for_it_alone(model, tokenizer, monkeypatch):
+    join, bad = ChunkBatch.join, "A bad one"
+
+    def poisoned(self, prompt, *others):
+        row = join(self, prompt, *others)
+        if prompt == tokenizer(bad)["input_ids"]:
+            self._hidden_RD[-1] = float("nan")
+        return row
+
+    monkeypatch.setattr(ChunkBatch, "join", poisoned)
+    with serving(model, tokenizer) as (engine, client, _), ThreadPoolExecutor(6) as pool:
+
+        def ask(number):
+            prompt = bad if number == 3 else PROMPT
+            try:
+                answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=40, seed=number)
+            except openai.InternalServerError as error:
+                return error
+            return answer.choices[0].text
+
+        texts = list(pool.map(ask, range(6)))
+        assert "not finite" in str(texts.pop(3))
+        expected = [
+            alone(model, tokenizer, PROMPT, max_new_tokens=40, seed=number, temperature=1.0)
+            for number in (0, 1, 2, 4, 5)
+        ]
+        assert texts == expected and engine.num_rows == 0
 
 
 def test_stopping_ends_what_is_being_written(model, tokenizer, monkeypatch):

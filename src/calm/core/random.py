@@ -10,8 +10,37 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Randomness = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for all rows, one for each row, or None for the default generator."""
+
+class DrawsInParts:
+    """The randomness of N draws that are made part by part, and come out as if they were made at once.
+
+    Whatever asks for numbers must ask in the same order for every part.
+
+    Args:
+        num_draws: All draws N.
+        generators: Source of the numbers: one generator for each row.
+    """
+
+    def __init__(self, num_draws: int, generators: Sequence[torch.Generator]) -> None:
+        self._num_draws, self._generators = num_draws, generators
+        self._first, self._asked = 0, 0
+        self._whole: list[Tensor] = []  # (N, R, U) for each time that numbers are asked for.
+
+    def begin(self, first: int) -> "DrawsInParts":
+        """What follows is for the draws from this one on."""
+        self._first, self._asked = first, 0
+        return self
+
+    def next(self, num_draws: int, make: Callable[[int, Sequence[torch.Generator]], Tensor]) -> Tensor:
+        """The numbers of so many draws, of those that `make` gives for all."""
+        if self._asked == len(self._whole):
+            self._whole.append(make(self._num_draws, self._generators))
+        self._asked += 1
+        return self._whole[self._asked - 1][self._first : self._first + num_draws]
+
+
+Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | None
+"""One generator for all rows, one for each row, draws in parts, or None for the default generator."""
 
 
 def uniform(
@@ -47,6 +76,10 @@ def _of_rows(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
+    if isinstance(randomness, DrawsInParts):
+        return randomness.next(
+            num_draws, lambda most, own: _of_rows(numbers, most, num_rows, size, own, device, dtype)
+        )
     if isinstance(randomness, Sequence):
         if len(randomness) != num_rows:
             raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")
@@ -86,7 +119,21 @@ def generators_of_rows(
     generators = []
     for row in map(tuple, rows):
         copy = seen[row] = seen.get(row, -1) + 1
-        digest = hashlib.blake2b(repr((seed, copy, row)).encode(), digest_size=8).digest()
-        # manual_seed takes at most 63 bits without wrapping.
-        generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1))
+        generators.append(generator_of_row(seed, row, copy, device))
     return generators
+
+
+def generator_of_row(
+    seed: int, row: Sequence[int], copy: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The generator that `generators_of_rows` gives a row.
+
+    Args:
+        seed: The user's seed.
+        row: Its tokens, without padding.
+        copy: How often the same row came before.
+        device: Where the numbers will be drawn.
+    """
+    digest = hashlib.blake2b(repr((seed, copy, tuple(row))).encode(), digest_size=8).digest()
+    # manual_seed takes at most 63 bits without wrapping.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

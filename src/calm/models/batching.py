@@ -3,7 +3,8 @@
 Shapes: R rows, C chunks in the cache, K tokens per chunk, D hidden size.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +14,12 @@ from torch.nn.functional import pad as pad_columns
 from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos
-from calm.core.random import generators_of_rows
+from calm.core.random import generator_of_row
 from calm.core.temperature import ChunkSample, TemperatureSettings
+from calm.errors import reason_of
 from calm.models.calm import CalmForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -58,6 +62,19 @@ class Written:
     fell_back: bool
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A row that a step could not write, and has let go.
+
+    Args:
+        row: The row.
+        error: Why.
+    """
+
+    row: Row
+    error: Exception
+
+
 class ChunkBatch:
     """Writes all its rows one chunk further at each step.
 
@@ -65,12 +82,16 @@ class ChunkBatch:
     padding in front. With the same seed a row gets the text that `generate` gives its prompt alone, but for
     rounding, which differs between the shapes of a batch.
 
+    A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave,
+    and the others go on without them; where none fails alone, as when memory is short, they go on by halves.
+
     Args:
         model: The model.
+        draws_at_once: Draws of all rows together that are held in memory; rows that may make more take turns.
     """
 
-    def __init__(self, model: CalmForCausalLM) -> None:
-        self._model = model
+    def __init__(self, model: CalmForCausalLM, draws_at_once: int = 4096) -> None:
+        self._model, self._draws_at_once = model, draws_at_once
         self._rows: list[Row] = []
         self._cache = DynamicCache(config=model.config.backbone)
         self._mask_RC = torch.zeros(0, 0, dtype=torch.long, device=model.device)
@@ -110,27 +131,33 @@ class ChunkBatch:
             past_key_values=cache,
             use_cache=True,
         )
-        generator = generators_of_rows(seed, [prompt] * (copy + 1), device)[copy]
+        generator = generator_of_row(seed, prompt, copy, device)
         row = Row(settings, budget, generator, position=int(mask_1C.sum()))
-        hidden_1D = outputs.last_hidden_state[:, -1]
-        hidden_RD = torch.cat([self._hidden_RD.to(hidden_1D.dtype), hidden_1D])
-        length = max(self._mask_RC.shape[1], mask_1C.shape[1])
-        parts = [pad_columns(mask, (length - mask.shape[1], 0)) for mask in (self._mask_RC, mask_1C)]
-        mask_RC = torch.cat(parts)
-        cache = _side_by_side(self._cache, cache, self._model) if self._rows else cache
-        # All at once: a row that failed to join must leave nothing behind.
-        self._hidden_RD, self._mask_RC, self._cache = hidden_RD, mask_RC, cache
-        self._rows.append(row)
+        alone = ChunkBatch(self._model, self._draws_at_once)
+        alone._rows, alone._cache, alone._mask_RC = [row], cache, mask_1C
+        alone._hidden_RD = outputs.last_hidden_state[:, -1]
+        self._append(alone)
         return row
 
     @torch.no_grad()
-    def step(self) -> list[Written]:
-        """Write a chunk of every row; those that ended leave."""
+    def step(self) -> list[Written | Failed]:
+        """Write a chunk of every row; those that ended or failed leave."""
         if not self._rows:
             return []
-        chunks_RK, written = self._sample()
-        self._keep([place for place, row in enumerate(self._rows) if not row.has_ended], chunks_RK)
-        return written
+        try:
+            return [*self._advance()]
+        except Exception as error:
+            if len(self._rows) == 1:
+                [row] = self._rows
+                self._select([])
+                return [Failed(row, error)]
+            logger.debug("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
+        failed = [one for row in self._rows if (one := self._try_alone(row)) is not None]
+        if not failed:
+            return self._step_by_halves()
+        at_fault = {id(one.row) for one in failed}
+        self._select([place for place, row in enumerate(self._rows) if id(row) not in at_fault])
+        return [*failed, *self.step()]
 
     @torch.no_grad()
     def drop(self, row: Row) -> None:
@@ -138,16 +165,73 @@ class ChunkBatch:
         if row in self._rows:
             self._select([place for place, other in enumerate(self._rows) if other is not row])
 
+    def _advance(self) -> list[Written]:
+        """A step that changes nothing if it fails."""
+        before = _State(self)
+        try:
+            chunks_RK, written = self._sample()
+            self._keep([place for place, row in enumerate(self._rows) if not row.has_ended], chunks_RK)
+        except Exception:
+            before.restore()
+            raise
+        return written
+
+    def _try_alone(self, row: Row) -> Failed | None:
+        """Whether a row fails by itself; nothing is written."""
+        before = _State(self)
+        try:
+            self._select([self._rows.index(row)])
+            self._advance()
+        except Exception as error:
+            return Failed(row, error)
+        finally:
+            before.restore()
+        return None
+
+    def _step_by_halves(self) -> list[Written | Failed]:
+        number = len(self._rows)
+        halves = [self._part(range(number // 2)), self._part(range(number // 2, number))]
+        results = [one for half in halves for one in half.step()]
+        self._select([])
+        for half in halves:
+            self._append(half)
+        return results
+
+    def _part(self, places: Sequence[int]) -> "ChunkBatch":
+        """Some of the rows in a batch of their own, which are still in this one too."""
+        before, part = _State(self), ChunkBatch(self._model, self._draws_at_once)
+        try:
+            self._select(list(places))
+            part._rows, part._cache = self._rows, self._cache
+            part._mask_RC, part._hidden_RD = self._mask_RC, self._hidden_RD
+        finally:
+            before.restore()
+        return part
+
+    def _append(self, other: "ChunkBatch") -> None:
+        """Take the rows of another batch in; all at once, so that a failure leaves nothing behind."""
+        if not len(other):
+            return
+        hidden_RD = torch.cat([self._hidden_RD.to(other._hidden_RD.dtype), other._hidden_RD])
+        length = max(self._mask_RC.shape[1], other._mask_RC.shape[1])
+        masks = (self._mask_RC, other._mask_RC)
+        mask_RC = torch.cat([pad_columns(mask, (length - mask.shape[1], 0)) for mask in masks])
+        cache = _side_by_side(self._cache, other._cache, self._model) if self._rows else other._cache
+        self._hidden_RD, self._mask_RC, self._cache = hidden_RD, mask_RC, cache
+        self._rows = [*self._rows, *other._rows]
+
     def _sample(self) -> tuple[Tensor, list[Written]]:
         """The next chunk of every row (R, K), by rows of equal settings."""
         size = self._model.config.chunk_size
         chunks_RK = torch.full((len(self._rows), size), self._pad, device=self._model.device)
         written: list[Written | None] = [None] * len(self._rows)
-        for settings in dict.fromkeys(row.settings for row in self._rows):
-            places = [place for place, row in enumerate(self._rows) if row.settings == settings]
+        for settings, places in self._turns():
             chosen = torch.tensor(places, device=self._model.device)
             generators = [self._rows[place].generator for place in places]
-            sample = self._model.sample_chunks(self._hidden_RD[chosen], settings, generators)
+            hidden_AD = self._hidden_RD[chosen]
+            if not bool(hidden_AD.isfinite().all()):  # Not every head would notice.
+                raise ValueError("the state of the model is not finite; its weights may be damaged.")
+            sample = self._model.sample_chunks(hidden_AD, settings, generators)
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, self._eos_ids, self._pad)
             chunks_RK[chosen] = chunk_AK
             for number, place in enumerate(places):
@@ -155,6 +239,13 @@ class ChunkBatch:
                     self._rows[place], chunk_AK[number], bool(ends_A[number]), sample, number
                 )
         return chunks_RK, [one for one in written if one is not None]
+
+    def _turns(self) -> Iterator[tuple[TemperatureSettings, list[int]]]:
+        """Places of rows that are sampled together: of equal settings, and not too many draws."""
+        for settings in dict.fromkeys(row.settings for row in self._rows):
+            places = [place for place, row in enumerate(self._rows) if row.settings == settings]
+            most = max(1, self._draws_at_once // _most_draws(settings))
+            yield from ((settings, places[first : first + most]) for first in range(0, len(places), most))
 
     def _note(self, row: Row, chunk_K: Tensor, ends: bool, sample: ChunkSample, number: int) -> Written:
         """Count a chunk of a row, and tell what of it is text."""
@@ -198,15 +289,52 @@ class ChunkBatch:
         """Keep some rows, without columns that none of them needs."""
         if len(places) == len(self._rows):
             return
-        self._rows = [self._rows[place] for place in places]
         chosen = torch.tensor(places, dtype=torch.long, device=self._model.device)
-        mask_RC = self._mask_RC[chosen]
+        mask_RC, hidden_RD = self._mask_RC[chosen], self._hidden_RD[chosen]
         first = int(mask_RC.any(0).int().argmax()) if places else mask_RC.shape[1]
-        self._mask_RC, self._hidden_RD = mask_RC[:, first:], self._hidden_RD[chosen]
         layers = [
             (keys[chosen, :, first:], values[chosen, :, first:]) for keys, values in _layers(self._cache)
         ]
         self._cache = _cache_of(layers if places else [], self._model)
+        self._rows = [self._rows[place] for place in places]
+        self._mask_RC, self._hidden_RD = mask_RC[:, first:], hidden_RD
+
+
+class _State:
+    """A batch as it is now, to go back to. Tensors are kept, not copied: a step makes new ones.
+
+    Args:
+        batch: The batch.
+    """
+
+    def __init__(self, batch: ChunkBatch) -> None:
+        self._batch = batch
+        self._tensors = (batch._mask_RC, batch._hidden_RD)
+        self._cache, self._layers = batch._cache, _layers(batch._cache)
+        self._rows = list(batch._rows)
+        self._numbers = [
+            (row.budget, row.position, row.has_ended, row.generator.get_state()) for row in self._rows
+        ]
+
+    def restore(self) -> None:
+        """Go back."""
+        batch, batch._rows = self._batch, list(self._rows)
+        batch._mask_RC, batch._hidden_RD = self._tensors
+        batch._cache = self._cache
+        cached: Any = self._cache.layers
+        for layer, (keys, values) in zip(cached, self._layers, strict=True):
+            layer.keys, layer.values = keys, values
+        for row, (budget, position, has_ended, state) in zip(self._rows, self._numbers, strict=True):
+            row.budget, row.position, row.has_ended = budget, position, has_ended
+            row.generator.set_state(state)
+
+
+def _most_draws(settings: TemperatureSettings) -> int:
+    """Draws of a row that are held at once."""
+    if settings.takes_one_draw:
+        return 1
+    is_exact = settings.sampler == "exact" and settings.temperature > 0
+    return settings.max_draws if is_exact else settings.num_draws
 
 
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

@@ -13,9 +13,8 @@ from calm.core.temperature import TemperatureSettings
 from calm.models.batching import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
+from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers
 from calm.text.decoding import TextBuilder, spell_tokens
-
-_SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
 
 
 def of_queue(error: QueueFullError) -> ApiError:
@@ -23,6 +22,9 @@ def of_queue(error: QueueFullError) -> ApiError:
     if isinstance(error, StoppingError):
         return ApiError(str(error), 503, "server_error", code="shutting_down")
     return ApiError(str(error), 429, "rate_limit_error", code="queue_full")
+
+
+_LONG_TEXT = 2000  # From so many tokens on, or characters of stops, a text is spelled off the event loop.
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Answers:
         seed: Seed of all.
         stops: Where a text ends.
         seconds: How long all may take.
+        readers: Who spells long texts.
         with_chunks: Whether parts tell what was drawn.
     """
 
@@ -68,6 +71,7 @@ class Answers:
     seed: int
     stops: Sequence[str]
     seconds: float
+    readers: Readers
     with_chunks: bool = False
 
     def __post_init__(self) -> None:
@@ -78,14 +82,17 @@ class Answers:
         ]
         self._arrived: asyncio.Queue[tuple[int, Written | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + self.seconds
+        self._deadline = time.monotonic() + self.seconds
+        self._stop_length = sum(map(len, self.stops))
         written: Counter[tuple[int, ...]] = Counter()  # Equal prompts get different texts.
-        self._jobs = []
-        for index, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.copies)):
-            copy = written[tuple(prompt)]
-            written[tuple(prompt)] += 1
-            job = Job(prompt, self.settings, self.budget, self.seed, self._delivery(index), copy, deadline)
-            self._jobs.append(job)
+        self._jobs: list[Job] = []
+        for prompt in self.prompts:
+            words = tuple(prompt)
+            for copy in range(written[words], written[words] + self.copies):
+                deliver = self._delivery(len(self._jobs))
+                job = Job(prompt, self.settings, self.budget, self.seed, deliver, copy, self._deadline)
+                self._jobs.append(job)
+            written[words] += self.copies
 
     @property
     def usage(self) -> dict[str, int]:
@@ -108,7 +115,7 @@ class Answers:
         """Give all texts up."""
         self.engine.cancel(self._jobs)
 
-    async def parts(self, is_gone: Callable[[], Any] | None = None) -> AsyncIterator[Part]:
+    async def parts(self, is_gone: IsGone | None = None) -> AsyncIterator[Part]:
         """What is written, as it comes; whatever ends this, nothing goes on being written.
 
         Args:
@@ -120,32 +127,38 @@ class Answers:
         open_texts, looked = set(range(len(self._jobs))), time.monotonic()
         try:
             while open_texts:
-                if is_gone is not None and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                if is_gone is not None and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
                     if await is_gone():
                         return
                     looked = time.monotonic()
+                if time.monotonic() > self._deadline + SECONDS_BETWEEN_LOOKS:  # It is read too slowly.
+                    raise _took_too_long("the answer took too long")
                 try:
-                    index, what = await asyncio.wait_for(self._arrived.get(), _SECONDS_BETWEEN_LOOKS)
+                    index, what = await asyncio.wait_for(self._arrived.get(), SECONDS_BETWEEN_LOOKS)
                 except asyncio.TimeoutError:  # Another class before Python 3.11.
                     continue
                 if index not in open_texts:
                     continue
-                part = self._part(index, what)
+                part = await self._part(index, what)
                 if part.finish_reason is not None:
                     open_texts.discard(index)
                 yield part
         finally:
             self.cancel()
 
-    def _part(self, index: int, what: Written | Exception) -> Part:
+    async def _part(self, index: int, what: Written | Exception) -> Part:
         if isinstance(what, TimeoutError):
-            raise ApiError(f"{what}; ask for fewer tokens.", 504, "server_error", code="timeout")
+            raise _took_too_long(str(what))
         if isinstance(what, QueueFullError):
             raise of_queue(what)
         if isinstance(what, Exception):
             raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
         builder = self._texts[index]
-        new = builder.add(what.tokens, is_last=what.ended_by is not None)
+        is_last = what.ended_by is not None
+        if builder.num_tokens + self._stop_length < _LONG_TEXT:
+            new = builder.add(what.tokens, is_last)
+        else:
+            new = await self.readers.spell(lambda: builder.add(what.tokens, is_last))
         reason = None
         if builder.is_stopped:
             self.engine.cancel([self._jobs[index]])
@@ -168,3 +181,7 @@ class Answers:
             self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, what))
 
         return deliver
+
+
+def _took_too_long(what: str) -> ApiError:
+    return ApiError(f"{what}; ask for fewer tokens.", 504, "server_error", code="timeout")

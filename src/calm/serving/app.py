@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib import resources
@@ -22,6 +22,8 @@ from calm.models.calm import CalmForCausalLM
 from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, own_mistake, quoted
+from calm.serving.hosts import Hosts
+from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
@@ -36,6 +38,7 @@ _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "cache-control": "no-cache",
 }
+_MANY_TOKENS = 10_000  # From so many on, an answer is put in words off the event loop.
 # Parts go out as they come, through proxies too.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -51,9 +54,21 @@ class ServerSettings:
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait; more are refused with 429.
         max_tokens: Most new tokens of a text.
+        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
         max_draws: Most draws of a chunk.
+        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         max_body: Bytes of a request.
+        max_bytes: Bytes of all requests that are not answered yet, at least those of one.
+        max_client_bytes: The same for one address.
+        max_connections: Connections at the same time; fewer where the system does not allow as many files.
+        max_client_connections: Connections of one address at the same time.
+        header_seconds: How long the head of a request may take.
+        body_seconds: How long its body may take.
+        write_seconds: How long a client may leave what has been sent to it.
+        template_seconds: How long the chat template may take.
         seconds: How long a request may take.
+        allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
+            "*" for any.
     """
 
     name: str
@@ -62,9 +77,20 @@ class ServerSettings:
     max_rows: int = 16
     max_waiting: int = 256
     max_tokens: int = 4096
+    max_request_tokens: int = 1 << 18
     max_draws: int = 1000
+    draws_at_once: int = 4096
     max_body: int = 1 << 20
+    max_bytes: int = 1 << 26
+    max_client_bytes: int = 1 << 24
+    max_connections: int = 512
+    max_client_connections: int = 128
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    write_seconds: float = 60.0
+    template_seconds: float = 5.0
     seconds: float = 300.0
+    allowed_hosts: Sequence[str] = ()
 
 
 def create_app(
@@ -77,21 +103,27 @@ def create_app(
         tokenizer: Its tokenizer.
         settings: What is allowed.
     """
-    engine = Engine(model, settings.max_rows, settings.max_waiting)
+    engine = Engine(model, settings.max_rows, settings.max_waiting, settings.draws_at_once)
     metrics = Metrics(engine)
+    intake = Intake(
+        *(max(most, settings.max_body) for most in (settings.max_bytes, settings.max_client_bytes))
+    )
     endpoint = Endpoint(engine, model, tokenizer, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        endpoint.readers.stop()
         engine.stop()
 
     # Its own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.engine = engine
+    app.state.engine, app.state.intake = engine, intake
     _add_errors(app)
-    app.add_middleware(Watch, key=settings.api_key, metrics=metrics)
+    app.add_middleware(
+        Watch, key=settings.api_key, hosts=Hosts(settings.allowed_hosts), intake=intake, metrics=metrics
+    )
     described = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
 
     @app.get("/health")
@@ -116,18 +148,22 @@ def create_app(
 
     @app.post("/v1/completions", response_model=None, openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, settings.max_body)
-        return await _answer(endpoint.complete(body), body.stream, request)
+        body = await read_body(request, CompletionRequest, settings.max_body, endpoint.readers)
+        answer = await endpoint.complete(body, request.is_disconnected)
+        return await _answer(endpoint, answer, body.stream, request)
 
     @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatRequest, settings.max_body)
-        return await _answer(endpoint.chat(body), body.stream, request)
+        body = await read_body(request, ChatRequest, settings.max_body, endpoint.readers)
+        answer = await endpoint.chat(body, request.is_disconnected)
+        return await _answer(endpoint, answer, body.stream, request)
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
-    async def pool(request: Request) -> dict[str, Any]:
-        body = await read_body(request, PoolRequest, settings.max_body)
-        return await describe_pool(endpoint, body, settings.max_draws)
+    async def pool(request: Request) -> Response:
+        body = await read_body(request, PoolRequest, settings.max_body, endpoint.readers)
+        is_gone = request.is_disconnected
+        found = await describe_pool(endpoint, body, settings.max_draws, settings.seconds, is_gone)
+        return await endpoint.readers.run(lambda: JSONResponse(found), is_gone)
 
     _add_playground(app, settings)
     return app
@@ -165,11 +201,15 @@ def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
         }
 
 
-async def _answer(answer: Any, is_stream: bool, request: Request) -> Response:
+async def _answer(endpoint: Endpoint, answer: Any, is_stream: bool, request: Request) -> Response:
     """An answer as one object or as server-sent events."""
     if not is_stream:
         whole = await answer.whole(request.is_disconnected)
-        return JSONResponse(whole) if whole is not None else Response(status_code=499)
+        if whole is None:
+            return Response(status_code=499)
+        if whole["usage"]["completion_tokens"] < _MANY_TOKENS:
+            return JSONResponse(whole)
+        return await endpoint.readers.run(lambda: JSONResponse(whole), request.is_disconnected)
     events = _events(answer, request.scope["request_id"])
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 

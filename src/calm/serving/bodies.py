@@ -10,17 +10,20 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from calm.serving.errors import ApiError, json_type, of_validation
+from calm.serving.readers import Readers
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_LONG = 1 << 15  # Bytes from which on a body is read off the event loop.
 
 
-async def read_body(request: Request, model: type[_Model], most_bytes: int) -> _Model:
+async def read_body(request: Request, model: type[_Model], most_bytes: int, readers: Readers) -> _Model:
     """The body of a request.
 
     Args:
         request: The request.
         model: What the body must fit.
         most_bytes: Length that is allowed.
+        readers: Who reads long ones.
 
     Raises:
         ApiError: If it is from a page of another origin, too long, no JSON object, or does not fit.
@@ -29,9 +32,15 @@ async def read_body(request: Request, model: type[_Model], most_bytes: int) -> _
     _check_origin(request, content_type)
     if content_type.startswith("multipart/"):
         raise ApiError("the body is a form in several parts; send a JSON object.")
-    body = parse_object(await _read(request, most_bytes))
+    raw = await _read(request, most_bytes)
+    if len(raw) < _LONG:
+        return _fit(raw, model)
+    return await readers.run(lambda: _fit(raw, model), request.is_disconnected)
+
+
+def _fit(raw: bytes, model: type[_Model]) -> _Model:
     try:
-        return model.model_validate(body)
+        return model.model_validate(parse_object(raw))
     except ValidationError as error:
         raise of_validation(error) from error
 

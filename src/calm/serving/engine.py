@@ -4,14 +4,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from calm.core.temperature import TemperatureSettings
 from calm.errors import reason_of
-from calm.models.batching import ChunkBatch, Row, Written
+from calm.models.batching import ChunkBatch, Failed, Row, Written
 from calm.models.calm import CalmForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,47 @@ class Job:
     is_cancelled: bool = field(default=False, init=False)
 
 
+@dataclass(eq=False)
+class Question:
+    """Something that is found out with the model in pieces, between the steps of the texts.
+
+    Args:
+        pieces: Does a piece of the work each time, and returns what was found.
+        deadline: `time.monotonic()` after which it is given up.
+    """
+
+    pieces: Generator[None, None, Any]
+    deadline: float = float("inf")
+    answer: Future = field(default_factory=Future, init=False)  # Cancelled by whoever does not wait for it.
+
+    def go_on(self) -> bool:
+        """Do a piece, unless nobody waits any more; whether there is more to do."""
+        if self.answer.cancelled():
+            self.pieces.close()
+            return False
+        try:
+            if self.deadline < time.monotonic():
+                raise TimeoutError("the answer took too long")
+            next(self.pieces)
+        except StopIteration as end:
+            found = end.value
+            self._settle(lambda: self.answer.set_result(found))
+        except Exception as error:
+            self.fail(error)
+        else:
+            return True
+        return False
+
+    def fail(self, error: Exception) -> None:
+        """End without an answer."""
+        self.pieces.close()
+        self._settle(lambda: self.answer.set_exception(error))
+
+    def _settle(self, tell: Callable[[], None]) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            tell()
+
+
 @dataclass
 class EngineStatistics:
     """What the engine has done since it started."""
@@ -67,15 +108,19 @@ class Engine:
         model: The model; nobody else may use it meanwhile.
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait for their turn.
+        draws_at_once: Draws of all texts together that are held in memory.
     """
 
-    def __init__(self, model: CalmForCausalLM, max_rows: int = 16, max_waiting: int = 256) -> None:
+    def __init__(
+        self, model: CalmForCausalLM, max_rows: int = 16, max_waiting: int = 256, draws_at_once: int = 4096
+    ) -> None:
         self.statistics = EngineStatistics()
         self._model, self._max_rows, self._max_waiting = model, max_rows, max_waiting
-        self._batch = ChunkBatch(model)
+        self._draws_at_once = draws_at_once
+        self._batch = ChunkBatch(model, draws_at_once)
         self._rows: dict[Row, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._asked: deque[tuple[Callable[[CalmForCausalLM], Any], Future]] = deque()
+        self._asked: deque[Question] = deque()
         self._changed = threading.Condition()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="calm-engine", daemon=True)
@@ -100,6 +145,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Texts that wait for their turn."""
         return len(self._waiting)
+
+    @property
+    def num_asked(self) -> int:
+        """Questions that are not answered yet."""
+        return len(self._asked)
 
     @property
     def num_rows(self) -> int:
@@ -132,22 +182,33 @@ class Engine:
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             self._changed.notify()
 
-    def ask(self, question: Callable[[CalmForCausalLM], Any]) -> Future:
-        """Have something done with the model between two steps.
+    def ask(
+        self, pieces: Callable[[CalmForCausalLM], Generator[None, None, Any]], seconds: float = float("inf")
+    ) -> Future:
+        """Have something found out with the model, piece by piece between the steps.
+
+        Args:
+            pieces: Makes a generator that does a piece of the work each time, and returns what was found.
+            seconds: How long it may take.
+
+        Returns:
+            What was found; cancelling it ends the work at the next piece.
 
         Raises:
             QueueFullError: If too much is waiting.
             StoppingError: If the server is shutting down.
         """
-        answer: Future = Future()
+        question = Question(pieces(self._model), time.monotonic() + seconds)
         with self._changed:
             if self._is_stopping:
                 raise StoppingError("the server is shutting down.")
+            # Those that nobody waits for make room at once.
+            self._asked = deque(one for one in self._asked if not one.answer.cancelled())
             if len(self._asked) >= self._max_waiting:
                 raise QueueFullError("too much is being asked; try later.")
-            self._asked.append((question, answer))
+            self._asked.append(question)
             self._changed.notify()
-        return answer
+        return question.answer
 
     def _run(self) -> None:
         try:
@@ -159,9 +220,9 @@ class Engine:
                 self._is_stopping = True
             end = StoppingError("the server is shutting down.")
             self._fail_all(end)
-            for _, answer in self._asked:
-                if answer.set_running_or_notify_cancel():
-                    answer.set_exception(end)
+            for question in self._asked:
+                question.fail(end)
+            self._asked.clear()
 
     def _work(self) -> None:
         while self._wait():
@@ -177,10 +238,17 @@ class Engine:
                 continue
             self._count(written, time.perf_counter() - started)
             for one in written:
-                job = self._rows[one.row]
-                if one.ended_by is not None:
-                    del self._rows[one.row]
-                _deliver(job, one)
+                self._hand_out(one)
+
+    def _hand_out(self, one: Written | Failed) -> None:
+        job = self._rows[one.row]
+        if isinstance(one, Failed) or one.ended_by is not None:
+            del self._rows[one.row]
+        if isinstance(one, Failed):
+            logger.error("a text could not be written", exc_info=one.error)
+            _deliver(job, one.error)
+        else:
+            _deliver(job, one)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to end."""
@@ -189,17 +257,12 @@ class Engine:
             return not self._is_stopping
 
     def _answer(self) -> None:
-        """One question a step, so that texts go on."""
+        """One piece of one question a step, so that texts go on."""
         with self._changed:
-            if not self._asked:
-                return
-            question, answer = self._asked.popleft()
-        if not answer.set_running_or_notify_cancel():
-            return
-        try:
-            answer.set_result(question(self._model))
-        except Exception as error:
-            answer.set_exception(error)
+            question = self._asked[0] if self._asked else None
+        if question is not None and not question.go_on():
+            with self._changed:
+                self._asked = deque(one for one in self._asked if one is not question)
 
     def _let_go(self) -> None:
         now = time.monotonic()
@@ -238,9 +301,10 @@ class Engine:
         for job in jobs:
             _deliver(job, error)
         if not self._is_stopping:
-            self._batch = ChunkBatch(self._model)
+            self._batch = ChunkBatch(self._model, self._draws_at_once)
 
-    def _count(self, written: list[Written], seconds: float) -> None:
+    def _count(self, results: list[Written | Failed], seconds: float) -> None:
+        written = [one for one in results if isinstance(one, Written)]
         self.statistics.steps += bool(written)
         self.statistics.rows_of_steps += len(written)
         self.statistics.tokens += sum(len(one.tokens) for one in written)

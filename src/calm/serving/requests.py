@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
-from calm.models.context import check_room, room_beside
+from calm.models.context import check_room, longest_context, room_beside
 from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
 from calm.serving.metrics import Metrics
 from calm.serving.protocol import ChatRequest, CompletionRequest
+from calm.serving.readers import IsGone, Readers
+from calm.serving.templates import render_elsewhere
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_behind
 from calm.text.encoding import encode_documents
@@ -23,6 +25,8 @@ from calm.text.encoding import encode_documents
 if TYPE_CHECKING:
     from calm.serving.app import ServerSettings
 
+_LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
+_RENDERING = 4  # and so many times those of the context, for marks and what is written around the words.
 _TOKENS_OF_A_COMPLETION = 16  # Where a request says nothing, as the API has it.
 
 
@@ -46,9 +50,15 @@ class Endpoint:
         metrics: Metrics,
     ) -> None:
         self.engine, self.model, self.tokenizer = engine, model, tokenizer
+        self.readers = Readers(tokenizer, settings.max_waiting, settings.seconds)
         self._settings, self._metrics = settings, metrics
+        self._most_characters = _most_characters(model, tokenizer)
+        reader = self.readers.tokenizer
+        if tokenizer.chat_template is not None:
+            most = min(_LONGEST_RENDERING, _RENDERING * (self._most_characters or _LONGEST_RENDERING))
+            render_elsewhere(reader, most, settings.template_seconds)
         # Where a template ends what the assistant says by words, a model may have learned to write them.
-        by_words = end_of_turn(tokenizer).strip() if end_of_turn_id(tokenizer) is None else ""
+        by_words = end_of_turn(reader).strip() if end_of_turn_id(reader) is None else ""
         self._ends_of_turn = [by_words] if by_words else []
 
     def check_name(self, name: str) -> None:
@@ -61,8 +71,12 @@ class Endpoint:
                 code="model_not_found",
             )
 
-    def complete(self, request: CompletionRequest) -> "CompletionAnswer":
+    async def complete(self, request: CompletionRequest, is_gone: IsGone) -> "CompletionAnswer":
         """The answer to a completion request, submitted.
+
+        Args:
+            request: What is asked.
+            is_gone: Whether whoever asked has left.
 
         Raises:
             ApiError: If the request cannot be honoured.
@@ -71,14 +85,30 @@ class Endpoint:
         budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
         settings = self._check(request, len(asked), budget)
         places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
-        prompts = [self.tokens_of(prompt, place) for prompt, place in zip(asked, places, strict=True)]
-        answers = self._submit(request, prompts, budget, settings)
-        echoes = [one if isinstance(one, str) else decode_behind(self.tokenizer, [], one) for one in asked]
-        repeated = [echo for echo in echoes for _ in range(request.n)] if request.echo else None
-        return CompletionAnswer(answers, request, self._settings.name, repeated)
+        for prompt, place in zip(asked, places, strict=True):
+            self._check_length(len(prompt), isinstance(prompt, str), place)
 
-    def chat(self, request: ChatRequest) -> "ChatAnswer":
+        def read() -> tuple[list[list[int]], list[str] | None]:
+            prompts = [self.tokens_of(prompt, place) for prompt, place in zip(asked, places, strict=True)]
+            self._check_size(request, prompts, budget)
+            if not request.echo:
+                return prompts, None
+            read_back = [
+                one if isinstance(one, str) else decode_behind(self.readers.tokenizer, [], one)
+                for one in asked
+            ]
+            return prompts, [echo for echo in read_back for _ in range(request.n)]
+
+        prompts, echoes = await self.readers.run(read, is_gone)
+        answers = self._submit(request, prompts, budget, settings)
+        return CompletionAnswer(answers, request, self._settings.name, echoes)
+
+    async def chat(self, request: ChatRequest, is_gone: IsGone) -> "ChatAnswer":
         """The answer to a chat request, submitted.
+
+        Args:
+            request: What is asked.
+            is_gone: Whether whoever asked has left.
 
         Raises:
             ApiError: If the request cannot be honoured.
@@ -90,13 +120,20 @@ class Endpoint:
             )
         budget = request.max_completion_tokens or request.max_tokens
         settings = self._check(request, 1, budget or 1)
-        try:
-            prompt = encode_chat(self.tokenizer, request.messages)
-        except InputError as error:
-            raise ApiError(str(error), param="messages") from error
-        if budget is None:
-            budget = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
-        answers = self._submit(request, [prompt], budget, settings, self._ends_of_turn)
+        said = sum(len(message["content"]) for message in request.messages)
+        self._check_length(said, True, "messages")
+
+        def read() -> tuple[list[int], int]:
+            try:
+                prompt = encode_chat(self.readers.tokenizer, request.messages)
+            except InputError as error:
+                raise ApiError(str(error), param="messages") from error
+            room = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
+            self._check_size(request, [prompt], budget or room)
+            return prompt, budget or room
+
+        prompt, most = await self.readers.run(read, is_gone)
+        answers = self._submit(request, [prompt], most, settings, self._ends_of_turn)
         return ChatAnswer(answers, request, self._settings.name)
 
     def _check(
@@ -117,12 +154,43 @@ class Endpoint:
                 "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
             )
             raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
+        self._check_total(request, num_prompts * request.n * budget)
         settings = request.settings(self._settings.defaults, self.model.default_sampler)
         try:
             self.model.check_sampler(settings)
         except ValueError as error:
             raise ApiError(str(error), param="sampler") from error
         return settings
+
+    def _check_length(self, length: int, is_text: bool, place: str) -> None:
+        """Raise ApiError for what is longer than any context, before it is read."""
+        most = self._most_characters if is_text else longest_context(self.model.config)
+        if most is not None and length > most:
+            raise ApiError(
+                f"{place}: {length} {'characters' if is_text else 'tokens'} never fit in the context of "
+                f"{longest_context(self.model.config)} tokens; shorten it.",
+                param=place,
+                code="context_length_exceeded",
+            )
+
+    def _check_size(
+        self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], budget: int
+    ) -> None:
+        """Raise ApiError if a text does not fit in the context, or all together are too much."""
+        try:
+            check_room(self.model.config, max(map(len, prompts)), budget)
+        except ValueError as error:
+            raise ApiError(str(error), param=request.prompt_name, code="context_length_exceeded") from error
+        self._check_total(request, request.n * (sum(map(len, prompts)) + len(prompts) * budget))
+
+    def _check_total(self, request: CompletionRequest | ChatRequest, num_tokens: int) -> None:
+        most = self._settings.max_request_tokens
+        if num_tokens > most:
+            raise ApiError(
+                f"the texts of the request have up to {num_tokens} tokens together, and at most {most} are "
+                "allowed; ask for fewer or shorter ones.",
+                param="n" if request.n > 1 else request.prompt_name,
+            )
 
     def _submit(
         self,
@@ -132,10 +200,6 @@ class Endpoint:
         settings: TemperatureSettings,
         more_stops: Sequence[str] = (),
     ) -> Answers:
-        try:
-            check_room(self.model.config, max(map(len, prompts)), budget)
-        except ValueError as error:
-            raise ApiError(str(error), param=request.prompt_name, code="context_length_exceeded") from error
         answers = Answers(
             engine=self.engine,
             tokenizer=self.tokenizer,
@@ -146,6 +210,7 @@ class Endpoint:
             seed=request.chosen_seed(),
             stops=[*request.stop, *more_stops],
             seconds=self._settings.seconds,
+            readers=self.readers,
             with_chunks=request.return_chunks,
         )
         answers.submit()
@@ -153,7 +218,7 @@ class Endpoint:
         return answers
 
     def tokens_of(self, prompt: str | list[int], place: str = "prompt") -> list[int]:
-        """Token ids of a prompt.
+        """Token ids of a prompt, in the thread of the readers.
 
         Args:
             prompt: A text or token ids.
@@ -163,7 +228,8 @@ class Endpoint:
             ApiError: If there are none, or the model does not know them.
         """
         size = len(self.tokenizer)
-        ids = encode_documents(self.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+        self._check_length(len(prompt), isinstance(prompt, str), place)
+        ids = encode_documents(self.readers.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
         if not ids:
             why = ", and this model's tokenizer has no token that begins a text" if prompt == "" else ""
             raise at(place, f"a prompt has no token{why}; give a text.")
@@ -174,6 +240,12 @@ class Endpoint:
     def room_behind(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt."""
         return room_beside(self.model.config, len(prompt)) or 0
+
+
+def _most_characters(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Characters of the longest text that can fit in the context."""
+    longest = longest_context(model.config)
+    return None if longest is None else longest * max(map(len, tokenizer.get_vocab()))
 
 
 class _Answer:
@@ -189,7 +261,7 @@ class _Answer:
 
     prefix = object_name = piece_name = ""
 
-    async def whole(self, is_gone: Callable[[], Any]) -> dict[str, Any] | None:
+    async def whole(self, is_gone: IsGone) -> dict[str, Any] | None:
         """All of it at once; None if whoever asked has left."""
         number = len(self._answers.prompts) * self._answers.copies
         texts, reasons = [self._opening(index) for index in range(number)], [""] * number

@@ -1,7 +1,9 @@
 """`calm serve`: a model folder, a port, and a clean end."""
 
+import codecs
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.serving.logs import fold_repeats
 
 KEY_VARIABLE = "CALM_API_KEY"
-_SECONDS_TO_FINISH = 30  # What is being written when the server is asked to end may end first.
 
 
 def run_server(
@@ -23,6 +25,7 @@ def run_server(
     name: str | None,
     api_key_file: str | None,
     temperature: float,
+    allowed_hosts: Sequence[str] = (),
     **limits: Any,
 ) -> None:
     """Load a model and serve it until SIGINT or SIGTERM.
@@ -35,6 +38,7 @@ def run_server(
         name: The model's name in requests.
         api_key_file: File with the key.
         temperature: Where a request says none.
+        allowed_hosts: Names that it may be called by, beside `host` and its own.
         **limits: Further fields of `calm.serving.app.ServerSettings`.
 
     Raises:
@@ -44,15 +48,18 @@ def run_server(
         import uvicorn  # noqa: PLC0415 (of an extra)
 
         from calm.serving.app import ServerSettings, create_app  # noqa: PLC0415
+        from calm.serving.connections import uvicorn_config  # noqa: PLC0415
+        from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
     except ImportError as error:
         raise InputError(
             f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"
         ) from error
     for limit, value in limits.items():
-        if value <= 0:
+        if not value > 0:  # Or it is no number.
             raise InputError(f"{limit} must be above 0, got {value}.")
     most = min(TemperatureSettings.max_draws, limits.get("max_draws", TemperatureSettings.max_draws))
     try:
+        Hosts(allowed_hosts)
         defaults = TemperatureSettings(temperature=temperature, num_draws=most, max_draws=most)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -61,15 +68,18 @@ def run_server(
     if not isinstance(network, CalmForCausalLM):
         raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
     settings = ServerSettings(
-        name=name or Path(model).resolve().name, api_key=key, defaults=defaults, **limits
+        name=name or Path(model).resolve().name,
+        api_key=key,
+        defaults=defaults,
+        allowed_hosts=[*allowed_hosts, *([host] if is_name(host) else [])],
+        **limits,
     )
     with _listening(host, port) as listener:
         app = create_app(network, tokenizer, settings)
         where = f"http://{host}:{listener.getsockname()[1]}"
         print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"), flush=True)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SECONDS_TO_FINISH
-        )
+        config = uvicorn_config(app, settings)
+        fold_repeats()
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -78,9 +88,13 @@ def _key(file: str | None) -> str | None:
     if file is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
-        key = Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        raw = Path(file).read_bytes()
+        utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        # Other bytes than UTF-8 are kept as they are, as those of the environment.
+        key = raw.decode("utf-16") if utf16 else raw.decode("utf-8-sig", "surrogateescape")
+    except (OSError, ValueError) as error:
         raise InputError(f"the API key file '{file}' cannot be read ({error}).") from error
+    key = key.strip()
     if not key:
         raise InputError(f"the API key file '{file}' is empty.")
     return key

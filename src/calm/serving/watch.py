@@ -1,5 +1,6 @@
-"""What every request passes: the key, an id, counts, and the answer to what nobody caught."""
+"""What every request passes: its Host, the key, an id, counts, and the answer to what nobody caught."""
 
+import contextlib
 import logging
 import secrets
 import time
@@ -8,6 +9,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calm.serving.errors import ApiError, own_mistake
+from calm.serving.hosts import Hosts
+from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -16,18 +19,20 @@ _OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground
 
 
 class Watch:
-    """Asks for the key, names requests, and counts them when their answers have ended.
+    """Checks host and key, names requests, and counts them when their answers have ended.
 
     Args:
         app: What answers.
         key: What requests must show; None for no key.
+        hosts: Names that the server may be called by.
+        intake: Counts bodies.
         metrics: What is counted.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Hosts, intake: Intake, metrics: Metrics) -> None:
+        self._app, self._hosts, self._intake, self._metrics = app, hosts, intake, metrics
         # The environment may hold bytes that are not UTF-8; Python keeps them as surrogates.
-        self._key = None if key is None else key.strip().encode("utf-8", "surrogateescape")
+        self._keys = None if key is None else _spellings(key.strip())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -46,10 +51,14 @@ class Watch:
             await send(message)
 
         try:
-            if self._is_known(scope):
-                await self._app(scope, receive, note)
+            try:
+                self._hosts.check(Headers(scope=scope).get("host"))
+                self._check_key(scope)
+            except ApiError as error:
+                await error.response()(scope, receive, note)
             else:
-                await _REFUSAL.response()(scope, receive, note)
+                with self._intake.counted(scope, receive) as counted:
+                    await self._app(scope, counted, note)
         except Exception:
             logger.exception("the answer to %s failed", request_id)
             if is_answered:
@@ -62,15 +71,29 @@ class Watch:
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
-    def _is_known(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] in _OPEN_PATHS:
-            return True
+    def _check_key(self, scope: Scope) -> None:
+        if self._keys is None or scope["path"] in _OPEN_PATHS:
+            return
         scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
         # Headers are decoded as Latin-1, which gives the bytes back; other white space than ASCII's may be
         # half of a UTF-8 character.
-        return scheme.lower() == "bearer" and secrets.compare_digest(
-            shown.strip(" \t").encode("latin-1"), self._key
-        )
+        sent = shown.strip(" \t").encode("latin-1")
+        is_right = [secrets.compare_digest(sent, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(is_right):
+            raise ApiError(
+                "the API key is missing or wrong; send 'Authorization: Bearer KEY'.",
+                401,
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+
+
+def _spellings(key: str) -> set[bytes]:
+    """A key in the bytes that clients send: UTF-8, and Latin-1 where it can be."""
+    spellings = {key.encode("utf-8", "surrogateescape")}
+    with contextlib.suppress(UnicodeEncodeError):
+        spellings.add(key.encode("latin-1"))
+    return spellings
 
 
 def _as_routes_know_it(scope: Scope) -> Scope:
@@ -78,11 +101,3 @@ def _as_routes_know_it(scope: Scope) -> Scope:
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     path = scope["path"]
     return {**scope, "method": method, "path": path[:-1] if len(path) > 2 and path.endswith("/") else path}
-
-
-_REFUSAL = ApiError(
-    "the API key is missing or wrong; send 'Authorization: Bearer KEY'.",
-    401,
-    kind="authentication_error",
-    code="invalid_api_key",
-)

@@ -285,9 +285,20 @@ def serve(
     max_rows: int = 16,
     max_waiting: int = 256,
     max_tokens: int = 4096,
+    max_request_tokens: int = 1 << 18,
     max_draws: int = 1000,
+    draws_at_once: int = 4096,
     max_body: int = 1 << 20,
+    max_bytes: int = 1 << 26,
+    max_client_bytes: int = 1 << 24,
+    max_connections: int = 512,
+    max_client_connections: int = 128,
     seconds: float = 300.0,
+    header_seconds: float = 20.0,
+    body_seconds: float = 60.0,
+    write_seconds: float = 60.0,
+    template_seconds: float = 5.0,
+    allowed_hosts: list[str] | str | None = None,
     head: dict[str, Any] | None = None,
 ) -> None:
     """Answer requests of the OpenAI API with a CALM.
@@ -303,9 +314,21 @@ def serve(
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait for their turn; more are refused.
         max_tokens: Most new tokens of a text.
+        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
         max_draws: Most draws of a chunk.
+        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         max_body: Most bytes of a request.
+        max_bytes: Most bytes of all requests that are not answered yet.
+        max_client_bytes: The same for one address.
+        max_connections: Most connections; fewer where the system does not allow as many open files.
+        max_client_connections: The same for one address, which behind a proxy is the proxy's.
         seconds: How long a request may take.
+        header_seconds: How long the head of a request may take.
+        body_seconds: How long its body may take.
+        write_seconds: How long a client may leave what has been sent to it.
+        template_seconds: How long the chat template of the model may take.
+        allowed_hosts: Name or names that the server may be called by, such as '[a.org, b.org]', beside
+            addresses, localhost and this machine's own name; '*' is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     _look_for(model)
@@ -322,9 +345,20 @@ def serve(
         max_rows=max_rows,
         max_waiting=max_waiting,
         max_tokens=max_tokens,
+        max_request_tokens=max_request_tokens,
         max_draws=max_draws,
+        draws_at_once=draws_at_once,
         max_body=max_body,
+        max_bytes=max_bytes,
+        max_client_bytes=max_client_bytes,
+        max_connections=max_connections,
+        max_client_connections=max_client_connections,
         seconds=seconds,
+        header_seconds=header_seconds,
+        body_seconds=body_seconds,
+        write_seconds=write_seconds,
+        template_seconds=template_seconds,
+        allowed_hosts=[allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts or [],
     )
 
 

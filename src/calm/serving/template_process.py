@@ -1,0 +1,53 @@
+"""Renders chat templates as a process of its own: `python template_process.py`, a JSON object a line.
+
+It imports nothing of this package, whose own imports would take seconds.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_MEMORY = 1 << 29  # Bytes beside what the process has when it is ready.
+
+
+def main() -> None:
+    """Answer line after line until there are no more."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    sys.stdout = sys.stderr  # Nothing else goes there.
+    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
+
+    _limit_memory()
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = _render(render_jinja_template, json.loads(line))
+        except Exception as error:
+            answer = {"error": (str(error) or type(error).__name__)[:1000]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
+    texts, _ = render(**asked["arguments"], **asked["special_tokens"])
+    if len(texts[0]) > asked["most_characters"]:
+        most = asked["most_characters"]
+        return {"error": f"it wrote {len(texts[0])} characters, and at most {most} are read"}
+    return {"text": texts[0]}
+
+
+def _limit_memory() -> None:
+    """What takes more fails with a MemoryError, on systems that tell how much there is."""
+    try:
+        import resource  # noqa: PLC0415 (not on Windows)
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + _MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+if __name__ == "__main__":
+    main()

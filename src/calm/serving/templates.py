@@ -1,0 +1,117 @@
+"""Chat templates, which come with a model and are programs: rendered in a process that can be stopped.
+
+In a thread of this one, a template that loops could not be stopped, and one that multiplies large numbers
+would hold all threads up.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_PROGRAM = Path(__file__).with_name("template_process.py")
+_START = "import sys, runpy; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+_SECONDS_TO_START = 60.0
+_SECRETS = ("CALM_API_KEY", "HF_TOKEN")
+
+
+class TemplateProcess:
+    """The process, which is started when it is needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, asked: dict[str, Any], seconds: float) -> str:
+        """A conversation as a template writes it.
+
+        Args:
+            asked: As the process takes it.
+            seconds: How long the template may take.
+
+        Raises:
+            ValueError: If it takes longer, or fails.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            answer = self._exchange(json.dumps(asked), seconds)
+        if answer is None:
+            raise ValueError(f"it took longer than {seconds:g} seconds, or too much memory, and was stopped")
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return str(answer["text"])
+
+    def _start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, str(_PROGRAM), *sys.path],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is for the server, at whose end this one's input ends.
+        )
+        if self._exchange(None, _SECONDS_TO_START) is None:
+            raise RuntimeError("the process that renders chat templates does not start.")
+
+    def _exchange(self, line: str | None, seconds: float) -> dict[str, Any] | None:
+        """Send a line and wait for one; None if the process was stopped, or ended itself."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        clock = threading.Timer(seconds, process.kill)
+        clock.daemon = True
+        clock.start()
+        try:
+            if line is not None:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+            said = process.stdout.readline()
+            answer: dict[str, Any] = json.loads(said)
+        except (OSError, ValueError):  # It has ended.
+            process.kill()
+            process.wait()
+            self._process = None
+            return None
+        finally:
+            clock.cancel()
+        return answer
+
+
+_PROCESS = TemplateProcess()  # One for all servers of this process.
+
+
+def render_elsewhere(tokenizer: PreTrainedTokenizerBase, most_characters: int, seconds: float) -> None:
+    """Have the chat template of a tokenizer rendered by the other process.
+
+    Args:
+        tokenizer: Changed.
+        most_characters: Longest text that a template may write.
+        seconds: How long it may take.
+    """
+
+    def apply_chat_template(
+        conversation: Sequence[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize
+        arguments = {
+            "conversations": [list(conversation)],
+            "chat_template": tokenizer.get_chat_template(),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        asked = {
+            "arguments": arguments,
+            "special_tokens": tokenizer.special_tokens_map,
+            "most_characters": most_characters,
+        }
+        return _PROCESS.render(asked, seconds)
+
+    tokenizer.apply_chat_template = apply_chat_template  # type: ignore[method-assign,assignment]

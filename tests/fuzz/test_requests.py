@@ -1,0 +1,249 @@
+"""Requests of all kinds, good and mutated, whole, streamed and given up, against one server.
+
+Whatever is sent, the answer is that of a good request or an error of the API, no text is touched by another's
+faults, and in the end the engine is alive and has nothing left to do. A longer run, with other requests each
+time: CALM_FUZZ_EXAMPLES=1000 pytest tests/fuzz/test_requests.py.
+"""
+
+import copy
+import json
+import socket
+
+import httpx
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from serving_client import serving, wait_until
+
+from calm.data.examples import give_template
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+
+STEPS = 20
+SOME_SERVER_ERRORS = (501, 503, 504)  # An unknown transfer encoding, a full or ending server, too slow.
+COMPLETIONS, CHATS, POOLS = PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/calm/pool")
+GOOD = [
+    (COMPLETIONS, {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 1}),
+    (COMPLETIONS, {"prompt": [5, 6, 7], "max_tokens": 9, "n": 2, "max_draws": 8, "return_chunks": True}),
+    (COMPLETIONS, {"prompt": ["a", "b"], "sampler": "pool", "num_draws": 8, "top_p": 0.9, "echo": True}),
+    (COMPLETIONS, {"prompt": "One day", "max_tokens": 40, "temperature": 1, "stop": ["e", "z" * 900]}),
+    (CHATS, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "temperature": 1}),
+    (CHATS, {"messages": [{"role": "system", "content": "<|eos|>"}, {"role": "user", "content": "a"}],
+             "max_completion_tokens": 8, "max_draws": 8}),
+    (POOLS, {"prompt": "Once", "num_draws": 150, "temperatures": [1.0, 0.5], "most": 5}),
+    (POOLS, {"prompt": [5], "written": [5, 6, 7, 8], "num_draws": 10}),
+]  # fmt: skip
+FIELDS = (
+    "model prompt messages max_tokens max_completion_tokens n stream stream_options stop seed "
+    "temperature top_p min_p sampler num_draws max_draws return_chunks echo written temperatures most "
+    "user metadata tools logprobs logit_bias response_format role content type text include_usage "
+    "nothing"
+).split()  # fmt: skip
+NUMBERS = st.sampled_from(
+    [0, -1, 1, 2, 3, 16, 128, 129, 319, 320, 2**31, 2**63, -(2**63), 10**30, 0.5, 1.0, 1e-300, 1e308]
+)
+TEXTS = st.sampled_from(
+    ["", "a", "tiny", "exact", "head", "user", "\x00", "\U0001f600", "<|eos|>", "\ue0f01\ue0f1", "z" * 5000]
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | TEXTS
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places_in(value, front=()):
+    """Where something stands in a body: keys and numbers that lead there."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*front, key)
+        yield from places_in(inner, (*front, key))
+
+
+@st.composite
+def mutated_bodies(draw):
+    """A good request with a few values changed, left out or added, in bytes that may be changed as well."""
+    path, body = draw(st.sampled_from(GOOD))
+    body = copy.deepcopy({"model": "tiny", "seed": 1, **body})
+    for _ in range(draw(st.integers(1, 4))):
+        places = list(places_in(body))
+        *front, last = (
+            draw(st.sampled_from(places))
+            if places and draw(st.booleans())
+            else (draw(st.sampled_from(FIELDS)),)
+        )
+        inner = body
+        for key in front:
+            inner = inner[key]
+        if draw(st.integers(0, 4)) == 0 and isinstance(inner, dict):
+            inner.pop(last, None)
+        else:
+            inner[last] = draw(VALUES)
+    raw = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 9)) == 0:
+        start = draw(st.integers(0, len(raw)))
+        raw = raw[:start] + draw(st.binary(max_size=4)) + raw[start + draw(st.integers(0, 4)) :]
+    return draw(st.sampled_from(PATHS)) if draw(st.integers(0, 9)) == 0 else path, raw
+
+
+class Requests(RuleBasedStateMachine):
+    """What clients do, in any order."""
+
+    url, engine, expected = "", None, ()
+
+    def __init__(self):
+        super().__init__()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.streams, self.sockets = [], []
+
+    @rule(number=st.integers(0, len(GOOD) - 1))
+    def ask_well(self, number):
+        assert said(self.post(*well(number))) == self.expected[number]
+
+    @rule(number=st.integers(0, len(GOOD) - 3))
+    def ask_well_for_a_stream(self, number):
+        path, raw = well(number, stream=True)
+        answer = self.post(path, raw)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        texts = {}
+        for event in answer.text.split("\n\n")[:-2]:
+            for choice in json.loads(event.removeprefix("data: "))["choices"]:
+                new = choice["text"] if path == COMPLETIONS else choice["delta"].get("content", "")
+                texts[choice["index"]] = texts.get(choice["index"], "") + new
+        assert [texts[index] for index in sorted(texts)] == self.expected[number]
+
+    @rule(body=mutated_bodies(), headers=st.sampled_from([
+        {}, {"content-type": "text/plain"}, {"content-encoding": "gzip"}, {"host": "evil.example"},
+        {"authorization": "Bearer \xff"}, {"origin": "http://evil.example"},
+        {"content-type": "multipart/form-data"},
+    ]))  # fmt: skip
+    def ask_oddly(self, body, headers):
+        self.check(self.post(*body, {name: value.encode("latin-1") for name, value in headers.items()}))
+
+    @rule(method=st.sampled_from(["GET", "PUT", "OPTIONS", "HEAD", "odd"]), path=st.sampled_from([
+        *PATHS, "/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/models/%00", "/page/x",
+        "//", "/%ff",
+    ]))  # fmt: skip
+    def look_around(self, method, path):
+        answer = self.client.request(method, path)
+        assert answer.status_code < 500
+        if method not in ("HEAD", "OPTIONS"):
+            self.check(answer)
+
+    @rule(raw=st.binary(max_size=60), front=st.sampled_from([
+        b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: ",
+        b"POST /v1/calm/pool HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n",
+    ]))  # fmt: skip
+    def send_anything(self, raw, front):
+        with self.connect() as connection:
+            connection.sendall(front + raw + b"\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            parts = []
+            while part := connection.recv(1 << 16):
+                parts.append(part)
+        if parts and b" 200 " not in parts[0][:20]:
+            head, _, body = b"".join(parts).partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+            self.check(httpx.Response(int(head.split()[1]), content=body[:length]))
+
+    @rule(
+        body=mutated_bodies() | st.integers(0, len(GOOD) - 1).map(lambda number: well(number)),
+        part=st.floats(0, 1),
+    )
+    def leave(self, body, part):
+        """In the middle of a body, or before the answer."""
+        path, raw = body
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
+        connection = self.connect()
+        connection.sendall(head + raw[: int(len(raw) * part)] if part < 0.5 else head + raw)
+        self.sockets.append(connection)
+
+    @precondition(lambda self: len(self.streams) < 4)
+    @rule(number=st.integers(0, 5))
+    def begin_a_stream(self, number):
+        path, raw = well(number, stream=True, max_tokens=100, max_completion_tokens=None)
+        stream = self.client.stream("POST", path, content=raw)
+        stream.__enter__()
+        self.streams.append(stream)
+
+    @precondition(lambda self: self.streams)
+    @rule()
+    def give_a_stream_up(self):
+        self.streams.pop(0).__exit__(None, None, None)
+
+    @precondition(lambda self: self.sockets)
+    @rule()
+    def hang_up(self):
+        self.sockets.pop(0).close()
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
+
+    def post(self, path, raw, headers=None):
+        return self.client.post(path, content=raw, headers=headers)
+
+    def check(self, answer):
+        assert answer.status_code < 500 or answer.status_code in SOME_SERVER_ERRORS, answer.text
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            assert len(answer.content) < 2000
+        elif answer.headers.get("content-type", "").startswith("text/event-stream"):
+            events = [json.loads(event.removeprefix("data: ")) for event in answer.text.split("\n\n")[:-2]]
+            assert not any(event.get("error", {}).get("type") == "server_error" for event in events)
+
+    def teardown(self):
+        for stream in self.streams:
+            stream.__exit__(None, None, None)
+        for connection in self.sockets:
+            connection.close()
+        self.client.close()
+        wait_until(
+            lambda: self.engine.num_rows + self.engine.num_waiting + self.engine.num_asked == 0, seconds=30
+        )
+        assert self.engine.is_alive
+
+
+def well(number, **more):
+    path, body = GOOD[number]
+    return path, json.dumps({"model": "tiny", "seed": number, **body, **more}).encode()
+
+
+def said(answer):
+    """The texts of an answer, or its pool."""
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    if body["object"] == "calm.pool":
+        return body["candidates"]
+    return [one["text"] if "text" in one else one["message"]["content"] for one in body["choices"]]
+
+
+@pytest.fixture(scope="module")
+def server():
+    tokenizer = train_tokenizer(stories(0, 20), 320)
+    give_template(tokenizer, None)
+    torch.manual_seed(4)
+    with serving(
+        tiny_model(4, vocab_size=320), tokenizer, max_body=50_000, max_draws=200, max_tokens=100
+    ) as running:
+        yield running
+
+
+def test_requests_in_any_order(server):
+    engine, _, url = server
+    with httpx.Client(base_url=url, timeout=60) as client:
+        expected = [said(client.post(path, content=raw)) for path, raw in map(well, range(len(GOOD)))]
+    Machine = type("Machine", (Requests,), {"url": url, "engine": engine, "expected": expected})
+    run_state_machine_as_test(
+        Machine, settings=settings(settings.get_profile("fuzz"), stateful_step_count=STEPS)
+    )
+    assert engine.is_alive
