@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.prepared import PreparedData, load_prepared
-from calm.data.stories import NUM_STORIES, write_stories
+from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.generation import continue_texts
@@ -58,6 +59,7 @@ def run_demo(
     check_output(output, RUN if overwrite else None)
     check_model(recipe)
     text = output.with_name(f"{output.name}-stories.jsonl")
+    _check_stories(text, recipe.seed)
     say(f"writing {num_stories:,} stories to {text}")
     with _stories_in(text, recipe.seed, num_stories):
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
@@ -83,6 +85,22 @@ def run_demo(
     )
     say(f"model: {folder}   report: {report}")
     return card
+
+
+def _check_stories(path: Path, seed: int) -> None:
+    """Raise InputError if a file is there that the demo has not written."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline(100_000)
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError):
+        first = ""
+    if first != json.dumps({"text": next(stories(seed))}) + "\n":
+        raise InputError(
+            f"the demo writes its stories to '{path}', which is there and holds something else; choose "
+            "another --output, or move that file away."
+        )
 
 
 @contextlib.contextmanager

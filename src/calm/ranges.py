@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from calm.errors import InputError
+
 
 @dataclass(frozen=True)
 class Range:
@@ -40,3 +42,16 @@ class Range:
         """
         if value not in self:
             raise ValueError(f"{name} must be {self}, got {value}.")
+
+    def require(self, name: str, value: float) -> None:
+        """`check` for what a user has given: raises InputError."""
+        try:
+            self.check(name, value)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+SEEDS = Range(-(2**63), 2**63 - 1)
+"""Seeds that all generators take."""
+DOCUMENT_MB = Range(1, 10**6)
+"""Lengths that may be asked for as the longest of a document, in MB."""

@@ -360,3 +360,7 @@ def test_demo(room, tmp_path, capsys):
     assert len(texts) == len(data.train) + len(data.validation) == 30 and len(data.validation) == 3
     assert "data:image/png" in (tmp_path / "demo/report.html").read_text()
     assert "is not empty" in failure(capsys, *demo)
+    (tmp_path / "other-stories.jsonl").write_text("mine")
+    told = failure(capsys, *demo[:-1], str(tmp_path / "other"), "--stories", "30", "--overwrite")
+    assert "other-stories.jsonl', which is there and holds something else" in told
+    assert (tmp_path / "other-stories.jsonl").read_text() == "mine"

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 from conftest import tiny_model
+from fuzz_budget import BUDGET
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -243,7 +244,5 @@ def test_requests_in_any_order(server):
     with httpx.Client(base_url=url, timeout=60) as client:
         expected = [said(client.post(path, content=raw)) for path, raw in map(well, range(len(GOOD)))]
     Machine = type("Machine", (Requests,), {"url": url, "engine": engine, "expected": expected})
-    run_state_machine_as_test(
-        Machine, settings=settings(settings.get_profile("fuzz"), stateful_step_count=STEPS)
-    )
+    run_state_machine_as_test(Machine, settings=settings(BUDGET, stateful_step_count=STEPS))
     assert engine.is_alive

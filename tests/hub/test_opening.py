@@ -23,6 +23,7 @@ from calm.models.loading import load_autoencoder, load_language_model_and_tokeni
 from calm.training import stages
 from calm.training.recipe_files import write_recipe
 
+RELEASED = Path(__file__).parents[1] / "fixtures/energy_k4"
 SOURCE = Path(calm.__file__).parent
 
 
@@ -79,9 +80,12 @@ COMMANDS = {
     "compare": ["compare", "{model}", "--data", "{data}"],
     "prepare": ["prepare", "{text}", "--tokenizer", "{model}"],
     "train with its tokenizer": ["train", "--recipe", "{toy}", "--data.tokenizer", "{model}"],
-    "import with its tokenizer": ["import", "{model}", "{model}", "--tokenizer", "{model}"],
+    "import with its tokenizer": [
+        "import", "--autoencoder", "{released}/autoencoder", "--model", "{released}/calm", "--tokenizer",
+        "{model}",
+    ],
     "share": ["share", "{run}", "--export", "{out}"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
@@ -96,6 +100,7 @@ def test_no_command_runs_it(change, arguments, hostile, run, tmp_path, capsys):
     places = {
         "model": hostile, "text": run / "text.jsonl", "examples": run / "examples.jsonl",
         "data": run / "run/data", "toy": run / "toy.yaml", "run": tmp_path / "run", "out": tmp_path / "out",
+        "released": RELEASED,
     }  # fmt: skip
     filled = [part.format(**places) for part in arguments]
     if arguments[0] in ("finetune", "compare", "prepare", "train"):
@@ -103,7 +108,7 @@ def test_no_command_runs_it(change, arguments, hostile, run, tmp_path, capsys):
     if arguments[0] == "import":
         filled += ["--out", str(tmp_path / "out")]
     told = failure(capsys, *filled)
-    assert "trust_remote_code" not in told and "y/N" not in told
+    assert "needs code of its own" in told and "trust_remote_code" not in told, told
     assert not (tmp_path / "out").exists()
 
 

@@ -81,8 +81,9 @@ class TemperatureSettings:
             _order_for(self.temperature, self.num_draws, "num_draws=")
         else:
             _order_for(self.temperature, self.max_draws, "max_draws=")
-        if self.first_block is not None and self.first_block < 1:
-            raise ValueError(f"first_block must be at least 1, got {self.first_block}.")
+        for name in ("num_draws", "max_draws", "first_block"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(
                 "top_p must lie in (0, 1] and min_p in [0, 1]; "

@@ -11,6 +11,7 @@ from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
 from calm.report.tables import narrow_table, short, with_error
+from calm.storage.disk import write_file_whole
 
 
 def print_ablation(table: AblationTable) -> None:
@@ -29,7 +30,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
         f"BrierLM on held-out text in blocks of {table.context} tokens, layout documents, T = 1, "
         "percent ± standard error over documents; one column for each seed."
     )
-    path.write_text(f"{table.question}\n\n{body}\n\n{note}\n", encoding="utf-8")
+    write_file_whole(path, f"{table.question}\n\n{body}\n\n{note}\n")
     write_figures(asdict(table), path.with_suffix(".json"))
 
 

@@ -14,6 +14,7 @@ from calm.report.measured import Comparison, Contender
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
 from calm.report.tables import BRIER_COLUMNS, cells_of, narrow_table, short, with_error
+from calm.storage.disk import write_file_whole
 
 _COSTS = (
     "parameters, tokens that the autoencoder gives back, perplexity, operations and time of training, "
@@ -67,7 +68,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         f"{tables}{images}"
         f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
     )
-    path.write_text(page_of("Models side by side", body), encoding="utf-8")
+    write_file_whole(path, page_of("Models side by side", body))
 
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:

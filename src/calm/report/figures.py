@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from calm.storage.disk import write_file_whole
+
 
 def write_figures(values: dict[str, Any], path: Path) -> None:
     """Write figures as JSON, with null for what is not a number."""
     figures = json.dumps(_without_nan(values), indent=1, allow_nan=False)
-    path.write_text(figures + "\n", encoding="utf-8")
+    write_file_whole(path, figures + "\n")
 
 
 def _without_nan(value: Any) -> Any:

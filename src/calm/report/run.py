@@ -10,7 +10,7 @@ from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.report.pages import image_of, new_figure, page_of, table_of
 from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of
-from calm.storage.disk import read_json
+from calm.storage.disk import read_json, write_file_whole
 
 History = dict[str, list[dict[str, Any]]]
 """Logged figures of each stage, as the Trainer keeps them."""
@@ -73,7 +73,7 @@ from a draw of its posterior (standard deviation {rec.posterior_std:.2f}),
 {written}
 <h2>Recipe</h2>
 <pre>{html.escape(recipe)}</pre>"""
-    path.write_text(page_of(title, body), encoding="utf-8")
+    write_file_whole(path, page_of(title, body))
 
 
 def read_history(path: Path) -> History:

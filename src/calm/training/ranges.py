@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any
 
-from calm.errors import InputError
-from calm.ranges import Range
+from calm.ranges import DOCUMENT_MB, Range
 from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, LoraSettings
 from calm.training.recipe import (
     AutoencoderSettings,
@@ -30,7 +29,7 @@ _SEED = Range(0, 2**32 - 1)
 RANGES: dict[type, dict[str, Range]] = {
     DataSettings: {
         "validation_fraction": _PART,
-        "max_document_mb": Range(1, 10**6),
+        "max_document_mb": DOCUMENT_MB,
         "vocab_size": Range(1, 10**7),
         "context": Range(1, 10**9),
         "num_proc": Range(1, 4096),
@@ -102,7 +101,4 @@ def check_ranges(settings: Any, before: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                RANGES[type(settings)][field.name].check(name, value)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+            RANGES[type(settings)][field.name].require(name, value)

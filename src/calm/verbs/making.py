@@ -7,6 +7,7 @@ from pathlib import Path
 
 from calm.data.stories import NUM_STORIES
 from calm.errors import InputError
+from calm.ranges import DOCUMENT_MB, SEEDS, Range
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -57,6 +58,10 @@ def prepare(
         num_proc: Processes; none takes all cores.
         overwrite: Replace the output folder.
     """
+    SEEDS.require("seed", seed)
+    DOCUMENT_MB.require("max_document_mb", max_document_mb)
+    if num_proc is not None:
+        Range(1, 4096).require("num_proc", num_proc)
     from calm.data.prepare import prepare as run
     from calm.data.reading import ReadingOptions
 

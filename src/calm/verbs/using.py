@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calm.errors import InputError
+from calm.ranges import DOCUMENT_MB, SEEDS
 from calm.terminal import as_text
 
 PUBLISHED_POSITIONS = 2048
@@ -48,6 +49,8 @@ def evaluate(
         max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         seed: Seed of the draws.
     """
+    SEEDS.require("seed", seed)
+    DOCUMENT_MB.require("max_document_mb", max_document_mb)
     _look_for(model)
     from calm.data.prepared import held_out_data
     from calm.data.reading import ReadingOptions
@@ -108,6 +111,8 @@ def generate(
         stream: Print the text as it is written.
         crop: Keep the end of a prompt that is too long for the context; without it that is an error.
     """
+    if seed is not None:
+        SEEDS.require("seed", seed)
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
     prompt = [as_text(text) for text in prompt]
