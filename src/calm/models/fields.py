@@ -93,12 +93,12 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
     check_tokens(config, getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
 
 
-def check_generation(config: GenerationConfig, vocab_size: int) -> None:
+def check_generation(config: GenerationConfig, vocab_size: int | None) -> None:
     """Raise ValueError if a default of writing is of another type, out of range, or no token id.
 
     Args:
         config: What was read beside a model.
-        vocab_size: Number of token ids of the model.
+        vocab_size: Number of token ids of the model; None if some may lie beyond, as in models of others.
     """
     check_tokens(config, vocab_size)
     for name, allowed in _WRITING.items():
@@ -114,13 +114,14 @@ def check_generation(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def check_tokens(config: Any, size: int | None) -> None:
-    """Raise ValueError if a special token of a configuration is none of `size` token ids."""
+    """Raise ValueError if a special token of a configuration is none of `size` token ids; None for any."""
     for name in _TOKENS:
         ids = getattr(config, name, None)
         for token in ids if isinstance(ids, list) else [ids]:
             is_id = isinstance(token, int) and not isinstance(token, bool)
-            if token is not None and not (is_id and size is not None and 0 <= token < size):
-                raise ValueError(f"{name} must be a token id from 0 to below {size}, got {token!r}.")
+            if token is not None and not (is_id and 0 <= token < (2**31 if size is None else size)):
+                below = "" if size is None else f" from 0 to below {size}"
+                raise ValueError(f"{name} must be a token id{below}, got {token!r}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:

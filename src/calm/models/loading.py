@@ -232,7 +232,9 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     check_finite(model, name)
     if (settings := getattr(model, "generation_config", None)) is not None:
         try:
-            check_generation(settings, model.config.get_text_config().vocab_size)
+            check_generation(
+                settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None
+            )
         except ValueError as error:
             raise InputError(f"generation_config.json in '{name}': {error}") from error
     return model.eval()

@@ -113,7 +113,7 @@ def _fit(network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path
     try:
         if odd is not None:
             raise ValueError(f"{odd} has numbers of type {weights[odd].dtype}, not real ones.")
-        network.load_state_dict(weights, strict=True)
+        network.load_state_dict(weights, strict=True, assign=next(network.parameters()).is_meta)
     except (RuntimeError, ValueError) as error:
         problem = str(error).strip().splitlines()[min(1, str(error).strip().count("\n"))].strip()
         raise InputError(
