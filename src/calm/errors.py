@@ -1,5 +1,7 @@
 """Exceptions that the command line prints as a sentence."""
 
+_MOST_CHARACTERS = 400  # Of what another library says: it may repeat the whole of its input.
+
 
 class InputError(ValueError):
     """Bad input: says what is wrong, which value, and what to do, in one sentence."""
@@ -15,11 +17,15 @@ class Terminated(RunError):
 
 def cause_of(error: BaseException) -> str:
     """The last line of what an exception says: where libraries that validate put the cause."""
-    text = str(error).strip()
-    return text.splitlines()[-1].strip() if text else type(error).__name__
+    return _line_of(error, -1)
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an exception says, or its name if it says nothing."""
+    return _line_of(error, 0)
+
+
+def _line_of(error: BaseException, place: int) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    line = text.splitlines()[place].strip() if text else type(error).__name__
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..."
