@@ -1,11 +1,11 @@
 """What the fields of configurations may hold: files of them are not trusted."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from calm.ranges import Range
 
@@ -90,33 +90,33 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         value = getattr(config, name, None)
         if value is not None:
             allowed.check(name, value)
-    check_tokens(config, getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
+    check_tokens(vars(config), getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
 
 
-def check_generation(config: GenerationConfig, vocab_size: int | None) -> None:
+def check_generation(settings: Mapping[str, Any], vocab_size: int | None) -> None:
     """Raise ValueError if a default of writing is of another type, out of range, or no token id.
 
     Args:
-        config: What was read beside a model.
+        settings: What was read beside a model.
         vocab_size: Number of token ids of the model; None if some may lie beyond, as in models of others.
     """
-    check_tokens(config, vocab_size)
+    check_tokens(settings, vocab_size)
     for name, allowed in _WRITING.items():
-        value = getattr(config, name, None)
+        value = settings.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} must be a number, got {value!r}.")
         allowed.check(name, value)
     for name in ("do_sample", "use_cache"):
-        if not isinstance(getattr(config, name, None), bool | None):
-            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
+        if not isinstance(settings.get(name), bool | None):
+            raise ValueError(f"{name} must be true or false, got {settings[name]!r}.")
 
 
-def check_tokens(config: Any, size: int | None) -> None:
+def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
     """Raise ValueError if a special token of a configuration is none of `size` token ids; None for any."""
     for name in _TOKENS:
-        ids = getattr(config, name, None)
+        ids = settings.get(name)
         for token in ids if isinstance(ids, list) else [ids]:
             is_id = isinstance(token, int) and not isinstance(token, bool)
             if token is not None and not (is_id and 0 <= token < (2**31 if size is None else size)):

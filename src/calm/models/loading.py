@@ -13,7 +13,14 @@ from transformers import (
 
 from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, cause_of, reason_of
-from calm.hub.opening import base_of_adapters, open_adapters, open_config, open_network, open_tokenizer
+from calm.hub.opening import (
+    base_of_adapters,
+    open_adapters,
+    open_config,
+    open_network,
+    open_tokenizer,
+    read_settings,
+)
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -230,13 +237,11 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
             f"the first is {missing[0]}."
         )
     check_finite(model, name)
-    if (settings := getattr(model, "generation_config", None)) is not None:
-        try:
-            check_generation(
-                settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None
-            )
-        except ValueError as error:
-            raise InputError(f"generation_config.json in '{name}': {error}") from error
+    settings = read_settings(Path(name) / "generation_config.json")  # transformers passes by what is odd.
+    try:
+        check_generation(settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None)
+    except ValueError as error:
+        raise InputError(f"'{name}/generation_config.json': {error}") from error
     return model.eval()
 
 
