@@ -50,6 +50,11 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_dropout": _SHARE_BELOW_ONE,
     },
 }
+# Of transformers' own fields, what its models look at while they run.
+_SWITCHES = (
+    "output_hidden_states", "output_attentions", "return_dict", "use_cache", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript",
+)  # fmt: skip
 _WRITING = {
     "temperature": Range(0),
     "top_k": Range(0, 10**9),
@@ -90,6 +95,9 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         value = getattr(config, name, None)
         if value is not None:
             allowed.check(name, value)
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name, None), bool | None):
+            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
     check_tokens(vars(config), getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
 
 
