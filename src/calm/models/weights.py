@@ -3,6 +3,7 @@
 import math
 import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,25 +123,20 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return dict(values)
 
 
-class _plain_words:
+@contextmanager
+def _plain_words(file: Path) -> Iterator[None]:
     """Within, what the libraries say of a file that they cannot read is one sentence."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, InputError):
-            return
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         if may_run_code(error):
             raise InputError(
-                f"'{self._file}' is a pickle that could run code, so it is not read; ask for "
-                "safetensors instead."
+                f"'{file}' is a pickle that could run code, so it is not read; ask for safetensors instead."
             ) from error
         reason = "it is no file of weights" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
-        raise InputError(f"cannot read '{self._file}': it is truncated or damaged ({reason}).") from error
+        raise InputError(f"cannot read '{file}': it is truncated or damaged ({reason}).") from error
 
 
 def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], where: str) -> None:
