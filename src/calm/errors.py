@@ -1,5 +1,6 @@
 """Exceptions that the command line prints as a sentence."""
 
+_MOST_OF_A_VALUE = 100
 _MOST_CHARACTERS = 400  # Of what another library says: it may repeat the whole of its input.
 
 
@@ -13,6 +14,12 @@ class RunError(RuntimeError):
 
 class Terminated(RunError):
     """A run that was asked to end (SIGTERM) and has kept its state."""
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it: not all of a long one."""
+    text = repr(value)
+    return text if len(text) <= _MOST_OF_A_VALUE else f"{text[:_MOST_OF_A_VALUE]}..."
 
 
 def cause_of(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from calm.errors import InputError
+from calm.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Range:
             value: The value.
         """
         if value not in self:
-            raise ValueError(f"{name} must be {self}, got {value}.")
+            raise ValueError(f"{name} must be {self}, got {shown(value)}.")
 
     def require(self, name: str, value: float) -> None:
         """`check` for what a user has given: raises InputError."""

@@ -60,6 +60,8 @@ CONFIGURATIONS = {
     "eos_token_id": ([1, 10**6], "eos_token_id must be a token id from 0 to below"),
     "pad_token_id": (-1, "pad_token_id must be a token id"),
     "bos_token_id": (True, "bos_token_id must be a token id"),
+    "backbone_config.output_hidden_states": ("x", "output_hidden_states must be true or false"),
+    "output_hidden_states": ([1.5], "output_hidden_states must be true or false"),
     "layer_norm_eps": (0.0, "layer_norm_eps must be above 0"),
     "initializer_range": (float("inf"), "initializer_range must be at least 0 and finite"),
 }
@@ -174,6 +176,9 @@ BESIDE = {
         "temperature": (float("nan"), "temperature must be at least 0 and finite"),
         "top_k": ("many", "top_k must be a number, got 'many'"),
         "do_sample": (2, "do_sample must be true or false"),
+        "eos_token_id": ([1, None], "eos_token_id must be a token id from 0 to below 320, got None"),
+        "pad_token_id": ("x" * 1000, r"pad_token_id must be a token id .*, got 'x+\.\.\."),
+        "output_hidden_states": ([None], "output_hidden_states must be true or false"),
     },
     "tokenizer_config.json": {
         "model_max_length": ([], "has no tokenizer that can be loaded"),

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from calm.errors import cause_of
+from calm.errors import cause_of, shown
 from calm.models.fields import check_fields, check_heads, check_names, own_fields
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling
 
@@ -265,14 +265,12 @@ def _set_elsewhere(name: str, value: Any) -> str:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
     if where.removesuffix("_config") == name or where == "backbone_input":
         return f"{name} cannot be set; give {where}. The fields of CalmConfig are {own}."
-    return (
-        f"{name} is set in {where}, as {where}={{'{name}': {value!r}}}. The fields of CalmConfig are {own}."
-    )
+    return f"{name} is set in {where}, as {where}={{'{name}': {shown(value)}}}. The fields of CalmConfig are {own}."
 
 
 def _as_mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a configuration or a mapping, got {value!r}.")
+        raise ValueError(f"{name} must be a configuration or a mapping, got {shown(value)}.")
     return value
 
 

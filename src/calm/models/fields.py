@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from calm.errors import shown
 from calm.ranges import Range
 
 _SIZE = Range(1, 10**6)
@@ -53,7 +54,8 @@ RANGES: dict[str, dict[str, Range]] = {
 # Of transformers' own fields, what its models look at while they run.
 _SWITCHES = (
     "output_hidden_states", "output_attentions", "return_dict", "use_cache", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript",
+    "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript", "do_sample", "output_scores",
+    "output_logits", "return_dict_in_generate",
 )  # fmt: skip
 _WRITING = {
     "temperature": Range(0),
@@ -90,14 +92,12 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         kind, said = kinds.get(hint, (object, ""))
         value = getattr(config, name)
         if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
-            raise ValueError(f"{name} must be {said}, got {value!r}.")
+            raise ValueError(f"{name} must be {said}, got {shown(value)}.")
     for name, allowed in RANGES.get(config.model_type, {}).items():
         value = getattr(config, name, None)
         if value is not None:
             allowed.check(name, value)
-    for name in _SWITCHES:
-        if not isinstance(getattr(config, name, None), bool | None):
-            raise ValueError(f"{name} must be true or false, got {getattr(config, name)!r}.")
+    check_switches(vars(config))
     check_tokens(vars(config), getattr(config, "vocab_size", None) if vocab_size is None else vocab_size)
 
 
@@ -114,22 +114,27 @@ def check_generation(settings: Mapping[str, Any], vocab_size: int | None) -> Non
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name} must be a number, got {value!r}.")
+            raise ValueError(f"{name} must be a number, got {shown(value)}.")
         allowed.check(name, value)
-    for name in ("do_sample", "use_cache"):
+    check_switches(settings)
+
+
+def check_switches(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if a switch of a configuration is neither true nor false."""
+    for name in _SWITCHES:
         if not isinstance(settings.get(name), bool | None):
-            raise ValueError(f"{name} must be true or false, got {settings[name]!r}.")
+            raise ValueError(f"{name} must be true or false, got {shown(settings[name])}.")
 
 
 def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
     """Raise ValueError if a special token of a configuration is none of `size` token ids; None for any."""
     for name in _TOKENS:
         ids = settings.get(name)
-        for token in ids if isinstance(ids, list) else [ids]:
+        for token in [] if ids is None else ids if isinstance(ids, list) else [ids]:
             is_id = isinstance(token, int) and not isinstance(token, bool)
-            if token is not None and not (is_id and 0 <= token < (2**31 if size is None else size)):
+            if not (is_id and 0 <= token < (2**31 if size is None else size)):
                 below = "" if size is None else f" from 0 to below {size}"
-                raise ValueError(f"{name} must be a token id{below}, got {token!r}.")
+                raise ValueError(f"{name} must be a token id{below}, got {shown(token)}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:
@@ -145,7 +150,7 @@ def check_heads(config: PreTrainedConfig) -> None:
     for name in ("rope_theta", "factor"):
         if (value := rope.get(name)) is not None:
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a number, got {value!r}.")
+                raise ValueError(f"{name} must be a number, got {shown(value)}.")
             _ABOVE_ZERO.check(name, value)
 
 

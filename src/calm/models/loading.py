@@ -24,7 +24,7 @@ from calm.hub.opening import (
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.fields import check_generation
+from calm.models.fields import check_generation, check_switches
 from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
@@ -255,6 +255,7 @@ def _check_folder(model_class: Any, folder: Path) -> None:
     config, headers = load_config(folder), read_headers(folder)
     check_size(config, headers, str(folder))
     try:
+        check_switches(vars(config))
         with torch.device("meta"):
             network = getattr(model_class, "from_config", model_class)(config)
     except Exception as error:  # Of whichever class it is.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
+from calm.errors import shown
 from calm.models.blocks import PartedLinear
 
 
@@ -116,7 +117,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     else:  # Only the head itself knows.
         return
     if not fits:
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def check_counts(config: HeadConfig, *names: str) -> None:
