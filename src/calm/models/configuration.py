@@ -265,7 +265,10 @@ def _set_elsewhere(name: str, value: Any) -> str:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
     if where.removesuffix("_config") == name or where == "backbone_input":
         return f"{name} cannot be set; give {where}. The fields of CalmConfig are {own}."
-    return f"{name} is set in {where}, as {where}={{'{name}': {shown(value)}}}. The fields of CalmConfig are {own}."
+    return (
+        f"{name} is set in {where}, as {where}={{'{name}': {shown(value)}}}. "
+        f"The fields of CalmConfig are {own}."
+    )
 
 
 def _as_mapping(name: str, value: Any) -> dict[str, Any]:
