@@ -1,5 +1,7 @@
 """What the command line says of arguments that are wrong: one sentence, in the words of its help."""
 
+import re
+
 import pytest
 from toy import failure
 
@@ -103,3 +105,50 @@ def test_a_printed_configuration_is_a_recipe(capsys, tmp_path):
 
 def test_a_path_that_the_system_refuses_is_one_sentence(capsys):
     assert failure(capsys, "ablate", "m" * 300).endswith(": File name too long.")
+
+
+ODD_RECIPES = [
+    "seed: !!bool x", 'seed: !!int ""', "seed: !!float x", "seed: !!timestamp x", "seed: " + "[" * 20_000,
+    "seed: " + "[" * 20_000 + "]" * 20_000, "seed: " + "9" * 6000, "seed: &a [*a]",
+    "language_model: {head: &h {head_type: *h}}", "seed: !!python/object/apply:os.system [ls]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_RECIPES, ids=range(len(ODD_RECIPES)))
+def test_odd_recipes_are_one_sentence(text, capsys, tmp_path):
+    (tmp_path / "odd.yaml").write_text(text)
+    told = failure(capsys, "train", "--recipe", tmp_path / "odd.yaml", "--output", tmp_path / "run")
+    assert "odd.yaml' is no YAML" in told or "seed must be a whole number" in told
+
+
+def test_a_name_of_several_lines_is_told_in_one(capsys, tmp_path):
+    name = "x\ncalm: error: fake\ny.txt"
+    with pytest.raises(SystemExit):
+        main(["prepare", str(tmp_path / name), "--output", str(tmp_path / "out")])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_too_little_memory_is_one_sentence(capsys):
+    arguments = ["generate", "stories", "Once", "--num_draws", "9" * 12, "--sampler", "pool"]
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 1
+    assert "there is not enough memory (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "stories", "x.txt", "--max_blocks", "0"],
+        ["evaluate", "stories", "x.txt", "--ngrams", "[0]"],
+        ["evaluate", "stories", "x.txt", "--seed", "1" + "0" * 30],
+        ["compare", "x", "--context", "0"],
+        ["compare", "x", "--max_blocks", "-1"],
+        ["share", "x", "--ngrams", "[99999]"],
+        ["prepare", "x.txt", "--output", "out", "--num_proc", "0"],
+        ["prepare", "x.txt", "--output", "out", "--max_document_mb", "0"],
+        ["generate", "stories", "x", "--max_draws", "-1"],
+    ],
+)
+def test_numbers_out_of_range(arguments, capsys):
+    assert re.search(r"must be at least .*, got", failure(capsys, *arguments))

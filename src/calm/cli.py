@@ -14,7 +14,7 @@ import jsonargparse
 import yaml
 
 import calm
-from calm.errors import InputError, RunError, Terminated
+from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
 from calm.terminal import make_output_sturdy
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -29,8 +29,13 @@ _NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
 
 def fail(message: str) -> NoReturn:
     """Print a mistake of the user and leave with exit code 2."""
-    print(f"calm: error: {message}", file=sys.stderr)
+    _print_error(message)
     sys.exit(2)
+
+
+def _print_error(message: str) -> None:
+    """Print one line, even if a name in it has several."""
+    print(f"calm: error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -102,7 +107,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"calm: {error}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except RunError as error:
-        print(f"calm: error: {error}", file=sys.stderr)
+        _print_error(str(error))
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        _print_error(f"there is not enough memory ({reason_of(error)}); ask for less at once.")
         sys.exit(1)
     except OSError as error:
         if error.filename is None:
@@ -114,6 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # At the end of the interpreter, a closed pipe would be a traceback.
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: torch has errors of its own for it."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _run(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from calm.models.loading import load_model_and_tokenizer
 from calm.report.run import Sample, read_history, write_report
 from calm.report.tables import print_scorecard
 from calm.storage.folders import check_output, new_folder
-from calm.storage.ours import RUN
+from calm.storage.ours import TRAINED
 from calm.training.configurations import check_model
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import HISTORY, RECIPE, train
@@ -56,7 +56,7 @@ def run_demo(
         raise InputError(f"the demo trains a CALM; for the recipe '{recipe_name}' use `calm train`.")
     if num_stories < 2:
         raise InputError(f"stories must be at least 2, one to train on and one held out; got {num_stories}.")
-    check_output(output, RUN if overwrite else None)
+    check_output(output, TRAINED if overwrite else None)
     check_model(recipe)
     text = output.with_name(f"{output.name}-stories.jsonl")
     _check_stories(text, recipe.seed)

@@ -53,5 +53,9 @@ class Range:
 
 SEEDS = Range(-(2**63), 2**63 - 1)
 """Seeds that all generators take."""
+BLOCKS = Range(1, 10**9)
+"""Numbers of blocks, or tokens of one."""
+ORDERS = Range(1, 64)
+"""Orders of n-gram models."""
 DOCUMENT_MB = Range(1, 10**6)
 """Lengths that may be asked for as the longest of a document, in MB."""

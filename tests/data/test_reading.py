@@ -103,3 +103,12 @@ def test_encodings_of_parquet_are_one_text(options, kind, tmp_path):
     texts = ["one", "two", "one", "größer"] * 100
     path = parquet(tmp_path / "a.parquet", pa.array(texts, kind), row_group_size=7, **options)
     assert list(read_documents(path, SMALL)) == texts
+
+
+def test_columns_of_the_same_name(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="has several columns 'text'"):
+        list(read_documents(tmp_path / "a.parquet", SMALL))
+    with pytest.raises(InputError, match="has columns of the same name"):
+        list(load_records([str(tmp_path / "a.parquet")]))

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import select
 import socket
 import time
 from contextlib import ExitStack, contextmanager
@@ -151,7 +152,9 @@ def test_answers_that_are_not_taken(quick, small_buffers):
     with reads_nothing(quick[2]) as connection:
         for _ in range(50):
             connection.sendall(b"GET /page/playground.js HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        time.sleep(1.5)
+        ended = select.poll()
+        ended.register(connection, 0)  # Nothing but its end is asked for.
+        assert ended.poll(60_000)
         with pytest.raises(ConnectionError):
             rest_of(connection)
     is_well(quick[2])

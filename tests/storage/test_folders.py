@@ -8,9 +8,15 @@ import pytest
 
 from calm.errors import InputError
 from calm.storage.folders import check_file, check_spared, emptied, restore, written_whole
-from calm.storage.ours import MODEL, PREPARED, RUN, check_replaceable
+from calm.storage.ours import FINETUNED, MODEL, PREPARED, TRAINED, check_replaceable
 
 KILLED = 9
+# What the file that tells a folder of ours holds.
+SIGNS = {
+    "recipe.yaml": "seed: 1\nchunk_size: 4\ndata:\nlanguage_model:\n",
+    "prepared.json": '{"sources": [], "vocab_size": 9, "seed": 0}',
+    "config.json": '{"model_type": "calm"}',
+}
 
 
 def below(folder: Path):
@@ -109,7 +115,9 @@ def test_whatever_stops_the_work_in_an_emptied_folder_it_is_as_it_was(error, old
 
 def _prepared(folder: Path, text: str):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prepared.json").write_text(text)
+    (folder / "prepared.json").write_text(SIGNS["prepared.json"])
+    (folder / "train").mkdir(exist_ok=True)
+    (folder / "train/state.json").write_text(text)
 
 
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
@@ -125,7 +133,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
         assert killed or number > 5
         with pytest.raises(RuntimeError), written_whole(path, PREPARED):  # What comes next puts it right.
             raise RuntimeError
-        assert (path / "prepared.json").read_text() in ("old", "new"), number
+        assert (path / "train/state.json").read_text() in ("old", "new"), number
         assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
         if not killed:
             return
@@ -138,19 +146,32 @@ def test_what_replaces_a_link_replaces_what_it_leads_to(tmp_path):
     with written_whole(tmp_path / "text", PREPARED) as folder:
         _prepared(folder, "new")
     assert (tmp_path / "text").is_symlink()
-    assert (tmp_path / "disk/text/prepared.json").read_text() == "new"
+    assert (tmp_path / "disk/text/train/state.json").read_text() == "new"
     assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["text"]
 
 
 FOREIGN = {
-    "documents": ({"letter.txt": "", "photos/one.jpg": ""}, "it does not hold a run"),
-    "prepared text": ({"prepared.json": "", "train/state.json": ""}, "it does not hold a run"),
-    "notes in a run": ({"recipe.yaml": "", "notes.txt": ""}, "it holds 'notes.txt'"),
-    "notes deep in a run": ({"recipe.yaml": "", "model/thoughts.txt": ""}, "it holds 'model/thoughts.txt'"),
-    "a repository": ({"recipe.yaml": "", ".git/config": ""}, "it holds '.git'"),
-    "a folder named as a file": ({"recipe.yaml": "", "history.json/x": ""}, "it holds 'history.json'"),
-    "a file named as a folder": ({"recipe.yaml": "", "model": ""}, "it holds 'model'"),
-    "text beside a run": ({"recipe.yaml": "", "data/train/mine.jsonl": ""}, "it holds 'data/train/mine"),
+    "documents": ({"letter.txt": "", "photos/one.jpg": ""}, "it does not hold a run of calm train"),
+    "prepared text": ({"prepared.json": "", "train/state.json": ""}, "it does not hold a run of calm train"),
+    "a recipe by hand": ({"recipe.yaml": "seed: 3\n", "report.html": ""}, "it does not hold a run of calm"),
+    "a fine-tuned model": ({"recipe.yaml": "seed: 1\nexamples:\nlora:\n"}, "it does not hold a run of calm"),
+    "notes in a run": ({"recipe.yaml": None, "notes.txt": ""}, "it holds 'notes.txt'"),
+    "notes deep in a run": ({"recipe.yaml": None, "model/thoughts.txt": ""}, "it holds 'model/thoughts.txt'"),
+    "weights of one's own": ({"recipe.yaml": None, "model/mine.safetensors": ""}, "it holds 'model/mine"),
+    "notes in a checkpoint": (
+        {"recipe.yaml": None, "checkpoints/autoencoder/checkpoint-30/thesis.txt": ""},
+        "it holds 'checkpoints/autoencoder/checkpoint-30/thesis.txt'",
+    ),
+    "notes among logs": (
+        {"recipe.yaml": None, "checkpoints/autoencoder/tensorboard/n/x": ""},
+        "it holds 'checkpoints/autoencoder/tensorboard/n'",
+    ),
+    "notes among blocks": ({"recipe.yaml": None, "data/blocks/thesis.txt": ""}, "data/blocks/thesis.txt"),
+    "something hidden": ({"recipe.yaml": None, ".thesis.partial/a": ""}, "it holds '.thesis.partial'"),
+    "a repository": ({"recipe.yaml": None, ".git/config": ""}, "it holds '.git'"),
+    "a folder named as a file": ({"recipe.yaml": None, "history.json/x": ""}, "it holds 'history.json'"),
+    "a file named as a folder": ({"recipe.yaml": None, "model": ""}, "it holds 'model'"),
+    "text beside a run": ({"recipe.yaml": None, "data/train/mine.jsonl": ""}, "it holds 'data/train/mine"),
 }
 
 
@@ -158,9 +179,9 @@ FOREIGN = {
 def test_what_no_command_made_is_not_replaced(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(SIGNS[name] if text is None else text)
     with pytest.raises(InputError, match="is not replaced") as error:
-        check_replaceable(tmp_path, RUN)
+        check_replaceable(tmp_path, TRAINED)
     assert message in str(error.value)
 
 
@@ -169,20 +190,20 @@ def test_a_link_in_a_run_may_go_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "disk/letter.txt").write_text("mine")
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text("")
+    (run / "recipe.yaml").write_text(SIGNS["recipe.yaml"])
     (run / "checkpoints").symlink_to(tmp_path / "disk")
-    check_replaceable(run, RUN)
+    check_replaceable(run, TRAINED)
     with emptied(run):
         pass
     assert (tmp_path / "disk/letter.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("kind", [RUN, PREPARED, MODEL], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [TRAINED, FINETUNED, PREPARED, MODEL], ids=lambda kind: kind.name)
 def test_the_current_folder_the_home_and_those_above_them_are_never_replaced(kind, tmp_path, monkeypatch):
     inner = tmp_path / "home/person"
     inner.mkdir(parents=True)
     for folder in (inner, inner.parent, tmp_path):
-        (folder / kind.sign).write_text("")
+        (folder / kind.sign).write_text(SIGNS[kind.sign])
     (tmp_path / "link").symlink_to(inner)
     monkeypatch.chdir(inner)
     for path in (Path(), Path(".."), Path("../person"), inner, tmp_path, tmp_path / "link", Path("/")):

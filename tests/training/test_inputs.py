@@ -14,8 +14,9 @@ from calm.errors import InputError
 from calm.training import stages
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe
+from calm.training.inputs import digest_of_recipe
 from calm.training.recipe import TrainingSettings
-from calm.training.recipe_files import with_settings
+from calm.training.recipe_files import with_settings, write_recipe
 
 
 @pytest.fixture
@@ -100,11 +101,88 @@ def test_another_autoencoder(stopped, tmp_path):
     refused(recipe, run, "the autoencoder '.*autoencoder'")
 
 
+def test_a_recipe_that_was_changed_in_the_run_itself(stopped):
+    recipe, run = stopped()
+    other = with_settings(recipe, {"seed": 4})
+    write_recipe(other, run / "recipe.yaml")
+    refused(other, run, "its recipe")
+
+
+def test_only_what_is_set_counts_in_the_digest_of_a_recipe():
+    """So a recipe is the same for a version with more settings."""
+
+    @dataclasses.dataclass
+    class Inner:
+        rate: float = 0.1
+
+    @dataclasses.dataclass
+    class Older:
+        seed: int = 0
+        inner: Inner = dataclasses.field(default_factory=Inner)
+
+    @dataclasses.dataclass
+    class Newer(Older):
+        limit: int = 5
+
+    assert digest_of_recipe(Older(3)) == digest_of_recipe(Newer(3))
+    assert digest_of_recipe(Newer(3, limit=6)) != digest_of_recipe(Newer(3))
+    assert len({digest_of_recipe(Older(s, Inner(r))) for s in (0, 1) for r in (0.1, 0.2)}) == 4
+
+
+@pytest.fixture
+def another(tmp_path):
+    """Another run, of the same text and another seed."""
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"seed": 9})
+
+    def make():
+        stages.train(recipe, tmp_path / "another")
+        return tmp_path / "another"
+
+    return make
+
+
+def test_the_autoencoder_of_another_run(stopped, another):
+    recipe, run = stopped()
+    shutil.rmtree(run / "autoencoder")
+    shutil.copytree(another() / "autoencoder", run / "autoencoder")
+    refused(recipe, run, "its autoencoder")
+
+
+def test_the_checkpoints_of_another_run(stopped, another):
+    recipe, run = stopped()
+    shutil.rmtree(run / "checkpoints/language_model")
+    shutil.copytree(another() / "checkpoints/language_model", run / "checkpoints/language_model")
+    with pytest.raises(InputError, match=r"checkpoint-\d+' is of another run: its recipe is not the same"):
+        stages.train(recipe, run, resume=True)
+
+
+@pytest.mark.parametrize("part", ["model", "autoencoder"])
+def test_a_finished_part_that_is_damaged_is_not_called_finished(part, stopped):
+    recipe, run = stopped()
+    stages.train(recipe, run, resume=True)
+    file = run / part / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{part}' is not as it was written: model\.safetensors"):
+        stages.train(recipe, run, resume=True)
+
+
+@pytest.mark.parametrize("part", ["model", "autoencoder"])
+def test_an_empty_folder_is_no_finished_part(part, stopped, tmp_path):
+    recipe, run = stopped()
+    shutil.rmtree(run / part, ignore_errors=True)
+    (run / part).mkdir()
+    stages.train(recipe, run, resume=True)
+    assert (run / part / "model.safetensors").is_file()
+
+
 def test_a_run_of_an_earlier_version_goes_on(stopped):
     recipe, run = stopped()
     (run / "inputs.json").unlink()
     stages.train(recipe, run, resume=True)
-    assert json.loads((run / "inputs.json").read_text()).keys() == {"its prepared text (with the tokenizer)"}
+    noted = json.loads((run / "inputs.json").read_text())
+    assert noted.keys() == {"its recipe", "its prepared text (with the tokenizer)", "its autoencoder"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0", "[" * 100_000])

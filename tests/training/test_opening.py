@@ -1,6 +1,7 @@
 """A command that is refused leaves nothing behind, and takes nothing away."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,8 @@ def test_a_refused_training_leaves_nothing(option, value, message, runs, tmp_pat
 def test_a_refused_training_takes_nothing_away(name, runs, tmp_path, capsys):
     option, value, _ = REFUSED[name]
     (tmp_path / "run/model").mkdir(parents=True)
-    (tmp_path / "run/model/weights").write_text("mine")
-    (tmp_path / "run/recipe.yaml").write_text("mine")
+    (tmp_path / "run/model/config.json").write_text("mine")
+    shutil.copy(runs / "of_two/recipe.yaml", tmp_path / "run")
     before = everything_below(tmp_path)
     failure(
         capsys,
@@ -141,7 +142,7 @@ def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, ru
     if overwrite:
         run.mkdir()
         (run / "history.json").write_text("old")
-        (run / "recipe.yaml").write_text("old")
+        shutil.copy(runs / "of_two/recipe.yaml", run)
     recipe = toy_recipe(text)
     with pytest.raises(InputError, match=r"3\.jsonl', line 11.*kept in '.*\.data\.work'"):
         stages.train(recipe, run, overwrite=overwrite)

@@ -16,7 +16,7 @@ from calm.cli import main
 from calm.data.prepare import prepare
 from calm.data.stories import write_stories
 from calm.errors import InputError
-from calm.storage.ours import MODEL, PREPARED, RUN, check_replaceable
+from calm.storage.ours import FINETUNED, MODEL, PREPARED, TRAINED, check_replaceable
 from calm.training import opening, stages
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe, LoraSettings
@@ -93,8 +93,8 @@ def test_a_second_process_is_told_of_the_first(run, whole, tmp_path, capsys):
             assert (
                 f"another process is at work on the run '{tmp_path / 'busy'}' (process {process.pid})" in told
             )
-        prepared = ["prepare", whole / "text.jsonl", "--output", tmp_path / "busy/data"]
-        assert "is not empty" in failure(capsys, *prepared)
+        prepared = ["prepare", whole / "text.jsonl", "--overwrite", "--output", tmp_path / "busy/data"]
+        assert "another process is at work on the run" in failure(capsys, *prepared)
     finally:
         process.kill()
         process.wait()
@@ -104,12 +104,12 @@ def test_a_second_process_is_told_of_the_first(run, whole, tmp_path, capsys):
 
 def test_what_our_commands_make_may_be_replaced_by_them(run, whole, tmp_path):
     """Every file that a command leaves is known as its own."""
-    check_replaceable(run, RUN)
+    check_replaceable(run, TRAINED)
     check_replaceable(run / "data", PREPARED)
     check_replaceable(run / "model", MODEL)
     text = with_settings(toy_recipe(whole / "text.jsonl"), {"data.streaming": True})
     stages.train(text, tmp_path / "streamed")
-    check_replaceable(tmp_path / "streamed", RUN)
+    check_replaceable(tmp_path / "streamed", TRAINED)
     lines = [json.dumps({"prompt": f"p{n}", "completion": "c"}) + "\n" for n in range(9)]
     (tmp_path / "examples.jsonl").write_text("".join(lines))
     recipe = FinetuningRecipe(
@@ -119,11 +119,11 @@ def test_what_our_commands_make_may_be_replaced_by_them(run, whole, tmp_path):
         training=TrainingSettings(steps=2, batch_tokens=64),
     )
     finetune(recipe, tmp_path / "tuned")
-    check_replaceable(tmp_path / "tuned", RUN)
+    check_replaceable(tmp_path / "tuned", FINETUNED)
     main(["share", str(run)])
-    check_replaceable(run, RUN)
+    check_replaceable(run, TRAINED)
     main(["demo", "--recipe", str(whole / "toy.yaml"), "--output", str(tmp_path / "demo"), "--stories", "30"])
-    check_replaceable(tmp_path / "demo", RUN)
+    check_replaceable(tmp_path / "demo", TRAINED)
     imported = import_of(RELEASED, "--out", tmp_path / "new")
     main(imported)
     main([*imported, "--overwrite"])

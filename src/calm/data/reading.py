@@ -132,6 +132,8 @@ def _read_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
                 f"'{path}' has no column '{options.text_field}'; "
                 f"its columns are {', '.join(table.schema_arrow.names)}."
             )
+        if table.schema_arrow.names.count(options.text_field) > 1:
+            raise InputError(f"'{path}' has several columns '{options.text_field}'; rename all but one.")
         column = table.schema_arrow.field(options.text_field).type
         if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
             raise InputError(f"the column '{options.text_field}' of '{path}' is {column}, not text.")

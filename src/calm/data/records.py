@@ -59,6 +59,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open_parquet(path) as table:
         number = 0
         for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+            if len(set(batch.schema.names)) < len(batch.schema.names):
+                raise InputError(f"'{path}' has columns of the same name; rename all but one.")
             try:
                 records = batch.to_pylist()
             except UnicodeDecodeError as error:

@@ -26,6 +26,10 @@ def check_output(path: Path, replaces: FolderKind | None, kept: Collection[str] 
     """
     if not path.name:
         raise InputError(f"the output folder '{path}' has no name of its own; give another.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the output's name {str(path)!r} is not UTF-8; give another.") from error
     if file := next((part for part in (path, *path.parents) if part.is_file()), None):
         raise InputError(f"the output '{path}' cannot be a folder: '{file}' is a file.")
     if not path.is_dir() or all(entry.name in kept for entry in path.iterdir()):

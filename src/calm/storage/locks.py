@@ -8,6 +8,7 @@ from pathlib import Path
 
 from calm.errors import InputError
 
+LOCK = ".lock"
 _UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
@@ -39,9 +40,27 @@ def locked(file: Path, what: str) -> Iterator[None]:
         yield
     finally:
         if descriptor >= 0:
+            _give_back(file, descriptor)
+
+
+def nobody_at_work(run: Path) -> None:
+    """Raise InputError if a process is at work in a folder; not to be called by that process."""
+    if (run / LOCK).is_file():
+        with locked(run / LOCK, f"the run '{run}'"):
+            pass
+
+
+def _give_back(file: Path, descriptor: int) -> None:
+    """Remove the file, then end the lock."""
+    for _ in range(10):
+        try:
             with contextlib.suppress(OSError):
                 file.unlink()
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            return
+        except RuntimeError:  # torch tells of a worker that died wherever the program stands.
+            continue
 
 
 def _take(file: Path) -> int | None:

@@ -7,44 +7,55 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import InputError
+from calm.storage.locks import LOCK
 
-LOCK = ".lock"
-_ANYTHING: dict[str, Any] = {"**": None}  # Folders whose contents others decide, such as checkpoints.
+_ANYTHING: dict[str, Any] = {"**": None}  # What was moved aside or not finished; it was looked at before.
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 # Patterns of names. A file has None, a folder what may be in it.
 _TOKENIZER = dict.fromkeys(
-    ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-     "chat_template.jinja", "checksums.json")
+    ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "checksums.json")
 ) | {"additional_chat_templates": dict.fromkeys(("*.jinja",))}  # fmt: skip
 _MODEL = _TOKENIZER | dict.fromkeys(
-    ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-     "adapter_config.json", "recipe.yaml", "README.md")
+    ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
+     "adapter_model.safetensors", "adapter_config.json", "generation_config.json", "recipe.yaml", "README.md")
 )  # fmt: skip
-_DATASET = dict.fromkeys(("*.arrow", "dataset_info.json", "state.json", "cache-*", "tmp*"))
+_DATASET = dict.fromkeys(("data-*-of-*.arrow", "dataset_info.json", "state.json", "cache-*.arrow", "tmp*"))
 _PREPARED = dict.fromkeys(("prepared.json", "checksums.json")) | {
     "train": _DATASET,
     "validation": _DATASET,
     "tokenizer": _TOKENIZER,
-    "blocks": dict.fromkeys(("*",)),
+    "blocks": dict.fromkeys(("train-*.arrow", "validation-*.arrow", "*.arrow.sum", "tmp*")),
 }
-_STAGE = {
-    "checkpoint-*": _ANYTHING,
-    "damaged-checkpoint-*": _ANYTHING,
-    "tensorboard": _ANYTHING,
+_SHARDS = dict.fromkeys(("*.distcp", ".metadata"))  # As torch parts a model among processes.
+_CHECKPOINT = _MODEL | dict.fromkeys(
+    ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json",
+     "training_args.bin", "position_*.json", "inputs.json", "pytorch_model*.bin")
+) | {"optimizer_*": _SHARDS, "pytorch_model_fsdp_*": _SHARDS}  # fmt: skip
+_EVENTS: dict[str, Any] = {"events.out.tfevents.*": None}
+_STAGE: dict[str, Any] = {
+    "checkpoint-*": _CHECKPOINT,
+    "damaged-checkpoint-*": _CHECKPOINT,
+    "tensorboard": _EVENTS | {"[0-9]*": _EVENTS},
     ".partial": _ANYTHING,
 }
 _RUN = dict.fromkeys(
-    ("recipe.yaml", "history.json", "damaged-history*.json", "inputs.json", "report.html", "examples.json",
-     "answers.jsonl", "*.partial", LOCK, ".*.lock")
-) | {
+    ("recipe.yaml", "history.json", "damaged-history.json", "inputs.json", "report.html", "history.partial",
+     "inputs.partial", LOCK, ".data.lock", ".data.work.lock", ".model.lock", ".autoencoder.lock",
+     ".adapter.lock", "scores.json", "scores.json.sum")
+) | dict.fromkeys(
+    (".data.work", ".replacing", ".replaced", ".gone", ".data.partial", ".model.partial",
+     ".autoencoder.partial", ".adapter.partial"), _ANYTHING
+)  # fmt: skip
+_TRAINED = _RUN | {
     "data": _PREPARED,
     "autoencoder": _MODEL,
     "model": _MODEL,
-    "adapter": _MODEL,
-    "checkpoints": _STAGE | {"autoencoder": _STAGE, "language_model": _STAGE},
-} | dict.fromkeys(  # Work that was stopped.
-    (".data.work", ".replacing", ".replaced", ".gone", ".*.partial", ".*.replaced"), _ANYTHING
-)  # fmt: skip
+    "checkpoints": {"autoencoder": _STAGE, "language_model": _STAGE},
+}
+_FINETUNED = _RUN | dict.fromkeys(
+    ("examples.json", "answers.jsonl", "examples.partial", "answers.partial")
+) | {"model": _MODEL, "adapter": _MODEL, "checkpoints": _STAGE}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,30 @@ class FolderKind:
     Args:
         name: What such a folder holds, for messages.
         sign: The file that tells one.
+        words: What that file says in every such folder.
         parts: What may be in it.
     """
 
     name: str
     sign: str
+    words: tuple[str, ...]
     parts: Mapping[str, Any]
 
+    def is_made(self, folder: Path) -> bool:
+        """Whether the file that tells such a folder is there, and is one that we wrote."""
+        try:
+            text = (folder / self.sign).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+        return all(word in text for word in self.words)
 
-RUN = FolderKind("a run", "recipe.yaml", _RUN)
-PREPARED = FolderKind("prepared text", "prepared.json", _PREPARED)
-MODEL = FolderKind("a model", "config.json", _MODEL)
+
+TRAINED = FolderKind(
+    "a run of calm train", "recipe.yaml", ("\nchunk_size:", "\ndata:", "\nlanguage_model:"), _TRAINED
+)
+FINETUNED = FolderKind("a run of calm finetune", "recipe.yaml", ("\nexamples:", "\nlora:"), _FINETUNED)
+PREPARED = FolderKind("prepared text", "prepared.json", ('"sources"', '"vocab_size"', '"seed"'), _PREPARED)
+MODEL = FolderKind("a model of calm", "config.json", ('"model_type": "calm',), _MODEL)
 
 
 def check_replaceable(path: Path, kind: FolderKind) -> None:
@@ -82,10 +106,10 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
     for kept, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
         if place in (kept.resolve(), *kept.resolve().parents):
             raise InputError(f"'{path}' is or holds {name}, which is never replaced; choose another output.")
-    if not (path / kind.sign).is_file():
+    if not kind.is_made(path):
         raise InputError(
-            f"'{path}' is not replaced: it does not hold {kind.name} (it has no {kind.sign}). Choose another "
-            "output, or remove it yourself."
+            f"'{path}' is not replaced: it does not hold {kind.name} (which has a {kind.sign} of its own). "
+            "Choose another output, or remove it yourself."
         )
     if foreign := next(_foreign(path, kind.parts), None):
         raise InputError(

@@ -25,13 +25,19 @@ from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import room_beside
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
+from calm.storage.checksums import check_as_written
 from calm.storage.disk import disk_errors, write_file_whole
 from calm.storage.folders import written_whole
 from calm.text.decoding import decode_behind
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
-from calm.training.inputs import check_inputs, digest_of_examples, digest_of_weights
+from calm.training.inputs import (
+    check_inputs,
+    digest_of_examples,
+    digest_of_recipe,
+    digest_of_weights,
+)
 from calm.training.processes import processes
 from calm.training.ranges import check_ranges
 from calm.training.recipe_files import RECIPE, held_run_folder, opened_run_folder, write_recipe
@@ -76,13 +82,16 @@ def _run(recipe: FinetuningRecipe, output: Path, resume: bool) -> None:
     examples, held_out = _read(recipe, tokenizer)
     if processes().is_main_process:
         inputs = {
+            "its recipe": digest_of_recipe(recipe),
             f"the model '{recipe.model}'": digest_of_weights(model),
             "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
         }
         with opened_run_folder(recipe, output, resume):
             check_inputs(output, inputs)
     processes().wait_for_everyone()
-    if not (output / "model").is_dir():
+    if (output / "model/config.json").is_file():
+        check_as_written(output / "model")
+    else:
         with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
             _train(model, tokenizer, examples, held_out, recipe, output)
 
@@ -245,7 +254,7 @@ def _as_records(
 
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: FinetuningRecipe) -> None:
-    if folder.is_dir():
+    if (folder / RECIPE).is_file():  # Written last.
         return
     with written_whole(folder) as partial:
         model.save_pretrained(partial)

@@ -1,7 +1,9 @@
 """What a run was begun with, kept in its folder: it goes on with the same or not at all."""
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,66 @@ def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
         InputError: If something is not what it was.
     """
     file = output / INPUTS
-    # A new run has none, and one of an earlier version.
-    noted = read_json(file, dict) if file.exists() else {}
+    noted = inputs_in(output)
     for what, digest in inputs.items():
         if noted.get(what, digest) != digest:
             raise InputError(
                 f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or "
                 "choose another output folder."
             )
-    if noted.keys() != inputs.keys():
-        write_file_whole(file, json.dumps(dict(inputs), indent=1) + "\n")
+    if inputs.keys() - noted.keys():
+        write_file_whole(file, json.dumps({**noted, **inputs}, indent=1) + "\n")
+
+
+def note_input(output: Path, what: str, digest: str) -> None:
+    """`check_inputs` for one more that a run has made itself, and goes on with."""
+    check_inputs(output, {what: digest})
+
+
+def inputs_in(folder: Path) -> dict[str, str]:
+    """What was noted in a folder; nothing in one of an earlier version.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    file = folder / INPUTS
+    return read_json(file, dict) if file.exists() else {}
+
+
+def copy_inputs(stage: Path, checkpoint: Path) -> None:
+    """Note in a checkpoint what its run began with.
+
+    Args:
+        stage: The folder of the stage's checkpoints, in that of the run.
+        checkpoint: Where a checkpoint is being written.
+    """
+    for run in stage.parents[:2]:
+        if (run / INPUTS).is_file():
+            shutil.copyfile(run / INPUTS, checkpoint / INPUTS)
+            return
+
+
+def other_input(stage: Path, checkpoint: Path) -> str | None:
+    """What the run of a checkpoint began with, and this one did not; None if there is nothing."""
+    noted = inputs_in(checkpoint)
+    for run in stage.parents[:2]:
+        if (run / INPUTS).is_file():
+            own = inputs_in(run)
+            return next((what for what in noted if own.get(what, noted[what]) != noted[what]), None)
+    return None
+
+
+def digest_of_recipe(recipe: Any) -> str:
+    """A digest of the settings that are not the defaults, so that new settings change nothing."""
+
+    def changed(value: Any, default: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
+            pairs = {name: changed(getattr(value, name), getattr(default, name)) for name in names}
+            return {name: pair for name, pair in pairs.items() if pair != {}}
+        return {} if value == default else [value]
+
+    return _digest(changed(recipe, type(recipe)()))
 
 
 def digest_of_weights(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.configurations import check_recipe
-from calm.training.inputs import check_inputs, digest_of_files, digest_of_weights
+from calm.training.inputs import check_inputs, digest_of_files, digest_of_recipe, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.recipe_files import DATA, held_run_folder, opened_run_folder
@@ -56,7 +56,10 @@ def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
     """Digests of all that decides what a recipe makes."""
-    inputs = {"its prepared text (with the tokenizer)": data.digest}
+    inputs = {
+        "its recipe": digest_of_recipe(recipe),
+        "its prepared text (with the tokenizer)": data.digest,
+    }
     if recipe.data.streaming:
         inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
     if autoencoder is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -23,13 +24,14 @@ from calm.storage.folders import (
     restore,
     work_of,
 )
-from calm.storage.locks import locked
-from calm.storage.ours import LOCK, RUN
+from calm.storage.locks import LOCK, locked
+from calm.storage.ours import FINETUNED, TRAINED, FolderKind
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
+_REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
 DATA = "data"  # The prepared text of a run, in its folder.
 _KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays where a folder is emptied for a run.
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
@@ -104,11 +106,12 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
         values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
         if not isinstance(values, dict):  # but a mapping in which nothing has a value as text.
             values = yaml.safe_load(text)
+        json.dumps(values, default=str)  # What names itself as a part of itself has no end.
     except OSError as error:
         raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe '{path}' is not UTF-8; save it as such.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"the recipe '{path}' is no YAML{_place_and_problem(error)}.") from error
     if not isinstance(values, dict):
         raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
@@ -117,7 +120,7 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
     return values
 
 
-def _place_and_problem(error: yaml.YAMLError) -> str:
+def _place_and_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f" (line {error.problem_mark.line + 1}: {error.problem})"
     return f" ({reason_of(error)})"
@@ -196,7 +199,7 @@ def check_run_folder(
     """
     if not resume:
         check_spared(output, needed)
-        check_output(output, RUN if overwrite else None, _KEPT)
+        check_output(output, _REPLACED[type(recipe)] if overwrite else None, _KEPT)
     elif (output / RECIPE).is_file():
         changed = differences(read_recipe_of(type(recipe), str(output / RECIPE)), recipe)
         if changed:

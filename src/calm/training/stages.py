@@ -31,6 +31,7 @@ from calm.evaluation.samplers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_autoencoder
+from calm.storage.checksums import check_as_written
 from calm.storage.disk import disk_errors, read_json, write_file_whole
 from calm.storage.folders import written_whole
 from calm.training.configurations import (
@@ -39,6 +40,7 @@ from calm.training.configurations import (
     language_model_config,
     special_tokens_of,
 )
+from calm.training.inputs import digest_of_weights, note_input
 from calm.training.opening import (
     check_vocabulary,
     data_folder,
@@ -134,7 +136,9 @@ def _blocks(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> 
 
 def _is_finished(folder: Path) -> bool:
     """Whether a stage has left its folder; the same answer for all processes."""
-    is_finished = folder.is_dir()
+    is_finished = (folder / "config.json").is_file()
+    if is_finished and processes().is_main_process:
+        check_as_written(folder)
     processes().wait_for_everyone()  # Else a quick one could write it before a slow one looks.
     return is_finished
 
@@ -143,6 +147,8 @@ def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Non
     folder = output / "autoencoder"
     if not _is_finished(folder):
         _finish(_train_autoencoder(recipe, data, output), data.tokenizer, folder, recipe)
+    if processes().is_main_process:
+        note_input(output, "its autoencoder", digest_of_weights(load_autoencoder(folder)))
 
 
 def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> CalmAutoencoder:

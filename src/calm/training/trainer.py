@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from calm.data.streaming import PLACE, BlockStream
-from calm.errors import RunError, Terminated, reason_of
+from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.storage.checksums import write_checksums
@@ -28,6 +28,7 @@ from calm.storage.disk import disk_errors
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint
 from calm.training.collating import NUMBERS, collate_chunks, collate_stream, collate_tokens, count_tokens
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
+from calm.training.inputs import copy_inputs, other_input
 from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.processes import processes
@@ -122,6 +123,10 @@ class ChunkTrainer(Trainer):
         checkpoint = newest_whole_checkpoint(self._output)
         if checkpoint:
             check_checkpoint(checkpoint, self._is_sharded)
+            if (what := other_input(self._output, checkpoint)) is not None:
+                raise InputError(
+                    f"'{checkpoint}' is of another run: {what} is not the same. Put back those of this run."
+                )
         if checkpoint and self._stream is not None:
             self._stream.position.load(checkpoint / self._position_file)
         try:
@@ -288,6 +293,7 @@ class ChunkTrainer(Trainer):
                 staging, self._staging = self._staging, None
             processes().wait_for_everyone()  # Each process writes a part.
             if self.args.should_save:
+                copy_inputs(self._output, staging / name)
                 write_checksums(staging / name)
                 _sync(staging / name)
                 (staging / name).rename(run_dir / name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calm.data.stories import NUM_STORIES
 from calm.errors import InputError
-from calm.ranges import DOCUMENT_MB, SEEDS, Range
+from calm.ranges import BLOCKS, DOCUMENT_MB, SEEDS, Range
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -64,7 +64,9 @@ def prepare(
         Range(1, 4096).require("num_proc", num_proc)
     from calm.data.prepare import prepare as run
     from calm.data.reading import ReadingOptions
+    from calm.storage.locks import nobody_at_work
 
+    nobody_at_work(Path(output).absolute().parent)
     data = run(
         sources,
         Path(output),
@@ -152,6 +154,9 @@ def compare(
     from calm.storage.folders import check_file
     from calm.training.recipe_files import read_recipe
 
+    for name, number in (("context", context), ("max_blocks", max_blocks)):
+        if number is not None:
+            BLOCKS.require(name, number)
     folders = [Path(run) for run in runs or []]
     report = Path(output) / "report.html"
     for file in (report, report.with_suffix(".json")):
@@ -195,6 +200,8 @@ def ablate(
     from calm.report.ablation import print_ablation, write_ablation
     from calm.training.recipe_files import read_recipe
 
+    if max_blocks is not None:
+        BLOCKS.require("max_blocks", max_blocks)
     folder = Path(output) / Path(question).stem
     table = run_ablation(
         read_ablation(question),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calm.errors import InputError
-from calm.ranges import DOCUMENT_MB, SEEDS
+from calm.ranges import BLOCKS, DOCUMENT_MB, ORDERS, SEEDS
 from calm.terminal import as_text
 
 PUBLISHED_POSITIONS = 2048
@@ -51,6 +51,7 @@ def evaluate(
     """
     SEEDS.require("seed", seed)
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
+    _check_counts(ngrams, context=context, max_blocks=max_blocks)
     _look_for(model)
     from calm.data.prepared import held_out_data
     from calm.data.reading import ReadingOptions
@@ -258,6 +259,7 @@ def share(
         export: Folder for a copy of the model with its card, in fewer bytes.
         dtype: Type of the weights in that copy: float32, bfloat16 or float16.
     """
+    _check_counts(ngrams, max_blocks=max_blocks)
     from calm.sharing import check_push, write_card
     from calm.sharing import export as copy
     from calm.sharing import push as upload
@@ -372,3 +374,12 @@ def _look_for(model: str) -> None:
     from calm.models.missing import look_for
 
     look_for(model)
+
+
+def _check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
+    """Raise InputError for an order of n-grams, or another number, that is out of range."""
+    for order in [ngrams] if isinstance(ngrams, int) else ngrams or []:
+        ORDERS.require("ngrams", order)
+    for name, number in counts.items():
+        if number is not None:
+            BLOCKS.require(name, number)
