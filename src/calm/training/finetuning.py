@@ -2,6 +2,7 @@
 
 output/
   recipe.yaml    the resolved recipe
+  inputs.json    digests of what the run began with
   checkpoints/   checkpoints and TensorBoard logs
   adapter/       the adapters, where they were trained
   model/         the result: a self-contained model folder (with the adapters added)

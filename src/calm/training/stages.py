@@ -4,6 +4,7 @@ An autoregressive model has no autoencoder; the rest is the same.
 
     output/
       recipe.yaml            the resolved recipe
+      inputs.json            digests of what the run began with
       data/                  the prepared text (unless the recipe names a prepared folder)
       autoencoder/           the trained autoencoder
       model/                 the result: a self-contained model folder
