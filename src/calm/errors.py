@@ -1,11 +1,21 @@
 """Exceptions that the command line prints as a sentence."""
 
+_LONGEST_SENTENCE = 2000
 _MOST_OF_A_VALUE = 100
 _MOST_CHARACTERS = 400  # Of what another library says: it may repeat the whole of its input.
 
 
 class InputError(ValueError):
-    """Bad input: says what is wrong, which value, and what to do, in one sentence."""
+    """Bad input: says what is wrong, which value, and what to do, in one sentence.
+
+    Of a long one the middle is left out: names and values in it come from files that are not trusted.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST_SENTENCE:
+            half = _LONGEST_SENTENCE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(message)
 
 
 class RunError(RuntimeError):

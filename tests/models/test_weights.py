@@ -221,3 +221,15 @@ def test_tokenizers_that_are_absurd(change, message, folder):
         assert "\n" not in str(error)
     else:
         assert max(tokenizer.get_vocab().values()) < 320
+
+
+@pytest.mark.parametrize("place", ["return_dict", "backbone_config.return_dict"])
+def test_a_configuration_that_asks_for_tuples_writes_all_the_same(place, folder):
+    set_in(folder / "config.json", place, False)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert load_model(str(folder)).generate(tokens, max_new_tokens=4, seed=1).shape == (1, 8)
+
+
+def test_what_a_file_says_does_not_flood_a_message():
+    told = str(InputError("the start " + "x" * 10**6 + " the end"))
+    assert len(told) < 2100 and told.startswith("the start") and told.endswith("the end")

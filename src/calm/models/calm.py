@@ -275,6 +275,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
         )
         own = self.head.read_chunks(split_into_chunks(input_ids, self.config.chunk_size))
         if own is not None:

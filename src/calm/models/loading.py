@@ -242,6 +242,7 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
         check_generation(settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None)
     except ValueError as error:
         raise InputError(f"'{name}/generation_config.json': {error}") from error
+    model.config.return_dict = True  # All that reads its outputs does so by name.
     return model.eval()
 
 
