@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import datasets
+import pyarrow
 import pytest
 
 from calm.data import pieces, reading, sources
+from calm.data.kept import made_or_kept
 from calm.data.prepare import prepare
 from calm.data.prepared import is_prepared, load_prepared
 from calm.data.stories import stories
@@ -153,3 +156,17 @@ def test_a_damaged_piece_is_made_anew(damage, pieces_of, text, tmp_path, small_p
         damage(piece)
     assert tokens(prepared(text, tmp_path / "out")) == whole
     assert "that are damaged or were not finished; they are made again" in caplog.text
+
+
+def test_what_no_damaged_piece_explains_is_raised(tmp_path):
+    """Not the same again: nothing that is kept is to blame."""
+    whole = datasets.Dataset.from_dict({"n": [1]})
+    file = str(tmp_path / "a.arrow")
+    made_or_kept(lambda: whole.map(dict, cache_file_name=file), tmp_path, "numbers")
+
+    def fail():
+        raise pyarrow.ArrowInvalid("of its own")
+
+    with pytest.raises(pyarrow.ArrowInvalid, match="of its own"):
+        made_or_kept(fail, tmp_path, "numbers")
+    assert (tmp_path / "a.arrow").is_file()

@@ -36,6 +36,8 @@ def made_or_kept(
         if isinstance(error, OSError) and error.errno is not None:  # Of the disk, not of a damaged file.
             raise
         damaged = {file for file in before if not is_marked(file)}
+        if not damaged:
+            raise
     if damaged:
         logger.warning(
             "'%s' holds %s that are damaged or were not finished; they are made again.", below, what
