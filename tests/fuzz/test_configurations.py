@@ -1,5 +1,6 @@
 """Configurations in which anything was changed make a model that writes, or one sentence."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -82,6 +83,17 @@ def folders(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def changed_in(path, data):
+    """A file of settings in which something was changed for the block."""
+    good = path.read_text()
+    try:
+        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+        yield
+    finally:
+        path.write_text(good)
+
+
 def refused_or(work):
     """Do some work; what it refuses must be one short sentence."""
     try:
@@ -97,42 +109,30 @@ def refused_or(work):
 @given(data=st.data())
 def test_model_folders(kind, file, data, folders):
     path = folders / kind / "model" / file
-    good = path.read_text()
 
     def write():
         model, tokenizer = load_language_model_and_tokenizer(str(path.parent))
         text = continue_texts(model, tokenizer, ["One day"], max_new_tokens=8, seed=1)
         assert isinstance(text[0], str)
 
-    try:
-        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+    with changed_in(path, data):
         refused_or(write)
-    finally:
-        path.write_text(good)
 
 
 @BUDGET
 @given(data=st.data())
 def test_autoencoders(data, folders):
     path = folders / "energy/autoencoder/config.json"
-    good = path.read_text()
-    try:
-        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+    with changed_in(path, data):
         refused_or(lambda: load_autoencoder(path.parent))
-    finally:
-        path.write_text(good)
 
 
 @BUDGET
 @given(data=st.data())
 def test_tokenizers(data, folders):
     path = folders / "energy/data/tokenizer/tokenizer.json"
-    good = path.read_text()
-    try:
-        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+    with changed_in(path, data):
         refused_or(lambda: load_tokenizer(str(path.parent)))
-    finally:
-        path.write_text(good)
 
 
 @pytest.mark.parametrize("part", ["autoencoder", "calm"])
@@ -143,9 +143,5 @@ def test_released_checkpoints(part, data, folders):
     if not place.exists():
         shutil.copytree(FIXTURES / "energy_k4", place)
     path = place / part / "config.json"
-    good = path.read_text()
-    try:
-        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+    with changed_in(path, data):
         refused_or(lambda: load_published(place / "autoencoder", place / "calm"))
-    finally:
-        path.write_text(good)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -93,16 +94,26 @@ def _read_text(path: Path, options: ReadingOptions) -> Iterator[str]:
     yield "".join(lines).strip("\r\n")
 
 
-def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
-    for number, line in numbered_lines(path, options.most_bytes):
+def json_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> Iterator[tuple[int, Any]]:
+    """What each line that is not blank holds, with its number.
+
+    Raises:
+        InputError: As `numbered_lines`, or if a line is not JSON.
+    """
+    for number, line in numbered_lines(path, most_bytes):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"'{path}', line {number}, is not JSON ({reason_of(error)}); mend that line."
             ) from None
+        yield number, value
+
+
+def _read_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
+    for number, record in json_lines(path, options.most_bytes):
         text = record.get(options.text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise InputError(

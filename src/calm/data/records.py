@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.data.files import find_files, format_of, is_here
-from calm.data.reading import DAMAGE, has_half_a_pair, numbered_lines, open_parquet
+from calm.data.reading import DAMAGE, has_half_a_pair, json_lines, open_parquet
 from calm.data.sources import check_sources, load_hub_dataset
 from calm.errors import InputError, reason_of
 
@@ -39,15 +39,7 @@ def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in numbered_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"'{path}', line {number}, is not JSON ({reason_of(error)}); mend that line."
-            ) from None
+    for number, record in json_lines(path):
         if not isinstance(record, dict):
             raise InputError(f"'{path}', line {number}, is no record ({{...}}); mend that line.")
         if has_half_a_pair(json.dumps(record, ensure_ascii=False)):

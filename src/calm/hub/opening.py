@@ -158,7 +158,7 @@ def may_run_code(error: BaseException) -> bool:
     return _LOADS_UNSAFELY in text and ("Unsupported" in text or "unsupported" in text)
 
 
-def asking_hub(name: str) -> AbstractContextManager[None]:
+def _asking_hub(name: str) -> AbstractContextManager[None]:
     """Within, something is loaded from its folder, from the hub, or from its cache if there is no network."""
     return nullcontext() if Path(name).exists() else hub_or_cache()
 
@@ -167,7 +167,7 @@ def asking_hub(name: str) -> AbstractContextManager[None]:
 def _without_code(name: str) -> Iterator[None]:
     """Within, the hub is asked at most briefly, and errors that offer to run code are one sentence."""
     try:
-        with asking_hub(name):
+        with _asking_hub(name):
             yield
     except InputError:
         raise

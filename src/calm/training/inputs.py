@@ -41,11 +41,6 @@ def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
         write_file_whole(file, json.dumps({**noted, **inputs}, indent=1) + "\n")
 
 
-def note_input(output: Path, what: str, digest: str) -> None:
-    """`check_inputs` for one more that a run has made itself, and goes on with."""
-    check_inputs(output, {what: digest})
-
-
 def inputs_in(folder: Path) -> dict[str, str]:
     """What was noted in a folder; nothing in one of an earlier version.
 
@@ -63,20 +58,20 @@ def copy_inputs(stage: Path, checkpoint: Path) -> None:
         stage: The folder of the stage's checkpoints, in that of the run.
         checkpoint: Where a checkpoint is being written.
     """
-    for run in stage.parents[:2]:
-        if (run / INPUTS).is_file():
-            shutil.copyfile(run / INPUTS, checkpoint / INPUTS)
-            return
+    if (run := _run_of(stage)) is not None:
+        shutil.copyfile(run / INPUTS, checkpoint / INPUTS)
 
 
 def other_input(stage: Path, checkpoint: Path) -> str | None:
     """What the run of a checkpoint began with, and this one did not; None if there is nothing."""
-    noted = inputs_in(checkpoint)
-    for run in stage.parents[:2]:
-        if (run / INPUTS).is_file():
-            own = inputs_in(run)
-            return next((what for what in noted if own.get(what, noted[what]) != noted[what]), None)
-    return None
+    run = _run_of(stage)
+    own, noted = {} if run is None else inputs_in(run), inputs_in(checkpoint)
+    return next((what for what in noted if own.get(what, noted[what]) != noted[what]), None)
+
+
+def _run_of(stage: Path) -> Path | None:
+    """The folder of the run that a stage is of, if that has noted its inputs."""
+    return next((folder for folder in stage.parents[:2] if (folder / INPUTS).is_file()), None)
 
 
 def digest_of_recipe(recipe: Any) -> str:

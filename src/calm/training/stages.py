@@ -41,7 +41,7 @@ from calm.training.configurations import (
     language_model_config,
     special_tokens_of,
 )
-from calm.training.inputs import digest_of_weights, note_input
+from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import (
     check_vocabulary,
     data_folder,
@@ -149,7 +149,7 @@ def _finish_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> Non
     if not _is_finished(folder):
         _finish(_train_autoencoder(recipe, data, output), data.tokenizer, folder, recipe)
     if processes().is_main_process:
-        note_input(output, "its autoencoder", digest_of_weights(load_autoencoder(folder)))
+        check_inputs(output, {"its autoencoder": digest_of_weights(load_autoencoder(folder))})
 
 
 def _train_autoencoder(recipe: Recipe, data: PreparedData, output: Path) -> CalmAutoencoder:
