@@ -34,7 +34,6 @@ HEADS = {
     "energy": None,  # As the run has it.
     "flow": {"head_type": "flow", "num_blocks": 1},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1},
-    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1},
 }
 WAYS = {
     "energy": [{}],
@@ -52,7 +51,6 @@ WAYS = {
         {"sampler": "ddim", "num_steps": 25},
         {"sampler": "dpm", "num_steps": 15},
     ],
-    "mean_flow": [{"num_steps": 1}, {"num_steps": 2}],
 }
 POSITIONS, DRAWS = 64, 16
 
@@ -200,7 +198,7 @@ def draw_speeds(arguments, rows):
     @torch.no_grad()
     def draw(way, folder):
         models[folder].change_sampling(**json.loads(way[1]))
-        models[folder].head.sample(hidden, DRAWS)
+        models[folder].head.sample_latents(hidden, DRAWS)
 
     times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)
     speeds = {way: [POSITIONS * DRAWS / seconds for seconds in few] for way, few in times.items()}

@@ -40,16 +40,16 @@ from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.data.prepare import prepare
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_sampler
-from calm.evaluation.perplexity import has_likelihood
-from calm.evaluation.samplers import scorer_at, scorer_of
+from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_with
+from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
-from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
 from calm.report.tables import with_error
 from calm.storage.folders import write_file_whole
+from calm.texts import continue_tokens
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train, train_autoencoder
 
@@ -194,25 +194,25 @@ def score(folder, context, num_blocks):
         blocks = data.blocks("validation", chunk_size=size, block_size=context)
         rebuilt = score_reconstruction(model.autoencoder, blocks, num_blocks)
         result["given_back"] = rebuilt.token_accuracy
-    if has_likelihood(model):
+    if language_model(model).has_likelihood:
         width = scorer_of(model).chunk_size
         blocks = data.blocks("validation", chunk_size=width, block_size=context)
         result["cross_entropy"] = score_perplexity(model, blocks, num_blocks).cross_entropy
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
-        scorer, draws = scorer_at(model, temperature)
+        scorer = scorer_of(model, temperature=temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
         num_draws = NUM_DRAWS if temperature == 1 else 2  # Probabilities need none.
-        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED, num_draws)
+        brier = score_with(scorer, model, blocks, blocks_scored, SEED, num_draws)
         if temperature == 1:
             result["documents"] = rows_of(brier.documents)
-        cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
+        cost = cost_of(model.config, Work(context // size, scorer.reader.mean_draws))
         result[f"T{temperature:g}"] = {
             "brier_lm": brier.brier_lm,
             "error": brier.brier_lm_error,
             "brier": [100 * mean for mean in brier.means[:4]],
             "hits": [100 * value for value in brier.hits[:4]],
             "collisions": [100 * value for value in brier.collisions[:4]],
-            "draws": draws.mean_draws if draws else 1,
+            "draws": scorer.reader.mean_draws,
             "inference_flops": sum(cost.inference.values()),
         }
     return result

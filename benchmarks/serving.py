@@ -18,11 +18,10 @@ import openai
 import uvicorn
 from measure import machine, status
 
-from calm.core.temperature import TemperatureSettings
 from calm.data.stories import stories
-from calm.generation import continue_texts
 from calm.models.loading import load_model_and_tokenizer
 from calm.serving.app import ServerSettings, create_app
+from calm.texts import continue_texts
 
 
 def main():
@@ -74,9 +73,7 @@ def main():
 
 def ask_all(model, tokenizer, prompts, rows, arguments):
     """Tokens per second of all clients together, and their texts."""
-    settings = ServerSettings(
-        name="model", max_rows=rows, defaults=TemperatureSettings(temperature=arguments.temperature)
-    )
+    settings = ServerSettings(name="model", max_rows=rows, temperature=arguments.temperature)
     app = create_app(model, tokenizer, settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)

@@ -25,13 +25,14 @@ import torch
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
-import calm.models.sampling as sampling
+import calm.models.writing.sampling as sampling
 from calm.core.chunks import find_targets
-from calm.core.temperature import ChunkSample, TemperatureSettings, sample
+from calm.core.temperature import ChunkSample
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.writing.sampler_registry import sampler_from
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
@@ -45,7 +46,7 @@ def literal_pool(model, hidden_PD, temperature):
     num_draws = 1 if n == 1 else POOL
     chosen = []
     for hidden_D in hidden_PD:
-        latents = model.head.sample(hidden_D.repeat(num_draws, 1), 1)[0]
+        latents = model.head.sample_latents(hidden_D.repeat(num_draws, 1), 1)[0]
         tokens = model.autoencoder.decode(latents).argmax(-1)
         counts = collections.Counter(map(tuple, tokens.tolist()))
         for m in range(n, 0, -1):
@@ -60,11 +61,8 @@ def literal_pool(model, hidden_PD, temperature):
 
 def samplers_at(temperature, budgets):
     """Name -> settings; None is the yardstick."""
-    table = {
-        f"exact {budget}": TemperatureSettings(temperature=temperature, max_draws=budget)
-        for budget in budgets
-    }
-    table[f"pool {POOL}"] = TemperatureSettings(temperature=temperature, sampler="pool", num_draws=POOL)
+    table = {f"exact {budget}": sampler_from(temperature=temperature, max_draws=budget) for budget in budgets}
+    table[f"pool {POOL}"] = sampler_from(temperature=temperature, sampler="pool", num_draws=POOL)
     if abs(1 / temperature - round(1 / temperature)) < 1e-6:
         table[LITERAL] = None
     return table
@@ -78,11 +76,7 @@ def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
     if settings is None:
         model.sample_chunks = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
-        options = {
-            "sampler": settings.sampler,
-            "num_draws": settings.num_draws,
-            "max_draws": settings.max_draws,
-        }
+        options = {"sampler": settings}
     num_tokens = num_chunks * model.config.chunk_size
     start = time.perf_counter()
     out = model.generate(
@@ -215,7 +209,7 @@ def law(arguments):
                 elif settings is None:
                     continue  # The literal pool has the law of the pool.
                 else:
-                    result = sample(draw, arguments.trials, settings, generator)
+                    result = settings.sample(draw, arguments.trials, generator)
                     found = result.chunks_RK.squeeze(-1)
                     costs[temperature, key].append(
                         (result.num_draws_R.double().mean().item(), result.fell_back_R.double().mean().item())

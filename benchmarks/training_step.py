@@ -27,9 +27,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class LiteralHead(EnergyHead):
     """The same head and loss as one would first write them."""
 
-    def loss(self, hidden_PD, posterior_PZ, generator=None, noise=None):
+    def _loss(self, states_PD, target, noise):
         """See `GenerativeHead`."""
-        condition = self.condition_norm(self.condition_in(hidden_PD)).expand(self.config.num_draws, -1, -1)
+        condition = self.condition_norm(self.condition_in(states_PD)).expand(self.config.num_draws, -1, -1)
         x = self.noise_norm(self.noise_in(noise.head))
         for block in self.blocks:
             merged = block.merge(torch.cat([block.norm(x), condition], dim=-1))
@@ -38,7 +38,7 @@ class LiteralHead(EnergyHead):
             )
             x = x + block.down(functional.silu(gate) * up)
         draws = self.out(functional.silu(self.out_hidden(self.out_norm(x))))
-        targets = posterior_PZ.sample(self.config.num_posterior_draws, noise=noise.posterior)
+        targets = target.posterior_PZ.sample(self.config.num_posterior_draws, noise=noise.posterior)
         return literal_energy_loss(draws, targets, self.config.alpha)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from calm.data.tokenizer import load_tokenizer
 from calm.flops import Work, cost_of
-from calm.generation import continue_texts
 from calm.models.published import load_published
+from calm.texts import continue_texts
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import openai
 import uvicorn
 
-from calm.generation import continue_texts
-from calm.models.batching import ChunkBatch
+from calm.models.writing.batching import ChunkBatch
 from calm.serving.app import ServerSettings, create_app
 from calm.serving.connections import uvicorn_config
+from calm.texts import continue_texts
 
 
 @contextmanager

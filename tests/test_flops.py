@@ -115,7 +115,7 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
 
     def write():
         model.hidden_states_of_chunks(tokens)
-        model.autoencoder.decode(model.head.sample(hidden, draws))
+        model.autoencoder.decode(model.head.sample_latents(hidden, draws))
 
     expected = total(cost.inference) * chunks * chunk_size
     assert_counts(counted(write), expected, angles=8 * chunks)

@@ -17,12 +17,12 @@ from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.generation import continue_texts
 from calm.harness import HarnessModel, _energy_score, main
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.text.chat import encode_chat
 from calm.text.decoding import decode_behind
 from calm.text.encoding import encode_documents
+from calm.texts import continue_texts
 
 TASKS = {
     "texts": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"

@@ -117,7 +117,7 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     size, backbone, autoencoder = config.chunk_size, config.backbone, config.autoencoder
     width = config.hidden_size
     try:
-        head = config.head.work(width, config.latent_size)
+        head = config.head.flops(width, config.latent_size)
     except NotImplementedError as error:
         raise InputError(str(error)) from error
     once = {
@@ -128,14 +128,14 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     encoder = {"encoder": 2 * _encoder_of_chunks(autoencoder)}  # Once where a latent is input and target.
     inference: dict[str, float] = {**once, **(encoder if config.reads_latents else {})}
     inference |= {
-        "head": 2
-        * (head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws),
-        "decoder": 2 * work.draws * _decoder_of_chunks(autoencoder),
-        "vocabulary": 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size,
+        "head": head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws,
     }
+    if config.head.decodes_latents:
+        inference["decoder"] = 2 * work.draws * _decoder_of_chunks(autoencoder)
+        inference["vocabulary"] = 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size
     times = head.training_draws if work.condition_per_draw else 1
     training = {part: 3 * flops for part, flops in once.items()} | {
-        "head": 2 * (head.training_shared * times + head.training_per_draw * head.training_draws)
+        "head": head.training_shared * times + head.training_per_draw * head.training_draws
     }
     training |= encoder
     return Cost(

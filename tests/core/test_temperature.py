@@ -8,12 +8,11 @@ import torch
 from scipy import special, stats
 
 from calm.core.temperature import (
-    TemperatureSettings,
     inverse_temperature,
-    sample,
     sample_exact,
     sample_from_pool,
 )
+from calm.models.writing.sampler_registry import sampler_from
 
 
 def seeded(seed=0):
@@ -166,8 +165,8 @@ def test_fallen_back_rows_return_to_their_places():
 
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 def test_one_draw_at_temperature_one(sampler):
-    settings = TemperatureSettings(temperature=1.0, sampler=sampler)
-    result = sample(draw_of(torch.eye(3), seeded()), 3, settings)
+    settings = sampler_from(temperature=1.0, sampler=sampler)
+    result = settings.sample(draw_of(torch.eye(3), seeded()), 3)
     assert result.chunks_RK.flatten().tolist() == [0, 1, 2]
     assert result.num_draws_R.tolist() == [1, 1, 1]
 
@@ -175,8 +174,8 @@ def test_one_draw_at_temperature_one(sampler):
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 def test_temperature_zero_is_the_mode_of_a_pool(sampler):
     law = torch.tensor([[0.2, 0.5, 0.3]]).expand(50, -1)
-    settings = TemperatureSettings(temperature=0, sampler=sampler, num_draws=400)
-    result = sample(draw_of(law, seeded()), 50, settings, seeded(1))
+    settings = sampler_from(temperature=0, sampler=sampler, num_draws=400)
+    result = settings.sample(draw_of(law, seeded()), 50, seeded(1))
     assert (result.chunks_RK == 1).all() and (result.num_draws_R == 400).all()
 
 
@@ -184,8 +183,8 @@ def test_temperature_zero_is_the_mode_of_a_pool(sampler):
 @pytest.mark.parametrize("temperature", [0.0, 0.37, 0.5, 1.0])
 def test_same_seed_same_choice(settings, temperature):
     law = torch.rand(20, 6, generator=seeded())
-    kwargs = TemperatureSettings(temperature=temperature, **settings)
-    one, other = (sample(draw_of(law, seeded(4)), 20, kwargs, seeded(5)).chunks_RK for _ in range(2))
+    sampler = sampler_from(temperature=temperature, **settings)
+    one, other = (sampler.sample(draw_of(law, seeded(4)), 20, seeded(5)).chunks_RK for _ in range(2))
     assert (one == other).all()
 
 
@@ -200,7 +199,7 @@ def test_inverse_temperature(temperature, order):
 @pytest.mark.parametrize("temperature", [-1.0, 1.5, math.nan, math.inf])
 def test_other_temperatures_are_refused(temperature):
     with pytest.raises(ValueError, match="temperature must lie between 0 and 1"):
-        TemperatureSettings(temperature=temperature)
+        sampler_from(temperature=temperature)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_other_temperatures_are_refused(temperature):
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TemperatureSettings(**settings)
+        sampler_from(**settings)
 
 
 def test_too_small_a_pool_is_refused():
@@ -233,5 +232,6 @@ def test_exact_sampling_has_no_temperature_zero():
 
 
 def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="the batch is empty"):
-        sample(draw_of(torch.eye(1), None), 0, TemperatureSettings())
+    for name in ("exact", "pool", "head"):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            sampler_from(sampler=name).sample(draw_of(torch.eye(1), None), 0)

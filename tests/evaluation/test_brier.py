@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
 from calm.errors import InputError
-from calm.evaluation.brier import BrierResult, evaluate_brier
+from calm.evaluation.brier import BrierResult, FromDraws, evaluate_brier
 from calm.evaluation.held_out import batches_of
 
 PAD, EOS = 0, 1
@@ -44,7 +44,7 @@ def block_of(*rows, chunk_size=4):
 
 def evaluate(sampler, *blocks, eos_token_id=EOS, seed=0):
     return evaluate_brier(
-        sampler,
+        FromDraws(sampler),
         blocks,
         eos_token_id=eos_token_id,
         pad_token_id=PAD,

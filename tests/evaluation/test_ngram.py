@@ -7,7 +7,7 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
-from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.brier import FromDraws, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
 
 EOS, A, B, C, PAD = range(5)
@@ -193,7 +193,9 @@ def test_draws_are_independent_and_repeatable():
 def score(documents, order, text):
     """Brier means of a model of `documents` on one long text of whole chunks."""
     block = block_of([text], [text], [list(range(len(text) // 4))])
-    return evaluate_brier(sampler_of(documents, order), [block], eos_token_id=EOS, pad_token_id=PAD, seed=0)
+    return evaluate_brier(
+        FromDraws(sampler_of(documents, order)), [block], eos_token_id=EOS, pad_token_id=PAD, seed=0
+    )
 
 
 def test_a_longer_order_predicts_a_cycle_up_to_smoothing():

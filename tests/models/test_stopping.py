@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Stoppi
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.generation import continue_texts, continue_tokens
 from calm.models.context import longest_context, room_beside
+from calm.texts import continue_texts, continue_tokens
 
 PROMPT = "one two"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from serving_client import serving
 
-from calm.core.temperature import TemperatureSettings, law_of_pool, sample_from_pool
+from calm.core.temperature import distribution_of_pool, sample_from_pool
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -41,7 +41,7 @@ def test_a_pool_is_what_the_head_draws(server, model, tokenizer):
     assert sum(counts) == 1000 == pool["num_draws"] and pool["num_different"] == len(counts)
     assert counts == sorted(counts, reverse=True)
     for place, temperature in enumerate(pool["temperatures"]):
-        law = law_of_pool(torch.tensor(counts), temperature)
+        law = distribution_of_pool(torch.tensor(counts), temperature)
         assert [c["chances"][place] for c in pool["candidates"]] == pytest.approx(law.tolist())
     front = -len(ids) % 4
     padded = torch.tensor([[0] * front + ids + written])
@@ -58,7 +58,7 @@ def test_the_law_of_a_pool_is_that_of_its_sampler():
     pool = torch.arange(5).repeat_interleave(counts).reshape(-1, 1, 1)
     for settings in ({"temperature": 0.5}, {"temperature": 0.4}, {"temperature": 1, "top_p": 0.6},
                      {"temperature": 0.7, "min_p": 0.3}, {"temperature": 0.0}):  # fmt: skip
-        law = law_of_pool(counts, **settings)
+        law = distribution_of_pool(counts, **settings)
         assert law.sum() == pytest.approx(1)
         generator = torch.Generator().manual_seed(0)
         wide = pool.expand(-1, 20_000, -1)
@@ -138,11 +138,11 @@ def test_a_person_writes_and_looks_into_a_chunk(server, browser):
 def test_a_person_is_told_what_is_wrong_and_may_stop(model, tokenizer, browser, monkeypatch):
     import time
 
-    from calm.models.batching import ChunkBatch
+    from calm.models.writing.batching import ChunkBatch
 
     step = ChunkBatch.step
     monkeypatch.setattr(ChunkBatch, "step", lambda self: (time.sleep(0.1), step(self))[1])
-    with serving(model, tokenizer, api_key="k", defaults=TemperatureSettings()) as (engine, _, url):
+    with serving(model, tokenizer, api_key="k", temperature=1.0) as (engine, _, url):
         page = browser.new_page()
         page.goto(url)
         page.get_by_role("button", name="Write").click()

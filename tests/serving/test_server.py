@@ -9,8 +9,7 @@ import pytest
 from conftest import tiny_model
 from serving_client import PROMPT, alone, serving, wait_until
 
-from calm.core.temperature import TemperatureSettings
-from calm.generation import continue_texts
+from calm.texts import continue_texts
 
 
 def test_models(server):
@@ -267,8 +266,7 @@ def test_fifty_clients_get_what_each_would_get_alone(model, tokenizer):
 
 
 def test_defaults_of_the_server(model, tokenizer):
-    defaults = TemperatureSettings(temperature=0.0, num_draws=8)
-    with serving(model, tokenizer, defaults=defaults) as (_, client, _):
+    with serving(model, tokenizer, temperature=0.0, draws=8) as (_, client, _):
         text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, seed=1).choices[0].text
     assert text == alone(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, num_draws=8, seed=1)
 
@@ -287,7 +285,7 @@ def test_a_head_with_a_temperature_is_asked_by_default(tokenizer):
     sharp = tiny_model(4, vocab_size=320, head_config={"head_type": "categorical_flow"})
     arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 5}
     # Whatever the server's own temperature is, that of the request decides.
-    with serving(sharp, tokenizer, defaults=TemperatureSettings(temperature=0, num_draws=9)) as (
+    with serving(sharp, tokenizer, temperature=0, draws=9) as (
         _,
         client,
         _,

@@ -134,7 +134,7 @@ def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_
 def test_a_head_of_a_larger_vocabulary_starts_from_the_text_too():
     """Codes that were made for another tokenizer may know more tokens than the text has."""
     head = tiny_model(4, vocab_size=40, head_config={"head_type": "sequential"}).head
-    head.begin_with(lambda: torch.tensor([3, 1]))
+    head.init_from_counts(lambda: torch.tensor([3, 1]))
     assert_close(head.scores.bias.exp(), torch.tensor([3.5, 1.5, *[0.5] * 38]) / 24)
 
 

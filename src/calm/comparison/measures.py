@@ -9,16 +9,16 @@ from transformers import PreTrainedModel
 
 from calm.comparison.costs import record_of
 from calm.core.brier import NUM_ORDERS
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import ExactSampler
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_sampler
-from calm.evaluation.samplers import scorer_at
+from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_with
+from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
-from calm.generation import continue_texts
-from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.measured import Comparison, Contender, Warmth
+from calm.texts import continue_texts
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE
 
@@ -53,7 +53,7 @@ class Measures:
         if not 0 < self.low <= 1:
             raise InputError(f"temperature must lie above 0 and at most at 1, got {self.low:g}.")
         try:
-            TemperatureSettings(temperature=self.low)
+            ExactSampler(temperature=self.low)
         except ValueError as error:  # Too low for the draws of a chunk.
             raise InputError(str(error)) from error
 
@@ -103,7 +103,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
-    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    size = language_model(model).chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
     Console(highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
@@ -131,10 +131,10 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
 def _warmth(
     model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
 ) -> Warmth:
-    scorer, draws = scorer_at(model, temperature)
+    scorer = scorer_of(model, temperature=temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
-    result = score_sampler(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)
-    mean_draws = draws.mean_draws if draws else 1.0
+    result = score_with(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)
+    mean_draws = scorer.reader.mean_draws
     cost = cost_of(model.config, Work(measures.context // size, mean_draws))
     first = slice(0, NUM_ORDERS)
     return Warmth(

@@ -7,7 +7,6 @@ A rows that are still open, D rows that are done.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ Draw = Callable[[int, Tensor], Tensor]
 """draw(num_draws, rows_R): independent draws of those rows at temperature 1: token ids (N, R, K), or
 states (N, R, X) that go with a `TokenReader`."""
 
-SAMPLERS = ("exact", "pool", "head")
 _ROUNDING = 1e-3
 _LEAST = 1e-300
 _FIRST_BLOCK = 16
@@ -48,61 +46,6 @@ class ChunkSample(NamedTuple):
     agreement_R: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class TemperatureSettings:
-    """How chunks are sampled.
-
-    Args:
-        temperature: T in [0, 1]; 0 takes the commonest chunk of a pool, or the head's own likeliest.
-        sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice; "pool", whose law
-            tends to it as `num_draws` grows; or "head", one draw of a head that takes a temperature
-            itself, whose law is the head's own.
-        num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
-        max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
-        first_block: Draws that the exact sampler begins with; None chooses. It moves cost, not the law.
-        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
-        min_p: Pool only: drop chunks less frequent than this share of the commonest.
-    """
-
-    temperature: float = 1.0
-    sampler: str = "exact"
-    num_draws: int = 200
-    max_draws: int = 200
-    first_block: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
-        if self.sampler == "head":
-            inverse_temperature(self.temperature)  # Raises where it is none; heads may take fewer.
-        elif self.sampler == "pool" or self.temperature == 0:
-            _order_for(self.temperature, self.num_draws, "num_draws=")
-        else:
-            _order_for(self.temperature, self.max_draws, "max_draws=")
-        for name in ("num_draws", "max_draws", "first_block"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}.")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(
-                "top_p must lie in (0, 1] and min_p in [0, 1]; "
-                f"got top_p={self.top_p:g} and min_p={self.min_p:g}."
-            )
-        if self.sampler != "pool" and self.truncates:
-            raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
-
-    @property
-    def truncates(self) -> bool:
-        """Whether `top_p` or `min_p` can drop a chunk."""
-        return self.top_p < 1 or self.min_p > 0
-
-    @property
-    def takes_one_draw(self) -> bool:
-        """Whether a single draw is the sample."""
-        return self.sampler == "head" or (self.temperature == 1 and not self.truncates)
-
-
 def inverse_temperature(temperature: float) -> float:
     """The exponent 1/T: infinite at 0, and whole where T is given rounded, as 0.333.
 
@@ -117,46 +60,6 @@ def inverse_temperature(temperature: float) -> float:
         raise ValueError(f"a temperature above 0 must be at least {_LEAST:g}, got {temperature:g}.")
     order = 1 / temperature
     return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
-
-
-def sample(
-    draw: Draw,
-    num_rows: int,
-    settings: TemperatureSettings,
-    randomness: Randomness = None,
-    reader: TokenReader | None = None,
-) -> ChunkSample:
-    """One chunk for every row by the sampler of the settings; at T = 1 that is a single draw.
-
-    Args:
-        draw: Makes draws of some rows; for the sampler "head", at the temperature of the settings.
-        num_rows: Number of rows R.
-        settings: Sampler and temperature.
-        randomness: Source of the choices; the draws have their own.
-        reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
-
-    Raises:
-        ValueError: If there is no row.
-    """
-    if num_rows < 1:
-        raise ValueError("there is no row to sample: the batch is empty.")
-    if settings.takes_one_draw:
-        rows_R = torch.arange(num_rows)
-        chunks_RK = Pool(draw(1, rows_R), reader).chunks(torch.zeros_like(rows_R), rows_R)
-        one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
-        return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
-    if settings.sampler == "exact" and settings.temperature > 0:
-        return sample_exact(
-            draw,
-            num_rows,
-            settings.temperature,
-            max_draws=settings.max_draws,
-            first_block=settings.first_block,
-            randomness=randomness,
-            reader=reader,
-        )
-    pool = Pool(draw(settings.num_draws, torch.arange(num_rows)), reader)
-    return _choose(pool, pool.number(), settings.temperature, randomness, settings.top_p, settings.min_p)
 
 
 def sample_from_pool(
@@ -185,10 +88,12 @@ def sample_from_pool(
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
     pool = Pool(pool_NRK)
-    return _choose(pool, pool.number(), temperature, randomness, top_p, min_p)
+    return choose_from_pool(pool, pool.number(), temperature, randomness, top_p, min_p)
 
 
-def law_of_pool(count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def distribution_of_pool(
+    count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """With which chance `sample_from_pool` chooses each of the different chunks of a pool, (C,).
 
     Args:
@@ -202,7 +107,7 @@ def law_of_pool(count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_
     """
     owner_N = torch.arange(len(count_C), device=count_C.device).repeat_interleave(count_C)
     count_1N = count_C[owner_N].unsqueeze(0)
-    log_weight_1N = _log_weights(count_1N, _order_for(temperature, len(owner_N)))
+    log_weight_1N = _log_weights(count_1N, order_for(temperature, len(owner_N)))
     log_weight_1N = log_weight_1N.masked_fill(_is_cut(count_1N, top_p, min_p), -math.inf)
     chance_N = (log_weight_1N - count_1N.double().log())[0].softmax(0)
     return chance_N.new_zeros(len(count_C)).index_add_(0, owner_N, chance_N)
@@ -241,7 +146,7 @@ def sample_exact(
     Raises:
         ValueError: If the temperature is out of range or the budget smaller than 1/T.
     """
-    order = _order_for(temperature, max_draws, "max_draws=")
+    order = order_for(temperature, max_draws, "max_draws=")
     if math.isinf(order):
         raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
     if first_block is None:
@@ -273,7 +178,9 @@ def sample_exact(
         pool.keep(is_open_A)
         lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_open_A]
         if len(rows_A) and len(pool) >= max_draws:
-            choice = _choose(pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A))
+            choice = choose_from_pool(
+                pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A)
+            )
             parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
             break
     place_R = torch.cat([rows for rows, _ in parts]).argsort()
@@ -281,15 +188,25 @@ def sample_exact(
     return ChunkSample(*(torch.cat(column)[place_R.to(column[0].device)] for column in columns))
 
 
-def _order_for(temperature: float, num_draws: int, name: str = "") -> float:
+def order_for(temperature: float, num_draws: int | None = None, name: str = "") -> float:
     """The exponent 1/T, after a check that so many draws can serve it; `name` says whose they are."""
     order = inverse_temperature(temperature)
+    if num_draws is None:
+        return order
     needed = 1 if math.isinf(order) else math.ceil(order)
     if num_draws < needed:
         raise ValueError(
             f"a temperature of {temperature:g} needs at least {needed} draws, got {name}{num_draws}."
         )
     return order
+
+
+def check_cuts(top_p: float, min_p: float) -> None:
+    """Raise ValueError if one of them is out of range."""
+    if not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(
+            f"top_p must lie in (0, 1] and min_p in [0, 1]; got top_p={top_p:g} and min_p={min_p:g}."
+        )
 
 
 def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
@@ -307,7 +224,7 @@ def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor)
     )
 
 
-def _choose(
+def choose_from_pool(
     pool: Pool,
     number_RN: Tensor,
     temperature: float,
@@ -317,7 +234,7 @@ def _choose(
 ) -> ChunkSample:
     """The pool rule, see `sample_from_pool`."""
     num_draws, num_rows, device = len(pool), pool.num_rows, pool.device
-    order = _order_for(temperature, num_draws)
+    order = order_for(temperature, num_draws)
     count_RN = torch.bincount(number_RN.flatten())[number_RN]
     log_weight_RN = _log_weights(count_RN, order)
     log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)

@@ -237,7 +237,7 @@ class CalmConfig(PreTrainedConfig):
     @property
     def state_size(self) -> int:
         """Numbers of a chunk's state: those of the backbone, and what the head reads itself."""
-        return self.hidden_size + self.head.own_size
+        return self.hidden_size + self.head.extra_state_size
 
     @property
     def num_hidden_layers(self) -> int:

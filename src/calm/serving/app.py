@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from importlib import resources
 from typing import Any
@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.temperature import TemperatureSettings
 from calm.models.calm import CalmForCausalLM
 from calm.serving.bodies import read_body
 from calm.serving.engine import Engine
@@ -50,7 +49,8 @@ class ServerSettings:
     Args:
         name: The model's name in requests.
         api_key: What requests must show; None for no key.
-        defaults: How chunks are sampled where a request says nothing.
+        temperature: Of requests that say none.
+        draws: Draws of a chunk for requests that say none.
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait; more are refused with 429.
         max_tokens: Most new tokens of a text.
@@ -73,7 +73,8 @@ class ServerSettings:
 
     name: str
     api_key: str | None = None
-    defaults: TemperatureSettings = field(default_factory=TemperatureSettings)
+    temperature: float = 1.0
+    draws: int = 200
     max_rows: int = 16
     max_waiting: int = 256
     max_tokens: int = 4096
@@ -196,7 +197,7 @@ def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
         return {
             "model": settings.name,
             "needs_key": settings.api_key is not None,
-            "temperature": settings.defaults.temperature,
+            "temperature": settings.temperature,
             "max_draws": settings.max_draws,
         }
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import Sampler
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, longest_context, room_beside
+from calm.models.writing.sampling import check_sampler
 from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
@@ -83,7 +84,7 @@ class Endpoint:
         """
         asked: Sequence[str | list[int]] = request.prompt
         budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
-        settings = self._check(request, len(asked), budget)
+        sampler = self._check(request, len(asked), budget)
         places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
         for prompt, place in zip(asked, places, strict=True):
             self._check_length(len(prompt), isinstance(prompt, str), place)
@@ -100,7 +101,7 @@ class Endpoint:
             return prompts, [echo for echo in read_back for _ in range(request.n)]
 
         prompts, echoes = await self.readers.run(read, is_gone)
-        answers = self._submit(request, prompts, budget, settings)
+        answers = self._submit(request, prompts, budget, sampler)
         return CompletionAnswer(answers, request, self._settings.name, echoes)
 
     async def chat(self, request: ChatRequest, is_gone: IsGone) -> "ChatAnswer":
@@ -119,7 +120,7 @@ class Endpoint:
                 param="messages",
             )
         budget = request.max_completion_tokens or request.max_tokens
-        settings = self._check(request, 1, budget or 1)
+        sampler = self._check(request, 1, budget or 1)
         said = sum(len(message["content"]) for message in request.messages)
         self._check_length(said, True, "messages")
 
@@ -133,12 +134,10 @@ class Endpoint:
             return prompt, budget or room
 
         prompt, most = await self.readers.run(read, is_gone)
-        answers = self._submit(request, [prompt], most, settings, self._ends_of_turn)
+        answers = self._submit(request, [prompt], most, sampler, self._ends_of_turn)
         return ChatAnswer(answers, request, self._settings.name)
 
-    def _check(
-        self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
-    ) -> TemperatureSettings:
+    def _check(self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int) -> Sampler:
         """Look at all that can be wrong before anything is made of the prompts; how chunks are sampled."""
         self.check_name(request.model)
         request.check(self._settings.max_draws)
@@ -155,12 +154,13 @@ class Endpoint:
             )
             raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
         self._check_total(request, num_prompts * request.n * budget)
-        settings = request.settings(self._settings.defaults, self.model.default_sampler)
+        head, allowed = self.model.head, self._settings
+        sampler = request.sampler_for(head.config, allowed.temperature, allowed.draws)
         try:
-            self.model.check_sampler(settings)
+            check_sampler(head, sampler)
         except ValueError as error:
             raise ApiError(str(error), param="sampler") from error
-        return settings
+        return sampler
 
     def _check_length(self, length: int, is_text: bool, place: str) -> None:
         """Raise ApiError for what is longer than any context, before it is read."""
@@ -197,7 +197,7 @@ class Endpoint:
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         budget: int,
-        settings: TemperatureSettings,
+        sampler: Sampler,
         more_stops: Sequence[str] = (),
     ) -> Answers:
         answers = Answers(
@@ -205,7 +205,7 @@ class Endpoint:
             tokenizer=self.tokenizer,
             prompts=prompts,
             copies=request.n,
-            settings=settings,
+            sampler=sampler,
             budget=budget,
             seed=request.chosen_seed(),
             stops=[*request.stop, *more_stops],

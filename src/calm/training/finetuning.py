@@ -22,14 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
 from calm.errors import InputError
-from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import room_beside
+from calm.models.language_model import language_model
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
 from calm.storage.checksums import check_as_written
 from calm.storage.disk import disk_errors, write_file_whole
 from calm.storage.folders import written_whole
 from calm.text.decoding import decode_behind
+from calm.texts import continue_tokens
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.configurations import check_seed, check_training
 from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
@@ -76,7 +77,7 @@ def _run(recipe: FinetuningRecipe, output: Path, resume: bool) -> None:
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
-    chunk_size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    chunk_size = language_model(model).chunk_size
     check_block_size(recipe.examples.context, chunk_size)
     if recipe.lora.rank:
         check_adapters(model, recipe.lora)
@@ -138,7 +139,7 @@ def _train(
     output: Path,
 ) -> None:
     context, settings = recipe.examples.context, recipe.training
-    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    size = language_model(model).chunk_size
     layout = {"chunk_size": size, "block_size": context, "pad_token_id": tokenizer.pad_token_id}
     blocks, shortened = lay_out(examples, **layout)
     held_out_blocks, _ = lay_out(held_out, **layout)

@@ -27,10 +27,10 @@ from calm.data.prepared import PreparedData, split_of
 from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.errors import InputError
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
-from calm.evaluation.perplexity import has_likelihood
-from calm.evaluation.samplers import scorer_of
+from calm.evaluation.scorers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.models.loading import load_autoencoder
 from calm.storage.checksums import check_as_written
 from calm.storage.disk import disk_errors, read_json, write_file_whole
@@ -186,7 +186,7 @@ def _new_language_model(recipe: Recipe, data: PreparedData, output: Path) -> Pre
     autoencoder = load_autoencoder(output / "autoencoder")
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model.head.begin_with(lambda: torch.from_numpy(data.token_counts()))
+    model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
     return model
 
 
@@ -198,7 +198,7 @@ def _train_language_model(
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         metrics = score_brier(model, held_out, settings.evaluation_blocks).as_metrics()
-        if has_likelihood(model):
+        if language_model(model).has_likelihood:
             metrics["cross_entropy"] = score_perplexity(
                 model, held_out, settings.evaluation_blocks
             ).cross_entropy

@@ -118,8 +118,8 @@ def generate(
         raise InputError("--stream takes one prompt at a time.")
     prompt = [as_text(text) for text in prompt]
     _look_for(model)
-    from calm.generation import continue_texts
     from calm.models.loading import load_language_model_and_tokenizer
+    from calm.texts import continue_texts
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     texts = continue_texts(
@@ -195,7 +195,6 @@ def flops(
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     from calm.flops import Work, cost_of
-    from calm.models.heads import takes_temperature
     from calm.models.loading import change_head, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
@@ -216,7 +215,7 @@ def flops(
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
     if draws is None:
-        draws = 200 if is_calm and not takes_temperature(config.head) else 1
+        draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
     print_costs(
         f"operations per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",
         cost_of(config, Work(positions, condition_per_draw=published)),
