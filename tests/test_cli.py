@@ -40,7 +40,7 @@ WRONG = [
     ("generate a b --temperature hot", "--temperature must be a number, got 'hot'."),
     ("generate a b --temp hot", "--temperature must be a number, got 'hot'."),
     ("generate a b --seed=", "--seed must be a whole number, got nothing."),
-    ("generate a b --sampler magic", "--sampler must be exact, pool or head, got 'magic'."),
+    ("generate a b --sampler magic", "--sampler must be one of exact, pool, head; got 'magic'."),
     ("generate a b --head {x", "--head must be a mapping, such as '{\"num_steps\": 2}', got '{x'."),
     ("evaluate a b --ngrams [1,x]", "must be a whole number or a list of whole numbers, such as [1,2], got"),
     ("compare --chunk_sizes 1 2", "--chunk_sizes must be a list of whole numbers, such as [1,2], got '1'."),

@@ -270,7 +270,9 @@ def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
     mean = autoencoder.encode(chunk).mean.detach()
     noise = torch.randn(16, 1, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
-        harness._model.head, "sample", lambda hidden, *_: mean + 0.01 * noise.expand(-1, len(hidden), -1)
+        harness._model.head,
+        "sample_latents",
+        lambda states, *_: mean + 0.01 * noise.expand(-1, len(states), -1),
     )
     right, wrong = harness.loglikelihood([instance("One", " a cat"), instance("One", "zq")])
     assert right[0] > wrong[0]

@@ -43,7 +43,7 @@ class HarnessModel(LM):
     Args:
         pretrained: Folder of a model or of adapters, or hub name.
         temperature: Where a task asks to sample and says no temperature. Tasks that ask for greedy decoding
-            get temperature 0: the commonest chunk of a pool, or greedy decoding where a head can.
+            get temperature 0: the most frequent chunk of a pool, or greedy decoding where a head can.
         num_draws: Size of that pool, and draws of each chunk for `choices`.
         batch_size: Texts written at once.
         max_gen_toks: Most new tokens where a task says none.
@@ -92,7 +92,7 @@ class HarnessModel(LM):
         return render(self._tokenizer, chat_history, to_answer=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text behind each context, up to the first of its stops.
+        """The text after each context, up to the first of its stops.
 
         Raises:
             InputError: If a task asks for what a CALM cannot do.
@@ -132,7 +132,7 @@ class HarnessModel(LM):
         return [(self._score(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Perplexities of whole documents are none of a CALM's: it begins behind a first chunk.
+        """Perplexities of whole documents are none of a CALM's: it begins after a first chunk.
 
         Raises:
             InputError: Always.
@@ -170,9 +170,9 @@ class HarnessModel(LM):
         return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
-        """A continuation in chunks of its own behind a context.
+        """A continuation in chunks of its own after a context.
 
-        Both are tokenised as one text; spaces that end the context belong to the continuation, as a tokenizer
+        Both are tokenized as one text; spaces that end the context belong to the continuation, as a tokenizer
         has them. So does the harness with models of its own.
 
         Returns:
@@ -207,7 +207,7 @@ class HarnessModel(LM):
 
     @torch.no_grad()
     def _score(self, context: str, continuation: str) -> float:
-        """How well draws agree with a continuation, chunk by chunk behind what came before it."""
+        """How well draws agree with a continuation, chunk by chunk after what came before it."""
         prompt, number, states_PD, chunks_PK = self._read(context, continuation)
         rows = [[*prompt, place] for place in range(len(states_PD))]
         generators = generators_of_rows(self._seed, rows, self._model.device)

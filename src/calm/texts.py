@@ -62,7 +62,7 @@ def continue_tokens(
     crop: bool = False,
     **sampling: Any,
 ) -> Tensor:
-    """`continue_texts` for prompts of token ids: new tokens (B, S), padded behind their end.
+    """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
 
     Args:
         model: A CALM, or another causal language model, which writes with its probabilities.
@@ -118,7 +118,7 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
         return list(prompts)
     if room < 1:
         raise InputError(
-            f"{budget} tokens do not fit behind a prompt in the context of {longest_context(model.config)}; "
+            f"{budget} tokens do not fit after a prompt in the context of {longest_context(model.config)}; "
             "ask for fewer."
         )
     if cropped := sum(len(prompt) > room for prompt in prompts):

@@ -165,7 +165,7 @@ BAD = {
     "draws": ({"extra_body": {"max_draws": 10**6}}, "may be 1000 at most", "max_draws"),
     "sampler": (
         {"extra_body": {"sampler": "greedy"}},
-        "Input should be 'exact', 'pool' or 'head'",
+        "sampler must be one of exact, pool, head; got 'greedy'",
         "sampler",
     ),
     "empty stop": ({"stop": ""}, "none of them empty", "stop"),

@@ -4,7 +4,7 @@ A sampler of your own is a frozen dataclass with the members of `Sampler`. Shape
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class ExactSampler:
 
     def __post_init__(self) -> None:
         order_for(self.temperature, self.max_draws, "max_draws=")
-        _check_counts(self, "max_draws", "first_block")
+        check_counts(max_draws=self.max_draws, first_block=self.first_block)
         if self.temperature == 0:
             raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
 
@@ -112,7 +112,7 @@ class PoolSampler:
 
     def __post_init__(self) -> None:
         order_for(self.temperature, self.num_draws, "num_draws=")
-        _check_counts(self, "num_draws")
+        check_counts(num_draws=self.num_draws)
         check_cuts(self.top_p, self.min_p)
 
     @property
@@ -172,9 +172,10 @@ def single_draw(draw: Draw, num_rows: int, temperature: float, reader: TokenRead
     return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
 
 
-def _check_counts(sampler: Any, *names: str) -> None:
-    for name in names:
-        if (number := getattr(sampler, name)) is not None and number < 1:
+def check_counts(**numbers: int | None) -> None:
+    """Raise ValueError for the first number that is below 1."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
 
 

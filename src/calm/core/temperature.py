@@ -1,6 +1,6 @@
 """Temperature sampling from draws alone (paper section 5; derivations in docs/temperature.md).
 
-The law wanted at temperature T is P(x)^(1/T), normalised, over chunks x; all that is given is a way
+The distribution wanted at temperature T is P(x)^(1/T), normalized, over chunks x; all that is given is a way
 to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk,
 A rows that are still open, D rows that are done.
 """
@@ -23,7 +23,7 @@ states (N, R, X) that go with a `TokenReader`."""
 _ROUNDING = 1e-3
 _LEAST = 1e-300
 _FIRST_BLOCK = 16
-_FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
+_FIRST_BLOCK_WITH_READER = 4  # Where tokens are expensive to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
 
 
@@ -70,19 +70,19 @@ def sample_from_pool(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> ChunkSample:
-    """Choose one chunk of each row's pool so that its law tends to P^(1/T) as the pool grows.
+    """Choose one chunk of each row's pool so that its distribution tends to P^(1/T) as the pool grows.
 
     A chunk that occurs c times has weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c-s+1)), where s is 1/T, or
     the largest count of the row if that is smaller. For T = 1/n it is the paper's rule: n-fold
-    coincidences, and the largest ones where there are none. At T = 0 the commonest chunk wins.
+    coincidences, and the largest ones where there are none. At T = 0 the most frequent chunk wins.
 
     Args:
         pool_NRK: Token ids of N independent draws of each row.
         temperature: T in [0, 1].
         randomness: Source of the one uniform number of each row.
-        top_p: Keep the fewest commonest chunks whose shares of the pool sum to at least this; chunks
-            as frequent as the last one kept stay as well.
-        min_p: Drop chunks with fewer draws than this share of the commonest chunk's.
+        top_p: Keep the fewest of the most frequent chunks whose shares of the pool sum to at least this;
+            chunks as frequent as the last one kept stay as well.
+        min_p: Drop chunks with fewer draws than this share of the most frequent chunk's.
 
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
@@ -94,7 +94,7 @@ def sample_from_pool(
 def distribution_of_pool(
     count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """With which chance `sample_from_pool` chooses each of the different chunks of a pool, (C,).
+    """Probability that `sample_from_pool` chooses each of the different chunks of a pool, (C,).
 
     Args:
         count_C: How often each chunk occurs, at least once.
@@ -123,7 +123,7 @@ def sample_exact(
     randomness: Randomness = None,
     reader: TokenReader | None = None,
 ) -> ChunkSample:
-    """Choose one chunk for each row with the law P^(1/T), for any T in (0, 1].
+    """Choose one chunk for each row with the distribution P^(1/T), for any T in (0, 1].
 
     Two stages, see `calm.core.coincidence`: as many equal draws as the whole part of 1/T, then a
     Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
@@ -131,8 +131,8 @@ def sample_exact(
 
     Draws are made in blocks, the first of `first_block` (by default 16, or 4 with a reader) and each
     further one three times as long as all before it together; rows that are decided draw no more. The
-    law does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule over
-    all their draws.
+    distribution does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule
+    over all their draws.
 
     Args:
         draw: Makes draws of some rows.
@@ -265,7 +265,7 @@ def _log_weights(count_RN: Tensor, order: float) -> Tensor:
 
 
 def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
-    """Draws whose chunk is not among the commonest ones."""
+    """Draws whose chunk is not among the most frequent ones."""
     is_rare_RN = count_RN < min_p * count_RN.amax(-1, keepdim=True)
     # Share of the draws that stand in strictly commoner chunks.
     sorted_RN = count_RN.sort(dim=-1).values

@@ -49,9 +49,9 @@ class Targets:
 
     Args:
         is_target_BC: Which of the chunks 1..C-1 they are.
-        chunks_PK: Their tokens; padding behind EOS.
+        chunks_PK: Their tokens; padding after EOS.
         eos_ids: Ids that end a text.
-        pad_token_id: Padding behind the end.
+        pad_token_id: Padding after the end.
     """
 
     is_target_BC: Tensor
@@ -60,7 +60,7 @@ class Targets:
     pad_token_id: int
 
     def end(self, chunk_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks with padding behind EOS, and which of them end."""
+        """Chunks with padding after EOS, and which of them end."""
         return end_after_eos(chunk_PK, self.eos_ids, self.pad_token_id)
 
 

@@ -1,9 +1,9 @@
 """What requests may hold, in the words of the OpenAI API, and what of it a CALM can honour."""
 
 import secrets
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictStr, model_validator
 
 from calm.core.samplers import Sampler
 from calm.models.heads import HeadConfig
@@ -48,7 +48,7 @@ class _Sampling(_Body):
     top_p: Number | None = Field(None, gt=0, le=1)
     # Ours.
     min_p: Number | None = Field(None, ge=0, le=1)
-    sampler: Literal["exact", "pool", "head"] | None = None
+    sampler: StrictStr | None = None
     num_draws: Count | None = None
     max_draws: Count | None = None
     return_chunks: StrictBool = False

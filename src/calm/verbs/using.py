@@ -83,7 +83,7 @@ def generate(
     prompt: list[str],
     max_new_tokens: int | None = None,
     temperature: float = 0.5,
-    sampler: Literal["exact", "pool", "head"] | None = None,
+    sampler: str | None = None,
     num_draws: int = 200,
     max_draws: int = 200,
     top_p: float = 1.0,
@@ -101,8 +101,9 @@ def generate(
         max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
         temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
             or greedy decoding where a head can.
-        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it; head is one
-            draw of a head that takes a temperature itself. None for head where there is one, else exact.
+        sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it; head
+            is one draw of a head that takes a temperature itself; or the name of an installed one. None for pool
+            with top_p or min_p, else head where there is one, else exact.
         num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
@@ -116,6 +117,10 @@ def generate(
         SEEDS.require("seed", seed)
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
+    if sampler not in (None, "exact", "pool", "head"):
+        from calm.models.writing.sampler_registry import check_name
+
+        check_name(sampler)
     prompt = [as_text(text) for text in prompt]
     _look_for(model)
     from calm.models.loading import load_language_model_and_tokenizer

@@ -190,7 +190,7 @@ def _generation_settings(
     if unused := [name for name, value in overrides.items() if name not in known and value is not None]:
         raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
     if config.do_sample is False and "do_sample" in overrides:
-        raise ValueError("chunks are not decoded greedily: temperature=0 takes the commonest of a pool.")
+        raise ValueError("chunks are not decoded greedily: temperature=0 takes the most frequent of a pool.")
     config.temperature = 1.0 if config.temperature is None else config.temperature
     if config.eos_token_id is None:
         config.eos_token_id = model.config.eos_token_id
@@ -228,7 +228,7 @@ def _prompts(
         )
     if input_ids.shape[1] > 1 and _all_end(input_ids, attention_mask, config):
         logger.warning(
-            "Every prompt ends with an end-of-text token; what is written behind it is another text. "
+            "Every prompt ends with an end-of-text token; what is written after it is another text. "
             "calm.text.encoding.encode_documents reads prompts without the one that a tokenizer appends."
         )
     copies = config.num_return_sequences or 1

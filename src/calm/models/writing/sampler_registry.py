@@ -4,8 +4,9 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import Any
 
-from calm.core.samplers import ExactSampler, HeadSampler, PoolSampler, Sampler
+from calm.core.samplers import ExactSampler, HeadSampler, PoolSampler, Sampler, check_counts
 from calm.core.temperature import check_cuts
+from calm.errors import InputError, shown
 from calm.models.heads import HeadConfig
 
 _ENTRY_POINTS = "calm.samplers"
@@ -55,6 +56,7 @@ def sampler_from(
     if not isinstance(sampler, str):
         return sampler
     check_cuts(1.0 if top_p is None else top_p, min_p or 0.0)
+    check_counts(num_draws=num_draws, max_draws=max_draws, first_block=first_block)
     kind = _find(sampler)
     if kind is ExactSampler and temperature == 0:
         kind = PoolSampler
@@ -64,6 +66,14 @@ def sampler_from(
     if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
         raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
     return kind(**{name: value for name, value in given.items() if value is not None and name in own})
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless there is a sampler of that name."""
+    try:
+        _find(name)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
 
 
 def default_sampler(
@@ -88,5 +98,5 @@ def _find(name: str) -> type:
         for entry_point in entry_points(group=_ENTRY_POINTS, name=name):
             entry_point.load()
     if name not in _SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}; got '{name}'.")
+        raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}; got {shown(name)}.")
     return _SAMPLERS[name]
