@@ -208,7 +208,7 @@ def test_other_temperatures_are_refused(temperature):
         ({"sampler": "beam"}, "sampler must be one of exact, pool, head; got 'beam'"),
         ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
         ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
-        ({"temperature": 0, "num_draws": 0}, "at least 1 draws, got num_draws=0"),
+        ({"temperature": 0, "num_draws": 0}, "num_draws must be at least 1, got 0"),
         ({"sampler": "pool", "top_p": 0.0}, "top_p must lie in"),
         ({"sampler": "pool", "min_p": 1.5}, "min_p in"),
         ({"temperature": 0.5, "top_p": 0.9}, "use them with sampler='pool'"),

@@ -102,8 +102,8 @@ def generate(
         temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
             or greedy decoding where a head can.
         sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it; head
-            is one draw of a head that takes a temperature itself; or the name of an installed one. None for pool
-            with top_p or min_p, else head where there is one, else exact.
+            is one draw of a head that takes a temperature itself; or the name of an installed one. None for
+            pool with top_p or min_p, else head where there is one, else exact.
         num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
