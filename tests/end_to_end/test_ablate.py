@@ -130,6 +130,7 @@ def test_what_cannot_be_asked(room, tmp_path, capsys):
         QUESTION.replace("Two blocks", "One-block").replace("One block", "One-block")
     )
     assert "choices out of: One block, Two blocks" in fail(QUESTION, "--only", '["Three"]')
+    assert "q.yaml': only recipes have 'extends'; remove it" in fail(f"extends: alpha\n{QUESTION}")
     assert "quest" in fail(QUESTION.replace("question", "quest"))
     assert not (tmp_path / "out").exists()
     assert "a recipe of a CALM" in failure(

@@ -201,7 +201,8 @@ def flops(
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
     from calm.training.configurations import model_config
-    from calm.training.recipe_files import find_recipe, read_recipe
+    from calm.training.recipe_files import read_recipe
+    from calm.training.recipe_settings import find_recipe
 
     folder = Path(folder_of(target))
     if folder.is_dir():
