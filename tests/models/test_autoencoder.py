@@ -45,17 +45,6 @@ def test_tokens_at_some_places_are_the_same(autoencoder):
             assert (autoencoder.read_tokens(states, first, last) == whole[:, first:last]).all()
 
 
-def test_a_screen_decodes_the_same(autoencoder):
-    latents = torch.randn(200, 3, 8)
-    whole = autoencoder.decode_tokens(latents)
-    autoencoder.screen_vocabulary(6)
-    assert (autoencoder.decode_tokens(latents) == whole).all()
-    with pytest.raises(ValueError, match="rank of a screen"):
-        autoencoder.screen_vocabulary(24)
-    autoencoder.screen_vocabulary(None)
-    assert (autoencoder.decode_tokens(latents) == whole).all()
-
-
 def test_vocabulary_projection_is_tied(autoencoder):
     latents = torch.randn(3, 8)
     before = autoencoder.decode(latents)
