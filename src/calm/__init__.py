@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from calm.core.energy import energy_loss
     from calm.core.gaussian import DiagonalGaussian
     from calm.core.temperature import TemperatureSettings, sample_exact, sample_from_pool
+    from calm.data.formats import register_format
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "brier_lm": "calm.core.brier",
     "brier_scores": "calm.core.brier",
     "energy_loss": "calm.core.energy",
+    "register_format": "calm.data.formats",
     "register_head": "calm.models.heads",
     "TemperatureSettings": "calm.core.temperature",
     "sample_exact": "calm.core.temperature",
@@ -53,6 +55,7 @@ __all__ = [
     "brier_lm",
     "brier_scores",
     "energy_loss",
+    "register_format",
     "register_head",
     "sample_exact",
     "sample_from_pool",
