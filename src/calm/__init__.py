@@ -1,12 +1,11 @@
 """CALM: language models that predict one vector for several tokens (arXiv 2510.27688).
 
-`import calm` makes the models known to the Auto classes of transformers. Only in the process of the
-`calm` command it does not, because that imports torch, and `calm --help` should answer at once; there
-`calm.models.loading` does it, which opens models.
+`import calm` makes the models known to the Auto classes of transformers. The console script `calm` is the
+exception: it says so (`calm_command`) before it imports the package, and `calm.models.loading`, which opens
+models, registers them there.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -72,30 +71,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _is_command() -> bool:
-    """Whether this process is the `calm` command: its console script, or `python -m calm`."""
-    script = sys.modules.get("calm_command")
-    return getattr(script, "is_running", False) or _module_that_runs(sys.orig_argv) == "calm"
-
-
-def _module_that_runs(command: Sequence[str]) -> str | None:
-    """The MODULE of `python -m MODULE`, read as the interpreter reads its own options."""
-    rest = iter(command[1:])
-    for argument in rest:
-        if argument == "--check-hash-based-pycs":
-            next(rest, None)
-        elif not argument.startswith("-") or argument == "-":
-            return None  # A script.
-        elif not argument.startswith("--"):
-            # One-letter options may stand together; the value of one that has a value may be attached.
-            option = next((i for i, letter in enumerate(argument) if letter in "cmWX"), None)
-            if option is None:
-                continue
-            value = argument[option + 1 :] or next(rest, None)
-            if argument[option] in "cm":
-                return value if argument[option] == "m" else None
-    return None
-
-
-if not _is_command():
+# Registration imports torch, and `calm --help` should answer at once.
+if not getattr(sys.modules.get("calm_command"), "is_running", False):
     import_module("calm.models.registration").register()
