@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 from torch.testing import assert_close
 
 from calm.models.autoencoder import CalmAutoencoder

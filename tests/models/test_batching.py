@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import EOS, tiny_model
+from tiny import EOS, tiny_model
 
 from calm.core.temperature import TemperatureSettings
 from calm.models.batching import ChunkBatch

@@ -3,11 +3,11 @@
 import httpx
 import openai
 import pytest
-from conftest import tiny_model
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 from other_tokenizers import KINDS
 from serving_client import PROMPT, serving
+from tiny import tiny_model
 
 from calm.serving import requests
 from calm.serving.fields import FIELDS, Honoured, Ignored

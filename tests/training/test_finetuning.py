@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import HEADS, tiny_model
 from safetensors.torch import load_file
+from tiny import HEADS, tiny_model
 from torch.testing import assert_close
 from toy import failure, launch, toy_recipe
 

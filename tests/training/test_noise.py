@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HEADS, tiny_model
+from tiny import HEADS, tiny_model
 from torch.testing import assert_close
 
 from calm.core.chunks import IGNORED_LABEL

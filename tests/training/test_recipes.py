@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
