@@ -22,7 +22,8 @@ from calm.core.temperature import TemperatureSettings
 from calm.data.stories import stories
 from calm.generation import continue_texts
 from calm.models.loading import load_model_and_tokenizer
-from calm.serving.app import ServerSettings, create_app
+from calm.serving.app import create_app
+from calm.serving.settings import ServerSettings
 
 
 def main():

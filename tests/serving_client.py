@@ -9,8 +9,9 @@ import uvicorn
 
 from calm.generation import continue_texts
 from calm.models.batching import ChunkBatch
-from calm.serving.app import ServerSettings, create_app
+from calm.serving.app import create_app
 from calm.serving.connections import uvicorn_config
+from calm.serving.settings import ServerSettings
 
 
 @contextmanager
