@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import in_turns
+from measure import in_turns, json_rows
 
 from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_brier
@@ -183,7 +183,7 @@ def scored(folder, run, name, what, steps, output):
             | {"means": result.means, "windows": result.num_chunks}
         )
         print({key: rows[-1][key] for key in ("seed", "head", "equal", "steps", "way", "brier_lm", "error")})
-    path.write_text(json.dumps(rows, indent=1))
+    path.write_text(json_rows(rows) + "\n")
     return rows
 
 

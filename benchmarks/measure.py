@@ -1,11 +1,30 @@
-"""What the benchmarks share: timing in turns, peak memory, and what they ran on."""
+"""What the benchmarks share: timing in turns, peak memory, what they ran on, and how results are written."""
 
+import json
 import multiprocessing
 import statistics
 import time
 from pathlib import Path
 
 import torch
+
+
+def json_rows(value, indent=0):
+    """A result as JSON that a diff can show: a setting a line, and a row of a table a line.
+
+    Args:
+        value: What JSON can hold.
+        indent: Spaces before its inner lines.
+    """
+    inner = " " * (indent + 1)
+    if isinstance(value, dict) and value:
+        lines = [
+            f"{inner}{json.dumps(str(name))}: {json_rows(one, indent + 1)}" for name, one in value.items()
+        ]
+        return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
+    if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
+        return "[\n" + ",\n".join(inner + json.dumps(row) for row in value) + "\n" + " " * indent + "]"
+    return json.dumps(value)
 
 
 def in_turns(functions, rounds=7):

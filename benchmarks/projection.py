@@ -3,10 +3,10 @@
     python benchmarks/projection.py                 # 128,256 tokens of 512, with and without structure
     python benchmarks/projection.py runs/demo/model # the embeddings and decoder outputs of a model
 
-Compared, in turns within one run: all scores and their argmax (the obvious way), slices of the
-vocabulary with a running maximum, and screens of several ranks. "Structure" gives random embeddings
-the spectrum that the demo's trained ones have (77% of the energy in a 16th of the directions, 84% in
-an eighth, 90% in a quarter, 95% in a half). Tokens that differ from the obvious way are counted.
+Compared, in turns within one run: all scores and their argmax (the obvious way), and slices of the
+vocabulary with a running maximum. "Structure" gives random embeddings the spectrum that the demo's
+trained ones have (77% of the energy in a 16th of the directions, 84% in an eighth, 90% in a quarter, 95% in
+a half). Tokens that differ from the obvious way are counted.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
-from calm.core.argmax import Screen, argmax_of_scores
+from calm.core.argmax import argmax_of_scores
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 
@@ -72,13 +72,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ranks", type=int, nargs="+", default=None)
     arguments = parser.parse_args()
     for name, (vectors, weight) in cases(arguments.folder).items():
-        width = weight.shape[1]
         ways = {"slices": lambda v, w=weight: argmax_of_scores(v, w)}
-        for rank in arguments.ranks or (width // 8, width // 4, width // 2):
-            ways[f"screen {rank}"] = Screen(weight, rank).argmax
         ways["obvious"] = lambda v, w=weight: obvious(v, w)
         seconds, wrong = {way: [] for way in ways}, {}
         expected = obvious(vectors, weight)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure import json_rows
 
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
@@ -48,7 +49,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
 from calm.report.tables import with_error
-from calm.storage.folders import write_file_whole
+from calm.storage.disk import write_file_whole
 from calm.texts import continue_tokens
 from calm.training.recipe_files import read_recipe
 from calm.training.stages import RECIPE, train, train_autoencoder
@@ -126,7 +127,7 @@ def main():
 
 def write(path, value):
     """Save a result."""
-    write_file_whole(path, json.dumps(value, indent=1) + "\n")
+    write_file_whole(path, json_rows(value) + "\n")
 
 
 def run(name, budget, seed, output, num_blocks):

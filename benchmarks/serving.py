@@ -20,7 +20,8 @@ from measure import machine, status
 
 from calm.data.stories import stories
 from calm.models.loading import load_model_and_tokenizer
-from calm.serving.app import ServerSettings, create_app
+from calm.serving.app import create_app
+from calm.serving.settings import ServerSettings
 from calm.texts import continue_texts
 
 

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import httpx
+from measure import json_rows
 
 SERVER = ["--port", "0", "--header_seconds", "5", "--body_seconds", "5", "--write_seconds", "5",
           "--max_client_connections", "200", "--max_connections", "250"]  # fmt: skip
@@ -79,7 +80,7 @@ def main():
                if grown > most]  # fmt: skip
     report = {"minutes": arguments.minutes, "clients": arguments.clients, "growth": growth, "counts": counts,
               "faults": faults, "notes": notes}  # fmt: skip
-    (arguments.out / "soak.json").write_text(json.dumps(report, indent=1))
+    (arguments.out / "soak.json").write_text(json_rows(report) + "\n")
     plot(notes, arguments.out / "soak.svg")
     print(f"{dict(sorted(counts.items()))}")
     for name, (grown, most) in growth.items():

@@ -8,8 +8,9 @@ import openai
 import uvicorn
 
 from calm.models.writing.batching import ChunkBatch
-from calm.serving.app import ServerSettings, create_app
+from calm.serving.app import create_app
 from calm.serving.connections import uvicorn_config
+from calm.serving.settings import ServerSettings
 from calm.texts import continue_texts
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
 

@@ -7,10 +7,10 @@ import sys
 import lm_eval
 import pytest
 import torch
-from conftest import tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from other_tokenizers import KINDS
+from tiny import tiny_model
 
 from calm.core.chunks import align_to_chunks
 from calm.data.examples import give_template

@@ -12,7 +12,8 @@ from calm.errors import InputError
 from calm.terminal import CLOSED_PIPE, as_text
 
 SOURCE = Path(__file__).parents[1] / "src"
-HELP, MISTAKE = ("-m", "calm", "--help"), ("-m", "calm", "trian")
+COMMAND = ("-c", "from calm_command import main; main()")
+HELP, MISTAKE = (*COMMAND, "--help"), (*COMMAND, "trian")
 TABLE = (
     "-c",
     "from calm.cli import main; import calm.cli as cli; from rich.console import Console\n"

@@ -1,13 +1,12 @@
 """CALM: language models that predict one vector for several tokens (arXiv 2510.27688).
 
-`import calm` makes the models known to the Auto classes of transformers. Only in the process of the
-`calm` command it does not, because that imports torch, and `calm --help` should answer at once; there
-`calm.models.loading` does it, which opens models.
+`import calm` makes the models known to the Auto classes of transformers. The console script `calm` is the
+exception: it says so (`calm_command`) before it imports the package, and `calm.models.loading`, which opens
+models, registers them there.
 """
 
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from calm.core.gaussian import DiagonalGaussian
     from calm.core.samplers import ExactSampler, HeadSampler, PoolSampler
     from calm.core.temperature import sample_exact, sample_from_pool
+    from calm.data.formats import register_format
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -36,6 +36,7 @@ _HOMES = {
     "brier_lm": "calm.core.brier",
     "brier_scores": "calm.core.brier",
     "energy_loss": "calm.core.energy",
+    "register_format": "calm.data.formats",
     "register_head": "calm.models.heads",
     "ExactSampler": "calm.core.samplers",
     "HeadSampler": "calm.core.samplers",
@@ -64,6 +65,7 @@ __all__ = [
     "brier_lm",
     "brier_scores",
     "energy_loss",
+    "register_format",
     "register_head",
     "register_sampler",
     "sample_exact",
@@ -87,30 +89,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _is_command() -> bool:
-    """Whether this process is the `calm` command: its console script, or `python -m calm`."""
-    script = sys.modules.get("calm_command")
-    return getattr(script, "is_running", False) or _module_that_runs(sys.orig_argv) == "calm"
-
-
-def _module_that_runs(command: Sequence[str]) -> str | None:
-    """The MODULE of `python -m MODULE`, read as the interpreter reads its own options."""
-    rest = iter(command[1:])
-    for argument in rest:
-        if argument == "--check-hash-based-pycs":
-            next(rest, None)
-        elif not argument.startswith("-") or argument == "-":
-            return None  # A script.
-        elif not argument.startswith("--"):
-            # One-letter options may stand together; the value of one that has a value may be attached.
-            option = next((i for i, letter in enumerate(argument) if letter in "cmWX"), None)
-            if option is None:
-                continue
-            value = argument[option + 1 :] or next(rest, None)
-            if argument[option] in "cm":
-                return value if argument[option] == "m" else None
-    return None
-
-
-if not _is_command():
+# Registration imports torch, and `calm --help` should answer at once.
+if not getattr(sys.modules.get("calm_command"), "is_running", False):
     import_module("calm.models.registration").register()

@@ -1,4 +1,4 @@
-"""`python -m calm` is the same as `calm`."""
+"""`python -m calm` does what `calm` does. Its help takes longer, since the package is imported whole."""
 
 from calm.cli import main
 

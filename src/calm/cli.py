@@ -202,7 +202,7 @@ def _tell_notes() -> None:
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:
     """Replace the names of recipes behind --recipe by what they say, in ASCII."""
-    from calm.training.recipe_files import settings_in
+    from calm.training.recipe_settings import settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:

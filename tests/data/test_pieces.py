@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 
 from calm.data import pieces, reading, sources
+from calm.data.formats import FORMATS, Format
 from calm.data.kept import made_or_kept
 from calm.data.prepare import prepare
 from calm.data.prepared import is_prepared, load_prepared
@@ -73,6 +74,13 @@ def count_calls(monkeypatch, module, name):
     return calls
 
 
+def count_readings(monkeypatch):
+    """Files of JSON lines that are read."""
+    calls = count_calls(monkeypatch, reading, "documents_of_json_lines")
+    monkeypatch.setitem(FORMATS, ".jsonl", Format(reading.documents_of_json_lines))
+    return calls
+
+
 @pytest.mark.parametrize("where", ["read", "tokenize", "save"])
 def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch):
     output, work = tmp_path / "out", tmp_path / ".out.work"
@@ -85,7 +93,7 @@ def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch
     kept = list(work.glob("tokens-*/*.arrow"))
     assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
 
-    lines = count_calls(monkeypatch, reading, "_read_json_lines")
+    lines = count_readings(monkeypatch)
     texts = count_calls(monkeypatch, pieces, "encode_documents")
     data = prepared(text, output)
     assert len(lines) == 1 + 4 - read  # One look at whether there is any text at all.
@@ -100,7 +108,7 @@ def test_a_bad_file_costs_itself_only(text, tmp_path, small_pieces, monkeypatch)
     with pytest.raises(InputError, match=r"2\.jsonl', line 21.*kept in '.*\.out\.work'"):
         prepared(text, tmp_path / "out")
     (text / "2.jsonl").write_text(good)
-    lines = count_calls(monkeypatch, reading, "_read_json_lines")
+    lines = count_readings(monkeypatch)
     data = prepared(text, tmp_path / "out")
     assert len(lines) == 1 + 2
     assert tokens(data) == tokens(prepared(text, tmp_path / "another"))

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from calm.data.reading import ReadingOptions, numbered_lines, open_parquet, read_documents
+from calm.data.formats import read_documents
+from calm.data.reading import ReadingOptions, numbered_lines, open_parquet
 from calm.data.records import load_records
 from calm.errors import InputError
 

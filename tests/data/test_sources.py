@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from calm.data.reading import ReadingOptions, read_documents
+from calm.data.formats import read_documents
+from calm.data.reading import ReadingOptions
 from calm.data.sources import find_files, load_documents
 from calm.errors import InputError
 

@@ -1,6 +1,5 @@
-"""`calm ablate` on toy models, and every ablation that is shipped."""
+"""`calm ablate` on toy models."""
 
-import itertools
 import json
 import math
 
@@ -8,24 +7,11 @@ import pytest
 from toy import TOY, failure
 
 from calm.cli import main
-from calm.comparison.ablation import read_ablation, shipped_ablations
 from calm.core.brier import undefined_brier_lm
 from calm.data.stories import write_stories
 from calm.report.tables import with_error
-from calm.training.configurations import check_model
-from calm.training.recipe_files import differences, read_recipe, with_settings
+from calm.training.recipe_files import read_recipe
 
-SHIPPED = [
-    "alpha",
-    "backbone_input",
-    "chunk_size",
-    "dropout",
-    "head_depth",
-    "head_draws",
-    "kl",
-    "latent_size",
-    "posterior_draws",
-]
 QUESTION = """
 question: Is a head of two blocks better, or another latent?
 choices:
@@ -33,22 +19,6 @@ choices:
   - {name: Two blocks, settings: {language_model.head.num_blocks: 2}}
   - {name: Z = 12, settings: {autoencoder.latent_size: 12}}
 """
-
-
-def test_the_list_is_what_is_shipped():
-    assert list(shipped_ablations()) == SHIPPED
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_choice_makes_a_model_of_its_own(name):
-    recipe = read_recipe("demo")
-    ablation = read_ablation(name)
-    made = [with_settings(recipe, choice.settings) for choice in ablation.choices]
-    for choice, changed in zip(ablation.choices, made, strict=True):
-        check_model(changed)
-        assert set(differences(recipe, changed)) <= set(choice.settings)
-    for first, second in itertools.pairwise(made):
-        assert differences(first, second)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +100,7 @@ def test_what_cannot_be_asked(room, tmp_path, capsys):
         QUESTION.replace("Two blocks", "One-block").replace("One block", "One-block")
     )
     assert "choices out of: One block, Two blocks" in fail(QUESTION, "--only", '["Three"]')
+    assert "q.yaml': only recipes have 'extends'; remove it" in fail(f"extends: alpha\n{QUESTION}")
     assert "quest" in fail(QUESTION.replace("question", "quest"))
     assert not (tmp_path / "out").exists()
     assert "a recipe of a CALM" in failure(

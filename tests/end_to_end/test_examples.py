@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from toy import TOY
 
+from calm.data import formats
 from calm.data.stories import stories, write_stories
 from calm.data.tokenizer import train_tokenizer
 
@@ -35,6 +36,7 @@ def text(tmp_path):
 
 def test_there_are_no_others():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "a_data_source_of_your_own",
         "a_head_of_your_own",
         "a_sampler_of_your_own",
         "questions",
@@ -50,6 +52,16 @@ def test_train_on_your_text(run, text, tmp_path):
     assert "3-gram" in out and "CALM" in out and (tmp_path / "run/model/config.json").is_file()
     again = run("train_on_your_text", *arguments)  # Takes what is there.
     assert again.splitlines()[-6:] == out.splitlines()[-6:]
+
+
+def test_a_data_source_of_your_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
+    (tmp_path / "toy.yaml").write_text(TOY)
+    for number, story in enumerate(stories(0, 40)):
+        (tmp_path / f"{number}.srt").write_text(f"1\n00:00:01,000 --> 00:00:09,000\n{story}\n")
+    arguments = (tmp_path, "--output", tmp_path / "run", "--recipe", tmp_path / "toy.yaml")
+    out = run("a_data_source_of_your_own", *arguments)
+    assert f"model: {tmp_path / 'run/model'}" in out and (tmp_path / "run/model/config.json").is_file()
 
 
 def test_load_a_published_checkpoint(run, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from other_tokenizers import KINDS
+from tiny import tiny_model
 
 from calm.cli import main
 from calm.text.decoding import decode_behind

@@ -52,7 +52,8 @@ def test_installs_in_an_empty_environment(wheel, tmp_path):
     outside = sysconfig.get_path("purelib")
     (Path(site) / "dependencies.pth").write_text(outside + "\n")
     code = (
-        "import calm, pathlib; from calm.training.recipe_files import read_recipe, shipped_recipes;"
+        "import calm, pathlib; from calm.training.recipe_files import read_recipe;"
+        " from calm.training.recipe_settings import shipped_recipes;"
         "from calm.data.stories import stories; next(stories(0));"
         "[read_recipe(name) for name in shipped_recipes()];"
         "print(pathlib.Path(calm.__file__).parent, len(shipped_recipes()))"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
-from conftest import EOS, PAD, tiny_model
+from tiny import EOS, PAD, tiny_model
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 

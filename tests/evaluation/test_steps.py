@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, PAD, tiny_model
+from tiny import EOS, PAD, tiny_model
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

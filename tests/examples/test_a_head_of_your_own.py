@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 from toy import TOY
 

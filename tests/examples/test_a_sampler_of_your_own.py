@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from calm.models.writing import sampler_registry
 from calm.models.writing.batching import ChunkBatch

@@ -14,7 +14,8 @@ from fuzz_budget import BUDGET
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.data.reading import ReadingOptions, read_documents
+from calm.data.formats import read_documents
+from calm.data.reading import ReadingOptions
 from calm.data.records import load_records
 from calm.errors import InputError
 

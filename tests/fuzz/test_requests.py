@@ -12,12 +12,12 @@ import socket
 import httpx
 import pytest
 import torch
-from conftest import tiny_model
 from fuzz_budget import BUDGET
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from serving_client import serving, wait_until
+from tiny import tiny_model
 
 from calm.data.examples import give_template
 from calm.data.stories import stories

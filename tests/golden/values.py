@@ -21,8 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
+from tiny import tiny_model
 from toy import toy_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 

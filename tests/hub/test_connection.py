@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import tiny_model
 from huggingface_hub import constants
+from tiny import tiny_model
 
 from calm.data.sources import load_hub_dataset
 from calm.data.tokenizer import load_tokenizer

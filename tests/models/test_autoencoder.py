@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 from torch.testing import assert_close
 
 from calm.models.autoencoder import CalmAutoencoder
@@ -43,17 +43,6 @@ def test_tokens_at_some_places_are_the_same(autoencoder):
     for first, last in ((0, 1), (size - 1, size), (0, size), (1, size)):
         if first < last:
             assert (autoencoder.read_tokens(states, first, last) == whole[:, first:last]).all()
-
-
-def test_a_screen_decodes_the_same(autoencoder):
-    latents = torch.randn(200, 3, 8)
-    whole = autoencoder.decode_tokens(latents)
-    autoencoder.screen_vocabulary(6)
-    assert (autoencoder.decode_tokens(latents) == whole).all()
-    with pytest.raises(ValueError, match="rank of a screen"):
-        autoencoder.screen_vocabulary(24)
-    autoencoder.screen_vocabulary(None)
-    assert (autoencoder.decode_tokens(latents) == whole).all()
 
 
 def test_vocabulary_projection_is_tied(autoencoder):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import EOS, tiny_model
+from tiny import EOS, tiny_model
 
 from calm.models.writing.batching import ChunkBatch
 from calm.models.writing.sampler_registry import sampler_from

@@ -1,7 +1,7 @@
 """A row that cannot be written leaves; the others write what they would have written without it."""
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from calm.models.writing.batching import ChunkBatch, Failed
 from calm.models.writing.sampler_registry import sampler_from

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HEADS, tiny_config, tiny_model
+from tiny import HEADS, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -215,7 +215,7 @@ def test_draws_follow_the_generator_and_differ(model):
 
 
 def test_a_new_head_starts_with_all_draws_in_one_point():
-    from conftest import tiny_config
+    from tiny import tiny_config
 
     fresh = CalmForCausalLM(tiny_config())
     assert (fresh.head.sample_latents(torch.randn(2, 32), 4) == 0).all()

@@ -1,7 +1,7 @@
 """Configurations say what is wrong with them and survive a round trip."""
 
 import pytest
-from conftest import tiny_config
+from tiny import tiny_config
 
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BOS, EOS, HEADS, PAD, tiny_model
+from tiny import BOS, EOS, HEADS, PAD, tiny_model
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer

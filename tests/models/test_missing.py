@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 from toy import failure
 
 from calm.errors import InputError

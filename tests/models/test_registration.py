@@ -1,4 +1,4 @@
-"""`import calm` makes the models known to the Auto classes everywhere but in the `calm` command."""
+"""`import calm` makes the models known to the Auto classes everywhere but in the console script."""
 
 import os
 import subprocess
@@ -56,24 +56,17 @@ def run(tmp_path):
         ("-Xutf8", "-W", "ignore", "-Bm", "with_train.train", "-m", "calm"),
         ("-m", "calm.errors"),
         ("script.py", "-m", "calm"),
+        ("-m", "calm", "--version"),
     ],
 )
 def test_it_registers_in_every_program(run, arguments):
-    assert run(*arguments) == "registered\n"
+    assert run(*arguments).splitlines()[0] == "registered"
 
 
 def test_it_registers_in_processes_that_are_spawned(run):
     assert run("spawn.py").split() == ["registered", "registered"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("-m", "calm", "--version"),
-        ("-Xutf8", "-W", "ignore", "-Bmcalm", "--version"),
-        ("-c", "import calm_command; calm_command.main()", "--version"),
-    ],
-)
-def test_it_does_not_in_the_command(run, arguments):
-    out = run(*arguments)
+def test_it_does_not_in_the_command(run):
+    out = run("-c", "import calm_command; calm_command.main()", "--version")
     assert out.startswith("calm ") and "registered" not in out

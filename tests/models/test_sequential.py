@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM

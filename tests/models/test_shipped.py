@@ -1,7 +1,7 @@
 """Names of models that come with the package."""
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer

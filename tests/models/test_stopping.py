@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import PAD, tiny_model
+from tiny import PAD, tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 from calm.core.temperature import sample_from_pool

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer

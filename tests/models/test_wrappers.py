@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from conftest import HEADS, tiny_model
+from tiny import HEADS, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 TOKENS = torch.randint(3, 40, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from serving_client import serving
+from tiny import tiny_model
 
 from calm.data.examples import give_template
 from calm.data.stories import stories

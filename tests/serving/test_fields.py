@@ -3,13 +3,13 @@
 import httpx
 import openai
 import pytest
-from conftest import tiny_model
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 from other_tokenizers import KINDS
 from serving_client import PROMPT, serving
+from tiny import tiny_model
 
-from calm.serving import requests
+from calm.serving import endpoint
 from calm.serving.fields import FIELDS, Honoured, Ignored
 from calm.text.encoding import beginning_of
 
@@ -253,8 +253,8 @@ def test_a_request_that_can_never_be_served_is_refused_before_any_work(server, m
     def worked(*_):
         raise AssertionError("a prompt was encoded")
 
-    monkeypatch.setattr(requests, "encode_documents", worked)
-    monkeypatch.setattr(requests, "encode_chat", worked)
+    monkeypatch.setattr(endpoint, "encode_documents", worked)
+    monkeypatch.setattr(endpoint, "encode_chat", worked)
     for changes, count, param in (
         ({"prompt": ["a"] * 100_000, "n": 128}, 12_800_000, "prompt"),
         ({"prompt": [[1]] * 257}, 257, "prompt"),

@@ -9,7 +9,7 @@ import pytest
 from serving_client import PROMPT, serving, slowed, wait_until
 
 from calm.models.writing.batching import ChunkBatch
-from calm.serving import requests
+from calm.serving import endpoint, formats
 
 HTTP = httpx.Client(timeout=30)  # Quicker than one for each request.
 
@@ -134,7 +134,7 @@ def test_when_to_try_again(model, tokenizer, monkeypatch):
 
 def test_a_mistake_of_the_server_is_told_by_the_id_in_its_log(server, monkeypatch, caplog):
     _, _, url = server
-    monkeypatch.setattr(requests, "encode_documents", lambda *_: 1 / 0)
+    monkeypatch.setattr(endpoint, "encode_documents", lambda *_: 1 / 0)
     answer = HTTP.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"})
     assert answer.status_code == 500 and is_of_the_api(answer)
     name = answer.headers["x-request-id"]
@@ -144,7 +144,7 @@ def test_a_mistake_of_the_server_is_told_by_the_id_in_its_log(server, monkeypatc
 
 def test_a_mistake_within_a_stream_is_told_alike(server, monkeypatch, caplog):
     _, _, url = server
-    monkeypatch.setattr(requests.CompletionAnswer, "_more", lambda *_: 1 / 0)
+    monkeypatch.setattr(formats.CompletionFormat, "_more", lambda *_: 1 / 0)
     body = {"model": "tiny", "prompt": "a", "stream": True}
     answer = HTTP.post(f"{url}/v1/completions", json=body)
     assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"

@@ -12,10 +12,10 @@ import httpx
 import pytest
 from serving_client import PROMPT, alone, serving, slowed, wait_until
 
-from calm.serving import app, bodies, requests
-from calm.serving.app import ServerSettings
+from calm.serving import app, bodies, endpoint
 from calm.serving.errors import ApiError
 from calm.serving.intake import Intake
+from calm.serving.settings import ServerSettings
 from calm.text.decoding import TextBuilder
 from calm.verbs.using import serve
 
@@ -46,8 +46,8 @@ LONG = {
 @pytest.mark.parametrize(("path", "body"), LONG.values(), ids=LONG)
 def test_what_fits_in_no_context_is_not_even_read(path, body, server, monkeypatch):
     if "written" not in body:
-        monkeypatch.setattr(requests, "encode_documents", must_not_run)
-        monkeypatch.setattr(requests, "encode_chat", must_not_run)
+        monkeypatch.setattr(endpoint, "encode_documents", must_not_run)
+        monkeypatch.setattr(endpoint, "encode_chat", must_not_run)
     answer = post(server[2], path, **body)
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     assert len(answer.content) < 1000
@@ -81,14 +81,14 @@ def test_tokens_of_all_texts_together(body, field, model, tokenizer):
 @pytest.fixture
 def held(monkeypatch):
     """Texts are read as soon as this is set; what was read."""
-    may_go_on, read, real = threading.Event(), [], requests.encode_documents
+    may_go_on, read, real = threading.Event(), [], endpoint.encode_documents
 
     def wait(tokenizer, texts):
         read.append(threading.current_thread().name)
         assert may_go_on.wait(20)
         return real(tokenizer, texts)
 
-    monkeypatch.setattr(requests, "encode_documents", wait)
+    monkeypatch.setattr(endpoint, "encode_documents", wait)
     yield may_go_on, read
     may_go_on.set()
 

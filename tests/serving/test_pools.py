@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
-from conftest import HEADS, tiny_model
 from serving_client import PROMPT, alone, serving, slowed, wait_until
+from tiny import HEADS, tiny_model
 
 from calm.core.random import generators_of_rows
 from calm.models.calm import CalmForCausalLM

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from conftest import tiny_model
 from serving_client import PROMPT, alone, serving, wait_until
+from tiny import tiny_model
 
 from calm.texts import continue_texts
 

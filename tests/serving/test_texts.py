@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from other_tokenizers import KINDS
 from serving_client import alone, serving
+from tiny import tiny_model
 
 from calm.models.loading import end_as_told
 from calm.text.chat import encode_chat

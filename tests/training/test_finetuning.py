@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import HEADS, tiny_model
 from safetensors.torch import load_file
+from tiny import HEADS, tiny_model
 from torch.testing import assert_close
 from toy import failure, launch, toy_recipe
 
@@ -25,7 +25,8 @@ from calm.training.finetuning_recipe import (
     LoraSettings,
 )
 from calm.training.recipe import OptimizerSettings, TrainingSettings
-from calm.training.recipe_files import read_recipe_of, shipped_recipes, with_settings, write_recipe
+from calm.training.recipe_files import read_recipe_of, with_settings, write_recipe
+from calm.training.recipe_settings import shipped_recipes
 from calm.training.trainer import ChunkTrainer
 
 ANSWERS = {"cat": "meow", "dog": "woof", "duck": "quack"}

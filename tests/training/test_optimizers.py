@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -16,7 +16,8 @@ from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.ranges import RANGES, check_ranges
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import read_recipe_of, shipped_recipes, with_settings, write_recipe
+from calm.training.recipe_files import read_recipe_of, with_settings, write_recipe
+from calm.training.recipe_settings import shipped_recipes
 
 
 def numbers_of(kind, before=""):

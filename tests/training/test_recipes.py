@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
@@ -15,14 +16,16 @@ from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.training.configurations import check_recipe, model_config
+from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import (
     differences,
     read_recipe,
-    shipped_recipes,
+    read_recipe_of,
     with_settings,
     write_recipe,
 )
+from calm.training.recipe_settings import shipped_recipes
 from calm.training.stages import _new_language_model, train, train_autoencoder
 
 SHIPPED = [
@@ -51,6 +54,15 @@ SHIPPED = [
 
 def test_the_list_is_what_is_shipped():
     assert list(shipped_recipes()) == SHIPPED
+
+
+def test_every_shipped_recipe_says_what_is_recorded_of_it():
+    """One that is changed may change others, which extend it: what each says in full is in a file."""
+    recorded = (Path(__file__).parent / "resolved_recipes.jsonl").read_text().splitlines()
+    shipped = [(kind, name) for kind in (Recipe, FinetuningRecipe) for name in shipped_recipes(kind)]
+    for line, (kind, name) in zip(recorded, shipped, strict=True):
+        settings = dataclasses.asdict(read_recipe_of(kind, name))
+        assert {"name": name, "settings": settings} == json.loads(line)
 
 
 def shrink(recipe: Recipe, text: str) -> Recipe:

@@ -24,6 +24,7 @@ from calm.storage.disk import read_json, write_file_whole
 from calm.training.configurations import check_model
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import with_settings
+from calm.training.recipe_settings import EXTENDS
 from calm.training.stages import RECIPE, train, train_autoencoder
 
 SCORES = "scores.json"
@@ -84,6 +85,11 @@ def read_ablation(name: str) -> Ablation:
     try:
         ablation = Ablation(**vars(parser.instantiate(parser.parse_path(str(path)))))
     except jsonargparse.ArgumentError as error:
+        if EXTENDS in str(error):
+            raise InputError(
+                f"ablation '{name}': only recipes have '{EXTENDS}'; remove it, and name with --recipe the "
+                "recipe that all runs share, which may extend another."
+            ) from error
         raise InputError(f"ablation '{name}': {error}") from error
     for setting in (setting for choice in ablation.choices for setting in choice.settings):
         if setting.split(".")[0] not in _PARTS or setting == "autoencoder.path":

@@ -1,4 +1,4 @@
-"""The files of a source: known formats, plain or packed, and what is left out below a folder.
+"""The files of a source: known formats, compressed or not, and what is left out below a folder.
 
 Below a folder these are not read: hidden files and folders, those of systems and tools (waste baskets,
 caches, installed packages), what calm itself wrote (runs, prepared text, models), links that lead nowhere,
@@ -6,25 +6,19 @@ folders that cannot be opened, and files that are read already under another nam
 is read.
 """
 
-import bz2
-import gzip
-import io
 import logging
-import lzma
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
-import pyarrow
-
+from calm.data.compression import COMPRESSIONS
+from calm.data.formats import format_of, known_suffixes
 from calm.errors import InputError, reason_of
 
 logger = logging.getLogger(__name__)
-FORMATS = (".txt", ".jsonl", ".parquet")
 _OF_TOOLS = {
     "__macosx",
     "__pycache__",
@@ -42,33 +36,6 @@ _OF_TOOLS = {
     "@eadir",
 }
 _ENDS_OF_TOOLS = (".dist-info", ".egg-info")
-
-
-def _open_zstandard(path: Path) -> IO[bytes]:
-    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-    return io.BufferedReader(stream)
-
-
-PACKINGS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstandard,
-    ".bz2": bz2.open,
-}
-
-
-def format_of(path: Path) -> str | None:
-    """The known ending of a file without that of its packing."""
-    name = path.name.lower()
-    for packing in PACKINGS:
-        name = name.removesuffix(packing)
-    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
-
-
-def open_file(path: Path) -> IO[bytes]:
-    """A file to read, unpacked."""
-    opener = PACKINGS.get(path.suffix.lower())
-    return opener(path) if opener else path.open("rb")
 
 
 def is_here(source: str) -> bool:
@@ -100,8 +67,8 @@ def find_files(path: Path, *, tell: bool = False) -> list[Path]:
     if path.is_file():
         if format_of(path) is None:
             raise InputError(
-                f"cannot read '{path}': its name must end in {', '.join(FORMATS)}, "
-                f"perhaps followed by {', '.join(PACKINGS)}."
+                f"cannot read '{path}': its name must end in {', '.join(known_suffixes())}, "
+                f"perhaps followed by {', '.join(COMPRESSIONS)}."
             )
         return [path]
     if not path.is_dir():
@@ -110,7 +77,9 @@ def find_files(path: Path, *, tell: bool = False) -> list[Path]:
     left_out = ", ".join(f"{reason} ({count})" for reason, count in sorted(listing.left_out.items()))
     if not listing.files:
         but = f" (left out: {left_out})" if left_out else ""
-        raise InputError(f"the folder '{path}' holds no {', '.join(FORMATS)} file{but}; check the path.")
+        raise InputError(
+            f"the folder '{path}' holds no {', '.join(known_suffixes())} file{but}; check the path."
+        )
     if tell and left_out:
         number = len(listing.files)
         logger.info("read %d file%s of '%s'; left out: %s", number, "s" * (number != 1), path, left_out)

@@ -1,6 +1,6 @@
 """Files, folders and hub datasets -> documents, one string each.
 
-Formats: .txt, .jsonl, .parquet, each plain or packed as .gz, .xz, .zst or .bz2.
+`calm.data.formats` says which formats of files there are.
 """
 
 import itertools
@@ -13,9 +13,10 @@ from typing import Any
 
 import datasets
 
-from calm.data.files import find_files, format_of, is_here
+from calm.data.files import find_files, is_here
+from calm.data.formats import format_of, read_documents
 from calm.data.kept import made_or_kept
-from calm.data.reading import ReadingOptions, read_documents
+from calm.data.reading import ReadingOptions
 from calm.errors import InputError, reason_of
 from calm.hub.connection import hub_or_cache, may_be_on_hub
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from calm.core.argmax import Screen, argmax_of_scores
+from calm.core.argmax import argmax_of_scores
 from calm.core.chunks import IGNORED_LABEL, have_label, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
@@ -130,7 +130,6 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
             self.encoder, self.decoder = CodeEncoder(config), CodeDecoder(config)
         else:
             self.encoder, self.decoder = _Encoder(config), _Decoder(config)
-        self._screen: Screen | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -181,22 +180,7 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
         """Tokens with the largest scores, the last axis of token vectors taken away."""
         weight_VD = self.encoder.embed_tokens.weight
         flat = vectors.flatten(0, -2).to(weight_VD.dtype)
-        best = argmax_of_scores(flat, weight_VD) if self._screen is None else self._screen.argmax(flat)
-        return best.view(vectors.shape[:-1])
-
-    def screen_vocabulary(self, rank: int | None) -> None:
-        """Let `decode_tokens` screen the vocabulary in low rank; it gives the same tokens.
-
-        Worth it for a large vocabulary whose embeddings lie near a subspace (docs/benchmarks.md). The
-        weights must not change afterwards.
-
-        Args:
-            rank: Rank of the screen, below the hidden size; None removes it.
-
-        Raises:
-            ValueError: If the rank is out of range.
-        """
-        self._screen = None if rank is None else Screen(self.encoder.embed_tokens.weight, rank)
+        return argmax_of_scores(flat, weight_VD).view(vectors.shape[:-1])
 
     def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
         """The randomness of one training step on chunks (P, K)."""

@@ -4,8 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 from importlib import resources
 from typing import Any
@@ -19,14 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.models.calm import CalmForCausalLM
 from calm.serving.bodies import read_body
+from calm.serving.endpoint import Endpoint
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, own_mistake, quoted
+from calm.serving.formats import ChatFormat, CompletionFormat
 from calm.serving.hosts import Hosts
 from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
-from calm.serving.requests import Endpoint
+from calm.serving.settings import ServerSettings
 from calm.serving.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -40,58 +41,6 @@ _PAGE_HEADERS = {
 _MANY_TOKENS = 10_000  # From so many on, an answer is put in words off the event loop.
 # Parts go out as they come, through proxies too.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """What a server allows.
-
-    Args:
-        name: The model's name in requests.
-        api_key: What requests must show; None for no key.
-        temperature: Of requests that say none.
-        draws: Draws of a chunk for requests that say none.
-        max_rows: Texts that are written at the same time.
-        max_waiting: Texts that wait; more are refused with 429.
-        max_tokens: Most new tokens of a text.
-        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
-        max_draws: Most draws of a chunk.
-        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
-        max_body: Bytes of a request.
-        max_bytes: Bytes of all requests that are not answered yet, at least those of one.
-        max_client_bytes: The same for one address.
-        max_connections: Connections at the same time; fewer where the system does not allow as many files.
-        max_client_connections: Connections of one address at the same time.
-        header_seconds: How long the head of a request may take.
-        body_seconds: How long its body may take.
-        write_seconds: How long a client may leave what has been sent to it.
-        template_seconds: How long the chat template may take.
-        seconds: How long a request may take.
-        allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
-            "*" for any.
-    """
-
-    name: str
-    api_key: str | None = None
-    temperature: float = 1.0
-    draws: int = 200
-    max_rows: int = 16
-    max_waiting: int = 256
-    max_tokens: int = 4096
-    max_request_tokens: int = 1 << 18
-    max_draws: int = 1000
-    draws_at_once: int = 4096
-    max_body: int = 1 << 20
-    max_bytes: int = 1 << 26
-    max_client_bytes: int = 1 << 24
-    max_connections: int = 512
-    max_client_connections: int = 128
-    header_seconds: float = 20.0
-    body_seconds: float = 60.0
-    write_seconds: float = 60.0
-    template_seconds: float = 5.0
-    seconds: float = 300.0
-    allowed_hosts: Sequence[str] = ()
 
 
 def create_app(
@@ -151,13 +100,13 @@ def create_app(
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, settings.max_body, endpoint.readers)
         answer = await endpoint.complete(body, request.is_disconnected)
-        return await _answer(endpoint, answer, body.stream, request)
+        return await _respond(endpoint, answer, body.stream, request)
 
     @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest, settings.max_body, endpoint.readers)
         answer = await endpoint.chat(body, request.is_disconnected)
-        return await _answer(endpoint, answer, body.stream, request)
+        return await _respond(endpoint, answer, body.stream, request)
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
     async def pool(request: Request) -> Response:
@@ -202,8 +151,10 @@ def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
         }
 
 
-async def _answer(endpoint: Endpoint, answer: Any, is_stream: bool, request: Request) -> Response:
-    """An answer as one object or as server-sent events."""
+async def _respond(
+    endpoint: Endpoint, answer: CompletionFormat | ChatFormat, is_stream: bool, request: Request
+) -> Response:
+    """What was written, as one object or as server-sent events."""
     if not is_stream:
         whole = await answer.whole(request.is_disconnected)
         if whole is None:
@@ -215,7 +166,7 @@ async def _answer(endpoint: Endpoint, answer: Any, is_stream: bool, request: Req
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _events(answer: Any, request_id: str) -> AsyncIterator[str]:
+async def _events(answer: CompletionFormat | ChatFormat, request_id: str) -> AsyncIterator[str]:
     """Each part as an event; an error in the middle is an event too."""
     try:
         async for piece in answer.pieces():

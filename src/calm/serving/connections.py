@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h11
 import uvicorn
@@ -20,9 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from calm.serving.errors import ApiError, quoted
-
-if TYPE_CHECKING:
-    from calm.serving.app import ServerSettings
+from calm.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 _SPARE = 100  # Connections that may be accepted at once before any is refused; and again, that are told why.
@@ -52,7 +50,7 @@ class ConnectionLimits:
     most_of_client: int
 
 
-def uvicorn_config(app: FastAPI, settings: "ServerSettings", **options: Any) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uvicorn.Config:
     """How uvicorn serves the application.
 
     Args:

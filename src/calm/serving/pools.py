@@ -11,12 +11,12 @@ from calm.core.random import DrawsInParts, generators_of_rows
 from calm.core.temperature import distribution_of_pool
 from calm.models.calm import CalmForCausalLM
 from calm.models.writing.prompts import Prompt
-from calm.serving.answers import of_queue
+from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError
 from calm.serving.protocol import PoolRequest
 from calm.serving.readers import IsGone, unless_gone
-from calm.serving.requests import Endpoint
+from calm.serving.request_texts import of_queue
 from calm.text.decoding import spell_tokens
 
 _DRAWS_AT_ONCE = 64  # Between two steps of the texts that are being written.

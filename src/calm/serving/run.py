@@ -40,7 +40,7 @@ def run_server(
         api_key_file: File with the key.
         temperature: Where a request says none.
         allowed_hosts: Names that it may be called by, beside `host` and its own.
-        **limits: Further fields of `calm.serving.app.ServerSettings`.
+        **limits: Further fields of `calm.serving.settings.ServerSettings`.
 
     Raises:
         InputError: If a value or the model is bad, or the address cannot be used.
@@ -48,9 +48,10 @@ def run_server(
     try:
         import uvicorn  # noqa: PLC0415 (of an extra)
 
-        from calm.serving.app import ServerSettings, create_app  # noqa: PLC0415
+        from calm.serving.app import create_app  # noqa: PLC0415
         from calm.serving.connections import uvicorn_config  # noqa: PLC0415
         from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
+        from calm.serving.settings import ServerSettings  # noqa: PLC0415
     except ImportError as error:
         raise InputError(
             f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"

@@ -2,18 +2,14 @@
 
 import contextlib
 import dataclasses
-import difflib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
-import yaml
 
-from calm.errors import InputError, reason_of
+from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.storage.folders import (
     check_output,
@@ -29,43 +25,12 @@ from calm.storage.ours import FINETUNED, TRAINED, FolderKind
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
+from calm.training.recipe_settings import RECIPE, recipe_parser, settings_in
 
-RECIPE = "recipe.yaml"
 _REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
 DATA = "data"  # The prepared text of a run, in its folder.
 _KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays where a folder is emptied for a run.
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
-_FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
-
-
-def shipped_recipes(kind: type = Recipe) -> dict[str, Path]:
-    """Name -> file of the recipes of a kind inside the package."""
-    folder = Path(str(resources.files("calm") / _FOLDERS[kind]))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str, kind: type = Recipe) -> str:
-    """The path of a recipe given by path or by shipped name.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    if Path(name).is_file():
-        return name
-    shipped = shipped_recipes(kind)
-    if name in shipped:
-        return str(shipped[name])
-    inside = Path(name, RECIPE)
-    near = [str(inside)] if inside.is_file() else difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else "."
-    raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}{hint}")
-
-
-def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
-    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, sub_configs=False)
-    return parser
 
 
 def read_recipe(name: str) -> Recipe:
@@ -87,43 +52,6 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {sentence(str(error), options)}") from error
     return kind(**vars(parser.instantiate(values)))
-
-
-def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
-    """The settings in the file of a recipe: such as there are, in groups, of whatever types.
-
-    Args:
-        name: A path or a shipped name.
-        kind: The kind of recipe.
-        options: Which settings there are.
-
-    Raises:
-        InputError: If there is none, it cannot be read, is no YAML, or has other settings.
-    """
-    path = find_recipe(name, kind)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
-        if not isinstance(values, dict):  # but a mapping in which nothing has a value as text.
-            values = yaml.safe_load(text)
-        json.dumps(values, default=str)  # What names itself as a part of itself has no end.
-    except OSError as error:
-        raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the recipe '{path}' is not UTF-8; save it as such.") from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"the recipe '{path}' is no YAML{_place_and_problem(error)}.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
-    if (mistake := mistake_in(values, options)) is not None:
-        raise InputError(f"recipe '{name}': {mistake}")
-    return values
-
-
-def _place_and_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f" (line {error.problem_mark.line + 1}: {error.problem})"
-    return f" ({reason_of(error)})"
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:

@@ -101,9 +101,9 @@ def generate(
         max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
         temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
             or greedy decoding where a head can.
-        sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it; head
-            is one draw of a head that takes a temperature itself; or the name of an installed one. None for
-            pool with top_p or min_p, else head where there is one, else exact.
+        sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it;
+            head is one draw of a head that takes a temperature itself; or the name of an installed one. None
+            for pool with top_p or min_p, else head where there is one, else exact.
         num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the commonest chunks that make up this share of the pool.
@@ -205,7 +205,8 @@ def flops(
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
     from calm.training.configurations import model_config
-    from calm.training.recipe_files import find_recipe, read_recipe
+    from calm.training.recipe_files import read_recipe
+    from calm.training.recipe_settings import find_recipe
 
     folder = Path(folder_of(target))
     if folder.is_dir():

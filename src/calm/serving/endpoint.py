@@ -1,9 +1,6 @@
-"""Requests -> texts to write -> answers in the form of the OpenAI API."""
+"""Requests of the OpenAI API -> texts to write. What is wrong with a request is found before any work."""
 
-import secrets
-import time
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,19 +9,18 @@ from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.writing.sampling import check_sampler
-from calm.serving.answers import Answers, Part
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
+from calm.serving.formats import ChatFormat, CompletionFormat
 from calm.serving.metrics import Metrics
 from calm.serving.protocol import ChatRequest, CompletionRequest
 from calm.serving.readers import IsGone, Readers
+from calm.serving.request_texts import RequestTexts
+from calm.serving.settings import ServerSettings
 from calm.serving.templates import render_elsewhere
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_behind
 from calm.text.encoding import encode_documents
-
-if TYPE_CHECKING:
-    from calm.serving.app import ServerSettings
 
 _LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
 _RENDERING = 4  # and so many times those of the context, for marks and what is written around the words.
@@ -32,7 +28,7 @@ _TOKENS_OF_A_COMPLETION = 16  # Where a request says nothing, as the API has it.
 
 
 class Endpoint:
-    """Turns requests into answers.
+    """Checks requests, has their texts written, and gives them in the form that was asked for.
 
     Args:
         engine: Who writes.
@@ -47,7 +43,7 @@ class Endpoint:
         engine: Engine,
         model: CalmForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        settings: "ServerSettings",
+        settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
         self.engine, self.model, self.tokenizer = engine, model, tokenizer
@@ -72,7 +68,7 @@ class Endpoint:
                 code="model_not_found",
             )
 
-    async def complete(self, request: CompletionRequest, is_gone: IsGone) -> "CompletionAnswer":
+    async def complete(self, request: CompletionRequest, is_gone: IsGone) -> CompletionFormat:
         """The answer to a completion request, submitted.
 
         Args:
@@ -101,10 +97,10 @@ class Endpoint:
             return prompts, [echo for echo in read_back for _ in range(request.n)]
 
         prompts, echoes = await self.readers.run(read, is_gone)
-        answers = self._submit(request, prompts, budget, sampler)
-        return CompletionAnswer(answers, request, self._settings.name, echoes)
+        texts = self._submit(request, prompts, budget, sampler)
+        return CompletionFormat(texts, request, self._settings.name, echoes)
 
-    async def chat(self, request: ChatRequest, is_gone: IsGone) -> "ChatAnswer":
+    async def chat(self, request: ChatRequest, is_gone: IsGone) -> ChatFormat:
         """The answer to a chat request, submitted.
 
         Args:
@@ -134,8 +130,8 @@ class Endpoint:
             return prompt, budget or room
 
         prompt, most = await self.readers.run(read, is_gone)
-        answers = self._submit(request, [prompt], most, sampler, self._ends_of_turn)
-        return ChatAnswer(answers, request, self._settings.name)
+        texts = self._submit(request, [prompt], most, sampler, self._ends_of_turn)
+        return ChatFormat(texts, request, self._settings.name)
 
     def _check(self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int) -> Sampler:
         """Look at all that can be wrong before anything is made of the prompts; how chunks are sampled."""
@@ -199,8 +195,8 @@ class Endpoint:
         budget: int,
         sampler: Sampler,
         more_stops: Sequence[str] = (),
-    ) -> Answers:
-        answers = Answers(
+    ) -> RequestTexts:
+        texts = RequestTexts(
             engine=self.engine,
             tokenizer=self.tokenizer,
             prompts=prompts,
@@ -213,9 +209,9 @@ class Endpoint:
             readers=self.readers,
             with_chunks=request.return_chunks,
         )
-        answers.submit()
+        texts.submit()
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
-        return answers
+        return texts
 
     def tokens_of(self, prompt: str | list[int], place: str = "prompt") -> list[int]:
         """Token ids of a prompt, in the thread of the readers.
@@ -246,109 +242,3 @@ def _most_characters(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase)
     """Characters of the longest text that can fit in the context."""
     longest = longest_context(model.config)
     return None if longest is None else longest * max(map(len, tokenizer.get_vocab()))
-
-
-class _Answer:
-    """One answer, whole or in pieces."""
-
-    def __init__(self, answers: Answers, request: CompletionRequest | ChatRequest, name: str) -> None:
-        self._answers, self._request = answers, request
-        self._head = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": name,
-        }
-
-    prefix = object_name = piece_name = ""
-
-    async def whole(self, is_gone: IsGone) -> dict[str, Any] | None:
-        """All of it at once; None if whoever asked has left."""
-        number = len(self._answers.prompts) * self._answers.copies
-        texts, reasons = [self._opening(index) for index in range(number)], [""] * number
-        chunks: list[list[dict[str, Any]]] = [[] for _ in range(number)]
-        async for part in self._answers.parts(is_gone):
-            texts[part.index] += part.text
-            reasons[part.index] = part.finish_reason or ""
-            chunks[part.index] += part.chunks
-        if not all(reasons):
-            return None
-        choices = []
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
-            choice = {"index": index, "finish_reason": reason, "logprobs": None, **self._said(text)}
-            choices.append(choice | ({"chunks": chunks[index]} if self._request.return_chunks else {}))
-        return {**self._head, "object": self.object_name, "choices": choices, "usage": self._answers.usage}
-
-    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
-        """Part after part."""
-        try:
-            usage = self._request.stream_options is not None and self._request.stream_options.include_usage
-            more = {"usage": None} if usage else {}
-            for index in range(len(self._answers.prompts) * self._answers.copies):
-                if (first := self._first(index)) is not None:
-                    yield self._piece(index, first, None) | more
-            async for part in self._answers.parts():
-                if part.text or part.finish_reason or self._request.return_chunks:
-                    yield self._piece(part.index, self._more(part), part.finish_reason, part) | more
-            if usage:
-                yield {**self._head, "object": self.piece_name, "choices": [], "usage": self._answers.usage}
-        finally:  # Whoever asked may leave before the first part.
-            self._answers.cancel()
-
-    def _piece(
-        self, index: int, said: dict[str, Any], reason: str | None, part: Part | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "finish_reason": reason, "logprobs": None, **said}
-        if part is not None and self._request.return_chunks:
-            choice["chunks"] = part.chunks
-        return {**self._head, "object": self.piece_name, "choices": [choice]}
-
-    def _opening(self, index: int) -> str:
-        return ""
-
-    def _said(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _first(self, index: int) -> dict[str, Any] | None:
-        raise NotImplementedError
-
-    def _more(self, part: Part) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class CompletionAnswer(_Answer):
-    """Of /v1/completions."""
-
-    prefix, object_name, piece_name = "cmpl", "text_completion", "text_completion"
-
-    def __init__(
-        self, answers: Answers, request: CompletionRequest, name: str, echoes: list[str] | None
-    ) -> None:
-        super().__init__(answers, request, name)
-        self._echoes = echoes
-
-    def _opening(self, index: int) -> str:
-        return self._echoes[index] if self._echoes else ""
-
-    def _said(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def _first(self, index: int) -> dict[str, Any] | None:
-        return {"text": self._echoes[index]} if self._echoes else None
-
-    def _more(self, part: Part) -> dict[str, Any]:
-        return {"text": part.text}
-
-
-class ChatAnswer(_Answer):
-    """Of /v1/chat/completions."""
-
-    prefix, object_name, piece_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def _said(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def _first(self, index: int) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def _more(self, part: Part) -> dict[str, Any]:
-        return {"delta": {"content": part.text} if part.text else {}}

@@ -45,7 +45,7 @@ class Part:
 
 
 @dataclass
-class Answers:
+class RequestTexts:
     """All texts of one request.
 
     Args:

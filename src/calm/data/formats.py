@@ -1,0 +1,140 @@
+"""The file formats that text and examples are read from: one table, which other packages add to.
+
+A format is known by the suffix of a file, beside which there may be that of a compression (`a.jsonl.gz`).
+
+    from calm import register_format
+
+    register_format(".srt", documents=read_subtitles)
+
+`examples/a_data_source_of_your_own.py` is such a format in full.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from calm.data.compression import COMPRESSIONS, name_without_compression
+from calm.data.reading import (
+    DAMAGE,
+    ReadingOptions,
+    documents_of_json_lines,
+    documents_of_parquet,
+    documents_of_text,
+    records_of_json_lines,
+    records_of_parquet,
+)
+from calm.errors import InputError, reason_of
+
+logger = logging.getLogger(__name__)
+_ENTRY_POINTS = "calm.formats"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the files of a suffix are read.
+
+    Args:
+        documents: Path and options -> the documents of a file, to train a model on.
+        records: Path -> where each record of a file stands (for messages), and its fields, to fine-tune on;
+            None if such files hold no records.
+    """
+
+    documents: Callable[[Path, ReadingOptions], Iterable[str]]
+    records: Callable[[Path], Iterable[tuple[str, dict[str, Any]]]] | None = None
+
+
+FORMATS = {
+    ".txt": Format(documents_of_text),
+    ".jsonl": Format(documents_of_json_lines, records_of_json_lines),
+    ".parquet": Format(documents_of_parquet, records_of_parquet),
+}
+
+
+def register_format(
+    suffix: str,
+    documents: Callable[[Path, ReadingOptions], Iterable[str]],
+    records: Callable[[Path], Iterable[tuple[str, dict[str, Any]]]] | None = None,
+) -> None:
+    """Make files of a suffix readable wherever a source of text is named: files, folders, streams.
+
+    An installed package can instead name, as an entry point of the group "calm.formats", a module that calls
+    this. The `calm` command then knows the format too.
+
+    Args:
+        suffix: The suffix in lower case, such as ".srt". One that is known is read this way from now on.
+        documents: Path and options -> the documents of a file. `calm.data.compression.open_file` opens files
+            that may be compressed, `calm.data.reading.numbered_lines` reads lines of UTF-8. What is wrong
+            with a file is raised as `calm.errors.InputError`.
+        records: Path -> where each record stands, and its fields; None if such files hold no records.
+
+    Raises:
+        ValueError: If that cannot be the suffix of a format.
+    """
+    if not suffix.startswith(".") or suffix != suffix.lower() or suffix in (".", *COMPRESSIONS):
+        raise ValueError(
+            "the suffix of a format begins with a dot, is in lower case and is not that of a compression, "
+            f"got {suffix!r}."
+        )
+    FORMATS[suffix] = Format(documents, records)
+
+
+def format_of(path: Path) -> Format | None:
+    """How a file is read, by its name; None if nobody knows."""
+    name = name_without_compression(path)
+    fitting = [suffix for suffix in known_suffixes() if name.endswith(suffix)]
+    return FORMATS[max(fitting, key=len)] if fitting else None
+
+
+def known_suffixes() -> list[str]:
+    """The suffixes of all formats, those of installed packages included."""
+    _load_installed()
+    return list(FORMATS)
+
+
+def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
+    """Documents of one file, without those that are blank.
+
+    Raises:
+        InputError: If the file is damaged, not UTF-8, or a record has no text.
+    """
+    found = format_of(path) or FORMATS[".txt"]
+    try:
+        for document in found.documents(path, options):
+            if document.strip():
+                yield document
+    except DAMAGE as error:
+        raise InputError(
+            f"cannot read '{path}': it is damaged or not what its name says ({reason_of(error)})."
+        ) from error
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each record of a file stands, and the record.
+
+    Raises:
+        InputError: If the file is damaged, or its format has no records.
+    """
+    found = format_of(path)
+    if found is None or found.records is None:
+        having = [suffix for suffix in known_suffixes() if FORMATS[suffix].records]
+        raise InputError(f"'{path}' has no records; examples come in {' or '.join(having)} files.")
+    try:
+        yield from found.records(path)
+    except DAMAGE as error:
+        raise InputError(f"cannot read '{path}': it is damaged ({reason_of(error)}).") from error
+
+
+@functools.cache
+def _load_installed() -> None:
+    """Import, once, the modules of installed packages that register formats."""
+    for entry_point in entry_points(group=_ENTRY_POINTS):
+        try:
+            entry_point.load()
+        except Exception as error:  # Whatever it is: the other formats are read all the same.
+            logger.warning(
+                "the format '%s' of %s is left out: %s", entry_point.name, entry_point.value, error
+            )

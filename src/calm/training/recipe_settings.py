@@ -1,0 +1,235 @@
+"""The settings in the file of a recipe, and in those of the recipes that it extends.
+
+    extends: demo                 # a shipped recipe, or ../base.yaml: a path relative to this file
+    language_model: {num_layers: 8}
+
+What such a file leaves out is what the recipe that it extends says. A setting of its own replaces that one
+setting, and nothing beside it. Where it changes what kind of thing a part is (`KINDS`), that part is not
+mixed with the one before: it is replaced as a whole.
+"""
+
+import copy
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from calm.errors import InputError, reason_of
+from calm.mistakes import Options, mistake_in, sentence
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe
+
+RECIPE = "recipe.yaml"
+EXTENDS = "extends"
+# A setting that says what kind something is -> what makes sense for one kind only, and goes when it changes.
+KINDS = {
+    "model": ("autoencoder", "language_model.head"),
+    "autoencoder.kind": ("autoencoder",),
+    "language_model.head.head_type": ("language_model.head",),
+    "autoencoder.training.optimizer.name": ("autoencoder.training.optimizer.extra",),
+    "language_model.training.optimizer.name": ("language_model.training.optimizer.extra",),
+    "training.optimizer.name": ("training.optimizer.extra",),
+}
+_FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
+_COMMANDS: dict[type, str] = {Recipe: "calm train", FinetuningRecipe: "calm finetune"}
+# Settings by which the kind of a recipe is told.
+_SIGNS: dict[type, set[str]] = {
+    Recipe: {"data", "autoencoder", "language_model"},
+    FinetuningRecipe: {"examples", "lora", "answers"},
+}
+
+
+def shipped_recipes(kind: type = Recipe) -> dict[str, Path]:
+    """Name -> file of the recipes of a kind inside the package."""
+    folder = Path(str(resources.files("calm") / _FOLDERS[kind]))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str, kind: type = Recipe) -> str:
+    """The path of a recipe given by path or by shipped name.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = shipped_recipes(kind)
+    if name in shipped:
+        return str(shipped[name])
+    inside = Path(name, RECIPE)
+    near = [str(inside)] if inside.is_file() else difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}{hint}")
+
+
+def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
+    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, sub_configs=False)
+    return parser
+
+
+def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
+    """The settings of a recipe with those that it extends: such as there are, in groups.
+
+    Args:
+        name: A path or a shipped name.
+        kind: The kind of recipe.
+        options: Which settings there are.
+
+    Raises:
+        InputError: If there is none, or one of the files cannot be read, is no YAML, has settings that there
+            are not or values of a wrong type, or extends itself. The sentence names that file.
+    """
+    files: dict[Path, str] = {}  # From the recipe to the last that is extended, as they are called.
+    settings: list[dict[str, Any]] = []
+    path, called = Path(find_recipe(name, kind)), name
+    while True:
+        if path.resolve() in files:
+            chain = " -> ".join([*files.values(), called])
+            raise InputError(f"recipe '{name}' extends itself ({chain}); remove one '{EXTENDS}'.")
+        files[path.resolve()] = called
+        own = _settings_of_file(path)
+        is_last, parent = EXTENDS not in own, own.pop(EXTENDS, None)
+        _check(own, called, kind, options)
+        settings.append(own)
+        if is_last:
+            break
+        path = _parent(parent, path, called, kind)
+        called = parent if path == shipped_recipes(kind).get(parent) else str(path)
+    return functools.reduce(lambda base, own: extended(base, own, kind), reversed(settings))
+
+
+def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of a recipe that extends another.
+
+    Args:
+        base: The settings of the recipe that is extended, in groups.
+        own: Those that differ.
+        kind: The kind of recipe.
+    """
+    kept = copy.deepcopy(dict(base))
+    defaults = dataclasses.asdict(kind())
+    for setting, parts in KINDS.items():
+        before, now = _value(base, setting, _value(defaults, setting)), _value(own, setting)
+        if now is not None and now != before:
+            for part in parts:
+                _remove(kept, part)
+    return _merged(kept, own)
+
+
+def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in own.items():
+        both_groups = isinstance(base.get(name), dict) and isinstance(value, Mapping)
+        base[name] = _merged(base[name], value) if both_groups else value
+    return base
+
+
+def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
+    """The value of a dotted name in groups, or another if there is none."""
+    for part in name.split("."):
+        if not isinstance(settings, Mapping) or part not in settings:
+            return otherwise
+        settings = settings[part]
+    return settings
+
+
+def _remove(settings: dict[str, Any], name: str) -> None:
+    """Take a dotted name out of groups, if it is there."""
+    group, _, last = name.rpartition(".")
+    inner = _value(settings, group) if group else settings
+    if isinstance(inner, dict):
+        inner.pop(last, None)
+
+
+def _parent(parent: Any, path: Path, called: str, kind: type) -> Path:
+    """The file of the recipe that a file extends."""
+    if not isinstance(parent, str) or not parent.strip():
+        got = "null" if parent is None else f"'{parent}'"
+        raise InputError(
+            f"recipe '{called}': {EXTENDS} must be the name of a shipped recipe or a path, got {got}."
+        )
+    shipped = shipped_recipes(kind)
+    if parent in shipped:
+        return shipped[parent]
+    relative = path.parent / parent
+    if _is_file(relative):
+        return relative
+    for other, command in _COMMANDS.items():
+        if parent in shipped_recipes(other):
+            raise InputError(
+                f"recipe '{called}' extends '{parent}', which is a recipe of {command}, "
+                f"not of {_COMMANDS[kind]}."
+            )
+    inside = Path(parent, RECIPE)
+    is_near = _is_file(path.parent / inside)
+    near = [str(inside)] if is_near else difflib.get_close_matches(parent, shipped, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"shipped are: {', '.join(shipped)}."
+    raise InputError(
+        f"recipe '{called}' extends '{parent}', but neither is there a file '{relative}' nor such a shipped "
+        f"recipe; {hint}"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # A name that the system refuses.
+        return False
+
+
+def _settings_of_file(path: Path) -> dict[str, Any]:
+    """What one file says, whatever it is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
+        if not isinstance(values, dict):  # but a mapping in which nothing has a value as text.
+            values = yaml.safe_load(text)
+        json.dumps(values, default=str)  # What names itself as a part of itself has no end.
+    except OSError as error:
+        raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe '{path}' is not UTF-8; save it as such.") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"the recipe '{path}' is no YAML{_place_and_problem(error)}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
+    return _in_groups(values)
+
+
+def _in_groups(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same settings with those of dotted names (`data.context: 64`) in their groups."""
+    grouped: dict[Any, Any] = {}
+    for name, value in settings.items():
+        value = _in_groups(value) if isinstance(value, Mapping) else value
+        for part in reversed(name.split(".") if isinstance(name, str) else [name]):
+            value = {part: value}
+        _merged(grouped, value)
+    return grouped
+
+
+def _place_and_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f" (line {error.problem_mark.line + 1}: {error.problem})"
+    return f" ({reason_of(error)})"
+
+
+def _check(own: dict[str, Any], called: str, kind: type, options: Options) -> None:
+    """See that the settings of one file are settings of such a recipe, and of the right types."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for other, command in _COMMANDS.items():
+        if own.keys() & _SIGNS[other] and not own.keys() & _SIGNS[kind]:
+            raise InputError(f"'{called}' is a recipe of {command}, not of {_COMMANDS[kind]}.")
+    if (mistake := mistake_in(own, options)) is not None:
+        raise InputError(f"recipe '{called}': {mistake}")
+    try:
+        recipe_parser(kind).parse_object({name: value for name, value in own.items() if name in fields})
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"recipe '{called}': {sentence(str(error), options)}") from error

@@ -1,0 +1,88 @@
+"""The questions of `calm ablate`: those that are shipped, and those of a user."""
+
+import itertools
+
+import pytest
+
+from calm.comparison.ablation import Choice, read_ablation, run_ablation, shipped_ablations
+from calm.errors import InputError
+from calm.training.configurations import check_model
+from calm.training.recipe_files import differences, read_recipe, with_settings
+
+SHIPPED = [
+    "alpha",
+    "backbone_input",
+    "chunk_size",
+    "dropout",
+    "head_depth",
+    "head_draws",
+    "kl",
+    "latent_size",
+    "posterior_draws",
+]
+
+
+def test_the_list_is_what_is_shipped():
+    assert list(shipped_ablations()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_choice_makes_a_model_of_its_own(name):
+    recipe = read_recipe("demo")
+    ablation = read_ablation(name)
+    made = [with_settings(recipe, choice.settings) for choice in ablation.choices]
+    for choice, changed in zip(ablation.choices, made, strict=True):
+        check_model(changed)
+        assert set(differences(recipe, changed)) <= set(choice.settings)
+    for first, second in itertools.pairwise(made):
+        assert differences(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("M = 16", "M_16"), ("no KL term", "no_KL_term"), ("../a/b", ".._a_b"), ("=", "")]
+)
+def test_the_folder_of_a_choice_is_made_of_its_letters_and_digits(name, folder):
+    assert Choice(name=name, settings={}).folder == folder
+
+
+def test_a_question_of_ones_own_is_a_file(tmp_path):
+    (tmp_path / "depth.yaml").write_text(
+        "question: Deeper?\n"
+        "choices: [{name: a, settings: {autoencoder.num_encoder_layers: 4}, published: 4.7}]"
+    )
+    ablation = read_ablation(str(tmp_path / "depth.yaml"))
+    assert ablation.question == "Deeper?"
+    assert ablation.choices == [
+        Choice(name="a", settings={"autoencoder.num_encoder_layers": 4}, published=4.7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("[]", "its choices need names that differ"),
+        ("[{name: a, settings: {}}, {name: a, settings: {}}]", "its choices need names that differ"),
+        ("[{name: '=', settings: {}}]", "its choices need names that differ"),
+        ("[{name: a, settings: {seed: 2}}]", "all its runs share 'seed'; leave it out"),
+        ("[{name: a, settings: {data.context: 64}}]", "all its runs share 'data.context'"),
+        ("[{name: a, settings: {autoencoder.path: x}}]", "all its runs share 'autoencoder.path'"),
+    ],
+)
+def test_what_is_no_question(choices, message, tmp_path):
+    (tmp_path / "q.yaml").write_text(f"question: a\nchoices: {choices}\n")
+    with pytest.raises(InputError, match=f"q.yaml': {message}"):
+        read_ablation(str(tmp_path / "q.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seeds", "only", "message"),
+    [
+        ("demo", [], [], "needs seeds, and choices out of: alpha = 0.5, alpha = 0.75"),
+        ("demo", [1], ["alpha = 3"], "needs seeds, and choices out of: alpha = 0.5"),
+        ("demo_baseline", [1], [], "takes a recipe of a CALM that trains its own autoencoder"),
+    ],
+)
+def test_what_is_refused_before_anything_is_trained(recipe, seeds, only, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run_ablation(read_ablation("alpha"), read_recipe(recipe), seeds, tmp_path / "out", only=only)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,90 @@
+"""What training takes: counted from a recipe, read from a history."""
+
+import json
+
+import pytest
+
+from calm.comparison.costs import (
+    affordable_steps,
+    autoencoder_operations,
+    language_model_operations,
+    record_of,
+)
+from calm.errors import InputError
+from calm.flops import training_flops
+from calm.training.configurations import model_config
+from calm.training.recipe_files import read_recipe, with_settings, write_recipe
+
+VOCABULARY = 300
+
+
+@pytest.fixture
+def recipe():
+    return read_recipe("cpu_tiny")
+
+
+def test_operations_grow_with_steps_and_tokens(recipe):
+    config = model_config(recipe, VOCABULARY)
+    each = training_flops(config, recipe.data.context)
+    assert language_model_operations(recipe, VOCABULARY) == pytest.approx(each * 500 * 2048)
+    more = with_settings(recipe, {"autoencoder.training.steps": 1600})
+    assert autoencoder_operations(more, VOCABULARY) == pytest.approx(
+        2 * autoencoder_operations(recipe, VOCABULARY)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": "autoregressive", "chunk_size": 1}, {"autoencoder.path": "somewhere"}]
+)
+def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
+    assert autoencoder_operations(recipe, VOCABULARY) > 0
+    assert autoencoder_operations(with_settings(recipe, changes), VOCABULARY) == 0
+
+
+def test_affordable_steps_spend_what_there_is(recipe):
+    both = language_model_operations(recipe, VOCABULARY) + autoencoder_operations(recipe, VOCABULARY)
+    assert affordable_steps(recipe, VOCABULARY, both) == 500
+    half = affordable_steps(recipe, VOCABULARY, both / 2)
+    assert 0 < half < 250  # The autoencoder is trained in full.
+    assert affordable_steps(recipe, VOCABULARY, autoencoder_operations(recipe, VOCABULARY) / 2) < 0
+
+
+def write_run(folder, recipe, language_model):
+    history = {"autoencoder": [{"train_runtime": 30.0}], "language_model": language_model}
+    write_recipe(recipe, folder / "recipe.yaml")
+    (folder / "history.json").write_text(json.dumps(history))
+    return model_config(recipe, VOCABULARY)
+
+
+def test_the_record_of_a_run_is_what_it_logged(recipe, tmp_path):
+    config = write_run(
+        tmp_path,
+        recipe,
+        [
+            {"step": 20, "loss": 3.0},
+            {"step": 250, "eval_brier_lm": 0.0, "eval_brier_1": 9.0},
+            {"step": 500, "eval_brier_lm": 7.0, "eval_brier_1": 12.0, "eval_cross_entropy": 2.5},
+            {"train_runtime": 60.0},
+        ],
+    )
+    record = record_of(tmp_path, config)
+    before, total = autoencoder_operations(recipe, VOCABULARY), language_model_operations(recipe, VOCABULARY)
+    assert record.seconds == 90 and record.flops == pytest.approx(before + total)
+    half, end = record.checkpoints
+    assert half.flops == pytest.approx(before + total / 2) and end.flops == record.flops
+    assert (half.brier_lm, half.brier_1, half.cross_entropy) == (None, 9.0, None)
+    assert (end.brier_lm, end.brier_1, end.cross_entropy) == (7.0, 12.0, 2.5)
+
+
+def test_a_mere_model_folder_has_no_record(recipe, tmp_path):
+    config = model_config(recipe, VOCABULARY)
+    assert record_of(tmp_path, config) is None
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert record_of(tmp_path, config) is None
+
+
+@pytest.mark.parametrize("entry", [3, {"eval_brier_lm": 1.0}, {"eval_brier_lm": 1.0, "step": "x"}])
+def test_a_damaged_history_is_one_sentence(entry, recipe, tmp_path):
+    config = write_run(tmp_path, recipe, [entry])
+    with pytest.raises(InputError, match=r"history.json' is damaged .*give '.*model' to do without"):
+        record_of(tmp_path, config)

@@ -1,0 +1,44 @@
+"""A ladder: the same recipe at several chunk sizes."""
+
+import dataclasses
+
+import pytest
+
+from calm.comparison.ladder import _stretched, at_chunk_size, train_ladder
+from calm.errors import InputError
+from calm.training.recipe import TrainingSettings
+from calm.training.recipe_files import differences, read_recipe, with_settings
+
+
+@pytest.mark.parametrize(("chunk_size", "latent_size"), [(1, 16), (2, 24), (4, 48), (8, 96)])
+def test_a_chunk_has_as_many_latent_dimensions_for_each_token(chunk_size, latent_size):
+    recipe = read_recipe("demo")  # 48 for 4.
+    rung = at_chunk_size(recipe, chunk_size)
+    assert (rung.chunk_size, rung.autoencoder.latent_size) == (chunk_size, latent_size)
+    assert set(differences(recipe, rung)) <= {"chunk_size", "autoencoder.latent_size"}
+
+
+def test_a_longer_training_is_evaluated_as_often():
+    training = TrainingSettings(steps=100, evaluate_every=25)
+    assert _stretched(training, 160) == dataclasses.replace(training, steps=160, evaluate_every=40)
+    assert _stretched(training, 2).evaluate_every == 1  # Not 0, which is never.
+    assert _stretched(dataclasses.replace(training, evaluate_every=0), 7).evaluate_every == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "settings", "message"),
+    [
+        ({}, [], {"baseline": False}, "there is nothing to train"),
+        ({"model": "autoregressive", "chunk_size": 1}, [4], {}, "takes a recipe of a CALM"),
+        ({"autoencoder.path": "somewhere"}, [4], {}, "that trains its own autoencoder"),
+        ({}, [3], {}, "multiple of the chunk size 6"),
+        ({}, [4], {"budget": 0.0}, "budget must be above 0, got 0"),
+        ({}, [4], {"budget": float("nan")}, "budget must be above 0, got nan"),
+        ({"data.streaming": True}, [4], {}, "set data.streaming to false"),
+    ],
+)
+def test_what_is_refused_before_anything_is_trained(changes, sizes, settings, message, tmp_path):
+    recipe = with_settings(read_recipe("demo"), changes)
+    with pytest.raises(InputError, match=message):
+        train_ladder(recipe, sizes, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

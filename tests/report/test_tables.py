@@ -1,0 +1,74 @@
+"""Figures as tables on a terminal."""
+
+import math
+
+import pytest
+from rich.console import Console
+
+from calm.evaluation.brier import BrierResult
+from calm.evaluation.held_out import Scorecard
+from calm.evaluation.perplexity import PerplexityResult
+from calm.evaluation.reconstruction import ReconstructionResult
+from calm.flops import Cost
+from calm.report.tables import narrow_table, print_costs, print_scorecard, rows_of, short, with_error
+
+GOOD = BrierResult((0.5, 0.3, 0.2, 0.1), 1234, 64, (0.01,) * 4, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1 k"), (2.91e8, "291 M"), (1.5e9, "1.5 G"), (7.7e20, "7.7e+08 T")],
+)
+def test_numbers_have_three_digits_and_a_unit(number, text):
+    assert short(number) == text
+
+
+def test_a_number_has_its_error_where_there_is_one():
+    assert with_error(12.347, 0.678) == "12.35 ± 0.68"
+    assert with_error(1.0, math.nan) == "1.00"
+    assert with_error(1.0, math.nan, sign="+") == "+1.00"
+
+
+def test_a_narrow_table_cuts_no_word_short():
+    table = narrow_table(["", "a column"], [["name", "undefined: Brier-4"], ["another", "1"]])
+    console = Console(width=24)
+    with console.capture() as captured:
+        console.print(table)
+    words = captured.get().split()
+    assert {"undefined:", "Brier-4", "another", "column"} <= set(words) and "…" not in captured.get()
+
+
+def test_floors_come_before_the_model_and_ceilings_after_it():
+    card = Scorecard("CALM", GOOD, floors={"5-gram": GOOD}, ceilings={"exact": GOOD})
+    assert [name for name, _ in rows_of(card)] == ["5-gram", "CALM", "exact"]
+
+
+def test_a_scorecard_says_what_was_measured_and_only_that(capsys):
+    print_scorecard(Scorecard("CALM", GOOD))
+    out = capsys.readouterr().out
+    assert "1,234 held-out chunks, blocks of 64 tokens" in out and "23.40±0.70" in out
+    assert "reconstruction" not in out and "perplexity" not in out
+    print_scorecard(
+        Scorecard(
+            "CALM",
+            GOOD,
+            reconstruction=ReconstructionResult(0.999, 0.99, 0.95, 0.1),
+            perplexity=PerplexityResult(math.log(20), 5000),
+        )
+    )
+    out = capsys.readouterr().out
+    assert "99.900% of tokens, 99.000% of chunks" in out
+    assert "perplexity  20.000 (2.9957 nats per token, 5,000 tokens)" in out
+
+
+def test_costs_are_told_by_part_with_their_sum(capsys):
+    inference = {"head": 1e6, "backbone": 2e6}
+    one = Cost(parameters={"head": 10, "backbone": 20}, training={"head": 3.0}, inference=inference)
+    many = Cost(parameters={}, training={}, inference={"head": 5e6, "backbone": 2e6})
+    print_costs("a model", one, many, 7.0)
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert cells["head"] == ["10", "3", "1 M", "5 M"] and cells["backbone"] == ["20", "", "2 M", "2 M"]
+    assert cells["all"] == ["30", "3", "3 M", "7 M"]
+    print_costs("a model", one, None, 1.0)
+    assert "draws" not in capsys.readouterr().out

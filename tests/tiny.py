@@ -1,0 +1,65 @@
+"""Models of a few thousand parameters, shared by all tests."""
+
+import torch
+
+from calm.models.blocks import ZeroLinear
+from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+
+PAD, EOS, BOS = 0, 1, 2
+HEADS: dict[str, dict] = {
+    "energy": {"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6},
+    "flow": {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16},
+    "diffusion": {"head_type": "diffusion", "num_blocks": 1, "num_steps": 5, "frequency_size": 16},
+    "categorical_flow": {
+        "head_type": "categorical_flow",
+        "num_blocks": 1,
+        "frequency_size": 16,
+        "rank": 6,
+        "num_steps": 4,
+    },
+    "sequential": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6},
+}
+WITH_CODES = ("categorical_flow", "sequential")
+
+
+def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:
+    """A model of a few thousand parameters."""
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+    backbone = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    head_type = changes.get("head_config", {}).get("head_type", "energy")
+    return CalmConfig(
+        autoencoder_config=CalmAutoencoderConfig(
+            kind="codes" if head_type in WITH_CODES else "mlp",
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            latent_size=8,
+            hidden_size=24,
+            intermediate_size=32,
+            **special,
+        ),
+        backbone_config=backbone | changes.pop("backbone_config", {}),
+        head_config=HEADS.get(head_type, {}) | changes.pop("head_config", {}),
+        **special,
+        **changes,
+    )
+
+
+def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
+    """A random model whose draws differ (the head's last layer starts at zero otherwise)."""
+    model = CalmForCausalLM(tiny_config(chunk_size, **changes))
+    with torch.no_grad():
+        for module in model.head.modules():
+            if isinstance(module, ZeroLinear):
+                module.weight.normal_(std=1.0)
+        if not model.config.autoencoder.has_codes:
+            model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
+        model.backbone.embed_tokens.weight.normal_(std=1.0)
+    return model.eval()

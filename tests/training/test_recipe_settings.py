@@ -1,0 +1,216 @@
+"""A recipe extends another: what differs is the file."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from calm.cli import main
+from calm.errors import InputError
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import differences, read_recipe, read_recipe_of, write_recipe
+from calm.training.recipe_settings import extended, shipped_recipes
+
+# What someone would write who has text of their own, more time than `laptop_quick` takes.
+OF_A_USER = """
+# Letters of my grandmother.
+extends: laptop_quick
+data:
+  sources: letters.txt
+  separator: ""
+language_model:
+  num_layers: 6
+  head: {rank: 48}
+  training: {steps: 9000}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_recipe_of_ones_own_says_only_what_differs(folder):
+    write(folder, mine=OF_A_USER)
+    mine, quick = read_recipe("mine.yaml"), read_recipe("laptop_quick")
+    assert differences(mine, quick) == [
+        "data.separator",
+        "data.sources",
+        "language_model.head.rank",
+        "language_model.num_layers",
+        "language_model.training.steps",
+    ]
+    assert mine.language_model.head == {"head_type": "sequential", "num_blocks": 2, "rank": 48}
+
+
+def test_a_path_is_relative_to_the_file_that_names_it(folder):
+    for name in ("bases/small", "mine"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bases/small/base.yaml").write_text("extends: ../seed.yaml\nchunk_size: 2\n")
+    (folder / "bases/seed.yaml").write_text("seed: 5\n")
+    (folder / "mine/mine.yaml").write_text("extends: ../bases/small/base.yaml\ndata: {context: 64}\n")
+    assert read_recipe("mine/mine.yaml") == dataclasses.replace(
+        Recipe(), seed=5, chunk_size=2, data=dataclasses.replace(Recipe().data, context=64)
+    )
+    (folder / "absolute.yaml").write_text(f"extends: {folder / 'bases/seed.yaml'}\n")
+    assert read_recipe("absolute.yaml").seed == 5
+
+
+def test_a_shipped_name_is_the_shipped_recipe_whatever_lies_beside_the_file(folder):
+    (folder / "demo").write_text("extends: demo\nseed: 9\n")
+    assert read_recipe("demo") == dataclasses.replace(read_recipe(str(shipped_recipes()["demo"])), seed=9)
+
+
+def test_what_is_written_down_is_resolved_and_extends_nothing(folder):
+    write(folder, mine=OF_A_USER)
+    write_recipe(read_recipe("mine.yaml"), folder / "recipe.yaml")
+    written = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert written == dataclasses.asdict(read_recipe("mine.yaml"))
+    write(folder, again="extends: recipe.yaml\nseed: 2\n")
+    assert differences(read_recipe("again.yaml"), read_recipe("mine.yaml")) == ["seed"]
+
+
+def test_options_of_the_command_line_win(folder, capsys):
+    write(folder, mine=OF_A_USER)
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "mine.yaml", "--seed", "7", "--language_model.num_layers=3",
+              "--language_model.head.rank", "5", "--print_config"])  # fmt: skip
+    printed = yaml.safe_load(capsys.readouterr().out)
+    model = printed["language_model"]
+    assert (printed["seed"], model["num_layers"], model["training"]["steps"]) == (7, 3, 9000)
+    assert model["head"] == {"head_type": "sequential", "num_blocks": 2, "rank": 5}
+    assert printed["data"]["vocab_size"] == 4096  # That of `laptop`, which `laptop_quick` extends.
+
+
+def test_recipes_for_finetuning_extend_too(folder):
+    write(folder, mine="extends: lora\nlora: {rank: 8}\n")
+    mine = read_recipe_of(FinetuningRecipe, "mine.yaml")
+    assert differences(mine, read_recipe_of(FinetuningRecipe, "lora")) == ["lora.rank"]
+
+
+CALM = {"autoencoder": {"latent_size": 9}, "language_model": {"head": {"head_type": "flow", "num_blocks": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "result"),
+    [
+        ({"seed": 1, "chunk_size": 2}, {"seed": 3}, {"seed": 3, "chunk_size": 2}),
+        # A list is one setting.
+        ({"data": {"sources": ["a", "b"]}}, {"data": {"sources": ["c"]}}, {"data": {"sources": ["c"]}}),
+        ({"data": {"tokenizer": "t"}}, {"data": {"tokenizer": None}}, {"data": {"tokenizer": None}}),
+        # The fields of one head mean nothing to another.
+        (
+            CALM,
+            {"language_model": {"head": {"num_blocks": 1}}},
+            CALM | {"language_model": {"head": {"head_type": "flow", "num_blocks": 1}}},
+        ),
+        (
+            CALM,
+            {"language_model": {"head": {"head_type": "energy"}}},
+            CALM | {"language_model": {"head": {"head_type": "energy"}}},
+        ),
+        # So it is with kinds that the recipe which is extended leaves at their defaults.
+        (
+            {"language_model": {"head": {"alpha": 0.5}, "num_layers": 2}},
+            {"language_model": {"head": {"head_type": "energy", "num_blocks": 2}}},
+            {
+                "language_model": {
+                    "head": {"head_type": "energy", "num_blocks": 2, "alpha": 0.5},
+                    "num_layers": 2,
+                }
+            },
+        ),
+        (
+            {"language_model": {"head": {"alpha": 0.5}, "num_layers": 2}},
+            {"language_model": {"head": {"head_type": "flow"}}},
+            {"language_model": {"head": {"head_type": "flow"}, "num_layers": 2}},
+        ),
+        (CALM, {"autoencoder": {"kind": "codes"}}, CALM | {"autoencoder": {"kind": "codes"}}),
+        (
+            CALM,
+            {"autoencoder": {"kind": "mlp", "hidden_size": 4}},
+            CALM | {"autoencoder": {"latent_size": 9, "kind": "mlp", "hidden_size": 4}},
+        ),
+        # A model without chunks has neither autoencoder nor head.
+        (
+            CALM | {"seed": 4},
+            {"model": "autoregressive", "chunk_size": 1},
+            {"model": "autoregressive", "chunk_size": 1, "seed": 4, "language_model": {}},
+        ),
+    ],
+)
+def test_settings_are_replaced_one_by_one_but_kinds_are_not_mixed(base, own, result):
+    before = json.dumps(base)
+    assert extended(base, own, Recipe) == result
+    assert json.dumps(base) == before
+
+
+def test_arguments_of_one_optimizer_are_not_those_of_another():
+    optimizer = {"name": "lion", "learning_rate": 0.1, "extra": {"use_gc": True}}
+    base = {"training": {"optimizer": optimizer}}
+
+    def result(**own):
+        return extended(base, {"training": {"optimizer": own}}, FinetuningRecipe)["training"]["optimizer"]
+
+    assert result(extra={"cautious": True})["extra"] == {"use_gc": True, "cautious": True}
+    assert result(name="lion") == optimizer
+    assert result(name="adan") == {"name": "adan", "learning_rate": 0.1}
+    assert result(name="adan", extra={"a": 1}) == {"name": "adan", "learning_rate": 0.1, "extra": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: demmo", "recipe 'r.yaml' extends 'demmo', but neither is there a file 'demmo' nor such a "
+                           r"shipped recipe; did you mean 'demo'\?"),
+        ("extends: other/x.yaml", "a file 'other/x.yaml' .* shipped are: calm_l, calm_m, "),
+        ("extends: run", r"did you mean 'run/recipe.yaml'\?"),
+        ("extends: lora", "recipe 'r.yaml' extends 'lora', which is a recipe of calm finetune, not of"),
+        ("extends: tuned.yaml", "^'tuned.yaml' is a recipe of calm finetune, not of calm train."),
+        ("extends: [demo]", r"recipe 'r.yaml': extends must be the name .* or a path, got '\['demo'\]'"),
+        ("extends: 3", "extends must be the name of a shipped recipe or a path, got '3'"),
+        ("extends:", "extends must be the name of a shipped recipe or a path, got null"),
+        ("extends: ''", "extends must be the name of a shipped recipe or a path, got ''"),
+        ("extends: r.yaml", r"recipe 'r.yaml' extends itself \(r.yaml -> r.yaml\); remove one 'extends'"),
+        ("extends: circle.yaml", r"extends itself \(r.yaml -> circle.yaml -> r.yaml\)"),
+        ("extends: typo.yaml\nseed: 1", "^recipe 'typo.yaml': there is no setting 'data.contxt'; did you"),
+        ("extends: above.yaml", "^recipe 'typo.yaml': there is no setting 'data.contxt'"),
+        ("extends: type.yaml\nseed: 1", "^recipe 'type.yaml': seed must be a whole number, got 'one'."),
+        ("extends: type.yaml\nseed: two", "^recipe 'r.yaml': seed must be a whole number, got 'two'."),
+        ("extends: broken.yaml", r"^the recipe 'broken.yaml' is no YAML \(line 1"),
+        ("extends: empty.yaml", "^the recipe 'empty.yaml' holds no settings"),
+        ("data: {extends: demo}", "there is no setting 'data.extends'"),
+        ('extends: "a\\0b"', "extends 'a\0b', but neither is there a file"),
+        ("extends: " + "x" * 300, "recipe 'r.yaml' extends 'x"),
+    ],
+    ids=range(20),
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_that_names_the_file(text, message, folder):
+    write(
+        folder, r=text, circle="extends: r.yaml", typo="data: {contxt: 1}", above="extends: typo.yaml",
+        type="seed: one", broken="seed: 'a", empty="", tuned="lora: {rank: 2}",
+    )  # fmt: skip
+    (folder / "run").mkdir()
+    (folder / "run/recipe.yaml").write_text("seed: 1\n")
+    with pytest.raises(InputError, match=message) as caught:
+        read_recipe("r.yaml")
+    assert "\n" not in str(caught.value) and "Parser key" not in str(caught.value)
+
+
+def test_dotted_names_are_settings_of_their_groups(folder):
+    write(
+        folder,
+        base="data: {context: 64}\nlanguage_model: {training.steps: 7}\n",
+        mine="extends: base.yaml\ndata.vocab_size: 300\nlanguage_model.head.rank: 2\n",
+    )
+    mine = read_recipe("mine.yaml")
+    assert (mine.data.context, mine.data.vocab_size) == (64, 300)
+    assert (mine.language_model.training.steps, mine.language_model.head) == (7, {"rank": 2})
