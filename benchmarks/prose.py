@@ -50,8 +50,8 @@ from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
 from calm.report.tables import with_error
 from calm.storage.folders import write_file_whole
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, train, train_autoencoder
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train, train_autoencoder
 
 
 class Kind(NamedTuple):

@@ -12,7 +12,7 @@ from calm.comparison.ablation import read_ablation, shipped_ablations
 from calm.core.brier import undefined_brier_lm
 from calm.data.stories import write_stories
 from calm.report.tables import with_error
-from calm.training.configurations import check_model
+from calm.training.check import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
 
 SHIPPED = [

@@ -11,9 +11,9 @@ from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
 from calm.sharing.card import Words, card_of, shown
+from calm.training.opening import data_folder
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
-from calm.training.stages import data_folder
 
 
 def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int | None) -> str:

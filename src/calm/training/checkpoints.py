@@ -1,11 +1,14 @@
-"""Checkpoints of a stage: which there are, whether they are whole, and the newest that is.
+"""Checkpoints of a stage: written whole, which there are, and the newest that is as it was written.
 
 checkpoints/<stage>/checkpoint-STEP/          with checksums.json
 checkpoints/<stage>/damaged-checkpoint-STEP/  set aside, never read
 """
 
+import contextlib
 import json
 import logging
+import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from calm.errors import InputError
-from calm.storage.checksums import find_damage
+from calm.storage.checksums import find_damage, write_checksums
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,49 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+@contextlib.contextmanager
+def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
+    """A place for a checkpoint that joins the others when the block has ended well; old ones go.
+
+    A run killed meanwhile leaves no checkpoint that looks whole and is not. All processes call this
+    together, and each may write a part.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: The step after which it is written.
+        keep: Checkpoints kept, this one included.
+    """
+    name, staging = f"{_PREFIX}{step}", folder / ".partial"
+    partial, everyone = staging / name, processes()
+    if everyone.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+    everyone.wait_for_everyone()
+    try:
+        yield partial
+    except BaseException:
+        if everyone.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    everyone.wait_for_everyone()
+    if everyone.is_main_process:
+        write_checksums(partial)
+        _sync(partial)
+        partial.rename(folder / name)
+        # Old ones are moved away before they are deleted: a kill meanwhile leaves no half of one.
+        for old in checkpoints_in(folder)[: -max(1, keep)]:
+            old.rename(staging / old.name)
+        shutil.rmtree(staging)
+    everyone.wait_for_everyone()
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that the files of a folder are on disk before it gets its final name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:

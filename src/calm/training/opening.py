@@ -16,16 +16,16 @@ from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
-from calm.training.configurations import check_recipe
+from calm.training.check import check_recipe
 from calm.training.inputs import check_inputs, digest_of_files, digest_of_recipe, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
-from calm.training.recipe_files import DATA, held_run_folder, opened_run_folder
+from calm.training.runs import DATA, Run
 from calm.training.sharding import check_sharding
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> Iterator[PreparedData]:
+def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
     """The text of a run, whose folder no other process may work in meanwhile.
 
     Recipe, folder and sources are looked at first; the main process prepares the text.
@@ -34,24 +34,29 @@ def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
         InputError: If anything that the recipe names is missing or does not fit.
         RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
-    everyone = processes()
+    everyone, recipe = processes(), run.recipe
     check_recipe(recipe, everyone.num_processes)
     check_sharding(recipe)
-    with held_run_folder(recipe, output, resume, overwrite, _places_of(recipe)):
+    with run.held(_places_of(recipe)):
         if everyone.is_main_process:
-            check_data(recipe.data, output if resume else None)
-            autoencoder = trained_autoencoder(recipe)
-            with opened_run_folder(recipe, output, resume):
-                was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
-                folder = data_folder(recipe, output)
-                data = load_prepared(folder)
-                if was_there:
-                    tell_counts(folder, data)
-                if autoencoder is not None:
-                    check_vocabulary(autoencoder.config, recipe, data)
-                check_inputs(output, _inputs_of(recipe, data, autoencoder))
+            _make_ready(run)
         everyone.wait_for_everyone()
-        yield load_prepared(data_folder(recipe, output))
+        yield load_prepared(data_folder(recipe, run.folder))
+
+
+def _make_ready(run: Run[Recipe]) -> None:
+    recipe, output = run.recipe, run.folder
+    check_data(recipe.data, output if run.resume else None)
+    autoencoder = trained_autoencoder(recipe)
+    with run.made_ready():
+        was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
+        folder = data_folder(recipe, output)
+        data = load_prepared(folder)
+        if was_there:
+            tell_counts(folder, data)
+        if autoencoder is not None:
+            check_vocabulary(autoencoder.config, recipe, data)
+        check_inputs(output, _inputs_of(recipe, data, autoencoder))
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:

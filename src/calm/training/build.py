@@ -1,106 +1,62 @@
-"""Recipe -> configurations of the two models."""
+"""Recipe -> configurations and new networks."""
 
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
-from calm.core.brier import NUM_ORDERS, window_of
-from calm.data.chunking import check_block_size
-from calm.errors import InputError, cause_of, reason_of
+from calm.data.prepared import PreparedData
+from calm.errors import InputError, cause_of
+from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
-from calm.training.optimizers import check_optimizer
-from calm.training.probing import check_attention, check_compiler, check_memory
-from calm.training.ranges import check_ranges
-from calm.training.recipe import LanguageModelSettings, Recipe, TrainingSettings
+from calm.training.recipe import LanguageModelSettings, Recipe
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
-def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
-    """Find the mistakes of a recipe before any work is done.
+def new_autoencoder(recipe: Recipe, data: PreparedData) -> CalmAutoencoder:
+    """The autoencoder of a recipe before training.
 
     Raises:
-        InputError: If it names no text, or does not make a model.
+        InputError: If a value is out of range.
     """
-    if not recipe.data.source_list:
-        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
-    streamed = recipe.data
-    if streamed.streaming and (streamed.sample_documents < 2 or streamed.window_documents < 1):
-        raise InputError(
-            "a stream needs at least 2 sample_documents and 1 window_documents, got "
-            f"{streamed.sample_documents} and {streamed.window_documents}."
-        )
-    check_model(recipe, num_processes)
+    set_seed(recipe.seed)
+    return CalmAutoencoder(autoencoder_config(recipe, data.vocab_size, special_tokens_of(data.tokenizer)))
 
 
-def check_model(recipe: Recipe, num_processes: int = 1) -> None:
-    """`check_recipe` for a recipe whose text is still to be named."""
-    check_seed(recipe.seed)
-    check_ranges(recipe)
-    check_block_size(recipe.data.context, recipe.chunk_size)
-    # Held-out text is scored by windows of so many tokens.
-    check_block_size(recipe.data.context, window_of(recipe.chunk_size))
-    if recipe.chunk_size < NUM_ORDERS and recipe.language_model.attention.startswith("flash"):
-        raise InputError(
-            f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
-            f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
-        )
-    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
-        raise InputError(
-            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
-        )
-    _check_network(recipe)
-    stages = {"language_model": recipe.language_model.training}
-    if recipe.trains_autoencoder:
-        stages["autoencoder"] = recipe.autoencoder.training
-    for name, training in stages.items():
-        check_training(training, f"{name}.training", recipe.data.context, num_processes)
-    check_attention(recipe.language_model)
-
-
-def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
-    """Find the mistakes of how a stage is trained.
-
-    Args:
-        training: Its settings.
-        name: How they are called, for the message.
-        context: Tokens of a block.
-        num_processes: Processes that share the work.
+def new_language_model(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder) -> CalmForCausalLM:
+    """The language model of a recipe before training, with a trained autoencoder inside.
 
     Raises:
-        InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
+        InputError: If a value is out of range.
     """
-    check_optimizer(training.optimizer)
-    check_compiler(training, name)
-    try:
-        training.batches(context, num_processes)
-    except InputError as error:
-        raise InputError(f"{name}.{error}") from error
+    set_seed(recipe.seed)
+    special = special_tokens_of(data.tokenizer)
+    model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    model.head.begin_with(lambda: torch.from_numpy(data.token_counts()))
+    return model
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError if a seed is none that all generators take."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"the seed must lie between 0 and {2**32 - 1}, got {seed}.")
+def new_autoregressive_model(recipe: Recipe, data: PreparedData) -> LlamaForCausalLM:
+    """The autoregressive baseline of a recipe before training.
 
-
-def _check_network(recipe: Recipe) -> None:
-    """Build the network of a recipe without memory: what it refuses is told before any work is done."""
-    network: Any = LlamaForCausalLM if recipe.model == "autoregressive" else CalmForCausalLM
-    config = model_config(recipe, vocab_size=1)
-    try:
-        with torch.device("meta"):
-            check_memory(network(config))
-    except InputError:
-        raise
-    except (ValueError, ImportError) as error:
-        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
+    Raises:
+        InputError: If a value is out of range.
+    """
+    set_seed(recipe.seed)
+    model = LlamaForCausalLM(
+        autoregressive_config(recipe, data.vocab_size, special_tokens_of(data.tokenizer))
+    )
+    spread = recipe.language_model.embedding_initializer_range / model.config.initializer_range
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= spread
+    return model
 
 
 def autoencoder_config(

@@ -1,0 +1,72 @@
+"""Blocks -> batches: in which order, with what beside them, and how many targets each has."""
+
+from collections.abc import Callable, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import TrainingArguments, default_data_collator
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.data.streaming import PLACE, BlockStream
+from calm.training.noise import number_of_block
+
+NUMBERS = "block_numbers"
+
+
+def collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Blocks for a model of chunks, each with the number that names its noise."""
+    numbers = [number_of_block(block["input_ids"]) for block in blocks]
+    return default_data_collator(blocks) | {NUMBERS: torch.tensor(numbers)}
+
+
+def collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
+    batch = default_data_collator(blocks)
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)
+    # transformers keeps documents apart by their positions only where there is no cache.
+    return batch | {"use_cache": False}
+
+
+def count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Targets of a model of tokens: labels after the first token."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
+def whole_steps(blocks: Sized, step: int) -> RandomSampler:
+    """A random order of whole steps: what does not fill one is left for another epoch.
+
+    So a step has as many tokens at the end of an epoch as elsewhere, however many processes share it.
+
+    Args:
+        blocks: All blocks.
+        step: Blocks of an optimizer step.
+    """
+    return RandomSampler(blocks, num_samples=max(1, len(blocks) // step) * step)
+
+
+def batches_of_stream(
+    stream: BlockStream, size: int, collate: Callable[..., Any], arguments: TrainingArguments
+) -> DataLoader:
+    """Batches of a stream as it gives them, each with the place after its last block.
+
+    Args:
+        stream: The stream, which knows what other processes read.
+        size: Blocks of a batch.
+        collate: Blocks -> a batch.
+        arguments: Those of the Trainer.
+    """
+    return DataLoader(
+        stream,
+        batch_size=size,
+        collate_fn=partial(_with_place, collate=collate),
+        num_workers=arguments.dataloader_num_workers,
+        pin_memory=arguments.dataloader_pin_memory,
+    )
+
+
+def _with_place(blocks: list[dict[str, Tensor]], collate: Callable[..., Any]) -> dict[str, Any]:
+    places = [block.pop(PLACE) for block in blocks]
+    return collate(blocks) | {PLACE: places[-1]}
