@@ -11,9 +11,10 @@ from calm.errors import InputError, cause_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
-from calm.training.recipe import LanguageModelSettings, Recipe
+from calm.training.recipe import Recipe
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -80,16 +81,7 @@ def autoencoder_config(
         CalmAutoencoderConfig,
         vocab_size=vocab_size,
         chunk_size=recipe.chunk_size,
-        kind=settings.kind,
-        latent_size=settings.latent_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_encoder_layers=settings.num_encoder_layers,
-        num_decoder_layers=settings.num_decoder_layers,
-        token_dropout=settings.token_dropout,
-        latent_dropout=settings.latent_dropout,
-        kl_weight=settings.kl_weight,
-        kl_floor=settings.kl_floor,
+        **values_of(AutoencoderHyperparameters, settings),
         dropped_token_id=special_tokens.get("pad_token_id") or 0,
         **special_tokens,
     )
@@ -108,10 +100,9 @@ def language_model_config(
         CalmConfig,
         # Where it lay is nobody's business who gets the model.
         autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
-        backbone_config=_decoder_fields(settings),
+        backbone_config=settings.as_llama(),
         head_config=settings.head,
-        embedding_initializer_range=settings.embedding_initializer_range,
-        backbone_input=settings.backbone_input,
+        **values_of(InputHyperparameters, settings),
         attn_implementation=settings.attention,
         **special_tokens,
     )
@@ -131,7 +122,7 @@ def autoregressive_config(
         vocab_size=vocab_size,
         tie_word_embeddings=False,
         attn_implementation=settings.attention,
-        **_decoder_fields(settings),
+        **settings.as_llama(),
         **special_tokens,
     )
 
@@ -155,19 +146,6 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> CalmConfig | 
     if recipe.model == "autoregressive":
         return autoregressive_config(recipe, size, {})
     return language_model_config(recipe, autoencoder_config(recipe, size, {}), {})
-
-
-def _decoder_fields(settings: LanguageModelSettings) -> dict[str, Any]:
-    """Fields of the Llama decoder that both kinds of model have."""
-    return {
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": settings.num_heads,
-        "num_key_value_heads": settings.num_key_value_heads,
-        "max_position_embeddings": settings.max_chunks,
-        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-    }
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

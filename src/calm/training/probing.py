@@ -33,15 +33,10 @@ def check_attention(settings: LanguageModelSettings) -> None:
     """Raise InputError if an attention does not train a small model here."""
     if settings.attention in _ALWAYS:
         return
-    heads = settings.num_key_value_heads or settings.num_heads
-    shape: dict[str, Any] = {
-        "hidden_size": settings.hidden_size,
-        "num_attention_heads": settings.num_heads,
-        "num_key_value_heads": heads,
-        "attn_implementation": settings.attention,
-    }
+    small = settings.as_llama() | {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    small["attn_implementation"] = settings.attention
     try:
-        config = LlamaConfig(vocab_size=8, intermediate_size=8, num_hidden_layers=1, **shape)
+        config = LlamaConfig(**small)
         model: Any = nn.Module.to(LlamaForCausalLM(config), best_device())
         tokens = torch.ones(1, 8, dtype=torch.long, device=model.device)
         is_half = settings.training.precision == "bf16"
