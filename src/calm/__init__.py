@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
     from calm.models.heads import GenerativeHead, HeadConfig, register_head
+    from calm.training.optimizers import register_optimizer
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "brier_scores": "calm.core.brier",
     "energy_loss": "calm.core.energy",
     "register_head": "calm.models.heads",
+    "register_optimizer": "calm.training.optimizers",
     "TemperatureSettings": "calm.core.temperature",
     "sample_exact": "calm.core.temperature",
     "sample_from_pool": "calm.core.temperature",
@@ -54,6 +56,7 @@ __all__ = [
     "brier_scores",
     "energy_loss",
     "register_head",
+    "register_optimizer",
     "sample_exact",
     "sample_from_pool",
 ]
