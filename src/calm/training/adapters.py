@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft, on what is trained of a language model."""
+"""Low-rank adapters (peft) on the trainable linear layers of a language model."""
 
 import importlib.util
 from pathlib import Path
@@ -14,7 +14,7 @@ from calm.training.finetuning_recipe import LoraSettings
 
 
 def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Find what stands against adapters, before anything is written.
+    """Check that a model can get adapters, before anything is written.
 
     Raises:
         InputError: If peft is not installed, or a setting is out of range or does not fit the model.
@@ -30,12 +30,12 @@ def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 
 def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> Any:
-    """A `peft.PeftModel` around the model, whose adapters alone are trained.
+    """A `peft.PeftModel` around the model; only its adapters are trained.
 
     Args:
-        model: A CALM, or a causal language model of transformers. Adapters are put into it in place.
+        model: A CALM, or a causal language model of transformers. Adapters are inserted in place.
         settings: The adapters.
-        base: Where the model came from; it is written beside the adapters.
+        base: Where the model came from; recorded with the adapters.
 
     Raises:
         InputError: If peft is not installed, or a setting is out of range.
@@ -43,7 +43,7 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     check_adapters(model, settings)
     import peft  # noqa: PLC0415 (of an extra)
 
-    # A folder by its whole path: the adapters may be loaded from elsewhere.
+    # An absolute path: the adapters may be loaded from elsewhere.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return peft.get_peft_model(
         model,
@@ -75,5 +75,5 @@ def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
 
 
 def merge_adapters(adapted: Any) -> PreTrainedModel:
-    """The model with its adapters added to its weights; the adapted model is used up."""
+    """The model with its adapters merged into its weights; the adapted model is gone afterwards."""
     return adapted.merge_and_unload()

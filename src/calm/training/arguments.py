@@ -1,4 +1,4 @@
-"""A stage of training, and what the Hugging Face Trainer is told of it."""
+"""A stage of training, and its arguments for the Hugging Face Trainer."""
 
 import os
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from calm.training.sharding import shard_on_cpu_as_well, sharding_arguments
 
 @dataclass(frozen=True)
 class Stage:
-    """How a network is trained, and where.
+    """How a network is trained, and where its checkpoints go.
 
     Args:
-        settings: Its part of a recipe.
+        settings: The stage's part of a recipe.
         folder: Folder of checkpoints and logs.
         seed: Seed of data order and training noise.
-        is_sharded: Whether each process keeps a part of the network only, where there are several.
+        is_sharded: Whether each of several processes keeps only a part of the network.
     """
 
     settings: TrainingSettings
@@ -55,8 +55,8 @@ def training_arguments(
         use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
-        ignore_data_skip=is_stream,  # It begins where it was stopped.
-        ddp_find_unused_parameters=False,  # All that is trained takes part in every loss.
+        ignore_data_skip=is_stream,  # It resumes by itself.
+        ddp_find_unused_parameters=False,  # Every trained weight takes part in every loss.
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -73,6 +73,6 @@ def training_arguments(
     )
     if stage.is_sharded:
         shard_on_cpu_as_well()
-    if arguments.n_gpu > 1:  # Without a launcher. DataParallel would share out noise and multiply the step.
+    if arguments.n_gpu > 1:  # Without a launcher. DataParallel would split noise and multiply the step.
         arguments._n_gpu = 1
     return arguments

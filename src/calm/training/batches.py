@@ -1,4 +1,4 @@
-"""Blocks -> batches: in which order, with what beside them, and how many targets each has."""
+"""Blocks -> batches: their order, what accompanies them, and how many targets each has."""
 
 from collections.abc import Callable, Sized
 from functools import partial
@@ -17,28 +17,28 @@ NUMBERS = "block_numbers"
 
 
 def collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Blocks for a model of chunks, each with the number that names its noise."""
+    """A batch for a model of chunks, with the number of each block that seeds its noise."""
     numbers = [number_of_block(block["input_ids"]) for block in blocks]
     return default_data_collator(blocks) | {NUMBERS: torch.tensor(numbers)}
 
 
 def collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Blocks for a model of tokens, whose loss must not ask for the first token of the next document."""
+    """A batch for a model of tokens; the first token of each document is not a target."""
     batch = default_data_collator(blocks)
     batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)
-    # transformers keeps documents apart by their positions only where there is no cache.
+    # transformers separates documents by their positions only without a cache.
     return batch | {"use_cache": False}
 
 
 def count_tokens(labels: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Targets of a model of tokens: labels after the first token."""
+    """Number of targets of a model of tokens: labels after the first token."""
     return (labels[:, 1:] != IGNORED_LABEL).sum()
 
 
 def whole_steps(blocks: Sized, step: int) -> RandomSampler:
-    """A random order of whole steps: what does not fill one is left for another epoch.
+    """A random order of whole steps; blocks that do not fill one wait for another epoch.
 
-    So a step has as many tokens at the end of an epoch as elsewhere, however many processes share it.
+    So every step has the same number of tokens, however many processes share it.
 
     Args:
         blocks: All blocks.
@@ -50,10 +50,10 @@ def whole_steps(blocks: Sized, step: int) -> RandomSampler:
 def batches_of_stream(
     stream: BlockStream, size: int, collate: Callable[..., Any], arguments: TrainingArguments
 ) -> DataLoader:
-    """Batches of a stream as it gives them, each with the place after its last block.
+    """Batches of a stream in its own order, each with the place after its last block.
 
     Args:
-        stream: The stream, which knows what other processes read.
+        stream: The stream; it knows what other processes read.
         size: Blocks of a batch.
         collate: Blocks -> a batch.
         arguments: Those of the Trainer.

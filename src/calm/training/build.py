@@ -16,7 +16,7 @@ from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
 from calm.training.recipe import Recipe
 
-_SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes lie too near to each other.
+_SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes are too close to each other.
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -63,7 +63,7 @@ def new_autoregressive_model(recipe: Recipe, data: PreparedData) -> LlamaForCaus
 def autoencoder_config(
     recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
 ) -> CalmAutoencoderConfig:
-    """Configuration of the autoencoder of a recipe; that of a trained one if the recipe names it.
+    """Configuration of the autoencoder of a recipe; that of the trained one if the recipe names one.
 
     Raises:
         InputError: If a value is out of range.
@@ -98,7 +98,7 @@ def language_model_config(
     settings = recipe.language_model
     return _build(
         CalmConfig,
-        # Where it lay is nobody's business who gets the model.
+        # Whoever gets the model need not know where the autoencoder was.
         autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
         backbone_config=settings.as_llama(),
         head_config=settings.head,
@@ -128,7 +128,7 @@ def autoregressive_config(
 
 
 def model_config(recipe: Recipe, vocab_size: int | None = None) -> CalmConfig | LlamaConfig:
-    """Configuration of the language model of a recipe, before there is a tokenizer.
+    """Configuration of the language model of a recipe, without its tokenizer.
 
     Args:
         recipe: The recipe.

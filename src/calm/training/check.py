@@ -1,4 +1,4 @@
-"""The mistakes of a recipe, found before any work is done."""
+"""Mistakes in a recipe, found before any work is done."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from calm.training.recipe import Recipe, TrainingSettings
 
 
 def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
-    """Find the mistakes of a recipe before any work is done.
+    """Find the mistakes in a recipe.
 
     Raises:
         InputError: If it names no text, or does not make a model.
@@ -34,11 +34,11 @@ def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
 
 
 def check_model(recipe: Recipe, num_processes: int = 1) -> None:
-    """`check_recipe` for a recipe whose text is still to be named."""
+    """`check_recipe` for a recipe that need not name its text yet."""
     check_seed(recipe.seed)
     check_ranges(recipe)
     check_block_size(recipe.data.context, recipe.chunk_size)
-    # Held-out text is scored by windows of so many tokens.
+    # Held-out text is scored in windows of this many tokens.
     check_block_size(recipe.data.context, window_of(recipe.chunk_size))
     if recipe.chunk_size < NUM_ORDERS and recipe.language_model.attention.startswith("flash"):
         raise InputError(
@@ -59,11 +59,11 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
-    """Find the mistakes of how a stage is trained.
+    """Find the mistakes in the training settings of a stage.
 
     Args:
-        training: Its settings.
-        name: How they are called, for the message.
+        training: The settings.
+        name: Their dotted name, for the message.
         context: Tokens of a block.
         num_processes: Processes that share the work.
 
@@ -79,13 +79,13 @@ def check_training(training: TrainingSettings, name: str, context: int, num_proc
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError if a seed is none that all generators take."""
+    """Raise InputError if a seed is not one that all random generators take."""
     if not 0 <= seed < 2**32:
         raise InputError(f"the seed must lie between 0 and {2**32 - 1}, got {seed}.")
 
 
 def _check_network(recipe: Recipe) -> None:
-    """Build the network of a recipe without memory: what it refuses is told before any work is done."""
+    """Build the network of a recipe on the meta device, which takes no memory, to find what it refuses."""
     network: Any = LlamaForCausalLM if recipe.model == "autoregressive" else CalmForCausalLM
     config = model_config(recipe, vocab_size=1)
     try:

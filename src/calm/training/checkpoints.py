@@ -1,7 +1,7 @@
-"""Checkpoints of a stage: written whole, which there are, and the newest that is as it was written.
+"""Checkpoints of a stage: written whole, listed, and the newest that is undamaged.
 
 checkpoints/<stage>/checkpoint-STEP/          with checksums.json
-checkpoints/<stage>/damaged-checkpoint-STEP/  set aside, never read
+checkpoints/<stage>/damaged-checkpoint-STEP/  moved aside, never read
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
 _PREFIX = "checkpoint-"
-_ZIPPED = (".pt", ".pth", ".bin")  # As torch writes them, with a checksum of each part.
+_ZIPPED = (".pt", ".pth", ".bin")  # torch writes zip archives, with a checksum for each part.
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints, by their steps."""
+    """Folders of checkpoints, sorted by step."""
     found = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -42,10 +42,10 @@ def step_of(checkpoint: Path) -> int:
 
 @contextlib.contextmanager
 def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
-    """A place for a checkpoint that joins the others when the block has ended well; old ones go.
+    """A folder to write a checkpoint in; it gets its name, and old ones go, when the block has succeeded.
 
-    A run killed meanwhile leaves no checkpoint that looks whole and is not. All processes call this
-    together, and each may write a part.
+    A run killed meanwhile leaves no checkpoint that looks whole but is not. All processes call this together,
+    and each may write a part.
 
     Args:
         folder: Folder of the checkpoints.
@@ -84,9 +84,9 @@ def _sync(folder: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; the same for all processes. None if there is none yet.
+    """The newest checkpoint that is undamaged, the same for all processes; None if there is none yet.
 
-    Newer ones that are damaged are named and set aside.
+    Damaged ones that are newer are reported and moved aside.
 
     Raises:
         InputError: If there are checkpoints, and all are damaged.
@@ -138,7 +138,7 @@ def _free_name(checkpoint: Path) -> Path:
 def problems_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint.
 
-    One of an earlier version has no checksums: its files must be there and be whole in themselves.
+    One of an earlier version has no checksums: its files must exist and be readable.
     """
     try:
         return find_damage(checkpoint)
@@ -163,7 +163,7 @@ def _unreadable(checkpoint: Path) -> Iterator[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file of a format that can tell says so."""
+    """Whether a file is intact, as far as its format can tell."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))

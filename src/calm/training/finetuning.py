@@ -4,10 +4,10 @@ output/
   recipe.yaml    the resolved recipe
   inputs.json    digests of what the run began with
   checkpoints/   checkpoints and TensorBoard logs
-  adapter/       the adapters, where they were trained
-  model/         the result: a self-contained model folder (with the adapters added)
+  adapter/       the adapters, if any were trained
+  model/         the result: a self-contained model folder, adapters merged
   examples.json  how many examples there were
-  answers.jsonl  held-out prompts: what was expected, and what the model wrote before and after
+  answers.jsonl  held-out prompts with the expected completion, and the answers before and after
   history.json   logged losses and held-out scores
 """
 
@@ -43,12 +43,12 @@ ANSWERS, COUNTS = "answers.jsonl", "examples.json"
 def finetune(
     recipe: FinetuningRecipe, output: Path, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Train a model on examples; what is finished is kept.
+    """Fine-tune a model on examples; what is finished is kept.
 
     Args:
         recipe: The recipe.
         output: Folder of the run; see the layout at the top of this file.
-        resume: Whether to go on with a run in that folder.
+        resume: Whether to resume the run in that folder.
         overwrite: Whether to remove what is in that folder first.
 
     Returns:
@@ -88,7 +88,7 @@ def _check(recipe: FinetuningRecipe) -> None:
 
 
 def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that is trained, looked at for what does not fit the recipe."""
+    """The model to train, checked against the recipe."""
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
@@ -114,7 +114,7 @@ def _read(
 
 
 def _places_of(recipe: FinetuningRecipe) -> list[str]:
-    """Paths and names of what a recipe reads."""
+    """Paths and names of everything a recipe reads."""
     examples = recipe.examples
     named = [recipe.model, *_as_list(examples.sources), *_as_list(examples.validation_sources or [])]
     return [*named, *([examples.chat_template] if examples.chat_template else [])]
@@ -177,7 +177,7 @@ def _lay_out(
     examples: list[Example],
     held_out: list[Example],
 ) -> Blocks:
-    """The blocks of examples; what they amount to is told and written."""
+    """The blocks of the examples; their numbers are printed and written."""
     context, settings = run.recipe.examples.context, run.recipe.training
     layout = {
         "chunk_size": _chunk_size_of(model),

@@ -14,16 +14,16 @@ from calm.training.recipe import OptimizerSettings
 
 
 class MuonWithAdamW(Muon):
-    """`pytorch_optimizer.Muon` that orthogonalises in float32 on a CPU.
+    """`pytorch_optimizer.Muon` that orthogonalizes in float32 on a CPU.
 
-    The library, like torch.optim.Muon, always uses bfloat16; a CPU without bfloat16 instructions
-    multiplies such matrices about 80 times slower than float32 ones.
+    The library, like torch.optim.Muon, always uses bfloat16. A CPU without bfloat16 instructions multiplies
+    such matrices about 80 times slower than float32.
     """
 
     @staticmethod
     def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
         sharded = [update for update in updates if isinstance(update, DTensor)]
-        if sharded:  # Each process does the work for whole matrices.
+        if sharded:  # Each process orthogonalizes whole matrices.
             whole = MuonWithAdamW._orthogonalize(group, [update.full_tensor() for update in sharded])
             return [
                 distribute_tensor(matrix, update.device_mesh, update.placements, src_data_rank=None)
@@ -37,10 +37,10 @@ class MuonWithAdamW(Muon):
 
 
 def muon_with_adamw(model: nn.Module, settings: OptimizerSettings) -> MuonWithAdamW:
-    """Muon where a matrix maps features to features; AdamW where rows or columns are symbols.
+    """Muon for matrices that map features to features, AdamW for everything else.
 
-    AdamW's part: embeddings of tokens, in and out, biases and norms, and of a head the layers that meet
-    noise or latents.
+    AdamW gets token embeddings, the output layer, biases, norms, and the layers of a head that meet noise or
+    latents.
     """
     unsuited = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     scores = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

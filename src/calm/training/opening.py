@@ -1,4 +1,4 @@
-"""Opening a run: what its recipe names is looked at before anything is written, then the text is prepared.
+"""Opening a run: everything its recipe names is checked before anything is written, then text is prepared.
 
 A command that is refused leaves the output folder as it was.
 """
@@ -26,9 +26,9 @@ from calm.training.sharding import check_sharding
 
 @contextlib.contextmanager
 def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
-    """The text of a run, whose folder no other process may work in meanwhile.
+    """The text of a run, whose folder is locked for the block.
 
-    Recipe, folder and sources are looked at first; the main process prepares the text.
+    Recipe, folder and sources are checked first; then the main process prepares the text.
 
     Raises:
         InputError: If anything that the recipe names is missing or does not fit.
@@ -60,7 +60,7 @@ def _make_ready(run: Run[Recipe]) -> None:
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
-    """Digests of all that decides what a recipe makes."""
+    """Digests of everything that determines the result of a recipe."""
     inputs = {
         "its recipe": digest_of_recipe(recipe),
         "its prepared text (with the tokenizer)": data.digest,
@@ -73,15 +73,15 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
 
 
 def check_data(settings: DataSettings, output: Path | None = None) -> None:
-    """Find the mistakes of what a recipe says of its text, before anything is written.
+    """Find mistakes in the data settings of a recipe, before anything is written.
 
     Args:
-        settings: That part of the recipe.
-        output: Folder of a run that goes on; None for one that begins.
+        settings: The data settings.
+        output: Folder of a run that is resumed; None for a new one.
 
     Raises:
-        InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting is
-            bad.
+        InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting
+            is bad.
     """
     if (folder := _prepared_source(settings)) is not None:
         load_prepared(folder)
@@ -141,7 +141,7 @@ def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:
 
 
 def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:
-    """Raise InputError if text has more tokens than the trained autoencoder of a recipe."""
+    """Raise InputError if the tokenizer has more tokens than the trained autoencoder of a recipe."""
     if data.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
@@ -150,7 +150,7 @@ def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: Prepar
 
 
 def _prepared_source(settings: DataSettings) -> Path | None:
-    """The prepared folder that a recipe names as its text, if it does."""
+    """The prepared folder that a recipe names as its source, if it names one."""
     if len(settings.source_list) != 1 or not is_prepared(Path(settings.source_list[0])):
         return None
     if settings.streaming:
@@ -159,7 +159,7 @@ def _prepared_source(settings: DataSettings) -> Path | None:
 
 
 def _places_of(recipe: Recipe) -> list[str]:
-    """Paths and names of what a recipe reads."""
+    """Paths and names of everything a recipe reads."""
     data, more = recipe.data, (recipe.data.tokenizer, recipe.autoencoder.path)
     return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
 

@@ -1,4 +1,4 @@
-"""Whether this machine can do what a recipe asks of it, tried before hours of work."""
+"""Whether this machine can do what a recipe asks for, found out before hours of work."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ _BYTES_OF_A_WEIGHT = 4
 
 
 def check_compiler(training: TrainingSettings, name: str) -> None:
-    """Raise InputError if a stage is to be compiled, and there is no compiler for what torch generates."""
+    """Raise InputError if a stage is to be compiled, but there is no C++ compiler."""
     if not training.compile:
         return
     compiler = os.environ.get("CXX")

@@ -1,4 +1,4 @@
-"""Ranges of the numbers in recipes: what lies outside is found before anything is begun."""
+"""Ranges of the numbers in recipes, checked before any work is done."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ _RATE = Range(0)
 _SHARE = Range(0, 1)
 _PART = Range(0, 1, has_least=False, has_most=False)
 _SEED = Range(0, 2**32 - 1)
-# Every number of every group of settings.
+# Every number in every group of settings; those that model configurations share are in models/.
 RANGES: dict[type, dict[str, Range]] = {
     DataSettings: {
         "validation_fraction": _PART,
@@ -77,7 +77,7 @@ def check_ranges(settings: Any, before: str = "") -> None:
 
     Args:
         settings: A recipe or a group of its settings.
-        before: Dotted name of the group, with a dot at its end.
+        before: Dotted name of the group, ending with a dot.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{before}{field.name}"

@@ -1,4 +1,4 @@
-"""Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
+"""Recipes as YAML: shipped ones by name, others by path; written back with the weights."""
 
 import dataclasses
 import difflib
@@ -45,7 +45,7 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
 
 
 def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
-    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
+    """A parser whose arguments are the dotted names of a recipe's settings."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, sub_configs=False)
     return parser
@@ -146,7 +146,7 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings in which two recipes differ."""
+    """Dotted names of the settings that differ between two recipes."""
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):

@@ -1,6 +1,6 @@
-"""A run: a recipe and its folder, which begins empty or goes on, and in which whole things appear.
+"""A run: a recipe and its folder, locked while it works there, and what it leaves, each piece written whole.
 
-The main process alone writes there. The others make the same calls and wait where they must.
+Only the main process writes. The others make the same calls and wait where they must.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from calm.training.recipe_files import RECIPE, AnyRecipe, differences, read_reci
 logger = logging.getLogger(__name__)
 HISTORY = "history.json"
 DATA = "data"  # The prepared text of a run, in its folder.
-_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays where a folder is emptied for a run.
+_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays when a folder is emptied for a run.
 _REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
 
 
 @dataclass(frozen=True)
 class Run(Generic[AnyRecipe]):
-    """A recipe, and the folder in which it is followed.
+    """A recipe and the folder of its run.
 
     Args:
         recipe: The recipe.
-        folder: The folder of the run.
-        resume: Whether a run goes on there.
+        folder: The folder.
+        resume: Whether a run that is there is resumed.
         overwrite: Whether what is there may be removed.
     """
 
@@ -58,14 +58,14 @@ class Run(Generic[AnyRecipe]):
     overwrite: bool = False
 
     def check_folder(self, needed: Sequence[str] = ()) -> None:
-        """See that the run can begin in its folder, or go on there; nothing is changed.
+        """Check that the run can begin in its folder, or resume there; nothing is changed.
 
         Args:
-            needed: Paths, or names of other kinds, of what the run reads.
+            needed: Paths and names of what the run reads.
 
         Raises:
-            InputError: If the folder is not empty, holds what the run needs, there is nothing to go on with,
-                or that has another recipe.
+            InputError: If the folder is not empty or holds what the run needs, or there is no run of this
+                recipe to resume.
         """
         noted = self.folder / RECIPE
         if not self.resume:
@@ -84,9 +84,9 @@ class Run(Generic[AnyRecipe]):
 
     @contextlib.contextmanager
     def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
-        """The folder, checked as by `check_folder`, for a block in which no other process works there.
+        """Check the folder, and lock it for the block.
 
-        What a killed command has moved aside there is put back first.
+        What a killed command has moved aside is put back first.
 
         Raises:
             InputError: As `check_folder`, or if another process is at work there.
@@ -106,10 +106,10 @@ class Run(Generic[AnyRecipe]):
 
     @contextlib.contextmanager
     def made_ready(self) -> Iterator[None]:
-        """The folder with the recipe in it, for the block in which the main process makes the run ready.
+        """An empty folder with the recipe, for the block in which the main process makes the run ready.
 
-        What was there before goes when that has ended well. Otherwise the folder is as it was, but for work
-        on text that is kept there.
+        What was there before is removed when the block has succeeded. Otherwise the folder is as it was, but
+        for text prepared in part, which is kept.
         """
         if self.resume:
             yield
@@ -121,7 +121,7 @@ class Run(Generic[AnyRecipe]):
         shutil.rmtree(work_of(self.folder / DATA), ignore_errors=True)
 
     def has_model(self, name: str) -> bool:
-        """Whether a folder of a model, or of adapters, is there; the same answer for all processes.
+        """Whether the folder of a model or of adapters exists; the same answer for all processes.
 
         Raises:
             InputError: If it is damaged.
@@ -130,15 +130,15 @@ class Run(Generic[AnyRecipe]):
         is_there = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
         if is_there and processes().is_main_process:
             check_as_written(folder)
-        processes().wait_for_everyone()  # Else a quick one could write it before a slow one looks.
+        processes().wait_for_everyone()  # Else a fast process could write it before a slow one looks.
         return is_there
 
     def save_model(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a model folder, with tokenizer and recipe.
+        """Write a model folder with tokenizer and recipe.
 
         Args:
-            name: The folder's name in that of the run.
-            model: What has `save_pretrained`: a model, or adapters.
+            name: Its name inside the run's folder.
+            model: A model, or adapters: anything with `save_pretrained`.
             tokenizer: Its tokenizer.
         """
         if processes().is_main_process:
@@ -149,13 +149,13 @@ class Run(Generic[AnyRecipe]):
         processes().wait_for_everyone()
 
     def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:
-        """Write what was logged: alone, or as that of a stage beside the others."""
+        """Write what was logged, for a stage next to what other stages logged."""
         if processes().is_main_process:
             history = log if stage is None else {**self._logged(), stage: log}
             write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
 
     def _logged(self) -> dict[str, Any]:
-        """What was logged so far; if that is damaged it is set aside, for no weights depend on it."""
+        """What was logged so far. A damaged file is moved aside, for no weights depend on it."""
         path = self.folder / HISTORY
         try:
             return read_json(path, dict) if path.exists() else {}

@@ -11,7 +11,7 @@ An autoregressive model has no autoencoder; the rest is the same.
       checkpoints/<stage>/   checkpoints and TensorBoard logs of each stage
       history.json           logged losses and held-out scores of both stages
 
-A finished stage is recognised by its folder, so a run that was killed goes on where it stopped.
+A stage is finished when its folder exists, so a run that was killed resumes where it stopped.
 """
 
 from pathlib import Path
@@ -37,12 +37,12 @@ from calm.training.trainer import ChunkTrainer, Score
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run all stages of a recipe that are not finished yet.
+    """Run the stages of a recipe that are not finished yet.
 
     Args:
         recipe: The recipe.
         output: Folder of the run; see the layout at the top of this file.
-        resume: Whether to go on with a run in that folder.
+        resume: Whether to resume the run in that folder.
         overwrite: Whether to remove what is in that folder first.
 
     Returns:
@@ -62,7 +62,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
 
 
 def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> Path:
-    """Run a recipe up to its autoencoder; `train` with `resume` would go on from there.
+    """Run a recipe up to its autoencoder; `train` with `resume` continues from there.
 
     Returns:
         The autoencoder's folder.
@@ -86,7 +86,7 @@ def _finish_autoencoder(run: Run[Recipe], data: PreparedData) -> None:
 
 
 def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
-    """The autoencoder that the recipe names; or a new one, trained where its kind is."""
+    """The trained autoencoder that the recipe names, or a new one, trained unless it is one of codes."""
     recipe, settings = run.recipe, run.recipe.autoencoder.training
     if (trained := trained_autoencoder(recipe)) is not None:
         check_vocabulary(trained.config, recipe, data)
@@ -129,7 +129,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
 def _run_stage(
     run: Run[Recipe], model: PreTrainedModel, blocks: Blocks, score: Score, stage: Stage
 ) -> PreTrainedModel:
-    """Train a network; it, or a copy of it with all weights where processes share them."""
+    """Train a network; returns it, or a copy with all weights if it is sharded."""
     trainer = ChunkTrainer(model, blocks, score, stage)
     trainer.train_or_resume()
     run.save_history(trainer.state.log_history, stage.folder.name)

@@ -86,10 +86,10 @@ class ChunkTrainer(Trainer):
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
 
         Raises:
-            InputError: If the checkpoint is sharded and the run is not, or the other way round, or no
-                checkpoint is whole.
+            InputError: If the checkpoint is sharded and the run is not, or the other way around, or all
+                checkpoints are damaged.
             RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
-            Terminated: If the run was asked to end by SIGTERM; it has written a checkpoint.
+            Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
         self._stage.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = newest_whole_checkpoint(self._stage.folder)
@@ -122,7 +122,7 @@ class ChunkTrainer(Trainer):
         return f"position_{processes().process_index}.json"
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches; those of a stream come as they are, for it knows what other processes read."""
+        """Batches of the training blocks, or of the stream in its own order."""
         if self._stream is None:
             return super().get_train_dataloader()
         collate = self._get_collator_with_removed_columns(self.data_collator)
@@ -134,24 +134,24 @@ class ChunkTrainer(Trainer):
         return whole_steps(blocks, self.settings.batch_tokens // self._context)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One batch; the first loss that is not finite is remembered."""
+        """One batch; the first loss that is not finite is recorded."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._watch.see(loss, self.state.global_step + 1)
         return loss
 
     def _left(self) -> str:
-        """What is left of the run if it ends now."""
+        """What remains of the run if it ends now."""
         checkpoints = checkpoints_in(self._stage.folder)
         return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
 
     def create_accelerator_and_postprocess(self) -> None:
-        """What places the model on its device and shares it among processes."""
+        """Set up accelerate, which places the model on its device and shards or replicates it."""
         super().create_accelerator_and_postprocess()
         if self._stage.is_sharded:
             keep_autocast(self.accelerator)
 
     def compute_loss_context_manager(self) -> Any:
-        """What a loss is computed in: accelerate puts autocast around models, but not around sharded ones."""
+        """The context of a loss: accelerate puts autocast around models, but not around sharded ones."""
         if not self._stage.is_sharded or self.settings.precision != "bf16":
             return super().compute_loss_context_manager()
         return torch.autocast(self.args.device.type, torch.bfloat16)
@@ -175,7 +175,7 @@ class ChunkTrainer(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log figures; with a training loss, how fast training runs as well."""
+        """Log values; along with a training loss, the speed of training."""
         if "loss" in logs:
             self._watch.check(self._left())
             logs |= self._speed.read(self.state.global_step)
@@ -184,7 +184,7 @@ class ChunkTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Score the model on held-out text and log the figures."""
+        """Score the model on held-out text and log the scores."""
         was_training = self._network.training
         self._network.eval()
         with self._speed.pause():
@@ -202,7 +202,7 @@ class ChunkTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, with noise that the seed, the step and each block decide."""
+        """The loss of a batch, with noise that depends only on the seed, the step and each block."""
         place = inputs.pop(PLACE, None)
         if place is not None and self._stream is not None:
             self._stream.position.note(*place.tolist())
@@ -217,7 +217,7 @@ class ChunkTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor | int | None:
-        """Targets of an optimizer step on all processes: the loss is a mean over them."""
+        """Number of targets of an optimizer step on all processes; the loss is a mean over them."""
         if not batch_samples:
             return None
         counts = [self._count(batch["labels"], batch.get("position_ids")) for batch in batch_samples]
