@@ -140,7 +140,7 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> CalmConfig | 
     if vocab_size is None and recipe.data.tokenizer is not None:
         raise InputError(
             f"the recipe takes the tokenizer '{recipe.data.tokenizer}'; "
-            "say --vocab_size, its number of tokens."
+            "pass --vocab_size, its number of tokens."
         )
     size = vocab_size or recipe.data.vocab_size
     if recipe.model == "autoregressive":

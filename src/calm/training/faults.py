@@ -41,7 +41,7 @@ class LossWatch:
         if bad_step >= 0:
             raise RunError(
                 f"the loss of step {int(bad_step)} is not finite; {left}. A lower learning rate or clipping "
-                "(max_grad_norm) may help, in a run of its own."
+                "(max_grad_norm) may help, in a new run."
             )
 
 

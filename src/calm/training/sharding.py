@@ -65,10 +65,8 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
     if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() == is_sharded:
         return
     if is_sharded:
-        raise InputError(f"'{checkpoint}' was not written by a sharded run; go on with one process.")
-    raise InputError(
-        f"'{checkpoint}' was written by a sharded run; go on with two processes or more, as many as you like."
-    )
+        raise InputError(f"'{checkpoint}' was not written by a sharded run; resume with one process.")
+    raise InputError(f"'{checkpoint}' was written by a sharded run; resume with two processes or more.")
 
 
 def whole_copy(model: PreTrainedModel) -> PreTrainedModel:

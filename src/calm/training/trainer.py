@@ -91,16 +91,7 @@ class ChunkTrainer(Trainer):
             RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
             Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
-        self._stage.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = newest_whole_checkpoint(self._stage.folder)
-        if checkpoint:
-            check_checkpoint(checkpoint, self._stage.is_sharded)
-            if (what := other_input(self._stage.folder, checkpoint)) is not None:
-                raise InputError(
-                    f"'{checkpoint}' is of another run: {what} is not the same. Put back those of this run."
-                )
-            if self._stream is not None:
-                self._stream.position.load(checkpoint / self._position_file)
+        checkpoint = self._checkpoint()
         try:
             with self._signals.listening():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -112,6 +103,22 @@ class ChunkTrainer(Trainer):
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
         if not self.settings.evaluate_every:
             self.evaluate()
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, found to be one of this run; None to start."""
+        folder = self._stage.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if (checkpoint := newest_whole_checkpoint(folder)) is None:
+            return None
+        check_checkpoint(checkpoint, self._stage.is_sharded)
+        if (what := other_input(folder, checkpoint)) is not None:
+            raise InputError(
+                f"'{checkpoint}' belongs to another run: {what} is not the same. "
+                "Put back the checkpoints of this run."
+            )
+        if self._stream is not None:
+            self._stream.position.load(checkpoint / self._position_file)
+        return checkpoint
 
     def whole_network(self) -> PreTrainedModel:
         """The model with all weights: itself, or a copy where each process has a part of them."""
