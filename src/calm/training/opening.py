@@ -49,8 +49,8 @@ def _make_ready(run: Run[Recipe]) -> None:
     check_data(recipe.data, output if run.resume else None)
     autoencoder = trained_autoencoder(recipe)
     with run.made_ready():
-        was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
-        folder = data_folder(recipe, output)
+        was_there = is_prepared(data_folder(recipe, output))
+        folder = prepare_text(recipe, output)
         data = load_prepared(folder)
         if was_there:
             tell_counts(folder, data)
@@ -92,14 +92,25 @@ def check_data(settings: DataSettings, output: Path | None = None) -> None:
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:
-    """The prepared text of a recipe: what its sources name, or `output`/data, which is written if need be.
+    """Where the prepared text of a recipe is: what its sources name, or `output`/data.
+
+    Raises:
+        InputError: If the sources name prepared text that is to be streamed.
+    """
+    return _prepared_source(recipe.data) or output / DATA
+
+
+def prepare_text(recipe: Recipe, output: Path) -> Path:
+    """Prepare the text of a recipe, unless it is prepared already.
+
+    Returns:
+        Its `data_folder`.
 
     Raises:
         InputError: If a source or setting is bad.
+        RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
-    settings, folder = recipe.data, output / DATA
-    if (source := _prepared_source(settings)) is not None:
-        return source
+    settings, folder = recipe.data, data_folder(recipe, output)
     if not is_prepared(folder):
         prepare(
             settings.source_list,
