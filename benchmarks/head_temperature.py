@@ -19,8 +19,8 @@ from calm.evaluation.held_out import batches_of
 from calm.flops import Work, cost_of
 from calm.models.loading import load_model
 from calm.models.readers import ChunkReader
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, data_folder
+from calm.training.opening import data_folder
+from calm.training.recipe_files import RECIPE, read_recipe
 
 
 def main():

@@ -25,10 +25,10 @@ from calm.evaluation.held_out import score_brier
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_config
-from calm.training.configurations import language_model_config
+from calm.training.build import language_model_config
 from calm.training.optimizers import build_optimizer
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, train
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train
 
 HEADS = {
     "energy": None,  # As the run has it.

@@ -51,8 +51,8 @@ from calm.report.pages import new_figure
 from calm.report.tables import with_error
 from calm.storage.disk import write_file_whole
 from calm.texts import continue_tokens
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, train, train_autoencoder
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train, train_autoencoder
 
 
 class Kind(NamedTuple):

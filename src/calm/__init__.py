@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
     from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, register_head
     from calm.models.writing.sampler_registry import register_sampler, sampler_from
+    from calm.training.optimizers import register_optimizer
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "HeadSampler": "calm.core.samplers",
     "LatentHead": "calm.models.heads",
     "PoolSampler": "calm.core.samplers",
+    "register_optimizer": "calm.training.optimizers",
     "register_sampler": "calm.models.writing.sampler_registry",
     "sampler_from": "calm.models.writing.sampler_registry",
     "sample_exact": "calm.core.temperature",
@@ -67,6 +69,7 @@ __all__ = [
     "energy_loss",
     "register_format",
     "register_head",
+    "register_optimizer",
     "register_sampler",
     "sample_exact",
     "sample_from_pool",

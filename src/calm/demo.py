@@ -22,9 +22,10 @@ from calm.report.tables import print_scorecard
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
 from calm.texts import continue_texts
-from calm.training.configurations import check_model
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE, train
+from calm.training.check import check_model
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.runs import HISTORY
+from calm.training.stages import train
 
 NUM_SAMPLES = 6
 _FLOORS = [3, 5]

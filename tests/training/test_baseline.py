@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.core.chunks import find_targets
 from calm.data.chunking import make_blocks
-from calm.training.collating import collate_tokens
+from calm.training.batches import collate_tokens
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 EOS, PAD = 1, 0

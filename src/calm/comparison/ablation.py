@@ -21,11 +21,11 @@ from calm.models.loading import load_model_and_tokenizer
 from calm.report.measured import AblationTable, Outcome
 from calm.storage.checksums import is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
-from calm.training.configurations import check_model
+from calm.training.check import check_model
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import with_settings
+from calm.training.recipe_files import RECIPE, with_settings
 from calm.training.recipe_settings import EXTENDS
-from calm.training.stages import RECIPE, train, train_autoencoder
+from calm.training.stages import train, train_autoencoder
 
 SCORES = "scores.json"
 _PARTS = ("chunk_size", "autoencoder", "language_model")  # What a choice can change.

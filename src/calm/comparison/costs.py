@@ -9,10 +9,10 @@ from calm.errors import InputError, reason_of
 from calm.flops import training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
-from calm.training.configurations import autoencoder_config, model_config
+from calm.training.build import autoencoder_config, model_config
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.runs import HISTORY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
-from calm.training.configurations import check_model, check_recipe
+from calm.training.check import check_model, check_recipe
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.stages import RECIPE, train
+from calm.training.recipe_files import RECIPE
+from calm.training.stages import train
 
 _SMALLEST_LATENT = 16
 

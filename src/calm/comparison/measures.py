@@ -19,8 +19,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.measured import Comparison, Contender, Warmth
 from calm.texts import continue_texts
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE
+from calm.training.recipe_files import RECIPE, read_recipe
 
 _WARMTH_SEED = 7
 

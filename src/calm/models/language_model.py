@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
 from calm.core.temperature import inverse_temperature
 from calm.models.autoencoder import CalmAutoencoder
@@ -48,9 +49,36 @@ class LanguageModel(abc.ABC):
         """Whether it knows the probability of a text."""
 
     @property
+    @abc.abstractmethod
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the trained submodules: of the "backbone", and of the "head" where there is one."""
+
+    @property
     def longest_context(self) -> int | None:
         """Tokens of the longest text; None where there is no limit."""
         return longest_context(self.network.config)
+
+    @abc.abstractmethod
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """What the loss of a batch is a mean over.
+
+        Args:
+            labels: Tokens (B, T) with -100 where there is no loss.
+            position_ids: Position of every chunk in its document (B, C).
+        """
+
+    @abc.abstractmethod
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """Mean loss of a batch, and over how many targets.
+
+        Args:
+            input_ids: Tokens (B, T).
+            labels: See `count_targets`.
+            position_ids: See `count_targets`.
+            generator: Source of the noise, where the loss has any.
+        """
 
     @abc.abstractmethod
     def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> Reader:
@@ -80,6 +108,7 @@ class _Chunks(LanguageModel):
 
     kind = "CALM"
     network: CalmForCausalLM
+    parts = {"backbone": ["backbone", "projection"], "head": ["head"]}
 
     def __init__(self, network: CalmForCausalLM) -> None:
         super().__init__(network)
@@ -92,6 +121,15 @@ class _Chunks(LanguageModel):
     @property
     def has_likelihood(self) -> bool:
         return isinstance(self.network.head, Likelihood)
+
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        return self.network.count_targets(labels, position_ids)
+
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        output = self.network(input_ids, labels=labels, position_ids=position_ids, generator=generator)
+        return output.loss, int(self.count_targets(labels, position_ids))
 
     def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> ChunkReader:
         if sampler is None and temperature != 1:
@@ -114,6 +152,20 @@ class _Tokens(LanguageModel):
     kind = "autoregressive"
     chunk_size = 1
     has_likelihood = True
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        return {"backbone": [self.network.base_model_prefix]}
+
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        return (labels[:, 1:] != IGNORED_LABEL).sum()  # Nothing predicts the first token.
+
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        network: Any = self.network
+        output = network(input_ids=input_ids, labels=labels, position_ids=position_ids, use_cache=False)
+        return output.loss, int(self.count_targets(labels, position_ids))
 
     def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> TokensReader:
         self._check_readable()

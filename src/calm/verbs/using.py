@@ -204,7 +204,7 @@ def flops(
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
-    from calm.training.configurations import model_config
+    from calm.training.build import model_config
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
 
