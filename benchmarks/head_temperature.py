@@ -39,9 +39,7 @@ def main():
     print(
         f"{len(truth)} positions; of the true chunks {share_seen(truth, seen):.1%} occur in the training text"
     )
-    print(
-        "| sampler | calls | T | occurs | next chunk | next token | two agree | draws | operations a token |"
-    )
+    print("| sampler | calls | T | occurs | next chunk | next token | two agree | draws | FLOPs a token |")
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in arguments.steps:
         model.change_sampling(num_steps=steps)

@@ -1,10 +1,10 @@
-"""Which head learns most, from equal operations and in equal time, and how fast does each draw?
+"""Which head learns most, from equal FLOPs and in equal time, and how fast does each draw?
 
     calm compare --recipe demo --budget 0.7 --chunk_sizes '[4]' --no_baseline --output runs/ladder
     python benchmarks/heads.py runs/ladder/K4 --output runs/heads
 
 Every run that is named is one seed. Its energy head sets the budget: its text, autoencoder, backbone and
-optimizer are kept, and each other head is trained for as many steps as its operations allow, and again for as
+optimizer are kept, and each other head is trained for as many steps as its FLOPs allow, and again for as
 many as its time allows where that differs by more than 15%, which is the spread of the times of a step. These
 are measured first, in turns, in this one process. Then all are scored on the same held-out blocks, drawn from
 in several ways, and timed. What is finished is kept, so the benchmark goes on where it was stopped.
@@ -71,11 +71,11 @@ def main():
     if len(set(seeds)) < len(seeds):
         parser.error(f"the runs must have different seeds, got {', '.join(seeds)}.")
     recipes = [recipe_with(run, None) for run in arguments.runs]
-    per_step = {name: operations(arguments.runs[0], name) for name in arguments.heads}
+    per_step = {name: training_flops_of(arguments.runs[0], name) for name in arguments.heads}
     seconds = step_times(arguments)
     for name in arguments.heads:
         print(
-            f"{name}: operations of a step {per_step[name] / per_step['energy']:.2f}, "
+            f"{name}: FLOPs of a step {per_step[name] / per_step['energy']:.2f}, "
             f"time of a step {seconds[name] / seconds['energy']:.2f} times those of the energy head"
         )
     rows = []
@@ -83,11 +83,11 @@ def main():
         steps = recipe.language_model.training.steps
         for name in arguments.heads:
             equal = {
-                "operations": round(steps * per_step["energy"] / per_step[name]),
+                "flops": round(steps * per_step["energy"] / per_step[name]),
                 "time": round(steps * seconds["energy"] / seconds[name]),
             }
-            if abs(equal["time"] / equal["operations"] - 1) <= 0.15:
-                equal = {"both": equal["operations"]}
+            if abs(equal["time"] / equal["flops"] - 1) <= 0.15:
+                equal = {"both": equal["flops"]}
             for what, number in equal.items():
                 folder = arguments.output / f"{seed_of(run)}_{name}_{what}"
                 model = run / "model" if name == "energy" else trained(run, name, number, folder)
@@ -121,8 +121,8 @@ def config_of(run, name):
     return language_model_config(recipe, load_config(run / "autoencoder"), {})
 
 
-def operations(run, name):
-    """Training operations of a token with one of the heads."""
+def training_flops_of(run, name):
+    """Training FLOPs of a token with one of the heads."""
     return training_flops(config_of(run, name), recipe_with(run, None).data.context)
 
 
@@ -209,7 +209,7 @@ def report(rows, speeds, output):
     """One line for each head and way of drawing, scores of all seeds beside each other."""
     energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
     lines = [
-        "| head | drawn | equal operations | equal time | draws/s | to energy |",
+        "| head | drawn | equal FLOPs | equal time | draws/s | to energy |",
         "|---|---|---|---|---|---|",
     ]
     for name, ways in WAYS.items():
@@ -218,7 +218,7 @@ def report(rows, speeds, output):
             if same:
                 speed, low, high = speeds[name, json.dumps(way)]
                 drawn = " ".join(str(value) for value in way.values())
-                cells = [name, drawn, *(scores_of(same, what) for what in ("operations", "time"))]
+                cells = [name, drawn, *(scores_of(same, what) for what in ("flops", "time"))]
                 cells += [f"{speed:,.0f} ({low:,.0f} to {high:,.0f})", f"{speed / energy:.2g}"]
                 lines.append(f"| {' | '.join(cells)} |")
     (output / "heads.md").write_text("\n".join(lines) + "\n")

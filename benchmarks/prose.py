@@ -2,13 +2,13 @@
 
     python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose
 
-For each seed and each budget of training operations one model of each kind is trained on the same text with
+For each seed and each budget of training FLOPs one model of each kind is trained on the same text with
 the same tokenizer, optimizer and context, at a width (`MODELS`) that suits such budgets where one was sought,
 and scored on the same held-out text:
 
     baseline          a Llama of tokens
     energy_K4         CALM as published, but for Muon and the integrated posterior (recipe `laptop_energy`);
-                      its autoencoder takes more operations than most of these budgets: it is trained in full,
+                      its autoencoder takes more FLOPs than most of these budgets: it is trained in full,
                       once for all budgets of a seed, and does not count
     energy_K2         the same with chunks of two tokens
     categorical_K4    the categorical flow head, which draws four tokens at once (recipe `laptop_categorical`)
@@ -172,7 +172,7 @@ def with_autoencoder(recipe, folder):
 
 
 def with_budget(recipe, budget):
-    """The recipe with as many steps as a budget of operations allows; a given autoencoder is free."""
+    """The recipe with as many steps as a budget of FLOPs allows; a given autoencoder is free."""
     steps = affordable_steps(recipe, load_prepared(Path(recipe.data.sources[0])).vocab_size, budget)
     training = dataclasses.replace(recipe.language_model.training, steps=steps)
     model = dataclasses.replace(recipe.language_model, training=training)
@@ -246,7 +246,7 @@ def score_floor(path, context, num_blocks):
 
 
 def score_words(folder):
-    """Share of well-formed chunks at two temperatures: four tokens written behind held-out text."""
+    """Share of well-formed chunks at two temperatures: four tokens written after held-out text."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     known, prompts = known_words(data), [prompt for prompt, _ in prompts_of(data)]
@@ -263,7 +263,7 @@ def score_words(folder):
 
 
 def prompts_of(data):
-    """Places of the held-out text: tokens before each, and the four behind it."""
+    """Places of the held-out text: tokens before each, and the four after it."""
     places = [
         (list(tokens[start : start + PROMPT]), list(tokens[start + PROMPT : start + PROMPT + 4]))
         for tokens in data.validation["input_ids"]
@@ -305,7 +305,7 @@ def report(folder):
         f"trigram: {with_error(floor['brier_lm'], floor['error'])}; true chunks: {floor['words']:.1%} words"
     )
     print(
-        "| model | operations | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
+        "| model | FLOPs | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
         "| T = 0.5 | draws | words |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
@@ -334,14 +334,14 @@ def difference_of(result, results):
 
 
 def plot(results, floor, path):
-    """BrierLM against training operations, time and operations of a written token; and nats."""
+    """BrierLM against training FLOPs, time and FLOPs of a written token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
     places = (
-        ("training operations", lambda r: r["training_flops"], brier_of),
-        ("training operations", lambda r: r["training_flops"], nats_of),
+        ("training FLOPs", lambda r: r["training_flops"], brier_of),
+        ("training FLOPs", lambda r: r["training_flops"], nats_of),
         ("training minutes", lambda r: r["seconds"] / 60, brier_of),
-        (f"operations per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
+        (f"FLOPs per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
     )
     order = {name: number for number, name in enumerate(MODELS)}
     ordered = sorted(results, key=lambda r: (order[r["model"]], r["budget"]))

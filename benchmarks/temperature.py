@@ -1,15 +1,15 @@
-"""What does low temperature cost, and how near does each sampler come to the tempered law?
+"""What does low temperature cost, and how near does each sampler come to the tempered distribution?
 
     python benchmarks/temperature.py speed runs/demo/model
     python benchmarks/temperature.py speed --random      # 128,256 tokens, CALM-M sizes, 2 layers
-    python benchmarks/temperature.py law runs/demo
+    python benchmarks/temperature.py distribution runs/demo
 
 `speed` writes with every sampler in turns, round after round in one run, and prints medians, with
 tokens per second also as a ratio to the yardstick: the pool rule written the obvious way (all
 logits of all draws in memory, chunks counted in Python, row by row). "whole" reads all tokens of all
-draws, as is done for small vocabularies; large ones are read only as far as it matters. `law` draws a
-large reference for held-out contexts, then runs the samplers on the reference law and measures their
-total variation distance to the tempered one; "ideal" draws from the tempered law itself, which shows
+draws, as is done for small vocabularies; large ones are read only as far as needed. `distribution` draws a
+large reference for held-out contexts, then runs the samplers on the reference distribution and measures their
+total variation distance to the tempered one; "ideal" draws from the tempered distribution itself, which shows
 what part of a distance is due to the finite number of trials.
 """
 
@@ -164,7 +164,7 @@ def compare(label, model, prompts, temperature, arguments):
 
 
 @torch.no_grad()
-def reference_laws(folder, num_contexts, num_draws, block=4000):
+def reference_distributions(folder, num_contexts, num_draws, block=4000):
     """Frequencies of all outcomes at held-out contexts spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
@@ -185,13 +185,13 @@ def reference_laws(folder, num_contexts, num_draws, block=4000):
         yield counts_V.double() / num_draws
 
 
-def law(arguments):
-    """Distances of every sampler to the tempered law."""
+def distribution(arguments):
+    """Distances of every sampler to the tempered distribution."""
     generator = torch.Generator().manual_seed(1)
     distances = collections.defaultdict(list)
     costs = collections.defaultdict(list)
-    for law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
-        cumulative_V = law_V.cumsum(0)
+    for p_V in reference_distributions(Path(arguments.folder), arguments.contexts, arguments.draws):
+        cumulative_V = p_V.cumsum(0)
 
         def draw(num_draws, rows, cumulative_V=cumulative_V):
             uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
@@ -199,7 +199,7 @@ def law(arguments):
             return outcome.unsqueeze(-1)
 
         for temperature in arguments.temperatures:
-            wanted_V = law_V ** (1 / temperature)
+            wanted_V = p_V ** (1 / temperature)
             wanted_V = wanted_V / wanted_V.sum()
             for key, settings in {**samplers_at(temperature, arguments.budgets), "ideal": None}.items():
                 if key == "ideal":
@@ -207,14 +207,14 @@ def law(arguments):
                         wanted_V, arguments.trials, replacement=True, generator=generator
                     )
                 elif settings is None:
-                    continue  # The literal pool has the law of the pool.
+                    continue  # The literal pool has the distribution of the pool.
                 else:
                     result = settings.sample(draw, arguments.trials, generator)
                     found = result.chunks_RK.squeeze(-1)
                     costs[temperature, key].append(
                         (result.num_draws_R.double().mean().item(), result.fell_back_R.double().mean().item())
                     )
-                share_V = torch.bincount(found, minlength=len(law_V)) / arguments.trials
+                share_V = torch.bincount(found, minlength=len(p_V)) / arguments.trials
                 distances[temperature, key].append(0.5 * (share_V - wanted_V).abs().sum().item())
     print("T  sampler: mean total variation (standard error over contexts), draws a chunk, fall-backs")
     for (temperature, key), values in distances.items():
@@ -230,25 +230,25 @@ def law(arguments):
 def main():
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("speed")
-    verb.add_argument("folder", nargs="?")
-    verb.add_argument("--random", action="store_true")
-    verb.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.1])
-    verb.add_argument("--rounds", type=int, default=5)
-    verb.add_argument("--chunks", type=int, default=25)
-    verb.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    verb.add_argument("--budgets", type=int, nargs="+", default=[200])
-    verb.set_defaults(run=speed)
-    verb = verbs.add_parser("law")
-    verb.add_argument("folder")
-    verb.add_argument("--contexts", type=int, default=200)
-    verb.add_argument("--draws", type=int, default=100_000)
-    verb.add_argument("--trials", type=int, default=2_000)
-    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES[1:])
-    verb.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200])
-    verb.set_defaults(run=law)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("speed")
+    command.add_argument("folder", nargs="?")
+    command.add_argument("--random", action="store_true")
+    command.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.1])
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--chunks", type=int, default=25)
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    command.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    command.add_argument("--budgets", type=int, nargs="+", default=[200])
+    command.set_defaults(run=speed)
+    command = commands.add_parser("distribution")
+    command.add_argument("folder")
+    command.add_argument("--contexts", type=int, default=200)
+    command.add_argument("--draws", type=int, default=100_000)
+    command.add_argument("--trials", type=int, default=2_000)
+    command.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES[1:])
+    command.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200])
+    command.set_defaults(run=distribution)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -4,7 +4,7 @@
 
 Ours, with the published M posterior draws and with the posterior integrated out, against the same model whose
 head is written the obvious way: the condition joined to every draw, all differences of the energy loss in
-memory. Times in turns, peak memory each in a process of its own, operations as `calm flops` counts them for
+memory. Times in turns, peak memory each in a process of its own, FLOPs as `calm flops` counts them for
 our way.
 """
 
@@ -114,15 +114,15 @@ def main():
         print(f"{name}: loss of the first step {steps[name]():.5f}")
     table = ratios(in_turns(steps, arguments.rounds), "literal")
     memory = {name: peak_memory(step, *way) for name, way in ways.items()}
-    operations = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
+    flops = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
     rate = matrix_rate(torch.device(DEVICE), torch.float32)
-    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {operations / 1e9:.0f} GFLOP a step of ours, ")
+    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {flops / 1e9:.0f} GFLOP a step of ours, ")
     print(f"matrix products alone reach {rate / 1e9:.0f} GFLOP/s")
     print("| way | ms | times as fast | tokens/s | of the matrix rate | memory |\n|---|---|---|---|---|---|")
     for name, (seconds, ratio, least, most) in table.items():
         print(
             f"| {name} | {1000 * seconds:.0f} | {ratio:.2f} ({least:.2f} to {most:.2f}) | "
-            f"{sizes[0] * sizes[1] / seconds:,.0f} | {operations / seconds / rate:.0%} | "
+            f"{sizes[0] * sizes[1] / seconds:,.0f} | {flops / seconds / rate:.0%} | "
             f"{memory[name] / 2**20:.0f} MiB |"
         )
 

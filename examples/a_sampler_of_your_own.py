@@ -8,7 +8,7 @@ That is the `calm` command with this sampler among those it knows; from Python, 
 
 It sharpens a distribution with a few draws and no temperature: a likely chunk comes twice sooner than its
 rivals.
-(What it gives is not P(x)^2 normalised, which is the exact sampler at T = 0.5.)
+(What it gives is not P(x)^2 normalized, which is the exact sampler at T = 0.5.)
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A model behind a real server on loopback, and the client that people have."""
+"""A model served for real on loopback, and the client that people have."""
 
 import threading
 import time

@@ -33,7 +33,7 @@ LEVELS = {
     "comparison": 5,
     "demo": 5,
     "sharing": 6,
-    "verbs": 7,
+    "commands": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -6,7 +6,7 @@ import pytest
 from toy import failure
 
 from calm.cli import main
-from calm.verbs import VERBS
+from calm.commands import COMMANDS
 
 WRONG = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
@@ -66,7 +66,7 @@ JARGON = (
     "ns.",
     "<class",
     "Traceback",
-    "verb",
+    "command",
     "jsonargparse",
 )
 
@@ -78,7 +78,7 @@ def test_wrong_arguments(capsys, arguments, message):
     assert not [word for word in JARGON if word in said]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
     assert f"unrecognized option --nonsense; calm {verb} --help" in failure(capsys, verb, "--nonsense")
     assert failure(capsys, verb, "a", "b", "c", "--nonsense=3") != ""
@@ -87,7 +87,7 @@ def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
 def test_no_command_is_a_question_for_help(capsys):
     main([])
     out = capsys.readouterr().out
-    assert out.startswith("usage: calm") and all(verb in out for verb in VERBS)
+    assert out.startswith("usage: calm") and all(verb in out for verb in COMMANDS)
     for arguments in (["--help"], ["-h"]):
         with pytest.raises(SystemExit) as raised:
             main(arguments)

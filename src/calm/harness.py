@@ -28,7 +28,7 @@ from calm.models.heads import LatentHead, Likelihood
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.writing.prompts import Prompt
 from calm.text.chat import render
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents, encode_rendering, encode_words, marks_of
 from calm.texts import continue_tokens, crop_prompts
 
@@ -107,7 +107,7 @@ class HarnessModel(LM):
                 self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=seed, **settings
             )
             for place, prompt, new in zip(places, prompts, tokens.tolist(), strict=True):
-                text = decode_behind(self._tokenizer, prompt, new)
+                text = decode_after(self._tokenizer, prompt, new)
                 texts[place] = text[
                     : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
                 ]

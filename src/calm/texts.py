@@ -13,7 +13,7 @@ from calm.errors import InputError
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.language_model import language_model
 from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
-from calm.text.decoding import TextBuilder, decode_behind
+from calm.text.decoding import TextBuilder, decode_after
 from calm.text.encoding import encode_documents
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def continue_texts(
     copies = len(new_tokens) // len(ids)  # With `num_return_sequences`.
     behind = [prompt for prompt in ids for _ in range(copies)]
     return [
-        decode_behind(tokenizer, prompt, new) for prompt, new in zip(behind, new_tokens.tolist(), strict=True)
+        decode_after(tokenizer, prompt, new) for prompt, new in zip(behind, new_tokens.tolist(), strict=True)
     ]
 
 

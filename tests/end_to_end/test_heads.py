@@ -116,7 +116,7 @@ def test_codes_take_no_training(head, tmp_path, capsys):
     capsys.readouterr()
     main(["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"])
     said = capsys.readouterr().out
-    assert "100.00" in said  # Of the tokens are given back.
+    assert "100.00" in said  # Of the tokens are reconstructed.
     [*_, last] = [
         e for e in json.loads((run / "history.json").read_text())["language_model"] if "eval_brier_lm" in e
     ]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.data.examples import Example, lay_out
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_al
     for example, text in zip(examples, answers, strict=True):
         ids = torch.tensor([example.prompt])
         new = model.generate(ids, max_new_tokens=longest, do_sample=False)[0, len(example.prompt) :]
-        assert text == decode_behind(tokenizer, example.prompt, new.tolist())
+        assert text == decode_after(tokenizer, example.prompt, new.tolist())
 
 
 def test_answers_of_a_calm_depend_on_the_seed_alone(examples, tokenizer):

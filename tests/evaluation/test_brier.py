@@ -64,7 +64,7 @@ def stories_in_blocks(num_documents=12):
 
 
 def test_uniform_sampler():
-    """2 P(y) - sum P^2 = V^-n for the uniform law over V tokens, whatever the text is."""
+    """2 P(y) - sum P^2 = V^-n for the uniform distribution over V tokens, whatever the text is."""
     vocab, generator = 4, torch.Generator().manual_seed(1)
     tokens = torch.randint(vocab, (400, 4 * 501), generator=generator)
     sampler = Sampler(lambda target, _, generator: torch.randint(vocab, target.shape, generator=generator))

@@ -30,7 +30,7 @@ def llama(seed=0, vocab_size=VOCAB):
 
 
 def sequential(chunk_size, **changes):
-    """A CALM whose head has a likelihood, and laws that are not flat."""
+    """A CALM whose head has a likelihood, and distributions that are not flat."""
     model = tiny_model(chunk_size, head_config={"head_type": "sequential"}, **changes)
     with torch.no_grad():
         model.head.scores.weight.normal_(std=0.3)
@@ -115,16 +115,16 @@ def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size)
                 assert_close(states[place], alone[num_units + step], rtol=1e-4, atol=1e-4)
 
 
-def law_of_tokens(model):
-    """Next-token law of a model of tokens behind a text and some tokens more."""
+def distribution_of_tokens(model):
+    """Next-token distribution of a model of tokens after a text and some tokens more."""
     return lambda before, window: model(torch.tensor([before + window])).logits[0, -1].double().softmax(-1)
 
 
-def law_of_chunks(model, temperature):
+def distribution_of_chunks(model, temperature):
     """The same of a CALM whose head has a likelihood, from the loss of every token."""
     size, vocab = model.config.chunk_size, model.config.vocab_size
 
-    def law(before, window):
+    def distribution(before, window):
         whole = len(window) // size * size
         text = [PAD] * (-len(before) % size) + before + window[:whole]
         state = model.hidden_states_of_chunks(torch.tensor([text]))[:, -1]
@@ -133,27 +133,29 @@ def law_of_chunks(model, temperature):
         losses = model.head.token_losses(state.expand(vocab, -1), chunks)[:, len(begun)]
         return (-losses.double() / temperature).softmax(-1)
 
-    return law
+    return distribution
 
 
-def literal_means(law_of, block, targets):
+def literal_means(distribution_of, block, targets):
     """Brier-n of every target by enumerating all windows of tokens: no branch, no cache, no estimate."""
     scores = []
     for before, truth in zip(
         texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
     ):
-        laws = {(): 1.0}
+        distributions = {(): 1.0}
         row = []
         for order in range(1, 5):
             longer = {}
-            for window, chance in laws.items():
+            for window, chance in distributions.items():
                 if EOS in window:
                     longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + chance
                     continue
-                for token, p in enumerate(law_of(before, list(window)).tolist()):
+                for token, p in enumerate(distribution_of(before, list(window)).tolist()):
                     longer[(*window, token)] = chance * p
-            laws = longer
-            row.append(2 * laws.get(tuple(truth[:order]), 0.0) - sum(p * p for p in laws.values()))
+            distributions = longer
+            row.append(
+                2 * distributions.get(tuple(truth[:order]), 0.0) - sum(p * p for p in distributions.values())
+            )
         scores.append(row)
     return torch.tensor(scores).mean(0)
 
@@ -165,7 +167,7 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
     assert (targets.chunks_PK == EOS).any() and (targets.chunks_PK[:, -1] != PAD).any()
-    exact = literal_means(law_of_tokens(model), block, targets)
+    exact = literal_means(distribution_of_tokens(model), block, targets)
     scorer = scorer_of(model, estimator)
     repeats = []
     for seed in range(300):
@@ -188,7 +190,7 @@ def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temp
     model = sequential(unit_size, vocab_size=5)
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
-    exact = literal_means(law_of_chunks(model, temperature), block, targets)
+    exact = literal_means(distribution_of_chunks(model, temperature), block, targets)
     scorer = scorer_of(model, temperature=temperature)
     repeats = []
     for seed in range(200):
@@ -277,8 +279,8 @@ def test_perplexity_is_that_of_the_documents_alone():
             texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
         ):
             truth = truth[: truth.index(EOS) + 1] if EOS in truth else truth
-            law = model(torch.tensor([before + truth])).logits[0].log_softmax(-1)
-            total -= sum(float(law[len(before) - 1 + i, token]) for i, token in enumerate(truth))
+            distribution = model(torch.tensor([before + truth])).logits[0].log_softmax(-1)
+            total -= sum(float(distribution[len(before) - 1 + i, token]) for i, token in enumerate(truth))
             count += len(truth)
     result = evaluate_perplexity(model, [block], eos_token_id=EOS, pad_token_id=PAD)
     assert result.num_tokens == count
@@ -287,7 +289,7 @@ def test_perplexity_is_that_of_the_documents_alone():
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_perplexity_of_a_head_that_has_a_likelihood(size):
-    """Chunk by chunk, behind the document's own chunks alone."""
+    """Chunk by chunk, after the document's own chunks alone."""
     window = max(size, 4)
     model = tiny_model(size, head_config={"head_type": "sequential"})
     model.head.scores.weight.data.normal_(std=0.3)

@@ -120,12 +120,12 @@ def test_a_draw_at_a_temperature():
 
     head, still = model.head, torch.zeros(1, 3, 64)
     prior = head._features(still, torch.zeros(()), prepared, 1.0) @ head._table().T
-    log_law = prior.log_softmax(-1)[0]  # Without noise, and at t = 0 without evidence.
+    log_distribution = prior.log_softmax(-1)[0]  # Without noise, and at t = 0 without evidence.
 
-    def mean_log_law(draws):
-        return log_law.gather(-1, model.autoencoder.decode_tokens(draws).permute(1, 2, 0)).mean()
+    def mean_log_distribution(draws):
+        return log_distribution.gather(-1, model.autoencoder.decode_tokens(draws).permute(1, 2, 0)).mean()
 
-    assert mean_log_law(cold) > mean_log_law(warm) + 0.03 > mean_log_law(hot) + 0.1
+    assert mean_log_distribution(cold) > mean_log_distribution(warm) + 0.03 > mean_log_distribution(hot) + 0.1
     with pytest.raises(ValueError, match=r"takes temperatures from 0.01 to 1, got 0"):
         model.head.draw_chunks(prepared, 1, temperature=0)
 

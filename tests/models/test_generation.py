@@ -85,7 +85,7 @@ def test_what_generate_cannot_do_is_an_error(options, message):
 
 
 def test_rows_of_other_lengths_in_a_batch_do_not_matter():
-    """The states behind a prompt are the same alone and beside a longer prompt, padded on any side."""
+    """The states after a prompt are the same alone and beside a longer prompt, padded on any side."""
     model = tiny_model()
     long, short = torch.randint(3, 40, (11,)), torch.randint(3, 40, (3,))
     for pad_left in (True, False):
@@ -313,7 +313,7 @@ def test_streamer_gets_the_text_and_no_more(budget):
         ({"sampler": "beam"}, "sampler must be one of exact, pool"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_length": 2}, "no room for new tokens"),
-        ({"colour": "red"}, "does not know the argument"),
+        ({"color": "red"}, "does not know the argument"),
         ({"do_sample": False}, "chunks are not decoded greedily"),
     ],
 )

@@ -29,11 +29,13 @@ def small() -> CalmForCausalLM:
     return model
 
 
-def log_laws(head, states):
+def log_distributions(head, states):
     """Log-probability of every chunk in every state, (P, V, V), from the loss."""
     chunks = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=SIZE)))
-    laws = [-SIZE * head.loss(state.expand(len(chunks), -1), Target(None, chunks)) for state in states]
-    return torch.stack(laws).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
+    distributions = [
+        -SIZE * head.loss(state.expand(len(chunks), -1), Target(None, chunks)) for state in states
+    ]
+    return torch.stack(distributions).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
 
 
 def shares(model, draws):
@@ -43,18 +45,18 @@ def shares(model, draws):
     return counts.unflatten(-1, (VOCABULARY, VOCABULARY))
 
 
-def test_the_loss_is_that_of_a_law(small):
-    laws = log_laws(small.head, torch.randn(3, small.config.state_size)).exp()
-    assert_close(laws.sum((1, 2)), torch.ones(3))
-    assert laws.std() > 0.02
+def test_the_loss_is_that_of_a_distribution(small):
+    distributions = log_distributions(small.head, torch.randn(3, small.config.state_size)).exp()
+    assert_close(distributions.sum((1, 2)), torch.ones(3))
+    assert distributions.std() > 0.02
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_follow_the_law_of_the_loss(small, temperature):
-    """At T each token has its law to the power 1/T, made to sum to one, given the token before it."""
+def test_draws_follow_the_distribution_of_the_loss(small, temperature):
+    """At T each token has its distribution to the power 1/T, normalized, given the token before it."""
     states, number = torch.randn(3, small.config.state_size), 40_000
-    laws = log_laws(small.head, states).double()
-    first, given = laws.logsumexp(-1), laws.log_softmax(-1)
+    distributions = log_distributions(small.head, states).double()
+    first, given = distributions.logsumexp(-1), distributions.log_softmax(-1)
     wanted = (first / temperature).softmax(-1)[..., None] * (given / temperature).softmax(-1)
     prepared, generator = small.head.prepare(states), torch.Generator().manual_seed(1)
     seen = shares(small, small.head.draw_chunks(prepared, number, generator, temperature))
@@ -63,20 +65,20 @@ def test_draws_follow_the_law_of_the_loss(small, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_probabilities_of_tokens_are_those_of_the_law(small, temperature, monkeypatch):
-    """And two draws of a token agree with the sum of the squares of its law."""
+def test_probabilities_of_tokens_are_those_of_the_distribution(small, temperature, monkeypatch):
+    """And two draws of a token agree with the sum of the squares of its distribution."""
     states = torch.randn(3, small.config.state_size)
-    laws = log_laws(small.head, states).double()
-    first = (laws.logsumexp(-1) / temperature).softmax(-1)
-    given = (laws / temperature).softmax(-1)
+    distributions = log_distributions(small.head, states).double()
+    first = (distributions.logsumexp(-1) / temperature).softmax(-1)
+    given = (distributions / temperature).softmax(-1)
     monkeypatch.setattr(scores, "SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
     for chunk in ([0, 0], [2, 4], [4, 1]):
         found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
         wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
         squares = torch.stack([first.square().sum(-1), given[:, chunk[0]].square().sum(-1)], dim=-1)
         highest = torch.stack([first.amax(-1), given[:, chunk[0]].amax(-1)], dim=-1)
-        for seen, law in zip(found, (wanted, squares, highest), strict=True):
-            assert_close(seen.detach().double(), law, rtol=1e-5, atol=1e-6)
+        for seen, distribution in zip(found, (wanted, squares, highest), strict=True):
+            assert_close(seen.detach().double(), distribution, rtol=1e-5, atol=1e-6)
 
 
 def test_a_draw_at_temperature_one_is_a_draw(small):
@@ -93,26 +95,28 @@ def test_a_draw_at_temperature_one_is_a_draw(small):
         small.head.draw_chunks(prepared, 1, temperature=-1)
     with pytest.raises(
         ValueError, match=r"temperature from 0.01 to 1, got 0"
-    ):  # No law has that temperature.
+    ):  # No distribution has that temperature.
         small.head.token_probabilities(torch.randn(1, small.config.state_size), torch.ones(1, 2).long(), 0)
 
 
-def test_a_text_is_drawn_from_the_law_of_the_text_so_far(small):
+def test_a_text_is_drawn_from_the_distribution_of_the_text_so_far(small):
     """Backbone, own embeddings and head together: what follows a prompt, against the loss of the whole."""
     prompt, chunks = torch.tensor([[3, 4, 1, 3]]), itertools.product(range(VOCABULARY), repeat=SIZE)
     texts = torch.cat([prompt.expand(25, -1), torch.tensor(list(chunks))], dim=-1)
     labels = texts.clone()
-    labels[:, :4] = -100  # Only the chunk behind the prompt counts.
+    labels[:, :4] = -100  # Only the chunk after the prompt counts.
     with torch.no_grad():
         losses = [
             small(text[None], labels=label[None]).loss for text, label in zip(texts, labels, strict=True)
         ]
         state = small.hidden_states_of_chunks(prompt)[:, -1]
-    assert_close((-SIZE * torch.stack(losses)).view(1, VOCABULARY, VOCABULARY), log_laws(small.head, state))
+    assert_close(
+        (-SIZE * torch.stack(losses)).view(1, VOCABULARY, VOCABULARY), log_distributions(small.head, state)
+    )
 
 
 def test_the_window_reaches_back_into_the_chunk_before():
-    """Whatever the backbone says: a change of the chunk's last token changes the law of the next one."""
+    """Whatever the backbone says: another last token of a chunk changes the distribution of the next one."""
     model = tiny_model(head_config=HEAD)
     changed = ids.clone()
     changed[:, 7] = 3 + (changed[:, 7] - 2) % 37
@@ -137,10 +141,10 @@ def test_scores_in_parts_are_the_scores(monkeypatch):
     assert_close(found[0], found[1])
 
 
-def test_a_token_is_chosen_by_the_running_sum_of_its_law():
-    laws = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+def test_a_token_is_chosen_by_the_running_sum_of_its_distribution():
+    distributions = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     points = torch.tensor([0.0, 0.24, 0.26, 0.999, 1 - 2**-24])
-    chosen, sums = draw_tokens(torch.ones(5, 1), laws.log().T.nan_to_num(neginf=-1e9), points)
+    chosen, sums = draw_tokens(torch.ones(5, 1), distributions.log().T.nan_to_num(neginf=-1e9), points)
     assert chosen.tolist() == [1, 1, 3, 3, 3]
     assert_close(sums, torch.ones(5))
 
@@ -162,7 +166,10 @@ def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
     torch.manual_seed(2)
     model = tiny_model(head_config=HEAD)
     with torch.no_grad():
-        for weight in (model.head.out.weight, model.head.direct.weight):  # Else no law depends on the text.
+        for weight in (
+            model.head.out.weight,
+            model.head.direct.weight,
+        ):  # Else no distribution depends on the text.
             weight.normal_()
     written = model.generate(ids, max_new_tokens=8, temperature=0.0, seed=1, return_dict_in_generate=True)
     assert written.num_draws.max() == 1

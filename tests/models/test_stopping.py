@@ -29,7 +29,7 @@ def model(tokenizer):
 
 
 def written(model, tokenizer, monkeypatch, text, **arguments):
-    """What is kept of a text that the model writes behind the prompt."""
+    """What is kept of a text that the model writes after the prompt."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     chunks = iter(torch.tensor(ids + [5] * (-len(ids) % 4)).split(4))
 

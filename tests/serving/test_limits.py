@@ -12,12 +12,12 @@ import httpx
 import pytest
 from serving_client import PROMPT, alone, serving, slowed, wait_until
 
+from calm.commands.using import serve
 from calm.serving import app, bodies, endpoint
 from calm.serving.errors import ApiError
 from calm.serving.intake import Intake
 from calm.serving.settings import ServerSettings
 from calm.text.decoding import TextBuilder
-from calm.verbs.using import serve
 
 
 def post(url, path="completions", **body):

@@ -155,7 +155,7 @@ BAD = {
     "bias": ({"logit_bias": {"5": 1}}, "'logit_bias' cannot be honoured", "logit_bias"),
     "penalty": ({"presence_penalty": 0.5}, "'presence_penalty' cannot be honoured", "presence_penalty"),
     "best_of": ({"best_of": 3}, "'best_of' cannot be honoured", "best_of"),
-    "unknown": ({"extra_body": {"colour": 1}}, "there is no argument 'colour'", "colour"),
+    "unknown": ({"extra_body": {"color": 1}}, "there is no argument 'color'", "color"),
     "hot": ({"temperature": 1.5}, "lies between 0 and 1", "temperature"),
     "cold": ({"temperature": -1}, "greater than or equal to 0", "temperature"),
     "top_p": ({"top_p": 0}, "greater than 0", "top_p"),

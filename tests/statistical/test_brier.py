@@ -48,8 +48,8 @@ def walk(chain_VV, start, steps, generator):
     """Paths of a chain, (..., steps), after tokens of any shape."""
     path, token = [], start
     for _ in range(steps):
-        law = chain_VV[token].reshape(-1, 3)
-        token = torch.multinomial(law, 1, generator=generator).view(start.shape)
+        distribution = chain_VV[token].reshape(-1, 3)
+        token = torch.multinomial(distribution, 1, generator=generator).view(start.shape)
         path.append(token)
     return torch.stack(path, dim=-1)
 

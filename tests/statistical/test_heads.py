@@ -1,4 +1,4 @@
-"""Heads learn a law with two modes, of which a head of squared error knows only the middle."""
+"""Heads learn a distribution with two modes, of which a head of squared error knows only the middle."""
 
 import math
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def test_squared_error_finds_no_mode():
 JOINT = torch.tensor(
     [[[0.4, 0.0, 0.1], [0.0, 0.3, 0.0], [0.0, 0.1, 0.1]], [[0.0, 0.2, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.3]]]
 )
-"""The law of two tokens in two contexts, in which each says much of the other."""
+"""The distribution of two tokens in two contexts, in which each says much of the other."""
 
 
 def states_of(head, contexts):
@@ -127,7 +127,7 @@ def states_of(head, contexts):
         ({"head_type": "sequential", "token_size": 8}, {1.0: 0.05, 0.5: 0.15}),
     ],
 )
-def test_heads_of_codes_learn_a_joint_law_and_sharpen_it(fields, most):
+def test_heads_of_codes_learn_a_joint_distribution_and_sharpen_it(fields, most):
     autoencoder = CalmAutoencoder(
         CalmAutoencoderConfig(kind="codes", vocab_size=3, chunk_size=2, latent_size=12)
     )
@@ -151,5 +151,5 @@ def test_heads_of_codes_learn_a_joint_law_and_sharpen_it(fields, most):
         wanted = wanted / wanted.sum(-1, keepdim=True)
         distance = (seen - wanted).abs().sum(-1) / 2
         assert distance.max() < most[temperature], (temperature, distance)
-        # Draws at T = 1 are further from the sharpened law than those at T = 0.5.
+        # Draws at T = 1 are further from the sharpened distribution than those at T = 0.5.
         assert temperature == 1 or ((JOINT.flatten(1) - wanted).abs().sum(-1) / 2 > distance + 0.02).all()

@@ -12,7 +12,7 @@ from typing import Any
 import jsonargparse
 from rich.console import Console
 
-from calm.comparison.costs import autoencoder_operations, language_model_operations
+from calm.comparison.costs import autoencoder_flops, language_model_flops
 from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
@@ -144,8 +144,7 @@ def run_ablation(
             Outcome(
                 name=choice.name,
                 published=choice.published,
-                operations=autoencoder_operations(own, vocab_size)
-                + language_model_operations(own, vocab_size),
+                training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
             )
         )
     for seed in seeds:

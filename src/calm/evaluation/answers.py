@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.examples import Example
 from calm.models.context import room_beside
 from calm.models.language_model import language_model
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.texts import continue_tokens
 
 _ANSWERS_AT_ONCE = 16
@@ -51,7 +51,7 @@ def answer(
             crop=True,
         )
         pairs = zip(prompts, tokens.tolist(), strict=True)
-        answers += [decode_behind(tokenizer, prompt, new) for prompt, new in pairs]
+        answers += [decode_after(tokenizer, prompt, new) for prompt, new in pairs]
     return answers
 
 
@@ -66,7 +66,7 @@ def exact_match(
 
 def completions_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The completions of examples as texts."""
-    return [decode_behind(tokenizer, example.prompt, example.completion) for example in examples]
+    return [decode_after(tokenizer, example.prompt, example.completion) for example in examples]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calm.core.brier import window_of
-from calm.core.chunks import is_behind_eos
+from calm.core.chunks import is_after_eos
 from calm.errors import InputError
 from calm.evaluation.branches import read_text
 from calm.evaluation.brier import targets_of
@@ -65,7 +65,7 @@ def evaluate_perplexity(
         losses_PK = torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
-        losses_M = losses_PK[~is_behind_eos(targets.chunks_PK, targets.eos_ids)]
+        losses_M = losses_PK[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
         total, count = total + losses_M.double().sum().cpu(), count + len(losses_M)
     total, count = add_over_processes([total, count])
     if count == 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calm.core.brier import share_of_equal_pairs, share_of_hits, window_of, windows_of_steps
-from calm.core.chunks import is_behind_eos
+from calm.core.chunks import is_after_eos
 from calm.evaluation.branches import read_text
 from calm.evaluation.brier import Targets
 from calm.evaluation.processes import Block
@@ -154,7 +154,7 @@ class _Known(_Step):
         After the end of a text there is nothing but padding, with certainty. Both (P, K).
         """
         token_PK, equal_PK = self._reader.probabilities(self._outputs_PX, units_PK)
-        over_PK = self._has_ended_P.unsqueeze(-1) | is_behind_eos(units_PK, self._targets.eos_ids)
+        over_PK = self._has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self._targets.eos_ids)
         token_PK, equal_PK = token_PK.masked_fill(over_PK, 1.0), equal_PK.masked_fill(over_PK, 1.0)
         p_PK = token_PK.cumprod(-1)
         before_PK = torch.cat([torch.ones_like(p_PK[:, :1]), p_PK[:, :-1]], dim=-1)

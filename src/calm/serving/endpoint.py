@@ -19,7 +19,7 @@ from calm.serving.request_texts import RequestTexts
 from calm.serving.settings import ServerSettings
 from calm.serving.templates import render_elsewhere
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
 _LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
@@ -91,7 +91,7 @@ class Endpoint:
             if not request.echo:
                 return prompts, None
             read_back = [
-                one if isinstance(one, str) else decode_behind(self.readers.tokenizer, [], one)
+                one if isinstance(one, str) else decode_after(self.readers.tokenizer, [], one)
                 for one in asked
             ]
             return prompts, [echo for echo in read_back for _ in range(request.n)]
@@ -125,7 +125,7 @@ class Endpoint:
                 prompt = encode_chat(self.readers.tokenizer, request.messages)
             except InputError as error:
                 raise ApiError(str(error), param="messages") from error
-            room = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
+            room = min(max(1, self.room_after(prompt)), self._settings.max_tokens)
             self._check_size(request, [prompt], budget or room)
             return prompt, budget or room
 
@@ -233,8 +233,8 @@ class Endpoint:
             raise ApiError(f"token ids of '{place}' lie between 0 and {size - 1}.", param=place)
         return ids
 
-    def room_behind(self, prompt: list[int]) -> int:
-        """New tokens that fit behind a prompt."""
+    def room_after(self, prompt: list[int]) -> int:
+        """New tokens that fit after a prompt."""
         return room_beside(self.model.config, len(prompt)) or 0
 
 

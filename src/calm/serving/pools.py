@@ -25,7 +25,7 @@ _DRAWS_AT_ONCE = 64  # Between two steps of the texts that are being written.
 async def describe_pool(
     endpoint: Endpoint, request: PoolRequest, most_draws: int, seconds: float, is_gone: IsGone
 ) -> dict[str, Any]:
-    """The commonest draws of the chunk behind a prompt and what was written after it.
+    """The most frequent draws of the chunk after a prompt and what was written after it.
 
     Args:
         endpoint: Whose model and tokenizer.
@@ -64,21 +64,23 @@ def _read(endpoint: Endpoint, request: PoolRequest) -> list[int]:
     if len(request.written) % size:
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
     ids = [*prompt, *(endpoint.tokens_of(request.written, "written") if request.written else [])]
-    if endpoint.room_behind(ids) < size:
-        raise ApiError("there is no room behind the text.", param="prompt", code="context_length_exceeded")
+    if endpoint.room_after(ids) < size:
+        raise ApiError("there is no room after the text.", param="prompt", code="context_length_exceeded")
     return ids
 
 
 def _describe(endpoint: Endpoint, request: PoolRequest, draws: list[tuple[int, ...]]) -> dict[str, Any]:
     counted = Counter(draws).most_common()
     counts = torch.tensor([count for _, count in counted])
-    laws = [distribution_of_pool(counts, temperature).tolist() for temperature in request.temperatures]
+    distributions = [
+        distribution_of_pool(counts, temperature).tolist() for temperature in request.temperatures
+    ]
     candidates = [
         {
             "token_ids": list(tokens),
             "tokens": spell_tokens(endpoint.readers.tokenizer, tokens),
             "count": count,
-            "chances": [law[place] for law in laws],
+            "chances": [distribution[place] for distribution in distributions],
         }
         for place, (tokens, count) in enumerate(counted[: request.most])
     ]
@@ -96,7 +98,7 @@ def _describe(endpoint: Endpoint, request: PoolRequest, draws: list[tuple[int, .
 def _draw(
     model: CalmForCausalLM, ids: list[int], num_draws: int, seed: int
 ) -> Generator[None, None, list[tuple[int, ...]]]:
-    """Draws of the chunk behind a text, at temperature 1: first the text is read, then some at a time."""
+    """Draws of the chunk after a text, at temperature 1: first the text is read, then some at a time."""
     states_1CD = Prompt.of(model, ids).read(model)
     randomness = DrawsInParts(num_draws, generators_of_rows(seed, [ids], model.device))
     draws: list[tuple[int, ...]] = []

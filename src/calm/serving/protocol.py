@@ -65,7 +65,7 @@ class _Sampling(_Body):
                 raise ApiError(f"'{name}' may be {most_draws} at most.", param=name)
 
     def chosen_seed(self) -> int:
-        """The seed that was given, or one of chance."""
+        """The seed that was given, or a random one."""
         return secrets.randbits(31) if self.seed is None else self.seed
 
     def sampler_for(self, head: HeadConfig, temperature: float, draws: int) -> Sampler:
@@ -114,7 +114,7 @@ class PoolRequest(_Body):
     model_config = ConfigDict(extra="forbid")
     model: str
     prompt: Prompt
-    written: Written = Field(default_factory=list)  # Tokens behind the prompt, whole chunks.
+    written: Written = Field(default_factory=list)  # Tokens after the prompt, whole chunks.
     num_draws: Count = 200
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)

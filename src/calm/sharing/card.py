@@ -121,7 +121,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
         "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
         f"{parameters} parameters. It predicts one latent of {config.latent_size} dimensions for each "
         f"{config.chunk_size} tokens, with a head of the kind `{config.head.head_type}`; its autoencoder is "
-        f"inside. A token at T = 1, behind 512 chunks, takes {short(inference)} operations."
+        f"inside. A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."
     )
 
 

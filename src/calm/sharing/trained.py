@@ -71,7 +71,7 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         is_long = record.seconds >= 60
         time = f"{record.seconds / 60:.0f} minutes" if is_long else f"{record.seconds:.0f} s"
         lines.append(
-            f"Together {record.flops:.2e} operations by count; {time}, held-out evaluations included "
+            f"Together {record.flops:.2e} FLOPs by count; {time}, held-out evaluations included "
             "(since the last resume, where a run was stopped)."
         )
     return "\n".join(lines)
@@ -89,7 +89,9 @@ def _evaluation(card: Scorecard, recipe: Recipe) -> str:
     )
     more = ""
     if card.reconstruction is not None:
-        more = f"\n\nThe autoencoder gives back {card.reconstruction.token_accuracy:.2%} of held-out tokens."
+        more = (
+            f"\n\nThe autoencoder reconstructs {card.reconstruction.token_accuracy:.2%} of held-out tokens."
+        )
     if card.perplexity is not None:
         more += f"\n\nPerplexity {card.perplexity.perplexity:.3f} a token."
     return "\n".join(rows) + f"\n\n{protocol}{more}"

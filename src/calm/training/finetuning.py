@@ -25,7 +25,7 @@ from calm.evaluation.answers import answer, completions_of, exact_match, held_ou
 from calm.models.language_model import language_model
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
 from calm.storage.disk import write_file_whole
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.arguments import Stage
 from calm.training.blocks import Blocks
@@ -195,7 +195,7 @@ def _lay_out(
 def _as_records(
     examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    prompts = [decode_behind(tokenizer, [], one.prompt) for one in examples]
+    prompts = [decode_after(tokenizer, [], one.prompt) for one in examples]
     rows = zip(prompts, completions_of(examples, tokenizer), before, after, strict=True)
     names = ("prompt", "completion", "before", "after")
     return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)

@@ -78,7 +78,7 @@ class OptimizerSettings:
         beta2: Second moment of AdamW.
         epsilon: Epsilon of AdamW.
         momentum: Momentum of muon.
-        newton_schulz_steps: Iterations of muon's orthogonalisation.
+        newton_schulz_steps: Iterations of muon's orthogonalization.
         schedule: Shape of the rate after warm-up.
         warmup_steps: Steps of linear rise.
         decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from calm.core.chunks import as_id_tensor, end_after_eos, is_behind_eos
+from calm.core.chunks import as_id_tensor, end_after_eos, is_after_eos
 from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
@@ -283,7 +283,7 @@ class _Writing:
         """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,)."""
         size = chunk_AK.shape[1]
         eos_ids = as_id_tensor(self.config.eos_token_id, chunk_AK.device)
-        kept_A = (~is_behind_eos(chunk_AK, eos_ids)).sum(-1)
+        kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
         chunk_AK, ends_A = end_after_eos(chunk_AK, eos_ids, pad)
         if self.stopping.is_needed:
             before_AT = torch.cat(written, dim=1)[open_A]
