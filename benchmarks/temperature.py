@@ -18,10 +18,14 @@ import collections
 import math
 import random
 import statistics
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
@@ -39,7 +43,7 @@ LITERAL = f"literal pool {POOL}"
 WHOLE = " whole"
 
 
-def literal_pool(model, hidden_PD, temperature):
+def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) -> ChunkSample:
     """The paper's rule for T = 1/n as one would first write it."""
     n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
@@ -58,9 +62,9 @@ def literal_pool(model, hidden_PD, temperature):
     return ChunkSample(torch.tensor(chosen), made_R, made_R, made_R < 0, made_R.double())
 
 
-def samplers_at(temperature, budgets):
+def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, TemperatureSettings | None]:
     """Name -> settings; None is the yardstick."""
-    table = {
+    table: dict[str, TemperatureSettings | None] = {
         f"exact {budget}": TemperatureSettings(temperature=temperature, max_draws=budget)
         for budget in budgets
     }
@@ -70,13 +74,21 @@ def samplers_at(temperature, budgets):
     return table
 
 
-def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
+def write(
+    model: CalmForCausalLM,
+    prompts: Tensor,
+    settings: TemperatureSettings | None,
+    temperature: float,
+    num_chunks: int,
+    seed: int,
+    whole: bool = False,
+) -> tuple[float, float, float]:
     """Tokens per second and draws per chunk of one call of generate."""
-    options = {}
+    options: dict[str, Any] = {}
     large = sampling._LARGE_PROJECTION
-    sampling._LARGE_PROJECTION = math.inf if whole else large
+    sampling._LARGE_PROJECTION = sys.maxsize if whole else large
     if settings is None:
-        model.sample_chunks = lambda hidden, *_: literal_pool(model, hidden, temperature)
+        model.__dict__["sample_chunks"] = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
         options = {
             "sampler": settings.sampler,
@@ -85,7 +97,7 @@ def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
         }
     num_tokens = num_chunks * model.config.chunk_size
     start = time.perf_counter()
-    out = model.generate(
+    out: Any = model.generate(
         prompts,
         max_new_tokens=num_tokens,
         temperature=temperature,
@@ -100,7 +112,7 @@ def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
     return prompts.shape[0] * num_tokens / seconds, draws, out.fell_back.double().mean().item()
 
 
-def random_model(spread):
+def random_model(spread: float) -> CalmForCausalLM:
     """CALM-M with two layers and random weights; `spread` sets how far its draws lie apart."""
     config = CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
@@ -122,7 +134,7 @@ def random_model(spread):
     return model
 
 
-def speed(arguments):
+def speed(arguments: argparse.Namespace) -> None:
     """Tokens per second of every sampler."""
     if arguments.random:
         models = {f"random, spread {spread:g}": random_model(spread) for spread in arguments.spreads}
@@ -145,12 +157,18 @@ def speed(arguments):
                 compare(label, model, prompt_of[name][:batch], temperature, arguments)
 
 
-def compare(label, model, prompts, temperature, arguments):
+def compare(
+    label: str,
+    model: CalmForCausalLM,
+    prompts: Tensor,
+    temperature: float,
+    arguments: argparse.Namespace,
+) -> None:
     """Write with all samplers in turns, and print a line for each."""
     table = samplers_at(temperature, arguments.budgets)
     if arguments.random:
         table |= {key + WHOLE: settings for key, settings in table.items() if settings is not None}
-    rounds = {key: [] for key in table}
+    rounds: dict[str, list[tuple[float, float, float]]] = {key: [] for key in table}
     for repeat in range(arguments.rounds):
         for key, settings in table.items():
             rounds[key].append(
@@ -170,7 +188,7 @@ def compare(label, model, prompts, temperature, arguments):
 
 
 @torch.no_grad()
-def reference_laws(folder, num_contexts, num_draws, block=4000):
+def reference_laws(folder: Path, num_contexts: int, num_draws: int, block: int = 4000) -> Iterator[Tensor]:
     """Frequencies of all outcomes at held-out contexts spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
@@ -191,15 +209,15 @@ def reference_laws(folder, num_contexts, num_draws, block=4000):
         yield counts_V.double() / num_draws
 
 
-def law(arguments):
+def law(arguments: argparse.Namespace) -> None:
     """Distances of every sampler to the tempered law."""
     generator = torch.Generator().manual_seed(1)
-    distances = collections.defaultdict(list)
-    costs = collections.defaultdict(list)
+    distances: dict[tuple[float, str], list[float]] = collections.defaultdict(list)
+    costs: dict[tuple[float, str], list[tuple[float, float]]] = collections.defaultdict(list)
     for law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
         cumulative_V = law_V.cumsum(0)
 
-        def draw(num_draws, rows, cumulative_V=cumulative_V):
+        def draw(num_draws: int, rows: Tensor, cumulative_V: Tensor = cumulative_V) -> Tensor:
             uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
             outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
             return outcome.unsqueeze(-1)
@@ -233,9 +251,9 @@ def law(arguments):
         print(f"{temperature:g}  {key:9s}: {statistics.mean(values):.4f} ({error:.4f}){spent}")
 
 
-def main():
+def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("speed")
     verb.add_argument("folder", nargs="?")
