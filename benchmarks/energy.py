@@ -7,9 +7,11 @@ without the posterior integrated out; times in turns, peak memory each in a proc
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from measure import in_turns, machine, peak_memory, ratios
+from torch import Tensor
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
@@ -17,7 +19,7 @@ from calm.core.gaussian import DiagonalGaussian
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def literal(draws_NPZ, targets_MPZ, alpha=1.0):
+def literal(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
     """2/(NM) · sum |x - y|^alpha - 1/(N(N-1)) · sum |x - x'|^alpha, all differences at once."""
     num_draws = len(draws_NPZ)
     attraction = (draws_NPZ.unsqueeze(1) - targets_MPZ.unsqueeze(0)).norm(dim=-1) ** alpha
@@ -25,7 +27,9 @@ def literal(draws_NPZ, targets_MPZ, alpha=1.0):
     return 2 * attraction.mean((0, 1)) - repulsion.sum((0, 1)) / (num_draws * (num_draws - 1))
 
 
-def step(name, positions, size, num_draws, num_targets):
+def step(
+    name: str, positions: int, size: int, num_draws: int, num_targets: int
+) -> Callable[[], tuple[Tensor, Tensor | None]]:
     """A function that takes a step of one kind, forward and backward, and returns loss and gradient."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_draws, positions, size, generator=generator)
@@ -34,7 +38,7 @@ def step(name, positions, size, num_draws, num_targets):
     posterior = DiagonalGaussian(mean, torch.full_like(mean, -1.2))
     noise = torch.randn(num_targets, positions, size, generator=generator).to(DEVICE)
 
-    def run():
+    def run() -> tuple[Tensor, Tensor | None]:
         draws.grad = None
         if name == "integrated":
             loss = energy_loss_to_gaussian(draws, posterior)
@@ -47,7 +51,7 @@ def step(name, positions, size, num_draws, num_targets):
     return run
 
 
-def main():
+def main() -> None:
     """Print a line for each way."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -8,10 +8,13 @@ with a static cache and a compiled step; compiling is not in the times.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from measure import in_turns, machine, ratios
+from torch import Tensor
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from calm.models.calm import CalmForCausalLM
@@ -25,7 +28,7 @@ SIZES = {
 }
 
 
-def models(size):
+def models(size: str) -> tuple[CalmForCausalLM, LlamaForCausalLM]:
     """A CALM with K = 4 and a Llama with as many parameters, the autoencoder's among them."""
     width, inner, layers, heads, vocabulary, autoencoder, latent = SIZES[size]
     calm = CalmForCausalLM(
@@ -47,7 +50,7 @@ def models(size):
             head_config={"head_type": "energy", "num_blocks": max(1, layers // 4)},
         )
     )
-    torch.nn.init.normal_(calm.head.out.weight, std=0.2)
+    torch.nn.init.normal_(calm.head.get_parameter("out.weight"), std=0.2)
     wanted, deeper = count(calm), layers
     while True:  # More layers until the parameters are as many.
         config = LlamaConfig(
@@ -65,19 +68,19 @@ def models(size):
         deeper += 1
 
 
-def count(model):
+def count(model: torch.nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def compile_config():
+def compile_config() -> CompileConfig:
     """How both are compiled, on a CPU too (where transformers does so only if asked)."""
-    config = CompileConfig()
+    config: Any = CompileConfig()
     config._compile_all_devices = True
     return config
 
 
-def main():
+def main() -> None:
     """Print a table for each size."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,23 +97,26 @@ def main():
         calm, llama = models(size)
         for batch in arguments.batches:
             prompt = torch.randint(4, 4096, (batch, 32), device=DEVICE)
-            new = {"max_new_tokens": arguments.tokens}
+            new: dict[str, Any] = {"max_new_tokens": arguments.tokens}
 
-            def by_chunks(prompt=prompt, new=new, calm=calm, **how):
-                text = calm.generate(prompt, temperature=1.0, seed=0, **new, **how)
+            def by_chunks(prompt: Tensor, new: dict[str, Any], calm: CalmForCausalLM, **how: Any) -> None:
+                text: Any = calm.generate(prompt, temperature=1.0, seed=0, **new, **how)
                 assert text.shape[1] == 32 + arguments.tokens
 
-            def by_tokens(prompt=prompt, new=new, llama=llama, **how):
+            def by_tokens(prompt: Tensor, new: dict[str, Any], llama: Any, **how: Any) -> None:
                 text = llama.generate(
                     prompt, do_sample=True, top_k=0, use_cache=True, pad_token_id=0, **new, **how
                 )
                 assert text.shape[1] == 32 + arguments.tokens
 
-            ways = {"baseline": by_tokens, "CALM": by_chunks}
+            ways: dict[str, Callable[[], None]] = {
+                "baseline": partial(by_tokens, prompt, new, llama),
+                "CALM": partial(by_chunks, prompt, new, calm),
+            }
             if arguments.compile:
                 how = {"cache_implementation": "static", "compile_config": compile_config()}
-                ways["baseline, compiled"] = partial(by_tokens, **how)
-                ways["CALM, compiled"] = partial(by_chunks, **how)
+                ways["baseline, compiled"] = partial(by_tokens, prompt, new, llama, **how)
+                ways["CALM, compiled"] = partial(by_chunks, prompt, new, calm, **how)
             table = ratios(in_turns(ways, arguments.rounds), "baseline")
             for name, (seconds, ratio, least, most) in table.items():
                 model = calm if name.startswith("CALM") else llama

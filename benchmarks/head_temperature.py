@@ -8,22 +8,26 @@ how often two samples agree, and what a written token costs.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from calm.core.chunks import find_targets, split_into_chunks
-from calm.core.samplers import ExactSampler, HeadSampler
-from calm.data.prepared import load_prepared
+from calm.core.samplers import ExactSampler, HeadSampler, Sampler
+from calm.data.prepared import PreparedData, load_prepared
 from calm.evaluation.held_out import batches_of
 from calm.flops import Work, cost_of
+from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model
 from calm.models.readers import ChunkReader
 from calm.training.opening import data_folder
+from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 
 
-def main():
+def main() -> None:
     """Sample in every way and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,15 +60,19 @@ def main():
             )
 
 
-def ways():
+def ways() -> Iterator[tuple[str, Sampler]]:
     """All samplers and temperatures, with their names."""
     yield from (("head", HeadSampler(temperature=t)) for t in (1.0, 0.7, 0.5, 0.35))
     yield "exact", ExactSampler(temperature=0.5)
 
 
-def positions(model, data, recipe, num_blocks):
+def positions(
+    model: CalmForCausalLM, data: PreparedData, recipe: Recipe, num_blocks: int
+) -> tuple[Tensor, Tensor]:
     """Hidden states before held-out chunks inside documents, (P, D), and those chunks, (P, K)."""
-    size, states, chunks = model.config.chunk_size, [], []
+    size = model.config.chunk_size
+    states: list[Tensor] = []
+    chunks: list[Tensor] = []
     blocks = data.blocks("validation", chunk_size=size, block_size=recipe.data.context, seed=recipe.seed)
     for block in batches_of(blocks, num_blocks):
         with torch.no_grad():
@@ -76,7 +84,7 @@ def positions(model, data, recipe, num_blocks):
     return torch.cat(states), torch.cat(chunks)
 
 
-def chunks_of_text(data, size):
+def chunks_of_text(data: PreparedData, size: int) -> set[tuple[int, ...]]:
     """All runs of K tokens in the training text."""
     return {
         tuple(tokens[start : start + size])
@@ -85,12 +93,12 @@ def chunks_of_text(data, size):
     }
 
 
-def share_seen(chunks, seen):
+def share_seen(chunks: Tensor, seen: set[tuple[int, ...]]) -> float:
     """Share of chunks that occur in the training text."""
     return sum(tuple(chunk) in seen for chunk in chunks.tolist()) / len(chunks)
 
 
-def share(equal):
+def share(equal: Tensor) -> float:
     """Share of rows that are equal throughout."""
     return equal.all(-1).float().mean().item()
 

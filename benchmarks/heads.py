@@ -14,8 +14,10 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import in_turns, json_rows
@@ -24,18 +26,21 @@ from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_brier
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
+from calm.models.configuration import CalmConfig
+from calm.models.heads import LatentHead
 from calm.models.loading import load_config
 from calm.training.build import language_model_config
 from calm.training.optimizers import build_optimizer
+from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.stages import train
 
-HEADS = {
+HEADS: dict[str, dict[str, Any] | None] = {
     "energy": None,  # As the run has it.
     "flow": {"head_type": "flow", "num_blocks": 1},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1},
 }
-WAYS = {
+WAYS: dict[str, list[dict[str, Any]]] = {
     "energy": [{}],
     "flow": [
         {"solver": "euler", "num_steps": 1},
@@ -53,9 +58,11 @@ WAYS = {
     ],
 }
 POSITIONS, DRAWS = 64, 16
+Row = dict[str, Any]  # Figures of a model that is drawn from in one way.
+Speeds = dict[tuple[str, str], tuple[float, float, float]]  # Head and way -> draws a second.
 
 
-def main():
+def main() -> None:
     """Train what is missing, score, time, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,7 +85,7 @@ def main():
             f"{name}: FLOPs of a step {per_step[name] / per_step['energy']:.2f}, "
             f"time of a step {seconds[name] / seconds['energy']:.2f} times those of the energy head"
         )
-    rows = []
+    rows: list[Row] = []
     for run, recipe in zip(arguments.runs, recipes, strict=True):
         steps = recipe.language_model.training.steps
         for name in arguments.heads:
@@ -96,12 +103,12 @@ def main():
     report(rows, speeds, arguments.output)
 
 
-def seed_of(run):
+def seed_of(run: Path) -> str:
     """A name for a run: the seed of its recipe."""
     return f"seed{read_recipe(str(run / RECIPE)).seed}"
 
 
-def recipe_with(run, head, steps=None):
+def recipe_with(run: Path, head: dict[str, Any] | None, steps: int | None = None) -> Recipe:
     """The recipe of a run with another head, on the run's own text and autoencoder."""
     recipe = read_recipe(str(run / RECIPE))
     model = recipe.language_model
@@ -115,18 +122,19 @@ def recipe_with(run, head, steps=None):
     )
 
 
-def config_of(run, name):
+def config_of(run: Path, name: str) -> CalmConfig:
     """Configuration of the model of a run with one of the heads."""
     recipe = recipe_with(run, HEADS[name])
-    return language_model_config(recipe, load_config(run / "autoencoder"), {})
+    autoencoder: Any = load_config(run / "autoencoder")
+    return language_model_config(recipe, autoencoder, {})
 
 
-def training_flops_of(run, name):
+def training_flops_of(run: Path, name: str) -> float:
     """Training FLOPs of a token with one of the heads."""
     return training_flops(config_of(run, name), recipe_with(run, None).data.context)
 
 
-def step_times(arguments):
+def step_times(arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of an optimizer step of each head, taken in turns."""
     run = arguments.runs[0]
     path = arguments.output / f"step_times_{seed_of(run)}_{'_'.join(arguments.heads)}.json"
@@ -146,12 +154,12 @@ def step_times(arguments):
     return medians
 
 
-def step_of(config, training, blocks):
+def step_of(config: CalmConfig, training: TrainingSettings, blocks: dict[str, Any]) -> Callable[[], None]:
     """A function that takes an optimizer step of a new model."""
     model = CalmForCausalLM(config).train()
     optimizer = build_optimizer(model, training.optimizer)
 
-    def step():
+    def step() -> None:
         optimizer.zero_grad()
         model(**blocks, use_cache=False).loss.backward()
         optimizer.step()
@@ -159,12 +167,12 @@ def step_of(config, training, blocks):
     return step
 
 
-def trained(run, name, steps, folder):
+def trained(run: Path, name: str, steps: int, folder: Path) -> Path:
     """The model folder of a head trained for so many steps."""
     return train(recipe_with(run, HEADS[name], steps), folder, resume=(folder / RECIPE).is_file())
 
 
-def scored(folder, run, name, what, steps, output):
+def scored(folder: Path, run: Path, name: str, what: str, steps: int, output: Path) -> list[Row]:
     """BrierLM of a model, drawn from in each way; kept in a file."""
     path = output / f"{seed_of(run)}_{name}_{what}.json"
     if path.is_file():
@@ -173,7 +181,7 @@ def scored(folder, run, name, what, steps, output):
     data = load_prepared(Path(recipe.data.source_list[0]))
     blocks = data.blocks("validation", chunk_size=recipe.chunk_size, block_size=recipe.data.context)
     model = CalmForCausalLM.from_pretrained(folder)
-    rows = []
+    rows: list[Row] = []
     for way in WAYS[name]:
         model.change_sampling(**way)
         result = score_brier(model, blocks)
@@ -187,25 +195,27 @@ def scored(folder, run, name, what, steps, output):
     return rows
 
 
-def draw_speeds(arguments, rows):
+def draw_speeds(arguments: argparse.Namespace, rows: list[Row]) -> Speeds:
     """Draws per second of each head in each way, taken in turns: median, smallest, largest."""
-    ways = {}
+    ways: dict[tuple[str, str], str] = {}
     for row in rows:
         ways.setdefault((row["head"], json.dumps(row["way"])), row["folder"])
     models = {folder: CalmForCausalLM.from_pretrained(folder) for folder in set(ways.values())}
     hidden = torch.randn(POSITIONS, next(iter(models.values())).config.hidden_size)
 
     @torch.no_grad()
-    def draw(way, folder):
+    def draw(way: tuple[str, str], folder: str) -> None:
         models[folder].change_sampling(**json.loads(way[1]))
-        models[folder].head.sample_latents(hidden, DRAWS)
+        head = models[folder].head
+        assert isinstance(head, LatentHead)
+        head.sample_latents(hidden, DRAWS)
 
     times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)
     speeds = {way: [POSITIONS * DRAWS / seconds for seconds in few] for way, few in times.items()}
     return {way: (statistics.median(few), min(few), max(few)) for way, few in speeds.items()}
 
 
-def report(rows, speeds, output):
+def report(rows: list[Row], speeds: Speeds, output: Path) -> None:
     """One line for each head and way of drawing, scores of all seeds beside each other."""
     energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
     lines = [
@@ -225,7 +235,7 @@ def report(rows, speeds, output):
     print("\n".join(lines))
 
 
-def scores_of(rows, what):
+def scores_of(rows: list[Row], what: str) -> str:
     """BrierLM of every seed, and the steps, at one of the budgets."""
     chosen = [row for row in rows if row["equal"] in (what, "both")]
     scores = ", ".join(f"{row['brier_lm']:.2f} ± {row['error']:.2f}" for row in chosen)

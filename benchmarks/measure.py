@@ -4,12 +4,16 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 
-def json_rows(value, indent=0):
+
+def json_rows(value: Any, indent: int = 0) -> str:
     """A result as JSON that a diff can show: a setting a line, and a row of a table a line.
 
     Args:
@@ -27,12 +31,12 @@ def json_rows(value, indent=0):
     return json.dumps(value)
 
 
-def in_turns(functions, rounds=7):
+def in_turns(functions: Mapping[Name, Callable[[], Any]], rounds: int = 7) -> dict[Name, list[float]]:
     """Seconds of each function, called in turns after one round to warm up.
 
     Machines are noisy: what is compared must run in one process, one after the other.
     """
-    times = {name: [] for name in functions}
+    times: dict[Name, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
             start = time.perf_counter()
@@ -44,7 +48,9 @@ def in_turns(functions, rounds=7):
     return times
 
 
-def ratios(times, reference):
+def ratios(
+    times: Mapping[Name, list[float]], reference: Name
+) -> dict[Name, tuple[float, float, float, float]]:
     """For each function: median seconds, and the median, least and largest ratio to the reference's round."""
     rows = {}
     for name, seconds in times.items():
@@ -53,7 +59,7 @@ def ratios(times, reference):
     return rows
 
 
-def peak_memory(function, *arguments):
+def peak_memory(function: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
     """Bytes that a function of this module's importer takes at most, in a process of its own.
 
     Args:
@@ -69,12 +75,12 @@ def peak_memory(function, *arguments):
         process.join(0.2)
     if queue.empty():
         raise RuntimeError(f"{function.__name__}{arguments} ended with exit code {process.exitcode}.")
-    result = queue.get()
+    result: int = queue.get()
     process.join()
     return result
 
 
-def _measure(queue, function, arguments):
+def _measure(queue: Any, function: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> None:
     run = function(*arguments)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -88,14 +94,14 @@ def _measure(queue, function, arguments):
     queue.put(max(0, status("VmHWM") - before))
 
 
-def status(field):
+def status(field: str) -> int:
     """Bytes of a field of /proc/self/status (Linux)."""
     # Not getrusage: its peak is handed down to child processes.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def machine():
+def machine() -> str:
     """One line on what this ran on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

@@ -10,16 +10,19 @@ changed at a time.
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from measure import in_turns, machine, peak_memory, ratios
+from torch import Tensor
 from training_step import DEVICE, config, take_step
 
 from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "reference": {},
     "compile": {"compile": True},
     "bf16": {"precision": "bf16"},
@@ -31,14 +34,22 @@ WAYS = {
 }
 
 
-def step(batch, tokens, precision="fp32", compile=False, fused=True, optimizer="adamw", checkpointing=False,
-         attention="sdpa"):  # fmt: skip
+def step(
+    batch: int,
+    tokens: int,
+    precision: str = "fp32",
+    compile: bool = False,
+    fused: bool = True,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+) -> Callable[[], Tensor]:
     """A function that takes an optimizer step with the options and returns the loss."""
     torch.manual_seed(0)
     settings = config(0)
     settings.backbone.max_position_embeddings = max(1024, tokens)
     settings._attn_implementation = attention
-    model = CalmForCausalLM(settings).to(DEVICE).train()
+    model = CalmForCausalLM(settings).train().to(DEVICE)  # type: ignore[arg-type]
     torch.nn.init.normal_(model.head.out.weight, std=0.02)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -52,17 +63,17 @@ def step(batch, tokens, precision="fp32", compile=False, fused=True, optimizer="
     ids = torch.randint(4, 4096, (batch, tokens), device=DEVICE)
     forward = torch.compile(model) if compile else model
 
-    def compute_loss():
+    def compute_loss() -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
             return forward(ids, labels=ids).loss
 
-    def run():
+    def run() -> Tensor:
         return take_step(model, updates, compute_loss)
 
     return run
 
 
-def main():
+def main() -> None:
     """Print a line for each option."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -86,7 +97,7 @@ def main():
         )
 
 
-def step_with(name, batch, tokens):
+def step_with(name: str, batch: int, tokens: int) -> Callable[[], Tensor]:
     """`step` with the options of a way."""
     return step(batch, tokens, **WAYS[name])
 

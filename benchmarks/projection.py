@@ -14,6 +14,7 @@ import statistics
 import time
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
@@ -22,12 +23,12 @@ from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 
 
-def obvious(vectors, weight):
+def obvious(vectors: Tensor, weight: Tensor) -> Tensor:
     """All scores at once."""
     return (vectors @ weight.T).argmax(-1)
 
 
-def structured(size, width, generator):
+def structured(size: int, width: int, generator: torch.Generator) -> Tensor:
     """Random embeddings with the spectrum of trained ones."""
     energy = torch.empty(width)
     borders = [0, width // 16, width // 8, width // 4, width // 2, width]
@@ -37,7 +38,7 @@ def structured(size, width, generator):
     return (torch.randn(size, width, generator=generator) * energy.sqrt()) @ turn
 
 
-def cases(folder):
+def cases(folder: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (vectors to decode, embeddings)."""
     generator = torch.Generator().manual_seed(0)
     if folder:
@@ -67,16 +68,17 @@ def cases(folder):
 
 
 @torch.no_grad()
-def main():
+def main() -> None:
     """Time all ways on all cases."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     for name, (vectors, weight) in cases(arguments.folder).items():
         ways = {"slices": lambda v, w=weight: argmax_of_scores(v, w)}
         ways["obvious"] = lambda v, w=weight: obvious(v, w)
-        seconds, wrong = {way: [] for way in ways}, {}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        wrong: dict[str, int] = {}
         expected = obvious(vectors, weight)
         for _ in range(arguments.rounds):
             for way, run in ways.items():

@@ -28,18 +28,20 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from measure import json_rows
+from transformers import PreTrainedTokenizerBase
 
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.data.prepare import prepare
-from calm.data.prepared import load_prepared
+from calm.data.prepared import PreparedData, load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_with
 from calm.evaluation.scorers import scorer_of
@@ -51,6 +53,7 @@ from calm.report.pages import new_figure
 from calm.report.tables import with_error
 from calm.storage.disk import write_file_whole
 from calm.texts import continue_tokens
+from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.stages import train, train_autoencoder
 
@@ -75,13 +78,14 @@ MODELS = {
 }
 CONTEXT = 512
 FLOOR = "floor.json"
+Result = dict[str, Any]  # What a model was and what it reached, as it is written to a file.
 LOW = 0.5  # The temperature of fluent text.
 WARM_BLOCKS, SEED = 16, 1234
 NUM_DRAWS = 8  # Of a chunk at T = 1, where a CALM has no probabilities.
 PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
 
 
-def main():
+def main() -> None:
     """Train and score what is missing, then draw up what there is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,12 +129,12 @@ def main():
     report(results)
 
 
-def write(path, value):
+def write(path: Path, value: dict[str, Any]) -> None:
     """Save a result."""
     write_file_whole(path, json_rows(value) + "\n")
 
 
-def run(name, budget, seed, output, num_blocks):
+def run(name: str, budget: float, seed: int, output: Path, num_blocks: int | None) -> Result:
     """Train and score one model; what it was and what it reached."""
     folder = output / f"{name}_{budget:.3g}_seed{seed}"
     recipe = recipe_of(name, seed, output / "data")
@@ -146,7 +150,7 @@ def run(name, budget, seed, output, num_blocks):
     return {"model": name, "budget": budget, "seed": seed, **scores, "words": score_words(folder)}
 
 
-def recipe_of(name, seed, data):
+def recipe_of(name: str, seed: int, data: Path) -> Recipe:
     """The recipe of a model, whatever the budget."""
     kind = MODELS[name]
     recipe = at_chunk_size(read_recipe(kind.recipe), kind.chunk_size)
@@ -165,13 +169,13 @@ def recipe_of(name, seed, data):
     return dataclasses.replace(recipe, model="autoregressive") if name == "baseline" else recipe
 
 
-def with_autoencoder(recipe, folder):
+def with_autoencoder(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with an autoencoder, which is trained if it is not there."""
     path = train_autoencoder(recipe, folder, resume=(folder / RECIPE).is_file())
     return dataclasses.replace(recipe, autoencoder=dataclasses.replace(recipe.autoencoder, path=str(path)))
 
 
-def with_budget(recipe, budget):
+def with_budget(recipe: Recipe, budget: float) -> Recipe:
     """The recipe with as many steps as a budget of FLOPs allows; a given autoencoder is free."""
     steps = affordable_steps(recipe, load_prepared(Path(recipe.data.sources[0])).vocab_size, budget)
     training = dataclasses.replace(recipe.language_model.training, steps=steps)
@@ -179,13 +183,14 @@ def with_budget(recipe, budget):
     return dataclasses.replace(recipe, language_model=model)
 
 
-def score(folder, context, num_blocks):
+def score(folder: Path, context: int, num_blocks: int | None) -> Result:
     """Quality and cost of a trained model."""
     model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     record = record_of(folder, model.config)
-    result = {
+    assert record is not None
+    result: Result = {
         "training_flops": record.flops,
         "seconds": record.seconds,
         "steps": read_recipe(str(folder / RECIPE)).language_model.training.steps,
@@ -205,6 +210,7 @@ def score(folder, context, num_blocks):
         num_draws = NUM_DRAWS if temperature == 1 else 2  # Probabilities need none.
         brier = score_with(scorer, model, blocks, blocks_scored, SEED, num_draws)
         if temperature == 1:
+            assert brier.documents is not None
             result["documents"] = rows_of(brier.documents)
         cost = cost_of(model.config, Work(context // size, scorer.reader.mean_draws))
         result[f"T{temperature:g}"] = {
@@ -219,7 +225,7 @@ def score(folder, context, num_blocks):
     return result
 
 
-def rows_of(sums):
+def rows_of(sums: DocumentSums) -> list[list[float]]:
     """Number, targets and sums of Brier-1 to Brier-4 of every document, for differences between models."""
     columns = sums.document_D.tolist(), sums.count_D.tolist(), sums.total_DX[:, :4].tolist()
     return [
@@ -228,13 +234,13 @@ def rows_of(sums):
     ]
 
 
-def sums_of(rows):
+def sums_of(rows: list[list[float]]) -> DocumentSums:
     """The same as `rows_of` was given."""
     table = torch.tensor(rows, dtype=torch.float64)
     return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
-def score_floor(path, context, num_blocks):
+def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
     """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
@@ -242,17 +248,18 @@ def score_floor(path, context, num_blocks):
     prompts, truth = zip(*prompts_of(data), strict=True)
     words = share_of_words(data.tokenizer, prompts, truth, known_words(data))
     scores = {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error, "words": words}
+    assert floor.documents is not None
     return scores | {"documents": rows_of(floor.documents)}
 
 
-def score_words(folder):
+def score_words(folder: Path) -> dict[str, float]:
     """Share of well-formed chunks at two temperatures: four tokens written after held-out text."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     known, prompts = known_words(data), [prompt for prompt, _ in prompts_of(data)]
     shares = {}
     for temperature in (1.0, LOW):
-        written = []
+        written: list[list[int]] = []
         for first in range(0, len(prompts), 64):
             batch = prompts[first : first + 64]
             written += continue_tokens(
@@ -262,7 +269,7 @@ def score_words(folder):
     return shares
 
 
-def prompts_of(data):
+def prompts_of(data: PreparedData) -> list[tuple[list[int], list[int]]]:
     """Places of the held-out text: tokens before each, and the four after it."""
     places = [
         (list(tokens[start : start + PROMPT]), list(tokens[start + PROMPT : start + PROMPT + 4]))
@@ -272,7 +279,12 @@ def prompts_of(data):
     return places[:NUM_PROMPTS]
 
 
-def share_of_words(tokenizer, prompts, written, known):
+def share_of_words(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    written: Sequence[list[int]],
+    known: tuple[set[str], set[str]],
+) -> float:
     """Share of the chunks all of whose words are known, of those that hold letters.
 
     Known is a word of the training text; a word that is left unfinished counts if a known one begins like it.
@@ -280,7 +292,7 @@ def share_of_words(tokenizer, prompts, written, known):
     words, beginnings = known
     good = total = 0
     for before, new in zip(prompts, written, strict=True):
-        begun, whole = tokenizer.decode(before[-8:]), tokenizer.decode(before[-8:] + new)
+        begun, whole = (str(tokenizer.decode(ids)) for ids in (before[-8:], before[-8:] + new))
         touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
         good += bool(touched) and all(
             m.group() in (beginnings if m.end() == len(whole) else words) for m in touched
@@ -289,15 +301,15 @@ def share_of_words(tokenizer, prompts, written, known):
     return good / total
 
 
-def known_words(data):
+def known_words(data: PreparedData) -> tuple[set[str], set[str]]:
     """Words of the training text, and all their beginnings."""
-    words = set()
+    words: set[str] = set()
     for tokens in data.train["input_ids"]:
-        words.update(re.findall(r"[A-Za-z]+", data.tokenizer.decode(tokens)))
+        words.update(re.findall(r"[A-Za-z]+", str(data.tokenizer.decode(tokens))))
     return words, {word[:end] for word in words for end in range(1, len(word) + 1)}
 
 
-def report(folder):
+def report(folder: Path) -> None:
     """Tables and the figure, of all runs that are finished."""
     floor = json.loads((folder / FLOOR).read_text())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
@@ -323,17 +335,17 @@ def report(folder):
     plot(results, floor, folder / "prose.png")
 
 
-def difference_of(result, results):
+def difference_of(result: Result, results: list[Result]) -> str:
     """BrierLM minus that of the baseline with the same budget and seed; documents are paired."""
     for other in results:
         same = other["budget"] == result["budget"] and other["seed"] == result["seed"]
         if same and other["model"] == "baseline" != result["model"]:
-            one, other = (sums_of(r["documents"]) for r in (result, other))
-            return with_error(*brier_lm_difference(one, other), "+") if one.pairs_with(other) else ""
+            one, base = sums_of(result["documents"]), sums_of(other["documents"])
+            return with_error(*brier_lm_difference(one, base), "+") if one.pairs_with(base) else ""
     return ""
 
 
-def plot(results, floor, path):
+def plot(results: list[Result], floor: Result, path: Path) -> None:
     """BrierLM against training FLOPs, time and FLOPs of a written token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
@@ -349,8 +361,8 @@ def plot(results, floor, path):
         runs = list(group)
         for axis, (label, x_of, y_of) in zip(axes, places, strict=True):
             points = []
-            for _, same in groupby(runs, lambda r: r["budget"]):
-                same = list(same)
+            for _, seeds in groupby(runs, lambda r: r["budget"]):
+                same = list(seeds)
                 values, errors = zip(*map(y_of, same), strict=True)
                 spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0  # Of no number: none.
                 # Seeds share the documents, so that error does not shrink with their number.
@@ -372,12 +384,12 @@ def plot(results, floor, path):
     print(path)
 
 
-def brier_of(result):
+def brier_of(result: Result) -> tuple[float, float]:
     """BrierLM at T = 1 with its standard error."""
     return result["T1"]["brier_lm"], result["T1"]["error"]
 
 
-def nats_of(result):
+def nats_of(result: Result) -> tuple[float, float]:
     """Cross-entropy where it is known."""
     return result.get("cross_entropy", math.nan), 0.0
 

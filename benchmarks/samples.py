@@ -13,7 +13,7 @@ from calm.models.loading import load_language_model_and_tokenizer
 from calm.texts import continue_texts
 
 
-def main():
+def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,7 +49,7 @@ def main():
     print(arguments.output)
 
 
-def as_markdown(text):
+def as_markdown(text: str) -> str:
     """One line, with nothing that is taken for markup."""
     text = " ".join(text.split()).replace("\\", "\\\\")
     for mark in "*_`<>[]#|":

@@ -17,15 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import uvicorn
 from measure import machine, status
+from transformers import PreTrainedTokenizerBase
 
 from calm.data.stories import stories
+from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.serving.app import create_app
 from calm.serving.settings import ServerSettings
 from calm.texts import continue_texts
 
 
-def main():
+def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -53,7 +55,7 @@ def main():
         )[0]
         for number, prompt in enumerate(prompts)
     ]
-    speeds = {rows: [] for rows in arguments.rows}
+    speeds: dict[int, list[float]] = {rows: [] for rows in arguments.rows}
     asked = f"{arguments.clients} clients, {arguments.tokens} tokens each, T = {arguments.temperature:g}"
     print(f"{machine()}; {asked}")
     print("| round | rows | tokens/s | texts as alone | MiB in memory |\n|---|---|---|---|---|")
@@ -72,7 +74,13 @@ def main():
         print(f"| {rows} | {median:.0f} ({spread}) | {median / base:.2f} |")
 
 
-def ask_all(model, tokenizer, prompts, rows, arguments):
+def ask_all(
+    model: CalmForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    rows: int,
+    arguments: argparse.Namespace,
+) -> tuple[float, list[str]]:
     """Tokens per second of all clients together, and their texts."""
     settings = ServerSettings(name="model", max_rows=rows, temperature=arguments.temperature)
     app = create_app(model, tokenizer, settings)
@@ -84,7 +92,7 @@ def ask_all(model, tokenizer, prompts, rows, arguments):
     port = server.servers[0].sockets[0].getsockname()[1]
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
 
-    def ask(number):
+    def ask(number: int) -> openai.types.Completion:
         return client.completions.create(
             model="model", prompt=prompts[number], seed=number, max_tokens=arguments.tokens
         )
@@ -96,7 +104,7 @@ def ask_all(model, tokenizer, prompts, rows, arguments):
     seconds = time.perf_counter() - begin
     server.should_exit = True
     thread.join()
-    tokens = sum(answer.usage.completion_tokens for answer in answers)
+    tokens = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
     return tokens / seconds, [answer.choices[0].text for answer in answers]
 
 

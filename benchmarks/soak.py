@@ -22,7 +22,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 from measure import json_rows
@@ -42,10 +44,11 @@ MIXTURE = {
 }  # fmt: skip
 # In an hour, and what may come and go beside.
 ALLOWED = {"memory (MiB)": (64, 32), "descriptors": (20, 60), "threads": (2, 4), "log (KiB)": (512, 64)}
+Note = dict[str, float]  # What the server had at a time.
 BUSY = (429, 503, 504)  # No answer, and no fault either.
 
 
-def main():
+def main() -> None:
     """Run, write the notes and the plot, and tell what was wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,7 +66,8 @@ def main():
         command = [sys.executable, "-m", "calm", "serve", arguments.model, "--name", "model", *SERVER]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
-        url = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
+        assert process.stdout is not None
+        url = found_in(process.stdout.readline(), r"(http://[\d.:]+)")
         notes, counts, faults = soak(process, url, log, arguments)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -91,7 +95,9 @@ def main():
     sys.exit(bool(faults))
 
 
-def soak(process, url, log, arguments):
+def soak(
+    process: subprocess.Popen[str], url: str, log: Path, arguments: argparse.Namespace
+) -> tuple[list[Note], dict[str, int], list[str]]:
     """Notes of what the server had, counts of what was done, and faults."""
     references = references_of(url)
     crowd = Crowd(url, references)
@@ -121,7 +127,7 @@ def soak(process, url, log, arguments):
     return notes, dict(crowd.counts), faults
 
 
-def questions():
+def questions() -> Iterator[tuple[str, dict[str, Any]]]:
     """Good requests: paths and bodies."""
     for number, prompt in enumerate(PROMPTS):
         for temperature, tokens in ((1, 48), (0.7, 16)):
@@ -130,19 +136,19 @@ def questions():
         yield "/v1/calm/pool", {"prompt": prompt, "num_draws": 100, "seed": number}
 
 
-def references_of(url):
+def references_of(url: str) -> list[Any]:
     """What the server answers one by one."""
     with httpx.Client(base_url=url, timeout=60) as client:
         return [answer_of(client.post(path, json={"model": "model", **body})) for path, body in questions()]
 
 
-def answer_of(response):
+def answer_of(response: httpx.Response) -> Any:
     """The text, or the pool."""
     body = response.raise_for_status().json()
     return body["candidates"] if "candidates" in body else body["choices"][0]["text"]
 
 
-def comes_to_rest(url):
+def comes_to_rest(url: str) -> bool:
     """Whether soon nothing is written any more."""
     for _ in range(60):
         counts = httpx.get(f"{url}/metrics", timeout=30).text
@@ -155,13 +161,14 @@ def comes_to_rest(url):
 class Crowd:
     """What clients do; each method is one way to behave."""
 
-    def __init__(self, url, references):
+    def __init__(self, url: str, references: list[Any]) -> None:
         self.url, self.port = url, int(url.rsplit(":", 1)[1])
         self.known = list(zip(questions(), references, strict=True))
-        self.counts, self.faults = collections.Counter(), []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.faults: list[str] = []
         self._lock = threading.Lock()
 
-    def work(self, rng, ends):
+    def work(self, rng: random.Random, ends: float) -> None:
         """Behave this way and that until it is time."""
         ways, weights = zip(*MIXTURE.items(), strict=True)
         with httpx.Client(base_url=self.url, timeout=120) as client:
@@ -175,17 +182,17 @@ class Crowd:
                 with self._lock:
                     self.counts[f"{way}: {result}"] += 1
 
-    def fault(self, text):
+    def fault(self, text: str) -> str:
         """Note what must not be."""
         with self._lock:
             self.faults.append(text)
         return "FAULT"
 
-    def pick(self, rng, path):
+    def pick(self, rng: random.Random, path: str) -> tuple[dict[str, Any], Any]:
         """A good request of a kind, and its answer."""
         return rng.choice([(body, answer) for (place, body), answer in self.known if place == path])
 
-    def ask(self, client, rng, path="/v1/completions"):
+    def ask(self, client: httpx.Client, rng: random.Random, path: str = "/v1/completions") -> str | int:
         """A good request."""
         body, expected = self.pick(rng, path)
         response = client.post(path, json={"model": "model", **body})
@@ -197,11 +204,11 @@ class Crowd:
             )
         return "right"
 
-    def pool(self, client, rng):
+    def pool(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A good one of the other kind."""
         return self.ask(client, rng, "/v1/calm/pool")
 
-    def stream(self, client, rng, slow=False):
+    def stream(self, client: httpx.Client, rng: random.Random, slow: bool = False) -> str | int:
         """A good request whose answer comes in parts."""
         body, expected = self.pick(rng, "/v1/completions")
         text = ""
@@ -219,7 +226,7 @@ class Crowd:
                     time.sleep(0.3)
         return "right" if text == expected else self.fault(f"a stream gave {text!r}, not {expected!r}")
 
-    def slow_reader(self, client, rng):
+    def slow_reader(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A stream that is read slowly, or a long one that is not read at all."""
         if rng.random() < 0.5:
             return self.stream(client, rng, slow=True)
@@ -230,7 +237,7 @@ class Crowd:
             time.sleep(8)
         return "done"
 
-    def hang_up(self, client, rng):
+    def hang_up(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Leave in the middle of a request, or before its answer."""
         body, _ = self.pick(rng, "/v1/completions")
         raw = post(json.dumps({"model": "model", **body, "max_tokens": 400, "temperature": 1}))
@@ -239,7 +246,7 @@ class Crowd:
             time.sleep(rng.random())
         return "done"
 
-    def leave_stream(self, client, rng):
+    def leave_stream(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Read a few parts."""
         asked = {"model": "model", "prompt": "a", "stream": True, "max_tokens": 400, "temperature": 1, "n": 4}
         with client.stream("POST", "/v1/completions", json=asked) as response:
@@ -247,7 +254,7 @@ class Crowd:
                 pass
         return "done"
 
-    def many(self, client, rng):
+    def many(self, client: httpx.Client, rng: random.Random) -> str | int:
         """More texts than there are places, given up soon."""
         try:
             client.post("/v1/completions", json={"model": "model", "prompt": "a", "n": 64}, timeout=0.5)
@@ -255,7 +262,7 @@ class Crowd:
             return "gave up"
         return "done"
 
-    def malformed(self, client, rng):
+    def malformed(self, client: httpx.Client, rng: random.Random) -> str | int:
         """What is no HTTP, or none that is taken."""
         raw = rng.choice([
             b"\x16\x03\x01" + rng.randbytes(50) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
@@ -271,32 +278,33 @@ class Crowd:
         status = int(said.split()[1])
         return status if 400 <= status < 500 else self.fault(f"{raw[:80]!r}: {said[:200]!r}")
 
-    def invalid(self, client, rng):
+    def invalid(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Requests that cannot be honoured."""
-        body = rng.choice([
+        bodies: list[dict[str, Any]] = [
             {"prompt": "a" * 900_000}, {"prompt": ["a"] * 100_000, "n": 128}, {"prompt": [5] * 300_000},
             {"prompt": 5},
             {"prompt": "a", "max_tokens": 10**9}, {"prompt": "a", "n": 10**9}, {"messages": []},
             {"stop": ["a"] * 99},
-        ])  # fmt: skip
+        ]  # fmt: skip
+        body = rng.choice(bodies)
         status = client.post("/v1/completions", json={"model": "model", **body}).status_code
         return status if status in (400, 413, *BUSY) else self.fault(f"{str(body)[:80]}: {status}")
 
-    def slow_head(self, client, rng):
+    def slow_head(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Header after header, as long as the server lets one."""
         return self.trickle(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n", b"x: y\r\n")
 
-    def slow_body(self, client, rng):
+    def slow_body(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A body byte after byte."""
         return self.trickle(
             b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n", b" "
         )
 
-    def silent(self, client, rng):
+    def silent(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Nothing at all."""
         return self.trickle(b"", b"")
 
-    def trickle(self, begin, part):
+    def trickle(self, begin: bytes, part: bytes) -> str | int:
         """Send parts until the server hangs up."""
         with self.connect() as connection:
             connection.settimeout(0.5)
@@ -310,7 +318,7 @@ class Crowd:
                 return int(said.split()[1]) if said else "closed"
         return self.fault("a slow connection stayed open for 30 seconds")
 
-    def connect(self, buffer=None):
+    def connect(self, buffer: int | None = None) -> socket.socket:
         """A socket."""
         connection = socket.socket()
         connection.settimeout(60)
@@ -320,25 +328,32 @@ class Crowd:
         return connection
 
 
-def post(body):
+def post(body: str) -> bytes:
     """A request in bytes."""
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
     return (head + body).encode()
 
 
-def note(pid, log, seconds):
+def found_in(text: str, pattern: str) -> str:
+    """The group of a pattern where it first matches."""
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return found[1]
+
+
+def note(pid: int, log: Path, seconds: float) -> Note:
     """What the server has now."""
     status = Path(f"/proc/{pid}/status").read_text()
     return {
         "seconds": round(seconds, 1),
-        "memory (MiB)": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024,
+        "memory (MiB)": int(found_in(status, r"VmRSS:\s+(\d+)")) / 1024,
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),  # noqa: PTH208 (they come and go)
-        "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
+        "threads": int(found_in(status, r"Threads:\s+(\d+)")),
         "log (KiB)": log.stat().st_size / 1024,
     }
 
 
-def growth_of(notes):
+def growth_of(notes: list[Note]) -> dict[str, tuple[float, float]]:
     """How much each grew by the line that fits best after the first quarter, and how much is allowed."""
     late = [one for one in notes if one["seconds"] >= notes[-1]["seconds"] / 4]
     times = [one["seconds"] for one in late]
@@ -351,7 +366,7 @@ def growth_of(notes):
     return growth
 
 
-def plot(notes, path):
+def plot(notes: list[Note], path: Path) -> None:
     """Each over time."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (the figures are not the point)
 

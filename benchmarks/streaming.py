@@ -24,7 +24,7 @@ MEGABYTES_A_FILE = 50
 TWENTIETHS = 20
 
 
-def main():
+def main() -> None:
     """Print a table, and draw the curve."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,11 +51,12 @@ def main():
         draw(points, arguments.plot)
 
 
-def read(stream, num_files, size, lines):
+def read(stream: BlockStream, num_files: int, size: int, lines: int) -> list[tuple[float, float]]:
     """Read an epoch; (gigabytes read, MiB in memory) on the way."""
     print(f"{machine()}; {num_files} files of {size / 1e6:.0f} MB")
     print("| GB read | tokens | MiB in memory | MB/s |\n|---|---|---|---|")
-    points, begin, due = [], time.perf_counter(), 0.0
+    points: list[tuple[float, float]] = []
+    begin, due = time.perf_counter(), 0.0
     for blocks, block in enumerate(stream):
         epoch, shard, document = block["place"][1:4].tolist()
         done = (shard + document / lines) * size / 1e9 if epoch == 0 else num_files * size / 1e9
@@ -69,7 +70,7 @@ def read(stream, num_files, size, lines):
     return points
 
 
-def draw(points, path):
+def draw(points: list[tuple[float, float]], path: Path) -> None:
     """The curve as a picture."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()

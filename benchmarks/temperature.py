@@ -18,21 +18,27 @@ import collections
 import math
 import random
 import statistics
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
 import calm.models.writing.sampling as sampling
 from calm.core.chunks import find_targets
+from calm.core.samplers import ExactSampler, PoolSampler, Sampler
 from calm.core.temperature import ChunkSample
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.heads import LatentHead
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
@@ -40,13 +46,14 @@ LITERAL = f"literal pool {POOL}"
 WHOLE = " whole"
 
 
-def literal_pool(model, hidden_PD, temperature):
+def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) -> ChunkSample:
     """The paper's rule for T = 1/n as one would first write it."""
     n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
-    chosen = []
+    chosen, head = [], model.head
+    assert isinstance(head, LatentHead)
     for hidden_D in hidden_PD:
-        latents = model.head.sample_latents(hidden_D.repeat(num_draws, 1), 1)[0]
+        latents = head.sample_latents(hidden_D.repeat(num_draws, 1), 1)[0]
         tokens = model.autoencoder.decode(latents).argmax(-1)
         counts = collections.Counter(map(tuple, tokens.tolist()))
         for m in range(n, 0, -1):
@@ -59,27 +66,37 @@ def literal_pool(model, hidden_PD, temperature):
     return ChunkSample(torch.tensor(chosen), made_R, made_R, made_R < 0, made_R.double())
 
 
-def samplers_at(temperature, budgets):
+def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Sampler | None]:
     """Name -> settings; None is the yardstick."""
-    table = {f"exact {budget}": sampler_from(temperature=temperature, max_draws=budget) for budget in budgets}
-    table[f"pool {POOL}"] = sampler_from(temperature=temperature, sampler="pool", num_draws=POOL)
+    table: dict[str, Sampler | None] = {
+        f"exact {budget}": ExactSampler(temperature=temperature, max_draws=budget) for budget in budgets
+    }
+    table[f"pool {POOL}"] = PoolSampler(temperature=temperature, num_draws=POOL)
     if abs(1 / temperature - round(1 / temperature)) < 1e-6:
         table[LITERAL] = None
     return table
 
 
-def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
+def write(
+    model: CalmForCausalLM,
+    prompts: Tensor,
+    settings: Sampler | None,
+    temperature: float,
+    num_chunks: int,
+    seed: int,
+    whole: bool = False,
+) -> tuple[float, float, float]:
     """Tokens per second and draws per chunk of one call of generate."""
-    options = {}
+    options: dict[str, Any] = {}
     large = sampling._LARGE_PROJECTION
-    sampling._LARGE_PROJECTION = math.inf if whole else large
+    sampling._LARGE_PROJECTION = sys.maxsize if whole else large
     if settings is None:
-        model.sample_chunks = lambda hidden, *_: literal_pool(model, hidden, temperature)
+        model.__dict__["sample_chunks"] = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
         options = {"sampler": settings}
     num_tokens = num_chunks * model.config.chunk_size
     start = time.perf_counter()
-    out = model.generate(
+    out: Any = model.generate(
         prompts,
         max_new_tokens=num_tokens,
         temperature=temperature,
@@ -94,7 +111,7 @@ def write(model, prompts, settings, temperature, num_chunks, seed, whole=False):
     return prompts.shape[0] * num_tokens / seconds, draws, out.fell_back.double().mean().item()
 
 
-def random_model(spread):
+def random_model(spread: float) -> CalmForCausalLM:
     """CALM-M with two layers and random weights; `spread` sets how far its draws lie apart."""
     config = CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
@@ -116,7 +133,7 @@ def random_model(spread):
     return model
 
 
-def speed(arguments):
+def speed(arguments: argparse.Namespace) -> None:
     """Tokens per second of every sampler."""
     if arguments.random:
         models = {f"random, spread {spread:g}": random_model(spread) for spread in arguments.spreads}
@@ -139,12 +156,18 @@ def speed(arguments):
                 compare(label, model, prompt_of[name][:batch], temperature, arguments)
 
 
-def compare(label, model, prompts, temperature, arguments):
+def compare(
+    label: str,
+    model: CalmForCausalLM,
+    prompts: Tensor,
+    temperature: float,
+    arguments: argparse.Namespace,
+) -> None:
     """Write with all samplers in turns, and print a line for each."""
     table = samplers_at(temperature, arguments.budgets)
     if arguments.random:
         table |= {key + WHOLE: settings for key, settings in table.items() if settings is not None}
-    rounds = {key: [] for key in table}
+    rounds: dict[str, list[tuple[float, float, float]]] = {key: [] for key in table}
     for repeat in range(arguments.rounds):
         for key, settings in table.items():
             rounds[key].append(
@@ -164,7 +187,9 @@ def compare(label, model, prompts, temperature, arguments):
 
 
 @torch.no_grad()
-def reference_distributions(folder, num_contexts, num_draws, block=4000):
+def reference_distributions(
+    folder: Path, num_contexts: int, num_draws: int, block: int = 4000
+) -> Iterator[Tensor]:
     """Frequencies of all outcomes at held-out contexts spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
@@ -185,18 +210,28 @@ def reference_distributions(folder, num_contexts, num_draws, block=4000):
         yield counts_V.double() / num_draws
 
 
-def distribution(arguments):
+def draw_outcomes(
+    cumulative_V: Tensor,
+    generator: torch.Generator,
+    num_draws: int,
+    rows_R: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draws of a distribution that is the same for all rows, (N, R, 1)."""
+    uniform = torch.rand((num_draws, len(rows_R)), generator=generator, dtype=torch.float64)
+    outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
+    return outcome.unsqueeze(-1)
+
+
+def distribution(arguments: argparse.Namespace) -> None:
     """Distances of every sampler to the tempered distribution."""
     generator = torch.Generator().manual_seed(1)
-    distances = collections.defaultdict(list)
-    costs = collections.defaultdict(list)
+    distances: dict[tuple[float, str], list[float]] = collections.defaultdict(list)
+    costs: dict[tuple[float, str], list[tuple[float, float]]] = collections.defaultdict(list)
     for p_V in reference_distributions(Path(arguments.folder), arguments.contexts, arguments.draws):
         cumulative_V = p_V.cumsum(0)
 
-        def draw(num_draws, rows, cumulative_V=cumulative_V):
-            uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
-            outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
-            return outcome.unsqueeze(-1)
+        draw = partial(draw_outcomes, cumulative_V, generator)
 
         for temperature in arguments.temperatures:
             wanted_V = p_V ** (1 / temperature)
@@ -227,9 +262,9 @@ def distribution(arguments):
         print(f"{temperature:g}  {key:9s}: {statistics.mean(values):.4f} ({error:.4f}){spent}")
 
 
-def main():
+def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("speed")
     command.add_argument("folder", nargs="?")

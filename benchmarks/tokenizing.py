@@ -23,7 +23,7 @@ from calm.data.stories import write_stories
 from calm.data.tokenizer import train_tokenizer
 
 
-def main():
+def main() -> None:
     """Print rates and their ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,12 +47,12 @@ def main():
         fast = tokenizer.backend_tokenizer
         count = sum(len(text.encode()) for text in texts)
 
-        def whole():
+        def whole() -> None:
             data = prepare(sources, folder / "out", tokenizer=str(folder / "tokenizer"), overwrite=True)
             info = json.loads((folder / "out/prepared.json").read_text())
             assert sum(info["documents"].values()) == len(texts) and len(data.train)
 
-        def alone():
+        def alone() -> None:
             for start in range(0, len(texts), 1000):
                 [encoding.ids for encoding in fast.encode_batch_fast(texts[start : start + 1000])]
 

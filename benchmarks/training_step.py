@@ -9,15 +9,20 @@ our way.
 """
 
 import argparse
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from energy import literal as literal_energy_loss
 from measure import in_turns, machine, peak_memory, ratios
+from torch import Tensor
 from torch.nn import functional
 
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.heads import Target
 from calm.models.heads.energy import EnergyHead, EnergyNoise
 from calm.training.speed import matrix_rate
 
@@ -27,10 +32,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class LiteralHead(EnergyHead):
     """The same head and loss as one would first write them."""
 
-    def _loss(self, states_PD, target, noise):
+    def _loss(self, states_PD: Tensor, target: Target, noise: EnergyNoise) -> Tensor:
         """See `GenerativeHead`."""
         condition = self.condition_norm(self.condition_in(states_PD)).expand(self.config.num_draws, -1, -1)
         x = self.noise_norm(self.noise_in(noise.head))
+        block: Any
         for block in self.blocks:
             merged = block.merge(torch.cat([block.norm(x), condition], dim=-1))
             gate, up = block.gate_and_up(functional.silu(block.hidden(functional.silu(merged)))).chunk(
@@ -42,7 +48,7 @@ class LiteralHead(EnergyHead):
         return literal_energy_loss(draws, targets, self.config.alpha)
 
 
-def config(num_targets):
+def config(num_targets: int) -> CalmConfig:
     """5.8M trained parameters; 6.6M with the autoencoder."""
     return CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
@@ -60,7 +66,9 @@ def config(num_targets):
     )
 
 
-def take_step(model, optimizer, compute_loss):
+def take_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, compute_loss: Callable[[], Tensor]
+) -> Tensor:
     """Forward, backward, clipping and optimizer; the loss."""
     optimizer.zero_grad()
     loss = compute_loss()
@@ -70,10 +78,10 @@ def take_step(model, optimizer, compute_loss):
     return loss.detach()
 
 
-def step(name, batch, tokens, compiled=False):
+def step(name: str, batch: int, tokens: int, compiled: bool = False) -> Callable[[], Tensor]:
     """A function that takes a training step of one kind and returns its loss."""
     torch.manual_seed(0)
-    model = CalmForCausalLM(config(0 if name == "integrated" else 100)).to(DEVICE).train()
+    model = CalmForCausalLM(config(0 if name == "integrated" else 100)).train().to(DEVICE)  # type: ignore[arg-type]
     with torch.no_grad():
         model.head.out.weight.normal_(std=0.02)
     if name == "literal":
@@ -83,7 +91,7 @@ def step(name, batch, tokens, compiled=False):
     positions = batch * (tokens // 4 - 1)
     forward = torch.compile(model) if compiled else model
 
-    def run():
+    def run() -> Tensor:
         noise = EnergyNoise(
             torch.rand(8, positions, 64, device=DEVICE) - 0.5,
             None if name == "integrated" else torch.randn(100, positions, 64, device=DEVICE),
@@ -93,7 +101,7 @@ def step(name, batch, tokens, compiled=False):
     return run
 
 
-def main():
+def main() -> None:
     """Print a line for each way."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,7 +112,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="add our way under torch.compile")
     arguments = parser.parse_args()
     sizes = arguments.batch, arguments.tokens
-    ways = {name: (name, *sizes) for name in ("literal", "ours", "integrated")}
+    ways: dict[str, tuple[Any, ...]] = {name: (name, *sizes) for name in ("literal", "ours", "integrated")}
     if arguments.compile:
         ways["compiled"] = ("ours", *sizes, True)
         ways["integrated, compiled"] = ("integrated", *sizes, True)
@@ -115,7 +123,7 @@ def main():
     table = ratios(in_turns(steps, arguments.rounds), "literal")
     memory = {name: peak_memory(step, *way) for name, way in ways.items()}
     flops = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
-    rate = matrix_rate(torch.device(DEVICE), torch.float32)
+    rate = matrix_rate(torch.device(DEVICE), torch.float32) or math.nan
     print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {flops / 1e9:.0f} GFLOP a step of ours, ")
     print(f"matrix products alone reach {rate / 1e9:.0f} GFLOP/s")
     print("| way | ms | times as fast | tokens/s | of the matrix rate | memory |\n|---|---|---|---|---|---|")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import failure
+from toy import TOY, failure
 from transformers import (
     AutoTokenizer,
     pipeline,
@@ -215,6 +215,17 @@ def test_bad_text(tmp_path, capsys, name, content, message):
         (tmp_path / name).write_bytes(content)
     assert message in failure(capsys, "prepare", tmp_path / name, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_keeps_the_whole_of_a_recipe_that_extends_another(room, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {room / 'toy.yaml'}\nseed: 5\n")
+    (tmp_path / "whole.yaml").write_text(f"{TOY}\nseed: 5\n")
+    for name in ("mine", "whole"):
+        main(["train", "--recipe", str(tmp_path / f"{name}.yaml"), "--data.sources", str(room / "run/data"),
+              "--autoencoder.training.steps", "1", "--language_model.training.steps", "1",
+              "--output", str(tmp_path / name)])  # fmt: skip
+    kept = (tmp_path / "mine/recipe.yaml").read_bytes()
+    assert kept == (tmp_path / "whole/recipe.yaml").read_bytes() and b"extends" not in kept
 
 
 def test_bad_recipes(room, tmp_path, capsys):

@@ -39,7 +39,8 @@ def test_the_model_of_the_package_is_small_and_says_what_it_is(wheel):
         assert said in card, said
 
 
-def test_installs_in_an_empty_environment(wheel, tmp_path):
+def test_installs_in_an_empty_environment(wheel, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # What is installed is tried, not this checkout.
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]

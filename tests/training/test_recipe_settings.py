@@ -169,12 +169,12 @@ def test_arguments_of_one_optimizer_are_not_those_of_another():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: demmo", "recipe 'r.yaml' extends 'demmo', but neither is there a file 'demmo' nor such a "
-                           r"shipped recipe; did you mean 'demo'\?"),
-        ("extends: other/x.yaml", "a file 'other/x.yaml' .* shipped are: calm_l, calm_m, "),
+        ("extends: demmo", "recipe 'r.yaml' extends 'demmo', but there is no file 'demmo' and no shipped "
+                           r"recipe of that name; did you mean 'demo'\?"),
+        ("extends: other/x.yaml", "no file 'other/x.yaml' .* shipped recipes are calm_l, calm_m, "),
         ("extends: run", r"did you mean 'run/recipe.yaml'\?"),
-        ("extends: lora", "recipe 'r.yaml' extends 'lora', which is a recipe of calm finetune, not of"),
-        ("extends: tuned.yaml", "^'tuned.yaml' is a recipe of calm finetune, not of calm train."),
+        ("extends: lora", "recipe 'r.yaml' extends 'lora', which is a recipe for calm finetune, not for"),
+        ("extends: tuned.yaml", "^'tuned.yaml' is a recipe for calm finetune, not for calm train."),
         ("extends: [demo]", r"recipe 'r.yaml': extends must be the name .* or a path, got '\['demo'\]'"),
         ("extends: 3", "extends must be the name of a shipped recipe or a path, got '3'"),
         ("extends:", "extends must be the name of a shipped recipe or a path, got null"),
@@ -188,7 +188,7 @@ def test_arguments_of_one_optimizer_are_not_those_of_another():
         ("extends: broken.yaml", r"^the recipe 'broken.yaml' is no YAML \(line 1"),
         ("extends: empty.yaml", "^the recipe 'empty.yaml' holds no settings"),
         ("data: {extends: demo}", "there is no setting 'data.extends'"),
-        ('extends: "a\\0b"', "extends 'a\0b', but neither is there a file"),
+        ('extends: "a\\0b"', "extends 'a\0b', but there is no file"),
         ("extends: " + "x" * 300, "recipe 'r.yaml' extends 'x"),
     ],
     ids=range(20),

@@ -1,12 +1,12 @@
-"""The file formats that text and examples are read from: one table, which other packages add to.
+"""The file formats that text and examples are read from: one table, which other packages can add to.
 
-A format is known by the suffix of a file, beside which there may be that of a compression (`a.jsonl.gz`).
+A format is recognized by the suffix of a file, which the suffix of a compression may follow (`a.jsonl.gz`).
 
     from calm import register_format
 
     register_format(".srt", documents=read_subtitles)
 
-`examples/a_data_source_of_your_own.py` is such a format in full.
+`examples/a_data_source_of_your_own.py` shows a whole one.
 """
 
 import functools
@@ -30,6 +30,8 @@ from calm.data.reading import (
 from calm.errors import InputError, reason_of
 
 logger = logging.getLogger(__name__)
+DocumentReader = Callable[[Path, ReadingOptions], Iterable[str]]
+RecordReader = Callable[[Path], Iterable[tuple[str, dict[str, Any]]]]
 _ENTRY_POINTS = "calm.formats"
 
 
@@ -38,13 +40,13 @@ class Format:
     """How the files of a suffix are read.
 
     Args:
-        documents: Path and options -> the documents of a file, to train a model on.
-        records: Path -> where each record of a file stands (for messages), and its fields, to fine-tune on;
-            None if such files hold no records.
+        documents: Path and options -> the documents of a file, for training.
+        records: Path -> the place of each record (for messages) and its fields, for fine-tuning; None if such
+            files hold no records.
     """
 
-    documents: Callable[[Path, ReadingOptions], Iterable[str]]
-    records: Callable[[Path], Iterable[tuple[str, dict[str, Any]]]] | None = None
+    documents: DocumentReader
+    records: RecordReader | None = None
 
 
 FORMATS = {
@@ -54,43 +56,40 @@ FORMATS = {
 }
 
 
-def register_format(
-    suffix: str,
-    documents: Callable[[Path, ReadingOptions], Iterable[str]],
-    records: Callable[[Path], Iterable[tuple[str, dict[str, Any]]]] | None = None,
-) -> None:
-    """Make files of a suffix readable wherever a source of text is named: files, folders, streams.
+def register_format(suffix: str, documents: DocumentReader, records: RecordReader | None = None) -> None:
+    """Teach calm to read files with a suffix, wherever it takes a source of text: files, folders, streams.
 
-    An installed package can instead name, as an entry point of the group "calm.formats", a module that calls
-    this. The `calm` command then knows the format too.
+    An installed package can instead name a module that calls this as an entry point of the group
+    "calm.formats". Then the `calm` command knows the format too.
 
     Args:
-        suffix: The suffix in lower case, such as ".srt". One that is known is read this way from now on.
-        documents: Path and options -> the documents of a file. `calm.data.compression.open_file` opens files
-            that may be compressed, `calm.data.reading.numbered_lines` reads lines of UTF-8. What is wrong
-            with a file is raised as `calm.errors.InputError`.
-        records: Path -> where each record stands, and its fields; None if such files hold no records.
+        suffix: The suffix in lower case, such as ".srt". A format that exists is replaced.
+        documents: Path and options -> the documents of a file. `calm.data.compression.open_file` opens a
+            file that may be compressed, `calm.data.reading.numbered_lines` reads its lines as UTF-8. Raise
+            `calm.errors.InputError` to report a bad file in one sentence.
+        records: Path -> the place of each record (for messages) and its fields; None if such files hold no
+            records.
 
     Raises:
-        ValueError: If that cannot be the suffix of a format.
+        ValueError: If the suffix cannot be one of a format.
     """
     if not suffix.startswith(".") or suffix != suffix.lower() or suffix in (".", *COMPRESSIONS):
         raise ValueError(
-            "the suffix of a format begins with a dot, is in lower case and is not that of a compression, "
+            "the suffix of a format begins with a dot, is in lower case and is not that of a compression; "
             f"got {suffix!r}."
         )
     FORMATS[suffix] = Format(documents, records)
 
 
 def format_of(path: Path) -> Format | None:
-    """How a file is read, by its name; None if nobody knows."""
+    """The format of a file by its name; None if it is unknown."""
     name = name_without_compression(path)
     fitting = [suffix for suffix in known_suffixes() if name.endswith(suffix)]
     return FORMATS[max(fitting, key=len)] if fitting else None
 
 
 def known_suffixes() -> list[str]:
-    """The suffixes of all formats, those of installed packages included."""
+    """The suffixes of all formats, including those of installed packages."""
     _load_installed()
     return list(FORMATS)
 
@@ -113,7 +112,7 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record of a file stands, and the record.
+    """The place of each record of a file, and the record.
 
     Raises:
         InputError: If the file is damaged, or its format has no records.
@@ -134,7 +133,7 @@ def _load_installed() -> None:
     for entry_point in entry_points(group=_ENTRY_POINTS):
         try:
             entry_point.load()
-        except Exception as error:  # Whatever it is: the other formats are read all the same.
+        except Exception as error:  # Whatever went wrong there, the other formats can be read.
             logger.warning(
                 "the format '%s' of %s is left out: %s", entry_point.name, entry_point.value, error
             )

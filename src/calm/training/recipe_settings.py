@@ -1,11 +1,11 @@
-"""The settings in the file of a recipe, and in those of the recipes that it extends.
+"""Reads the settings of a recipe, and of the recipes that it extends.
 
-    extends: demo                 # a shipped recipe, or ../base.yaml: a path relative to this file
+    extends: demo                 # a shipped recipe, or a path relative to this file, such as ../base.yaml
     language_model: {num_layers: 8}
 
-What such a file leaves out is what the recipe that it extends says. A setting of its own replaces that one
-setting, and nothing beside it. Where it changes what kind of thing a part is (`KINDS`), that part is not
-mixed with the one before: it is replaced as a whole.
+A recipe that extends another has all of that one's settings, except those that it sets itself. Settings are
+replaced one by one. Only where a setting changes the kind of something (`KINDS`) is that thing replaced as a
+whole, since the fields of one kind mean nothing to another.
 """
 
 import copy
@@ -28,7 +28,8 @@ from calm.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 EXTENDS = "extends"
-# A setting that says what kind something is -> what makes sense for one kind only, and goes when it changes.
+# A setting that chooses a kind -> the settings that only make sense for that kind. They are dropped when a
+# recipe chooses another kind than the one that it extends.
 KINDS = {
     "model": ("autoencoder", "language_model.head"),
     "autoencoder.kind": ("autoencoder",),
@@ -39,7 +40,7 @@ KINDS = {
 }
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 _COMMANDS: dict[type, str] = {Recipe: "calm train", FinetuningRecipe: "calm finetune"}
-# Settings by which the kind of a recipe is told.
+# Settings that only one kind of recipe has.
 _SIGNS: dict[type, set[str]] = {
     Recipe: {"data", "autoencoder", "language_model"},
     FinetuningRecipe: {"examples", "lora", "answers"},
@@ -77,18 +78,20 @@ def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
 
 
 def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
-    """The settings of a recipe with those that it extends: such as there are, in groups.
+    """The settings of a recipe, including those of the recipes that it extends, in groups.
+
+    Settings that none of the files mention are left out.
 
     Args:
         name: A path or a shipped name.
         kind: The kind of recipe.
-        options: Which settings there are.
+        options: The settings that exist.
 
     Raises:
-        InputError: If there is none, or one of the files cannot be read, is no YAML, has settings that there
-            are not or values of a wrong type, or extends itself. The sentence names that file.
+        InputError: If there is no such recipe, or if one of the files cannot be read, is not YAML, has an
+            unknown setting or a value of the wrong type, or extends itself. The message names that file.
     """
-    files: dict[Path, str] = {}  # From the recipe to the last that is extended, as they are called.
+    files: dict[Path, str] = {}  # From the recipe to the last one that it extends -> name for messages.
     settings: list[dict[str, Any]] = []
     path, called = Path(find_recipe(name, kind)), name
     while True:
@@ -111,8 +114,8 @@ def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dic
     """The settings of a recipe that extends another.
 
     Args:
-        base: The settings of the recipe that is extended, in groups.
-        own: Those that differ.
+        base: The settings of the other recipe, in groups.
+        own: The settings of its own.
         kind: The kind of recipe.
     """
     kept = copy.deepcopy(dict(base))
@@ -133,7 +136,7 @@ def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
-    """The value of a dotted name in groups, or another if there is none."""
+    """The value of a dotted name in groups, or `otherwise` if it is not set."""
     for part in name.split("."):
         if not isinstance(settings, Mapping) or part not in settings:
             return otherwise
@@ -142,7 +145,7 @@ def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def _remove(settings: dict[str, Any], name: str) -> None:
-    """Take a dotted name out of groups, if it is there."""
+    """Remove a dotted name from groups, if it is there."""
     group, _, last = name.rpartition(".")
     inner = _value(settings, group) if group else settings
     if isinstance(inner, dict):
@@ -165,28 +168,28 @@ def _parent(parent: Any, path: Path, called: str, kind: type) -> Path:
     for other, command in _COMMANDS.items():
         if parent in shipped_recipes(other):
             raise InputError(
-                f"recipe '{called}' extends '{parent}', which is a recipe of {command}, "
-                f"not of {_COMMANDS[kind]}."
+                f"recipe '{called}' extends '{parent}', which is a recipe for {command}, "
+                f"not for {_COMMANDS[kind]}."
             )
     inside = Path(parent, RECIPE)
     is_near = _is_file(path.parent / inside)
     near = [str(inside)] if is_near else difflib.get_close_matches(parent, shipped, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"shipped are: {', '.join(shipped)}."
+    hint = f"did you mean '{near[0]}'?" if near else f"the shipped recipes are {', '.join(shipped)}."
     raise InputError(
-        f"recipe '{called}' extends '{parent}', but neither is there a file '{relative}' nor such a shipped "
-        f"recipe; {hint}"
+        f"recipe '{called}' extends '{parent}', but there is no file '{relative}' and no shipped recipe of "
+        f"that name; {hint}"
     )
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # A name that the system refuses.
+    except (OSError, ValueError):  # A name that the file system does not allow.
         return False
 
 
 def _settings_of_file(path: Path) -> dict[str, Any]:
-    """What one file says, whatever it is."""
+    """The settings in one file, not yet checked."""
     try:
         text = path.read_text(encoding="utf-8")
         values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
@@ -205,7 +208,7 @@ def _settings_of_file(path: Path) -> dict[str, Any]:
 
 
 def _in_groups(settings: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The same settings with those of dotted names (`data.context: 64`) in their groups."""
+    """The same settings, with dotted names (`data.context: 64`) moved into their groups."""
     grouped: dict[Any, Any] = {}
     for name, value in settings.items():
         value = _in_groups(value) if isinstance(value, Mapping) else value
@@ -222,11 +225,11 @@ def _place_and_problem(error: Exception) -> str:
 
 
 def _check(own: dict[str, Any], called: str, kind: type, options: Options) -> None:
-    """See that the settings of one file are settings of such a recipe, and of the right types."""
+    """Check that the settings of one file exist and have the right types."""
     fields = {field.name for field in dataclasses.fields(kind)}
     for other, command in _COMMANDS.items():
         if own.keys() & _SIGNS[other] and not own.keys() & _SIGNS[kind]:
-            raise InputError(f"'{called}' is a recipe of {command}, not of {_COMMANDS[kind]}.")
+            raise InputError(f"'{called}' is a recipe for {command}, not for {_COMMANDS[kind]}.")
     if (mistake := mistake_in(own, options)) is not None:
         raise InputError(f"recipe '{called}': {mistake}")
     try:
