@@ -66,7 +66,7 @@ JARGON = (
     "ns.",
     "<class",
     "Traceback",
-    "command",
+    "verb",
     "jsonargparse",
 )
 
