@@ -1,4 +1,4 @@
-"""What the builder of the site does not check: pictures, files, pages outside the site, and the menu."""
+"""What the builder of the site does not check: pictures, files, other pages, the menu, the width of lines."""
 
 import itertools
 import re
@@ -70,3 +70,10 @@ def test_every_page_is_in_the_menu():
     notebooks = {f"notebooks/{path.stem}.md" for path in ROOT.glob("examples/notebooks/*.ipynb")}
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
     assert sorted(pages_in(menu)) == sorted(pages | notebooks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_prose_wraps_at_120(page):
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+    too_long = [(i, line) for i, line in lines if len(line) > 120]
+    assert not [i for i, line in too_long if not line.lstrip().startswith(("|", "!["))]
