@@ -33,7 +33,7 @@ def test_the_reference_has_the_names_of_the_package():
 
 
 def test_where_the_reference_says_names_are_they_are(package):
-    for name, path in re.findall(r"\[`(\w+)`\]\[(calm\.[\w.]+)\]", PAGES["index"]):
+    for name, path in re.findall(r"\[`(\w+)`\]\(\w+\.md#(calm\.[\w.]+)\)", PAGES["index"]):
         assert path.rpartition(".")[0] in MODULES
         assert package[path.removeprefix("calm.")].name == name == getattr(calm, name).__name__
 
