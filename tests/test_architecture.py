@@ -1,10 +1,14 @@
 """The house rules: imports run one way, files are short, the command line is light."""
 
 import ast
+import importlib
+import itertools
 import re
 from pathlib import Path
 
 import pytest
+
+import calm
 
 SOURCE = Path(__file__).parents[1] / "src" / "calm"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -140,3 +144,49 @@ def test_files_are_short(path):
 
 def test_names_that_say_nothing_are_not_used():
     assert not [path for path in FILES if re.search(r"(utils?|common|misc|helpers?|_v\d)\.py$", path.name)]
+
+
+ARCHITECTURE = (SOURCE.parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
+WALKS = re.findall(r"^    (\S+(?: → \S+)+)$", ARCHITECTURE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_the_walks_are_imports_that_go_down(walk):
+    steps = walk.split(" → ")
+    for above, below in itertools.pairwise(steps):
+        [path] = [path for path in FILES if module_of(path) == f"calm.{above}"]
+        assert f"calm.{below}" in imports_of(path), f"{above} does not import {below}"
+        rooms = [step.split(".")[0] for step in (above, below)]
+        assert rooms[0] == rooms[1] or LEVELS[rooms[0]] > LEVELS[rooms[1]]
+
+
+def test_there_are_three_walks():
+    assert len(WALKS) >= 10 and all(
+        f"**{start}" in ARCHITECTURE for start in ("One batch", "One prompt", "One draw")
+    )
+
+
+def test_the_tree_names_every_file():
+    tree = ARCHITECTURE.split("## What is where")[1].split("```")[1]
+    words = set(re.findall(r"[a-z_]+", tree))
+    mapped = SOURCE / "training"  # Its own map is tested in tests/training/test_map.py.
+    names = {path.stem for path in FILES if mapped not in path.parents} - {
+        "__init__",
+        "__main__",
+        "generation",
+    }
+    assert names - words == set()
+
+
+def test_the_table_of_rooms_is_the_table_of_levels():
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", ARCHITECTURE, re.MULTILINE)
+    told = {room: int(level) for level, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    assert told == {room: level for room, level in LEVELS.items() if room not in ("__main__", "generation")}
+
+
+def test_what_was_renamed_has_its_old_name_for_one_version():
+    with pytest.warns(DeprecationWarning, match="calm.generation is now calm.texts"):
+        importlib.reload(importlib.import_module("calm.generation"))
+    with pytest.warns(DeprecationWarning, match="calm.TemperatureSettings is now calm.sampler_from"):
+        sampler = calm.TemperatureSettings(temperature=0.5, sampler="pool", num_draws=9)
+    assert sampler == calm.PoolSampler(temperature=0.5, num_draws=9)

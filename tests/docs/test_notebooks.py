@@ -1,0 +1,33 @@
+"""The notebooks run from beginning to end, and are kept with what they printed."""
+
+import nbformat
+import pytest
+from docs_pages import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((ROOT / "examples/notebooks").glob("*.ipynb"))
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds_of(notebook):
+    """What kinds of output each cell has. A text may come in several parts."""
+    return [{output.output_type for output in cell.outputs} for cell in code_of(notebook)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    notebook = nbformat.read(path, as_version=4)
+    shown = kinds_of(notebook)
+    NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
+    assert kinds_of(notebook) == shown
+
+
+def test_there_are_notebooks_with_pictures():
+    for path in NOTEBOOKS:
+        outputs = [output for cell in code_of(nbformat.read(path, as_version=4)) for output in cell.outputs]
+        assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert len(NOTEBOOKS) == 3

@@ -1,0 +1,48 @@
+"""The Python examples of a page run, one after another, in an empty folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from docs_pages import PAGES, examples_of, name_of
+from serving_client import serving
+
+from calm.models.loading import load_model_and_tokenizer
+
+SERVER = "http://127.0.0.1:8000"  # Of `calm serve`, as the pages have it.
+
+
+def python_of(page):
+    return [example for example in examples_of(page) if example.language == "python" and not example.reason]
+
+
+@pytest.fixture
+def module(request):
+    """A module of its own for the examples of a page, so that classes in them can be pickled."""
+    name = f"examples_of_{Path(request.node.callspec.id).stem}"
+    module = sys.modules[name] = type(sys)(name)
+    yield module
+    del sys.modules[name]
+
+
+def run(page, example, names, server=SERVER):
+    # Empty lines in front, so that a traceback names the line of the page.
+    code = "\n" * example.line + example.text.replace(SERVER, server)
+    exec(compile(code, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=name_of)
+def test_python_examples_run(page, module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for example in python_of(page):
+        if SERVER in example.text:
+            with serving(*load_model_and_tokenizer("stories"), name="model") as (_, _, url):
+                run(page, example, vars(module), url)
+        else:
+            run(page, example, vars(module))
+
+
+def test_every_guide_has_an_example_that_runs():
+    guides = {page for page in PAGES if page.parent.name == "guides" and page.stem != "index"}
+    assert len(guides) >= 8
+    assert all(python_of(page) for page in guides)
