@@ -1,5 +1,6 @@
 """The commands that the pages show are commands that `calm` takes; those of the first guide run."""
 
+import re
 import shlex
 
 import pytest
@@ -44,3 +45,11 @@ def test_the_first_guide_runs_from_text_to_comparison(tmp_path, monkeypatch, cap
         cli.main(["toy.yaml" if word == "laptop_quick" else word for word in command])
     assert (tmp_path / "runs/compare/report.html").is_file()
     assert "BrierLM" in capsys.readouterr().out
+
+
+def test_the_list_of_commands_is_complete(capsys):
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    known = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"^\| `calm (\w+)`", page, re.MULTILINE)) == sorted(known)
