@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.ticker import NullFormatter
 from measure import json_rows
 from transformers import PreTrainedTokenizerBase
 
@@ -70,11 +71,11 @@ class Kind(NamedTuple):
 
 MODELS = {
     "baseline": Kind("Transformer", "laptop_quick", 1, 64, 1024),
-    "energy_K4": Kind("CALM as published, K = 4, autoencoder free", "laptop_energy", 4, 64, 1024),
-    "energy_K2": Kind("CALM as published, K = 2, autoencoder free", "laptop_energy", 2, 64, 1024),
-    "categorical_K4": Kind("CALM, four tokens at once", "laptop_categorical", 4, 64, 1024),
-    "sequential_K4": Kind("CALM as improved, K = 4", "laptop_quick", 4, 64, 2048),
-    "sequential_K2": Kind("CALM as improved, K = 2", "laptop_quick", 2, 64, 2048),
+    "energy_K4": Kind("energy head, K = 4, autoencoder free", "laptop_energy", 4, 64, 1024),
+    "energy_K2": Kind("energy head, K = 2, autoencoder free", "laptop_energy", 2, 64, 1024),
+    "categorical_K4": Kind("categorical flow head, K = 4", "laptop_categorical", 4, 64, 1024),
+    "sequential_K4": Kind("sequential head, K = 4", "laptop_quick", 4, 64, 2048),
+    "sequential_K2": Kind("sequential head, K = 2", "laptop_quick", 2, 64, 2048),
 }
 CONTEXT = 512
 FLOOR = "floor.json"
@@ -374,6 +375,11 @@ def plot(results: list[Result], floor: Result, path: Path) -> None:
                 x, y, yerr=error, marker="o", capsize=3, color=f"C{order[name]}", label=MODELS[name].label
             )
             axis.set(xlabel=label, xscale="log")
+            axis.xaxis.set_minor_formatter(NullFormatter())  # Labels between the powers of ten would collide.
+    budgets = sorted({result["budget"] for result in results})
+    for axis in axes[:2]:
+        axis.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
+    axes[2].set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
     for axis, (_, _, y_of) in zip(axes, places, strict=True):
         axis.set_ylabel("nats per token (held-out)" if y_of is nats_of else "BrierLM (held-out, T = 1)")
         if y_of is brier_of:
