@@ -119,3 +119,20 @@ def test_other_adapters_by_peft(config):
     trained = [weight for weight in adapted.parameters() if weight.requires_grad]
     assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in trained)
     assert adapted.eval().generate(input_ids=TOKENS, max_new_tokens=4, seed=1).shape[1] > 16
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_of_transformers_sees_the_loss_of_the_model(tmp_path, accumulation):
+    """It would divide a loss that takes `num_items_in_batch` by the number of tokens, K times too many."""
+    model = tiny_model(head_config={"head_type": "sequential"})
+    ids = torch.randint(3, 40, (4, 16), generator=torch.Generator().manual_seed(2))
+    expected = model(ids, labels=ids).loss.item()
+    settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, learning_rate=0.0, logging_steps=1, report_to="none",
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    blocks = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = Trainer(model=model, args=arguments, train_dataset=blocks)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)

@@ -118,7 +118,8 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # The Trainer passes num_items_in_batch.
+    # The Trainer of transformers counts tokens, and the loss is a mean over other things; ours counts them.
+    accepts_loss_kwargs = False
     # It has no attention, so every implementation that a model around it asks for will do.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 

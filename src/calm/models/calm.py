@@ -65,7 +65,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # The Trainer passes num_items_in_batch.
+    # The Trainer of transformers counts tokens, and the loss is a mean over other things; ours counts them.
+    accepts_loss_kwargs = False
     _no_split_modules = ["LlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True

@@ -69,6 +69,7 @@ class ChunkTrainer(Trainer):
             processing_class=blocks.tokenizer,
             data_collator=collate_chunks if is_of_chunks else collate_tokens,
         )
+        self.model_accepts_loss_kwargs = True  # It counts what the loss is a mean over.
         self.remove_callback(ProgressCallback)
         self.add_callback(ProgressLines)
         self._speed = Speed(
