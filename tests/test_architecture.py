@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import calm
+from calm.renamed import MOVED
 
 SOURCE = Path(__file__).parents[1] / "src" / "calm"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -20,6 +21,7 @@ LEVELS = {
     "text": 0,
     "hub": 0,
     "ranges": 0,
+    "renamed": 0,
     "mistakes": 0,
     "storage": 0,
     "models": 1,
@@ -174,6 +176,7 @@ def test_the_tree_names_every_file():
         "__init__",
         "__main__",
         "generation",
+        "renamed",
     }
     assert names - words == set()
 
@@ -181,7 +184,9 @@ def test_the_tree_names_every_file():
 def test_the_table_of_rooms_is_the_table_of_levels():
     rows = re.findall(r"^\| (\d) \| ([^|]+) \|", ARCHITECTURE, re.MULTILINE)
     told = {room: int(level) for level, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
-    assert told == {room: level for room, level in LEVELS.items() if room not in ("__main__", "generation")}
+    assert told == {
+        room: level for room, level in LEVELS.items() if room not in ("__main__", "generation", "renamed")
+    }
 
 
 def test_what_was_renamed_has_its_old_name_for_one_version():
@@ -190,3 +195,13 @@ def test_what_was_renamed_has_its_old_name_for_one_version():
     with pytest.warns(DeprecationWarning, match="calm.TemperatureSettings is now calm.sampler_from"):
         sampler = calm.TemperatureSettings(temperature=0.5, sampler="pool", num_draws=9)
     assert sampler == calm.PoolSampler(temperature=0.5, num_draws=9)
+    with pytest.raises(ImportError, match=r"HeadWork is now HeadFlops"):
+        from calm.models.heads import HeadWork  # noqa: F401
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_that_has_moved_says_where_it_is(old):
+    with pytest.raises(ModuleNotFoundError, match=rf"{re.escape(old)} is now "):
+        importlib.import_module(old)
+    for new in re.findall(r"calm[\w.]+", MOVED[old].rstrip(".")):
+        importlib.import_module(new)

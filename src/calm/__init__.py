@@ -92,6 +92,8 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+import_module("calm.renamed").tell()
+
 # Registration imports torch, and `calm --help` should answer at once.
 if not getattr(sys.modules.get("calm_command"), "is_running", False):
     import_module("calm.models.registration").register()

@@ -4,6 +4,8 @@ A head is one file with a configuration dataclass and a module, joined in the re
 `head_type` carries in a checkpoint. docs/heads.md shows how to add one.
 """
 
+from typing import Any
+
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
 from calm.models.heads.contract import GenerativeHead, LatentHead, Likelihood, Target, TokenProbabilities
 from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
@@ -18,6 +20,20 @@ register_head("flow", FlowHeadConfig, FlowHead)
 register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
 register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
 register_head("sequential", SequentialHeadConfig, SequentialHead)
+
+# Names of version 0.1, for one version.
+_RENAMED = {
+    "HeadWork": "HeadFlops, which counts FLOPs, two for each multiply-add",
+    "TokenChances": "TokenProbabilities",
+    "takes_temperature": "config.lowest_temperature < 1",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise ImportError(f"calm.models.heads.{name} is now {_RENAMED[name]}.")
+    raise AttributeError(f"module 'calm.models.heads' has no attribute '{name}'")
+
 
 __all__ = [
     "CategoricalFlowHead",

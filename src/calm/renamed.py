@@ -1,0 +1,40 @@
+"""Where modules of version 0.1 are now: who imports one is told, for one version."""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+MOVED = {
+    "calm.evaluation.readers": "calm.models.readers",
+    "calm.evaluation.samplers": "calm.evaluation.scorers",
+    "calm.models.batching": "calm.models.writing.batching",
+    "calm.models.generation": "calm.models.writing.generate",
+    "calm.models.generation_arguments": "calm.models.writing.arguments",
+    "calm.models.heads.adaln": "calm.models.heads.step_network",
+    "calm.models.heads.base": "calm.models.heads.contract, .fields and .registry",
+    "calm.models.heads.mean_flow": "examples/a_head_of_your_own.py",
+    "calm.models.sampling": "calm.models.writing.sampling",
+    "calm.models.stepping": "calm.models.writing.steps",
+    "calm.models.stopping": "calm.models.writing.stopping",
+    "calm.serving.answers": "calm.serving.request_texts",
+    "calm.serving.requests": "calm.serving.endpoint and calm.serving.formats",
+    "calm.training.collating": "calm.training.batches",
+    "calm.training.configurations": "calm.training.check and calm.training.build",
+    "calm.verbs": "calm.commands",
+}
+
+
+class _Moved(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if (now := MOVED.get(fullname)) is not None:
+            raise ModuleNotFoundError(f"{fullname} is now {now}.", name=fullname)
+        return None
+
+
+def tell() -> None:
+    """Answer imports of modules that have moved with where they are."""
+    sys.meta_path.insert(0, _Moved())  # First, lest an empty folder of old be taken for the module.
