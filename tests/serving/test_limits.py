@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving_client import PROMPT, alone, serving, slowed, wait_until
 
-from calm.commands.using import serve
+from calm.commands.sharing import serve
 from calm.serving import app, bodies, endpoint
 from calm.serving.errors import ApiError
 from calm.serving.intake import Intake

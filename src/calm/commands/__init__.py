@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from calm.commands.making import ablate, compare, demo, finetune, prepare, train
-from calm.commands.using import doctor, evaluate, flops, generate, import_published, serve, share
+from calm.commands.sharing import import_published, serve, share
+from calm.commands.using import doctor, evaluate, flops, generate
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,

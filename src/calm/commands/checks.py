@@ -1,0 +1,19 @@
+"""What several commands look at before torch is imported."""
+
+from calm.ranges import BLOCKS, ORDERS
+
+
+def look_for(model: str) -> None:
+    """Raise InputError for a model that is not there, before torch is imported."""
+    from calm.models import missing
+
+    missing.look_for(model)
+
+
+def check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
+    """Raise InputError for an order of n-grams, or another number, that is out of range."""
+    for order in [ngrams] if isinstance(ngrams, int) else ngrams or []:
+        ORDERS.require("ngrams", order)
+    for name, number in counts.items():
+        if number is not None:
+            BLOCKS.require(name, number)
