@@ -8,6 +8,7 @@ from typing import Any
 
 from calm.commands.checks import check_counts, look_for
 from calm.errors import InputError
+from calm.terminal import as_text
 
 
 def import_published(
