@@ -8,7 +8,6 @@ how often two samples agree, and what a written token costs.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import find_targets, split_into_chunks
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import ExactSampler, HeadSampler, Sampler
 from calm.data.prepared import PreparedData, load_prepared
 from calm.evaluation.held_out import batches_of
-from calm.evaluation.readers import CalmDraws
 from calm.flops import Work, cost_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model
+from calm.models.readers import ChunkReader
+from calm.training.opening import data_folder
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, data_folder
+from calm.training.recipe_files import RECIPE, read_recipe
 
 
 def main() -> None:
@@ -44,30 +43,27 @@ def main() -> None:
     print(
         f"{len(truth)} positions; of the true chunks {share_seen(truth, seen):.1%} occur in the training text"
     )
-    print(
-        "| sampler | calls | T | occurs | next chunk | next token | two agree | draws | operations a token |"
-    )
+    print("| sampler | calls | T | occurs | next chunk | next token | two agree | draws | FLOPs a token |")
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in arguments.steps:
         model.change_sampling(num_steps=steps)
-        for settings in ways():
-            draws = CalmDraws(model, settings)
-            first, second = draws(hidden, 2, torch.Generator().manual_seed(1))
-            work = Work(recipe.data.context // size, draws.mean_draws)
+        for name, sampler in ways():
+            reader = ChunkReader(model, sampler)
+            first, second = reader.draw(hidden, 2, torch.Generator().manual_seed(1))
+            work = Work(recipe.data.context // size, reader.mean_draws)
             print(
-                f"| {settings.sampler} | {steps} | {settings.temperature:g} | {share_seen(first, seen):.1%} "
+                f"| {name} | {steps} | {sampler.temperature:g} | {share_seen(first, seen):.1%} "
                 f"| {share(first == truth):.1%} | {share(first[:, :1] == truth[:, :1]):.1%} "
-                f"| {share(first == second):.1%} | {draws.mean_draws:.0f} "
+                f"| {share(first == second):.1%} | {reader.mean_draws:.0f} "
                 f"| {sum(cost_of(model.config, work).inference.values()) / 1e6:.1f} M |",
                 flush=True,
             )
 
 
-def ways() -> Iterator[TemperatureSettings]:
-    """All samplers and temperatures."""
-    head = TemperatureSettings(sampler="head")
-    yield from (dataclasses.replace(head, temperature=t) for t in (1.0, 0.7, 0.5, 0.35))
-    yield TemperatureSettings(temperature=0.5)
+def ways() -> Iterator[tuple[str, Sampler]]:
+    """All samplers and temperatures, with their names."""
+    yield from (("head", HeadSampler(temperature=t)) for t in (1.0, 0.7, 0.5, 0.35))
+    yield "exact", ExactSampler(temperature=0.5)
 
 
 def positions(

@@ -1,10 +1,10 @@
-"""Which head learns most, from equal operations and in equal time, and how fast does each draw?
+"""Which head learns most, from equal FLOPs and in equal time, and how fast does each draw?
 
     calm compare --recipe demo --budget 0.7 --chunk_sizes '[4]' --no_baseline --output runs/ladder
     python benchmarks/heads.py runs/ladder/K4 --output runs/heads
 
 Every run that is named is one seed. Its energy head sets the budget: its text, autoencoder, backbone and
-optimizer are kept, and each other head is trained for as many steps as its operations allow, and again for as
+optimizer are kept, and each other head is trained for as many steps as its FLOPs allow, and again for as
 many as its time allows where that differs by more than 15%, which is the spread of the times of a step. These
 are measured first, in turns, in this one process. Then all are scored on the same held-out blocks, drawn from
 in several ways, and timed. What is finished is kept, so the benchmark goes on where it was stopped.
@@ -28,17 +28,16 @@ from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
 from calm.models.loading import load_config
-from calm.training.configurations import language_model_config
+from calm.training.build import language_model_config
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, train
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train
 
 HEADS: dict[str, dict[str, Any] | None] = {
     "energy": None,  # As the run has it.
     "flow": {"head_type": "flow", "num_blocks": 1},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1},
-    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1},
 }
 WAYS: dict[str, list[dict[str, Any]]] = {
     "energy": [{}],
@@ -56,7 +55,6 @@ WAYS: dict[str, list[dict[str, Any]]] = {
         {"sampler": "ddim", "num_steps": 25},
         {"sampler": "dpm", "num_steps": 15},
     ],
-    "mean_flow": [{"num_steps": 1}, {"num_steps": 2}],
 }
 POSITIONS, DRAWS = 64, 16
 Row = dict[str, Any]  # Figures of a model that is drawn from in one way.
@@ -79,11 +77,11 @@ def main() -> None:
     if len(set(seeds)) < len(seeds):
         parser.error(f"the runs must have different seeds, got {', '.join(seeds)}.")
     recipes = [recipe_with(run, None) for run in arguments.runs]
-    per_step = {name: operations(arguments.runs[0], name) for name in arguments.heads}
+    per_step = {name: training_flops_of(arguments.runs[0], name) for name in arguments.heads}
     seconds = step_times(arguments)
     for name in arguments.heads:
         print(
-            f"{name}: operations of a step {per_step[name] / per_step['energy']:.2f}, "
+            f"{name}: FLOPs of a step {per_step[name] / per_step['energy']:.2f}, "
             f"time of a step {seconds[name] / seconds['energy']:.2f} times those of the energy head"
         )
     rows: list[Row] = []
@@ -91,11 +89,11 @@ def main() -> None:
         steps = recipe.language_model.training.steps
         for name in arguments.heads:
             equal = {
-                "operations": round(steps * per_step["energy"] / per_step[name]),
+                "flops": round(steps * per_step["energy"] / per_step[name]),
                 "time": round(steps * seconds["energy"] / seconds[name]),
             }
-            if abs(equal["time"] / equal["operations"] - 1) <= 0.15:
-                equal = {"both": equal["operations"]}
+            if abs(equal["time"] / equal["flops"] - 1) <= 0.15:
+                equal = {"both": equal["flops"]}
             for what, number in equal.items():
                 folder = arguments.output / f"{seed_of(run)}_{name}_{what}"
                 model = run / "model" if name == "energy" else trained(run, name, number, folder)
@@ -130,8 +128,8 @@ def config_of(run: Path, name: str) -> CalmConfig:
     return language_model_config(recipe, autoencoder, {})
 
 
-def operations(run: Path, name: str) -> float:
-    """Training operations of a token with one of the heads."""
+def training_flops_of(run: Path, name: str) -> float:
+    """Training FLOPs of a token with one of the heads."""
     return training_flops(config_of(run, name), recipe_with(run, None).data.context)
 
 
@@ -207,7 +205,8 @@ def draw_speeds(arguments: argparse.Namespace, rows: list[Row]) -> Speeds:
     @torch.no_grad()
     def draw(way: tuple[str, str], folder: str) -> None:
         models[folder].change_sampling(**json.loads(way[1]))
-        models[folder].head.sample(hidden, DRAWS)
+        head: Any = models[folder].head
+        head.sample_latents(hidden, DRAWS)
 
     times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)
     speeds = {way: [POSITIONS * DRAWS / seconds for seconds in few] for way, few in times.items()}
@@ -218,7 +217,7 @@ def report(rows: list[Row], speeds: Speeds, output: Path) -> None:
     """One line for each head and way of drawing, scores of all seeds beside each other."""
     energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
     lines = [
-        "| head | drawn | equal operations | equal time | draws/s | to energy |",
+        "| head | drawn | equal FLOPs | equal time | draws/s | to energy |",
         "|---|---|---|---|---|---|",
     ]
     for name, ways in WAYS.items():
@@ -227,7 +226,7 @@ def report(rows: list[Row], speeds: Speeds, output: Path) -> None:
             if same:
                 speed, low, high = speeds[name, json.dumps(way)]
                 drawn = " ".join(str(value) for value in way.values())
-                cells = [name, drawn, *(scores_of(same, what) for what in ("operations", "time"))]
+                cells = [name, drawn, *(scores_of(same, what) for what in ("flops", "time"))]
                 cells += [f"{speed:,.0f} ({low:,.0f} to {high:,.0f})", f"{speed / energy:.2g}"]
                 lines.append(f"| {' | '.join(cells)} |")
     (output / "heads.md").write_text("\n".join(lines) + "\n")

@@ -47,7 +47,7 @@ def cases(folder: str | None) -> dict[str, tuple[Tensor, Tensor]]:
         ids = [ids[:64] for ids in tokenizer(list(stories(7, 64)))["input_ids"] if len(ids) >= 64][:4]
         with torch.no_grad():
             hidden_PD = model.hidden_states_of_chunks(torch.tensor(ids)).flatten(0, 1)[1::8]
-            latents = model.head.sample(hidden_PD, 200, generator)
+            latents = model.head.sample_latents(hidden_PD, 200, generator)
             vectors = model.autoencoder.decoder(latents).flatten(0, 2)
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:800]]
         weight = model.autoencoder.get_input_embeddings().weight.detach()

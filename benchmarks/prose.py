@@ -2,13 +2,13 @@
 
     python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose
 
-For each seed and each budget of training operations one model of each kind is trained on the same text with
+For each seed and each budget of training FLOPs one model of each kind is trained on the same text with
 the same tokenizer, optimizer and context, at a width (`MODELS`) that suits such budgets where one was sought,
 and scored on the same held-out text:
 
     baseline          a Llama of tokens
     energy_K4         CALM as published, but for Muon and the integrated posterior (recipe `laptop_energy`);
-                      its autoencoder takes more operations than most of these budgets: it is trained in full,
+                      its autoencoder takes more FLOPs than most of these budgets: it is trained in full,
                       once for all budgets of a seed, and does not count
     energy_K2         the same with chunks of two tokens
     categorical_K4    the categorical flow head, which draws four tokens at once (recipe `laptop_categorical`)
@@ -43,19 +43,19 @@ from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_sampler
-from calm.evaluation.perplexity import has_likelihood
-from calm.evaluation.samplers import scorer_at, scorer_of
+from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_with
+from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
-from calm.generation import continue_tokens
 from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.pages import new_figure
 from calm.report.tables import with_error
 from calm.storage.disk import write_file_whole
+from calm.texts import continue_tokens
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE, train, train_autoencoder
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train, train_autoencoder
 
 
 class Kind(NamedTuple):
@@ -176,7 +176,7 @@ def with_autoencoder(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def with_budget(recipe: Recipe, budget: float) -> Recipe:
-    """The recipe with as many steps as a budget of operations allows; a given autoencoder is free."""
+    """The recipe with as many steps as a budget of FLOPs allows; a given autoencoder is free."""
     steps = affordable_steps(recipe, load_prepared(Path(recipe.data.sources[0])).vocab_size, budget)
     training = dataclasses.replace(recipe.language_model.training, steps=steps)
     model = dataclasses.replace(recipe.language_model, training=training)
@@ -200,26 +200,26 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
         blocks = data.blocks("validation", chunk_size=size, block_size=context)
         rebuilt = score_reconstruction(model.autoencoder, blocks, num_blocks)
         result["given_back"] = rebuilt.token_accuracy
-    if has_likelihood(model):
+    if language_model(model).has_likelihood:
         width = scorer_of(model).chunk_size
         blocks = data.blocks("validation", chunk_size=width, block_size=context)
         result["cross_entropy"] = score_perplexity(model, blocks, num_blocks).cross_entropy
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
-        scorer, draws = scorer_at(model, temperature)
+        scorer = scorer_of(model, temperature=temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
         num_draws = NUM_DRAWS if temperature == 1 else 2  # Probabilities need none.
-        brier = score_sampler(scorer, model, blocks, blocks_scored, SEED, num_draws)
+        brier = score_with(scorer, model, blocks, blocks_scored, SEED, num_draws)
         if temperature == 1:
             assert brier.documents is not None
             result["documents"] = rows_of(brier.documents)
-        cost = cost_of(model.config, Work(context // size, draws.mean_draws if draws else 1))
+        cost = cost_of(model.config, Work(context // size, scorer.reader.mean_draws))
         result[f"T{temperature:g}"] = {
             "brier_lm": brier.brier_lm,
             "error": brier.brier_lm_error,
             "brier": [100 * mean for mean in brier.means[:4]],
             "hits": [100 * value for value in brier.hits[:4]],
             "collisions": [100 * value for value in brier.collisions[:4]],
-            "draws": draws.mean_draws if draws else 1,
+            "draws": scorer.reader.mean_draws,
             "inference_flops": sum(cost.inference.values()),
         }
     return result
@@ -253,7 +253,7 @@ def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
 
 
 def score_words(folder: Path) -> dict[str, float]:
-    """Share of well-formed chunks at two temperatures: four tokens written behind held-out text."""
+    """Share of well-formed chunks at two temperatures: four tokens written after held-out text."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     known, prompts = known_words(data), [prompt for prompt, _ in prompts_of(data)]
@@ -270,7 +270,7 @@ def score_words(folder: Path) -> dict[str, float]:
 
 
 def prompts_of(data: PreparedData) -> list[tuple[list[int], list[int]]]:
-    """Places of the held-out text: tokens before each, and the four behind it."""
+    """Places of the held-out text: tokens before each, and the four after it."""
     places = [
         (list(tokens[start : start + PROMPT]), list(tokens[start + PROMPT : start + PROMPT + 4]))
         for tokens in data.validation["input_ids"]
@@ -317,7 +317,7 @@ def report(folder: Path) -> None:
         f"trigram: {with_error(floor['brier_lm'], floor['error'])}; true chunks: {floor['words']:.1%} words"
     )
     print(
-        "| model | operations | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
+        "| model | FLOPs | seed | steps | nats | BrierLM | to the baseline | Brier-1..4 | min | T = 1 "
         "| T = 0.5 | draws | words |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
@@ -346,14 +346,14 @@ def difference_of(result: Result, results: list[Result]) -> str:
 
 
 def plot(results: list[Result], floor: Result, path: Path) -> None:
-    """BrierLM against training operations, time and operations of a written token; and nats."""
+    """BrierLM against training FLOPs, time and FLOPs of a written token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
     places = (
-        ("training operations", lambda r: r["training_flops"], brier_of),
-        ("training operations", lambda r: r["training_flops"], nats_of),
+        ("training FLOPs", lambda r: r["training_flops"], brier_of),
+        ("training FLOPs", lambda r: r["training_flops"], nats_of),
         ("training minutes", lambda r: r["seconds"] / 60, brier_of),
-        (f"operations per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
+        (f"FLOPs per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
     )
     order = {name: number for number, name in enumerate(MODELS)}
     ordered = sorted(results, key=lambda r: (order[r["model"]], r["budget"]))

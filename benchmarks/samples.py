@@ -9,8 +9,8 @@ Every model continues the same prompt with the seeds 1, 2, ...; nothing is left 
 import argparse
 from pathlib import Path
 
-from calm.generation import continue_texts
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.texts import continue_texts
 
 
 def main() -> None:

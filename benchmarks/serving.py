@@ -19,13 +19,12 @@ import uvicorn
 from measure import machine, status
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.temperature import TemperatureSettings
 from calm.data.stories import stories
-from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.serving.app import create_app
 from calm.serving.settings import ServerSettings
+from calm.texts import continue_texts
 
 
 def main() -> None:
@@ -83,9 +82,7 @@ def ask_all(
     arguments: argparse.Namespace,
 ) -> tuple[float, list[str]]:
     """Tokens per second of all clients together, and their texts."""
-    settings = ServerSettings(
-        name="model", max_rows=rows, defaults=TemperatureSettings(temperature=arguments.temperature)
-    )
+    settings = ServerSettings(name="model", max_rows=rows, temperature=arguments.temperature)
     app = create_app(model, tokenizer, settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)

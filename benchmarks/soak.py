@@ -168,14 +168,14 @@ class Crowd:
         self.faults: list[str] = []
         self._lock = threading.Lock()
 
-    def work(self, chance: random.Random, ends: float) -> None:
+    def work(self, rng: random.Random, ends: float) -> None:
         """Behave this way and that until it is time."""
         ways, weights = zip(*MIXTURE.items(), strict=True)
         with httpx.Client(base_url=self.url, timeout=120) as client:
             while time.monotonic() < ends:
-                way = chance.choices(ways, weights)[0]
+                way = rng.choices(ways, weights)[0]
                 try:
-                    result = getattr(self, way)(client, chance)
+                    result = getattr(self, way)(client, rng)
                 except (httpx.TransportError, OSError) as error:
                     # Those who behave may lose a connection that has been idle for long, and no more.
                     result = f"lost ({type(error).__name__})"
@@ -188,13 +188,13 @@ class Crowd:
             self.faults.append(text)
         return "FAULT"
 
-    def pick(self, chance: random.Random, path: str) -> tuple[dict[str, Any], Any]:
+    def pick(self, rng: random.Random, path: str) -> tuple[dict[str, Any], Any]:
         """A good request of a kind, and its answer."""
-        return chance.choice([(body, answer) for (place, body), answer in self.known if place == path])
+        return rng.choice([(body, answer) for (place, body), answer in self.known if place == path])
 
-    def ask(self, client: httpx.Client, chance: random.Random, path: str = "/v1/completions") -> str | int:
+    def ask(self, client: httpx.Client, rng: random.Random, path: str = "/v1/completions") -> str | int:
         """A good request."""
-        body, expected = self.pick(chance, path)
+        body, expected = self.pick(rng, path)
         response = client.post(path, json={"model": "model", **body})
         if response.status_code in BUSY:
             return response.status_code
@@ -204,13 +204,13 @@ class Crowd:
             )
         return "right"
 
-    def pool(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def pool(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A good one of the other kind."""
-        return self.ask(client, chance, "/v1/calm/pool")
+        return self.ask(client, rng, "/v1/calm/pool")
 
-    def stream(self, client: httpx.Client, chance: random.Random, slow: bool = False) -> str | int:
+    def stream(self, client: httpx.Client, rng: random.Random, slow: bool = False) -> str | int:
         """A good request whose answer comes in parts."""
-        body, expected = self.pick(chance, "/v1/completions")
+        body, expected = self.pick(rng, "/v1/completions")
         text = ""
         with client.stream(
             "POST", "/v1/completions", json={"model": "model", "stream": True, **body}
@@ -226,10 +226,10 @@ class Crowd:
                     time.sleep(0.3)
         return "right" if text == expected else self.fault(f"a stream gave {text!r}, not {expected!r}")
 
-    def slow_reader(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def slow_reader(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A stream that is read slowly, or a long one that is not read at all."""
-        if chance.random() < 0.5:
-            return self.stream(client, chance, slow=True)
+        if rng.random() < 0.5:
+            return self.stream(client, rng, slow=True)
         body = json.dumps({"model": "model", "prompt": "a", "max_tokens": 400, "n": 8, "stream": True,
                            "temperature": 1, "return_chunks": True})  # fmt: skip
         with self.connect(4096) as connection:
@@ -237,24 +237,24 @@ class Crowd:
             time.sleep(8)
         return "done"
 
-    def hang_up(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def hang_up(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Leave in the middle of a request, or before its answer."""
-        body, _ = self.pick(chance, "/v1/completions")
+        body, _ = self.pick(rng, "/v1/completions")
         raw = post(json.dumps({"model": "model", **body, "max_tokens": 400, "temperature": 1}))
         with self.connect() as connection:
-            connection.sendall(raw[: chance.choice([len(raw), chance.randrange(1, len(raw))])])
-            time.sleep(chance.random())
+            connection.sendall(raw[: rng.choice([len(raw), rng.randrange(1, len(raw))])])
+            time.sleep(rng.random())
         return "done"
 
-    def leave_stream(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def leave_stream(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Read a few parts."""
         asked = {"model": "model", "prompt": "a", "stream": True, "max_tokens": 400, "temperature": 1, "n": 4}
         with client.stream("POST", "/v1/completions", json=asked) as response:
-            for _ in zip(range(chance.randrange(5)), response.iter_lines(), strict=False):
+            for _ in zip(range(rng.randrange(5)), response.iter_lines(), strict=False):
                 pass
         return "done"
 
-    def many(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def many(self, client: httpx.Client, rng: random.Random) -> str | int:
         """More texts than there are places, given up soon."""
         try:
             client.post("/v1/completions", json={"model": "model", "prompt": "a", "n": 64}, timeout=0.5)
@@ -262,11 +262,11 @@ class Crowd:
             return "gave up"
         return "done"
 
-    def malformed(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def malformed(self, client: httpx.Client, rng: random.Random) -> str | int:
         """What is no HTTP, or none that is taken."""
-        raw = chance.choice([
-            b"\x16\x03\x01" + chance.randbytes(50) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-            chance.randbytes(200) + b"\r\n\r\n",
+        raw = rng.choice([
+            b"\x16\x03\x01" + rng.randbytes(50) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+            rng.randbytes(200) + b"\r\n\r\n",
             b"GET /" + b"a" * 400_000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nhost: evil.example\r\n\r\n",
             b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2000000\r\n\r\n",
         ])  # fmt: skip
@@ -278,7 +278,7 @@ class Crowd:
         status = int(said.split()[1])
         return status if 400 <= status < 500 else self.fault(f"{raw[:80]!r}: {said[:200]!r}")
 
-    def invalid(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def invalid(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Requests that cannot be honoured."""
         bodies: list[dict[str, Any]] = [
             {"prompt": "a" * 900_000}, {"prompt": ["a"] * 100_000, "n": 128}, {"prompt": [5] * 300_000},
@@ -286,21 +286,21 @@ class Crowd:
             {"prompt": "a", "max_tokens": 10**9}, {"prompt": "a", "n": 10**9}, {"messages": []},
             {"stop": ["a"] * 99},
         ]  # fmt: skip
-        body = chance.choice(bodies)
+        body = rng.choice(bodies)
         status = client.post("/v1/completions", json={"model": "model", **body}).status_code
         return status if status in (400, 413, *BUSY) else self.fault(f"{str(body)[:80]}: {status}")
 
-    def slow_head(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def slow_head(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Header after header, as long as the server lets one."""
         return self.trickle(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n", b"x: y\r\n")
 
-    def slow_body(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def slow_body(self, client: httpx.Client, rng: random.Random) -> str | int:
         """A body byte after byte."""
         return self.trickle(
             b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n", b" "
         )
 
-    def silent(self, client: httpx.Client, chance: random.Random) -> str | int:
+    def silent(self, client: httpx.Client, rng: random.Random) -> str | int:
         """Nothing at all."""
         return self.trickle(b"", b"")
 

@@ -1,15 +1,15 @@
-"""What does low temperature cost, and how near does each sampler come to the tempered law?
+"""What does low temperature cost, and how near does each sampler come to the tempered distribution?
 
     python benchmarks/temperature.py speed runs/demo/model
     python benchmarks/temperature.py speed --random      # 128,256 tokens, CALM-M sizes, 2 layers
-    python benchmarks/temperature.py law runs/demo
+    python benchmarks/temperature.py distribution runs/demo
 
 `speed` writes with every sampler in turns, round after round in one run, and prints medians, with
 tokens per second also as a ratio to the yardstick: the pool rule written the obvious way (all
 logits of all draws in memory, chunks counted in Python, row by row). "whole" reads all tokens of all
-draws, as is done for small vocabularies; large ones are read only as far as it matters. `law` draws a
-large reference for held-out contexts, then runs the samplers on the reference law and measures their
-total variation distance to the tempered one; "ideal" draws from the tempered law itself, which shows
+draws, as is done for small vocabularies; large ones are read only as far as needed. `distribution` draws a
+large reference for held-out contexts, then runs the samplers on the reference distribution and measures their
+total variation distance to the tempered one; "ideal" draws from the tempered distribution itself, which shows
 what part of a distance is due to the finite number of trials.
 """
 
@@ -29,13 +29,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
-import calm.models.sampling as sampling
+import calm.models.writing.sampling as sampling
 from calm.core.chunks import find_targets
-from calm.core.temperature import ChunkSample, TemperatureSettings, sample
+from calm.core.samplers import Sampler
+from calm.core.temperature import ChunkSample
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.writing.sampler_registry import sampler_from
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
@@ -48,8 +50,9 @@ def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) 
     n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
     chosen = []
+    head: Any = model.head
     for hidden_D in hidden_PD:
-        latents = model.head.sample(hidden_D.repeat(num_draws, 1), 1)[0]
+        latents = head.sample_latents(hidden_D.repeat(num_draws, 1), 1)[0]
         tokens = model.autoencoder.decode(latents).argmax(-1)
         counts = collections.Counter(map(tuple, tokens.tolist()))
         for m in range(n, 0, -1):
@@ -62,13 +65,12 @@ def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) 
     return ChunkSample(torch.tensor(chosen), made_R, made_R, made_R < 0, made_R.double())
 
 
-def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, TemperatureSettings | None]:
+def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Sampler | None]:
     """Name -> settings; None is the yardstick."""
-    table: dict[str, TemperatureSettings | None] = {
-        f"exact {budget}": TemperatureSettings(temperature=temperature, max_draws=budget)
-        for budget in budgets
+    table: dict[str, Sampler | None] = {
+        f"exact {budget}": sampler_from(temperature=temperature, max_draws=budget) for budget in budgets
     }
-    table[f"pool {POOL}"] = TemperatureSettings(temperature=temperature, sampler="pool", num_draws=POOL)
+    table[f"pool {POOL}"] = sampler_from(temperature=temperature, sampler="pool", num_draws=POOL)
     if abs(1 / temperature - round(1 / temperature)) < 1e-6:
         table[LITERAL] = None
     return table
@@ -77,7 +79,7 @@ def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Tempera
 def write(
     model: CalmForCausalLM,
     prompts: Tensor,
-    settings: TemperatureSettings | None,
+    settings: Sampler | None,
     temperature: float,
     num_chunks: int,
     seed: int,
@@ -90,11 +92,7 @@ def write(
     if settings is None:
         model.__dict__["sample_chunks"] = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
-        options = {
-            "sampler": settings.sampler,
-            "num_draws": settings.num_draws,
-            "max_draws": settings.max_draws,
-        }
+        options = {"sampler": settings}
     num_tokens = num_chunks * model.config.chunk_size
     start = time.perf_counter()
     out: Any = model.generate(
@@ -188,7 +186,9 @@ def compare(
 
 
 @torch.no_grad()
-def reference_laws(folder: Path, num_contexts: int, num_draws: int, block: int = 4000) -> Iterator[Tensor]:
+def reference_distributions(
+    folder: Path, num_contexts: int, num_draws: int, block: int = 4000
+) -> Iterator[Tensor]:
     """Frequencies of all outcomes at held-out contexts spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
@@ -209,21 +209,23 @@ def reference_laws(folder: Path, num_contexts: int, num_draws: int, block: int =
         yield counts_V.double() / num_draws
 
 
-def law(arguments: argparse.Namespace) -> None:
-    """Distances of every sampler to the tempered law."""
+def distribution(arguments: argparse.Namespace) -> None:
+    """Distances of every sampler to the tempered distribution."""
     generator = torch.Generator().manual_seed(1)
     distances: dict[tuple[float, str], list[float]] = collections.defaultdict(list)
     costs: dict[tuple[float, str], list[tuple[float, float]]] = collections.defaultdict(list)
-    for law_V in reference_laws(Path(arguments.folder), arguments.contexts, arguments.draws):
-        cumulative_V = law_V.cumsum(0)
+    for p_V in reference_distributions(Path(arguments.folder), arguments.contexts, arguments.draws):
+        cumulative_V = p_V.cumsum(0)
 
-        def draw(num_draws: int, rows: Tensor, cumulative_V: Tensor = cumulative_V) -> Tensor:
+        def draw(
+            num_draws: int, rows: Tensor, temperature: float = 1.0, cumulative_V: Tensor = cumulative_V
+        ) -> Tensor:
             uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
             outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
             return outcome.unsqueeze(-1)
 
         for temperature in arguments.temperatures:
-            wanted_V = law_V ** (1 / temperature)
+            wanted_V = p_V ** (1 / temperature)
             wanted_V = wanted_V / wanted_V.sum()
             for key, settings in {**samplers_at(temperature, arguments.budgets), "ideal": None}.items():
                 if key == "ideal":
@@ -231,14 +233,14 @@ def law(arguments: argparse.Namespace) -> None:
                         wanted_V, arguments.trials, replacement=True, generator=generator
                     )
                 elif settings is None:
-                    continue  # The literal pool has the law of the pool.
+                    continue  # The literal pool has the distribution of the pool.
                 else:
-                    result = sample(draw, arguments.trials, settings, generator)
+                    result = settings.sample(draw, arguments.trials, generator)
                     found = result.chunks_RK.squeeze(-1)
                     costs[temperature, key].append(
                         (result.num_draws_R.double().mean().item(), result.fell_back_R.double().mean().item())
                     )
-                share_V = torch.bincount(found, minlength=len(law_V)) / arguments.trials
+                share_V = torch.bincount(found, minlength=len(p_V)) / arguments.trials
                 distances[temperature, key].append(0.5 * (share_V - wanted_V).abs().sum().item())
     print("T  sampler: mean total variation (standard error over contexts), draws a chunk, fall-backs")
     for (temperature, key), values in distances.items():
@@ -254,25 +256,25 @@ def law(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("speed")
-    verb.add_argument("folder", nargs="?")
-    verb.add_argument("--random", action="store_true")
-    verb.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.1])
-    verb.add_argument("--rounds", type=int, default=5)
-    verb.add_argument("--chunks", type=int, default=25)
-    verb.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    verb.add_argument("--budgets", type=int, nargs="+", default=[200])
-    verb.set_defaults(run=speed)
-    verb = verbs.add_parser("law")
-    verb.add_argument("folder")
-    verb.add_argument("--contexts", type=int, default=200)
-    verb.add_argument("--draws", type=int, default=100_000)
-    verb.add_argument("--trials", type=int, default=2_000)
-    verb.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES[1:])
-    verb.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200])
-    verb.set_defaults(run=law)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("speed")
+    command.add_argument("folder", nargs="?")
+    command.add_argument("--random", action="store_true")
+    command.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.1])
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--chunks", type=int, default=25)
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    command.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
+    command.add_argument("--budgets", type=int, nargs="+", default=[200])
+    command.set_defaults(run=speed)
+    command = commands.add_parser("distribution")
+    command.add_argument("folder")
+    command.add_argument("--contexts", type=int, default=200)
+    command.add_argument("--draws", type=int, default=100_000)
+    command.add_argument("--trials", type=int, default=2_000)
+    command.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES[1:])
+    command.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200])
+    command.set_defaults(run=distribution)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -4,7 +4,7 @@
 
 Ours, with the published M posterior draws and with the posterior integrated out, against the same model whose
 head is written the obvious way: the condition joined to every draw, all differences of the energy loss in
-memory. Times in turns, peak memory each in a process of its own, operations as `calm flops` counts them for
+memory. Times in turns, peak memory each in a process of its own, FLOPs as `calm flops` counts them for
 our way.
 """
 
@@ -19,10 +19,10 @@ from measure import in_turns, machine, peak_memory, ratios
 from torch import Tensor
 from torch.nn import functional
 
-from calm.core.gaussian import DiagonalGaussian
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.heads.contract import Target
 from calm.models.heads.energy import EnergyHead, EnergyNoise
 from calm.training.speed import matrix_rate
 
@@ -32,11 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class LiteralHead(EnergyHead):
     """The same head and loss as one would first write them."""
 
-    def loss(
-        self, hidden_PD: Tensor, posterior_PZ: DiagonalGaussian, generator: Any = None, noise: Any = None
-    ) -> Tensor:
+    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """See `GenerativeHead`."""
-        condition = self.condition_norm(self.condition_in(hidden_PD)).expand(self.config.num_draws, -1, -1)
+        condition = self.condition_norm(self.condition_in(states_PD)).expand(self.config.num_draws, -1, -1)
         x = self.noise_norm(self.noise_in(noise.head))
         block: Any
         for block in self.blocks:
@@ -46,7 +44,7 @@ class LiteralHead(EnergyHead):
             )
             x = x + block.down(functional.silu(gate) * up)
         draws = self.out(functional.silu(self.out_hidden(self.out_norm(x))))
-        targets = posterior_PZ.sample(self.config.num_posterior_draws, noise=noise.posterior)
+        targets = target.posterior_PZ.sample(self.config.num_posterior_draws, noise=noise.posterior)
         return literal_energy_loss(draws, targets, self.config.alpha)
 
 
@@ -124,15 +122,15 @@ def main() -> None:
         print(f"{name}: loss of the first step {steps[name]():.5f}")
     table = ratios(in_turns(steps, arguments.rounds), "literal")
     memory = {name: peak_memory(step, *way) for name, way in ways.items()}
-    operations = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
+    flops = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
     rate = matrix_rate(torch.device(DEVICE), torch.float32) or math.nan
-    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {operations / 1e9:.0f} GFLOP a step of ours, ")
+    print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {flops / 1e9:.0f} GFLOP a step of ours, ")
     print(f"matrix products alone reach {rate / 1e9:.0f} GFLOP/s")
     print("| way | ms | times as fast | tokens/s | of the matrix rate | memory |\n|---|---|---|---|---|---|")
     for name, (seconds, ratio, least, most) in table.items():
         print(
             f"| {name} | {1000 * seconds:.0f} | {ratio:.2f} ({least:.2f} to {most:.2f}) | "
-            f"{sizes[0] * sizes[1] / seconds:,.0f} | {operations / seconds / rate:.0%} | "
+            f"{sizes[0] * sizes[1] / seconds:,.0f} | {flops / seconds / rate:.0%} | "
             f"{memory[name] / 2**20:.0f} MiB |"
         )
 

@@ -1,4 +1,4 @@
-"""A CALM and a Transformer of equal training operations, on the same text and the same held-out part.
+"""A CALM and a Transformer of equal training FLOPs, on the same text and the same held-out part.
 
     python examples/compare_with_a_transformer.py my_texts/ --output runs/compare
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("text", help="a .txt, .jsonl or .parquet file, or a folder of them")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--recipe", default="cpu_tiny")
-    parser.add_argument("--budget", type=float, default=1.0, help="share of the recipe's operations for each")
+    parser.add_argument("--budget", type=float, default=1.0, help="share of the recipe's FLOPs for each")
     arguments = parser.parse_args()
 
     recipe = with_settings(read_recipe(arguments.recipe), {"data.sources": arguments.text})

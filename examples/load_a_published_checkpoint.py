@@ -10,8 +10,8 @@ from pathlib import Path
 
 from calm.data.tokenizer import load_tokenizer
 from calm.flops import Work, cost_of
-from calm.generation import continue_texts
 from calm.models.published import load_published
+from calm.texts import continue_texts
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"{parameters:,.0f} parameters, K = {model.config.chunk_size}, head {model.config.head.head_type}")
     for temperature, draws in ((1.0, 1), (0.5, 200)):
         work = Work(positions=512, draws=draws)
-        operations = sum(cost_of(model.config, work).inference.values())
+        flops = sum(cost_of(model.config, work).inference.values())
         [text] = continue_texts(
             model,
             tokenizer,
@@ -38,7 +38,7 @@ def main() -> None:
             temperature=temperature,
             seed=1,
         )
-        print(f"T = {temperature:g}, {operations:.3g} operations a token with {draws} draws a chunk:")
+        print(f"T = {temperature:g}, {flops:.3g} FLOPs a token with {draws} draws a chunk:")
         print(f"{arguments.prompt}{text}\n")
 
 

@@ -26,9 +26,9 @@ QUESTIONS = (
 
 def questions(number: int, seed: int) -> Iterator[dict[str, str]]:
     """So many records with prompt and completion, each about another story."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for story in islice(stories(1_000_000 + seed, 2 * number), 2 * number):
-        pattern, question, group = chance.choice(QUESTIONS)
+        pattern, question, group = rng.choice(QUESTIONS)
         if found := re.search(pattern, story):
             yield {"prompt": f"{story}\nQuestion: {question}\nAnswer:", "completion": f" {found[group]}"}
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_model
-from calm.generation import continue_texts
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.tables import print_scorecard
+from calm.texts import continue_texts
 from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.stages import train
 

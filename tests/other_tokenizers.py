@@ -19,7 +19,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def unigram(template: str = "<s> $A </s>", prepend: str = "always") -> PreTrainedTokenizerFast:
-    """In the manner of SentencePiece, with an end behind every text."""
+    """In the manner of SentencePiece, with an end after every text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
@@ -83,7 +83,7 @@ def bert() -> PreTrainedTokenizerFast:
 
 
 def slow() -> PreTrainedTokenizerBase:
-    """One without a fast backend, with an end behind every text."""
+    """One without a fast backend, with an end after every text."""
     return ByT5Tokenizer()
 
 

@@ -1,4 +1,4 @@
-"""A model behind a real server on loopback, and the client that people have."""
+"""A model served for real on loopback, and the client that people have."""
 
 import threading
 import time
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import openai
 import uvicorn
 
-from calm.generation import continue_texts
-from calm.models.batching import ChunkBatch
+from calm.models.writing.batching import ChunkBatch
 from calm.serving.app import create_app
 from calm.serving.connections import uvicorn_config
 from calm.serving.settings import ServerSettings
+from calm.texts import continue_texts
 
 
 @contextmanager

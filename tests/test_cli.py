@@ -6,7 +6,7 @@ import pytest
 from toy import failure
 
 from calm.cli import main
-from calm.verbs import VERBS
+from calm.commands import COMMANDS
 
 WRONG = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
@@ -40,7 +40,7 @@ WRONG = [
     ("generate a b --temperature hot", "--temperature must be a number, got 'hot'."),
     ("generate a b --temp hot", "--temperature must be a number, got 'hot'."),
     ("generate a b --seed=", "--seed must be a whole number, got nothing."),
-    ("generate a b --sampler magic", "--sampler must be exact, pool or head, got 'magic'."),
+    ("generate a b --sampler magic", "--sampler must be one of exact, pool, head; got 'magic'."),
     ("generate a b --head {x", "--head must be a mapping, such as '{\"num_steps\": 2}', got '{x'."),
     ("evaluate a b --ngrams [1,x]", "must be a whole number or a list of whole numbers, such as [1,2], got"),
     ("compare --chunk_sizes 1 2", "--chunk_sizes must be a list of whole numbers, such as [1,2], got '1'."),
@@ -66,7 +66,7 @@ JARGON = (
     "ns.",
     "<class",
     "Traceback",
-    "verb",
+    "command",
     "jsonargparse",
 )
 
@@ -78,7 +78,7 @@ def test_wrong_arguments(capsys, arguments, message):
     assert not [word for word in JARGON if word in said]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
     assert f"unrecognized option --nonsense; calm {verb} --help" in failure(capsys, verb, "--nonsense")
     assert failure(capsys, verb, "a", "b", "c", "--nonsense=3") != ""
@@ -87,7 +87,7 @@ def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
 def test_no_command_is_a_question_for_help(capsys):
     main([])
     out = capsys.readouterr().out
-    assert out.startswith("usage: calm") and all(verb in out for verb in VERBS)
+    assert out.startswith("usage: calm") and all(verb in out for verb in COMMANDS)
     for arguments in (["--help"], ["-h"]):
         with pytest.raises(SystemExit) as raised:
             main(arguments)

@@ -42,8 +42,8 @@ def total(parts):
     return sum(parts.values())
 
 
-# Parameters in millions (of a CALM without its autoencoder of 75.8M), training operations in 1e20,
-# inference operations per token in 1e8; then how far our count lies from each, in percent. One rule does
+# Parameters in millions (of a CALM without its autoencoder of 75.8M), training FLOPs in 1e20,
+# inference FLOPs per token in 1e8; then how far our count lies from each, in percent. One rule does
 # not give all published CALM rows: training of L and XL and inference of XL stay above.
 TABLE = [
     (transformer("S"), 281, 6.6, 4.4, (2, 2, 2)),
@@ -69,7 +69,7 @@ def test_published_table(config, parameters, training, inference, percent):
 
 
 def test_worked_example():
-    """By the rules of the paper: CALM-M takes 2.905e8 operations per token for one draw."""
+    """By the rules of the paper: CALM-M takes 2.905e8 FLOPs per token for one draw."""
     assert total(cost_of(calm("M")).inference) == pytest.approx(2.905e8, rel=1e-3)
     assert total(cost_of(transformer("S")).inference) == pytest.approx(4.42e8, rel=2e-3)
 
@@ -115,7 +115,7 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
 
     def write():
         model.hidden_states_of_chunks(tokens)
-        model.autoencoder.decode(model.head.sample(hidden, draws))
+        model.autoencoder.decode(model.head.sample_latents(hidden, draws))
 
     expected = total(cost.inference) * chunks * chunk_size
     assert_counts(counted(write), expected, angles=8 * chunks)

@@ -17,12 +17,12 @@ from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.generation import continue_texts
 from calm.harness import HarnessModel, _energy_score, main
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.text.chat import encode_chat
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
+from calm.texts import continue_texts
 
 TASKS = {
     "texts": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
@@ -119,7 +119,7 @@ def test_long_contexts_lose_their_beginning(folder):
 
 @pytest.mark.parametrize("kind", ["llama with an end", "unigram", "byte-level"])
 def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
-    """No end of text behind a context, control tokens only from the template, the space behind a context."""
+    """No end of text after a context, control tokens only from the template, the space after a context."""
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -138,7 +138,7 @@ def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
         prompt, number, _, chunks = harness._read(context, continuation)
         assert [prompt] == encode_documents(tokenizer, [context])
         read = chunks.flatten()[:number].tolist()
-        assert decode_behind(tokenizer, prompt, read) == continuation and tokenizer.eos_token_id not in read
+        assert decode_after(tokenizer, prompt, read) == continuation and tokenizer.eos_token_id not in read
     messages = [{"role": "user", "content": context}]
     rendered = harness.apply_chat_template(messages)
     assert harness._encode(rendered) == encode_chat(tokenizer, messages)
@@ -155,7 +155,7 @@ def test_likelihoods_are_refused(folder, tmp_path):
 
 
 def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
-    """Token by token behind the context, and in a task: what the model thinks likeliest is chosen."""
+    """Token by token after the context, and in a task: what the model thinks likeliest is chosen."""
     torch.manual_seed(4)
     model = tiny_model(4, vocab_size=320, head_config={"head_type": "sequential"})
     tokenizer = load_language_model_and_tokenizer(str(folder))[1]
@@ -164,7 +164,7 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     harness = HarnessModel(str(tmp_path / "sequential"))
     context, continuation = "Once upon a", " time there was nobody in"
 
-    def law_behind(ids, written):
+    def distribution_behind(ids, written):
         """Of the next token, from the losses of all tokens there."""
         seen = torch.tensor([ids + written[: len(written) // 4 * 4]])
         tokens, mask = align_to_chunks(seen, torch.ones_like(seen), 4, 0)
@@ -176,12 +176,12 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     ids = tokenizer(context)["input_ids"]
     words = tokenizer(continuation, add_special_tokens=False)["input_ids"]
     assert len(words) % 4 and len(words) > 4
-    total = sum(float(law_behind(ids, words[:n])[word]) for n, word in enumerate(words))
+    total = sum(float(distribution_behind(ids, words[:n])[word]) for n, word in enumerate(words))
     [(score, is_greedy)] = harness.loglikelihood([instance(context, continuation)])
     assert score == pytest.approx(total, rel=1e-5) and not is_greedy
     best: list[int] = []
     for _ in range(6):
-        best.append(int(law_behind(ids, best).argmax()))
+        best.append(int(distribution_behind(ids, best).argmax()))
 
     # Whose bytes are no text, so it is only called one.
     def tokens_of(text, more=""):
@@ -204,7 +204,7 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     assert first["filtered_resps"][1][0] == second["filtered_resps"][0][0] == pytest.approx(score)
     assert first["filtered_resps"][0][0] > score
     assert (first["acc"], second["acc"]) == (1, 0)  # The task's answer is the first of the two.
-    # A space belongs to the word behind it.
+    # A space belongs to the word after it.
     moved = harness.loglikelihood([instance(f"{context} ", continuation[1:])])
     assert moved == harness.loglikelihood([instance(context, continuation)])
 
@@ -229,7 +229,7 @@ def test_choices_by_sampling(folder, tmp_path):
 
 
 def test_agreement_is_the_share_of_drawn_tokens(folder):
-    """Against draws made here, behind the context and what of the continuation came before."""
+    """Against draws made here, after the context and what of the continuation came before."""
     harness = HarnessModel(str(folder), choices="agreement", num_draws=2000)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     context, continuation = "Once upon", " a time there"
@@ -270,7 +270,9 @@ def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
     mean = autoencoder.encode(chunk).mean.detach()
     noise = torch.randn(16, 1, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
-        harness._model.head, "sample", lambda hidden, *_: mean + 0.01 * noise.expand(-1, len(hidden), -1)
+        harness._model.head,
+        "sample_latents",
+        lambda states, *_: mean + 0.01 * noise.expand(-1, len(states), -1),
     )
     right, wrong = harness.loglikelihood([instance("One", " a cat"), instance("One", "zq")])
     assert right[0] > wrong[0]

@@ -59,7 +59,7 @@ def test_the_card_says_what_the_run_was(runs, capsys):
         "text.jsonl",
         "8 steps of 64 tokens",
         "3-gram",
-        "operations by count",
+        "FLOPs by count",
         "one latent of 8 dimensions",
         "It knows ships.",
         'from_pretrained("path/to/small")',

@@ -9,7 +9,12 @@ import calm
 
 ROOT = Path(__file__).parents[1]
 # What calm itself is built on takes most of a minute to check, and says nothing of its names.
-SETTINGS = "[mypy]\nstrict = true\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"
+SETTINGS = """[mypy]
+strict = true
+[mypy-torch.*,transformers.*]
+follow_imports = skip
+ignore_missing_imports = true
+"""
 PROGRAM = """
 from calm import {names}
 from calm.core.brier import NUM_ORDERS
@@ -18,7 +23,7 @@ import calm
 
 version: str = calm.__version__
 score: float = brier_lm([0.1] * NUM_ORDERS)
-settings: calm.TemperatureSettings = TemperatureSettings(temperature=0.5)
+sampler: ExactSampler | PoolSampler = PoolSampler(temperature=0.5)
 model: CalmForCausalLM = load_model_and_tokenizer("stories")[0]
 head: type[GenerativeHead] | type[HeadConfig] = HeadConfig
 """

@@ -11,7 +11,6 @@ HEADS: dict[str, dict] = {
     "energy": {"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6},
     "flow": {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1, "num_steps": 5, "frequency_size": 16},
-    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
     "categorical_flow": {
         "head_type": "categorical_flow",
         "num_blocks": 1,
@@ -47,7 +46,7 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
             **special,
         ),
         backbone_config=backbone | changes.pop("backbone_config", {}),
-        head_config=HEADS[head_type] | changes.pop("head_config", {}),
+        head_config=HEADS.get(head_type, {}) | changes.pop("head_config", {}),
         **special,
         **changes,
     )

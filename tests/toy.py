@@ -67,7 +67,7 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
 def launch(
     processes: int, *arguments: object, program: Path | None = None, verb: str = "train"
 ) -> subprocess.CompletedProcess:
-    """`calm train`, or another verb, on several processes."""
+    """`calm train`, or another command, on several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     what = ["-m", "calm"] if program is None else [str(program)]
     command = [sys.executable, *launcher, *what, verb, *map(str, arguments)]

@@ -6,6 +6,7 @@ models, registers them there.
 """
 
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,15 @@ if TYPE_CHECKING:
     from calm.core.brier import brier_lm, brier_scores
     from calm.core.energy import energy_loss
     from calm.core.gaussian import DiagonalGaussian
-    from calm.core.temperature import TemperatureSettings, sample_exact, sample_from_pool
+    from calm.core.samplers import ExactSampler, HeadSampler, PoolSampler
+    from calm.core.temperature import sample_exact, sample_from_pool
     from calm.data.formats import register_format
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-    from calm.models.heads import GenerativeHead, HeadConfig, register_head
+    from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, register_head
+    from calm.models.writing.sampler_registry import register_sampler, sampler_from
+    from calm.training.optimizers import register_optimizer
 
 __version__ = "0.1.0"
 
@@ -35,7 +39,13 @@ _HOMES = {
     "energy_loss": "calm.core.energy",
     "register_format": "calm.data.formats",
     "register_head": "calm.models.heads",
-    "TemperatureSettings": "calm.core.temperature",
+    "ExactSampler": "calm.core.samplers",
+    "HeadSampler": "calm.core.samplers",
+    "LatentHead": "calm.models.heads",
+    "PoolSampler": "calm.core.samplers",
+    "register_optimizer": "calm.training.optimizers",
+    "register_sampler": "calm.models.writing.sampler_registry",
+    "sampler_from": "calm.models.writing.sampler_registry",
     "sample_exact": "calm.core.temperature",
     "sample_from_pool": "calm.core.temperature",
 }
@@ -47,21 +57,32 @@ __all__ = [
     "CalmConfig",
     "CalmForCausalLM",
     "DiagonalGaussian",
+    "ExactSampler",
     "GenerativeHead",
     "HeadConfig",
-    "TemperatureSettings",
+    "HeadSampler",
+    "LatentHead",
+    "PoolSampler",
     "__version__",
     "brier_lm",
     "brier_scores",
     "energy_loss",
     "register_format",
     "register_head",
+    "register_optimizer",
+    "register_sampler",
     "sample_exact",
     "sample_from_pool",
+    "sampler_from",
 ]
+# Names of version 0.1 that are called otherwise now, for one version.
+_RENAMED = {"TemperatureSettings": "sampler_from"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"calm.{name} is now calm.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'calm' has no attribute '{name}'")

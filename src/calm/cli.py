@@ -1,4 +1,4 @@
-"""The command line: the arguments of the verbs (calm.verbs), and mistakes as one sentence."""
+"""The command line: the arguments of the commands (calm.commands), and mistakes as one sentence."""
 
 import dataclasses
 import inspect
@@ -14,17 +14,17 @@ import jsonargparse
 import yaml
 
 import calm
+from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
 from calm.terminal import make_output_sturdy
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
-from calm.verbs import VERBS
 
-# Verbs that follow a recipe, whose fields are their options.
+# Commands that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "run", "question")
-_NOT_POSITIONAL = ((VERBS["import"], "model"), (VERBS["compare"], "data"))
+_NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
 
 def fail(message: str) -> NoReturn:
@@ -39,27 +39,27 @@ def _print_error(message: str) -> None:
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of all verbs. It raises what is wrong instead of leaving the process."""
+    """The parser of all commands. It raises what is wrong instead of leaving the process."""
     said = "Continuous autoregressive language models."
     parser = jsonargparse.ArgumentParser(
         prog="calm", description=said, exit_on_error=False, allow_abbrev=True
     )
     parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
-    verbs = parser.add_subcommands(dest="verb", required=False)
-    for name, function in VERBS.items():
-        verb = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
+    commands = parser.add_subcommands(dest="command", required=False)
+    for name, function in COMMANDS.items():
+        command = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
-            verb.add_argument(
+            command.add_argument(
                 "--recipe", action="config", help="shipped name or .yaml file; later options win"
             )
-            verb.add_class_arguments(_RECIPES[name], sub_configs=False)
-        _add_parameters(verb, function)
-        verbs.add_subcommand(name, verb, help=_summary(function))
+            command.add_class_arguments(_RECIPES[name], sub_configs=False)
+        _add_parameters(command, function)
+        commands.add_subcommand(name, command, help=_summary(function))
     return parser
 
 
 def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """Arguments of a verb: the chief ones by position, flags without a value, the rest as options."""
+    """Arguments of a command: the chief ones by position, flags without a value, the rest as options."""
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     by_hand: set[str | int] = set()
     for name, parameter in inspect.signature(function).parameters.items():
@@ -78,18 +78,18 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
 
 
 def _positional_of(function: Callable[..., None]) -> list[str]:
-    """Parameters of a verb that are given by position."""
+    """Parameters of a command that are given by position."""
     names = [name for name in inspect.signature(function).parameters if name in _POSITIONAL]
     return [name for name in names if (function, name) not in _NOT_POSITIONAL]
 
 
-def _options_of(verb: str, arguments: list[str]) -> Options:
-    """What a verb takes, to say what is wrong with its arguments."""
-    hints = get_type_hints(VERBS[verb])
+def _options_of(command: str, arguments: list[str]) -> Options:
+    """What a command takes, to say what is wrong with its arguments."""
+    hints = get_type_hints(COMMANDS[command])
     hints.pop("return")
-    if (kind := _RECIPES.get(verb)) is not None:
+    if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
-    return Options(hints, _positional_of(VERBS[verb]), verb, arguments)
+    return Options(hints, _positional_of(COMMANDS[command]), command, arguments)
 
 
 def _summary(function: Callable[..., None]) -> str:
@@ -97,7 +97,7 @@ def _summary(function: Callable[..., None]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb. A mistake of the user ends in one sentence and exit code 2, a failed run in 1."""
+    """Run a command. A mistake of the user ends in one sentence and exit code 2, a failed run in 1."""
     make_output_sturdy()
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -133,43 +133,43 @@ def _is_of_memory(error: BaseException) -> bool:
 
 
 def _run(arguments: list[str]) -> None:
-    """Run the verb that the arguments begin with. Without one, there is help."""
+    """Run the command that the arguments begin with. Without one, there is help."""
     if not arguments:
         build_parser().print_help()
         return
-    verb = arguments[0]
-    if verb not in VERBS:
-        _answer_option(verb)
+    command = arguments[0]
+    if command not in COMMANDS:
+        _answer_option(command)
         return
-    settings = _parse(verb, arguments)
+    settings = _parse(command, arguments)
     _quieten()
     _tell_notes()
-    VERBS[verb](**settings)
+    COMMANDS[command](**settings)
 
 
 def _answer_option(option: str) -> None:
-    """Print help or the version; anything else is no verb."""
+    """Print help or the version; anything else is no command."""
     known = ("-h", "--help", "--version")
     if not option or not any(one.startswith(option) for one in known):
-        raise InputError(unknown_command(option, VERBS))
+        raise InputError(unknown_command(option, COMMANDS))
     build_parser().parse_args([option])
 
 
-def _parse(verb: str, arguments: list[str]) -> dict[str, Any]:
-    """The parameters of a verb from the command line."""
-    options = _options_of(verb, arguments[1:])
+def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
+    """The parameters of a command from the command line."""
+    options = _options_of(command, arguments[1:])
     parser = build_parser()
     try:
         values = parser.parse_args(_with_recipe_texts(arguments))
     except jsonargparse.ArgumentError as error:
         raise InputError(sentence(str(error), options)) from error
-    if (kind := _RECIPES.get(verb)) is None:
-        return dict(vars(parser.instantiate(values)[verb]))
+    if (kind := _RECIPES.get(command)) is None:
+        return dict(vars(parser.instantiate(values)[command]))
     recipe_fields = [field.name for field in dataclasses.fields(kind)]
-    given = values[verb].as_dict()
+    given = values[command].as_dict()
     if (mistake := mistake_in({name: given[name] for name in recipe_fields}, options)) is not None:
         raise InputError(mistake)
-    settings = dict(vars(parser.instantiate(values)[verb]))
+    settings = dict(vars(parser.instantiate(values)[command]))
     del settings["recipe"]  # The file: it has done its work.
     settings["recipe"] = kind(**{name: settings.pop(name) for name in recipe_fields})
     return settings
@@ -201,14 +201,14 @@ def _tell_notes() -> None:
 
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:
-    """Replace the names of recipes behind --recipe by what they say, in ASCII."""
+    """Replace the names of recipes after --recipe by what they say, in ASCII."""
     from calm.training.recipe_settings import settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
         return arguments
     # What a recipe printed by --print_config has beside the recipe.
-    others = dict.fromkeys(inspect.signature(VERBS[arguments[0]]).parameters, Any)
+    others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
     result = list(arguments)
     for i, argument in enumerate(arguments):

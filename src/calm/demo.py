@@ -15,16 +15,17 @@ from calm.data.prepared import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
-from calm.generation import continue_texts
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.run import Sample, read_history, write_report
 from calm.report.tables import print_scorecard
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
-from calm.training.configurations import check_model
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE, train
+from calm.texts import continue_texts
+from calm.training.check import check_model
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.runs import HISTORY
+from calm.training.stages import train
 
 NUM_SAMPLES = 6
 _FLOORS = [3, 5]

@@ -1,6 +1,6 @@
-"""What a model costs: parameters, and floating-point operations per token, by part.
+"""What a model costs: parameters, and FLOPs per token, by part.
 
-Two operations for each multiply-add of a matrix product; attention takes 4 · positions · width for each
+Two FLOPs for each multiply-add of a matrix product; attention takes 4 · positions · width for each
 layer and position, as if every query saw the whole context. Look-ups, norms and activations count nothing.
 Training takes three times the forward pass of what is trained, and the forward pass of the frozen encoder.
 A step of a CALM is K tokens: all figures are per token. The rules and the figures that they reproduce
@@ -50,8 +50,8 @@ class Cost:
 
     Args:
         parameters: By part.
-        inference: Operations per token that is written, by part.
-        training: Operations per token of training text, by part.
+        inference: FLOPs per token that is written, by part.
+        training: FLOPs per token of training text, by part.
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -75,13 +75,13 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
     if isinstance(config, LlamaConfig):
         return _cost_of_llama(config, work)
     raise InputError(
-        f"operations are counted for CALM and Llama models, not for '{config.model_type}'; "
+        f"FLOPs are counted for CALM and Llama models, not for '{config.model_type}'; "
         "torch.utils.flop_counter counts any model that runs here."
     )
 
 
 def training_flops(config: PreTrainedConfig, context: int) -> float:
-    """Operations per token of training a model, or an autoencoder, on blocks of `context` tokens.
+    """FLOPs per token of training a model, or an autoencoder, on blocks of `context` tokens.
 
     Raises:
         InputError: If they are not known.
@@ -93,7 +93,7 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
 
 
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
-    """Operations per token of training an autoencoder, which a language model on it needs first."""
+    """FLOPs per token of training an autoencoder, which a language model on it needs first."""
     if config.has_codes:  # They are not trained.
         return 0.0
     vocabulary = config.chunk_size * config.vocab_size * config.hidden_size
@@ -117,7 +117,7 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     size, backbone, autoencoder = config.chunk_size, config.backbone, config.autoencoder
     width = config.hidden_size
     try:
-        head = config.head.work(width, config.latent_size)
+        head = config.head.flops(width, config.latent_size)
     except NotImplementedError as error:
         raise InputError(str(error)) from error
     once = {
@@ -128,14 +128,14 @@ def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
     encoder = {"encoder": 2 * _encoder_of_chunks(autoencoder)}  # Once where a latent is input and target.
     inference: dict[str, float] = {**once, **(encoder if config.reads_latents else {})}
     inference |= {
-        "head": 2
-        * (head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws),
-        "decoder": 2 * work.draws * _decoder_of_chunks(autoencoder),
-        "vocabulary": 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size,
+        "head": head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws,
     }
+    if config.head.decodes_latents:
+        inference["decoder"] = 2 * work.draws * _decoder_of_chunks(autoencoder)
+        inference["vocabulary"] = 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size
     times = head.training_draws if work.condition_per_draw else 1
     training = {part: 3 * flops for part, flops in once.items()} | {
-        "head": 2 * (head.training_shared * times + head.training_per_draw * head.training_draws)
+        "head": head.training_shared * times + head.training_per_draw * head.training_draws
     }
     training |= encoder
     return Cost(
@@ -155,7 +155,7 @@ def _decoder_weights(config: LlamaConfig) -> int:
 
 
 def _attention(config: LlamaConfig, positions: int) -> int:
-    """Operations of attention scores and their sums at one position."""
+    """FLOPs of attention scores and their sums at one position."""
     return 4 * positions * _query_width(config) * config.num_hidden_layers
 
 

@@ -23,12 +23,14 @@ from torch import Tensor
 from calm.core.chunks import split_into_chunks
 from calm.core.random import generators_of_rows, seed_of
 from calm.errors import InputError
-from calm.generation import continue_tokens, crop_prompts
 from calm.models.calm import CalmForCausalLM
+from calm.models.heads import LatentHead, Likelihood
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.writing.prompts import Prompt
 from calm.text.chat import render
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents, encode_rendering, encode_words, marks_of
+from calm.texts import continue_tokens, crop_prompts
 
 Choices = Literal["refuse", "agreement", "energy"]
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
@@ -41,7 +43,7 @@ class HarnessModel(LM):
     Args:
         pretrained: Folder of a model or of adapters, or hub name.
         temperature: Where a task asks to sample and says no temperature. Tasks that ask for greedy decoding
-            get temperature 0: the commonest chunk of a pool, or greedy decoding where a head can.
+            get temperature 0: the most frequent chunk of a pool, or greedy decoding where a head can.
         num_draws: Size of that pool, and draws of each chunk for `choices`.
         batch_size: Texts written at once.
         max_gen_toks: Most new tokens where a task says none.
@@ -90,7 +92,7 @@ class HarnessModel(LM):
         return render(self._tokenizer, chat_history, to_answer=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text behind each context, up to the first of its stops.
+        """The text after each context, up to the first of its stops.
 
         Raises:
             InputError: If a task asks for what a CALM cannot do.
@@ -105,7 +107,7 @@ class HarnessModel(LM):
                 self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=seed, **settings
             )
             for place, prompt, new in zip(places, prompts, tokens.tolist(), strict=True):
-                text = decode_behind(self._tokenizer, prompt, new)
+                text = decode_after(self._tokenizer, prompt, new)
                 texts[place] = text[
                     : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
                 ]
@@ -120,8 +122,8 @@ class HarnessModel(LM):
             InputError: If it was not, and the model has no likelihood.
         """
         if self._choices == "refuse":
-            if self._model.head.has_likelihood:
-                return [self._likelihood(*request.args) for request in requests]
+            if isinstance(head := self._model.head, Likelihood):
+                return [self._likelihood(head, *request.args) for request in requests]
             raise InputError(
                 "this task asks for log-likelihoods, which this CALM does not have. Run tasks that ask for "
                 "text (output_type: generate_until), or, as an experiment, say choices=agreement or "
@@ -130,7 +132,7 @@ class HarnessModel(LM):
         return [(self._score(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Perplexities of whole documents are none of a CALM's: it begins behind a first chunk.
+        """Perplexities of whole documents are none of a CALM's: it begins after a first chunk.
 
         Raises:
             InputError: Always.
@@ -168,9 +170,9 @@ class HarnessModel(LM):
         return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
-        """A continuation in chunks of its own behind a context.
+        """A continuation in chunks of its own after a context.
 
-        Both are tokenised as one text; spaces that end the context belong to the continuation, as a tokenizer
+        Both are tokenized as one text; spaces that end the context belong to the continuation, as a tokenizer
         has them. So does the harness with models of its own.
 
         Returns:
@@ -189,35 +191,39 @@ class HarnessModel(LM):
         if not ids:
             raise InputError("a continuation is empty; the task is none for choices.")
         [prompt] = self._cropped([prompt], len(ids))
-        front, back = -len(prompt) % size, -len(ids) % size
-        pad = self._model.config.pad_token_id or 0
-        tokens_1T = torch.tensor([[pad] * front + prompt + ids + [pad] * back], device=self._model.device)
-        mask_1T = torch.ones_like(tokens_1T)
-        mask_1T[:, :front] = 0
-        first = (front + len(prompt)) // size
-        hidden_PD = self._model.hidden_states_of_chunks(tokens_1T, mask_1T)[0, first - 1 : -1]
-        return prompt, len(ids), hidden_PD, split_into_chunks(tokens_1T, size)[0, first:]
+        filled = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
+        text = Prompt.of(self._model, prompt + filled)
+        first = text.ids_BT.shape[1] // size - len(filled) // size
+        states_PD = text.read(self._model)[0, first - 1 : -1]
+        return prompt, len(ids), states_PD, split_into_chunks(text.ids_BT, size)[0, first:]
 
     @torch.no_grad()
-    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        _, number, hidden_PD, chunks_PK = self._read(context, continuation)
-        losses_T = self._model.head.token_losses(hidden_PD, chunks_PK).flatten()[:number]
-        chances = self._model.head.token_probabilities(hidden_PD, chunks_PK)
-        is_likeliest_PK = chances.of_token_PK == chances.highest_PK
+    def _likelihood(self, head: Likelihood, context: str, continuation: str) -> tuple[float, bool]:
+        _, number, states_PD, chunks_PK = self._read(context, continuation)
+        losses_T = head.token_losses(states_PD, chunks_PK).flatten()[:number]
+        found = head.token_probabilities(states_PD, chunks_PK)
+        is_likeliest_PK = found.of_token_PK == found.highest_PK
         return -float(losses_T.double().sum()), bool(is_likeliest_PK.flatten()[:number].all())
 
     @torch.no_grad()
     def _score(self, context: str, continuation: str) -> float:
-        """How well draws agree with a continuation, chunk by chunk behind what came before it."""
-        prompt, number, hidden_PD, chunks_PK = self._read(context, continuation)
-        generators = generators_of_rows(self._seed, [[*prompt, place] for place in range(len(hidden_PD))],
-                                        self._model.device)  # fmt: skip
-        latents_NPZ = self._model.head.sample(hidden_PD, self._num_draws, generators)
+        """How well draws agree with a continuation, chunk by chunk after what came before it."""
+        prompt, number, states_PD, chunks_PK = self._read(context, continuation)
+        rows = [[*prompt, place] for place in range(len(states_PD))]
+        generators = generators_of_rows(self._seed, rows, self._model.device)
         if self._choices == "energy":
+            latents_NPZ = self._latents(states_PD, generators)
             return -float(_energy_score(latents_NPZ, self._model.autoencoder.encode(chunks_PK).mean))
-        drawn_NPK = self._model.autoencoder.decode_tokens(latents_NPZ)
+        drawn_NPK = self._model.draw_chunks(states_PD, self._num_draws, generators)
         is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, :number]
         return float(is_equal_NT.double().mean())
+
+    def _latents(self, states_PD: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Draws of the next latents, (N, P, Z); of a head that draws tokens, what these are encoded to."""
+        if isinstance(head := self._model.head, LatentHead):
+            return head.sample_latents(states_PD, self._num_draws, generators)
+        drawn_NPK = self._model.draw_chunks(states_PD, self._num_draws, generators)
+        return self._model.autoencoder.encode(drawn_NPK).mean
 
 
 def _energy_score(latents_NPZ: Tensor, target_PZ: Tensor) -> Tensor:
@@ -242,8 +248,7 @@ def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[
     if not asked.get("do_sample") or asked.get("temperature") == 0:
         return settings | {"temperature": 0.0, "num_draws": num_draws}
     cuts = {name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None}
-    sampler = {"sampler": "pool", **cuts} if cuts.get("top_p", 1) < 1 or cuts.get("min_p", 0) > 0 else {}
-    return settings | {"temperature": asked.get("temperature", temperature), **sampler}
+    return settings | {"temperature": asked.get("temperature", temperature), **cuts}
 
 
 def main() -> None:

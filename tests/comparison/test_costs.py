@@ -3,16 +3,16 @@
 import json
 
 import pytest
+from calm.training.configurations import model_config
 
 from calm.comparison.costs import (
     affordable_steps,
-    autoencoder_operations,
-    language_model_operations,
+    autoencoder_flops,
+    language_model_flops,
     record_of,
 )
 from calm.errors import InputError
 from calm.flops import training_flops
-from calm.training.configurations import model_config
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
 VOCABULARY = 300
@@ -26,27 +26,25 @@ def recipe():
 def test_operations_grow_with_steps_and_tokens(recipe):
     config = model_config(recipe, VOCABULARY)
     each = training_flops(config, recipe.data.context)
-    assert language_model_operations(recipe, VOCABULARY) == pytest.approx(each * 500 * 2048)
+    assert language_model_flops(recipe, VOCABULARY) == pytest.approx(each * 500 * 2048)
     more = with_settings(recipe, {"autoencoder.training.steps": 1600})
-    assert autoencoder_operations(more, VOCABULARY) == pytest.approx(
-        2 * autoencoder_operations(recipe, VOCABULARY)
-    )
+    assert autoencoder_flops(more, VOCABULARY) == pytest.approx(2 * autoencoder_flops(recipe, VOCABULARY))
 
 
 @pytest.mark.parametrize(
     "changes", [{"model": "autoregressive", "chunk_size": 1}, {"autoencoder.path": "somewhere"}]
 )
 def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
-    assert autoencoder_operations(recipe, VOCABULARY) > 0
-    assert autoencoder_operations(with_settings(recipe, changes), VOCABULARY) == 0
+    assert autoencoder_flops(recipe, VOCABULARY) > 0
+    assert autoencoder_flops(with_settings(recipe, changes), VOCABULARY) == 0
 
 
 def test_affordable_steps_spend_what_there_is(recipe):
-    both = language_model_operations(recipe, VOCABULARY) + autoencoder_operations(recipe, VOCABULARY)
+    both = language_model_flops(recipe, VOCABULARY) + autoencoder_flops(recipe, VOCABULARY)
     assert affordable_steps(recipe, VOCABULARY, both) == 500
     half = affordable_steps(recipe, VOCABULARY, both / 2)
     assert 0 < half < 250  # The autoencoder is trained in full.
-    assert affordable_steps(recipe, VOCABULARY, autoencoder_operations(recipe, VOCABULARY) / 2) < 0
+    assert affordable_steps(recipe, VOCABULARY, autoencoder_flops(recipe, VOCABULARY) / 2) < 0
 
 
 def write_run(folder, recipe, language_model):
@@ -68,7 +66,7 @@ def test_the_record_of_a_run_is_what_it_logged(recipe, tmp_path):
         ],
     )
     record = record_of(tmp_path, config)
-    before, total = autoencoder_operations(recipe, VOCABULARY), language_model_operations(recipe, VOCABULARY)
+    before, total = autoencoder_flops(recipe, VOCABULARY), language_model_flops(recipe, VOCABULARY)
     assert record.seconds == 90 and record.flops == pytest.approx(before + total)
     half, end = record.checkpoints
     assert half.flops == pytest.approx(before + total / 2) and end.flops == record.flops

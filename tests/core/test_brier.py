@@ -29,14 +29,14 @@ def test_prefixes_need_all_tokens_before():
 
 def test_expectation_is_the_brier_score():
     """Exact expectation over all pairs of draws equals 2 P(y) - sum P^2 for every outcome."""
-    law = {(0, 0): 0.5, (0, 1): 0.2, (1, 0): 0.3}
-    for target in law:
+    distribution = {(0, 0): 0.5, (0, 1): 0.2, (1, 0): 0.3}
+    for target in distribution:
         expected = torch.zeros(2)
-        for (a, p), (b, q) in itertools.product(law.items(), law.items()):
+        for (a, p), (b, q) in itertools.product(distribution.items(), distribution.items()):
             expected += p * q * brier_scores(*(torch.tensor([x]) for x in (a, b, target)))[0]
         first = {0: 0.7, 1: 0.3}
         order_1 = 2 * first[target[0]] - sum(p**2 for p in first.values())
-        order_2 = 2 * law[target] - sum(p**2 for p in law.values())
+        order_2 = 2 * distribution[target] - sum(p**2 for p in distribution.values())
         assert_close(expected, torch.tensor([order_1, order_2]))
 
 

@@ -1,4 +1,4 @@
-"""Flow matching to codes of tokens, against densities and laws that are known in closed form."""
+"""Flow matching to codes of tokens, against densities and distributions that are known in closed form."""
 
 import itertools
 import math
@@ -30,15 +30,15 @@ def tokens_of(points: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return (points.unflatten(-1, (-1, SIZE)) @ codes.T).argmax(-1)
 
 
-def exact_endpoint(law: torch.Tensor, codes: torch.Tensor, temperature: float = 1.0):
-    """The mean code of each token under the true posterior of a joint law over all chunks, by enumeration."""
+def exact_endpoint(distribution: torch.Tensor, codes: torch.Tensor, temperature: float = 1.0):
+    """The mean code of each token under the true posterior of a joint distribution, by enumeration."""
     size = len(codes)
-    chunks = torch.tensor(list(itertools.product(range(size), repeat=law.ndim)))
-    log_prior = law.flatten().log() / temperature
+    chunks = torch.tensor(list(itertools.product(range(size), repeat=distribution.ndim)))
+    log_prior = distribution.flatten().log() / temperature
 
     def endpoint(points: torch.Tensor, time: float) -> torch.Tensor:
         scores = evidence(points.unflatten(-1, (-1, SIZE)), torch.tensor(time)) @ codes.T  # (N, K, V)
-        log_chunks = log_prior + sum(scores[:, place, chunks[:, place]] for place in range(law.ndim))
+        log_chunks = log_prior + sum(scores[:, place, chunks[:, place]] for place in range(distribution.ndim))
         return log_chunks.softmax(-1) @ codes[chunks].flatten(1)
 
     return endpoint
@@ -83,37 +83,37 @@ def test_a_certain_endpoint_is_reached_in_any_number_of_steps(steps):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_one_token_comes_out_with_its_probability(temperature):
-    """With the prior sharpened and the evidence as it is, the law is the tempered one."""
-    codes, law = codes_of(5), torch.tensor([0.45, 0.3, 0.15, 0.07, 0.03]).double()
-    drawn = follow_endpoints(exact_endpoint(law, codes, temperature), start(1), even(120))
+    """With the prior sharpened and the evidence as it is, the distribution is the tempered one."""
+    codes, distribution = codes_of(5), torch.tensor([0.45, 0.3, 0.15, 0.07, 0.03]).double()
+    drawn = follow_endpoints(exact_endpoint(distribution, codes, temperature), start(1), even(120))
     counts = torch.bincount(tokens_of(drawn, codes)[:, 0], minlength=5)
-    expected = law ** (1 / temperature) / (law ** (1 / temperature)).sum() * DRAWS
+    expected = distribution ** (1 / temperature) / (distribution ** (1 / temperature)).sum() * DRAWS
     assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
 def test_tokens_that_depend_on_each_other_come_out_together():
-    """Each step knows only the law of each token by itself, and yet the joint law is drawn from."""
+    """Each step knows the distribution of each token alone, and yet draws follow the joint one."""
     codes = codes_of(3)
-    law = torch.tensor([[0.3, 0.01, 0.04], [0.02, 0.25, 0.03], [0.05, 0.1, 0.2]]).double()
-    drawn = follow_endpoints(exact_endpoint(law, codes), start(2), even(120))
+    distribution = torch.tensor([[0.3, 0.01, 0.04], [0.02, 0.25, 0.03], [0.05, 0.1, 0.2]]).double()
+    drawn = follow_endpoints(exact_endpoint(distribution, codes), start(2), even(120))
     first, second = tokens_of(drawn, codes).T
     counts = torch.bincount(3 * first + second, minlength=9)
-    assert stats.chisquare(counts, law.flatten() / law.sum() * DRAWS).pvalue > 1e-3
+    assert stats.chisquare(counts, distribution.flatten() / distribution.sum() * DRAWS).pvalue > 1e-3
 
 
-def test_four_steps_are_near_the_law_of_a_large_vocabulary():
-    """A skewed law over 2048 tokens, by the share of tokens of each rank; the noise is below 0.02."""
+def test_four_steps_are_near_the_distribution_of_a_large_vocabulary():
+    """A skewed distribution over 2048 tokens, by the share of each rank; the noise is below 0.02."""
     size, draws = 2048, 4000
     codes = F.normalize(torch.randn(size, 16, generator=torch.Generator().manual_seed(5)), dim=-1) * 4
-    law = 1 / torch.arange(1, size + 1)
-    law = law / law.sum()
+    distribution = 1 / torch.arange(1, size + 1)
+    distribution = distribution / distribution.sum()
 
     def endpoint(points: torch.Tensor, time: float) -> torch.Tensor:
         scores = evidence(points.unsqueeze(1), torch.tensor(time))[:, 0] @ codes.T
-        return (scores + law.log()).softmax(-1) @ codes
+        return (scores + distribution.log()).softmax(-1) @ codes
 
     rank = torch.bucketize(torch.arange(size), torch.tensor([1, 4, 16, 64, 256, 1024]))
-    expected = torch.zeros(7).index_add(0, rank, law)
+    expected = torch.zeros(7).index_add(0, rank, distribution)
     distance = {}
     for steps in (2, 4, 16):
         noise = torch.randn(draws, 16, generator=torch.Generator().manual_seed(6))

@@ -1,4 +1,4 @@
-"""The race of the exact sampler against a reader that goes draw by draw, and the law of its lifetimes."""
+"""The race of the exact sampler against a reader that goes draw by draw, and its lifetimes."""
 
 import math
 
@@ -57,17 +57,19 @@ def test_same_winner_as_reading_draw_by_draw(n, with_lifetimes, num_outcomes):
 
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 0.9])
-def test_lifetimes_have_the_sibuya_law(a):
+def test_lifetimes_have_the_sibuya_distribution(a):
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     observed = torch.bincount(sibuya_lifetimes(uniform, a, 6), minlength=8)[1:]
     survival = [math.prod(1 - a / i for i in range(1, k + 1)) for k in range(7)]
-    law = [survival[k] - survival[k + 1] for k in range(6)] + [survival[6]]
-    assert stats.chisquare(observed.numpy(), torch.tensor(law, dtype=torch.float64) * 1e5).pvalue > 1e-3
+    distribution = [survival[k] - survival[k + 1] for k in range(6)] + [survival[6]]
+    assert (
+        stats.chisquare(observed.numpy(), torch.tensor(distribution, dtype=torch.float64) * 1e5).pvalue > 1e-3
+    )
 
 
 @pytest.mark.parametrize(("a", "p"), [(0.3, 0.5), (0.7, 0.2), (0.5, 0.9)])
 def test_a_candidate_is_accepted_with_probability_p_to_the_a(a, p):
-    """Sum over lifetimes of P(L = k) · (1 - (1-p)^k) = p^a, by the law that the sampler uses."""
+    """Sum over lifetimes of P(L = k) · (1 - (1-p)^k) = p^a, by the distribution that the sampler uses."""
     longest = 4000
     grid = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     lifetimes = sibuya_lifetimes(grid, a, longest).double()

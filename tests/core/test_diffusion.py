@@ -107,13 +107,13 @@ def test_the_first_step_has_a_likelihood():
     data, noise, predicted, fraction = (0.5 * torch.randn(1, 1, 4) for _ in range(4))
     point = step.signal * data + step.noise * noise
     mean = step.of_data * data_from_noise(step, point, predicted) + step.of_point * point
-    law = torch.distributions.Normal(mean, (0.5 * log_variance(step, fraction)).exp())
+    distribution = torch.distributions.Normal(mean, (0.5 * log_variance(step, fraction)).exp())
     first = torch.ones(1, 1, dtype=torch.bool)
     squared = (predicted - noise).square().mean(-1)
     density = hybrid_loss(step, first, data, noise, point, predicted, fraction)
-    assert_close(density, squared - law.log_prob(data).mean(-1) / math.log(2), rtol=1e-4, atol=1e-4)
+    assert_close(density, squared - distribution.log_prob(data).mean(-1) / math.log(2), rtol=1e-4, atol=1e-4)
     image = hybrid_loss(step, first, data, noise, point, predicted, fraction, as_image=True)
-    mass = (law.cdf(data + 1 / 255) - law.cdf(data - 1 / 255)).clamp_min(1e-12)
+    mass = (distribution.cdf(data + 1 / 255) - distribution.cdf(data - 1 / 255)).clamp_min(1e-12)
     # The released code approximates the normal distribution by a tanh, which is off in the tails.
     assert_close(image, squared - mass.log().mean(-1) / math.log(2), rtol=0, atol=0.1)
 
@@ -155,7 +155,7 @@ def predict(schedule):
 
 @pytest.mark.parametrize("num_steps", [8, 200])
 def test_ancestral_sampling_draws_the_data(num_steps):
-    """With the true variance of every step even few steps draw the law, but for the variance of the last."""
+    """With the true variance of every step few steps draw the distribution, but for the last variance."""
     schedule = WHOLE.respaced(num_steps)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(20_000, generator=generator, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_ancestral_sampling_draws_the_data(num_steps):
         return predict(schedule)(point, step)[0], torch.full_like(point, -1.0)
 
     narrow = sample(schedule, least_variance, start, "ancestral", noise)
-    if num_steps == 8:  # The variance matters: the least one gives too narrow a law.
+    if num_steps == 8:  # The variance matters: the least one gives too narrow a distribution.
         assert narrow.std().item() < 0.95 * STD
 
 

@@ -110,15 +110,15 @@ def test_float32_inside_autocast():
     assert_close(mixed, energy_loss(draws, targets))
 
 
-def exact_expected_distance(points_NPZ, law, alpha):
+def exact_expected_distance(points_NPZ, distribution, alpha):
     """E|x - y|^alpha by its Laplace transform (docs/maths.md), in float64.
 
     E Q^a = a / Gamma(1 - a) * integral of (1 - E exp(-t Q)) t^(-a - 1) dt, by the trapezoid rule in log t,
     which is exact to rounding for such an integrand.
     """
     a, step = alpha / 2, 0.1
-    offset = (points_NPZ - law.mean).square()
-    variance = law.variance.expand_as(offset)
+    offset = (points_NPZ - distribution.mean).square()
+    variance = distribution.variance.expand_as(offset)
     size = (offset + variance).sum(-1).log()
     value = torch.zeros_like(size)
     for number in range(-int(min(600, 40 / (1 - a)) / step), int(40 / a / step)):
@@ -129,22 +129,24 @@ def exact_expected_distance(points_NPZ, law, alpha):
     return value * step * a / math.gamma(1 - a)
 
 
-def random_law(size):
-    """Points and a law of them, with deviations spread over a factor of 10 and points near and far."""
+def random_distribution(size):
+    """Points and a distribution of them, deviations spread over a factor of 10, points near and far."""
     generator = torch.Generator().manual_seed(size)
     mean, spread, direction = torch.randn(3, 4, size, generator=generator, dtype=torch.float64)
-    law = DiagonalGaussian(mean, torch.special.ndtr(spread) * math.log(10))
+    distribution = DiagonalGaussian(mean, torch.special.ndtr(spread) * math.log(10))
     far = torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0]).view(5, 1, 1)
-    return mean + far * direction, law
+    return mean + far * direction, distribution
 
 
 def test_the_exact_expected_distance_against_monte_carlo():
-    points, law = random_law(8)
-    draws = law.sample(20_000, torch.Generator().manual_seed(0)).unsqueeze(1)
+    points, distribution = random_distribution(8)
+    draws = distribution.sample(20_000, torch.Generator().manual_seed(0)).unsqueeze(1)
     for alpha in (0.5, 1.5):
         distances = (points - draws).norm(dim=-1).double() ** alpha
         error = distances.std(0) / len(distances) ** 0.5
-        assert ((exact_expected_distance(points, law, alpha) - distances.mean(0)).abs() <= 4 * error).all()
+        assert (
+            (exact_expected_distance(points, distribution, alpha) - distances.mean(0)).abs() <= 4 * error
+        ).all()
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0, 1.5, 1.9])
@@ -152,36 +154,36 @@ def test_the_exact_expected_distance_against_monte_carlo():
     ("size", "tolerance"), [(1, 0.3), (2, 0.1), (8, 3e-2), (32, 4e-3), (128, 2e-4)], ids=str
 )
 def test_expected_distance_within_its_bound(alpha, size, tolerance):
-    points, law = random_law(size)
-    exact = exact_expected_distance(points, law, alpha)
-    offset = (points - law.mean).square()
-    mean = (offset + law.variance).sum(-1)
-    error = (exact - expected_distance(points, law, alpha)) / mean ** (alpha / 2)
+    points, distribution = random_distribution(size)
+    exact = exact_expected_distance(points, distribution, alpha)
+    offset = (points - distribution.mean).square()
+    mean = (offset + distribution.variance).sum(-1)
+    error = (exact - expected_distance(points, distribution, alpha)) / mean ** (alpha / 2)
     assert (error.abs() <= tolerance).all()
     # The bounds of docs/maths.md, from the cumulants of the squared distance.
     second, third, fourth = (
-        factor * (law.variance**n + n * law.variance ** (n - 1) * offset).sum(-1) / mean**n
+        factor * (distribution.variance**n + n * distribution.variance ** (n - 1) * offset).sum(-1) / mean**n
         for n, factor in ((2, 2), (3, 8), (4, 48))
     )
     a = alpha / 2
     above = a * (1 - a) * (2 - a) / 6 * third
     below = above - (1 - a) * (2 - a) * (3 - a) / 6 * (3 * second**2 + fourth)
     assert ((below - 1e-9 <= error) & (error <= above + 1e-9)).all()
-    share = law.variance.amax(-1) / mean
+    share = distribution.variance.amax(-1) / mean
     assert (error.abs() <= 8 * (1 - a) * (2 - a) * (3 - a) * share**2 * (1 + 4 * share) + 1e-9).all()
 
 
 def test_expected_distance_without_variance_is_the_distance():
-    law = DiagonalGaussian(torch.randn(5, 6), torch.full((5, 6), -20.0))
+    distribution = DiagonalGaussian(torch.randn(5, 6), torch.full((5, 6), -20.0))
     points = torch.randn(2, 5, 6)
-    assert_close(expected_distance(points, law), (points - law.mean).norm(dim=-1))
+    assert_close(expected_distance(points, distribution), (points - distribution.mean).norm(dim=-1))
 
 
 def test_closed_form_is_the_limit_of_many_posterior_draws():
-    law = DiagonalGaussian(torch.randn(3, 64), torch.full((3, 64), -1.0))
+    distribution = DiagonalGaussian(torch.randn(3, 64), torch.full((3, 64), -1.0))
     draws = torch.randn(8, 3, 64)
-    monte_carlo = energy_loss(draws, law.sample(20_000, torch.Generator().manual_seed(0)))
-    assert_close(energy_loss_to_gaussian(draws, law), monte_carlo, rtol=2e-3, atol=2e-3)
+    monte_carlo = energy_loss(draws, distribution.sample(20_000, torch.Generator().manual_seed(0)))
+    assert_close(energy_loss_to_gaussian(draws, distribution), monte_carlo, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0, -1.0, 3.0])

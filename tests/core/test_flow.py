@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from calm.core.flow import CALLS_PER_STEP, average_velocity_target, solve, straight_path
+from calm.core.flow import CALLS_PER_STEP, solve, straight_path
 
 
 def test_the_path_is_straight():
@@ -57,16 +57,3 @@ def test_flow_between_gaussians_reaches_the_data():
     start = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     end = solve(velocity, start, 100, "midpoint")
     assert_close(end, mean + std * start, rtol=0, atol=2e-3)  # The map is linear and keeps the order.
-
-
-def test_the_average_velocity_fulfils_its_identity():
-    """For the field v(x, t) = x the average over [t, s] is x (e^(s-t) - 1) / (s - t)."""
-    x, time = torch.tensor([[[0.7, -1.2]]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
-    end = torch.tensor([[0.8]], dtype=torch.float64)
-
-    def average(x, time):
-        span = (end - time).unsqueeze(-1)
-        return x * torch.expm1(span) / span
-
-    value, change = torch.func.jvp(average, (x, time), (x, torch.ones_like(time)))
-    assert_close(average_velocity_target(x, change, time, end), value)

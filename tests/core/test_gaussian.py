@@ -8,9 +8,9 @@ from calm.core.gaussian import DiagonalGaussian, floored_kl
 
 
 def test_kl_agrees_with_torch_distributions():
-    law = DiagonalGaussian(torch.randn(5, 7), torch.randn(5, 7))
-    expected = kl_divergence(Normal(law.mean, law.std), Normal(0.0, 1.0))
-    assert_close(law.kl_to_standard_normal(), expected)
+    distribution = DiagonalGaussian(torch.randn(5, 7), torch.randn(5, 7))
+    expected = kl_divergence(Normal(distribution.mean, distribution.std), Normal(0.0, 1.0))
+    assert_close(distribution.kl_to_standard_normal(), expected)
 
 
 def test_floor_counts_and_stops_the_gradient():
@@ -22,10 +22,11 @@ def test_floor_counts_and_stops_the_gradient():
 
 
 def test_samples_have_mean_and_deviation_and_follow_the_generator():
-    law = DiagonalGaussian(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, -1.0]]))
-    draws = law.sample(100_000, torch.Generator().manual_seed(0))
-    assert_close(draws.mean(0), law.mean, atol=0.02, rtol=0)
-    assert_close(draws.std(0), law.std, atol=0.02, rtol=0)
+    distribution = DiagonalGaussian(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, -1.0]]))
+    draws = distribution.sample(100_000, torch.Generator().manual_seed(0))
+    assert_close(draws.mean(0), distribution.mean, atol=0.02, rtol=0)
+    assert_close(draws.std(0), distribution.std, atol=0.02, rtol=0)
     assert (
-        law.sample(3, torch.Generator().manual_seed(1)) == law.sample(3, torch.Generator().manual_seed(1))
+        distribution.sample(3, torch.Generator().manual_seed(1))
+        == distribution.sample(3, torch.Generator().manual_seed(1))
     ).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calm.core.pool import Pool
-from calm.core.temperature import TemperatureSettings, sample
+from calm.models.writing.sampler_registry import sampler_from
 
 
 class Reader:
@@ -76,7 +76,7 @@ def test_only_tokens_that_matter_are_read_and_none_twice():
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_reading_only_what_matters_changes_no_sample(sampler, temperature, at_once):
-    settings = TemperatureSettings(
+    settings = sampler_from(
         temperature=temperature, sampler=sampler, num_draws=40, max_draws=40, first_block=4
     )
     results = []
@@ -88,6 +88,6 @@ def test_reading_only_what_matters_changes_no_sample(sampler, temperature, at_on
             top = torch.tensor([1.2, 2, 3, 5, 9, 20])[rows].view(1, -1, 1)
             return (torch.rand(num_draws, len(rows), 3, generator=generator) * top).long()
 
-        results.append(sample(draw, 6, settings, torch.Generator().manual_seed(4), reader))
+        results.append(settings.sample(draw, 6, torch.Generator().manual_seed(4), reader))
     for whole, lazy in zip(*results, strict=True):
         assert torch.equal(whole, lazy)

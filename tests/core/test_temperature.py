@@ -1,4 +1,4 @@
-"""The samplers against enumeration and hand-computed weights; their laws are in tests/statistical."""
+"""The samplers against enumeration and hand-computed weights; distributions are in tests/statistical."""
 
 import itertools
 import math
@@ -8,12 +8,11 @@ import torch
 from scipy import special, stats
 
 from calm.core.temperature import (
-    TemperatureSettings,
     inverse_temperature,
-    sample,
     sample_exact,
     sample_from_pool,
 )
+from calm.models.writing.sampler_registry import sampler_from
 
 
 def seeded(seed=0):
@@ -64,7 +63,7 @@ def test_weights_of_the_pool_rule(counts, temperature, weights):
 def test_real_weights_are_those_of_the_exact_sampler_on_the_pool(order):
     """Enumerate all orders of a pool; one attempt of the exact sampler on each, without replacement.
 
-    A candidate that outlives the pool is accepted. The law of what is accepted is the pool rule.
+    A candidate that outlives the pool is accepted. The distribution of what is accepted is the pool rule.
     """
     counts = [4, 2, 1] if order < 3 else [4, 3]
     n, a = math.floor(order), order - math.floor(order)
@@ -118,23 +117,23 @@ def test_agreement_is_the_share_of_equal_draws():
     assert sample_from_pool(pool_of([7, 1]), 0.0, seeded()).agreement_R.item() == 7 / 8
 
 
-def draw_of(law_RV, generator):
-    """Draws from a law of each row."""
+def draw_of(distribution_RV, generator):
+    """Draws from a distribution of each row."""
 
     def draw(num_draws, rows):
-        draws_RN = torch.multinomial(law_RV[rows], num_draws, replacement=True, generator=generator)
+        draws_RN = torch.multinomial(distribution_RV[rows], num_draws, replacement=True, generator=generator)
         return draws_RN.T.unsqueeze(-1)
 
     return draw
 
 
 def test_decided_rows_draw_no_more():
-    law = torch.tensor([[1.0, 0.0]] * 3 + [[0.5, 0.5]] * 2)
+    distribution = torch.tensor([[1.0, 0.0]] * 3 + [[0.5, 0.5]] * 2)
     asked = []
 
     def draw(num_draws, rows):
         asked.append((num_draws, rows.tolist()))
-        return draw_of(law, generator)(num_draws, rows)
+        return draw_of(distribution, generator)(num_draws, rows)
 
     generator = seeded(3)
     result = sample_exact(draw, 5, 0.25, first_block=4, max_draws=1000, randomness=generator)
@@ -158,34 +157,34 @@ def test_a_spent_budget_falls_back_to_the_pool_rule():
 
 
 def test_fallen_back_rows_return_to_their_places():
-    law = torch.tensor([[0.1] * 10, [0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0], [0.1] * 10])
-    result = sample_exact(draw_of(law, seeded(1)), 3, 0.125, max_draws=16, randomness=seeded())
+    distribution = torch.tensor([[0.1] * 10, [0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0], [0.1] * 10])
+    result = sample_exact(draw_of(distribution, seeded(1)), 3, 0.125, max_draws=16, randomness=seeded())
     assert result.fell_back_R.tolist() == [True, False, True]
     assert result.chunks_RK[1, 0] == 9
 
 
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 def test_one_draw_at_temperature_one(sampler):
-    settings = TemperatureSettings(temperature=1.0, sampler=sampler)
-    result = sample(draw_of(torch.eye(3), seeded()), 3, settings)
+    settings = sampler_from(temperature=1.0, sampler=sampler)
+    result = settings.sample(draw_of(torch.eye(3), seeded()), 3)
     assert result.chunks_RK.flatten().tolist() == [0, 1, 2]
     assert result.num_draws_R.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 def test_temperature_zero_is_the_mode_of_a_pool(sampler):
-    law = torch.tensor([[0.2, 0.5, 0.3]]).expand(50, -1)
-    settings = TemperatureSettings(temperature=0, sampler=sampler, num_draws=400)
-    result = sample(draw_of(law, seeded()), 50, settings, seeded(1))
+    distribution = torch.tensor([[0.2, 0.5, 0.3]]).expand(50, -1)
+    settings = sampler_from(temperature=0, sampler=sampler, num_draws=400)
+    result = settings.sample(draw_of(distribution, seeded()), 50, seeded(1))
     assert (result.chunks_RK == 1).all() and (result.num_draws_R == 400).all()
 
 
 @pytest.mark.parametrize("settings", [{}, {"sampler": "pool"}, {"sampler": "pool", "top_p": 0.9}])
 @pytest.mark.parametrize("temperature", [0.0, 0.37, 0.5, 1.0])
 def test_same_seed_same_choice(settings, temperature):
-    law = torch.rand(20, 6, generator=seeded())
-    kwargs = TemperatureSettings(temperature=temperature, **settings)
-    one, other = (sample(draw_of(law, seeded(4)), 20, kwargs, seeded(5)).chunks_RK for _ in range(2))
+    distribution = torch.rand(20, 6, generator=seeded())
+    sampler = sampler_from(temperature=temperature, **settings)
+    one, other = (sampler.sample(draw_of(distribution, seeded(4)), 20, seeded(5)).chunks_RK for _ in range(2))
     assert (one == other).all()
 
 
@@ -200,7 +199,7 @@ def test_inverse_temperature(temperature, order):
 @pytest.mark.parametrize("temperature", [-1.0, 1.5, math.nan, math.inf])
 def test_other_temperatures_are_refused(temperature):
     with pytest.raises(ValueError, match="temperature must lie between 0 and 1"):
-        TemperatureSettings(temperature=temperature)
+        sampler_from(temperature=temperature)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_other_temperatures_are_refused(temperature):
         ({"sampler": "beam"}, "sampler must be one of exact, pool, head; got 'beam'"),
         ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
         ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
-        ({"temperature": 0, "num_draws": 0}, "at least 1 draws, got num_draws=0"),
+        ({"temperature": 0, "num_draws": 0}, "num_draws must be at least 1, got 0"),
         ({"sampler": "pool", "top_p": 0.0}, "top_p must lie in"),
         ({"sampler": "pool", "min_p": 1.5}, "min_p in"),
         ({"temperature": 0.5, "top_p": 0.9}, "use them with sampler='pool'"),
@@ -217,7 +216,7 @@ def test_other_temperatures_are_refused(temperature):
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TemperatureSettings(**settings)
+        sampler_from(**settings)
 
 
 def test_too_small_a_pool_is_refused():
@@ -233,5 +232,6 @@ def test_exact_sampling_has_no_temperature_zero():
 
 
 def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="the batch is empty"):
-        sample(draw_of(torch.eye(1), None), 0, TemperatureSettings())
+    for name in ("exact", "pool", "head"):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            sampler_from(sampler=name).sample(draw_of(torch.eye(1), None), 0)

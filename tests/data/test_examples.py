@@ -22,7 +22,7 @@ from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.text.chat import encode_chat
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
 PAD, EOS = 0, 1
@@ -150,7 +150,7 @@ def test_a_template_of_ones_own(tokenizer, tmp_path):
     record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     [[example]] = read_examples(written(tmp_path / "a.jsonl", record), other)
     assert other.decode(example.prompt) == "[user]Hi<|eos|>\n[assistant]"
-    assert other.decode(example.completion) == "Ho<|eos|>"  # What stands behind the end is not learned.
+    assert other.decode(example.completion) == "Ho<|eos|>"  # What stands after the end is not learned.
 
 
 def examples_of(tokenizer, path, *said, template=None):
@@ -215,7 +215,7 @@ def test_a_completion_is_spelled_behind_its_prompt_as_it_is(kind, tmp_path):
     ):
         assert [example.prompt] == encode_documents(tokenizer, [prompt])
         assert example.completion[-1] == tokenizer.eos_token_id not in example.prompt
-        assert decode_behind(tokenizer, example.prompt, example.completion) == completion
+        assert decode_after(tokenizer, example.prompt, example.completion) == completion
 
 
 def test_parts_of_a_message_are_its_text(tokenizer, tmp_path):

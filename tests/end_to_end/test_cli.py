@@ -321,7 +321,7 @@ def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
         (["--temperature", "1.7"], "temperature must lie between 0 and 1"),
         (["--temperature", "0.25", "--max_draws", "2"], "at least 4 draws"),
         (["--sampler", "pool", "--temperature", "0.25", "--num_draws", "2"], "at least 4 draws"),
-        (["--top_p", "0.5"], "use them with sampler='pool'"),
+        (["--top_p", "0.5", "--sampler", "exact"], "use them with sampler='pool'"),
         (["--max_new_tokens", "0"], "max_new_tokens"),
         (["--tempurature", "1"], "unrecognized"),
     ],

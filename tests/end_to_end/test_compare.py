@@ -35,22 +35,20 @@ def ladder(room) -> Path:
 
 def test_a_ladder_spends_equal_operations(ladder):
     figures = json.loads((ladder / "report.json").read_text())
-    by_name = {contender["name"]: contender for contender in figures["contenders"]}
+    by_name = {result["name"]: result for result in figures["results"]}
     assert list(by_name) == ["K2", "K8", "baseline"]
-    spent = [contender["training_flops"] for contender in by_name.values()]
+    spent = [result["training_flops"] for result in by_name.values()]
     assert max(spent) / min(spent) < 1.15  # Steps of the toy are few and whole.
     assert by_name["K2"]["card"]["reconstruction"] and not by_name["K2"]["card"]["perplexity"]
     assert by_name["baseline"]["card"]["perplexity"]["num_tokens"] > 0
     assert set(figures["floors"]) == {"3-gram", "5-gram"}
-    for contender in by_name.values():
-        warmths = {warmth["temperature"]: warmth for warmth in contender["warmths"]}
-        assert next(iter(warmths)) == 1.0 and 0.5 in warmths
-        assert warmths[1.0]["draws"] == 1
-        assert (warmths[0.5]["draws"] > 1) == (contender["name"] != "baseline")
-        assert len(contender["texts"]) == len(figures["prompts"]) == 3
-        assert (
-            contender["seconds"] > 0 and contender["checkpoints"][-1]["flops"] == contender["training_flops"]
-        )
+    for result in by_name.values():
+        temperature_points = {point["temperature"]: point for point in result["temperature_points"]}
+        assert next(iter(temperature_points)) == 1.0 and 0.5 in temperature_points
+        assert temperature_points[1.0]["draws"] == 1
+        assert (temperature_points[0.5]["draws"] > 1) == (result["name"] != "baseline")
+        assert len(result["texts"]) == len(figures["prompts"]) == 3
+        assert result["seconds"] > 0 and result["checkpoints"][-1]["flops"] == result["training_flops"]
     # Models of fewer tokens than BrierLM needs, and of tokens, are scored on the very same windows.
     assert by_name["K2"]["card"]["brier"]["num_chunks"] == by_name["baseline"]["card"]["brier"]["num_chunks"]
 
@@ -74,9 +72,9 @@ def test_compare_finished_runs_and_mere_models(ladder, room, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "blocks of 32 tokens" in out and "T = 0.4" in out
     figures = json.loads((tmp_path / "report.json").read_text())
-    best = max(figures["contenders"], key=lambda c: brier_lm(c["card"]["brier"]["means"]))
+    best = max(figures["results"], key=lambda c: brier_lm(c["card"]["brier"]["means"]))
     assert f"to {best['name']}" in out
-    run, mere = figures["contenders"]
+    run, mere = figures["results"]
     assert run["training_flops"] and mere["training_flops"] is None and mere["name"] == "model"
 
 

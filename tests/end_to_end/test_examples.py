@@ -37,6 +37,8 @@ def text(tmp_path):
 def test_there_are_no_others():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "a_data_source_of_your_own",
+        "a_head_of_your_own",
+        "a_sampler_of_your_own",
         "questions",
         "train_on_your_text",
         "load_a_published_checkpoint",

@@ -1,4 +1,4 @@
-"""`calm generate` with a tokenizer that puts spaces in front of words and ends behind texts."""
+"""`calm generate` with a tokenizer that puts spaces in front of words and ends after texts."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from other_tokenizers import KINDS
 from tiny import tiny_model
 
 from calm.cli import main
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
 
@@ -31,7 +31,7 @@ def test_the_continuation_stands_behind_its_prompt(folder, capsys):
     written = capsys.readouterr().out
     [ids] = encode_documents(tokenizer, [PROMPT])
     out = model.generate(torch.tensor([ids]), seed=3, temperature=1.0, max_new_tokens=12)
-    assert written == PROMPT + decode_behind(tokenizer, ids, out[0, len(ids) :].tolist()) + "\n"
+    assert written == PROMPT + decode_after(tokenizer, ids, out[0, len(ids) :].tolist()) + "\n"
     main(["generate", str(folder), PROMPT, *SETTINGS, "--stream"])
     assert capsys.readouterr().out == written
 

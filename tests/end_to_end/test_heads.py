@@ -1,4 +1,4 @@
-"""Flow, diffusion and MeanFlow heads from text to text, and changing how they are drawn from."""
+"""Heads that take steps, from text to text, and changing how they are drawn from."""
 
 import json
 from pathlib import Path
@@ -8,23 +8,21 @@ from toy import TOY, failure
 
 from calm.cli import main
 from calm.data.stories import write_stories
-from calm.models.heads.adaln import _AdaptiveNetwork
+from calm.models.heads.step_network import StepNetwork
 
 HEADS = {
     "flow": {"head_type": "flow", "num_blocks": 1, "frequency_size": 16},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1, "frequency_size": 16, "num_steps": 6},
-    "mean_flow": {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16},
     "categorical_flow": {"head_type": "categorical_flow", "num_blocks": 1, "frequency_size": 16, "rank": 8},
 }
 SEQUENTIAL = {"head_type": "sequential", "num_blocks": 1, "token_size": 8, "rank": 8}
 CHANGES = {
     "flow": {"solver": "euler", "num_steps": 3},
     "diffusion": {"sampler": "dpm", "num_steps": 3},
-    "mean_flow": {"num_steps": 2},
     "categorical_flow": {"num_steps": 2},
 }
 # Of the network for a draw.
-CALLS = {"flow": (8, 3), "diffusion": (6, 3), "mean_flow": (1, 2), "categorical_flow": (4, 2)}
+CALLS = {"flow": (8, 3), "diffusion": (6, 3), "categorical_flow": (4, 2)}
 
 
 @pytest.fixture(scope="module", params=HEADS)
@@ -44,8 +42,8 @@ def run(request, tmp_path_factory) -> Path:
 def test_trained_scored_and_written_with(run, capsys, monkeypatch):
     assert json.loads((run / "model/config.json").read_text())["head_config"]["head_type"] == run.name
     calls = []
-    forward = _AdaptiveNetwork.forward
-    monkeypatch.setattr(_AdaptiveNetwork, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    forward = StepNetwork.forward
+    monkeypatch.setattr(StepNetwork, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
 
     def network_calls(*arguments: str) -> int:
         calls.clear()
@@ -75,7 +73,7 @@ def test_costs_follow_the_steps(run, capsys):
         main(["flops", str(run / "model"), "--draws", "5", *change])
         return next(line for line in capsys.readouterr().out.splitlines() if "head " in line)
 
-    more = {"flow": 8, "diffusion": 60, "mean_flow": 2, "categorical_flow": 8}[run.name]
+    more = {"flow": 8, "diffusion": 60, "categorical_flow": 8}[run.name]
     assert head_row() != head_row("--head", json.dumps({"num_steps": more}))
 
 
@@ -118,7 +116,7 @@ def test_codes_take_no_training(head, tmp_path, capsys):
     capsys.readouterr()
     main(["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"])
     said = capsys.readouterr().out
-    assert "100.00" in said  # Of the tokens are given back.
+    assert "100.00" in said  # Of the tokens are reconstructed.
     [*_, last] = [
         e for e in json.loads((run / "history.json").read_text())["language_model"] if "eval_brier_lm" in e
     ]

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
 from calm.errors import InputError
-from calm.evaluation.brier import BrierResult, evaluate_brier
+from calm.evaluation.brier import BrierResult, FromDraws, evaluate_brier
 from calm.evaluation.held_out import batches_of
 
 PAD, EOS = 0, 1
@@ -44,7 +44,7 @@ def block_of(*rows, chunk_size=4):
 
 def evaluate(sampler, *blocks, eos_token_id=EOS, seed=0):
     return evaluate_brier(
-        sampler,
+        FromDraws(sampler),
         blocks,
         eos_token_id=eos_token_id,
         pad_token_id=PAD,
@@ -64,7 +64,7 @@ def stories_in_blocks(num_documents=12):
 
 
 def test_uniform_sampler():
-    """2 P(y) - sum P^2 = V^-n for the uniform law over V tokens, whatever the text is."""
+    """2 P(y) - sum P^2 = V^-n for the uniform distribution over V tokens, whatever the text is."""
     vocab, generator = 4, torch.Generator().manual_seed(1)
     tokens = torch.randint(vocab, (400, 4 * 501), generator=generator)
     sampler = Sampler(lambda target, _, generator: torch.randint(vocab, target.shape, generator=generator))

@@ -7,7 +7,7 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
-from calm.evaluation.brier import evaluate_brier
+from calm.evaluation.brier import FromDraws, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
 
 EOS, A, B, C, PAD = range(5)
@@ -16,7 +16,7 @@ NOTHING, UNKNOWN = -1, PAD  # The text never holds the padding id, so a context 
 DOCUMENTS = [[A, B], [A, B], [A, C], [B]]
 DRAWS = 40_000
 
-# P = trust * counted share + (1 - trust) * law of the shorter context; trust = N / (N + D).
+# P = trust * counted share + (1 - trust) * distribution of the shorter context; trust = N / (N + D).
 # Probabilities are of $ a b c pad, in this order.
 UNIFORM = torch.full((5,), 1 / 5, dtype=torch.float64)
 ANY = 11 / 15 * torch.tensor([4, 3, 3, 1, 0], dtype=torch.float64) / 11 + 4 / 15 * UNIFORM
@@ -55,8 +55,8 @@ def block_of(tokens, labels, position_ids):
     }
 
 
-def test_laws_by_hand():
-    """The laws above, once more as fractions over one denominator."""
+def test_distributions_by_hand():
+    """The distributions above, once more as fractions over one denominator."""
     assert (75 * ANY).tolist() == pytest.approx([24, 19, 19, 9, 4])
     assert (375 * AFTER_A).tolist() == pytest.approx([48, 38, 188, 93, 8])
     assert (300 * AFTER_B).tolist() == pytest.approx([249, 19, 19, 9, 4])
@@ -79,12 +79,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("order", "history", "law"), CASES.values(), ids=CASES)
-def test_draws_follow_the_law(order, history, law):
+@pytest.mark.parametrize(("order", "history", "distribution"), CASES.values(), ids=CASES)
+def test_draws_follow_the_distribution(order, history, distribution):
     history_PH = torch.tensor(history, dtype=torch.long).repeat(DRAWS, 1)
     tokens = sampler_of(order=order).draw_tokens(history_PH, generator())
     for token, count in enumerate(torch.bincount(tokens, minlength=5).tolist()):
-        assert agree(count, float(law[token]), DRAWS), (token, count / DRAWS, float(law[token]))
+        assert agree(count, float(distribution[token]), DRAWS), (
+            token,
+            count / DRAWS,
+            float(distribution[token]),
+        )
 
 
 def test_nothing_is_not_the_last_token_of_the_vocabulary():
@@ -95,26 +99,26 @@ def test_nothing_is_not_the_last_token_of_the_vocabulary():
 
 
 def test_contexts_in_one_batch_do_not_mix():
-    """Each row follows its own law, also where known and unknown contexts stand side by side."""
-    cases = [(history, law) for order, history, law in CASES.values() if order == 3]
+    """Each row follows its own distribution, also where known and unknown contexts stand side by side."""
+    cases = [(history, distribution) for order, history, distribution in CASES.values() if order == 3]
     history_PH = torch.tensor([history for history, _ in cases]).repeat(DRAWS // 4, 1)
     tokens = sampler_of().draw_tokens(history_PH, generator(1)).view(-1, len(cases))
-    for column, (_, law) in enumerate(cases):
+    for column, (_, distribution) in enumerate(cases):
         for token, count in enumerate(torch.bincount(tokens[:, column], minlength=5).tolist()):
-            assert agree(count, float(law[token]), DRAWS // 4)
+            assert agree(count, float(distribution[token]), DRAWS // 4)
 
 
-def test_chunks_follow_the_product_of_the_laws():
+def test_chunks_follow_the_product_of_the_distributions():
     """Bigram chunks of two after "a": P(x) P(y | x), and padding for sure after EOS."""
     after = {A: AFTER_A, B: AFTER_B, C: AFTER_C, PAD: ANY, EOS: torch.eye(5)[PAD]}
-    law = {(x, y): float(AFTER_A[x] * after[x][y]) for x, y in product(range(5), repeat=2)}
-    assert sum(law.values()) == pytest.approx(1)
+    distribution = {(x, y): float(AFTER_A[x] * after[x][y]) for x, y in product(range(5), repeat=2)}
+    assert sum(distribution.values()) == pytest.approx(1)
     block = block_of([[B, A, A, A]], [[B, A, A, A]], [[0, 1]])
     sampler = sampler_of(order=2, chunk_size=2)
     draws = sampler.draw_next_chunks(block, torch.tensor([[True]]), DRAWS, generator())
     assert draws.shape == (DRAWS, 1, 2)
     counts = torch.bincount(draws[:, 0, 0] * 5 + draws[:, 0, 1], minlength=25).view(5, 5)
-    for (x, y), probability in law.items():
+    for (x, y), probability in distribution.items():
         assert agree(int(counts[x, y]), probability, DRAWS), (x, y)
 
 
@@ -193,7 +197,9 @@ def test_draws_are_independent_and_repeatable():
 def score(documents, order, text):
     """Brier means of a model of `documents` on one long text of whole chunks."""
     block = block_of([text], [text], [list(range(len(text) // 4))])
-    return evaluate_brier(sampler_of(documents, order), [block], eos_token_id=EOS, pad_token_id=PAD, seed=0)
+    return evaluate_brier(
+        FromDraws(sampler_of(documents, order)), [block], eos_token_id=EOS, pad_token_id=PAD, seed=0
+    )
 
 
 def test_a_longer_order_predicts_a_cycle_up_to_smoothing():

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.evaluation.brier import evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
 from calm.evaluation.processes import own_share
-from calm.evaluation.samplers import scorer_of
+from calm.evaluation.scorers import scorer_of
 
 WORLD = 2
 

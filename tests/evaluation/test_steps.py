@@ -7,14 +7,15 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from calm.core.chunks import find_targets, split_into_chunks
-from calm.core.temperature import TemperatureSettings
 from calm.data.chunking import make_blocks
 from calm.errors import InputError
-from calm.evaluation.brier import Targets, evaluate_brier
+from calm.evaluation.branches import read_text
+from calm.evaluation.brier import FromDraws, Targets, evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
-from calm.evaluation.readers import CalmDraws, Chunks, Tokens
-from calm.evaluation.samplers import AutoencoderCeiling, CalmSampler, scorer_at, scorer_of, scorer_of_draws
-from calm.evaluation.steps import ProbabilityScorer, StepScorer
+from calm.evaluation.scorers import AutoencoderCeiling, scorer_of
+from calm.evaluation.steps import DrawScorer, ProbabilityScorer
+from calm.models.readers import ChunkReader, TokensReader
+from calm.models.writing.sampler_registry import sampler_from
 
 VOCAB = 12
 
@@ -29,7 +30,7 @@ def llama(seed=0, vocab_size=VOCAB):
 
 
 def sequential(chunk_size, **changes):
-    """A CALM whose head has a likelihood, and laws that are not flat."""
+    """A CALM whose head has a likelihood, and distributions that are not flat."""
     model = tiny_model(chunk_size, head_config={"head_type": "sequential"}, **changes)
     with torch.no_grad():
         model.head.scores.weight.normal_(std=0.3)
@@ -79,7 +80,7 @@ def texts_before(block, is_target_BC, chunk_size=4):
 def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
     model, block = make(), blocks_of()
     targets = targets_in(block)
-    text = Tokens(model).read(block, targets, 4)
+    text = read_text(TokensReader(model), block, targets.is_target_BC, 4)
     path = torch.randint(3, VOCAB, (len(targets.chunks_PK), 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         on_text = [text.outputs_on_text(step) for step in range(4)]
@@ -99,7 +100,7 @@ def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
 def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size):
     model, block = tiny_model(unit_size), blocks_of(vocab=40)
     targets = targets_in(block)
-    text = Chunks(CalmDraws(model)).read(block, targets, 4)
+    text = read_text(ChunkReader(model), block, targets.is_target_BC, 4)
     path = torch.randint(3, 40, (len(targets.chunks_PK), 4), generator=torch.Generator().manual_seed(0))
     steps = 4 // unit_size
     with torch.no_grad():
@@ -114,16 +115,16 @@ def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size)
                 assert_close(states[place], alone[num_units + step], rtol=1e-4, atol=1e-4)
 
 
-def law_of_tokens(model):
-    """Next-token law of a model of tokens behind a text and some tokens more."""
+def distribution_of_tokens(model):
+    """Next-token distribution of a model of tokens after a text and some tokens more."""
     return lambda before, window: model(torch.tensor([before + window])).logits[0, -1].double().softmax(-1)
 
 
-def law_of_chunks(model, temperature):
+def distribution_of_chunks(model, temperature):
     """The same of a CALM whose head has a likelihood, from the loss of every token."""
     size, vocab = model.config.chunk_size, model.config.vocab_size
 
-    def law(before, window):
+    def distribution(before, window):
         whole = len(window) // size * size
         text = [PAD] * (-len(before) % size) + before + window[:whole]
         state = model.hidden_states_of_chunks(torch.tensor([text]))[:, -1]
@@ -132,27 +133,29 @@ def law_of_chunks(model, temperature):
         losses = model.head.token_losses(state.expand(vocab, -1), chunks)[:, len(begun)]
         return (-losses.double() / temperature).softmax(-1)
 
-    return law
+    return distribution
 
 
-def literal_means(law_of, block, targets):
+def literal_means(distribution_of, block, targets):
     """Brier-n of every target by enumerating all windows of tokens: no branch, no cache, no estimate."""
     scores = []
     for before, truth in zip(
         texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
     ):
-        laws = {(): 1.0}
+        distributions = {(): 1.0}
         row = []
         for order in range(1, 5):
             longer = {}
-            for window, chance in laws.items():
+            for window, chance in distributions.items():
                 if EOS in window:
                     longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + chance
                     continue
-                for token, p in enumerate(law_of(before, list(window)).tolist()):
+                for token, p in enumerate(distribution_of(before, list(window)).tolist()):
                     longer[(*window, token)] = chance * p
-            laws = longer
-            row.append(2 * laws.get(tuple(truth[:order]), 0.0) - sum(p * p for p in laws.values()))
+            distributions = longer
+            row.append(
+                2 * distributions.get(tuple(truth[:order]), 0.0) - sum(p * p for p in distributions.values())
+            )
         scores.append(row)
     return torch.tensor(scores).mean(0)
 
@@ -164,7 +167,7 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
     assert (targets.chunks_PK == EOS).any() and (targets.chunks_PK[:, -1] != PAD).any()
-    exact = literal_means(law_of_tokens(model), block, targets)
+    exact = literal_means(distribution_of_tokens(model), block, targets)
     scorer = scorer_of(model, estimator)
     repeats = []
     for seed in range(300):
@@ -187,8 +190,8 @@ def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temp
     model = sequential(unit_size, vocab_size=5)
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
-    exact = literal_means(law_of_chunks(model, temperature), block, targets)
-    scorer, draws = scorer_at(model, temperature)
+    exact = literal_means(distribution_of_chunks(model, temperature), block, targets)
+    scorer = scorer_of(model, temperature=temperature)
     repeats = []
     for seed in range(200):
         hits, equal = scorer.estimate(block, targets, 2, torch.Generator().manual_seed(seed))
@@ -198,26 +201,26 @@ def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temp
     assert_close(means[:, 0], exact[0].expand(200).double(), rtol=1e-5, atol=1e-5)
     assert 0 < error[1:].max() < 0.01
     assert ((means.mean(0) - exact)[1:].abs() < 3.5 * error[1:]).all()
-    assert draws.mean_draws == 1
+    assert scorer.reader.mean_draws == 1
 
 
 def test_whether_a_calm_is_scored_by_its_probabilities():
     model = sequential(4)
-    pool = TemperatureSettings(temperature=0.5, sampler="pool")
-    head = TemperatureSettings(temperature=0.5, sampler="head")
+    pool = sampler_from(temperature=0.5, sampler="pool")
+    head = sampler_from(temperature=0.5, sampler="head")
     assert isinstance(scorer_of(model), ProbabilityScorer)
-    assert isinstance(scorer_of(model, settings=head), ProbabilityScorer)
+    assert isinstance(scorer_of(model, sampler=head), ProbabilityScorer)
     # Of whole chunks at a temperature nothing but draws is known; nor where tokens are chosen greedily.
     blocks = [blocks_of(num_documents=4, block_size=64, vocab=40)]
     for temperature in (0.0, 0.005):
-        greedy = TemperatureSettings(temperature=temperature, sampler="head")
-        scorer = scorer_of(model, settings=greedy)
+        greedy = sampler_from(temperature=temperature, sampler="head")
+        scorer = scorer_of(model, sampler=greedy)
         result = evaluate_brier(scorer, blocks, eos_token_id=EOS, pad_token_id=PAD, seed=0)
-        assert isinstance(scorer, CalmSampler) and result.collisions[0] == 1
-    assert isinstance(scorer_of(model, settings=pool), CalmSampler)
-    assert isinstance(scorer_of(sequential(2), settings=pool), StepScorer)
-    assert isinstance(scorer_of(model, "draws"), CalmSampler)
-    assert isinstance(scorer_of(tiny_model(4)), CalmSampler)
+        assert isinstance(scorer, DrawScorer) and result.collisions[0] == 1
+    assert isinstance(scorer_of(model, sampler=pool), DrawScorer)
+    assert isinstance(scorer_of(sequential(2), sampler=pool), DrawScorer)
+    assert isinstance(scorer_of(model, "draws"), DrawScorer)
+    assert isinstance(scorer_of(tiny_model(4)), DrawScorer)
 
 
 @pytest.mark.parametrize("unit_size", [2, 4])
@@ -236,21 +239,29 @@ def test_probabilities_have_less_variance_and_agree_with_draws():
     model = llama()
     blocks = [blocks_of(num_documents=200, block_size=96)]
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
-    best = evaluate_brier(ProbabilityScorer(Tokens(model)), blocks, **settings)
-    drawn = evaluate_brier(StepScorer(Tokens(model)), blocks, **settings)
+    best = evaluate_brier(ProbabilityScorer(TokensReader(model)), blocks, **settings)
+    drawn = evaluate_brier(DrawScorer(TokensReader(model)), blocks, **settings)
     assert best.num_chunks == drawn.num_chunks > 300
     for a, b, error_a, error_b in zip(best.means, drawn.means, best.errors, drawn.errors, strict=True):
         assert abs(a - b) < 3.5 * (error_a**2 + error_b**2) ** 0.5
         assert error_a < error_b
 
 
-def test_short_chunks_cut_into_one_step_score_like_whole_ones():
-    """A CALM with K = 4 by steps (one step of four tokens) is what `CalmSampler` scores."""
+def test_one_step_of_a_whole_chunk_scores_like_draws_of_it():
+    """A CALM with K = 4 by steps (one step of four tokens) against its draws, taken by hand."""
     model, block = tiny_model(4), blocks_of(vocab=40)
+
+    class Draws:
+        chunk_size = 4
+
+        def draw_next_chunks(self, block, is_target_BC, num_draws, generator):
+            states = model.hidden_states_of_chunks(block["input_ids"], position_ids=block["position_ids"])
+            return model.draw_chunks(states[:, :-1][is_target_BC], num_draws, generator)
+
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 3, "num_draws": 4}
-    stepwise = StepScorer(Chunks(CalmDraws(model)))
+    stepwise = DrawScorer(ChunkReader(model))
     assert stepwise.chunk_size == 4
-    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, CalmSampler(CalmDraws(model))))
+    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, FromDraws(Draws())))
     assert one.means == pytest.approx(other.means, abs=1e-6)
 
 
@@ -268,8 +279,8 @@ def test_perplexity_is_that_of_the_documents_alone():
             texts_before(block, targets.is_target_BC), targets.chunks_PK.tolist(), strict=True
         ):
             truth = truth[: truth.index(EOS) + 1] if EOS in truth else truth
-            law = model(torch.tensor([before + truth])).logits[0].log_softmax(-1)
-            total -= sum(float(law[len(before) - 1 + i, token]) for i, token in enumerate(truth))
+            distribution = model(torch.tensor([before + truth])).logits[0].log_softmax(-1)
+            total -= sum(float(distribution[len(before) - 1 + i, token]) for i, token in enumerate(truth))
             count += len(truth)
     result = evaluate_perplexity(model, [block], eos_token_id=EOS, pad_token_id=PAD)
     assert result.num_tokens == count
@@ -278,7 +289,7 @@ def test_perplexity_is_that_of_the_documents_alone():
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_perplexity_of_a_head_that_has_a_likelihood(size):
-    """Chunk by chunk, behind the document's own chunks alone."""
+    """Chunk by chunk, after the document's own chunks alone."""
     window = max(size, 4)
     model = tiny_model(size, head_config={"head_type": "sequential"})
     model.head.scores.weight.data.normal_(std=0.3)
@@ -322,8 +333,8 @@ def test_the_ceiling_of_a_perfect_autoencoder_is_100():
 
     ceiling = AutoencoderCeiling(Perfect(), 4)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
-    assert evaluate_brier(ceiling, [block], **settings).means == (1.0, 1.0, 1.0, 1.0)
-    untrained = evaluate_brier(AutoencoderCeiling(model.autoencoder, 4), [block], **settings)
+    assert evaluate_brier(FromDraws(ceiling), [block], **settings).means == (1.0, 1.0, 1.0, 1.0)
+    untrained = evaluate_brier(FromDraws(AutoencoderCeiling(model.autoencoder, 4)), [block], **settings)
     assert untrained.means[3] < 0.5
 
 
@@ -333,9 +344,7 @@ def test_low_temperature_of_a_model_of_tokens(estimator):
     """Scores are those of the model whose last layer is divided by T."""
     model, block = llama(), blocks_of(num_documents=60, block_size=96)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0, "num_draws": 3}
-    cold = evaluate_brier(
-        scorer_of(model, estimator, TemperatureSettings(temperature=0.4)), [block], **settings
-    )
+    cold = evaluate_brier(scorer_of(model, estimator, temperature=0.4), [block], **settings)
     warm = evaluate_brier(scorer_of(model, estimator), [block], **settings)
     model.lm_head.weight /= 0.4
     same = evaluate_brier(scorer_of(model, estimator), [block], **settings)
@@ -347,14 +356,12 @@ def test_low_temperature_of_a_model_of_tokens(estimator):
 
 @pytest.mark.parametrize("unit_size", [2, 4])
 def test_low_temperature_of_a_calm_agrees_more_and_counts_draws(unit_size):
-    draws = {t: CalmDraws(tiny_model(unit_size), TemperatureSettings(temperature=t)) for t in (1.0, 0.5)}
+    scorers = {t: scorer_of(tiny_model(unit_size), temperature=t) for t in (1.0, 0.5)}
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
-    results = {
-        t: evaluate_brier(scorer_of_draws(d), [blocks_of(vocab=40)], **settings) for t, d in draws.items()
-    }
+    results = {t: evaluate_brier(s, [blocks_of(vocab=40)], **settings) for t, s in scorers.items()}
     assert results[0.5].collisions[0] > results[1.0].collisions[0]
-    assert draws[1.0].mean_draws == 1
-    assert 2 <= draws[0.5].mean_draws <= 200
+    assert scorers[1.0].reader.mean_draws == 1
+    assert 2 <= scorers[0.5].reader.mean_draws <= 200
 
 
 def test_one_draw_is_refused():

@@ -15,9 +15,9 @@ from toy import toy_recipe
 from calm.data.stories import write_stories
 from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
-from calm.generation import continue_texts
 from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer
 from calm.models.published import load_published
+from calm.texts import continue_texts
 from calm.training import stages
 from calm.training.recipe_files import with_settings
 

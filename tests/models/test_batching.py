@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import EOS, tiny_model
 
-from calm.core.temperature import TemperatureSettings
-from calm.models.batching import ChunkBatch
+from calm.models.writing.batching import ChunkBatch
+from calm.models.writing.sampler_registry import sampler_from
 
 SETTINGS = (
-    TemperatureSettings(temperature=1.0),
-    TemperatureSettings(temperature=0.7, max_draws=8),
-    TemperatureSettings(temperature=0.5, sampler="pool", num_draws=12, top_p=0.9),
-    TemperatureSettings(temperature=0.0, num_draws=6),
+    sampler_from(temperature=1.0),
+    sampler_from(temperature=0.7, max_draws=8),
+    sampler_from(temperature=0.5, sampler="pool", num_draws=12, top_p=0.9),
+    sampler_from(temperature=0.0, num_draws=6),
 )
 
 
@@ -24,10 +24,7 @@ def alone(model, prompt, settings, budget, seed):
         max_new_tokens=budget,
         seed=seed,
         temperature=settings.temperature,
-        sampler=settings.sampler,
-        num_draws=settings.num_draws,
-        max_draws=settings.max_draws,
-        top_p=settings.top_p,
+        sampler=settings,
     )[0, len(prompt) :].tolist()
     return out[: out.index(EOS) + 1] if EOS in out else out
 
@@ -123,7 +120,9 @@ def test_a_row_that_cannot_join_leaves_nothing_behind(model, monkeypatch):
     batch, settings = ChunkBatch(model), SETTINGS[0]
     first = batch.join([5, 6, 7], settings, 8, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("calm.models.batching._side_by_side", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr(
+            "calm.models.writing.batching._side_by_side", lambda *_: (_ for _ in ()).throw(MemoryError())
+        )
         with pytest.raises(MemoryError):
             batch.join([9, 10, 11, 12, 13], settings, 8, 2)
     second = batch.join([14, 15], settings, 8, 3)

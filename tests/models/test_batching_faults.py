@@ -3,13 +3,13 @@
 import pytest
 from tiny import tiny_model
 
-from calm.core.temperature import TemperatureSettings
-from calm.models.batching import ChunkBatch, Failed
+from calm.models.writing.batching import ChunkBatch, Failed
+from calm.models.writing.sampler_registry import sampler_from
 
 SETTINGS = (
-    TemperatureSettings(),
-    TemperatureSettings(temperature=0.5, max_draws=8),
-    TemperatureSettings(temperature=0.7, sampler="pool", num_draws=6),
+    sampler_from(),
+    sampler_from(temperature=0.5, max_draws=8),
+    sampler_from(temperature=0.7, sampler="pool", num_draws=6),
 )
 PROMPTS = ([5, 6, 7], [9] * 11, [12, 13], [14, 15, 16, 17, 18])
 

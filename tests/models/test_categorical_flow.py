@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmConfig, CalmForCausalLM
 from calm.core.categorical import last_time
-from calm.core.temperature import TemperatureSettings
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.flops import autoencoder_training_flops
-from calm.models.heads import scores
+from calm.models.heads import Target, scores
+from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 HEAD = {"head_type": "categorical_flow"}
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -71,16 +71,16 @@ def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
     head, hidden, tokens = model.head, torch.randn(5, 32), torch.randint(40, (5, 4))
     codes = model.autoencoder.get_input_embeddings().weight
     posterior = model.autoencoder.encode(tokens)
-    noise = head.draw_noise(5, 8, torch.Generator().manual_seed(1))
+    noise = head.draw_noise(5, torch.Generator().manual_seed(1))
     time = last_time(2, 40) * noise.time[0]
     points = (1 - time[:, None]) * noise.start[0] + time[:, None] * posterior.mean
-    vectors = head.network(points, (1000 * time,), head.network.condition_in(hidden)) + head.direct(hidden)
+    vectors = head.network(points, 1000 * time, head.network.condition_in(hidden)) + head.direct(hidden)
     vectors = vectors.view(5, 4, 6)
     prior = F.linear(vectors, head.scores.weight, head.scores.bias)
     density = -(points.view(5, 4, 1, 2) - time.view(5, 1, 1, 1) * codes).square().sum(-1)
     scores = prior + density / (2 * (1 - time).square()).view(5, 1, 1)
     expected = F.cross_entropy(scores.flatten(0, 1), tokens.flatten(), reduction="none").view(5, 4).mean(-1)
-    assert_close(head.loss(hidden, posterior, noise=noise, tokens_PK=tokens), expected)
+    assert_close(head.loss(hidden, Target(posterior, tokens), noise), expected)
 
 
 def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
 
 
 def test_times_are_spread_evenly(model):
-    noise = model.head.draw_noise(1000, 8, torch.Generator().manual_seed(3))
+    noise = model.head.draw_noise(1000, torch.Generator().manual_seed(3))
     counts = torch.histc(noise.time, 20, 0, 1)
     assert counts.min() >= 48 and counts.max() <= 52
     assert (noise.time[0, 1:] - noise.time[0, :-1]).abs().min() > 0.3
@@ -113,47 +113,51 @@ def test_a_draw_at_a_temperature():
     torch.nn.init.zeros_(model.head.network.inp.weight)  # So that only evidence tells draws apart.
     prepared = model.head.prepare(torch.randn(3, 32))
     hot, warm, cold = (
-        model.head.draw_at(t, prepared, 300, torch.Generator().manual_seed(4)) for t in (1.0, 0.5, 0.05)
+        model.head.draw_latents(prepared, 300, torch.Generator().manual_seed(4), temperature=t)
+        for t in (1.0, 0.5, 0.05)
     )
-    assert torch.equal(hot, model.head.draw(prepared, 300, torch.Generator().manual_seed(4)))
+    assert torch.equal(hot, model.head.draw_latents(prepared, 300, torch.Generator().manual_seed(4)))
 
     head, still = model.head, torch.zeros(1, 3, 64)
     prior = head._features(still, torch.zeros(()), prepared, 1.0) @ head._table().T
-    log_law = prior.log_softmax(-1)[0]  # Without noise, and at t = 0 without evidence.
+    log_distribution = prior.log_softmax(-1)[0]  # Without noise, and at t = 0 without evidence.
 
-    def mean_log_law(draws):
-        return log_law.gather(-1, model.autoencoder.decode_tokens(draws).permute(1, 2, 0)).mean()
+    def mean_log_distribution(draws):
+        return log_distribution.gather(-1, model.autoencoder.decode_tokens(draws).permute(1, 2, 0)).mean()
 
-    assert mean_log_law(cold) > mean_log_law(warm) + 0.03 > mean_log_law(hot) + 0.1
-    with pytest.raises(ValueError, match=r"must lie in \[0.01, 1\], got 0"):
-        model.head.draw_at(0, prepared, 1)
+    assert mean_log_distribution(cold) > mean_log_distribution(warm) + 0.03 > mean_log_distribution(hot) + 0.1
+    with pytest.raises(ValueError, match=r"takes temperatures from 0.01 to 1, got 0"):
+        model.head.draw_chunks(prepared, 1, temperature=0)
 
 
 def test_the_sampler_of_the_head(model):
-    settings = TemperatureSettings(temperature=0.5, sampler="head")
+    settings = sampler_from(temperature=0.5, sampler="head")
     hidden = torch.randn(3, 32)
     sample = model.sample_chunks(hidden, settings, torch.Generator().manual_seed(0))
-    drawn = model.head.draw_at(0.5, model.head.prepare(hidden), 1, torch.Generator().manual_seed(0))
-    assert torch.equal(sample.chunks_RK, model.autoencoder.decode_tokens(drawn)[0])
+    prepared = model.head.prepare(hidden)
+    drawn = model.head.draw_chunks(prepared, 1, torch.Generator().manual_seed(0), 0.5)
+    assert torch.equal(sample.chunks_RK, drawn[0])
     assert sample.num_draws_R.tolist() == [1, 1, 1]
-    assert model.default_sampler(0.5) == "head" and model.default_sampler(0.0) == "exact"
+    config = model.config.head
+    assert default_sampler(config, 0.5) == "head" and default_sampler(config, 0.0) == "exact"
+    assert default_sampler(config, 0.5, top_p=0.9) == default_sampler(config, 0.5, min_p=0.1) == "pool"
     written = model.generate(ids, max_new_tokens=8, seed=1, temperature=0.5)
     assert torch.equal(
         written, model.generate(ids, max_new_tokens=8, seed=1, temperature=0.5, sampler="head")
     )
     other = tiny_model()
-    assert other.default_sampler(0.5) == "exact"
+    assert default_sampler(other.config.head, 0.5) == "exact"
     with pytest.raises(ValueError, match="a energy head does not take a temperature"):
         other.generate(ids, max_new_tokens=8, sampler="head")
-    with pytest.raises(NotImplementedError, match="does not take a temperature"):
-        other.head.draw_at(0.5, other.head.prepare(hidden), 1)
+    with pytest.raises(ValueError, match="does not take a temperature"):
+        other.head.draw_chunks(other.head.prepare(hidden), 1, temperature=0.5)
 
 
 def test_what_the_sampler_of_the_head_cannot(model):
     with pytest.raises(ValueError, match="use them with sampler='pool'"):
-        TemperatureSettings(sampler="head", temperature=0.5, top_p=0.9)
+        sampler_from(sampler="head", temperature=0.5, top_p=0.9)
     for temperature in (-0.1, 1.1):
         with pytest.raises(ValueError, match="must lie between 0 and 1"):
-            TemperatureSettings(sampler="head", temperature=temperature)
+            sampler_from(sampler="head", temperature=temperature)
     with pytest.raises(ValueError, match=r"categorical_flow head takes temperatures from 0.01 to 1, got 0;"):
         model.generate(ids, max_new_tokens=8, sampler="head", temperature=0.0)

@@ -8,10 +8,11 @@ from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer
 
 import calm.core.temperature as temperature_module
-import calm.models.sampling as sampling_module
+import calm.models.writing.sampling as sampling_module
 from calm.core.chunks import align_to_chunks
-from calm.core.temperature import TemperatureSettings, sample_from_pool
+from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
+from calm.models.writing.sampler_registry import sampler_from
 
 
 def without_eos(model):
@@ -84,7 +85,7 @@ def test_what_generate_cannot_do_is_an_error(options, message):
 
 
 def test_rows_of_other_lengths_in_a_batch_do_not_matter():
-    """The states behind a prompt are the same alone and beside a longer prompt, padded on any side."""
+    """The states after a prompt are the same alone and beside a longer prompt, padded on any side."""
     model = tiny_model()
     long, short = torch.randint(3, 40, (11,)), torch.randint(3, 40, (3,))
     for pad_left in (True, False):
@@ -92,7 +93,7 @@ def test_rows_of_other_lengths_in_a_batch_do_not_matter():
         batch = torch.stack([long, padded])
         tokens, mask = align_to_chunks(batch, (batch != PAD).long(), 4, PAD)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        together = model._run_backbone(tokens, mask, positions).last_hidden_state[:, -1]
+        together = model.read_on(tokens, mask, positions)[:, -1]
         for row, prompt in enumerate((long, short)):
             alone, _ = align_to_chunks(prompt[None], torch.ones(1, len(prompt)), 4, PAD)
             expected = model.hidden_states_of_chunks(alone)[0, -1]
@@ -249,13 +250,13 @@ def test_latents_that_are_not_finite_are_refused(head_type):
     model = tiny_model(head_config={"head_type": head_type})
     with torch.no_grad():
         model.backbone.norm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="latent that is not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 
 
 def test_no_position_is_refused(model):
     with pytest.raises(ValueError, match="the batch is empty"):
-        model.sample_chunks(torch.zeros(0, model.config.backbone.hidden_size), TemperatureSettings())
+        model.sample_chunks(torch.zeros(0, model.config.backbone.hidden_size), sampler_from())
 
 
 def test_several_sequences_per_prompt():
@@ -308,11 +309,11 @@ def test_streamer_gets_the_text_and_no_more(budget):
         ({"temperature": 1.5}, "temperature must lie between 0 and 1"),
         ({"temperature": 0.3, "max_draws": 3}, "at least 4 draws, got max_draws=3"),
         ({"temperature": 0.3, "sampler": "pool", "num_draws": 3}, "at least 4 draws, got num_draws=3"),
-        ({"temperature": 0.5, "top_p": 0.9}, "use them with sampler='pool'"),
+        ({"temperature": 0.5, "top_p": 0.9, "sampler": "exact"}, "use them with sampler='pool'"),
         ({"sampler": "beam"}, "sampler must be one of exact, pool"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_length": 2}, "no room for new tokens"),
-        ({"colour": "red"}, "does not know the argument"),
+        ({"color": "red"}, "does not know the argument"),
         ({"do_sample": False}, "chunks are not decoded greedily"),
     ],
 )

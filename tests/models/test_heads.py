@@ -12,12 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calm import CalmConfig, CalmForCausalLM
 from calm.core.gaussian import DiagonalGaussian
-from calm.core.temperature import TemperatureSettings
 from calm.errors import InputError
 from calm.flops import Work, cost_of
 from calm.models.blocks import ZeroLinear
-from calm.models.heads import parse_head_config
-from calm.models.heads.mean_flow import MeanFlowNoise
+from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, Target, parse_head_config
+from calm.models.writing.sampler_registry import sampler_from
 
 every_head = pytest.mark.parametrize("head_type", HEADS)
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
@@ -27,15 +26,21 @@ def model_with(head_type: str, **fields) -> CalmForCausalLM:
     return tiny_model(head_config={"head_type": head_type, **fields})
 
 
-def loss_of(head, hidden: torch.Tensor, posterior: DiagonalGaussian, *arguments) -> torch.Tensor:
-    """The loss, with tokens where the head needs them."""
-    tokens = {"tokens_PK": torch.randint(3, 40, (len(hidden), 4), generator=generator(9))}
-    return head.loss(hidden, posterior, *arguments, **(tokens if head.needs_tokens else {}))
+def loss_of(head, hidden: torch.Tensor, posterior: DiagonalGaussian, generator_=None) -> torch.Tensor:
+    tokens = torch.randint(3, 40, (len(hidden), 4), generator=generator(9))
+    return head.loss(hidden, Target(posterior, tokens), generator=generator_)
+
+
+def draws_of(head, hidden: torch.Tensor, num_draws: int, randomness=None) -> torch.Tensor:
+    """Latents, or the tokens of a head that draws tokens."""
+    if isinstance(head, LatentHead):
+        return head.sample_latents(hidden, num_draws, randomness)
+    return head.draw_chunks(head.prepare(hidden), num_draws, randomness)
 
 
 def states(head, count: int = 2, **options) -> torch.Tensor:
     """States as the model hands them to the head."""
-    return torch.randn(count, 32 + head.config.own_size, **options)
+    return torch.randn(count, 32 + head.config.extra_state_size, **options)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -48,22 +53,66 @@ def test_the_list_of_heads_is_complete():
 
 
 @every_head
-def test_draws_have_the_shape_of_latents_and_follow_the_seed(head_type):
+def test_draws_have_their_shape_and_follow_the_seed(head_type):
     head = model_with(head_type).head
     hidden = states(head, 3)
-    draws = head.sample(hidden, 5, generator(1))
-    assert draws.shape == (5, 3, 8) and draws.isfinite().all() and draws.dtype == torch.float32
-    assert torch.equal(draws, head.sample(hidden, 5, generator(1)))
-    assert not torch.equal(draws, head.sample(hidden, 5, generator(2)))
+    draws = draws_of(head, hidden, 5, generator(1))
+    is_latent = isinstance(head, LatentHead)
+    assert draws.shape == (5, 3, 8 if is_latent else 4) and draws.isfinite().all()
+    assert draws.dtype == (torch.float32 if is_latent else torch.int64)
+    assert torch.equal(draws, draws_of(head, hidden, 5, generator(1)))
+    assert not torch.equal(draws, draws_of(head, hidden, 5, generator(2)))
     assert (draws[0] - draws[1]).abs().max() > 1e-3  # Draws of a position differ from each other.
+
+
+@every_head
+def test_chunks_are_the_decoded_latents(head_type):
+    model = model_with(head_type)
+    hidden, head = states(model.head, 3), model.head
+    chunks = model.draw_chunks(hidden, 5, generator(1))
+    assert chunks.shape == (5, 3, 4) and chunks.dtype == torch.int64
+    drawn = draws_of(head, hidden, 5, generator(1))
+    expected = model.autoencoder.decode_tokens(drawn) if isinstance(head, LatentHead) else drawn
+    assert torch.equal(chunks, expected)
+
+
+@every_head
+def test_a_temperature_that_the_head_does_not_take_is_refused(head_type):
+    head = model_with(head_type).head
+    lowest = head.config.lowest_temperature
+    prepared = head.prepare(states(head))
+    assert head.draw_chunks(prepared, 1, generator(), lowest).shape == (1, 2, 4)
+    with pytest.raises(ValueError, match="temperature"):
+        head.draw_chunks(prepared, 1, generator(), lowest - 0.01)
+    with pytest.raises(ValueError, match="temperature"):
+        head.draw_chunks(prepared, 1, generator(), 1.01)
+
+
+@every_head
+def test_damaged_weights_are_told(head_type):
+    model = model_with(head_type)
+    with torch.no_grad():
+        model.head.out.weight.fill_(torch.nan) if hasattr(
+            model.head, "out"
+        ) else model.head.network.out.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        model.draw_chunks(states(model.head), 2, generator())
+
+
+@pytest.mark.parametrize("old", ["draw", "draw_at", "begin_with", "read_chunks", "loss"])
+def test_a_head_of_the_old_contract_is_told_what_changed(old):
+    with pytest.raises(TypeError, match=rf"OldHead.{old} is now .*docs/heads.md"):
+        type("OldHead", (GenerativeHead,), {old: lambda self: None})
+    with pytest.raises(TypeError, match=r"OldConfig.work is now flops"):
+        type("OldConfig", (HeadConfig,), {"work": lambda self: None})
 
 
 @every_head
 def test_rows_with_generators_of_their_own_do_not_depend_on_each_other(head_type):
     head = model_with(head_type).head
     hidden = states(head, 3)
-    together = head.sample(hidden, 4, [generator(row) for row in range(3)])
-    alone = head.sample(hidden[1:2], 4, [generator(1)])
+    together = draws_of(head, hidden, 4, [generator(row) for row in range(3)])
+    alone = draws_of(head, hidden[1:2], 4, [generator(1)])
     assert_close(together[:, 1:2], alone)
 
 
@@ -93,7 +142,7 @@ def test_new_heads_start_without_an_effect_of_the_hidden_state(head_type):
     torch.manual_seed(0)
     head = CalmForCausalLM(tiny_config(head_config=HEADS[head_type])).head
     assert any(isinstance(module, ZeroLinear) for module in head.modules())
-    one, other = (head.sample(states(head), 3, generator()) for _ in range(2))
+    one, other = (draws_of(head, states(head), 3, generator()) for _ in range(2))
     assert_close(one, other)
 
 
@@ -104,7 +153,8 @@ def test_saved_and_loaded(head_type, tmp_path):
     loaded = CalmForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.head) is type(model.head) and loaded.config.head == model.config.head
     hidden = states(model.head)
-    assert_close(model.head.sample(hidden, 3, generator()), loaded.head.sample(hidden, 3, generator()))
+    one, other = (draws_of(which.head, hidden, 3, generator()) for which in (model, loaded))
+    assert_close(one, other)
 
 
 @every_head
@@ -112,11 +162,13 @@ def test_saved_and_loaded(head_type, tmp_path):
 def test_weights_of_other_types(head_type, dtype):
     model = model_with(head_type)
     hidden = states(model.head)
-    noise = torch.randn((5, 2, 2, 8) if head_type == "diffusion" else (2, 2, 8))
-    noise = torch.rand(2, 2, 4) if head_type == "sequential" else noise
-    expected = model.head.sample(hidden, 2, noise=noise)
-    drawn = model.to(dtype).head.sample(hidden.to(dtype), 2, noise=noise)
-    assert (drawn.float() - expected).norm() / expected.norm() < (0.1 if dtype == torch.bfloat16 else 1e-4)
+    if isinstance(model.head, LatentHead):
+        noise = torch.randn((5, 2, 2, 8) if head_type == "diffusion" else (2, 2, 8))
+        expected = model.head.sample_latents(hidden, 2, noise=noise)
+        drawn = model.to(dtype).head.sample_latents(hidden.to(dtype), 2, noise=noise)
+        error = (drawn.float() - expected).norm() / expected.norm()
+        assert error < (0.1 if dtype == torch.bfloat16 else 1e-4)
+    model = model.to(dtype)
     assert model.draw_chunks(hidden.to(dtype), 2, generator()).shape == (2, 2, 4)
     assert 16 < model.generate(ids, max_new_tokens=4, seed=0).shape[1] <= 20
     model.train()(ids, labels=ids, generator=generator()).loss.backward()
@@ -136,9 +188,10 @@ def test_a_compiled_loss_is_the_loss(head_type):
     head = model_with(head_type).head
     hidden = states(head, 6)
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
-    compiled = torch.compile(loss_of, backend="eager")
-    arguments = (head, hidden, posterior, generator())
-    assert_close(compiled(*arguments), loss_of(head, hidden, posterior, generator()))
+    target = Target(posterior, torch.randint(3, 40, (6, 4), generator=generator(9)))
+    compiled = torch.compile(head.loss, backend="eager")
+    one, other = (loss(hidden, target, generator=generator()) for loss in (compiled, head.loss))
+    assert_close(one, other)
 
 
 @every_head
@@ -155,7 +208,7 @@ def test_a_text_does_not_depend_on_its_neighbours(head_type):
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 def test_chunks_at_low_temperature(head_type, sampler):
     model = model_with(head_type)
-    settings = TemperatureSettings(temperature=0.5, sampler=sampler, num_draws=20, max_draws=20)
+    settings = sampler_from(temperature=0.5, sampler=sampler, num_draws=20, max_draws=20)
     sampled = model.sample_chunks(states(model.head, 3), settings, generator())
     assert sampled.chunks_RK.shape == (3, 4)
     assert 16 < model.generate(ids, max_new_tokens=5, seed=0).shape[1] <= 21
@@ -163,42 +216,42 @@ def test_chunks_at_low_temperature(head_type, sampler):
 
 @every_head
 @pytest.mark.parametrize("draws", [1, 6])
-def test_operations_agree_with_an_independent_counter(head_type, draws):
+def test_flops_agree_with_an_independent_counter(head_type, draws):
     """But for what a head makes of the time alone, once for all positions."""
     model, positions = model_with(head_type), 10
     hidden = states(model.head, positions)
-    work = model.config.head.work(32, 8)
+    flops = model.config.head.flops(32, 8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.head.sample(hidden, draws)
+        draws_of(model.head, hidden, draws)
     of_time = 0
     if head_type not in ("energy", "sequential"):
-        calls = {"flow": 4, "diffusion": 5, "mean_flow": 2, "categorical_flow": 4}[head_type]
+        calls = {"flow": 4, "diffusion": 5, "categorical_flow": 4}[head_type]
         of_time = 2 * calls * (16 * 32 + 32 * 32)
-    expected = 2 * positions * (work.shared + draws * work.per_draw)
+    expected = positions * (flops.shared + draws * flops.per_draw)
     assert counter.get_total_flops() - of_time == expected
     cost = cost_of(model.config, Work(draws=draws))
     assert cost.inference["head"] * 4 == pytest.approx(expected / positions)
 
 
 @every_head
-def test_training_operations_agree_with_an_independent_counter(head_type):
+def test_training_flops_agree_with_an_independent_counter(head_type):
     model, positions = model_with(head_type), 50
     hidden = states(model.head, positions, requires_grad=True)
-    work = model.config.head.work(32, 8)
+    flops = model.config.head.flops(32, 8)
     posterior = DiagonalGaussian(torch.randn(positions, 8), torch.full((positions, 8), -1.0))
     with FlopCounterMode(display=False) as counter:
         loss_of(model.head, hidden, posterior).sum().backward()
-    expected = 2 * positions * (work.training_shared + work.training_draws * work.training_per_draw)
+    expected = positions * (flops.training_shared + flops.training_draws * flops.training_per_draw)
     # No gradient goes to noise, points and times, so their layers take a pass less.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
 
 
 def test_how_a_head_is_drawn_from_can_change():
     model, hidden = model_with("flow"), torch.randn(2, 32)
-    few = model.head.sample(hidden, 3, generator())
+    few = model.head.sample_latents(hidden, 3, generator())
     model.change_sampling(num_steps=9, solver="heun")
     assert model.config.head.num_steps == model.head.config.num_steps == 9
-    assert not torch.equal(few, model.head.sample(hidden, 3, generator()))
+    assert not torch.equal(few, model.head.sample_latents(hidden, 3, generator()))
     with pytest.raises(ValueError, match="'num_blocks' of a trained flow head cannot be changed"):
         model.change_sampling(num_blocks=2)
     with pytest.raises(ValueError, match="solver must be one of"):
@@ -213,42 +266,13 @@ def test_the_diffusion_head_draws_with_every_sampler():
     drawn = {}
     for sampler in ("ancestral", "ddim", "dpm"):
         model.change_sampling(sampler=sampler, num_steps=10)
-        drawn[sampler] = model.head.sample(hidden, 3, generator())
+        drawn[sampler] = model.head.sample_latents(hidden, 3, generator())
         assert drawn[sampler].isfinite().all()
     noise = torch.randn(10, 3, 2, 8)
     model.change_sampling(sampler="ancestral")
-    recorded = model.head.sample(hidden, 3, noise=noise)
-    assert torch.equal(recorded, model.head.sample(hidden, 3, noise=noise))
+    recorded = model.head.sample_latents(hidden, 3, noise=noise)
+    assert torch.equal(recorded, model.head.sample_latents(hidden, 3, noise=noise))
     assert not torch.equal(drawn["ddim"], drawn["dpm"])
-
-
-def test_mean_flow_learns_the_plain_velocity_where_times_are_equal():
-    head = model_with("mean_flow").head
-    posterior = DiagonalGaussian(torch.randn(3, 8), torch.full((3, 8), -1.0))
-    hidden, time = torch.randn(3, 32), torch.rand(4, 3)
-    noise = MeanFlowNoise(torch.randn(4, 3, 8), torch.randn(4, 3, 8), time, time)
-    data = posterior.sample(4, noise=noise.posterior)
-    point = noise.start + time.unsqueeze(-1) * (data - noise.start)
-    predicted = head.network(point, (10 * time, 0 * time), head.prepare(hidden))
-    expected = (predicted - (data - noise.start)).square().mean(-1).mean(0)
-    assert_close(head.loss(hidden, posterior, noise=noise), expected)
-
-
-def test_mean_flow_takes_the_derivative_along_the_path():
-    """Against a difference quotient."""
-    head = model_with("mean_flow").head.double()
-    posterior = DiagonalGaussian(torch.randn(3, 8).double(), torch.full((3, 8), -1.0).double())
-    hidden, time = torch.randn(3, 32).double(), 0.8 * torch.rand(4, 3).double()
-    noise = MeanFlowNoise(torch.randn(4, 3, 8).double(), torch.randn(4, 3, 8).double(), time, time + 0.2)
-    velocity = posterior.sample(4, noise=noise.posterior) - noise.start
-
-    def average(time):
-        point = noise.start + time.unsqueeze(-1) * velocity
-        return head.network(point, (10 * time, 10 * (noise.end - time)), head.prepare(hidden))
-
-    change = (average(time + 1e-4) - average(time - 1e-4)) / 2e-4
-    expected = (average(time) - velocity - 0.2 * change).square().mean(-1).mean(0)
-    assert_close(head.loss(hidden, posterior, noise=noise), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +301,10 @@ def test_mean_flow_takes_the_derivative_along_the_path():
         ({"head_type": "diffusion", "num_steps": 1001}, "at most 1000 for the sampler ancestral of a"),
         ({"head_type": "diffusion", "data_bound": -1.0}, "data_bound must be at least 0"),
         ({"head_type": "diffusion", "steps": 10}, "no field 'steps'"),
-        ({"head_type": "mean_flow", "instant_fraction": 1.5}, "instant_fraction must lie in"),
+        (
+            {"head_type": "mean_flow"},
+            "mean_flow head has moved out of the package, to examples/a_head_of_your_own.py",
+        ),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -288,11 +315,11 @@ def test_bad_fields_are_named(fields, message):
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """The head that docs/heads.md adds, as a module of another package."""
-    from calm.models.heads import base
+    from calm.models.heads import registry
 
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     page = (Path(__file__).parents[2] / "docs/heads.md").read_text(encoding="utf-8")
-    (tmp_path / "shifting_heads.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "shifting_heads.py").write_text(page.split("```python\n")[-1].split("```")[0])
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("shifting_heads", None)
@@ -307,7 +334,7 @@ def check_the_outside_head_works():
     rows = [generator(row) for row in range(2)]
     assert model.draw_chunks(torch.randn(2, 32), 3, rows).shape == (3, 2, 4)
     assert model.generate(ids, max_new_tokens=4, seed=0).shape[1] <= 20
-    with pytest.raises(InputError, match="operations of a 'shift' head are not known"):
+    with pytest.raises(InputError, match="FLOPs of a 'shift' head are not known"):
         cost_of(model.config)
 
 

@@ -9,9 +9,9 @@ from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM
-from calm.core.temperature import TemperatureSettings
-from calm.models.heads import scores
-from calm.models.heads.sequential import _choose
+from calm.models.heads import Likelihood, Target, scores
+from calm.models.heads.scores import draw_tokens
+from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 HEAD = {"head_type": "sequential"}
 VOCABULARY, SIZE = 5, 2
@@ -29,54 +29,56 @@ def small() -> CalmForCausalLM:
     return model
 
 
-def log_laws(head, states):
+def log_distributions(head, states):
     """Log-probability of every chunk in every state, (P, V, V), from the loss."""
     chunks = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=SIZE)))
-    laws = [-SIZE * head.loss(state.expand(len(chunks), -1), None, tokens_PK=chunks) for state in states]
-    return torch.stack(laws).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
+    distributions = [
+        -SIZE * head.loss(state.expand(len(chunks), -1), Target(None, chunks)) for state in states
+    ]
+    return torch.stack(distributions).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
 
 
 def shares(model, draws):
     """How often each chunk was drawn, (P, V, V)."""
-    first, second = model.autoencoder.decode_tokens(draws).unbind(-1)
+    first, second = draws.unbind(-1)
     counts = F.one_hot(VOCABULARY * first + second, VOCABULARY**2).double().mean(0)
     return counts.unflatten(-1, (VOCABULARY, VOCABULARY))
 
 
-def test_the_loss_is_that_of_a_law(small):
-    laws = log_laws(small.head, torch.randn(3, small.config.state_size)).exp()
-    assert_close(laws.sum((1, 2)), torch.ones(3))
-    assert laws.std() > 0.02
+def test_the_loss_is_that_of_a_distribution(small):
+    distributions = log_distributions(small.head, torch.randn(3, small.config.state_size)).exp()
+    assert_close(distributions.sum((1, 2)), torch.ones(3))
+    assert distributions.std() > 0.02
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_follow_the_law_of_the_loss(small, temperature):
-    """At T each token has its law to the power 1/T, made to sum to one, given the token before it."""
+def test_draws_follow_the_distribution_of_the_loss(small, temperature):
+    """At T each token has its distribution to the power 1/T, normalized, given the token before it."""
     states, number = torch.randn(3, small.config.state_size), 40_000
-    laws = log_laws(small.head, states).double()
-    first, given = laws.logsumexp(-1), laws.log_softmax(-1)
+    distributions = log_distributions(small.head, states).double()
+    first, given = distributions.logsumexp(-1), distributions.log_softmax(-1)
     wanted = (first / temperature).softmax(-1)[..., None] * (given / temperature).softmax(-1)
     prepared, generator = small.head.prepare(states), torch.Generator().manual_seed(1)
-    seen = shares(small, small.head.draw_at(temperature, prepared, number, generator))
+    seen = shares(small, small.head.draw_chunks(prepared, number, generator, temperature))
     # So many standard errors in 75 shares are met once in tens of thousands of seeds.
     assert ((seen - wanted).abs() < 4.5 * (wanted * (1 - wanted) / number).sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_probabilities_of_tokens_are_those_of_the_law(small, temperature, monkeypatch):
-    """And two draws of a token agree with the sum of the squares of its law."""
+def test_probabilities_of_tokens_are_those_of_the_distribution(small, temperature, monkeypatch):
+    """And two draws of a token agree with the sum of the squares of its distribution."""
     states = torch.randn(3, small.config.state_size)
-    laws = log_laws(small.head, states).double()
-    first = (laws.logsumexp(-1) / temperature).softmax(-1)
-    given = (laws / temperature).softmax(-1)
+    distributions = log_distributions(small.head, states).double()
+    first = (distributions.logsumexp(-1) / temperature).softmax(-1)
+    given = (distributions / temperature).softmax(-1)
     monkeypatch.setattr(scores, "SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
     for chunk in ([0, 0], [2, 4], [4, 1]):
         found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
         wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
         squares = torch.stack([first.square().sum(-1), given[:, chunk[0]].square().sum(-1)], dim=-1)
         highest = torch.stack([first.amax(-1), given[:, chunk[0]].amax(-1)], dim=-1)
-        for seen, law in zip(found, (wanted, squares, highest), strict=True):
-            assert_close(seen.detach().double(), law, rtol=1e-5, atol=1e-6)
+        for seen, distribution in zip(found, (wanted, squares, highest), strict=True):
+            assert_close(seen.detach().double(), distribution, rtol=1e-5, atol=1e-6)
 
 
 def test_a_draw_at_temperature_one_is_a_draw(small):
@@ -84,33 +86,37 @@ def test_a_draw_at_temperature_one_is_a_draw(small):
     one, other = (
         draw(torch.Generator().manual_seed(4))
         for draw in (
-            lambda generator: small.head.draw_at(1.0, prepared, 5, generator),
-            lambda generator: small.head.draw(prepared, 5, generator),
+            lambda generator: small.head.draw_chunks(prepared, 5, generator, 1.0),
+            lambda generator: small.head.draw_chunks(prepared, 5, generator),
         )
     )
     assert torch.equal(one, other)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1"):
-        small.head.draw_at(-1, prepared, 1)
-    with pytest.raises(ValueError, match=r"must lie in \[0.01, 1\], got 0"):  # No law has that temperature.
+    with pytest.raises(ValueError, match="takes temperatures from 0 to 1, got -1"):
+        small.head.draw_chunks(prepared, 1, temperature=-1)
+    with pytest.raises(
+        ValueError, match=r"temperature from 0.01 to 1, got 0"
+    ):  # No distribution has that temperature.
         small.head.token_probabilities(torch.randn(1, small.config.state_size), torch.ones(1, 2).long(), 0)
 
 
-def test_a_text_is_drawn_from_the_law_of_the_text_so_far(small):
+def test_a_text_is_drawn_from_the_distribution_of_the_text_so_far(small):
     """Backbone, own embeddings and head together: what follows a prompt, against the loss of the whole."""
     prompt, chunks = torch.tensor([[3, 4, 1, 3]]), itertools.product(range(VOCABULARY), repeat=SIZE)
     texts = torch.cat([prompt.expand(25, -1), torch.tensor(list(chunks))], dim=-1)
     labels = texts.clone()
-    labels[:, :4] = -100  # Only the chunk behind the prompt counts.
+    labels[:, :4] = -100  # Only the chunk after the prompt counts.
     with torch.no_grad():
         losses = [
             small(text[None], labels=label[None]).loss for text, label in zip(texts, labels, strict=True)
         ]
         state = small.hidden_states_of_chunks(prompt)[:, -1]
-    assert_close((-SIZE * torch.stack(losses)).view(1, VOCABULARY, VOCABULARY), log_laws(small.head, state))
+    assert_close(
+        (-SIZE * torch.stack(losses)).view(1, VOCABULARY, VOCABULARY), log_distributions(small.head, state)
+    )
 
 
 def test_the_window_reaches_back_into_the_chunk_before():
-    """Whatever the backbone says: a change of the chunk's last token changes the law of the next one."""
+    """Whatever the backbone says: another last token of a chunk changes the distribution of the next one."""
     model = tiny_model(head_config=HEAD)
     changed = ids.clone()
     changed[:, 7] = 3 + (changed[:, 7] - 2) % 37
@@ -118,7 +124,7 @@ def test_the_window_reaches_back_into_the_chunk_before():
     one, other = (model.hidden_states_of_chunks(tokens)[:, 1] for tokens in (ids, changed))
     other = torch.cat([one[:, :width], other[:, width:]], dim=-1)
     tokens = ids[:, 8:12]
-    losses = [model.head.loss(state, None, tokens_PK=tokens) for state in (one, other)]
+    losses = [model.head.loss(state, Target(None, tokens)) for state in (one, other)]
     assert (losses[0] - losses[1]).abs().min() > 1e-4
     assert one.shape == (2, model.config.state_size) == (2, 32 + 4 * 5)
 
@@ -135,22 +141,22 @@ def test_scores_in_parts_are_the_scores(monkeypatch):
     assert_close(found[0], found[1])
 
 
-def test_a_token_is_chosen_by_the_running_sum_of_its_law():
-    laws = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+def test_a_token_is_chosen_by_the_running_sum_of_its_distribution():
+    distributions = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     points = torch.tensor([0.0, 0.24, 0.26, 0.999, 1 - 2**-24])
-    chosen, sums = _choose(torch.ones(5, 1), laws.log().T.nan_to_num(neginf=-1e9), points)
+    chosen, sums = draw_tokens(torch.ones(5, 1), distributions.log().T.nan_to_num(neginf=-1e9), points)
     assert chosen.tolist() == [1, 1, 3, 3, 3]
     assert_close(sums, torch.ones(5))
 
 
 def test_the_sampler_of_the_head():
     model = tiny_model(head_config=HEAD)
-    assert model.default_sampler(0.5) == "head"
+    assert default_sampler(model.config.head, 0.5) == "head"
     state = torch.randn(3, model.config.state_size)
-    settings = TemperatureSettings(temperature=0.5, sampler="head")
+    settings = sampler_from(temperature=0.5, sampler="head")
     sample = model.sample_chunks(state, settings, torch.Generator().manual_seed(0))
-    drawn = model.head.draw_at(0.5, model.head.prepare(state), 1, torch.Generator().manual_seed(0))
-    assert torch.equal(sample.chunks_RK, model.autoencoder.decode_tokens(drawn)[0])
+    drawn = model.head.draw_chunks(model.head.prepare(state), 1, torch.Generator().manual_seed(0), 0.5)
+    assert torch.equal(sample.chunks_RK, drawn[0])
     assert sample.num_draws_R.tolist() == [1, 1, 1]
 
 
@@ -160,13 +166,16 @@ def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
     torch.manual_seed(2)
     model = tiny_model(head_config=HEAD)
     with torch.no_grad():
-        for weight in (model.head.out.weight, model.head.direct.weight):  # Else no law depends on the text.
+        for weight in (
+            model.head.out.weight,
+            model.head.direct.weight,
+        ):  # Else no distribution depends on the text.
             weight.normal_()
     written = model.generate(ids, max_new_tokens=8, temperature=0.0, seed=1, return_dict_in_generate=True)
     assert written.num_draws.max() == 1
     assert torch.equal(written.sequences, model.generate(ids, max_new_tokens=8, temperature=0.0, seed=2))
     state = torch.randn(5, model.config.state_size)
-    settings = TemperatureSettings(temperature=0.0, sampler=model.default_sampler(0.0))
+    settings = sampler_from(temperature=0.0, sampler=default_sampler(model.config.head, 0.0))
     chunks = model.sample_chunks(state, settings).chunks_RK
     for place in range(4):  # No other token at this place is likelier, whatever stands before it.
         others = chunks.repeat_interleave(40, 0)
@@ -176,11 +185,14 @@ def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
     assert len(chunks.unique(dim=0)) > 1
 
 
-def test_the_head_says_what_it_lacks():
-    model = tiny_model(head_config=HEAD)
-    with pytest.raises(ValueError, match="takes the tokens of the chunks"):
-        model.head.loss(torch.randn(1, model.config.state_size), None)
+def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         tiny_config(head_config=HEAD | {"rank": 0})
     with pytest.raises(ValueError, match="layer_norm_eps must be above 0"):
         tiny_config(head_config=HEAD | {"layer_norm_eps": 0.0})
+
+
+def test_it_alone_has_a_likelihood_among_the_heads_of_codes():
+    assert isinstance(tiny_model(head_config=HEAD).head, Likelihood)
+    assert not isinstance(tiny_model(head_config={"head_type": "categorical_flow"}).head, Likelihood)
+    assert not isinstance(tiny_model().head, Likelihood)

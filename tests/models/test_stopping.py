@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Stoppi
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.generation import continue_texts, continue_tokens
 from calm.models.context import longest_context, room_beside
+from calm.texts import continue_texts, continue_tokens
 
 PROMPT = "one two"
 
@@ -29,7 +29,7 @@ def model(tokenizer):
 
 
 def written(model, tokenizer, monkeypatch, text, **arguments):
-    """What is kept of a text that the model writes behind the prompt."""
+    """What is kept of a text that the model writes after the prompt."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     chunks = iter(torch.tensor(ids + [5] * (-len(ids) % 4)).split(4))
 
@@ -136,7 +136,7 @@ def test_what_is_cropped_is_said(model, tokenizer, caplog):
     assert "1 of 2 prompts cropped from the left to their last 248 tokens" in caplog.text
     alone = continue_tokens(model, tokenizer, [long[-248:], long[:3]], max_new_tokens=8, seed=1)
     assert new.tolist() == alone.tolist()
-    with pytest.raises(InputError, match="256 tokens do not fit behind a prompt in the context of 256"):
+    with pytest.raises(InputError, match="256 tokens do not fit after a prompt in the context of 256"):
         continue_tokens(model, tokenizer, [long], max_new_tokens=256, crop=True)
 
 

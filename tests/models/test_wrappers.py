@@ -46,7 +46,7 @@ def test_what_a_model_cannot_take_is_one_sentence():
     for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig):
         with pytest.raises(ValueError, match="prompt and prefix tuning do not work; low-rank adapters do"):
             peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", **sizes))
-    with pytest.raises(ValueError, match=r"forward\(\) does not know the argument\(s\): colour"):
+    with pytest.raises(ValueError, match=r"forward\(\) does not know the argument\(s\): color"):
         tiny_model()(TOKENS, colour="red")
 
 

@@ -74,7 +74,7 @@ def test_backbone(case):
 def test_energy_draws(name):
     model, expected = load_case(name)
     noise = expected["calm.train.head_uniform"] - 0.5
-    draws = model.head.sample(expected["calm.hidden"].flatten(0, 1), len(noise), noise=noise)
+    draws = model.head.sample_latents(expected["calm.hidden"].flatten(0, 1), len(noise), noise=noise)
     assert_close(draws, expected["calm.train.latent_draws"], rtol=1e-4, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_flow_loss_and_gradient():
 def test_flow_draws():
     model, expected = load_case("flow_k4")
     hidden = expected["calm.hidden"].flatten(0, 1)
-    draws = model.head.sample(hidden, 1, noise=expected["calm.sample.init_noise"].unsqueeze(0))
+    draws = model.head.sample_latents(hidden, 1, noise=expected["calm.sample.init_noise"].unsqueeze(0))
     assert_close(draws[0], expected["calm.sample.latent"], rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_diffusion_loss_and_gradient():
 def test_diffusion_network():
     model, expected = load_case("diffusion_k4")
     condition = model.head.prepare(expected["calm.hidden"].flatten(0, 1)[:5])
-    out = model.head.network(expected["net.x"].unsqueeze(0), (expected["net.t"],), condition)
+    out = model.head.network(expected["net.x"].unsqueeze(0), expected["net.t"], condition)
     assert_close(out[0], expected["net.out"], rtol=1e-5, atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_diffusion_draws():
     start = expected["calm.sample.init_noise"]
     noise = torch.cat([start.unsqueeze(0), expected["calm.sample.step_noise"]]).unsqueeze(1)
     hidden = expected["calm.hidden"].flatten(0, 1)[: len(start)]
-    draws = model.head.sample(hidden, 1, noise=noise)
+    draws = model.head.sample_latents(hidden, 1, noise=noise)
     # The random network's errors grow to 1e5 in the first steps; they are compared at that scale.
     assert_close(draws[0], expected["calm.sample.latent"], rtol=1e-4, atol=0.1)
 

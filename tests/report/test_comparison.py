@@ -24,5 +24,5 @@ def test_the_difference_to_the_best_model():
     assert _difference(first, first) == ""
     other = result_of(scores[:-4] * 1.2, document[:-4])  # Better still, in windows that no other model has.
     assert _difference(other, first) == ""
-    contenders = [Mock(card=Mock(brier=brier)) for brier in (first, other, better)]
-    assert _best(Mock(contenders=contenders)) is contenders[2]
+    results = [Mock(card=Mock(brier=brier)) for brier in (first, other, better)]
+    assert _best(Mock(results=results)) is results[2]

@@ -9,7 +9,7 @@ from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.report.ablation import write_ablation
 from calm.report.comparison import _best, print_comparison, write_comparison
-from calm.report.measured import AblationTable, Checkpoint, Comparison, Contender, Outcome, Warmth
+from calm.report.measured import AblationTable, Checkpoint, Comparison, ModelResult, Outcome, TemperaturePoint
 from calm.report.plots import plot_costs
 from calm.report.run import _plot
 from calm.report.tables import cells_of
@@ -41,19 +41,19 @@ def test_cells_say_why():
     assert cells_of(STRONG)[0] == "23.40±0.70"
 
 
-def contender(name, result, checkpoints=()):
-    warmths = [Warmth(t, (0.5,) * 4, (0.2,) * 4, 3.0, 1e6) for t in (1.0, 0.5)]
+def result(name, result, checkpoints=()):
+    temperature_points = [TemperaturePoint(t, (0.5,) * 4, (0.2,) * 4, 3.0, 1e6) for t in (1.0, 0.5)]
     card = Scorecard(name=name, brier=result, floors={}, ceilings={}, reconstruction=None, perplexity=None)
-    return Contender(name, 4, 10**6, card, 1e12, 60.0, list(checkpoints), warmths, ["text"])
+    return ModelResult(name, 4, 10**6, card, 1e12, 60.0, list(checkpoints), temperature_points, ["text"])
 
 
-def comparison(*contenders):
-    return Comparison(list(contenders), {"3-gram": STRONG}, 0.5, ["prompt"], "protocol")
+def comparison(*results):
+    return Comparison(list(results), {"3-gram": STRONG}, 0.5, ["prompt"], "protocol")
 
 
 def test_a_comparison_of_weak_models_goes_by_brier_1(tmp_path, capsys):
     passed = [Checkpoint(5e11, None, 8.0), Checkpoint(8e11, None, 9.0)]
-    weak = comparison(contender("weaker", WEAKER), contender("weak", WEAK, passed))
+    weak = comparison(result("weaker", WEAKER), result("weak", WEAK, passed))
     assert _best(weak).name == "weak"
     print_comparison(weak)
     printed = " ".join(capsys.readouterr().out.split())
@@ -68,7 +68,7 @@ def test_a_comparison_of_weak_models_goes_by_brier_1(tmp_path, capsys):
 
 
 def test_a_comparison_of_strong_models_goes_by_brier_lm():
-    strong = comparison(contender("one", STRONG, [Checkpoint(5e11, None, 8.0), Checkpoint(6e11, 12.0, 20.0)]))
+    strong = comparison(result("one", STRONG, [Checkpoint(5e11, None, 8.0), Checkpoint(6e11, 12.0, 20.0)]))
     axis = plot_costs(strong).axes[0]
     assert axis.get_ylabel().startswith("BrierLM")
     assert 12.0 in {float(y) for line in axis.get_lines() for y in line.get_ydata()}
@@ -90,7 +90,7 @@ def test_the_curve_of_a_run_is_what_is_defined(last):
     entries = [{"step": 3, "eval_brier_lm": 0.0, "eval_brier_1": 9.0}]
     entries.append({"step": 6, "eval_brier_lm": last, "eval_brier_1": 12.0})
     history = {"language_model": [{"step": 1, "loss": 3.0}, *entries]}
-    card = contender("one", STRONG if last else WEAK).card
+    card = result("one", STRONG if last else WEAK).card
     axis = _plot(history, card).axes[1]
     assert list(axis.get_lines()[0].get_ydata()) == ([7.0] if last else [9.0, 12.0])
     assert ("undefined" in axis.get_title()) == (not last)

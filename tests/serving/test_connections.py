@@ -148,7 +148,7 @@ def test_a_stream_that_is_not_read_ends_its_texts(model, tokenizer, monkeypatch,
 
 
 def test_answers_that_are_not_taken(quick, small_buffers):
-    """One request behind the other."""
+    """One request after the other."""
     with reads_nothing(quick[2]) as connection:
         for _ in range(50):
             connection.sendall(b"GET /page/playground.js HTTP/1.1\r\nhost: localhost\r\n\r\n")

@@ -212,7 +212,7 @@ WRONG = {
         "num_draws=2",
     ),
     "a seed beyond 64 bits": ({"seed": 2**63}, "seed", "seed: Input should be less than or equal to"),
-    "unknown and null": ({"colour": None}, "colour", "there is no argument 'colour'"),
+    "unknown and null": ({"color": None}, "color", "there is no argument 'color'"),
     "lines": ({"a\nb": 1}, "a\\nb", "there is no argument 'a\\nb'"),
     "a long name": ({"x" * 500: 1}, "x" * 80 + "...", "there is no argument"),
 }

@@ -12,12 +12,12 @@ import httpx
 import pytest
 from serving_client import PROMPT, alone, serving, slowed, wait_until
 
+from calm.commands.using import serve
 from calm.serving import app, bodies, endpoint
 from calm.serving.errors import ApiError
 from calm.serving.intake import Intake
 from calm.serving.settings import ServerSettings
 from calm.text.decoding import TextBuilder
-from calm.verbs.using import serve
 
 
 def post(url, path="completions", **body):
@@ -234,5 +234,5 @@ def test_bytes_in_flight(model, tokenizer, monkeypatch):
 def test_every_limit_is_an_option_with_the_same_default():
     options = inspect.signature(serve).parameters
     for limit in fields(ServerSettings):
-        if limit.name not in ("name", "api_key", "defaults", "allowed_hosts"):
+        if limit.name not in ("name", "api_key", "temperature", "draws", "allowed_hosts"):
             assert options[limit.name].default == limit.default, limit.name

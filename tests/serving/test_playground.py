@@ -9,7 +9,7 @@ import pytest
 import torch
 from serving_client import serving
 
-from calm.core.temperature import TemperatureSettings, law_of_pool, sample_from_pool
+from calm.core.temperature import distribution_of_pool, sample_from_pool
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -32,7 +32,7 @@ def pool_of(url, **changes):
 
 
 def test_a_pool_is_what_the_head_draws(server, model, tokenizer):
-    """The counts of draws behind the prompt and what was written, and the law of the pool rule."""
+    """The counts of draws behind the prompt and what was written, and the distribution of the pool rule."""
     _, _, url = server
     ids = tokenizer("Once upon")["input_ids"]
     written = [7, 8, 9, 10]
@@ -41,8 +41,8 @@ def test_a_pool_is_what_the_head_draws(server, model, tokenizer):
     assert sum(counts) == 1000 == pool["num_draws"] and pool["num_different"] == len(counts)
     assert counts == sorted(counts, reverse=True)
     for place, temperature in enumerate(pool["temperatures"]):
-        law = law_of_pool(torch.tensor(counts), temperature)
-        assert [c["chances"][place] for c in pool["candidates"]] == pytest.approx(law.tolist())
+        distribution = distribution_of_pool(torch.tensor(counts), temperature)
+        assert [c["chances"][place] for c in pool["candidates"]] == pytest.approx(distribution.tolist())
     front = -len(ids) % 4
     padded = torch.tensor([[0] * front + ids + written])
     mask = (torch.arange(padded.shape[1]) >= front).long().unsqueeze(0)
@@ -53,18 +53,18 @@ def test_a_pool_is_what_the_head_draws(server, model, tokenizer):
         assert candidate["count"] / 1000 == pytest.approx(share, abs=0.07)
 
 
-def test_the_law_of_a_pool_is_that_of_its_sampler():
+def test_the_distribution_of_a_pool_is_that_of_its_sampler():
     counts = torch.tensor([9, 5, 3, 2, 1])
     pool = torch.arange(5).repeat_interleave(counts).reshape(-1, 1, 1)
     for settings in ({"temperature": 0.5}, {"temperature": 0.4}, {"temperature": 1, "top_p": 0.6},
                      {"temperature": 0.7, "min_p": 0.3}, {"temperature": 0.0}):  # fmt: skip
-        law = law_of_pool(counts, **settings)
-        assert law.sum() == pytest.approx(1)
+        distribution = distribution_of_pool(counts, **settings)
+        assert distribution.sum() == pytest.approx(1)
         generator = torch.Generator().manual_seed(0)
         wide = pool.expand(-1, 20_000, -1)
         chosen = sample_from_pool(wide, randomness=generator, **settings).chunks_RK.flatten()
         shares = torch.bincount(chosen, minlength=5) / 20_000
-        assert (shares - law).abs().max() < 0.015
+        assert (shares - distribution).abs().max() < 0.015
 
 
 BAD = {
@@ -73,11 +73,11 @@ BAD = {
     "temperature": ({"temperatures": [2.0]}, "between 0 and 1"),
     "written": ({"written": [5]}, "whole chunks of 4"),
     "ids": ({"prompt": [999]}, "token ids of 'prompt'"),
-    "ids behind": ({"written": [5, 6, 7, 999]}, "token ids of 'written'"),
+    "ids after": ({"written": [5, 6, 7, 999]}, "token ids of 'written'"),
     "not whole": ({"written": [5, 6.5]}, "written[1]: a token id is a whole number, got 6.5"),
     "many temperatures": ({"temperatures": [1] * 17}, "may hold 16 values at most"),
-    "long": ({"prompt": [5] * 256}, "no room behind"),
-    "unknown": ({"colour": 1}, "there is no argument 'colour'"),
+    "long": ({"prompt": [5] * 256}, "no room after"),
+    "unknown": ({"color": 1}, "there is no argument 'color'"),
 }
 
 
@@ -138,11 +138,11 @@ def test_a_person_writes_and_looks_into_a_chunk(server, browser):
 def test_a_person_is_told_what_is_wrong_and_may_stop(model, tokenizer, browser, monkeypatch):
     import time
 
-    from calm.models.batching import ChunkBatch
+    from calm.models.writing.batching import ChunkBatch
 
     step = ChunkBatch.step
     monkeypatch.setattr(ChunkBatch, "step", lambda self: (time.sleep(0.1), step(self))[1])
-    with serving(model, tokenizer, api_key="k", defaults=TemperatureSettings()) as (engine, _, url):
+    with serving(model, tokenizer, api_key="k", temperature=1.0) as (engine, _, url):
         page = browser.new_page()
         page.goto(url)
         page.get_by_role("button", name="Write").click()

@@ -9,8 +9,7 @@ import pytest
 from serving_client import PROMPT, alone, serving, wait_until
 from tiny import tiny_model
 
-from calm.core.temperature import TemperatureSettings
-from calm.generation import continue_texts
+from calm.texts import continue_texts
 
 
 def test_models(server):
@@ -156,7 +155,7 @@ BAD = {
     "bias": ({"logit_bias": {"5": 1}}, "'logit_bias' cannot be honoured", "logit_bias"),
     "penalty": ({"presence_penalty": 0.5}, "'presence_penalty' cannot be honoured", "presence_penalty"),
     "best_of": ({"best_of": 3}, "'best_of' cannot be honoured", "best_of"),
-    "unknown": ({"extra_body": {"colour": 1}}, "there is no argument 'colour'", "colour"),
+    "unknown": ({"extra_body": {"color": 1}}, "there is no argument 'color'", "color"),
     "hot": ({"temperature": 1.5}, "lies between 0 and 1", "temperature"),
     "cold": ({"temperature": -1}, "greater than or equal to 0", "temperature"),
     "top_p": ({"top_p": 0}, "greater than 0", "top_p"),
@@ -166,7 +165,7 @@ BAD = {
     "draws": ({"extra_body": {"max_draws": 10**6}}, "may be 1000 at most", "max_draws"),
     "sampler": (
         {"extra_body": {"sampler": "greedy"}},
-        "Input should be 'exact', 'pool' or 'head'",
+        "sampler must be one of exact, pool, head; got 'greedy'",
         "sampler",
     ),
     "empty stop": ({"stop": ""}, "none of them empty", "stop"),
@@ -267,8 +266,7 @@ def test_fifty_clients_get_what_each_would_get_alone(model, tokenizer):
 
 
 def test_defaults_of_the_server(model, tokenizer):
-    defaults = TemperatureSettings(temperature=0.0, num_draws=8)
-    with serving(model, tokenizer, defaults=defaults) as (_, client, _):
+    with serving(model, tokenizer, temperature=0.0, draws=8) as (_, client, _):
         text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, seed=1).choices[0].text
     assert text == alone(model, tokenizer, PROMPT, max_new_tokens=12, temperature=0, num_draws=8, seed=1)
 
@@ -287,7 +285,7 @@ def test_a_head_with_a_temperature_is_asked_by_default(tokenizer):
     sharp = tiny_model(4, vocab_size=320, head_config={"head_type": "categorical_flow"})
     arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 5}
     # Whatever the server's own temperature is, that of the request decides.
-    with serving(sharp, tokenizer, defaults=TemperatureSettings(temperature=0, num_draws=9)) as (
+    with serving(sharp, tokenizer, temperature=0, draws=9) as (
         _,
         client,
         _,

@@ -1,4 +1,4 @@
-"""Prompts become the ids that training reads, and new tokens the text that stands behind the prompt."""
+"""Prompts become the ids that training reads, and new tokens the text that stands after the prompt."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tiny import tiny_model
 
 from calm.models.loading import end_as_told
 from calm.text.chat import encode_chat
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
 CHATML = (
@@ -47,7 +47,7 @@ def test_ids_as_a_prompt_are_taken_as_they_are(served):
     ids = [*encode_documents(tokenizer, ["Tom: "])[0], tokenizer.eos_token_id, 40, 41]
     answer = client.completions.create(model="tiny", prompt=ids, echo=True, **SETTINGS)
     assert answer.usage.prompt_tokens == len(ids)
-    assert answer.choices[0].text.startswith(decode_behind(tokenizer, [], ids))
+    assert answer.choices[0].text.startswith(decode_after(tokenizer, [], ids))
 
 
 def test_what_is_said_in_a_chat_is_words(served):

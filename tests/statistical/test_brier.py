@@ -1,6 +1,7 @@
 """BrierLM against a Markov chain whose Brier-n are known, and its standard errors by simulation."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from calm.core.brier import (
     brier_scores_of_draws,
     share_of_equal_pairs,
 )
-from calm.evaluation.brier import evaluate_brier
-from calm.evaluation.steps import StepScorer
+from calm.evaluation.brier import FromDraws, evaluate_brier
+from calm.evaluation.steps import DrawScorer
 
 # The model's chain and the text's own, over three tokens; the model is a little wrong.
 MODEL = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.25, 0.05, 0.7]], dtype=torch.float64)
@@ -47,8 +48,8 @@ def walk(chain_VV, start, steps, generator):
     """Paths of a chain, (..., steps), after tokens of any shape."""
     path, token = [], start
     for _ in range(steps):
-        law = chain_VV[token].reshape(-1, 3)
-        token = torch.multinomial(law, 1, generator=generator).view(start.shape)
+        distribution = chain_VV[token].reshape(-1, 3)
+        token = torch.multinomial(distribution, 1, generator=generator).view(start.shape)
         path.append(token)
     return torch.stack(path, dim=-1)
 
@@ -72,39 +73,32 @@ class ChainSampler:
         return walk(self.chain_VV, last_P.expand(num_draws, -1), self.chunk_size, generator)
 
 
-class ChainText:
-    """A `BranchedText` whose outputs are the last token seen."""
+class ChainReader:
+    """The model's chain as a `Reader` whose outputs are the last tokens of units of fewer than four."""
 
-    def __init__(self, block, targets, chunk_size, unit_size):
-        self.num_steps = chunk_size // unit_size
-        tokens_BCK = block["input_ids"].unflatten(1, (-1, chunk_size))
-        before_P = tokens_BCK[:, :-1, -1][targets.is_target_BC].unsqueeze(1)
-        self.seen = torch.cat([before_P, targets.chunks_PK[:, unit_size - 1 :: unit_size]], dim=1)
-
-    def outputs_on_text(self, step):
-        return self.seen[:, step]
-
-    def follow(self, units_PK):
-        return units_PK[:, -1]
-
-
-class ChainSteps:
-    """The model's chain as a `StepModel`: it draws fewer tokens than BrierLM needs."""
+    model = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, unit_size):
         self.unit_size = unit_size
 
-    def read(self, block, targets, chunk_size):
-        return ChainText(block, targets, chunk_size, self.unit_size)
+    def new_cache(self):
+        return None
+
+    def read(self, tokens_BT, mask, position_BU, cache):
+        return tokens_BT[:, self.unit_size - 1 :: self.unit_size].unsqueeze(-1)
 
     def draw(self, outputs_PX, num_draws, generator):
-        return walk(MODEL, outputs_PX.expand(num_draws, -1), self.unit_size, generator)
+        return walk(MODEL, outputs_PX[:, 0].expand(num_draws, -1), self.unit_size, generator)
+
+
+def scorer_of_chain(chunk_size):
+    return FromDraws(ChainSampler(chunk_size)) if chunk_size >= 4 else DrawScorer(ChainReader(chunk_size))
 
 
 @pytest.mark.parametrize("num_draws", [2, 5])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 6, 8])
 def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
-    sampler = ChainSampler(chunk_size) if chunk_size >= 4 else StepScorer(ChainSteps(chunk_size))
+    sampler = scorer_of_chain(chunk_size)
     size = sampler.chunk_size
     blocks = [text_blocks(100, 40 * size, size, seed) for seed in range(5)]
     result = evaluate_brier(
@@ -122,7 +116,7 @@ def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
 @pytest.mark.parametrize("chunk_size", [2, 4])
 def test_standard_errors_cover(chunk_size):
     """In 400 repetitions the true value lies within 1.96 standard errors about 95% of the time."""
-    sampler = ChainSampler(4) if chunk_size == 4 else StepScorer(ChainSteps(chunk_size))
+    sampler = scorer_of_chain(chunk_size)
     exact = torch.tensor(exact_means(4), dtype=torch.float64)
     covered, repetitions = torch.zeros(5), 400
     for repetition in range(repetitions):
@@ -147,7 +141,7 @@ def test_the_error_of_a_difference_covers_and_is_smaller():
         blocks = [text_blocks(60, 24, 4, 5000 + repetition)]
         settings = {"eos_token_id": None, "pad_token_id": 0, "num_draws": 16}
         one, other = (
-            evaluate_brier(sampler, blocks, seed=seed + 2 * repetition, **settings)
+            evaluate_brier(FromDraws(sampler), blocks, seed=seed + 2 * repetition, **settings)
             for seed, sampler in enumerate((right, wrong))
         )
         seen, error = brier_lm_difference(one.documents, other.documents)

@@ -1,4 +1,4 @@
-"""Heads learn a law with two modes, of which a head of squared error knows only the middle."""
+"""Heads learn a distribution with two modes, of which a head of squared error knows only the middle."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calm import CalmAutoencoder, CalmAutoencoderConfig
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.blocks import ZeroLinear
-from calm.models.heads import GenerativeHead, build_head, parse_head_config, with_sampling
+from calm.models.heads import HeadConfig, LatentHead, Target, build_head, parse_head_config, with_sampling
 
 SIZE, LATENT, STD = 32, 4, 0.2
 MODE = torch.tensor([1.5, -1.0, 1.0, 0.5])  # The other mode is its mirror image.
@@ -20,7 +20,7 @@ CONTEXTS = torch.eye(2, SIZE)
 STEPS, BATCH, DRAWS = 1000, 64, 4000
 
 
-def train(head: GenerativeHead, loss: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+def train(head: LatentHead, loss: Callable[[Tensor, torch.Generator], Tensor]) -> None:
     """Train a head on random contexts."""
     for module in head.modules():
         if isinstance(module, ZeroLinear):
@@ -37,13 +37,13 @@ def train(head: GenerativeHead, loss: Callable[[Tensor, torch.Generator], Tensor
     head.requires_grad_(False)
 
 
-def trained(head: GenerativeHead) -> GenerativeHead:
+def trained(head: LatentHead) -> LatentHead:
     """A head that has seen the two modes."""
 
     def loss(context: Tensor, generator: torch.Generator) -> Tensor:
         sign = torch.where(torch.rand(BATCH, generator=generator) < SHARES[context], 1.0, -1.0)
         posterior = DiagonalGaussian(sign.unsqueeze(-1) * MODE, torch.full((BATCH, LATENT), math.log(STD)))
-        return head.loss(CONTEXTS[context], posterior, generator)
+        return head.loss(CONTEXTS[context], Target(posterior, torch.zeros(BATCH, 1)), generator=generator)
 
     train(head, loss)
     return head
@@ -55,20 +55,24 @@ def near_modes(draws_NPZ: Tensor) -> tuple[Tensor, Tensor]:
     return (first | second).float().mean(0), first.sum(0) / (first | second).sum(0)
 
 
-class GuessingHead(GenerativeHead):
+class GuessingHead(LatentHead):
     """What squared error on the latent itself learns: its mean, with noise of the right width around it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(HeadConfig(head_type="guessing"), SIZE, LATENT)
         self.guess = nn.Sequential(nn.Linear(SIZE, SIZE), nn.SiLU(), nn.Linear(SIZE, LATENT))
 
-    def loss(self, hidden_PD, posterior_PZ, generator=None, noise=None):
-        return (self.guess(hidden_PD) - posterior_PZ.sample(1, generator)[0]).square().sum(-1)
+    def draw_noise(self, num_positions, generator=None, device="cpu"):
+        return (torch.randn(1, num_positions, LATENT, generator=generator),)
 
-    def prepare(self, hidden_PD):
-        return self.guess(hidden_PD)
+    def _loss(self, states_PD, target, noise):
+        data_PZ = target.posterior_PZ.sample(1, noise=noise[0])[0]
+        return (self.guess(states_PD) - data_PZ).square().sum(-1)
 
-    def draw(self, prepared_P, num_draws, randomness=None, noise=None):
+    def prepare(self, states_PD):
+        return self.guess(states_PD)
+
+    def draw_latents(self, prepared_P, num_draws, randomness=None, noise=None, temperature=1.0):
         return prepared_P + STD * torch.randn((num_draws, *prepared_P.shape), generator=randomness)
 
 
@@ -81,7 +85,6 @@ HEADS = {
         [{"num_steps": 100}, {"num_steps": 25, "sampler": "ddim"}, {"num_steps": 15, "sampler": "dpm"}],
         0.98,
     ),
-    "mean_flow": ({"num_draws": 4}, [{"num_steps": 1}], 0.6),  # One call, and an experiment.
 }
 
 
@@ -92,7 +95,7 @@ def test_two_modes_are_recovered(head_type):
     head = trained(build_head(config, SIZE, LATENT))
     for way in ways:
         head.config = with_sampling(config, way)
-        draws = head.sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2))
+        draws = head.sample_latents(CONTEXTS, DRAWS, torch.Generator().manual_seed(2))
         near, share = near_modes(draws)
         assert (near > least).all(), (way, near)
         # The sampling error of a share is 0.007; the rest is what training left.
@@ -100,19 +103,21 @@ def test_two_modes_are_recovered(head_type):
 
 
 def test_squared_error_finds_no_mode():
-    near, _ = near_modes(trained(GuessingHead()).sample(CONTEXTS, DRAWS, torch.Generator().manual_seed(2)))
+    near, _ = near_modes(
+        trained(GuessingHead()).sample_latents(CONTEXTS, DRAWS, torch.Generator().manual_seed(2))
+    )
     assert (near < 0.4).all()
 
 
 JOINT = torch.tensor(
     [[[0.4, 0.0, 0.1], [0.0, 0.3, 0.0], [0.0, 0.1, 0.1]], [[0.0, 0.2, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.3]]]
 )
-"""The law of two tokens in two contexts, in which each says much of the other."""
+"""The distribution of two tokens in two contexts, in which each says much of the other."""
 
 
 def states_of(head, contexts):
     """With nothing in the place of what the head reads itself."""
-    return F.pad(contexts, (0, head.config.own_size))
+    return F.pad(contexts, (0, head.config.extra_state_size))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def states_of(head, contexts):
         ({"head_type": "sequential", "token_size": 8}, {1.0: 0.05, 0.5: 0.15}),
     ],
 )
-def test_heads_of_codes_learn_a_joint_law_and_sharpen_it(fields, most):
+def test_heads_of_codes_learn_a_joint_distribution_and_sharpen_it(fields, most):
     autoencoder = CalmAutoencoder(
         CalmAutoencoderConfig(kind="codes", vocab_size=3, chunk_size=2, latent_size=12)
     )
@@ -134,17 +139,17 @@ def test_heads_of_codes_learn_a_joint_law_and_sharpen_it(fields, most):
         chunk = torch.multinomial(JOINT[context].flatten(1), 1, generator=generator)[:, 0]
         tokens = torch.stack([chunk // 3, chunk % 3], dim=-1)
         states = states_of(head, CONTEXTS[context])
-        return head.loss(states, autoencoder.encode(tokens), generator, tokens_PK=tokens)
+        return head.loss(states, Target(autoencoder.encode(tokens), tokens), generator=generator)
 
     train(head, loss)
     prepared = head.prepare(states_of(head, CONTEXTS))
     for temperature in (1.0, 0.5):
-        draws = head.draw_at(temperature, prepared, DRAWS, torch.Generator().manual_seed(2))
-        first, second = autoencoder.decode_tokens(draws).unbind(-1)
+        draws = head.draw_chunks(prepared, DRAWS, torch.Generator().manual_seed(2), temperature)
+        first, second = draws.unbind(-1)
         seen = F.one_hot(3 * first + second, 9).float().mean(0)
         wanted = JOINT.flatten(1) ** (1 / temperature)
         wanted = wanted / wanted.sum(-1, keepdim=True)
         distance = (seen - wanted).abs().sum(-1) / 2
         assert distance.max() < most[temperature], (temperature, distance)
-        # Draws at T = 1 are further from the sharpened law than those at T = 0.5.
+        # Draws at T = 1 are further from the sharpened distribution than those at T = 0.5.
         assert temperature == 1 or ((JOINT.flatten(1) - wanted).abs().sum(-1) / 2 > distance + 0.02).all()

@@ -1,4 +1,4 @@
-"""Laws of the temperature samplers, and what they cost, against enumeration of known distributions.
+"""Distributions of the temperature samplers, and what they cost, against enumeration of known distributions.
 
 Every check is also pointed at samplers with a planted fault, which it must reject.
 """
@@ -13,19 +13,19 @@ import calm.core.temperature as temperature_module
 from calm.core.temperature import sample_exact, sample_from_pool
 
 NUM_SAMPLES = 100_000
-LAWS = {
+DISTRIBUTIONS = {
     "flat": torch.full((4,), 0.25, dtype=torch.float64),
     "peaked": torch.tensor([0.7, 0.1, 0.1, 0.05, 0.03, 0.02], dtype=torch.float64),
     "zipf": torch.arange(1, 51, dtype=torch.float64) ** -1.5,
 }
-LAWS["zipf"] /= LAWS["zipf"].sum()
+DISTRIBUTIONS["zipf"] /= DISTRIBUTIONS["zipf"].sum()
 TEMPERATURES = (0.9, 0.7, 0.5, 0.37, 1 / 3, 0.25)
 
 
-def draws_of(law_V, seed):
-    """Chunks of two ids that stand for outcomes of the law: (v // 7, v % 7)."""
+def draws_of(p_V, seed):
+    """Chunks of two ids that stand for outcomes of the distribution: (v // 7, v % 7)."""
     generator = torch.Generator().manual_seed(seed)
-    cumulative_V = law_V.cumsum(0)
+    cumulative_V = p_V.cumsum(0)
 
     def draw(num_draws, rows):
         uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
@@ -35,9 +35,9 @@ def draws_of(law_V, seed):
     return draw
 
 
-def run_exact(law_V, temperature, first_block=16, num_samples=NUM_SAMPLES, seed=0):
+def run_exact(p_V, temperature, first_block=16, num_samples=NUM_SAMPLES, seed=0):
     """Outcomes and draws needed, in batches that bound the memory."""
-    draw, randomness = draws_of(law_V, seed), torch.Generator().manual_seed(seed + 1)
+    draw, randomness = draws_of(p_V, seed), torch.Generator().manual_seed(seed + 1)
     outcomes, needed = [], []
     for _ in range(10):
         result = sample_exact(
@@ -54,15 +54,15 @@ def run_exact(law_V, temperature, first_block=16, num_samples=NUM_SAMPLES, seed=
     return torch.cat(outcomes), torch.cat(needed)
 
 
-def tempered(law_V, temperature):
-    powers = law_V ** (1 / temperature)
+def tempered(p_V, temperature):
+    powers = p_V ** (1 / temperature)
     return powers / powers.sum()
 
 
-def p_value(outcomes, law_V, temperature):
+def p_value(outcomes, p_V, temperature):
     """Chi-square, with outcomes expected fewer than 5 times put together."""
-    expected = tempered(law_V, temperature) * len(outcomes)
-    observed = torch.bincount(outcomes, minlength=len(law_V)).double()
+    expected = tempered(p_V, temperature) * len(outcomes)
+    observed = torch.bincount(outcomes, minlength=len(p_V)).double()
     common = expected >= 5
     observed = torch.cat([observed[common], observed[~common].sum()[None]])
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
@@ -70,45 +70,45 @@ def p_value(outcomes, law_V, temperature):
     return stats.chisquare(observed[kept].numpy(), expected[kept].numpy()).pvalue
 
 
-def expected_draws(law_V, temperature):
+def expected_draws(p_V, temperature):
     order = 1 / temperature
     n = math.floor(order + 1e-9)
     a = order - n if order - n > 1e-9 else 0.0
-    power_sum = {q: float((law_V**q).sum()) for q in [*range(1, n + 1), order, n + a - 1]}
+    power_sum = {q: float((p_V**q).sum()) for q in [*range(1, n + 1), order, n + a - 1]}
     return (1 + sum(power_sum[q] for q in range(1, n)) + (power_sum[n + a - 1] if a else 0)) / power_sum[
         order
     ]
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_exact_sampling_has_the_tempered_law_and_the_expected_cost(name, temperature):
-    law_V = LAWS[name]
-    outcomes, needed = run_exact(law_V, temperature)
-    assert p_value(outcomes, law_V, temperature) > 1e-3
+def test_exact_sampling_has_the_tempered_distribution_and_the_expected_cost(name, temperature):
+    p_V = DISTRIBUTIONS[name]
+    outcomes, needed = run_exact(p_V, temperature)
+    assert p_value(outcomes, p_V, temperature) > 1e-3
     error = needed.double().std().item() / math.sqrt(len(needed))
-    assert needed.double().mean().item() == pytest.approx(expected_draws(law_V, temperature), abs=4 * error)
+    assert needed.double().mean().item() == pytest.approx(expected_draws(p_V, temperature), abs=4 * error)
 
 
 @pytest.mark.parametrize("first_block", [1, 3, 64])
 @pytest.mark.parametrize("temperature", [0.7, 0.37, 1 / 3])
-def test_the_law_does_not_depend_on_the_blocks(first_block, temperature):
-    outcomes, needed = run_exact(LAWS["peaked"], temperature, first_block, seed=first_block)
-    assert p_value(outcomes, LAWS["peaked"], temperature) > 1e-3
+def test_the_distribution_does_not_depend_on_the_blocks(first_block, temperature):
+    outcomes, needed = run_exact(DISTRIBUTIONS["peaked"], temperature, first_block, seed=first_block)
+    assert p_value(outcomes, DISTRIBUTIONS["peaked"], temperature) > 1e-3
     error = needed.double().std().item() / math.sqrt(len(needed))
     assert needed.double().mean().item() == pytest.approx(
-        expected_draws(LAWS["peaked"], temperature), abs=4 * error
+        expected_draws(DISTRIBUTIONS["peaked"], temperature), abs=4 * error
     )
 
 
-def test_a_small_budget_changes_the_law_the_same_way_for_every_block():
+def test_a_small_budget_changes_the_distribution_the_same_way_for_every_block():
     """What a budget decides is a matter of the draws, not of how they were grouped."""
-    law_V = LAWS["zipf"]
+    p_V = DISTRIBUTIONS["zipf"]
     tables = []
     for first_block in (1, 5, 12):
         randomness = torch.Generator().manual_seed(first_block)
         result = sample_exact(
-            draws_of(law_V, first_block),
+            draws_of(p_V, first_block),
             50_000,
             0.4,
             max_draws=12,
@@ -123,16 +123,16 @@ def test_a_small_budget_changes_the_law_the_same_way_for_every_block():
     assert 0.1 < counts[:, 1::2].sum() / counts.sum() < 0.9
 
 
-def test_pool_sampling_tends_to_the_tempered_law():
+def test_pool_sampling_tends_to_the_tempered_distribution():
     distances = {}
     for temperature in (0.7, 0.5, 0.37):
         for size in (5, 20, 100, 400):
-            law_V, found = LAWS["zipf"], 0
-            draw, randomness = draws_of(law_V, size), torch.Generator().manual_seed(0)
+            p_V, found = DISTRIBUTIONS["zipf"], 0
+            draw, randomness = draws_of(p_V, size), torch.Generator().manual_seed(0)
             for _ in range(10):
                 chosen = sample_from_pool(draw(size, torch.arange(2_000)), temperature, randomness).chunks_RK
                 found = found + torch.bincount(chosen[:, 0] * 7 + chosen[:, 1], minlength=50)
-            distance = 0.5 * (found / found.sum() - tempered(law_V, temperature)).abs().sum()
+            distance = 0.5 * (found / found.sum() - tempered(p_V, temperature)).abs().sum()
             distances[temperature, size] = distance.item()
         falling = [distances[temperature, size] for size in (5, 20, 100, 400)]
         assert falling == sorted(falling, reverse=True) and falling[-1] < 0.06, falling
@@ -154,7 +154,7 @@ def first_row_for_all(number_RN, n, lifetime_RN=None, find=temperature_module.fi
 
 
 def no_restart(number_RN, n, lifetime_RN=None, find=None):
-    """The first two equal neighbours win, wherever the attempts begin."""
+    """The first two equal neighbors win, wherever the attempts begin."""
     equal_RN = number_RN[:, :-1] == number_RN[:, 1:]
     first_R = torch.where(equal_RN.any(1), equal_RN.int().argmax(1), -1)
     return first_R, first_R + 2
@@ -166,5 +166,5 @@ def no_restart(number_RN, n, lifetime_RN=None, find=None):
 )
 def test_a_planted_fault_is_found(monkeypatch, fault, temperature):
     monkeypatch.setattr(temperature_module, "find_accepted", fault)
-    outcomes, _ = run_exact(LAWS["peaked"], temperature, num_samples=20_000)
-    assert p_value(outcomes, LAWS["peaked"], temperature) < 1e-6
+    outcomes, _ = run_exact(DISTRIBUTIONS["peaked"], temperature, num_samples=20_000)
+    assert p_value(outcomes, DISTRIBUTIONS["peaked"], temperature) < 1e-6

@@ -5,7 +5,7 @@ import random
 import pytest
 from other_tokenizers import KINDS
 
-from calm.text.decoding import TextBuilder, decode_behind, spell_tokens
+from calm.text.decoding import TextBuilder, decode_after, spell_tokens
 from calm.text.encoding import encode_documents, encode_words
 
 TEXT = "Zoë said: “naïve 🐱 cats” — once, twice, thrice! STOP and more."
@@ -67,15 +67,15 @@ def test_the_space_behind_a_prompt_is_kept(kind, prompt):
     other = KINDS[kind]()
     new = encode_words(other, " happy boy ran.")
     [ids] = encode_documents(other, [prompt])
-    assert decode_behind(other, ids, new) == " happy boy ran."
+    assert decode_after(other, ids, new) == " happy boy ran."
     builder = TextBuilder(other, prompt=ids)
     assert "".join(builder.add([token]) for token in new) + builder.add([], is_last=True) == " happy boy ran."
 
 
 def test_half_a_character_of_the_prompt_becomes_whole(tokenizer):
     ids = tokenizer("a 🐱!", add_special_tokens=False)["input_ids"]
-    assert decode_behind(tokenizer, ids[:3], ids[3:]) == "🐱!"
-    assert decode_behind(tokenizer, ids, []) == ""
+    assert decode_after(tokenizer, ids[:3], ids[3:]) == "🐱!"
+    assert decode_after(tokenizer, ids, []) == ""
 
 
 @pytest.mark.parametrize("kind", ["llama", "unigram", "byte-level"])

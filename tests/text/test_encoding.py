@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from other_tokenizers import KINDS, LOSSLESS
 
 from calm.text.chat import encode_chat
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import (
     beginning_of,
     control_tokens_of,
@@ -81,7 +81,7 @@ def test_words_behind_a_prompt_are_spelled_as_they_are(kind, prompt, more):
         more = more.replace("\n", " ")  # It has no line ends.
     if not prompt:
         more = more.lstrip(" ")  # The first space of a text is not told from none.
-    assert decode_behind(tokenizer, ids, encode_words(tokenizer, more)) == more
+    assert decode_after(tokenizer, ids, encode_words(tokenizer, more)) == more
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +145,7 @@ def test_a_part_of_a_rendering_goes_on_without_a_space():
     tokenizer = tokenizer_of("llama")
     assert tokenizer.decode(encode_rendering(tokenizer, "Yes")) == "Yes"
     behind = encode_rendering(tokenizer, "Yes</s>", goes_on=True)
-    assert decode_behind(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], behind) == "Yes"
+    assert decode_after(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], behind) == "Yes"
     assert behind[-1] == tokenizer.eos_token_id
 
 

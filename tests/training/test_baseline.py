@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.core.chunks import find_targets
 from calm.data.chunking import make_blocks
-from calm.training.collating import collate_tokens
+from calm.training.batches import collate_tokens
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 EOS, PAD = 1, 0
@@ -24,8 +24,8 @@ def test_the_loss_is_the_mean_over_tokens_of_the_documents_alone():
     with torch.no_grad():
         for document in DOCUMENTS:
             tokens = torch.tensor([[*document, EOS]])
-            law = model(tokens).logits[0, :-1].log_softmax(-1)
-            total -= float(law.gather(1, tokens[0, 1:, None]).sum())
+            distribution = model(tokens).logits[0, :-1].log_softmax(-1)
+            total -= float(distribution.gather(1, tokens[0, 1:, None]).sum())
             count += len(document)
         loss = model(**batch).loss
     assert loss.item() == pytest.approx(total / count, rel=1e-5)

@@ -13,8 +13,8 @@ from toy import failure, launch, toy_recipe
 
 from calm.data.stories import write_stories
 from calm.errors import InputError
-from calm.generation import continue_texts
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.texts import continue_texts
 from calm.training import stages
 from calm.training.adapters import with_adapters
 from calm.training.finetuning import finetune

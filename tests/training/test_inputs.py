@@ -152,7 +152,9 @@ def test_the_checkpoints_of_another_run(stopped, another):
     recipe, run = stopped()
     shutil.rmtree(run / "checkpoints/language_model")
     shutil.copytree(another() / "checkpoints/language_model", run / "checkpoints/language_model")
-    with pytest.raises(InputError, match=r"checkpoint-\d+' is of another run: its recipe is not the same"):
+    with pytest.raises(
+        InputError, match=r"checkpoint-\d+' belongs to another run: its recipe is not the same"
+    ):
         stages.train(recipe, run, resume=True)
 
 

@@ -5,11 +5,17 @@ import torch
 from tiny import tiny_model
 from torch import nn
 from torch.testing import assert_close
+from toy import toy_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm import register_optimizer
+from calm.data.stories import write_stories
 from calm.errors import InputError
-from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training import optimizers
+from calm.training.optimizers import build_optimizer, build_scheduler, check_optimizer
 from calm.training.recipe import OptimizerSettings
+from calm.training.recipe_files import with_settings
+from calm.training.stages import train_autoencoder
 
 
 def test_muon_steps_along_nearly_orthogonal_matrices():
@@ -76,6 +82,52 @@ def test_other_optimizers_by_name():
     assert type(optimizer).__name__ == "Lion"
     with pytest.raises(InputError, match="there is no optimizer 'adamm'"):
         build_optimizer(nn.Linear(2, 2), OptimizerSettings(name="adamm"))
+
+
+OWN = """
+import torch
+from calm import register_optimizer
+
+
+def build(model, settings):
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.SGD(weights, settings.learning_rate, settings.momentum, **settings.extra)
+
+
+register_optimizer("sgd_of_my_own", build)
+"""
+
+
+def test_an_optimizer_of_another_package_is_found_when_a_recipe_asks_for_it(tmp_path, monkeypatch):
+    """One file, named by an entry point of its package."""
+    package = tmp_path / "optimizers_of_mine-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: optimizers-of-mine\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[calm.optimizers]\nsgd_of_my_own = optimizers_of_mine\n")
+    (tmp_path / "optimizers_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(optimizers, "_BUILDERS", dict(optimizers._BUILDERS))
+    write_stories(tmp_path / "text.jsonl", 0, 12)
+    changes = {"autoencoder.training.optimizer.extra": {"nesterov": True}}
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl", optimizer="sgd_of_my_own"), changes)
+    folder = train_autoencoder(recipe, tmp_path / "run")
+    state = torch.load(tmp_path / "run/checkpoints/autoencoder/checkpoint-8/optimizer.pt", weights_only=True)
+    assert (folder / "config.json").is_file()
+    assert state["param_groups"][0]["nesterov"]
+
+
+def test_one_that_does_not_take_its_settings_is_told_before_any_work():
+    def build(model, settings):
+        return torch.optim.SGD(model.parameters(), settings.learning_rate, **settings.extra)
+
+    register_optimizer("refusing", build)
+    try:
+        with pytest.raises(InputError, match=r"'refusing' does not take its settings .*no_such_argument"):
+            check_optimizer(OptimizerSettings(name="refusing", extra={"no_such_argument": 1}))
+        with pytest.raises(InputError, match="use muon, adamw, refusing or a name of pytorch_optimizer"):
+            check_optimizer(OptimizerSettings(name="adamm"))
+    finally:
+        del optimizers._BUILDERS["refusing"]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_sharded_model(alone):
 
     shutil.rmtree(run / "model")
     shutil.rmtree(last)
-    with pytest.raises(InputError, match="written by a sharded run; go on with two processes"):
+    with pytest.raises(InputError, match="written by a sharded run; resume with two processes"):
         stages.train(sharded, run, resume=True)
     result = launch(4, *arguments, "--resume")
     assert result.returncode == 0, result.stderr[-3000:]

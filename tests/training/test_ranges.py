@@ -11,7 +11,7 @@ from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.ranges import Range
 from calm.training import probing, stages
-from calm.training.configurations import check_recipe
+from calm.training.check import check_recipe
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.ranges import RANGES, check_ranges

@@ -15,7 +15,9 @@ from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
-from calm.training.configurations import check_recipe, model_config
+from calm.models.loading import load_autoencoder
+from calm.training.build import model_config, new_language_model
+from calm.training.check import check_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import (
@@ -26,7 +28,7 @@ from calm.training.recipe_files import (
     write_recipe,
 )
 from calm.training.recipe_settings import shipped_recipes
-from calm.training.stages import _new_language_model, train, train_autoencoder
+from calm.training.stages import train, train_autoencoder
 
 SHIPPED = [
     "calm_l",
@@ -131,7 +133,8 @@ def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_
     run = tmp_path / "run"
     train_autoencoder(recipe, run)
     data = load_prepared(run / "data")
-    bias = _new_language_model(recipe, data, run).head.scores.bias.detach()
+    model = new_language_model(recipe, data, load_autoencoder(run / "autoencoder"))
+    bias = model.head.scores.bias.detach()
     if bias_from_text:
         counts = torch.zeros(data.vocab_size)
         for tokens in data.train["input_ids"]:
@@ -146,7 +149,7 @@ def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_
 def test_a_head_of_a_larger_vocabulary_starts_from_the_text_too():
     """Codes that were made for another tokenizer may know more tokens than the text has."""
     head = tiny_model(4, vocab_size=40, head_config={"head_type": "sequential"}).head
-    head.begin_with(lambda: torch.tensor([3, 1]))
+    head.init_from_counts(lambda: torch.tensor([3, 1]))
     assert_close(head.scores.bias.exp(), torch.tensor([3.5, 1.5, *[0.5] * 38]) / 24)
 
 

@@ -23,7 +23,7 @@ def test_tokens_per_second_without_pauses():
     time.sleep(0.05)
     figures = speed.read(15)
     assert 1000 / 0.3 < figures["tokens_per_second"] <= 1000 / 0.05
-    assert "utilisation" not in figures  # The operations are not known.
+    assert "utilisation" not in figures  # The FLOPs are not known.
     assert speed.read(15) == {}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jsonargparse
 from rich.console import Console
 
-from calm.comparison.costs import autoencoder_operations, language_model_operations
+from calm.comparison.costs import autoencoder_flops, language_model_flops
 from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
@@ -21,11 +21,11 @@ from calm.models.loading import load_model_and_tokenizer
 from calm.report.measured import AblationTable, Outcome
 from calm.storage.checksums import is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
-from calm.training.configurations import check_model
+from calm.training.check import check_model
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import with_settings
+from calm.training.recipe_files import RECIPE, with_settings
 from calm.training.recipe_settings import EXTENDS
-from calm.training.stages import RECIPE, train, train_autoencoder
+from calm.training.stages import train, train_autoencoder
 
 SCORES = "scores.json"
 _PARTS = ("chunk_size", "autoencoder", "language_model")  # What a choice can change.
@@ -144,8 +144,7 @@ def run_ablation(
             Outcome(
                 name=choice.name,
                 published=choice.published,
-                operations=autoencoder_operations(own, vocab_size)
-                + language_model_operations(own, vocab_size),
+                training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
             )
         )
     for seed in seeds:

@@ -9,10 +9,10 @@ from calm.errors import InputError, reason_of
 from calm.flops import training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
-from calm.training.configurations import autoencoder_config, model_config
+from calm.training.build import autoencoder_config, model_config
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import HISTORY, RECIPE
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.runs import HISTORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainingRecord:
     """What the training of a run took, and where it stood on the way.
 
     Args:
-        flops: Operations, autoencoder included.
+        flops: FLOPs, autoencoder included.
         seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
             resumed, the time since then.
         checkpoints: Where it stood at the evaluations of the language model.
@@ -43,7 +43,7 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     recipe = read_recipe(str(run / RECIPE))
     history = read_json(run / HISTORY, dict)
     total = _of_language_model(recipe, config)
-    before = autoencoder_operations(recipe, config.vocab_size)
+    before = autoencoder_flops(recipe, config.vocab_size)
     steps = recipe.language_model.training.steps
     try:
         return TrainingRecord(
@@ -67,24 +67,24 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
         ) from error
 
 
-def language_model_operations(recipe: Recipe, vocab_size: int) -> float:
-    """Operations of the language model's training."""
+def language_model_flops(recipe: Recipe, vocab_size: int) -> float:
+    """FLOPs of the language model's training."""
     return _of_language_model(recipe, model_config(recipe, vocab_size))
 
 
-def autoencoder_operations(recipe: Recipe, vocab_size: int) -> float:
-    """Operations of the autoencoder's training; none where the recipe has none or names a trained one."""
+def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
+    """FLOPs of the autoencoder's training; none where the recipe has none or names a trained one."""
     if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
         return 0.0
     per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
     return per_token * _tokens(recipe.autoencoder.training)
 
 
-def affordable_steps(recipe: Recipe, vocab_size: int, operations: float) -> int:
-    """Steps of the language model that are left of some operations when the autoencoder is trained."""
+def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
+    """Steps of the language model that a budget of FLOPs leaves when the autoencoder is trained."""
     per_token = training_flops(model_config(recipe, vocab_size), recipe.data.context)
     per_step = per_token * recipe.language_model.training.batch_tokens
-    return round((operations - autoencoder_operations(recipe, vocab_size)) / per_step)
+    return round((flops - autoencoder_flops(recipe, vocab_size)) / per_step)
 
 
 def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:

@@ -1,4 +1,4 @@
-"""A ladder of models that are trained with equal operations."""
+"""A ladder of models that are trained with equal FLOPs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,15 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from calm.comparison.costs import affordable_steps, autoencoder_operations, language_model_operations
+from calm.comparison.costs import affordable_steps, autoencoder_flops, language_model_flops
 from calm.comparison.text import with_shared_text
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
-from calm.training.configurations import check_model, check_recipe
+from calm.training.check import check_model, check_recipe
 from calm.training.recipe import Recipe, TrainingSettings
-from calm.training.stages import RECIPE, train
+from calm.training.recipe_files import RECIPE
+from calm.training.stages import train
 
 _SMALLEST_LATENT = 16
 
@@ -22,9 +23,9 @@ _SMALLEST_LATENT = 16
 def train_ladder(
     recipe: Recipe, chunk_sizes: Sequence[int], output: Path, *, baseline: bool = True, budget: float = 1.0
 ) -> list[Path]:
-    """Train a recipe at several chunk sizes, and the baseline, with equal training operations.
+    """Train a recipe at several chunk sizes, and the baseline, with equal training FLOPs.
 
-    Operations are those of autoencoder and language model together: the autoencoder trains as the recipe
+    FLOPs are those of autoencoder and language model together: the autoencoder trains as the recipe
     says, the language model for as many steps as the rest allows; the baseline, without autoencoder, for
     more. The latent grows with the chunk: as many dimensions per token as in the recipe. A ladder that
     was stopped goes on where it was.
@@ -35,7 +36,7 @@ def train_ladder(
         chunk_sizes: Chunk sizes K.
         output: Folder of all runs.
         baseline: Whether the autoregressive model is trained too.
-        budget: Share of the recipe's operations that each model gets.
+        budget: Share of the recipe's FLOPs that each model gets.
 
     Returns:
         The folders of the runs.
@@ -55,14 +56,12 @@ def train_ladder(
     output = output.resolve()
     recipe = with_shared_text(recipe, output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
-    operations = budget * (
-        language_model_operations(recipe, vocab_size) + autoencoder_operations(recipe, vocab_size)
-    )
+    flops = budget * (language_model_flops(recipe, vocab_size) + autoencoder_flops(recipe, vocab_size))
     rungs = {f"K{size}": at_chunk_size(recipe, size) for size in chunk_sizes}
     if baseline:
         rungs["baseline"] = dataclasses.replace(recipe, model="autoregressive", chunk_size=1)
     for name, rung in rungs.items():
-        steps = affordable_steps(rung, vocab_size, operations)
+        steps = affordable_steps(rung, vocab_size, flops)
         if steps < 1:
             raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))

@@ -9,20 +9,19 @@ from transformers import PreTrainedModel
 
 from calm.comparison.costs import record_of
 from calm.core.brier import NUM_ORDERS
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import ExactSampler
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_sampler
-from calm.evaluation.samplers import scorer_at
+from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_with
+from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
-from calm.generation import continue_texts
-from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.report.measured import Comparison, Contender, Warmth
-from calm.training.recipe_files import read_recipe
-from calm.training.stages import RECIPE
+from calm.report.measured import Comparison, ModelResult, TemperaturePoint
+from calm.texts import continue_texts
+from calm.training.recipe_files import RECIPE, read_recipe
 
-_WARMTH_SEED = 7
+_TEMPERATURE_SEED = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Measures:
         if not 0 < self.low <= 1:
             raise InputError(f"temperature must lie above 0 and at most at 1, got {self.low:g}.")
         try:
-            TemperatureSettings(temperature=self.low)
+            ExactSampler(temperature=self.low)
         except ValueError as error:  # Too low for the draws of a chunk.
             raise InputError(str(error)) from error
 
@@ -79,7 +78,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
     prepared = _open_data(runs[0], data)
     prompts = [beginning for beginning, _ in prepared.held_out_beginnings(measures.num_texts)]
-    contenders = [_measure(run, prepared, prompts, measures) for run in runs]
+    results = [_measure(run, prepared, prompts, measures) for run in runs]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
     floors = score_ngrams(
         list(measures.ngrams),
@@ -89,26 +88,26 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         NUM_ORDERS,
         measures.num_blocks,
     )
-    counts = [contender.card.brier.num_chunks for contender in contenders]
+    counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
     protocol = (
         f"held-out text in blocks of {measures.context} tokens, layout documents, "
         f"{windows} windows, T = 1, percent ± standard error"
     )
-    return Comparison(contenders, floors, measures.low, prompts, protocol)
+    return Comparison(results, floors, measures.low, prompts, protocol)
 
 
-def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> Contender:
+def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> ModelResult:
     folder = run / "model" if (run / "model").is_dir() else run
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
-    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
+    size = language_model(model).chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
     Console(highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
-    return Contender(
+    return ModelResult(
         name=run.name,
         chunk_size=size,
         parameters=sum(cost.parameters.values()),
@@ -116,7 +115,9 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         training_flops=record.flops if record else None,
         seconds=record.seconds if record else None,
         checkpoints=record.checkpoints if record else [],
-        warmths=[_warmth(model, data, t, size, measures) for t in measures.all_temperatures],
+        temperature_points=[
+            _temperature_point(model, data, t, size, measures) for t in measures.all_temperatures
+        ],
         texts=continue_texts(
             model,
             tokenizer,
@@ -128,16 +129,16 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     )
 
 
-def _warmth(
+def _temperature_point(
     model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
-) -> Warmth:
-    scorer, draws = scorer_at(model, temperature)
+) -> TemperaturePoint:
+    scorer = scorer_of(model, temperature=temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
-    result = score_sampler(scorer, model, blocks, measures.warm_blocks, _WARMTH_SEED)
-    mean_draws = draws.mean_draws if draws else 1.0
+    result = score_with(scorer, model, blocks, measures.warm_blocks, _TEMPERATURE_SEED)
+    mean_draws = scorer.reader.mean_draws
     cost = cost_of(model.config, Work(measures.context // size, mean_draws))
     first = slice(0, NUM_ORDERS)
-    return Warmth(
+    return TemperaturePoint(
         temperature, result.hits[first], result.collisions[first], mean_draws, sum(cost.inference.values())
     )
 

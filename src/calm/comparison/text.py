@@ -7,7 +7,7 @@ from calm.data.prepared import is_prepared, sources_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.storage.folders import new_folder
-from calm.training.opening import check_data, data_folder
+from calm.training.opening import check_data, prepare_text
 from calm.training.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
             recipe = dataclasses.replace(
                 recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)])
             )
-        folder = data_folder(recipe, output)
+        folder = prepare_text(recipe, output)
     if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
         raise InputError(
             f"'{folder}' was prepared from other sources than the recipe's; choose another --output."

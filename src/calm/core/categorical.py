@@ -1,11 +1,11 @@
-"""Flow matching from noise to code words, with the endpoint as a categorical law.
+"""Flow matching from noise to code words, with the endpoint as a categorical distribution.
 
 Each token v has a fixed code c_v, all of one length. On the straight path x_t = (1 - t) x_0 + t c_v from
 standard normal noise, what a point says about the token is known in closed form,
     log N(x_t; t c_v, (1 - t)^2 I) = t / (1 - t)^2 <x_t, c_v> + (what is equal for all v),
-so a network has to learn only the law of the token given everything else; their product is the posterior
-p(v | x_t), and the velocity of the path is (E[c_v | x_t] - x_t) / (1 - t). Source of the parts: score
-interpolation (Dieleman et al., arXiv 2211.15089), variational flow matching (Eijkelboom et al., arXiv
+so a network has to learn only the distribution of the token given everything else; their product is the
+posterior p(v | x_t), and the velocity of the path is (E[c_v | x_t] - x_t) / (1 - t). Source of the parts:
+score interpolation (Dieleman et al., arXiv 2211.15089), variational flow matching (Eijkelboom et al., arXiv
 2406.04843); see docs/heads.md for the derivation. Shapes: K tokens per chunk, d size of a code, Z = K·d.
 """
 
@@ -69,7 +69,7 @@ def follow_endpoints(endpoint: Endpoint, start: Tensor, times: list[float]) -> T
     Between two calls the endpoint is taken as constant, for which the path is straight: Euler's step.
 
     Args:
-        endpoint: Mean of the data behind a point.
+        endpoint: Mean of the data at the end of the paths through a point.
         start: x_0.
         times: Rising times, the first 0.
     """

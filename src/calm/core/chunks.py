@@ -53,7 +53,7 @@ def number_documents(position_ids_BC: Tensor) -> Tensor:
     return row_B1 * (position_ids_BC.shape[-1] + 1) + in_row_BC
 
 
-def is_behind_eos(chunk_PK: Tensor, eos_ids: Tensor) -> Tensor:
+def is_after_eos(chunk_PK: Tensor, eos_ids: Tensor) -> Tensor:
     """Which tokens of a chunk come after its first EOS, (P, K).
 
     Args:
@@ -72,7 +72,7 @@ def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple
         eos_ids: All ids that end a text, one axis, may be empty.
         pad_token_id: What to write after the end.
     """
-    ended_PK = torch.where(is_behind_eos(chunk_PK, eos_ids), pad_token_id, chunk_PK)
+    ended_PK = torch.where(is_after_eos(chunk_PK, eos_ids), pad_token_id, chunk_PK)
     return ended_PK, torch.isin(chunk_PK, eos_ids).any(-1)
 
 

@@ -5,8 +5,8 @@ Shapes: N draws in the order they were made, R rows.
 With 1/T = n + a, n whole and 0 <= a < 1, an attempt reads draws until one differs from the first.
 If the first n are equal their outcome x is the candidate, which happens with probability P(x)^n.
 A candidate is then accepted with probability P(x)^a: it is given a lifetime L and must be drawn
-once more within L draws. L has the Sibuya law P(L > k) = (1 - a)(1 - a/2)...(1 - a/k), whose
-generating function is E[z^L] = 1 - (1 - z)^a; with z = 1 - P(x) the chance of not being drawn in
+once more within L draws. L has the Sibuya distribution P(L > k) = (1 - a)(1 - a/2)...(1 - a/k), whose
+generating function is E[z^L] = 1 - (1 - z)^a; with z = 1 - P(x) the probability of not being drawn in
 time is 1 - P(x)^a. (It is the Bernoulli factory that gives up after the i-th miss with
 probability a/i, with all its coins thrown beforehand.) A failed attempt leaves all its draws behind.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def sibuya_lifetimes(uniform: Tensor, a: float, longest: int) -> Tensor:
-    """Lifetimes of the Sibuya law from uniform numbers; longer than `longest` becomes `longest` + 1."""
+    """Lifetimes of the Sibuya distribution from uniform numbers; above `longest` they are `longest` + 1."""
     trials = torch.arange(1, longest + 1, dtype=torch.float64, device=uniform.device)
     survival = torch.cumprod(1 - a / trials, dim=0)
     return 1 + torch.searchsorted(-survival, -uniform.double())

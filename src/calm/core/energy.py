@@ -12,7 +12,7 @@ from torch import Tensor
 from calm.core.gaussian import DiagonalGaussian
 
 # Squared distances at or below this count as zero. It keeps the gradient of |d|^alpha finite where
-# two draws coincide, as all draws do at initialisation (the head's last layer starts at zero).
+# two draws coincide, as all draws do at initialization (the head's last layer starts at zero).
 _ZERO_DISTANCE_SQUARED = 1e-12
 
 # Elements of the targets that are handled at once: they stay in the cache of a processor, and fill a GPU.
@@ -25,7 +25,7 @@ def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> T
 
     2/(N·M) · sum_{n,m} |x_n - y_m|^alpha  -  1/(N(N-1)) · sum_{n != k} |x_n - x_k|^alpha
 
-    Its expectation is lowest when the draws follow the law of the targets, for any alpha in (0, 2).
+    Its expectation is lowest when the draws follow the distribution of the targets, for any alpha in (0, 2).
 
     Args:
         draws_NPZ: Draws x of the head, N >= 2.
@@ -46,7 +46,7 @@ def energy_loss_to_gaussian(draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, a
 
     Args:
         draws_NPZ: Draws x of the head, N >= 2.
-        posterior_PZ: Law of the targets.
+        posterior_PZ: Distribution of the targets.
         alpha: Exponent of the distance, in (0, 2).
 
     Raises:
@@ -70,7 +70,7 @@ def expected_distance(points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: 
 
     Args:
         points_NPZ: Points x.
-        gaussian_PZ: Law of y.
+        gaussian_PZ: Distribution of y.
         alpha: Exponent of the distance, in (0, 2).
     """
     variance_PZ = gaussian_PZ.variance.to(points_NPZ.dtype)

@@ -46,18 +46,3 @@ def solve(
             second = velocity(x + size * first, (step + 1) / num_steps)
             x = x + size / 2 * (first + second)
     return x
-
-
-def average_velocity_target(velocity: Tensor, change: Tensor, time_NP: Tensor, end_NP: Tensor) -> Tensor:
-    """What the average velocity u over [t, s] must equal: v + (s - t) du/dt (MeanFlow, arXiv 2505.13447).
-
-    It follows from (s - t) u = integral of v from t to s by d/dt along the path; the paper counts time from
-    data to noise, which changes the sign.
-
-    Args:
-        velocity: v at (x_t, t), (N, P, Z).
-        change: du/dt along the path, (N, P, Z).
-        time_NP: t.
-        end_NP: s >= t.
-    """
-    return velocity + (end_NP - time_NP).unsqueeze(-1) * change

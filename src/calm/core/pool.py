@@ -2,7 +2,7 @@
 
 Samplers ask two things of draws: which are equal, and what the chosen one says. To tell draws apart
 seldom takes all K tokens: one whose first tokens no other draw of its row shares is known to be
-different, whatever its other tokens are. Where a token is dear to find (a decoder with a large
+different, whatever its other tokens are. Where a token is expensive to find (a decoder with a large
 vocabulary), it pays not to find it.
 
 Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk, X what stands

@@ -1,13 +1,12 @@
 """Temperature sampling from draws alone (paper section 5; derivations in docs/temperature.md).
 
-The law wanted at temperature T is P(x)^(1/T), normalised, over chunks x; all that is given is a way
+The distribution wanted at temperature T is P(x)^(1/T), normalized, over chunks x; all that is given is a way
 to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk,
 A rows that are still open, D rows that are done.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,11 +20,10 @@ Draw = Callable[[int, Tensor], Tensor]
 """draw(num_draws, rows_R): independent draws of those rows at temperature 1: token ids (N, R, K), or
 states (N, R, X) that go with a `TokenReader`."""
 
-SAMPLERS = ("exact", "pool", "head")
 _ROUNDING = 1e-3
 _LEAST = 1e-300
 _FIRST_BLOCK = 16
-_FIRST_BLOCK_WITH_READER = 4  # Where tokens are dear to find, draws that are not needed are too.
+_FIRST_BLOCK_WITH_READER = 4  # Where tokens are expensive to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
 
 
@@ -48,61 +46,6 @@ class ChunkSample(NamedTuple):
     agreement_R: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class TemperatureSettings:
-    """How chunks are sampled.
-
-    Args:
-        temperature: T in [0, 1]; 0 takes the commonest chunk of a pool, or the head's own likeliest.
-        sampler: "exact", whose law is P^(1/T) wherever `max_draws` suffice; "pool", whose law
-            tends to it as `num_draws` grows; or "head", one draw of a head that takes a temperature
-            itself, whose law is the head's own.
-        num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
-        max_draws: Most draws of a row of the exact sampler; then the pool rule chooses among them.
-        first_block: Draws that the exact sampler begins with; None chooses. It moves cost, not the law.
-        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
-        min_p: Pool only: drop chunks less frequent than this share of the commonest.
-    """
-
-    temperature: float = 1.0
-    sampler: str = "exact"
-    num_draws: int = 200
-    max_draws: int = 200
-    first_block: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got '{self.sampler}'.")
-        if self.sampler == "head":
-            inverse_temperature(self.temperature)  # Raises where it is none; heads may take fewer.
-        elif self.sampler == "pool" or self.temperature == 0:
-            _order_for(self.temperature, self.num_draws, "num_draws=")
-        else:
-            _order_for(self.temperature, self.max_draws, "max_draws=")
-        for name in ("num_draws", "max_draws", "first_block"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}.")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(
-                "top_p must lie in (0, 1] and min_p in [0, 1]; "
-                f"got top_p={self.top_p:g} and min_p={self.min_p:g}."
-            )
-        if self.sampler != "pool" and self.truncates:
-            raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
-
-    @property
-    def truncates(self) -> bool:
-        """Whether `top_p` or `min_p` can drop a chunk."""
-        return self.top_p < 1 or self.min_p > 0
-
-    @property
-    def takes_one_draw(self) -> bool:
-        """Whether a single draw is the sample."""
-        return self.sampler == "head" or (self.temperature == 1 and not self.truncates)
-
-
 def inverse_temperature(temperature: float) -> float:
     """The exponent 1/T: infinite at 0, and whole where T is given rounded, as 0.333.
 
@@ -119,46 +62,6 @@ def inverse_temperature(temperature: float) -> float:
     return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
 
 
-def sample(
-    draw: Draw,
-    num_rows: int,
-    settings: TemperatureSettings,
-    randomness: Randomness = None,
-    reader: TokenReader | None = None,
-) -> ChunkSample:
-    """One chunk for every row by the sampler of the settings; at T = 1 that is a single draw.
-
-    Args:
-        draw: Makes draws of some rows; for the sampler "head", at the temperature of the settings.
-        num_rows: Number of rows R.
-        settings: Sampler and temperature.
-        randomness: Source of the choices; the draws have their own.
-        reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
-
-    Raises:
-        ValueError: If there is no row.
-    """
-    if num_rows < 1:
-        raise ValueError("there is no row to sample: the batch is empty.")
-    if settings.takes_one_draw:
-        rows_R = torch.arange(num_rows)
-        chunks_RK = Pool(draw(1, rows_R), reader).chunks(torch.zeros_like(rows_R), rows_R)
-        one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
-        return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
-    if settings.sampler == "exact" and settings.temperature > 0:
-        return sample_exact(
-            draw,
-            num_rows,
-            settings.temperature,
-            max_draws=settings.max_draws,
-            first_block=settings.first_block,
-            randomness=randomness,
-            reader=reader,
-        )
-    pool = Pool(draw(settings.num_draws, torch.arange(num_rows)), reader)
-    return _choose(pool, pool.number(), settings.temperature, randomness, settings.top_p, settings.min_p)
-
-
 def sample_from_pool(
     pool_NRK: Tensor,
     temperature: float,
@@ -167,29 +70,31 @@ def sample_from_pool(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> ChunkSample:
-    """Choose one chunk of each row's pool so that its law tends to P^(1/T) as the pool grows.
+    """Choose one chunk of each row's pool so that its distribution tends to P^(1/T) as the pool grows.
 
     A chunk that occurs c times has weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c-s+1)), where s is 1/T, or
     the largest count of the row if that is smaller. For T = 1/n it is the paper's rule: n-fold
-    coincidences, and the largest ones where there are none. At T = 0 the commonest chunk wins.
+    coincidences, and the largest ones where there are none. At T = 0 the most frequent chunk wins.
 
     Args:
         pool_NRK: Token ids of N independent draws of each row.
         temperature: T in [0, 1].
         randomness: Source of the one uniform number of each row.
-        top_p: Keep the fewest commonest chunks whose shares of the pool sum to at least this; chunks
-            as frequent as the last one kept stay as well.
-        min_p: Drop chunks with fewer draws than this share of the commonest chunk's.
+        top_p: Keep the fewest of the most frequent chunks whose shares of the pool sum to at least this;
+            chunks as frequent as the last one kept stay as well.
+        min_p: Drop chunks with fewer draws than this share of the most frequent chunk's.
 
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
     pool = Pool(pool_NRK)
-    return _choose(pool, pool.number(), temperature, randomness, top_p, min_p)
+    return choose_from_pool(pool, pool.number(), temperature, randomness, top_p, min_p)
 
 
-def law_of_pool(count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """With which chance `sample_from_pool` chooses each of the different chunks of a pool, (C,).
+def distribution_of_pool(
+    count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Probability that `sample_from_pool` chooses each of the different chunks of a pool, (C,).
 
     Args:
         count_C: How often each chunk occurs, at least once.
@@ -202,7 +107,7 @@ def law_of_pool(count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_
     """
     owner_N = torch.arange(len(count_C), device=count_C.device).repeat_interleave(count_C)
     count_1N = count_C[owner_N].unsqueeze(0)
-    log_weight_1N = _log_weights(count_1N, _order_for(temperature, len(owner_N)))
+    log_weight_1N = _log_weights(count_1N, order_for(temperature, len(owner_N)))
     log_weight_1N = log_weight_1N.masked_fill(_is_cut(count_1N, top_p, min_p), -math.inf)
     chance_N = (log_weight_1N - count_1N.double().log())[0].softmax(0)
     return chance_N.new_zeros(len(count_C)).index_add_(0, owner_N, chance_N)
@@ -218,7 +123,7 @@ def sample_exact(
     randomness: Randomness = None,
     reader: TokenReader | None = None,
 ) -> ChunkSample:
-    """Choose one chunk for each row with the law P^(1/T), for any T in (0, 1].
+    """Choose one chunk for each row with the distribution P^(1/T), for any T in (0, 1].
 
     Two stages, see `calm.core.coincidence`: as many equal draws as the whole part of 1/T, then a
     Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
@@ -226,8 +131,8 @@ def sample_exact(
 
     Draws are made in blocks, the first of `first_block` (by default 16, or 4 with a reader) and each
     further one three times as long as all before it together; rows that are decided draw no more. The
-    law does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule over
-    all their draws.
+    distribution does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule
+    over all their draws.
 
     Args:
         draw: Makes draws of some rows.
@@ -241,7 +146,7 @@ def sample_exact(
     Raises:
         ValueError: If the temperature is out of range or the budget smaller than 1/T.
     """
-    order = _order_for(temperature, max_draws, "max_draws=")
+    order = order_for(temperature, max_draws, "max_draws=")
     if math.isinf(order):
         raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
     if first_block is None:
@@ -273,7 +178,9 @@ def sample_exact(
         pool.keep(is_open_A)
         lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_open_A]
         if len(rows_A) and len(pool) >= max_draws:
-            choice = _choose(pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A))
+            choice = choose_from_pool(
+                pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A)
+            )
             parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
             break
     place_R = torch.cat([rows for rows, _ in parts]).argsort()
@@ -281,15 +188,25 @@ def sample_exact(
     return ChunkSample(*(torch.cat(column)[place_R.to(column[0].device)] for column in columns))
 
 
-def _order_for(temperature: float, num_draws: int, name: str = "") -> float:
+def order_for(temperature: float, num_draws: int | None = None, name: str = "") -> float:
     """The exponent 1/T, after a check that so many draws can serve it; `name` says whose they are."""
     order = inverse_temperature(temperature)
+    if num_draws is None:
+        return order
     needed = 1 if math.isinf(order) else math.ceil(order)
     if num_draws < needed:
         raise ValueError(
             f"a temperature of {temperature:g} needs at least {needed} draws, got {name}{num_draws}."
         )
     return order
+
+
+def check_cuts(top_p: float, min_p: float) -> None:
+    """Raise ValueError if one of them is out of range."""
+    if not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(
+            f"top_p must lie in (0, 1] and min_p in [0, 1]; got top_p={top_p:g} and min_p={min_p:g}."
+        )
 
 
 def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
@@ -307,7 +224,7 @@ def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor)
     )
 
 
-def _choose(
+def choose_from_pool(
     pool: Pool,
     number_RN: Tensor,
     temperature: float,
@@ -317,7 +234,7 @@ def _choose(
 ) -> ChunkSample:
     """The pool rule, see `sample_from_pool`."""
     num_draws, num_rows, device = len(pool), pool.num_rows, pool.device
-    order = _order_for(temperature, num_draws)
+    order = order_for(temperature, num_draws)
     count_RN = torch.bincount(number_RN.flatten())[number_RN]
     log_weight_RN = _log_weights(count_RN, order)
     log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)
@@ -348,7 +265,7 @@ def _log_weights(count_RN: Tensor, order: float) -> Tensor:
 
 
 def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
-    """Draws whose chunk is not among the commonest ones."""
+    """Draws whose chunk is not among the most frequent ones."""
     is_rare_RN = count_RN < min_p * count_RN.amax(-1, keepdim=True)
     # Share of the draws that stand in strictly commoner chunks.
     sorted_RN = count_RN.sort(dim=-1).values

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 _END_OF_LINE = r"(?:\r\n|\n|\r(?!\n))"
 _REST_OF_LINE = r"[^\S\r\n]*"
-# From coarse to fine. A border lies behind what a pattern finds, and white space belongs to what it follows.
+# From coarse to fine. A border lies after what a pattern finds, and white space belongs to what it follows.
 _BORDERS = (
     re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})+"),  # Blank lines.
     re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})*"),
@@ -80,7 +80,7 @@ def _units(text: str, size: int, most: int, borders: Sequence[re.Pattern[str]]) 
 
 
 def _cut(text: str, border: re.Pattern[str]) -> list[str]:
-    """A text cut behind each border."""
+    """A text cut after each border."""
     ends = [match.end() for match in border.finditer(text)]
     if not ends or ends[-1] < len(text):
         ends.append(len(text))

@@ -142,7 +142,7 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
             )
         answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
         words = encode_rendering(tokenizer, answer, goes_on=True)
-        if end is None:  # What the template writes behind an answer cannot be told from it.
+        if end is None:  # What the template writes after an answer cannot be told from it.
             end = tokenizer.eos_token_id
             words = words[: words.index(end)] if end in words else words
         yield _example(encode_rendering(tokenizer, before), [*words, end])

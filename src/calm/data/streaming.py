@@ -26,7 +26,7 @@ from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents
 
-PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on behind it.
+PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on after it.
 _MOST_EMPTY_EPOCHS = 100
 _FEATURES = ("input_ids", "labels", "position_ids")
 
@@ -166,7 +166,7 @@ class BlockStream(IterableDataset):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
             own_shards = len(shards) >= readers
             windows = self._windows(shards[reader::readers] if own_shards else shards, start)
-            has_any = start != Place(epoch)  # What is behind a place inside an epoch may be nothing.
+            has_any = start != Place(epoch)  # What is after a place inside an epoch may be nothing.
             for place, documents in windows:
                 if not own_shards and place.window % readers != reader:
                     continue

@@ -1,51 +1,76 @@
-"""A text that a decoder reads once, and branches that leave it at many places at the same time.
+"""A text that a model reads once, and branches that leave it at many places at the same time.
 
 To score windows that take several steps, a model must go on from its own draws after every place of
 the text. The text is read once into the cache; then all branches take a step together, as further
 queries that see the text up to their place and themselves (a 4D mask), so nothing is computed twice.
 
 Shapes: B batch, T tokens, C chunks of a window's size, S units in a chunk, U = C·S units, K tokens per
-unit, Q = C - 1 places where a branch can start, P targets, X what the decoder returns for a unit.
+unit, Q = C - 1 places where a branch can start, P targets, X what the reader returns for a unit.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from calm.core.chunks import have_label, number_documents
 from calm.evaluation.processes import Block
+from calm.models.readers import Reader
 
-Decoder = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
-"""decoder(tokens (B, U·K), mask (B, 1, U, U), position_ids (B, U), cache): one output a unit, (B, U, X)."""
+
+class Text(Protocol):
+    """Some blocks that were read."""
+
+    num_steps: int
+
+    def outputs_on_text(self, step: int) -> Tensor:
+        """Output after the unit before a target's unit number `step` in the true text, (P, X)."""
+
+    def follow(self, units_PK: Tensor) -> Tensor:
+        """Let every branch take one more step; output after it, (P, X).
+
+        Args:
+            units_PK: Tokens of the step, one unit for each target.
+        """
+
+
+def read_text(reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> Text:
+    """The text of some blocks, ready for branches.
+
+    Args:
+        reader: The model.
+        block: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
+        is_target_BC: Which of the chunks 1..C-1 are targets, (B, Q).
+        chunk_size: Tokens of a target, a multiple of the reader's units.
+    """
+    if chunk_size == reader.unit_size:
+        outputs_BCX = reader.read(block["input_ids"], None, block["position_ids"], None)
+        return _OneStep(outputs_BCX[:, :-1][is_target_BC])
+    return BranchedText(reader, block, is_target_BC, chunk_size)
+
+
+@dataclass
+class _OneStep:
+    """A text whose targets are single units: no branches, and so no mask that some attentions do not take."""
+
+    outputs_PX: Tensor
+    num_steps: int = 1
+
+    def outputs_on_text(self, step: int) -> Tensor:
+        """See `Text`."""
+        return self.outputs_PX
+
+    def follow(self, units_PK: Tensor) -> Tensor:
+        """There is no step to take."""
+        raise IndexError("targets of one unit have no second step.")
 
 
 class BranchedText:
-    """The outputs of a decoder on a text, and on branches of it.
+    """The outputs of a reader on a text, and on branches of it; see `read_text` for the arguments."""
 
-    Args:
-        decoder: The decoder; its mask is added to attention scores.
-        block: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
-        is_target_BC: Which of the chunks 1..C-1 are targets, (B, Q).
-        chunk_size: Tokens of a target.
-        unit_size: Tokens K that the decoder takes in one step; divides the chunk size.
-        cache: An empty cache.
-        dtype: Of the mask.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        block: Block,
-        is_target_BC: Tensor,
-        *,
-        chunk_size: int,
-        unit_size: int,
-        cache: DynamicCache,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._decoder, self._cache, self._dtype = decoder, cache, dtype
+    def __init__(self, reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> None:
+        self._reader, self._cache, unit_size = reader, reader.new_cache(), reader.unit_size
         self._is_target_BQ = is_target_BC
         self.num_steps = chunk_size // unit_size
         has_text_BU = have_label(block["labels"], unit_size)
@@ -61,20 +86,16 @@ class BranchedText:
         self._start_Q = torch.arange(1, document_BU.shape[1] // self.num_steps, device=index_U.device)
         self._start_Q = self._start_Q * self.num_steps - 1  # The unit before each chunk.
         self._steps_taken = 0
-        self._outputs_BUX = decoder(
-            block["input_ids"], self._additive(self._sees_BUU), self._position_BU, cache
+        self._outputs_BUX = reader.read(
+            block["input_ids"], self._additive(self._sees_BUU), self._position_BU, self._cache
         )
 
     def outputs_on_text(self, step: int) -> Tensor:
-        """Output behind the unit before a target's unit number `step` in the true text, (P, X)."""
+        """See `Text`."""
         return self._outputs_BUX[:, self._start_Q + step][self._is_target_BQ]
 
     def follow(self, units_PK: Tensor) -> Tensor:
-        """Let every branch take one more step; output behind it, (P, X).
-
-        Args:
-            units_PK: Tokens of the step, one unit for each target.
-        """
+        """See `Text`."""
         batch, places = self._is_target_BQ.shape
         size = units_PK.shape[-1]
         tokens_BQK = units_PK.new_zeros(batch, places, size)
@@ -85,13 +106,15 @@ class BranchedText:
             [self._sees_BUU[:, self._start_Q], *[own_QQ.expand(batch, -1, -1)] * self._steps_taken], dim=-1
         )
         position_BQ = self._position_BU[:, self._start_Q] + self._steps_taken
-        outputs_BQX = self._decoder(tokens_BQK.flatten(1), self._additive(sees), position_BQ, self._cache)
+        mask = self._additive(sees)
+        outputs_BQX = self._reader.read(tokens_BQK.flatten(1), mask, position_BQ, self._cache)
         return outputs_BQX[self._is_target_BQ]
 
     def _additive(self, sees_BQU: Tensor) -> Tensor:
         """0 where a query sees, the lowest number where it does not, (B, 1, Q, U)."""
-        mask = torch.zeros(sees_BQU.shape, dtype=self._dtype, device=sees_BQU.device)
-        return mask.masked_fill(~sees_BQU, torch.finfo(self._dtype).min).unsqueeze(1)
+        dtype = self._reader.model.dtype
+        mask = torch.zeros(sees_BQU.shape, dtype=dtype, device=sees_BQU.device)
+        return mask.masked_fill(~sees_BQU, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _positions(has_text_BU: Tensor, document_BU: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, K tokens per chunk, C chunks, P target chunks, N draw
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from calm.evaluation.processes import Block, gather_from_processes, own_share
 
 
 class ChunkSampler(Protocol):
-    """Draws next chunks given the true chunks before them."""
+    """Draws next chunks given the true chunks before them; `FromDraws` scores it."""
 
     chunk_size: int
 
@@ -49,9 +49,9 @@ class Targets:
 
     Args:
         is_target_BC: Which of the chunks 1..C-1 they are.
-        chunks_PK: Their tokens; padding behind EOS.
+        chunks_PK: Their tokens; padding after EOS.
         eos_ids: Ids that end a text.
-        pad_token_id: Padding behind the end.
+        pad_token_id: Padding after the end.
     """
 
     is_target_BC: Tensor
@@ -60,19 +60,46 @@ class Targets:
     pad_token_id: int
 
     def end(self, chunk_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks with padding behind EOS, and which of them end."""
+        """Chunks with padding after EOS, and which of them end."""
         return end_after_eos(chunk_PK, self.eos_ids, self.pad_token_id)
 
 
-class ChunkScorer(Protocol):
-    """Estimates hits and collisions in a way of its own: with probabilities, or step by step."""
+@runtime_checkable
+class Scorer(Protocol):
+    """Estimates what Brier scores are made of."""
 
     chunk_size: int
 
     def estimate(
         self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Unbiased estimates of P(y) and sum_x P(x)^2 for the first 1..K tokens of every target, (P, K)."""
+        """Unbiased estimates of P(y) and sum_x P(x)^2 for the first 1..K tokens of every target, (P, K).
+
+        Args:
+            block: Blocks of text, (B, T).
+            targets: The chunks that are scored.
+            num_draws: Draws of each, where the scorer draws.
+            generator: Source of randomness.
+        """
+
+
+class FromDraws:
+    """Scores anything that draws chunks.
+
+    Args:
+        sampler: What draws.
+    """
+
+    def __init__(self, sampler: ChunkSampler) -> None:
+        self.sampler, self.chunk_size = sampler, sampler.chunk_size
+
+    def estimate(
+        self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """See `Scorer`."""
+        draws_NPK = self.sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
+        draws_NPK, _ = targets.end(draws_NPK)
+        return share_of_hits(draws_NPK, targets.chunks_PK), share_of_equal_pairs(draws_NPK)
 
 
 @dataclass(frozen=True)
@@ -85,8 +112,8 @@ class BrierResult:
         context: Tokens of a block: scores of other contexts do not compare.
         errors: Standard errors of the means, for a sample of documents; NaN for a single one.
         brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is undefined.
-        hits: Means of P(y), the chance to draw the text's own next tokens, for 1..K of them.
-        collisions: Means of sum_x P(x)^2, the chance that two draws agree; Brier-n is 2 hit - collision.
+        hits: Means of P(y), the probability to draw the text's own next tokens, for 1..K of them.
+        collisions: Means of sum_x P(x)^2, the probability that two draws agree; Brier-n is 2 hit - collision.
         documents: Sums of Brier-1 to Brier-K by document, for `calm.core.brier.brier_lm_difference`.
     """
 
@@ -122,7 +149,7 @@ class BrierResult:
 
 @torch.no_grad()
 def evaluate_brier(
-    sampler: ChunkSampler | ChunkScorer,
+    scorer: Scorer,
     blocks: Iterable[Block],
     *,
     eos_token_id: int | list[int] | None,
@@ -130,14 +157,14 @@ def evaluate_brier(
     seed: int,
     num_draws: int = 2,
 ) -> BrierResult:
-    """Brier-1..K of a sampler on every target chunk.
+    """Brier-1..K of a model on every target chunk.
 
     What follows EOS in a chunk is padding in draws and text alike, so the end of a text is an
-    outcome like any other, and all samplers meet the same outcomes. In a group of processes each
+    outcome like any other, and all models meet the same outcomes. In a group of processes each
     scores its share of the batches and all return the same result, that of a single process.
 
     Args:
-        sampler: What to score: a `ChunkSampler`, or a `ChunkScorer` with a way of its own.
+        scorer: What to score: `FromDraws(sampler)` of anything that draws chunks, or another scorer.
         blocks: Held-out blocks, in batches.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
@@ -147,11 +174,13 @@ def evaluate_brier(
     Raises:
         InputError: If K < 4, there are fewer than two draws, or the blocks hold no target.
     """
-    size = sampler.chunk_size
+    if not isinstance(scorer, Scorer):
+        raise InputError(f"a {type(scorer).__name__} has no estimate(); score it as FromDraws(sampler).")
+    size = scorer.chunk_size
     if size < NUM_ORDERS:
         raise InputError(
             f"BrierLM needs outcomes of at least {NUM_ORDERS} tokens, and this sampler draws {size} at once; "
-            "score it with calm.evaluation.steps.StepScorer."
+            "score it step by step, with calm.evaluation.steps.DrawScorer."
         )
     if num_draws < 2:
         raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")
@@ -161,12 +190,7 @@ def evaluate_brier(
     ):
         # A stream of its own for every batch: which process scores it, and what came before, do not matter.
         generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
-        if hasattr(sampler, "estimate"):
-            hit_PK, equal_PK = sampler.estimate(block, targets, num_draws, generator)
-        else:
-            draws_NPK = sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
-            draws_NPK, _ = targets.end(draws_NPK)
-            hit_PK, equal_PK = share_of_hits(draws_NPK, targets.chunks_PK), share_of_equal_pairs(draws_NPK)
+        hit_PK, equal_PK = scorer.estimate(block, targets, num_draws, generator)
         document_P = _documents_of(block, index)[:, 1:][targets.is_target_BC]
         sums = DocumentSums.of_positions(torch.cat([hit_PK, equal_PK], dim=1), document_P)
         parts.append((index, block["input_ids"].shape[-1], sums))

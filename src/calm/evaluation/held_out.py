@@ -1,5 +1,6 @@
 """All figures of a model on held-out text, with floors and ceilings on the same chunks."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.chunking import Layout
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
-from calm.evaluation.brier import BrierResult, ChunkSampler, ChunkScorer, evaluate_brier
+from calm.evaluation.brier import BrierResult, FromDraws, Scorer, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
-from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity, has_likelihood
+from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from calm.evaluation.processes import Block
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
-from calm.evaluation.samplers import AutoencoderCeiling, Estimator, scorer_of
+from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
-from calm.models.calm import CalmForCausalLM
-from calm.models.context import longest_context
+from calm.models.language_model import language_model
 
 EVALUATION_SEED = 1234  # The same draws at every evaluation, so that checkpoints compare.
 _BATCH = 8
@@ -79,29 +79,27 @@ def score_model(
     """
     if ngrams and len(data.train) == 0:
         raise InputError("n-gram floors need training text; give a folder of `calm prepare` as data.")
-    size = scorer_of(model).chunk_size
+    view, size = language_model(model), scorer_of(model).chunk_size
     check_context(model, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
     documents = data.train["input_ids"] if ngrams else []
     floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
-    perplexity = score_perplexity(model, blocks, num_blocks) if has_likelihood(model) else None
-    if not isinstance(model, CalmForCausalLM):
-        return Scorecard("autoregressive", brier, perplexity=perplexity, floors=floors)
-    return Scorecard(
-        "CALM",
-        brier,
-        reconstruction=score_reconstruction(model.autoencoder, blocks, num_blocks, seed),
-        perplexity=perplexity,
-        floors=floors,
-        ceilings={"ceiling": score_ceiling(model, model.autoencoder, blocks, num_blocks, seed)},
+    perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
+    card = Scorecard(view.kind, brier, perplexity=perplexity, floors=floors)
+    if view.autoencoder is None:
+        return card
+    return dataclasses.replace(
+        card,
+        reconstruction=score_reconstruction(view.autoencoder, blocks, num_blocks, seed),
+        ceilings={"ceiling": score_ceiling(model, view.autoencoder, blocks, num_blocks, seed)},
     )
 
 
 def check_context(model: PreTrainedModel, context: int) -> None:
     """Raise InputError if a model cannot read so many tokens at once."""
     config = model.config.get_text_config()
-    longest = longest_context(model.config) or context
+    longest = language_model(model).longest_context or context
     window = getattr(config, "sliding_window", None) or longest
     if context > min(longest, window):
         raise InputError(
@@ -144,8 +142,7 @@ def score_brier(
     estimator: Estimator = "best",
 ) -> BrierResult:
     """BrierLM of a model on held-out blocks, laid out in the chunks of `scorer_of(model)`."""
-    sampler = scorer_of(model, estimator)
-    return score_sampler(sampler, model, blocks, num_blocks, seed, num_draws)
+    return score_with(scorer_of(model, estimator), model, blocks, num_blocks, seed, num_draws)
 
 
 def score_ceiling(
@@ -157,20 +154,20 @@ def score_ceiling(
 ) -> BrierResult:
     """BrierLM of the true next latents of a model, on the same blocks."""
     ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
-    return score_sampler(ceiling, model, blocks, num_blocks, seed)
+    return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed)
 
 
-def score_sampler(
-    sampler: ChunkSampler | ChunkScorer,
+def score_with(
+    scorer: Scorer,
     model: PreTrainedModel,
     blocks: datasets.Dataset,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
     num_draws: int = 2,
 ) -> BrierResult:
-    """BrierLM of anything that draws the chunks of a model, on blocks laid out in the sampler's chunks."""
+    """BrierLM by any scorer with the tokens of a model, on blocks laid out in the scorer's chunks."""
     return evaluate_brier(
-        sampler,
+        scorer,
         batches_of(blocks, num_blocks, model.device),
         **ends_of_text(model),
         seed=seed,
@@ -206,7 +203,7 @@ def score_ngrams(
     """BrierLM of n-gram models of the training documents, on the same blocks."""
     floors = {}
     for order in orders:
-        sampler = NGramSampler(
+        model = NGramSampler(
             training_documents,
             order=order,
             vocab_size=len(tokenizer),
@@ -215,7 +212,7 @@ def score_ngrams(
             chunk_size=chunk_size,
         )
         floors[f"{order}-gram"] = evaluate_brier(
-            sampler,
+            FromDraws(model),
             batches_of(blocks, num_blocks),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

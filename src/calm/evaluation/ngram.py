@@ -1,7 +1,7 @@
 """The n-gram floor: a smoothed n-gram model, scored like any other sampler.
 
 Smoothing is Witten-Bell interpolation: a context seen N times before D different tokens is trusted
-with probability N / (N + D), else the next shorter context decides, at last the uniform law. Drawing
+with probability N / (N + D), else the next shorter context decides, at last the uniform distribution. Drawing
 from it needs no probabilities: go down the contexts, and pick one of the N occurrences at random.
 
 Shapes: P positions, H tokens of history, K tokens per chunk, N draws.
@@ -90,7 +90,7 @@ class NGramSampler:
         """One next token for each history (H = n - 1, `-1` before a document starts), (P,)."""
         ids = torch.zeros(len(history_PH), dtype=torch.long)
         known = torch.ones(len(history_PH), dtype=torch.bool)
-        token = torch.randint(self.vocab_size, ids.shape, generator=generator)  # The uniform law.
+        token = torch.randint(self.vocab_size, ids.shape, generator=generator)  # The uniform distribution.
         for length, level in enumerate(self._levels):
             if length > 0:
                 further = history_PH[:, -length]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from calm.core.chunks import is_behind_eos
+from calm.core.brier import window_of
+from calm.core.chunks import is_after_eos
 from calm.errors import InputError
+from calm.evaluation.branches import read_text
 from calm.evaluation.brier import targets_of
 from calm.evaluation.processes import Block, add_over_processes
-from calm.evaluation.readers import CalmDraws, Chunks, LikelihoodModel, Tokens
-from calm.evaluation.samplers import scorer_of
-from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
+from calm.models.readers import LikelihoodReader
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class PerplexityResult:
         return math.exp(self.cross_entropy)
 
 
-def has_likelihood(model: PreTrainedModel) -> bool:
-    """Whether a model knows the probability of a text: all but a CALM, and a CALM whose head does."""
-    return not isinstance(model, CalmForCausalLM) or model.head.has_likelihood
-
-
 @torch.no_grad()
 def evaluate_perplexity(
     model: PreTrainedModel,
@@ -47,7 +43,7 @@ def evaluate_perplexity(
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
 ) -> PerplexityResult:
-    """Cross-entropy of a model that `has_likelihood`, on the text as its blocks lay it out.
+    """Cross-entropy of a model that has a likelihood, on the text as its blocks lay it out.
 
     Args:
         model: The model.
@@ -56,20 +52,20 @@ def evaluate_perplexity(
         pad_token_id: Padding after the end.
 
     Raises:
-        InputError: If the blocks hold no target.
+        InputError: If the model has no likelihood, or the blocks hold no target.
     """
-    reader: LikelihoodModel = (
-        Chunks(CalmDraws(model)) if isinstance(model, CalmForCausalLM) else Tokens(model)
-    )
-    size = scorer_of(model).chunk_size
+    reader = language_model(model).reader()
+    if not isinstance(reader, LikelihoodReader):
+        raise InputError(f"a {type(model).__name__} with this head has no likelihood, and so no perplexity.")
+    size = window_of(reader.unit_size)
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
     for _, block, targets in targets_of(blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id):
-        text = reader.read(block, targets, size)
+        text = read_text(reader, block, targets.is_target_BC, size)
         units = targets.chunks_PK.split(reader.unit_size, dim=-1)
         losses_PK = torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
-        losses_M = losses_PK[~is_behind_eos(targets.chunks_PK, targets.eos_ids)]
+        losses_M = losses_PK[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
         total, count = total + losses_M.double().sum().cpu(), count + len(losses_M)
     total, count = add_over_processes([total, count])
     if count == 0:

@@ -1,6 +1,6 @@
 """Scores in a group of processes: who scores which batch, and sums over all.
 
-Without a group (torch.distributed not initialised) everything is this process's.
+Without a group (torch.distributed not initialized) everything is this process's.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -13,7 +13,7 @@ from calm.models.autoencoder import CalmAutoencoder
 
 @dataclass(frozen=True)
 class ReconstructionResult:
-    """Shares of held-out text given back exactly, as fractions.
+    """Shares of held-out text reconstructed exactly, as fractions.
 
     Args:
         token_accuracy: Share of tokens, decoding the posterior mean.

@@ -21,7 +21,7 @@ class SwiGLUBlock(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer whose weights start at zero (the model's initialisation sees to it)."""
+    """A linear layer whose weights start at zero (the model's initialization sees to it)."""
 
 
 class PartedLinear(nn.Linear):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from calm.core.chunks import find_targets, split_into_chunks
@@ -19,9 +19,9 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
-from calm.models.generation import ChunkGenerationMixin
-from calm.models.heads import GenerativeHead, build_head
+from calm.models.heads import GenerativeHead, Target, build_head
 from calm.models.saving import SavedAnew
+from calm.models.writing.generate import ChunkGenerationMixin
 
 _NO_VECTORS = (
     "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do not "
@@ -36,7 +36,7 @@ class CalmOutput(ModelOutput):
     Args:
         loss: Mean loss of the head over the target chunks; present with labels.
         last_hidden_state: State of every chunk, shape (B, C, D), with D the configuration's `state_size`:
-            the backbone's state, and behind it what the head reads itself, if it does.
+            the backbone's state followed by what the head reads itself, if it does.
         past_key_values: Cache, if one was used.
     """
 
@@ -188,35 +188,28 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             ValueError: If T is not a multiple of K, or an argument is not known.
         """
         _check_unused(others)
-        posterior_BCZ = self._encode(input_ids) if self.config.reads_latents else None
-        outputs = self._run_backbone(
-            input_ids,
-            self._chunk_mask(attention_mask),
-            position_ids,
-            past_key_values,
-            use_cache,
-            posterior_BCZ,
+        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        posterior_BCZ = self._encode(chunks_BCK) if self.config.reads_latents else None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.backbone)
+        cache = past_key_values if use_cache else None
+        states_BCD = self._states(
+            chunks_BCK, self._chunk_mask(attention_mask), position_ids, cache, posterior_BCZ
         )
-        hidden_BCD = outputs.last_hidden_state
-        loss = None
-        if labels is not None:
-            is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
-            posterior_PZ = (
-                self._encode(input_ids, is_target_BC)
-                if posterior_BCZ is None
-                else posterior_BCZ[:, 1:][is_target_BC]
-            )
-            tokens = {}
-            if self.head.needs_tokens:
-                tokens = {
-                    "tokens_PK": split_into_chunks(input_ids, self.config.chunk_size)[:, 1:][is_target_BC]
-                }
-            hidden_PD = hidden_BCD[:, :-1][is_target_BC]
-            loss_P = self.head.loss(hidden_PD, posterior_PZ, generator, noise, **tokens)
-            count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
-            # An all-padding batch has no target: the loss is zero, not 0 / 0.
-            loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
-        return CalmOutput(loss=loss, last_hidden_state=hidden_BCD, past_key_values=outputs.past_key_values)
+        output = CalmOutput(last_hidden_state=states_BCD, past_key_values=cache)
+        if labels is None:
+            return output
+        is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
+        tokens_PK = chunks_BCK[:, 1:][is_target_BC]
+        posterior_PZ = (
+            self._encode(tokens_PK) if posterior_BCZ is None else posterior_BCZ[:, 1:][is_target_BC]
+        )
+        target = Target(posterior_PZ, tokens_PK)
+        loss_P = self.head.loss(states_BCD[:, :-1][is_target_BC], target, noise, generator)
+        count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
+        # An all-padding batch has no target: the loss is zero, not 0 / 0.
+        output.loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
+        return output
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """What the loss is a mean over: chunks that are predicted."""
@@ -240,7 +233,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         """
         counts_B = find_targets(labels, position_ids, self.config.chunk_size).sum(-1).tolist()
         rows = [
-            self.head.draw_noise(count, self.config.latent_size, generator, input_ids.device)
+            self.head.draw_noise(count, generator, input_ids.device)
             for count, generator in zip(counts_B, generators, strict=True)
         ]
         if rows[0] is None:
@@ -253,52 +246,63 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """State of every chunk, (B, C, D), as `CalmOutput` has it; state i predicts chunk i + 1."""
-        mask_BC = self._chunk_mask(attention_mask)
-        return self._run_backbone(input_ids, mask_BC, position_ids).last_hidden_state
+        return self.read_on(input_ids, self._chunk_mask(attention_mask), position_ids)
+
+    def read_on(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """State of every chunk, (B, C, D), after those in a cache, to which they are added.
+
+        Args:
+            input_ids: Tokens (B, T), T a multiple of K.
+            mask: Of chunks, those in the cache included: (B, all chunks), or 4D, added to attention scores.
+            position_ids: Position of every chunk (B, C).
+            past_key_values: Cache of earlier chunks.
+        """
+        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        return self._states(chunks_BCK, mask, position_ids, past_key_values)
 
     def _chunk_mask(self, mask_BT: Tensor | None) -> Tensor | None:
         return None if mask_BT is None else split_into_chunks(mask_BT, self.config.chunk_size).amax(-1)
 
-    def _run_backbone(
+    def _states(
         self,
-        input_ids: Tensor,
-        mask_BC: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
+        chunks_BCK: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
         posterior_BCZ: DiagonalGaussian | None = None,
-    ) -> Any:
-        """Run the decoder; with a cache, the mask also covers the chunks in it."""
+    ) -> Tensor:
+        """State of every chunk: that of the backbone, followed by what the head reads itself."""
         outputs = self.backbone(
-            inputs_embeds=self.projection(self._read_chunks(input_ids, posterior_BCZ)),
-            attention_mask=mask_BC,
+            inputs_embeds=self.projection(self._backbone_input(chunks_BCK, posterior_BCZ)),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=past_key_values is not None,
             return_dict=True,
         )
-        own = self.head.read_chunks(split_into_chunks(input_ids, self.config.chunk_size))
-        if own is not None:
-            outputs.last_hidden_state = torch.cat([outputs.last_hidden_state, own], dim=-1)
-        return outputs
+        states_BCD: Tensor = outputs.last_hidden_state
+        extra_BCX = self.head.embed_chunks(chunks_BCK)
+        return states_BCD if extra_BCX is None else torch.cat([states_BCD, extra_BCX], dim=-1)
 
-    def _read_chunks(self, input_ids: Tensor, posterior_BCZ: DiagonalGaussian | None = None) -> Tensor:
+    def _backbone_input(self, chunks_BCK: Tensor, posterior_BCZ: DiagonalGaussian | None) -> Tensor:
         """What the backbone gets to know of each chunk, (B, C, X)."""
-        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
         parts = []
         if self.config.reads_tokens:
             parts.append(self.backbone.embed_tokens(chunks_BCK).flatten(-2))
         if self.config.reads_latents:
-            parts.append((posterior_BCZ or self._encode(input_ids)).mean)
+            parts.append((posterior_BCZ or self._encode(chunks_BCK)).mean)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @torch.no_grad()
-    def _encode(self, input_ids: Tensor, is_target_BC: Tensor | None = None) -> DiagonalGaussian:
-        """Posterior of every chunk, (B, C, Z), or only of those that are targets, (P, Z)."""
-        chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
-        return self.autoencoder.encode(
-            chunks_BCK if is_target_BC is None else chunks_BCK[:, 1:][is_target_BC]
-        )
+    def _encode(self, chunks_PK: Tensor) -> DiagonalGaussian:
+        """Posterior of each chunk, (P, Z), for any leading axes P."""
+        return self.autoencoder.encode(chunks_PK)
 
 
 def _check_unused(arguments: dict[str, Any]) -> None:

@@ -1,35 +1,33 @@
 """What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
 
 from dataclasses import asdict, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.errors import cause_of, shown
 from calm.models.fields import check_fields, check_heads, check_names, own_fields
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling
+from calm.models.hyperparameters import (
+    AutoencoderHyperparameters,
+    AutoencoderKind,
+    BackboneInput,
+    InputHyperparameters,
+)
 
-AUTOENCODER_KINDS = ("mlp", "codes")
+AUTOENCODER_KINDS = get_args(AutoencoderKind)
 
 
-class CalmAutoencoderConfig(PreTrainedConfig):
-    """Configuration of the chunk autoencoder (paper section 2).
+class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
+    """Configuration of the chunk autoencoder (paper section 2): its hyperparameters, and what follows.
+
+    With the kind "codes" each token has a fixed random code of Z / K dimensions, a latent is the codes of its
+    tokens in a row, and nothing is trained (see calm.models.codes). Half of the blocks of the "mlp" encoder
+    and decoder act on tokens, half on chunks.
 
     Args:
         vocab_size: Number of token ids V.
         chunk_size: Tokens per chunk K.
-        kind: "mlp", the published autoencoder, or "codes": each token has a fixed random code, a latent is
-            the codes of its tokens in a row, and nothing is trained (see calm.models.codes). Of what
-            follows only the latent size counts then; a code has Z / K dimensions.
-        latent_size: Dimensions of a latent Z.
-        hidden_size: Width of token and chunk vectors.
-        intermediate_size: Inner width of the gated MLPs.
-        num_encoder_layers: Blocks of the encoder, an even number: half act on tokens, half on chunks.
-        num_decoder_layers: Blocks of the decoder, an even number.
-        token_dropout: Share of input tokens replaced by `dropped_token_id` in training.
-        latent_dropout: Share of latent entries set to zero in training.
-        kl_weight: Weight of the KL term.
-        kl_floor: Least KL counted for each latent dimension, in nats.
         dropped_token_id: Token id that stands for a dropped token.
         rms_norm_eps: Epsilon of the norms.
         initializer_range: Standard deviation of new weights.
@@ -39,16 +37,6 @@ class CalmAutoencoderConfig(PreTrainedConfig):
 
     vocab_size: int = 4096
     chunk_size: int = 4
-    kind: str = "mlp"
-    latent_size: int = 128
-    hidden_size: int = 512
-    intermediate_size: int = 1280
-    num_encoder_layers: int = 2
-    num_decoder_layers: int = 2
-    token_dropout: float = 0.15
-    latent_dropout: float = 0.15
-    kl_weight: float = 1e-3
-    kl_floor: float = 0.5
     dropped_token_id: int = 0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -81,7 +69,7 @@ class CalmAutoencoderConfig(PreTrainedConfig):
         return self.kind == "codes"
 
 
-BACKBONE_INPUTS = ("tokens", "latents", "both")
+BACKBONE_INPUTS = get_args(BackboneInput)
 # What a `CalmConfig` only repeats, and the part of it that decides. None: it follows from other sizes.
 _WHERE = {
     "autoencoder": "autoencoder_config",
@@ -99,8 +87,13 @@ _WHERE = {
 }
 
 
-class CalmConfig(PreTrainedConfig):
+class CalmConfig(PreTrainedConfig, InputHyperparameters):
     """Configuration of a continuous autoregressive language model.
+
+    New token embeddings have a standard deviation of their own, `embedding_initializer_range`: with 1, tokens
+    stay distinct when a large rate moves them all alike; 0.02 is published. `backbone_input` is "tokens" (the
+    backbone's own embeddings of them), "latents" (the mean of the autoencoder's posterior), or "both". The
+    paper compares them and takes tokens.
 
     Args:
         autoencoder_config: The frozen chunk autoencoder; a `CalmAutoencoderConfig` or its dict.
@@ -108,11 +101,7 @@ class CalmConfig(PreTrainedConfig):
             vocabulary is always that of the autoencoder; its `max_position_embeddings` counts chunks.
         head_config: The generative head: a dict with `head_type` and the fields of that head.
         initializer_range: Standard deviation of new weights outside the backbone.
-        embedding_initializer_range: That of new token embeddings of the model. With 1, tokens stay
-            distinct when a large rate moves them all alike; 0.02 is published.
         layer_norm_eps: Epsilon of the input projection's norm.
-        backbone_input: What the backbone reads of a chunk: "tokens" (its own embeddings of them), "latents"
-            (the mean of the autoencoder's posterior), or "both". The paper compares them and takes tokens.
     """
 
     model_type = "calm"
@@ -122,9 +111,7 @@ class CalmConfig(PreTrainedConfig):
     backbone_config: LlamaConfig | dict | None = None
     head_config: dict | None = None
     initializer_range: float = 0.02
-    embedding_initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
-    backbone_input: str = "tokens"
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -237,7 +224,7 @@ class CalmConfig(PreTrainedConfig):
     @property
     def state_size(self) -> int:
         """Numbers of a chunk's state: those of the backbone, and what the head reads itself."""
-        return self.hidden_size + self.head.own_size
+        return self.hidden_size + self.head.extra_state_size
 
     @property
     def num_hidden_layers(self) -> int:

@@ -27,7 +27,7 @@ def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
 
 
 def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int) -> None:
-    """Raise ValueError if so many new tokens do not fit behind a prompt of so many."""
+    """Raise ValueError if so many new tokens do not fit after a prompt of so many."""
     room = room_beside(config, num_tokens)
     if room is None or num_new_tokens <= room:
         return

@@ -3,52 +3,52 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from transformers import PreTrainedConfig
 
 from calm.errors import shown
+from calm.models.hyperparameters import (
+    ABOVE_ZERO,
+    AUTOENCODER_RANGES,
+    DECODER_RANGES,
+    INPUT_RANGES,
+    SHARES_BELOW_ONE,
+    SIZES,
+)
 from calm.ranges import Range
 
-_SIZE = Range(1, 10**6)
-_LAYERS = Range(1, 10_000)
-_ABOVE_ZERO = Range(0, has_least=False)
-_SHARE_BELOW_ONE = Range(0, 1, has_most=False)
 VOCABULARY = Range(1, 10**7)
+_NUM_BLOCKS = Range(0, 10_000)  # An autoencoder of codes has none.
+# What recipes have as well has the same range there.
 RANGES: dict[str, dict[str, Range]] = {
     "calm_autoencoder": {
+        **AUTOENCODER_RANGES,
         "vocab_size": VOCABULARY,
         "chunk_size": Range(1, 1024),
-        "latent_size": _SIZE,
-        "hidden_size": _SIZE,
-        "intermediate_size": _SIZE,
-        "num_encoder_layers": Range(0, 10_000),
-        "num_decoder_layers": Range(0, 10_000),
-        "token_dropout": _SHARE_BELOW_ONE,
-        "latent_dropout": _SHARE_BELOW_ONE,
-        "kl_weight": Range(0),
-        "kl_floor": Range(0),
+        "num_encoder_layers": _NUM_BLOCKS,
+        "num_decoder_layers": _NUM_BLOCKS,
         "dropped_token_id": Range(0),
-        "rms_norm_eps": _ABOVE_ZERO,
+        "rms_norm_eps": ABOVE_ZERO,
         "initializer_range": Range(0),
     },
     "calm": {
+        **INPUT_RANGES,
         "initializer_range": Range(0),
-        "embedding_initializer_range": Range(0),
-        "layer_norm_eps": _ABOVE_ZERO,
+        "layer_norm_eps": ABOVE_ZERO,
     },
     "llama": {
         "vocab_size": VOCABULARY,
-        "hidden_size": _SIZE,
-        "intermediate_size": _SIZE,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _SIZE,
-        "num_key_value_heads": _SIZE,
-        "head_dim": _SIZE,
-        "max_position_embeddings": Range(1, 10**9),
-        "rms_norm_eps": _ABOVE_ZERO,
+        "hidden_size": DECODER_RANGES["hidden_size"],
+        "intermediate_size": DECODER_RANGES["intermediate_size"],
+        "num_hidden_layers": DECODER_RANGES["num_layers"],
+        "num_attention_heads": DECODER_RANGES["num_heads"],
+        "num_key_value_heads": DECODER_RANGES["num_key_value_heads"],
+        "head_dim": SIZES,
+        "max_position_embeddings": DECODER_RANGES["max_chunks"],
+        "rms_norm_eps": ABOVE_ZERO,
         "initializer_range": Range(0),
-        "attention_dropout": _SHARE_BELOW_ONE,
+        "attention_dropout": SHARES_BELOW_ONE,
     },
 }
 # Of transformers' own fields, what its models look at while they run.
@@ -65,7 +65,7 @@ _WRITING = {
     "typical_p": Range(0, 1),
     "epsilon_cutoff": Range(0, 1),
     "eta_cutoff": Range(0, 1),
-    "repetition_penalty": _ABOVE_ZERO,
+    "repetition_penalty": ABOVE_ZERO,
     "length_penalty": Range(-1e6, 1e6),
     "max_length": Range(0, 10**12),
     "max_new_tokens": Range(0, 10**12),
@@ -89,7 +89,7 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
     }  # fmt: skip
     for name, hint in own_fields(type(config)).items():
-        kind, said = kinds.get(hint, (object, ""))
+        kind, said = kinds.get(str if get_origin(hint) is Literal else hint, (object, ""))
         value = getattr(config, name)
         if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
             raise ValueError(f"{name} must be {said}, got {shown(value)}.")
@@ -151,7 +151,7 @@ def check_heads(config: PreTrainedConfig) -> None:
         if (value := rope.get(name)) is not None:
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, got {shown(value)}.")
-            _ABOVE_ZERO.check(name, value)
+            ABOVE_ZERO.check(name, value)
 
 
 def check_names(
@@ -176,4 +176,5 @@ def check_names(
 def own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """Fields that a configuration does not have from transformers, and their types."""
     names = {field.name for field in fields(kind)}
-    return {name: hint for name, hint in kind.__annotations__.items() if name in names}
+    own = [base for base in kind.__mro__ if base not in PreTrainedConfig.__mro__]
+    return {name: hint for base in own for name, hint in base.__annotations__.items() if name in names}

@@ -36,7 +36,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
 
 def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     seeds = [f"seed {seed}" for seed in table.seeds]
-    columns = ["", *seeds, "mean", "Brier-1", "tokens given back", "operations", "in the paper"]
+    columns = ["", *seeds, "mean", "Brier-1", "tokens reconstructed", "training FLOPs", "in the paper"]
     rows = []
     for outcome in table.outcomes:
         rows.append(
@@ -46,7 +46,7 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
                 _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
-                short(outcome.operations),
+                short(outcome.training_flops),
                 "" if outcome.published is None else f"{outcome.published:.2f}",
             ]
         )

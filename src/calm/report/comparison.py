@@ -10,15 +10,15 @@ from rich.console import Console
 from calm.core.brier import brier_lm_difference
 from calm.evaluation.brier import BrierResult
 from calm.report.figures import write_figures
-from calm.report.measured import Comparison, Contender
+from calm.report.measured import Comparison, ModelResult
 from calm.report.pages import image_of, page_of, table_of
 from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
 from calm.report.tables import BRIER_COLUMNS, cells_of, narrow_table, short, with_error
 from calm.storage.disk import write_file_whole
 
 _COSTS = (
-    "parameters, tokens that the autoencoder gives back, perplexity, operations and time of training, "
-    "operations per token that is written at two temperatures, draws a chunk at the lower"
+    "parameters, tokens that the autoencoder reconstructs, perplexity, FLOPs and time of training, "
+    "FLOPs per token that is written at two temperatures, draws a chunk at the lower"
 )
 
 
@@ -47,10 +47,10 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             (_COSTS, _costs(comparison)),
         )
     )
-    names = "".join(f"<th>{html.escape(c.name)}</th>" for c in comparison.contenders)
+    names = "".join(f"<th>{html.escape(c.name)}</th>" for c in comparison.results)
     texts = "".join(
-        f"<tr><td colspan={len(comparison.contenders)}><b>{html.escape(prompt)}</b></td></tr><tr>"
-        + "".join(f"<td>…{html.escape(c.texts[number])}</td>" for c in comparison.contenders)
+        f"<tr><td colspan={len(comparison.results)}><b>{html.escape(prompt)}</b></td></tr><tr>"
+        + "".join(f"<td>…{html.escape(c.texts[number])}</td>" for c in comparison.results)
         + "</tr>"
         for number, prompt in enumerate(comparison.prompts)
     )
@@ -72,7 +72,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    results = comparison.floors | {c.name: c.card.brier for c in comparison.contenders}
+    results = comparison.floors | {c.name: c.card.brier for c in comparison.results}
     best = _best(comparison)
     columns = [*BRIER_COLUMNS, f"to {best.name}"]
     return columns, [
@@ -80,15 +80,15 @@ def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str
     ]
 
 
-def _best(comparison: Comparison) -> Contender:
+def _best(comparison: Comparison) -> ModelResult:
     """The best of the models whose windows most of the others have too."""
 
-    def rank(one: Contender) -> tuple[int, float, float]:
+    def rank(one: ModelResult) -> tuple[int, float, float]:
         brier = one.card.brier
-        num_pairs = sum(_are_paired(brier, other.card.brier) for other in comparison.contenders)
+        num_pairs = sum(_are_paired(brier, other.card.brier) for other in comparison.results)
         return num_pairs, brier.brier_lm, brier.means[0]  # Those without BrierLM by Brier-1.
 
-    return max(comparison.contenders, key=rank)
+    return max(comparison.results, key=rank)
 
 
 def _are_paired(one: BrierResult, other: BrierResult) -> bool:
@@ -115,12 +115,12 @@ def _without_documents(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _costs(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Parameters, tokens given back by the autoencoder, perplexity, operations, time, draws a chunk."""
+    """Parameters, tokens reconstructed by the autoencoder, perplexity, FLOPs, time, draws a chunk."""
     temperature = comparison.temperature
     low = f"T = {temperature:g}"
     columns = ["size", "exact", "ppl", "training", "time", "T = 1", low, "draws"]
     rows = []
-    for c in comparison.contenders:
+    for c in comparison.results:
         back, perplexity, cold = c.card.reconstruction, c.card.perplexity, c.at(temperature)
         rows.append(
             (

@@ -11,7 +11,7 @@ class Checkpoint:
     """A model on its way.
 
     Args:
-        flops: Operations spent so far, those of the autoencoder included.
+        flops: FLOPs spent so far, those of the autoencoder included.
         brier_lm: Its BrierLM on the held-out blocks that are scored during training; None where undefined.
         brier_1: Its Brier-1 there, in percent.
         cross_entropy: Nats per token on the same blocks, where the model has probabilities.
@@ -24,15 +24,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Warmth:
+class TemperaturePoint:
     """A model at one temperature.
 
     Args:
         temperature: T.
-        hits: Chance to draw the text's own next 1..4 tokens.
-        collisions: Chance that two samples agree in their next 1..4 tokens.
+        hits: Probability to draw the text's own next 1..4 tokens.
+        collisions: Probability that two samples agree in their next 1..4 tokens.
         draws: Draws that one sample of a chunk takes in the mean; 1 for a model with probabilities.
-        flops: Operations per token that is written, draws included.
+        flops: FLOPs per token that is written, draws included.
     """
 
     temperature: float
@@ -43,7 +43,7 @@ class Warmth:
 
 
 @dataclass(frozen=True)
-class Contender:
+class ModelResult:
     """What is known of one model.
 
     Args:
@@ -51,10 +51,10 @@ class Contender:
         chunk_size: Tokens per chunk K; 1 for a model of tokens.
         parameters: Of all parts.
         card: Held-out figures.
-        training_flops: Operations of its training, autoencoder included; None if it is not known.
+        training_flops: FLOPs of its training, autoencoder included; None if it is not known.
         seconds: Time its training took.
         checkpoints: Where it stood during training.
-        warmths: At several temperatures, T = 1 first.
+        temperature_points: At several temperatures, T = 1 first.
         texts: How it continues the prompts.
     """
 
@@ -65,12 +65,12 @@ class Contender:
     training_flops: float | None
     seconds: float | None
     checkpoints: list[Checkpoint]
-    warmths: list[Warmth]
+    temperature_points: list[TemperaturePoint]
     texts: list[str]
 
-    def at(self, temperature: float) -> Warmth:
+    def at(self, temperature: float) -> TemperaturePoint:
         """Its figures at one of the temperatures."""
-        return next(warmth for warmth in self.warmths if warmth.temperature == temperature)
+        return next(point for point in self.temperature_points if point.temperature == temperature)
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Comparison:
     """Models that were scored on the same text.
 
     Args:
-        contenders: The models.
+        results: The models.
         floors: N-gram models.
         temperature: The low temperature at which texts were written and costs are shown.
         prompts: What the texts continue.
         protocol: One line that says how it was scored.
     """
 
-    contenders: list[Contender]
+    results: list[ModelResult]
     floors: dict[str, BrierResult]
     temperature: float
     prompts: list[str]
@@ -98,14 +98,14 @@ class Outcome:
 
     Args:
         name: Of the setting.
-        operations: Operations of its training, autoencoder included.
+        training_flops: FLOPs of its training, autoencoder included.
         published: BrierLM in the paper, if it is there.
         scores: For each seed BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
-            to Brier-4 in percent, and the share of tokens that the autoencoder gives back (`token_accuracy`).
+            to Brier-4 in percent, and the share of tokens that the autoencoder reconstructs.
     """
 
     name: str
-    operations: float
+    training_flops: float
     published: float | None = None
     scores: list[dict[str, float]] = field(default_factory=list)
 

@@ -6,28 +6,28 @@ import statistics
 from typing import Any
 
 from calm.core.brier import NUM_ORDERS
-from calm.report.measured import Comparison, Contender
+from calm.report.measured import Comparison, ModelResult
 from calm.report.pages import new_figure
 
 _FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
 
 
 def plot_costs(comparison: Comparison) -> Any:
-    """BrierLM against training and inference operations, and against time.
+    """BrierLM against training and inference FLOPs, and against time.
 
     Where a model has none, because one of its factors is not positive, all are shown by Brier-1.
     """
     figure, low = new_figure(11, 8), comparison.temperature
     axes = figure.subplots(2, 2).flatten()
     labels = (
-        "training: operations, autoencoder included",
+        "training: FLOPs, autoencoder included",
         "training: minutes, autoencoder included",
-        "inference at T = 1: operations per token",
-        f"inference at T = {low:g}: operations per token",
+        "inference at T = 1: FLOPs per token",
+        f"inference at T = {low:g}: FLOPs per token",
     )
-    results = [*comparison.floors.values(), *(c.card.brier for c in comparison.contenders)]
+    results = [*comparison.floors.values(), *(c.card.brier for c in comparison.results)]
     metric = "brier_1" if any(result.undefined for result in results) else "brier_lm"
-    for number, c in enumerate(comparison.contenders):
+    for number, c in enumerate(comparison.results):
         brier, colour = c.card.brier, f"C{number}"
         y, error = brier.as_metrics()[metric], brier.as_errors().get(metric, math.nan)
         xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
@@ -53,15 +53,15 @@ def plot_costs(comparison: Comparison) -> Any:
 
 
 def plot_warmths(comparison: Comparison) -> Any:
-    """Chance to be right against chance that two samples agree, from T = 1 downwards."""
+    """Probability to be right against the probability that two samples agree, from T = 1 downwards."""
     figure = new_figure(11, 4.6)
     for axis, order in zip(figure.subplots(1, 2), (1, NUM_ORDERS), strict=True):
-        for number, c in enumerate(comparison.contenders):
-            points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.warmths]
+        for number, c in enumerate(comparison.results):
+            points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.temperature_points]
             axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
             for end in (0, -1):  # All of them would cover each other.
                 near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 8}
-                axis.annotate(f"T = {c.warmths[end].temperature:.2g}", points[end], **near)
+                axis.annotate(f"T = {c.temperature_points[end].temperature:.2g}", points[end], **near)
         token = "next token" if order == 1 else f"next {order} tokens"
         axis.set(
             xlabel=f"collision: two samples agree in the {token} (%)",
@@ -69,21 +69,21 @@ def plot_warmths(comparison: Comparison) -> Any:
         )
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    temperatures = ", ".join(f"{warmth.temperature:.2g}" for warmth in comparison.contenders[0].warmths)
+    temperatures = ", ".join(f"{point.temperature:.2g}" for point in comparison.results[0].temperature_points)
     figure.suptitle(f"Along each line the temperature falls: {temperatures}.", fontsize="small")
     return figure
 
 
 def have_cross_entropies(comparison: Comparison) -> bool:
     """Whether any model has checkpoints that `plot_cross_entropies` can show."""
-    return any(_cross_entropies(c) for c in comparison.contenders)
+    return any(_cross_entropies(c) for c in comparison.results)
 
 
 def plot_cross_entropies(comparison: Comparison) -> Any:
     """BrierLM against cross-entropy over the checkpoints of each run, with their correlation."""
     figure = new_figure(7, 4.6)
     axis = figure.subplots()
-    for number, c in enumerate(comparison.contenders):
+    for number, c in enumerate(comparison.results):
         if points := _cross_entropies(c):
             correlation = statistics.correlation(*zip(*points, strict=True))
             label = f"{c.name}: {len(points)} checkpoints, correlation {correlation:.3f}"
@@ -94,11 +94,11 @@ def plot_cross_entropies(comparison: Comparison) -> Any:
     return figure
 
 
-def _cross_entropies(contender: Contender) -> list[tuple[float, float]]:
+def _cross_entropies(result: ModelResult) -> list[tuple[float, float]]:
     """(cross-entropy, BrierLM) at the checkpoints, if there are enough."""
     points = [
         (point.cross_entropy, point.brier_lm)
-        for point in contender.checkpoints
+        for point in result.checkpoints
         if point.cross_entropy is not None and point.brier_lm is not None
     ]
     # A correlation needs figures that differ.

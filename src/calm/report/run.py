@@ -62,7 +62,7 @@ def write_report(
     )
     rows = [(name, cells_of(result)) for name, result in rows_of(card)]
     body = f"""<h2>Held-out text</h2>
-<p>The autoencoder gives back {rec.token_accuracy:.3%} of tokens and {rec.chunk_accuracy:.3%} of chunks;
+<p>The autoencoder reconstructs {rec.token_accuracy:.3%} of tokens and {rec.chunk_accuracy:.3%} of chunks;
 from a draw of its posterior (standard deviation {rec.posterior_std:.2f}),
 {rec.token_accuracy_noisy:.3%} of tokens.</p>
 {table_of(caption_of(card.brier), list(BRIER_COLUMNS), rows)}
@@ -89,7 +89,7 @@ def _plot(history: History, card: Scorecard) -> Any:
     exact = {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"}
     panels: list[tuple[str, dict[str, str], str, dict[str, BrierResult]]] = [
         ("autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
-        ("autoencoder", exact, "autoencoder: given back exactly (%), held-out", {}),
+        ("autoencoder", exact, "autoencoder: reconstructed exactly (%), held-out", {}),
         ("language_model", {"loss": "training"}, "language model: loss of the head", {}),
         ("language_model", *_scores_on_the_way(history, card)),
     ]

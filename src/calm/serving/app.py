@@ -146,7 +146,7 @@ def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
         return {
             "model": settings.name,
             "needs_key": settings.api_key is not None,
-            "temperature": settings.defaults.temperature,
+            "temperature": settings.temperature,
             "max_draws": settings.max_draws,
         }
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import Sampler
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, longest_context, room_beside
+from calm.models.writing.sampling import check_sampler
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
 from calm.serving.formats import ChatFormat, CompletionFormat
@@ -18,7 +19,7 @@ from calm.serving.request_texts import RequestTexts
 from calm.serving.settings import ServerSettings
 from calm.serving.templates import render_elsewhere
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
-from calm.text.decoding import decode_behind
+from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
 _LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
@@ -79,7 +80,7 @@ class Endpoint:
         """
         asked: Sequence[str | list[int]] = request.prompt
         budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
-        settings = self._check(request, len(asked), budget)
+        sampler = self._check(request, len(asked), budget)
         places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
         for prompt, place in zip(asked, places, strict=True):
             self._check_length(len(prompt), isinstance(prompt, str), place)
@@ -90,13 +91,13 @@ class Endpoint:
             if not request.echo:
                 return prompts, None
             read_back = [
-                one if isinstance(one, str) else decode_behind(self.readers.tokenizer, [], one)
+                one if isinstance(one, str) else decode_after(self.readers.tokenizer, [], one)
                 for one in asked
             ]
             return prompts, [echo for echo in read_back for _ in range(request.n)]
 
         prompts, echoes = await self.readers.run(read, is_gone)
-        texts = self._submit(request, prompts, budget, settings)
+        texts = self._submit(request, prompts, budget, sampler)
         return CompletionFormat(texts, request, self._settings.name, echoes)
 
     async def chat(self, request: ChatRequest, is_gone: IsGone) -> ChatFormat:
@@ -115,7 +116,7 @@ class Endpoint:
                 param="messages",
             )
         budget = request.max_completion_tokens or request.max_tokens
-        settings = self._check(request, 1, budget or 1)
+        sampler = self._check(request, 1, budget or 1)
         said = sum(len(message["content"]) for message in request.messages)
         self._check_length(said, True, "messages")
 
@@ -124,17 +125,15 @@ class Endpoint:
                 prompt = encode_chat(self.readers.tokenizer, request.messages)
             except InputError as error:
                 raise ApiError(str(error), param="messages") from error
-            room = min(max(1, self.room_behind(prompt)), self._settings.max_tokens)
+            room = min(max(1, self.room_after(prompt)), self._settings.max_tokens)
             self._check_size(request, [prompt], budget or room)
             return prompt, budget or room
 
         prompt, most = await self.readers.run(read, is_gone)
-        texts = self._submit(request, [prompt], most, settings, self._ends_of_turn)
+        texts = self._submit(request, [prompt], most, sampler, self._ends_of_turn)
         return ChatFormat(texts, request, self._settings.name)
 
-    def _check(
-        self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
-    ) -> TemperatureSettings:
+    def _check(self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int) -> Sampler:
         """Look at all that can be wrong before anything is made of the prompts; how chunks are sampled."""
         self.check_name(request.model)
         request.check(self._settings.max_draws)
@@ -151,12 +150,13 @@ class Endpoint:
             )
             raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
         self._check_total(request, num_prompts * request.n * budget)
-        settings = request.settings(self._settings.defaults, self.model.default_sampler)
+        head, allowed = self.model.head, self._settings
+        sampler = request.sampler_for(head.config, allowed.temperature, allowed.draws)
         try:
-            self.model.check_sampler(settings)
+            check_sampler(head, sampler)
         except ValueError as error:
             raise ApiError(str(error), param="sampler") from error
-        return settings
+        return sampler
 
     def _check_length(self, length: int, is_text: bool, place: str) -> None:
         """Raise ApiError for what is longer than any context, before it is read."""
@@ -193,7 +193,7 @@ class Endpoint:
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         budget: int,
-        settings: TemperatureSettings,
+        sampler: Sampler,
         more_stops: Sequence[str] = (),
     ) -> RequestTexts:
         texts = RequestTexts(
@@ -201,7 +201,7 @@ class Endpoint:
             tokenizer=self.tokenizer,
             prompts=prompts,
             copies=request.n,
-            settings=settings,
+            sampler=sampler,
             budget=budget,
             seed=request.chosen_seed(),
             stops=[*request.stop, *more_stops],
@@ -233,8 +233,8 @@ class Endpoint:
             raise ApiError(f"token ids of '{place}' lie between 0 and {size - 1}.", param=place)
         return ids
 
-    def room_behind(self, prompt: list[int]) -> int:
-        """New tokens that fit behind a prompt."""
+    def room_after(self, prompt: list[int]) -> int:
+        """New tokens that fit after a prompt."""
         return room_beside(self.model.config, len(prompt)) or 0
 
 

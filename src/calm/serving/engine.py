@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import Sampler
 from calm.errors import reason_of
-from calm.models.batching import ChunkBatch, Failed, Row, Written
 from calm.models.calm import CalmForCausalLM
+from calm.models.writing.batching import ChunkBatch, Failed, Row, Written
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Job:
 
     Args:
         prompt: Its tokens.
-        settings: How chunks are sampled.
+        sampler: How chunks are sampled.
         budget: Most new tokens.
         seed: With the prompt and the copy it decides the text.
         deliver: Called in the engine's thread with every chunk, or with the error that ended the text.
@@ -40,7 +40,7 @@ class Job:
     """
 
     prompt: Sequence[int]
-    settings: TemperatureSettings
+    sampler: Sampler
     budget: int
     seed: int
     deliver: Callable[[Written | Exception], None]
@@ -285,7 +285,7 @@ class Engine:
                 _deliver(job, TimeoutError("the text waited too long"))
                 continue
             try:
-                row = self._batch.join(job.prompt, job.settings, job.budget, job.seed, job.copy)
+                row = self._batch.join(job.prompt, job.sampler, job.budget, job.seed, job.copy)
             except Exception as error:
                 logger.exception("a prompt could not be read")
                 _deliver(job, error)

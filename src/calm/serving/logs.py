@@ -8,7 +8,7 @@ from collections.abc import Callable
 _LOGGERS = (
     "asyncio",
     "uvicorn.error",
-    "calm.models.batching",
+    "calm.models.writing.batching",
     "calm.serving.app",
     "calm.serving.connections",
     "calm.serving.engine",

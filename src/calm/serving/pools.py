@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from calm.core.chunks import align_to_chunks
 from calm.core.random import DrawsInParts, generators_of_rows
-from calm.core.temperature import law_of_pool
+from calm.core.temperature import distribution_of_pool
 from calm.models.calm import CalmForCausalLM
+from calm.models.writing.prompts import Prompt
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError
@@ -25,7 +25,7 @@ _DRAWS_AT_ONCE = 64  # Between two steps of the texts that are being written.
 async def describe_pool(
     endpoint: Endpoint, request: PoolRequest, most_draws: int, seconds: float, is_gone: IsGone
 ) -> dict[str, Any]:
-    """The commonest draws of the chunk behind a prompt and what was written after it.
+    """The most frequent draws of the chunk after a prompt and what was written after it.
 
     Args:
         endpoint: Whose model and tokenizer.
@@ -56,7 +56,7 @@ def _read(endpoint: Endpoint, request: PoolRequest) -> list[int]:
     """Tokens of the text, after all checks."""
     try:  # With any counts it would raise the same.
         for temperature in request.temperatures:
-            law_of_pool(torch.tensor([request.num_draws]), temperature)
+            distribution_of_pool(torch.tensor([request.num_draws]), temperature)
     except ValueError as error:
         raise ApiError(str(error), param="temperatures") from error
     prompt = endpoint.tokens_of(request.prompt)
@@ -64,21 +64,23 @@ def _read(endpoint: Endpoint, request: PoolRequest) -> list[int]:
     if len(request.written) % size:
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
     ids = [*prompt, *(endpoint.tokens_of(request.written, "written") if request.written else [])]
-    if endpoint.room_behind(ids) < size:
-        raise ApiError("there is no room behind the text.", param="prompt", code="context_length_exceeded")
+    if endpoint.room_after(ids) < size:
+        raise ApiError("there is no room after the text.", param="prompt", code="context_length_exceeded")
     return ids
 
 
 def _describe(endpoint: Endpoint, request: PoolRequest, draws: list[tuple[int, ...]]) -> dict[str, Any]:
     counted = Counter(draws).most_common()
     counts = torch.tensor([count for _, count in counted])
-    laws = [law_of_pool(counts, temperature).tolist() for temperature in request.temperatures]
+    distributions = [
+        distribution_of_pool(counts, temperature).tolist() for temperature in request.temperatures
+    ]
     candidates = [
         {
             "token_ids": list(tokens),
             "tokens": spell_tokens(endpoint.readers.tokenizer, tokens),
             "count": count,
-            "chances": [law[place] for law in laws],
+            "chances": [distribution[place] for distribution in distributions],
         }
         for place, (tokens, count) in enumerate(counted[: request.most])
     ]
@@ -96,20 +98,13 @@ def _describe(endpoint: Endpoint, request: PoolRequest, draws: list[tuple[int, .
 def _draw(
     model: CalmForCausalLM, ids: list[int], num_draws: int, seed: int
 ) -> Generator[None, None, list[tuple[int, ...]]]:
-    """Draws of the chunk behind a text, at temperature 1: first the text is read, then some at a time."""
-    size = model.config.chunk_size
-    ids_1T = torch.tensor([ids], device=model.device)
-    tokens_1T, mask_1C = align_to_chunks(
-        ids_1T, torch.ones_like(ids_1T), size, model.config.pad_token_id or 0
-    )
-    hidden_1CD = model.hidden_states_of_chunks(
-        tokens_1T, mask_1C.repeat_interleave(size, dim=1), (mask_1C.cumsum(-1) - 1).clamp_min(0)
-    )
+    """Draws of the chunk after a text, at temperature 1: first the text is read, then some at a time."""
+    states_1CD = Prompt.of(model, ids).read(model)
     randomness = DrawsInParts(num_draws, generators_of_rows(seed, [ids], model.device))
     draws: list[tuple[int, ...]] = []
     while len(draws) < num_draws:
         yield
         number = min(_DRAWS_AT_ONCE, num_draws - len(draws))
-        draws_N1K = model.draw_chunks(hidden_1CD[:, -1], number, randomness.begin(len(draws)))
+        draws_N1K = model.draw_chunks(states_1CD[:, -1], number, randomness.begin(len(draws)))
         draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
     return draws

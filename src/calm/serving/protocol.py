@@ -1,13 +1,13 @@
 """What requests may hold, in the words of the OpenAI API, and what of it a CALM can honour."""
 
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictStr, model_validator
 
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import Sampler
+from calm.models.heads import HeadConfig
+from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.serving.errors import ApiError
 from calm.serving.fields import check_fields
 from calm.serving.messages import read_messages
@@ -48,7 +48,7 @@ class _Sampling(_Body):
     top_p: Number | None = Field(None, gt=0, le=1)
     # Ours.
     min_p: Number | None = Field(None, ge=0, le=1)
-    sampler: Literal["exact", "pool", "head"] | None = None
+    sampler: StrictStr | None = None
     num_draws: Count | None = None
     max_draws: Count | None = None
     return_chunks: StrictBool = False
@@ -65,37 +65,36 @@ class _Sampling(_Body):
                 raise ApiError(f"'{name}' may be {most_draws} at most.", param=name)
 
     def chosen_seed(self) -> int:
-        """The seed that was given, or one of chance."""
+        """The seed that was given, or a random one."""
         return secrets.randbits(31) if self.seed is None else self.seed
 
-    def settings(
-        self, defaults: TemperatureSettings, default_sampler: Callable[[float], str]
-    ) -> TemperatureSettings:
+    def sampler_for(self, head: HeadConfig, temperature: float, draws: int) -> Sampler:
         """How chunks are sampled.
 
-        `top_p` and `min_p` cut a pool of draws, so they choose the pool sampler where none is named.
-
         Args:
-            defaults: Where the request says nothing.
-            default_sampler: Chooses a sampler by the temperature where none is named.
+            head: The model's head.
+            temperature: Where the request says none.
+            draws: Draws of a chunk where the request says none.
 
         Raises:
             ApiError: If a value is out of range.
         """
-        names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        cuts = given.get("top_p", 1) < 1 or given.get("min_p", 0) > 0
-        given.setdefault(
-            "sampler", "pool" if cuts else default_sampler(given.get("temperature", defaults.temperature))
-        )
-        if given.get("temperature", 0) > 1:
+        chosen = temperature if self.temperature is None else self.temperature
+        if chosen > 1:
             raise ApiError(
-                f"'temperature' lies between 0 and 1 for a CALM, got {self.temperature:g}.",
-                param="temperature",
+                f"'temperature' lies between 0 and 1 for a CALM, got {chosen:g}.", param="temperature"
             )
         try:
-            return replace(defaults, **given)
+            return sampler_from(
+                sampler=self.sampler or default_sampler(head, chosen, self.top_p, self.min_p),
+                temperature=chosen,
+                num_draws=self.num_draws or draws,
+                max_draws=self.max_draws or draws,
+                top_p=self.top_p,
+                min_p=self.min_p,
+            )
         except ValueError as error:
+            names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
             wrong = next((name for name in names if name in str(error)), None)
             raise ApiError(str(error), param=wrong) from error
 
@@ -115,7 +114,7 @@ class PoolRequest(_Body):
     model_config = ConfigDict(extra="forbid")
     model: str
     prompt: Prompt
-    written: Written = Field(default_factory=list)  # Tokens behind the prompt, whole chunks.
+    written: Written = Field(default_factory=list)  # Tokens after the prompt, whole chunks.
     num_draws: Count = 200
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.temperature import TemperatureSettings
-from calm.models.batching import Written
+from calm.core.samplers import Sampler
+from calm.models.writing.batching import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
 from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers
@@ -53,7 +53,7 @@ class RequestTexts:
         tokenizer: Of the model.
         prompts: Tokens of each text's prompt.
         copies: Texts of each prompt.
-        settings: How chunks are sampled.
+        sampler: How chunks are sampled.
         budget: Most tokens of a text.
         seed: Seed of all.
         stops: Where a text ends.
@@ -66,7 +66,7 @@ class RequestTexts:
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Sequence[int]]
     copies: int
-    settings: TemperatureSettings
+    sampler: Sampler
     budget: int
     seed: int
     stops: Sequence[str]
@@ -90,7 +90,7 @@ class RequestTexts:
             words = tuple(prompt)
             for copy in range(written[words], written[words] + self.copies):
                 deliver = self._delivery(len(self._jobs))
-                job = Job(prompt, self.settings, self.budget, self.seed, deliver, copy, self._deadline)
+                job = Job(prompt, self.sampler, self.budget, self.seed, deliver, copy, self._deadline)
                 self._jobs.append(job)
             written[words] += self.copies
 

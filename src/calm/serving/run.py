@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calm.core.temperature import TemperatureSettings
+from calm.core.samplers import ExactSampler
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.writing.sampler_registry import sampler_from
 from calm.serving.logs import fold_repeats
 
 KEY_VARIABLE = "CALM_API_KEY"
@@ -58,10 +59,10 @@ def run_server(
     for limit, value in limits.items():
         if not value > 0:  # Or it is no number.
             raise InputError(f"{limit} must be above 0, got {value}.")
-    most = min(TemperatureSettings.max_draws, limits.get("max_draws", TemperatureSettings.max_draws))
+    draws = min(ExactSampler.max_draws, limits.get("max_draws", ExactSampler.max_draws))
     try:
         Hosts(allowed_hosts)
-        defaults = TemperatureSettings(temperature=temperature, num_draws=most, max_draws=most)
+        sampler_from(temperature=temperature, num_draws=draws, max_draws=draws)
     except ValueError as error:
         raise InputError(str(error)) from error
     key = _key(api_key_file)
@@ -71,7 +72,8 @@ def run_server(
     settings = ServerSettings(
         name=name or Path(model).resolve().name,
         api_key=key,
-        defaults=defaults,
+        temperature=temperature,
+        draws=draws,
         allowed_hosts=[*allowed_hosts, *([host] if is_name(host) else [])],
         **limits,
     )

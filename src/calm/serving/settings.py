@@ -1,9 +1,7 @@
 """What a server allows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from calm.core.temperature import TemperatureSettings
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +11,8 @@ class ServerSettings:
     Args:
         name: The model's name in requests.
         api_key: What requests must show; None for no key.
-        defaults: How chunks are sampled where a request says nothing.
+        temperature: Of requests that say none.
+        draws: Draws of a chunk for requests that say none.
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait; more are refused with 429.
         max_tokens: Most new tokens of a text.
@@ -36,7 +35,8 @@ class ServerSettings:
 
     name: str
     api_key: str | None = None
-    defaults: TemperatureSettings = field(default_factory=TemperatureSettings)
+    temperature: float = 1.0
+    draws: int = 200
     max_rows: int = 16
     max_waiting: int = 256
     max_tokens: int = 4096

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.flops import Work, cost_of
-from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
+from calm.models.language_model import language_model
 from calm.report.tables import short
 from calm.training.recipe_files import RECIPE
 
@@ -62,7 +62,7 @@ def card_of(
         tags: Further words to find it by.
         base_model: Name on the hub of the model that it was made from.
     """
-    is_calm = isinstance(model, CalmForCausalLM)
+    is_calm = language_model(model).kind == "CALM"
     metadata = ModelCardData(
         library_name="calm-lm" if is_calm else "transformers",
         license=words.license_name,
@@ -121,7 +121,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
         "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
         f"{parameters} parameters. It predicts one latent of {config.latent_size} dimensions for each "
         f"{config.chunk_size} tokens, with a head of the kind `{config.head.head_type}`; its autoencoder is "
-        f"inside. A token at T = 1, behind 512 chunks, takes {short(inference)} operations."
+        f"inside. A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."
     )
 
 

@@ -11,9 +11,10 @@ from calm.hub.connection import is_hub_name
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
 from calm.sharing.card import Words, card_of, shown
-from calm.training.finetuning import ANSWERS, COUNTS, HISTORY
+from calm.training.finetuning import ANSWERS, COUNTS
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe_files import RECIPE, read_recipe_of
+from calm.training.runs import HISTORY
 
 _SAMPLES = 3
 _LONGEST_SAMPLE = 600  # Characters of a prompt that are shown: its end.

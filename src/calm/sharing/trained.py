@@ -11,9 +11,9 @@ from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
 from calm.sharing.card import Words, card_of, shown
+from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
-from calm.training.stages import data_folder
 
 
 def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int | None) -> str:
@@ -27,7 +27,7 @@ def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int
     """
     recipe = read_recipe(str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
-    data = load_prepared(data_folder(recipe, run))
+    data = load_prepared(prepare_text(recipe, run))
     card = score_model(
         model, data, context=recipe.data.context, ngrams=ngrams, num_blocks=num_blocks,
         layout_seed=recipe.seed,
@@ -51,7 +51,7 @@ def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int
 
 
 def _data(run: Path, recipe: Recipe, sources: list[str]) -> str:
-    counts = load_prepared(data_folder(recipe, run)).counts()
+    counts = load_prepared(prepare_text(recipe, run)).counts()
     of_sample = "Text was streamed; of a sample of it there were " if recipe.data.streaming else ""
     held_out = recipe.data.validation_source_list
     how = f"from {', '.join(map(shown, held_out))}" if held_out else "equal documents together"
@@ -71,7 +71,7 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         is_long = record.seconds >= 60
         time = f"{record.seconds / 60:.0f} minutes" if is_long else f"{record.seconds:.0f} s"
         lines.append(
-            f"Together {record.flops:.2e} operations by count; {time}, held-out evaluations included "
+            f"Together {record.flops:.2e} FLOPs by count; {time}, held-out evaluations included "
             "(since the last resume, where a run was stopped)."
         )
     return "\n".join(lines)
@@ -89,7 +89,9 @@ def _evaluation(card: Scorecard, recipe: Recipe) -> str:
     )
     more = ""
     if card.reconstruction is not None:
-        more = f"\n\nThe autoencoder gives back {card.reconstruction.token_accuracy:.2%} of held-out tokens."
+        more = (
+            f"\n\nThe autoencoder reconstructs {card.reconstruction.token_accuracy:.2%} of held-out tokens."
+        )
     if card.perplexity is not None:
         more += f"\n\nPerplexity {card.perplexity.perplexity:.3f} a token."
     return "\n".join(rows) + f"\n\n{protocol}{more}"

@@ -14,7 +14,7 @@ from calm.text.encoding import control_tokens_of, encode_rendering, marks_of
 from calm.text.marks import split_at
 
 ASSISTANT = "assistant"
-_PLACE = "\ue0f4"  # Where an answer would stand, to see what a template writes behind one.
+_PLACE = "\ue0f4"  # Where an answer would stand, to see what a template writes after one.
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, to_answer: bool) -> str:
@@ -50,7 +50,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = ()) -> str:
-    """What the template writes behind an answer of the assistant; "" where that cannot be told.
+    """What the template writes after an answer of the assistant; "" where that cannot be told.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.

@@ -1,4 +1,4 @@
-"""Token ids -> text. New tokens are spelled behind what stands before them, never alone.
+"""Token ids -> text. New tokens are spelled after what stands before them, never alone.
 
 Alone, the first new token of a SentencePiece-like tokenizer loses its space, and the first bytes of a
 character are no text yet.
@@ -16,7 +16,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTEXT = 16  # So many tokens of the prompt decide how what follows is spelled.
 
 
-def decode_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that tokens add to a prompt, control tokens left out.
 
     Args:
@@ -48,7 +48,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> l
     return [
         str(tokenizer.convert_ids_to_tokens(token))
         if token in control
-        else decode_behind(tokenizer, before, [token])
+        else decode_after(tokenizer, before, [token])
         for token in tokens
     ]
 
@@ -56,12 +56,12 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> l
 class TextBuilder:
     """The text of one answer as its tokens arrive.
 
-    The parts together are what `decode_behind` makes of all tokens at once, cut before the first stop.
+    The parts together are what `decode_after` makes of all tokens at once, cut before the first stop.
 
     Args:
         tokenizer: The tokenizer.
         stops: Where the text ends, if one of them comes up in it.
-        prompt: Tokens of what the answer stands behind.
+        prompt: Tokens of what the answer stands after.
     """
 
     def __init__(

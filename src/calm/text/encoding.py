@@ -5,7 +5,7 @@ that begin a text), a chat template, or an explicit token id puts a control toke
 
 Text comes in three kinds:
   a document    begins as the tokenizer begins texts, and has no end yet (`encode_documents`)
-  words         go on behind other text (`encode_words`)
+  words         go on after other text (`encode_words`)
   a rendering   is what a chat template wrote (`encode_rendering`): its control tokens are such, and the words
                 that it was given are words, because they were marked (`marks_of`) before it saw them
 """
@@ -34,7 +34,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text that goes on behind other text.
+    """Token ids of text that goes on after other text.
 
     Tokenizers in the manner of SentencePiece put a space in front of all they read; these words get none.
     """
@@ -50,7 +50,7 @@ def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: 
     Args:
         tokenizer: The tokenizer.
         text: The rendering, or a part of it.
-        goes_on: Whether it goes on behind other text.
+        goes_on: Whether it goes on after other text.
     """
     control = _control_of(tokenizer)
     if is_marked(text) or (goes_on and control.puts_space_in_front):
@@ -123,7 +123,7 @@ class _Control:
         self._twins: dict[bool, Tokenizer] = {}
 
     def encode_words(self, tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
-        """Token ids of words that hold the spelling of a control token, or go on behind other text."""
+        """Token ids of words that hold the spelling of a control token, or go on after other text."""
         if self._backend is not None:
             return self._by_twin(text, begins)
         # A tokenizer without a fast backend reads the spellings in two halves.

@@ -26,7 +26,7 @@ class Marks:
     def mark(self, value: Any) -> Any:
         """A text, or lists and dictionaries of texts, with marks.
 
-        A text that ends like the beginning of a control token gets a cut there: what comes behind it could
+        A text that ends like the beginning of a control token gets a cut there: what comes after it could
         complete the token.
         """
         if isinstance(value, dict):

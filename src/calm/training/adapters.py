@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft, on what is trained of a language model."""
+"""Low-rank adapters (peft) on the trainable linear layers of a language model."""
 
 import importlib.util
 from pathlib import Path
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from calm.errors import InputError
 from calm.models.blocks import PartedLinear
-from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
 from calm.training.finetuning_recipe import LoraSettings
 
 
 def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Find what stands against adapters, before anything is written.
+    """Check that a model can get adapters, before anything is written.
 
     Raises:
         InputError: If peft is not installed, or a setting is out of range or does not fit the model.
@@ -30,12 +30,12 @@ def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 
 def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> Any:
-    """A `peft.PeftModel` around the model, whose adapters alone are trained.
+    """A `peft.PeftModel` around the model; only its adapters are trained.
 
     Args:
-        model: A CALM, or a causal language model of transformers. Adapters are put into it in place.
+        model: A CALM, or a causal language model of transformers. Adapters are inserted in place.
         settings: The adapters.
-        base: Where the model came from; it is written beside the adapters.
+        base: Where the model came from; recorded with the adapters.
 
     Raises:
         InputError: If peft is not installed, or a setting is out of range.
@@ -43,7 +43,7 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     check_adapters(model, settings)
     import peft  # noqa: PLC0415 (of an extra)
 
-    # A folder by its whole path: the adapters may be loaded from elsewhere.
+    # An absolute path: the adapters may be loaded from elsewhere.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return peft.get_peft_model(
         model,
@@ -58,13 +58,10 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
 
 def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
     """Full names of the linear layers that get adapters."""
-    if isinstance(model, CalmForCausalLM):
-        parts = {"backbone": ["backbone", "projection"], "head": ["head"]}
-        prefixes = parts["backbone"] + parts["head"] if where == "both" else parts[where]
-    elif where == "head":
+    parts = language_model(model).parts
+    if where == "head" and "head" not in parts:
         raise InputError("an autoregressive model has no generative head; set lora.layers to backbone.")
-    else:
-        prefixes = [model.base_model_prefix]
+    prefixes = parts[where] if where in parts else [name for part in parts.values() for name in part]
     return [
         name
         for name, module in model.named_modules()
@@ -75,5 +72,5 @@ def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
 
 
 def merge_adapters(adapted: Any) -> PreTrainedModel:
-    """The model with its adapters added to its weights; the adapted model is used up."""
+    """The model with its adapters merged into its weights; the adapted model is gone afterwards."""
     return adapted.merge_and_unload()

@@ -1,11 +1,14 @@
-"""Checkpoints of a stage: which there are, whether they are whole, and the newest that is.
+"""Checkpoints of a stage: written whole, listed, and the newest that is undamaged.
 
 checkpoints/<stage>/checkpoint-STEP/          with checksums.json
-checkpoints/<stage>/damaged-checkpoint-STEP/  set aside, never read
+checkpoints/<stage>/damaged-checkpoint-STEP/  moved aside, never read
 """
 
+import contextlib
 import json
 import logging
+import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +17,16 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from calm.errors import InputError
-from calm.storage.checksums import find_damage
+from calm.storage.checksums import find_damage, write_checksums
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
 _PREFIX = "checkpoint-"
-_ZIPPED = (".pt", ".pth", ".bin")  # As torch writes them, with a checksum of each part.
+_ZIPPED = (".pt", ".pth", ".bin")  # torch writes zip archives, with a checksum for each part.
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints, by their steps."""
+    """Folders of checkpoints, sorted by step."""
     found = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -37,10 +40,53 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; the same for all processes. None if there is none yet.
+@contextlib.contextmanager
+def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
+    """A folder to write a checkpoint in; it gets its name, and old ones go, when the block has succeeded.
 
-    Newer ones that are damaged are named and set aside.
+    A run killed meanwhile leaves no checkpoint that looks whole but is not. All processes call this together,
+    and each may write a part.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: The step after which it is written.
+        keep: Checkpoints kept, this one included.
+    """
+    name, staging = f"{_PREFIX}{step}", folder / ".partial"
+    partial, everyone = staging / name, processes()
+    if everyone.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+    everyone.wait_for_everyone()
+    try:
+        yield partial
+    except BaseException:
+        if everyone.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    everyone.wait_for_everyone()
+    if everyone.is_main_process:
+        write_checksums(partial)
+        _sync(partial)
+        partial.rename(folder / name)
+        # Old ones are moved away before they are deleted: a kill meanwhile leaves no half of one.
+        for old in checkpoints_in(folder)[: -max(1, keep)]:
+            old.rename(staging / old.name)
+        shutil.rmtree(staging)
+    everyone.wait_for_everyone()
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that the files of a folder are on disk before it gets its final name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is undamaged, the same for all processes; None if there is none yet.
+
+    Damaged ones that are newer are reported and moved aside.
 
     Raises:
         InputError: If there are checkpoints, and all are damaged.
@@ -92,7 +138,7 @@ def _free_name(checkpoint: Path) -> Path:
 def problems_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint.
 
-    One of an earlier version has no checksums: its files must be there and be whole in themselves.
+    One of an earlier version has no checksums: its files must exist and be readable.
     """
     try:
         return find_damage(checkpoint)
@@ -117,7 +163,7 @@ def _unreadable(checkpoint: Path) -> Iterator[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file of a format that can tell says so."""
+    """Whether a file is intact, as far as its format can tell."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))

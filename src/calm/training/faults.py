@@ -1,4 +1,4 @@
-"""What can happen to a run: a loss that is not finite, a signal to end, processes that die, a full disk."""
+"""What can stop a run: losses or weights that are not finite, and SIGTERM."""
 
 import signal
 import threading
@@ -22,7 +22,7 @@ class LossWatch:
         self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Take note of a loss."""
+        """Record the loss of a step."""
         is_first = (self._bad_step < 0) & ~loss.detach().isfinite().all()
         self._bad_step = torch.where(is_first, step, self._bad_step)
 
@@ -30,7 +30,7 @@ class LossWatch:
         """Stop the run on all processes if a loss was not finite on any.
 
         Args:
-            left: What is left of the run, for the message.
+            left: What remains of the run, for the message.
 
         Raises:
             RunError: If it was not.
@@ -41,7 +41,7 @@ class LossWatch:
         if bad_step >= 0:
             raise RunError(
                 f"the loss of step {int(bad_step)} is not finite; {left}. A lower learning rate or clipping "
-                "(max_grad_norm) may help, in a run of its own."
+                "(max_grad_norm) may help, in a new run."
             )
 
 
@@ -58,7 +58,7 @@ def check_weights(model: nn.Module, step: int, left: str) -> None:
 
 
 class LeaveOnSignal(TrainerCallback):
-    """On SIGTERM, as schedulers send it: finish the step, write a checkpoint, and leave.
+    """On SIGTERM, which schedulers send: finish the step, write a checkpoint, and stop.
 
     `left` says afterwards whether that has happened.
     """
@@ -69,7 +69,7 @@ class LeaveOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of the signal inside the block, where the main thread runs it."""
+        """Listen inside the block; Python lets only the main thread do so."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -80,7 +80,7 @@ class LeaveOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave if any process was asked to."""
+        """Stop if any process was asked to."""
         asked = self._asked
         if processes().num_processes > 1:
             flag = torch.tensor(int(asked), device=processes().device)

@@ -4,16 +4,15 @@ output/
   recipe.yaml    the resolved recipe
   inputs.json    digests of what the run began with
   checkpoints/   checkpoints and TensorBoard logs
-  adapter/       the adapters, where they were trained
-  model/         the result: a self-contained model folder (with the adapters added)
+  adapter/       the adapters, if any were trained
+  model/         the result: a self-contained model folder, adapters merged
   examples.json  how many examples there were
-  answers.jsonl  held-out prompts: what was expected, and what the model wrote before and after
+  answers.jsonl  held-out prompts with the expected completion, and the answers before and after
   history.json   logged losses and held-out scores
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -22,41 +21,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
 from calm.errors import InputError
-from calm.generation import continue_tokens
-from calm.models.calm import CalmForCausalLM
-from calm.models.context import room_beside
+from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
+from calm.models.language_model import language_model
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
-from calm.storage.checksums import check_as_written
-from calm.storage.disk import disk_errors, write_file_whole
-from calm.storage.folders import written_whole
-from calm.text.decoding import decode_behind
+from calm.storage.disk import write_file_whole
+from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
-from calm.training.configurations import check_seed, check_training
-from calm.training.finetuning_recipe import AnswerSettings, FinetuningRecipe
-from calm.training.inputs import (
-    check_inputs,
-    digest_of_examples,
-    digest_of_recipe,
-    digest_of_weights,
-)
+from calm.training.arguments import Stage
+from calm.training.blocks import Blocks
+from calm.training.check import check_seed, check_training
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.inputs import check_inputs, digest_of_examples, digest_of_recipe, digest_of_weights
 from calm.training.processes import processes
 from calm.training.ranges import check_ranges
-from calm.training.recipe_files import RECIPE, held_run_folder, opened_run_folder, write_recipe
+from calm.training.runs import Run
 from calm.training.trainer import ChunkTrainer
 
-ANSWERS, COUNTS, HISTORY = "answers.jsonl", "examples.json", "history.json"
-_ANSWERS_AT_ONCE = 16
+ANSWERS, COUNTS = "answers.jsonl", "examples.json"
 
 
 def finetune(
     recipe: FinetuningRecipe, output: Path, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Train a model on examples; what is finished is kept.
+    """Fine-tune a model on examples; what is finished is kept.
 
     Args:
         recipe: The recipe.
         output: Folder of the run; see the layout at the top of this file.
-        resume: Whether to go on with a run in that folder.
+        resume: Whether to resume the run in that folder.
         overwrite: Whether to remove what is in that folder first.
 
     Returns:
@@ -67,34 +59,22 @@ def finetune(
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
     _check(recipe)
-    with held_run_folder(recipe, output, resume, overwrite, _places_of(recipe)):
-        _run(recipe, output, resume)
+    run = Run(recipe, output, resume, overwrite)
+    with run.held(_places_of(recipe)):
+        model, tokenizer = _load(recipe)
+        examples, held_out = _read(recipe, tokenizer)
+        if processes().is_main_process:
+            inputs = {
+                "its recipe": digest_of_recipe(recipe),
+                f"the model '{recipe.model}'": digest_of_weights(model),
+                "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
+            }
+            with run.made_ready():
+                check_inputs(output, inputs)
+        processes().wait_for_everyone()
+        if not run.has_model("model"):
+            _train(run, model, tokenizer, examples, held_out)
     return output / "model"
-
-
-def _run(recipe: FinetuningRecipe, output: Path, resume: bool) -> None:
-    model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
-    give_template(tokenizer, recipe.examples.chat_template)
-    end_as_told(model, tokenizer)
-    chunk_size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
-    check_block_size(recipe.examples.context, chunk_size)
-    if recipe.lora.rank:
-        check_adapters(model, recipe.lora)
-    examples, held_out = _read(recipe, tokenizer)
-    if processes().is_main_process:
-        inputs = {
-            "its recipe": digest_of_recipe(recipe),
-            f"the model '{recipe.model}'": digest_of_weights(model),
-            "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
-        }
-        with opened_run_folder(recipe, output, resume):
-            check_inputs(output, inputs)
-    processes().wait_for_everyone()
-    if (output / "model/config.json").is_file():
-        check_as_written(output / "model")
-    else:
-        with disk_errors(output, "with room on the disk, --resume goes on from what was finished"):
-            _train(model, tokenizer, examples, held_out, recipe, output)
 
 
 def _check(recipe: FinetuningRecipe) -> None:
@@ -105,6 +85,17 @@ def _check(recipe: FinetuningRecipe) -> None:
     check_seed(recipe.seed)
     check_ranges(recipe)
     check_training(recipe.training, "training", recipe.examples.context, processes().num_processes)
+
+
+def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train, checked against the recipe."""
+    model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
+    give_template(tokenizer, recipe.examples.chat_template)
+    end_as_told(model, tokenizer)
+    check_block_size(recipe.examples.context, language_model(model).chunk_size)
+    if recipe.lora.rank:
+        check_adapters(model, recipe.lora)
+    return model, tokenizer
 
 
 def _read(
@@ -119,7 +110,7 @@ def _read(
 
 
 def _places_of(recipe: FinetuningRecipe) -> list[str]:
-    """Paths and names of what a recipe reads."""
+    """Paths and names of everything a recipe reads."""
     examples = recipe.examples
     named = [recipe.model, *_as_list(examples.sources), *_as_list(examples.validation_sources or [])]
     return [*named, *([examples.chat_template] if examples.chat_template else [])]
@@ -130,134 +121,81 @@ def _as_list(sources: list[str] | str) -> list[str]:
 
 
 def _train(
+    run: Run[FinetuningRecipe],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     held_out: list[Example],
-    recipe: FinetuningRecipe,
-    output: Path,
 ) -> None:
-    context, settings = recipe.examples.context, recipe.training
-    size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
-    layout = {"chunk_size": size, "block_size": context, "pad_token_id": tokenizer.pad_token_id}
-    blocks, shortened = lay_out(examples, **layout)
-    held_out_blocks, _ = lay_out(held_out, **layout)
+    recipe, settings = run.recipe, run.recipe.training
+    blocks = _lay_out(run, model, tokenizer, examples, held_out)
     asked = held_out[: recipe.answers.number]
-    if processes().is_main_process:
-        epochs = settings.steps * settings.batch_tokens / (len(blocks) * context)
-        print(
-            f"{len(examples)} examples in {len(blocks)} blocks ({shortened} shortened to fit), "
-            f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"
+
+    def answers_of(model: PreTrainedModel) -> list[str]:
+        how = recipe.answers
+        return answer(
+            model,
+            tokenizer,
+            asked,
+            temperature=how.temperature,
+            num_draws=how.num_draws,
+            seed=recipe.seed,
         )
-        counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
-        write_file_whole(output / COUNTS, json.dumps(counts) + "\n")
-    answers_before = answer(model, tokenizer, asked, recipe.answers, recipe.seed)
 
     def score(scored: PreTrainedModel, blocks: datasets.Dataset) -> dict[str, float]:
-        metrics = {"held_out_loss": _held_out_loss(scored, blocks, settings.evaluation_blocks)}
+        metrics = {"held_out_loss": held_out_loss(scored, blocks, settings.evaluation_blocks)}
         if asked:
-            answers = answer(scored, tokenizer, asked, recipe.answers, recipe.seed)
-            metrics["exact_match"] = exact_match(answers, asked, tokenizer)
+            metrics["exact_match"] = exact_match(answers_of(scored), asked, tokenizer)
         return metrics
 
+    before = answers_of(model)
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
-    trainer = ChunkTrainer(
-        model,
-        blocks,
-        held_out_blocks,
-        score,
-        settings,
-        output / "checkpoints",
-        tokenizer,
-        context,
-        recipe.seed,
-        adapted=adapted,
-    )
+    stage = Stage(settings, run.folder / "checkpoints", recipe.seed)
+    trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
-    answers_after = answer(model.eval(), tokenizer, asked, recipe.answers, recipe.seed)
-    if not processes().is_main_process:
-        return
-    write_file_whole(output / HISTORY, json.dumps(trainer.state.log_history, indent=1) + "\n")
-    write_file_whole(output / ANSWERS, _as_records(asked, answers_before, answers_after, tokenizer))
+    after = answers_of(model.eval())
+    run.save_history(trainer.state.log_history)
+    if processes().is_main_process:
+        write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
     if adapted is not None:
-        _write(adapted, tokenizer, output / "adapter", recipe)
+        if not run.has_model("adapter"):
+            run.save_model("adapter", adapted, tokenizer)
         model = merge_adapters(adapted)
-    _write(model, tokenizer, output / "model", recipe)
+    run.save_model("model", model, tokenizer)
 
 
-def answer(
+def _lay_out(
+    run: Run[FinetuningRecipe],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
-    settings: AnswerSettings,
-    seed: int,
-) -> list[str]:
-    """What a model writes after the prompt of each example, at most as long as the longest completion."""
-    answers = []
-    longest = max((len(example.completion) for example in examples), default=0)
-    if (room := room_beside(model.config, 1)) is not None:
-        longest = min(longest, room)
-    for start in range(0, len(examples), _ANSWERS_AT_ONCE):
-        prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
-        tokens = continue_tokens(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=longest,
-            temperature=settings.temperature,
-            seed=seed,
-            num_draws=settings.num_draws if settings.temperature == 0 else None,
-            crop=True,
+    held_out: list[Example],
+) -> Blocks:
+    """The blocks of the examples; their numbers are printed and written."""
+    context, settings = run.recipe.examples.context, run.recipe.training
+    layout = {
+        "chunk_size": language_model(model).chunk_size,
+        "block_size": context,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    training, shortened = lay_out(examples, **layout)
+    if processes().is_main_process:
+        epochs = settings.steps * settings.batch_tokens / (len(training) * context)
+        print(
+            f"{len(examples)} examples in {len(training)} blocks ({shortened} shortened to fit), "
+            f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"
         )
-        pairs = zip(prompts, tokens.tolist(), strict=True)
-        answers += [decode_behind(tokenizer, prompt, new) for prompt, new in pairs]
-    return answers
-
-
-def exact_match(answers: list[str], examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Percent of the answers that are the completion, but for white space at the ends."""
-    pairs = zip(answers, _wanted(examples, tokenizer), strict=True)
-    right = [text.strip() == wanted.strip() for text, wanted in pairs]
-    return 100 * sum(right) / len(right)
-
-
-def _wanted(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [decode_behind(tokenizer, one.prompt, one.completion) for one in examples]
-
-
-@torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, most: int) -> float:
-    """Mean loss of the targets, with the same noise each time."""
-    total, count = 0.0, 0
-    generator = torch.Generator(model.device).manual_seed(0)
-    for block in blocks.select(range(min(most, len(blocks)))).iter(batch_size=1):
-        batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
-        if isinstance(model, CalmForCausalLM):
-            targets = int(model.count_targets(batch["labels"], batch["position_ids"]))
-            loss = model(**batch, generator=generator).loss
-        else:
-            targets = int((batch["labels"][:, 1:] != -100).sum())
-            loss = model(**batch, use_cache=False).loss
-        if targets:
-            total, count = total + float(loss) * targets, count + targets
-    return total / max(1, count)
+        counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
+        write_file_whole(run.folder / COUNTS, json.dumps(counts) + "\n")
+    return Blocks(training, lay_out(held_out, **layout)[0], context, tokenizer)
 
 
 def _as_records(
     examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    prompts = [decode_behind(tokenizer, [], one.prompt) for one in examples]
-    rows = zip(prompts, _wanted(examples, tokenizer), before, after, strict=True)
+    prompts = [decode_after(tokenizer, [], one.prompt) for one in examples]
+    rows = zip(prompts, completions_of(examples, tokenizer), before, after, strict=True)
     names = ("prompt", "completion", "before", "after")
     return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: FinetuningRecipe) -> None:
-    if (folder / RECIPE).is_file():  # Written last.
-        return
-    with written_whole(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_recipe(recipe, partial / RECIPE)

@@ -1,4 +1,4 @@
-"""What a run was begun with, kept in its folder: it goes on with the same or not at all."""
+"""Digests of what a run began with: it resumes with the same inputs or not at all."""
 
 import dataclasses
 import hashlib
@@ -20,14 +20,14 @@ INPUTS = "inputs.json"
 
 
 def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
-    """Note what a run begins with, or compare it with what was noted.
+    """Record the inputs of a run, or compare them with those on record.
 
     Args:
         output: Folder of the run.
-        inputs: Digests by what they are of, as a message would call it.
+        inputs: Digests, keyed by what they are of in the words of a message.
 
     Raises:
-        InputError: If something is not what it was.
+        InputError: If an input has changed.
     """
     file = output / INPUTS
     noted = inputs_in(output)
@@ -42,7 +42,7 @@ def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
 
 
 def inputs_in(folder: Path) -> dict[str, str]:
-    """What was noted in a folder; nothing in one of an earlier version.
+    """The inputs on record in a folder; none in one of an earlier version.
 
     Raises:
         InputError: If it is damaged.
@@ -52,10 +52,10 @@ def inputs_in(folder: Path) -> dict[str, str]:
 
 
 def copy_inputs(stage: Path, checkpoint: Path) -> None:
-    """Note in a checkpoint what its run began with.
+    """Record in a checkpoint what its run began with.
 
     Args:
-        stage: The folder of the stage's checkpoints, in that of the run.
+        stage: Folder of the stage's checkpoints, inside the run's folder.
         checkpoint: Where a checkpoint is being written.
     """
     if (run := _run_of(stage)) is not None:
@@ -63,19 +63,19 @@ def copy_inputs(stage: Path, checkpoint: Path) -> None:
 
 
 def other_input(stage: Path, checkpoint: Path) -> str | None:
-    """What the run of a checkpoint began with, and this one did not; None if there is nothing."""
+    """An input that differs between a checkpoint's run and this one; None if all are the same."""
     run = _run_of(stage)
     own, noted = {} if run is None else inputs_in(run), inputs_in(checkpoint)
     return next((what for what in noted if own.get(what, noted[what]) != noted[what]), None)
 
 
 def _run_of(stage: Path) -> Path | None:
-    """The folder of the run that a stage is of, if that has noted its inputs."""
+    """The folder of a stage's run, if its inputs are on record."""
     return next((folder for folder in stage.parents[:2] if (folder / INPUTS).is_file()), None)
 
 
 def digest_of_recipe(recipe: Any) -> str:
-    """A digest of the settings that are not the defaults, so that new settings change nothing."""
+    """A digest of the settings that differ from the defaults, so that a new setting changes no digest."""
 
     def changed(value: Any, default: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -88,7 +88,7 @@ def digest_of_recipe(recipe: Any) -> str:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """A digest of the names, types and values of all weights."""
+    """A digest of the names, dtypes, shapes and values of all weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -103,7 +103,7 @@ def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
 
 
 def digest_of_files(sources: Iterable[str]) -> str:
-    """A digest of the names and lengths of files: what is streamed is too much to be read first."""
+    """A digest of the names and sizes of files; streamed text is too large to read beforehand."""
     files = [file for source in sources if is_here(source) for file in find_files(Path(source))]
     return _digest([[file.name, file.stat().st_size] for file in files])
 

@@ -1,7 +1,7 @@
-"""Training noise that depends on the seed, the step and the block alone.
+"""Training noise that depends only on the seed, the step and the block.
 
-So the same blocks give the same loss on one process or many, at once or one after the other, and behind a
-resumed run.
+So the same blocks give the same loss on one process or many, in one batch or several, and after a run is
+resumed.
 """
 
 import torch
@@ -11,14 +11,14 @@ from calm.core.random import seed_of
 
 
 def number_of_block(input_ids_T: Tensor) -> int:
-    """A number for the text of a block, which names its noise."""
+    """A number computed from the tokens of a block; it seeds the noise of that block."""
     return seed_of(input_ids_T.numpy().tobytes())
 
 
 def generators_of_blocks(
     seed: int, step: int, numbers: list[int], device: torch.device
 ) -> list[torch.Generator]:
-    """A source of noise for each block.
+    """A random generator for each block.
 
     Args:
         seed: Seed of the run.

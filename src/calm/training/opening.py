@@ -1,4 +1,4 @@
-"""Opening a run: what its recipe names is looked at before anything is written, then the text is prepared.
+"""Opening a run: everything its recipe names is checked before anything is written, then text is prepared.
 
 A command that is refused leaves the output folder as it was.
 """
@@ -16,46 +16,51 @@ from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
-from calm.training.configurations import check_recipe
+from calm.training.check import check_recipe
 from calm.training.inputs import check_inputs, digest_of_files, digest_of_recipe, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
-from calm.training.recipe_files import DATA, held_run_folder, opened_run_folder
+from calm.training.runs import DATA, Run
 from calm.training.sharding import check_sharding
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> Iterator[PreparedData]:
-    """The text of a run, whose folder no other process may work in meanwhile.
+def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
+    """The text of a run, whose folder is locked for the block.
 
-    Recipe, folder and sources are looked at first; the main process prepares the text.
+    Recipe, folder and sources are checked first; then the main process prepares the text.
 
     Raises:
         InputError: If anything that the recipe names is missing or does not fit.
         RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
-    everyone = processes()
+    everyone, recipe = processes(), run.recipe
     check_recipe(recipe, everyone.num_processes)
     check_sharding(recipe)
-    with held_run_folder(recipe, output, resume, overwrite, _places_of(recipe)):
+    with run.held(_places_of(recipe)):
         if everyone.is_main_process:
-            check_data(recipe.data, output if resume else None)
-            autoencoder = trained_autoencoder(recipe)
-            with opened_run_folder(recipe, output, resume):
-                was_there = _prepared_source(recipe.data) is not None or is_prepared(output / DATA)
-                folder = data_folder(recipe, output)
-                data = load_prepared(folder)
-                if was_there:
-                    tell_counts(folder, data)
-                if autoencoder is not None:
-                    check_vocabulary(autoencoder.config, recipe, data)
-                check_inputs(output, _inputs_of(recipe, data, autoencoder))
+            _make_ready(run)
         everyone.wait_for_everyone()
-        yield load_prepared(data_folder(recipe, output))
+        yield load_prepared(data_folder(recipe, run.folder))
+
+
+def _make_ready(run: Run[Recipe]) -> None:
+    recipe, output = run.recipe, run.folder
+    check_data(recipe.data, output if run.resume else None)
+    autoencoder = trained_autoencoder(recipe)
+    with run.made_ready():
+        was_there = is_prepared(data_folder(recipe, output))
+        folder = prepare_text(recipe, output)
+        data = load_prepared(folder)
+        if was_there:
+            tell_counts(folder, data)
+        if autoencoder is not None:
+            check_vocabulary(autoencoder.config, recipe, data)
+        check_inputs(output, _inputs_of(recipe, data, autoencoder))
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
-    """Digests of all that decides what a recipe makes."""
+    """Digests of everything that determines the result of a recipe."""
     inputs = {
         "its recipe": digest_of_recipe(recipe),
         "its prepared text (with the tokenizer)": data.digest,
@@ -68,15 +73,15 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
 
 
 def check_data(settings: DataSettings, output: Path | None = None) -> None:
-    """Find the mistakes of what a recipe says of its text, before anything is written.
+    """Find mistakes in the data settings of a recipe, before anything is written.
 
     Args:
-        settings: That part of the recipe.
-        output: Folder of a run that goes on; None for one that begins.
+        settings: The data settings.
+        output: Folder of a run that is resumed; None for a new one.
 
     Raises:
-        InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting is
-            bad.
+        InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting
+            is bad.
     """
     if (folder := _prepared_source(settings)) is not None:
         load_prepared(folder)
@@ -87,14 +92,25 @@ def check_data(settings: DataSettings, output: Path | None = None) -> None:
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:
-    """The prepared text of a recipe: what its sources name, or `output`/data, which is written if need be.
+    """Where the prepared text of a recipe is: what its sources name, or `output`/data.
+
+    Raises:
+        InputError: If the sources name prepared text that is to be streamed.
+    """
+    return _prepared_source(recipe.data) or output / DATA
+
+
+def prepare_text(recipe: Recipe, output: Path) -> Path:
+    """Prepare the text of a recipe, unless it is prepared already.
+
+    Returns:
+        Its `data_folder`.
 
     Raises:
         InputError: If a source or setting is bad.
+        RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
-    settings, folder = recipe.data, output / DATA
-    if (source := _prepared_source(settings)) is not None:
-        return source
+    settings, folder = recipe.data, data_folder(recipe, output)
     if not is_prepared(folder):
         prepare(
             settings.source_list,
@@ -136,7 +152,7 @@ def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:
 
 
 def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: PreparedData) -> None:
-    """Raise InputError if text has more tokens than the trained autoencoder of a recipe."""
+    """Raise InputError if the tokenizer has more tokens than the trained autoencoder of a recipe."""
     if data.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer has {data.vocab_size} tokens, more than the {config.vocab_size} of the "
@@ -145,7 +161,7 @@ def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: Prepar
 
 
 def _prepared_source(settings: DataSettings) -> Path | None:
-    """The prepared folder that a recipe names as its text, if it does."""
+    """The prepared folder that a recipe names as its source, if it names one."""
     if len(settings.source_list) != 1 or not is_prepared(Path(settings.source_list[0])):
         return None
     if settings.streaming:
@@ -154,7 +170,7 @@ def _prepared_source(settings: DataSettings) -> Path | None:
 
 
 def _places_of(recipe: Recipe) -> list[str]:
-    """Paths and names of what a recipe reads."""
+    """Paths and names of everything a recipe reads."""
     data, more = recipe.data, (recipe.data.tokenizer, recipe.autoencoder.path)
     return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
 

@@ -1,41 +1,38 @@
-"""Optimizers by name: Muon for weight matrices with AdamW for the rest, AdamW, or any other."""
+"""Optimizers and schedules by name.
 
+An optimizer is a function (model, settings) -> torch.optim.Optimizer, registered under the name that recipes
+give as `optimizer.name`. docs/recipes.md shows how to add one.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 import pytorch_optimizer
 import torch
-from pytorch_optimizer import Muon
-from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, get_scheduler
+from torch import nn
+from transformers import get_scheduler
 
 from calm.errors import InputError, reason_of
-from calm.models.heads import GenerativeHead
+from calm.training.muon import muon_with_adamw
 from calm.training.recipe import OptimizerSettings
 
+OptimizerBuilder = Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]
+_BUILDERS: dict[str, OptimizerBuilder] = {}
+_ENTRY_POINTS = "calm.optimizers"
 
-class MuonWithAdamW(Muon):
-    """`pytorch_optimizer.Muon` that orthogonalises in float32 on a CPU.
 
-    The library, like torch.optim.Muon, always uses bfloat16; a CPU without bfloat16 instructions
-    multiplies such matrices about 80 times slower than float32 ones.
+def register_optimizer(name: str, build: OptimizerBuilder) -> None:
+    """Make an optimizer known under a name.
+
+    An installed package can instead name, as an entry point of the group "calm.optimizers", a module that
+    calls this; it is imported when a recipe asks for an optimizer of the entry point's name.
+
+    Args:
+        name: The name in recipes.
+        build: Makes the optimizer from the model and the settings, over the parameters that are trained.
     """
-
-    @staticmethod
-    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
-        sharded = [update for update in updates if isinstance(update, DTensor)]
-        if sharded:  # Each process does the work for whole matrices.
-            whole = MuonWithAdamW._orthogonalize(group, [update.full_tensor() for update in sharded])
-            return [
-                distribute_tensor(matrix, update.device_mesh, update.placements, src_data_rank=None)
-                for matrix, update in zip(whole, sharded, strict=True)
-            ]
-        dtype = torch.bfloat16 if updates[0].is_cuda else torch.float32
-        result = zero_power_via_newton_schulz_5(
-            torch.stack(updates), num_steps=group["ns_steps"], weights=group["ns_coeffs"], dtype=dtype
-        )
-        return list(result.unbind())
+    _BUILDERS[name] = build
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -44,15 +41,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     Raises:
         InputError: If the name is unknown.
     """
-    optimizer_class = find_optimizer(settings.name)
-    if optimizer_class is MuonWithAdamW:
-        return _muon(model, settings)
-    groups, rate = _decayed_and_not(model, settings.weight_decay), settings.learning_rate
-    if optimizer_class is torch.optim.AdamW:
-        betas = (settings.beta1, settings.beta2)
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True)
-    build: Any = optimizer_class  # Each class has arguments of its own.
-    return build(groups, lr=rate, **settings.extra)
+    if settings.name not in _BUILDERS:
+        for entry_point in entry_points(group=_ENTRY_POINTS, name=settings.name):
+            entry_point.load()
+    return _BUILDERS.get(settings.name, _of_pytorch_optimizer)(model, settings)
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:
@@ -67,20 +59,39 @@ def check_optimizer(settings: OptimizerSettings) -> None:
         ) from error
 
 
-def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class that a recipe names.
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of parameters: matrices and embeddings decay, biases and norms do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
-    Raises:
-        InputError: If the name is unknown.
-    """
-    if name in ("muon", "adamw"):
-        return {"muon": MuonWithAdamW, "adamw": torch.optim.AdamW}[name]
+
+def _adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        decay_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+
+def _of_pytorch_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     try:
-        return pytorch_optimizer.load_optimizer(name)
+        build: Any = pytorch_optimizer.load_optimizer(settings.name)  # Each class has arguments of its own.
     except (NotImplementedError, ValueError, ImportError) as error:
+        known = ", ".join(_BUILDERS)
         raise InputError(
-            f"there is no optimizer '{name}'; use muon, adamw or a name of pytorch_optimizer."
+            f"there is no optimizer '{settings.name}'; use {known} or a name of pytorch_optimizer."
         ) from error
+    groups = decay_groups(model, settings.weight_decay)
+    return build(groups, lr=settings.learning_rate, **settings.extra)
+
+
+register_optimizer("muon", muon_with_adamw)
+register_optimizer("adamw", _adamw)
 
 
 def build_scheduler(
@@ -94,53 +105,3 @@ def build_scheduler(
         return get_scheduler("warmup_stable_decay", optimizer, warmup, steps, extra)
     name = {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule)
     return get_scheduler(name, optimizer, warmup, steps)
-
-
-def _muon(model: nn.Module, settings: OptimizerSettings) -> MuonWithAdamW:
-    """Muon where a matrix maps features to features; AdamW where rows or columns are symbols.
-
-    AdamW's part: embeddings of tokens, in and out, biases and norms, and of a head the layers that meet
-    noise or latents.
-    """
-    unsuited = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    scores = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if scores is not None:
-        unsuited |= {id(p) for p in scores.parameters()}
-    for module in model.modules():
-        if isinstance(module, GenerativeHead):
-            unsuited |= {id(p) for part in module.boundary_layers() for p in part.parameters()}
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and id(parameter) not in unsuited
-            (matrices if is_matrix else rest).append(parameter)
-    return MuonWithAdamW(
-        [
-            {
-                "params": matrices,
-                "use_muon": True,
-                "lr": settings.learning_rate,
-                "momentum": settings.momentum,
-                "weight_decay": settings.weight_decay,
-                "ns_steps": settings.newton_schulz_steps,
-            },
-            {
-                "params": rest,
-                "use_muon": False,
-                "lr": settings.adamw_learning_rate,
-                "betas": (settings.beta1, settings.beta2),
-                "eps": settings.epsilon,
-                "weight_decay": 0.0,
-            },
-        ]
-    )
-
-
-def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings decay, biases and norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]

@@ -1,4 +1,4 @@
-"""Whether this machine can do what a recipe asks of it, tried before hours of work."""
+"""Whether this machine can do what a recipe asks for, found out before hours of work."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ _BYTES_OF_A_WEIGHT = 4
 
 
 def check_compiler(training: TrainingSettings, name: str) -> None:
-    """Raise InputError if a stage is to be compiled, and there is no compiler for what torch generates."""
+    """Raise InputError if a stage is to be compiled, but there is no C++ compiler."""
     if not training.compile:
         return
     compiler = os.environ.get("CXX")
@@ -33,15 +33,10 @@ def check_attention(settings: LanguageModelSettings) -> None:
     """Raise InputError if an attention does not train a small model here."""
     if settings.attention in _ALWAYS:
         return
-    heads = settings.num_key_value_heads or settings.num_heads
-    shape: dict[str, Any] = {
-        "hidden_size": settings.hidden_size,
-        "num_attention_heads": settings.num_heads,
-        "num_key_value_heads": heads,
-        "attn_implementation": settings.attention,
-    }
+    small = settings.as_llama() | {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    small["attn_implementation"] = settings.attention
     try:
-        config = LlamaConfig(vocab_size=8, intermediate_size=8, num_hidden_layers=1, **shape)
+        config = LlamaConfig(**small)
         model: Any = nn.Module.to(LlamaForCausalLM(config), best_device())
         tokens = torch.ones(1, 8, dtype=torch.long, device=model.device)
         is_half = settings.training.precision == "bf16"

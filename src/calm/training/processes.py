@@ -1,4 +1,4 @@
-"""Training on many processes: `torchrun` or `accelerate launch` start them, each runs the same command."""
+"""Several processes: `torchrun` or `accelerate launch` starts them, and all run the same command."""
 
 from datetime import timedelta
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-# The first process lays out the blocks of a text while the others wait; torch would give up after minutes.
+# Others wait while the first process lays out the blocks of a text; torch would give up after minutes.
 _LONGEST_WAIT = timedelta(days=1)
 
 
@@ -19,5 +19,5 @@ torch.serialization.register_package(100, lambda _: None, _on_a_cpu)
 
 
 def processes() -> PartialState:
-    """The processes of this run; alone without a launcher. The first call joins the group."""
+    """The processes of this run; just this one without a launcher. The first call joins the group."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)

@@ -1,4 +1,4 @@
-"""One line of text for each evaluation, and the loss on the progress bar."""
+"""The progress bar shows the loss; each evaluation gets a line of its own."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 
 
 class ProgressLines(ProgressCallback):
-    """The Trainer's bar with readable figures instead of printed dictionaries."""
+    """The Trainer's progress bar with readable numbers instead of printed dictionaries."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Show the loss beside the bar and held-out figures on a line of their own."""
+        """Show the loss beside the bar, and held-out scores on a line of their own."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:

@@ -1,8 +1,14 @@
-"""Ranges of the numbers in recipes: what lies outside is found before anything is begun."""
+"""Ranges of the numbers in recipes, checked before any work is done."""
 
 import dataclasses
 from typing import Any
 
+from calm.models.hyperparameters import (
+    AUTOENCODER_RANGES,
+    DECODER_RANGES,
+    INPUT_RANGES,
+    SHARES_BELOW_ONE,
+)
 from calm.ranges import DOCUMENT_MB, Range
 from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, LoraSettings
 from calm.training.recipe import (
@@ -16,16 +22,12 @@ from calm.training.recipe import (
 
 _COUNT = Range(0, 10**12)
 _POSITIVE_COUNT = Range(1, 10**12)
-_SIZE = Range(1, 10**6)
-_LAYERS = Range(1, 10_000)
 _PROCESSES = Range(0, 4096)
 _RATE = Range(0)
-_ABOVE_ZERO = Range(0, has_least=False)
 _SHARE = Range(0, 1)
-_SHARE_BELOW_ONE = Range(0, 1, has_most=False)
 _PART = Range(0, 1, has_least=False, has_most=False)
 _SEED = Range(0, 2**32 - 1)
-# Every number of every group of settings.
+# Every number in every group of settings; those that model configurations share are in models/.
 RANGES: dict[type, dict[str, Range]] = {
     DataSettings: {
         "validation_fraction": _PART,
@@ -40,10 +42,10 @@ RANGES: dict[type, dict[str, Range]] = {
         "learning_rate": _RATE,
         "adamw_learning_rate": _RATE,
         "weight_decay": _RATE,
-        "beta1": _SHARE_BELOW_ONE,
-        "beta2": _SHARE_BELOW_ONE,
+        "beta1": SHARES_BELOW_ONE,
+        "beta2": SHARES_BELOW_ONE,
         "epsilon": _RATE,
-        "momentum": _SHARE_BELOW_ONE,
+        "momentum": SHARES_BELOW_ONE,
         "newton_schulz_steps": Range(1, 100),
         "warmup_steps": _COUNT,
         "decay_fraction": _SHARE,
@@ -60,30 +62,11 @@ RANGES: dict[type, dict[str, Range]] = {
         "keep_checkpoints": _POSITIVE_COUNT,
         "num_workers": _PROCESSES,
     },
-    AutoencoderSettings: {
-        "latent_size": _SIZE,
-        "hidden_size": _SIZE,
-        "intermediate_size": _SIZE,
-        "num_encoder_layers": _LAYERS,
-        "num_decoder_layers": _LAYERS,
-        "token_dropout": _SHARE_BELOW_ONE,
-        "latent_dropout": _SHARE_BELOW_ONE,
-        "kl_weight": _RATE,
-        "kl_floor": _RATE,
-    },
-    LanguageModelSettings: {
-        "hidden_size": _SIZE,
-        "intermediate_size": _SIZE,
-        "num_layers": _LAYERS,
-        "num_heads": _SIZE,
-        "num_key_value_heads": _SIZE,
-        "max_chunks": Range(1, 10**9),
-        "rope_theta": _ABOVE_ZERO,
-        "embedding_initializer_range": _RATE,
-    },
+    AutoencoderSettings: AUTOENCODER_RANGES,
+    LanguageModelSettings: DECODER_RANGES | INPUT_RANGES,
     Recipe: {"seed": _SEED, "chunk_size": Range(1, 1024)},
     ExampleSettings: {"validation_fraction": _PART, "context": Range(1, 10**9)},
-    LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": _SHARE_BELOW_ONE},
+    LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": SHARES_BELOW_ONE},
     AnswerSettings: {"number": _COUNT, "temperature": _SHARE, "num_draws": Range(1, 10**6)},
     FinetuningRecipe: {"seed": _SEED},
 }
@@ -94,7 +77,7 @@ def check_ranges(settings: Any, before: str = "") -> None:
 
     Args:
         settings: A recipe or a group of its settings.
-        before: Dotted name of the group, with a dot at its end.
+        before: Dotted name of the group, ending with a dot.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{before}{field.name}"

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from calm.errors import InputError
+from calm.models.hyperparameters import (
+    AutoencoderHyperparameters,
+    DecoderHyperparameters,
+    InputHyperparameters,
+)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +78,7 @@ class OptimizerSettings:
         beta2: Second moment of AdamW.
         epsilon: Epsilon of AdamW.
         momentum: Momentum of muon.
-        newton_schulz_steps: Iterations of muon's orthogonalisation.
+        newton_schulz_steps: Iterations of muon's orthogonalization.
         schedule: Shape of the rate after warm-up.
         warmup_steps: Steps of linear rise.
         decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.
@@ -162,53 +167,33 @@ class TrainingSettings:
 
 
 @dataclass(kw_only=True)
-class AutoencoderSettings:
-    """The chunk autoencoder.
+class _Trained:
+    """What need not be trained.
 
     Args:
         path: A trained autoencoder folder (or a model folder with one inside) to use; none trains one.
-        kind: "mlp" for the published autoencoder, "codes" for fixed codes of tokens, which need no training
-            and of what follows only the latent size.
-        latent_size: Dimensions of a latent.
-        hidden_size: Width.
-        intermediate_size: Inner width of the MLPs.
-        num_encoder_layers: Blocks of the encoder, an even number.
-        num_decoder_layers: Blocks of the decoder, an even number.
-        token_dropout: Share of input tokens dropped in training.
-        latent_dropout: Share of latent entries dropped in training.
-        kl_weight: Weight of the KL term.
-        kl_floor: Least KL counted for each latent dimension, in nats.
-        training: How it is trained.
     """
 
     path: str | None = None
-    kind: Literal["mlp", "codes"] = "mlp"
-    latent_size: int = 128
-    hidden_size: int = 512
-    intermediate_size: int = 1280
-    num_encoder_layers: int = 2
-    num_decoder_layers: int = 2
-    token_dropout: float = 0.15
-    latent_dropout: float = 0.15
-    kl_weight: float = 1e-3
-    kl_floor: float = 0.5
+
+
+# Settings of the last base come first: in the help, in recipes that are written, and in their digests.
+@dataclass(kw_only=True)
+class AutoencoderSettings(AutoencoderHyperparameters, _Trained):
+    """The chunk autoencoder.
+
+    Args:
+        training: How it is trained.
+    """
+
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 @dataclass(kw_only=True)
-class LanguageModelSettings:
+class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
     """The backbone over chunks and its head; for an autoregressive model, the decoder over tokens.
 
     Args:
-        hidden_size: Width of the backbone.
-        intermediate_size: Inner width of its MLPs.
-        num_layers: Its layers.
-        num_heads: Attention heads.
-        num_key_value_heads: Heads of keys and values; none for as many as attention heads.
-        max_chunks: Longest sequence in chunks (in tokens for an autoregressive model).
-        rope_theta: Base of the rotary positions.
-        embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
-        backbone_input: What the backbone reads of a chunk: its tokens, its latent, or both (see CalmConfig).
         sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
             instead of all of them (DDP).
         attention: Implementation; "flash_attention_2" and others need their package.
@@ -217,15 +202,6 @@ class LanguageModelSettings:
         training: How it is trained.
     """
 
-    hidden_size: int = 512
-    intermediate_size: int = 1376
-    num_layers: int = 8
-    num_heads: int = 8
-    num_key_value_heads: int | None = None
-    max_chunks: int = 2048
-    rope_theta: float = 10000.0
-    embedding_initializer_range: float = 0.02
-    backbone_input: Literal["tokens", "latents", "both"] = "tokens"
     sharded: bool = False
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})

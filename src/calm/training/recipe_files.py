@@ -1,9 +1,7 @@
-"""Recipes as YAML: shipped ones by name, users' by path, written back beside the weights."""
+"""Recipes as YAML: shipped ones by name, others by path; written back with the weights."""
 
-import contextlib
 import dataclasses
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,25 +9,11 @@ import jsonargparse
 
 from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
-from calm.storage.folders import (
-    check_output,
-    check_spared,
-    discard_replaced,
-    emptied,
-    new_folder,
-    restore,
-    work_of,
-)
-from calm.storage.locks import LOCK, locked
-from calm.storage.ours import FINETUNED, TRAINED, FolderKind
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.processes import processes
 from calm.training.recipe import Recipe
-from calm.training.recipe_settings import RECIPE, recipe_parser, settings_in
+from calm.training.recipe_settings import RECIPE as RECIPE
+from calm.training.recipe_settings import recipe_parser, settings_in
 
-_REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
-DATA = "data"  # The prepared text of a run, in its folder.
-_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays where a folder is emptied for a run.
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
 
@@ -91,7 +75,7 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings in which two recipes differ."""
+    """Dotted names of the settings that differ between two recipes."""
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -103,82 +87,3 @@ def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
         return [] if a == b else [name.lstrip(".")]
 
     return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")
-
-
-def check_run_folder(
-    recipe: Recipe | FinetuningRecipe,
-    output: Path,
-    resume: bool,
-    overwrite: bool,
-    needed: Sequence[str] = (),
-) -> None:
-    """See that a run can begin in a folder, or go on there; nothing is changed.
-
-    Args:
-        recipe: The recipe.
-        output: The folder.
-        resume: Whether a run goes on there.
-        overwrite: Whether what is there may be removed.
-        needed: Paths, or names of other kinds, of what the run reads.
-
-    Raises:
-        InputError: If the folder is not empty, holds what the run needs, there is nothing to go on with, or
-            that has another recipe.
-    """
-    if not resume:
-        check_spared(output, needed)
-        check_output(output, _REPLACED[type(recipe)] if overwrite else None, _KEPT)
-    elif (output / RECIPE).is_file():
-        changed = differences(read_recipe_of(type(recipe), str(output / RECIPE)), recipe)
-        if changed:
-            raise InputError(
-                f"cannot resume '{output}': the recipe differs in {', '.join(changed)}; "
-                f"use the recipe in {output / RECIPE}, or another output folder."
-            )
-    else:
-        raise InputError(f"there is no run to resume in '{output}' (no {RECIPE}); leave out --resume.")
-
-
-@contextlib.contextmanager
-def held_run_folder(
-    recipe: Recipe | FinetuningRecipe,
-    output: Path,
-    resume: bool,
-    overwrite: bool,
-    needed: Sequence[str] = (),
-) -> Iterator[None]:
-    """A folder that can take a run, or go on with one, and that no other process works in meanwhile.
-
-    What a killed command has moved aside there is put back first. The arguments are those of
-    `check_run_folder`.
-
-    Raises:
-        InputError: As `check_run_folder`, or if another process is at work there.
-    """
-    if not processes().is_main_process:
-        yield
-        return
-    if not output.is_dir():
-        check_run_folder(recipe, output, resume, overwrite, needed)
-    with new_folder(output), locked(output / LOCK, f"the run '{output}'"):
-        if not (resume and (output / RECIPE).is_file()):
-            restore(output, _KEPT)
-        check_run_folder(recipe, output, resume, overwrite, needed)
-        yield
-
-
-@contextlib.contextmanager
-def opened_run_folder(recipe: Recipe | FinetuningRecipe, output: Path, resume: bool) -> Iterator[None]:
-    """The folder of a run with its recipe in it, for the block that makes the run ready.
-
-    What was there before goes when that has ended well. Otherwise the folder is as it was, but for work on
-    text that is kept there.
-    """
-    if resume:
-        yield
-        discard_replaced(output)
-        return
-    with emptied(output, _KEPT):
-        write_recipe(recipe, output / RECIPE)
-        yield
-    shutil.rmtree(work_of(output / DATA), ignore_errors=True)

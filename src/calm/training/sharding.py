@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state parted among processes: FSDP2 of torch, by way of accelerate."""
+"""Weights, gradients and optimizer state sharded over processes: torch's FSDP2 through accelerate."""
 
 import copy
 import os
@@ -31,10 +31,10 @@ def check_sharding(recipe: Recipe) -> None:
 
 
 def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for a model of which each process keeps a part.
+    """Arguments of `TrainingArguments` for a sharded model.
 
     Args:
-        model: The model; its `_no_split_modules` are gathered one at a time, all else for the whole step.
+        model: The model; each of its `_no_split_modules` is gathered when it runs, the rest for a step.
     """
     return {
         "fsdp": True,
@@ -49,26 +49,24 @@ def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def shard_on_cpu_as_well() -> None:
-    """Make accelerate shard in a group of CPU processes, as torch can; by itself it would replicate there."""
+    """Make accelerate shard over CPU processes as well, where it would replicate; torch can."""
     state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
 def keep_autocast(accelerator: Accelerator) -> None:
-    """Leave mixed precision to autocast, as without sharding: losses and gradients stay in float32."""
+    """Leave mixed precision to autocast, as without sharding, so losses and gradients stay in float32."""
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
-    """Raise InputError if a checkpoint was written sharded and the run is not, or the other way round."""
+    """Raise InputError if a checkpoint is sharded and the run is not, or the other way around."""
     if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() == is_sharded:
         return
     if is_sharded:
-        raise InputError(f"'{checkpoint}' was not written by a sharded run; go on with one process.")
-    raise InputError(
-        f"'{checkpoint}' was written by a sharded run; go on with two processes or more, as many as you like."
-    )
+        raise InputError(f"'{checkpoint}' was not written by a sharded run; resume with one process.")
+    raise InputError(f"'{checkpoint}' was written by a sharded run; resume with two processes or more.")
 
 
 def whole_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""How fast training runs: tokens a second, use of the machine, memory."""
+"""How fast training runs: tokens per second, utilization, memory."""
 
 import functools
 import resource
@@ -16,11 +16,11 @@ from calm.flops import training_flops
 
 
 class Speed(TrainerCallback):
-    """Tokens a second since they were last asked for, use of the machine, and peak memory of the run so far.
+    """Tokens per second and utilization since the last reading, and peak memory of the run so far.
 
     Args:
         tokens: Tokens of an optimizer step on this device.
-        flops: Operations per token, if they are known.
+        flops: FLOPs per token, if known.
         device: Where training runs.
         dtype: Type of its matrix products.
     """
@@ -31,7 +31,7 @@ class Speed(TrainerCallback):
         self._rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training begins, or goes on behind a step."""
+        """Training begins, or resumes after a step."""
         self._rate = matrix_rate(self._device, self._dtype) if self._flops else None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -39,9 +39,9 @@ class Speed(TrainerCallback):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside is no training."""
+        """Leave out the time spent inside the block."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # What was asked for before is training.
+            torch.cuda.synchronize(self._device)  # Kernels launched before are training.
         start = time.perf_counter()
         try:
             yield
@@ -49,7 +49,7 @@ class Speed(TrainerCallback):
             self._since += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens per second and device since the last reading, of the matrix rate, peak memory (GiB)."""
+        """Tokens per second and device since the last reading, share of `matrix_rate`, peak memory in GiB."""
         seconds, steps = time.perf_counter() - self._since, step - self._step
         self._step, self._since = step, time.perf_counter()
         if steps < 1:
@@ -62,7 +62,7 @@ class Speed(TrainerCallback):
 
 
 def known_training_flops(config: PreTrainedConfig, context: int) -> float | None:
-    """`calm.flops.training_flops`, or None where they are not known."""
+    """`calm.flops.training_flops`, or None if unknown."""
     try:
         return training_flops(config, context)
     except InputError:
@@ -71,22 +71,22 @@ def known_training_flops(config: PreTrainedConfig, context: int) -> float | None
 
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second of a large square matrix product here: what training can at most reach.
+    """FLOPs per second of a large square matrix product on a device: the most that training can reach.
 
-    None where that says nothing: half precision on a CPU may be emulated, and takes seconds; and where a GPU
-    has no room for it beside the model.
+    None for half precision on a CPU, which may be emulated and take seconds, and where a GPU has no room for
+    the matrices beside the model.
     """
     if device.type == "cpu" and dtype != torch.float32:
         return None
     size = 8192 if device.type == "cuda" else 1024
-    # A generator of its own: training must draw the same numbers with or without this.
+    # Its own generator: training must draw the same numbers with or without this.
     generator = torch.Generator(device).manual_seed(0)
     best = 0.0
     try:
         matrix = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
         for _ in range(3):
             start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # Reading a number waits for the device.
+            (matrix @ matrix)[0, 0].item()  # Reading a value waits for the device.
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     except torch.OutOfMemoryError:
         return None
@@ -94,7 +94,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Of the device, or of this process on a CPU, in GiB."""
+    """Peak memory of the device, or of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,31 +1,21 @@
-"""Generative heads: hidden state of the backbone -> draws of the next latent.
+"""Generative heads: a state of the backbone -> draws of the next chunk.
 
-A head is one file with a configuration dataclass and a module, joined in the registry under the
-name that `head_type` carries in a checkpoint. docs/heads.md shows how to add one.
+A head is one file with a configuration dataclass and a module, joined in the registry under the name that
+`head_type` carries in a checkpoint. docs/heads.md shows how to add one.
 """
 
-from calm.models.heads.base import (
-    GenerativeHead,
-    HeadConfig,
-    HeadWork,
-    build_head,
-    check_counts,
-    parse_head_config,
-    register_head,
-    takes_temperature,
-    with_sampling,
-)
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
+from calm.models.heads.contract import GenerativeHead, LatentHead, Likelihood, Target, TokenProbabilities
 from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
+from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 from calm.models.heads.flow import FlowHead, FlowHeadConfig
-from calm.models.heads.mean_flow import MeanFlowHead, MeanFlowHeadConfig
+from calm.models.heads.registry import build_head, parse_head_config, register_head, with_sampling
 from calm.models.heads.sequential import SequentialHead, SequentialHeadConfig
 
 register_head("energy", EnergyHeadConfig, EnergyHead)
 register_head("flow", FlowHeadConfig, FlowHead)
 register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
-register_head("mean_flow", MeanFlowHeadConfig, MeanFlowHead)
 register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
 register_head("sequential", SequentialHeadConfig, SequentialHead)
 
@@ -40,15 +30,16 @@ __all__ = [
     "FlowHeadConfig",
     "GenerativeHead",
     "HeadConfig",
-    "HeadWork",
-    "MeanFlowHead",
-    "MeanFlowHeadConfig",
+    "HeadFlops",
+    "LatentHead",
+    "Likelihood",
     "SequentialHead",
     "SequentialHeadConfig",
+    "Target",
+    "TokenProbabilities",
     "build_head",
     "check_counts",
     "parse_head_config",
     "register_head",
-    "takes_temperature",
     "with_sampling",
 ]

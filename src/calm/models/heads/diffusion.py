@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from calm.core.diffusion import Coefficients, DiffusionSampler, NoiseSchedule, hybrid_loss, sample
-from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
-from calm.models.heads.adaln import AdaptiveHead, AdaptiveHeadConfig
+from calm.models.heads.contract import Target
+from calm.models.heads.step_network import StepHead, StepHeadConfig
 
 # The deterministic samplers leave out steps with less signal: there the foreseen latent is an error of the
 # network divided by nearly zero, and nothing later makes up for a wrong start.
@@ -21,7 +21,7 @@ _LEAST_SIGNAL = 2.5e-3
 
 
 @dataclass(kw_only=True)
-class DiffusionHeadConfig(AdaptiveHeadConfig):
+class DiffusionHeadConfig(StepHeadConfig):
     """Fields of the diffusion head.
 
     Args:
@@ -47,7 +47,10 @@ class DiffusionHeadConfig(AdaptiveHeadConfig):
     image_likelihood: bool = False
 
     sampling_fields: ClassVar[tuple[str, ...]] = ("sampler", "num_steps", "data_bound")
-    outputs: ClassVar[int] = 2
+
+    def output_size(self, latent_size: int) -> int:
+        """See `StepHeadConfig`: the noise of a point, and its variance."""
+        return 2 * latent_size
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +74,7 @@ class DiffusionNoise(NamedTuple):
     step: Tensor
 
 
-class DiffusionHead(AdaptiveHead):
+class DiffusionHead(StepHead):
     """Sampler that removes noise, trained to predict it and its variance."""
 
     config: DiffusionHeadConfig
@@ -80,20 +83,12 @@ class DiffusionHead(AdaptiveHead):
         super().__init__(config, hidden_size, latent_size)
         self._coefficients = NoiseSchedule.cosine(config.num_timesteps).table()
 
-    def loss(
-        self,
-        hidden_PD: Tensor,
-        posterior_PZ: DiagonalGaussian,
-        generator: torch.Generator | None = None,
-        noise: DiffusionNoise | None = None,
-    ) -> Tensor:
+    def _loss(self, states_PD: Tensor, target: Target, noise: DiffusionNoise) -> Tensor:
         """Hybrid loss at N steps of every position, shape (P,); see `calm.core.diffusion`."""
-        if noise is None:
-            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
-        data_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
+        data_NPZ = target.posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         step = Coefficients.look_up(self._coefficients, noise.step)
         x_NPZ = step.signal * data_NPZ + step.noise * noise.added
-        out = self.network(x_NPZ, (noise.step,), self.prepare(hidden_PD))
+        out = self.network(x_NPZ, noise.step, self.prepare(states_PD))
         predicted_NPZ, fraction_NPZ = out.chunk(2, dim=-1)
         loss_NP = hybrid_loss(
             step,
@@ -107,14 +102,15 @@ class DiffusionHead(AdaptiveHead):
         )
         return loss_NP.mean(0)
 
-    def draw(
+    def draw_latents(
         self,
         prepared_P: Tensor,
         num_draws: int,
         randomness: Randomness = None,
         noise: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """See `GenerativeHead`.
+        """See `LatentHead`.
 
         Recorded noise is standard normal, (S, N, P, Z): the start, then that of each step but the last (which
         the deterministic samplers do not need).
@@ -127,7 +123,7 @@ class DiffusionHead(AdaptiveHead):
 
         def predict(x_NPZ: Tensor, step: int) -> tuple[Tensor, Tensor]:
             now = torch.full((), float(step), device=x_NPZ.device)
-            predicted_NPZ, fraction_NPZ = self.network(x_NPZ, (now,), prepared_P).chunk(2, dim=-1)
+            predicted_NPZ, fraction_NPZ = self.network(x_NPZ, now, prepared_P).chunk(2, dim=-1)
             return predicted_NPZ, fraction_NPZ
 
         return sample(
@@ -140,14 +136,10 @@ class DiffusionHead(AdaptiveHead):
         )
 
     def draw_noise(
-        self,
-        num_positions: int,
-        latent_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
+        self, num_positions: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> DiffusionNoise:
         """See `GenerativeHead`."""
-        shape = (self.config.num_draws, num_positions, latent_size)
+        shape = (self.config.num_draws, num_positions, self.latent_size)
         return DiffusionNoise(
             torch.randn(shape, generator=generator, device=device),
             torch.randn(shape, generator=generator, device=device),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
-from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork
+from calm.models.heads.contract import LatentHead, Target
+from calm.models.heads.fields import HeadConfig, HeadFlops
 
 
 @dataclass(kw_only=True)
@@ -53,14 +53,14 @@ class EnergyHeadConfig(HeadConfig):
                 f"got {self.noise_size}, {self.num_blocks} and {self.num_posterior_draws}."
             )
 
-    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+    def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`."""
         square = hidden_size * hidden_size
         shared = square + self.num_blocks * square
         block = square + square + 2 * square + square  # merge (its draw half), hidden, gate and up, down
         ends = self.noise_size * hidden_size + square + hidden_size * latent_size
         per_draw = self.num_blocks * block + ends
-        return HeadWork(shared, per_draw, 3 * shared, 3 * per_draw, self.num_draws)
+        return HeadFlops.of_forward_pass(shared, per_draw, self.num_draws)
 
 
 class EnergyNoise(NamedTuple):
@@ -92,7 +92,7 @@ class _Block(GradientCheckpointingLayer):
         return draws_NPD + self.down(F.silu(gate) * up)
 
 
-class EnergyHead(GenerativeHead):
+class EnergyHead(LatentHead):
     """Single-step sampler trained by the energy loss.
 
     Args:
@@ -104,8 +104,7 @@ class EnergyHead(GenerativeHead):
     config: EnergyHeadConfig
 
     def __init__(self, config: EnergyHeadConfig, hidden_size: int, latent_size: int) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, hidden_size, latent_size)
         eps = config.layer_norm_eps
         self.noise_in = nn.Linear(config.noise_size, hidden_size)
         self.noise_norm = nn.LayerNorm(hidden_size, eps=eps)
@@ -116,50 +115,39 @@ class EnergyHead(GenerativeHead):
         self.out_hidden = nn.Linear(hidden_size, hidden_size)
         self.out = ZeroLinear(hidden_size, latent_size)  # All draws start at one point.
 
-    def loss(
-        self,
-        hidden_PD: Tensor,
-        posterior_PZ: DiagonalGaussian,
-        generator: torch.Generator | None = None,
-        noise: EnergyNoise | None = None,
-    ) -> Tensor:
-        """Energy loss of every position, shape (P,); see `calm.core.energy`."""
+    def _loss(self, states_PD: Tensor, target: Target, noise: EnergyNoise) -> Tensor:
+        """Energy loss of every position, (P,); see `calm.core.energy`."""
         config = self.config
-        if noise is None:
-            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
-        draws_NPZ = self.sample(hidden_PD, config.num_draws, noise=noise.head)
+        draws_NPZ = self.sample_latents(states_PD, config.num_draws, noise=noise.head)
         if config.num_posterior_draws == 0:
-            return energy_loss_to_gaussian(draws_NPZ, posterior_PZ, config.alpha)
-        targets_MPZ = posterior_PZ.sample(config.num_posterior_draws, noise=noise.posterior)
+            return energy_loss_to_gaussian(draws_NPZ, target.posterior_PZ, config.alpha)
+        targets_MPZ = target.posterior_PZ.sample(config.num_posterior_draws, noise=noise.posterior)
         return energy_loss(draws_NPZ, targets_MPZ, config.alpha)
 
     def draw_noise(
-        self,
-        num_positions: int,
-        latent_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
+        self, num_positions: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> EnergyNoise:
         """See `GenerativeHead`."""
         config = self.config
         head_NPU = uniform(config.num_draws, num_positions, config.noise_size, generator, device) - 0.5
-        shape = (config.num_posterior_draws, num_positions, latent_size)
+        shape = (config.num_posterior_draws, num_positions, self.latent_size)
         posterior_MPZ = torch.randn(shape, generator=generator, device=device) if shape[0] else None
         return EnergyNoise(head_NPU, posterior_MPZ)
 
-    def prepare(self, hidden_PD: Tensor) -> Tensor:
+    def prepare(self, states_PD: Tensor) -> Tensor:
         """The condition's part of every block, (P, blocks, D)."""
-        condition_PD = self.condition_norm(self.condition_in(hidden_PD))
+        condition_PD = self.condition_norm(self.condition_in(states_PD))
         return torch.stack([cast(_Block, block).share(condition_PD) for block in self.blocks], dim=1)
 
-    def draw(
+    def draw_latents(
         self,
         prepared_P: Tensor,
         num_draws: int,
         randomness: Randomness = None,
         noise: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """See `GenerativeHead`; recorded noise is uniform in [-0.5, 0.5], of shape (N, P, U)."""
+        """See `LatentHead`; recorded noise is uniform in [-0.5, 0.5], of shape (N, P, U)."""
         if noise is None:
             size, device = self.config.noise_size, prepared_P.device
             noise = uniform(num_draws, len(prepared_P), size, randomness, device) - 0.5

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from calm.core.flow import CALLS_PER_STEP, Solver, solve, straight_path
-from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
-from calm.models.heads.adaln import UNITS_OF_TIME, AdaptiveHead, AdaptiveHeadConfig
+from calm.models.heads.contract import Target
+from calm.models.heads.step_network import UNITS_OF_TIME, StepHead, StepHeadConfig
 
 
 @dataclass(kw_only=True)
-class FlowHeadConfig(AdaptiveHeadConfig):
+class FlowHeadConfig(StepHeadConfig):
     """Fields of the flow-matching head.
 
     Args:
@@ -57,39 +57,32 @@ class FlowNoise(NamedTuple):
     time: Tensor
 
 
-class FlowHead(AdaptiveHead):
+class FlowHead(StepHead):
     """Sampler that integrates a velocity field, trained by squared error."""
 
     config: FlowHeadConfig
 
-    def loss(
-        self,
-        hidden_PD: Tensor,
-        posterior_PZ: DiagonalGaussian,
-        generator: torch.Generator | None = None,
-        noise: FlowNoise | None = None,
-    ) -> Tensor:
+    def _loss(self, states_PD: Tensor, target: Target, noise: FlowNoise) -> Tensor:
         """Mean squared error of the velocity at N points of every position, shape (P,)."""
-        if noise is None:
-            noise = self.draw_noise(len(hidden_PD), posterior_PZ.mean.shape[-1], generator, hidden_PD.device)
-        targets_NPZ = posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
+        targets_NPZ = target.posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
-        predicted_NPZ = self.network(x_NPZ, (self._in_units(noise.time),), self.prepare(hidden_PD))
+        predicted_NPZ = self.network(x_NPZ, self._in_units(noise.time), self.prepare(states_PD))
         return (predicted_NPZ - velocity_NPZ).square().mean(-1).mean(0)
 
-    def draw(
+    def draw_latents(
         self,
         prepared_P: Tensor,
         num_draws: int,
         randomness: Randomness = None,
         noise: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """See `GenerativeHead`; recorded noise is standard normal, of shape (N, P, Z)."""
+        """See `LatentHead`; recorded noise is standard normal, of shape (N, P, Z)."""
         start_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, noise)
 
         def velocity(x_NPZ: Tensor, time: float) -> Tensor:
             now = torch.full((), time, device=x_NPZ.device)
-            return self.network(x_NPZ, (self._in_units(now),), prepared_P)
+            return self.network(x_NPZ, self._in_units(now), prepared_P)
 
         return solve(velocity, start_NPZ, self.config.num_steps, self.config.solver)
 
@@ -99,14 +92,10 @@ class FlowHead(AdaptiveHead):
         return (bins * time).floor().clamp_max(bins - 1) if bins else UNITS_OF_TIME * time
 
     def draw_noise(
-        self,
-        num_positions: int,
-        latent_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
+        self, num_positions: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> FlowNoise:
         """See `GenerativeHead`."""
-        shape = (self.config.num_draws, num_positions, latent_size)
+        shape = (self.config.num_draws, num_positions, self.latent_size)
         return FlowNoise(
             torch.randn(shape, generator=generator, device=device),
             torch.randn(shape, generator=generator, device=device),

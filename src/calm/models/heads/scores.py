@@ -28,18 +28,15 @@ def cross_entropy(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Te
 
 
 def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
-    """Of each row's law: probability of a token, sum of the squares of all, and the highest, (3, M)."""
-    parts = zip(laws(vectors_MX, table_VX), tokens_M.split(_rows_at_once(table_VX)), strict=True)
+    """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
+    tokens = tokens_M.split(_rows_at_once(table_VX))
+    parts = zip(token_distributions(vectors_MX, table_VX), tokens, strict=True)
     return torch.cat(
         [
             torch.stack(
-                [
-                    law_MV.gather(1, part_M.unsqueeze(-1)).squeeze(-1),
-                    law_MV.square().sum(-1),
-                    law_MV.amax(-1),
-                ]
+                [p_MV.gather(1, part_M.unsqueeze(-1)).squeeze(-1), p_MV.square().sum(-1), p_MV.amax(-1)]
             )
-            for law_MV, part_M in parts
+            for p_MV, part_M in parts
         ],
         dim=-1,
     )
@@ -52,8 +49,24 @@ def likeliest(vectors_MX: Tensor, table_VX: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
 
-def laws(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
-    """The law of the vocabulary for each row, (m, V), for some rows at a time."""
+def draw_tokens(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """A token from each row's distribution: where its running sum first exceeds the uniform number, (M,).
+
+    And the last of these sums, (M,): 1 but for rounding, and not finite where the scores are not.
+    """
+    chosen, totals, first = [], [], 0
+    for p_MV in token_distributions(vectors_MX, table_VX):
+        sums_MV = p_MV.cumsum(-1)
+        # Times the last sum, which is not quite 1: no number lies beyond it.
+        points_M1 = uniform_M[first : first + len(p_MV), None].to(sums_MV.dtype) * sums_MV[:, -1:]
+        chosen.append(torch.searchsorted(sums_MV, points_M1, right=True).squeeze(-1))
+        totals.append(sums_MV[:, -1])
+        first += len(p_MV)
+    return torch.cat(chosen).clamp_max(len(table_VX) - 1), torch.cat(totals)
+
+
+def token_distributions(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
+    """The distribution over the vocabulary of each row, (m, V), for some rows at a time."""
     for part_MX in vectors_MX.split(_rows_at_once(table_VX)):
         yield F.linear(part_MX, table_VX).float().softmax(-1)
 

@@ -1,11 +1,11 @@
-"""The verbs of the command line."""
+"""The commands of the command line."""
 
 from collections.abc import Callable
 
-from calm.verbs.making import ablate, compare, demo, finetune, prepare, train
-from calm.verbs.using import doctor, evaluate, flops, generate, import_published, serve, share
+from calm.commands.making import ablate, compare, demo, finetune, prepare, train
+from calm.commands.using import doctor, evaluate, flops, generate, import_published, serve, share
 
-VERBS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "prepare": prepare,
     "train": train,

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_columns
 from transformers.cache_utils import DynamicCache
 
-from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos
+from calm.core.chunks import as_id_tensor, end_after_eos
 from calm.core.random import generator_of_row
-from calm.core.temperature import ChunkSample, TemperatureSettings
+from calm.core.samplers import Sampler
+from calm.core.temperature import ChunkSample
 from calm.errors import reason_of
-from calm.models.calm import CalmForCausalLM
+from calm.models.writing.model import ChunkModel
+from calm.models.writing.prompts import Prompt, read_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +29,14 @@ class Row:
     """A text that is being written.
 
     Args:
-        settings: How its chunks are sampled.
+        sampler: How its chunks are sampled.
         budget: Tokens that may still be written.
         generator: Source of its randomness.
         position: Position of its next chunk.
         has_ended: Whether it has left.
     """
 
-    settings: TemperatureSettings
+    sampler: Sampler
     budget: int
     generator: torch.Generator
     position: int
@@ -90,7 +92,7 @@ class ChunkBatch:
         draws_at_once: Draws of all rows together that are held in memory; rows that may make more take turns.
     """
 
-    def __init__(self, model: CalmForCausalLM, draws_at_once: int = 4096) -> None:
+    def __init__(self, model: ChunkModel, draws_at_once: int = 4096) -> None:
         self._model, self._draws_at_once = model, draws_at_once
         self._rows: list[Row] = []
         self._cache = DynamicCache(config=model.config.backbone)
@@ -106,7 +108,7 @@ class ChunkBatch:
     def join(
         self,
         prompt: Sequence[int],
-        settings: TemperatureSettings,
+        sampler: Sampler,
         budget: int,
         seed: int,
         copy: int = 0,
@@ -115,27 +117,19 @@ class ChunkBatch:
 
         Args:
             prompt: Its tokens, at least one.
-            settings: How chunks are sampled.
+            sampler: How chunks are sampled.
             budget: Most new tokens, at least 1.
             seed: With the prompt and the copy it decides the text.
             copy: Which of several texts of the same prompt and seed, as of `num_return_sequences`.
         """
-        device, size = self._model.device, self._model.config.chunk_size
-        ids_1T = torch.tensor([list(prompt)], device=device)
-        tokens_1T, mask_1C = align_to_chunks(ids_1T, torch.ones_like(ids_1T), size, self._pad)
+        chunks = Prompt.of(self._model, prompt)
         cache = DynamicCache(config=self._model.config.backbone)
-        outputs = self._model(
-            tokens_1T,
-            attention_mask=mask_1C.repeat_interleave(size, dim=1),
-            position_ids=(mask_1C.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        generator = generator_of_row(seed, prompt, copy, device)
-        row = Row(settings, budget, generator, position=int(mask_1C.sum()))
+        states_1CD = chunks.read(self._model, cache)
+        generator = generator_of_row(seed, prompt, copy, self._model.device)
+        row = Row(sampler, budget, generator, position=int(chunks.mask_BC.sum()))
         alone = ChunkBatch(self._model, self._draws_at_once)
-        alone._rows, alone._cache, alone._mask_RC = [row], cache, mask_1C
-        alone._hidden_RD = outputs.last_hidden_state[:, -1]
+        alone._rows, alone._cache, alone._mask_RC = [row], cache, chunks.mask_BC
+        alone._hidden_RD = states_1CD[:, -1]
         self._append(alone)
         return row
 
@@ -221,17 +215,17 @@ class ChunkBatch:
         self._rows = [*self._rows, *other._rows]
 
     def _sample(self) -> tuple[Tensor, list[Written]]:
-        """The next chunk of every row (R, K), by rows of equal settings."""
+        """The next chunk of every row (R, K), by rows of equal samplers."""
         size = self._model.config.chunk_size
         chunks_RK = torch.full((len(self._rows), size), self._pad, device=self._model.device)
         written: list[Written | None] = [None] * len(self._rows)
-        for settings, places in self._turns():
+        for sampler, places in self._turns():
             chosen = torch.tensor(places, device=self._model.device)
             generators = [self._rows[place].generator for place in places]
             hidden_AD = self._hidden_RD[chosen]
             if not bool(hidden_AD.isfinite().all()):  # Not every head would notice.
                 raise ValueError("the state of the model is not finite; its weights may be damaged.")
-            sample = self._model.sample_chunks(hidden_AD, settings, generators)
+            sample = self._model.sample_chunks(hidden_AD, sampler, generators)
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, self._eos_ids, self._pad)
             chunks_RK[chosen] = chunk_AK
             for number, place in enumerate(places):
@@ -240,12 +234,12 @@ class ChunkBatch:
                 )
         return chunks_RK, [one for one in written if one is not None]
 
-    def _turns(self) -> Iterator[tuple[TemperatureSettings, list[int]]]:
-        """Places of rows that are sampled together: of equal settings, and not too many draws."""
-        for settings in dict.fromkeys(row.settings for row in self._rows):
-            places = [place for place, row in enumerate(self._rows) if row.settings == settings]
-            most = max(1, self._draws_at_once // _most_draws(settings))
-            yield from ((settings, places[first : first + most]) for first in range(0, len(places), most))
+    def _turns(self) -> Iterator[tuple[Sampler, list[int]]]:
+        """Places of rows that are sampled together: by equal samplers, and not too many draws."""
+        for sampler in dict.fromkeys(row.sampler for row in self._rows):
+            places = [place for place, row in enumerate(self._rows) if row.sampler == sampler]
+            most = max(1, self._draws_at_once // sampler.most_draws)
+            yield from ((sampler, places[first : first + most]) for first in range(0, len(places), most))
 
     def _note(self, row: Row, chunk_K: Tensor, ends: bool, sample: ChunkSample, number: int) -> Written:
         """Count a chunk of a row, and tell what of it is text."""
@@ -271,17 +265,11 @@ class ChunkBatch:
         self._select(places)
         if not places:
             return
-        size = self._model.config.chunk_size
         self._mask_RC = pad_columns(self._mask_RC, (0, 1), value=1)
-        positions = torch.tensor([[row.position] for row in self._rows], device=self._model.device)
-        outputs = self._model(
-            chunks_RK[torch.tensor(places, device=chunks_RK.device)],
-            attention_mask=self._mask_RC.repeat_interleave(size, dim=1),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._hidden_RD = outputs.last_hidden_state[:, -1]
+        position_R1 = torch.tensor([[row.position] for row in self._rows], device=self._model.device)
+        kept_RK = chunks_RK[torch.tensor(places, device=chunks_RK.device)]
+        states_R1D = read_chunks(self._model, kept_RK, self._mask_RC, position_R1, self._cache)
+        self._hidden_RD = states_R1D[:, -1]
         for row in self._rows:
             row.position += 1
 
@@ -329,28 +317,20 @@ class _State:
             row.generator.set_state(state)
 
 
-def _most_draws(settings: TemperatureSettings) -> int:
-    """Draws of a row that are held at once."""
-    if settings.takes_one_draw:
-        return 1
-    is_exact = settings.sampler == "exact" and settings.temperature > 0
-    return settings.max_draws if is_exact else settings.num_draws
-
-
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values (R, heads, C, d) of each layer."""
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def _cache_of(layers: list[tuple[Tensor, Tensor]], model: CalmForCausalLM) -> DynamicCache:
+def _cache_of(layers: list[tuple[Tensor, Tensor]], model: ChunkModel) -> DynamicCache:
     cache = DynamicCache(config=model.config.backbone)
     for number, (keys, values) in enumerate(layers):
         cache.update(keys, values, number)
     return cache
 
 
-def _side_by_side(first: DynamicCache, second: DynamicCache, model: CalmForCausalLM) -> DynamicCache:
+def _side_by_side(first: DynamicCache, second: DynamicCache, model: ChunkModel) -> DynamicCache:
     """The rows of two caches in one, the shorter with padding in front (masked by whoever reads it)."""
     layers = []
     for pair in zip(_layers(first), _layers(second), strict=True):

@@ -3,44 +3,42 @@
 Shapes: B batch, T tokens, C chunks, D hidden size.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-if TYPE_CHECKING:
-    from calm.models.calm import CalmForCausalLM
+from calm.models.writing.model import ChunkModel
+from calm.models.writing.prompts import Prompt, positions_of, read_chunks
 
 # Lengths of static caches are powers of two from here on: texts of many lengths share a compiled step.
 _SHORTEST_STATIC = 64
 
 
 class BackboneSteps:
-    """States that predict the next chunk, for prompts and what is written behind them.
+    """States that predict the next chunk, for prompts and what is written after them.
 
     Args:
         model: The model.
-        mask_BC: Chunks of the prompts that hold any token, 1 or 0; padding in front.
+        prompt: The prompts.
         num_steps: Chunks that will be written at most.
         config: Used are `use_cache`, `cache_implementation` ("dynamic" or "static"), `compile_config` and
-            `disable_compile`. With a compile config, steps behind the prompt run compiled; it needs the
+            `disable_compile`. With a compile config, steps after the prompt run compiled; it needs the
             static cache, whose shapes do not change.
 
     Raises:
         ValueError: If the cache is of another kind, or a step cannot be compiled with it.
     """
 
-    def __init__(
-        self, model: "CalmForCausalLM", mask_BC: Tensor, num_steps: int, config: GenerationConfig
-    ) -> None:
+    def __init__(self, model: ChunkModel, prompt: Prompt, num_steps: int, config: GenerationConfig) -> None:
         self._model = model
+        mask_BC = prompt.mask_BC
         self._length = mask_BC.shape[1]
         self._mask_BC = torch.cat([mask_BC, mask_BC.new_ones(len(mask_BC), num_steps - 1)], dim=1)
         self._cache = self._new_cache(config)
-        self._position_BC = (self._mask_BC.cumsum(-1) - 1).clamp_min(0)
+        self._position_BC = positions_of(self._mask_BC)
         self._compile_config = _compile_config(config)
         self._seen_BT: Tensor | None = None
 
@@ -60,21 +58,15 @@ class BackboneSteps:
         position_BC = self._position_BC[:, : self._length]
         # A static cache has one shape for all steps; attention does not look ahead.
         length = None if isinstance(self._cache, StaticCache) else self._length
-        forward: Callable[..., Any] = self._model
+        forward: Any = None
         if self._compile_config is not None and earlier_BT is not None:
             forward = self._model.get_compiled_call(self._compile_config)
-        outputs = forward(
-            tokens_BT,
-            attention_mask=self._mask_BC[:, :length].repeat_interleave(size, dim=1),
-            # Copied: the strides of a part differ from step to step, and each would be compiled anew.
-            position_ids=position_BC[:, -(tokens_BT.shape[1] // size) :].clone(
-                memory_format=torch.contiguous_format
-            ),
-            past_key_values=self._cache,
-            use_cache=self._cache is not None,
+        # Copied: the strides of a part differ from step to step, and each would be compiled anew.
+        own_BC = position_BC[:, -(tokens_BT.shape[1] // size) :].clone(memory_format=torch.contiguous_format)
+        states_BCD = read_chunks(
+            self._model, tokens_BT, self._mask_BC[:, :length], own_BC, self._cache, forward
         )
-        hidden_BCD: Tensor = outputs.last_hidden_state
-        return hidden_BCD[:, -1]
+        return states_BCD[:, -1]
 
     def _new_cache(self, config: GenerationConfig) -> Cache | None:
         kind = config.cache_implementation or "dynamic"

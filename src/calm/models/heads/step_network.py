@@ -6,7 +6,7 @@ Shapes: N draws, P positions, D hidden size, Z latent size.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.random import Randomness, normal
 from calm.models.blocks import ZeroLinear
-from calm.models.heads.base import GenerativeHead, HeadConfig, HeadWork, check_counts
+from calm.models.heads.contract import LatentHead
+from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 
 UNITS_OF_TIME = 1000
 """From noise to data, in what the sines of the network are made for."""
@@ -23,8 +24,8 @@ _LONGEST_PERIOD = 10000.0
 
 
 @dataclass(kw_only=True)
-class AdaptiveHeadConfig(HeadConfig):
-    """Fields of every head with an adaptive network.
+class StepHeadConfig(HeadConfig):
+    """Fields of every head that takes steps.
 
     Args:
         num_blocks: Residual blocks.
@@ -39,15 +40,6 @@ class AdaptiveHeadConfig(HeadConfig):
     num_steps: int = 1
     frequency_size: int = 256
     layer_norm_eps: float = 1e-6
-
-    outputs: ClassVar[int] = 1
-    """Vectors of latent size that the network gives."""
-    times: ClassVar[int] = 1
-    """Times that it takes."""
-    training_passes: ClassVar[int] = 3
-    """What training a target costs, in forward passes of the network."""
-    can_recompute: ClassVar[bool] = True
-    """Whether gradient checkpointing can compute its blocks anew in the backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,25 +56,25 @@ class AdaptiveHeadConfig(HeadConfig):
 
     def output_size(self, latent_size: int) -> int:
         """Numbers that the network gives for a point."""
-        return self.outputs * latent_size
+        return latent_size
 
-    def work(self, hidden_size: int, latent_size: int) -> HeadWork:
+    def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; all steps of a draw are counted, and drawing all at once is assumed."""
         square, blocks = hidden_size * hidden_size, self.num_blocks
-        of_times = self.times * (self.frequency_size * hidden_size + square)
+        of_time = self.frequency_size * hidden_size + square
         of_norms = 3 * blocks * square + 2 * square
         ends = latent_size + self.output_size(latent_size)
         of_point = ends * hidden_size + 2 * blocks * square
-        return HeadWork(
-            shared=square + self.calls * of_norms,  # Times are embedded once for all positions.
-            per_draw=self.calls * of_point,
-            training_shared=3 * square,
-            training_per_draw=self.training_passes * (of_times + of_norms + of_point),
+        return HeadFlops(
+            shared=2 * (square + self.calls * of_norms),  # Times are embedded once for all positions.
+            per_draw=2 * self.calls * of_point,
+            training_shared=6 * square,
+            training_per_draw=6 * (of_time + of_norms + of_point),
             training_draws=self.num_draws,
         )
 
 
-class _TimeEmbedding(nn.Module):
+class TimeEmbedding(nn.Module):
     """Sines and cosines of a time -> a vector."""
 
     def __init__(self, frequency_size: int, size: int) -> None:
@@ -92,6 +84,7 @@ class _TimeEmbedding(nn.Module):
         self.out = nn.Linear(size, size)
 
     def forward(self, time: Tensor) -> Tensor:
+        """Times, (...) -> (..., size)."""
         half = self.frequency_size // 2
         exponents = torch.arange(half, device=time.device, dtype=torch.float32) / half
         angles = time.float().unsqueeze(-1) * torch.exp(-math.log(_LONGEST_PERIOD) * exponents)
@@ -124,34 +117,44 @@ class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
     """The same, computed anew in the backward pass where gradient checkpointing is on."""
 
 
-class _AdaptiveNetwork(nn.Module):
-    """Points on the way from noise to latents, their times, and a condition -> `outputs` vectors each."""
+class StepNetwork(nn.Module):
+    """Points on the way from noise to latents, their times, and a condition -> what is predicted there.
 
-    def __init__(self, config: AdaptiveHeadConfig, hidden_size: int, latent_size: int) -> None:
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+        block: Kind of its blocks.
+    """
+
+    def __init__(
+        self,
+        config: StepHeadConfig,
+        hidden_size: int,
+        latent_size: int,
+        block: type[AdaptiveBlock] = RecomputedBlock,
+    ) -> None:
         super().__init__()
         eps = config.layer_norm_eps
-        self.times = nn.ModuleList(
-            _TimeEmbedding(config.frequency_size, hidden_size) for _ in range(config.times)
-        )
+        # A list of one, which is how released checkpoints name it.
+        self.times = nn.ModuleList([TimeEmbedding(config.frequency_size, hidden_size)])
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(latent_size, hidden_size)
-        kind = RecomputedBlock if config.can_recompute else AdaptiveBlock
-        self.blocks = nn.ModuleList(kind(hidden_size, eps) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(block(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out_modulation = ZeroLinear(hidden_size, 2 * hidden_size)
         self.out = ZeroLinear(hidden_size, config.output_size(latent_size))
 
-    def forward(self, x_NPZ: Tensor, times: tuple[Tensor, ...], condition_PD: Tensor) -> Tensor:
+    def forward(self, x_NPZ: Tensor, time: Tensor, condition_PD: Tensor) -> Tensor:
         """What is predicted at every point, (N, P, `output_size`), in the type of the points.
 
         Args:
             x_NPZ: Points.
-            times: Of each point, (N, P), or one for all, (); in the latter case what time and condition
-                make of the norms is computed once for all draws of a position.
+            time: Of each point, (N, P), or one for all, (); in the latter case what time and condition make
+                of the norms is computed once for all draws of a position.
             condition_PD: What `condition_in` makes of the hidden states.
         """
-        embedded = sum(embed(time) for embed, time in zip(self.times, times, strict=True))
-        condition = F.silu(embedded + condition_PD)
+        condition = F.silu(self.times[0](time) + condition_PD)
         hidden_NPD = self.inp(x_NPZ.to(self.inp.weight.dtype))
         for block in self.blocks:
             hidden_NPD = block(hidden_NPD, condition)
@@ -159,8 +162,8 @@ class _AdaptiveNetwork(nn.Module):
         return self.out(self.out_norm(hidden_NPD) * (1 + scale) + shift).to(x_NPZ.dtype)
 
 
-class AdaptiveHead(GenerativeHead):
-    """A head with an adaptive network.
+class StepHead(LatentHead):
+    """A head with such a network.
 
     Args:
         config: Fields of the head.
@@ -168,21 +171,20 @@ class AdaptiveHead(GenerativeHead):
         latent_size: Dimensions of a latent Z.
     """
 
-    config: AdaptiveHeadConfig
+    config: StepHeadConfig
 
-    def __init__(self, config: AdaptiveHeadConfig, hidden_size: int, latent_size: int) -> None:
-        super().__init__()
-        self.config, self.latent_size = config, latent_size
-        self.network = _AdaptiveNetwork(config, hidden_size, latent_size)
+    def __init__(self, config: StepHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        self.network = StepNetwork(config, hidden_size, latent_size)
 
-    def prepare(self, hidden_PD: Tensor) -> Tensor:
+    def prepare(self, states_PD: Tensor) -> Tensor:
         """The hidden state as the network takes it, (P, D)."""
-        return self.network.condition_in(hidden_PD)
+        return self.network.condition_in(states_PD)
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet latents or times."""
         network = self.network
-        return [network.inp, network.out, *(cast(_TimeEmbedding, embed).inp for embed in network.times)]
+        return [network.inp, network.out, cast(TimeEmbedding, network.times[0]).inp]
 
     def noise_of_points(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness, recorded: Tensor | None

@@ -1,6 +1,6 @@
-"""The verbs that make models: each a typed function whose docstring is its help.
+"""The commands that make models: each a typed function whose docstring is its help.
 
-Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once.
+Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once.
 """
 
 from pathlib import Path
@@ -137,10 +137,10 @@ def compare(
     Args:
         runs: Folders of runs, or model folders, to compare.
         output: Folder of report.html and report.json, and of the runs that are trained here.
-        recipe: Train this recipe first, at several chunk sizes with equal operations.
+        recipe: Train this recipe first, at several chunk sizes with equal FLOPs.
         chunk_sizes: Those chunk sizes; 1, 2, 4 and 8 if none are given.
         no_baseline: Train no autoregressive model beside them.
-        budget: Share of the recipe's operations that each of them gets.
+        budget: Share of the recipe's FLOPs that each of them gets.
         data: Prepared folder whose held-out part is scored; that of the first run if none is given.
         context: Tokens per block; that of the recipe, or 512.
         max_blocks: Score this many blocks at most.

@@ -1,6 +1,6 @@
-"""The verbs that use models: each a typed function whose docstring is its help.
+"""The commands that use models: each a typed function whose docstring is its help.
 
-Imports of torch and transformers happen inside the verbs, so that `calm --help` answers at once. Names of
+Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once. Names of
 models are looked at before them: a mistyped one is answered in two seconds.
 """
 
@@ -83,7 +83,7 @@ def generate(
     prompt: list[str],
     max_new_tokens: int | None = None,
     temperature: float = 0.5,
-    sampler: Literal["exact", "pool", "head"] | None = None,
+    sampler: str | None = None,
     num_draws: int = 200,
     max_draws: int = 200,
     top_p: float = 1.0,
@@ -99,14 +99,15 @@ def generate(
         model: Folder or hub name of a CALM or of any causal language model of transformers.
         prompt: Text to continue; more than one are written as a batch.
         max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
-        temperature: From 0 to 1; lower is more fluent and less varied; 0 is the commonest chunk of a pool,
-            or greedy decoding where a head can.
-        sampler: exact follows the tempered law wherever max_draws suffice; pool approximates it; head is one
-            draw of a head that takes a temperature itself. None for head where there is one, else exact.
+        temperature: From 0 to 1; lower is more fluent and less varied; 0 is the most frequent chunk of a
+            pool, or greedy decoding where a head can.
+        sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it;
+            head is one draw of a head that takes a temperature itself; or the name of an installed one. None
+            for pool with top_p or min_p, else head where there is one, else exact.
         num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
         max_draws: Most draws a chunk of the exact sampler.
-        top_p: Pool only: keep the commonest chunks that make up this share of the pool.
-        min_p: Pool only: drop chunks less frequent than this share of the commonest.
+        top_p: Pool only: keep the most frequent chunks that make up this share of the pool.
+        min_p: Pool only: drop chunks less frequent than this share of the most frequent.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the text repeatable.
         stream: Print the text as it is written.
@@ -116,10 +117,14 @@ def generate(
         SEEDS.require("seed", seed)
     if stream and len(prompt) > 1:
         raise InputError("--stream takes one prompt at a time.")
+    if sampler not in (None, "exact", "pool", "head"):
+        from calm.models.writing.sampler_registry import check_name
+
+        check_name(sampler)
     prompt = [as_text(text) for text in prompt]
     _look_for(model)
-    from calm.generation import continue_texts
     from calm.models.loading import load_language_model_and_tokenizer
+    from calm.texts import continue_texts
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     texts = continue_texts(
@@ -183,7 +188,7 @@ def flops(
     published: bool = False,
     head: dict[str, Any] | None = None,
 ) -> None:
-    """Count parameters, training operations and the true cost of a token, by part.
+    """Count parameters, training FLOPs and the true cost of a token, by part.
 
     Args:
         target: Model folder, name of a model of the package, or a recipe (shipped name or .yaml file).
@@ -195,12 +200,11 @@ def flops(
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
     """
     from calm.flops import Work, cost_of
-    from calm.models.heads import takes_temperature
     from calm.models.loading import change_head, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
     from calm.report.tables import print_costs
-    from calm.training.configurations import model_config
+    from calm.training.build import model_config
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
 
@@ -217,9 +221,9 @@ def flops(
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
     if draws is None:
-        draws = 200 if is_calm and not takes_temperature(config.head) else 1
+        draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
     print_costs(
-        f"operations per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",
+        f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",
         cost_of(config, Work(positions, condition_per_draw=published)),
         cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None,
         draws,

@@ -1,0 +1,88 @@
+"""How a fine-tuned model is scored: its loss on held-out examples, and its answers to their prompts."""
+
+from collections.abc import Sequence
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.data.examples import Example
+from calm.models.context import room_beside
+from calm.models.language_model import language_model
+from calm.text.decoding import decode_after
+from calm.texts import continue_tokens
+
+_ANSWERS_AT_ONCE = 16
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    temperature: float,
+    num_draws: int,
+    seed: int,
+) -> list[str]:
+    """What a model writes after the prompt of each example, at most as long as the longest completion.
+
+    Args:
+        model: A CALM, or another causal language model.
+        tokenizer: Its tokenizer.
+        examples: The examples.
+        temperature: 0 to 1.
+        num_draws: Draws of a pool at temperature 0, where a head cannot decode greedily.
+        seed: Makes the answers repeatable.
+    """
+    answers = []
+    longest = max((len(example.completion) for example in examples), default=0)
+    if (room := room_beside(model.config, 1)) is not None:
+        longest = min(longest, room)
+    for start in range(0, len(examples), _ANSWERS_AT_ONCE):
+        prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
+        tokens = continue_tokens(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=longest,
+            temperature=temperature,
+            seed=seed,
+            num_draws=num_draws if temperature == 0 else None,
+            crop=True,
+        )
+        pairs = zip(prompts, tokens.tolist(), strict=True)
+        answers += [decode_after(tokenizer, prompt, new) for prompt, new in pairs]
+    return answers
+
+
+def exact_match(
+    answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Percent of the answers that are the completion, but for white space at the ends."""
+    pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
+    right = [text.strip() == wanted.strip() for text, wanted in pairs]
+    return 100 * sum(right) / len(right)
+
+
+def completions_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The completions of examples as texts."""
+    return [decode_after(tokenizer, example.prompt, example.completion) for example in examples]
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: int) -> float:
+    """Mean loss of the targets, with the same noise each time.
+
+    Args:
+        model: A CALM, or another causal language model.
+        blocks: Blocks of examples.
+        num_blocks: Score this many of them at most.
+    """
+    view, total, count = language_model(model), 0.0, 0
+    generator = torch.Generator(model.device).manual_seed(0)
+    for block in blocks.select(range(min(num_blocks, len(blocks)))).iter(batch_size=1):
+        batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
+        loss, targets = view.loss(**batch, generator=generator)
+        if targets:
+            total, count = total + float(loss) * targets, count + targets
+    return total / max(1, count)

@@ -1,0 +1,86 @@
+"""Heads by name: the name is what `head_type` carries in a checkpoint or recipe."""
+
+import dataclasses
+import difflib
+from importlib.metadata import entry_points
+from typing import Any
+
+from calm.models.heads.contract import GenerativeHead
+from calm.models.heads.fields import HeadConfig
+
+_REGISTRY: dict[str, tuple[type[HeadConfig], type[GenerativeHead]]] = {}
+_ENTRY_POINTS = "calm.heads"
+_MOVED_OUT = {"mean_flow": "examples/a_head_of_your_own.py"}
+
+
+def register_head(head_type: str, config: type[HeadConfig], head: type[GenerativeHead]) -> None:
+    """Make a head known under a name.
+
+    An installed package can instead name, as an entry point of the group "calm.heads", a module that calls
+    this; it is imported when a model or recipe asks for a head of the entry point's name.
+
+    Args:
+        head_type: The name, saved in checkpoints.
+        config: Dataclass of the head's fields.
+        head: Module built as `head(config, hidden_size, latent_size)`.
+    """
+    _REGISTRY[head_type] = (config, head)
+
+
+def parse_head_config(values: dict[str, Any]) -> HeadConfig:
+    """Typed configuration from the dict of a checkpoint.
+
+    Raises:
+        ValueError: If the head or one of its fields is unknown, or a value is out of range.
+    """
+    head_type = values.get("head_type", "energy")
+    if not isinstance(head_type, str):
+        raise ValueError(f"head_type must be the name of a head, got {head_type!r}.")
+    config_class, _ = _find_head(head_type)
+    _check_names(values, config_class, head_type)
+    return config_class(**{**values, "head_type": head_type})
+
+
+def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
+    """The same head, drawn from in another way.
+
+    Raises:
+        ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
+    """
+    _check_names(changes, type(config), config.head_type)
+    for name in changes:
+        if name not in config.sampling_fields:
+            known = ", ".join(config.sampling_fields) or "none"
+            raise ValueError(
+                f"'{name}' of a trained {config.head_type} head cannot be changed; what can: {known}."
+            )
+    return dataclasses.replace(config, **changes)
+
+
+def build_head(config: HeadConfig, hidden_size: int, latent_size: int) -> GenerativeHead:
+    """The module that belongs to a configuration."""
+    _, head_class = _find_head(config.head_type)
+    return head_class(config, hidden_size, latent_size)
+
+
+def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:
+    if head_type not in _REGISTRY:
+        for entry_point in entry_points(group=_ENTRY_POINTS, name=head_type):
+            entry_point.load()
+    if head_type not in _REGISTRY:
+        if head_type in _MOVED_OUT:
+            raise ValueError(
+                f"the {head_type} head has moved out of the package, to {_MOVED_OUT[head_type]}: "
+                "import that file first."
+            )
+        raise ValueError(f"unknown head_type '{head_type}'; known heads: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[head_type]
+
+
+def _check_names(values: dict[str, Any], config_class: type[HeadConfig], head_type: str) -> None:
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}."
+            raise ValueError(f"the {head_type} head has no field '{name}'{hint}")

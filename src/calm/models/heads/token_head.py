@@ -1,0 +1,59 @@
+"""What the heads share that learn by cross-entropy: scores of the whole vocabulary, and codes as latents.
+
+Shapes: V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calm.models.blocks import PartedLinear
+from calm.models.heads.contract import GenerativeHead
+from calm.models.heads.fields import HeadConfig, check_counts
+
+MIN_TEMPERATURE = 0.01
+"""The lowest temperature of the softmax of scores: they are divided by it."""
+
+
+@dataclass(kw_only=True)
+class TokenHeadConfig(HeadConfig):
+    """Fields of heads that score tokens.
+
+    Args:
+        rank: Size of a token's vector before the scores of the vocabulary.
+        bias_from_text: Whether a new model's scores start from how often each token occurs in its text.
+        vocab_size: Tokens; the model fills it in.
+        chunk_size: Tokens per chunk; the model fills it in.
+    """
+
+    rank: int = 64
+    bias_from_text: bool = True
+    vocab_size: int = 1
+    chunk_size: int = 1
+
+    needs_codes: ClassVar[bool] = True
+    lowest_temperature: ClassVar[float] = MIN_TEMPERATURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "rank", "vocab_size", "chunk_size")
+
+
+class TokenHead(GenerativeHead):
+    """A head whose last layer scores the vocabulary."""
+
+    config: TokenHeadConfig
+    scores: PartedLinear
+    """The last layer: vectors of tokens -> scores of the vocabulary."""
+
+    @torch.no_grad()
+    def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
+        """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
+        if self.config.bias_from_text:
+            counts_V = count_tokens().double()
+            seen_V = F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # No logarithm of 0.
+            self.scores.bias.copy_((seen_V / seen_V.sum()).log())

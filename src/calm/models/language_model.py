@@ -1,0 +1,224 @@
+"""One view of all language models: a CALM, or any causal language model of transformers.
+
+Nobody outside `models` asks which of the two a network is; `language_model` does, once.
+"""
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.core.samplers import Sampler
+from calm.core.temperature import inverse_temperature
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+from calm.models.context import longest_context
+from calm.models.heads import Likelihood
+from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
+from calm.models.writing.sampler_registry import default_sampler, sampler_from
+
+_ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
+
+
+class LanguageModel(abc.ABC):
+    """A language model as those see it who score it or let it write.
+
+    Args:
+        network: The model itself.
+    """
+
+    kind: ClassVar[str]
+    """"CALM" or "autoregressive"."""
+    autoencoder: CalmAutoencoder | None = None
+    """The autoencoder inside, if there is one."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self.network = network
+
+    @property
+    @abc.abstractmethod
+    def chunk_size(self) -> int:
+        """Tokens K of a step; 1 for a model of tokens."""
+
+    @property
+    @abc.abstractmethod
+    def has_likelihood(self) -> bool:
+        """Whether it knows the probability of a text."""
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the trained submodules: of the "backbone", and of the "head" where there is one."""
+
+    @property
+    def longest_context(self) -> int | None:
+        """Tokens of the longest text; None where there is no limit."""
+        return longest_context(self.network.config)
+
+    @abc.abstractmethod
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        """What the loss of a batch is a mean over.
+
+        Args:
+            labels: Tokens (B, T) with -100 where there is no loss.
+            position_ids: Position of every chunk in its document (B, C).
+        """
+
+    @abc.abstractmethod
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """Mean loss of a batch, and over how many targets.
+
+        Args:
+            input_ids: Tokens (B, T).
+            labels: See `count_targets`.
+            position_ids: See `count_targets`.
+            generator: Source of the noise, where the loss has any.
+        """
+
+    @abc.abstractmethod
+    def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> Reader:
+        """The model as text is scored; a `LikelihoodReader` where the probabilities of its draws are known.
+
+        Args:
+            temperature: Of its draws, by its default sampler.
+            sampler: How it draws instead; of a model of tokens only the temperature counts.
+
+        Raises:
+            ValueError: If a text cannot be read so.
+        """
+
+    @abc.abstractmethod
+    def generate(
+        self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any
+    ) -> Tensor:
+        """Prompts with their continuations; see `CalmForCausalLM.generate` for the arguments.
+
+        Raises:
+            ValueError: If an argument is out of range, or asks for what the model cannot do.
+        """
+
+
+class _Chunks(LanguageModel):
+    """A CALM."""
+
+    kind = "CALM"
+    network: CalmForCausalLM
+    parts = {"backbone": ["backbone", "projection"], "head": ["head"]}
+
+    def __init__(self, network: CalmForCausalLM) -> None:
+        super().__init__(network)
+        self.autoencoder = network.autoencoder
+
+    @property
+    def chunk_size(self) -> int:
+        return self.network.config.chunk_size
+
+    @property
+    def has_likelihood(self) -> bool:
+        return isinstance(self.network.head, Likelihood)
+
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        return self.network.count_targets(labels, position_ids)
+
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        output = self.network(input_ids, labels=labels, position_ids=position_ids, generator=generator)
+        return output.loss, int(self.count_targets(labels, position_ids))
+
+    def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> ChunkReader:
+        if sampler is None and temperature != 1:
+            name = default_sampler(self.network.config.head, temperature)
+            sampler = sampler_from(sampler=name, temperature=temperature)
+        kind = LikelihoodChunkReader if LikelihoodChunkReader.fits(self.network, sampler) else ChunkReader
+        return kind(self.network, sampler)
+
+    def generate(
+        self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any
+    ) -> Tensor:
+        output = self.network.generate(input_ids, temperature=temperature, seed=seed, **arguments)
+        assert isinstance(output, Tensor)
+        return output
+
+
+class _Tokens(LanguageModel):
+    """A causal language model of transformers."""
+
+    kind = "autoregressive"
+    chunk_size = 1
+    has_likelihood = True
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        return {"backbone": [self.network.base_model_prefix]}
+
+    def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
+        return (labels[:, 1:] != IGNORED_LABEL).sum()  # Nothing predicts the first token.
+
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        network: Any = self.network
+        output = network(input_ids=input_ids, labels=labels, position_ids=position_ids, use_cache=False)
+        return output.loss, int(self.count_targets(labels, position_ids))
+
+    def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> TokensReader:
+        self._check_readable()
+        chosen = temperature if sampler is None else sampler.temperature
+        if chosen == 0:
+            raise ValueError("accuracy and collision are measured at temperatures above 0.")
+        return TokensReader(self.network, chosen)
+
+    def _check_readable(self) -> None:
+        model = self.network
+        if not model.can_generate():
+            raise ValueError(
+                f"a {type(model).__name__} is no causal language model; there is nothing to score."
+            )
+        config = model.config.get_text_config()
+        if not hasattr(config, "num_attention_heads") or model._is_stateful or config.model_type in _ALIBI:
+            raise ValueError(
+                f"'{config.model_type}' models cannot be scored: a text is read once and left everywhere, "
+                "which takes attention alone, with positions that are given to it."
+            )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        temperature: float,
+        seed: int | None,
+        sampler: str | Sampler | None = None,
+        num_draws: int | None = None,
+        max_draws: int | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        if sampler not in (None, "exact"):
+            raise ValueError(
+                f"the {sampler} sampler is for models without probabilities; leave out --sampler."
+            )
+        inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
+        if not arguments.get("min_p"):
+            arguments.pop("min_p", None)
+        arguments |= {"do_sample": temperature > 0}
+        if temperature > 0:
+            arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
+        else:
+            arguments = {name: value for name, value in arguments.items() if name not in ("top_p", "min_p")}
+        # transformers draws from the global generator: leave that as it was.
+        devices = [self.network.device] if self.network.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            network: Any = self.network
+            return network.generate(input_ids, **arguments)
+
+
+def language_model(network: PreTrainedModel) -> LanguageModel:
+    """The view of a network."""
+    return _Chunks(network) if isinstance(network, CalmForCausalLM) else _Tokens(network)

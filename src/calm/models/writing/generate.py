@@ -1,0 +1,332 @@
+"""Writing text chunk by chunk, in the manner of `GenerationMixin.generate`.
+
+Shapes: B batch, T tokens, K tokens per chunk, C chunks, D hidden size, S steps.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from calm.core.chunks import as_id_tensor, end_after_eos, is_after_eos
+from calm.core.random import Randomness, generators_of_rows, select_rows
+from calm.core.samplers import Sampler
+from calm.core.temperature import ChunkSample
+from calm.models.context import check_room, room_beside
+from calm.models.writing.arguments import REFUSED, check_arguments
+from calm.models.writing.model import ChunkModel
+from calm.models.writing.prompts import Prompt
+from calm.models.writing.sampler_registry import default_sampler, sampler_from
+from calm.models.writing.sampling import sample_chunks
+from calm.models.writing.steps import BackboneSteps
+from calm.models.writing.stopping import Stopping
+
+logger = logging.getLogger(__name__)
+DEFAULT_MAX_NEW_TOKENS = 128
+_USED = {
+    "max_new_tokens",
+    "max_length",
+    "temperature",
+    "top_p",
+    "min_p",
+    "num_return_sequences",
+    "use_cache",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "do_sample",
+    "max_time",
+    "stop_strings",
+}
+
+
+@dataclass
+class CalmGenerateOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns; one column for each chunk written.
+
+    Args:
+        sequences: Prompts with their continuations, shape (B, T + new).
+        num_draws: Draws made, shape (B, S); 0 for rows that had ended.
+        num_needed: Draws that the decision rests on, shape (B, S).
+        fell_back: Whether the budget of the exact sampler was spent, shape (B, S).
+        agreement: Share of the draws equal to the chosen chunk, shape (B, S).
+    """
+
+    sequences: Tensor | None = None
+    num_draws: Tensor | None = None
+    num_needed: Tensor | None = None
+    fell_back: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+# transformers believes that a model writes if a base class has a name that ends in this word.
+class ChunkGenerationMixin:
+    """`generate` for models that predict chunks, and the draws that it rests on."""
+
+    @torch.no_grad()
+    def generate(
+        self: ChunkModel,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        *,
+        sampler: str | Sampler | None = None,
+        num_draws: int | None = None,
+        max_draws: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs: Any,
+    ) -> Tensor | CalmGenerateOutput:
+        """Continue each prompt by chunks until EOS or `max_new_tokens`.
+
+        Padding of a prompt goes in front of it, so that it ends on a chunk boundary; the model has
+        seen this in training, where documents start at a random offset inside their first chunk.
+
+        Args:
+            input_ids: Prompts (B, T), padded on either side where `attention_mask` is 0; one
+                beginning-of-text token when None.
+            attention_mask: (B, T), 1 on tokens of the prompt.
+            generation_config: Defaults to the model's; keyword arguments override it. Used are
+                `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
+                sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
+                `cache_implementation` and `compile_config` (see `calm.models.writing.steps`), `eos_token_id`,
+                `pad_token_id` and `return_dict_in_generate`. Others pass at their defaults and are errors
+                otherwise (see `calm.models.writing.arguments`).
+                `do_sample=False` asks for greedy decoding, which there is not for chunks, and is an error:
+                say `temperature=0` for the mode of a pool.
+            streamer: Receives the new tokens as they are written (batch of one).
+            sampler: "exact", "pool" or "head", or a sampler with settings of its own (see
+                `calm.core.samplers`), whose temperature then counts; by default "pool" with `top_p` or
+                `min_p`, "head" where the head takes the temperature, "exact" elsewhere.
+            num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
+            max_draws: Most draws a chunk of the exact sampler.
+            seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
+                and its earlier copies in the batch, not on the other rows (up to rounding, which
+                differs between shapes of a batch).
+            generator: One source of randomness for all rows, on the model's device; alternative to
+                `seed`.
+            tokenizer: The model's tokenizer; `stop_strings` need it.
+            stopping_criteria: Criteria of transformers. They are asked after every token of a chunk, and see
+                no scores.
+            **kwargs: Changes of the generation config.
+
+        Returns:
+            Prompts with their continuations (B, T + new); rows that ended are filled with padding.
+            With `return_dict_in_generate`, a `CalmGenerateOutput`, which counts draws as well.
+
+        Raises:
+            ValueError: If an argument is out of range, unknown or contradicts another, or a prompt and its
+                new tokens do not fit in the model's context.
+        """
+        config = _generation_settings(self, generation_config, kwargs)
+        cuts = {"top_p": config.top_p, "min_p": config.min_p}
+        chosen = sampler_from(
+            sampler=sampler or default_sampler(self.head.config, config.temperature, **cuts),
+            temperature=config.temperature,
+            num_draws=num_draws,
+            max_draws=max_draws,
+            **cuts,
+        )
+        prompt_BT, mask_BT = _prompts(self, input_ids, attention_mask, config)
+        randomness: Randomness = generator
+        if generator is None and seed is not None:
+            rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
+            randomness = generators_of_rows(seed, rows, self.device)
+        num_tokens = int(mask_BT.bool().sum(-1).max())
+        budget = _num_new_tokens(config, prompt_BT.shape[1], room_beside(self.config, num_tokens) or 0)
+        check_room(self.config, num_tokens, budget)
+        stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)
+        if streamer is not None:
+            if prompt_BT.shape[0] > 1:
+                raise ValueError("a streamer takes one prompt at a time.")
+            streamer.put(prompt_BT.cpu())
+        new_BT, statistics = _Writing(
+            self, prompt_BT, mask_BT, budget, config, chosen, randomness, streamer, stopping
+        ).run()
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.cat([prompt_BT, new_BT], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        return CalmGenerateOutput(sequences=sequences, **statistics)
+
+    def sample_chunks(
+        self: ChunkModel, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
+    ) -> ChunkSample:
+        """One next chunk for every state; see `calm.models.writing.sampling.sample_chunks`."""
+        return sample_chunks(self, states_PD, sampler, randomness)
+
+    @torch.no_grad()
+    def draw_chunks(
+        self: ChunkModel, states_PD: Tensor, num_draws: int, randomness: Randomness = None
+    ) -> Tensor:
+        """Independent draws of the next chunk at temperature 1, (N, P, K)."""
+        return self.head.draw_chunks(self.head.prepare(states_PD), num_draws, randomness)
+
+
+def _generation_settings(
+    model: ChunkModel, config: GenerationConfig | None, overrides: dict[str, Any]
+) -> GenerationConfig:
+    config = copy.deepcopy(config or model.generation_config)
+    if overrides.get("max_new_tokens") is None and "max_length" in overrides:
+        config.max_new_tokens = None
+    config.do_sample = True  # Else transformers warns about every temperature.
+    config.update(**overrides)
+    check_arguments(vars(config) | overrides)
+    known = _USED | REFUSED.keys()
+    if unused := [name for name, value in overrides.items() if name not in known and value is not None]:
+        raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
+    if config.do_sample is False and "do_sample" in overrides:
+        raise ValueError("chunks are not decoded greedily: temperature=0 takes the most frequent of a pool.")
+    config.temperature = 1.0 if config.temperature is None else config.temperature
+    if config.eos_token_id is None:
+        config.eos_token_id = model.config.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = model.config.pad_token_id
+    return config
+
+
+def _prompts(
+    model: ChunkModel,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    config: GenerationConfig,
+) -> tuple[Tensor, Tensor]:
+    """Prompt tokens and mask, (B · copies, T) each."""
+    if input_ids is None:
+        begin = model.config.bos_token_id if config.bos_token_id is None else config.bos_token_id
+        if begin is None:
+            raise ValueError("give a prompt: this model has no beginning-of-text token.")
+        input_ids = torch.tensor([[begin]], device=model.device)
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be (batch, tokens), not empty; got {tuple(input_ids.shape)}.")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
+        )
+    if not attention_mask.bool().any(-1).all():
+        raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+    if int(input_ids.min()) < 0 or int(input_ids.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"token ids lie between 0 and {model.config.vocab_size - 1}, got {int(input_ids.min())} to "
+            f"{int(input_ids.max())}; is this the model's own tokenizer?"
+        )
+    if input_ids.shape[1] > 1 and _all_end(input_ids, attention_mask, config):
+        logger.warning(
+            "Every prompt ends with an end-of-text token; what is written after it is another text. "
+            "calm.text.encoding.encode_documents reads prompts without the one that a tokenizer appends."
+        )
+    copies = config.num_return_sequences or 1
+    return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
+
+
+@dataclass
+class _Writing:
+    """One call of `generate`."""
+
+    model: ChunkModel
+    prompt_BT: Tensor
+    mask_BT: Tensor
+    budget: int
+    config: GenerationConfig
+    sampler: Sampler
+    randomness: Randomness
+    streamer: BaseStreamer | None
+    stopping: Stopping
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """New tokens of each row, (B, new) with new <= budget, and the statistics of every step."""
+        size, device = self.model.config.chunk_size, self.prompt_BT.device
+        pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
+        prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad)
+        advance = BackboneSteps(self.model, prompt, -(-self.budget // size), self.config)
+        tokens_BT = prompt.ids_BT
+        open_A = torch.arange(len(tokens_BT), device=device)  # Rows that have not ended.
+        written = [self.prompt_BT]
+        length_B = torch.zeros_like(self.prompt_BT[:, 0])  # Tokens of each text.
+        steps: list[tuple[Tensor, ChunkSample]] = []
+        for start in range(0, self.budget, size):
+            states_AD = advance(tokens_BT)[open_A]
+            own = select_rows(self.randomness, open_A)
+            sample = self.model.sample_chunks(states_AD, self.sampler, own)
+            steps.append((open_A, sample))
+            chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, written, open_A, pad)
+            tokens_BT = chunk_AK.new_full((len(tokens_BT), size), pad).index_copy(0, open_A, chunk_AK)
+            length_B = length_B.index_add(0, open_A, kept_A)
+            written.append(tokens_BT[:, : self.budget - start])
+            if self.streamer is not None:
+                _stream(self.streamer, written[-1][0, : int(kept_A[0])])
+            open_A = open_A[~ends_A]
+            if len(open_A) == 0:
+                break
+        new_BT = torch.cat(written[1:], dim=1)[:, : int(length_B.max())]
+        return new_BT, _statistics(steps, len(self.prompt_BT))
+
+    def _cut(
+        self, chunk_AK: Tensor, written: list[Tensor], open_A: Tensor, pad: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,)."""
+        size = chunk_AK.shape[1]
+        eos_ids = as_id_tensor(self.config.eos_token_id, chunk_AK.device)
+        kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
+        chunk_AK, ends_A = end_after_eos(chunk_AK, eos_ids, pad)
+        if self.stopping.is_needed:
+            before_AT = torch.cat(written, dim=1)[open_A]
+            stop_A = self.stopping.lengths(before_AT, chunk_AK, open_A.tolist())
+            kept_A, ends_A = kept_A.minimum(stop_A), ends_A | (stop_A <= size)
+            is_kept_AK = torch.arange(size, device=kept_A.device) < kept_A.unsqueeze(-1)
+            chunk_AK = chunk_AK.where(is_kept_AK, pad)
+        return chunk_AK, kept_A, ends_A
+
+
+def _all_end(prompt_BT: Tensor, mask_BT: Tensor, config: GenerationConfig) -> bool:
+    """Whether the last token of every prompt ends a text."""
+    column_T = torch.arange(prompt_BT.shape[1], device=prompt_BT.device)
+    last_B = torch.where(mask_BT.bool(), column_T, -1).amax(-1, keepdim=True)
+    eos_ids = as_id_tensor(config.eos_token_id, prompt_BT.device)
+    return bool(torch.isin(prompt_BT.gather(1, last_B), eos_ids).all())
+
+
+def _stream(streamer: BaseStreamer, tokens: Tensor) -> None:
+    for token in tokens.cpu():
+        streamer.put(token.unsqueeze(0))
+
+
+def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[str, Tensor]:
+    """Fields of `CalmGenerateOutput`, 0 where a row had ended."""
+    table: dict[str, list[Tensor]] = {"num_draws": [], "num_needed": [], "fell_back": [], "agreement": []}
+    for rows_A, sample in steps:
+        for name, columns in table.items():
+            values_A = getattr(sample, name + "_R")
+            columns.append(values_A.new_zeros(num_rows).index_copy(0, rows_A, values_A))
+    return {name: torch.stack(columns, dim=1) for name, columns in table.items()}
+
+
+def _num_new_tokens(config: GenerationConfig, prompt_length: int, room: int) -> int:
+    """Most new tokens: what is asked for, or where nothing is, as many as usual if they fit."""
+    if config.max_new_tokens is not None:
+        budget = config.max_new_tokens
+    elif config.max_length is not None:
+        budget = config.max_length - prompt_length
+    else:
+        budget = min(DEFAULT_MAX_NEW_TOKENS, max(1, room))
+    if budget < 1:
+        raise ValueError(
+            f"there is no room for new tokens: max_new_tokens is {budget}; it must be at least 1."
+        )
+    return budget

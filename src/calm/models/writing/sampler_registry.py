@@ -1,0 +1,102 @@
+"""Samplers by name, chosen at the edges: the command line, the server, arguments of `generate`."""
+
+import dataclasses
+from importlib.metadata import entry_points
+from typing import Any
+
+from calm.core.samplers import ExactSampler, HeadSampler, PoolSampler, Sampler, check_counts
+from calm.core.temperature import check_cuts
+from calm.errors import InputError, shown
+from calm.models.heads import HeadConfig
+
+_ENTRY_POINTS = "calm.samplers"
+_SAMPLERS: dict[str, type] = {"exact": ExactSampler, "pool": PoolSampler, "head": HeadSampler}
+
+
+def register_sampler(name: str, sampler: type) -> None:
+    """Make a sampler known under a name, for the command line, the server and `generate`.
+
+    An installed package can instead name, as an entry point of the group "calm.samplers", a module that calls
+    this. Without a name, a sampler can be passed to `generate` as it is.
+
+    Args:
+        name: The name.
+        sampler: A frozen dataclass with the members of `Sampler` and `temperature` among its fields.
+    """
+    _SAMPLERS[name] = sampler
+
+
+def sampler_from(
+    *,
+    sampler: str | Sampler = "exact",
+    temperature: float = 1.0,
+    num_draws: int | None = None,
+    max_draws: int | None = None,
+    first_block: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Sampler:
+    """The sampler of a command line, a request or the arguments of `generate`.
+
+    A setting that the sampler does not have is ignored, but for `top_p` and `min_p`, which would change the
+    text. At temperature 0 "exact" means the limit of the pool rule.
+
+    Args:
+        sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is.
+        temperature: T in [0, 1].
+        num_draws: See `PoolSampler`.
+        max_draws: See `ExactSampler`.
+        first_block: See `ExactSampler`.
+        top_p: See `PoolSampler`.
+        min_p: See `PoolSampler`.
+
+    Raises:
+        ValueError: If the name is unknown or a value is out of range.
+    """
+    if not isinstance(sampler, str):
+        return sampler
+    check_cuts(1.0 if top_p is None else top_p, min_p or 0.0)
+    check_counts(num_draws=num_draws, max_draws=max_draws, first_block=first_block)
+    kind = _find(sampler)
+    if kind is ExactSampler and temperature == 0:
+        kind = PoolSampler
+    given: dict[str, Any] = {"temperature": temperature, "num_draws": num_draws, "max_draws": max_draws}
+    given |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
+    own = {field.name for field in dataclasses.fields(kind)}
+    if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
+        raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
+    return kind(**{name: value for name, value in given.items() if value is not None and name in own})
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless there is a sampler of that name."""
+    try:
+        _find(name)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+
+
+def default_sampler(
+    head: HeadConfig, temperature: float, top_p: float | None = None, min_p: float | None = None
+) -> str:
+    """The sampler where none is named.
+
+    The pool where it is to be cut, else the head's own where it takes the temperature, else the exact one.
+    """
+    if _truncates(top_p, min_p):
+        return "pool"
+    return "head" if head.lowest_temperature < 1 and temperature >= head.lowest_temperature else "exact"
+
+
+def _truncates(top_p: float | None, min_p: float | None) -> bool:
+    """Whether `top_p` or `min_p` can drop a chunk."""
+    return (top_p is not None and top_p < 1) or (min_p is not None and min_p > 0)
+
+
+def _find(name: str) -> type:
+    if name not in _SAMPLERS:
+        for entry_point in entry_points(group=_ENTRY_POINTS, name=name):
+            entry_point.load()
+    if name not in _SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}; got {shown(name)}.")
+    return _SAMPLERS[name]

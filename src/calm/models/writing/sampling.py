@@ -1,0 +1,79 @@
+"""States of the backbone -> next chunks, at any temperature.
+
+Shapes: P positions, N draws, K tokens per chunk, D state size, M draws that are read together.
+"""
+
+import torch
+from torch import Tensor
+
+from calm.core.pool import TokenReader
+from calm.core.random import Randomness, select_rows
+from calm.core.samplers import HeadSampler, Sampler
+from calm.core.temperature import ChunkSample
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.heads import GenerativeHead, LatentHead
+from calm.models.heads.contract import require_finite
+from calm.models.writing.model import ChunkModel
+
+# From so many weights of the vocabulary projection on, tokens are read only where they matter. With
+# fewer, reading all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).
+_LARGE_PROJECTION = 2**22
+# So few draws are read whole even then: for fewer vectors than about 20, a pass over a large matrix costs
+# what reading the matrix costs.
+_FEW_DRAWS = 16
+
+
+@torch.no_grad()
+def sample_chunks(
+    model: ChunkModel, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
+) -> ChunkSample:
+    """One next chunk for every state, and what it took.
+
+    Args:
+        model: The model.
+        states_PD: States of the last chunk.
+        sampler: How a chunk is chosen from draws.
+        randomness: Source of the draws and choices: one generator, or one for each position.
+
+    Raises:
+        ValueError: If there is no position, the weights are damaged, or the head is asked for a temperature
+            that it does not take.
+    """
+    head = model.head
+    check_sampler(head, sampler)
+    prepared_P = head.prepare(states_PD)
+    lazily = isinstance(head, LatentHead) and _is_large(model.autoencoder)
+    reader = _DecoderReader(model.autoencoder) if lazily else None
+
+    def draw(num_draws: int, rows_R: Tensor, temperature: float = 1.0) -> Tensor:
+        chosen = prepared_P if len(rows_R) == len(prepared_P) else prepared_P[rows_R.to(prepared_P.device)]
+        own = select_rows(randomness, rows_R)
+        if reader is None or not isinstance(head, LatentHead):
+            return head.draw_chunks(chosen, num_draws, own, temperature)
+        latents_NRZ = head.draw_latents(chosen, num_draws, own, temperature=temperature)
+        require_finite(latents_NRZ)
+        return model.autoencoder.chunk_states(latents_NRZ)
+
+    return sampler.sample(draw, len(states_PD), randomness, reader)
+
+
+def check_sampler(head: GenerativeHead, sampler: Sampler) -> None:
+    """Raise ValueError if the head is asked for a temperature that it does not take."""
+    if isinstance(sampler, HeadSampler):
+        head.check_temperature(sampler.temperature, is_asked=True)
+
+
+def _is_large(autoencoder: CalmAutoencoder) -> bool:
+    return autoencoder.config.vocab_size * autoencoder.config.hidden_size >= _LARGE_PROJECTION
+
+
+class _DecoderReader(TokenReader):
+    """Reads tokens of the autoencoder's chunk states."""
+
+    def __init__(self, autoencoder: CalmAutoencoder) -> None:
+        self.chunk_size = autoencoder.config.chunk_size
+        self._autoencoder = autoencoder
+
+    def __call__(self, states_MX: Tensor, place: int) -> Tensor:
+        last = self.chunk_size if len(states_MX) <= _FEW_DRAWS else place + 1
+        return self._autoencoder.read_tokens(states_MX, place, last)

@@ -1,0 +1,158 @@
+"""Prompts -> text with a model folder."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from calm.errors import InputError
+from calm.models.context import check_room, longest_context, room_beside
+from calm.models.language_model import language_model
+from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
+from calm.text.decoding import TextBuilder, decode_after
+from calm.text.encoding import encode_documents
+
+logger = logging.getLogger(__name__)
+
+
+def continue_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    stream: bool = False,
+    **arguments: Any,
+) -> list[str]:
+    """The continuation of each prompt, without the prompt.
+
+    Args:
+        model: A CALM, or another causal language model, which writes with its probabilities.
+        tokenizer: Its tokenizer.
+        prompts: Texts to continue, of any lengths; they are written as one batch.
+        stream: Print prompt and continuation as they are written (one prompt).
+        **arguments: As `continue_tokens` takes them.
+
+    Raises:
+        InputError: If an argument is out of range, or a prompt has no token or is too long.
+    """
+    ids = encode_documents(tokenizer, prompts)
+    streamer = _Printer(tokenizer, prompts[0]) if stream else None
+    new_tokens = continue_tokens(model, tokenizer, ids, streamer=streamer, **arguments)
+    copies = len(new_tokens) // len(ids)  # With `num_return_sequences`.
+    behind = [prompt for prompt in ids for _ in range(copies)]
+    return [
+        decode_after(tokenizer, prompt, new) for prompt, new in zip(behind, new_tokens.tolist(), strict=True)
+    ]
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int | None = None,
+    at_most: int = DEFAULT_MAX_NEW_TOKENS,
+    temperature: float = 0.5,
+    seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+    crop: bool = False,
+    **sampling: Any,
+) -> Tensor:
+    """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
+
+    Args:
+        model: A CALM, or another causal language model, which writes with its probabilities.
+        tokenizer: Its tokenizer.
+        prompts: Token ids to continue.
+        max_new_tokens: Most tokens of a continuation, which must fit in the context.
+        at_most: Most tokens if `max_new_tokens` is not given; fewer where the context ends before.
+        temperature: 0 to 1.
+        seed: Makes the texts repeatable.
+        streamer: Gets the prompt, then new tokens as they are written (one prompt).
+        crop: Keep the end of a prompt that is too long for the context; without it that is an error.
+        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these
+            another model uses `top_p` and `min_p` only.
+
+    Raises:
+        InputError: If an argument is out of range, or a prompt has no token or is too long.
+    """
+    if not all(prompts):
+        raise InputError("a prompt has no token, and the tokenizer none that begins a text; give a text.")
+    longest = max(map(len, prompts))
+    if max_new_tokens is None:
+        room = room_beside(model.config, 1 if crop else longest)
+        max_new_tokens = at_most if room is None else max(1, min(at_most, room))
+    if crop:
+        prompts = crop_prompts(model, prompts, max_new_tokens)
+    # Padding goes in front: a model of tokens goes on from the last column.
+    batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+    batch = batch.to(model.device)
+    try:
+        check_room(model.config, max(map(len, prompts)), max_new_tokens)
+        output = language_model(model).generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            streamer=streamer,
+            **sampling,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return output[:, batch["input_ids"].shape[1] :]
+
+
+def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: int) -> list[list[int]]:
+    """The end of each prompt, as much as the context holds beside so many new tokens; says what was cropped.
+
+    Raises:
+        InputError: If the context has no room for a prompt beside them.
+    """
+    room = room_beside(model.config, budget)
+    if room is None:
+        return list(prompts)
+    if room < 1:
+        raise InputError(
+            f"{budget} tokens do not fit after a prompt in the context of {longest_context(model.config)}; "
+            "ask for fewer."
+        )
+    if cropped := sum(len(prompt) > room for prompt in prompts):
+        logger.warning(
+            "%d of %d prompts cropped from the left to their last %d tokens; %d more fit in the context.",
+            cropped,
+            len(prompts),
+            room,
+            budget,
+        )
+    return [prompt[-room:] for prompt in prompts]
+
+
+class _Printer(BaseStreamer):
+    """Prints a prompt, and its text as it is written."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._builder: TextBuilder | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then new tokens."""
+        tokens = value.flatten().tolist()
+        if self._builder is None:
+            self._builder = TextBuilder(self._tokenizer, prompt=tokens)
+            self._print(self._prompt)
+        else:
+            self._print(self._builder.add(tokens))
+
+    def end(self) -> None:
+        """Print what was held back, and end the line."""
+        assert self._builder is not None
+        self._print(self._builder.add([], is_last=True) + "\n")
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

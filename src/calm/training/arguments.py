@@ -1,0 +1,78 @@
+"""A stage of training, and its arguments for the Hugging Face Trainer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from calm.training.processes import processes
+from calm.training.recipe import TrainingSettings
+from calm.training.sharding import shard_on_cpu_as_well, sharding_arguments
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a network is trained, and where its checkpoints go.
+
+    Args:
+        settings: The stage's part of a recipe.
+        folder: Folder of checkpoints and logs.
+        seed: Seed of data order and training noise.
+        is_sharded: Whether each of several processes keeps only a part of the network.
+    """
+
+    settings: TrainingSettings
+    folder: Path
+    seed: int
+    is_sharded: bool = False
+
+
+def training_arguments(
+    stage: Stage, context: int, model: PreTrainedModel, *, is_stream: bool
+) -> TrainingArguments:
+    """The arguments of the Trainer for a stage.
+
+    Args:
+        stage: The stage.
+        context: Tokens of a block.
+        model: The network.
+        is_stream: Whether blocks come from a stream.
+
+    Raises:
+        InputError: If a step is not a whole number of blocks for each process.
+    """
+    settings, steps = stage.settings, stage.settings.steps
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "tensorboard")
+    blocks, accumulation = settings.batches(context, processes().num_processes)
+    arguments = TrainingArguments(
+        output_dir=str(stage.folder),
+        max_steps=steps,
+        per_device_train_batch_size=blocks,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=settings.optimizer.max_grad_norm,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=settings.precision == "bf16",
+        torch_compile=settings.compile,
+        ignore_data_skip=is_stream,  # It resumes by itself.
+        ddp_find_unused_parameters=False,  # Every trained weight takes part in every loss.
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.evaluate_every else "no",
+        eval_steps=settings.evaluate_every or None,
+        save_strategy="steps",
+        save_steps=min(settings.save_every or steps, steps),
+        dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=False,  # Otherwise the log level decides.
+        report_to=["tensorboard"],
+        seed=stage.seed,
+        **(sharding_arguments(model) if stage.is_sharded else {}),
+    )
+    if stage.is_sharded:
+        shard_on_cpu_as_well()
+    if arguments.n_gpu > 1:  # Without a launcher. DataParallel would split noise and multiply the step.
+        arguments._n_gpu = 1
+    return arguments

@@ -1,0 +1,78 @@
+"""The blocks that a network is trained on, and those that it is scored on."""
+
+from dataclasses import dataclass
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.prepared import PreparedData, split_of
+from calm.data.streaming import BlockStream, Position, StreamSettings
+from calm.training.opening import data_folder, reading_options
+from calm.training.processes import processes
+from calm.training.recipe import Recipe
+from calm.training.runs import Run
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a network is trained on.
+
+    Args:
+        training: Training blocks of `calm.data.chunking`, or a stream of them.
+        held_out: Held-out blocks.
+        context: Tokens of a block.
+        tokenizer: Their tokenizer, saved with each checkpoint.
+    """
+
+    training: datasets.Dataset | BlockStream
+    held_out: datasets.Dataset
+    context: int
+    tokenizer: PreTrainedTokenizerBase
+
+
+def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chunk_size: int) -> Blocks:
+    """The blocks of a run.
+
+    Args:
+        run: The run.
+        data: Its text.
+        num_workers: Data loading processes.
+        scored_chunk_size: Tokens of a chunk where the network is scored.
+    """
+    recipe = run.recipe
+    held_out = _laid_out(recipe, data, "validation", scored_chunk_size)
+    if recipe.data.streaming:
+        training: datasets.Dataset | BlockStream = _stream(run, data, num_workers)
+    else:
+        training = _laid_out(recipe, data, "train", recipe.chunk_size)
+    return Blocks(training, held_out, recipe.data.context, data.tokenizer)
+
+
+def _laid_out(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
+    with processes().main_process_first():  # It fills the cache.
+        return data.blocks(
+            split,
+            chunk_size=chunk_size,
+            block_size=recipe.data.context,
+            layout=recipe.data.layout,
+            seed=recipe.seed,
+        )
+
+
+def _stream(run: Run[Recipe], data: PreparedData, num_workers: int) -> BlockStream:
+    recipe, settings, everyone = run.recipe, run.recipe.data, processes()
+    split = split_of(data_folder(recipe, run.folder))
+    stream = StreamSettings(
+        sources=settings.source_list,
+        options=reading_options(settings),
+        chunk_size=recipe.chunk_size,
+        block_size=settings.context,
+        layout=settings.layout,
+        seed=recipe.seed,
+        window=settings.window_documents,
+        held_out_below=split.highest,
+        held_out_seed=split.seed,
+        part_bytes=split.part_bytes,
+    )
+    position = Position(everyone.num_processes, max(1, num_workers))
+    return BlockStream(stream, data.tokenizer, position, everyone.process_index)

@@ -1,0 +1,97 @@
+"""Mistakes in a recipe, found before any work is done."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from calm.core.brier import NUM_ORDERS, window_of
+from calm.data.chunking import check_block_size
+from calm.errors import InputError, reason_of
+from calm.models.calm import CalmForCausalLM
+from calm.training.build import model_config
+from calm.training.optimizers import check_optimizer
+from calm.training.probing import check_attention, check_compiler, check_memory
+from calm.training.ranges import check_ranges
+from calm.training.recipe import Recipe, TrainingSettings
+
+
+def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
+    """Find the mistakes in a recipe.
+
+    Raises:
+        InputError: If it names no text, or does not make a model.
+    """
+    if not recipe.data.source_list:
+        raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
+    streamed = recipe.data
+    if streamed.streaming and (streamed.sample_documents < 2 or streamed.window_documents < 1):
+        raise InputError(
+            "a stream needs at least 2 sample_documents and 1 window_documents, got "
+            f"{streamed.sample_documents} and {streamed.window_documents}."
+        )
+    check_model(recipe, num_processes)
+
+
+def check_model(recipe: Recipe, num_processes: int = 1) -> None:
+    """`check_recipe` for a recipe that need not name its text yet."""
+    check_seed(recipe.seed)
+    check_ranges(recipe)
+    check_block_size(recipe.data.context, recipe.chunk_size)
+    # Held-out text is scored in windows of this many tokens.
+    check_block_size(recipe.data.context, window_of(recipe.chunk_size))
+    if recipe.chunk_size < NUM_ORDERS and recipe.language_model.attention.startswith("flash"):
+        raise InputError(
+            f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
+            f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
+        )
+    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
+        raise InputError(
+            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
+        )
+    _check_network(recipe)
+    stages = {"language_model": recipe.language_model.training}
+    if recipe.trains_autoencoder:
+        stages["autoencoder"] = recipe.autoencoder.training
+    for name, training in stages.items():
+        check_training(training, f"{name}.training", recipe.data.context, num_processes)
+    check_attention(recipe.language_model)
+
+
+def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
+    """Find the mistakes in the training settings of a stage.
+
+    Args:
+        training: The settings.
+        name: Their dotted name, for the message.
+        context: Tokens of a block.
+        num_processes: Processes that share the work.
+
+    Raises:
+        InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
+    """
+    check_optimizer(training.optimizer)
+    check_compiler(training, name)
+    try:
+        training.batches(context, num_processes)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from error
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError if a seed is not one that all random generators take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"the seed must lie between 0 and {2**32 - 1}, got {seed}.")
+
+
+def _check_network(recipe: Recipe) -> None:
+    """Build the network of a recipe on the meta device, which takes no memory, to find what it refuses."""
+    network: Any = LlamaForCausalLM if recipe.model == "autoregressive" else CalmForCausalLM
+    config = model_config(recipe, vocab_size=1)
+    try:
+        with torch.device("meta"):
+            check_memory(network(config))
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error

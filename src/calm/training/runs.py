@@ -1,0 +1,166 @@
+"""A run: a recipe and its folder, locked while it works there, and what it leaves, each piece written whole.
+
+Only the main process writes. The others make the same calls and wait where they must.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.errors import InputError
+from calm.storage.checksums import check_as_written
+from calm.storage.disk import disk_errors, read_json, write_file_whole
+from calm.storage.folders import (
+    check_output,
+    check_spared,
+    discard_replaced,
+    emptied,
+    new_folder,
+    restore,
+    work_of,
+    written_whole,
+)
+from calm.storage.locks import LOCK, locked
+from calm.storage.ours import FINETUNED, TRAINED, FolderKind
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.processes import processes
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE, AnyRecipe, differences, read_recipe_of, write_recipe
+
+logger = logging.getLogger(__name__)
+HISTORY = "history.json"
+DATA = "data"  # The prepared text of a run, in its folder.
+_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays when a folder is emptied for a run.
+_REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
+
+
+@dataclass(frozen=True)
+class Run(Generic[AnyRecipe]):
+    """A recipe and the folder of its run.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder.
+        resume: Whether a run that is there is resumed.
+        overwrite: Whether what is there may be removed.
+    """
+
+    recipe: AnyRecipe
+    folder: Path
+    resume: bool = False
+    overwrite: bool = False
+
+    def check_folder(self, needed: Sequence[str] = ()) -> None:
+        """Check that the run can begin in its folder, or resume there; nothing is changed.
+
+        Args:
+            needed: Paths and names of what the run reads.
+
+        Raises:
+            InputError: If the folder is not empty or holds what the run needs, or there is no run of this
+                recipe to resume.
+        """
+        noted = self.folder / RECIPE
+        if not self.resume:
+            check_spared(self.folder, needed)
+            check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
+        elif noted.is_file():
+            if changed := differences(read_recipe_of(type(self.recipe), str(noted)), self.recipe):
+                raise InputError(
+                    f"cannot resume '{self.folder}': the recipe differs in {', '.join(changed)}; "
+                    f"use the recipe in {noted}, or another output folder."
+                )
+        else:
+            raise InputError(
+                f"there is no run to resume in '{self.folder}' (no {RECIPE}); leave out --resume."
+            )
+
+    @contextlib.contextmanager
+    def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
+        """Check the folder, and lock it for the block.
+
+        What a killed command has moved aside is put back first.
+
+        Raises:
+            InputError: As `check_folder`, or if another process is at work there.
+            RunError: If the disk is full, or cannot be written.
+        """
+        with disk_errors(self.folder, "with room on the disk, --resume goes on from what was finished"):
+            if not processes().is_main_process:
+                yield
+                return
+            if not self.folder.is_dir():
+                self.check_folder(needed)
+            with new_folder(self.folder), locked(self.folder / LOCK, f"the run '{self.folder}'"):
+                if not (self.resume and (self.folder / RECIPE).is_file()):
+                    restore(self.folder, _KEPT)
+                self.check_folder(needed)
+                yield
+
+    @contextlib.contextmanager
+    def made_ready(self) -> Iterator[None]:
+        """An empty folder with the recipe, for the block in which the main process makes the run ready.
+
+        What was there before is removed when the block has succeeded. Otherwise the folder is as it was, but
+        for text prepared in part, which is kept.
+        """
+        if self.resume:
+            yield
+            discard_replaced(self.folder)
+            return
+        with emptied(self.folder, _KEPT):
+            write_recipe(self.recipe, self.folder / RECIPE)
+            yield
+        shutil.rmtree(work_of(self.folder / DATA), ignore_errors=True)
+
+    def has_model(self, name: str) -> bool:
+        """Whether the folder of a model or of adapters exists; the same answer for all processes.
+
+        Raises:
+            InputError: If it is damaged.
+        """
+        folder = self.folder / name
+        is_there = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+        if is_there and processes().is_main_process:
+            check_as_written(folder)
+        processes().wait_for_everyone()  # Else a fast process could write it before a slow one looks.
+        return is_there
+
+    def save_model(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a model folder with tokenizer and recipe.
+
+        Args:
+            name: Its name inside the run's folder.
+            model: A model, or adapters: anything with `save_pretrained`.
+            tokenizer: Its tokenizer.
+        """
+        if processes().is_main_process:
+            with written_whole(self.folder / name) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                write_recipe(self.recipe, partial / RECIPE)
+        processes().wait_for_everyone()
+
+    def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:
+        """Write what was logged, for a stage next to what other stages logged."""
+        if processes().is_main_process:
+            history = log if stage is None else {**self._logged(), stage: log}
+            write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
+
+    def _logged(self) -> dict[str, Any]:
+        """What was logged so far. A damaged file is moved aside, for no weights depend on it."""
+        path = self.folder / HISTORY
+        try:
+            return read_json(path, dict) if path.exists() else {}
+        except InputError as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            path.replace(aside)
+            logger.warning("%s It is now '%s'; what was logged before is missing.", error, aside.name)
+            return {}

@@ -1,0 +1,81 @@
+"""Answers to held-out prompts, and the loss on held-out examples."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.data.examples import Example, lay_out
+from calm.data.tokenizer import train_tokenizer
+from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
+from calm.text.decoding import decode_after
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["one two three four five six seven"] * 9, 300)
+
+
+@pytest.fixture
+def examples(tokenizer):
+    texts = [("one", " two"), ("one two three", " four five six"), ("six", " seven")] * 6
+    return [Example(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in t)) for t in texts]
+
+
+def llama(vocab_size):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **ids, initializer_range=0.5)).eval()
+
+
+def test_matches_are_counted_whatever_the_white_space_at_the_ends(examples, tokenizer):
+    three = examples[:3]
+    assert completions_of(three, tokenizer) == [" two", " four five six", " seven"]
+    assert exact_match(["two\n", " four five six", "eight"], three, tokenizer) == pytest.approx(200 / 3)
+    assert exact_match(["Two", "four  five six", ""], three, tokenizer) == 0
+
+
+def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_alone(examples, tokenizer):
+    model = llama(len(tokenizer))
+    answers = answer(model, tokenizer, examples, temperature=0, num_draws=1, seed=0)
+    assert len(answers) == len(examples) > 16  # More than are answered at once.
+    longest = max(len(example.completion) for example in examples)
+    for example, text in zip(examples, answers, strict=True):
+        ids = torch.tensor([example.prompt])
+        new = model.generate(ids, max_new_tokens=longest, do_sample=False)[0, len(example.prompt) :]
+        assert text == decode_after(tokenizer, example.prompt, new.tolist())
+
+
+def test_answers_of_a_calm_depend_on_the_seed_alone(examples, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    first, again, other = (
+        answer(model, tokenizer, examples, temperature=1, num_draws=1, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_nothing_is_written_for_no_examples(tokenizer):
+    model = llama(len(tokenizer))
+    assert answer(model, tokenizer, [], temperature=0, num_draws=1, seed=0) == []
+
+
+def test_the_loss_of_a_model_of_tokens_is_the_cross_entropy_of_completions(examples, tokenizer):
+    model = llama(len(tokenizer))
+    blocks, _ = lay_out(examples, chunk_size=1, block_size=16, pad_token_id=0)
+    losses = []
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.completion])
+        logits = model(ids).logits[0, len(example.prompt) - 1 : -1]
+        losses += F.cross_entropy(logits, torch.tensor(example.completion), reduction="none").tolist()
+    expected = sum(losses) / len(losses)
+    assert held_out_loss(model, blocks, len(blocks)) == pytest.approx(expected, rel=1e-4)
+    assert held_out_loss(model, blocks, 1) != pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_of_a_calm_is_drawn_with_the_same_noise_each_time(examples, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    blocks, _ = lay_out(examples, chunk_size=4, block_size=32, pad_token_id=0)
+    first = held_out_loss(model, blocks, 2)
+    torch.manual_seed(9)
+    assert held_out_loss(model, blocks, 2) == first != held_out_loss(model, blocks, 1)
