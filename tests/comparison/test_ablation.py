@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from calm.training.configurations import check_model
+from calm.training.check import check_model
 
 from calm.comparison.ablation import Choice, read_ablation, run_ablation, shipped_ablations
 from calm.errors import InputError

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from calm.training.configurations import model_config
+from calm.training.build import model_config
 
 from calm.comparison.costs import (
     affordable_steps,
