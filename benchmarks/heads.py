@@ -27,6 +27,7 @@ from calm.evaluation.held_out import score_brier
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
+from calm.models.heads import LatentHead
 from calm.models.loading import load_config
 from calm.training.build import language_model_config
 from calm.training.optimizers import build_optimizer
@@ -205,7 +206,8 @@ def draw_speeds(arguments: argparse.Namespace, rows: list[Row]) -> Speeds:
     @torch.no_grad()
     def draw(way: tuple[str, str], folder: str) -> None:
         models[folder].change_sampling(**json.loads(way[1]))
-        head: Any = models[folder].head
+        head = models[folder].head
+        assert isinstance(head, LatentHead)
         head.sample_latents(hidden, DRAWS)
 
     times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from transformers import AutoTokenizer
 import calm  # noqa: F401
 import calm.models.writing.sampling as sampling
 from calm.core.chunks import find_targets
-from calm.core.samplers import Sampler
+from calm.core.samplers import ExactSampler, PoolSampler, Sampler
 from calm.core.temperature import ChunkSample
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.heads import LatentHead
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.25)
 POOL = 200
@@ -49,8 +50,8 @@ def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) 
     """The paper's rule for T = 1/n as one would first write it."""
     n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
-    chosen = []
-    head: Any = model.head
+    chosen, head = [], model.head
+    assert isinstance(head, LatentHead)
     for hidden_D in hidden_PD:
         latents = head.sample_latents(hidden_D.repeat(num_draws, 1), 1)[0]
         tokens = model.autoencoder.decode(latents).argmax(-1)
@@ -68,9 +69,9 @@ def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) 
 def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Sampler | None]:
     """Name -> settings; None is the yardstick."""
     table: dict[str, Sampler | None] = {
-        f"exact {budget}": sampler_from(temperature=temperature, max_draws=budget) for budget in budgets
+        f"exact {budget}": ExactSampler(temperature=temperature, max_draws=budget) for budget in budgets
     }
-    table[f"pool {POOL}"] = sampler_from(temperature=temperature, sampler="pool", num_draws=POOL)
+    table[f"pool {POOL}"] = PoolSampler(temperature=temperature, num_draws=POOL)
     if abs(1 / temperature - round(1 / temperature)) < 1e-6:
         table[LITERAL] = None
     return table
@@ -209,6 +210,19 @@ def reference_distributions(
         yield counts_V.double() / num_draws
 
 
+def draw_outcomes(
+    cumulative_V: Tensor,
+    generator: torch.Generator,
+    num_draws: int,
+    rows_R: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draws of a distribution that is the same for all rows, (N, R, 1)."""
+    uniform = torch.rand((num_draws, len(rows_R)), generator=generator, dtype=torch.float64)
+    outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
+    return outcome.unsqueeze(-1)
+
+
 def distribution(arguments: argparse.Namespace) -> None:
     """Distances of every sampler to the tempered distribution."""
     generator = torch.Generator().manual_seed(1)
@@ -217,12 +231,7 @@ def distribution(arguments: argparse.Namespace) -> None:
     for p_V in reference_distributions(Path(arguments.folder), arguments.contexts, arguments.draws):
         cumulative_V = p_V.cumsum(0)
 
-        def draw(
-            num_draws: int, rows: Tensor, temperature: float = 1.0, cumulative_V: Tensor = cumulative_V
-        ) -> Tensor:
-            uniform = torch.rand((num_draws, len(rows)), generator=generator, dtype=torch.float64)
-            outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
-            return outcome.unsqueeze(-1)
+        draw = partial(draw_outcomes, cumulative_V, generator)
 
         for temperature in arguments.temperatures:
             wanted_V = p_V ** (1 / temperature)

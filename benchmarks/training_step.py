@@ -22,7 +22,7 @@ from torch.nn import functional
 from calm.flops import training_flops
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.heads.contract import Target
+from calm.models.heads import Target
 from calm.models.heads.energy import EnergyHead, EnergyNoise
 from calm.training.speed import matrix_rate
 
@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class LiteralHead(EnergyHead):
     """The same head and loss as one would first write them."""
 
-    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
+    def _loss(self, states_PD: Tensor, target: Target, noise: EnergyNoise) -> Tensor:
         """See `GenerativeHead`."""
         condition = self.condition_norm(self.condition_in(states_PD)).expand(self.config.num_draws, -1, -1)
         x = self.noise_norm(self.noise_in(noise.head))

@@ -66,7 +66,7 @@ JARGON = (
     "ns.",
     "<class",
     "Traceback",
-    "command",
+    "verb",
     "jsonargparse",
 )
 
@@ -79,15 +79,15 @@ def test_wrong_arguments(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_lacks_or_does_not_know(capsys, verb):
-    assert f"unrecognized option --nonsense; calm {verb} --help" in failure(capsys, verb, "--nonsense")
-    assert failure(capsys, verb, "a", "b", "c", "--nonsense=3") != ""
+def test_every_command_says_what_it_lacks_or_does_not_know(capsys, command):
+    assert f"unrecognized option --nonsense; calm {command} --help" in failure(capsys, command, "--nonsense")
+    assert failure(capsys, command, "a", "b", "c", "--nonsense=3") != ""
 
 
 def test_no_command_is_a_question_for_help(capsys):
     main([])
     out = capsys.readouterr().out
-    assert out.startswith("usage: calm") and all(verb in out for verb in COMMANDS)
+    assert out.startswith("usage: calm") and all(command in out for command in COMMANDS)
     for arguments in (["--help"], ["-h"]):
         with pytest.raises(SystemExit) as raised:
             main(arguments)

@@ -65,12 +65,12 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
 
 
 def launch(
-    processes: int, *arguments: object, program: Path | None = None, verb: str = "train"
+    processes: int, *arguments: object, program: Path | None = None, command: str = "train"
 ) -> subprocess.CompletedProcess:
     """`calm train`, or another command, on several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     what = ["-m", "calm"] if program is None else [str(program)]
-    command = [sys.executable, *launcher, *what, verb, *map(str, arguments)]
+    command = [sys.executable, *launcher, *what, command, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 

@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-from calm.training.check import check_model
 
 from calm.comparison.ablation import Choice, read_ablation, run_ablation, shipped_ablations
 from calm.errors import InputError
+from calm.training.check import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
 
 SHIPPED = [

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from calm.training.build import model_config
 
 from calm.comparison.costs import (
     affordable_steps,
@@ -13,6 +12,7 @@ from calm.comparison.costs import (
 )
 from calm.errors import InputError
 from calm.flops import training_flops
+from calm.training.build import model_config
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
 VOCABULARY = 300

@@ -62,8 +62,8 @@ def test_trained_scored_and_written_with(run, capsys, monkeypatch):
     ]
     before, after = CALLS[run.name]
     head = ["--head", json.dumps(CHANGES[run.name])]
-    for verb, said in ((evaluate, "CALM"), (generate, "Once upon a time")):
-        usual, changed = network_calls(*verb), network_calls(*verb, *head)
+    for command, said in ((evaluate, "CALM"), (generate, "Once upon a time")):
+        usual, changed = network_calls(*command), network_calls(*command, *head)
         assert usual * after == changed * before > 0
         assert said in capsys.readouterr().out
 
@@ -79,12 +79,14 @@ def test_costs_follow_the_steps(run, capsys):
 
 def test_what_cannot_change(run, capsys, tmp_path):
     model = run / "model"
-    for verb in (["generate", model, "Once"], ["evaluate", model, run / "data"], ["flops", model]):
-        message = failure(capsys, *verb, "--head", '{"num_blocks": 3}')
+    for command in (["generate", model, "Once"], ["evaluate", model, run / "data"], ["flops", model]):
+        message = failure(capsys, *command, "--head", '{"num_blocks": 3}')
         assert f"'num_blocks' of a trained {run.name} head cannot be changed; what can: " in message
         assert "num_steps" in message
-        assert "num_steps must be at least 1, got 0" in failure(capsys, *verb, "--head", '{"num_steps": 0}')
-        assert "--head must be a mapping" in failure(capsys, *verb, "--head", "five")
+        assert "num_steps must be at least 1, got 0" in failure(
+            capsys, *command, "--head", '{"num_steps": 0}'
+        )
+        assert "--head must be a mapping" in failure(capsys, *command, "--head", "five")
     assert "only a CALM has a head" in failure(capsys, "flops", "demo_baseline", "--head", '{"num_steps": 2}')
 
 

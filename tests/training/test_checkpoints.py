@@ -12,7 +12,13 @@ from calm.data.stories import stories
 from calm.errors import InputError
 from calm.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.training import stages
-from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, problems_of
+from calm.training.checkpoints import (
+    checkpoints_in,
+    newest_whole_checkpoint,
+    problems_of,
+    step_of,
+    written_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +149,20 @@ def test_checksums_of_a_folder(tmp_path):
     for text in ("[", "[]", '{"files": {"a": 1}}', '{"files": []}'):
         (tmp_path / CHECKSUMS).write_text(text)
         assert find_damage(tmp_path) == ["checksums.json cannot be read"]
+
+
+def test_a_checkpoint_appears_whole_and_the_oldest_goes(tmp_path):
+    for step in (1, 2, 3):
+        with written_checkpoint(tmp_path, step, keep=2) as partial:
+            partial.mkdir(parents=True)
+            (partial / "model.safetensors").write_bytes(b"weights")
+            assert step not in map(step_of, checkpoints_in(tmp_path))
+        assert problems_of(tmp_path / f"checkpoint-{step}") == []
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_one_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="full"), written_checkpoint(tmp_path, 1, keep=2) as partial:
+        partial.mkdir(parents=True)
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []

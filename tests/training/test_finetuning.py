@@ -193,7 +193,7 @@ def test_two_processes_learn_the_same(base, tmp_path):
     finetune(recipe, tmp_path / "alone")
     write_recipe(recipe, tmp_path / "recipe.yaml")
     arguments = ("--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
-    result = launch(2, *arguments, verb="finetune")
+    result = launch(2, *arguments, command="finetune")
     assert result.returncode == 0, result.stderr[-3000:]
     for name, weight in weights_of(tmp_path / "alone/model").items():
         assert_close(weights_of(tmp_path / "two/model")[name], weight, rtol=0, atol=1e-4)

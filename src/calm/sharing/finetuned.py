@@ -34,7 +34,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
     answers = [json.loads(line) for line in _read(run / ANSWERS, "").splitlines()]
     history = json.loads(_read(run / HISTORY, "[]"))
-    sources = ", ".join(map(shown, _listed(recipe.examples.sources)))
+    sources = ", ".join(map(shown, recipe.examples.source_list))
     results = []
     if answers:
         results.append(
@@ -79,10 +79,6 @@ def _read(path: Path, default: str) -> str:
     return text
 
 
-def _listed(sources: list[str] | str | None) -> list[str]:
-    return [sources] if isinstance(sources, str) else sources or []
-
-
 def _base(recipe: FinetuningRecipe) -> str:
     where = " (a model of the package)" if recipe.model in shipped_models() else ""
     return f"{shown(recipe.model)}{where}, fine-tuned."
@@ -96,7 +92,7 @@ def _data(run: Path, recipe: FinetuningRecipe, sources: str) -> str:
         if counts
         else ""
     )
-    held_out = ", ".join(map(shown, _listed(recipe.examples.validation_sources)))
+    held_out = ", ".join(map(shown, recipe.examples.validation_source_list))
     how = f" Held-out examples: {held_out}." if held_out else " Held out by prompts: equal ones together."
     return f"{sources}.{number}{how}"
 

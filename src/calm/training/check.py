@@ -10,6 +10,7 @@ from calm.data.chunking import check_block_size
 from calm.errors import InputError, reason_of
 from calm.models.calm import CalmForCausalLM
 from calm.training.build import model_config
+from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
 from calm.training.ranges import check_ranges
@@ -56,6 +57,21 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
     for name, training in stages.items():
         check_training(training, f"{name}.training", recipe.data.context, num_processes)
     check_attention(recipe.language_model)
+
+
+def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) -> None:
+    """Find the mistakes in a recipe for fine-tuning that can be seen without its model.
+
+    Raises:
+        InputError: If it names no model or examples, or a setting is out of range.
+    """
+    if not recipe.model:
+        raise InputError("the recipe names no model; pass --model FOLDER.")
+    if not recipe.examples.sources:
+        raise InputError("the recipe names no examples; pass --examples.sources FILE.")
+    check_seed(recipe.seed)
+    check_ranges(recipe)
+    check_training(recipe.training, "training", recipe.examples.context, num_processes)
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:

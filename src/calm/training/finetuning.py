@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
-from calm.errors import InputError
 from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
 from calm.models.language_model import language_model
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
@@ -29,11 +28,10 @@ from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
 from calm.training.arguments import Stage
 from calm.training.blocks import Blocks
-from calm.training.check import check_seed, check_training
+from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.inputs import check_inputs, digest_of_examples, digest_of_recipe, digest_of_weights
 from calm.training.processes import processes
-from calm.training.ranges import check_ranges
 from calm.training.runs import Run
 from calm.training.trainer import ChunkTrainer
 
@@ -58,7 +56,7 @@ def finetune(
         InputError: If a setting, the examples or the folder do not fit.
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
-    _check(recipe)
+    check_finetuning_recipe(recipe, processes().num_processes)
     run = Run(recipe, output, resume, overwrite)
     with run.held(_places_of(recipe)):
         model, tokenizer = _load(recipe)
@@ -77,16 +75,6 @@ def finetune(
     return output / "model"
 
 
-def _check(recipe: FinetuningRecipe) -> None:
-    if not recipe.model:
-        raise InputError("the recipe names no model; pass --model FOLDER.")
-    if not recipe.examples.sources:
-        raise InputError("the recipe names no examples; pass --examples.sources FILE.")
-    check_seed(recipe.seed)
-    check_ranges(recipe)
-    check_training(recipe.training, "training", recipe.examples.context, processes().num_processes)
-
-
 def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, checked against the recipe."""
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
@@ -102,22 +90,18 @@ def _read(
     recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example]]:
     settings = recipe.examples
-    conversations = read_examples(_as_list(settings.sources), tokenizer)
-    if not settings.validation_sources:
+    conversations = read_examples(settings.source_list, tokenizer)
+    if not settings.validation_source_list:
         return split_examples(conversations, settings.validation_fraction, recipe.seed)
-    held_out = read_examples(_as_list(settings.validation_sources), tokenizer)
+    held_out = read_examples(settings.validation_source_list, tokenizer)
     return [example for c in conversations for example in c], [example for c in held_out for example in c]
 
 
 def _places_of(recipe: FinetuningRecipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
     examples = recipe.examples
-    named = [recipe.model, *_as_list(examples.sources), *_as_list(examples.validation_sources or [])]
+    named = [recipe.model, *examples.source_list, *examples.validation_source_list]
     return [*named, *([examples.chat_template] if examples.chat_template else [])]
-
-
-def _as_list(sources: list[str] | str) -> list[str]:
-    return [sources] if isinstance(sources, str) else sources
 
 
 def _train(

@@ -6,7 +6,7 @@ This file imports neither torch nor transformers: the command line reads it for 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from calm.training.recipe import TrainingSettings
+from calm.training.recipe import TrainingSettings, as_list
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,16 @@ class ExampleSettings:
     validation_fraction: float = 0.1
     context: int = 512
     chat_template: str | None = None
+
+    @property
+    def source_list(self) -> list[str]:
+        """The sources, always as a list."""
+        return as_list(self.sources)
+
+    @property
+    def validation_source_list(self) -> list[str]:
+        """The held-out sources, always as a list; empty if a part of the sources is held out."""
+        return as_list(self.validation_sources or [])
 
 
 @dataclass(kw_only=True)

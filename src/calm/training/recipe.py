@@ -14,6 +14,11 @@ from calm.models.hyperparameters import (
 )
 
 
+def as_list(sources: list[str] | str) -> list[str]:
+    """Sources, always as a list."""
+    return [sources] if isinstance(sources, str) else sources
+
+
 @dataclass(kw_only=True)
 class DataSettings:
     """Where the text comes from and how it is cut.
@@ -54,13 +59,12 @@ class DataSettings:
     @property
     def source_list(self) -> list[str]:
         """The sources, always as a list."""
-        return [self.sources] if isinstance(self.sources, str) else self.sources
+        return as_list(self.sources)
 
     @property
     def validation_source_list(self) -> list[str]:
         """The held-out sources, always as a list; empty if a part of the sources is held out."""
-        chosen = self.validation_sources or []
-        return [chosen] if isinstance(chosen, str) else chosen
+        return as_list(self.validation_sources or [])
 
 
 @dataclass(kw_only=True)

@@ -104,29 +104,11 @@ class ChunkTrainer(Trainer):
         if not self.settings.evaluate_every:
             self.evaluate()
 
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, found to be one of this run; None to start."""
-        folder = self._stage.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if (checkpoint := newest_whole_checkpoint(folder)) is None:
-            return None
-        check_checkpoint(checkpoint, self._stage.is_sharded)
-        if (what := other_input(folder, checkpoint)) is not None:
-            raise InputError(
-                f"'{checkpoint}' belongs to another run: {what} is not the same. "
-                "Put back the checkpoints of this run."
-            )
-        if self._stream is not None:
-            self._stream.position.load(checkpoint / self._position_file)
-        return checkpoint
-
     def whole_network(self) -> PreTrainedModel:
         """The model with all weights: itself, or a copy where each process has a part of them."""
         return whole_copy(self._network)
 
-    @property
-    def _position_file(self) -> str:
-        return f"position_{processes().process_index}.json"
+    # Batches and their loss.
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of the training blocks, or of the stream in its own order."""
@@ -140,28 +122,44 @@ class ChunkTrainer(Trainer):
         blocks: Any = train_dataset if train_dataset is not None else self.train_dataset
         return whole_steps(blocks, self.settings.batch_tokens // self._context)
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | int | None:
+        """Number of targets of an optimizer step on all processes; the loss is a mean over them."""
+        if not batch_samples:
+            return None
+        counts = [self._count_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples]
+        count = torch.stack(counts).sum(0).to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count)
+        return count.clamp_min(1)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, with noise that depends only on the seed, the step and each block."""
+        place = inputs.pop(PLACE, None)
+        if place is not None and self._stream is not None:
+            self._stream.position.note(*place.tolist())
+        numbers = inputs.pop(NUMBERS, None)
+        if numbers is not None:
+            step, device = self.state.global_step, inputs["input_ids"].device
+            generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
+            draw: Any = self._network.draw_training_noise
+            inputs["noise"] = draw(generators, **inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One batch; the first loss that is not finite is recorded."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._watch.see(loss, self.state.global_step + 1)
         return loss
 
-    def _left(self) -> str:
-        """What remains of the run if it ends now."""
-        checkpoints = checkpoints_in(self._stage.folder)
-        return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Set up accelerate, which places the model on its device and shards or replicates it."""
-        super().create_accelerator_and_postprocess()
-        if self._stage.is_sharded:
-            keep_autocast(self.accelerator)
-
-    def compute_loss_context_manager(self) -> Any:
-        """The context of a loss: accelerate puts autocast around models, but not around sharded ones."""
-        if not self._stage.is_sharded or self.settings.precision != "bf16":
-            return super().compute_loss_context_manager()
-        return torch.autocast(self.args.device.type, torch.bfloat16)
+    # Optimizer and schedule.
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
@@ -180,6 +178,8 @@ class ChunkTrainer(Trainer):
             self._created_lr_scheduler = True
         assert self.lr_scheduler is not None
         return self.lr_scheduler
+
+    # What is logged.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values; along with a training loss, the speed of training."""
@@ -202,39 +202,23 @@ class ChunkTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a batch, with noise that depends only on the seed, the step and each block."""
-        place = inputs.pop(PLACE, None)
-        if place is not None and self._stream is not None:
-            self._stream.position.note(*place.tolist())
-        numbers = inputs.pop(NUMBERS, None)
-        if numbers is not None:
-            step, device = self.state.global_step, inputs["input_ids"].device
-            generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
-            draw: Any = self._network.draw_training_noise
-            inputs["noise"] = draw(generators, **inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    # Checkpoints.
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, Tensor]], device: torch.device
-    ) -> Tensor | int | None:
-        """Number of targets of an optimizer step on all processes; the loss is a mean over them."""
-        if not batch_samples:
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, found to be one of this run; None to start."""
+        folder = self._stage.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if (checkpoint := newest_whole_checkpoint(folder)) is None:
             return None
-        counts = [self._count_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples]
-        count = torch.stack(counts).sum(0).to(device)
-        if self.args.world_size > 1:
-            count = self.accelerator.reduce(count)
-        return count.clamp_min(1)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+        check_checkpoint(checkpoint, self._stage.is_sharded)
+        if (what := other_input(folder, checkpoint)) is not None:
+            raise InputError(
+                f"'{checkpoint}' belongs to another run: {what} is not the same. "
+                "Put back the checkpoints of this run."
+            )
+        if self._stream is not None:
+            self._stream.position.load(checkpoint / self._position_file)
+        return checkpoint
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -256,3 +240,29 @@ class ChunkTrainer(Trainer):
                 self._stream.position.save(partial / self._position_file)
             if self.args.should_save:
                 copy_inputs(self._stage.folder, partial)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    @property
+    def _position_file(self) -> str:
+        return f"position_{processes().process_index}.json"
+
+    def _left(self) -> str:
+        """What remains of the run if it ends now."""
+        checkpoints = checkpoints_in(self._stage.folder)
+        return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
+
+    # Sharded networks.
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate, which places the model on its device and shards or replicates it."""
+        super().create_accelerator_and_postprocess()
+        if self._stage.is_sharded:
+            keep_autocast(self.accelerator)
+
+    def compute_loss_context_manager(self) -> Any:
+        """The context of a loss: accelerate puts autocast around models, but not around sharded ones."""
+        if not self._stage.is_sharded or self.settings.precision != "bf16":
+            return super().compute_loss_context_manager()
+        return torch.autocast(self.args.device.type, torch.bfloat16)
