@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from calm.models.heads.base import GenerativeHead
 from tiny import HEADS, tiny_model
 from torch.testing import assert_close
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.models.heads.contract import GenerativeHead
 from calm.models.heads.energy import EnergyHead
 from calm.training.noise import generators_of_blocks, number_of_block
 
