@@ -4,6 +4,8 @@ Shapes: P targets, N draws, S steps of a window, K tokens of a step, X what a re
 """
 
 import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +18,29 @@ from calm.evaluation.processes import Block
 from calm.models.readers import LikelihoodReader, Reader
 
 
+@dataclass
 class _Step(abc.ABC):
-    """What one step of all targets tells, after one output for each."""
+    """What one step of all targets tells.
+
+    Args:
+        reader: The model.
+        outputs_PX: Its output before the step, one for each target.
+        has_ended_P: Where the text has ended: there comes nothing but padding.
+        targets: The targets.
+        num_draws: Draws of each.
+        generator: Source of randomness.
+    """
+
+    reader: Any
+    outputs_PX: Tensor
+    has_ended_P: Tensor
+    targets: Targets
+    num_draws: int
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        """What is done once for hits and path."""
+        return
 
     @abc.abstractmethod
     def hits(self, truth_PK: Tensor) -> Tensor:
@@ -31,12 +54,51 @@ class _Step(abc.ABC):
         """
 
 
-class _StepScorer(abc.ABC):
-    """Accuracy under teacher forcing, collisions along one path that the model writes.
+class _Drawn(_Step):
+    """From draws alone."""
 
-    Args:
-        reader: The model.
-    """
+    def __post_init__(self) -> None:
+        draws_NPK, _ = self.targets.end(self.reader.draw(self.outputs_PX, self.num_draws, self.generator))
+        pad = self.targets.pad_token_id
+        self.draws_NPK = torch.where(self.has_ended_P.unsqueeze(-1), pad, draws_NPK)
+
+    def hits(self, truth_PK: Tensor) -> Tensor:
+        return share_of_hits(self.draws_NPK, truth_PK)
+
+    def path(self) -> tuple[Tensor, Tensor, Tensor]:
+        path_PK = self.draws_NPK[0]
+        follows_P = (self.draws_NPK[1:] == path_PK).all(-1).float().mean(0)
+        return path_PK, share_of_equal_pairs(self.draws_NPK), follows_P
+
+
+class _Known(_Step):
+    """From the probabilities of what is drawn."""
+
+    def hits(self, truth_PK: Tensor) -> Tensor:
+        return self._probabilities(truth_PK)[0]
+
+    def path(self) -> tuple[Tensor, Tensor, Tensor]:
+        path_PK = self.reader.draw(self.outputs_PX, 1, self.generator)[0]
+        p_PK, equal_PK = self._probabilities(path_PK)
+        return path_PK, equal_PK, p_PK[:, -1]
+
+    def _probabilities(self, units_PK: Tensor) -> tuple[Tensor, Tensor]:
+        """P(first n tokens of the units), and that times the probability that two draws of token n agree.
+
+        After the end of a text there is nothing but padding, with certainty. Both (P, K).
+        """
+        token_PK, equal_PK = self.reader.probabilities(self.outputs_PX, units_PK)
+        over_PK = self.has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self.targets.eos_ids)
+        token_PK, equal_PK = token_PK.masked_fill(over_PK, 1.0), equal_PK.masked_fill(over_PK, 1.0)
+        p_PK = token_PK.cumprod(-1)
+        before_PK = torch.cat([torch.ones_like(p_PK[:, :1]), p_PK[:, :-1]], dim=-1)
+        return p_PK, before_PK * equal_PK
+
+
+class _StepScorer:
+    """Accuracy under teacher forcing, collisions along one path that the model writes."""
+
+    _step: ClassVar[type[_Step]]
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -49,14 +111,15 @@ class _StepScorer(abc.ABC):
         text = read_text(self.reader, block, targets.is_target_BC, self.chunk_size)
         truth_SPK = targets.chunks_PK.unflatten(1, (text.num_steps, -1)).transpose(0, 1)
         truth_ended_P = path_ended_P = torch.zeros_like(targets.chunks_PK[:, 0], dtype=torch.bool)
+        how = (targets, num_draws, generator)
         hits, equal, follows = [], [], []
         outputs_PX = text.outputs_on_text(0)
         for number, truth_PK in enumerate(truth_SPK):
-            step = self._step(text.outputs_on_text(number), truth_ended_P, targets, num_draws, generator)
+            step = self._step(self.reader, text.outputs_on_text(number), truth_ended_P, *how)
             hits.append(step.hits(truth_PK))
             truth_ended_P = truth_ended_P | targets.end(truth_PK)[1]
             if number > 0:  # From here on the path has left the text.
-                step = self._step(outputs_PX, path_ended_P, targets, num_draws, generator)
+                step = self._step(self.reader, outputs_PX, path_ended_P, *how)
             path_PK, equal_PK, follows_P = step.path()
             equal.append(equal_PK)
             follows.append(follows_P)
@@ -66,44 +129,15 @@ class _StepScorer(abc.ABC):
                 outputs_PX = text.follow(path_PK)
         return windows_of_steps(torch.stack(hits), torch.stack(equal), torch.stack(follows))
 
-    @abc.abstractmethod
-    def _step(
-        self,
-        outputs_PX: Tensor,
-        has_ended_P: Tensor,
-        targets: Targets,
-        num_draws: int,
-        generator: torch.Generator,
-    ) -> _Step:
-        """A step after some outputs; nothing but padding comes where the text has ended."""
-
 
 class DrawScorer(_StepScorer):
-    """Scores any reader, from draws."""
+    """Scores any reader, from draws.
 
-    def _step(
-        self,
-        outputs_PX: Tensor,
-        has_ended_P: Tensor,
-        targets: Targets,
-        num_draws: int,
-        generator: torch.Generator,
-    ) -> _Step:
-        draws_NPK, _ = targets.end(self.reader.draw(outputs_PX, num_draws, generator))
-        return _Drawn(torch.where(has_ended_P.unsqueeze(-1), targets.pad_token_id, draws_NPK))
+    Args:
+        reader: The model.
+    """
 
-
-class _Drawn(_Step):
-    def __init__(self, draws_NPK: Tensor) -> None:
-        self._draws_NPK = draws_NPK
-
-    def hits(self, truth_PK: Tensor) -> Tensor:
-        return share_of_hits(self._draws_NPK, truth_PK)
-
-    def path(self) -> tuple[Tensor, Tensor, Tensor]:
-        path_PK = self._draws_NPK[0]
-        follows_P = (self._draws_NPK[1:] == path_PK).all(-1).float().mean(0)
-        return path_PK, share_of_equal_pairs(self._draws_NPK), follows_P
+    _step = _Drawn
 
 
 class ProbabilityScorer(_StepScorer):
@@ -113,49 +147,12 @@ class ProbabilityScorer(_StepScorer):
     true tokens' probabilities; sum_x P(x)^2 of order n is the mean, over paths x that the model writes,
     of P(x_1)...P(x_(n-1)) · sum_v P(v | x_1..x_(n-1))^2. One path is written for each target, whatever the
     number of draws.
+
+    Args:
+        reader: The model.
     """
 
-    reader: LikelihoodReader
+    _step = _Known
 
-    def _step(
-        self,
-        outputs_PX: Tensor,
-        has_ended_P: Tensor,
-        targets: Targets,
-        num_draws: int,
-        generator: torch.Generator,
-    ) -> _Step:
-        return _Known(self.reader, outputs_PX, has_ended_P, targets, generator)
-
-
-class _Known(_Step):
-    def __init__(
-        self,
-        reader: LikelihoodReader,
-        outputs_PX: Tensor,
-        has_ended_P: Tensor,
-        targets: Targets,
-        generator: torch.Generator,
-    ) -> None:
-        self._reader, self._outputs_PX, self._has_ended_P = reader, outputs_PX, has_ended_P
-        self._targets, self._generator = targets, generator
-
-    def hits(self, truth_PK: Tensor) -> Tensor:
-        return self._probabilities(truth_PK)[0]
-
-    def path(self) -> tuple[Tensor, Tensor, Tensor]:
-        path_PK = self._reader.draw(self._outputs_PX, 1, self._generator)[0]
-        p_PK, equal_PK = self._probabilities(path_PK)
-        return path_PK, equal_PK, p_PK[:, -1]
-
-    def _probabilities(self, units_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """P(first n tokens of the units), and that times the probability that two draws of token n agree.
-
-        After the end of a text there is nothing but padding, with certainty. Both (P, K).
-        """
-        token_PK, equal_PK = self._reader.probabilities(self._outputs_PX, units_PK)
-        over_PK = self._has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self._targets.eos_ids)
-        token_PK, equal_PK = token_PK.masked_fill(over_PK, 1.0), equal_PK.masked_fill(over_PK, 1.0)
-        p_PK = token_PK.cumprod(-1)
-        before_PK = torch.cat([torch.ones_like(p_PK[:, :1]), p_PK[:, :-1]], dim=-1)
-        return p_PK, before_PK * equal_PK
+    def __init__(self, reader: LikelihoodReader) -> None:
+        super().__init__(reader)
