@@ -10,7 +10,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-.PHONY: demo test docs notebooks fuzz soak bench check lint types lock clean
+.PHONY: demo test docs site notebooks fuzz soak bench check lint types lock clean
 
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
@@ -21,6 +21,9 @@ test: $(STAMP)          ## all tests
 # A broken link, a heading or a name that is not there, and an example that does not run are errors.
 docs: $(STAMP)          ## run what the pages show, and build the site in build/site (the notebooks run in make test)
 	$(BIN)/python -m pytest -n auto tests/docs --deselect tests/docs/test_notebooks.py
+	$(MAKE) site
+
+site: $(STAMP)          ## build the site alone; make test has run what it shows
 	$(BIN)/jupyter-nbconvert --log-level WARN --to markdown --output-dir docs/notebooks examples/notebooks/*.ipynb
 	$(BIN)/zensical build --clean --strict
 
