@@ -210,6 +210,6 @@ def test_a_module_that_has_moved_says_where_it_is(old):
 def test_whether_a_network_is_a_calm_is_asked_in_one_place():
     """Others ask `calm.models.language_model`; two take a CALM and nothing else."""
     asked = re.compile(r"isinstance\([^)]*CalmForCausalLM")
-    files = {str(path.relative_to(SOURCE)) for path in FILES if asked.search(path.read_text(encoding="utf-8"))}
+    files = [str(path.relative_to(SOURCE)) for path in FILES if asked.search(path.read_text("utf-8"))]
     outside = {name for name in files if not name.startswith("models/")}
     assert outside == {"harness.py", "serving/run.py"}
