@@ -47,7 +47,7 @@ def test_what_a_model_cannot_take_is_one_sentence():
         with pytest.raises(ValueError, match="prompt and prefix tuning do not work; low-rank adapters do"):
             peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", **sizes))
     with pytest.raises(ValueError, match=r"forward\(\) does not know the argument\(s\): color"):
-        tiny_model()(TOKENS, colour="red")
+        tiny_model()(TOKENS, color="red")
 
 
 def test_the_vocabulary_has_the_size_of_the_autoencoders():
