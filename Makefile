@@ -28,7 +28,7 @@ site: $(STAMP)          ## build the site alone; make test has run what it shows
 	$(BIN)/zensical build --clean --strict
 
 notebooks: $(STAMP)     ## run the notebooks and keep what they print (about a minute)
-	$(BIN)/jupyter-execute --inplace examples/notebooks/*.ipynb
+	$(BIN)/jupyter-execute --inplace --NotebookClient.record_timing=False examples/notebooks/*.ipynb
 
 # Cases that fail are kept in .hypothesis, and are tried first the next time.
 fuzz: $(STAMP)          ## search for input that breaks something, for about an hour on two cores
