@@ -214,7 +214,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         if argument.startswith("--recipe="):
             settings = settings_in(argument.removeprefix("--recipe="), kind, options)
-            result[i] = "--recipe=" + yaml.safe_dump(settings)
+            result[i] = "--recipe=" + yaml.safe_dump(settings, sort_keys=False)
         elif argument == "--recipe" and i + 1 < len(arguments):
-            result[i + 1] = yaml.safe_dump(settings_in(arguments[i + 1], kind, options))
+            result[i + 1] = yaml.safe_dump(settings_in(arguments[i + 1], kind, options), sort_keys=False)
     return result

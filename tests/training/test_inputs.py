@@ -11,11 +11,12 @@ from toy import interrupt, toy_recipe
 from calm.data.prepare import prepare
 from calm.data.stories import write_stories
 from calm.errors import InputError
+from calm.storage.disk import write_file_whole
 from calm.training import stages
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe
-from calm.training.inputs import digest_of_recipe
-from calm.training.recipe import TrainingSettings
+from calm.training.inputs import check_recipe_and_inputs, digest_of_recipe
+from calm.training.recipe import LanguageModelSettings, Recipe, TrainingSettings
 from calm.training.recipe_files import with_settings, write_recipe
 
 
@@ -239,3 +240,22 @@ def test_fine_tuning_of_another_model_or_of_other_examples(base, tmp_path, monke
         finetune(recipe, tmp_path / "run", resume=True)
     file.write_bytes(good)
     finetune(dataclasses.replace(recipe), tmp_path / "run", resume=True)
+
+
+def test_the_order_of_the_fields_of_a_head_means_nothing(tmp_path):
+    """And a run of before, whose record kept an order, goes on with that order or with the sorted one."""
+    one = {"head_type": "flow", "num_blocks": 1, "frequency_size": 16}
+    other = dict(sorted(one.items()))
+    recipes = [Recipe(language_model=LanguageModelSettings(head=head)) for head in (one, other)]
+    assert len({digest_of_recipe(recipe) for recipe in recipes}) == 1
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    check_recipe_and_inputs(tmp_path / "new", recipes[0], {})
+    check_recipe_and_inputs(tmp_path / "new", recipes[1], {})
+    as_before = digest_of_recipe(recipes[0], in_order=False)
+    assert as_before != digest_of_recipe(recipes[0])
+    write_file_whole(tmp_path / "old/inputs.json", json.dumps({"its recipe": as_before}))
+    check_recipe_and_inputs(tmp_path / "old", recipes[0], {})
+    changed = Recipe(language_model=LanguageModelSettings(head=one | {"num_blocks": 2}))
+    with pytest.raises(InputError, match="its recipe changed since the run began"):
+        check_recipe_and_inputs(tmp_path / "old", changed, {})

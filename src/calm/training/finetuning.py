@@ -30,7 +30,7 @@ from calm.training.arguments import Stage
 from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.inputs import check_inputs, digest_of_examples, digest_of_recipe, digest_of_weights
+from calm.training.inputs import check_recipe_and_inputs, digest_of_examples, digest_of_weights
 from calm.training.processes import processes
 from calm.training.runs import Run
 from calm.training.trainer import ChunkTrainer
@@ -63,12 +63,11 @@ def finetune(
         examples, held_out = _read(recipe, tokenizer)
         if processes().is_main_process:
             inputs = {
-                "its recipe": digest_of_recipe(recipe),
                 f"the model '{recipe.model}'": digest_of_weights(model),
                 "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
             }
             with run.made_ready():
-                check_inputs(output, inputs)
+                check_recipe_and_inputs(output, recipe, inputs)
         processes().wait_for_everyone()
         if not run.has_model("model"):
             _train(run, model, tokenizer, examples, held_out)

@@ -19,12 +19,13 @@ from calm.storage.disk import read_json, write_file_whole
 INPUTS = "inputs.json"
 
 
-def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
+def check_inputs(output: Path, inputs: Mapping[str, str], earlier: Mapping[str, str] | None = None) -> None:
     """Record the inputs of a run, or compare them with those on record.
 
     Args:
         output: Folder of the run.
         inputs: Digests, keyed by what they are of in the words of a message.
+        earlier: What an earlier version would have recorded instead, which will do as well.
 
     Raises:
         InputError: If an input has changed.
@@ -32,7 +33,7 @@ def check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
     file = output / INPUTS
     noted = inputs_in(output)
     for what, digest in inputs.items():
-        if noted.get(what, digest) != digest:
+        if noted.get(what, digest) not in (digest, (earlier or {}).get(what)):
             raise InputError(
                 f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or "
                 "choose another output folder."
@@ -74,17 +75,38 @@ def _run_of(stage: Path) -> Path | None:
     return next((folder for folder in stage.parents[:2] if (folder / INPUTS).is_file()), None)
 
 
-def digest_of_recipe(recipe: Any) -> str:
-    """A digest of the settings that differ from the defaults, so that a new setting changes no digest."""
+RECIPE_INPUT = "its recipe"
+
+
+def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]) -> None:
+    """`check_inputs` of a recipe and of all else that decides what it makes."""
+    earlier = {RECIPE_INPUT: digest_of_recipe(recipe, in_order=False)}
+    check_inputs(output, {RECIPE_INPUT: digest_of_recipe(recipe), **inputs}, earlier)
+
+
+def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:
+    """A digest of the settings that differ from the defaults, so that a new setting changes no digest.
+
+    Args:
+        recipe: The recipe.
+        in_order: Sort the fields of a head and the like: their order in a file means nothing. Runs that were
+            begun from Python have kept it.
+    """
 
     def changed(value: Any, default: Any) -> Any:
         if dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
             pairs = {name: changed(getattr(value, name), getattr(default, name)) for name in names}
             return {name: pair for name, pair in pairs.items() if pair != {}}
-        return {} if value == default else [value]
+        return {} if value == default else [_sorted(value) if in_order else value]
 
     return _digest(changed(recipe, type(recipe)()))
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _sorted(value[name]) for name in sorted(value)}
+    return [_sorted(one) for one in value] if isinstance(value, list) else value
 
 
 def digest_of_weights(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.check import check_recipe
-from calm.training.inputs import check_inputs, digest_of_files, digest_of_recipe, digest_of_weights
+from calm.training.inputs import check_recipe_and_inputs, digest_of_files, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.runs import DATA, Run
@@ -56,15 +56,12 @@ def _make_ready(run: Run[Recipe]) -> None:
             tell_counts(folder, data)
         if autoencoder is not None:
             check_vocabulary(autoencoder.config, recipe, data)
-        check_inputs(output, _inputs_of(recipe, data, autoencoder))
+        check_recipe_and_inputs(output, recipe, _inputs_of(recipe, data, autoencoder))
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
-    """Digests of everything that determines the result of a recipe."""
-    inputs = {
-        "its recipe": digest_of_recipe(recipe),
-        "its prepared text (with the tokenizer)": data.digest,
-    }
+    """Digests of everything beside a recipe that determines its result."""
+    inputs = {"its prepared text (with the tokenizer)": data.digest}
     if recipe.data.streaming:
         inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
     if autoencoder is not None:
