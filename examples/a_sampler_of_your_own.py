@@ -1,14 +1,13 @@
 """A sampler outside the package, in one file: draw until some chunk comes a second time, and take that one.
 
-    python examples/a_sampler_of_your_own.py generate stories "Once upon a time" --sampler repeat
+    python examples/a_sampler_of_your_own.py generate stories "Once upon" --sampler repeat --temperature 1
 
 That is the `calm` command with this sampler among those it knows; from Python, `generate` takes the object:
 
     model.generate(**prompt, sampler=RepeatSampler(max_draws=50))
 
-It sharpens a distribution with a few draws and no temperature: a likely chunk comes twice sooner than its
-rivals.
-(What it gives is not P(x)^2 normalized, which is the exact sampler at T = 0.5.)
+It sharpens a distribution with a few draws and no temperature: the likelier a chunk, the sooner it comes a
+second time. (What it gives is not P(x)^2 normalized, which is the exact sampler at T = 0.5.)
 """
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from toy import failure
 
 from calm.cli import main
@@ -152,3 +153,14 @@ def test_too_little_memory_is_one_sentence(capsys):
 )
 def test_numbers_out_of_range(arguments, capsys):
     assert re.search(r"must be at least .*, got", failure(capsys, *arguments))
+
+
+@pytest.mark.parametrize("sign", [" ", "="])
+def test_another_head_as_an_option_starts_anew(sign, capsys):
+    """As in a recipe that extends another: the fields of the former head mean nothing to it."""
+    given = f"--language_model.head.head_type{sign}flow".split()
+    more = ["--language_model.head.num_blocks", "3", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "cpu_tiny", *given, *more])
+    head = yaml.safe_load(capsys.readouterr().out)["language_model"]["head"]
+    assert head == {"head_type": "flow", "num_blocks": 3}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import logging
 import os
 import signal
@@ -202,7 +203,7 @@ def _tell_notes() -> None:
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:
     """Replace the names of recipes after --recipe by what they say, in ASCII."""
-    from calm.training.recipe_settings import settings_in
+    from calm.training.recipe_settings import extended, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
@@ -210,11 +211,29 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     # What a recipe printed by --print_config has beside the recipe.
     others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
+    head_type = _value_of("--language_model.head.head_type", arguments)
+    # Another head does not take over the fields of the recipe's.
+    own = {} if head_type is None else {"language_model": {"head": {"head_type": head_type}}}
+
+    def text_of(name: str) -> str:
+        settings = extended(settings_in(name, kind, options), own, kind)
+        return yaml.safe_dump(settings, sort_keys=False)
+
     result = list(arguments)
     for i, argument in enumerate(arguments):
         if argument.startswith("--recipe="):
-            settings = settings_in(argument.removeprefix("--recipe="), kind, options)
-            result[i] = "--recipe=" + yaml.safe_dump(settings, sort_keys=False)
+            result[i] = "--recipe=" + text_of(argument.removeprefix("--recipe="))
         elif argument == "--recipe" and i + 1 < len(arguments):
-            result[i + 1] = yaml.safe_dump(settings_in(arguments[i + 1], kind, options), sort_keys=False)
+            result[i + 1] = text_of(arguments[i + 1])
     return result
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value that is given to an option last, if it is given."""
+    given = None
+    for argument, after in itertools.pairwise([*arguments, ""]):
+        if argument == option:
+            given = after
+        elif argument.startswith(f"{option}="):
+            given = argument.removeprefix(f"{option}=")
+    return given

@@ -7,8 +7,18 @@ import pytest
 from docs_pages import PAGES, examples_of, name_of
 from serving_client import serving
 
+from calm.data import formats
+from calm.models.heads import registry
 from calm.models.loading import load_model_and_tokenizer
+from calm.models.writing import sampler_registry
+from calm.training import optimizers
 
+REGISTRIES = [
+    (registry, "_REGISTRY"),
+    (sampler_registry, "_SAMPLERS"),
+    (formats, "FORMATS"),
+    (optimizers, "_BUILDERS"),
+]
 SERVER = "http://127.0.0.1:8000"  # Of `calm serve`, as the pages have it.
 
 
@@ -17,8 +27,13 @@ def python_of(page):
 
 
 @pytest.fixture
-def module(request):
-    """A module of its own for the examples of a page, so that classes in them can be pickled."""
+def module(request, monkeypatch):
+    """A module of its own for the examples of a page, so that classes in them can be pickled.
+
+    What they register is known in that page alone.
+    """
+    for where, name in REGISTRIES:
+        monkeypatch.setattr(where, name, dict(getattr(where, name)))
     name = f"examples_of_{Path(request.node.callspec.id).stem}"
     module = sys.modules[name] = type(sys)(name)
     yield module

@@ -233,13 +233,19 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             position_ids: As in `forward`.
         """
         counts_B = find_targets(labels, position_ids, self.config.chunk_size).sum(-1).tolist()
-        rows = [
+        rows: list[Any] = [
             self.head.draw_noise(count, generator, input_ids.device)
             for count, generator in zip(counts_B, generators, strict=True)
         ]
         if rows[0] is None:
             return None
-        return type(rows[0])(
+        if not isinstance(rows[0], tuple):
+            raise TypeError(
+                f"{type(self.head).__name__}.draw_noise must return a named tuple of tensors or None, "
+                f"not a {type(rows[0]).__name__}."
+            )
+        noise: Any = type(rows[0])
+        return noise(
             *(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
         )
 

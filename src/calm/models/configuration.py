@@ -237,8 +237,8 @@ def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dic
     config = parse_head_config(head)
     if config.needs_codes and not autoencoder.has_codes:
         raise ValueError(
-            f"a {config.head_type} head draws codes of tokens: set the autoencoder's kind to 'codes', "
-            f"not '{autoencoder.kind}'."
+            f"a {config.head_type} head learns tokens and needs no trained autoencoder: set the "
+            f"autoencoder's kind to 'codes', not '{autoencoder.kind}'."
         )
     known = {field.name for field in fields(config)}
     sizes = {name: getattr(autoencoder, name) for name in ("vocab_size", "chunk_size") if name in known}

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from calm.core.samplers import HeadSampler, PoolSampler, Sampler, is_plain_draw
 from calm.models.calm import CalmForCausalLM
 from calm.models.heads import Likelihood
-from calm.models.heads.token_head import MIN_TEMPERATURE
+from calm.models.heads.contract import MIN_TEMPERATURE
 
 
 class Reader(Protocol):
@@ -100,7 +100,7 @@ class LikelihoodChunkReader(ChunkReader):
 
     @staticmethod
     def fits(model: CalmForCausalLM, sampler: Sampler | None) -> bool:
-        """Whether that is so."""
+        """Whether the probabilities of such draws are known."""
         if not isinstance(model.head, Likelihood):
             return False
         is_own = isinstance(sampler, HeadSampler) and sampler.temperature >= MIN_TEMPERATURE

@@ -17,6 +17,9 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.heads.fields import HeadConfig, refuse_old_names
 
+MIN_TEMPERATURE = 0.01
+"""The lowest temperature at which probabilities are asked for: scores are divided by it."""
+
 
 class Target(NamedTuple):
     """What a loss compares with, at P positions.
@@ -162,7 +165,7 @@ class LatentHead(GenerativeHead):
         prepared_P: Tensor,
         num_draws: int,
         randomness: Randomness = None,
-        noise: Tensor | None = None,
+        noise: Any = None,
         temperature: float = 1.0,
     ) -> Tensor:
         """Independent draws of the next latent, (N, P, Z), of any float type.
@@ -190,7 +193,7 @@ class LatentHead(GenerativeHead):
         return autoencoder.decode_tokens(latents_NPZ)  # type: ignore[operator]
 
     def sample_latents(
-        self, states_PD: Tensor, num_draws: int, randomness: Randomness = None, noise: Tensor | None = None
+        self, states_PD: Tensor, num_draws: int, randomness: Randomness = None, noise: Any = None
     ) -> Tensor:
         """`prepare` and `draw_latents` at temperature 1, (N, P, Z)."""
         return self.draw_latents(self.prepare(states_PD), num_draws, randomness, noise)
@@ -225,7 +228,7 @@ class Likelihood(Protocol):
         Args:
             states_PD: States of the chunks before.
             tokens_PK: The chunks.
-            temperature: Of the draws, as `draw_chunks` takes it.
+            temperature: Of the draws, from `MIN_TEMPERATURE` to 1, for heads that take one.
         """
 
 

@@ -57,7 +57,8 @@ class HeadConfig:
     """The lowest temperature of a single draw; below 1, the sampler "head" can use it."""
 
     needs_codes: ClassVar[bool] = False
-    """Whether the head works with codes of tokens only: then the autoencoder must be of kind "codes"."""
+    """Whether the head learns tokens, so that no autoencoder is to be trained: the model's is then of kind
+    "codes", where the latent of a chunk is made of fixed codes of its tokens."""
 
     decodes_latents: ClassVar[bool] = True
     """Whether the autoencoder decodes each draw; not where the head draws tokens itself."""

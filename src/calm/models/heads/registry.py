@@ -23,7 +23,12 @@ def register_head(head_type: str, config: type[HeadConfig], head: type[Generativ
         head_type: The name, saved in checkpoints.
         config: Dataclass of the head's fields.
         head: Module built as `head(config, hidden_size, latent_size)`.
+
+    Raises:
+        TypeError: If the configuration is no dataclass.
     """
+    if "__dataclass_fields__" not in vars(config):
+        raise TypeError(f"{config.__name__} must be a dataclass: decorate it with @dataclass(kw_only=True).")
     _REGISTRY[head_type] = (config, head)
 
 
@@ -73,7 +78,10 @@ def _find_head(head_type: str) -> tuple[type[HeadConfig], type[GenerativeHead]]:
                 f"the {head_type} head has moved out of the package, to {_MOVED_OUT[head_type]}: "
                 "import that file first."
             )
-        raise ValueError(f"unknown head_type '{head_type}'; known heads: {', '.join(_REGISTRY)}.")
+        raise ValueError(
+            f"unknown head_type '{head_type}'; known heads: {', '.join(_REGISTRY)}. Import the file that "
+            "defines it first, or install it as a package with an entry point of the group calm.heads."
+        )
     return _REGISTRY[head_type]
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
-from calm.models.heads.contract import Target, TokenProbabilities, require_finite
+from calm.models.heads.contract import MIN_TEMPERATURE, Target, TokenProbabilities, require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
 from calm.models.heads.scores import cross_entropy, draw_tokens, likeliest, probabilities
 from calm.models.heads.step_network import RecomputedBlock
-from calm.models.heads.token_head import MIN_TEMPERATURE, TokenHead, TokenHeadConfig
+from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""What the heads share that learn by cross-entropy: scores of the whole vocabulary, and codes as latents.
+"""What heads that learn tokens by cross-entropy have in common: scores of the whole vocabulary.
 
 Shapes: V vocabulary.
 """
@@ -12,11 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.models.blocks import PartedLinear
-from calm.models.heads.contract import GenerativeHead
+from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead
 from calm.models.heads.fields import HeadConfig, check_counts
-
-MIN_TEMPERATURE = 0.01
-"""The lowest temperature of the softmax of scores: they are divided by it."""
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,8 @@ def register_sampler(name: str, sampler: type) -> None:
 
     Args:
         name: The name.
-        sampler: A frozen dataclass with the members of `Sampler` and `temperature` among its fields.
+        sampler: A frozen dataclass with the members of `Sampler` and `temperature` among its fields. By
+            name it gets those of its fields that `sampler_from` has; the others keep their defaults.
     """
     _SAMPLERS[name] = sampler
 

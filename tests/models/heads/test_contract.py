@@ -15,7 +15,8 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.errors import InputError
 from calm.flops import Work, cost_of
 from calm.models.blocks import ZeroLinear
-from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, Target, parse_head_config
+from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, Target, parse_head_config, register_head
+from calm.models.heads.step_network import StepHeadConfig
 from calm.models.writing.sampler_registry import sampler_from
 
 every_head = pytest.mark.parametrize("head_type", HEADS)
@@ -223,10 +224,8 @@ def test_flops_agree_with_an_independent_counter(head_type, draws):
     flops = model.config.head.flops(32, 8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         draws_of(model.head, hidden, draws)
-    of_time = 0
-    if head_type not in ("energy", "sequential"):
-        calls = {"flow": 4, "diffusion": 5, "categorical_flow": 4}[head_type]
-        of_time = 2 * calls * (16 * 32 + 32 * 32)
+    config = model.config.head
+    of_time = 2 * config.calls * (16 * 32 + 32 * 32) if isinstance(config, StepHeadConfig) else 0
     expected = positions * (flops.shared + draws * flops.per_draw)
     assert counter.get_total_flops() - of_time == expected
     cost = cost_of(model.config, Work(draws=draws))
@@ -318,7 +317,7 @@ def outside(tmp_path, monkeypatch):
     from calm.models.heads import registry
 
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    page = (Path(__file__).parents[2] / "docs/heads.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/heads.md").read_text(encoding="utf-8")
     (tmp_path / "shifting_heads.py").write_text(page.split("```python\n")[-1].split("```")[0])
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -351,3 +350,18 @@ def test_a_head_of_an_installed_package_is_found_by_its_entry_point(outside):
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: shifting-heads\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[calm.heads]\nshift = shifting_heads\n")
     check_the_outside_head_works()
+
+
+def test_a_configuration_that_is_no_dataclass_is_told():
+    class Forgotten(HeadConfig):
+        width: float = 1.0
+
+    with pytest.raises(TypeError, match="Forgotten must be a dataclass"):
+        register_head("forgotten", Forgotten, LatentHead)
+
+
+def test_noise_of_another_form_is_told():
+    model = model_with("flow")
+    model.head.draw_noise = lambda *_: torch.zeros(1, 3)
+    with pytest.raises(TypeError, match=r"FlowHead.draw_noise must return a named tuple of tensors or None"):
+        model.draw_training_noise([generator(), generator()], ids, ids)
