@@ -132,7 +132,7 @@ class HarnessModel(LM):
         return [(self._score(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Perplexities of whole documents are none of a CALM's: it begins after a first chunk.
+        """Refused: a CALM gives no probability to the first chunk of a document.
 
         Raises:
             InputError: Always.
@@ -189,7 +189,7 @@ class HarnessModel(LM):
             else encode_words(self._tokenizer, context[len(begun) :] + continuation)
         )
         if not ids:
-            raise InputError("a continuation is empty; the task is none for choices.")
+            raise InputError("a continuation is empty; the task cannot be scored by choices.")
         [prompt] = self._cropped([prompt], len(ids))
         filled = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
         text = Prompt.of(self._model, prompt + filled)

@@ -198,9 +198,24 @@ def test_a_worker_that_dies(whole, monkeypatch, capsys):
         with pytest.raises(SystemExit) as raised:
             main(["train", "--recipe", str(folder / "loading.yaml"), "--output", str(folder / "orphan")])
     assert raised.value.code == 1
-    assert re.search(r"error: DataLoader worker .*num_workers lower.*goes on from", capsys.readouterr().err)
+    assert re.search(r"error: .*DataLoader worker .*num_workers lower.*goes on from", capsys.readouterr().err)
     stages.train(loading, folder / "orphan", resume=True)
     assert same_weights(folder / "whole", folder / "orphan")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_as_it_hands_over_a_batch(whole, tmp_path, monkeypatch, error):
+    _, recipe = whole
+
+    def lost(*_):
+        raise error
+
+    monkeypatch.setattr(ChunkTrainer, "get_batch_samples", lost)
+    loading = with_settings(recipe, in_both({"num_workers": 1}))
+    with pytest.raises(RunError, match=r"A DataLoader worker died \(.+\)\. Set num_workers lower"):
+        stages.train(loading, tmp_path / "with_worker")
+    with pytest.raises(type(error)):  # No worker could have died: this is something else.
+        stages.train(recipe, tmp_path / "without")
 
 
 def test_a_damaged_shard_is_named(whole, tmp_path, capsys):

@@ -25,7 +25,7 @@ class ZeroLinear(nn.Linear):
 
 
 class PartedLinear(nn.Linear):
-    """A linear layer whose weights are used in parts; it is never called, so an adapter would be mute."""
+    """A linear layer whose weights are used in parts. It is never called, so no adapter can wrap it."""
 
 
 class ChunkProjection(nn.Module):

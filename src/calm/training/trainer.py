@@ -96,10 +96,14 @@ class ChunkTrainer(Trainer):
         try:
             with self._signals.listening():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            reason = reason_of(error)
+            if self.args.dataloader_num_workers and not isinstance(error, RuntimeError):
+                # It died while it handed over a batch, before the DataLoader saw that it was gone.
+                reason = f"A DataLoader worker died ({reason})."
+            if "DataLoader worker" not in reason:
                 raise
-            raise RunError(f"{reason_of(error)} Set num_workers lower or to 0; {self._left()}.") from error
+            raise RunError(f"{reason} Set num_workers lower or to 0; {self._left()}.") from error
         if self._signals.left:
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
         if not self.settings.evaluate_every:

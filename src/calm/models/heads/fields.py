@@ -50,8 +50,8 @@ class HeadConfig:
     head_type: str
 
     sampling_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that only say how a trained head is drawn from, so that they may change afterwards: then the
-    head's `config` is replaced, so it reads them anew for every draw."""
+    """Fields that only affect how a trained head is drawn from. They may change after training, by
+    replacing the head's `config`: read them at every draw."""
 
     lowest_temperature: ClassVar[float] = 1.0
     """The lowest temperature of a single draw; below 1, the sampler "head" can use it."""
