@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
@@ -159,6 +160,8 @@ def _answer_option(option: str) -> None:
 def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     """The parameters of a command from the command line."""
     options = _options_of(command, arguments[1:])
+    if command in _RECIPES:
+        arguments = _with_recipe_of_run(arguments)
     parser = build_parser()
     try:
         values = parser.parse_args(_with_recipe_texts(arguments))
@@ -199,6 +202,17 @@ def _tell_notes() -> None:
         logger.addHandler(_Notes())
     logger.propagate = False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def _with_recipe_of_run(arguments: list[str]) -> list[str]:
+    """With --resume and no --recipe, the recipe is the one in the folder of the run."""
+    from calm.training.recipe_settings import recipe_of_run
+
+    if "--resume" not in arguments or _value_of("--recipe", arguments) is not None:
+        return arguments
+    if (folder := _value_of("--output", arguments)) is None:
+        return arguments
+    return [arguments[0], "--recipe", str(recipe_of_run(Path(folder))), *arguments[1:]]
 
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:

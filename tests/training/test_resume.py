@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from toy import interrupt, toy_recipe
 
+from calm.cli import main
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.training import stages
+from calm.training.recipe_files import write_recipe
 from calm.training.trainer import ChunkTrainer
 
 
@@ -47,6 +51,31 @@ def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, st
     ]
     assert scores[0] == scores[1]
     assert [step for step, _ in scores[0]] == [3, 6, 8]
+
+
+def test_a_stopped_run_prints_the_command_that_goes_on(text, tmp_path, monkeypatch, capsys):
+    recipe, output = toy_recipe(text), tmp_path / "two words"
+    whole = stages.train(recipe, tmp_path / "whole")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(SystemExit) as raised:
+            main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(output)])
+    assert raised.value.code == 130
+    (command,) = re.findall(r"go on with: calm (.+)", capsys.readouterr().err)
+    with pytest.raises(SystemExit):  # Options are compared with the recipe of the run.
+        main([*shlex.split(command), "--seed", "77"])
+    assert "the recipe differs in seed" in capsys.readouterr().err
+    main(shlex.split(command))
+    assert (whole / "model.safetensors").read_bytes() == (output / "model/model.safetensors").read_bytes()
+
+
+def test_a_run_that_could_not_begin_has_nothing_to_go_on_with(text, tmp_path, capsys):
+    for arguments in (["--output", str(tmp_path / "none")], [f"--output={tmp_path / 'none'}"]):
+        with pytest.raises(SystemExit) as raised:
+            main(["train", "--resume", *arguments])
+        said = capsys.readouterr().err
+        assert raised.value.code == 2 and "go on with" not in said and "there is no run to resume" in said
 
 
 def test_a_resumed_baseline_equals_an_uninterrupted_one(text, tmp_path, monkeypatch):

@@ -3,13 +3,19 @@
 Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once.
 """
 
+import contextlib
+import logging
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from calm.data.stories import NUM_STORIES
-from calm.errors import InputError
+from calm.errors import InputError, RunError, Terminated
 from calm.ranges import BLOCKS, DOCUMENT_MB, SEEDS, Range
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def demo(
@@ -91,13 +97,14 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder.
+        resume: Go on with the run in that folder; its recipe is there.
         overwrite: Remove what is in that folder first.
     """
     from calm.training.processes import processes
     from calm.training.stages import train as run
 
-    model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+    with _told_how_to_go_on("train", recipe, output):
+        model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
     if processes().is_main_process:
         print(f"model: {model}")
 
@@ -108,15 +115,32 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder.
+        resume: Go on with the run in that folder; its recipe is there.
         overwrite: Remove what is in that folder first.
     """
     from calm.training.finetuning import finetune as run
     from calm.training.processes import processes
 
-    model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+    with _told_how_to_go_on("finetune", recipe, output):
+        model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
     if processes().is_main_process:
         print(f"model: {model}")
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(command: str, recipe: Recipe | FinetuningRecipe, output: str) -> Iterator[None]:
+    """Print the command that resumes a run, if the run has begun and stops before its end."""
+    from calm.training.recipe_files import differences, read_recipe_of
+    from calm.training.recipe_settings import recipe_of_run
+
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated, RunError):
+        with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
+            noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
+            if not differences(noted, recipe):
+                logger.warning("go on with: calm %s --resume --output %s", command, shlex.quote(output))
+        raise
 
 
 def compare(

@@ -110,6 +110,18 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
     return functools.reduce(lambda base, own: extended(base, own, kind), reversed(settings))
 
 
+def recipe_of_run(folder: Path) -> Path:
+    """The file of the recipe that a run follows.
+
+    Raises:
+        InputError: If there is no run in that folder.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise InputError(f"there is no run to resume in '{folder}' (no {RECIPE}); leave out --resume.")
+    return path
+
+
 def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """The settings of a recipe that extends another.
 

@@ -33,6 +33,7 @@ from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, AnyRecipe, differences, read_recipe_of, write_recipe
+from calm.training.recipe_settings import recipe_of_run
 
 logger = logging.getLogger(__name__)
 HISTORY = "history.json"
@@ -67,19 +68,15 @@ class Run(Generic[AnyRecipe]):
             InputError: If the folder is not empty or holds what the run needs, or there is no run of this
                 recipe to resume.
         """
-        noted = self.folder / RECIPE
         if not self.resume:
             check_spared(self.folder, needed)
             check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
-        elif noted.is_file():
-            if changed := differences(read_recipe_of(type(self.recipe), str(noted)), self.recipe):
-                raise InputError(
-                    f"cannot resume '{self.folder}': the recipe differs in {', '.join(changed)}; "
-                    f"use the recipe in {noted}, or another output folder."
-                )
-        else:
+            return
+        noted = recipe_of_run(self.folder)
+        if changed := differences(read_recipe_of(type(self.recipe), str(noted)), self.recipe):
             raise InputError(
-                f"there is no run to resume in '{self.folder}' (no {RECIPE}); leave out --resume."
+                f"cannot resume '{self.folder}': the recipe differs in {', '.join(changed)}; "
+                f"use the recipe in {noted}, or another output folder."
             )
 
     @contextlib.contextmanager
