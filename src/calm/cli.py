@@ -26,6 +26,7 @@ from calm.training.recipe import Recipe
 # Commands that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "run", "question")
+_SHORT = {"samples": "-n", "file": "-f"}
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
 
@@ -75,6 +76,10 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
             if parameter.default is not inspect.Parameter.empty:
                 several = {"nargs": "*", "default": parameter.default}
             parser.add_argument(name, type=str, help=documented[name], **several)
+            by_hand.add(name)
+        elif name in _SHORT:
+            kind, default = parameter.annotation, parameter.default
+            parser.add_argument(_SHORT[name], f"--{name}", type=kind, default=default, help=documented[name])
             by_hand.add(name)
     parser.add_function_arguments(function, skip=by_hand, as_positional=False)
 

@@ -59,3 +59,5 @@ ORDERS = Range(1, 64)
 """Orders of n-gram models."""
 DOCUMENT_MB = Range(1, 10**6)
 """Lengths that may be asked for as the longest of a document, in MB."""
+SAMPLES = Range(1, 4096)
+"""Numbers of texts for one prompt."""

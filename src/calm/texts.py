@@ -24,29 +24,52 @@ def continue_texts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
+    num_return_sequences: int = 1,
     stream: bool = False,
     **arguments: Any,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt.
+    """The continuations of each prompt, without the prompt, those of one prompt side by side.
 
     Args:
         model: A CALM, or another causal language model, which writes with its probabilities.
         tokenizer: Its tokenizer.
         prompts: Texts to continue, of any lengths; they are written as one batch.
-        stream: Print prompt and continuation as they are written (one prompt).
+        num_return_sequences: Continuations of each prompt.
+        stream: Print prompts and continuations as they are written, one after another.
         **arguments: As `continue_tokens` takes them.
 
     Raises:
         InputError: If an argument is out of range, or a prompt has no token or is too long.
     """
+    if stream:
+        return _stream_texts(model, tokenizer, prompts, num_return_sequences, arguments)
     ids = encode_documents(tokenizer, prompts)
-    streamer = _Printer(tokenizer, prompts[0]) if stream else None
-    new_tokens = continue_tokens(model, tokenizer, ids, streamer=streamer, **arguments)
-    copies = len(new_tokens) // len(ids)  # With `num_return_sequences`.
-    behind = [prompt for prompt in ids for _ in range(copies)]
+    new_tokens = continue_tokens(
+        model, tokenizer, ids, num_return_sequences=num_return_sequences, **arguments
+    )
+    behind = [prompt for prompt in ids for _ in range(num_return_sequences)]
     return [
         decode_after(tokenizer, prompt, new) for prompt, new in zip(behind, new_tokens.tolist(), strict=True)
     ]
+
+
+def _stream_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    num_return_sequences: int,
+    arguments: dict[str, Any],
+) -> list[str]:
+    if num_return_sequences > 1:
+        raise InputError("a stream shows one text at a time; ask for one sample of each prompt.")
+    texts = []
+    for number, prompt in enumerate(prompts):
+        if number:
+            print(flush=True)
+        [ids] = encode_documents(tokenizer, [prompt])
+        new = continue_tokens(model, tokenizer, [ids], streamer=_Printer(tokenizer, prompt), **arguments)
+        texts.append(decode_after(tokenizer, ids, new[0].tolist()))
+    return texts
 
 
 def continue_tokens(

@@ -47,11 +47,24 @@ def test_generate(room, capsys):
 
 
 def test_stream_writes_the_same_text(room, capsys):
-    arguments = ["generate", str(room / "run/model"), "Once upon", "--seed", "1", "--max_new_tokens", "12"]
-    main(arguments)
+    arguments = ["generate", str(room / "run/model"), "Once upon", "There", "--seed", "1", "-n", "1"]
+    main([*arguments, "--max_new_tokens", "12"])
     whole = capsys.readouterr().out
-    main([*arguments, "--stream"])
+    main([*arguments, "--max_new_tokens", "12", "--stream"])
     assert capsys.readouterr().out.strip() == whole.strip()
+
+
+def test_samples_as_json(capsys):
+    """Three of each prompt; the first is the one that there would be alone."""
+    how = ["--seed", "1", "--temperature", "1", "--max_new_tokens", "8"]
+    main(["generate", "stories", "Once", "There was", "-n", "3", "--json", *how])
+    written = json.loads(capsys.readouterr().out)
+    samples = written.pop("samples")
+    assert written == {"model": "stories", "temperature": 1, "seed": 1}
+    assert [one["prompt"] for one in samples] == ["Once"] * 3 + ["There was"] * 3
+    assert len({one["text"] for one in samples}) > 4
+    main(["generate", "stories", "There was", *how])
+    assert capsys.readouterr().out == f"There was{samples[3]['text']}\n"
 
 
 def test_evaluate_with_floors(room, capsys):

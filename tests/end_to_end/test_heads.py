@@ -108,7 +108,9 @@ def test_codes_take_no_training(head, tmp_path, capsys):
         json.dumps(head),
     ]
     message = failure(capsys, *train)
-    wanted = f"a {head['head_type']} head draws codes of tokens: set the autoencoder's kind to 'codes'"
+    wanted = (
+        f"a {head['head_type']} head learns tokens and needs no trained autoencoder: set the autoencoder's"
+    )
     assert wanted in message
     codes = ["--autoencoder.kind", "codes"]
     message = failure(capsys, *train, *codes)

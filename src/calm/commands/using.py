@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calm.commands.checks import check_counts, look_for
+from calm.commands.prompts import prompts_of
 from calm.errors import InputError
-from calm.ranges import DOCUMENT_MB, SEEDS
-from calm.terminal import as_text
+from calm.ranges import DOCUMENT_MB, SAMPLES, SEEDS
 
 PUBLISHED_POSITIONS = 2048
 
@@ -81,7 +81,9 @@ def evaluate(
 
 def generate(
     model: str,
-    prompt: list[str],
+    prompt: list[str] = [],  # noqa: B006 (it is not changed)
+    file: str | None = None,
+    samples: int = 1,
     max_new_tokens: int | None = None,
     temperature: float = 0.5,
     sampler: str | None = None,
@@ -93,12 +95,16 @@ def generate(
     seed: int | None = None,
     stream: bool = False,
     crop: bool = False,
+    json: bool = False,
 ) -> None:
     """Continue prompts.
 
     Args:
         model: Folder or hub name of a CALM or of any causal language model of transformers.
-        prompt: Text to continue; more than one are written as a batch.
+        prompt: Texts to continue; more than one are written as a batch.
+        file: File with more of them, one on each line; in a .jsonl file a string, or an object with a
+            "prompt", on each line; - reads lines from standard input.
+        samples: Continuations of each prompt.
         max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
         temperature: From 0 to 1; lower is more fluent and less varied; 0 is the most frequent chunk of a
             pool, or greedy decoding where a head can.
@@ -111,27 +117,33 @@ def generate(
         min_p: Pool only: drop chunks less frequent than this share of the most frequent.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the text repeatable.
-        stream: Print the text as it is written.
+        stream: Print the text as it is written, one prompt after another.
         crop: Keep the end of a prompt that is too long for the context; without it that is an error.
+        json: Print one JSON object: model, seed, and for each sample its prompt and its text.
     """
     if seed is not None:
         SEEDS.require("seed", seed)
-    if stream and len(prompt) > 1:
-        raise InputError("--stream takes one prompt at a time.")
+    SAMPLES.require("samples", samples)
+    if stream and (json or samples > 1):
+        raise InputError(
+            f"--stream prints one text at a time; leave out {'--json' if json else '--samples'}."
+        )
     if sampler not in (None, "exact", "pool", "head"):
         from calm.models.writing.sampler_registry import check_name
 
         check_name(sampler)
-    prompt = [as_text(text) for text in prompt]
+    texts = prompts_of(prompt, file)
     look_for(model)
     from calm.models.loading import load_language_model_and_tokenizer
+    from calm.report.figures import as_json
     from calm.texts import continue_texts
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
-    texts = continue_texts(
+    continuations = continue_texts(
         network,
         tokenizer,
-        prompt,
+        texts,
+        num_return_sequences=samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         sampler=sampler,
@@ -143,8 +155,13 @@ def generate(
         stream=stream,
         crop=crop,
     )
-    if not stream:
-        print("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
+    starts = [text for text in texts for _ in range(samples)]
+    written = list(zip(starts, continuations, strict=True))
+    if json:
+        each = [{"prompt": start, "text": text} for start, text in written]
+        print(as_json({"model": model, "temperature": temperature, "seed": seed, "samples": each}))
+    elif not stream:
+        print("\n\n".join(start + text for start, text in written))
 
 
 def flops(

@@ -10,8 +10,12 @@ from calm.storage.disk import write_file_whole
 
 def write_figures(values: dict[str, Any], path: Path) -> None:
     """Write figures as JSON, with null for what is not a number."""
-    figures = json.dumps(_without_nan(values), indent=1, allow_nan=False)
-    write_file_whole(path, figures + "\n")
+    write_file_whole(path, as_json(values) + "\n")
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """Figures as JSON, with null for what is not a number."""
+    return json.dumps(_without_nan(values), indent=1, allow_nan=False)
 
 
 def _without_nan(value: Any) -> Any:

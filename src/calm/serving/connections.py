@@ -5,9 +5,12 @@ that waits too long is told so and closed, and descriptors are left for the rest
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import secrets
+import socket
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,12 +196,21 @@ class Connection(H11Protocol):
         """The client takes less than it is sent."""
         super().pause_writing()
         if self._write_clock is None:
-            self._write_clock = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+            self._write_clock = self.loop.call_later(self.limits.write_seconds, self._reset)
 
     def resume_writing(self) -> None:
         """The client has taken all."""
         super().resume_writing()
         self._stop_write_clock()
+
+    def _reset(self) -> None:
+        """Hang up at once. A mere end would wait in the system behind what the client does not take."""
+        with contextlib.suppress(OSError):
+            no_lingering = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, no_lingering
+            )
+        self.transport.abort()
 
     def _stop_write_clock(self) -> None:
         if self._write_clock is not None:
