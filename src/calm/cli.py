@@ -25,7 +25,7 @@ from calm.training.recipe import Recipe
 
 # Commands that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
-_POSITIONAL = ("model", "sources", "data", "prompt", "target", "runs", "run", "question")
+_POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question")
 _SHORT = {"samples": "-n", "file": "-f"}
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
@@ -74,7 +74,7 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
         elif name in _positional_of(function):
             several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             if parameter.default is not inspect.Parameter.empty:
-                several = {"nargs": "*", "default": parameter.default}
+                several = {"nargs": "?" if parameter.annotation is str else "*", "default": parameter.default}
             parser.add_argument(name, type=str, help=documented[name], **several)
             by_hand.add(name)
         elif name in _SHORT:

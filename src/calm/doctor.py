@@ -13,20 +13,23 @@ from calm.models.loading import best_device, best_dtype
 _PACKAGES = ("calm-lm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "pytorch_optimizer")
 
 
-def examine() -> list[str]:
-    """Lines of the report."""
+def examine() -> dict[str, dict[str, str]]:
+    """What was found, by name, in two groups: "versions" and "hardware"."""
     device = best_device()
-    return [
-        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
-        *(f"{name:<12} {_version(name)}" for name in _PACKAGES),
-        "",
-        f"processor    {os.cpu_count()} cores seen, {torch.get_num_threads()} threads used by torch",
-        f"device       {_device(device)}",
-        f"dtype        {_dtype(device)}",
-        f"attention    {_attention(device)}",
-        f"compile      {_compile(device)}",
-        f"report       {_extra('matplotlib', 'report')}",
-    ]
+    return {
+        "versions": {
+            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "hardware": {
+            "processor": f"{os.cpu_count()} cores seen, {torch.get_num_threads()} threads used by torch",
+            "device": _device(device),
+            "dtype": _dtype(device),
+            "attention": _attention(device),
+            "compile": _compile(device),
+            "report": _extra("matplotlib", "report"),
+        },
+    }
 
 
 def _device(device: torch.device) -> str:

@@ -78,6 +78,14 @@ def test_compare_finished_runs_and_mere_models(ladder, room, tmp_path, capsys):
     assert run["training_flops"] and mere["training_flops"] is None and mere["name"] == "model"
 
 
+def test_a_comparison_as_json(ladder, tmp_path, capsys):
+    main(["compare", str(ladder / "K2"), "--output", str(tmp_path), "--context", "64", "--max_blocks", "2",
+          "--json"])  # fmt: skip
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "report.json").read_text())
+    assert [result["name"] for result in figures["results"]] == ["K2"]
+
+
 def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     assert "name runs to compare, or a --recipe" in failure(capsys, "compare", *out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from calm.commands.listing import models, recipes
 from calm.commands.making import ablate, compare, demo, finetune, prepare, train
 from calm.commands.sharing import import_published, serve, share
 from calm.commands.using import doctor, evaluate, flops, generate
@@ -19,5 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_published,
     "share": share,
     "flops": flops,
+    "recipes": recipes,
+    "models": models,
     "doctor": doctor,
 }

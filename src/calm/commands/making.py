@@ -155,6 +155,7 @@ def compare(
     max_blocks: int | None = None,
     temperature: float = 0.5,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Score models on the same text, and set quality against cost: a table and an HTML report.
 
@@ -170,6 +171,7 @@ def compare(
         max_blocks: Score this many blocks at most.
         temperature: Low temperature of the texts and of the cost that is shown.
         overwrite: Replace a report that is there. Runs are never replaced; unfinished ones go on.
+        json: Print the figures, those of report.json, instead of the table.
     """
     from calm.comparison.ladder import train_ladder
     from calm.comparison.measures import Measures, compare
@@ -197,9 +199,12 @@ def compare(
     measures = Measures(context=context or 512, num_blocks=max_blocks, low=temperature)
     comparison = compare(folders, Path(data) if data else None, measures)
     report.parent.mkdir(parents=True, exist_ok=True)
-    print_comparison(comparison)
     write_comparison(comparison, report)
-    print(f"report: {report}")
+    if json:
+        print(report.with_suffix(".json").read_text(encoding="utf-8"), end="")
+    else:
+        print_comparison(comparison)
+        print(f"report: {report}")
 
 
 def ablate(

@@ -30,6 +30,7 @@ def evaluate(
     separator: str | None = None,
     max_document_mb: int = 1000,
     seed: int = 1234,
+    json: bool = False,
 ) -> None:
     """Score a model on held-out text: BrierLM, Brier-1 to Brier-4, reconstruction or perplexity.
 
@@ -49,6 +50,7 @@ def evaluate(
         separator: Line that parts the documents of a .txt file ("" for a blank line).
         max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         seed: Seed of the draws.
+        json: Print the figures as one JSON object.
     """
     SEEDS.require("seed", seed)
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
@@ -58,25 +60,29 @@ def evaluate(
     from calm.data.reading import ReadingOptions
     from calm.evaluation.held_out import score_model
     from calm.models.loading import load_language_model_and_tokenizer
+    from calm.report.figures import as_json, values_of_scorecard
     from calm.report.tables import print_scorecard
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     if protocol == "published":
         context, layout = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1), "packed"
     options = ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb)
-    print_scorecard(
-        score_model(
-            network,
-            held_out_data(data, tokenizer, options),
-            context=context,
-            layout=layout,
-            ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
-            num_blocks=max_blocks,
-            seed=seed,
-            num_draws=num_draws,
-            estimator=estimator,
-        )
+    card = score_model(
+        network,
+        held_out_data(data, tokenizer, options),
+        context=context,
+        layout=layout,
+        ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
+        num_blocks=max_blocks,
+        seed=seed,
+        num_draws=num_draws,
+        estimator=estimator,
     )
+    if json:
+        how = {"model": model, "layout": layout, "seed": seed, "draws": num_draws, "estimator": estimator}
+        print(as_json({**how, **values_of_scorecard(card)}))
+    else:
+        print_scorecard(card)
 
 
 def generate(
@@ -171,6 +177,7 @@ def flops(
     vocab_size: int | None = None,
     published: bool = False,
     head: dict[str, Any] | None = None,
+    json: bool = False,
 ) -> None:
     """Count parameters, training FLOPs and the true cost of a token, by part.
 
@@ -182,11 +189,13 @@ def flops(
         vocab_size: Token ids of a recipe whose tokenizer is not here.
         published: Count the head's work on the hidden state with every draw, as the paper does.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
+        json: Print the numbers as one JSON object.
     """
     from calm.flops import Work, cost_of
     from calm.models.loading import change_head, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
+    from calm.report.figures import as_json, values_of_costs
     from calm.report.tables import print_costs
     from calm.training.build import model_config
     from calm.training.recipe_files import read_recipe
@@ -206,17 +215,28 @@ def flops(
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
     if draws is None:
         draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
-    print_costs(
-        f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions",
-        cost_of(config, Work(positions, condition_per_draw=published)),
-        cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None,
-        draws,
-    )
+    one = cost_of(config, Work(positions, condition_per_draw=published))
+    many = cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None
+    if json:
+        counted = {"chunk_size": size, "vocab_size": config.vocab_size, "positions": positions}
+        print(as_json({**counted, **values_of_costs(one, many, draws)}))
+    else:
+        title = f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions"
+        print_costs(title, one, many, draws)
 
 
-def doctor() -> None:
-    """Tell which hardware, dtype and attention would be used here, and why."""
+def doctor(json: bool = False) -> None:
+    """Tell which hardware, dtype and attention would be used here, and why.
+
+    Args:
+        json: Print it as one JSON object.
+    """
     from calm.doctor import examine
+    from calm.report.figures import as_json
 
-    for line in examine():
-        print(line)
+    groups = examine()
+    if json:
+        print(as_json(groups))
+    else:
+        parts = ["\n".join(f"{name:<12} {text}" for name, text in group.items()) for group in groups.values()]
+        print("\n\n".join(parts))

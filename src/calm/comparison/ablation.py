@@ -149,7 +149,7 @@ def run_ablation(
         )
     for seed in seeds:
         for choice, outcome in zip(chosen, outcomes, strict=True):
-            Console(highlight=False).print(f"[bold]{choice.name}[/bold], seed {seed}")
+            Console(stderr=True, highlight=False).print(f"[bold]{choice.name}[/bold], seed {seed}")
             own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
             # With the language model of the recipe, so that it is the same run for all choices.
             same = dataclasses.replace(own, language_model=recipe.language_model)

@@ -68,7 +68,9 @@ def train_ladder(
         check_recipe(rungs[name])
     for name, rung in rungs.items():
         steps = rung.language_model.training.steps
-        Console(highlight=False).print(f"[bold]{name}[/bold]: {steps} steps of the language model")
+        Console(stderr=True, highlight=False).print(
+            f"[bold]{name}[/bold]: {steps} steps of the language model"
+        )
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
     return [output / name for name in rungs]
 

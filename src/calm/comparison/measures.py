@@ -104,7 +104,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
     size = language_model(model).chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
-    Console(highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
+    Console(stderr=True, highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
     return ModelResult(

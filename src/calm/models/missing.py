@@ -106,6 +106,17 @@ def _deepest_folder(name: str) -> Path:
     return Path()
 
 
+def models_in(folder: Path) -> list[Path]:
+    """Folders of language models in a folder, the nearest first, as many as a list can hold.
+
+    Raises:
+        InputError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder '{folder}'.")
+    return list(islice(_model_folders(folder), _MOST_FOLDERS))
+
+
 def _model_folders(start: Path) -> Iterator[Path]:
     """Folders of language models in a folder, the nearest first."""
     level, searched = [start], 0

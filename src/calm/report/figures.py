@@ -1,10 +1,14 @@
-"""All figures of a report as JSON."""
+"""Figures as JSON."""
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calm.evaluation.brier import BrierResult
+from calm.evaluation.held_out import Scorecard
+from calm.flops import Cost
 from calm.storage.disk import write_file_whole
 
 
@@ -16,6 +20,34 @@ def write_figures(values: dict[str, Any], path: Path) -> None:
 def as_json(values: dict[str, Any]) -> str:
     """Figures as JSON, with null for what is not a number."""
     return json.dumps(_without_nan(values), indent=1, allow_nan=False)
+
+
+def values_of_scorecard(card: Scorecard) -> dict[str, Any]:
+    """What `print_scorecard` prints: shares and scores in percent, cross-entropy in nats per token."""
+    reconstruction, perplexity = card.reconstruction, card.perplexity
+    return {
+        "kind": card.name,
+        "chunks": card.brier.num_chunks,
+        "context": card.brier.context,
+        **_values_of_brier(card.brier),
+        "reconstruction": reconstruction and reconstruction.as_metrics(),
+        "perplexity": perplexity and {**asdict(perplexity), "perplexity": perplexity.perplexity},
+        "floors": {name: _values_of_brier(result) for name, result in card.floors.items()},
+        "ceilings": {name: _values_of_brier(result) for name, result in card.ceilings.items()},
+    }
+
+
+def _values_of_brier(result: BrierResult) -> dict[str, Any]:
+    scores = result.as_metrics()
+    if result.undefined:
+        scores["brier_lm"] = math.nan
+    return {**scores, "standard_errors": result.as_errors()}
+
+
+def values_of_costs(one: Cost, many: Cost | None, draws: float) -> dict[str, Any]:
+    """What `print_costs` prints: parameters, and FLOPs per token, by part."""
+    values: dict[str, Any] = {**asdict(one), "draws": draws}
+    return values if many is None else {**values, "inference_with_draws": many.inference}
 
 
 def _without_nan(value: Any) -> Any:

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -51,6 +52,14 @@ def shipped_recipes(kind: type = Recipe) -> dict[str, Path]:
     """Name -> file of the recipes of a kind inside the package."""
     folder = Path(str(resources.files("calm") / _FOLDERS[kind]))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def about_recipe(path: Path) -> str:
+    """What a recipe says of itself: the comment that it begins with, as one line."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+    )
+    return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
 def find_recipe(name: str, kind: type = Recipe) -> str:

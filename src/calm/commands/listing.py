@@ -1,0 +1,88 @@
+"""The commands that list what there is. They answer at once: neither torch nor transformers is imported."""
+
+import json as json_format
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_OF_THE_PAPER = ("calm_", "transformer_")
+
+
+def recipes(json: bool = False) -> None:
+    """List the recipes of the package: what each is for, how large its model is, and what it needs.
+
+    Args:
+        json: Print them as one JSON object: command -> name -> what it is.
+    """
+    from calm.training.finetuning_recipe import FinetuningRecipe
+    from calm.training.recipe import Recipe
+    from calm.training.recipe_settings import about_recipe, shipped_recipes
+
+    found = {
+        command: {name: about_recipe(path) for name, path in sorted(shipped_recipes(kind).items(), key=_rank)}
+        for command, kind in (("train", Recipe), ("finetune", FinetuningRecipe))
+    }
+    if json:
+        print(json_format.dumps(found, indent=1))
+        return
+    for command, about in found.items():
+        _print_list(f"calm {command} --recipe NAME", ["name", "about"], [[*pair] for pair in about.items()])
+
+
+def _rank(recipe: tuple[str, Path]) -> tuple[bool, str]:
+    """The recipes of the paper, which need many GPUs, come last."""
+    return recipe[0].startswith(_OF_THE_PAPER), recipe[0]
+
+
+def models(folder: str = ".", json: bool = False) -> None:
+    """List the models of the package, and those in a folder.
+
+    Args:
+        folder: Where to look, three folders deep.
+        json: Print them as one JSON object: name or folder -> type, head and K.
+    """
+    from calm.models.missing import models_in
+    from calm.models.shipped import shipped_models
+
+    found = {name: _about_model(path) for name, path in shipped_models().items()}
+    found |= {path.as_posix(): _about_model(path) for path in models_in(Path(folder))}
+    if json:
+        print(json_format.dumps(found, indent=1))
+        return
+    rows = [
+        [name, about["type"], about["head"] or "", str(about["K"] or "")] for name, about in found.items()
+    ]
+    _print_list("calm generate MODEL PROMPT", ["model", "type", "head", "K"], rows)
+
+
+def _about_model(folder: Path) -> dict[str, Any]:
+    """What the configuration says that can be read; the rest is None."""
+    from calm.models.shipped import MODEL_FILES
+
+    for file in MODEL_FILES:
+        try:
+            config = json_format.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        parts = [config.get(part) for part in ("head_config", "autoencoder_config")]
+        head, autoencoder = (part if isinstance(part, dict) else {} for part in parts)
+        return {
+            "type": config.get("model_type") or f"adapters of {config.get('base_model_name_or_path')}",
+            "head": head.get("head_type"),
+            "K": autoencoder.get("chunk_size"),
+        }
+    return {"type": "unknown", "head": None, "K": None}
+
+
+def _print_list(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
