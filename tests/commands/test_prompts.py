@@ -29,6 +29,7 @@ def test_prompts_of_a_file(tmp_path, name, content, prompts):
         ("lines.txt", b"caf\xe9", "not UTF-8"),
         ("lines.jsonl", b'"One"\n{"text": "Two"}', 'line 2 must be a string, or an object with a "prompt"'),
         ("lines.jsonl", b"One", "line 1 is not JSON"),
+        ("lines.jsonl", rb'{"prompt": "\ud800"}', "is not UTF-8"),
         ("lines.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     ],
 )

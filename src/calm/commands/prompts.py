@@ -57,4 +57,4 @@ def _prompt_of(line: str, where: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise InputError(f'{where} must be a string, or an object with a "prompt" that is one.')
-    return prompt
+    return as_text(prompt)  # JSON can spell halves of characters.
