@@ -60,22 +60,17 @@ def models(folder: str = ".", json: bool = False) -> None:
 
 
 def _about_model(folder: Path) -> dict[str, Any]:
-    """What the configuration says that can be read; the rest is None."""
-    from calm.models.shipped import MODEL_FILES
+    """What the configuration of a language model says; None for what it does not."""
+    from calm.models.missing import settings_of_model
 
-    for file in MODEL_FILES:
-        try:
-            config = json_format.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        parts = [config.get(part) for part in ("head_config", "autoencoder_config")]
-        head, autoencoder = (part if isinstance(part, dict) else {} for part in parts)
-        return {
-            "type": config.get("model_type") or f"adapters of {config.get('base_model_name_or_path')}",
-            "head": head.get("head_type"),
-            "K": autoencoder.get("chunk_size"),
-        }
-    return {"type": "unknown", "head": None, "K": None}
+    config = settings_of_model(folder)
+    parts = [config.get(part) for part in ("head_config", "autoencoder_config")]
+    head, autoencoder = (part if isinstance(part, dict) else {} for part in parts)
+    return {
+        "type": config.get("model_type") or f"adapters of {config.get('base_model_name_or_path')}",
+        "head": head.get("head_type"),
+        "K": autoencoder.get("chunk_size"),
+    }
 
 
 def _print_list(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -6,7 +6,7 @@ Imports of torch and transformers happen inside the commands, so that `calm --he
 import contextlib
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from calm.data.stories import NUM_STORIES
@@ -100,13 +100,9 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
         resume: Go on with the run in that folder; its recipe is there.
         overwrite: Remove what is in that folder first.
     """
-    from calm.training.processes import processes
     from calm.training.stages import train as run
 
-    with _told_how_to_go_on("train", recipe, output):
-        model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
-    if processes().is_main_process:
-        print(f"model: {model}")
+    _follow(recipe, output, resume, overwrite, command="train", run=run)
 
 
 def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
@@ -119,28 +115,34 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
         overwrite: Remove what is in that folder first.
     """
     from calm.training.finetuning import finetune as run
+
+    _follow(recipe, output, resume, overwrite, command="finetune", run=run)
+
+
+def _follow(
+    recipe: Recipe | FinetuningRecipe,
+    output: str,
+    resume: bool,
+    overwrite: bool,
+    *,
+    command: str,
+    run: Callable[..., Path],
+) -> None:
+    """Run a recipe. If the run stops after it has begun, the command that resumes it is printed."""
     from calm.training.processes import processes
-
-    with _told_how_to_go_on("finetune", recipe, output):
-        model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
-    if processes().is_main_process:
-        print(f"model: {model}")
-
-
-@contextlib.contextmanager
-def _told_how_to_go_on(command: str, recipe: Recipe | FinetuningRecipe, output: str) -> Iterator[None]:
-    """Print the command that resumes a run, if the run has begun and stops before its end."""
     from calm.training.recipe_files import differences, read_recipe_of
     from calm.training.recipe_settings import recipe_of_run
 
     try:
-        yield
+        model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
             noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
             if not differences(noted, recipe):
                 logger.warning("go on with: calm %s --resume --output %s", command, shlex.quote(output))
         raise
+    if processes().is_main_process:
+        print(f"model: {model}")
 
 
 def compare(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
@@ -141,11 +142,18 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _is_language_model(folder: Path) -> bool:
+    config = settings_of_model(folder)
+    return (
+        bool({"model_type", "peft_type"} & config.keys()) and config.get("model_type") != "calm_autoencoder"
+    )
+
+
+def settings_of_model(folder: Path) -> dict[str, Any]:
+    """What the configuration of a model or of adapters says; empty if it cannot be read."""
     for file in MODEL_FILES:
         try:
             config = json.loads((folder / file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        keys = {"model_type", "peft_type"} & config.keys() if isinstance(config, dict) else set()
-        return bool(keys) and config.get("model_type") != "calm_autoencoder"
-    return False
+        return config if isinstance(config, dict) else {}
+    return {}
