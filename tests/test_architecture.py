@@ -27,6 +27,8 @@ LEVELS = {
     "models": 1,
     "data": 1,
     "terminal": 1,
+    "progress": 0,
+    "hardware": 2,
     "flops": 2,
     "generation": 3,
     "texts": 2,

@@ -19,6 +19,7 @@ import calm
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
+from calm.progress import show_progress, write, write_lines_for_bars
 from calm.terminal import make_output_sturdy
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
@@ -27,6 +28,7 @@ from calm.training.recipe import Recipe
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question")
 _SHORT = {"samples": "-n", "file": "-f"}
+_QUIET = "Print results, warnings and errors only."
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
 
@@ -57,6 +59,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
             )
             command.add_class_arguments(_RECIPES[name], sub_configs=False)
         _add_parameters(command, function)
+        command.add_argument("--quiet", action="store_true", help=_QUIET)
         commands.add_subcommand(name, command, help=_summary(function))
     return parser
 
@@ -93,6 +96,7 @@ def _positional_of(function: Callable[..., None]) -> list[str]:
 def _options_of(command: str, arguments: list[str]) -> Options:
     """What a command takes, to say what is wrong with its arguments."""
     hints = get_type_hints(COMMANDS[command])
+    hints = {**hints, "quiet": bool}
     hints.pop("return")
     if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
@@ -149,8 +153,9 @@ def _run(arguments: list[str]) -> None:
         _answer_option(command)
         return
     settings = _parse(command, arguments)
-    _quieten()
-    _tell_notes()
+    is_quiet = settings.pop("quiet")
+    _set_up_progress(is_quiet)
+    _tell_notes(is_quiet)
     COMMANDS[command](**settings)
 
 
@@ -184,12 +189,19 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _quieten() -> None:
-    """Keep the bars of training and tokenizing, not those of every file that is read or written."""
-    from transformers.utils import logging
+def _set_up_progress(is_quiet: bool) -> None:
+    """Show bars and notes as the user wishes, without the bars of every file that is read or written."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    show_progress(not is_quiet)
+    if is_quiet:
+        import datasets
+
+        datasets.disable_progress_bars()
+    elif not sys.stderr.isatty():
+        write_lines_for_bars()
 
 
 class _Notes(logging.Handler):
@@ -197,16 +209,17 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one note."""
-        print(f"calm: {self.format(record)}", file=sys.stderr, flush=True)
+        write(f"calm: {self.format(record)}")
 
 
-def _tell_notes() -> None:
-    """Print notes (the package's loggers, from INFO on), once for all processes of a run."""
+def _tell_notes(is_quiet: bool) -> None:
+    """Print notes (the package's loggers), once for all processes of a run; a quiet one has warnings only."""
     logger = logging.getLogger("calm")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
     logger.propagate = False
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    level = logging.WARNING if is_quiet else logging.INFO
+    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def _with_recipe_of_run(arguments: list[str]) -> list[str]:
@@ -228,7 +241,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     if kind is None:
         return arguments
     # What a recipe printed by --print_config has beside the recipe.
-    others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
+    others = dict.fromkeys([*inspect.signature(COMMANDS[arguments[0]]).parameters, "quiet"], Any)
     options = Options({**others, **types_of(kind)})
     head_type = _value_of("--language_model.head.head_type", arguments)
     # Another head does not take over the fields of the recipe's.

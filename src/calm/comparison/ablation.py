@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from rich.console import Console
 
 from calm.comparison.costs import autoencoder_flops, language_model_flops
 from calm.comparison.text import with_shared_text
@@ -18,6 +17,7 @@ from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
+from calm.progress import tell, tracked
 from calm.report.measured import AblationTable, Outcome
 from calm.storage.checksums import is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
@@ -147,16 +147,16 @@ def run_ablation(
                 training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
             )
         )
-    for seed in seeds:
-        for choice, outcome in zip(chosen, outcomes, strict=True):
-            Console(stderr=True, highlight=False).print(f"[bold]{choice.name}[/bold], seed {seed}")
-            own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
-            # With the language model of the recipe, so that it is the same run for all choices.
-            same = dataclasses.replace(own, language_model=recipe.language_model)
-            autoencoder = _autoencoder_of(same, output)
-            own = with_settings(own, {"autoencoder.path": str(autoencoder)})
-            train(own, run, resume=(run / RECIPE).is_file())
-            outcome.scores.append(_score(run, recipe, num_blocks))
+    runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))
+    for seed, (choice, outcome) in tracked(runs, "ablation", "run", stays=True):
+        tell(f"training {choice.name}, seed {seed}")
+        own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
+        # With the language model of the recipe, so that it is the same run for all choices.
+        same = dataclasses.replace(own, language_model=recipe.language_model)
+        autoencoder = _autoencoder_of(same, output)
+        own = with_settings(own, {"autoencoder.path": str(autoencoder)})
+        train(own, run, resume=(run / RECIPE).is_file())
+        outcome.scores.append(_score(run, recipe, num_blocks))
     return AblationTable(ablation.question, list(seeds), recipe.data.context, outcomes)
 
 

@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from calm.comparison.costs import affordable_steps, autoencoder_flops, language_model_flops
 from calm.comparison.text import with_shared_text
 from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
+from calm.progress import tell, tracked
 from calm.training.check import check_model, check_recipe
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE
@@ -66,11 +65,8 @@ def train_ladder(
             raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
         check_recipe(rungs[name])
-    for name, rung in rungs.items():
-        steps = rung.language_model.training.steps
-        Console(stderr=True, highlight=False).print(
-            f"[bold]{name}[/bold]: {steps} steps of the language model"
-        )
+    for name, rung in tracked(rungs.items(), "ladder", "run", total=len(rungs), stays=True):
+        tell(f"training {name}: {rung.language_model.training.steps:,} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
     return [output / name for name in rungs]
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from calm.comparison.costs import record_of
@@ -17,6 +16,7 @@ from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.progress import tell, tracked
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
 from calm.training.recipe_files import RECIPE, read_recipe
@@ -78,7 +78,9 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
     prepared = _open_data(runs[0], data)
     prompts = [beginning for beginning, _ in prepared.held_out_beginnings(measures.num_texts)]
-    results = [_measure(run, prepared, prompts, measures) for run in runs]
+    results = [
+        _measure(run, prepared, prompts, measures) for run in tracked(runs, "comparing", "model", stays=True)
+    ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
     floors = score_ngrams(
         list(measures.ngrams),
@@ -104,7 +106,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
     size = language_model(model).chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
-    Console(stderr=True, highlight=False).print(f"[bold]{run.name}[/bold]: scoring")
+    tell(f"scoring {run.name}")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
     return ModelResult(
@@ -134,7 +136,8 @@ def _temperature_point(
 ) -> TemperaturePoint:
     scorer = scorer_of(model, temperature=temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
-    result = score_with(scorer, model, blocks, measures.warm_blocks, _TEMPERATURE_SEED)
+    what = f"drawing at T = {temperature:.2g}"
+    result = score_with(scorer, model, blocks, measures.warm_blocks, _TEMPERATURE_SEED, what=what)
     mean_draws = scorer.reader.mean_draws
     cost = cost_of(model.config, Work(measures.context // size, mean_draws))
     first = slice(0, NUM_ORDERS)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.examples import Example
 from calm.models.context import room_beside
 from calm.models.language_model import language_model
+from calm.progress import tracked
 from calm.text.decoding import decode_after
 from calm.texts import continue_tokens
 
@@ -38,7 +39,7 @@ def answer(
     longest = max((len(example.completion) for example in examples), default=0)
     if (room := room_beside(model.config, 1)) is not None:
         longest = min(longest, room)
-    for start in range(0, len(examples), _ANSWERS_AT_ONCE):
+    for start in tracked(range(0, len(examples), _ANSWERS_AT_ONCE), "answering", "batch"):
         prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
         tokens = continue_tokens(
             model,
@@ -80,7 +81,8 @@ def held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: 
     """
     view, total, count = language_model(model), 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)
-    for block in blocks.select(range(min(num_blocks, len(blocks)))).iter(batch_size=1):
+    scored = blocks.select(range(min(num_blocks, len(blocks))))
+    for block in tracked(scored.iter(batch_size=1), "scoring the loss", "block", total=len(scored)):
         batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
         loss, targets = view.loss(**batch, generator=generator)
         if targets:

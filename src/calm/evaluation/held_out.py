@@ -20,6 +20,7 @@ from calm.evaluation.reconstruction import ReconstructionResult, evaluate_recons
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.language_model import language_model
+from calm.progress import tracked
 
 EVALUATION_SEED = 1234  # The same draws at every evaluation, so that checkpoints compare.
 _BATCH = 8
@@ -109,14 +110,25 @@ def check_context(model: PreTrainedModel, context: int) -> None:
 
 
 def batches_of(
-    blocks: datasets.Dataset, num_blocks: int | None = None, device: torch.device | str = "cpu"
+    blocks: datasets.Dataset,
+    num_blocks: int | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    what: str = "scoring",
 ) -> Iterator[Block]:
-    """Blocks in batches on a device; the first `num_blocks` of them, or all."""
+    """Blocks in batches on a device; the first `num_blocks` of them, or all.
+
+    Args:
+        blocks: The blocks.
+        num_blocks: How many of them at most.
+        device: Where the batches go.
+        what: What is done with them, for the bar.
+    """
     end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
     size = _BATCH
     if end:
         size = max(1, min(_BATCH, _TOKENS_AT_ONCE // blocks[0]["input_ids"].shape[-1]))
-    for start in range(0, end, size):
+    for start in tracked(range(0, end, size), what, "batch"):
         batch = blocks[start : min(start + size, end)]
         yield {name: column.to(device) for name, column in batch.items()}
 
@@ -129,7 +141,8 @@ def score_reconstruction(
 ) -> ReconstructionResult:
     """Reconstruction of held-out blocks."""
     generator = torch.Generator(autoencoder.device).manual_seed(seed)
-    return evaluate_reconstruction(autoencoder, batches_of(blocks, num_blocks, autoencoder.device), generator)
+    batches = batches_of(blocks, num_blocks, autoencoder.device, what="scoring the autoencoder")
+    return evaluate_reconstruction(autoencoder, batches, generator)
 
 
 def score_brier(
@@ -154,7 +167,7 @@ def score_ceiling(
 ) -> BrierResult:
     """BrierLM of the true next latents of a model, on the same blocks."""
     ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
-    return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed)
+    return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed, what="scoring the ceiling")
 
 
 def score_with(
@@ -164,11 +177,13 @@ def score_with(
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
     num_draws: int = 2,
+    *,
+    what: str = "scoring BrierLM",
 ) -> BrierResult:
     """BrierLM by any scorer with the tokens of a model, on blocks laid out in the scorer's chunks."""
     return evaluate_brier(
         scorer,
-        batches_of(blocks, num_blocks, model.device),
+        batches_of(blocks, num_blocks, model.device, what=what),
         **ends_of_text(model),
         seed=seed,
         num_draws=num_draws,
@@ -186,7 +201,7 @@ def score_perplexity(
     """Perplexity of a model that has a likelihood on held-out blocks, laid out as for BrierLM."""
     return evaluate_perplexity(
         model,
-        batches_of(blocks, num_blocks, model.device),
+        batches_of(blocks, num_blocks, model.device, what="scoring perplexity"),
         **ends_of_text(model),
     )
 
@@ -213,7 +228,7 @@ def score_ngrams(
         )
         floors[f"{order}-gram"] = evaluate_brier(
             FromDraws(model),
-            batches_of(blocks, num_blocks),
+            batches_of(blocks, num_blocks, what=f"scoring the {order}-gram floor"),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             seed=seed,

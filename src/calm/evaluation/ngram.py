@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.evaluation.processes import Block
+from calm.progress import tracked
 
 _NOTHING = -1  # A place of the history before the start of the document.
 
@@ -62,7 +63,7 @@ class NGramSampler:
         context = torch.zeros_like(stream)  # Ids of the contexts of the level in hand.
         where = torch.arange(len(stream))  # Places with so much history.
         self._levels = [_make_level(context[:1], context, stream, vocab_size)]
-        for length in range(1, order):
+        for length in tracked(range(1, order), f"counting {order}-grams", "length"):
             keep = history[where] >= length
             where, context = where[keep], context[keep]
             key = context * vocab_size + stream[where - length]

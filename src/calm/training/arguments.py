@@ -17,12 +17,14 @@ class Stage:
     """How a network is trained, and where its checkpoints go.
 
     Args:
+        name: What is trained, in words.
         settings: The stage's part of a recipe.
         folder: Folder of checkpoints and logs.
         seed: Seed of data order and training noise.
         is_sharded: Whether each of several processes keeps only a part of the network.
     """
 
+    name: str
     settings: TrainingSettings
     folder: Path
     seed: int

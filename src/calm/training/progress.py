@@ -1,26 +1,53 @@
-"""The progress bar shows the loss; each evaluation gets a line of its own."""
+"""The bar of a stage shows loss and speed; each evaluation gets a line of its own."""
 
 from typing import Any
 
-from transformers import ProgressCallback
+from tqdm import tqdm
+from transformers import TrainerCallback
 
 from calm.core.brier import NUM_ORDERS, undefined_brier_lm
+from calm.progress import progress_bar, tell
 
 
-class ProgressLines(ProgressCallback):
-    """The Trainer's progress bar with readable numbers instead of printed dictionaries."""
+class StageProgress(TrainerCallback):
+    """A bar over the steps of a stage, in place of the Trainer's.
+
+    Args:
+        name: What is trained.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The bar begins at the step of the checkpoint, if there is one."""
+        self._bar = progress_bar(
+            f"training {self._name}", state.max_steps, "step", done=state.global_step, stays=True
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One more step."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Show the loss beside the bar, and held-out scores on a line of their own."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
+        if not state.is_world_process_zero or not logs:
             return
-        if "loss" in logs:
+        if "loss" in logs and self._bar is not None:
             speed = {"tokens/s": f"{logs['tokens_per_second']:,.0f}"} if "tokens_per_second" in logs else {}
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", **speed)
+            self._bar.set_postfix(loss=f"{logs['loss']:.4g}", **speed)
         figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if figures:
             text = ", ".join(f"{key} {_shown(key, value, figures)}" for key, value in figures.items())
-            self.training_bar.write(f"step {state.global_step}: {text}")
+            tell(f"{self._name}, step {state.global_step:,}: {text}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The bar stays on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def _shown(key: str, value: float, figures: dict[str, float]) -> str:

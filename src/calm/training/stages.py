@@ -30,6 +30,7 @@ from calm.training.blocks import Blocks, blocks_of
 from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
+from calm.training.overview import tell_overview
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.runs import Run
@@ -54,6 +55,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     """
     run = Run(recipe, output, resume, overwrite)
     with open_run(run) as data:
+        tell_overview(run, data)
         if recipe.model == "calm":
             _finish_autoencoder(run, data)
         if not run.has_model("model"):
@@ -100,7 +102,7 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
         return score_reconstruction(model, held_out, settings.evaluation_blocks).as_metrics()
 
     blocks = blocks_of(run, data, settings.num_workers, recipe.chunk_size)
-    stage = Stage(settings, run.folder / "checkpoints/autoencoder", recipe.seed)
+    stage = Stage("autoencoder", settings, run.folder / "checkpoints/autoencoder", recipe.seed)
     return _run_stage(run, autoencoder, blocks, score, stage)
 
 
@@ -120,7 +122,8 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
 
     blocks = blocks_of(run, data, settings.num_workers, scorer_of(model).chunk_size)
     is_sharded = recipe.language_model.sharded and processes().num_processes > 1
-    stage = Stage(settings, run.folder / "checkpoints/language_model", recipe.seed, is_sharded)
+    folder = run.folder / "checkpoints/language_model"
+    stage = Stage("language model", settings, folder, recipe.seed, is_sharded)
     whole = _run_stage(run, model, blocks, score, stage)
     whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
     return whole

@@ -30,7 +30,7 @@ from calm.training.inputs import copy_inputs, other_input
 from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler
 from calm.training.processes import processes
-from calm.training.progress import ProgressLines
+from calm.training.progress import StageProgress
 from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
 from calm.training.speed import Speed, known_training_flops
 
@@ -71,7 +71,7 @@ class ChunkTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # It counts what the loss is a mean over.
         self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressLines)
+        self.add_callback(StageProgress(stage.name))
         self._speed = Speed(
             settings.batch_tokens // self.args.world_size,
             known_training_flops(model.config, blocks.context),

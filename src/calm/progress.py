@@ -1,0 +1,119 @@
+"""Progress of what takes long: bars on a terminal, a line now and then in a log.
+
+A bar appears after a second, on standard error, so that quick work shows none. In a group of processes only
+the first shows bars.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+Thing = TypeVar("Thing")
+SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BEFORE_A_BAR = 1.0
+_is_shown = True
+
+
+def show_progress(is_shown: bool = True) -> None:
+    """Show bars, as is the default, or none at all."""
+    global _is_shown
+    _is_shown = is_shown
+
+
+def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stays: bool = False) -> tqdm:
+    """A bar to update and close by hand.
+
+    Args:
+        what: What takes long.
+        total: How many units it takes; None if nobody knows.
+        unit: What is counted, in the singular.
+        done: Units that are done already, by an earlier run: the time that is left does not count them in.
+        stays: Whether the bar stays on the terminal when it is closed.
+    """
+    return tqdm(
+        desc=what,
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        leave=stays,
+        delay=_SECONDS_BEFORE_A_BAR,
+        dynamic_ncols=True,
+        disable=not (_is_shown and _is_first()),
+    )
+
+
+def tracked(
+    things: Iterable[Thing], what: str, unit: str, *, total: int | None = None, stays: bool = False
+) -> Iterator[Thing]:
+    """The same things, with a bar while they are worked on.
+
+    Args:
+        things: What is iterated over.
+        what: See `progress_bar`; and so on.
+        unit: What one thing is.
+        total: How many there are; not needed if they have a length.
+        stays: Whether the bar stays on the terminal.
+    """
+    if total is None and isinstance(things, Sized):
+        total = len(things)
+    with progress_bar(what, total, unit, stays=stays) as bar:
+        for thing in things:
+            yield thing
+            bar.update()
+
+
+def tell(text: str) -> None:
+    """Print a line on standard error, above the bars that are there; nothing where there are no bars."""
+    if _is_shown and _is_first():
+        write(text)
+
+
+def write(text: str) -> None:
+    """Print a line on standard error, above the bars that are there."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Lines(tqdm):
+    """How bars behave in a log: no carriage returns, a line every half minute, and one at the end."""
+
+    fp: TextIO
+    disable: bool
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Print the bar, if the last line was long ago."""
+        now = time.monotonic()
+        if now - self.__dict__.setdefault("line_at", now) < SECONDS_BETWEEN_LINES:
+            return False
+        self.__dict__.update(line_at=now, has_lines=True)
+        print(self, file=self.fp, flush=True)
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing is overwritten."""
+
+    def moveto(self, n: int) -> None:
+        """Bars below each other take turns."""
+
+    def close(self) -> None:
+        """End the bar; if it had lines, with one more."""
+        if self.disable:
+            return
+        self.disable = True
+        self._decr_instances(self)
+        if self.__dict__.get("has_lines"):
+            print(self, file=self.fp, flush=True)
+
+
+def write_lines_for_bars() -> None:
+    """Let every bar of this process, those of other libraries too, be lines of a log."""
+    for name in ("display", "clear", "moveto", "close"):
+        setattr(tqdm, name, vars(_Lines)[name])

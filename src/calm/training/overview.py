@@ -1,0 +1,183 @@
+"""What a run is about to do, told before it begins: sizes, tokens, FLOPs, and how long it should take."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm.data.prepared import PreparedData
+from calm.hardware import device_name
+from calm.models.loading import load_autoencoder
+from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
+from calm.training.checkpoints import checkpoints_in, step_of
+from calm.training.opening import trained_autoencoder
+from calm.training.optimizers import build_optimizer
+from calm.training.processes import processes
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.runs import Run
+from calm.training.speed import known_training_flops
+
+logger = logging.getLogger(__name__)
+_TIMED_STEPS = 2  # The first makes what the others reuse.
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage of a run is about to do.
+
+    Args:
+        name: What is trained.
+        parameters: How many parameters are.
+        steps: Optimizer steps, those of an earlier part of the run included.
+        done: Steps that an earlier part of the run has made.
+        tokens: Tokens of all steps.
+        epochs: Times that the text is read; None for a stream.
+        flops: Training FLOPs of all steps; None if they are not known.
+        seconds: How long the steps that are left should take, evaluations aside; None if it was not measured.
+    """
+
+    name: str
+    parameters: int
+    steps: int
+    done: int
+    tokens: int
+    epochs: float | None
+    flops: float | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        parts = [
+            f"{shortened(self.parameters)} parameters",
+            f"{self.steps:,} steps of {self.tokens // self.steps:,} tokens, {shortened(self.tokens)} in all",
+        ]
+        if self.epochs is not None:
+            parts[-1] += f" ({self.epochs:.2g} epochs)"
+        if self.flops is not None:
+            parts.append(f"{self.flops:.1e} FLOPs")
+        if self.seconds is not None:
+            rest = f" for the {self.steps - self.done:,} steps left" if self.done else ""
+            parts.append(f"about {duration(self.seconds)}{rest}")
+        return f"{self.name}: {'; '.join(parts)}"
+
+
+def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
+    """Log what a run is about to do, if anybody listens: two steps of each stage are made to see how long."""
+    if not processes().is_main_process or not logger.isEnabledFor(logging.INFO):
+        return
+    precision = run.recipe.language_model.training.precision
+    several = processes().num_processes
+    on = f"{several} processes, each on {device_name()}" if several > 1 else device_name()
+    forecasts = list(forecasts_of(run, data))
+    for forecast in forecasts:
+        logger.info("%s", forecast)
+    known = [forecast.seconds for forecast in forecasts]
+    total = sum(seconds for seconds in known if seconds is not None)
+    after = f"; training should take about {duration(total)}" if None not in known and known else ""
+    logger.info("on %s, in %s%s", on, precision, after)
+
+
+def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
+    """What each stage that is not finished is about to do. Random states are left as they were."""
+    recipe = run.recipe
+    with torch.random.fork_rng():
+        autoencoder = None
+        if recipe.model == "calm":
+            autoencoder = trained_autoencoder(recipe)
+            if autoencoder is None and run.has_model("autoencoder"):
+                autoencoder = load_autoencoder(run.folder / "autoencoder")
+            elif autoencoder is None:
+                autoencoder = new_autoencoder(recipe, data)
+                if recipe.trains_autoencoder:
+                    training = recipe.autoencoder.training
+                    yield _forecast(run, data, "autoencoder", autoencoder, training)
+        if run.has_model("model"):
+            return
+        model: PreTrainedModel
+        if autoencoder is None:
+            model = new_autoregressive_model(recipe, data)
+        else:
+            model = new_language_model(recipe, data, autoencoder)
+        yield _forecast(run, data, "language model", model, recipe.language_model.training)
+
+
+def _forecast(
+    run: Run[Recipe], data: PreparedData, name: str, network: PreTrainedModel, training: TrainingSettings
+) -> Forecast:
+    recipe, tokens = run.recipe, training.steps * training.batch_tokens
+    checkpoints = checkpoints_in(run.folder / "checkpoints" / name.replace(" ", "_"))
+    done = step_of(checkpoints[-1]) if checkpoints else 0
+    counted = data.counts().tokens["train"]
+    flops = known_training_flops(network.config, recipe.data.context)
+    parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    is_whole = not recipe.language_model.sharded
+    seconds = seconds_per_step(network, training, recipe.data.context) if is_whole else None
+    return Forecast(
+        name=name,
+        parameters=parameters,
+        steps=training.steps,
+        done=done,
+        tokens=tokens,
+        epochs=None if recipe.data.streaming else tokens / max(1, counted),
+        flops=None if flops is None else flops * tokens,
+        seconds=None if seconds is None else seconds * (training.steps - done),
+    )
+
+
+def seconds_per_step(network: PreTrainedModel, training: TrainingSettings, context: int) -> float | None:
+    """Seconds of an optimizer step on this device, measured on random tokens; None if memory is short.
+
+    Args:
+        network: The network; its weights are changed.
+        training: How it is trained.
+        context: Tokens of a block.
+    """
+    blocks, accumulation = training.batches(context, processes().num_processes)
+    device = processes().device
+    try:
+        nn.Module.to(network, device).train()
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(network.config.vocab_size, (blocks, context), generator=generator).to(device)
+        if training.gradient_checkpointing:
+            network.gradient_checkpointing_enable()
+        optimizer = build_optimizer(network, training.optimizer)
+        is_half = training.precision == "bf16"
+
+        def backward() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+                network(input_ids=tokens, labels=tokens).loss.backward()
+
+        seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
+    except torch.OutOfMemoryError:
+        return None  # Training says so itself.
+    return seconds
+
+
+def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the last of a few times."""
+    for _ in range(_TIMED_STEPS):
+        start = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def shortened(count: float) -> str:
+    """A number in thousands, millions or billions: 3.8M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, as people say them."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} seconds" if seconds >= 2 else "a second"
