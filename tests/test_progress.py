@@ -1,8 +1,5 @@
 """Bars on a terminal, lines in a log, and neither where nobody wants them."""
 
-import io
-import sys
-
 import pytest
 from tqdm import tqdm
 
@@ -12,24 +9,21 @@ from calm.progress import progress_bar, show_progress, tell, tracked, write_line
 
 @pytest.fixture
 def lines(monkeypatch):
-    """A log that gets lines at once, while bars of tqdm are lines."""
+    """Bars of tqdm are lines, which come at once."""
     for name in ("display", "clear", "moveto", "close"):
         monkeypatch.setattr(tqdm, name, getattr(tqdm, name))
     write_lines_for_bars()
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_A_BAR", 0)
-    return log
 
 
-def test_a_log_gets_lines_without_carriage_returns(lines):
+def test_a_log_gets_lines_without_carriage_returns(lines, capsys):
     for _ in tracked(range(4), "scoring", "batch"):
         for _ in tracked([1, 2], "drawing", "chunk"):
             tell("a note")
     with tqdm(total=3, desc="of a library", mininterval=0) as bar:
         bar.update(3)
-    said = lines.getvalue()
+    said = capsys.readouterr().err
     assert "\r" not in said and "\n\n" not in said
     texts = said.splitlines()
     assert texts.count("a note") == 8
@@ -37,24 +31,23 @@ def test_a_log_gets_lines_without_carriage_returns(lines):
         assert any(text.startswith(what) for text in texts), what
 
 
-def test_quick_work_leaves_no_line(lines, monkeypatch):
+def test_quick_work_leaves_no_line(lines, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 30)
     assert list(tracked(iter("abc"), "reading", "letter", total=3)) == ["a", "b", "c"]
-    assert lines.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
-def test_a_bar_of_a_terminal_is_overwritten(monkeypatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", terminal)
+def test_a_bar_of_a_terminal_is_overwritten(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_A_BAR", 0)
     with progress_bar("training", 10, "step", done=4) as bar:
         bar.update(3)
-    assert "\r" in terminal.getvalue() and "training" in terminal.getvalue()
+    said = capsys.readouterr().err
+    assert "\r" in said and "training" in said
     assert bar.n == 7 and bar.format_dict["initial"] == 4  # The time left goes by the 3 steps made here.
 
 
 @pytest.mark.parametrize("why", ["quiet", "another process"])
-def test_nothing_is_shown_where_nobody_wants_it(lines, monkeypatch, why):
+def test_nothing_is_shown_where_nobody_wants_it(lines, monkeypatch, capsys, why):
     if why == "quiet":
         show_progress(False)
     else:
@@ -62,6 +55,6 @@ def test_nothing_is_shown_where_nobody_wants_it(lines, monkeypatch, why):
     try:
         assert list(tracked([1, 2], "scoring", "batch")) == [1, 2]
         tell("a note")
-        assert lines.getvalue() == ""
+        assert capsys.readouterr().err == ""
     finally:
         show_progress()
