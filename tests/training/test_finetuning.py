@@ -292,3 +292,16 @@ def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
     assert "there is no recipe 'none'; give a .yaml file or one of: full, lora" in message
     write_recipe(recipe_for(base), tmp_path / "mine.yaml")
     assert read_recipe_of(FinetuningRecipe, str(tmp_path / "mine.yaml")) == recipe_for(base)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_more_steps_extend_a_run(rank, base, tmp_path):
+    schedule = OptimizerSettings(name="adamw", learning_rate=1e-2, warmup_steps=2, schedule="constant")
+    short, long = (recipe_for(base, rank=rank, steps=steps, optimizer=schedule) for steps in (5, 9))
+    finetune(short, tmp_path / "run")
+    finetune(long, tmp_path / "run", resume=True)
+    finetune(long, tmp_path / "whole")
+    kept = ["model-5", "adapter-5"] if rank else ["model-5"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*-5")) == sorted(kept)
+    first, second = (weights_of(tmp_path / run / "model") for run in ("run", "whole"))
+    assert all((first[name] == second[name]).all() for name in first)

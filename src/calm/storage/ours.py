@@ -41,8 +41,8 @@ _STAGE: dict[str, Any] = {
 }
 _RUN = dict.fromkeys(
     ("recipe.yaml", "history.json", "damaged-history.json", "inputs.json", "report.html", "history.partial",
-     "inputs.partial", LOCK, ".data.lock", ".data.work.lock", ".model.lock", ".autoencoder.lock",
-     ".adapter.lock", "scores.json", "scores.json.sum")
+     "inputs.partial", "recipe.partial", LOCK, ".data.lock", ".data.work.lock", ".model.lock",
+     ".autoencoder.lock", ".adapter.lock", "scores.json", "scores.json.sum")
 ) | dict.fromkeys(
     (".data.work", ".replacing", ".replaced", ".gone", ".data.partial", ".model.partial",
      ".autoencoder.partial", ".adapter.partial"), _ANYTHING
@@ -51,11 +51,14 @@ _TRAINED = _RUN | {
     "data": _PREPARED,
     "autoencoder": _MODEL,
     "model": _MODEL,
+    "model-[0-9]*": _MODEL,
     "checkpoints": {"autoencoder": _STAGE, "language_model": _STAGE},
 }
 _FINETUNED = _RUN | dict.fromkeys(
     ("examples.json", "answers.jsonl", "examples.partial", "answers.partial")
-) | {"model": _MODEL, "adapter": _MODEL, "checkpoints": _STAGE}  # fmt: skip
+) | dict.fromkeys(("model", "adapter", "model-[0-9]*", "adapter-[0-9]*"), _MODEL) | {
+    "checkpoints": _STAGE
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

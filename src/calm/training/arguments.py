@@ -22,6 +22,7 @@ class Stage:
         folder: Folder of checkpoints and logs.
         seed: Seed of data order and training noise.
         is_sharded: Whether each of several processes keeps only a part of the network.
+        is_last: Whether it ends the run, so that more steps extend it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Stage:
     folder: Path
     seed: int
     is_sharded: bool = False
+    is_last: bool = False
 
 
 def training_arguments(

@@ -21,7 +21,7 @@ from calm.storage.checksums import find_damage, write_checksums
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
-_PREFIX = "checkpoint-"
+_PREFIX, _STAGING = "checkpoint-", ".partial"
 _ZIPPED = (".pt", ".pth", ".bin")  # torch writes zip archives, with a checksum for each part.
 
 
@@ -41,7 +41,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextlib.contextmanager
-def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
+def written_checkpoint(folder: Path, step: int, keep: int, spared: int | None = None) -> Iterator[Path]:
     """A folder to write a checkpoint in; it gets its name, and old ones go, when the block has succeeded.
 
     A run killed meanwhile leaves no checkpoint that looks whole but is not. All processes call this together,
@@ -51,8 +51,9 @@ def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
         folder: Folder of the checkpoints.
         step: The step after which it is written.
         keep: Checkpoints kept, this one included.
+        spared: The step of one that is kept besides.
     """
-    name, staging = f"{_PREFIX}{step}", folder / ".partial"
+    name, staging = f"{_PREFIX}{step}", folder / _STAGING
     partial, everyone = staging / name, processes()
     if everyone.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
@@ -68,11 +69,19 @@ def written_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
         write_checksums(partial)
         _sync(partial)
         partial.rename(folder / name)
-        # Old ones are moved away before they are deleted: a kill meanwhile leaves no half of one.
-        for old in checkpoints_in(folder)[: -max(1, keep)]:
-            old.rename(staging / old.name)
         shutil.rmtree(staging)
+        old = checkpoints_in(folder)[: -max(1, keep)]
+        remove_checkpoints([checkpoint for checkpoint in old if step_of(checkpoint) != spared])
     everyone.wait_for_everyone()
+
+
+def remove_checkpoints(checkpoints: list[Path]) -> None:
+    """Remove checkpoints. They are moved away first: a kill meanwhile leaves no half of one."""
+    for checkpoint in checkpoints:
+        staging = checkpoint.parent / _STAGING
+        staging.mkdir(exist_ok=True)
+        checkpoint.rename(staging / checkpoint.name)
+        shutil.rmtree(staging)
 
 
 def _sync(folder: Path) -> None:

@@ -134,7 +134,7 @@ def _train(
     before = answers_of(model)
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
-    stage = Stage("model", settings, run.folder / "checkpoints", recipe.seed)
+    stage = Stage("model", settings, run.folder / "checkpoints", recipe.seed, is_last=True)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from calm.data.examples import Example
 from calm.data.files import find_files, is_here
 from calm.errors import InputError
 from calm.storage.disk import read_json, write_file_whole
+from calm.training.extending import without_last_steps
 
 INPUTS = "inputs.json"
 
 
-def check_inputs(output: Path, inputs: Mapping[str, str], earlier: Mapping[str, str] | None = None) -> None:
+def check_inputs(
+    output: Path, inputs: Mapping[str, str], earlier: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Record the inputs of a run, or compare them with those on record.
 
     Args:
         output: Folder of the run.
         inputs: Digests, keyed by what they are of in the words of a message.
-        earlier: What an earlier version would have recorded instead, which will do as well.
+        earlier: What earlier versions would have recorded instead, which will do as well.
 
     Raises:
         InputError: If an input has changed.
@@ -33,7 +36,7 @@ def check_inputs(output: Path, inputs: Mapping[str, str], earlier: Mapping[str, 
     file = output / INPUTS
     noted = inputs_in(output)
     for what, digest in inputs.items():
-        if noted.get(what, digest) not in (digest, (earlier or {}).get(what)):
+        if noted.get(what, digest) not in (digest, *(earlier or {}).get(what, ())):
             raise InputError(
                 f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or "
                 "choose another output folder."
@@ -79,9 +82,10 @@ RECIPE_INPUT = "its recipe"
 
 
 def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]) -> None:
-    """`check_inputs` of a recipe and of all else that decides what it makes."""
-    earlier = {RECIPE_INPUT: digest_of_recipe(recipe, in_order=False)}
-    check_inputs(output, {RECIPE_INPUT: digest_of_recipe(recipe), **inputs}, earlier)
+    """`check_inputs` of a recipe, but for its last steps, and of all else that decides what it makes."""
+    digest = digest_of_recipe(without_last_steps(recipe))
+    earlier = [digest_of_recipe(recipe, in_order=in_order) for in_order in (True, False)]
+    check_inputs(output, {RECIPE_INPUT: digest, **inputs}, {RECIPE_INPUT: earlier})
 
 
 def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:

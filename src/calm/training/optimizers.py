@@ -100,8 +100,29 @@ def build_scheduler(
     """The learning-rate schedule of a recipe."""
     warmup = min(settings.warmup_steps, steps)
     if settings.schedule == "warmup_stable_decay":
-        decay = min(round(settings.decay_fraction * steps), steps - warmup)
+        decay = steps - last_step_at_peak(settings, steps)
         extra = {"num_decay_steps": decay, "decay_type": "linear"}
         return get_scheduler("warmup_stable_decay", optimizer, warmup, steps, extra)
     name = {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule)
     return get_scheduler(name, optimizer, warmup, steps)
+
+
+def last_step_at_peak(settings: OptimizerSettings, steps: int) -> int:
+    """The last step before the rate falls: up to there, a longer schedule has the same rates."""
+    warmup = min(settings.warmup_steps, steps)
+    if settings.schedule == "constant":
+        return steps
+    if settings.schedule == "warmup_stable_decay":
+        return max(warmup, steps - round(settings.decay_fraction * steps))
+    return warmup
+
+
+def follow_schedule(optimizer: Any, schedule: Any) -> None:
+    """Set the rates of an optimizer to those of a schedule at its step.
+
+    A checkpoint brings the rates of the schedule that it was written under, which may have had fewer steps.
+    """
+    schedule = getattr(schedule, "scheduler", schedule)  # accelerate wraps it.
+    pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, (rate, factor) in zip(optimizer.param_groups, pairs, strict=True):
+        group["lr"] = rate * factor(schedule.last_epoch)

@@ -9,6 +9,7 @@ import jsonargparse
 
 from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
+from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 from calm.training.recipe_settings import RECIPE as RECIPE
@@ -71,7 +72,7 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     """Write all settings of a recipe, defaults included."""
     parser = recipe_parser(type(recipe))
     text = parser.dump(parser.parse_object(dataclasses.asdict(recipe)), skip_none=False)
-    path.write_text(text, encoding="utf-8")
+    write_file_whole(path, text)
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:

@@ -29,6 +29,7 @@ from calm.storage.folders import (
 )
 from calm.storage.locks import LOCK, locked
 from calm.storage.ours import FINETUNED, TRAINED, FolderKind
+from calm.training.extending import STEPS_OF_LAST_STAGE, check_more_steps, extend
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
@@ -72,12 +73,19 @@ class Run(Generic[AnyRecipe]):
             check_spared(self.folder, needed)
             check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
             return
-        noted = recipe_of_run(self.folder)
-        if changed := differences(read_recipe_of(type(self.recipe), str(noted)), self.recipe):
+        noted = self._noted()
+        changed = differences(noted, self.recipe)
+        if changed == [STEPS_OF_LAST_STAGE[type(self.recipe)]]:
+            check_more_steps(self.folder, noted, self.recipe)
+        elif changed:
             raise InputError(
                 f"cannot resume '{self.folder}': the recipe differs in {', '.join(changed)}; "
-                f"use the recipe in {noted}, or another output folder."
+                f"use the recipe in {self.folder / RECIPE}, or another output folder."
             )
+
+    def _noted(self) -> AnyRecipe:
+        """The recipe in the folder of the run."""
+        return read_recipe_of(type(self.recipe), str(recipe_of_run(self.folder)))
 
     @contextlib.contextmanager
     def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
@@ -103,14 +111,18 @@ class Run(Generic[AnyRecipe]):
 
     @contextlib.contextmanager
     def made_ready(self) -> Iterator[None]:
-        """An empty folder with the recipe, for the block in which the main process makes the run ready.
+        """The folder with its recipe, for the block in which the main process makes the run ready.
 
-        What was there before is removed when the block has succeeded. Otherwise the folder is as it was, but
-        for text prepared in part, which is kept.
+        The folder of a new run is empty: what was there before is removed when the block has succeeded.
+        Otherwise the folder is as it was, but for text prepared in part, which is kept. A run that is resumed
+        with more steps is extended when the block has succeeded.
         """
         if self.resume:
             yield
             discard_replaced(self.folder)
+            if differences(noted := self._noted(), self.recipe):
+                extend(self.folder, noted, self.recipe)
+                write_recipe(self.recipe, self.folder / RECIPE)
             return
         with emptied(self.folder, _KEPT):
             write_recipe(self.recipe, self.folder / RECIPE)

@@ -25,10 +25,11 @@ from calm.training.batches import (
 )
 from calm.training.blocks import Blocks
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, written_checkpoint
+from calm.training.extending import SaveAt, kept_step
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
 from calm.training.inputs import copy_inputs, other_input
 from calm.training.noise import generators_of_blocks
-from calm.training.optimizers import build_optimizer, build_scheduler
+from calm.training.optimizers import build_optimizer, build_scheduler, follow_schedule
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
 from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
@@ -80,6 +81,8 @@ class ChunkTrainer(Trainer):
         )
         self.add_callback(self._speed)
         self._watch = LossWatch(self.args.device)
+        self._kept_step = kept_step(settings) if stage.is_last else None
+        self.add_callback(SaveAt(self._kept_step))
         self._signals = LeaveOnSignal()
         self.add_callback(self._signals)
 
@@ -184,6 +187,12 @@ class ChunkTrainer(Trainer):
         assert self.lr_scheduler is not None
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both from a checkpoint; a run that was extended follows its new schedule at once."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            follow_schedule(self.optimizer, self.lr_scheduler)
+
     # What is logged.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -234,7 +243,7 @@ class ChunkTrainer(Trainer):
         with (
             self._speed.pause(),
             disk_errors(folder / f"checkpoint-{step}", left),
-            written_checkpoint(folder, step, self.settings.keep_checkpoints) as partial,
+            written_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
         ):
             self._staging = partial.parent
             try:
