@@ -98,7 +98,7 @@ def test_a_second_process_is_told_of_the_first(run, whole, tmp_path, capsys):
     finally:
         process.kill()
         process.wait()
-    with pytest.raises(InputError, match="the recipe differs"):  # The lock has ended with its process.
+    with pytest.raises(InputError, match="more, not fewer"):  # The lock has ended with its process.
         stages.train(toy_recipe(whole / "text.jsonl"), tmp_path / "busy", resume=True)
 
 

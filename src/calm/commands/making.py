@@ -129,6 +129,7 @@ def _follow(
     run: Callable[..., Path],
 ) -> None:
     """Run a recipe. If the run stops after it has begun, the command that resumes it is printed."""
+    from calm.training.continuing import completed
     from calm.training.processes import processes
     from calm.training.recipe_files import differences, read_recipe_of
     from calm.training.recipe_settings import recipe_of_run
@@ -138,7 +139,7 @@ def _follow(
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
             noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
-            if not differences(noted, recipe):
+            if not differences(noted, completed(recipe) if isinstance(recipe, Recipe) else recipe):
                 logger.warning("go on with: calm %s --resume --output %s", command, shlex.quote(output))
         raise
     if processes().is_main_process:

@@ -14,6 +14,7 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
+from calm.training.continuing import config_to_continue
 from calm.training.recipe import Recipe
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes are too close to each other.
@@ -127,16 +128,19 @@ def autoregressive_config(
     )
 
 
-def model_config(recipe: Recipe, vocab_size: int | None = None) -> CalmConfig | LlamaConfig:
+def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedConfig:
     """Configuration of the language model of a recipe, without its tokenizer.
 
     Args:
         recipe: The recipe.
-        vocab_size: Number of token ids; that of the tokenizer the recipe would train when None.
+        vocab_size: Number of token ids; that of the tokenizer the recipe would train when None. A model that
+            training begins with has its own.
 
     Raises:
         InputError: If the recipe takes a tokenizer that is not here, or a value is out of range.
     """
+    if (config := config_to_continue(recipe)) is not None:
+        return config
     if vocab_size is None and recipe.data.tokenizer is not None:
         raise InputError(
             f"the recipe takes the tokenizer '{recipe.data.tokenizer}'; "

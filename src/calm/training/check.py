@@ -1,14 +1,11 @@
 """Mistakes in a recipe, found before any work is done."""
 
-from typing import Any
-
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError, reason_of
-from calm.models.calm import CalmForCausalLM
 from calm.training.build import model_config
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import check_optimizer
@@ -102,11 +99,10 @@ def check_seed(seed: int) -> None:
 
 def _check_network(recipe: Recipe) -> None:
     """Build the network of a recipe on the meta device, which takes no memory, to find what it refuses."""
-    network: Any = LlamaForCausalLM if recipe.model == "autoregressive" else CalmForCausalLM
     config = model_config(recipe, vocab_size=1)
     try:
         with torch.device("meta"):
-            check_memory(network(config))
+            check_memory(AutoModelForCausalLM.from_config(config))
     except InputError:
         raise
     except (ValueError, ImportError) as error:

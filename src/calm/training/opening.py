@@ -17,6 +17,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_autoencoder
 from calm.training.check import check_recipe
+from calm.training.continuing import model_to_continue
 from calm.training.inputs import check_recipe_and_inputs, digest_of_files, digest_of_weights
 from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
@@ -66,6 +67,8 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
         inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
     if autoencoder is not None:
         inputs[f"the autoencoder '{recipe.autoencoder.path}'"] = digest_of_weights(autoencoder)
+    if (begun := model_to_continue(recipe, data)) is not None:
+        inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(begun[0])
     return inputs
 
 
@@ -168,7 +171,8 @@ def _prepared_source(settings: DataSettings) -> Path | None:
 
 def _places_of(recipe: Recipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
-    data, more = recipe.data, (recipe.data.tokenizer, recipe.autoencoder.path)
+    data = recipe.data
+    more = (data.tokenizer, recipe.autoencoder.path, recipe.language_model.init_from)
     return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
 
 

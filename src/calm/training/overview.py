@@ -15,6 +15,7 @@ from calm.hardware import device_name
 from calm.models.loading import load_autoencoder
 from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
+from calm.training.continuing import model_to_continue, tell_beginning
 from calm.training.opening import trained_autoencoder
 from calm.training.optimizers import build_optimizer
 from calm.training.processes import processes
@@ -72,6 +73,7 @@ def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
     precision = run.recipe.language_model.training.precision
     several = processes().num_processes
     on = f"{several} processes, each on {device_name()}" if several > 1 else device_name()
+    tell_beginning(run.recipe)
     forecasts = list(forecasts_of(run, data))
     for forecast in forecasts:
         logger.info("%s", forecast)
@@ -84,6 +86,7 @@ def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
 def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
     """What each stage that is not finished is about to do. Random states are left as they were."""
     recipe = run.recipe
+    model: PreTrainedModel
     with torch.random.fork_rng():
         autoencoder = None
         if recipe.model == "calm":
@@ -97,8 +100,9 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
                     yield _forecast(run, data, "autoencoder", autoencoder, training)
         if run.has_model("model"):
             return
-        model: PreTrainedModel
-        if autoencoder is None:
+        if (begun := model_to_continue(recipe, data)) is not None:
+            model, _ = begun
+        elif autoencoder is None:
             model = new_autoregressive_model(recipe, data)
         else:
             model = new_language_model(recipe, data, autoencoder)

@@ -198,6 +198,8 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
     """The backbone over chunks and its head; for an autoregressive model, the decoder over tokens.
 
     Args:
+        init_from: Folder or hub name of a model whose weights training begins with; its tokenizer,
+            autoencoder, sizes and head are taken as well. None begins anew.
         sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
             instead of all of them (DDP).
         attention: Implementation; "flash_attention_2" and others need their package.
@@ -206,6 +208,7 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
         training: How it is trained.
     """
 
+    init_from: str | None = None
     sharded: bool = False
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})

@@ -17,7 +17,7 @@ A stage is finished when its folder exists, so a run that was killed resumes whe
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
@@ -28,6 +28,7 @@ from calm.models.loading import load_autoencoder
 from calm.training.arguments import Stage
 from calm.training.blocks import Blocks, blocks_of
 from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
+from calm.training.continuing import completed, model_to_continue
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
 from calm.training.overview import tell_overview
@@ -53,6 +54,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         InputError: If a setting or the folder does not fit.
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
+    recipe = completed(recipe)
     run = Run(recipe, output, resume, overwrite)
     with open_run(run) as data:
         tell_overview(run, data)
@@ -73,7 +75,7 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
         InputError: If a setting or the folder does not fit.
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
-    run = Run(recipe, output, resume)
+    run = Run(completed(recipe), output, resume)
     with open_run(run) as data:
         _finish_autoencoder(run, data)
     return output / "autoencoder"
@@ -108,8 +110,11 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
 
 def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
     recipe, settings = run.recipe, run.recipe.language_model.training
-    if recipe.model == "autoregressive":
-        model: PreTrainedModel = new_autoregressive_model(recipe, data)
+    if (begun := model_to_continue(recipe, data)) is not None:
+        set_seed(recipe.seed)
+        model, _ = begun
+    elif recipe.model == "autoregressive":
+        model = new_autoregressive_model(recipe, data)
     else:
         model = new_language_model(recipe, data, load_autoencoder(run.folder / "autoencoder"))
 

@@ -1,0 +1,98 @@
+"""Training that begins with the weights of a model instead of new ones: continued pre-training."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.data.prepared import PreparedData
+from calm.errors import InputError
+from calm.evaluation.held_out import check_context
+from calm.hub.opening import open_config
+from calm.models.configuration import CalmConfig
+from calm.models.loading import is_adapter, load_config, load_language_model_and_tokenizer
+from calm.models.missing import look_for, place_of
+from calm.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def completed(recipe: Recipe) -> Recipe:
+    """A recipe with what the model that it begins with brings along: tokenizer and autoencoder.
+
+    Raises:
+        InputError: If the recipe names others.
+    """
+    if recipe.language_model.init_from is None:
+        return recipe
+    name = place_of(recipe.language_model.init_from)
+    brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if recipe.model == "calm" else {})
+    for part, setting in brought.items():
+        settings = getattr(recipe, part)
+        if getattr(settings, setting) not in (None, name, recipe.language_model.init_from):
+            what = "tokenizer" if part == "data" else "autoencoder"
+            raise InputError(
+                f"'{name}' has its own {what}: set {part}.{setting} to '{name}' or leave it out; it is "
+                f"'{getattr(settings, setting)}'."
+            )
+        recipe = dataclasses.replace(recipe, **{part: dataclasses.replace(settings, **{setting: name})})
+    return recipe
+
+
+def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
+    """The configuration of the model that a recipe begins with, if it does.
+
+    Raises:
+        InputError: If there is none, or it is of another kind than the recipe says.
+    """
+    name = recipe.language_model.init_from
+    if name is None:
+        return None
+    place = place_of(name)
+    if is_adapter(Path(place)):
+        raise InputError(
+            f"'{name}' holds adapters; give the folder of the model into which they were merged."
+        )
+    if Path(place).is_dir():
+        config = load_config(Path(place))
+    else:
+        look_for(name)
+        config = open_config(place)
+    kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
+    if (recipe.model, recipe.chunk_size) != (kind, size):
+        what = (
+            f"a CALM with chunks of {size} tokens" if kind == "calm" else f"a {config.model_type} of tokens"
+        )
+        raise InputError(f"'{name}' is {what}: set model to {kind} and chunk_size to {size}.")
+    return config
+
+
+def model_to_continue(
+    recipe: Recipe, data: PreparedData
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """The model that a recipe begins with, and its tokenizer, if it does.
+
+    Raises:
+        InputError: If it is damaged, its tokens are not those of the text, or it cannot read a block.
+    """
+    name = recipe.language_model.init_from
+    if config_to_continue(recipe) is None or name is None:
+        return None
+    model, tokenizer = load_language_model_and_tokenizer(
+        name, dtype=torch.float32, attn_implementation=recipe.language_model.attention
+    )
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise InputError(
+            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
+            f"prepare it with --tokenizer {name}."
+        )
+    check_context(model, recipe.data.context)
+    return model, tokenizer
+
+
+def tell_beginning(recipe: Recipe) -> None:
+    """Log that the sizes of a recipe are not used where a model brings its own."""
+    if (name := recipe.language_model.init_from) is not None:
+        logger.info("training begins with the weights of '%s', whatever sizes and head the recipe has", name)

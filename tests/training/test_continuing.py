@@ -1,0 +1,121 @@
+"""Training that begins with the weights of a model: on other text, in a run of its own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import failure, interrupt, toy_recipe
+
+from calm.cli import main
+from calm.data.stories import stories
+from calm.training import stages
+from calm.training.recipe_files import with_settings, write_recipe
+
+INIT = "language_model.init_from"
+AUTOREGRESSIVE = {"model": "autoregressive", "chunk_size": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Two texts, a CALM and a baseline trained on the first."""
+    folder = tmp_path_factory.mktemp("base")
+    for name, seed in (("text", 0), ("other", 5)):
+        lines = (json.dumps({"text": story}) + "\n" for story in stories(seed, 12))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    recipe = toy_recipe(folder / "text.jsonl")
+    stages.train(recipe, folder / "calm")
+    stages.train(with_settings(recipe, AUTOREGRESSIVE), folder / "plain")
+    return folder
+
+
+def recipe_for(base: Path, kind: str, **settings):
+    changed = {INIT: str(base / kind / "model"), **(AUTOREGRESSIVE if kind == "plain" else {}), **settings}
+    return with_settings(toy_recipe(base / "other.jsonl"), changed)
+
+
+@pytest.mark.parametrize("kind", ["calm", "plain"])
+def test_the_first_step_begins_with_the_weights_of_the_model(kind, base, tmp_path):
+    still = {"language_model.training.optimizer.learning_rate": 0.0,
+             "language_model.training.optimizer.adamw_learning_rate": 0.0}  # fmt: skip
+    folder = stages.train(recipe_for(base, kind, **still), tmp_path / "still")
+    before, after = (load_file(path / "model.safetensors") for path in (base / kind / "model", folder))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = load_file(stages.train(recipe_for(base, kind), tmp_path / "moved") / "model.safetensors")
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
+    frozen = [name for name in before if name.startswith("autoencoder.")]
+    assert all(torch.equal(before[name], moved[name]) for name in frozen)
+    files = [base / kind / "model/tokenizer.json", folder / "tokenizer.json"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("place", ["run", "model"])
+def test_sizes_of_the_recipe_do_not_matter_and_a_kill_neither(place, base, tmp_path, monkeypatch):
+    name = str(base / "calm" if place == "run" else base / "calm/model")
+    recipe = recipe_for(
+        base, "calm", **{INIT: name, "language_model.hidden_size": 8, "autoencoder.latent_size": 64}
+    )
+    whole = stages.train(recipe, tmp_path / "whole")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(SystemExit):
+            main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")])
+    main(["train", "--resume", "--output", str(tmp_path / "run")])
+    assert (whole / "model.safetensors").read_bytes() == (
+        tmp_path / "run/model/model.safetensors"
+    ).read_bytes()
+    assert json.loads((whole / "config.json").read_text())["backbone_config"]["hidden_size"] == 16
+
+
+def test_a_model_of_the_package_goes_on(base, tmp_path):
+    recipe = recipe_for(base, "calm", **{INIT: "stories", "language_model.training.steps": 1})
+    assert (stages.train(recipe, tmp_path / "run") / "model.safetensors").is_file()
+
+
+REFUSED = {
+    "nothing there": ({INIT: "nowhere"}, "nowhere"),
+    "other chunks": ({"chunk_size": 8, "data.context": 64}, "set model to calm and chunk_size to 4"),
+    "other kind": (AUTOREGRESSIVE, "set model to calm and chunk_size to 4"),
+    "other tokenizer": ({"data.tokenizer": "other"}, "has its own tokenizer"),
+    "other autoencoder": ({"autoencoder.path": "other"}, "has its own autoencoder"),
+    "long blocks": ({"data.context": 65536, "language_model.training.batch_tokens": 65536}, "context"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
+    write_recipe(recipe_for(base, "calm", **changes), tmp_path / "recipe.yaml")
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in said and not (tmp_path / "run").exists()
+
+
+def test_text_that_was_prepared_for_other_tokens_is_refused(base, tmp_path, capsys):
+    main(["prepare", str(base / "other.jsonl"), "--output", str(tmp_path / "data"), "--vocab_size", "290"])
+    write_recipe(
+        recipe_for(base, "calm", **{"data.sources": str(tmp_path / "data")}), tmp_path / "recipe.yaml"
+    )
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "was prepared with another tokenizer" in said and not (tmp_path / "run").exists()
+
+
+def test_another_model_in_its_place_is_noticed(base, tmp_path, monkeypatch, capsys):
+    recipe = recipe_for(base, "calm")
+    model = tmp_path / "model"
+    shutil.copytree(base / "calm/model", model)
+    recipe = with_settings(recipe, {INIT: str(model)})
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, tmp_path / "run")
+    other = stages.train(
+        with_settings(toy_recipe(base / "text.jsonl"), {"language_model.training.steps": 9}),
+        tmp_path / "again",
+    )
+    shutil.rmtree(model)
+    shutil.copytree(other, model)
+    said = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
+    assert "changed since the run began" in said or "is not the same" in said
