@@ -42,6 +42,7 @@ LEVELS = {
     "demo": 5,
     "sharing": 6,
     "commands": 7,
+    "command_help": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -1,5 +1,6 @@
 """The command line: the arguments of the commands (calm.commands), and mistakes as one sentence."""
 
+import argparse
 import dataclasses
 import inspect
 import itertools
@@ -16,6 +17,7 @@ import jsonargparse
 import yaml
 
 import calm
+from calm.command_help import SHELLS, brief_help, completion, has_brief_help
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
@@ -29,6 +31,7 @@ _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question")
 _SHORT = {"samples": "-n", "file": "-f"}
 _QUIET = "Print results, warnings and errors only."
+_FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}  # Printed recipes lack it.
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
 
@@ -50,16 +53,18 @@ def build_parser() -> jsonargparse.ArgumentParser:
         prog="calm", description=said, exit_on_error=False, allow_abbrev=True
     )
     parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
+    parser.add_argument("--completion", choices=SHELLS, help="print completion for a shell, to be evaluated")
     commands = parser.add_subcommands(dest="command", required=False)
     for name, function in COMMANDS.items():
         command = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
             command.add_argument(
-                "--recipe", action="config", help="shipped name or .yaml file; later options win"
+                "--recipe", action="config", help="Shipped name or .yaml file; options after it win."
             )
             command.add_class_arguments(_RECIPES[name], sub_configs=False)
+            command.add_argument("--help_all", help="Print every option.", **_FLAG)
         _add_parameters(command, function)
-        command.add_argument("--quiet", action="store_true", help=_QUIET)
+        command.add_argument("--quiet", help=_QUIET, **_FLAG)
         commands.add_subcommand(name, command, help=_summary(function))
     return parser
 
@@ -96,7 +101,7 @@ def _positional_of(function: Callable[..., None]) -> list[str]:
 def _options_of(command: str, arguments: list[str]) -> Options:
     """What a command takes, to say what is wrong with its arguments."""
     hints = get_type_hints(COMMANDS[command])
-    hints = {**hints, "quiet": bool}
+    hints |= {"quiet": bool, "help_all": bool} if command in _RECIPES else {"quiet": bool}
     hints.pop("return")
     if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
@@ -145,26 +150,48 @@ def _is_of_memory(error: BaseException) -> bool:
 
 def _run(arguments: list[str]) -> None:
     """Run the command that the arguments begin with. Without one, there is help."""
-    if not arguments:
-        build_parser().print_help()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(build_parser().format_help().rstrip())
         return
     command = arguments[0]
     if command not in COMMANDS:
-        _answer_option(command)
+        _answer_option(arguments)
+        return
+    if has_brief_help(command) and _answer_help(command, arguments[1:]):
         return
     settings = _parse(command, arguments)
-    is_quiet = settings.pop("quiet")
+    is_quiet = settings.pop("quiet", False)
     _set_up_progress(is_quiet)
     _tell_notes(is_quiet)
     COMMANDS[command](**settings)
 
 
-def _answer_option(option: str) -> None:
-    """Print help or the version; anything else is no command."""
+def _answer_option(arguments: list[str]) -> None:
+    """Print help, the version or a completion; anything else is no command."""
+    option = arguments[0]
+    if option.split("=")[0] == "--completion":
+        shell = _value_of("--completion", arguments)
+        if shell not in SHELLS:
+            raise InputError(f"--completion takes {', '.join(SHELLS)}; got '{shell or ''}'.")
+        print(completion(shell, build_parser()))
+        return
     known = ("-h", "--help", "--version")
     if not option or not any(one.startswith(option) for one in known):
         raise InputError(unknown_command(option, COMMANDS))
     build_parser().parse_args([option])
+
+
+def _answer_help(command: str, arguments: list[str]) -> bool:
+    """Print the help of a command with many options, brief or whole, if it is asked for."""
+    asked = {"-h", "--help", "--help_all"} & set(arguments)
+    if not asked:
+        return False
+    parser = build_parser()
+    subcommands: Any = parser._subcommands_action
+    chosen = subcommands.choices[command]
+    text = chosen.format_help() if "--help_all" in asked else brief_help(command, chosen, COMMANDS[command])
+    print(text.rstrip())
+    return True
 
 
 def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
@@ -241,7 +268,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     if kind is None:
         return arguments
     # What a recipe printed by --print_config has beside the recipe.
-    others = dict.fromkeys([*inspect.signature(COMMANDS[arguments[0]]).parameters, "quiet"], Any)
+    others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
     head_type = _value_of("--language_model.head.head_type", arguments)
     # Another head does not take over the fields of the recipe's.

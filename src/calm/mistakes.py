@@ -113,7 +113,8 @@ def unknown(options: Options, name: str) -> str:
         return f"{what}; {near[0]} is given without a name, as in: {by_place}"
     if near:
         return f"{what}; did you mean {_listed([dashes + one for one in near], 'or')}?"
-    return f"{what}; calm {options.command} --help lists them all." if dashes else f"{what}."
+    all_of_them = "--help_all" if "help_all" in options.types else "--help"
+    return f"{what}; calm {options.command} {all_of_them} lists them all." if dashes else f"{what}."
 
 
 def _near(name: str, known: Iterable[str]) -> list[str]:

@@ -97,8 +97,14 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder; its recipe is there.
+        resume: Go on with the run in that folder, whose recipe is there; with more steps, extend it.
         overwrite: Remove what is in that folder first.
+
+    Examples:
+        calm train --recipe laptop_quick --data.sources texts/ --output runs/a
+        calm train --recipe my.yaml --language_model.num_layers 6 --output runs/b
+        calm train --resume --output runs/a
+        calm train --resume --output runs/a --language_model.training.steps 9000
     """
     from calm.training.stages import train as run
 
@@ -111,8 +117,12 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder; its recipe is there.
+        resume: Go on with the run in that folder, whose recipe is there; with more steps, extend it.
         overwrite: Remove what is in that folder first.
+
+    Examples:
+        calm finetune --recipe lora --model m --examples.sources qa.jsonl --output runs/c
+        calm finetune --resume --output runs/c --training.steps 600
     """
     from calm.training.finetuning import finetune as run
 
