@@ -33,6 +33,7 @@ LEVELS = {
     "generation": 3,
     "texts": 2,
     "doctor": 2,
+    "chat": 3,
     "evaluation": 3,
     "training": 4,
     "report": 4,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from calm.commands.chatting import chat
 from calm.commands.listing import models, recipes
 from calm.commands.making import ablate, compare, demo, finetune, prepare, train
 from calm.commands.sharing import import_published, serve, share
@@ -16,6 +17,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "ablate": ablate,
     "generate": generate,
+    "chat": chat,
     "serve": serve,
     "import": import_published,
     "share": share,

@@ -121,7 +121,7 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
         overwrite: Remove what is in that folder first.
 
     Examples:
-        calm finetune --recipe lora --model m --examples.sources qa.jsonl --output runs/c
+        calm finetune --model runs/a --examples.sources qa.jsonl --output runs/c
         calm finetune --resume --output runs/c --training.steps 600
     """
     from calm.training.finetuning import finetune as run

@@ -1,0 +1,151 @@
+"""A conversation with a model, turn by turn."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from calm.errors import InputError
+from calm.models.context import room_beside
+from calm.text.chat import ASSISTANT, encode_chat
+from calm.text.decoding import TextBuilder
+from calm.texts import continue_tokens
+
+_LEAST_ROOM = 64  # Tokens that an answer should have, before old turns make room.
+Message = dict[str, str]
+
+
+class Conversation:
+    """What was said so far, and a model that answers.
+
+    Args:
+        model: A CALM, or another causal language model.
+        tokenizer: Its tokenizer, with a chat template.
+        system: What the model is told before the first turn; "" for nothing.
+        seed: Makes the answers repeatable: each turn has a seed of its own that is made from it.
+        max_new_tokens: Most tokens of an answer; fewer where the context ends before.
+
+    Raises:
+        InputError: If the model has no chat template, or the template takes no system message.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str = "",
+        seed: int | None = None,
+        max_new_tokens: int = 512,
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "this model has no chat template, so it was not made for chats; fine-tune it on "
+                "conversations, or let it continue texts (calm generate)."
+            )
+        self._model, self._tokenizer = model, tokenizer
+        self._seed, self._max_new_tokens = seed, max_new_tokens
+        self.messages: list[Message] = []
+        self.last: tuple[list[int], list[int]] | None = None
+        """Token ids before the last answer, and of the answer."""
+        self.set_system(system)
+
+    def set_system(self, system: str) -> None:
+        """Begin anew, with another system message.
+
+        Raises:
+            InputError: If the template takes none.
+        """
+        said = [{"role": "system", "content": system}] if system else []
+        encode_chat(self._tokenizer, [*said, {"role": "user", "content": "?"}])
+        self.messages, self.last = said, None
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages, self.last = [one for one in self.messages if one["role"] == "system"], None
+
+    def answer(self, text: str, show: Callable[[str], None], **sampling: Any) -> int:
+        """Let the model answer; what it has written stays if it is interrupted.
+
+        Args:
+            text: What is said to it.
+            show: Called with each part of the answer as it is written.
+            **sampling: Further arguments of `calm.texts.continue_tokens`, such as `temperature`.
+
+        Returns:
+            How many old messages were forgotten to make room.
+
+        Raises:
+            InputError: If the text has no room in the context, or an argument is out of range.
+        """
+        turns = [*self.messages, {"role": "user", "content": text}]
+        turns, prompt = self._fitting(turns)
+        forgotten = len(self.messages) + 1 - len(turns)
+        listener = _Listener(self._tokenizer, show)
+        seed = None if self._seed is None else (self._seed + len(turns)) % 2**31
+        is_whole = False
+        try:
+            continue_tokens(
+                self._model,
+                self._tokenizer,
+                [prompt],
+                max_new_tokens=self._room(prompt),
+                seed=seed,
+                streamer=listener,
+                **sampling,
+            )
+            is_whole = True
+        finally:
+            if is_whole or listener.tokens:
+                self.messages = [*turns, {"role": ASSISTANT, "content": listener.text.strip()}]
+                self.last = (prompt, listener.tokens)
+        return forgotten
+
+    def _fitting(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
+        """As many of the last turns as leave room for an answer, and their token ids."""
+        system = [one for one in turns if one["role"] == "system"]
+        said = turns[len(system) :]
+        while True:
+            prompt = encode_chat(self._tokenizer, [*system, *said])
+            room = room_beside(self._model.config, len(prompt))
+            if room is None or room >= min(_LEAST_ROOM, self._max_new_tokens):
+                return [*system, *said], prompt
+            if len(said) == 1:
+                if room >= 1:
+                    return [*system, *said], prompt
+                raise InputError(f"that is too long: {len(prompt)} tokens leave no room for an answer.")
+            said = said[2:]  # A question and its answer.
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        room = room_beside(self._model.config, len(prompt))
+        return self._max_new_tokens if room is None else min(self._max_new_tokens, room)
+
+
+class _Listener(BaseStreamer):
+    """Hears the tokens of an answer, and shows its text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        self._tokenizer, self._show = tokenizer, show
+        self._builder: TextBuilder | None = None
+        self.tokens: list[int] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then new tokens."""
+        tokens = value.flatten().tolist()
+        if self._builder is None:
+            self._builder = TextBuilder(self._tokenizer, prompt=tokens)
+            return
+        self.tokens += tokens
+        self._take(self._builder.add(tokens))
+
+    def end(self) -> None:
+        """Show what was held back."""
+        if self._builder is not None:
+            self._take(self._builder.add([], is_last=True))
+
+    def _take(self, text: str) -> None:
+        self.text += text
+        self._show(text)

@@ -1,0 +1,142 @@
+"""The command that talks with a model in the terminal."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from calm.commands.checks import check_counts, look_for
+from calm.errors import InputError
+from calm.ranges import SEEDS, Range
+
+if TYPE_CHECKING:
+    from calm.chat import Conversation
+
+_TEMPERATURES = Range(0, 1)
+_HELP = """\
+/reset             forget what was said
+/system TEXT       begin anew, with another system message (nothing for none)
+/temperature T     from 0 to 1
+/chunks            what each chunk of the last answer could have been
+/help              this list
+/exit              leave, as Ctrl+D does; Ctrl+C stops an answer"""
+
+
+def chat(
+    model: str,
+    system: str = "",
+    temperature: float = 0.5,
+    sampler: str | None = None,
+    max_new_tokens: int = 512,
+    head: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> None:
+    """Talk with a model that has a chat template, in the terminal.
+
+    Args:
+        model: Folder or hub name of a CALM or of any causal language model of transformers.
+        system: What the model is told before the first turn.
+        temperature: From 0 to 1; lower is more fluent and less varied.
+        sampler: See calm generate.
+        max_new_tokens: Most tokens of an answer.
+        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
+        seed: Makes the answers repeatable.
+    """
+    if seed is not None:
+        SEEDS.require("seed", seed)
+    _TEMPERATURES.require("temperature", temperature)
+    check_counts(None, max_new_tokens=max_new_tokens)
+    if sampler not in (None, "exact", "pool", "head"):
+        from calm.models.writing.sampler_registry import check_name
+
+        check_name(sampler)
+    look_for(model)
+    from calm.chat import Conversation
+    from calm.models.loading import load_language_model_and_tokenizer
+
+    network, tokenizer = load_language_model_and_tokenizer(model, head)
+    conversation = Conversation(network, tokenizer, system=system, seed=seed, max_new_tokens=max_new_tokens)
+    _Session(conversation, temperature, sampler).run()
+
+
+class _Session:
+    """Lines of the user, and what is answered.
+
+    Args:
+        conversation: The conversation.
+        temperature: Of the answers.
+        sampler: Of the answers.
+    """
+
+    def __init__(self, conversation: "Conversation", temperature: float, sampler: str | None) -> None:
+        self._conversation, self._temperature, self._sampler = conversation, temperature, sampler
+        self._commands: dict[str, Callable[[str], object]] = {
+            "/reset": lambda _: self._conversation.reset(),
+            "/system": self._conversation.set_system,
+            "/temperature": self._set_temperature,
+            "/chunks": lambda _: self._show_chunks(),
+            "/help": lambda _: print(_HELP),
+        }
+
+    def run(self) -> None:
+        """Answer every line until the last."""
+        if sys.stdin.isatty():
+            print("/help lists the commands; Ctrl+D leaves.")
+        for line in _lines():
+            word, _, rest = line.partition(" ")
+            if word in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(word, rest.strip())
+                else:
+                    self._answer(line)
+            except InputError as error:
+                print(f"calm: {error}", file=sys.stderr, flush=True)
+
+    def _command(self, word: str, rest: str) -> None:
+        if word not in self._commands:
+            raise InputError(f"there is no command '{word}'; /help lists them.")
+        self._commands[word](rest)
+
+    def _answer(self, text: str) -> None:
+        try:
+            forgotten = self._conversation.answer(
+                text, _show, temperature=self._temperature, sampler=self._sampler
+            )
+        except KeyboardInterrupt:
+            print("\n(stopped)", flush=True)
+            return
+        print(flush=True)
+        if forgotten:
+            print(f"calm: {forgotten} old messages no longer fit in the context", file=sys.stderr)
+
+    def _set_temperature(self, text: str) -> None:
+        try:
+            temperature = float(text)
+        except ValueError:
+            raise InputError(f"a temperature is a number from 0 to 1, got '{text}'.") from None
+        _TEMPERATURES.require("temperature", temperature)
+        self._temperature = temperature
+
+
+def _lines() -> Iterator[str]:
+    """Lines that the user types, or those of a file; blank ones are passed by."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        with contextlib.suppress(ImportError):  # It is not on every system.
+            import readline  # noqa: F401 (it lets `input` edit a line, and recall earlier ones)
+    while True:
+        try:
+            line = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            if prompt:
+                print()
+            return
+        if line:
+            yield line
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

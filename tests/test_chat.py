@@ -1,0 +1,155 @@
+"""A conversation: what the model reads, writes and forgets, and the command around it."""
+
+import io
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model
+from toy import failure
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.chat import Conversation
+from calm.cli import main
+from calm.data.examples import give_template
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+from calm.text.chat import encode_chat
+from calm.texts import continue_tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = train_tokenizer(stories(0, 20), 320)
+    give_template(tokenizer, None)
+    return tokenizer
+
+
+def baseline():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=256, **sizes, **special)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=["calm", "autoregressive"])
+def model(request):
+    torch.manual_seed(4)
+    return tiny_model(4, vocab_size=320) if request.param == "calm" else baseline()
+
+
+def said(conversation):
+    return [(one["role"], one["content"]) for one in conversation.messages]
+
+
+def test_each_answer_is_what_the_model_writes_after_the_conversation(model, tokenizer):
+    conversation = Conversation(model, tokenizer, system="Be brief.", seed=3, max_new_tokens=12)
+    shown: list[str] = []
+    for question in ("Who are you?", "Why?"):
+        shown.clear()
+        assert conversation.answer(question, shown.append, temperature=0.5) == 0
+        before, answer = conversation.messages[:-1], conversation.messages[-1]
+        assert answer == {"role": "assistant", "content": "".join(shown).strip()}
+        assert before[-1] == {"role": "user", "content": question}
+        prompt = encode_chat(tokenizer, before)
+        assert conversation.last is not None and conversation.last[0] == prompt
+        new = continue_tokens(
+            model, tokenizer, [prompt], max_new_tokens=12, seed=3 + len(before), temperature=0.5
+        )
+        written = conversation.last[1]
+        assert new[0].tolist()[: len(written)] == written
+    assert [role for role, _ in said(conversation)] == ["system", "user", "assistant", "user", "assistant"]
+    conversation.reset()
+    assert said(conversation) == [("system", "Be brief.")] and conversation.last is None
+    conversation.set_system("")
+    assert conversation.messages == []
+
+
+def test_old_turns_make_room(model, tokenizer):
+    conversation = Conversation(model, tokenizer, system="S", seed=0, max_new_tokens=40)
+    forgotten = [conversation.answer(f"Tell me of number {n}, please.", lambda _: None) for n in range(8)]
+    assert sum(forgotten) > 0 and all(number % 2 == 0 for number in forgotten)
+    assert said(conversation)[0] == ("system", "S") and said(conversation)[-2][1].startswith(
+        "Tell me of number 7"
+    )
+    kept = len(conversation.messages)
+    with pytest.raises(InputError, match="leave no room for an answer"):
+        conversation.answer("word " * 300, lambda _: None)
+    assert len(conversation.messages) == kept
+
+
+def test_what_was_written_before_an_interruption_stays(model, tokenizer):
+    conversation = Conversation(model, tokenizer, seed=0, max_new_tokens=40)
+    heard: list[str] = []
+
+    def interrupt(text: str) -> None:
+        heard.append(text)
+        if len(heard) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.answer("Go", interrupt)
+    assert said(conversation) == [("user", "Go"), ("assistant", "".join(heard).strip())]
+    conversation.answer("On", lambda _: None)
+    assert len(conversation.messages) == 4
+
+
+def test_a_model_without_a_template_does_not_chat(model):
+    with pytest.raises(InputError, match="no chat template"):
+        Conversation(model, train_tokenizer(stories(0, 20), 320))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(4)
+    tiny_model(4, vocab_size=320).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def talk(monkeypatch, capsys, folder, lines, *options):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    main(["chat", str(folder), "--max_new_tokens", "12", "--seed", "5", *options])
+    return capsys.readouterr()
+
+
+def test_lines_are_answered_and_commands_obeyed(folder, monkeypatch, capsys):
+    first = talk(monkeypatch, capsys, folder, ["Hello", "", "/exit", "never"]).out
+    again = talk(
+        monkeypatch, capsys, folder, ["/temperature 1", "Hello", "/reset", "/temperature 0.5", "Hello"]
+    )
+    assert first.strip() and again.out.endswith(first) and again.err == ""
+    told = talk(
+        monkeypatch, capsys, folder, ["/nonsense", "/temperature 2", "/temperature x", "/help", "/chunks"]
+    )
+    errors = told.err.splitlines()
+    assert "there is no command '/nonsense'; /help lists them" in errors[0]
+    assert "temperature must be at least 0 and at most 1, got 2" in errors[1]
+    assert "got 'x'" in errors[2] and "there is no answer yet" in errors[3]
+    assert "/system TEXT" in told.out
+
+
+def test_a_system_message_is_read(folder, monkeypatch, capsys):
+    plain = talk(monkeypatch, capsys, folder, ["Hello"]).out
+    told = talk(monkeypatch, capsys, folder, ["Hello"], "--system", "Speak like a cat.").out
+    later = talk(monkeypatch, capsys, folder, ["Hi", "/system Speak like a cat.", "Hello"]).out
+    assert told != plain and later.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "1.5"], "temperature must be"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be"),
+        (["--sampler", "nonsense"], "nonsense"),
+    ],
+)
+def test_bad_options(folder, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert message in failure(capsys, "chat", folder, *options)
+
+
+def test_a_model_that_continues_texts_only(capsys):
+    assert "no chat template" in failure(capsys, "chat", "stories")
