@@ -6,11 +6,10 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from http import HTTPStatus
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -25,6 +24,7 @@ from calm.serving.formats import ChatFormat, CompletionFormat
 from calm.serving.hosts import Hosts
 from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
+from calm.serving.playground import add_playground
 from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
 from calm.serving.settings import ServerSettings
@@ -32,12 +32,6 @@ from calm.serving.watch import Watch
 
 logger = logging.getLogger(__name__)
 _NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says where no path fits.
-_PAGE_PARTS = {"playground.js": "text/javascript", "playground.css": "text/css"}
-# The page takes nothing from elsewhere, and text that the model wrote cannot make it.
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
-    "cache-control": "no-cache",
-}
 _MANY_TOKENS = 10_000  # From so many on, an answer is put in words off the event loop.
 # Parts go out as they come, through proxies too.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -115,7 +109,7 @@ def create_app(
         found = await describe_pool(endpoint, body, settings.max_draws, settings.seconds, is_gone)
         return await endpoint.readers.run(lambda: JSONResponse(found), is_gone)
 
-    _add_playground(app, settings)
+    add_playground(app, model.config, tokenizer.chat_template is not None, settings)
     return app
 
 
@@ -123,32 +117,6 @@ def _body_of(model: type[BaseModel]) -> dict[str, Any]:
     """What the description of the API says of a body."""
     schema = {"$id": model.__name__, **model.model_json_schema()}  # Its references begin there.
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
-
-
-def _add_playground(app: FastAPI, settings: ServerSettings) -> None:
-    """The page at /, of small files that lie beside this one."""
-    folder = resources.files("calm") / "serving" / "page"
-
-    @app.get("/")
-    async def page() -> HTMLResponse:
-        return HTMLResponse((folder / "index.html").read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
-
-    @app.get("/page/{name}")
-    async def part(name: str) -> Response:
-        if name not in _PAGE_PARTS:
-            raise HTTPException(404, "there is no such part of the page")
-        text = (folder / name).read_text(encoding="utf-8")
-        return Response(text, media_type=_PAGE_PARTS[name], headers=_PAGE_HEADERS)
-
-    @app.get("/page")
-    async def about() -> dict[str, Any]:
-        """What the page must know before it has a key."""
-        return {
-            "model": settings.name,
-            "needs_key": settings.api_key is not None,
-            "temperature": settings.temperature,
-            "max_draws": settings.max_draws,
-        }
 
 
 async def _respond(

@@ -110,21 +110,12 @@ class Endpoint:
         Raises:
             ApiError: If the request cannot be honoured.
         """
-        if self.tokenizer.chat_template is None:
-            raise ApiError(
-                "this model has no chat template, so it was not made for chats; use /v1/completions.",
-                param="messages",
-            )
+        self._check_messages(request.messages)
         budget = request.max_completion_tokens or request.max_tokens
         sampler = self._check(request, 1, budget or 1)
-        said = sum(len(message["content"]) for message in request.messages)
-        self._check_length(said, True, "messages")
 
         def read() -> tuple[list[int], int]:
-            try:
-                prompt = encode_chat(self.readers.tokenizer, request.messages)
-            except InputError as error:
-                raise ApiError(str(error), param="messages") from error
+            prompt = self.tokens_of_chat(request.messages)
             room = min(max(1, self.room_after(prompt)), self._settings.max_tokens)
             self._check_size(request, [prompt], budget or room)
             return prompt, budget or room
@@ -232,6 +223,30 @@ class Endpoint:
         if any(not 0 <= token < size for token in ids):
             raise ApiError(f"token ids of '{place}' lie between 0 and {size - 1}.", param=place)
         return ids
+
+    def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat that the assistant is to go on with, in the thread of the readers.
+
+        Args:
+            messages: What was said.
+
+        Raises:
+            ApiError: If the model has no chat template, or it does not take them.
+        """
+        self._check_messages(messages)
+        try:
+            return encode_chat(self.readers.tokenizer, messages)
+        except InputError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    def _check_messages(self, messages: list[dict[str, str]]) -> None:
+        """Raise ApiError for a chat with a model without a template, or a longer one than any context."""
+        if self.tokenizer.chat_template is None:
+            raise ApiError(
+                "this model has no chat template, so it was not made for chats; use /v1/completions.",
+                param="messages",
+            )
+        self._check_length(sum(len(message["content"]) for message in messages), True, "messages")
 
     def room_after(self, prompt: list[int]) -> int:
         """New tokens that fit after a prompt."""

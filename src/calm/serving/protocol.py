@@ -11,7 +11,11 @@ from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.serving.errors import ApiError
 from calm.serving.fields import check_fields
 from calm.serving.messages import read_messages
-from calm.serving.values import Count, Number, Prompt, Prompts, Seed, Stops, Whole, Written
+from calm.serving.values import Chunk, Count, Number, Prompt, Prompts, Seed, Stops, Whole, Written
+
+Messages = Annotated[
+    list[dict[str, str]], PlainValidator(read_messages, json_schema_input_type=list[dict[str, Any]])
+]
 
 
 class _Body(BaseModel):
@@ -113,8 +117,10 @@ class PoolRequest(_Body):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    prompt: Prompt
-    written: Written = Field(default_factory=list)  # Tokens after the prompt, whole chunks.
+    prompt: Prompt | None = None  # Either this
+    messages: Messages | None = None  # or a chat.
+    written: Written = Field(default_factory=list)  # Tokens after it, whole chunks.
+    chunk: Chunk = Field(default_factory=list)  # What is told even if it is rare, or not drawn at all.
     num_draws: Count = 200
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)
@@ -125,8 +131,6 @@ class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
     prompt_name = "messages"
-    messages: Annotated[
-        list[dict[str, str]], PlainValidator(read_messages, json_schema_input_type=list[dict[str, Any]])
-    ]
+    messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None

@@ -1,6 +1,7 @@
 """`calm serve`: a model folder, a port, and a clean end."""
 
 import codecs
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ def run_server(
     )
     with _listening(host, port) as listener:
         app = create_app(network, tokenizer, settings)
-        where = f"http://{host}:{listener.getsockname()[1]}"
-        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"), flush=True)
+        where = _url(host, listener.getsockname()[1])
+        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"))
+        print(f"playground: {_url(_reachable(host), listener.getsockname()[1])}/", flush=True)
         config = uvicorn_config(app, settings)
         fold_repeats()
         uvicorn.Server(config).run(sockets=[listener])
@@ -101,6 +103,21 @@ def _key(file: str | None) -> str | None:
     if not key:
         raise InputError(f"the API key file '{file}' is empty.")
     return key
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _reachable(host: str) -> str:
+    """What a browser on this machine can open: the address that stands for all of them is none."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host or "localhost"
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -121,8 +121,12 @@ Prompts = Annotated[
     PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Prompt = Annotated[str | list[int], PlainValidator(read_prompt, json_schema_input_type=str | list[int])]
-Written = Annotated[
-    list[int],
-    PlainValidator(lambda value: read_tokens(value, "written"), json_schema_input_type=list[int]),
-]
+
+
+def _tokens(place: str) -> PlainValidator:
+    return PlainValidator(lambda value: read_tokens(value, place), json_schema_input_type=list[int])
+
+
+Written = Annotated[list[int], _tokens("written")]
+Chunk = Annotated[list[int], _tokens("chunk")]
 Stops = Annotated[list[str], PlainValidator(read_stops, json_schema_input_type=str | list[str])]

@@ -12,10 +12,11 @@ from calm.serving.errors import ApiError, own_mistake
 from calm.serving.hosts import Hosts
 from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
+from calm.serving.playground import PAGE_PATHS
 
 logger = logging.getLogger(__name__)
 # Answered without a key.
-_OPEN_PATHS = ("/health", "/", "/page", "/page/playground.js", "/page/playground.css")
+_OPEN_PATHS = ("/health", *PAGE_PATHS)
 
 
 class Watch:

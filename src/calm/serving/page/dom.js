@@ -1,0 +1,50 @@
+// Small helpers. Text of the model becomes text nodes only, never HTML.
+
+export const at = (id) => document.getElementById(id);
+
+// An element with properties and attributes (those with a dash, and role), and children.
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children);
+  return element;
+}
+
+// Shows a sentence in its place, or hides the place if there is none.
+export function tell(place, sentence = "") {
+  place.textContent = sentence;
+  place.hidden = sentence === "";
+}
+
+// For screen readers; the text itself is not announced chunk by chunk.
+export function announce(sentence) {
+  at("announced").textContent = sentence;
+}
+
+export async function copy(text, button) {
+  const label = button.textContent;
+  try {
+    if (navigator.clipboard) await navigator.clipboard.writeText(text);
+    else copyBySelection(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "Not copied";
+  }
+  announce(button.textContent);
+  setTimeout(() => { button.textContent = label; }, 1500);
+}
+
+// Browsers offer the clipboard to https and localhost only.
+function copyBySelection(text) {
+  const area = make("textarea", { value: text, className: "unseen" });
+  const focused = document.activeElement;
+  document.body.append(area);
+  area.select();
+  const worked = document.execCommand("copy");
+  area.remove();
+  focused?.focus();
+  if (!worked) throw new Error("not copied");
+}

@@ -1,0 +1,74 @@
+"""The page at /, of small files that lie in `page`, and what it must know of the model."""
+
+from importlib import resources
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+from starlette.exceptions import HTTPException
+
+from calm.core.chunks import as_id_tensor
+from calm.models.configuration import CalmConfig
+from calm.serving.settings import ServerSettings
+
+_FOLDER = resources.files("calm") / "serving" / "page"
+_MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
+_PARTS = {
+    part.name: media_type
+    for part in _FOLDER.iterdir()
+    for suffix, media_type in _MEDIA_TYPES.items()
+    if part.name.endswith(suffix)
+}
+PAGE_PATHS = ("/", "/page", *(f"/page/{name}" for name in _PARTS))
+"""Paths that are answered without a key."""
+# The page takes nothing from elsewhere, and text that the model wrote cannot make it.
+_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
+
+
+def add_playground(app: FastAPI, config: CalmConfig, has_chat: bool, settings: ServerSettings) -> None:
+    """Add the page and its parts to an application.
+
+    Args:
+        app: The application.
+        config: Of the model.
+        has_chat: Whether the model's tokenizer has a chat template.
+        settings: What the server allows.
+    """
+    about = _describe(config, has_chat, settings)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse((_FOLDER / "index.html").read_text(encoding="utf-8"), headers=_HEADERS)
+
+    @app.get("/page/{name}")
+    async def part(name: str) -> Response:
+        if name not in _PARTS:
+            raise HTTPException(404, "there is no such part of the page")
+        text = (_FOLDER / name).read_text(encoding="utf-8")
+        return Response(text, media_type=_PARTS[name], headers=_HEADERS)
+
+    @app.get("/page")
+    async def about_the_model() -> dict[str, Any]:
+        return about
+
+
+def _describe(config: CalmConfig, has_chat: bool, settings: ServerSettings) -> dict[str, Any]:
+    """What the page must know before it has a key."""
+    head = config.head
+    return {
+        "model": settings.name,
+        "needs_key": settings.api_key is not None,
+        "temperature": settings.temperature,
+        "draws": settings.draws,
+        "max_draws": settings.max_draws,
+        "max_tokens": settings.max_tokens,
+        "chunk_size": config.chunk_size,
+        "eos_token_ids": as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist(),
+        "head": head.head_type,
+        "lowest_temperature": head.lowest_temperature,
+        "has_chat": has_chat,
+    }
