@@ -1,13 +1,18 @@
-"""A small model for a server."""
+"""A small model for a server, and a browser where there is one."""
+
+import shutil
 
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from serving_client import serving
 from tiny import tiny_model
 
 from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +33,44 @@ def model():
 def server(model, tokenizer):
     with serving(model, tokenizer) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with sync_playwright() as running:
+        browser = running.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-background-networking", "--disable-sync"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens the page; in the end nothing may have gone wrong in it."""
+    contexts, problems = [], []
+
+    def visit(url, **options):
+        context = chromium.new_context(**options)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda one: problems.append(one.text) if is_problem(one) else None)
+        page.goto(url)
+        page.wait_for_selector("#model:not(:empty)")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def is_problem(message):
+    """Refusals of the server are logged by the browser too."""
+    return message.type == "error" and "Failed to load resource" not in message.text

@@ -61,7 +61,7 @@ export class Chat {
       turns[1].append(make("div", { className: "foot" }, make("p", { className: "done", textContent: done }), button));
       if (!failure) announce(`${done}. ${text.said}`);
     }
-    at("new").hidden = this.said.length === 0;
+    this.#part(".hint").hidden = at("new").hidden = this.said.length === 0;
     if (this.said.length === 0) tell(this.#part(".guide"), this.guide);
     this.#part("form").scrollIntoView({ block: "nearest" });
   }
@@ -70,7 +70,7 @@ export class Chat {
     this.said = [];
     this.inspector.forget();
     at("turns").replaceChildren();
-    at("new").hidden = true;
+    this.#part(".hint").hidden = at("new").hidden = true;
     tell(this.#part(".failure"));
     tell(this.#part(".guide"), this.guide);
     at("message").focus();

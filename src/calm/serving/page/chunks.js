@@ -38,7 +38,8 @@ export class ChunkedText {
     button.classList.toggle("ends", this.hasEnd(chunk));
     button.classList.toggle("silent", words === "" && !this.hasEnd(chunk));
     this.buttons.push(button);
-    this.element.append(front, button, back);
+    const isBeginning = this.buttons.length === 1 && "messages" in this.source;
+    this.element.append(isBeginning ? "" : front, button, back);
   }
 
   hasEnd(chunk) {

@@ -32,7 +32,8 @@ export function ofChunk(chunk, how, about) {
     const drawn = about.chunk_size === 1 ? "Drawn" : "Drawn token by token";
     return temperature === 1 ? `${drawn} at ${at}.` : `${drawn} at ${at}: each token’s distribution is sharpened.`;
   }
-  if (chunk.num_draws === 1) return `A single draw of the head, at ${at}.`;
+  if (temperature === 1) return `A single draw of the head, at ${at}.`;
+  if (chunk.num_draws === 1) return "The only draw that was made: with one, there is nothing to choose from.";
   const same = Math.round(chunk.agreement * chunk.num_draws);
   const share = `${same} of them ${same === 1 ? "was" : "were"} this chunk`;
   if (chunk.fell_back) {
