@@ -9,18 +9,22 @@ It needs Chromium; fonts are those of the machine, Inter first.
 
 import argparse
 import io
+import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-SIZES = {"1280": (1280, 860), "390": (390, 844)}
-MODES = ("light", "dark")
+Mode = Literal["light", "dark"]
+Act = Callable[[Page, str], None]
+SIZES = ((1280, 860), (390, 844))
+MODES: tuple[Mode, ...] = ("light", "dark")
 COLORS = 96  # Of a picture: flat surfaces and one accent need no more.
 QUESTIONS = ("Tell me a story about a girl named Anna.", "What happened next?", "Who is the story about?")
 
@@ -63,7 +67,8 @@ def chat(page: Page, url: str) -> None:
         page.get_by_label("Message").fill(question)
         page.keyboard.press("Control+Enter")
         page.locator("#turns .foot").nth(number).wait_for()
-    if (page.viewport_size or {})["width"] > 1000:
+    size = page.viewport_size
+    if size is not None and not is_phone(size["width"]):
         open_chunk(page, "#turns li:nth-child(2)", 6)
 
 
@@ -73,6 +78,30 @@ def open_chunk(page: Page, text: str, number: int) -> None:
     page.locator("#pool").wait_for()
 
 
+def is_phone(width: int) -> bool:
+    """Whether a window is that of a phone."""
+    return width < 1000
+
+
+def take(browser: Browser, act: Act, url: str, size: tuple[int, int], mode: Mode, path: Path) -> None:
+    """One picture, of what is seen after something was done."""
+    phone = is_phone(size[0])
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme=mode,
+        reduced_motion="reduce",
+        device_scale_factor=2 if phone else 1.5,
+        is_mobile=phone,
+        has_touch=phone,
+    )
+    page = context.new_page()
+    act(page, url)
+    page.mouse.move(0, 0)
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    context.close()
+
+
 def main() -> None:
     """Take all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -80,29 +109,16 @@ def main() -> None:
     parser.add_argument("--chat", required=True, help="what chats: a model with a chat template")
     parser.add_argument("--output", type=Path, default=Path("docs/plots"))
     arguments = parser.parse_args()
+    acts: dict[str, tuple[str, Act]] = {"write": (arguments.model, write), "chat": (arguments.chat, chat)}
     with sync_playwright() as running:
         browser = running.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
         )
-        for name, model, act in (("write", arguments.model, write), ("chat", arguments.chat, chat)):
+        for name, (model, act) in acts.items():
             with served(model) as url:
-                for size, (width, height) in SIZES.items():
-                    for mode in MODES:
-                        context = browser.new_context(
-                            viewport={"width": width, "height": height},
-                            color_scheme=mode,  # type: ignore[arg-type]
-                            reduced_motion="reduce",
-                            device_scale_factor=2 if width < 1000 else 1.5,
-                            is_mobile=width < 1000,
-                            has_touch=width < 1000,
-                        )
-                        page = context.new_page()
-                        act(page, url)
-                        page.mouse.move(0, 0)
-                        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-                        path = arguments.output / f"playground_{name}_{size}_{mode}.png"
-                        picture.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
-                        context.close()
+                for size, mode in itertools.product(SIZES, MODES):
+                    path = arguments.output / f"playground_{name}_{size[0]}_{mode}.png"
+                    take(browser, act, url, size, mode, path)
         browser.close()
 
 

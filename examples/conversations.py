@@ -19,7 +19,10 @@ from calm.data.stories import stories
 
 _CHILD = re.compile(r"a (\w+) (boy|girl) (?:named|called) (\w+)")
 _SENTENCE = re.compile(r"\S.*?[.!?]\"?(?=\s|$)")
-_ASKS_FOR_A_STORY = ("Tell me a story about a {child} named {name}.", "Please tell me about {name}, a {child}.")
+_ASKS_FOR_A_STORY = (
+    "Tell me a story about a {child} named {name}.",
+    "Please tell me about {name}, a {child}.",
+)
 _ASKS_FOR_MORE = ("And then?", "What happened next?", "Go on, please.")
 _ABOUT = (
     ("Who is the story about?", "It is about {name}, a {kind} {child}."),
@@ -37,7 +40,11 @@ def conversations(seed: int) -> Iterator[list[dict[str, str]]]:
             sentences = _SENTENCE.findall(story)
             first, more = " ".join(sentences[:5]), " ".join(sentences[5:9])
             asks, answers = rng.choice(_ABOUT)
-            turns = [(rng.choice(_ASKS_FOR_A_STORY), first), (rng.choice(_ASKS_FOR_MORE), more), (asks, answers)]
+            turns = [
+                (rng.choice(_ASKS_FOR_A_STORY), first),
+                (rng.choice(_ASKS_FOR_MORE), more),
+                (asks, answers),
+            ]
             yield [
                 {"role": role, "content": said.format(**words)}
                 for turn in turns

@@ -39,6 +39,7 @@ def test_there_are_no_others():
         "a_data_source_of_your_own",
         "a_head_of_your_own",
         "a_sampler_of_your_own",
+        "conversations",
         "questions",
         "train_on_your_text",
         "load_a_published_checkpoint",
@@ -79,6 +80,19 @@ def test_compare_with_a_transformer(run, text, tmp_path):
     assert out.splitlines()[-1].endswith("report.html") and (tmp_path / "runs/report.html").is_file()
     trained = {path.parent.name for path in (tmp_path / "runs").glob("*/model")}
     assert len(trained) == 2 and "K4" in trained
+
+
+def test_conversations(run, tmp_path):
+    """An answer goes on with the story, and the last one says what it told of the child."""
+    assert "50 conversations" in run("conversations", tmp_path / "c.jsonl", "--number", 50)
+    records = [json.loads(line)["messages"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    for messages in records:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 3
+        asked, told, _, more, _, about = (message["content"] for message in messages)
+        name = re.search(r"[A-Z]\w+", about.removeprefix("It is"))[0]
+        assert name in asked and name in told and told.endswith((".", '"', "!", "?")) and more
+    with pytest.raises(FileExistsError):
+        run("conversations", tmp_path / "c.jsonl")
 
 
 def test_questions(run, tmp_path):

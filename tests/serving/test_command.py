@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import openai
 import pytest
 from toy import failure
 
-from calm.serving.run import _key
+from calm.serving.run import _key, _reachable, _url
 from calm.serving.watch import _spellings
 
 
@@ -34,6 +35,8 @@ def test_it_serves_and_ends(end, folder):
         line = process.stdout.readline()
         said = re.fullmatch(r"serving 'small' at (http://127\.0\.0\.1:\d+/v1)\n", line)
         assert said, line
+        assert process.stdout.readline() == f"playground: {said[1].removesuffix('v1')}\n"
+        assert httpx.get(said[1].removesuffix("v1")).status_code == 200, "without the key"
         client = openai.OpenAI(base_url=said[1], api_key="k")
         answer = client.completions.create(model="small", prompt="One day", max_tokens=8)
         assert answer.usage.completion_tokens == 8
@@ -53,6 +56,21 @@ def test_a_key_file_in_any_encoding(raw, tmp_path):
     (tmp_path / "key").write_bytes(raw)
     key = _key(str(tmp_path / "key"))
     assert _spellings(key) & {b"k\xe4y", "k\u00e4y".encode()}
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8"),
+        ("::1", "http://[::1]:8"),
+        ("0.0.0.0", "http://127.0.0.1:8"),
+        ("::", "http://[::1]:8"),
+        ("", "http://localhost:8"),
+        ("calm.lan", "http://calm.lan:8"),
+    ],
+)
+def test_the_url_of_the_page_can_be_opened(host, url):
+    assert _url(_reachable(host), 8) == url
 
 
 def test_mistakes(folder, capsys, tmp_path, monkeypatch):

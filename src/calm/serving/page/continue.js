@@ -40,15 +40,12 @@ export class Continue {
   #end(text, { reason, failure, seconds }) {
     const said = ofText(text.chunks, reason, seconds, text.how);
     const isEmpty = text.chunks.length === 0;
-    this.#part(".foot").hidden = isEmpty;
+    const isToldHere = failure !== null && !this.settings.refuse(failure);
+    at("text").hidden = this.#part(".foot").hidden = isEmpty;
+    this.#part(".guide").hidden = !isEmpty || isToldHere;
     this.#part(".done").textContent = said;
-    if (isEmpty) {
-      at("text").hidden = true;
-      this.#part(".guide").hidden = failure !== null;
-    }
-    if (failure && !this.settings.refuse(failure)) tell(this.#part(".failure"), failure.message);
-    else if (failure) this.#part(".guide").hidden = !isEmpty;
-    else announce(`${said}. Chunks can be opened: Tab to the text, then arrow keys and Enter.`);
+    if (isToldHere) tell(this.#part(".failure"), failure.message);
+    if (!failure) announce(`${said}. Chunks can be opened: Tab to the text, then arrow keys and Enter.`);
   }
 
   #part(selector) {

@@ -1,6 +1,6 @@
 // A form that has a text written, chunk by chunk, until it ends or is stopped.
 
-import { ask, events, Refusal } from "/page/api.js";
+import { ask, events } from "/page/api.js";
 import { announce } from "/page/dom.js";
 
 export class Writer {
@@ -31,8 +31,7 @@ export class Writer {
       }
     } catch (error) {
       if (error.name === "AbortError") reason = "stopped";
-      else if (error instanceof Refusal) failure = error;
-      else throw error;
+      else failure = error;
     } finally {
       this.#change(null);
     }
