@@ -24,6 +24,7 @@ def test_a_person_chats(server, visit):
         ).choices[0].message.content  # fmt: skip
         messages.append({"role": "assistant", "content": answer})
         assert answers.nth(number - 1).text_content() == answer.lstrip()
+    expect(page.locator("#chat .hint")).to_be_visible()
     assert page.locator("#turns .user .bubble").all_text_contents() == ["Hello <i>you</i>", "And then?"]
     with page.expect_request("**/v1/calm/pool") as asked_pool:
         open_chunk(page, 1, "#turns li:nth-child(2)")

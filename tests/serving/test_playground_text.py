@@ -20,7 +20,7 @@ def test_a_person_writes_and_looks_into_a_chunk(server, visit):
         model="tiny", prompt="Once <b>upon</b>", max_tokens=12, seed=5, temperature=1
     ).choices[0].text  # fmt: skip
     assert page.locator("#text").text_content() == "Once <b>upon</b>" + text
-    expect(page.get_by_text("Every underlined chunk opens")).to_be_visible()
+    expect(page.locator("#continue .hint")).to_be_visible()
     expect(page.locator("#continue .done")).to_contain_text("3 chunks ·")
     open_chunk(page, 1)
     assert page.locator("#chunk-title").text_content() == "Chunk 2 of 3"
