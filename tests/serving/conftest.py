@@ -35,7 +35,7 @@ def server(model, tokenizer):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # While playwright runs, no other event loop may.
 def chromium():
     if CHROMIUM is None:
         pytest.skip("no Chromium here")

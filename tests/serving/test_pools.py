@@ -77,6 +77,7 @@ BAD = {
     "two to follow": ({"messages": MESSAGES}, "either a 'prompt' or 'messages'"),
     "no messages": ({"prompt": None, "messages": []}, "messages"),
     "half a chunk": ({"chunk": [5, 6]}, "'chunk' holds 4 tokens, or fewer if the last one ends a text"),
+    "tokens behind the end": ({"chunk": [5, EOS, 6, 7]}, "none stand behind the end"),
     "two chunks": ({"chunk": [5] * 8}, "'chunk' holds 4 tokens"),
     "ids of the chunk": ({"chunk": [5, 6, 7, 999]}, "token ids of 'chunk'"),
     "words for a chunk": ({"chunk": "a"}, "chunk: must be an array of token ids"),

@@ -3,7 +3,7 @@
 import secrets
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ _Chunk = tuple[int, ...]
 _DRAWS_AT_ONCE = 64  # Between two steps of the texts that are being written.
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Candidate:
     """A chunk that could come, up to the token that ends a text; the rest is padding, whatever was drawn.
 
@@ -37,14 +37,14 @@ class _Candidate:
         tokens: Its tokens.
         count: How often it was drawn.
         chances: What the pool rule makes of all draws, at each temperature.
-        probabilities: What the head itself gives it; None for a head that cannot tell, or takes no
-            temperature so low.
+        probabilities: What the head itself gives it at each, None at those that it does not take; None
+            for a head that cannot tell.
     """
 
     tokens: _Chunk
     count: int
     chances: list[float]
-    probabilities: list[float | None] | None = None
+    probabilities: Sequence[float | None] | None = None
 
 
 class _Pool(NamedTuple):
@@ -112,10 +112,13 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     if not chunk:
         return
     config = endpoint.model.config
-    is_whole = len(chunk) == config.chunk_size or chunk[-1] in _eos_ids(config)
-    if not is_whole or len(chunk) > config.chunk_size:
+    eos_ids = _eos_ids(config)
+    is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
+    if not is_whole or len(chunk) > config.chunk_size or _up_to_end(chunk, eos_ids) != tuple(chunk):
         raise ApiError(
-            f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text.", param="chunk"
+            f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text; none stand behind "
+            "the end.",
+            param="chunk",
         )
     endpoint.tokens_of(chunk, "chunk")
 
@@ -156,16 +159,27 @@ def _draw(
         draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
     candidates = _candidates(draws, request.temperatures, _eos_ids(model.config))
     told = candidates[: request.most]
-    if request.chunk:
-        asked = _up_to_end(request.chunk, _eos_ids(model.config))
-        never = _Candidate(asked, 0, [0.0] * len(request.temperatures))
-        wanted = next((one for one in candidates if one.tokens == asked), never)
-        told += [] if wanted in told else [wanted]
-    for temperature in request.temperatures if isinstance(model.head, Likelihood) else []:
-        yield
-        for one, share in zip(told, _probabilities(model, state_1D, told, temperature), strict=True):
-            one.probabilities = [*(one.probabilities or []), share]
+    if request.chunk and not any(one.tokens == tuple(request.chunk) for one in told):
+        never = _Candidate(tuple(request.chunk), 0, [0.0] * len(request.temperatures))
+        told.append(next((one for one in candidates if one.tokens == never.tokens), never))
+    if isinstance(model.head, Likelihood):
+        told = yield from _with_probabilities(model, state_1D, told, request.temperatures)
     return _Pool(told, len(candidates))
+
+
+def _with_probabilities(
+    model: CalmForCausalLM, state_1D: Tensor, candidates: list[_Candidate], temperatures: Sequence[float]
+) -> Generator[None, None, list[_Candidate]]:
+    """Candidates with what the head gives them, some at a time."""
+    found: list[_Candidate] = []
+    while len(found) < len(candidates):
+        part, shares_T = candidates[len(found) : len(found) + _DRAWS_AT_ONCE], []
+        for temperature in temperatures:
+            yield
+            shares_T.append(_probabilities(model, state_1D, part, temperature))
+        for place, one in enumerate(part):
+            found.append(replace(one, probabilities=[shares[place] for shares in shares_T]))
+    return found
 
 
 def _candidates(
@@ -175,15 +189,18 @@ def _candidates(
     counted = Counter(draws)
     counts = torch.tensor(list(counted.values()))
     distributions = [distribution_of_pool(counts, temperature).tolist() for temperature in temperatures]
-    found: dict[_Chunk, _Candidate] = {}
+    counts_by_end: Counter[_Chunk] = Counter()
+    chances_by_end: dict[_Chunk, list[float]] = {}
     for place, (chunk, count) in enumerate(counted.items()):
-        tokens, chances = _up_to_end(chunk, eos_ids), [distribution[place] for distribution in distributions]
-        if (one := found.get(tokens)) is None:
-            found[tokens] = _Candidate(tokens, count, chances)
-        else:
-            one.count += count
-            one.chances = [sum(both) for both in zip(one.chances, chances, strict=True)]
-    return sorted(found.values(), key=lambda one: -one.count)
+        tokens = _up_to_end(chunk, eos_ids)
+        before = chances_by_end.get(tokens, [0.0] * len(temperatures))
+        counts_by_end[tokens] += count
+        chances_by_end[tokens] = [
+            chance + one[place] for chance, one in zip(before, distributions, strict=True)
+        ]
+    return [
+        _Candidate(tokens, count, chances_by_end[tokens]) for tokens, count in counts_by_end.most_common()
+    ]
 
 
 def _probabilities(
