@@ -116,8 +116,8 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
     if not is_whole or len(chunk) > config.chunk_size or _up_to_end(chunk, eos_ids) != tuple(chunk):
         raise ApiError(
-            f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text; none stand behind "
-            "the end.",
+            f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text; none stand "
+            "behind the end.",
             param="chunk",
         )
     endpoint.tokens_of(chunk, "chunk")
