@@ -131,6 +131,26 @@ def test_lines_are_answered_and_commands_obeyed(folder, monkeypatch, capsys):
     assert "/system TEXT" in told.out
 
 
+def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
+    torch.manual_seed(4)
+    calm = tiny_model(4, vocab_size=320)
+    conversation = Conversation(calm, tokenizer, seed=1, max_new_tokens=12)
+    conversation.answer("Hello", lambda _: None)
+    found = conversation.alternatives([1.0, 0.5], num_draws=300, most=5)
+    assert conversation.last is not None
+    assert [token for chunk, _ in found for token in chunk] == conversation.last[1]
+    for chunk, alternatives in found:
+        assert sum(one.count for one in alternatives.told) <= 300
+        assert chunk in [list(one.tokens) for one in alternatives.told]
+    monkeypatch.setenv("COLUMNS", "200")
+    out = talk(monkeypatch, capsys, folder, ["Hello", "/chunks"]).out
+    assert "T = 1" in out and "T = 0.5" in out and out.count("│") >= 3 * 5
+    with pytest.raises(InputError, match="one token at a time"):
+        plain = Conversation(baseline(), tokenizer, seed=1, max_new_tokens=4)
+        plain.answer("Hello", lambda _: None)
+        plain.alternatives([1.0], 10, 1)
+
+
 def test_a_system_message_is_read(folder, monkeypatch, capsys):
     plain = talk(monkeypatch, capsys, folder, ["Hello"]).out
     told = talk(monkeypatch, capsys, folder, ["Hello"], "--system", "Speak like a cat.").out

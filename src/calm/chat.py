@@ -9,8 +9,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.errors import InputError
 from calm.models.context import room_beside
+from calm.models.language_model import language_model
+from calm.models.writing.alternatives import Alternatives, ends_of, up_to_end
+from calm.progress import tracked
 from calm.text.chat import ASSISTANT, encode_chat
-from calm.text.decoding import TextBuilder
+from calm.text.decoding import TextBuilder, spell_tokens
 from calm.texts import continue_tokens
 
 _LEAST_ROOM = 64  # Tokens that an answer should have, before old turns make room.
@@ -102,6 +105,40 @@ class Conversation:
                 self.messages = [*turns, {"role": ASSISTANT, "content": listener.text.strip()}]
                 self.last = (prompt, listener.tokens)
         return forgotten
+
+    def alternatives(
+        self, temperatures: Sequence[float], num_draws: int, most: int
+    ) -> list[tuple[list[int], Alternatives]]:
+        """The chunks of the last answer, and what each could have been.
+
+        Args:
+            temperatures: See `calm.models.writing.alternatives.draw_alternatives`; and so on.
+            num_draws: Draws of each chunk.
+            most: Candidates that are told of each.
+
+        Raises:
+            InputError: If there is no answer yet, or the model writes tokens one by one.
+        """
+        if self.last is None:
+            raise InputError("there is no answer yet.")
+        view, (prompt, written) = language_model(self._model), self.last
+        size, ends, found = view.chunk_size, ends_of(self._model.config), []
+        for start in tracked(range(0, len(written), size), "drawing", "chunk"):
+            chunk = list(up_to_end(written[start : start + size], ends))
+            alternatives = view.alternatives(
+                [*prompt, *written[:start]],
+                num_draws=num_draws,
+                temperatures=temperatures,
+                most=most,
+                seed=0,
+                chunk=chunk,
+            )
+            found.append((chunk, alternatives))
+        return found
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, control tokens by their names."""
+        return "".join(spell_tokens(self._tokenizer, tokens))
 
     def _fitting(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
         """As many of the last turns as leave room for an answer, and their token ids."""

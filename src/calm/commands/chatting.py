@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calm.commands.checks import check_counts, look_for
@@ -11,7 +11,10 @@ from calm.ranges import SEEDS, Range
 
 if TYPE_CHECKING:
     from calm.chat import Conversation
+    from calm.models.writing.alternatives import Candidate
 
+_SHOWN_TEMPERATURES = (1.0, 0.5)
+_DRAWS_OF_A_CHUNK, _MOST_SHOWN = 200, 3
 _TEMPERATURES = Range(0, 1)
 _HELP = """\
 /reset             forget what was said
@@ -74,7 +77,7 @@ class _Session:
             "/reset": lambda _: self._conversation.reset(),
             "/system": self._conversation.set_system,
             "/temperature": self._set_temperature,
-            "/chunks": lambda _: self._show_chunks(),
+            "/chunks": lambda _: print_chunks(self._conversation),
             "/help": lambda _: print(_HELP),
         }
 
@@ -118,6 +121,34 @@ class _Session:
             raise InputError(f"a temperature is a number from 0 to 1, got '{text}'.") from None
         _TEMPERATURES.require("temperature", temperature)
         self._temperature = temperature
+
+
+def print_chunks(conversation: "Conversation") -> None:
+    """Print the chunks of the last answer, and what each could have been."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    def shown(tokens: Sequence[int]) -> str:
+        return escape(conversation.spell(tokens).replace("\n", "⏎"))
+
+    table = Table("chunk", *(f"T = {t:g}" for t in _SHOWN_TEMPERATURES), "what else it could have been")
+    chunks = conversation.alternatives(_SHOWN_TEMPERATURES, _DRAWS_OF_A_CHUNK, _MOST_SHOWN + 1)
+    for chunk, alternatives in chunks:
+        own = next(one for one in alternatives.told if list(one.tokens) == chunk)
+        others = [one for one in alternatives.told if one is not own]
+        others.sort(key=lambda one: -_weights(one)[0])
+        weights = [f"{weight:.0%}" for weight in _weights(own)]
+        likeliest = [f"{_weights(one)[0]:4.0%} {shown(one.tokens)}" for one in others[:_MOST_SHOWN]]
+        what_else = "\n".join(likeliest)
+        table.add_row(shown(chunk), *weights, what_else)
+    Console(highlight=False).print(table)
+
+
+def _weights(candidate: "Candidate") -> Sequence[float]:
+    """Probabilities at the temperatures shown: of the head if it tells them, else those of the pool rule."""
+    known = candidate.probabilities or []
+    return [p for p in known if p is not None] if known and None not in known else candidate.chances
 
 
 def _lines() -> Iterator[str]:

@@ -106,9 +106,15 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
         calm train --resume --output runs/a
         calm train --resume --output runs/a --language_model.training.steps 9000
     """
+    from calm.results import show_results_once
     from calm.training.stages import train as run
 
-    _follow(recipe, output, resume, overwrite, command="train", run=run)
+    def run_and_show(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path:
+        model = run(recipe, folder, resume=resume, overwrite=overwrite)
+        show_results_once(folder)
+        return model
+
+    _follow(recipe, output, resume, overwrite, command="train", run=run_and_show)
 
 
 def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:

@@ -4,6 +4,7 @@ Nobody outside `models` asks which of the two a network is; `language_model` doe
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,13 @@ from transformers import PreTrainedModel
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
 from calm.core.temperature import inverse_temperature
+from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.heads import Likelihood
 from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
+from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 _ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
@@ -102,6 +105,14 @@ class LanguageModel(abc.ABC):
             ValueError: If an argument is out of range, or asks for what the model cannot do.
         """
 
+    def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
+        """What could come next after a text; see `calm.models.writing.alternatives.draw_alternatives`.
+
+        Raises:
+            InputError: If the model does not write chunks.
+        """
+        raise InputError("this model writes one token at a time, not chunks.")
+
 
 class _Chunks(LanguageModel):
     """A CALM."""
@@ -137,6 +148,9 @@ class _Chunks(LanguageModel):
             sampler = sampler_from(sampler=name, temperature=temperature)
         kind = LikelihoodChunkReader if LikelihoodChunkReader.fits(self.network, sampler) else ChunkReader
         return kind(self.network, sampler)
+
+    def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
+        return outcome_of(draw_alternatives(self.network, ids, **how))
 
     def generate(
         self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any

@@ -1,22 +1,12 @@
 """What could come next: draws of the next chunk, how often each, and what temperature makes of them."""
 
 import secrets
-from collections import Counter
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from calm.core.chunks import as_id_tensor
-from calm.core.random import DrawsInParts, generators_of_rows
 from calm.core.temperature import distribution_of_pool
-from calm.models.calm import CalmForCausalLM
-from calm.models.configuration import CalmConfig
-from calm.models.heads import Likelihood
-from calm.models.heads.contract import MIN_TEMPERATURE
-from calm.models.writing.prompts import Prompt
+from calm.models.writing.alternatives import Alternatives, draw_alternatives, ends_of, up_to_end
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError
@@ -24,34 +14,6 @@ from calm.serving.protocol import PoolRequest
 from calm.serving.readers import IsGone, unless_gone
 from calm.serving.request_texts import of_queue
 from calm.text.decoding import spell_tokens
-
-_Chunk = tuple[int, ...]
-_DRAWS_AT_ONCE = 64  # Between two steps of the texts that are being written.
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A chunk that could come, up to the token that ends a text; the rest is padding, whatever was drawn.
-
-    Args:
-        tokens: Its tokens.
-        count: How often it was drawn.
-        chances: What the pool rule makes of all draws, at each temperature.
-        probabilities: What the head itself gives it at each, None at those that it does not take; None
-            for a head that cannot tell.
-    """
-
-    tokens: _Chunk
-    count: int
-    chances: list[float]
-    probabilities: Sequence[float | None] | None = None
-
-
-class _Pool(NamedTuple):
-    """Candidates that are told, and how many there are."""
-
-    told: list[_Candidate]
-    num_different: int
 
 
 async def describe_pool(
@@ -75,7 +37,18 @@ async def describe_pool(
     ids = await endpoint.readers.run(lambda: _read(endpoint, request), is_gone)
     seed = secrets.randbits(31) if request.seed is None else request.seed
     try:
-        asked = endpoint.engine.ask(lambda model: _draw(model, ids, request, seed), seconds)
+        asked = endpoint.engine.ask(
+            lambda model: draw_alternatives(
+                model,
+                ids,
+                num_draws=request.num_draws,
+                temperatures=request.temperatures,
+                most=request.most,
+                chunk=request.chunk,
+                seed=seed,
+            ),
+            seconds,
+        )
         pool = await unless_gone(asked, is_gone)
     except QueueFullError as error:
         raise of_queue(error) from error
@@ -112,9 +85,9 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     if not chunk:
         return
     config = endpoint.model.config
-    eos_ids = _eos_ids(config)
+    eos_ids = ends_of(config)
     is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
-    if not is_whole or len(chunk) > config.chunk_size or _up_to_end(chunk, eos_ids) != tuple(chunk):
+    if not is_whole or len(chunk) > config.chunk_size or up_to_end(chunk, eos_ids) != tuple(chunk):
         raise ApiError(
             f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text; none stand "
             "behind the end.",
@@ -123,7 +96,7 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     endpoint.tokens_of(chunk, "chunk")
 
 
-def _describe(endpoint: Endpoint, request: PoolRequest, pool: _Pool) -> dict[str, Any]:
+def _describe(endpoint: Endpoint, request: PoolRequest, pool: Alternatives) -> dict[str, Any]:
     candidates = [
         {
             "token_ids": list(one.tokens),
@@ -142,92 +115,3 @@ def _describe(endpoint: Endpoint, request: PoolRequest, pool: _Pool) -> dict[str
         "temperatures": request.temperatures,
         "candidates": candidates,
     }
-
-
-@torch.no_grad()
-def _draw(
-    model: CalmForCausalLM, ids: list[int], request: PoolRequest, seed: int
-) -> Generator[None, None, _Pool]:
-    """Draws of the chunk after a text, at temperature 1: first the text is read, then some at a time."""
-    state_1D = Prompt.of(model, ids).read(model)[:, -1]
-    randomness = DrawsInParts(request.num_draws, generators_of_rows(seed, [ids], model.device))
-    draws: list[_Chunk] = []
-    while len(draws) < request.num_draws:
-        yield
-        number = min(_DRAWS_AT_ONCE, request.num_draws - len(draws))
-        draws_N1K = model.draw_chunks(state_1D, number, randomness.begin(len(draws)))
-        draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
-    candidates = _candidates(draws, request.temperatures, _eos_ids(model.config))
-    told = candidates[: request.most]
-    if request.chunk and not any(one.tokens == tuple(request.chunk) for one in told):
-        never = _Candidate(tuple(request.chunk), 0, [0.0] * len(request.temperatures))
-        told.append(next((one for one in candidates if one.tokens == never.tokens), never))
-    if isinstance(model.head, Likelihood):
-        told = yield from _with_probabilities(model, state_1D, told, request.temperatures)
-    return _Pool(told, len(candidates))
-
-
-def _with_probabilities(
-    model: CalmForCausalLM, state_1D: Tensor, candidates: list[_Candidate], temperatures: Sequence[float]
-) -> Generator[None, None, list[_Candidate]]:
-    """Candidates with what the head gives them, some at a time."""
-    found: list[_Candidate] = []
-    while len(found) < len(candidates):
-        part, shares_T = candidates[len(found) : len(found) + _DRAWS_AT_ONCE], []
-        for temperature in temperatures:
-            yield
-            shares_T.append(_probabilities(model, state_1D, part, temperature))
-        for place, one in enumerate(part):
-            found.append(replace(one, probabilities=[shares[place] for shares in shares_T]))
-    return found
-
-
-def _candidates(
-    draws: Sequence[_Chunk], temperatures: Sequence[float], eos_ids: Sequence[int]
-) -> list[_Candidate]:
-    """All that was drawn, the most frequent first."""
-    counted = Counter(draws)
-    counts = torch.tensor(list(counted.values()))
-    distributions = [distribution_of_pool(counts, temperature).tolist() for temperature in temperatures]
-    counts_by_end: Counter[_Chunk] = Counter()
-    chances_by_end: dict[_Chunk, list[float]] = {}
-    for place, (chunk, count) in enumerate(counted.items()):
-        tokens = _up_to_end(chunk, eos_ids)
-        before = chances_by_end.get(tokens, [0.0] * len(temperatures))
-        counts_by_end[tokens] += count
-        chances_by_end[tokens] = [
-            chance + one[place] for chance, one in zip(before, distributions, strict=True)
-        ]
-    return [
-        _Candidate(tokens, count, chances_by_end[tokens]) for tokens, count in counts_by_end.most_common()
-    ]
-
-
-def _probabilities(
-    model: CalmForCausalLM, state_1D: Tensor, candidates: Sequence[_Candidate], temperature: float
-) -> Sequence[float | None]:
-    """What a head with a likelihood gives each candidate at a temperature."""
-    head, size = model.head, model.config.chunk_size
-    if not head.config.lowest_temperature <= temperature <= 1:
-        return [None] * len(candidates)
-    padded = [[*one.tokens, *(size - len(one.tokens)) * [0]] for one in candidates]
-    chunks_CK = torch.tensor(padded, device=model.device)
-    if temperature < MIN_TEMPERATURE:  # The head writes its likeliest tokens.
-        written_11K = head.draw_chunks(head.prepare(state_1D), 1, temperature=temperature)
-        of_token_CK = (chunks_CK == written_11K[0]).double()
-    else:
-        assert isinstance(head, Likelihood)
-        states_CD = state_1D.expand(len(candidates), -1)
-        of_token_CK = head.token_probabilities(states_CD, chunks_CK, temperature).of_token_PK.double()
-    lengths = [len(one.tokens) for one in candidates]
-    return [float(row[:length].prod()) for row, length in zip(of_token_CK, lengths, strict=True)]
-
-
-def _up_to_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> _Chunk:
-    end = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
-    return tuple(tokens[: end + 1])
-
-
-def _eos_ids(config: CalmConfig) -> list[int]:
-    ids: list[int] = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
-    return ids

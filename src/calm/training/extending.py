@@ -8,6 +8,7 @@ rate stays trained.
 """
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ STEPS_OF_LAST_STAGE: dict[type, str] = {
     Recipe: "language_model.training.steps",
     FinetuningRecipe: "training.steps",
 }
-_RESULTS = ("model", "adapter")
+_RESULTS = ("model", "adapter", "report.html")
 
 
 def last_stage(recipe: Recipe | FinetuningRecipe) -> TrainingSettings:
@@ -77,10 +78,10 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
     """
     training, steps = last_stage(noted), f"{last_stage(recipe).steps:,}"
     for name in _RESULTS:
-        if (folder / name).is_dir():
-            kept = _free_name(folder / f"{name}-{training.steps}")
-            (folder / name).rename(kept)
-            logger.info("'%s' is kept as '%s'", folder / name, kept.name)
+        if (result := folder / name).exists():
+            kept = _free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
+            result.rename(kept)
+            logger.info("'%s' is kept as '%s'", result, kept.name)
     checkpoints = checkpoints_in(checkpoints_of_last_stage(folder, recipe))
     if not checkpoints:
         return
@@ -130,5 +131,6 @@ class SaveAt(TrainerCallback):
 
 
 def _free_name(path: Path) -> Path:
-    names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))
+    names = itertools.chain([path], others)
     return next(name for name in names if not name.exists())

@@ -31,6 +31,9 @@ class ChunkModel(Protocol):
     def get_compiled_call(self, config: Any, /) -> Any:
         """The same, compiled."""
 
+    def draw_chunks(self, states_PD: Tensor, num_draws: int, randomness: Randomness = None) -> Tensor:
+        """Draws of the next chunk for every state, (N, P, K)."""
+
     def sample_chunks(
         self, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
     ) -> ChunkSample:

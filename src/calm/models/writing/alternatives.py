@@ -1,0 +1,172 @@
+"""What could have come next: draws of a chunk, how often each, and what temperature makes of them.
+
+Shapes: D hidden size, N draws, K tokens of a chunk, C candidates, T temperatures.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from calm.core.chunks import as_id_tensor
+from calm.core.random import DrawsInParts, generators_of_rows
+from calm.core.temperature import distribution_of_pool
+from calm.models.heads import Likelihood
+from calm.models.heads.contract import MIN_TEMPERATURE
+from calm.models.writing.model import ChunkModel
+from calm.models.writing.prompts import Prompt
+
+Chunk = tuple[int, ...]
+_DRAWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A chunk that could come, up to the token that ends a text; the rest is padding, whatever was drawn.
+
+    Args:
+        tokens: Its tokens.
+        count: How often it was drawn.
+        chances: What the pool rule makes of all draws, at each temperature.
+        probabilities: What the head itself gives it at each, None at those that it does not take; None
+            for a head that cannot tell.
+    """
+
+    tokens: Chunk
+    count: int
+    chances: list[float]
+    probabilities: Sequence[float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """What could come next.
+
+    Args:
+        told: Candidates, the most frequent first.
+        num_different: How many there are, those that are not told included.
+    """
+
+    told: list[Candidate]
+    num_different: int
+
+
+@torch.no_grad()
+def draw_alternatives(
+    model: ChunkModel,
+    ids: Sequence[int],
+    *,
+    num_draws: int,
+    temperatures: Sequence[float],
+    most: int,
+    seed: int,
+    chunk: Sequence[int] = (),
+) -> Generator[None, None, Alternatives]:
+    """Draw the chunk after a text at temperature 1: first the text is read, then some draws at a time.
+
+    Between two yields there is little work, so that a server can do other work in between.
+
+    Args:
+        model: The model.
+        ids: Tokens of the text.
+        num_draws: How many draws.
+        temperatures: Temperatures at which the pool rule weighs them.
+        most: How many candidates are told, the most frequent first.
+        seed: Seed of the draws.
+        chunk: A chunk that is told in any case, up to the token that ends a text.
+    """
+    state_1D = Prompt.of(model, ids).read(model)[:, -1]
+    randomness = DrawsInParts(num_draws, generators_of_rows(seed, [list(ids)], model.device))
+    draws: list[Chunk] = []
+    while len(draws) < num_draws:
+        yield
+        number = min(_DRAWS_AT_ONCE, num_draws - len(draws))
+        draws_N1K = model.draw_chunks(state_1D, number, randomness.begin(len(draws)))
+        draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
+    candidates = _candidates(draws, temperatures, ends_of(model.config))
+    told = candidates[:most]
+    if chunk and not any(one.tokens == tuple(chunk) for one in told):
+        never = Candidate(tuple(chunk), 0, [0.0] * len(temperatures))
+        told.append(next((one for one in candidates if one.tokens == never.tokens), never))
+    if isinstance(model.head, Likelihood):
+        told = yield from _with_probabilities(model, state_1D, told, temperatures)
+    return Alternatives(told, len(candidates))
+
+
+def outcome_of(drawing: Generator[None, None, Alternatives]) -> Alternatives:
+    """What `draw_alternatives` comes to, without other work in between."""
+    while True:
+        try:
+            next(drawing)
+        except StopIteration as end:
+            outcome: Alternatives = end.value
+            return outcome
+
+
+def _with_probabilities(
+    model: ChunkModel, state_1D: Tensor, candidates: list[Candidate], temperatures: Sequence[float]
+) -> Generator[None, None, list[Candidate]]:
+    """Candidates with what the head gives them, some at a time."""
+    found: list[Candidate] = []
+    while len(found) < len(candidates):
+        part, shares_T = candidates[len(found) : len(found) + _DRAWS_AT_ONCE], []
+        for temperature in temperatures:
+            yield
+            shares_T.append(_probabilities(model, state_1D, part, temperature))
+        for place, one in enumerate(part):
+            found.append(replace(one, probabilities=[shares[place] for shares in shares_T]))
+    return found
+
+
+def _candidates(
+    draws: Sequence[Chunk], temperatures: Sequence[float], eos_ids: Sequence[int]
+) -> list[Candidate]:
+    """All that was drawn, the most frequent first."""
+    counted = Counter(draws)
+    counts = torch.tensor(list(counted.values()))
+    distributions = [distribution_of_pool(counts, temperature).tolist() for temperature in temperatures]
+    counts_by_end: Counter[Chunk] = Counter()
+    chances_by_end: dict[Chunk, list[float]] = {}
+    for place, (chunk, count) in enumerate(counted.items()):
+        tokens = up_to_end(chunk, eos_ids)
+        before = chances_by_end.get(tokens, [0.0] * len(temperatures))
+        counts_by_end[tokens] += count
+        chances_by_end[tokens] = [
+            chance + one[place] for chance, one in zip(before, distributions, strict=True)
+        ]
+    return [Candidate(tokens, count, chances_by_end[tokens]) for tokens, count in counts_by_end.most_common()]
+
+
+def _probabilities(
+    model: ChunkModel, state_1D: Tensor, candidates: Sequence[Candidate], temperature: float
+) -> Sequence[float | None]:
+    """What a head with a likelihood gives each candidate at a temperature."""
+    head, size = model.head, model.config.chunk_size
+    if not head.config.lowest_temperature <= temperature <= 1:
+        return [None] * len(candidates)
+    padded = [[*one.tokens, *(size - len(one.tokens)) * [0]] for one in candidates]
+    chunks_CK = torch.tensor(padded, device=model.device)
+    if temperature < MIN_TEMPERATURE:  # The head writes its likeliest tokens.
+        written_11K = head.draw_chunks(head.prepare(state_1D), 1, temperature=temperature)
+        of_token_CK = (chunks_CK == written_11K[0]).double()
+    else:
+        assert isinstance(head, Likelihood)
+        states_CD = state_1D.expand(len(candidates), -1)
+        of_token_CK = head.token_probabilities(states_CD, chunks_CK, temperature).of_token_PK.double()
+    lengths = [len(one.tokens) for one in candidates]
+    return [float(row[:length].prod()) for row, length in zip(of_token_CK, lengths, strict=True)]
+
+
+def up_to_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> Chunk:
+    """Tokens up to the first that ends a text."""
+    end = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    return tuple(tokens[: end + 1])
+
+
+def ends_of(config: PreTrainedConfig) -> list[int]:
+    """Tokens that end a text."""
+    ids: list[int] = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
+    return ids

@@ -1,0 +1,150 @@
+"""What a finished run shows: its scores, what it writes, a report, and what to type next."""
+
+import dataclasses
+import importlib.util
+import logging
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.data.prepared import PreparedData, load_prepared
+from calm.errors import InputError
+from calm.evaluation.held_out import Scorecard, score_model
+from calm.facts import facts_of
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.report.run import RunReport, Sample, read_history, write_report
+from calm.report.tables import print_scorecard
+from calm.texts import continue_texts
+from calm.training.opening import data_folder
+from calm.training.processes import processes
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.runs import HISTORY
+
+logger = logging.getLogger(__name__)
+REPORT = "report.html"
+NUM_SAMPLES = 6
+_FLOORS = (3, 5)
+_MOST_COUNTED = 20_000_000  # Training tokens of n-gram floors: counting takes memory for each.
+
+
+@dataclasses.dataclass(frozen=True)
+class Showing:
+    """How much a finished run shows.
+
+    Args:
+        title: Heading of the report.
+        num_blocks: Held-out blocks that are scored; all when None.
+        sample_tokens: Most tokens of a sample.
+        temperature: Of the samples.
+    """
+
+    title: str
+    num_blocks: int | None = 256
+    sample_tokens: int = 150
+    temperature: float = 0.5
+
+
+def show_results(folder: Path, showing: Showing) -> Scorecard:
+    """Score the model of a run on its held-out text, let it write, and write the report.
+
+    All processes of a run call this together; the first prints and writes.
+
+    Args:
+        folder: Folder of the run.
+        showing: How much is shown.
+
+    Raises:
+        InputError: If the held-out text is too short to score, or a file of the run is damaged.
+    """
+    recipe = read_recipe(str(folder / RECIPE))
+    data = load_prepared(data_folder(recipe, folder))
+    model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
+    card = score_model(
+        model,
+        data,
+        context=recipe.data.context,
+        layout=recipe.data.layout,
+        ngrams=_floors(recipe, data),
+        num_blocks=showing.num_blocks,
+        layout_seed=recipe.seed,
+    )
+    if not processes().is_main_process:
+        return card
+    print_scorecard(card)
+    samples = write_samples(model, tokenizer, data, recipe.seed, showing)
+    console = Console(highlight=False)
+    for sample in samples:
+        console.print(f"[bold]{escape(sample.prompt)}[/bold]{escape(sample.continuation)}\n")
+    _write_report(folder, recipe, showing.title, card, samples, model)
+    _print_next(folder, samples)
+    return card
+
+
+def _floors(recipe: Recipe, data: PreparedData) -> list[int]:
+    """Orders of the n-gram floors; none where not all of the text is at hand, or there is too much of it."""
+    reason = None
+    if recipe.data.streaming:
+        reason = "the training text is streamed"
+    elif data.counts().tokens["train"] > _MOST_COUNTED:
+        reason = f"the training text has more than {_MOST_COUNTED:,} tokens"
+    if reason is not None:
+        logger.info("no n-gram floors: %s", reason)
+        return []
+    return list(_FLOORS)
+
+
+def write_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    seed: int,
+    showing: Showing,
+) -> list[Sample]:
+    """Continuations of the first words of held-out documents."""
+    beginnings = data.held_out_beginnings(NUM_SAMPLES)
+    continuations = continue_texts(
+        model,
+        tokenizer,
+        [beginning for beginning, _ in beginnings],
+        at_most=showing.sample_tokens,
+        temperature=showing.temperature,
+        seed=seed,
+        crop=True,
+    )
+    return [
+        Sample(prompt, continuation, truth)
+        for (prompt, truth), continuation in zip(beginnings, continuations, strict=True)
+    ]
+
+
+def _write_report(
+    folder: Path, recipe: Recipe, title: str, card: Scorecard, samples: list[Sample], model: PreTrainedModel
+) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no report, for matplotlib draws its plots: pip install matplotlib")
+        return
+    history = read_history(folder / HISTORY)
+    text = (folder / RECIPE).read_text(encoding="utf-8")
+    facts = facts_of(recipe, model, history)
+    write_report(folder / REPORT, RunReport(title, card, history, samples, text, facts))
+    print(f"report: {folder / REPORT}")
+
+
+def _print_next(folder: Path, samples: list[Sample]) -> None:
+    place = shlex.quote(str(folder))
+    words = " ".join(samples[0].prompt.split()[:4]) if samples else "Once"
+    print(f"next:   calm generate {place} {shlex.quote(words)} --stream\n        calm serve {place}")
+
+
+def show_results_once(folder: Path) -> None:
+    """`show_results` of a run that has no report yet; that there is too little text to score is told."""
+    if (folder / REPORT).is_file():
+        return
+    try:
+        show_results(folder, Showing(title=folder.resolve().name))
+    except InputError as error:
+        logger.warning("no scores: %s", error)
