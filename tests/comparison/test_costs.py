@@ -48,7 +48,7 @@ def test_affordable_steps_spend_what_there_is(recipe):
 
 
 def write_run(folder, recipe, language_model):
-    history = {"autoencoder": [{"train_runtime": 30.0}], "language_model": language_model}
+    history = {"autoencoder": [{"seconds": 30.0, "train_runtime": 9.0}], "language_model": language_model}
     write_recipe(recipe, folder / "recipe.yaml")
     (folder / "history.json").write_text(json.dumps(history))
     return model_config(recipe, VOCABULARY)
@@ -62,7 +62,7 @@ def test_the_record_of_a_run_is_what_it_logged(recipe, tmp_path):
             {"step": 20, "loss": 3.0},
             {"step": 250, "eval_brier_lm": 0.0, "eval_brier_1": 9.0},
             {"step": 500, "eval_brier_lm": 7.0, "eval_brier_1": 12.0, "eval_cross_entropy": 2.5},
-            {"train_runtime": 60.0},
+            {"train_runtime": 40.0, "seconds": 60.0},
         ],
     )
     record = record_of(tmp_path, config)
@@ -72,6 +72,11 @@ def test_the_record_of_a_run_is_what_it_logged(recipe, tmp_path):
     assert half.flops == pytest.approx(before + total / 2) and end.flops == record.flops
     assert (half.brier_lm, half.brier_1, half.cross_entropy) == (None, 9.0, None)
     assert (end.brier_lm, end.brier_1, end.cross_entropy) == (7.0, 12.0, 2.5)
+
+
+def test_a_run_that_has_logged_no_seconds_has_no_time(recipe, tmp_path):
+    config = write_run(tmp_path, recipe, [{"step": 20, "loss": 3.0}, {"train_runtime": 40.0}])
+    assert record_of(tmp_path, config).seconds is None
 
 
 def test_a_mere_model_folder_has_no_record(recipe, tmp_path):

@@ -10,6 +10,7 @@ from calm.flops import training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
 from calm.training.build import autoencoder_config, model_config
+from calm.training.clock import seconds_of
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.runs import HISTORY
@@ -21,13 +22,12 @@ class TrainingRecord:
 
     Args:
         flops: FLOPs, autoencoder included.
-        seconds: Time of both stages, held-out evaluations included; of a stage that was stopped and
-            resumed, the time since then.
+        seconds: Time of all stages, held-out evaluations included; None if it is not known.
         checkpoints: Where it stood at the evaluations of the language model.
     """
 
     flops: float
-    seconds: float
+    seconds: float | None
     checkpoints: list[Checkpoint]
 
 
@@ -48,7 +48,7 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     try:
         return TrainingRecord(
             flops=before + total,
-            seconds=sum(entry.get("train_runtime", 0.0) for stage in history.values() for entry in stage),
+            seconds=seconds_of(history.values()),
             checkpoints=[
                 Checkpoint(
                     before + total * entry["step"] / steps,

@@ -8,7 +8,7 @@ output/
   model/         the result: a self-contained model folder, adapters merged
   examples.json  how many examples there were
   answers.jsonl  held-out prompts with the expected completion, and the answers before and after
-  history.json   logged losses and held-out scores
+  history.json   logged losses, held-out scores and times
 """
 
 import json

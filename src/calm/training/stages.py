@@ -9,7 +9,7 @@ An autoregressive model has no autoencoder; the rest is the same.
       autoencoder/           the trained autoencoder
       model/                 the result: a self-contained model folder
       checkpoints/<stage>/   checkpoints and TensorBoard logs of each stage
-      history.json           logged losses and held-out scores of both stages
+      history.json           logged losses, held-out scores and times of both stages
 
 A stage is finished when its folder exists, so a run that was killed resumes where it stopped.
 """

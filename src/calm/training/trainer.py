@@ -25,6 +25,7 @@ from calm.training.batches import (
 )
 from calm.training.blocks import Blocks
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, written_checkpoint
+from calm.training.clock import Clock
 from calm.training.extending import SaveAt, kept_step
 from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
 from calm.training.inputs import copy_inputs, other_input
@@ -80,6 +81,8 @@ class ChunkTrainer(Trainer):
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
         self.add_callback(self._speed)
+        self._clock = Clock()
+        self.add_callback(self._clock)
         self._watch = LossWatch(self.args.device)
         self._kept_step = kept_step(settings) if stage.is_last else None
         self.add_callback(SaveAt(self._kept_step))
@@ -196,10 +199,12 @@ class ChunkTrainer(Trainer):
     # What is logged.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values; along with a training loss, the speed of training."""
+        """Log values and the seconds so far; along with a training loss, the speed of training."""
         if "loss" in logs:
             self._watch.check(self._left())
             logs |= self._speed.read(self.state.global_step)
+        if (seconds := self._clock.seconds) is not None:
+            logs = {**logs, "seconds": round(seconds, 2)}
         super().log(logs, start_time)
 
     def evaluate(
