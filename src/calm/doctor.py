@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
+from calm.hardware import processor_name
 from calm.models.loading import best_device, best_dtype
 
 _PACKAGES = ("calm-lm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "pytorch_optimizer")
@@ -22,7 +23,10 @@ def examine() -> dict[str, dict[str, str]]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "hardware": {
-            "processor": f"{os.cpu_count()} cores seen, {torch.get_num_threads()} threads used by torch",
+            "processor": (
+                f"{processor_name()}, {os.cpu_count()} cores seen, "
+                f"{torch.get_num_threads()} threads used by torch"
+            ),
             "device": _device(device),
             "dtype": _dtype(device),
             "attention": _attention(device),

@@ -184,18 +184,22 @@ def _encoder_of_chunks(config: CalmAutoencoderConfig) -> int:
     return blocks + size * width * width + width * 2 * config.latent_size
 
 
+def parameters_of(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model by part, each once (tied ones with the part that comes first)."""
+    counts: dict[str, int] = {}
+    for part, parameter in _parts(model):
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
 def _count_parameters(config: PreTrainedConfig) -> dict[str, int]:
-    """Parameters by part, each once (tied ones with the part that comes first)."""
     with torch.device("meta"):
         model: nn.Module
         if isinstance(config, CalmConfig):
             model = CalmForCausalLM(config)
         else:
             model = AutoModelForCausalLM.from_config(config)
-    counts: dict[str, int] = {}
-    for part, parameter in _parts(model):
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+    return parameters_of(model)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

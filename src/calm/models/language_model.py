@@ -37,6 +37,8 @@ class LanguageModel(abc.ABC):
     """"CALM" or "autoregressive"."""
     autoencoder: CalmAutoencoder | None = None
     """The autoencoder inside, if there is one."""
+    head_type: str | None = None
+    """Name of the head; None for a model of tokens."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network = network
@@ -124,6 +126,7 @@ class _Chunks(LanguageModel):
     def __init__(self, network: CalmForCausalLM) -> None:
         super().__init__(network)
         self.autoencoder = network.autoencoder
+        self.head_type = network.config.head.head_type
 
     @property
     def chunk_size(self) -> int:

@@ -68,11 +68,16 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
         raise InputError(f"{where}: {sentence(str(error), options)}") from error
 
 
+def recipe_text(recipe: Recipe | FinetuningRecipe) -> str:
+    """All settings of a recipe as YAML, defaults included."""
+    parser = recipe_parser(type(recipe))
+    text: str = parser.dump(parser.parse_object(dataclasses.asdict(recipe)), skip_none=False)
+    return text
+
+
 def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     """Write all settings of a recipe, defaults included."""
-    parser = recipe_parser(type(recipe))
-    text = parser.dump(parser.parse_object(dataclasses.asdict(recipe)), skip_none=False)
-    write_file_whole(path, text)
+    write_file_whole(path, recipe_text(recipe))
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
