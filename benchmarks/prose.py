@@ -50,7 +50,7 @@ from calm.flops import Work, cost_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.report.pages import new_figure
+from calm.report.panels import new_figure
 from calm.report.tables import with_error
 from calm.storage.disk import write_file_whole
 from calm.texts import continue_tokens
@@ -190,7 +190,7 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
     data = load_prepared(folder.parent / "data")
     size = model.config.chunk_size if isinstance(model, CalmForCausalLM) else 1
     record = record_of(folder, model.config)
-    assert record is not None
+    assert record is not None and record.seconds is not None
     result: Result = {
         "training_flops": record.flops,
         "seconds": record.seconds,

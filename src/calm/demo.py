@@ -15,9 +15,10 @@ from calm.data.prepared import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
+from calm.facts import facts_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
-from calm.report.run import Sample, read_history, write_report
+from calm.report.run import RunReport, Sample, read_history, write_report
 from calm.report.tables import print_scorecard
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
@@ -76,13 +77,17 @@ def run_demo(
     for sample in samples:
         console.print(f"[bold]{sample.prompt}[/bold]{sample.continuation}\n", markup=True)
     report = output / "report.html"
+    history = read_history(output / HISTORY)
     write_report(
         report,
-        "CALM on small stories",
-        card,
-        read_history(output / HISTORY),
-        samples,
-        (output / RECIPE).read_text(encoding="utf-8"),
+        RunReport(
+            title="CALM on small stories",
+            card=card,
+            history=history,
+            samples=samples,
+            recipe=(output / RECIPE).read_text(encoding="utf-8"),
+            facts=facts_of(recipe, model, history),
+        ),
     )
     say(f"model: {folder}   report: {report}")
     return card

@@ -1,10 +1,11 @@
 """The questions of `calm ablate`: those that are shipped, and those of a user."""
 
 import itertools
+import json
 
 import pytest
 
-from calm.comparison.ablation import Choice, read_ablation, run_ablation, shipped_ablations
+from calm.comparison.ablation import Choice, _seconds, read_ablation, run_ablation, shipped_ablations
 from calm.errors import InputError
 from calm.training.check import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
@@ -86,3 +87,16 @@ def test_what_is_refused_before_anything_is_trained(recipe, seeds, only, message
     with pytest.raises(InputError, match=message):
         run_ablation(read_ablation("alpha"), read_recipe(recipe), seeds, tmp_path / "out", only=only)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_time_of_a_run_is_told_where_it_is_known(tmp_path):
+    for name, history in (
+        ("a", {"autoencoder": [{"seconds": 2.0}]}),
+        ("b", {"language_model": [{"seconds": 3.0}]}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "history.json").write_text(json.dumps(history))
+    assert _seconds([tmp_path / "a", tmp_path / "b"]) == 5.0
+    assert _seconds([tmp_path / "a", tmp_path / "nowhere"]) is None
+    (tmp_path / "b/history.json").write_text("[")
+    assert _seconds([tmp_path / "a", tmp_path / "b"]) is None

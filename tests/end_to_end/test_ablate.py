@@ -44,7 +44,8 @@ def test_the_table(room):
     one, two, other = figures["outcomes"]
     assert [len(outcome["scores"]) for outcome in figures["outcomes"]] == [2, 2, 2]
     assert one["published"] == 4.7 and two["published"] is None
-    assert two["training_flops"] > one["training_flops"]
+    assert two["training_flops"] > one["training_flops"] and two["parameters"] > one["parameters"]
+    assert all(seconds > 0 for outcome in (one, two, other) for seconds in outcome["seconds"])
     # What the table says is what the models score.
     table = (out / "ablation.md").read_text()
     for outcome in (one, two, other):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reports import Page
 from toy import TOY, failure
 from transformers import (
     AutoTokenizer,
@@ -369,7 +370,10 @@ def test_demo(room, tmp_path, capsys):
     texts = (tmp_path / "demo-stories.jsonl").read_text().splitlines()
     data = load_prepared(tmp_path / "demo/data")
     assert len(texts) == len(data.train) + len(data.validation) == 30 and len(data.validation) == 3
-    assert "data:image/png" in (tmp_path / "demo/report.html").read_text()
+    page = Page((tmp_path / "demo/report.html").read_text(encoding="utf-8"))
+    assert page.texts("p", **{"class": "subtitle"}) == ["CALM, K = 4, energy head"]
+    assert {"Parameters", "Training FLOPs", "Training time"} <= set(page.texts("dt"))
+    assert len(page.texts("picture")) == 4 and page.texts("time") and len(page.texts("article")) == 3
     assert "is not empty" in failure(capsys, *demo)
     (tmp_path / "other-stories.jsonl").write_text("mine")
     told = failure(capsys, *demo[:-1], str(tmp_path / "other"), "--stories", "30", "--overwrite")

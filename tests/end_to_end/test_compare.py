@@ -57,10 +57,22 @@ def test_the_report_of_a_comparison_is_self_contained(ladder):
     page = (ladder / "report.html").read_text()
     plots = sorted(path.name for path in ladder.glob("report_*.png"))
     assert plots == ["report_collision.png", "report_cost.png", "report_cross_entropy.png"]
-    assert page.count("data:image/png;base64,") == len(plots)
+    assert page.count("data:image/svg+xml;base64,") == 2 * 7  # Panels, in both colour schemes.
     assert not re.search(r"(src|href)=.?http", page)
-    for word in ("K2", "baseline", "5-gram", "BrierLM", "T = 0.5"):
+    for word in (
+        "CALM, K = 2",
+        "CALM, K = 8",
+        "Transformer",
+        "K2",
+        "baseline",
+        "5-gram",
+        "BrierLM",
+        "T = 0.5",
+    ):
         assert word in page
+    figures = json.loads((ladder / "report.json").read_text())
+    assert figures["provenance"]["hardware"] and figures["provenance"]["software"]["calm"]
+    assert page.count("<details>") == 3 and "recipe" not in figures["results"][0]
 
 
 def test_compare_finished_runs_and_mere_models(ladder, room, tmp_path, capsys):

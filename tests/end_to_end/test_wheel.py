@@ -26,6 +26,7 @@ def test_contents(wheel):
     shipped = {path.name for path in (ROOT / "src/calm/recipes").glob("*.yaml")}
     assert shipped
     assert {f"calm/recipes/{name}" for name in shipped} <= set(names)
+    assert {f"calm/report/templates/{name}" for name in ("page.html", "page.css", "run.html")} <= set(names)
     assert {"calm/py.typed", "calm/data/plots.txt", "calm/__main__.py", "calm_command.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "src"))]
 

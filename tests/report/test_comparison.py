@@ -1,13 +1,20 @@
-"""Models side by side: which is the best, and how far the others are from it."""
+"""Models side by side: which is the best, how far the others are from it, and the page that shows them."""
 
+import datetime
+import json
+import math
 from unittest.mock import Mock
 
 import pytest
 import torch
+from reports import STRONG, Page, comparison_of, result_of, rising
 
 from calm.core.brier import DocumentSums, brier_lm_difference
 from calm.evaluation.brier import BrierResult
-from calm.report.comparison import _best, _difference
+from calm.evaluation.held_out import Scorecard
+from calm.evaluation.perplexity import PerplexityResult
+from calm.report.comparison import _best, _difference, print_comparison, write_comparison
+from calm.report.facts import Provenance
 
 
 def test_the_difference_to_the_best_model():
@@ -26,3 +33,86 @@ def test_the_difference_to_the_best_model():
     assert _difference(other, first) == ""
     results = [Mock(card=Mock(brier=brier)) for brier in (first, other, better)]
     assert _best(Mock(results=results)) is results[2]
+
+
+BASELINE = {"head": None, "chunk_size": 1}
+MADE = Provenance(
+    datetime.datetime(2026, 7, 9, tzinfo=datetime.timezone.utc), "A processor, 2 cores", {"torch": "3.4"}
+)
+
+
+def written(tmp_path, *results, **changes) -> Page:
+    write_comparison(comparison_of(*results, **changes), tmp_path / "report.html")
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_models_have_their_names_and_runs_are_named_beside_them(tmp_path):
+    perplexity = PerplexityResult(math.log(20), 5000)
+    baseline = result_of(
+        "baseline", **BASELINE, card=Scorecard("autoregressive", STRONG, perplexity=perplexity)
+    )
+    page = written(tmp_path, result_of("K4"), result_of("K8", chunk_size=8), baseline)
+    names = ["CALM, K = 4", "CALM, K = 8", "Transformer"]
+    assert page.texts("th", scope="row") == ["3-gram", *names, *names]
+    assert page.texts("dt") == [*names, *names] and [
+        t for t in page.texts("td") if t in ("K4", "K8", "baseline")
+    ]
+    assert page.texts("dd", **{"class": "value"}) == ["23.40 ± 0.70"] * 3
+    assert "perplexity" in page.texts("th", scope="col") and "20.00" in page.texts("td")
+    assert "reconstruction" not in page.texts("th", scope="col")  # None has an autoencoder.
+
+
+def test_a_page_of_a_comparison_says_when_where_and_with_what(tmp_path):
+    page = written(tmp_path, result_of(), provenance=MADE)
+    assert page.texts("li")[:3] == ["9 July 2026", "A processor, 2 cores", "torch 3.4"]
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["provenance"] == {
+        "date": "2026-07-09T00:00:00+00:00", "hardware": "A processor, 2 cores", "software": {"torch": "3.4"},
+    }  # fmt: skip
+    written(tmp_path, result_of())
+    assert json.loads((tmp_path / "report.json").read_text())["provenance"]["date"] is None
+
+
+def test_recipes_are_folded_away_where_they_are_known(tmp_path):
+    page = written(tmp_path, result_of(recipe="seed: 1 # <b>"), result_of("mere", chunk_size=8))
+    assert page.texts("details") == ["CALM, K = 4 seed: 1 # <b>"]
+    assert "Recipes" not in written(tmp_path, result_of()).texts("h2")
+    assert "recipe" not in (tmp_path / "report.json").read_text()
+
+
+def test_plots_are_on_the_page_and_beside_it(tmp_path):
+    baseline = result_of("baseline", checkpoints=rising(cross_entropy=3.0), **BASELINE)
+    page = written(tmp_path, result_of(), baseline)
+    assert len(page.texts("picture")) == 4 + 2 + 1
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "report_collision.png", "report_cost.png", "report_cross_entropy.png",
+    ]  # fmt: skip
+    entries = page.texts("ul", **{"class": "legend"})
+    assert entries == ["● CALM, K = 4 ■ Transformer 3-gram"] * 3
+    assert "Transformer: correlation -1.000 over 4 checkpoints." in page.texts("p")
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$x^{2$", "_hidden", "a\nb", "{{ 7 * 7 }}"])
+def test_hostile_names_and_texts_are_texts(name, tmp_path):
+    twins = [result_of(name, texts=[name]), result_of(f"{name}2", texts=["</dd>"])]
+    page = written(tmp_path, *twins, prompts=[name], protocol=name)
+    assert not page.texts("script")
+    shown = " ".join(f"CALM, K = 4 ({name})".split())
+    assert shown in page.texts("dt") and f"… {' '.join(name.split())}" in page.texts("dd")
+
+
+def test_texts_stand_under_the_prompt_that_they_continue(tmp_path):
+    results = [result_of(texts=["a1", "a2"]), result_of("baseline", texts=["b1", "b2"], **BASELINE)]
+    page = written(tmp_path, *results, prompts=["one", "two"])
+    assert page.texts("h3") == ["one …", "two …"]
+    texts = "CALM, K = 4 … {0}1 Transformer … {1}1"
+    assert page.texts("dl", **{"class": "side-by-side"}) == [
+        texts.format("a", "b"), texts.format("a", "b").replace("1", "2"),
+    ]  # fmt: skip
+    assert "Texts at T = 0.5" not in written(tmp_path, result_of(texts=[]), prompts=[]).texts("h2")
+
+
+def test_the_terminal_has_the_runs_as_they_were_named(capsys):
+    print_comparison(comparison_of(result_of("K4"), result_of("my_run")))
+    out = capsys.readouterr().out
+    assert "my_run" in out and "1 M" in out and "60 s" in out and max(map(len, out.splitlines())) <= 80

@@ -1,37 +1,188 @@
-"""The report of one run is one page."""
+"""The report of one run is one page, whatever kind of run it is."""
+
+import datetime
+import html
+import math
 
 import pytest
+from reports import STRONG, WEAK, Page
 
 from calm.errors import InputError
-from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
+from calm.evaluation.perplexity import PerplexityResult
 from calm.evaluation.reconstruction import ReconstructionResult
-from calm.report.run import Sample, read_history, write_report
+from calm.report.facts import AUTOENCODER, LANGUAGE_MODEL, Provenance, RunFacts, StageFacts
+from calm.report.run import RunReport, Sample, read_history, write_report
 
-GOOD = BrierResult((0.5, 0.3, 0.2, 0.1), 100, 64, (0.01,) * 4, 0.7)
+NOW = datetime.datetime(2026, 7, 9, 14, 5, tzinfo=datetime.timezone.utc)
+PROVENANCE = Provenance(NOW, "A processor, 2 cores", {"calm": "1.2", "torch": "3.4"})
+STAGES = {
+    AUTOENCODER: StageFacts(AUTOENCODER, 1100, 2_252_800, 3.1e12, 300.0),
+    LANGUAGE_MODEL: StageFacts(LANGUAGE_MODEL, 680, 2_785_280, 7.5e12, 431.0),
+}
 HISTORY = {
-    "autoencoder": [
+    AUTOENCODER: [
         {"step": 1, "loss": 3.0},
         {"step": 2, "eval_token_accuracy": 90.0, "eval_chunk_accuracy": 80.0},
     ],
-    "language_model": [
+    LANGUAGE_MODEL: [
         {"step": 1, "loss": 3.0},
         {"step": 2, "eval_brier_lm": 12.0, "eval_brier_1": 30.0},
     ],
 }
+NATS = {"step": 2, "eval_cross_entropy": 2.0}
+RECONSTRUCTION = ReconstructionResult(0.999, 0.99, 0.95, 0.1)
+EXACT = ReconstructionResult(1.0, 1.0, 1.0, 0.0)
+LIKELIHOOD = PerplexityResult(math.log(20), 5000)
+SAMPLE = Sample("One <day>", " a dog ran.", " a cat slept.")
 
 
-@pytest.mark.parametrize("stages", [["autoencoder", "language_model"], ["language_model"]])
-def test_the_page_shows_figures_texts_and_recipe(stages, tmp_path):
-    card = Scorecard("CALM", GOOD, ReconstructionResult(0.999, 0.99, 0.95, 0.1), floors={"3-gram": GOOD})
-    samples = [Sample("One <day>", " a dog ran.", " a cat slept.")]
-    history = {stage: HISTORY[stage] for stage in stages}
-    write_report(tmp_path / "report.html", "A run", card, history, samples, "seed: 1 # <recipe>")
-    page = (tmp_path / "report.html").read_text()
-    for part in ("99.900% of tokens", "23.40±0.70", "3-gram", "One &lt;day&gt;</b> a dog ran.", "a cat slept",
-                 "seed: 1 # &lt;recipe&gt;"):  # fmt: skip
-        assert part in page
-    assert page.count("data:image/png;base64,") == 1
+def calm(**changes):
+    """The report of a CALM whose autoencoder was trained before it."""
+    values = {
+        "title": "A run",
+        "card": Scorecard(
+            "CALM", STRONG, RECONSTRUCTION, floors={"3-gram": STRONG}, ceilings={"ceiling": STRONG}
+        ),
+        "history": HISTORY,
+        "samples": [SAMPLE],
+        "recipe": "seed: 1 # <recipe>",
+        "facts": facts(),
+    }
+    return RunReport(**{**values, **changes})
+
+
+def facts(model="CALM, K = 4, energy head", stages=(AUTOENCODER, LANGUAGE_MODEL), trained=True, **changes):
+    parameters = {"embedding": 1000, "head": 234}
+    return RunFacts(model, parameters, [STAGES[stage] for stage in stages], trained, **changes)
+
+
+def with_codes():
+    card = Scorecard("CALM", STRONG, EXACT, LIKELIHOOD, ceilings={"ceiling": STRONG})
+    history = {LANGUAGE_MODEL: [*HISTORY[LANGUAGE_MODEL], NATS]}
+    name = "CALM, K = 4, sequential head"
+    return calm(card=card, history=history, facts=facts(name, [LANGUAGE_MODEL], trained=False))
+
+
+def autoregressive():
+    history = {LANGUAGE_MODEL: [*HISTORY[LANGUAGE_MODEL], NATS]}
+    card = Scorecard("autoregressive", STRONG, perplexity=LIKELIHOOD)
+    return calm(card=card, history=history, facts=facts("Transformer", [LANGUAGE_MODEL], trained=False))
+
+
+def with_an_autoencoder_of_another_run():
+    return calm(history={LANGUAGE_MODEL: HISTORY[LANGUAGE_MODEL]}, facts=facts(stages=[LANGUAGE_MODEL]))
+
+
+KINDS = {
+    "calm": (calm, 4),
+    "codes": (with_codes, 3),
+    "autoregressive": (autoregressive, 3),
+    "another autoencoder": (with_an_autoencoder_of_another_run, 2),
+}
+
+
+def written(tmp_path, report) -> Page:
+    write_report(tmp_path / "report.html", report)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def key_figures(page):
+    return dict(zip(page.texts("dt"), page.texts("dd", **{"class": "value"}), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_has_its_report(kind, tmp_path):
+    make, num_plots = KINDS[kind]
+    report = make()
+    page = written(tmp_path, report)
+    assert page.texts("h1") == page.texts("title") == ["A run"]
+    assert page.texts("p", **{"class": "subtitle"}) == [report.facts.model]
+    assert page.texts("h2") == ["Held-out text", "Training", "Parameters", "What it writes", "Recipe"]
+    assert len(page.texts("picture")) == num_plots
+    images = [*page.attributes("img", "src"), *page.attributes("source", "srcset")]
+    assert len(set(images)) == 2 * num_plots
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in images)
+    assert set(page.attributes("source", "media")) == {"screen and (prefers-color-scheme: dark)"}
+    assert all(page.attributes("img", "alt"))
+    assert report.facts.model in page.texts("th", scope="row")
+    shown = key_figures(page)
+    assert shown["BrierLM"] == "23.40 ± 0.70" and shown["Parameters"] == "1.23 k"
+    assert shown.get("Perplexity") == ("20.00" if report.card.perplexity else None)
+    exact = report.facts.has_trained_autoencoder
+    assert shown.get("Reconstruction") == ("99.90%" if exact else None)
+    assert ("ceiling" in page.texts("th", scope="row")) == exact
+    assert ("autoencoder" in page.texts("th", scope="row")) == (len(report.facts.stages) == 2)
+
+
+def test_what_is_known_of_a_run_stands_in_its_head(tmp_path):
+    page = written(tmp_path, calm(facts=facts(provenance=PROVENANCE)))
+    assert page.texts("li") == ["9 July 2026", "A processor, 2 cores", "calm 1.2", "torch 3.4"]
+    assert page.attributes("time", "datetime") == ["2026-07-09T14:05:00+00:00"]
+    assert key_figures(page) == {
+        "BrierLM": "23.40 ± 0.70",
+        "Reconstruction": "99.90%",
+        "Parameters": "1.23 k",
+        "Tokens seen": "2.79 M",
+        "Training FLOPs": "10.6 T",
+        "Training time": "12 min",
+    }
+    stages = ["steps", "tokens", "FLOPs", "time"]
+    assert [text for text in page.texts("th", scope="col") if text in stages] == stages
+    cells = page.texts("td", **{"class": "number"})
+    assert "1,100 2.25 M 3.1 T 5 min 680 2.79 M 7.5 T 7 min" in " ".join(cells)
+    assert cells[-3:] == ["1,000", "234", "1,234"]
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    stages = [StageFacts(LANGUAGE_MODEL, 680, 2_785_280)]
+    report = calm(facts=RunFacts("CALM, K = 4, energy head", {"head": 1}, stages, True))
+    page = written(tmp_path, report)
+    assert not page.texts("time") and not page.texts("li")
+    assert not {"Training FLOPs", "Training time"} & set(key_figures(page))
+    assert not {"FLOPs", "time"} & set(page.texts("th", scope="col"))
+    assert "None" not in (tmp_path / "report.html").read_text() and "nan" not in " ".join(page.texts("td"))
+
+
+def test_a_run_without_samples_or_logs_has_a_page_without_them(tmp_path):
+    page = written(tmp_path, calm(samples=[], history={}))
+    assert "What it writes" not in page.texts("h2") and not page.texts("picture")
+    page = written(tmp_path, calm(history={AUTOENCODER: [], LANGUAGE_MODEL: [{"seconds": 2.0}]}))
+    assert not page.texts("picture")
+
+
+def test_texts_and_the_recipe_are_shown_as_they_are(tmp_path):
+    page = written(tmp_path, calm())
+    (article,) = page.texts("article")
+    assert article == "One <day> a dog ran. The text itself: … a cat slept."
+    assert page.texts("b") == ["One <day>"]
+    assert page.texts("details") == ["All settings of this run seed: 1 # <recipe>"]
+    assert "open" not in dict(next(own for name, own, _ in page.elements if name == "details"))
+
+
+@pytest.mark.parametrize(
+    "text", ["</p><script>alert(1)</script>", "{{ 7 * 7 }}", "\ud7ff\u202e\0", "x" * 5000]
+)
+def test_hostile_texts_are_texts(text, tmp_path):
+    samples = [Sample(text, text, text)]
+    write_report(tmp_path / "report.html", calm(title=text, samples=samples, recipe=text))
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in source and "49" not in Page(source).texts("h1")
+    assert source.count(html.escape(text)) >= 5
+
+
+def test_a_run_without_brier_lm_says_why(tmp_path):
+    page = written(tmp_path, calm(card=Scorecard("CALM", WEAK, RECONSTRUCTION)))
+    assert key_figures(page)["BrierLM"] == "undefined"
+    assert "Brier-4 below 0; Brier-1 is 12.00" in page.texts("dd", **{"class": "note"})
+    assert "undefined: Brier-4 below 0" in page.texts("td")
+
+
+def test_the_best_floor_stands_beside_the_score(tmp_path):
+    card = Scorecard("CALM", STRONG, floors={"3-gram": WEAK, "5-gram": STRONG})
+    assert "5-gram model: 23.40" in written(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
+    page = written(tmp_path, calm(card=Scorecard("CALM", STRONG, floors={"3-gram": WEAK})))
+    assert not [note for note in page.texts("dd", **{"class": "note"}) if "gram" in note]
 
 
 def test_a_damaged_history_is_one_sentence(tmp_path):

@@ -10,17 +10,51 @@ from calm.evaluation.held_out import Scorecard
 from calm.evaluation.perplexity import PerplexityResult
 from calm.evaluation.reconstruction import ReconstructionResult
 from calm.flops import Cost
-from calm.report.tables import narrow_table, print_costs, print_scorecard, rows_of, short, with_error
+from calm.report.tables import (
+    duration,
+    narrow_table,
+    print_costs,
+    print_narrow,
+    print_scorecard,
+    rows_of,
+    short,
+    spaced,
+    with_error,
+)
 
 GOOD = BrierResult((0.5, 0.3, 0.2, 0.1), 1234, 64, (0.01,) * 4, 0.7)
 
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (999, "999"), (1000, "1 k"), (2.91e8, "291 M"), (1.5e9, "1.5 G"), (7.7e20, "7.7e+08 T")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (2.91e8, "291 M"),
+        (1.5e9, "1.5 G"),
+        (7.7e20, "770 E"),
+        (2e15, "2 P"),
+        (7.7e25, "7.7e+07 E"),
+    ],
 )
 def test_numbers_have_three_digits_and_a_unit(number, text):
     assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"), (119.4, "119 s"), (121, "2 min"), (725, "12 min"), (7170, "2 h 0 min"),
+        (12_000, "3 h 20 min"), (200_000, "55 h 33 min"),
+    ],
+)  # fmt: skip
+def test_a_time_has_the_unit_that_suits_it(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_page_has_room_for_spaces():
+    assert spaced("-1.20±0.10") == "-1.20 ± 0.10" and spaced("undefined") == "undefined"
 
 
 def test_a_number_has_its_error_where_there_is_one():
@@ -36,6 +70,13 @@ def test_a_narrow_table_cuts_no_word_short():
         console.print(table)
     words = captured.get().split()
     assert {"undefined:", "Brier-4", "another", "column"} <= set(words) and "…" not in captured.get()
+
+
+def test_what_a_terminal_has_no_room_for_is_not_lost():
+    console = Console(width=20)
+    with console.capture() as captured:
+        print_narrow(console, ["", "a_long_column", "another_one"], [["name", "1", "the_last_cell"]])
+    assert {"a_long_column", "another_one", "the_last_cell"} <= set(captured.get().split())
 
 
 def test_floors_come_before_the_model_and_ceilings_after_it():

@@ -1,18 +1,14 @@
 """A small model for a server, and a browser where there is one."""
 
-import shutil
-
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
+from browser import chromium_if_any
 from serving_client import serving
 from tiny import tiny_model
 
 from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +31,10 @@ def server(model, tokenizer):
         yield running
 
 
-@pytest.fixture(scope="module")  # While playwright runs, no other event loop may.
+@pytest.fixture(scope="module")
 def chromium():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-background-networking", "--disable-sync"],
-        )
+    with chromium_if_any() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

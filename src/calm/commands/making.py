@@ -195,7 +195,7 @@ def compare(
     from calm.comparison.ladder import train_ladder
     from calm.comparison.measures import Measures, compare
     from calm.report.comparison import print_comparison, write_comparison
-    from calm.report.pages import new_figure
+    from calm.report.panels import new_figure
     from calm.storage.folders import check_file
     from calm.training.recipe_files import read_recipe
 

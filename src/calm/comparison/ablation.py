@@ -16,15 +16,20 @@ from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
+from calm.flops import cost_of
 from calm.models.loading import load_model_and_tokenizer
 from calm.progress import tell, tracked
+from calm.report.facts import here_and_now
 from calm.report.measured import AblationTable, Outcome
 from calm.storage.checksums import is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
+from calm.training.build import model_config
 from calm.training.check import check_model
+from calm.training.clock import seconds_of
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import RECIPE, with_settings
+from calm.training.recipe_files import RECIPE, recipe_text, with_settings
 from calm.training.recipe_settings import EXTENDS
+from calm.training.runs import HISTORY
 from calm.training.stages import train, train_autoencoder
 
 SCORES = "scores.json"
@@ -145,6 +150,7 @@ def run_ablation(
                 name=choice.name,
                 published=choice.published,
                 training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
+                parameters=sum(cost_of(model_config(own, vocab_size)).parameters.values()),
             )
         )
     runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))
@@ -157,7 +163,15 @@ def run_ablation(
         own = with_settings(own, {"autoencoder.path": str(autoencoder)})
         train(own, run, resume=(run / RECIPE).is_file())
         outcome.scores.append(_score(run, recipe, num_blocks))
-    return AblationTable(ablation.question, list(seeds), recipe.data.context, outcomes)
+        outcome.seconds.append(_seconds([autoencoder.parent, run] if same.trains_autoencoder else [run]))
+    return AblationTable(
+        question=ablation.question,
+        seeds=list(seeds),
+        context=recipe.data.context,
+        outcomes=outcomes,
+        recipe=recipe_text(recipe),
+        provenance=here_and_now(),
+    )
 
 
 def _recipe_of(choice: Choice, recipe: Recipe, seed: int) -> Recipe:
@@ -170,6 +184,14 @@ def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     run = output / f"autoencoder-{digest}" / f"seed{recipe.seed}"
     return train_autoencoder(recipe, run, resume=(run / RECIPE).is_file())
+
+
+def _seconds(runs: Sequence[Path]) -> float | None:
+    """Time of all stages of several runs; None where one does not tell, for no score depends on it."""
+    try:
+        return seconds_of([log for run in runs for log in read_json(run / HISTORY, dict).values()])
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:

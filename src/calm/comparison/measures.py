@@ -17,6 +17,7 @@ from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.progress import tell, tracked
+from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
 from calm.training.recipe_files import RECIPE, read_recipe
@@ -93,10 +94,10 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
     protocol = (
-        f"held-out text in blocks of {measures.context} tokens, layout documents, "
+        f"Held-out text in blocks of {measures.context} tokens, layout documents, "
         f"{windows} windows, T = 1, percent ± standard error"
     )
-    return Comparison(results, floors, measures.low, prompts, protocol)
+    return Comparison(results, floors, measures.low, prompts, protocol, here_and_now())
 
 
 def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> ModelResult:
@@ -104,7 +105,8 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
-    size = language_model(model).chunk_size
+    view = language_model(model)
+    size = view.chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
     tell(f"scoring {run.name}")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
@@ -112,6 +114,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     return ModelResult(
         name=run.name,
         chunk_size=size,
+        head=view.head_type,
         parameters=sum(cost.parameters.values()),
         card=card,
         training_flops=record.flops if record else None,
@@ -128,6 +131,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
             temperature=measures.low,
             seed=EVALUATION_SEED,
         ),
+        recipe=(run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).is_file() else None,
     )
 
 

@@ -1,5 +1,6 @@
 """An ablation as a table: on the terminal, as Markdown, and as figures."""
 
+import html
 import math
 import statistics
 from dataclasses import asdict
@@ -10,33 +11,48 @@ from rich.console import Console
 from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
-from calm.report.tables import narrow_table, short, with_error
+from calm.report.tables import duration, print_narrow, short, with_error
 from calm.storage.disk import write_file_whole
 
 
 def print_ablation(table: AblationTable) -> None:
-    """Print the table."""
+    """Print the table, without what a terminal of 80 columns has no room for."""
     console = Console(highlight=False)
     console.print(table.question)
-    console.print(narrow_table(*_cells(table)))
+    columns, rows = _cells(table)
+    shown = [place for place, column in enumerate(columns) if column not in ("parameters", "training time")]
+    head, *body = [[cells[place] for place in shown] for cells in (columns, *rows)]
+    print_narrow(console, head, body)
 
 
 def write_ablation(table: AblationTable, path: Path) -> None:
-    """Write the table as Markdown, and beside it all figures as .json."""
+    """Write the table as Markdown, with the recipe folded away, and beside it all figures as .json."""
     columns, rows = _cells(table)
-    lines = [columns, ["---"] * len(columns), *rows]
-    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [columns, [":---", *["---:"] * (len(columns) - 1)], *rows]
+    body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
     note = (
         f"BrierLM on held-out text in blocks of {table.context} tokens, layout documents, T = 1, "
         "percent ± standard error over documents; one column for each seed."
     )
-    write_file_whole(path, f"{table.question}\n\n{body}\n\n{note}\n")
-    write_figures(asdict(table), path.with_suffix(".json"))
+    words = " · ".join(table.provenance.words)
+    summary = "<summary>What is common to all runs</summary>"
+    recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"
+    parts = [_plain(table.question), words, body, note, recipe]
+    write_file_whole(path, "\n\n".join(filter(None, parts)) + "\n")
+    # No date: the figures are the same whenever finished runs are put together.
+    figures = {name: value for name, value in asdict(table).items() if name not in ("recipe", "provenance")}
+    write_figures(figures, path.with_suffix(".json"))
+
+
+def _plain(text: str) -> str:
+    """A text that Markdown shows as it is, on one line."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     seeds = [f"seed {seed}" for seed in table.seeds]
-    columns = ["", *seeds, "mean", "Brier-1", "tokens reconstructed", "training FLOPs", "in the paper"]
+    costs = ["parameters", "training FLOPs", "training time"]
+    columns = ["", *seeds, "mean", "Brier-1", "tokens reconstructed", *costs, "in the paper"]
     rows = []
     for outcome in table.outcomes:
         rows.append(
@@ -46,7 +62,9 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
                 _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
+                short(outcome.parameters),
                 short(outcome.training_flops),
+                _time(outcome.seconds),
                 "" if outcome.published is None else f"{outcome.published:.2f}",
             ]
         )
@@ -66,3 +84,9 @@ def _mean(scores: list[dict[str, float]]) -> str:
         return f"undefined for {sum(not value > 0 for value in values)} of {len(values)}"
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return with_error(statistics.mean(values), spread)
+
+
+def _time(seconds: list[float | None]) -> str:
+    """Mean over the seeds, where it is known of all."""
+    known = [one for one in seconds if one is not None]
+    return duration(statistics.mean(known)) if known and len(known) == len(seconds) else ""

@@ -1,7 +1,7 @@
-"""Several models side by side: a table, plots against cost, and texts, as one self-contained HTML file."""
+"""Several models side by side: tables, plots against cost, and texts, as one self-contained HTML file."""
 
-import html
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,45 @@ from calm.core.brier import brier_lm_difference
 from calm.evaluation.brier import BrierResult
 from calm.report.figures import write_figures
 from calm.report.measured import Comparison, ModelResult
-from calm.report.pages import image_of, page_of, table_of
-from calm.report.plots import have_cross_entropies, plot_costs, plot_cross_entropies, plot_warmths
-from calm.report.tables import BRIER_COLUMNS, cells_of, narrow_table, short, with_error
+from calm.report.names import named
+from calm.report.pages import Table, page_of
+from calm.report.panels import Panel, Picture, picture_of, write_png
+from calm.report.plots import (
+    collision_panels,
+    correlations,
+    cost_panels,
+    cross_entropy_panels,
+    legend_of,
+    metric_of,
+)
+from calm.report.run import brier_figure
+from calm.report.tables import BRIER_COLUMNS, cells_of, duration, print_narrow, short, spaced, with_error
 from calm.storage.disk import write_file_whole
 
-_COSTS = (
-    "parameters, tokens that the autoencoder reconstructs, perplexity, FLOPs and time of training, "
-    "FLOPs per token that is written at two temperatures, draws a chunk at the lower"
-)
+
+@dataclass(frozen=True)
+class _Group:
+    """Plots under one heading, and what they show."""
+
+    title: str
+    text: Sequence[str]
+    pictures: Sequence[Picture]
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the table."""
-    console = Console(highlight=False)
-    for caption, (columns, rows) in (
-        (comparison.protocol, _scores(comparison)),
-        (_COSTS, _costs(comparison)),
-    ):
-        console.print(caption)
-        console.print(narrow_table(["", *columns], [[name, *cells] for name, cells in rows]))
+    """Print the tables, with models by the names of their runs: a terminal has 80 columns."""
+    console, runs = Console(highlight=False), [result.name for result in comparison.results]
+    console.print(comparison.protocol)
+    scores = _scores(comparison, runs)
+    print_narrow(console, scores.columns, scores.rows)
+    console.print(
+        "parameters, tokens that the autoencoder reconstructs, perplexity, FLOPs and time of training, "
+        "FLOPs per token that is written at two temperatures, draws a chunk at the lower"
+    )
+    low = f"T = {comparison.temperature:g}"
+    columns = ["", "size", "exact", "ppl", "training", "time", "T = 1", low, "draws"]
+    rows = [[run, *cells] for run, cells in zip(runs, _costs(comparison), strict=True)]
+    print_narrow(console, columns, rows)
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -39,45 +58,78 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
-    write_figures(asdict(comparison, dict_factory=_without_documents), path.with_suffix(".json"))
-    tables = "".join(
-        table_of(caption, columns, rows)
-        for caption, (columns, rows) in (
-            (comparison.protocol, _scores(comparison)),
-            (_COSTS, _costs(comparison)),
-        )
+    write_figures(asdict(comparison, dict_factory=_of_figures), path.with_suffix(".json"))
+    groups = []
+    for name, title, text, panels in _plots(comparison):
+        write_png(panels, path.with_name(f"{path.stem}_{name}.png"))
+        groups.append(_Group(title, text, [picture_of(panel, legend=False) for panel in panels]))
+    models = named(comparison)
+    names = [name for name, _ in models]
+    page = page_of(
+        "comparison.html",
+        title="Models side by side",
+        comparison=comparison,
+        figures=[brier_figure(result.card, name) for name, result in models],
+        names=names,
+        results=models,
+        scores=_on_page(_scores(comparison, names)),
+        costs=_table_of_costs(comparison, names),
+        groups=groups,
+        entries=legend_of(comparison),
+        temperature=f"{comparison.temperature:g}",
+        recipes=[(name, result.recipe) for name, result in models if result.recipe is not None],
     )
-    names = "".join(f"<th>{html.escape(c.name)}</th>" for c in comparison.results)
-    texts = "".join(
-        f"<tr><td colspan={len(comparison.results)}><b>{html.escape(prompt)}</b></td></tr><tr>"
-        + "".join(f"<td>…{html.escape(c.texts[number])}</td>" for c in comparison.results)
-        + "</tr>"
-        for number, prompt in enumerate(comparison.prompts)
-    )
-    plots = [
-        ("Quality against cost", "cost", plot_costs),
-        ("Accuracy against collision", "collision", plot_warmths),
+    write_file_whole(path, page)
+
+
+def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel]]]:
+    """Name of the file, heading, sentences and panels of each group of plots that has something to show."""
+    ends = [point.temperature for point in comparison.results[0].temperature_points]
+    metric = "BrierLM" if metric_of(comparison) == "brier_lm" else "Brier-1 (BrierLM is undefined for some)"
+    groups = [
+        (
+            "cost",
+            "Quality against cost",
+            [
+                f"{metric} on held-out text at T = 1, with its standard error. A line shows where a model "
+                "stood during training."
+            ],
+            cost_panels(comparison),
+        ),
+        (
+            "collision",
+            "Accuracy against collision",
+            [
+                "How often a sample is right, against how often two samples agree. Along each line the "
+                f"temperature falls from T = {ends[0]:.2g} (open marker) to {ends[-1]:.2g}."
+            ],
+            collision_panels(comparison),
+        ),
+        (
+            "cross_entropy",
+            "BrierLM against cross-entropy",
+            [
+                "Models with probabilities, on the held-out blocks that are scored during training.",
+                *correlations(comparison),
+            ],
+            cross_entropy_panels(comparison),
+        ),
     ]
-    if have_cross_entropies(comparison):
-        plots.append(("BrierLM against cross-entropy", "cross_entropy", plot_cross_entropies))
-    images = "".join(
-        f"<h2>{title}</h2>{image_of(plot(comparison), title, path.with_name(f'{path.stem}_{name}.png'))}"
-        for title, name, plot in plots
-    )
-    body = (
-        f"{tables}{images}"
-        f"<h2>Texts at T = {comparison.temperature:g}</h2><table class=texts><tr>{names}</tr>{texts}</table>"
-    )
-    write_file_whole(path, page_of("Models side by side", body))
+    return [group for group in groups if group[-1]]
 
 
-def _scores(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    results = comparison.floors | {c.name: c.card.brier for c in comparison.results}
+def _scores(comparison: Comparison, names: Sequence[str]) -> Table:
     best = _best(comparison)
-    columns = [*BRIER_COLUMNS, f"to {best.name}"]
-    return columns, [
-        (name, [*cells_of(result), _difference(result, best.card.brier)]) for name, result in results.items()
-    ]
+    name_of_best = names[comparison.results.index(best)]
+    models = zip(names, comparison.results, strict=True)
+    scores = [*comparison.floors.items(), *((name, result.card.brier) for name, result in models)]
+    rows = [[name, *cells_of(score), _difference(score, best.card.brier)] for name, score in scores]
+    columns = ["", *BRIER_COLUMNS, f"to {name_of_best}"]
+    return Table(comparison.protocol, columns, rows).without_empty_columns()
+
+
+def _on_page(table: Table) -> Table:
+    return replace(table, rows=[list(map(spaced, row)) for row in table.rows])
 
 
 def _best(comparison: Comparison) -> ModelResult:
@@ -109,32 +161,39 @@ def _difference(result: BrierResult, best: BrierResult) -> str:
     return with_error(*brier_lm_difference(result.documents, best.documents), sign="+").replace(" ", "")
 
 
-def _without_documents(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields for the file of figures: the sums of single documents are too many."""
-    return {name: value for name, value in items if name != "documents"}
+def _of_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields for the file of figures: without the sums of single documents, and the recipes of the runs."""
+    values = {name: value for name, value in items if name not in ("documents", "recipe")}
+    if (date := values.get("date")) is not None:
+        values["date"] = date.isoformat(timespec="seconds")
+    return values
 
 
-def _costs(comparison: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Parameters, tokens reconstructed by the autoencoder, perplexity, FLOPs, time, draws a chunk."""
-    temperature = comparison.temperature
-    low = f"T = {temperature:g}"
-    columns = ["size", "exact", "ppl", "training", "time", "T = 1", low, "draws"]
+def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:
+    low = f"T\u00a0=\u00a0{comparison.temperature:g}"  # These words stay on a line.
+    columns = ["", "run", "parameters", "reconstruction", "perplexity", "training FLOPs", "training time"]
+    columns += ["FLOPs per token, T\u00a0=\u00a01", f"FLOPs per token, {low}", f"draws per chunk, {low}"]
+    runs = [result.name for result in comparison.results]
+    rows = [[name, run, *row] for name, run, row in zip(names, runs, _costs(comparison), strict=True)]
+    caption = "Parameters are those of all parts, FLOPs and time those of all stages of training."
+    return Table(caption, columns, rows, num_names=2).without_empty_columns()
+
+
+def _costs(comparison: Comparison) -> list[list[str]]:
+    """Parameters, tokens reconstructed, perplexity, what training took, what writing takes, and draws."""
     rows = []
-    for c in comparison.results:
-        back, perplexity, cold = c.card.reconstruction, c.card.perplexity, c.at(temperature)
+    for result in comparison.results:
+        card, cold = result.card, result.at(comparison.temperature)
         rows.append(
-            (
-                c.name,
-                [
-                    short(c.parameters),
-                    f"{back.token_accuracy:.2%}" if back else "",
-                    f"{perplexity.perplexity:.2f}" if perplexity else "",
-                    short(c.training_flops) if c.training_flops else "",
-                    f"{c.seconds / 60:.1f} min" if c.seconds else "",
-                    short(c.at(1.0).flops),
-                    short(cold.flops),
-                    f"{cold.draws:.0f}",
-                ],
-            )
+            [
+                short(result.parameters),
+                f"{card.reconstruction.token_accuracy:.2%}" if card.reconstruction else "",
+                f"{card.perplexity.perplexity:.2f}" if card.perplexity else "",
+                short(result.training_flops) if result.training_flops is not None else "",
+                duration(result.seconds) if result.seconds is not None else "",
+                short(result.at(1.0).flops),
+                short(cold.flops),
+                f"{cold.draws:.0f}",
+            ]
         )
-    return columns, rows
+    return rows

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
+from calm.report.facts import Provenance
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,20 @@ class ModelResult:
     Args:
         name: Of its run.
         chunk_size: Tokens per chunk K; 1 for a model of tokens.
+        head: `head_type` of a CALM; None for a model of tokens.
         parameters: Of all parts.
         card: Held-out figures.
         training_flops: FLOPs of its training, autoencoder included; None if it is not known.
-        seconds: Time its training took.
+        seconds: Time its training took; None if it is not known.
         checkpoints: Where it stood during training.
         temperature_points: At several temperatures, T = 1 first.
         texts: How it continues the prompts.
+        recipe: The resolved recipe of its run as text; None for a mere model folder.
     """
 
     name: str
     chunk_size: int
+    head: str | None
     parameters: int
     card: Scorecard
     training_flops: float | None
@@ -67,10 +71,15 @@ class ModelResult:
     checkpoints: list[Checkpoint]
     temperature_points: list[TemperaturePoint]
     texts: list[str]
+    recipe: str | None = None
 
     def at(self, temperature: float) -> TemperaturePoint:
         """Its figures at one of the temperatures."""
         return next(point for point in self.temperature_points if point.temperature == temperature)
+
+    def flops_at(self, temperature: float) -> float:
+        """FLOPs per token that is written at one of the temperatures."""
+        return self.at(temperature).flops
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Comparison:
         temperature: The low temperature at which texts were written and costs are shown.
         prompts: What the texts continue.
         protocol: One line that says how it was scored.
+        provenance: When, where and with what it was scored.
     """
 
     results: list[ModelResult]
@@ -90,6 +100,7 @@ class Comparison:
     temperature: float
     prompts: list[str]
     protocol: str
+    provenance: Provenance = field(default_factory=Provenance)
 
 
 @dataclass(frozen=True)
@@ -99,15 +110,19 @@ class Outcome:
     Args:
         name: Of the setting.
         training_flops: FLOPs of its training, autoencoder included.
+        parameters: Of all parts.
         published: BrierLM in the paper, if it is there.
         scores: For each seed BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
             to Brier-4 in percent, and the share of tokens that the autoencoder reconstructs.
+        seconds: For each seed the time its training took, autoencoder included; None if it is not known.
     """
 
     name: str
     training_flops: float
+    parameters: int
     published: float | None = None
     scores: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,9 +134,13 @@ class AblationTable:
         seeds: Seeds of the runs.
         context: Tokens of a held-out block.
         outcomes: One for each setting.
+        recipe: What is common to all runs, as text.
+        provenance: When, where and with what it was put together.
     """
 
     question: str
     seeds: list[int]
     context: int
     outcomes: list[Outcome]
+    recipe: str
+    provenance: Provenance = field(default_factory=Provenance)

@@ -1,71 +1,71 @@
-"""Self-contained HTML pages with plots inside."""
+"""Self-contained HTML pages, from the templates beside this file."""
 
-import base64
-import html
-import io
-import string
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from calm.errors import InputError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-_PAGE = string.Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>$title</title>
-<style>$style</style>
-<h1>$title</h1>
-$body
-</html>
-""")
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-body { color: #222; background: #fff }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption { text-align: left; color: #555; padding-bottom: .4rem }
-th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
-tr th:first-child { text-align: left }
-img { max-width: 100% } article { border-left: 3px solid #4269d0; padding-left: 1rem; margin: 1rem 0 }
-.truth { color: #777; font-size: .9em }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .85em }
-"""
+from calm.report.palette import DARK, LIGHT
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("calm.report"),
+    autoescape=True,  # Texts of models and names of folders are plain text, whatever they look like.
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def page_of(title: str, body: str) -> str:
-    """A page with a title; the body is HTML."""
-    return _PAGE.substitute(title=html.escape(title), style=_STYLE, body=body)
+@dataclass(frozen=True)
+class Figure:
+    """A key figure, as it stands at the top of a page.
 
-
-def table_of(caption: str, columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A table whose rows have names; all texts are plain."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        for name, cells in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption><tr><th></th>{head}</tr>{body}</table>"
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib, in inches.
-
-    Raises:
-        InputError: If matplotlib is missing.
+    Args:
+        name: What it is.
+        value: The figure, with its unit.
+        error: Its standard error.
+        note: What it is measured by, or why there is none.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the report needs matplotlib; pip install 'calm-lm[report]'.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+
+    name: str
+    value: str
+    error: str = ""
+    note: str = ""
 
 
-def image_of(figure: Any, description: str, copy: Path | None = None) -> str:
-    """A figure as an image that is part of the page, and in a file of its own if one is named."""
-    image = io.BytesIO()
-    figure.savefig(image, dpi=110)
-    if copy:
-        copy.write_bytes(image.getvalue())
-    data = base64.b64encode(image.getvalue()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+@dataclass(frozen=True)
+class Table:
+    """A table: columns of names, which are aligned to the left, then columns of numbers.
+
+    Args:
+        caption: What it shows.
+        columns: Headings, those of the names included.
+        rows: Texts of the cells.
+        num_names: Columns of names.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    num_names: int = 1
+
+    def without_empty_columns(self) -> "Table":
+        """The table without numbers that are known of no row."""
+        kept = [
+            place
+            for place in range(len(self.columns))
+            if place < self.num_names or any(row[place] for row in self.rows)
+        ]
+        columns = [self.columns[place] for place in kept]
+        return replace(self, columns=columns, rows=[[row[place] for place in kept] for row in self.rows])
+
+
+def page_of(template: str, **values: Any) -> str:
+    """A page.
+
+    Args:
+        template: File name of its template.
+        **values: What the template shows; strings are plain text.
+    """
+    return _TEMPLATES.get_template(template).render(light=LIGHT, dark=DARK, **values)

@@ -1,97 +1,157 @@
 """Plots of a comparison: quality against cost, accuracy against collision, BrierLM against cross-entropy."""
 
-import itertools
 import math
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from calm.core.brier import NUM_ORDERS
+from calm.report.axes import (
+    Entry,
+    draw_floors,
+    entry_of_floor,
+    entry_of_series,
+    series_style,
+    spread_log_x,
+    spread_x,
+)
 from calm.report.measured import Comparison, ModelResult
-from calm.report.pages import new_figure
+from calm.report.names import named
+from calm.report.palette import LIGHT
+from calm.report.panels import Panel
 
 _FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
+_LONG = 7200  # Seconds from which on time is shown in hours.
 
 
-def plot_costs(comparison: Comparison) -> Any:
-    """BrierLM against training and inference FLOPs, and against time.
+def metric_of(comparison: Comparison) -> str:
+    """What models are shown by: BrierLM, or Brier-1 where one of them has none."""
+    results = [*comparison.floors.values(), *(result.card.brier for result in comparison.results)]
+    return "brier_1" if any(result.undefined for result in results) else "brier_lm"
 
-    Where a model has none, because one of its factors is not positive, all are shown by Brier-1.
+
+@dataclass(frozen=True)
+class _Cost:
+    """A cost that models are shown by.
+
+    Args:
+        title: What is paid for.
+        label: Its unit.
+        of: What a model costs; None where it is not known.
+        is_linear: Whether it is shown from 0 on, and not on a logarithmic axis.
+        on_the_way: Whether models are shown where they stood during training as well.
     """
-    figure, low = new_figure(11, 8), comparison.temperature
-    axes = figure.subplots(2, 2).flatten()
-    labels = (
-        "training: FLOPs, autoencoder included",
-        "training: minutes, autoencoder included",
-        "inference at T = 1: FLOPs per token",
-        f"inference at T = {low:g}: FLOPs per token",
-    )
-    results = [*comparison.floors.values(), *(c.card.brier for c in comparison.results)]
-    metric = "brier_1" if any(result.undefined for result in results) else "brier_lm"
-    for number, c in enumerate(comparison.results):
-        brier, colour = c.card.brier, f"C{number}"
+
+    title: str
+    label: str
+    of: Callable[[ModelResult], float | None]
+    is_linear: bool = False
+    on_the_way: bool = False
+
+
+def cost_panels(comparison: Comparison) -> list[Panel]:
+    """Held-out scores against training FLOPs and time, and against FLOPs of a token that is written.
+
+    What is known of no model, as the training of mere model folders, is left out.
+    """
+    longest = max((result.seconds or 0 for result in comparison.results), default=0)
+    unit, length = ("hours", 3600) if longest > _LONG else ("minutes", 60)
+    costs = [
+        _Cost("Training FLOPs", "FLOPs, autoencoder included", lambda r: r.training_flops, on_the_way=True),
+        _Cost(
+            "Training time",
+            f"{unit}, autoencoder included",
+            lambda r: None if r.seconds is None else r.seconds / length,
+            is_linear=True,
+        ),
+    ]
+    for temperature in dict.fromkeys((1.0, comparison.temperature)):
+        of = partial(ModelResult.flops_at, temperature=temperature)
+        costs.append(_Cost(f"Writing at T = {temperature:g}", "FLOPs per token", of))
+    return [
+        Panel(cost.title, partial(_draw_cost, comparison, cost))
+        for cost in costs
+        if any(cost.of(result) for result in comparison.results)
+    ]
+
+
+def _draw_cost(comparison: Comparison, cost: _Cost, axis: Any) -> None:
+    metric, shown = metric_of(comparison), []
+    draw_floors(axis, {name: floor.as_metrics()[metric] for name, floor in comparison.floors.items()})
+    for number, (name, result) in enumerate(named(comparison)):
+        if not (x := cost.of(result)):
+            continue
+        brier, style = result.card.brier, series_style(number)
         y, error = brier.as_metrics()[metric], brier.as_errors().get(metric, math.nan)
-        xs = (c.training_flops, c.seconds and c.seconds / 60, c.at(1.0).flops, c.at(low).flops)
-        passed = [point for point in c.checkpoints if getattr(point, metric) is not None]
+        passed = [
+            (point.flops, getattr(point, metric))
+            for point in result.checkpoints
+            if cost.on_the_way and getattr(point, metric) is not None
+        ]
         if passed:
-            ys = [getattr(point, metric) for point in passed]
-            axes[0].plot([point.flops for point in passed], ys, color=colour, alpha=0.5)
-        for axis, x in zip(axes, xs, strict=True):
-            if x:
-                axis.errorbar([x], [y], yerr=[error], fmt="o", color=colour, label=c.name, capsize=3)
-    name_of = {"brier_lm": "BrierLM", "brier_1": "Brier-1, since BrierLM is undefined for some"}
-    for axis, label in zip(axes, labels, strict=True):
-        for (name, floor), style in zip(
-            comparison.floors.items(), itertools.cycle(("--", ":", "-.")), strict=False
-        ):
-            axis.axhline(floor.as_metrics()[metric], color="gray", linestyle=style, label=name)
-        axis.set(xlabel=label, ylabel=f"{name_of[metric]}\n(held-out, T = 1)", xscale="log")
-        axis.grid(alpha=0.3)
-    axes[1].set(xscale="linear")
-    axes[1].set_xlim(left=0)
-    axes[2].legend(fontsize="small")  # Every model has a cost of inference.
-    return figure
+            axis.plot(*zip(*passed, strict=True), color=style["color"], alpha=0.5)
+        axis.errorbar([x], [y], yerr=[error], color=style["color"], fmt="none", capsize=3)
+        axis.plot([x], [y], linestyle="", label=name, **style)
+        shown += [x, *(flops for flops, _ in passed)]
+    if cost.is_linear:
+        spread_x(axis, cost.label, from_zero=True)
+    else:
+        spread_log_x(axis, cost.label, shown)
+    axis.set_ylabel("BrierLM" if metric == "brier_lm" else "Brier-1 (%)")
 
 
-def plot_warmths(comparison: Comparison) -> Any:
+def collision_panels(comparison: Comparison) -> list[Panel]:
     """Probability to be right against the probability that two samples agree, from T = 1 downwards."""
-    figure = new_figure(11, 4.6)
-    for axis, order in zip(figure.subplots(1, 2), (1, NUM_ORDERS), strict=True):
-        for number, c in enumerate(comparison.results):
-            points = [(100 * w.collisions[order - 1], 100 * w.hits[order - 1]) for w in c.temperature_points]
-            axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=c.name)
-            for end in (0, -1):  # All of them would cover each other.
-                near = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 8}
-                axis.annotate(f"T = {c.temperature_points[end].temperature:.2g}", points[end], **near)
-        token = "next token" if order == 1 else f"next {order} tokens"
-        axis.set(
-            xlabel=f"collision: two samples agree in the {token} (%)",
-            ylabel=f"accuracy: a sample is right in the {token} (%)",
+    return [
+        Panel(
+            "The next token" if order == 1 else f"The next {order} tokens",
+            partial(_draw_collisions, comparison, order),
         )
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    temperatures = ", ".join(f"{point.temperature:.2g}" for point in comparison.results[0].temperature_points)
-    figure.suptitle(f"Along each line the temperature falls: {temperatures}.", fontsize="small")
-    return figure
+        for order in (1, NUM_ORDERS)
+    ]
 
 
-def have_cross_entropies(comparison: Comparison) -> bool:
-    """Whether any model has checkpoints that `plot_cross_entropies` can show."""
-    return any(_cross_entropies(c) for c in comparison.results)
+def _draw_collisions(comparison: Comparison, order: int, axis: Any) -> None:
+    for number, (name, result) in enumerate(named(comparison)):
+        points = [(100 * p.collisions[order - 1], 100 * p.hits[order - 1]) for p in result.temperature_points]
+        style = series_style(number)
+        axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.plot(*points[0], **style, markerfacecolor=LIGHT.paper, markersize=7, zorder=3)
+    spread_x(axis, "two samples agree (%)", from_zero=False)
+    axis.set_ylabel("a sample is right (%)")
 
 
-def plot_cross_entropies(comparison: Comparison) -> Any:
-    """BrierLM against cross-entropy over the checkpoints of each run, with their correlation."""
-    figure = new_figure(7, 4.6)
-    axis = figure.subplots()
-    for number, c in enumerate(comparison.results):
-        if points := _cross_entropies(c):
+def legend_of(comparison: Comparison) -> list[Entry]:
+    """The legend of all panels of a comparison."""
+    models = enumerate(name for name, _ in named(comparison))
+    floors = enumerate(comparison.floors)
+    return [*(entry_of_series(*model) for model in models), *(entry_of_floor(*floor) for floor in floors)]
+
+
+def cross_entropy_panels(comparison: Comparison) -> list[Panel]:
+    """BrierLM against cross-entropy over the checkpoints of runs that have both."""
+    known = any(_cross_entropies(result) for result in comparison.results)
+    return [Panel("Checkpoints of each run", partial(_draw_cross_entropies, comparison))] if known else []
+
+
+def correlations(comparison: Comparison) -> list[str]:
+    """How BrierLM and cross-entropy correlate over the checkpoints of each run that has both."""
+    sentences = []
+    for name, result in named(comparison):
+        if points := _cross_entropies(result):
             correlation = statistics.correlation(*zip(*points, strict=True))
-            label = f"{c.name}: {len(points)} checkpoints, correlation {correlation:.3f}"
-            axis.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=label)
-    axis.set(xlabel="cross-entropy (nats per token, held-out)", ylabel="BrierLM (held-out, T = 1)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    return figure
+            sentences.append(f"{name}: correlation {correlation:.3f} over {len(points)} checkpoints.")
+    return sentences
+
+
+def _draw_cross_entropies(comparison: Comparison, axis: Any) -> None:
+    for number, (name, result) in enumerate(named(comparison)):
+        if points := _cross_entropies(result):
+            axis.plot(*zip(*points, strict=True), linestyle="", label=name, **series_style(number))
+    spread_x(axis, "cross-entropy (nats per token)", from_zero=False)
+    axis.set_ylabel("BrierLM")
 
 
 def _cross_entropies(result: ModelResult) -> list[tuple[float, float]]:

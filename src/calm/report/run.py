@@ -1,19 +1,25 @@
 """The report of one run, as one self-contained HTML file."""
 
-import html
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
-from calm.report.pages import image_of, new_figure, page_of, table_of
-from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of
+from calm.report.curves import History, panels_of_run
+from calm.report.facts import RunFacts
+from calm.report.pages import Figure, Table, page_of
+from calm.report.panels import picture_of
+from calm.report.tables import (
+    BRIER_COLUMNS,
+    caption_of,
+    cells_of,
+    duration,
+    rows_of,
+    short,
+    spaced,
+)
 from calm.storage.disk import read_json, write_file_whole
-
-History = dict[str, list[dict[str, Any]]]
-"""Logged figures of each stage, as the Trainer keeps them."""
 
 
 @dataclass(frozen=True)
@@ -31,49 +37,49 @@ class Sample:
     truth: str
 
 
-def write_report(
-    path: Path,
-    title: str,
-    card: Scorecard,
-    history: History,
-    samples: Sequence[Sample],
-    recipe: str,
-) -> None:
-    """Write the HTML report; plots are inside it as images.
+@dataclass(frozen=True)
+class RunReport:
+    """What the report of a run shows; what a run of its kind does not have is left out of the page.
 
     Args:
-        path: The file.
         title: Its heading.
         card: Held-out figures.
         history: Logged figures of each stage, as the Trainer keeps them.
         samples: What the model wrote.
         recipe: The resolved recipe as text.
+        facts: What is known of the run beside its scores.
+    """
+
+    title: str
+    card: Scorecard
+    history: History
+    samples: Sequence[Sample]
+    recipe: str
+    facts: RunFacts
+
+
+def write_report(path: Path, report: RunReport) -> None:
+    """Write the report of a run of any kind as one HTML file, with plots inside.
 
     Raises:
         InputError: If matplotlib is missing.
     """
-    rec = card.reconstruction
-    if rec is None:
-        raise ValueError("the report of a run needs the reconstruction of its autoencoder.")
-    written = "".join(
-        f"<article><p><b>{html.escape(s.prompt)}</b>{html.escape(s.continuation)}</p>"
-        f"<p class=truth>in the corpus: …{html.escape(s.truth)}</p></article>"
-        for s in samples
+    if not report.facts.has_trained_autoencoder:
+        report = replace(report, card=replace(report.card, reconstruction=None, ceilings={}))
+    page = page_of(
+        "run.html",
+        title=report.title,
+        facts=report.facts,
+        figures=_key_figures(report),
+        scores=_scores(report),
+        notes=_notes(report.card),
+        stages=_stages(report.facts),
+        pictures=[picture_of(panel) for panel in panels_of_run(report.history, report.card)],
+        parameters=_parameters(report.facts),
+        samples=report.samples,
+        recipe=report.recipe,
     )
-    rows = [(name, cells_of(result)) for name, result in rows_of(card)]
-    body = f"""<h2>Held-out text</h2>
-<p>The autoencoder reconstructs {rec.token_accuracy:.3%} of tokens and {rec.chunk_accuracy:.3%} of chunks;
-from a draw of its posterior (standard deviation {rec.posterior_std:.2f}),
-{rec.token_accuracy_noisy:.3%} of tokens.</p>
-{table_of(caption_of(card.brier), list(BRIER_COLUMNS), rows)}
-<h2>Training</h2>
-{image_of(_plot(history, card), "training curves")}
-<h2>What it writes</h2>
-<p>Continuations (plain) of held-out beginnings (bold).</p>
-{written}
-<h2>Recipe</h2>
-<pre>{html.escape(recipe)}</pre>"""
-    write_file_whole(path, page_of(title, body))
+    write_file_whole(path, page)
 
 
 def read_history(path: Path) -> History:
@@ -85,41 +91,76 @@ def read_history(path: Path) -> History:
     return read_json(path, dict)
 
 
-def _plot(history: History, card: Scorecard) -> Any:
-    exact = {"eval_token_accuracy": "tokens", "eval_chunk_accuracy": "chunks"}
-    panels: list[tuple[str, dict[str, str], str, dict[str, BrierResult]]] = [
-        ("autoencoder", {"loss": "training"}, "autoencoder: loss per chunk (nats)", {}),
-        ("autoencoder", exact, "autoencoder: reconstructed exactly (%), held-out", {}),
-        ("language_model", {"loss": "training"}, "language model: loss of the head", {}),
-        ("language_model", *_scores_on_the_way(history, card)),
+def _key_figures(report: RunReport) -> list[Figure]:
+    card, facts = report.card, report.facts
+    figures = [brier_figure(card, "BrierLM")]
+    if (perplexity := card.perplexity) is not None:
+        note = f"{perplexity.cross_entropy:.3f} nats per token"
+        figures.append(Figure("Perplexity", f"{perplexity.perplexity:.2f}", note=note))
+    if card.reconstruction is not None:
+        share = f"{card.reconstruction.token_accuracy:.2%}"
+        figures.append(Figure("Reconstruction", share, note="of held-out tokens"))
+    figures.append(Figure("Parameters", short(sum(facts.parameters.values()))))
+    if facts.tokens:
+        figures.append(Figure("Tokens seen", short(facts.tokens), note="by the language model"))
+    if facts.flops is not None:
+        figures.append(Figure("Training FLOPs", short(facts.flops)))
+    if facts.seconds is not None:
+        figures.append(Figure("Training time", duration(facts.seconds)))
+    return figures
+
+
+def brier_figure(card: Scorecard, name: str) -> Figure:
+    """BrierLM as a key figure, beside the best of the n-gram models; Brier-1 where it is undefined."""
+    brier = card.brier
+    if brier.undefined:
+        return Figure(name, "undefined", note=f"{brier.undefined}; Brier-1 is {100 * brier.means[0]:.2f}")
+    floors = {floor: result.brier_lm for floor, result in card.floors.items() if not result.undefined}
+    best = max(floors, key=lambda floor: floors[floor], default=None)
+    error = "" if math.isnan(brier.brier_lm_error) else f"± {brier.brier_lm_error:.2f}"
+    return Figure(name, f"{brier.brier_lm:.2f}", error, f"{best} model: {floors[best]:.2f}" if best else "")
+
+
+def _scores(report: RunReport) -> Table:
+    name_of = {report.card.name: report.facts.model}
+    rows = [
+        [name_of.get(name, name), *map(spaced, cells_of(result))] for name, result in rows_of(report.card)
     ]
-    panels = [panel for panel in panels if panel[0] in history]  # Codes of tokens are not trained.
-    rows = len(panels) // 2
-    figure = new_figure(11, 3.5 * rows)
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axis, (stage, lines, label, floors) in zip(axes, panels, strict=True):
-        for key, name in lines.items():
-            points = [(entry["step"], entry[key]) for entry in history[stage] if key in entry]
-            points = [point for point in points if key != "eval_brier_lm" or point[1] > 0]
-            axis.plot(*zip(*points, strict=True), marker="." if key.startswith("eval") else None, label=name)
-        for (name, result), style in zip(floors.items(), ("--", ":", "-."), strict=False):
-            metric = next(iter(lines)).removeprefix("eval_")
-            axis.axhline(result.as_metrics()[metric], color="gray", linestyle=style, label=name)
-        axis.set(xlabel="step", title=label)
-        axis.grid(alpha=0.3)
-        if len(lines) + len(floors) > 1:
-            axis.legend()
-        if lines is exact:
-            axis.set_ylim(top=100.2)
-    return figure
+    return Table(caption_of(report.card.brier), ["", *BRIER_COLUMNS], rows)
 
 
-def _scores_on_the_way(
-    history: History, card: Scorecard
-) -> tuple[dict[str, str], str, dict[str, BrierResult]]:
-    """BrierLM where it is defined in the end, else Brier-1: key and name, title, and floors."""
-    known = [entry["eval_brier_lm"] for entry in history["language_model"] if "eval_brier_lm" in entry]
-    if card.brier.undefined or not known or not known[-1] > 0:
-        return {"eval_brier_1": "CALM"}, "Brier-1, held-out (BrierLM is undefined)", card.floors
-    floors = {name: result for name, result in card.floors.items() if not result.undefined}
-    return {"eval_brier_lm": "CALM"}, "BrierLM, held-out", floors
+def _notes(card: Scorecard) -> list[str]:
+    notes = []
+    if card.floors:
+        notes.append("The n-gram models were counted on the same training text.")
+    if card.ceilings:
+        notes.append("The ceiling is what the true next latents score when they are decoded.")
+    if (back := card.reconstruction) is not None:
+        notes.append(
+            f"The autoencoder reconstructs {back.token_accuracy:.3%} of tokens and {back.chunk_accuracy:.3%} "
+            f"of chunks; from a draw of its posterior (standard deviation {back.posterior_std:.2f}), "
+            f"{back.token_accuracy_noisy:.3%} of tokens."
+        )
+    return notes
+
+
+def _stages(facts: RunFacts) -> Table:
+    """Steps and tokens of each stage; FLOPs and time where they are known."""
+    rows = [
+        [
+            stage.name.replace("_", " "),
+            f"{stage.steps:,}",
+            short(stage.tokens),
+            "" if stage.flops is None else short(stage.flops),
+            "" if stage.seconds is None else duration(stage.seconds),
+        ]
+        for stage in facts.stages
+    ]
+    has_times = any(stage.seconds is not None for stage in facts.stages)
+    caption = "Held-out evaluations are part of the time." if has_times else ""
+    return Table(caption, ["", "steps", "tokens", "FLOPs", "time"], rows).without_empty_columns()
+
+
+def _parameters(facts: RunFacts) -> Table:
+    counts = {**facts.parameters, "all": sum(facts.parameters.values())}
+    return Table("", ["", "parameters"], [[part, f"{number:,}"] for part, number in counts.items()])

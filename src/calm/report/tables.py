@@ -34,7 +34,12 @@ def print_scorecard(card: Scorecard) -> None:
         )
     console.print(caption_of(card.brier), highlight=False)
     rows = [[name, *cells_of(result)] for name, result in rows_of(card)]
-    console.print(narrow_table(["", *BRIER_COLUMNS], rows))
+    print_narrow(console, ["", *BRIER_COLUMNS], rows)
+
+
+def print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a `narrow_table`; what the terminal has no room for goes on in its next line, and is not lost."""
+    console.print(narrow_table(columns, rows), crop=False)
 
 
 def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -76,10 +81,18 @@ def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
 
 def short(number: float) -> str:
     """Three digits and a unit: 2.91e8 is 291 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def caption_of(result: BrierResult) -> str:
@@ -105,6 +118,11 @@ def cells_of(result: BrierResult) -> list[str]:
     cells = [with_error(value, error).replace(" ", "") for value, error in pairs]
     # No spaces: a terminal has 80 columns.
     return [f"undefined: {result.undefined}", *cells[1:]] if result.undefined else cells
+
+
+def spaced(cell: str) -> str:
+    """A cell of a terminal's table as a page shows it, which has room for spaces."""
+    return cell.replace("±", " ± ")
 
 
 def with_error(value: float, error: float, sign: str = "") -> str:

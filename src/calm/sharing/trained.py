@@ -9,7 +9,7 @@ from calm.comparison.costs import record_of
 from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
+from calm.report.tables import BRIER_COLUMNS, cells_of, duration, rows_of
 from calm.sharing.card import Words, card_of, shown
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
@@ -68,12 +68,10 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         f"{recipe.data.context}, with {settings.optimizer.name}."
     )
     if (record := record_of(run, config)) is not None:
-        is_long = record.seconds >= 60
-        time = f"{record.seconds / 60:.0f} minutes" if is_long else f"{record.seconds:.0f} s"
-        lines.append(
-            f"Together {record.flops:.2e} FLOPs by count; {time}, held-out evaluations included "
-            "(since the last resume, where a run was stopped)."
-        )
+        line = f"Together {record.flops:.2e} FLOPs by count"
+        if record.seconds is not None:
+            line += f"; {duration(record.seconds)}, held-out evaluations included"
+        lines.append(f"{line}.")
     return "\n".join(lines)
 
 

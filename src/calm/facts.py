@@ -1,0 +1,46 @@
+"""What is known of a run of `calm train` when it has ended, as its report shows it."""
+
+from transformers import PreTrainedModel
+
+from calm.flops import parameters_of
+from calm.models.language_model import language_model
+from calm.report.curves import History
+from calm.report.facts import AUTOENCODER, LANGUAGE_MODEL, RunFacts, StageFacts, here_and_now
+from calm.report.names import model_name
+from calm.training.clock import seconds_of
+from calm.training.processes import processes
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.speed import known_training_flops
+
+
+def facts_of(recipe: Recipe, model: PreTrainedModel, history: History) -> RunFacts:
+    """The facts of a run that was trained here and has ended now.
+
+    Args:
+        recipe: Its recipe.
+        model: Its language model.
+        history: What its stages have logged; times that are not in it are not known.
+    """
+    view = language_model(model)
+
+    def stage(name: str, settings: TrainingSettings, network: PreTrainedModel) -> StageFacts:
+        tokens = settings.steps * settings.batch_tokens
+        per_token = known_training_flops(network.config, recipe.data.context)
+        return StageFacts(
+            name=name,
+            steps=settings.steps,
+            tokens=tokens,
+            flops=None if per_token is None else per_token * tokens,
+            seconds=seconds_of([history.get(name, [])]),
+        )
+
+    stages = [stage(LANGUAGE_MODEL, recipe.language_model.training, model)]
+    if recipe.trains_autoencoder and view.autoencoder is not None:
+        stages.insert(0, stage(AUTOENCODER, recipe.autoencoder.training, view.autoencoder))
+    return RunFacts(
+        model=model_name(view.chunk_size, view.head_type),
+        parameters=parameters_of(model),
+        stages=stages,
+        has_trained_autoencoder=view.autoencoder is not None and not view.autoencoder.config.has_codes,
+        provenance=here_and_now(processes().num_processes),
+    )

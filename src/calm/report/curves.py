@@ -1,0 +1,71 @@
+"""Plots of one run: losses and held-out scores over the steps of its stages."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from calm.evaluation.held_out import Scorecard
+from calm.report.axes import draw_floors, series_style, spread_x
+from calm.report.facts import AUTOENCODER, LANGUAGE_MODEL
+from calm.report.panels import Panel
+
+History = dict[str, list[dict[str, Any]]]
+"""Logged figures of each stage, as the Trainer keeps them."""
+_Lines = dict[str, list[tuple[float, float]]]  # By what they are called: steps and values.
+
+
+def panels_of_run(history: History, card: Scorecard) -> list[Panel]:
+    """Panels of what was logged; nothing for a stage that was not."""
+    first, second = (history.get(stage, []) for stage in (AUTOENCODER, LANGUAGE_MODEL))
+    accuracy = {
+        "tokens": _points(first, "eval_token_accuracy"),
+        "chunks": _points(first, "eval_chunk_accuracy"),
+    }
+    nats = "nats per token"
+    loss = "loss of the head" if card.perplexity is None else f"loss ({nats})"
+    scores, score, floors = _scores_on_the_way(second, card)
+    score_label = score if score == "BrierLM" else f"{score} (%)"
+    panels = [
+        ("Autoencoder: training loss", "loss (nats per chunk)", {"": _points(first, "loss")}, {}),
+        ("Autoencoder: reconstruction of held-out text", "reconstructed exactly (%)", accuracy, {}),
+        ("Language model: training loss", loss, {"": _points(second, "loss")}, {}),
+        (f"Language model: {score}", score_label, {"this model": scores}, floors),
+        (
+            "Language model: cross-entropy of held-out text",
+            f"cross-entropy ({nats})",
+            {"": _points(second, "eval_cross_entropy")},
+            {},
+        ),
+    ]
+    return [
+        Panel(title, partial(_draw, label, lines, heights))
+        for title, label, lines, heights in panels
+        if any(lines.values())
+    ]
+
+
+def _draw(label: str, lines: _Lines, floors: Mapping[str, float], axis: Any) -> None:
+    draw_floors(axis, dict(floors))
+    for number, (name, points) in enumerate(lines.items()):
+        style = series_style(number)
+        if len(points) > 25:  # Dots would be a band.
+            style.pop("marker")
+        axis.plot(*zip(*points, strict=True), label=name, **style)
+    axis.set_ylabel(label)
+    spread_x(axis, "step", from_zero=True)
+
+
+def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+
+def _scores_on_the_way(
+    log: list[dict[str, Any]], card: Scorecard
+) -> tuple[list[tuple[float, float]], str, dict[str, float]]:
+    """Held-out scores, what they are, and those of n-gram models: BrierLM where it is defined in the end."""
+    points = _points(log, "eval_brier_lm")
+    if card.brier.undefined or not points or not points[-1][1] > 0:
+        floors = {name: floor.as_metrics()["brier_1"] for name, floor in card.floors.items()}
+        return _points(log, "eval_brier_1"), "Brier-1", floors
+    floors = {name: floor.brier_lm for name, floor in card.floors.items() if not floor.undefined}
+    return [(step, score) for step, score in points if score > 0], "BrierLM", floors

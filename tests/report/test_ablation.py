@@ -1,0 +1,82 @@
+"""An ablation as a Markdown file."""
+
+import datetime
+import json
+
+import pytest
+
+from calm.report.ablation import print_ablation, write_ablation
+from calm.report.facts import Provenance
+from calm.report.measured import AblationTable, Outcome
+
+SCORE = {"brier_lm": 12.0, "error": 0.5, "brier_1": 40.0, "brier_2": 20.0, "brier_3": 8.0, "brier_4": 3.0}
+DATE = datetime.datetime(2026, 7, 9, tzinfo=datetime.timezone.utc)
+MADE = Provenance(DATE, "A processor, 2 cores", {"torch": "3.4"})
+
+
+def written(tmp_path, name="one", seconds=None, **changes) -> list[str]:
+    outcome = Outcome(name, 1e12, 1_234_567, 4.7, [SCORE | {"token_accuracy": 0.99}] * 2, seconds or [])
+    values = {
+        "question": "Which?",
+        "seeds": [1, 2],
+        "context": 64,
+        "outcomes": [outcome],
+        "recipe": "seed: 1\n",
+    }
+    write_ablation(AblationTable(**{**values, "provenance": MADE, **changes}), tmp_path / "ablation.md")
+    return (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_file_says_when_where_and_with_what(tmp_path):
+    lines = written(tmp_path)
+    assert lines[0] == "Which?" and lines[2] == "9 July 2026 · A processor, 2 cores · torch 3.4"
+    heads = [cell.strip() for cell in lines[4].split("|")[1:-1]]
+    cells = dict(zip(heads, (cell.strip() for cell in lines[6].split("|")[1:-1]), strict=True))
+    assert cells[""] == "one" and cells["seed 1"] == "12.00 ± 0.50" and cells["mean"] == "12.00 ± 0.00"
+    assert (cells["parameters"], cells["training FLOPs"], cells["in the paper"]) == ("1.23 M", "1 T", "4.70")
+    folded = "\n".join(lines[lines.index("<details>") :])
+    assert "<summary>" in folded and "```yaml\nseed: 1\n```" in folded and folded.endswith("</details>")
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [([60.0, 100.0], "80 s"), ([60.0, None], ""), ([], "")])
+def test_the_time_is_a_mean_where_it_is_known(seconds, shown, tmp_path):
+    lines = written(tmp_path, seconds=seconds)
+    place = [cell.strip() for cell in lines[4].split("|")].index("training time")
+    assert lines[6].split("|")[place].strip() == shown
+
+
+def test_names_are_to_the_left_and_numbers_to_the_right(tmp_path):
+    marks = [cell.strip() for cell in written(tmp_path)[5].split("|")[1:-1]]
+    assert marks == [":---", *["---:"] * (len(marks) - 1)]
+
+
+def test_what_is_not_known_of_the_making_is_left_out(tmp_path):
+    lines = written(tmp_path, provenance=Provenance())
+    assert lines[0] == "Which?" and lines[2].startswith("|")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a | b", "a \\| b"), ("a\nb", "a b"), ("<script>", "&lt;script&gt;"), ("β = ½", "β = ½")],
+)
+def test_a_name_stays_in_its_cell(name, shown, tmp_path):
+    lines = written(tmp_path, name, question=name)
+    assert lines[0] == shown and lines[6].startswith(f"| {shown} | 12.00")
+
+
+def test_the_figures_are_the_same_whenever_they_are_written(tmp_path):
+    written(tmp_path)
+    figures = json.loads((tmp_path / "ablation.json").read_text())
+    assert set(figures) == {"question", "seeds", "context", "outcomes"}
+    assert figures["outcomes"][0]["parameters"] == 1_234_567
+
+
+@pytest.mark.parametrize("first", [SCORE, SCORE | {"brier_lm": 0.0, "brier_4": -0.1}])
+def test_nothing_that_is_printed_is_cut_short(first, capsys):
+    scores = [score | {"token_accuracy": 0.99} for score in (first, SCORE)]
+    outcome = Outcome("no posterior draws", 1e12, 10**6, 4.7, scores, [700.0, 800.0])
+    print_ablation(AblationTable("Which?", [1, 2], 64, [outcome], "seed: 1\n"))
+    lines = capsys.readouterr().out.splitlines()
+    words = {word for line in lines for word in line.split()}
+    assert {"posterior", "reconstructed", "FLOPs", "paper", "4.70"} <= words
+    assert ("undefined:" in words) == (first is not SCORE)
