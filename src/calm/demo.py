@@ -9,27 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from calm.data.prepared import PreparedData, load_prepared
 from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
-from calm.evaluation.held_out import Scorecard, score_model
-from calm.facts import facts_of
-from calm.models.calm import CalmForCausalLM
-from calm.models.loading import load_model_and_tokenizer
-from calm.report.run import RunReport, Sample, read_history, write_report
-from calm.report.tables import print_scorecard
+from calm.evaluation.held_out import Scorecard
+from calm.results import Showing, show_results
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
-from calm.texts import continue_texts
 from calm.training.check import check_model
-from calm.training.recipe_files import RECIPE, read_recipe
-from calm.training.runs import HISTORY
+from calm.training.recipe_files import read_recipe
 from calm.training.stages import train
-
-NUM_SAMPLES = 6
-_FLOORS = [3, 5]
 
 
 def run_demo(
@@ -66,31 +55,10 @@ def run_demo(
     with _stories_in(text, recipe.seed, num_stories):
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(text)]))
         say("training the autoencoder, then the language model")
-        folder = train(recipe, output, overwrite=overwrite)
-    say("scoring held-out stories")
-    model, tokenizer = load_model_and_tokenizer(str(folder))
-    data = load_prepared(output / "data")
-    card = score_model(model, data, context=recipe.data.context, ngrams=_FLOORS, layout_seed=recipe.seed)
-    print_scorecard(card)
-    say("continuing held-out stories at temperature 0.5")
-    samples = write_samples(model, tokenizer, data, recipe.seed)
-    for sample in samples:
-        console.print(f"[bold]{sample.prompt}[/bold]{sample.continuation}\n", markup=True)
-    report = output / "report.html"
-    history = read_history(output / HISTORY)
-    write_report(
-        report,
-        RunReport(
-            title="CALM on small stories",
-            card=card,
-            history=history,
-            samples=samples,
-            recipe=(output / RECIPE).read_text(encoding="utf-8"),
-            facts=facts_of(recipe, model, history),
-        ),
-    )
-    say(f"model: {folder}   report: {report}")
-    return card
+        train(recipe, output, overwrite=overwrite)
+    say("scoring held-out stories, and letting the model continue some")
+    showing = Showing(title="CALM on small stories", num_blocks=None, sample_tokens=400)
+    return show_results(output, showing)
 
 
 def _check_stories(path: Path, seed: int) -> None:
@@ -121,16 +89,3 @@ def _stories_in(path: Path, seed: int, number: int) -> Iterator[None]:
             if not was_there:
                 path.unlink()
             raise
-
-
-def write_samples(
-    model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, data: PreparedData, seed: int
-) -> list[Sample]:
-    """Continue the first words of held-out stories."""
-    beginnings = data.held_out_beginnings(NUM_SAMPLES)
-    prompts = [beginning for beginning, _ in beginnings]
-    continuations = continue_texts(model, tokenizer, prompts, at_most=400, temperature=0.5, seed=seed)
-    return [
-        Sample(prompt, continuation, truth)
-        for (prompt, truth), continuation in zip(beginnings, continuations, strict=True)
-    ]

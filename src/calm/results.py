@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.prepared import PreparedData, load_prepared
+from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.facts import facts_of
@@ -18,6 +20,7 @@ from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.run import RunReport, Sample, read_history, write_report
 from calm.report.tables import print_scorecard
 from calm.texts import continue_texts
+from calm.training.finetuning import ANSWERS
 from calm.training.opening import data_folder
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
@@ -26,7 +29,8 @@ from calm.training.runs import HISTORY
 
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
-NUM_SAMPLES = 6
+NUM_SAMPLES, NUM_ANSWERS = 6, 3
+_ANSWERS = {"completion": "expected:", "before": "before:", "after": "now:"}
 _FLOORS = (3, 5)
 _MOST_COUNTED = 20_000_000  # Training tokens of n-gram floors: counting takes memory for each.
 
@@ -80,7 +84,9 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     for sample in samples:
         console.print(f"[bold]{escape(sample.prompt)}[/bold]{escape(sample.continuation)}\n")
     _write_report(folder, recipe, showing.title, card, samples, model)
-    _print_next(folder, samples)
+    place = shlex.quote(str(folder))
+    words = " ".join(samples[0].prompt.split()[:4]) if samples else "Once"
+    _print_next(f"generate {place} {shlex.quote(words)} --stream", f"serve {place}")
     return card
 
 
@@ -134,10 +140,8 @@ def _write_report(
     print(f"report: {folder / REPORT}")
 
 
-def _print_next(folder: Path, samples: list[Sample]) -> None:
-    place = shlex.quote(str(folder))
-    words = " ".join(samples[0].prompt.split()[:4]) if samples else "Once"
-    print(f"next:   calm generate {place} {shlex.quote(words)} --stream\n        calm serve {place}")
+def _print_next(*commands: str) -> None:
+    print("next:   " + "\n        ".join(f"calm {command}" for command in commands))
 
 
 def show_results_once(folder: Path) -> None:
@@ -148,3 +152,23 @@ def show_results_once(folder: Path) -> None:
         show_results(folder, Showing(title=folder.resolve().name))
     except InputError as error:
         logger.warning("no scores: %s", error)
+
+
+def show_answers(folder: Path) -> None:
+    """Print a few held-out prompts of a fine-tuning run with its answers, and what to type next.
+
+    Args:
+        folder: Folder of the run.
+    """
+    if not processes().is_main_process:
+        return
+    console = Console(highlight=False)
+    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
+    for answered in map(json.loads, lines[:NUM_ANSWERS]):
+        console.print(f"[bold]{escape(answered['prompt'].strip())}[/bold]")
+        for name in ("completion", "before", "after"):
+            console.print(f"  {_ANSWERS[name]:<9} {escape(answered[name].strip())}")
+    place = shlex.quote(str(folder))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    talk = f"chat {place}" if tokenizer.chat_template else f"generate {place} --file questions.txt"
+    _print_next(talk, f"serve {place}")

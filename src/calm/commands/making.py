@@ -109,12 +109,7 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
     from calm.results import show_results_once
     from calm.training.stages import train as run
 
-    def run_and_show(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path:
-        model = run(recipe, folder, resume=resume, overwrite=overwrite)
-        show_results_once(folder)
-        return model
-
-    _follow(recipe, output, resume, overwrite, command="train", run=run_and_show)
+    _follow(recipe, output, resume, overwrite, command="train", run=run, show=show_results_once)
 
 
 def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
@@ -130,9 +125,10 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
         calm finetune --model runs/a --examples.sources qa.jsonl --output runs/c
         calm finetune --resume --output runs/c --training.steps 600
     """
+    from calm.results import show_answers
     from calm.training.finetuning import finetune as run
 
-    _follow(recipe, output, resume, overwrite, command="finetune", run=run)
+    _follow(recipe, output, resume, overwrite, command="finetune", run=run, show=show_answers)
 
 
 def _follow(
@@ -143,8 +139,9 @@ def _follow(
     *,
     command: str,
     run: Callable[..., Path],
+    show: Callable[[Path], None],
 ) -> None:
-    """Run a recipe. If the run stops after it has begun, the command that resumes it is printed."""
+    """Run a recipe and show what came of it. If the run stops, the command that resumes it is printed."""
     from calm.training.continuing import completed
     from calm.training.processes import processes
     from calm.training.recipe_files import differences, read_recipe_of
@@ -152,14 +149,15 @@ def _follow(
 
     try:
         model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
+        if processes().is_main_process:
+            print(f"model:  {model}")
+        show(Path(output))
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
             noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
             if not differences(noted, completed(recipe) if isinstance(recipe, Recipe) else recipe):
                 logger.warning("go on with: calm %s --resume --output %s", command, shlex.quote(output))
         raise
-    if processes().is_main_process:
-        print(f"model: {model}")
 
 
 def compare(
