@@ -1,0 +1,99 @@
+"""What a new user sees in the first ten minutes, recorded as text.
+
+    python benchmarks/first_minutes.py --output docs/guides/first_minutes.md
+
+It clones this repository into an empty folder, and types what the page shows. The output is that of the
+commands, as a log has it; long ones are cut in the middle, and said to be.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from measure import machine
+
+ROOT = Path(__file__).parents[1]
+_INTRODUCTION = """# The first ten minutes
+
+What a new user types and sees, from a clone to a model of the user's own, recorded by `benchmarks/first_minutes.py` on
+{machine}. Times are those of the whole command. On a terminal, bars move in place; this is how a log has them.
+"""
+# What is said before a command, the command, and after how many seconds Ctrl+C stops it.
+_STEPS: tuple[tuple[str, str, int | None], ...] = (
+    ("Everything goes into `.venv`; this takes the time of the downloads.", "make install", None),
+    ("A small model comes with the package.", "calm generate stories 'Once upon a time' --seed 1", None),
+    ("What could each recipe do, and what does it need?", "calm recipes", None),
+    (
+        "A model of your own, here of the Markdown files of this repository. Somebody presses Ctrl+C.",
+        "calm train --recipe laptop_quick --data.sources docs/ --output runs/mine "
+        "--language_model.training.steps 500 --language_model.training.save_every 100",
+        60,
+    ),
+    ("It goes on where it was.", "calm train --resume --output runs/mine", None),
+    ("The folder of the run is the name of its model.", "calm generate runs/mine 'The model' -n 2 --seed 3", None),
+    ("As JSON, for other programs.", "calm generate runs/mine 'The head' --json --seed 3 | head -c 300", None),
+)
+_LINES = 60
+
+
+def main() -> None:
+    """Record the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/guides/first_minutes.md")
+    parser.add_argument("--source", default=str(ROOT), help="repository that is cloned")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as empty:
+        folder = Path(empty) / "calm"
+        subprocess.run(["git", "clone", "--quiet", arguments.source, str(folder)], check=True)
+        parts, begin = [], time.monotonic()
+        for words, command, stop_after in _STEPS:
+            output, seconds = _typed(command, folder, stop_after)
+            parts.append(f"{words}\n\n```text\n$ {command}\n{output}\n```\n\n{_took(seconds)}")
+        total = f"All of it took {round((time.monotonic() - begin) / 60)} minutes."
+    page = [_INTRODUCTION.format(machine=machine().strip()), *parts, total]
+    arguments.output.write_text("\n\n".join(part.strip() for part in page) + "\n", encoding="utf-8")
+
+
+def _typed(command: str, folder: Path, stop_after: int | None) -> tuple[str, float]:
+    """What a command prints in a shell whose environment is the clone's, and how long it takes."""
+    paths = f"{folder / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": paths, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=stop_after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate()
+        output = f"{output.rstrip()}"
+    return _shortened(output.strip().replace(str(folder), ".")), time.monotonic() - begin
+
+
+def _shortened(output: str) -> str:
+    lines = [line.rstrip() for line in output.splitlines()]
+    if len(lines) <= _LINES:
+        return "\n".join(lines)
+    left_out = len(lines) - _LINES
+    return "\n".join([*lines[: _LINES // 2], f"[... {left_out} lines ...]", *lines[-_LINES // 2 :]])
+
+
+def _took(seconds: float) -> str:
+    return f"({seconds:.0f} s)" if seconds < 120 else f"({seconds / 60:.0f} min)"
+
+
+if __name__ == "__main__":
+    main()
