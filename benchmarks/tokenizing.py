@@ -41,7 +41,7 @@ def main() -> None:
         if not sources:
             write_stories(folder / "stories.jsonl", 0, arguments.stories)
             sources = [str(folder / "stories.jsonl")]
-        texts = [row["text"] for row in load_documents(sources, ReadingOptions())]
+        texts = [row["text"] for row in load_documents(sources, ReadingOptions()).texts]
         tokenizer = train_tokenizer(iter(texts[:5000]), arguments.vocab_size)
         tokenizer.save_pretrained(folder / "tokenizer")
         fast = tokenizer.backend_tokenizer

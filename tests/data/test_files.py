@@ -11,7 +11,8 @@ from calm.data import files
 from calm.data.files import find_files
 from calm.data.reading import ReadingOptions
 from calm.data.records import load_records
-from calm.data.sources import find_shards, load_documents
+from calm.data.shards import find_shards
+from calm.data.sources import load_documents
 from calm.errors import InputError
 
 NOT_READ = [
@@ -133,7 +134,7 @@ def test_a_link_may_be_named_directly(folder, tmp_path):
 
 
 def test_broken_links_unreadable_folders_and_other_formats_are_counted(folder, caplog, monkeypatch):
-    write(folder / "a.txt", folder / "b.md", folder / "c.csv", folder / "locked/d.txt", folder / ".DS_Store")
+    write(folder / "a.txt", folder / "b.png", folder / "c.csv", folder / "locked/d.txt", folder / ".DS_Store")
     (folder / "gone.txt").symlink_to("nowhere.txt")
     os.mkfifo(folder / "pipe.txt")
     listed = os.listdir
@@ -144,7 +145,7 @@ def test_broken_links_unreadable_folders_and_other_formats_are_counted(folder, c
         return listed(path)
 
     monkeypatch.setattr(files.os, "listdir", listdir)
-    left_out = "broken links (1), other formats (3), unreadable (1)"
+    left_out = "broken links (1), other formats (3: .png 1, .csv 1, .txt 1), unreadable (1)"
     assert told(folder, caplog) == [f"read 1 file of '{folder}'; left out: {left_out}"]
     with pytest.raises(InputError, match=r"cannot open the folder '.*locked' \(.*Permission denied"):
         find_files(folder / "locked")
@@ -160,9 +161,9 @@ def test_what_calm_wrote_below_a_folder_is_no_text(folder, caplog):
 
 
 def test_a_folder_of_nothing_but_hidden_text_says_so(folder):
-    write(folder / ".a.txt", folder / ".git/b.txt", folder / "c.md")
+    write(folder / ".a.txt", folder / ".git/b.txt", folder / "c.png")
     with pytest.raises(
-        InputError, match=r"holds no .*\(left out: hidden \(2\), other formats \(1\)\); check"
+        InputError, match=r"holds no .*\(left out: hidden \(2\), other formats \(1: .png 1\)\); check"
     ):
         find_files(folder)
 
@@ -186,7 +187,9 @@ def test_text_records_and_streams_leave_out_the_same(folder, tmp_path, caplog):
     )
     (folder / "c.jsonl").symlink_to("a.jsonl")
     with caplog.at_level(logging.INFO):
-        assert len(load_documents([str(folder)], ReadingOptions(), cache_dir=str(tmp_path / "cache"))) == 1
+        assert (
+            len(load_documents([str(folder)], ReadingOptions(), cache_dir=str(tmp_path / "cache")).ranks) == 1
+        )
         assert len(list(load_records([str(folder)]))) == 1
         [shard] = find_shards([str(folder)], ReadingOptions())
     assert list(shard.read()) == ["a"]

@@ -13,7 +13,7 @@ from calm.data.pieces import rank_of
 from calm.data.prepare import prepare
 from calm.data.prepared import split_of
 from calm.data.reading import ReadingOptions
-from calm.data.sources import find_shards
+from calm.data.shards import find_shards
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings
 from calm.data.tokenizer import train_tokenizer

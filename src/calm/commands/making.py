@@ -8,6 +8,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from calm.data.stories import NUM_STORIES
 from calm.errors import InputError, RunError, Terminated
@@ -39,29 +40,33 @@ def prepare(
     output: str,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
-    text_field: str = "text",
+    text_field: list[str] | str = "text",
     separator: str | None = None,
     max_document_mb: int = 1000,
     validation: list[str] | str | None = None,
     validation_fraction: float = 0.02,
     seed: int = 0,
     num_proc: int | None = None,
+    engine: Literal["processes", "ray"] = "processes",
     overwrite: bool = False,
 ) -> None:
     """Turn text into a prepared folder: tokenizer, tokenized training and held-out documents.
 
     Args:
-        sources: Files (.txt, .jsonl, .parquet; plain, .gz, .xz, .zst, .bz2), folders, or hub datasets.
+        sources: Files (.jsonl, .parquet, plain text such as .txt and .md; also .gz, .xz, .zst, .bz2), folders
+            of them or of save_to_disk, or hub datasets.
         output: Folder to write.
         tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
         vocab_size: Size of a trained vocabulary.
-        text_field: Field of the text in .jsonl, .parquet and hub datasets.
-        separator: Line that parts the documents of a .txt file ("" for a blank line).
+        text_field: Field of the text in records; several, such as title,text, are put together.
+        separator: Line that parts the documents of a plain-text file ("" for a blank line).
         max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
-        validation: Sources of held-out text; none holds out a part of the sources.
+        validation: Sources of held-out text; none takes the split "validation" of a saved DatasetDict, or a
+            part of the sources.
         validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
         seed: Changes what is held out.
         num_proc: Processes; none takes all cores.
+        engine: Who reads and tokenizes: processes here, or Ray Data, on one machine or many.
         overwrite: Replace the output folder.
     """
     SEEDS.require("seed", seed)
@@ -83,6 +88,7 @@ def prepare(
         validation_fraction=validation_fraction,
         seed=seed,
         num_proc=num_proc,
+        engine=engine,
         overwrite=overwrite,
     )
     print(

@@ -26,7 +26,7 @@ def evaluate(
     estimator: Literal["best", "draws"] = "best",
     protocol: Literal["published"] | None = None,
     head: dict[str, Any] | None = None,
-    text_field: str = "text",
+    text_field: list[str] | str = "text",
     separator: str | None = None,
     max_document_mb: int = 1000,
     seed: int = 1234,
@@ -46,8 +46,8 @@ def evaluate(
         protocol: published is the paper's, whatever context and layout say: packed documents, blocks of
             2048 positions (8192 tokens for K = 4).
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
-        text_field: Field of the text in .jsonl, .parquet and hub datasets.
-        separator: Line that parts the documents of a .txt file ("" for a blank line).
+        text_field: Field of the text in records; several, such as title,text, are put together.
+        separator: Line that parts the documents of a plain-text file ("" for a blank line).
         max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         seed: Seed of the draws.
         json: Print the figures as one JSON object.

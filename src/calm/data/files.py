@@ -1,9 +1,9 @@
 """The files of a source: known formats, compressed or not, and what is left out below a folder.
 
-Below a folder these are not read: hidden files and folders, those of systems and tools (waste baskets,
-caches, installed packages), what calm itself wrote (runs, prepared text, models), links that lead nowhere,
-folders that cannot be opened, and files that are read already under another name. What a user names directly
-is read.
+Below a folder these are not read: other formats, hidden files and folders, those of systems and tools (waste
+baskets, caches, installed packages), what calm itself wrote (runs, prepared text, models), datasets of
+`save_to_disk`, links that lead nowhere, folders that cannot be opened, and files that are read already under
+another name. What a user names directly is read, as plain text if its name tells nothing else.
 """
 
 import logging
@@ -14,8 +14,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from calm.data.compression import COMPRESSIONS
+from calm.data.compression import name_without_compression
 from calm.data.formats import format_of, known_suffixes
+from calm.data.plain import check_plain_text
+from calm.data.rows import is_saved
 from calm.errors import InputError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _OF_TOOLS = {
     "@recently-snapshot",
     "@eadir",
 }
+_OTHERS = "other formats"
+_SUFFIXES_TOLD, _LONGEST_SUFFIX = 5, 12
 _ENDS_OF_TOOLS = (".dist-info", ".egg-info")
 
 
@@ -66,15 +70,12 @@ def find_files(path: Path, *, tell: bool = False) -> list[Path]:
     """
     if path.is_file():
         if format_of(path) is None:
-            raise InputError(
-                f"cannot read '{path}': its name must end in {', '.join(known_suffixes())}, "
-                f"perhaps followed by {', '.join(COMPRESSIONS)}."
-            )
+            check_plain_text(path)
         return [path]
     if not path.is_dir():
         raise InputError(f"cannot read '{path}': it is neither a file nor a folder.")
     listing = _Listing(path)
-    left_out = ", ".join(f"{reason} ({count})" for reason, count in sorted(listing.left_out.items()))
+    left_out = listing.told()
     if not listing.files:
         but = f" (left out: {left_out})" if left_out else ""
         raise InputError(
@@ -100,6 +101,7 @@ class _Listing:
     root: Path
     files: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._seen: set[tuple[int, int | str]] = set()
@@ -108,6 +110,16 @@ class _Listing:
         for link in self._links:  # It grows meanwhile.
             self._walk(link)
         self.files.sort()
+
+    def told(self) -> str:
+        """What is left out, and how often; of other formats the suffixes that are most frequent."""
+        counts = {reason: str(count) for reason, count in sorted(self.left_out.items())}
+        if self.suffixes:
+            shown = self.suffixes.most_common(_SUFFIXES_TOLD)
+            more = self.suffixes.total() - sum(count for _, count in shown)
+            words = [f"{suffix} {count}" for suffix, count in shown] + [f"others {more}"] * bool(more)
+            counts[_OTHERS] += f": {', '.join(words)}"
+        return ", ".join(f"{reason} ({count})" for reason, count in counts.items())
 
     def _walk(self, start: Path) -> None:
         """Take note of a file, or of all below a folder, in the order of names."""
@@ -128,6 +140,8 @@ class _Listing:
                 continue
             if path is not self.root and (reason := _reason_against(path, status, names)):
                 self.left_out[reason] += 1
+                if reason == _OTHERS:
+                    self.suffixes[_suffix_of(path)] += 1
             elif (identity := _identity_of(path, status)) in self._seen:
                 self.left_out["read already under another name"] += 1
             else:
@@ -159,8 +173,16 @@ def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) 
     if stat.S_ISDIR(status.st_mode):
         if "pyvenv.cfg" in names:
             return "of systems and tools"
-        return "runs, models and prepared text" if _is_of_calm(path, names) else None
-    return None if stat.S_ISREG(status.st_mode) and format_of(path) else "other formats"
+        if _is_of_calm(path, names):
+            return "runs, models and prepared text"
+        return "saved datasets, which need to be named" if is_saved(path, names) else None
+    return None if stat.S_ISREG(status.st_mode) and format_of(path) else _OTHERS
+
+
+def _suffix_of(path: Path) -> str:
+    """The suffix of a file, without that of a compression, if it is one that can be shown."""
+    suffix = Path(name_without_compression(path)).suffix
+    return suffix if suffix[1:].isalnum() and len(suffix) <= _LONGEST_SUFFIX else "without a suffix"
 
 
 def _is_of_calm(path: Path, names: Collection[str]) -> bool:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from calm.data.compression import COMPRESSIONS, name_without_compression
+from calm.data.options import ReadingOptions
 from calm.data.reading import (
     DAMAGE,
-    ReadingOptions,
     documents_of_json_lines,
     documents_of_parquet,
     documents_of_text,
@@ -30,7 +30,7 @@ from calm.data.reading import (
 from calm.errors import InputError, reason_of
 
 logger = logging.getLogger(__name__)
-DocumentReader = Callable[[Path, ReadingOptions], Iterable[str]]
+DocumentReader = Callable[[Path, ReadingOptions], Iterable[str | None]]
 RecordReader = Callable[[Path], Iterable[tuple[str, dict[str, Any]]]]
 _ENTRY_POINTS = "calm.formats"
 
@@ -40,7 +40,7 @@ class Format:
     """How the files of a suffix are read.
 
     Args:
-        documents: Path and options -> the documents of a file, for training.
+        documents: Path and options -> the documents of a file, for training; None for a record without text.
         records: Path -> the place of each record (for messages) and its fields, for fine-tuning; None if such
             files hold no records.
     """
@@ -49,8 +49,9 @@ class Format:
     records: RecordReader | None = None
 
 
-FORMATS = {
-    ".txt": Format(documents_of_text),
+# Of prose. Log files and code may lie about in any folder; they are read where they are named.
+PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex")
+FORMATS = dict.fromkeys(PLAIN_TEXT, Format(documents_of_text)) | {
     ".jsonl": Format(documents_of_json_lines, records_of_json_lines),
     ".parquet": Format(documents_of_parquet, records_of_parquet),
 }
@@ -64,9 +65,10 @@ def register_format(suffix: str, documents: DocumentReader, records: RecordReade
 
     Args:
         suffix: The suffix in lower case, such as ".srt". A format that exists is replaced.
-        documents: Path and options -> the documents of a file. `calm.data.compression.open_file` opens a
-            file that may be compressed, `calm.data.reading.numbered_lines` reads its lines as UTF-8. Raise
-            `calm.errors.InputError` to report a bad file in one sentence.
+        documents: Path and options -> the documents of a file; None for a record without text.
+            `calm.data.compression.open_file` opens a file that may be compressed,
+            `calm.data.reading.numbered_lines` reads its lines as UTF-8. Raise `calm.errors.InputError` to
+            report a bad file in one sentence.
         records: Path -> the place of each record (for messages) and its fields; None if such files hold no
             records.
 
@@ -94,16 +96,16 @@ def known_suffixes() -> list[str]:
     return list(FORMATS)
 
 
-def read_documents(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """Documents of one file, without those that are blank.
+def read_documents(path: Path, options: ReadingOptions) -> Iterator[str | None]:
+    """Documents of one file, without those that are blank; None for each record without text.
 
     Raises:
-        InputError: If the file is damaged, not UTF-8, or a record has no text.
+        InputError: If the file is damaged, not UTF-8, or a record holds something else than text.
     """
     found = format_of(path) or FORMATS[".txt"]
     try:
         for document in found.documents(path, options):
-            if document.strip():
+            if document is None or document.strip():
                 yield document
     except DAMAGE as error:
         raise InputError(

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from calm.data.engines import Ahead, nothing_ahead
 from calm.data.kept import made_or_kept
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
@@ -99,6 +100,7 @@ def tokens_of(
     *,
     num_proc: int,
     name: str,
+    ahead: Ahead = nothing_ahead,
 ) -> datasets.Dataset:
     """Documents as the column `input_ids`; pieces that are there are taken.
 
@@ -109,6 +111,7 @@ def tokens_of(
         work: Folder of pieces.
         num_proc: Processes.
         name: Of the split, for the display.
+        ahead: Where pieces are made before they are needed (`calm.data.engines`).
 
     Raises:
         RunError: If a process dies.
@@ -128,8 +131,9 @@ def tokens_of(
             f"{name} ({number} of {len(starts)})" if len(starts) > 1 else name,
             tokens / "tokens.arrow",
         )
-        pieces.append(made_or_kept(piece, tokens, "tokens"))
-    return datasets.concatenate_datasets(pieces)
+        pieces.append(partial(made_or_kept, piece, tokens, "tokens"))
+    ahead(pieces)
+    return datasets.concatenate_datasets([piece() for piece in pieces])
 
 
 def tokenized(

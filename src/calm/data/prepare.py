@@ -10,31 +10,38 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.counts import count
-from calm.data.pieces import kept_work, ranks_of, tokens_of, trained_tokenizer
+from calm.data.engines import Engine, working_ahead
+from calm.data.options import ReadingOptions
+from calm.data.pieces import kept_work, tokens_of, trained_tokenizer
 from calm.data.prepared import INFO, PreparedData, digest_of, load_prepared, read_info
-from calm.data.reading import ReadingOptions
-from calm.data.sources import check_sources, load_documents
+from calm.data.rows import Source, as_sources, name_of, validation_rows
+from calm.data.shards import check_sources
+from calm.data.sources import load_documents
 from calm.data.splitting import Split, choose_split, split_documents
 from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError
 from calm.storage.folders import check_output, check_spared, written_whole
 from calm.storage.ours import PREPARED
 
+_BYTES_OF_A_TOKEN, _BYTES_OF_A_FILE = 4, 500 * 10**6
+
 
 def prepare(
-    sources: list[str],
+    sources: Source | Sequence[Source],
     output: Path,
     *,
     options: ReadingOptions | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
-    validation_sources: Sequence[str] = (),
+    validation_sources: Source | Sequence[Source] = (),
     validation_fraction: float = 0.02,
     seed: int = 0,
     num_proc: int | None = None,
+    engine: Engine = "processes",
     most: int | None = None,
     overwrite: bool = False,
 ) -> PreparedData:
@@ -44,16 +51,19 @@ def prepare(
     (`calm.data.splitting`). Work that was stopped is taken up again (`calm.data.pieces`).
 
     Args:
-        sources: Files, folders or hub datasets; see `calm.data.sources`.
+        sources: Files, folders, hub datasets, or datasets of the library `datasets`; see `calm.data.sources`.
         output: The prepared folder; appears only when it is complete.
         options: How documents are found in the sources.
         tokenizer: Folder, file or hub name of a tokenizer; None trains a BPE on the training split.
         vocab_size: Size of a trained vocabulary.
-        validation_sources: Where held-out documents come from; none splits `sources`.
+        validation_sources: Where held-out documents come from; none takes the split `validation` of a
+            `DatasetDict` among the sources, or else splits `sources`.
         validation_fraction: Share of the text held out where `sources` is split.
         seed: Changes which documents are held out.
-        num_proc: Processes; all cores when None.
-        most: Documents of each file that are read at most: a sample of text that is streamed.
+        num_proc: Processes, of this machine or of the engine's; all cores when None.
+        engine: Who reads and tokenizes: processes of this machine, or Ray Data (`calm.data.engines`). The
+            folder is the same.
+        most: Documents of each file or dataset that are read at most: a sample of text that is streamed.
         overwrite: Whether an existing output folder is replaced.
 
     Raises:
@@ -61,9 +71,12 @@ def prepare(
         RunError: If the disk is full, or a process dies.
     """
     options = options or ReadingOptions()
-    num_proc = num_proc or os.cpu_count() or 1
+    sources = as_sources(sources)
+    names = [name_of(source) for source in sources]
+    validation_sources = as_sources(validation_sources) or validation_rows(sources)
     replaces = PREPARED if overwrite else None
-    check_spared(output, [*sources, *validation_sources, *([] if tokenizer is None else [tokenizer])])
+    named = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
+    check_spared(output, named)
     check_output(output, replaces)
     given = check_text(
         sources,
@@ -72,37 +85,50 @@ def prepare(
         validation_sources=validation_sources,
         validation_fraction=validation_fraction,
     )
-    with kept_work(output) as work:
-        read = partial(load_documents, options=options, cache_dir=str(work), num_proc=num_proc)
-        documents = read(sources, most=most)
-        ranks = ranks_of(documents, seed)
-        split = Split(seed)
-        if validation_sources:
-            held_out = read(list(validation_sources))
-            splits = {"train": (documents, ranks), "validation": (held_out, ranks_of(held_out, seed))}
+    with working_ahead(engine, num_proc) as ahead, kept_work(output) as work:
+        # What is done ahead is done one piece to a worker.
+        num_proc = 1 if engine == "ray" else num_proc or os.cpu_count() or 1
+        read = partial(
+            load_documents,
+            options=options,
+            seed=seed,
+            cache_dir=str(work.absolute()),
+            num_proc=num_proc,
+            most=most,
+            ahead=ahead,
+        )
+        documents = read(sources)
+        held_out = read(validation_sources) if validation_sources else None
+        if held_out is None:
+            texts, ranks = documents.texts, documents.ranks
+            split = choose_split(texts, ranks, validation_fraction, seed, names)
+            splits = split_documents(texts, ranks, split, work)
         else:
-            split = choose_split(documents, ranks, validation_fraction, seed, sources)
-            splits = split_documents(documents, ranks, split, work)
+            split = Split(seed)
+            sides = {"train": documents, "validation": held_out}
+            splits = {name: (side.texts, side.ranks) for name, side in sides.items()}
         tokens = given or trained_tokenizer(*splits["train"], vocab_size, work)
         parts = {
-            name: tokens_of(*part, tokens, work, num_proc=num_proc, name=name)
+            name: tokens_of(*part, tokens, work, num_proc=num_proc, name=name, ahead=ahead)
             for name, part in splits.items()
         }
+        counts, digest = count(**parts), digest_of(**parts, tokenizer=tokens)
         with written_whole(output, replaces) as folder:
             for name, part in parts.items():
-                part.save_to_disk(folder / name)
+                _save(part, folder / name, counts.tokens[name], f"{digest}-{name}")
             tokens.save_pretrained(folder / "tokenizer")
             info = {
-                "sources": sources,
+                "sources": names,
                 "options": asdict(options),
                 "vocab_size": len(tokens),
-                **asdict(count(**parts)),
+                **asdict(counts),
+                "records_without_text": documents.num_skipped + (held_out.num_skipped if held_out else 0),
                 "seed": seed,
                 "validation_fraction": None if validation_sources else validation_fraction,
                 "held_out_below": split.highest,
                 "part_bytes": split.part_bytes,
                 "sample_documents": most,
-                "digest": digest_of(**parts, tokenizer=tokens),
+                "digest": digest,
             }
             (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     data = load_prepared(output)
@@ -111,11 +137,11 @@ def prepare(
 
 
 def check_text(
-    sources: Sequence[str],
+    sources: Sequence[Source],
     *,
     tokenizer: str | None,
     vocab_size: int,
-    validation_sources: Sequence[str],
+    validation_sources: Sequence[Source],
     validation_fraction: float,
 ) -> PreTrainedTokenizerBase | None:
     """Find the mistakes of what is to be prepared before anything is written; the arguments of `prepare`.
@@ -134,6 +160,13 @@ def check_text(
         return load_tokenizer(tokenizer)
     check_vocab_size(vocab_size)
     return None
+
+
+def _save(documents: datasets.Dataset, folder: Path, num_tokens: int, fingerprint: str) -> None:
+    """Write tokens: the same bytes for the same tokens, in however many pieces they were made."""
+    num_files = 1 + _BYTES_OF_A_TOKEN * num_tokens // _BYTES_OF_A_FILE
+    documents = datasets.Dataset(documents.data, fingerprint=fingerprint)
+    documents.save_to_disk(folder, num_shards=min(num_files, len(documents)))
 
 
 def tell_counts(path: Path, data: PreparedData) -> None:

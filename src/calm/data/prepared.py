@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
 from calm.data.kept import made_or_kept
+from calm.data.options import ReadingOptions
 from calm.data.pieces import tokenized
-from calm.data.reading import ReadingOptions
+from calm.data.rows import validation_rows
 from calm.data.sources import load_documents
 from calm.data.splitting import Split
 from calm.data.tokenizer import load_tokenizer
@@ -181,8 +182,8 @@ def held_out_data(
     """Text to score with a model's own tokenizer.
 
     Args:
-        sources: A prepared folder of the same tokenizer, of which the held-out part is scored, or
-            files, folders or hub datasets, of which all is.
+        sources: A prepared folder of the same tokenizer or saved splits, whose held-out part is scored,
+            or files, folders or hub datasets, of which all is.
         tokenizer: The model's tokenizer.
         options: How documents are found in sources.
 
@@ -198,8 +199,8 @@ def held_out_data(
             )
         return data
     folder = temporary_folder()
-    read = load_documents(sources, options, cache_dir=str(folder))
-    documents = tokenized(read, tokenizer, 1, "held-out text", folder / "tokens.arrow")
+    read = load_documents(validation_rows(sources) or sources, options, cache_dir=str(folder))
+    documents = tokenized(read.texts, tokenizer, 1, "held-out text", folder / "tokens.arrow")
     nothing = documents.select([])
     digest = digest_of(nothing, documents, tokenizer)
     return PreparedData(nothing, documents, tokenizer, digest, folder)

@@ -1,6 +1,7 @@
 """What text, JSON lines and parquet files hold, compressed or not: documents, and records with their places.
 
-`calm.data.formats` says which file is read by which of these.
+`calm.data.formats` says which file is read by which of these. A record without text counts as None among the
+documents, so that whoever reads can tell how many there were.
 """
 
 import contextlib
@@ -8,8 +9,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,13 @@ import pyarrow
 import pyarrow.parquet
 
 from calm.data.compression import COMPRESSIONS, open_file
+from calm.data.options import ReadingOptions, is_text, no_such_field, text_of, too_long
 from calm.errors import InputError, reason_of
 
 _DOCUMENTS_AT_ONCE = 100
 _RECORDS_AT_ONCE = 1000
 # What the libraries raise for files that are damaged or something else than they say.
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How documents are found in what is read.
-
-    Args:
-        text_field: Field of the text in JSON lines, parquet files and hub datasets.
-        separator: A line that parts the documents of a .txt file ("" for a blank line); None if
-            each file is one document.
-        max_document_mb: Longest document or line, and longest parquet file that is compressed, in MB (10^6
-            bytes): they are read into memory whole.
-    """
-
-    text_field: str = "text"
-    separator: str | None = None
-    max_document_mb: int = 1000
-
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of a document at most."""
-        return self.max_document_mb * 10**6
 
 
 def numbered_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> Iterator[tuple[int, str]]:
@@ -56,7 +35,7 @@ def numbered_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) ->
     with open_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(most_bytes + 1), b""), 1):
             if len(line) > most_bytes:
-                raise _too_long(f"line {number} of '{path}'", most_bytes)
+                raise too_long(f"line {number} of '{path}'", most_bytes)
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -81,7 +60,7 @@ def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
             lines.append(line)
             room -= len(line)  # Of characters, which are bytes or more.
             if room < 0:
-                raise _too_long(f"the document of '{path}' that goes on in line {number}", options.most_bytes)
+                raise too_long(f"the document of '{path}' that goes on in line {number}", options.most_bytes)
     yield "".join(lines).strip("\r\n")
 
 
@@ -103,24 +82,22 @@ def _json_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> It
         yield number, value
 
 
-def documents_of_json_lines(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """The field of the text of each line.
+def documents_of_json_lines(path: Path, options: ReadingOptions) -> Iterator[str | None]:
+    """The text of each line; None for a line without any.
 
     Raises:
-        InputError: If a line is not JSON, has no such field, or is too long.
+        InputError: If a line is no record, its text is something else or too long, or no line has a field.
     """
+    missing, fields = list(options.text_fields), list[str]()
     for number, record in _json_lines(path, options.most_bytes):
-        text = record.get(options.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(
-                f"'{path}', line {number}, has no text in a field '{options.text_field}'; "
-                "mend that line or name another field."
-            )
-        if _has_half_a_pair(text):
-            raise InputError(
-                f"'{path}', line {number}, has half a surrogate pair in its text; mend that line."
-            )
-        yield text
+        where = f"'{path}', line {number}"
+        if not isinstance(record, dict):
+            raise _no_record(where)
+        fields = fields or list(record)
+        missing = [name for name in missing if name not in record]
+        yield text_of(record, options, where)
+    if missing and fields:
+        raise no_such_field(f"'{path}'", missing[0], fields)
 
 
 def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -131,7 +108,7 @@ def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     for number, record in _json_lines(path):
         if not isinstance(record, dict):
-            raise InputError(f"'{path}', line {number}, is no record ({{...}}); mend that line.")
+            raise _no_record(f"'{path}', line {number}")
         if _has_half_a_pair(json.dumps(record, ensure_ascii=False)):
             raise InputError(f"'{path}', line {number}, has half a surrogate pair in a text; mend that line.")
         yield f"'{path}', line {number}", record
@@ -146,29 +123,43 @@ def _has_half_a_pair(text: str) -> bool:
     return False
 
 
-def documents_of_parquet(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """The column of the text of a parquet file, without rows in which it is null or empty.
+def _no_record(where: str) -> InputError:
+    return InputError(f"{where}, is no record ({{...}}); mend that line.")
+
+
+def documents_of_parquet(path: Path, options: ReadingOptions) -> Iterator[str | None]:
+    """The text of each row; None for a row without any.
 
     Raises:
-        InputError: If there is no such column, it holds no text, or a document is too long.
+        InputError: If a column is missing or holds no text, or a document is too long.
     """
     with open_parquet(path, options.most_bytes) as table:
-        if options.text_field not in table.schema_arrow.names:
-            raise InputError(
-                f"'{path}' has no column '{options.text_field}'; "
-                f"its columns are {', '.join(table.schema_arrow.names)}."
-            )
-        if table.schema_arrow.names.count(options.text_field) > 1:
-            raise InputError(f"'{path}' has several columns '{options.text_field}'; rename all but one.")
-        column = table.schema_arrow.field(options.text_field).type
-        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-            raise InputError(f"the column '{options.text_field}' of '{path}' is {column}, not text.")
-        for batch in table.iter_batches(batch_size=_DOCUMENTS_AT_ONCE, columns=[options.text_field]):
-            for text in batch.column(0):
-                if text.is_valid and (size := text.as_buffer().size):
-                    if size > options.most_bytes:
-                        raise _too_long(f"a document of '{path}'", options.most_bytes)
-                    yield _decoded(text, path)
+        _check_columns(path, table.schema_arrow, options.text_fields)
+        number = 0
+        for batch in table.iter_batches(batch_size=_DOCUMENTS_AT_ONCE, columns=list(options.text_fields)):
+            columns = [batch.column(name) for name in options.text_fields]
+            for scalars in zip(*columns, strict=True):
+                texts = dict(zip(options.text_fields, scalars, strict=True))
+                if sum(_size_of(text) for text in texts.values()) > options.most_bytes:
+                    raise too_long(f"a document of '{path}'", options.most_bytes)
+                record = {name: _decoded(text, path) for name, text in texts.items()}
+                yield text_of(record, options, f"'{path}', row {number}")
+                number += 1
+
+
+def _check_columns(path: Path, schema: pyarrow.Schema, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in schema.names:
+            raise no_such_field(f"'{path}'", name, schema.names)
+        if schema.names.count(name) > 1:
+            raise InputError(f"'{path}' has several columns '{name}'; rename all but one.")
+        column = schema.field(name).type
+        if not is_text(column):
+            raise InputError(f"the column '{name}' of '{path}' is {column}, not text; name another.")
+
+
+def _size_of(text: pyarrow.Scalar) -> int:
+    return text.as_buffer().size if text.is_valid else 0
 
 
 def records_of_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,7 +182,7 @@ def records_of_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
 
 
-def _decoded(text: pyarrow.Scalar, path: Path) -> str:
+def _decoded(text: pyarrow.Scalar, path: Path) -> str | None:
     try:
         return text.as_py()
     except UnicodeDecodeError as error:
@@ -213,12 +204,5 @@ def open_parquet(
             return
         content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
-            raise _too_long(f"'{path}', unpacked,", most_bytes, "unpack it on the disk")
+            raise too_long(f"'{path}', unpacked,", most_bytes, "unpack it on the disk")
         yield pyarrow.parquet.ParquetFile(io.BytesIO(content))
-
-
-def _too_long(what: str, most_bytes: int, instead: str = "part it") -> InputError:
-    return InputError(
-        f"{what} is longer than {most_bytes // 10**6} MB; {instead}, or raise --max_document_mb (in a "
-        "recipe: data.max_document_mb)."
-    )

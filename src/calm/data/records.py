@@ -1,4 +1,4 @@
-"""Records of .jsonl and .parquet files and of hub datasets, each with where it stands."""
+"""Records of .jsonl and .parquet files, of saved and of hub datasets, each with where it stands."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,23 +6,25 @@ from typing import Any
 
 from calm.data.files import find_files, is_here
 from calm.data.formats import read_records
-from calm.data.sources import check_sources, load_hub_dataset
+from calm.data.rows import is_saved, load_hub_dataset, train_rows
+from calm.data.shards import check_sources
 
 
 def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where a record stands, and the record.
 
     Args:
-        sources: Files, folders, or hub datasets (the train split).
+        sources: Files, folders (of files, or of `save_to_disk`), or hub datasets; of splits `train`.
 
     Raises:
         InputError: If a source is missing, damaged, or has no records.
     """
     check_sources(sources)
     for source in sources:
-        if not is_here(source):
-            for number, row in enumerate(load_hub_dataset(source)):
-                yield f"'{source}', row {number}", row
+        if is_here(source) and not is_saved(Path(source)):
+            for file in find_files(Path(source), tell=True):
+                yield from read_records(file)
             continue
-        for file in find_files(Path(source), tell=True):
-            yield from read_records(file)
+        rows = train_rows(source) if is_here(source) else load_hub_dataset(source)
+        for number, row in enumerate(rows):
+            yield f"'{source}', row {number}", row

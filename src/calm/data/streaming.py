@@ -7,7 +7,7 @@ seed and its place alone, and a stream goes on exactly where it was stopped with
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.random import seed_of
 from calm.data.chunking import Layout, check_block_size, make_blocks
-from calm.data.reading import ReadingOptions
-from calm.data.sources import Shard, find_shards
+from calm.data.options import ReadingOptions
+from calm.data.shards import Shard, find_shards
 from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents
 
-PLACE = "place"  # Feature of a block: the worker that made it, and where it goes on after it.
+PLACE = "place"  # Feature of a block: what `Position.note` takes.
 _MOST_EMPTY_EPOCHS = 100
 _FEATURES = ("input_ids", "labels", "position_ids")
 
@@ -89,16 +89,19 @@ class Position:
         num_workers: Workers of each that read.
         next_worker: Whose turn it is.
         places: Where each worker goes on.
+        skipped: Records without text that each worker has met in the first epoch.
     """
 
     num_processes: int
     num_workers: int
     next_worker: int = 0
     places: dict[int, Place] = field(default_factory=dict)
+    skipped: dict[int, int] = field(default_factory=dict)
 
-    def note(self, worker: int, *place: int) -> None:
-        """Take note that a batch of a worker has been used."""
-        self.places[worker] = Place(*place)
+    def note(self, worker: int, *place_and_skipped: int) -> None:
+        """Take note that a batch of a worker has been used: where it goes on, and what it had skipped."""
+        *place, skipped = place_and_skipped
+        self.places[worker], self.skipped[worker] = Place(*place), skipped
         self.next_worker = (worker + 1) % self.num_workers
 
     def save(self, path: Path) -> None:
@@ -121,6 +124,29 @@ class Position:
             )
         self.next_worker = saved["next_worker"]
         self.places = {int(worker): Place(*place) for worker, place in saved["places"].items()}
+        self.skipped = {int(worker): count for worker, count in saved.get("skipped", {}).items()}
+
+
+@dataclass
+class _Skipped:
+    """How many records without text a reader has met.
+
+    Args:
+        number: So many.
+        is_counting: Whether further ones count: in the first epoch, and not those that are read a second time
+            because the window that a run goes on in is read again.
+    """
+
+    number: int
+    is_counting: bool
+
+    def count(self, texts: Iterable[str | None]) -> Iterator[str]:
+        """The texts that are there."""
+        for text in texts:
+            if text is not None:
+                yield text
+            elif self.is_counting:
+                self.number += 1
 
 
 class BlockStream(IterableDataset):
@@ -160,14 +186,26 @@ class BlockStream(IterableDataset):
         reader = self._process * workers + worker
         return self._read(reader, self.position.num_processes * workers, worker)
 
+    def num_skipped(self) -> int:
+        """Records without text that this process has met, each counted once."""
+        counts = self.position.skipped.values()
+        return sum(counts) if self.has_own_shards else max(counts, default=0)
+
+    @property
+    def has_own_shards(self) -> bool:
+        """Whether each reader reads shards of its own."""
+        return len(self._shards) >= self.position.num_processes * self.position.num_workers
+
     def _read(self, reader: int, readers: int, worker: int) -> Iterator[dict[str, Tensor]]:
         start, empty = self.position.places.get(worker, Place()), 0
+        skipped = _Skipped(self.position.skipped.get(worker, 0), is_counting=start == Place())
         for epoch in itertools.count(start.epoch):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
             own_shards = len(shards) >= readers
-            windows = self._windows(shards[reader::readers] if own_shards else shards, start)
+            windows = self._windows(shards[reader::readers] if own_shards else shards, start, skipped)
             has_any = start != Place(epoch)  # What is after a place inside an epoch may be nothing.
             for place, documents in windows:
+                skipped.is_counting = epoch == 0
                 if not own_shards and place.window % readers != reader:
                     continue
                 has_any = True
@@ -175,7 +213,9 @@ class BlockStream(IterableDataset):
                 first = start.block if place == start._replace(block=0) else 0
                 for number in range(first, len(blocks["input_ids"])):
                     block = {name: torch.from_numpy(blocks[name][number]) for name in _FEATURES}
-                    yield block | {PLACE: torch.tensor([worker, *place._replace(block=number + 1)])}
+                    after = place._replace(block=number + 1)
+                    yield block | {PLACE: torch.tensor([worker, *after, skipped.number])}
+            skipped.is_counting = False
             empty = 0 if has_any else empty + 1
             # A share of files without text is no end of it: another epoch deals them otherwise.
             if empty > (_MOST_EMPTY_EPOCHS if own_shards and len(shards) > 1 else 0):
@@ -186,11 +226,14 @@ class BlockStream(IterableDataset):
                 )
             start = Place(epoch + 1)
 
-    def _windows(self, shards: list[Shard], start: Place) -> Iterator[tuple[Place, list[str]]]:
+    def _windows(
+        self, shards: list[Shard], start: Place, skipped: _Skipped
+    ) -> Iterator[tuple[Place, list[str]]]:
         """Windows of documents from a place on, and where each begins."""
         place, documents = start._replace(block=0), list[str]()
         for number in range(start.shard, len(shards)):
-            runs = (run for text in shards[number].read() for run in self._split.runs(text))
+            texts = skipped.count(shards[number].read())
+            runs = (run for text in texts for run in self._split.runs(text))
             for index, (is_held_out, text) in enumerate(runs):
                 if is_held_out or (number == start.shard and index < start.document):
                     continue

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calm.data.examples import Example
-from calm.data.files import find_files, is_here
+from calm.data.shards import files_of
 from calm.errors import InputError
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.extending import without_last_steps
@@ -130,7 +130,7 @@ def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
 
 def digest_of_files(sources: Iterable[str]) -> str:
     """A digest of the names and sizes of files; streamed text is too large to read beforehand."""
-    files = [file for source in sources if is_here(source) for file in find_files(Path(source))]
+    files = [file for source in sources for file in files_of(source)]
     return _digest([[file.name, file.stat().st_size] for file in files])
 
 

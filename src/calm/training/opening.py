@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from calm.data.options import ReadingOptions
 from calm.data.prepare import check_text, prepare, tell_counts
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
-from calm.data.reading import ReadingOptions
-from calm.data.sources import check_sources
+from calm.data.shards import check_sources
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
@@ -83,6 +83,7 @@ def check_data(settings: DataSettings, output: Path | None = None) -> None:
         InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting
             is bad.
     """
+    reading_options(settings)
     if (folder := _prepared_source(settings)) is not None:
         load_prepared(folder)
     elif output is None or not is_prepared(output / DATA):

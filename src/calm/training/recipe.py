@@ -24,11 +24,13 @@ class DataSettings:
     """Where the text comes from and how it is cut.
 
     Args:
-        sources: A file, folder or hub dataset, or a list of them, or a folder of `calm prepare`.
-        validation_sources: Held-out text; none holds out a part of the sources.
+        sources: A file, folder (of files, or of save_to_disk) or hub dataset, or a list of them, or a folder
+            of `calm prepare`.
+        validation_sources: Held-out text; none takes the split "validation" of a saved DatasetDict, or a part
+            of the sources.
         validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
-        text_field: Field of the text in .jsonl, .parquet and hub datasets.
-        separator: Line that parts the documents of a .txt file ("" for a blank line).
+        text_field: Field of the text in records; several, such as title,text, are put together.
+        separator: Line that parts the documents of a plain-text file ("" for a blank line).
         max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
         tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
         vocab_size: Size of a trained vocabulary.
@@ -44,7 +46,7 @@ class DataSettings:
     sources: list[str] | str = field(default_factory=list)
     validation_sources: list[str] | str | None = None
     validation_fraction: float = 0.02
-    text_field: str = "text"
+    text_field: list[str] | str = "text"
     separator: str | None = None
     max_document_mb: int = 1000
     tokenizer: str | None = None

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with our losses, optimizers, held-out scores and checkpoints."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 
+from calm.data.counts import number
 from calm.data.streaming import PLACE, BlockStream
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.models.language_model import language_model
@@ -36,6 +38,7 @@ from calm.training.progress import StageProgress
 from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
 from calm.training.speed import Speed, known_training_flops
 
+logger = logging.getLogger(__name__)
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
 
@@ -110,6 +113,7 @@ class ChunkTrainer(Trainer):
             if "DataLoader worker" not in reason:
                 raise
             raise RunError(f"{reason} Set num_workers lower or to 0; {self._left()}.") from error
+        self._tell_skipped()
         if self._signals.left:
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
         if not self.settings.evaluate_every:
@@ -197,6 +201,15 @@ class ChunkTrainer(Trainer):
             follow_schedule(self.optimizer, self.lr_scheduler)
 
     # What is logged.
+
+    def _tell_skipped(self) -> None:
+        """Log how many records without text were streamed past, by all processes together."""
+        if self._stream is None:
+            return
+        counts = self.accelerator.gather(torch.tensor([self._stream.num_skipped()], device=self.args.device))
+        skipped = int(counts.sum() if self._stream.has_own_shards else counts.max())
+        if skipped and self.is_world_process_zero():
+            logger.info("text: skipped %s without text in what was streamed", number(skipped, "record"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values and the seconds so far; along with a training loss, the speed of training."""

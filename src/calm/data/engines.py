@@ -1,0 +1,103 @@
+"""Pieces of work that are done ahead, by the workers of an engine: Ray Data, on this machine or on many.
+
+Pieces write files that are kept under names made of what they depend on. So an engine only has to run them,
+in any order, and whoever needs them afterwards takes what is there. The result is that of a single process,
+and work that was stopped goes on.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from calm.errors import InputError, RunError, reason_of
+
+Engine = Literal["processes", "ray"]
+Piece = Callable[[], object]
+Ahead = Callable[[Sequence[Piece]], None]
+
+
+def nothing_ahead(pieces: Sequence[Piece]) -> None:
+    """Leaves each piece to whoever needs it."""
+
+
+@contextlib.contextmanager
+def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
+    """What runs pieces ahead, for the block.
+
+    Args:
+        engine: "ray" takes the cluster that RAY_ADDRESS names, or else one of this machine alone. All its
+            machines see the same files under the same paths.
+        num_workers: Pieces that a cluster works on at once; as many as it has cores when None.
+
+    Raises:
+        InputError: If Ray Data is not installed, or the cluster cannot be reached.
+    """
+    if engine == "processes":
+        yield nothing_ahead
+        return
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("the engine 'ray' needs Ray Data: pip install 'calm-lm[cluster]'.") from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"cannot reach the Ray cluster ({reason_of(error)}); see to RAY_ADDRESS."
+            ) from error
+    try:
+        yield partial(_run_in_ray, num_workers=num_workers)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _run_in_ray(pieces: Sequence[Piece], *, num_workers: int | None) -> None:
+    """Run pieces on the cluster; a worker that dies is replaced, and its piece run again."""
+    import ray.data
+    from ray import cloudpickle
+
+    if not pieces:
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.from_items(
+        [{"piece": cloudpickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+    )
+    for row in rows.map(partial(_run, folder=Path.cwd()), concurrency=num_workers).iter_rows():
+        if row["mistake"]:
+            raise InputError(row["mistake"])
+        if row["failure"]:
+            raise RunError(row["failure"])
+
+
+def _run(row: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Run a piece in a worker; what was wrong is told as a value, since Ray wraps exceptions in its own."""
+    from ray import cloudpickle
+
+    datasets.disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # A worker is one of many on its machine.
+    told = {"mistake": "", "failure": ""}
+    try:
+        os.chdir(folder)
+        cloudpickle.loads(row["piece"])()
+    except InputError as error:
+        told["mistake"] = str(error)
+    except RunError as error:
+        told["failure"] = str(error)
+    except OSError as error:
+        told["failure"] = (
+            f"a worker cannot do its part ({reason_of(error)}). All machines have to see the current folder, "
+            "the sources, the output and the cache of datasets under the same paths."
+        )
+    return told

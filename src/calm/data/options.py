@@ -1,0 +1,118 @@
+"""How documents are found in what is read, and which text a record holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+
+from calm.errors import InputError
+
+_FIELDS_TOLD, _LETTERS_TOLD = 10, 40
+_BETWEEN_FIELDS = "\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How documents are found in what is read.
+
+    Args:
+        text_field: Field of the text in records (JSON lines, parquet files, datasets); several, as a sequence
+            or parted by commas, are put together with a blank line between them.
+        separator: A line that parts the documents of a plain-text file ("" for a blank line); None if
+            each file is one document.
+        max_document_mb: Longest document or line, and longest parquet file that is compressed, in MB (10^6
+            bytes): they are read into memory whole.
+
+    Raises:
+        InputError: If `text_field` names no field, or one twice.
+    """
+
+    text_field: str | Sequence[str] = "text"
+    separator: str | None = None
+    max_document_mb: int = 1000
+
+    def __post_init__(self) -> None:
+        names = self.text_fields
+        if not names or not all(names) or len(set(names)) < len(names):
+            raise InputError(
+                f"text_field names one field, or several such as title,text; got {self.text_field!r}."
+            )
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """The fields of the text, in their order."""
+        if isinstance(self.text_field, str):
+            return tuple(name.strip() for name in self.text_field.split(","))
+        return tuple(self.text_field)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a document at most."""
+        return self.max_document_mb * 10**6
+
+
+def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> str | None:
+    """The text of a record: its fields that hold any, with a blank line between them; None if none does.
+
+    Args:
+        record: Field -> value.
+        options: Which fields hold the text, and how long it may be.
+        where: Where the record stands, for messages.
+
+    Raises:
+        InputError: If a field holds something else than text, or the text is too long.
+    """
+    parts = []
+    for name in options.text_fields:
+        part = record.get(name)
+        if part is not None and not isinstance(part, str):
+            raise InputError(
+                f"{where}, has {_kind_of(part)} in its field '{name}', not text; mend it, or name another "
+                "field by --text_field (in a recipe: data.text_field)."
+            )
+        if part and part.strip():
+            parts.append(part)
+    text = _BETWEEN_FIELDS.join(parts)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InputError(f"{where}, has half a surrogate pair in its text; mend it.") from None
+    if size > options.most_bytes:
+        raise too_long(f"the text of {where},", options.most_bytes)
+    return text or None
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def no_such_field(what: str, missing: str, fields: Sequence[str]) -> InputError:
+    """The mistake of a field that no record has.
+
+    Args:
+        what: What the records are in.
+        missing: The field.
+        fields: Those that there are.
+    """
+    shown = [" ".join(name.split())[:_LETTERS_TOLD] for name in fields[:_FIELDS_TOLD]]
+    more = ", ..." if len(fields) > _FIELDS_TOLD else ""
+    return InputError(
+        f"{what} has no field '{missing}'; its fields are {', '.join(shown)}{more}. Name another by "
+        "--text_field (in a recipe: data.text_field)."
+    )
+
+
+def is_text(column: pyarrow.DataType) -> bool:
+    """Whether a column holds text, or nothing but nulls."""
+    types = pyarrow.types
+    return types.is_string(column) or types.is_large_string(column) or types.is_null(column)
+
+
+def too_long(what: str, most_bytes: int, instead: str = "part it") -> InputError:
+    """The mistake of a text that is longer than what is read into memory."""
+    return InputError(
+        f"{what} is longer than {most_bytes // 10**6} MB; {instead}, or raise --max_document_mb (in a "
+        "recipe: data.max_document_mb)."
+    )

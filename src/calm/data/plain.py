@@ -1,0 +1,40 @@
+"""Files whose names tell no format: read as plain text if that is what they hold."""
+
+import codecs
+from pathlib import Path
+
+from calm.data.compression import COMPRESSIONS, name_without_compression, open_file
+from calm.data.formats import known_suffixes
+from calm.data.reading import DAMAGE
+from calm.errors import InputError
+
+_BYTES_LOOKED_AT = 2**16
+# Text, but of records: whoever names one hardly means its brackets and commas.
+_OF_RECORDS = (".json", ".csv", ".tsv", ".arrow")
+
+
+def check_plain_text(path: Path) -> None:
+    """See whether a file of no known format can be read as plain text.
+
+    Args:
+        path: The file, compressed or not.
+
+    Raises:
+        InputError: If it does not begin as UTF-8 text, or holds records of another form.
+    """
+    if name_without_compression(path).endswith(_OF_RECORDS):
+        raise InputError(
+            f"'{path}' holds records; turn it into .jsonl or .parquet first (datasets.load_dataset reads it, "
+            "and to_json and to_parquet write them)."
+        )
+    try:
+        with open_file(path) as file:
+            beginning = file.read(_BYTES_LOOKED_AT)
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except (UnicodeDecodeError, *DAMAGE):
+        beginning = b"\0"
+    if b"\0" in beginning:
+        raise InputError(
+            f"cannot read '{path}': it is no plain text in UTF-8, and its name does not end in "
+            f"{', '.join(known_suffixes())}, perhaps followed by {', '.join(COMPRESSIONS)}."
+        )

@@ -1,0 +1,201 @@
+"""Datasets of the `datasets` library: in memory, in folders of `save_to_disk`, and on the hub.
+
+The split `train` is read. A split `validation` of a `DatasetDict`, in memory or saved, is held-out text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow
+
+from calm.data.formats import format_of
+from calm.data.options import ReadingOptions, is_text, no_such_field, text_of
+from calm.errors import InputError, reason_of
+from calm.hub.connection import hub_or_cache, may_be_on_hub
+from calm.storage.disk import read_json
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Splits: TypeAlias = Mapping[str, Rows]  # DatasetDict, IterableDatasetDict.
+Source: TypeAlias = str | Path | Rows | Splits
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_OF_DATASET, _OF_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
+_TRAIN, _VALIDATION = "train", "validation"
+
+
+def as_sources(given: Source | Sequence[Source]) -> list[Source]:
+    """Sources as a list: names as text, datasets as they are.
+
+    Raises:
+        InputError: If one is neither.
+    """
+    one = isinstance(given, str | Path | datasets.Dataset | datasets.IterableDataset | Mapping)
+    sources: list[Any] = [given] if one else list(given)  # type: ignore[arg-type]
+    for source in sources:
+        if not isinstance(source, str | Path | datasets.Dataset | datasets.IterableDataset | Mapping):
+            raise InputError(
+                f"a source is a name or a dataset of the library `datasets`, not {type(source).__name__}; "
+                "make texts a dataset with datasets.Dataset.from_dict({'text': texts})."
+            )
+    return [str(source) if isinstance(source, Path) else source for source in sources]
+
+
+def name_of(source: Source) -> str:
+    """The name of a source, for messages and for what is noted with prepared text."""
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, datasets.Dataset):
+        return f"a Dataset of {len(source)} rows"
+    return f"a {type(source).__name__}"
+
+
+def is_saved(path: Path | str, names: Iterable[str] | None = None) -> bool:
+    """Whether a folder was written by `save_to_disk`.
+
+    Args:
+        path: The folder.
+        names: What is in it, if that is known.
+    """
+    if names is None:
+        return is_saved(path, [name for name in (*_OF_DATASET, _OF_SPLITS) if (Path(path) / name).is_file()])
+    return _OF_SPLITS in names or all(name in names for name in _OF_DATASET)
+
+
+def files_of_saved(path: Path) -> list[Path]:
+    """The files of a folder of `save_to_disk` that hold what `train_rows` gives."""
+    folder = path / _TRAIN if (path / _OF_SPLITS).is_file() else path
+    return sorted(file for file in folder.iterdir() if file.suffix in (".arrow", ".json"))
+
+
+def train_rows(source: str | Rows | Splits) -> Rows:
+    """The rows of a dataset in memory or a folder of `save_to_disk`: all, or those of its split `train`.
+
+    Raises:
+        InputError: If there is no such split, or the folder is damaged.
+    """
+    found = _saved(Path(source)) if isinstance(source, str) else source
+    if isinstance(found, datasets.Dataset | datasets.IterableDataset):
+        return found.with_format(None)
+    if _TRAIN not in found:
+        raise InputError(
+            f"{quoted(source)} has no split '{_TRAIN}'; its splits are {', '.join(map(str, found))}. "
+            "Give one of them."
+        )
+    return found[_TRAIN].with_format(None)
+
+
+def validation_rows(sources: Iterable[Source]) -> list[Source]:
+    """The splits `validation` that come with sources."""
+    found: list[Source] = []
+    for source in sources:
+        if isinstance(source, Mapping) and _VALIDATION in source:
+            found.append(source[_VALIDATION])
+        elif isinstance(source, str) and (Path(source) / _OF_SPLITS).is_file():
+            folder = Path(source) / _VALIDATION
+            found += [str(folder)] if is_saved(folder) else []
+    return found
+
+
+def load_hub_dataset(source: str, streaming: bool = False) -> Any:
+    """The train split of "owner/name" or "owner/name:config", whole or as it arrives.
+
+    Raises:
+        InputError: If it is no name, or the hub does not give it.
+    """
+    check_hub_name(source)
+    name, _, config = source.partition(":")
+    try:
+        with hub_or_cache():
+            dataset = datasets.load_dataset(name, config or None, split=_TRAIN, streaming=streaming)
+            # A stream looks at its first record.
+            return dataset._resolve_features() if dataset.column_names is None else dataset
+    except Exception as error:
+        raise not_given(source, error) from error
+
+
+def check_hub_name(source: str) -> None:
+    """Raise InputError if a source is neither here nor can be a hub dataset."""
+    name = source.partition(":")[0]
+    if not _HUB_NAME.fullmatch(source) or format_of(Path(source)) is not None or not may_be_on_hub(name):
+        raise InputError(f"there is no file or folder '{source}'; check the path.")
+
+
+def not_given(source: str, error: Exception) -> InputError:
+    """The mistake of a name that the hub does not know, or an answer that does not come."""
+    return InputError(
+        f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason_of(error)})."
+    )
+
+
+def with_text_only(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
+    """The fields of the text alone.
+
+    Raises:
+        InputError: If there is no such field, or it holds something else than text.
+    """
+    names = rows.column_names
+    if names is None:  # A stream that does not know; each record is looked at.
+        return rows
+    for name in options.text_fields:
+        if name not in names:
+            raise no_such_field(quoted(source), name, names)
+        if rows.features is not None and not is_text(column := _type_of(rows.features[name])):
+            raise InputError(f"the field '{name}' of {quoted(source)} is {column}, not text; name another.")
+    return rows.select_columns(list(options.text_fields))
+
+
+def texts_of(rows: Iterable[dict[str, Any]], options: ReadingOptions, where: str) -> Iterator[str | None]:
+    """The text of each row; None for a row without any.
+
+    Args:
+        rows: The rows.
+        options: Which fields hold the text.
+        where: What the rows are of, for messages.
+
+    Raises:
+        InputError: If a text is too long or something else, or no row has a field.
+    """
+    missing, fields = list(options.text_fields), list[str]()
+    for number, row in enumerate(rows):
+        fields = fields or list(row)
+        missing = [name for name in missing if name not in row]
+        yield text_of(row, options, f"{where}, row {number}")
+    if missing and fields:
+        raise no_such_field(where, missing[0], fields)
+
+
+def quoted(source: Source) -> str:
+    """A source in a message."""
+    return f"'{source}'" if isinstance(source, str) else name_of(source)
+
+
+def _saved(path: Path) -> Rows | Splits:
+    try:
+        _check_inside(path)
+        return datasets.load_from_disk(str(path))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"cannot read '{path}': the saved dataset is damaged ({reason_of(error)})."
+        ) from error
+
+
+def _check_inside(path: Path) -> None:
+    """Raise InputError if a saved dataset names files that are not in its folder."""
+    folders: list[Path] = []
+    if (path / _OF_SPLITS).is_file():
+        names = read_json(path / _OF_SPLITS, dict)["splits"]
+        folders = [path / name for name in names if is_saved(path / name)]
+    else:
+        names = [file["filename"] for file in read_json(path / _OF_DATASET[0], dict)["_data_files"]]
+    if odd := [name for name in names if name != Path(name).name]:
+        raise InputError(f"'{path}' names a file outside its folder ({odd[0]!r}); it is not read.")
+    for folder in folders:
+        _check_inside(folder)
+
+
+def _type_of(feature: Any) -> pyarrow.DataType:
+    return datasets.Features({"text": feature}).arrow_schema.field("text").type

@@ -1,0 +1,151 @@
+"""Sources -> shards: files and parts of datasets, each read from its beginning to its end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+
+from calm.data.files import find_files, is_here
+from calm.data.formats import read_documents
+from calm.data.options import ReadingOptions
+from calm.data.rows import (
+    Rows,
+    Source,
+    check_hub_name,
+    files_of_saved,
+    is_saved,
+    load_hub_dataset,
+    not_given,
+    quoted,
+    texts_of,
+    train_rows,
+    with_text_only,
+)
+from calm.errors import InputError
+from calm.storage.ours import PREPARED
+
+_BYTES_OF_A_PART = 2**26
+Use = Literal["whole", "sample", "stream"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Documents that are read one after the other.
+
+    Args:
+        read: Gives its documents; None for each record without text.
+        num_bytes: About how many are read.
+        stamp: Equal for equal documents; None if nothing tells.
+        is_in_memory: Whether this process alone can read it.
+    """
+
+    read: Callable[[], Iterator[str | None]]
+    num_bytes: int = 0
+    stamp: tuple[str | int, ...] | None = None
+    is_in_memory: bool = False
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Find mistakes in the names of sources before any work is done; hub datasets are not asked for.
+
+    Raises:
+        InputError: If there are none, or one is missing or of an unknown format.
+    """
+    if not sources:
+        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
+    for source in sources:
+        if not isinstance(source, str):
+            train_rows(source)
+        elif not is_here(source):
+            check_hub_name(source)
+        elif is_saved(Path(source)):
+            train_rows(source)
+        elif (Path(source) / PREPARED.sign).is_file():
+            raise InputError(
+                f"'{source}' is prepared text, which a recipe takes as its only source; give the text itself."
+            )
+        else:
+            find_files(Path(source))
+
+
+def files_of(source: str) -> list[Path]:
+    """The files that a source consists of; none if it is a hub dataset."""
+    if not is_here(source):
+        return []
+    return files_of_saved(Path(source)) if is_saved(Path(source)) else find_files(Path(source))
+
+
+def find_shards(sources: Sequence[Source], options: ReadingOptions) -> list[Shard]:
+    """What the sources consist of, without reading it; hub datasets are read as they arrive, and not stored.
+
+    Args:
+        sources: As for `calm.data.sources.load_documents`.
+        options: How documents are found.
+
+    Raises:
+        InputError: If a source is missing or of an unknown format, or has no such field.
+    """
+    check_sources(sources)
+    return [shard for source in sources for shard in shards_of(source, options, "stream")]
+
+
+def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool = False) -> Iterator[Shard]:
+    """The shards of a source.
+
+    Args:
+        source: The source.
+        options: How documents are found.
+        use: What for. A hub dataset is stored if it is read whole, and else read as it arrives; for a sample
+            a dataset is a single shard.
+        tell: Whether to log what of a folder is left out.
+
+    Raises:
+        InputError: As for `find_shards`.
+    """
+    if isinstance(source, str) and is_here(source) and not is_saved(Path(source)):
+        for file in find_files(Path(source), tell=tell):
+            status = file.stat()
+            # A file that has changed since is another one.
+            stamp = (str(file), status.st_size, status.st_mtime_ns)
+            yield Shard(partial(read_documents, file, options), status.st_size, stamp)
+        return
+    if isinstance(source, str) and not is_here(source):
+        rows = load_hub_dataset(source, streaming=use != "whole")
+    else:
+        rows = train_rows(source)
+    rows = with_text_only(rows, options, source)
+    for part in [rows] if use == "sample" else _parts_of(rows):
+        yield _shard_of(part, source, options)
+
+
+def _parts_of(rows: Rows) -> Iterator[Rows]:
+    """Parts for several readers; what is in memory stays in one."""
+    if isinstance(rows, datasets.IterableDataset):
+        number = rows.num_shards
+    else:
+        number = max(1, min(len(rows), rows.data.nbytes // _BYTES_OF_A_PART)) if rows.cache_files else 1
+    for index in range(number):
+        yield rows.shard(number, index)
+
+
+def _shard_of(rows: Rows, source: Source, options: ReadingOptions) -> Shard:
+    read = partial(_read_rows, rows, source, options)
+    if isinstance(rows, datasets.IterableDataset):
+        return Shard(read, is_in_memory=True)
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    stamp = (rows._fingerprint, *(word for file in files for word in (str(file), file.stat().st_mtime_ns)))
+    return Shard(read, rows.data.nbytes, stamp, is_in_memory=not files)
+
+
+def _read_rows(rows: Rows, source: Source, options: ReadingOptions) -> Iterator[str | None]:
+    try:
+        yield from texts_of(rows, options, quoted(source))
+    except (InputError, GeneratorExit):
+        raise
+    except Exception as error:
+        if not isinstance(source, str) or is_here(source):
+            raise
+        raise not_given(source, error) from error
