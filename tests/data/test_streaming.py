@@ -149,7 +149,7 @@ def test_a_hub_dataset_as_it_arrives(text, tmp_path, monkeypatch):
     assert sorted(documents_in(epochs_of(reader, 1), tokenizer)) == sorted(documents)
     data = prepare(["someone/stories"], tmp_path / "data", vocab_size=300, most=20)
     assert len(data.train) + len(data.validation) == 20
-    with pytest.raises(InputError, match="has no column 'content'; its columns are text"):
+    with pytest.raises(InputError, match="has no field 'content'; its fields are text"):
         find_shards(["someone/stories"], ReadingOptions(text_field="content"))
 
 

@@ -50,7 +50,7 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
     if is_ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+            ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"cannot reach the Ray cluster ({reason_of(error)}); see to RAY_ADDRESS."
@@ -69,12 +69,14 @@ def _run_in_ray(pieces: Sequence[Piece], *, num_workers: int | None) -> None:
 
     if not pieces:
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    size = min(num_workers or len(pieces), len(pieces))
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items(
         [{"piece": cloudpickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
     )
-    for row in rows.map(partial(_run, folder=Path.cwd()), concurrency=num_workers).iter_rows():
+    run = partial(_run, folder=Path.cwd())
+    for row in rows.map(run, compute=ray.data.TaskPoolStrategy(size=size)).iter_rows():
         if row["mistake"]:
             raise InputError(row["mistake"])
         if row["failure"]:

@@ -11,7 +11,7 @@ Every piece appears whole, under a name made of what it depends on, so nothing s
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -93,37 +93,48 @@ def trained_tokenizer(
 
 
 def tokens_of(
-    documents: datasets.Dataset,
-    ranks: np.ndarray,
+    splits: Mapping[str, tuple[datasets.Dataset, np.ndarray]],
     tokenizer: PreTrainedTokenizerBase,
     work: Path,
     *,
     num_proc: int,
-    name: str,
     ahead: Ahead = nothing_ahead,
-) -> datasets.Dataset:
+) -> dict[str, datasets.Dataset]:
     """Documents as the column `input_ids`; pieces that are there are taken.
 
     Args:
-        documents: Column `text`.
-        ranks: Of each document.
+        splits: By name, documents in a column `text` and the rank of each.
         tokenizer: The tokenizer.
         work: Folder of pieces.
         num_proc: Processes.
-        name: Of the split, for the display.
         ahead: Where pieces are made before they are needed (`calm.data.engines`).
 
     Raises:
         RunError: If a process dies.
     """
+    pieces = {name: list(_pieces(name, *split, tokenizer, work, num_proc)) for name, split in splits.items()}
+    ahead([piece for split in pieces.values() for piece in split])
+    return {
+        name: datasets.concatenate_datasets([piece() for piece in split]) for name, split in pieces.items()
+    }
+
+
+def _pieces(
+    name: str,
+    documents: datasets.Dataset,
+    ranks: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Path,
+    num_proc: int,
+) -> Iterator[Callable[[], datasets.Dataset]]:
+    """What makes the tokens of a split, some documents at a time, or takes them from its file."""
     by = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     starts = range(0, max(1, len(documents)), _DOCUMENTS_OF_A_PIECE)
-    pieces = []
     for number, start in enumerate(starts, 1):
         stop = min(start + _DOCUMENTS_OF_A_PIECE, len(documents))
         tokens = work / f"tokens-{_digest(ranks[start:stop], by)}"
         tokens.mkdir(exist_ok=True)
-        piece = partial(
+        make = partial(
             tokenized,
             documents.select(range(start, stop)),
             tokenizer,
@@ -131,9 +142,7 @@ def tokens_of(
             f"{name} ({number} of {len(starts)})" if len(starts) > 1 else name,
             tokens / "tokens.arrow",
         )
-        pieces.append(partial(made_or_kept, piece, tokens, "tokens"))
-    ahead(pieces)
-    return datasets.concatenate_datasets([piece() for piece in pieces])
+        yield partial(made_or_kept, make, tokens, "tokens")
 
 
 def tokenized(

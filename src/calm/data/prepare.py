@@ -4,6 +4,7 @@ Chunking happens later (`calm.data.chunking`), so one prepared folder serves eve
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from calm.errors import InputError
 from calm.storage.folders import check_output, check_spared, written_whole
 from calm.storage.ours import PREPARED
 
+logger = logging.getLogger(__name__)
 _BYTES_OF_A_TOKEN, _BYTES_OF_A_FILE = 4, 500 * 10**6
 
 
@@ -73,7 +75,9 @@ def prepare(
     options = options or ReadingOptions()
     sources = as_sources(sources)
     names = [name_of(source) for source in sources]
-    validation_sources = as_sources(validation_sources) or validation_rows(sources)
+    validation_sources = as_sources(validation_sources)
+    if not validation_sources and (validation_sources := validation_rows(sources)):
+        logger.info("text: the split 'validation' that comes with it is held out")
     replaces = PREPARED if overwrite else None
     named = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
     check_spared(output, named)
@@ -108,10 +112,7 @@ def prepare(
             sides = {"train": documents, "validation": held_out}
             splits = {name: (side.texts, side.ranks) for name, side in sides.items()}
         tokens = given or trained_tokenizer(*splits["train"], vocab_size, work)
-        parts = {
-            name: tokens_of(*part, tokens, work, num_proc=num_proc, name=name, ahead=ahead)
-            for name, part in splits.items()
-        }
+        parts = tokens_of(splits, tokens, work, num_proc=num_proc, ahead=ahead)
         counts, digest = count(**parts), digest_of(**parts, tokenizer=tokens)
         with written_whole(output, replaces) as folder:
             for name, part in parts.items():

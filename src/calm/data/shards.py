@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import pyarrow
 
 from calm.data.files import find_files, is_here
 from calm.data.formats import read_documents
@@ -24,7 +25,7 @@ from calm.data.rows import (
     train_rows,
     with_text_only,
 )
-from calm.errors import InputError
+from calm.errors import InputError, reason_of
 from calm.storage.ours import PREPARED
 
 _BYTES_OF_A_PART = 2**26
@@ -142,9 +143,13 @@ def _shard_of(rows: Rows, source: Source, options: ReadingOptions) -> Shard:
 
 def _read_rows(rows: Rows, source: Source, options: ReadingOptions) -> Iterator[str | None]:
     try:
+        if isinstance(source, str) and isinstance(rows, datasets.Dataset):
+            rows.data.table.validate(full=True)  # Arrow trusts the lengths in a file that it maps.
         yield from texts_of(rows, options, quoted(source))
-    except (InputError, GeneratorExit):
+    except InputError:
         raise
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read {quoted(source)}: it is damaged ({reason_of(error)}).") from error
     except Exception as error:
         if not isinstance(source, str) or is_here(source):
             raise
