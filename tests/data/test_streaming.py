@@ -180,3 +180,50 @@ def test_what_cannot_be_streamed(text, tmp_path):
         Position(1, 3).load(tmp_path / "position.json")
     with pytest.raises(InputError, match="as many processes as before"):
         Position(2, 1).load(tmp_path / "position_1.json")
+
+
+@pytest.fixture(scope="module")
+def gaps(text, tmp_path_factory):
+    """The same documents with 13 records without text among them, in two files and in one."""
+    _, documents, tokenizer = text
+    folder = tmp_path_factory.mktemp("gaps")
+    lines = [json.dumps({"text": document}) + "\n" for document in documents]
+    for place in (0, 0, 5, 6, 7, 14, 21, 30, 30, 31, 44, 59, 60):
+        lines[min(place, 59)] = '{"text": null}\n' + lines[min(place, 59)]
+    lines[59] = "".join(sorted(lines[59].splitlines(keepends=True), reverse=True))  # A null at the end.
+    (folder / "one.jsonl").write_text("".join(lines))
+    (folder / "two").mkdir()
+    (folder / "two/a.jsonl").write_text("".join(lines[:33]))
+    (folder / "two/b.jsonl").write_text("".join(lines[33:]))
+    return folder, documents, tokenizer
+
+
+@pytest.mark.parametrize("sources", ["one.jsonl", "two"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_records_without_text_count_once(gaps, sources, workers):
+    """Whether readers share files, or all read everything; and however many epochs there are."""
+    folder, documents, tokenizer = gaps
+    reader = stream(gaps, Position(1, workers), sources=[str(folder / sources)])
+    for worker in range(workers):
+        blocks = list(
+            itertools.takewhile(lambda block: block[PLACE][1] < 3, reader._read(worker, workers, worker))
+        )
+        reader.position.note(*blocks[-1][PLACE].tolist())
+    assert reader.num_skipped() == 13
+    found = documents_in(epochs_of(stream(gaps, sources=[str(folder / sources)]), 1), tokenizer)
+    assert sorted(found) == sorted(documents)
+
+
+@pytest.mark.parametrize("sources", ["one.jsonl", "two"])
+def test_a_stopped_stream_goes_on_counting(gaps, sources, tmp_path):
+    source = [str(gaps[0] / sources)]
+    whole = [block[PLACE].tolist() for block in epochs_of(stream(gaps, sources=source), 2)]
+    for stop in range(0, len(whole), 67):
+        position = Position(1, 1)
+        position.note(*whole[stop])
+        position.save(tmp_path / "position.json")
+        again = Position(1, 1)
+        again.load(tmp_path / "position.json")
+        rest = [block[PLACE].tolist() for block in epochs_of(stream(gaps, again, sources=source), 2)]
+        assert rest == whole[stop + 1 :]
+    assert whole[0][-1] < whole[-1][-1] == 13

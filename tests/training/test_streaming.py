@@ -1,6 +1,7 @@
 """Training on a stream: stopped and resumed, and on two processes."""
 
 import json
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -61,13 +62,36 @@ def test_a_baseline_on_a_stream(text, tmp_path):
     assert (stages.train(recipe, tmp_path / "run") / "model.safetensors").is_file()
 
 
+def with_gaps(text, folder):
+    """The same text with a record without text in front of each document."""
+    folder.mkdir()
+    for file in text.iterdir():
+        lines = file.read_text().splitlines(keepends=True)
+        (folder / file.name).write_text("".join('{"text": null}\n' + line for line in lines))
+    return folder
+
+
+def test_records_without_text_are_told_of(text, tmp_path, caplog):
+    steps = {"language_model.training.batch_tokens": 4096, "language_model.training.evaluate_every": 0}
+    recipe = recipe_of(with_gaps(text, tmp_path / "gaps"), model="autoregressive", chunk_size=1, **steps)
+    with caplog.at_level("INFO"):
+        stages.train(recipe, tmp_path / "run")
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert messages == [
+        "text: skipped 24 records without text",  # In front of six documents of each file: the sample.
+        "text: skipped 40 records without text in what was streamed",  # Once each, in two epochs.
+    ]
+
+
 def test_two_processes_read_text_of_their_own(text, tmp_path):
-    write_recipe(recipe_of(text, 2), tmp_path / "recipe.yaml")
+    write_recipe(recipe_of(with_gaps(text, tmp_path / "gaps"), 2), tmp_path / "recipe.yaml")
     result = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
     assert result.returncode == 0, result.stderr[-3000:]
     checkpoint = tmp_path / "two/checkpoints/language_model/checkpoint-8"
     positions = [json.loads((checkpoint / f"position_{rank}.json").read_text()) for rank in (0, 1)]
     assert all(position["num_processes"] == 2 and len(position["places"]) == 2 for position in positions)
+    # Of all processes together, once for each stage.
+    assert len(re.findall(r"text: skipped \d+ records without text in what was str", result.stderr)) == 2
 
 
 def test_what_cannot_be_streamed(text, tmp_path, capsys):

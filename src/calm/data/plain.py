@@ -30,7 +30,8 @@ def check_plain_text(path: Path) -> None:
     try:
         with open_file(path) as file:
             beginning = file.read(_BYTES_LOOKED_AT)
-        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+        is_whole = len(beginning) < _BYTES_LOOKED_AT
+        codecs.getincrementaldecoder("utf-8")().decode(beginning, is_whole)
     except (UnicodeDecodeError, *DAMAGE):
         beginning = b"\0"
     if b"\0" in beginning:
