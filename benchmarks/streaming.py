@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from measure import machine, status
 
-from calm.data.reading import ReadingOptions
+from calm.data.options import ReadingOptions
 from calm.data.stories import stories
 from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.data.tokenizer import train_tokenizer

@@ -16,8 +16,8 @@ from pathlib import Path
 import datasets
 from measure import in_turns, machine, ratios
 
+from calm.data.options import ReadingOptions
 from calm.data.prepare import prepare
-from calm.data.reading import ReadingOptions
 from calm.data.sources import load_documents
 from calm.data.stories import write_stories
 from calm.data.tokenizer import train_tokenizer

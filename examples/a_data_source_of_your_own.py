@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calm import register_format
-from calm.data.reading import ReadingOptions, numbered_lines
+from calm.data.options import ReadingOptions
+from calm.data.reading import numbered_lines
 from calm.errors import InputError
 from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.stages import train

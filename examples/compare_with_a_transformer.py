@@ -18,7 +18,7 @@ from calm.training.recipe_files import read_recipe, with_settings
 def main() -> None:
     """Train both, score both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="a .txt, .jsonl or .parquet file, or a folder of them")
+    parser.add_argument("text", help="a plain-text, .jsonl or .parquet file, or a folder of them")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--recipe", default="cpu_tiny")
     parser.add_argument("--budget", type=float, default=1.0, help="share of the recipe's FLOPs for each")

@@ -21,7 +21,7 @@ from calm.training.stages import train
 def main() -> None:
     """Train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="a .txt, .jsonl or .parquet file, or a folder of them")
+    parser.add_argument("text", help="a plain-text, .jsonl or .parquet file, or a folder of them")
     parser.add_argument("--output", type=Path, default=Path("runs/mine"))
     parser.add_argument("--recipe", default="cpu_tiny")
     parser.add_argument("--steps", type=int, help="of the language model; by default those of the recipe")

@@ -9,7 +9,7 @@ import pytest
 
 from calm.data import files
 from calm.data.files import find_files
-from calm.data.reading import ReadingOptions
+from calm.data.options import ReadingOptions
 from calm.data.records import load_records
 from calm.data.shards import find_shards
 from calm.data.sources import load_documents

@@ -13,8 +13,8 @@ from calm.cli import main
 from calm.data import formats
 from calm.data.files import find_files
 from calm.data.formats import FORMATS, format_of, known_suffixes, read_documents, read_records
+from calm.data.options import ReadingOptions
 from calm.data.prepared import load_prepared
-from calm.data.reading import ReadingOptions
 from calm.data.shards import find_shards
 from calm.data.stories import stories
 from calm.errors import InputError

@@ -10,9 +10,9 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.data import prepared as opening
+from calm.data.options import ReadingOptions
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, held_out_data, is_prepared, load_prepared
-from calm.data.reading import ReadingOptions
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError

@@ -18,7 +18,7 @@ import zstandard
 
 from calm.data.files import find_files
 from calm.data.formats import read_documents
-from calm.data.reading import ReadingOptions
+from calm.data.options import ReadingOptions
 from calm.data.sources import load_documents
 from calm.errors import InputError
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calm.data.options import ReadingOptions
 from calm.data.pieces import rank_of, ranks_of
 from calm.data.prepare import prepare
 from calm.data.prepared import load_prepared, split_of
-from calm.data.reading import ReadingOptions
 from calm.data.splitting import choose_split
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Position, StreamSettings

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.data.options import ReadingOptions
 from calm.data.pieces import rank_of
 from calm.data.prepare import prepare
 from calm.data.prepared import split_of
-from calm.data.reading import ReadingOptions
 from calm.data.shards import find_shards
 from calm.data.stories import stories
 from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm.data.formats import read_documents
-from calm.data.reading import ReadingOptions
+from calm.data.options import ReadingOptions
 from calm.data.records import load_records
 from calm.errors import InputError
 

@@ -73,8 +73,8 @@ def prepare(
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
     if num_proc is not None:
         Range(1, 4096).require("num_proc", num_proc)
+    from calm.data.options import ReadingOptions
     from calm.data.prepare import prepare as run
-    from calm.data.reading import ReadingOptions
     from calm.storage.locks import nobody_at_work
 
     nobody_at_work(Path(output).absolute().parent)

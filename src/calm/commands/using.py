@@ -56,8 +56,8 @@ def evaluate(
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
     check_counts(ngrams, context=context, max_blocks=max_blocks)
     look_for(model)
+    from calm.data.options import ReadingOptions
     from calm.data.prepared import held_out_data
-    from calm.data.reading import ReadingOptions
     from calm.evaluation.held_out import score_model
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.figures import as_json, values_of_scorecard
