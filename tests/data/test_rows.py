@@ -9,6 +9,7 @@ import pytest
 from toy import failure
 
 from calm.cli import main
+from calm.data import shards
 from calm.data.files import find_files
 from calm.data.options import ReadingOptions
 from calm.data.prepare import prepare
@@ -137,8 +138,8 @@ def test_plain_text_of_another_name_is_the_same_prepared_text(suffix, digest, tm
 
 @in_every_form
 def test_a_stream_skips_the_same(form, tmp_path):
-    shards = find_shards([form(tmp_path, records(WITH_NULLS))], ReadingOptions())
-    read = [text for shard in shards for text in shard.read()]
+    found = find_shards([form(tmp_path, records(WITH_NULLS))], ReadingOptions())
+    read = [text for shard in found for text in shard.read()]
     assert [text for text in read if text is not None] == TEXTS
     assert read.count(None) == 4
 
@@ -171,6 +172,16 @@ def test_a_field_that_no_record_has(form, fields, tmp_path):
 def test_a_field_of_numbers(form, tmp_path):
     with pytest.raises(InputError, match=r"(field|column) 'n'.* not text"):
         texts_in(form(tmp_path, records(TEXTS)), tmp_path / "cache", text_field="text,n")
+
+
+def test_a_row_is_named_by_its_number_in_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_BYTES_OF_A_PART", 3000)
+    rows = datasets.Dataset.from_list(records([*TEXTS[:9], "x" * 10**6 + "y"]))
+    rows.save_to_disk(tmp_path / "saved")
+    parts = find_shards([str(tmp_path / "saved")], ReadingOptions(max_document_mb=1))
+    assert len(parts) > 2
+    with pytest.raises(InputError, match=r"the text of '.*saved', row 9, is longer than 1 MB"):
+        [text for part in parts for text in part.read()]
 
 
 @in_every_form

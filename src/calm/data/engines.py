@@ -41,6 +41,8 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
     if engine == "processes":
         yield nothing_ahead
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # It would ask a wrong address for twelve minutes.
     try:
         import ray
         import ray.data
@@ -48,12 +50,11 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
         raise InputError("the engine 'ray' needs Ray Data: pip install 'calm-lm[cluster]'.") from error
     is_ours = not ray.is_initialized()
     if is_ours:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"cannot reach the Ray cluster ({reason_of(error)}); see to RAY_ADDRESS."
+                f"cannot reach the Ray cluster ({reason_of(error)}); check RAY_ADDRESS."
             ) from error
     try:
         yield partial(_run_in_ray, num_workers=num_workers)

@@ -175,7 +175,7 @@ def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) 
             return "of systems and tools"
         if _is_of_calm(path, names):
             return "runs, models and prepared text"
-        return "saved datasets, which need to be named" if is_saved(path, names) else None
+        return "saved datasets, which need to be named" if is_saved(path) else None
     return None if stat.S_ISREG(status.st_mode) and format_of(path) else _OTHERS
 
 

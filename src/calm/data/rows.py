@@ -51,16 +51,9 @@ def name_of(source: Source) -> str:
     return f"a {type(source).__name__}"
 
 
-def is_saved(path: Path | str, names: Iterable[str] | None = None) -> bool:
-    """Whether a folder was written by `save_to_disk`.
-
-    Args:
-        path: The folder.
-        names: What is in it, if that is known.
-    """
-    if names is None:
-        return is_saved(path, [name for name in (*_OF_DATASET, _OF_SPLITS) if (Path(path) / name).is_file()])
-    return _OF_SPLITS in names or all(name in names for name in _OF_DATASET)
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / _OF_SPLITS).is_file() or all((path / name).is_file() for name in _OF_DATASET)
 
 
 def files_of_saved(path: Path) -> list[Path]:
@@ -146,19 +139,22 @@ def with_text_only(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
     return rows.select_columns(list(options.text_fields))
 
 
-def texts_of(rows: Iterable[dict[str, Any]], options: ReadingOptions, where: str) -> Iterator[str | None]:
+def texts_of(
+    rows: Iterable[dict[str, Any]], options: ReadingOptions, where: str, first: int = 0
+) -> Iterator[str | None]:
     """The text of each row; None for a row without any.
 
     Args:
         rows: The rows.
         options: Which fields hold the text.
         where: What the rows are of, for messages.
+        first: The number of the first of them.
 
     Raises:
         InputError: If a text is too long or something else, or no row has a field.
     """
     missing, fields = list(options.text_fields), list[str]()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first):
         fields = fields or list(row)
         missing = [name for name in missing if name not in row]
         yield text_of(row, options, f"{where}, row {number}")

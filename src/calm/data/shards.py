@@ -118,34 +118,47 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
     else:
         rows = train_rows(source)
     rows = with_text_only(rows, options, source)
-    for part in [rows] if use == "sample" else _parts_of(rows):
-        yield _shard_of(part, source, options)
+    for part, where, first in _parts_of(rows, use, quoted(source)):
+        yield _shard_of(part, source, options, where, first)
 
 
-def _parts_of(rows: Rows) -> Iterator[Rows]:
-    """Parts for several readers; what is in memory stays in one."""
-    if isinstance(rows, datasets.IterableDataset):
-        number = rows.num_shards
+def _parts_of(rows: Rows, use: Use, name: str) -> Iterator[tuple[Rows, str, int]]:
+    """Parts for several readers, how messages name each, and the number of its first row."""
+    if use == "sample":
+        number = 1
+    elif isinstance(rows, datasets.IterableDataset):
+        number = rows.num_shards if use == "stream" else 1
     else:
-        number = max(1, min(len(rows), rows.data.nbytes // _BYTES_OF_A_PART)) if rows.cache_files else 1
+        number = min(len(rows), rows.data.nbytes // _BYTES_OF_A_PART) if rows.cache_files else 1
+    if number <= 1:
+        yield rows, name, 0
+        return
+    first = 0
     for index in range(number):
-        yield rows.shard(number, index)
+        part = rows.shard(number, index)
+        if isinstance(part, datasets.Dataset):
+            yield part, name, first
+            first += len(part)
+        else:  # How many rows are before it is not known.
+            yield part, f"{name}, part {index}", 0
 
 
-def _shard_of(rows: Rows, source: Source, options: ReadingOptions) -> Shard:
-    read = partial(_read_rows, rows, source, options)
+def _shard_of(rows: Rows, source: Source, options: ReadingOptions, where: str, first: int) -> Shard:
+    read = partial(_read_rows, rows, source, options, where, first)
     if isinstance(rows, datasets.IterableDataset):
         return Shard(read, is_in_memory=True)
     files = [Path(file["filename"]) for file in rows.cache_files]
-    stamp = (rows._fingerprint, *(word for file in files for word in (str(file), file.stat().st_mtime_ns)))
-    return Shard(read, rows.data.nbytes, stamp, is_in_memory=not files)
+    times = [word for file in files for word in (str(file), file.stat().st_mtime_ns)]
+    return Shard(read, rows.data.nbytes, (rows._fingerprint, *times), is_in_memory=not files)
 
 
-def _read_rows(rows: Rows, source: Source, options: ReadingOptions) -> Iterator[str | None]:
+def _read_rows(
+    rows: Rows, source: Source, options: ReadingOptions, where: str, first: int
+) -> Iterator[str | None]:
     try:
         if isinstance(source, str) and isinstance(rows, datasets.Dataset):
             rows.data.table.validate(full=True)  # Arrow trusts the lengths in a file that it maps.
-        yield from texts_of(rows, options, quoted(source))
+        yield from texts_of(rows, options, where, first)
     except InputError:
         raise
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
