@@ -123,6 +123,17 @@ def test_a_machine_that_does_not_see_the_files_is_a_sentence(cluster, tmp_path):
         ahead([partial(open, tmp_path / "nowhere")])
 
 
+def test_a_cluster_that_does_not_answer_is_a_sentence(cluster, text, tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:5")
+
+    monkeypatch.setattr(cluster, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "init", init)
+    with pytest.raises(InputError, match=r"cannot reach the Ray cluster \(Failed .*:5\); check RAY_ADDRESS"):
+        prepared(text, tmp_path / "out", engine="ray")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 def test_without_ray_nothing_is_begun(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs Ray Data: pip install 'calm-lm\[cluster\]'"):

@@ -268,10 +268,12 @@ def test_prepared_text_is_no_source_of_text(tmp_path, capsys):
         prepare(tmp_path / "out/train", tmp_path / "again", num_proc=1)
 
 
-@pytest.mark.parametrize("source", [["a", "b"], 3, None, {"a": "b"}.keys()])
+@pytest.mark.parametrize("source", [["a", "b"], 3, None, {"train": ["a"]}, iter("ab")])
 def test_what_is_no_source(source, tmp_path):
     with pytest.raises(InputError, match=r"a source is a name or a dataset of .*\.from_dict"):
         prepare([source], tmp_path / "out")
+    with pytest.raises(InputError, match=r"a source is a name or a dataset of"):
+        prepare(in_memory(tmp_path, records(TEXTS)), tmp_path / "out", validation_sources=[source])
     assert list(tmp_path.iterdir()) == []
 
 

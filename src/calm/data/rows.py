@@ -4,7 +4,7 @@ The split `train` is read. A split `validation` of a `DatasetDict`, in memory or
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from calm.hub.connection import hub_or_cache, may_be_on_hub
 from calm.storage.disk import read_json
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
-Splits: TypeAlias = Mapping[str, Rows]  # DatasetDict, IterableDatasetDict.
+Splits: TypeAlias = datasets.DatasetDict | datasets.IterableDatasetDict
 Source: TypeAlias = str | Path | Rows | Splits
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _OF_DATASET, _OF_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
@@ -31,10 +31,9 @@ def as_sources(given: Source | Sequence[Source]) -> list[Source]:
     Raises:
         InputError: If one is neither.
     """
-    one = isinstance(given, str | Path | datasets.Dataset | datasets.IterableDataset | Mapping)
-    sources: list[Any] = [given] if one else list(given)  # type: ignore[arg-type]
+    sources = list(given) if isinstance(given, list | tuple) else [given]
     for source in sources:
-        if not isinstance(source, str | Path | datasets.Dataset | datasets.IterableDataset | Mapping):
+        if not isinstance(source, Source):
             raise InputError(
                 f"a source is a name or a dataset of the library `datasets`, not {type(source).__name__}; "
                 "make texts a dataset with datasets.Dataset.from_dict({'text': texts})."
@@ -69,7 +68,7 @@ def train_rows(source: str | Rows | Splits) -> Rows:
         InputError: If there is no such split, or the folder is damaged.
     """
     found = _saved(Path(source)) if isinstance(source, str) else source
-    if isinstance(found, datasets.Dataset | datasets.IterableDataset):
+    if isinstance(found, Rows):
         return found.with_format(None)
     if _TRAIN not in found:
         raise InputError(
@@ -83,7 +82,7 @@ def validation_rows(sources: Iterable[Source]) -> list[Source]:
     """The splits `validation` that come with sources."""
     found: list[Source] = []
     for source in sources:
-        if isinstance(source, Mapping) and _VALIDATION in source:
+        if isinstance(source, Splits) and _VALIDATION in source:
             found.append(source[_VALIDATION])
         elif isinstance(source, str) and (Path(source) / _OF_SPLITS).is_file():
             folder = Path(source) / _VALIDATION

@@ -110,14 +110,14 @@ def _documents_of(rows: datasets.Dataset, sources: Sequence[Source]) -> Document
 def _groups(shards: Iterable[Shard], num_proc: int) -> Iterator[list[Shard]]:
     """Shards that are read together: enough work for all processes, and not too much to lose."""
     group: list[Shard] = []
+    num_bytes = 0
     for shard in shards:
-        if group and (shard.is_in_memory or group[0].is_in_memory):
+        is_full = num_bytes >= num_proc * _BYTES_AT_ONCE
+        if group and (is_full or shard.is_in_memory or group[0].is_in_memory):
             yield group
-            group = []
+            group, num_bytes = [], 0
         group.append(shard)
-        if sum(one.num_bytes for one in group) >= num_proc * _BYTES_AT_ONCE:
-            yield group
-            group = []
+        num_bytes += shard.num_bytes
     if group:
         yield group
 
