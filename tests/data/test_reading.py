@@ -62,7 +62,12 @@ def test_long_documents_in_parquet(tmp_path):
     assert next(documents) == "short"
     with pytest.raises(InputError, match=r"a document of '.*a\.parquet' is longer than 1 MB"):
         next(documents)
-    assert list(read_documents(path, ReadingOptions(max_document_mb=2))) == ["short", LONG.decode(), "last"]
+    assert list(read_documents(path, ReadingOptions(max_document_mb=2))) == [
+        "short",
+        LONG.decode(),
+        None,
+        "last",
+    ]
     packed = tmp_path / "b.parquet.gz"
     unpacked = parquet(tmp_path / "c.parquet", [os.urandom(900_000).hex()])
     packed.write_bytes(gzip.compress(unpacked.read_bytes()))
@@ -78,8 +83,7 @@ COLUMNS = {
     "bytes": (pa.array([b"a"]), "is binary, not text"),
     "lists": (pa.array([["a"]]), "is list<.*>, not text"),
     "structs": (pa.array([{"a": "b"}]), "is struct<.*>, not text"),
-    "nothing": (pa.nulls(2), "is null, not text"),
-    "another": (None, "has no column 'text'; its columns are other"),
+    "another": (None, "has no field 'text'; its fields are other"),
     "no UTF-8": (pa.Array.from_buffers(pa.string(), 1, NO_UTF8), "is not UTF-8"),
 }
 
@@ -90,6 +94,10 @@ def test_odd_columns(column, message, tmp_path):
     path = parquet(tmp_path / "a.parquet", column, name)
     with pytest.raises(InputError, match=message):
         list(read_documents(path, SMALL))
+
+
+def test_a_column_of_nothing_but_nulls_is_one_of_records_without_text(tmp_path):
+    assert list(read_documents(parquet(tmp_path / "a.parquet", pa.nulls(2)), SMALL)) == [None, None]
 
 
 def test_records_that_are_not_utf8(tmp_path):

@@ -42,9 +42,8 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
         yield nothing_ahead
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_NUM_REDIS_GET_RETRIES", "2"
-    )  # It would ask a wrong address for twelve minutes.
+    # It would ask a wrong address for twelve minutes.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     try:
         import ray
         import ray.data

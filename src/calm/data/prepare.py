@@ -104,9 +104,8 @@ def prepare(
         documents = read(sources)
         held_out = read(validation_sources) if validation_sources else None
         if held_out is None:
-            texts, ranks = documents.texts, documents.ranks
-            split = choose_split(texts, ranks, validation_fraction, seed, names)
-            splits = split_documents(texts, ranks, split, work)
+            split = choose_split(documents.texts, documents.ranks, validation_fraction, seed, names)
+            splits = split_documents(documents.texts, documents.ranks, split, work)
         else:
             split = Split(seed)
             sides = {"train": documents, "validation": held_out}

@@ -201,7 +201,7 @@ class BlockStream(IterableDataset):
         skipped = _Skipped(self.position.skipped.get(worker, 0), is_counting=start == Place())
         for epoch in itertools.count(start.epoch):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
-            own_shards = len(shards) >= readers
+            own_shards = self.has_own_shards
             windows = self._windows(shards[reader::readers] if own_shards else shards, start, skipped)
             has_any = start != Place(epoch)  # What is after a place inside an epoch may be nothing.
             for place, documents in windows:
