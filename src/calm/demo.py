@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from rich.console import Console
 from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard
+from calm.extras import require
 from calm.results import Showing, show_results
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
@@ -35,8 +35,7 @@ def run_demo(
     Raises:
         InputError: If the folder is not empty, matplotlib is missing or there are too few stories.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the demo draws plots; pip install 'calm-lm[report]' first.")
+    require("the demo", "matplotlib")
     console, start = Console(highlight=False), time.monotonic()
 
     def say(text: str) -> None:

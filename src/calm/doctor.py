@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
+from calm.errors import InputError
+from calm.extras import require
 from calm.hardware import processor_name
 from calm.models.loading import best_device, best_dtype
 
@@ -31,7 +33,7 @@ def examine() -> dict[str, dict[str, str]]:
             "dtype": _dtype(device),
             "attention": _attention(device),
             "compile": _compile(device),
-            "report": _extra("matplotlib", "report"),
+            "report": _plots(),
         },
     }
 
@@ -69,9 +71,11 @@ def _compile(device: torch.device) -> str:
     return "torch.compile is off unless training.compile is true"
 
 
-def _extra(package: str, extra: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return f"no plots: {package} is missing; pip install 'calm-lm[{extra}]'"
+def _plots() -> str:
+    try:
+        require("the report", "matplotlib")
+    except InputError as error:
+        return f"no plots: {error}"
     return "plots can be drawn"
 
 

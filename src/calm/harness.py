@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from calm.core.chunks import split_into_chunks
 from calm.core.random import generators_of_rows, seed_of
 from calm.errors import InputError
+from calm.extras import not_installed
 from calm.models.calm import CalmForCausalLM
 from calm.models.heads import LatentHead, Likelihood
 from calm.models.loading import load_language_model_and_tokenizer
@@ -31,6 +29,17 @@ from calm.text.chat import render
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents, encode_rendering, encode_words, marks_of
 from calm.texts import continue_tokens, crop_prompts
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    missing = not_installed("the harness", "lm-eval")
+    if __name__ != "__main__":
+        raise missing from error
+    print(f"calm: error: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 Choices = Literal["refuse", "agreement", "energy"]
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}

@@ -86,4 +86,4 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "is empty" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "empty")
     assert "there is no model" in failure(capsys, "serve", tmp_path)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'calm-lm[serve]'" in failure(capsys, "serve", folder)
+    assert "needs uvicorn, which is not installed: pip install uvicorn" in failure(capsys, "serve", folder)

@@ -268,7 +268,7 @@ def test_without_peft(base, monkeypatch):
 
     model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"pip install 'calm-lm\[finetune\]'"):
+    with pytest.raises(InputError, match=r"lora.rank needs peft, which is not installed: pip install peft$"):
         with_adapters(model, LoraSettings(rank=2), "base")
 
 

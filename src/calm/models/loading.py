@@ -13,6 +13,7 @@ from transformers import (
 
 from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, cause_of, reason_of
+from calm.extras import require
 from calm.hub.opening import (
     base_of_adapters,
     open_adapters,
@@ -121,12 +122,7 @@ def is_adapter(path: Path) -> bool:
 
 def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     """The model that adapters belong to, with them added to its weights."""
-    try:
-        import peft  # noqa: F401, PLC0415 (of an extra)
-    except ImportError as error:
-        raise InputError(
-            f"'{path}' holds adapters, which need peft; install it with: pip install 'calm-lm[finetune]'"
-        ) from error
+    require(f"'{path}', a folder of adapters,", "peft")
     try:
         base = base_of_adapters(path)
     except InputError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from calm.core.samplers import ExactSampler
 from calm.errors import InputError
+from calm.extras import require
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.writing.sampler_registry import sampler_from
@@ -46,17 +47,14 @@ def run_server(
     Raises:
         InputError: If a value or the model is bad, or the address cannot be used.
     """
-    try:
-        import uvicorn  # noqa: PLC0415 (of an extra)
+    require("the server", "fastapi", "prometheus-client", "pydantic", "uvicorn")
+    import uvicorn  # noqa: PLC0415 (of an extra)
 
-        from calm.serving.app import create_app  # noqa: PLC0415
-        from calm.serving.connections import uvicorn_config  # noqa: PLC0415
-        from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
-        from calm.serving.settings import ServerSettings  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(
-            f"serving needs '{error.name}'; install it with: pip install 'calm-lm[serve]'"
-        ) from error
+    from calm.serving.app import create_app  # noqa: PLC0415
+    from calm.serving.connections import uvicorn_config  # noqa: PLC0415
+    from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
+    from calm.serving.settings import ServerSettings  # noqa: PLC0415
+
     for limit, value in limits.items():
         if not value > 0:  # Or it is no number.
             raise InputError(f"{limit} must be above 0, got {value}.")

@@ -128,7 +128,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
 def _how_to_use(is_calm: bool, name: str, prompt: str) -> str:
     sampling = "temperature=0.5, seed=1" if is_calm else "do_sample=True"
     folder = name if "/" in name else f"path/to/{name}"  # A name on the hub has an owner.
-    begin = "import calm  # pip install calm-lm; no remote code\n" if is_calm else ""
+    begin = "import calm  # of the package calm-lm; no remote code\n" if is_calm else ""
     limits = (
         "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."
         if is_calm

@@ -1,6 +1,5 @@
 """Low-rank adapters (peft) on the trainable linear layers of a language model."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.errors import InputError
+from calm.extras import require
 from calm.models.blocks import PartedLinear
 from calm.models.language_model import language_model
 from calm.training.finetuning_recipe import LoraSettings
@@ -19,8 +19,7 @@ def check_adapters(model: PreTrainedModel, settings: LoraSettings) -> None:
     Raises:
         InputError: If peft is not installed, or a setting is out of range or does not fit the model.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise InputError("adapters need peft; install it with: pip install 'calm-lm[finetune]'")
+    require("lora.rank", "peft")
     if settings.rank < 1 or not 0 <= settings.dropout < 1 or settings.alpha <= 0:
         raise InputError(
             f"lora needs a rank of at least 1, an alpha above 0 and a dropout from 0 to below 1, got "
