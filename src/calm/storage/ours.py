@@ -37,6 +37,8 @@ _STAGE: dict[str, Any] = {
     "checkpoint-*": _CHECKPOINT,
     "damaged-checkpoint-*": _CHECKPOINT,
     "tensorboard": _EVENTS | {"[0-9]*": _EVENTS},
+    "trackers.json": None,
+    "trackers.partial": None,
     ".partial": _ANYTHING,
 }
 _RUN = dict.fromkeys(

@@ -13,5 +13,6 @@ optimizers.py, muon.py          optimizers by name; one of your own is registere
 checkpoints.py, faults.py       written whole, found again; what can stop a run
 overview.py                     what a run is about to do, and how long it should take
 speed.py, clock.py, progress.py what is shown and logged meanwhile
+trackers.py                     runs of TensorBoard, Weights & Biases, MLflow and trackio
 processes.py, sharding.py       several processes, and models spread over them
 """

@@ -1,8 +1,9 @@
 """A stage of training, and its arguments for the Hugging Face Trainer."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from calm.training.processes import processes
 from calm.training.recipe import TrainingSettings
 from calm.training.sharding import shard_on_cpu_as_well, sharding_arguments
+from calm.training.trackers import Tracking
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Stage:
         seed: Seed of data order and training noise.
         is_sharded: Whether each of several processes keeps only a part of the network.
         is_last: Whether it ends the run, so that more steps extend it.
+        tracking: Where it is tracked.
     """
 
     name: str
@@ -31,6 +34,17 @@ class Stage:
     seed: int
     is_sharded: bool = False
     is_last: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+class RecipeArguments(TrainingArguments):
+    """Arguments of the Trainer that tell trackers the recipe as well."""
+
+    recipe: Mapping[str, Any] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is logged as the configuration of a run."""
+        return {**super().to_dict(), "recipe": self.recipe}
 
 
 def training_arguments(
@@ -48,9 +62,8 @@ def training_arguments(
         InputError: If a step is not a whole number of blocks for each process.
     """
     settings, steps = stage.settings, stage.settings.steps
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.folder / "tensorboard")
     blocks, accumulation = settings.batches(context, processes().num_processes)
-    arguments = TrainingArguments(
+    arguments = RecipeArguments(
         output_dir=str(stage.folder),
         max_steps=steps,
         per_device_train_batch_size=blocks,
@@ -71,10 +84,11 @@ def training_arguments(
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=False,  # Otherwise the log level decides.
-        report_to=["tensorboard"],
         seed=stage.seed,
+        **stage.tracking.arguments(),
         **(sharding_arguments(model) if stage.is_sharded else {}),
     )
+    arguments.recipe = stage.tracking.recipe
     if stage.is_sharded:
         shard_on_cpu_as_well()
     if arguments.n_gpu > 1:  # Without a launcher. DataParallel would split noise and multiply the step.

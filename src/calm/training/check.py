@@ -12,13 +12,14 @@ from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.trackers import check_trackers
 
 
 def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
     """Find the mistakes in a recipe.
 
     Raises:
-        InputError: If it names no text, or does not make a model.
+        InputError: If it names no text or a tracker that is missing, or does not make a model.
     """
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
             "a stream needs at least 2 sample_documents and 1 window_documents, got "
             f"{streamed.sample_documents} and {streamed.window_documents}."
         )
+    check_trackers(recipe.tracker_list)
     check_model(recipe, num_processes)
 
 
@@ -69,6 +71,7 @@ def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) ->
     check_seed(recipe.seed)
     check_ranges(recipe)
     check_training(recipe.training, "training", recipe.examples.context, num_processes)
+    check_trackers(recipe.tracker_list)
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:

@@ -3,7 +3,7 @@
 output/
   recipe.yaml    the resolved recipe
   inputs.json    digests of what the run began with
-  checkpoints/   checkpoints and TensorBoard logs
+  checkpoints/   checkpoints
   adapter/       the adapters, if any were trained
   model/         the result: a self-contained model folder, adapters merged
   examples.json  how many examples there were
@@ -33,6 +33,7 @@ from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.inputs import check_recipe_and_inputs, digest_of_examples, digest_of_weights
 from calm.training.processes import processes
 from calm.training.runs import Run
+from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer
 
 ANSWERS, COUNTS = "answers.jsonl", "examples.json"
@@ -134,7 +135,8 @@ def _train(
     before = answers_of(model)
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
-    stage = Stage("model", settings, run.folder / "checkpoints", recipe.seed, is_last=True)
+    folder, tracking = run.folder / "checkpoints", tracking_of(run)
+    stage = Stage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.

@@ -84,6 +84,7 @@ class FinetuningRecipe:
         lora: Adapters.
         training: How it is trained.
         answers: How it is scored.
+        report_to: Trackers of losses and scores: any of tensorboard, wandb, mlflow and trackio.
     """
 
     seed: int = 0
@@ -92,3 +93,9 @@ class FinetuningRecipe:
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
+    report_to: list[str] | str = field(default_factory=list)
+
+    @property
+    def tracker_list(self) -> list[str]:
+        """The trackers, always as a list."""
+        return as_list(self.report_to)

@@ -16,6 +16,7 @@ from calm.data.shards import files_of
 from calm.errors import InputError
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.extending import without_last_steps
+from calm.training.recipe import WITHOUT_EFFECT
 
 INPUTS = "inputs.json"
 
@@ -91,6 +92,8 @@ def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]
 def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:
     """A digest of the settings that differ from the defaults, so that a new setting changes no digest.
 
+    Settings that do not change what is made have no part in it.
+
     Args:
         recipe: The recipe.
         in_order: Sort the fields of a head and the like: their order in a file means nothing. Runs that were
@@ -104,7 +107,8 @@ def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:
             return {name: pair for name, pair in pairs.items() if pair != {}}
         return {} if value == default else [_sorted(value) if in_order else value]
 
-    return _digest(changed(recipe, type(recipe)()))
+    settings = changed(recipe, type(recipe)())
+    return _digest({name: value for name, value in settings.items() if name not in WITHOUT_EFFECT})
 
 
 def _sorted(value: Any) -> Any:

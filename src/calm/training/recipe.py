@@ -13,10 +13,13 @@ from calm.models.hyperparameters import (
     InputHyperparameters,
 )
 
+# Settings that do not change what a run makes: it may be resumed with other values of them.
+WITHOUT_EFFECT = ("report_to",)
 
-def as_list(sources: list[str] | str) -> list[str]:
-    """Sources, always as a list."""
-    return [sources] if isinstance(sources, str) else sources
+
+def as_list(names: list[str] | str) -> list[str]:
+    """One name or several, always as a list."""
+    return [names] if isinstance(names, str) else names
 
 
 @dataclass(kw_only=True)
@@ -229,6 +232,7 @@ class Recipe:
         data: Where the text comes from and how it is cut.
         autoencoder: The chunk autoencoder; unused by an autoregressive model.
         language_model: The backbone over chunks and its head.
+        report_to: Trackers of losses and scores: any of tensorboard, wandb, mlflow and trackio.
     """
 
     seed: int = 0
@@ -237,6 +241,12 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
+    report_to: list[str] | str = field(default_factory=list)
+
+    @property
+    def tracker_list(self) -> list[str]:
+        """The trackers, always as a list."""
+        return as_list(self.report_to)
 
     @property
     def trains_autoencoder(self) -> bool:

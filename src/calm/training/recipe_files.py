@@ -11,7 +11,7 @@ from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.recipe import Recipe
+from calm.training.recipe import WITHOUT_EFFECT, Recipe
 from calm.training.recipe_settings import RECIPE as RECIPE
 from calm.training.recipe_settings import recipe_parser, settings_in
 
@@ -81,7 +81,7 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings that differ between two recipes."""
+    """Dotted names of the settings that differ between two recipes and change what is made."""
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -90,6 +90,6 @@ def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
                 for key in sorted(a.keys() | b.keys())
                 for d in walk(a.get(key), b.get(key), f"{name}.{key}")
             ]
-        return [] if a == b else [name.lstrip(".")]
+        return [] if a == b or name.lstrip(".") in WITHOUT_EFFECT else [name.lstrip(".")]
 
     return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")

@@ -120,8 +120,10 @@ class Run(Generic[AnyRecipe]):
         if self.resume:
             yield
             discard_replaced(self.folder)
-            if differences(noted := self._noted(), self.recipe):
+            noted = self._noted()
+            if differences(noted, self.recipe):
                 extend(self.folder, noted, self.recipe)
+            if noted != self.recipe:
                 write_recipe(self.recipe, self.folder / RECIPE)
             return
         with emptied(self.folder, _KEPT):

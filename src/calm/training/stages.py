@@ -8,7 +8,7 @@ An autoregressive model has no autoencoder; the rest is the same.
       data/                  the prepared text (unless the recipe names a prepared folder)
       autoencoder/           the trained autoencoder
       model/                 the result: a self-contained model folder
-      checkpoints/<stage>/   checkpoints and TensorBoard logs of each stage
+      checkpoints/<stage>/   checkpoints of each stage
       history.json           logged losses, held-out scores and times of both stages
 
 A stage is finished when its folder exists, so a run that was killed resumes where it stopped.
@@ -35,6 +35,7 @@ from calm.training.overview import tell_overview
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.runs import Run
+from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer, Score
 
 
@@ -104,7 +105,8 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
         return score_reconstruction(model, held_out, settings.evaluation_blocks).as_metrics()
 
     blocks = blocks_of(run, data, settings.num_workers, recipe.chunk_size)
-    stage = Stage("autoencoder", settings, run.folder / "checkpoints/autoencoder", recipe.seed)
+    folder, tracking = run.folder / "checkpoints/autoencoder", tracking_of(run, "autoencoder")
+    stage = Stage("autoencoder", settings, folder, recipe.seed, tracking=tracking)
     return _run_stage(run, autoencoder, blocks, score, stage)
 
 
@@ -127,8 +129,8 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
 
     blocks = blocks_of(run, data, settings.num_workers, scorer_of(model).chunk_size)
     is_sharded = recipe.language_model.sharded and processes().num_processes > 1
-    folder = run.folder / "checkpoints/language_model"
-    stage = Stage("language model", settings, folder, recipe.seed, is_sharded, is_last=True)
+    folder, tracking = run.folder / "checkpoints/language_model", tracking_of(run, "language_model")
+    stage = Stage("language model", settings, folder, recipe.seed, is_sharded, True, tracking)
     whole = _run_stage(run, model, blocks, score, stage)
     whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
     return whole

@@ -37,6 +37,7 @@ from calm.training.processes import processes
 from calm.training.progress import StageProgress
 from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
 from calm.training.speed import Speed, known_training_flops
+from calm.training.trackers import tracked
 
 logger = logging.getLogger(__name__)
 Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
@@ -98,10 +99,17 @@ class ChunkTrainer(Trainer):
         Raises:
             InputError: If the checkpoint is sharded and the run is not, or the other way around, or all
                 checkpoints are damaged.
-            RunError: If the loss is not finite, a process that loads data dies, or the disk is full.
+            RunError: If the loss is not finite, a process that loads data dies, the disk is full, or a
+                tracker cannot begin.
             Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
         checkpoint = self._checkpoint()
+        with tracked(self, self._stage.tracking):
+            self._train_from(checkpoint)
+            if not self.settings.evaluate_every:
+                self.evaluate()
+
+    def _train_from(self, checkpoint: Path | None) -> None:
         try:
             with self._signals.listening():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -116,8 +124,6 @@ class ChunkTrainer(Trainer):
         self._tell_skipped()
         if self._signals.left:
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
-        if not self.settings.evaluate_every:
-            self.evaluate()
 
     def whole_network(self) -> PreTrainedModel:
         """The model with all weights: itself, or a copy where each process has a part of them."""
