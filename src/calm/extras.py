@@ -21,7 +21,8 @@ def require(what: str, *packages: str) -> None:
 
 def is_installed(package: str) -> bool:
     """Whether a package whose module has the same name can be imported."""
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    return spec is not None and spec.origin is not None  # A folder has none, such as one of wandb's logs.
 
 
 def not_installed(what: str, *packages: str) -> InputError:

@@ -93,7 +93,7 @@ def test_kill_at_any_moment(whole):
 
 def test_sigterm_leaves_a_checkpoint(whole):
     folder, recipe = whole
-    slow = with_settings(recipe, in_both({"steps": 400, "save_every": 400}))
+    slow = with_settings(recipe, {**in_both({"steps": 400, "save_every": 400}), "report_to": "tensorboard"})
     (folder / "slow").mkdir()
     write_recipe(slow, folder / "slow/recipe.yaml")
     output = folder / "ended"

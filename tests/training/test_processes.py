@@ -73,11 +73,13 @@ def test_summed_gradients(alone):
 
 def test_two_processes(alone):
     folder, _ = alone
-    result = launch(2, "--recipe", folder / "recipe.yaml", "--output", folder / "two")
+    recipe = folder / "recipe.yaml"
+    result = launch(2, "--recipe", recipe, "--output", folder / "two", "--report_to", "tensorboard")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(folder / "alone", folder / "two")
     assert result.stdout.count("model:") == 1
     assert not list((folder / "two").rglob(".partial"))
+    assert len(list((folder / "two").rglob("events.out.*"))) == 2  # Of both stages, from one process.
 
 
 def test_a_given_autoencoder_and_a_slow_process(alone):

@@ -130,7 +130,9 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     blocks = blocks_of(run, data, settings.num_workers, scorer_of(model).chunk_size)
     is_sharded = recipe.language_model.sharded and processes().num_processes > 1
     folder, tracking = run.folder / "checkpoints/language_model", tracking_of(run, "language_model")
-    stage = Stage("language model", settings, folder, recipe.seed, is_sharded, True, tracking)
+    stage = Stage(
+        "language model", settings, folder, recipe.seed, is_sharded, is_last=True, tracking=tracking
+    )
     whole = _run_stage(run, model, blocks, score, stage)
     whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
     return whole

@@ -41,6 +41,7 @@ _ENVIRONMENT = {
         "MLFLOW_FLATTEN_PARAMS": "TRUE",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "10",  # At the end, each batch waits for the server.
     },
 }
 End = Callable[[bool], object]  # Ends a tracker's run, which succeeded or not.
@@ -180,13 +181,20 @@ def _begin_mlflow(tracking: Tracking) -> End:
     return lambda has_succeeded: mlflow.end_run("FINISHED" if has_succeeded else "FAILED")
 
 
+def _begin_trackio(tracking: Tracking) -> End:
+    """Nothing: its callback begins and ends the run, but an evaluation after that opens it again."""
+    import trackio  # noqa: PLC0415 (it may be missing)
+
+    return lambda has_succeeded: trackio.context_vars.current_run.get() and trackio.finish()
+
+
 def _leave_open(has_succeeded: bool) -> None:
-    """The end of a run that is not ours, or that a callback ends."""
+    """The end of what needs none."""
 
 
 _BEGINNINGS: dict[str, Callable[[Tracking], End]] = {
     "tensorboard": lambda tracking: _leave_open,
     "wandb": _begin_wandb,
     "mlflow": _begin_mlflow,
-    "trackio": lambda tracking: _leave_open,
+    "trackio": _begin_trackio,
 }

@@ -1,0 +1,171 @@
+"""Trackers: off unless asked for, one run for each stage, which a resumed stage goes on in."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import failure, interrupt, toy_recipe
+from trackers import Mlflow, Trackio, Wandb, stand_in
+
+from calm.data.stories import stories
+from calm.errors import InputError, RunError
+from calm.training import stages
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.inputs import digest_of_recipe
+from calm.training.recipe_files import read_recipe, with_settings, write_recipe
+from calm.training.runs import Run
+from calm.training.trackers import tracking_of
+
+SERVICES = ["wandb", "mlflow", "trackio"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    return path
+
+
+@pytest.fixture
+def recipe(text):
+    """Its language model is evaluated when the training has ended, its autoencoder meanwhile."""
+    return with_settings(toy_recipe(text), {"language_model.training.evaluate_every": 0})
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """The services by name, and an environment without their settings."""
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    services = {"wandb": Wandb(), "mlflow": Mlflow(), "trackio": Trackio()}
+    for name, service in services.items():
+        stand_in(monkeypatch, name, service)
+    return services
+
+
+def test_nothing_is_tracked_unless_asked_for(recipe, trackers, tmp_path):
+    stages.train(recipe, tmp_path / "run")
+    assert not any(service.runs for service in trackers.values())
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("tensorboard", "trackers.json")]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_a_stopped_stage_goes_on_in_its_run(recipe, trackers, tmp_path, monkeypatch):
+    recipe = with_settings(recipe, {"report_to": SERVICES})
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, tmp_path / "mine")
+    stages.train(recipe, tmp_path / "mine", resume=True)
+    for name, service in trackers.items():
+        first, second = service.runs.values()
+        ids = [json.loads(file.read_text())["id"] for file in sorted(tmp_path.rglob("trackers.json"))]
+        assert [first.name, second.name] == [f"mine/autoencoder-{ids[0]}", f"mine/language_model-{ids[1]}"]
+        prefix = "eval_" if name == "mlflow" else "eval/"
+        assert first.steps(f"{prefix}token_accuracy") == [3, 6, 8]
+        assert second.steps(f"{prefix}brier_1") == [8]  # After training, and in the same run.
+        assert first.steps("loss" if name == "mlflow" else "train/loss")[0] == 1
+        steps = "recipe.language_model.training.steps" if name == "mlflow" else "recipe"
+        told = second.settings[steps]
+        assert (told if name == "mlflow" else told["language_model"]["training"]["steps"]) == 8
+        assert first.begun == 1 and second.begun >= 2
+    wandb, mlflow, _ = (list(trackers[name].runs.values()) for name in SERVICES)
+    assert [run.ends for run in wandb] == [[0], [1, 0]]
+    assert [run.ends for run in mlflow] == [["FINISHED"], ["FAILED", "FINISHED"]]
+    assert trackers["trackio"].context_vars.current_run.get() is None
+    assert trackers["mlflow"].experiment == os.environ["WANDB_PROJECT"] == "calm"
+
+
+def test_tensorboard_has_the_recipe_and_the_figures(recipe, tmp_path):
+    recipe = with_settings(recipe, {"report_to": "tensorboard"})
+    stages.train(recipe, tmp_path / "run")
+    expected = {"autoencoder": ("eval/token_accuracy", [3, 6, 8]), "language_model": ("eval/brier_1", [8])}
+    for stage, (figure, steps) in expected.items():
+        events = EventAccumulator(str(tmp_path / "run/checkpoints" / stage / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars(figure)] == steps
+        (arguments,) = events.Tensors("args/text_summary")
+        said = json.loads(arguments.tensor_proto.string_val[0])
+        assert said["recipe"]["language_model"]["training"]["steps"] == 8
+
+
+def test_settings_of_a_tracker_are_kept(recipe, trackers, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    stages.train_autoencoder(with_settings(recipe, {"report_to": SERVICES}), tmp_path / "run")
+    assert trackers["mlflow"].experiment == "theirs" and os.environ["WANDB_INIT_TIMEOUT"] == "3"
+
+
+def test_a_run_of_the_caller_is_used_and_left_open(recipe, trackers, tmp_path):
+    wandb, mlflow = trackers["wandb"], trackers["mlflow"]
+    wandb.init("theirs", "1", "allow")
+    mlflow.start_run(run_name="theirs", tags={"calm.id": "1"})
+    stages.train_autoencoder(with_settings(recipe, {"report_to": ["wandb", "mlflow"]}), tmp_path / "run")
+    for service in (wandb, mlflow):
+        (run,) = service.runs.values()
+        assert run.name == "theirs" and run.logged and not run.ends
+
+
+def test_one_that_cannot_begin_stops_the_run(recipe, trackers, tmp_path, monkeypatch):
+    recipe = with_settings(recipe, {"report_to": ["mlflow", "wandb"]})
+    monkeypatch.setattr(trackers["wandb"], "fault", RuntimeError("there is no key\n(see elsewhere)"))
+    said = "wandb cannot begin a run (there is no key); --resume goes on once it can, or without it"
+    with pytest.raises(RunError, match=re.escape(said)):
+        stages.train(recipe, tmp_path / "run")
+    (begun,) = trackers["mlflow"].runs.values()
+    assert begun.ends == ["FAILED"]
+    stages.train(with_settings(recipe, {"report_to": []}), tmp_path / "run", resume=True)
+    assert read_recipe(str(tmp_path / "run/recipe.yaml")).report_to == []
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_one_that_cannot_end_costs_nothing(recipe, trackers, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trackers["mlflow"], "end_fault", RuntimeError("the server is gone"))
+    stages.train(with_settings(recipe, {"report_to": "mlflow"}), tmp_path / "run")
+    assert caplog.text.count("mlflow could not end its run (the server is gone).") == 2
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_trackers_have_no_part_in_what_a_run_is(recipe):
+    assert digest_of_recipe(with_settings(recipe, {"report_to": "wandb"})) == digest_of_recipe(recipe)
+
+
+def test_mistakes_change_nothing(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(recipe, Path("recipe.yaml"))
+    command = ["train", "--recipe", "recipe.yaml", "--output", "run", "--report_to"]
+    known = "report_to takes tensorboard, wandb, mlflow, trackio, or [] for none; got "
+    assert f"{known}'tensorbord'" in failure(capsys, *command, "tensorbord")
+    assert f"{known}'all'" in failure(capsys, *command, "[tensorboard,all]")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert "needs mlflow, which is not installed: pip install mlflow" in failure(capsys, *command, "mlflow")
+    finetuning = ["finetune", "--model", "stories", "--examples.sources", "none", "--output", "run"]
+    assert f"{known}'all'" in failure(capsys, *finetuning, "--report_to", "all")
+    assert sorted(path.name for path in Path().iterdir()) == ["recipe.yaml"]
+
+
+def test_a_damaged_note_begins_new_runs(tmp_path):
+    run = Run(FinetuningRecipe(report_to="wandb"), tmp_path / "qa")
+    (tmp_path / "qa/checkpoints").mkdir(parents=True)
+    note = tmp_path / "qa/checkpoints/trackers.json"
+    note.write_text('{"id": "0123abcd"}')
+    assert tracking_of(run).run_name == "qa-0123abcd"
+    for damaged in ('{"id": ', "[]", "{}"):
+        note.write_text(damaged)
+        assert tracking_of(run).run_name not in ("qa-0123abcd", "qa-")
+
+
+def test_a_note_of_trackers_is_part_of_a_run_that_is_replaced(recipe, tmp_path):
+    recipe = with_settings(recipe, {"report_to": "tensorboard"})
+    stages.train_autoencoder(recipe, tmp_path / "run")
+    before = (tmp_path / "run/checkpoints/autoencoder/trackers.json").read_text()
+    stages.train(recipe, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run/checkpoints/autoencoder/trackers.json").read_text() != before
+    with pytest.raises(InputError, match="is not empty"):
+        stages.train(recipe, tmp_path / "run")
