@@ -10,7 +10,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-.PHONY: demo test docs site notebooks fuzz soak bench check lint types lock clean
+.PHONY: demo test docs site notebooks fuzz soak bench wheels check lint types lock clean
 
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
@@ -40,6 +40,9 @@ soak: $(STAMP)          ## serve a crowd that behaves badly for half an hour
 bench: $(STAMP)         ## time ours against literal references, in turns (about a quarter of an hour, most of it compiling)
 	for question in energy.py "training_step.py --compile" options.py "generation.py --compile" tokenizing.py; do \
 		$(BIN)/python benchmarks/$$question || exit 1; done
+
+wheels: $(STAMP)        ## install the wheel with each extra in empty environments, and use it (about ten minutes)
+	$(BIN)/python benchmarks/wheels.py
 
 check: lint types       ## lint, types, and the direction of imports
 	$(BIN)/python -m pytest -q tests/test_architecture.py

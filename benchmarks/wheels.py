@@ -1,0 +1,151 @@
+"""Does the wheel install in an empty environment with each extra, and does what needs the extra work there?
+
+    python benchmarks/wheels.py        # about ten minutes; asks the package index
+
+An environment gets torch first, then the wheel with one extra; torch must be the same afterwards. Commands
+run in a folder of their own. Where no extra is installed, those that need one must say so in one sentence.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from calm.data.stories import write_stories
+
+ROOT = Path(__file__).parents[1]
+TRAINED = (
+    "--data.sources prepared --data.context 64 --output trained "
+    "--autoencoder.training.steps 2 --autoencoder.training.batch_tokens 128 --autoencoder.hidden_size 32 "
+    "--language_model.training.steps 2 --language_model.training.batch_tokens 128 "
+    "--language_model.hidden_size 32 --language_model.num_heads 2 --language_model.num_layers 1"
+)
+TUNED = (
+    "--recipe lora --model stories --examples.sources questions.jsonl --examples.context 64 "
+    "--training.steps 2 --training.batch_tokens 128 --answers.number 2 --output tuned"
+)
+# What needs an extra, and the package that it misses first.
+NEEDS = {
+    "report": ("calm compare stories --data prepared --max_blocks 2 --output compared", "matplotlib"),
+    "serve": ("calm serve stories --port 0", "fastapi"),
+    "finetune": (f"calm finetune {TUNED}", "peft"),
+    "harness": ("python -m calm.harness --help", "lm-eval"),
+    "tensorboard": (f"calm train {TRAINED} --report_to tensorboard", "tensorboard"),
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment with the wheel, and a folder to run commands in."""
+
+    folder: Path
+    work: Path
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        """Start a command that is installed there."""
+        program, *arguments = command.split()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return subprocess.Popen(
+            [self.folder / "bin" / program, *arguments],
+            cwd=self.work, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, command: str, code: int = 0) -> str:
+        """What a command prints, which must end with that exit code."""
+        process = self.start(command)
+        text, _ = process.communicate()
+        assert process.returncode == code, f"{command}: exit code {process.returncode}\n{text[-3000:]}"
+        return text
+
+
+def answer_a_request(environment: Environment) -> None:
+    """Serve the shipped model, and ask it for a text."""
+    server = environment.start(NEEDS["serve"][0])
+    try:
+        assert server.stdout is not None
+        where = server.stdout.readline().split()[3].rstrip(",")
+        request = json.dumps({"model": "stories", "prompt": "Once", "max_tokens": 8, "seed": 1}).encode()
+        with urllib.request.urlopen(f"{where}/completions", request, timeout=100) as answer:
+            assert json.load(answer)["choices"][0]["text"]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def write_texts(environment: Environment) -> None:
+    """The files that the commands read."""
+    write_stories(environment.work / "stories.jsonl", seed=0, num_stories=60)
+    environment.run("calm prepare stories.jsonl --output prepared --vocab_size 500")
+    pairs = [{"prompt": f"{a} + 1 =", "completion": f" {a + 1}"} for a in range(40)]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    (environment.work / "questions.jsonl").write_text(lines, encoding="utf-8")
+
+
+def without_extras(environment: Environment) -> None:
+    """What needs no extra works, and the rest says what is missing."""
+    for command, package in NEEDS.values():
+        said = environment.run(command, code=2).splitlines()[-1]
+        assert f"needs {package}" in said and "not installed: pip install" in said, said
+
+
+# What is done with an extra; where nothing is said, its command of the table is run.
+WITH: dict[str, Callable[[Environment], object]] = {
+    "": without_extras,
+    **{name: functools.partial(Environment.run, command=command) for name, (command, _) in NEEDS.items()},
+    "serve": answer_a_request,
+    "docs": lambda one: one.run("zensical --version") and one.run("jupyter-nbconvert --version"),
+}
+
+
+def build(folder: Path) -> Path:
+    """The wheel, built from the source distribution."""
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def torch_in(environment: Environment) -> list[str]:
+    """The line of torch among what is installed, and those of libraries that only another build brings."""
+    lines = environment.run("python -m pip freeze").splitlines()
+    return [line for line in lines if line.startswith(("torch==", "torch @", "nvidia-", "triton"))]
+
+
+def check(wheel: Path, extra: str, folder: Path) -> str:
+    """Install the wheel with an extra, and use it; returns the version of torch."""
+    environment = Environment(folder / "env", folder / "work")
+    environment.work.mkdir()
+    venv.create(environment.folder, with_pip=True)
+    environment.run(f"python -m pip install --quiet -c {ROOT / 'constraints.txt'} torch")
+    torch = torch_in(environment)
+    environment.run(f"python -m pip install --quiet {wheel}" + (f"[{extra}]" if extra else ""))
+    assert torch_in(environment) == torch, "another torch came with the wheel"
+    write_texts(environment)
+    text = environment.run("calm generate stories Once --seed 1 --max_new_tokens 16")
+    assert text.startswith("Once"), text
+    WITH[extra](environment)
+    return torch[0]
+
+
+def main() -> None:
+    """Check every extra in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = build(Path(folder))
+        for extra in WITH:
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory() as place:
+                torch = check(wheel, extra, Path(place))
+            seconds = time.monotonic() - start
+            print(f"{extra or 'no extra':12} works, with {torch} ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
