@@ -10,7 +10,9 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-.PHONY: demo test docs site notebooks fuzz soak bench wheels check lint types lock clean
+.PHONY: install demo test docs site notebooks fuzz soak bench wheels check lint types lock clean
+
+install: $(STAMP)       ## set up .venv
 
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite

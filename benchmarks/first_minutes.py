@@ -1,4 +1,4 @@
-"""What a new user sees in the first ten minutes, recorded as text.
+"""What does a new user see in the first ten minutes? Recorded as text.
 
     python benchmarks/first_minutes.py --output docs/guides/first_minutes.md
 
@@ -19,8 +19,11 @@ from measure import machine
 ROOT = Path(__file__).parents[1]
 _INTRODUCTION = """# The first ten minutes
 
-What a new user types and sees, from a clone to a model of the user's own, recorded by `benchmarks/first_minutes.py` on
-{machine}. Times are those of the whole command. On a terminal, bars move in place; this is how a log has them.
+What a new user types and sees, from a clone to a model of the user's own, recorded by
+`benchmarks/first_minutes.py`. Times are those of whole commands. On a terminal, bars move in place; this is how
+a log has them.
+
+{machine}
 """
 # What is said before a command, the command, and after how many seconds Ctrl+C stops it.
 _STEPS: tuple[tuple[str, str, int | None], ...] = (
@@ -34,8 +37,8 @@ _STEPS: tuple[tuple[str, str, int | None], ...] = (
         60,
     ),
     ("It goes on where it was.", "calm train --resume --output runs/mine", None),
-    ("The folder of the run is the name of its model.", "calm generate runs/mine 'The model' -n 2 --seed 3", None),
-    ("As JSON, for other programs.", "calm generate runs/mine 'The head' --json --seed 3 | head -c 300", None),
+    ("The folder of a run is the name of its model.", "calm generate runs/mine 'The model' --seed 3", None),
+    ("As JSON, for other programs.", "calm generate runs/mine 'The head' --json --seed 3", None),
 )
 _LINES = 60
 

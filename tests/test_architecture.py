@@ -29,6 +29,7 @@ LEVELS = {
     "data": 1,
     "terminal": 1,
     "progress": 0,
+    "quantities": 0,
     "hardware": 2,
     "flops": 2,
     "generation": 3,

@@ -1,7 +1,6 @@
 """What a finished run shows: its scores, what it writes, a report, and what to type next."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import shlex
@@ -15,6 +14,7 @@ from calm.data.prepared import PreparedData, load_prepared
 from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard, score_model
+from calm.extras import is_installed, not_installed
 from calm.facts import facts_of
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.run import RunReport, Sample, read_history, write_report
@@ -130,8 +130,8 @@ def write_samples(
 def _write_report(
     folder: Path, recipe: Recipe, title: str, card: Scorecard, samples: list[Sample], model: PreTrainedModel
 ) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no report, for matplotlib draws its plots: pip install matplotlib")
+    if not is_installed("matplotlib"):
+        logger.warning("no report was written: %s", not_installed("it", "matplotlib"))
         return
     history = read_history(folder / HISTORY)
     text = (folder / RECIPE).read_text(encoding="utf-8")

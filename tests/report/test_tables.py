@@ -10,14 +10,13 @@ from calm.evaluation.held_out import Scorecard
 from calm.evaluation.perplexity import PerplexityResult
 from calm.evaluation.reconstruction import ReconstructionResult
 from calm.flops import Cost
+from calm.quantities import duration, short
 from calm.report.tables import (
-    duration,
     narrow_table,
     print_costs,
     print_narrow,
     print_scorecard,
     rows_of,
-    short,
     spaced,
     with_error,
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from calm.core.brier import NUM_ORDERS, undefined_brier_lm
+from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import AblationTable
-from calm.report.tables import duration, print_narrow, short, with_error
+from calm.report.tables import print_narrow, with_error
 from calm.storage.disk import write_file_whole
 
 

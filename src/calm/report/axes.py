@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calm.quantities import short
 from calm.report.palette import LIGHT
-from calm.report.tables import short
 
 _MOST_TICKS = 5
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from calm.core.brier import brier_lm_difference
 from calm.evaluation.brier import BrierResult
+from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import Comparison, ModelResult
 from calm.report.names import named
@@ -23,7 +24,7 @@ from calm.report.plots import (
     metric_of,
 )
 from calm.report.run import brier_figure
-from calm.report.tables import BRIER_COLUMNS, cells_of, duration, print_narrow, short, spaced, with_error
+from calm.report.tables import BRIER_COLUMNS, cells_of, print_narrow, spaced, with_error
 from calm.storage.disk import write_file_whole
 
 

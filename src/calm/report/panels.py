@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calm.errors import InputError
+from calm.extras import require
 from calm.report.palette import LIGHT, darkened
 
 _WIDTH, _HEIGHT = 4.2, 2.9  # Inches of a panel; on a phone it is shown at about its own size.
@@ -80,11 +80,10 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         InputError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the report needs matplotlib; pip install 'calm-lm[report]'.") from error
+    require("the report", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -6,19 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calm.evaluation.held_out import Scorecard
+from calm.quantities import duration, short
 from calm.report.curves import History, panels_of_run
 from calm.report.facts import RunFacts
 from calm.report.pages import Figure, Table, page_of
 from calm.report.panels import picture_of
-from calm.report.tables import (
-    BRIER_COLUMNS,
-    caption_of,
-    cells_of,
-    duration,
-    rows_of,
-    short,
-    spaced,
-)
+from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of, spaced
 from calm.storage.disk import read_json, write_file_whole
 
 

@@ -11,6 +11,7 @@ from calm.core.brier import NUM_ORDERS
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.flops import Cost
+from calm.quantities import short
 
 BRIER_COLUMNS = ("BrierLM", *(f"Brier-{n}" for n in range(1, NUM_ORDERS + 1)))
 
@@ -77,22 +78,6 @@ def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
     console = Console(highlight=False)
     console.print(title)
     console.print(table)
-
-
-def short(number: float) -> str:
-    """Three digits and a unit: 2.91e8 is 291 M."""
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def caption_of(result: BrierResult) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from calm.flops import Work, cost_of
 from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
-from calm.report.tables import short
+from calm.quantities import short
 from calm.training.recipe_files import RECIPE
 
 CARD = "README.md"

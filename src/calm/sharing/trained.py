@@ -9,7 +9,8 @@ from calm.comparison.costs import record_of
 from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.report.tables import BRIER_COLUMNS, cells_of, duration, rows_of
+from calm.quantities import duration
+from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
 from calm.sharing.card import Words, card_of, shown
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from calm.data.prepared import PreparedData
 from calm.hardware import device_name
 from calm.models.loading import load_autoencoder
+from calm.quantities import duration, short
 from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
 from calm.training.continuing import model_to_continue, tell_beginning
@@ -53,8 +54,8 @@ class Forecast:
 
     def __str__(self) -> str:
         parts = [
-            f"{shortened(self.parameters)} parameters",
-            f"{self.steps:,} steps of {self.tokens // self.steps:,} tokens, {shortened(self.tokens)} in all",
+            f"{short(self.parameters)} parameters",
+            f"{self.steps:,} steps of {self.tokens // self.steps:,} tokens, {short(self.tokens)} in all",
         ]
         if self.epochs is not None:
             parts[-1] += f" ({self.epochs:.2g} epochs)"
@@ -169,19 +170,3 @@ def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
     return time.perf_counter() - start
-
-
-def shortened(count: float) -> str:
-    """A number in thousands, millions or billions: 3.8M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, as people say them."""
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {name}"
-    return f"{seconds:.0f} seconds" if seconds >= 2 else "a second"
