@@ -132,6 +132,13 @@ def test_one_that_cannot_end_costs_nothing(recipe, trackers, tmp_path, monkeypat
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+def test_a_tracker_that_is_named_twice_has_one_run(recipe, trackers, tmp_path):
+    recipe = with_settings(recipe, {"report_to": ["wandb", "wandb"]})
+    stages.train_autoencoder(recipe, tmp_path / "run")
+    (run,) = trackers["wandb"].runs.values()
+    assert run.ends == [0] and run.steps("eval/token_accuracy") == [3, 6, 8]
+
+
 def test_trackers_have_no_part_in_what_a_run_is(recipe):
     assert digest_of_recipe(with_settings(recipe, {"report_to": "wandb"})) == digest_of_recipe(recipe)
 

@@ -97,5 +97,5 @@ class FinetuningRecipe:
 
     @property
     def tracker_list(self) -> list[str]:
-        """The trackers, always as a list."""
-        return as_list(self.report_to)
+        """The trackers, always as a list, each once."""
+        return list(dict.fromkeys(as_list(self.report_to)))

@@ -245,8 +245,8 @@ class Recipe:
 
     @property
     def tracker_list(self) -> list[str]:
-        """The trackers, always as a list."""
-        return as_list(self.report_to)
+        """The trackers, always as a list, each once."""
+        return list(dict.fromkeys(as_list(self.report_to)))
 
     @property
     def trains_autoencoder(self) -> bool:

@@ -129,7 +129,9 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
     has_succeeded = False
     try:
         for name in tracking.names:
-            ends[name] = _begin(name, trainer, tracking)
+            with _beginning(name):
+                ends[name] = _BEGINNINGS[name](tracking)
+                _log_settings(name, trainer)
         yield
         has_succeeded = True
     finally:
@@ -140,20 +142,24 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
                 logger.warning("%s could not end its run (%s).", name, reason_of(error))
 
 
-def _begin(name: str, trainer: Trainer, tracking: Tracking) -> End:
-    """Begin the run of a tracker, or go on in it, and let its callback log the settings."""
-    (kind,) = get_reporting_integration_callbacks([name])
+@contextlib.contextmanager
+def _beginning(name: str) -> Iterator[None]:
+    """Raise what keeps a tracker from beginning as a RunError."""
     try:
-        end = _BEGINNINGS[name](tracking)
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, kind) and hasattr(callback, "setup"):  # That of TensorBoard has none.
-                callback.setup(trainer.args, trainer.state, trainer.model)
-    except Exception as error:
+        yield
+    except Exception as error:  # Of any of their libraries.
         raise RunError(
             f"{name} cannot begin a run ({reason_of(error)}); --resume goes on once it can, or without it "
             "with --report_to '[]'."
         ) from error
-    return end
+
+
+def _log_settings(name: str, trainer: Trainer) -> None:
+    """Let the callback of a tracker begin now, where errors are told. (That of TensorBoard has no setup.)"""
+    (kind,) = get_reporting_integration_callbacks([name])
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, kind) and hasattr(callback, "setup"):
+            callback.setup(trainer.args, trainer.state, trainer.model)
 
 
 def _begin_wandb(tracking: Tracking) -> End:
