@@ -41,10 +41,11 @@ def test_a_character_on_the_border_of_what_is_looked_at(tmp_path):
         ("a.bin", b"text\0text"),
         ("a.txt.zip", zipped()),
         ("a.gz", b"This was never packed."),
-        ("a.gz.gz", gzip.compress(gzip.compress(b"a"))),
+        ("a.gz.gz", gzip.compress(gzip.compress(b"a", mtime=0), mtime=0)),
         ("a.latin", "café".encode("latin-1")),
         ("utf16", "one\n".encode("utf-16")),
     ],
+    ids=repr,
 )
 def test_what_is_no_plain_text(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)

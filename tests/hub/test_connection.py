@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 from tiny import tiny_model
 
-from calm.data.sources import load_hub_dataset
+from calm.data.rows import load_hub_dataset
 from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.hub import connection as hub
