@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 _INTRODUCTION = """# The first ten minutes
 
 What a new user types and sees, from a clone to a model of the user's own, recorded by
-`benchmarks/first_minutes.py`. Times are those of whole commands. On a terminal, bars move in place; this is how
-a log has them.
+`benchmarks/first_minutes.py`. Times are those of whole commands. On a terminal, bars move in place; this is
+how a log has them.
 
 {machine}
 """

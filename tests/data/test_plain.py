@@ -45,7 +45,6 @@ def test_a_character_on_the_border_of_what_is_looked_at(tmp_path):
         ("a.latin", "café".encode("latin-1")),
         ("utf16", "one\n".encode("utf-16")),
     ],
-    ids=repr,
 )
 def test_what_is_no_plain_text(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)

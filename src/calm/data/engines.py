@@ -16,6 +16,7 @@ from typing import Any, Literal
 import datasets
 
 from calm.errors import InputError, RunError, reason_of
+from calm.extras import is_installed, not_installed
 
 Engine = Literal["processes", "ray"]
 Piece = Callable[[], object]
@@ -44,15 +45,15 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # It would ask a wrong address for twelve minutes.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError("the engine 'ray' needs Ray Data: pip install 'calm-lm[cluster]'.") from error
+    if not is_installed("ray"):
+        raise not_installed("the engine 'ray'", "ray[data]")
+    import ray
+    import ray.data
+
     is_ours = not ray.is_initialized()
     if is_ours:
         try:
-            ray.init(log_to_driver=False, logging_level="error", include_dashboard=False)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"cannot reach the Ray cluster ({reason_of(error)}); check RAY_ADDRESS."
