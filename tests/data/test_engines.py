@@ -136,6 +136,6 @@ def test_a_cluster_that_does_not_answer_is_a_sentence(cluster, text, tmp_path, m
 
 def test_without_ray_nothing_is_begun(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"needs Ray Data: pip install 'calm-lm\[cluster\]'"):
+    with pytest.raises(InputError, match=r"needs ray\[data\], which is not installed"):
         prepared(text, tmp_path / "out", engine="ray")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -92,14 +92,14 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
         autoencoder = None
         if recipe.model == "calm":
             autoencoder = trained_autoencoder(recipe)
-            if autoencoder is None and run.has_model("autoencoder"):
+            if autoencoder is None and run.is_finished("autoencoder"):
                 autoencoder = load_autoencoder(run.folder / "autoencoder")
             elif autoencoder is None:
                 autoencoder = new_autoencoder(recipe, data)
                 if recipe.trains_autoencoder:
                     training = recipe.autoencoder.training
                     yield _forecast(run, data, "autoencoder", autoencoder, training)
-        if run.has_model("model"):
+        if run.is_finished("model"):
             return
         if (begun := model_to_continue(recipe, data)) is not None:
             model, _ = begun

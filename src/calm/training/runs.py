@@ -131,16 +131,20 @@ class Run(Generic[AnyRecipe]):
             yield
         shutil.rmtree(work_of(self.folder / DATA), ignore_errors=True)
 
+    def is_finished(self, name: str) -> bool:
+        """Whether the folder of a model or of adapters exists."""
+        folder = self.folder / name
+        return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
     def has_model(self, name: str) -> bool:
-        """Whether the folder of a model or of adapters exists; the same answer for all processes.
+        """`is_finished` with the same answer for all processes, which call this together.
 
         Raises:
             InputError: If it is damaged.
         """
-        folder = self.folder / name
-        is_there = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+        is_there = self.is_finished(name)
         if is_there and processes().is_main_process:
-            check_as_written(folder)
+            check_as_written(self.folder / name)
         processes().wait_for_everyone()  # Else a fast process could write it before a slow one looks.
         return is_there
 
