@@ -83,7 +83,8 @@ def answer_a_request(environment: Environment) -> None:
 def write_texts(environment: Environment) -> None:
     """The files that the commands read."""
     write_stories(environment.work / "stories.jsonl", seed=0, num_stories=60)
-    environment.run("calm prepare stories.jsonl --output prepared --vocab_size 500")
+    (model,) = environment.folder.glob("lib/python*/site-packages/calm/shipped/stories")
+    environment.run(f"calm prepare stories.jsonl --output prepared --tokenizer {model}")
     pairs = [{"prompt": f"{a} + 1 =", "completion": f" {a + 1}"} for a in range(40)]
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
     (environment.work / "questions.jsonl").write_text(lines, encoding="utf-8")
