@@ -6,12 +6,20 @@ from tqdm import tqdm
 import calm.progress as progress
 from calm.progress import progress_bar, show_progress, tell, tracked, write_lines_for_bars
 
+# Commands that an earlier test has run leave lines in the place of bars.
+_BARS = {name: getattr(tqdm, name) for name in ("display", "clear", "moveto", "close")}
+
 
 @pytest.fixture
-def lines(monkeypatch):
+def bars(monkeypatch):
+    """Bars of tqdm as they are."""
+    for name, method in _BARS.items():
+        monkeypatch.setattr(tqdm, name, method)
+
+
+@pytest.fixture
+def lines(bars, monkeypatch):
     """Bars of tqdm are lines, which come at once."""
-    for name in ("display", "clear", "moveto", "close"):
-        monkeypatch.setattr(tqdm, name, getattr(tqdm, name))
     write_lines_for_bars()
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_A_BAR", 0)
@@ -37,7 +45,7 @@ def test_quick_work_leaves_no_line(lines, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_of_a_terminal_is_overwritten(monkeypatch, capsys):
+def test_a_bar_of_a_terminal_is_overwritten(bars, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BEFORE_A_BAR", 0)
     with progress_bar("training", 10, "step", done=4) as bar:
         bar.update(3)

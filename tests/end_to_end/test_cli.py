@@ -204,11 +204,16 @@ def test_doctor(capsys):
         ("missing.txt", None, "there is no file or folder"),
         ("empty.txt", b"", "there is no text in"),
         ("latin.txt", "first\nd\xe9j\xe0\n".encode("latin-1"), "is not UTF-8 (line 2"),
-        ("lines.jsonl", b'{"text": "good"}\n{"words": "bad"}\n', "line 2, has no text in a field 'text'"),
+        (
+            "lines.jsonl",
+            b'{"words": "good"}\n{"words": "bad"}\n',
+            "has no field 'text'; its fields are words",
+        ),
+        ("odd.jsonl", b'{"text": "good"}\n{"text": ["bad"]}\n', "line 2"),
         ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "line 2, is not JSON"),
         ("torn.jsonl.xz", lzma.compress(b'{"text": "good"}\n' * 9000)[:-40], "damaged"),
         ("one.txt", b"a single document", "holds one document"),
-        ("text.pdf", b"%PDF", "its name must end in"),
+        ("text.pdf", b"%PDF-1.7\n\0", "it is no plain text in UTF-8"),
     ],
 )
 def test_bad_text(tmp_path, capsys, name, content, message):

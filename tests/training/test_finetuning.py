@@ -287,7 +287,7 @@ def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
              "--output", str(tmp_path / name)]
         )  # fmt: skip
         out = capsys.readouterr().out
-        assert "108 examples in" in out and f"model: {tmp_path / name / 'model'}" in out
+        assert "108 examples in" in out and f"model:  {tmp_path / name / 'model'}" in out
     message = failure(capsys, "finetune", "--recipe", "none", "--output", tmp_path / "x")
     assert "there is no recipe 'none'; give a .yaml file or one of: full, lora" in message
     write_recipe(recipe_for(base), tmp_path / "mine.yaml")

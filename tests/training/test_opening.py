@@ -119,6 +119,7 @@ def test_the_corrected_command_works(runs, tmp_path, capsys):
     main([*arguments, "--overwrite"])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "autoencoder", "checkpoints", "data", "history.json", "inputs.json", "model", "recipe.yaml",
+        "report.html",
     ]  # fmt: skip
 
 
