@@ -27,20 +27,30 @@ how a log has them.
 """
 # What is said before a command, the command, and after how many seconds Ctrl+C stops it.
 _STEPS: tuple[tuple[str, str, int | None], ...] = (
-    ("Everything goes into `.venv`; this takes the time of the downloads.", "make install", None),
+    ("Everything goes into `.venv`; most of this is downloads.", "make install", None),
     ("A small model comes with the package.", "calm generate stories 'Once upon a time' --seed 1", None),
     ("What could each recipe do, and what does it need?", "calm recipes", None),
     (
-        "A model of your own, here of the Markdown files of this repository. Somebody presses Ctrl+C.",
-        "calm train --recipe laptop_quick --data.sources docs/ --output runs/mine "
-        "--language_model.training.steps 500 --language_model.training.save_every 100",
-        60,
+        "The smallest recipe trains on the embedded stories from end to end.",
+        "calm demo --recipe cpu_tiny --output runs/first",
+        None,
+    ),
+    (
+        "A text of one's own is a file or a folder; here it is the file that the demo has written. After a while "
+        "somebody presses Ctrl+C.",
+        "calm train --recipe laptop_quick --data.sources runs/first-stories.jsonl --output runs/mine "
+        "--language_model.training.steps 600 --language_model.training.save_every 100",
+        50,
     ),
     ("It goes on where it was.", "calm train --resume --output runs/mine", None),
-    ("The folder of a run is the name of its model.", "calm generate runs/mine 'The model' --seed 3", None),
-    ("As JSON, for other programs.", "calm generate runs/mine 'The head' --json --seed 3", None),
+    (
+        "The folder of a run is the name of its model.",
+        "calm generate runs/mine 'Once there lived a cat' -n 2 --seed 3",
+        None,
+    ),
+    ("As JSON, for other programs.", "calm generate runs/mine 'Once' --json --seed 3", None),
 )
-_LINES = 60
+_LINES = 40
 
 
 def main() -> None:
@@ -51,6 +61,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/guides/first_minutes.md")
     parser.add_argument("--source", default=str(ROOT), help="repository that is cloned")
     arguments = parser.parse_args()
+    # Who starts this in the background has it ignore Ctrl+C, and so would the commands.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as empty:
         folder = Path(empty) / "calm"
         subprocess.run(["git", "clone", "--quiet", arguments.source, str(folder)], check=True)
@@ -82,12 +94,12 @@ def _typed(command: str, folder: Path, stop_after: int | None) -> tuple[str, flo
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate()
-        output = f"{output.rstrip()}"
     return _shortened(output.strip().replace(str(folder), ".")), time.monotonic() - begin
 
 
 def _shortened(output: str) -> str:
-    lines = [line.rstrip() for line in output.splitlines()]
+    # What pip warns of are settings of the machine.
+    lines = [line.rstrip() for line in output.splitlines() if not line.startswith("WARNING: ")]
     if len(lines) <= _LINES:
         return "\n".join(lines)
     left_out = len(lines) - _LINES

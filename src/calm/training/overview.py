@@ -74,13 +74,15 @@ def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
     precision = run.recipe.language_model.training.precision
     several = processes().num_processes
     on = f"{several} processes, each on {device_name()}" if several > 1 else device_name()
-    tell_beginning(run.recipe)
     forecasts = list(forecasts_of(run, data))
+    if not forecasts:
+        return
+    tell_beginning(run.recipe)
     for forecast in forecasts:
         logger.info("%s", forecast)
     known = [forecast.seconds for forecast in forecasts]
     total = sum(seconds for seconds in known if seconds is not None)
-    after = f"; training should take about {duration(total)}" if None not in known and known else ""
+    after = "" if None in known else f"; training should take about {duration(total)}"
     logger.info("on %s, in %s%s", on, precision, after)
 
 
