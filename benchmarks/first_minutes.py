@@ -36,8 +36,8 @@ _STEPS: tuple[tuple[str, str, int | None], ...] = (
         None,
     ),
     (
-        "A text of one's own is a file or a folder; here it is the file that the demo has written. After a while "
-        "somebody presses Ctrl+C.",
+        "A text of one's own is a file or a folder; here it is the file that the demo has written. After a "
+        "while somebody presses Ctrl+C.",
         "calm train --recipe laptop_quick --data.sources runs/first-stories.jsonl --output runs/mine "
         "--language_model.training.steps 600 --language_model.training.save_every 100",
         50,

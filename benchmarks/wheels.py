@@ -1,6 +1,6 @@
 """Does the wheel install in an empty environment with each extra, and does what needs the extra work there?
 
-    python benchmarks/wheels.py        # about ten minutes; asks the package index
+    python benchmarks/wheels.py        # about a quarter of an hour; asks the package index
 
 An environment gets torch first, then the wheel with one extra; torch must be the same afterwards. Commands
 run in a folder of their own. Where no extra is installed, those that need one must say so in one sentence.
@@ -36,6 +36,7 @@ TUNED = (
 NEEDS = {
     "report": ("calm compare stories --data prepared --max_blocks 2 --output compared", "matplotlib"),
     "serve": ("calm serve stories --port 0", "fastapi"),
+    "cluster": ("calm prepare stories.jsonl --engine ray --output clustered", "ray[data]"),
     "finetune": (f"calm finetune {TUNED}", "peft"),
     "harness": ("python -m calm.harness --help", "lm-eval"),
     "tensorboard": (f"calm train {TRAINED} --report_to tensorboard", "tensorboard"),
