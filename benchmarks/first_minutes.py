@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def main() -> None:
         parts, begin = [], time.monotonic()
         for words, command, stop_after in _STEPS:
             output, seconds = _typed(command, folder, stop_after)
-            parts.append(f"{words}\n\n```text\n$ {command}\n{output}\n```\n\n{_took(seconds)}")
+            parts.append(
+                f"{textwrap.fill(words, 120)}\n\n```text\n$ {command}\n{output}\n```\n\n{_took(seconds)}"
+            )
         total = f"All of it took {round((time.monotonic() - begin) / 60)} minutes."
     page = [_INTRODUCTION.format(machine=machine().strip()), *parts, total]
     arguments.output.write_text("\n\n".join(part.strip() for part in page) + "\n", encoding="utf-8")

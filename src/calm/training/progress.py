@@ -45,6 +45,10 @@ class StageProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The bar stays on the terminal."""
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, if it has not ended."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

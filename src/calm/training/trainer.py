@@ -77,7 +77,8 @@ class ChunkTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # It counts what the loss is a mean over.
         self.remove_callback(ProgressCallback)
-        self.add_callback(StageProgress(stage.name))
+        self._progress = StageProgress(stage.name)
+        self.add_callback(self._progress)
         self._speed = Speed(
             settings.batch_tokens // self.args.world_size,
             known_training_flops(model.config, blocks.context),
@@ -121,6 +122,8 @@ class ChunkTrainer(Trainer):
             if "DataLoader worker" not in reason:
                 raise
             raise RunError(f"{reason} Set num_workers lower or to 0; {self._left()}.") from error
+        finally:
+            self._progress.close()
         self._tell_skipped()
         if self._signals.left:
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
