@@ -51,7 +51,7 @@ _STEPS: tuple[tuple[str, str, int | None], ...] = (
     ),
     ("As JSON, for other programs.", "calm generate runs/mine 'Once' --json --seed 3", None),
 )
-_LINES = 40
+_LINES, _COLUMNS = 40, 118
 
 
 def main() -> None:
@@ -70,9 +70,9 @@ def main() -> None:
         parts, begin = [], time.monotonic()
         for words, command, stop_after in _STEPS:
             output, seconds = _typed(command, folder, stop_after)
-            parts.append(
-                f"{textwrap.fill(words, 120)}\n\n```text\n$ {command}\n{output}\n```\n\n{_took(seconds)}"
-            )
+            typed = " \\\n    ".join(textwrap.wrap(command, _COLUMNS - 6, break_on_hyphens=False))
+            said = textwrap.fill(words, 120)
+            parts.append(f"{said}\n\n```text\n$ {typed}\n{output}\n```\n\n{_took(seconds)}")
         total = f"All of it took {round((time.monotonic() - begin) / 60)} minutes."
     page = [_INTRODUCTION.format(machine=machine().strip()), *parts, total]
     arguments.output.write_text("\n\n".join(part.strip() for part in page) + "\n", encoding="utf-8")
@@ -102,7 +102,8 @@ def _typed(command: str, folder: Path, stop_after: int | None) -> tuple[str, flo
 
 def _shortened(output: str) -> str:
     # What pip warns of are settings of the machine.
-    lines = [line.rstrip() for line in output.splitlines() if not line.startswith("WARNING: ")]
+    told = [line.rstrip() for line in output.splitlines() if not line.startswith("WARNING: ")]
+    lines = [part for line in told for part in textwrap.wrap(line, _COLUMNS, drop_whitespace=False) or [""]]
     if len(lines) <= _LINES:
         return "\n".join(lines)
     left_out = len(lines) - _LINES
