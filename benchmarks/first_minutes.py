@@ -1,6 +1,6 @@
 """What does a new user see in the first ten minutes? Recorded as text.
 
-    python benchmarks/first_minutes.py --output docs/guides/first_minutes.md
+    python benchmarks/first_minutes.py --output docs/first_minutes.md
 
 It clones this repository into an empty folder, and types what the page shows. The output is that of the
 commands, as a log has it; long ones are cut in the middle, and said to be.
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/guides/first_minutes.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/first_minutes.md")
     parser.add_argument("--source", default=str(ROOT), help="repository that is cloned")
     arguments = parser.parse_args()
     # Who starts this in the background has it ignore Ctrl+C, and so would the commands.

@@ -8,6 +8,8 @@ and work that was stopped goes on.
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,7 +52,7 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
     import ray
     import ray.data
 
-    is_ours = not ray.is_initialized()
+    is_ours, on_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if is_ours:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -63,6 +65,8 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
     finally:
         if is_ours:
             ray.shutdown()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it.
 
 
 def _run_in_ray(pieces: Sequence[Piece], *, num_workers: int | None) -> None:
