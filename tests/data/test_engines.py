@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import signal
 import sys
 from functools import partial
 
@@ -46,9 +47,11 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         path = [str(site), *filter(None, sys.path)]
         patch.setenv("PYTHONPATH", ":".join(path))
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
         yield ray
         ray.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it.
 
 
 @pytest.fixture
