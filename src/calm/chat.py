@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from calm.errors import InputError
 from calm.models.context import room_beside
@@ -13,8 +11,8 @@ from calm.models.language_model import language_model
 from calm.models.writing.alternatives import Alternatives, ends_of, up_to_end
 from calm.progress import tracked
 from calm.text.chat import ASSISTANT, encode_chat
-from calm.text.decoding import TextBuilder, spell_tokens
-from calm.texts import continue_tokens
+from calm.text.decoding import spell_tokens
+from calm.texts import TextListener, continue_tokens
 
 _LEAST_ROOM = 64  # Tokens that an answer should have, before old turns make room.
 Message = dict[str, str]
@@ -86,7 +84,7 @@ class Conversation:
         turns = [*self.messages, {"role": "user", "content": text}]
         turns, prompt = self._fitting(turns)
         forgotten = len(self.messages) + 1 - len(turns)
-        listener = _Listener(self._tokenizer, show)
+        listener = TextListener(self._tokenizer, show)
         seed = None if self._seed is None else (self._seed + len(turns)) % 2**31
         is_whole = False
         try:
@@ -147,42 +145,13 @@ class Conversation:
         while True:
             prompt = encode_chat(self._tokenizer, [*system, *said])
             room = room_beside(self._model.config, len(prompt))
-            if room is None or room >= min(_LEAST_ROOM, self._max_new_tokens):
+            is_last = len(said) == 1
+            if room is None or room >= (1 if is_last else min(_LEAST_ROOM, self._max_new_tokens)):
                 return [*system, *said], prompt
-            if len(said) == 1:
-                if room >= 1:
-                    return [*system, *said], prompt
+            if is_last:
                 raise InputError(f"that is too long: {len(prompt)} tokens leave no room for an answer.")
             said = said[2:]  # A question and its answer.
 
     def _room(self, prompt: Sequence[int]) -> int:
         room = room_beside(self._model.config, len(prompt))
         return self._max_new_tokens if room is None else min(self._max_new_tokens, room)
-
-
-class _Listener(BaseStreamer):
-    """Hears the tokens of an answer, and shows its text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
-        self._tokenizer, self._show = tokenizer, show
-        self._builder: TextBuilder | None = None
-        self.tokens: list[int] = []
-        self.text = ""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt first, then new tokens."""
-        tokens = value.flatten().tolist()
-        if self._builder is None:
-            self._builder = TextBuilder(self._tokenizer, prompt=tokens)
-            return
-        self.tokens += tokens
-        self._take(self._builder.add(tokens))
-
-    def end(self) -> None:
-        """Show what was held back."""
-        if self._builder is not None:
-            self._take(self._builder.add([], is_last=True))
-
-    def _take(self, text: str) -> None:
-        self.text += text
-        self._show(text)

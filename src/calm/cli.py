@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import itertools
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,11 +16,11 @@ import jsonargparse
 import yaml
 
 import calm
-from calm.command_help import SHELLS, brief_help, completion, has_brief_help
+from calm.command_help import SHELLS, brief_help, completion
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
-from calm.progress import show_progress, write, write_lines_for_bars
+from calm.progress import is_first, show_progress, write, write_lines_for_bars
 from calm.terminal import make_output_sturdy
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
@@ -157,7 +156,7 @@ def _run(arguments: list[str]) -> None:
     if command not in COMMANDS:
         _answer_option(arguments)
         return
-    if has_brief_help(command) and _answer_help(command, arguments[1:]):
+    if command in _RECIPES and _answer_help(command, arguments[1:]):
         return
     settings = _parse(command, arguments)
     is_quiet = settings.pop("quiet", False)
@@ -246,7 +245,7 @@ def _tell_notes(is_quiet: bool) -> None:
         logger.addHandler(_Notes())
     logger.propagate = False
     level = logging.WARNING if is_quiet else logging.INFO
-    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.setLevel(level if is_first() else logging.ERROR)
 
 
 def _with_recipe_of_run(arguments: list[str]) -> list[str]:

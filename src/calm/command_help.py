@@ -22,11 +22,6 @@ _CHIEF = {
 }  # fmt: skip
 
 
-def has_brief_help(command: str) -> bool:
-    """Whether a command has so many options that its help shows the chief ones only."""
-    return command in _CHIEF
-
-
 def brief_help(command: str, parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> str:
     """What a command does, examples, and its chief options.
 

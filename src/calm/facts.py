@@ -24,13 +24,12 @@ def facts_of(recipe: Recipe, model: PreTrainedModel, history: History) -> RunFac
     view = language_model(model)
 
     def stage(name: str, settings: TrainingSettings, network: PreTrainedModel) -> StageFacts:
-        tokens = settings.steps * settings.batch_tokens
         per_token = known_training_flops(network.config, recipe.data.context)
         return StageFacts(
             name=name,
             steps=settings.steps,
-            tokens=tokens,
-            flops=None if per_token is None else per_token * tokens,
+            tokens=settings.tokens,
+            flops=None if per_token is None else per_token * settings.tokens,
             seconds=seconds_of([history.get(name, [])]),
         )
 

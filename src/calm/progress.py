@@ -42,7 +42,7 @@ def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stay
         leave=stays,
         delay=_SECONDS_BEFORE_A_BAR,
         dynamic_ncols=True,
-        disable=not (_is_shown and _is_first()),
+        disable=not (_is_shown and is_first()),
     )
 
 
@@ -68,7 +68,7 @@ def tracked(
 
 def tell(text: str) -> None:
     """Print a line on standard error, above the bars that are there; nothing where there are no bars."""
-    if _is_shown and _is_first():
+    if _is_shown and is_first():
         write(text)
 
 
@@ -78,7 +78,8 @@ def write(text: str) -> None:
     sys.stderr.flush()
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the first process of a group, or alone."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -32,6 +32,7 @@ REPORT = "report.html"
 NUM_SAMPLES, NUM_ANSWERS = 6, 3
 _ANSWERS = {"completion": "expected:", "before": "before:", "after": "now:"}
 _FLOORS = (3, 5)
+_TEMPERATURE = 0.5  # Of the samples.
 _MOST_COUNTED = 20_000_000  # Training tokens of n-gram floors: counting takes memory for each.
 
 
@@ -43,13 +44,11 @@ class Showing:
         title: Heading of the report.
         num_blocks: Held-out blocks that are scored; all when None.
         sample_tokens: Most tokens of a sample.
-        temperature: Of the samples.
     """
 
     title: str
     num_blocks: int | None = 256
     sample_tokens: int = 150
-    temperature: float = 0.5
 
 
 def show_results(folder: Path, showing: Showing) -> Scorecard:
@@ -79,7 +78,7 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     if not processes().is_main_process:
         return card
     print_scorecard(card)
-    samples = write_samples(model, tokenizer, data, recipe.seed, showing)
+    samples = _write_samples(model, tokenizer, data, recipe.seed, showing)
     console = Console(highlight=False)
     for sample in samples:
         console.print(f"[bold]{escape(sample.prompt)}[/bold]{escape(sample.continuation)}\n")
@@ -103,7 +102,7 @@ def _floors(recipe: Recipe, data: PreparedData) -> list[int]:
     return list(_FLOORS)
 
 
-def write_samples(
+def _write_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
@@ -117,7 +116,7 @@ def write_samples(
         tokenizer,
         [beginning for beginning, _ in beginnings],
         at_most=showing.sample_tokens,
-        temperature=showing.temperature,
+        temperature=_TEMPERATURE,
         seed=seed,
         crop=True,
     )

@@ -1,8 +1,8 @@
 """Prompts -> text with a model folder."""
 
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +67,9 @@ def _stream_texts(
         if number:
             print(flush=True)
         [ids] = encode_documents(tokenizer, [prompt])
-        new = continue_tokens(model, tokenizer, [ids], streamer=_Printer(tokenizer, prompt), **arguments)
+        listener = TextListener(tokenizer, show_at_once, prompt)
+        new = continue_tokens(model, tokenizer, [ids], streamer=listener, **arguments)
+        print(flush=True)
         texts.append(decode_after(tokenizer, ids, new[0].tolist()))
     return texts
 
@@ -155,27 +157,43 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
     return [prompt[-room:] for prompt in prompts]
 
 
-class _Printer(BaseStreamer):
-    """Prints a prompt, and its text as it is written."""
+class TextListener(BaseStreamer):
+    """Hears the tokens of one text as they are written, and shows the text that has become certain.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-        self._tokenizer, self._prompt = tokenizer, prompt
+    Args:
+        tokenizer: The tokenizer.
+        show: Called with each part of the text.
+        prompt: Shown first, when the model has taken it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], object], prompt: str = ""
+    ) -> None:
+        self._tokenizer, self._show, self._prompt = tokenizer, show, prompt
         self._builder: TextBuilder | None = None
+        self.tokens: list[int] = []
+        self.text = ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt first, then new tokens."""
         tokens = value.flatten().tolist()
         if self._builder is None:
             self._builder = TextBuilder(self._tokenizer, prompt=tokens)
-            self._print(self._prompt)
+            if self._prompt:
+                self._show(self._prompt)
         else:
-            self._print(self._builder.add(tokens))
+            self.tokens += tokens
+            self._take(self._builder.add(tokens))
 
     def end(self) -> None:
-        """Print what was held back, and end the line."""
+        """Show what was held back."""
         assert self._builder is not None
-        self._print(self._builder.add([], is_last=True) + "\n")
+        self._take(self._builder.add([], is_last=True))
 
-    def _print(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _take(self, text: str) -> None:
+        self.text += text
+        self._show(text)
+
+
+show_at_once: Callable[[str], None] = partial(print, end="", flush=True)
+"""Prints a part of a text, without waiting for the end of its line."""

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from calm import register_format
-from calm.data import formats, pieces, sources
+from calm.data import formats, sources
 from calm.data.engines import working_ahead
 from calm.data.prepare import prepare
 from calm.data.stories import stories
@@ -64,12 +64,6 @@ def text(tmp_path):
         (folder / f"{number}.jsonl").write_text('{"text": null}\n'.join(lines))
     (folder / "a.md.gz").write_bytes(gzip.compress(b"# A story\n\n" + next(iter(stories(9, 1))).encode()))
     return folder
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 25)
-    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
 
 
 def prepared(text, output, **settings):

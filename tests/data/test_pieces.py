@@ -8,7 +8,7 @@ import datasets
 import pyarrow
 import pytest
 
-from calm.data import pieces, reading, sources
+from calm.data import pieces, reading
 from calm.data.formats import FORMATS, Format
 from calm.data.kept import made_or_kept
 from calm.data.prepare import prepare
@@ -47,12 +47,6 @@ def text(tmp_path):
         lines = [json.dumps({"text": story}) + "\n" for story in stories(number, 20)]
         (folder / f"{number}.jsonl").write_text("".join(lines))
     return folder
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 25)
-    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
 
 
 def prepared(text, output, **settings):

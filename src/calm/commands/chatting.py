@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calm.commands.checks import check_counts, look_for
+from calm.commands.checks import check_counts, check_sampler, look_for
 from calm.errors import InputError
 from calm.ranges import SEEDS, Range
 
@@ -49,10 +49,7 @@ def chat(
         SEEDS.require("seed", seed)
     _TEMPERATURES.require("temperature", temperature)
     check_counts(None, max_new_tokens=max_new_tokens)
-    if sampler not in (None, "exact", "pool", "head"):
-        from calm.models.writing.sampler_registry import check_name
-
-        check_name(sampler)
+    check_sampler(sampler)
     look_for(model)
     from calm.chat import Conversation
     from calm.models.loading import load_language_model_and_tokenizer
@@ -103,9 +100,11 @@ class _Session:
         self._commands[word](rest)
 
     def _answer(self, text: str) -> None:
+        from calm.texts import show_at_once
+
         try:
             forgotten = self._conversation.answer(
-                text, _show, temperature=self._temperature, sampler=self._sampler
+                text, show_at_once, temperature=self._temperature, sampler=self._sampler
             )
         except KeyboardInterrupt:
             print("\n(stopped)", flush=True)
@@ -166,8 +165,3 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -10,6 +10,14 @@ def look_for(model: str) -> None:
     missing.look_for(model)
 
 
+def check_sampler(name: str | None) -> None:
+    """Raise InputError for a sampler that is neither one of ours nor installed."""
+    if name not in (None, "exact", "pool", "head"):
+        from calm.models.writing.sampler_registry import check_name
+
+        check_name(name)
+
+
 def check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
     """Raise InputError for an order of n-grams, or another number, that is out of range."""
     for order in [ngrams] if isinstance(ngrams, int) else ngrams or []:

@@ -7,7 +7,7 @@ models are looked at before them: a mistyped one is answered in two seconds.
 from pathlib import Path
 from typing import Any, Literal
 
-from calm.commands.checks import check_counts, look_for
+from calm.commands.checks import check_counts, check_sampler, look_for
 from calm.commands.prompts import prompts_of
 from calm.errors import InputError
 from calm.ranges import DOCUMENT_MB, SAMPLES, SEEDS
@@ -134,10 +134,7 @@ def generate(
         raise InputError(
             f"--stream prints one text at a time; leave out {'--json' if json else '--samples'}."
         )
-    if sampler not in (None, "exact", "pool", "head"):
-        from calm.models.writing.sampler_registry import check_name
-
-        check_name(sampler)
+    check_sampler(sampler)
     texts = prompts_of(prompt, file)
     look_for(model)
     from calm.models.loading import load_language_model_and_tokenizer

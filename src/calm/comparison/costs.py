@@ -11,7 +11,7 @@ from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
 from calm.training.build import autoencoder_config, model_config
 from calm.training.clock import seconds_of
-from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.runs import HISTORY
 
@@ -77,7 +77,7 @@ def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
     if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
         return 0.0
     per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
-    return per_token * _tokens(recipe.autoencoder.training)
+    return per_token * recipe.autoencoder.training.tokens
 
 
 def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
@@ -88,8 +88,4 @@ def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
 
 
 def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:
-    return training_flops(config, recipe.data.context) * _tokens(recipe.language_model.training)
-
-
-def _tokens(training: TrainingSettings) -> int:
-    return training.steps * training.batch_tokens
+    return training_flops(config, recipe.data.context) * recipe.language_model.training.tokens

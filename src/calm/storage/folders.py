@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -202,3 +203,9 @@ def _put_in_place(partial: Path, path: Path, replaced: Path) -> None:
             replaced.rename(path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def free_name(path: Path) -> Path:
+    """The path if nothing is there, else the first of NAME-2, NAME-3 and so on that is free."""
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not name.exists())

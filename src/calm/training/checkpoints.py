@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from calm.errors import InputError
 from calm.storage.checksums import find_damage, write_checksums
+from calm.storage.folders import free_name
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _set_damaged_aside(folder: Path) -> Path | None:
         problems = problems_of(checkpoint)
         if not problems:
             for bad, what in damaged.items():
-                aside = _free_name(bad)
+                aside = free_name(bad.with_name(f"damaged-{bad.name}"))
                 bad.rename(aside)
                 logger.warning(
                     "the checkpoint '%s' is damaged (%s); going on from '%s', the newest that is whole. "
@@ -136,12 +137,6 @@ def _set_damaged_aside(folder: Path) -> Path | None:
             "copy, or move that folder away and --resume starts this stage from its beginning."
         )
     return None
-
-
-def _free_name(checkpoint: Path) -> Path:
-    name = f"damaged-{checkpoint.name}"
-    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    return next(path for path in map(checkpoint.with_name, names) if not path.exists())
 
 
 def problems_of(checkpoint: Path) -> list[str]:

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
@@ -69,10 +69,8 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
     return config
 
 
-def model_to_continue(
-    recipe: Recipe, data: PreparedData
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """The model that a recipe begins with, and its tokenizer, if it does.
+def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | None:
+    """The model that a recipe begins with, if it does.
 
     Raises:
         InputError: If it is damaged, its tokens are not those of the text, or it cannot read a block.
@@ -89,7 +87,7 @@ def model_to_continue(
             f"prepare it with --tokenizer {name}."
         )
     check_context(model, recipe.data.context)
-    return model, tokenizer
+    return model
 
 
 def tell_beginning(recipe: Recipe) -> None:

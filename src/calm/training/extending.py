@@ -8,7 +8,6 @@ rate stays trained.
 """
 
 import dataclasses
-import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from calm.errors import InputError
+from calm.storage.folders import free_name
 from calm.training.checkpoints import checkpoints_in, remove_checkpoints, step_of
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import last_step_at_peak
@@ -79,7 +79,7 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
     training, steps = last_stage(noted), f"{last_stage(recipe).steps:,}"
     for name in _RESULTS:
         if (result := folder / name).exists():
-            kept = _free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
+            kept = free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
             result.rename(kept)
             logger.info("'%s' is kept as '%s'", result, kept.name)
     checkpoints = checkpoints_in(checkpoints_of_last_stage(folder, recipe))
@@ -128,9 +128,3 @@ class SaveAt(TrainerCallback):
         """Ask, if this was the step."""
         if state.global_step == self._step:
             control.should_save = True
-
-
-def _free_name(path: Path) -> Path:
-    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(2, 1000))
-    names = itertools.chain([path], others)
-    return next(name for name in names if not name.exists())

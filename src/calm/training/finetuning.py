@@ -167,7 +167,7 @@ def _lay_out(
     }
     training, shortened = lay_out(examples, **layout)
     if processes().is_main_process:
-        epochs = settings.steps * settings.batch_tokens / (len(training) * context)
+        epochs = settings.tokens / (len(training) * context)
         print(
             f"{len(examples)} examples in {len(training)} blocks ({shortened} shortened to fit), "
             f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"

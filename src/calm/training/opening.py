@@ -68,7 +68,7 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
     if autoencoder is not None:
         inputs[f"the autoencoder '{recipe.autoencoder.path}'"] = digest_of_weights(autoencoder)
     if (begun := model_to_continue(recipe, data)) is not None:
-        inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(begun[0])
+        inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(begun)
     return inputs
 
 

@@ -104,7 +104,7 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
         if run.is_finished("model"):
             return
         if (begun := model_to_continue(recipe, data)) is not None:
-            model, _ = begun
+            model = begun
         elif autoencoder is None:
             model = new_autoregressive_model(recipe, data)
         else:
@@ -115,7 +115,7 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
 def _forecast(
     run: Run[Recipe], data: PreparedData, name: str, network: PreTrainedModel, training: TrainingSettings
 ) -> Forecast:
-    recipe, tokens = run.recipe, training.steps * training.batch_tokens
+    recipe, tokens = run.recipe, training.tokens
     checkpoints = checkpoints_in(run.folder / "checkpoints" / name.replace(" ", "_"))
     done = step_of(checkpoints[-1]) if checkpoints else 0
     counted = data.counts().tokens["train"]

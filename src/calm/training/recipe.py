@@ -146,6 +146,11 @@ class TrainingSettings:
     keep_checkpoints: int = 2
     num_workers: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps."""
+        return self.steps * self.batch_tokens
+
     def batches(self, context: int, num_processes: int = 1) -> tuple[int, int]:
         """Blocks that a process works on at once, and how often it does so in an optimizer step.
 

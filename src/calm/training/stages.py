@@ -114,7 +114,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     recipe, settings = run.recipe, run.recipe.language_model.training
     if (begun := model_to_continue(recipe, data)) is not None:
         set_seed(recipe.seed)
-        model, _ = begun
+        model = begun
     elif recipe.model == "autoregressive":
         model = new_autoregressive_model(recipe, data)
     else:
