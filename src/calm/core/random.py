@@ -6,6 +6,7 @@ seed gives the same text alone and in a batch. Shapes: N draws, R rows, U number
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,57 @@ class DrawsInParts:
         return self._whole[self._asked - 1][self._first : self._first + num_draws]
 
 
-Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | None
-"""One generator for all rows, one for each row, draws in parts, or None for the default generator."""
+class Request(NamedTuple):
+    """Numbers that a draw asks for: (N, R, `size`), made by `torch.rand` or `torch.randn`."""
+
+    numbers: Callable[..., Tensor]
+    size: int
+    dtype: torch.dtype
+
+
+class NotedRequests:
+    """Randomness that keeps a list of what it is asked for; the numbers are the default generator's."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+
+class GivenNumbers:
+    """Numbers that were drawn before, (N, R, U) each, handed out in the order in which they are asked for.
+
+    Args:
+        numbers: As many as will be asked for, each of the shape that will be.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        self._numbers = iter(numbers)
+
+    def next(self) -> Tensor:
+        """The next of them."""
+        return next(self._numbers)
+
+
+Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | NotedRequests | GivenNumbers | None
+"""One generator for all rows, one for each row, draws in parts, or None for the default generator; or numbers
+that are noted or given, see `numbers_for`."""
+
+
+def numbers_for(
+    requests: Sequence[Request],
+    num_draws: int,
+    num_rows: int,
+    randomness: Randomness,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """The numbers, (N, R, size) each, that a draw with these requests would be given.
+
+    So a draw can be split in two: its random numbers, and a function of those (see `NotedRequests` and
+    `GivenNumbers`).
+    """
+    return [
+        _of_rows(one.numbers, num_draws, num_rows, one.size, randomness, device, one.dtype)
+        for one in requests
+    ]
 
 
 def uniform(
@@ -76,6 +126,11 @@ def _of_rows(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
+    if isinstance(randomness, GivenNumbers):
+        return randomness.next()
+    if isinstance(randomness, NotedRequests):
+        randomness.requests.append(Request(numbers, size, dtype))
+        randomness = None
     if isinstance(randomness, DrawsInParts):
         return randomness.next(
             num_draws, lambda most, own: _of_rows(numbers, most, num_rows, size, own, device, dtype)

@@ -160,6 +160,8 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
 
         Token scores are never held all at once; see `calm.core.argmax`.
         """
+        if torch.compiler.is_compiling():  # Of a number that is not known, parts cannot be taken.
+            return self.decode(latents_PZ).argmax(-1)
         latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
         tokens = [self._most_likely(self.decoder(part)) for part in latents.split(_LATENTS_AT_ONCE)]
         return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])

@@ -286,7 +286,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     ) -> Tensor:
         """State of every chunk: that of the backbone, followed by what the head reads itself."""
         outputs = self.backbone(
-            inputs_embeds=self.projection(self._backbone_input(chunks_BCK, posterior_BCZ)),
+            inputs_embeds=self.embed_chunks(chunks_BCK, posterior_BCZ),
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -297,14 +297,19 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         extra_BCX = self.head.embed_chunks(chunks_BCK)
         return states_BCD if extra_BCX is None else torch.cat([states_BCD, extra_BCX], dim=-1)
 
-    def _backbone_input(self, chunks_BCK: Tensor, posterior_BCZ: DiagonalGaussian | None) -> Tensor:
-        """What the backbone gets to know of each chunk, (B, C, X)."""
+    def embed_chunks(self, chunks_BCK: Tensor, posterior_BCZ: DiagonalGaussian | None = None) -> Tensor:
+        """What the backbone reads of each chunk, (B, C, D).
+
+        Args:
+            chunks_BCK: Tokens of the chunks.
+            posterior_BCZ: Their latents, if they are known already.
+        """
         parts = []
         if self.config.reads_tokens:
             parts.append(self.backbone.embed_tokens(chunks_BCK).flatten(-2))
         if self.config.reads_latents:
             parts.append((posterior_BCZ or self._encode(chunks_BCK)).mean)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return self.projection(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
     @torch.no_grad()
     def _encode(self, chunks_PK: Tensor) -> DiagonalGaussian:

@@ -115,7 +115,7 @@ class Script:
         self.chunks = iter(chunks)
         model.sample_chunks = self
 
-    def __call__(self, hidden_PD, settings, randomness=None):
+    def __call__(self, hidden_PD, settings, randomness=None, compiled=None):
         chunk_PK = torch.tensor(next(self.chunks)).reshape(len(hidden_PD), -1)
         return sample_from_pool(chunk_PK.expand(4, -1, -1), settings.temperature)
 

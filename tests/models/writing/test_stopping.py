@@ -33,7 +33,7 @@ def written(model, tokenizer, monkeypatch, text, **arguments):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     chunks = iter(torch.tensor(ids + [5] * (-len(ids) % 4)).split(4))
 
-    def sample(hidden_PD, settings, randomness=None):
+    def sample(hidden_PD, settings, randomness=None, compiled=None):
         return sample_from_pool(next(chunks).expand(4, 1, -1), 1.0)
 
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

@@ -7,8 +7,10 @@ Shapes: B batch, C chunks, K tokens per chunk, P positions, D state size, Z late
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -232,10 +234,32 @@ class Likelihood(Protocol):
         """
 
 
+_traced: ContextVar[list[Tensor] | None] = ContextVar("traced", default=None)
+
+
+@contextmanager
+def traced_checks() -> Iterator[list[Tensor]]:
+    """Gather what `require_finite` is asked for, for a draw that is traced: whether it is, one tensor each."""
+    checks: list[Tensor] = []
+    token = _traced.set(checks)
+    try:
+        yield checks
+    finally:
+        _traced.reset(token)
+
+
 def require_finite(drawn: Tensor) -> None:
-    """Raise ValueError if latents or scores of a draw are not finite."""
-    if not bool(drawn.isfinite().all()):
-        raise ValueError(
-            f"the head drew a latent or score that is not finite (in {drawn.dtype}); "
-            "the weights may be damaged, or the dtype too narrow for them."
-        )
+    """Raise ValueError if latents or scores of a draw are not finite (see `traced_checks`)."""
+    is_finite = drawn.isfinite().all()
+    if (checks := _traced.get()) is not None:
+        checks.append(is_finite)
+    elif not bool(is_finite):
+        refuse_damaged(drawn.dtype)
+
+
+def refuse_damaged(dtype: torch.dtype) -> NoReturn:
+    """Raise the ValueError of a draw that is not finite."""
+    raise ValueError(
+        f"the head drew a latent or score that is not finite (in {dtype}); "
+        "the weights may be damaged, or the dtype too narrow for them."
+    )

@@ -150,7 +150,7 @@ class EnergyHead(LatentHead):
         """See `LatentHead`; recorded noise is uniform in [-0.5, 0.5], of shape (N, P, U)."""
         if noise is None:
             size, device = self.config.noise_size, prepared_P.device
-            noise = uniform(num_draws, len(prepared_P), size, randomness, device) - 0.5
+            noise = uniform(num_draws, prepared_P.shape[0], size, randomness, device) - 0.5
         draws_NPD = self.noise_norm(self.noise_in(noise.to(prepared_P.dtype)))
         for block, shared_PD in zip(self.blocks, prepared_P.unbind(1), strict=True):
             draws_NPD = block(draws_NPD, shared_PD)

@@ -3,7 +3,7 @@
 Shapes: M rows, X size of their vectors, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def cross_entropy(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Te
 
 def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
     """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
-    tokens = tokens_M.split(_rows_at_once(table_VX))
+    tokens = _parts(tokens_M, table_VX)
     parts = zip(token_distributions(vectors_MX, table_VX), tokens, strict=True)
     return torch.cat(
         [
@@ -44,8 +44,7 @@ def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Ten
 
 def likeliest(vectors_MX: Tensor, table_VX: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row the token with the highest score, (M,), the first of equals, and that score, (M,)."""
-    rows = vectors_MX.split(_rows_at_once(table_VX))
-    best = [F.linear(part_MX, table_VX).float().max(-1) for part_MX in rows]
+    best = [F.linear(part_MX, table_VX).float().max(-1) for part_MX in _parts(vectors_MX, table_VX)]
     return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
 
@@ -58,17 +57,22 @@ def draw_tokens(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tupl
     for p_MV in token_distributions(vectors_MX, table_VX):
         sums_MV = p_MV.cumsum(-1)
         # Times the last sum, which is not quite 1: no number lies beyond it.
-        points_M1 = uniform_M[first : first + len(p_MV), None].to(sums_MV.dtype) * sums_MV[:, -1:]
+        points_M1 = uniform_M[first : first + p_MV.shape[0], None].to(sums_MV.dtype) * sums_MV[:, -1:]
         chosen.append(torch.searchsorted(sums_MV, points_M1, right=True).squeeze(-1))
         totals.append(sums_MV[:, -1])
-        first += len(p_MV)
+        first += p_MV.shape[0]
     return torch.cat(chosen).clamp_max(len(table_VX) - 1), torch.cat(totals)
 
 
 def token_distributions(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
     """The distribution over the vocabulary of each row, (m, V), for some rows at a time."""
-    for part_MX in vectors_MX.split(_rows_at_once(table_VX)):
+    for part_MX in _parts(vectors_MX, table_VX):
         yield F.linear(part_MX, table_VX).float().softmax(-1)
+
+
+def _parts(of_rows: Tensor, table_VX: Tensor) -> Sequence[Tensor]:
+    """Rows in parts whose scores are few enough; in one where they are traced, and the caller limits them."""
+    return (of_rows,) if torch.compiler.is_compiling() else of_rows.split(_rows_at_once(table_VX))
 
 
 def _rows_at_once(table_VX: Tensor) -> int:

@@ -139,7 +139,7 @@ class SequentialHead(TokenHead):
         """
         self.check_temperature(temperature)
         size = self.config.chunk_size
-        uniform_NPK = uniform(num_draws, len(prepared_P), size, randomness, prepared_P.device)
+        uniform_NPK = uniform(num_draws, prepared_P.shape[0], size, randomness, prepared_P.device)
         return self._write(prepared_P, uniform_NPK, temperature)
 
     def boundary_layers(self) -> list[nn.Module]:
@@ -152,7 +152,7 @@ class SequentialHead(TokenHead):
         widths = [3 * self.hidden_size] * config.num_blocks + [size * config.rank, config.extra_state_size]
         *modulations, direct_PX, before_PX = prepared_P.split(widths, dim=-1)
         direct_PKR = direct_PX.unflatten(-1, (size, -1))
-        known = list(before_PX.unflatten(-1, (size, -1)).expand(len(uniform_NPK), -1, -1, -1).unbind(-2))
+        known = list(before_PX.unflatten(-1, (size, -1)).expand(uniform_NPK.shape[0], -1, -1, -1).unbind(-2))
         table_VX, tokens = self._table(), []
         checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):

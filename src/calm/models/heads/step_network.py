@@ -194,4 +194,5 @@ class StepHead(LatentHead):
         dtype = torch.promote_types(prepared_P.dtype, torch.float32)
         if recorded is not None:
             return recorded.to(dtype)
-        return normal(num_draws, len(prepared_P), self.latent_size, randomness, prepared_P.device, dtype)
+        num_positions = prepared_P.shape[0]
+        return normal(num_draws, num_positions, self.latent_size, randomness, prepared_P.device, dtype)

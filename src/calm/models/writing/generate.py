@@ -19,12 +19,13 @@ from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.models.context import check_room, room_beside
+from calm.models.writing.ahead import CompiledSteps
 from calm.models.writing.arguments import REFUSED, check_arguments
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prompts import Prompt
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
-from calm.models.writing.sampling import sample_chunks
-from calm.models.writing.steps import BackboneSteps
+from calm.models.writing.sampling import check_sampler, sample_chunks
+from calm.models.writing.steps import steps_of
 from calm.models.writing.stopping import Stopping
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class ChunkGenerationMixin:
             max_draws=max_draws,
             **cuts,
         )
+        check_sampler(self.head, chosen)
         prompt_BT, mask_BT = _prompts(self, input_ids, attention_mask, config)
         randomness: Randomness = generator
         if generator is None and seed is not None:
@@ -164,10 +166,14 @@ class ChunkGenerationMixin:
         return CalmGenerateOutput(sequences=sequences, **statistics)
 
     def sample_chunks(
-        self: ChunkModel, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
+        self: ChunkModel,
+        states_PD: Tensor,
+        sampler: Sampler,
+        randomness: Randomness = None,
+        compiled: CompiledSteps | None = None,
     ) -> ChunkSample:
         """One next chunk for every state; see `calm.models.writing.sampling.sample_chunks`."""
-        return sample_chunks(self, states_PD, sampler, randomness)
+        return sample_chunks(self, states_PD, sampler, randomness, compiled)
 
     @torch.no_grad()
     def draw_chunks(
@@ -254,28 +260,33 @@ class _Writing:
         size, device = self.model.config.chunk_size, self.prompt_BT.device
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
         prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad)
-        advance = BackboneSteps(self.model, prompt, -(-self.budget // size), self.config)
-        tokens_BT = prompt.ids_BT
-        open_A = torch.arange(len(tokens_BT), device=device)  # Rows that have not ended.
+        steps = steps_of(self.model, prompt, -(-self.budget // size), self.config)
+        states_AD = steps.read()
+        num_rows = len(self.prompt_BT)
+        open_A = torch.arange(num_rows, device=device)  # Rows that have not ended.
         written = [self.prompt_BT]
         length_B = torch.zeros_like(self.prompt_BT[:, 0])  # Tokens of each text.
-        steps: list[tuple[Tensor, ChunkSample]] = []
+        samples: list[tuple[Tensor, ChunkSample]] = []
         for start in range(0, self.budget, size):
-            states_AD = advance(tokens_BT)[open_A]
             own = select_rows(self.randomness, open_A)
-            sample = self.model.sample_chunks(states_AD, self.sampler, own)
-            steps.append((open_A, sample))
+            sample = self.model.sample_chunks(states_AD, self.sampler, own, steps.compiled)
+            samples.append((open_A, sample))
             chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, written, open_A, pad)
-            tokens_BT = chunk_AK.new_full((len(tokens_BT), size), pad).index_copy(0, open_A, chunk_AK)
+            chunk_BK = chunk_AK.new_full((num_rows, size), pad).index_copy(0, open_A, chunk_AK)
             length_B = length_B.index_add(0, open_A, kept_A)
-            written.append(tokens_BT[:, : self.budget - start])
+            written.append(chunk_BK[:, : self.budget - start])
             if self.streamer is not None:
                 _stream(self.streamer, written[-1][0, : int(kept_A[0])])
-            open_A = open_A[~ends_A]
-            if len(open_A) == 0:
-                break
+            if bool(ends_A.any()):
+                left = (~ends_A).nonzero().flatten()
+                if len(left) == 0:
+                    break
+                steps.keep(left.tolist())
+                open_A, chunk_AK = open_A[left], chunk_AK[left]
+            if start + size < self.budget:
+                states_AD = steps.advance(chunk_AK)
         new_BT = torch.cat(written[1:], dim=1)[:, : int(length_B.max())]
-        return new_BT, _statistics(steps, len(self.prompt_BT))
+        return new_BT, _statistics(samples, num_rows)
 
     def _cut(
         self, chunk_AK: Tensor, written: list[Tensor], open_A: Tensor, pad: int

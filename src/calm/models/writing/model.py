@@ -35,6 +35,6 @@ class ChunkModel(Protocol):
         """Draws of the next chunk for every state, (N, P, K)."""
 
     def sample_chunks(
-        self, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
+        self, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None, compiled: Any = None
     ) -> ChunkSample:
         """One next chunk for every state, and what it took."""

@@ -13,6 +13,7 @@ from calm.core.temperature import ChunkSample
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.heads import GenerativeHead, LatentHead
 from calm.models.heads.contract import require_finite
+from calm.models.writing.ahead import CompiledSteps
 from calm.models.writing.model import ChunkModel
 
 # From so many weights of the vocabulary projection on, tokens are read only where they matter. With
@@ -25,7 +26,11 @@ _FEW_DRAWS = 16
 
 @torch.no_grad()
 def sample_chunks(
-    model: ChunkModel, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None
+    model: ChunkModel,
+    states_PD: Tensor,
+    sampler: Sampler,
+    randomness: Randomness = None,
+    compiled: CompiledSteps | None = None,
 ) -> ChunkSample:
     """One next chunk for every state, and what it took.
 
@@ -34,6 +39,7 @@ def sample_chunks(
         states_PD: States of the last chunk.
         sampler: How a chunk is chosen from draws.
         randomness: Source of the draws and choices: one generator, or one for each position.
+        compiled: What is compiled of the model, for the draws.
 
     Raises:
         ValueError: If there is no position, the weights are damaged, or the head is asked for a temperature
@@ -42,14 +48,16 @@ def sample_chunks(
     head = model.head
     check_sampler(head, sampler)
     prepared_P = head.prepare(states_PD)
-    lazily = isinstance(head, LatentHead) and _is_large(model.autoencoder)
+    # A single draw is read whole.
+    lazily = isinstance(head, LatentHead) and sampler.most_draws > 1 and _is_large(model.autoencoder)
     reader = _DecoderReader(model.autoencoder) if lazily else None
 
     def draw(num_draws: int, rows_R: Tensor, temperature: float = 1.0) -> Tensor:
         chosen = prepared_P if len(rows_R) == len(prepared_P) else prepared_P[rows_R.to(prepared_P.device)]
         own = select_rows(randomness, rows_R)
         if reader is None or not isinstance(head, LatentHead):
-            return head.draw_chunks(chosen, num_draws, own, temperature)
+            drawn = None if compiled is None else compiled.draw(chosen, num_draws, own, temperature)
+            return head.draw_chunks(chosen, num_draws, own, temperature) if drawn is None else drawn
         latents_NRZ = head.draw_latents(chosen, num_draws, own, temperature=temperature)
         require_finite(latents_NRZ)
         return model.autoencoder.chunk_states(latents_NRZ)

@@ -1,24 +1,108 @@
 """The backbone as text is written: the whole prompt first, then chunk after chunk.
 
-Shapes: B batch, T tokens, C chunks, D hidden size.
+Shapes: B rows of the batch, T tokens, K tokens per chunk, C chunks, A rows that have not ended.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from calm.models.writing.ahead import CompiledSteps, find_steps
+from calm.models.writing.lean import ChunkStep, can_step
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prompts import Prompt, positions_of, read_chunks
+from calm.models.writing.slots import SlotCache
 
 # Lengths of static caches are powers of two from here on: texts of many lengths share a compiled step.
 _SHORTEST_STATIC = 64
 
 
-class BackboneSteps:
-    """States that predict the next chunk, for prompts and what is written after them.
+class Steps(Protocol):
+    """States (A, D) that predict the next chunk of each row, for prompts and what is written after them."""
+
+    @property
+    def compiled(self) -> CompiledSteps | None:
+        """What is compiled of the model, if that may be used."""
+
+    def read(self) -> Tensor:
+        """Read the prompts."""
+
+    def advance(self, chunks_AK: Tensor) -> Tensor:
+        """Read a chunk more of every row that is left."""
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Let the other rows go, of those that are left."""
+
+
+def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: GenerationConfig) -> Steps:
+    """How a text is written: by lean steps, unless settings or the model ask for those of transformers.
+
+    Args:
+        model: The model.
+        prompt: The prompts.
+        num_steps: Chunks that will be written at most.
+        config: Used are `use_cache`, `cache_implementation`, `compile_config` and `disable_compile`, which also
+            leaves aside what was compiled ahead of time.
+
+    Raises:
+        ValueError: If the cache is of another kind, or a step cannot be compiled with it.
+    """
+    asks = config.use_cache is False or config.cache_implementation or config.compile_config
+    if asks or not can_step(model):
+        return TransformersSteps(model, prompt, num_steps, config)
+    return LeanSteps(model, prompt, num_steps, None if config.disable_compile else find_steps(model))
+
+
+class LeanSteps:
+    """Steps that do no more than a chunk needs; see `calm.models.writing.lean`.
+
+    Args:
+        model: The model.
+        prompt: The prompts.
+        num_steps: Chunks that will be written at most.
+        compiled: What is compiled of the model, which is used where it serves.
+    """
+
+    def __init__(
+        self, model: ChunkModel, prompt: Prompt, num_steps: int, compiled: CompiledSteps | None
+    ) -> None:
+        self.compiled = compiled
+        self._model, self._prompt, self._num_steps = model, prompt, num_steps
+        self._step = ChunkStep(model)
+        self._cache: SlotCache | None = None
+
+    def read(self) -> Tensor:
+        """See `Steps`."""
+        cache = DynamicCache(config=self._model.config.backbone)
+        states_BCD = self._prompt.read(self._model, cache)
+        self._cache = SlotCache.of(cache, self._prompt.mask_BC, self._num_steps)
+        return states_BCD[:, -1]
+
+    def advance(self, chunks_AK: Tensor) -> Tensor:
+        """See `Steps`."""
+        assert self._cache is not None
+        window = self._cache.window()
+        length_A = torch.tensor(self._cache.lengths, device=chunks_AK.device)
+        states_AD = None
+        if self.compiled is not None:
+            states_AD = self.compiled.advance(chunks_AK, length_A, window)
+        if states_AD is None:
+            states_AD = self._step(chunks_AK, length_A, window)
+        self._cache.grow()
+        return states_AD
+
+    def keep(self, places: Sequence[int]) -> None:
+        """See `Steps`."""
+        assert self._cache is not None
+        self._cache.keep(places)
+
+
+class TransformersSteps:
+    """Steps through the model's forward pass, with the caches of transformers or none.
 
     Args:
         model: The model.
@@ -33,7 +117,9 @@ class BackboneSteps:
     """
 
     def __init__(self, model: ChunkModel, prompt: Prompt, num_steps: int, config: GenerationConfig) -> None:
-        self._model = model
+        self._model, self._prompt = model, prompt
+        self._pad = model.config.pad_token_id or 0
+        self._left_A = torch.arange(len(prompt.ids_BT), device=prompt.ids_BT.device)
         mask_BC = prompt.mask_BC
         self._length = mask_BC.shape[1]
         self._mask_BC = torch.cat([mask_BC, mask_BC.new_ones(len(mask_BC), num_steps - 1)], dim=1)
@@ -42,12 +128,26 @@ class BackboneSteps:
         self._compile_config = _compile_config(config)
         self._seen_BT: Tensor | None = None
 
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """State of the last chunk, (B, D).
+    @property
+    def compiled(self) -> CompiledSteps | None:
+        """See `Steps`: None."""
+        return None
 
-        Args:
-            tokens_BT: The prompts at first, then the tokens of the chunk that was written.
-        """
+    def read(self) -> Tensor:
+        """See `Steps`."""
+        return self._read(self._prompt.ids_BT)
+
+    def advance(self, chunks_AK: Tensor) -> Tensor:
+        """See `Steps`; rows that have been let go are read with the others."""
+        chunks_BK = chunks_AK.new_full((len(self._mask_BC), chunks_AK.shape[1]), self._pad)
+        return self._read(chunks_BK.index_copy(0, self._left_A, chunks_AK))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """See `Steps`."""
+        self._left_A = self._left_A[torch.tensor(places, dtype=torch.long, device=self._left_A.device)]
+
+    def _read(self, tokens_BT: Tensor) -> Tensor:
+        """States of the rows that are left, after these tokens of all."""
         earlier_BT = self._seen_BT
         if earlier_BT is not None:
             self._length += 1
@@ -66,7 +166,7 @@ class BackboneSteps:
         states_BCD = read_chunks(
             self._model, tokens_BT, self._mask_BC[:, :length], own_BC, self._cache, forward
         )
-        return states_BCD[:, -1]
+        return states_BCD[self._left_A, -1]
 
     def _new_cache(self, config: GenerationConfig) -> Cache | None:
         kind = config.cache_implementation or "dynamic"

@@ -1,0 +1,120 @@
+"""The backbone one chunk further: what a decoder layer does for a single position, and nothing else.
+
+The forward pass of transformers serves any number of positions, masks and caches, and spends more time on
+those than on the products of a small model. Here the layers' own modules are called, so adapters and quantized
+weights take part; around them are a rotation, a write into the cache in place, and attention.
+
+Shapes: R rows, K tokens per chunk, C chunks, G heads of queries, H heads of keys and values, d their size,
+D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+
+# Rotations whose frequencies do not depend on the length of a text.
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+
+
+class ChunkStep(nn.Module):
+    """States of the next positions of some rows, from their last chunks and a cache.
+
+    Args:
+        model: A `CalmForCausalLM` for which `can_step` holds.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._head_size = model.backbone.layers[0].self_attn.head_dim
+
+    def forward(self, chunks_RK: Tensor, length_R: Tensor, cache: Sequence[Tensor]) -> Tensor:
+        """States (R, D + what the head reads itself); keys and values are written behind each row.
+
+        Args:
+            chunks_RK: The last chunk of every row.
+            length_R: Chunks of each row before it.
+            cache: Keys and values (C, R, H, d) of each layer in turn.
+        """
+        model, num_chunks = self.model, cache[0].shape[0]
+        cos_R1d, sin_R1d = self._rotation(length_R)
+        row_R = torch.arange(length_R.shape[0], device=length_R.device)
+        is_seen_RC = torch.arange(num_chunks, device=length_R.device) <= length_R.unsqueeze(-1)
+        x_RD = model.embed_chunks(chunks_RK.unsqueeze(1)).squeeze(1)
+        for layer, keys_CRHd, values_CRHd in zip(
+            model.backbone.layers, cache[::2], cache[1::2], strict=True
+        ):
+            attention = layer.self_attn
+            normed_RD = layer.input_layernorm(x_RD)
+            query_RGd = _turned(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
+            key_RHd = _turned(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
+            keys_CRHd.index_put_((length_R, row_R), key_RHd)
+            values_CRHd.index_put_((length_R, row_R), self._heads(attention.v_proj(normed_RD)))
+            mixed_RX = _attend(query_RGd, keys_CRHd, values_CRHd, is_seen_RC, attention.scaling)
+            x_RD = x_RD + attention.o_proj(mixed_RX)
+            x_RD = x_RD + layer.mlp(layer.post_attention_layernorm(x_RD))
+        states_RD: Tensor = model.backbone.norm(x_RD)
+        extra_RX = model.head.embed_chunks(chunks_RK)
+        return states_RD if extra_RX is None else torch.cat([states_RD, extra_RX], dim=-1)
+
+    def _heads(self, projected_RX: Tensor) -> Tensor:
+        return projected_RX.unflatten(-1, (-1, self._head_size))
+
+    def _rotation(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles of each row's position, (R, 1, d)."""
+        rotary = self.model.backbone.rotary_emb
+        angles_Rh = position_R.unsqueeze(-1) * rotary.inv_freq
+        angles_R1d = torch.cat([angles_Rh, angles_Rh], dim=-1).unsqueeze(1)
+        dtype, scaling = self.model.backbone.embed_tokens.weight.dtype, rotary.attention_scaling
+        return (angles_R1d.cos() * scaling).to(dtype), (angles_R1d.sin() * scaling).to(dtype)
+
+
+def can_step(model: Any) -> bool:
+    """Whether a model's layers are those of Llama, with nothing hung on to them that a step would pass by."""
+    if model.backbone.rotary_emb.rope_type not in _FIXED_ROTATIONS:
+        return False
+    parts = [model.backbone, model.backbone.norm]
+    for layer in model.backbone.layers:
+        if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) is not LlamaAttention:
+            return False
+        parts += [layer, layer.self_attn]
+        if type(layer.mlp) is not LlamaMLP:
+            return False
+    return not any(part._forward_hooks or part._forward_pre_hooks or _is_dispatched(part) for part in parts)
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate moves a module's inputs from device to device."""
+    return hasattr(module, "_hf_hook")
+
+
+def _turned(x_RHd: Tensor, cos_R1d: Tensor, sin_R1d: Tensor) -> Tensor:
+    """Rotary position embedding, in the halves of Llama."""
+    first, second = x_RHd.chunk(2, dim=-1)
+    return x_RHd * cos_R1d + torch.cat([-second, first], dim=-1) * sin_R1d
+
+
+def _attend(
+    query_RGd: Tensor, keys_CRHd: Tensor, values_CRHd: Tensor, is_seen_RC: Tensor, scaling: float
+) -> Tensor:
+    """What each row's query finds among its chunks, (R, G·d)."""
+    num_heads = query_RGd.shape[1]
+    if torch.compiler.is_compiling() and query_RGd.shape[0] == 1:  # Fused loops beat a kernel for many queries.
+        grouped_RHgd = query_RGd.unflatten(1, (keys_CRHd.shape[2], -1)) * scaling
+        scores_CRHg = (grouped_RHgd.unsqueeze(0) * keys_CRHd.unsqueeze(3)).sum(-1)
+        scores_CRHg = scores_CRHg.masked_fill(~is_seen_RC.T[..., None, None], -torch.inf)
+        weights_CRHg = scores_CRHg.float().softmax(0).to(values_CRHd.dtype)
+        return (weights_CRHg.unsqueeze(-1) * values_CRHd.unsqueeze(3)).sum(0).flatten(1)
+    mixed_RG1d = F.scaled_dot_product_attention(
+        query_RGd.unsqueeze(2),
+        keys_CRHd.permute(1, 2, 0, 3),
+        values_CRHd.permute(1, 2, 0, 3),
+        attn_mask=is_seen_RC[:, None, None],
+        scale=scaling,
+        enable_gqa=num_heads != keys_CRHd.shape[2],
+    )
+    return mixed_RG1d.flatten(1)
