@@ -167,7 +167,7 @@ def single_draw(draw: Draw, num_rows: int, temperature: float, reader: TokenRead
     _check_rows(num_rows)
     rows_R = torch.arange(num_rows)
     drawn = draw(1, rows_R) if temperature == 1 else draw(1, rows_R, temperature)
-    chunks_RK = Pool(drawn, reader).chunks(torch.zeros_like(rows_R), rows_R)
+    chunks_RK = drawn[0] if reader is None else Pool(drawn, reader).chunks(torch.zeros_like(rows_R), rows_R)
     one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
     return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
 

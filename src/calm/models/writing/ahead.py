@@ -44,40 +44,58 @@ class CompiledSteps:
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        config = self.model.config
+        self._at_once = max(1, _SCORES_AT_ONCE // (config.chunk_size * config.vocab_size))
         self._requests: dict[float, list[Request]] = {}
+        self._prepared: tuple[Tensor, Tensor] | None = None
 
     def advance(self, chunks_RK: Tensor, length_R: Tensor, cache: list[Tensor]) -> Tensor | None:
         """States that predict the next chunk of each row, as of `ChunkStep`; None if that is not compiled."""
         function = self.functions.get(_name("advance", len(chunks_RK)))
-        return None if function is None else function(chunks_RK, length_R, cache)
+        if function is None:
+            return None
+        states_RD, prepared_R = function(chunks_RK, length_R, *cache)
+        self._prepared = states_RD, prepared_R
+        return states_RD
+
+    def prepare(self, states_RD: Tensor) -> Tensor:
+        """What the head prepares for some states; for those of the last `advance` that is done already."""
+        if self._prepared is not None and self._prepared[0] is states_RD:
+            return self._prepared[1]
+        prepared_R: Tensor = self.model.head.prepare(states_RD)
+        return prepared_R
 
     def draw(
         self, prepared_R: Tensor, num_draws: int, randomness: Randomness, temperature: float
     ) -> Tensor | None:
         """Draws of the next chunk, (N, R, K), as of the head's `draw_chunks`; None if that is not compiled."""
-        config, num_rows = self.model.config, len(prepared_R)
-        at_once = max(1, _SCORES_AT_ONCE // (config.chunk_size * config.vocab_size))
-        functions = [
-            self.functions.get(_name("draw", rows, temperature)) for rows in {1, num_rows * num_draws}
-        ]
-        if any(function is None for function in functions):
+        num_rows = len(prepared_R)
+        number = num_draws * num_rows
+        # The last part of many may be a single one.
+        sizes = {min(number, self._at_once), number % self._at_once or self._at_once}
+        if any(_name("draw", size, temperature) not in self.functions for size in sizes):
             return None
         requests = self._requests.get(temperature)
         if requests is None:
             requests = self._requests[temperature] = requests_of_draw(self.model, prepared_R[:1], temperature)
         numbers = numbers_for(requests, num_draws, num_rows, randomness, prepared_R.device)
-        prepared_M = prepared_R.expand(num_draws, *prepared_R.shape).flatten(0, 1)
-        flat = [numbers_NRU.flatten(0, 1).unsqueeze(0) for numbers_NRU in numbers]
-        parts = []
-        for first in range(0, len(prepared_M), at_once):
-            part = slice(first, first + at_once)
-            rows = prepared_M[part]
-            function = self.functions[_name("draw", len(rows), temperature)]
-            chunks_MK, is_finite = function(rows, [numbers_1MU[:, part] for numbers_1MU in flat])
-            if not bool(is_finite):
-                refuse_damaged(prepared_R.dtype)
-            parts.append(chunks_MK)
-        return torch.cat(parts).unflatten(0, (num_draws, num_rows))
+        if num_draws > 1:
+            prepared_R = prepared_R.expand(num_draws, *prepared_R.shape).flatten(0, 1)
+            numbers = [numbers_NRU.flatten(0, 1).unsqueeze(0) for numbers_NRU in numbers]
+        chunks_MK = torch.cat(
+            [
+                self._draw(prepared_R[part], [one[:, part] for one in numbers], temperature)
+                for part in (slice(first, first + self._at_once) for first in range(0, number, self._at_once))
+            ]
+        )
+        return chunks_MK.unflatten(0, (num_draws, num_rows))
+
+    def _draw(self, prepared_M: Tensor, numbers_1MU: list[Tensor], temperature: float) -> Tensor:
+        function = self.functions[_name("draw", len(prepared_M), temperature)]
+        chunks_MK, is_finite = function(prepared_M, *numbers_1MU)
+        if not bool(is_finite):
+            refuse_damaged(prepared_M.dtype)
+        return chunks_MK
 
 
 def find_steps(model: Any) -> CompiledSteps | None:
@@ -149,12 +167,22 @@ def requests_of_draw(model: Any, prepared_1: Tensor, temperature: float) -> list
 # What is traced.
 
 
+class _Advance(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.step = ChunkStep(model)
+
+    def forward(self, chunks_RK: Tensor, length_R: Tensor, *cache: Tensor) -> tuple[Tensor, Tensor]:
+        states_RD = self.step(chunks_RK, length_R, cache)
+        return states_RD, self.step.model.head.prepare(states_RD)
+
+
 class _Draw(nn.Module):
     def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, prepared_M: Tensor, numbers_1MU: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, prepared_M: Tensor, *numbers_1MU: Tensor) -> tuple[Tensor, Tensor]:
         with traced_checks() as checks:
             given = GivenNumbers(numbers_1MU)
             chunks_1MK = self.model.head.draw_chunks(prepared_M, 1, given, self.temperature)
@@ -168,13 +196,13 @@ class _Traced:
 
     Args:
         module: What it does.
-        arguments: An example.
+        arguments: An example, tensors.
         dynamic: Which axes of the arguments may have any length.
         is_small: Whether it is for a single row, where reading weights takes all the time.
     """
 
     module: nn.Module
-    arguments: tuple[Any, ...]
+    arguments: tuple[Tensor, ...]
     dynamic: tuple[Any, ...]
     is_small: bool
 
@@ -203,7 +231,7 @@ def _advance(model: Any, rows: int) -> _Traced:
     of_rows = {} if rows == 1 else {0: torch.export.Dim("rows", min=2, max=_MOST_ROWS)}
     of_cache = {0: torch.export.Dim("chunks", min=2, max=2**24)} | {1: one for one in of_rows.values()}
     return _Traced(
-        ChunkStep(model), (chunks_RK, length_R, cache), (of_rows, of_rows, [of_cache] * len(cache)), rows == 1
+        _Advance(model), (chunks_RK, length_R, *cache), (of_rows, of_rows, (of_cache,) * len(cache)), rows == 1
     )
 
 
@@ -217,13 +245,13 @@ def _draw(model: Any, rows: int, temperature: float) -> _Traced:
     of_rows = {} if axis is None else {0: axis}
     of_numbers = {} if axis is None else {1: axis}
     return _Traced(
-        _Draw(model, temperature), (prepared_M, numbers), (of_rows, [of_numbers] * len(numbers)), rows == 1
+        _Draw(model, temperature), (prepared_M, *numbers), (of_rows, (of_numbers,) * len(numbers)), rows == 1
     )
 
 
 def _compile(traced: _Traced, file: Path) -> None:
     """Compile a function into a file, which is written whole, and see that it says what the module says."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor import aoti_compile_and_package
 
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
     if traced.is_small:  # Loops of its own read weights several times faster than a library's products.
@@ -233,7 +261,7 @@ def _compile(traced: _Traced, file: Path) -> None:
         program = torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
         _refuse_randomness(program)
         aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
-        _check_same(traced, aoti_load_package(str(partial)))
+        _check_same(traced, _load(partial))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -252,19 +280,14 @@ def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
 def _check_same(traced: _Traced, compiled: Callable[..., Any]) -> None:
     results = []
     for function in (traced.module, compiled):
-        copies = torch.utils._pytree.tree_map(torch.clone, traced.arguments)
-        results.append([*torch.utils._pytree.tree_leaves(function(*copies)), *_leaves(copies)])
+        copies = [argument.clone() for argument in traced.arguments]  # A cache is written into.
+        results.append([*function(*copies), *copies])
     for one, other in zip(*results, strict=True):
         if one.is_floating_point() and not torch.allclose(one, other, rtol=1e-2, atol=1e-2):
             raise ValueError(
                 "the compiled step is not what the model says (largest difference "
                 f"{float((one - other).abs().max()):g}); this version of torch compiles it wrongly."
             )
-
-
-def _leaves(values: Any) -> list[Tensor]:
-    leaves: list[Tensor] = torch.utils._pytree.tree_leaves(values)
-    return leaves
 
 
 # Where it is kept.
@@ -299,9 +322,16 @@ def cache_root() -> Path:
 
 
 def _load(file: Path) -> Callable[..., Any]:
+    """A compiled function of tensors. What torch puts around it takes as long as a small model's step."""
     from torch._inductor import aoti_load_package
 
-    return aoti_load_package(str(file))
+    loader = aoti_load_package(str(file)).loader
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        results: list[Tensor] = loader.boxed_run(list(tensors))
+        return results
+
+    return call
 
 
 def _weights(model: Any) -> list[Tensor]:

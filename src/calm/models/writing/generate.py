@@ -256,49 +256,51 @@ class _Writing:
     stopping: Stopping
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """New tokens of each row, (B, new) with new <= budget, and the statistics of every step."""
-        size, device = self.model.config.chunk_size, self.prompt_BT.device
+        """New tokens of each row, (B, new) with new <= budget, and the statistics of every step if wanted."""
+        size, (num_rows, first) = self.model.config.chunk_size, self.prompt_BT.shape
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
+        self._eos_ids = as_id_tensor(self.config.eos_token_id, self.prompt_BT.device)
         prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad)
-        steps = steps_of(self.model, prompt, -(-self.budget // size), self.config)
-        states_AD = steps.read()
-        num_rows = len(self.prompt_BT)
-        open_A = torch.arange(num_rows, device=device)  # Rows that have not ended.
-        written = [self.prompt_BT]
-        length_B = torch.zeros_like(self.prompt_BT[:, 0])  # Tokens of each text.
+        num_steps = -(-self.budget // size)
+        steps = steps_of(self.model, prompt, num_steps, self.config)
+        text_BT = torch.nn.functional.pad(self.prompt_BT, (0, num_steps * size), value=pad)
+        length_B = torch.zeros_like(self.prompt_BT[:, 0])  # New tokens of each text.
+        open_A = torch.arange(num_rows, device=text_BT.device)  # Rows that have not ended.
         samples: list[tuple[Tensor, ChunkSample]] = []
-        for start in range(0, self.budget, size):
+        for step in range(num_steps):
+            states_AD = steps.advance(chunk_AK) if step else steps.read()
             own = select_rows(self.randomness, open_A)
             sample = self.model.sample_chunks(states_AD, self.sampler, own, steps.compiled)
-            samples.append((open_A, sample))
-            chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, written, open_A, pad)
-            chunk_BK = chunk_AK.new_full((num_rows, size), pad).index_copy(0, open_A, chunk_AK)
-            length_B = length_B.index_add(0, open_A, kept_A)
-            written.append(chunk_BK[:, : self.budget - start])
+            if self.config.return_dict_in_generate:
+                samples.append((open_A, sample))
+            behind = first + step * size
+            chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, text_BT[:, :behind], open_A, pad)
+            text_BT[open_A, behind : behind + size] = chunk_AK
+            length_B[open_A] += kept_A
             if self.streamer is not None:
-                _stream(self.streamer, written[-1][0, : int(kept_A[0])])
-            if bool(ends_A.any()):
-                left = (~ends_A).nonzero().flatten()
-                if len(left) == 0:
-                    break
-                steps.keep(left.tolist())
-                open_A, chunk_AK = open_A[left], chunk_AK[left]
-            if start + size < self.budget:
-                states_AD = steps.advance(chunk_AK)
-        new_BT = torch.cat(written[1:], dim=1)[:, : int(length_B.max())]
-        return new_BT, _statistics(samples, num_rows)
+                kept = min(int(kept_A[0]), self.budget - step * size)
+                _stream(self.streamer, text_BT[0, behind : behind + kept])
+            if ends_A is None:
+                continue
+            left = (~ends_A).nonzero().flatten()
+            if len(left) == 0:
+                break
+            steps.keep(left.tolist())
+            open_A, chunk_AK = open_A[left], chunk_AK[left]
+        longest = min(int(length_B.max()), self.budget)
+        return text_BT[:, first : first + longest], _statistics(samples, num_rows)
 
     def _cut(
-        self, chunk_AK: Tensor, written: list[Tensor], open_A: Tensor, pad: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,)."""
-        size = chunk_AK.shape[1]
-        eos_ids = as_id_tensor(self.config.eos_token_id, chunk_AK.device)
+        self, chunk_AK: Tensor, before_BT: Tensor, open_A: Tensor, pad: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,) if any."""
+        size, eos_ids = chunk_AK.shape[1], self._eos_ids
+        if not self.stopping.is_needed and not bool(torch.isin(chunk_AK, eos_ids).any()):
+            return chunk_AK, chunk_AK.new_full((len(chunk_AK),), size), None
         kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
         chunk_AK, ends_A = end_after_eos(chunk_AK, eos_ids, pad)
         if self.stopping.is_needed:
-            before_AT = torch.cat(written, dim=1)[open_A]
-            stop_A = self.stopping.lengths(before_AT, chunk_AK, open_A.tolist())
+            stop_A = self.stopping.lengths(before_BT[open_A], chunk_AK, open_A.tolist())
             kept_A, ends_A = kept_A.minimum(stop_A), ends_A | (stop_A <= size)
             is_kept_AK = torch.arange(size, device=kept_A.device) < kept_A.unsqueeze(-1)
             chunk_AK = chunk_AK.where(is_kept_AK, pad)
@@ -319,7 +321,9 @@ def _stream(streamer: BaseStreamer, tokens: Tensor) -> None:
 
 
 def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[str, Tensor]:
-    """Fields of `CalmGenerateOutput`, 0 where a row had ended."""
+    """Fields of `CalmGenerateOutput`, 0 where a row had ended; none of no step."""
+    if not steps:
+        return {}
     table: dict[str, list[Tensor]] = {"num_draws": [], "num_needed": [], "fell_back": [], "agreement": []}
     for rows_A, sample in steps:
         for name, columns in table.items():

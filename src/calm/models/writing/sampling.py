@@ -47,7 +47,7 @@ def sample_chunks(
     """
     head = model.head
     check_sampler(head, sampler)
-    prepared_P = head.prepare(states_PD)
+    prepared_P = head.prepare(states_PD) if compiled is None else compiled.prepare(states_PD)
     # A single draw is read whole.
     lazily = isinstance(head, LatentHead) and sampler.most_draws > 1 and _is_large(model.autoencoder)
     reader = _DecoderReader(model.autoencoder) if lazily else None
