@@ -22,6 +22,12 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet(tmp_path_factory, monkeypatch):
+    """What the user has compiled is not looked at."""
+    monkeypatch.setenv("CALM_CACHE", str(tmp_path_factory.getbasetemp() / "no_cache"))
+
+
+@pytest.fixture(autouse=True)
 def _notes_are_caught():
     """The command line keeps the notes of the package to itself, and an earlier test may have run it."""
     logging.getLogger("calm").propagate = True

@@ -31,6 +31,7 @@ LEVELS = {
     "progress": 0,
     "quantities": 0,
     "hardware": 2,
+    "compiling": 2,
     "flops": 2,
     "generation": 3,
     "texts": 2,

@@ -1,8 +1,12 @@
-"""Packages that only some commands need."""
+"""Packages and programs that only some commands need."""
 
 import importlib.util
+import os
+import shutil
 
 from calm.errors import InputError
+
+_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def require(what: str, *packages: str) -> None:
@@ -17,6 +21,24 @@ def require(what: str, *packages: str) -> None:
     """
     if missing := [package for package in packages if not is_installed(package)]:
         raise not_installed(what, *missing)
+
+
+def require_compiler(what: str, otherwise: str) -> None:
+    """Check that there is a C++ compiler.
+
+    Args:
+        what: What needs one, for the message.
+        otherwise: What to do without one, for the message.
+
+    Raises:
+        InputError: If there is none.
+    """
+    compiler = os.environ.get("CXX")
+    if not any(map(shutil.which, [compiler] if compiler else _COMPILERS)):
+        raise InputError(
+            f"{what} needs a C++ compiler, and there is none ({compiler or ', '.join(_COMPILERS)}); "
+            f"install one, or {otherwise}."
+        )
 
 
 def is_installed(package: str) -> bool:

@@ -6,7 +6,7 @@ from calm.commands.chatting import chat
 from calm.commands.listing import models, recipes
 from calm.commands.making import ablate, compare, demo, finetune, prepare, train
 from calm.commands.sharing import import_published, serve, share
-from calm.commands.using import doctor, evaluate, flops, generate
+from calm.commands.using import compile_steps, doctor, evaluate, flops, generate
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "compile": compile_steps,
     "import": import_published,
     "share": share,
     "flops": flops,

@@ -222,6 +222,51 @@ def flops(
         print_costs(title, one, many, draws)
 
 
+def compile_steps(
+    model: str,
+    rows: Literal["one", "many", "all"] = "all",
+    temperature: float = 1.0,
+    json: bool = False,
+) -> None:
+    """Compile a CALM's steps of writing for this processor; from then on they are used wherever it writes.
+
+    The text stays the same. Takes about a minute, needs a C++ compiler, and keeps what it makes, which holds
+    the weights, in CALM_CACHE or the user's cache (docs/guides/compile.md).
+
+    Args:
+        model: Folder or hub name of a CALM.
+        rows: one for a single text at a time, many for batches, or all of these.
+        temperature: Of draws of a head that takes one itself; all samplers of other heads draw at 1.
+        json: Print folder and speeds as one JSON object.
+
+    Examples:
+        calm compile stories
+        calm compile runs/a --rows one
+    """
+    look_for(model)
+    from dataclasses import asdict
+
+    from calm.compiling import compile_model
+    from calm.models.loading import load_language_model_and_tokenizer
+    from calm.progress import tell
+    from calm.report.figures import as_json
+
+    network, _ = load_language_model_and_tokenizer(model)
+    chosen = {"one": [1], "many": [8], "all": [1, 8]}[rows]
+    folder, speeds = compile_model(
+        network, chosen, [temperature], lambda name: tell(f"compile: {name} (ten to thirty seconds)")
+    )
+    if json:
+        print(as_json({"model": model, "folder": str(folder), "tokens_per_second": [*map(asdict, speeds)]}))
+        return
+    for speed in speeds:
+        print(
+            f"{speed.rows} text{'s' * (speed.rows > 1)} at once: {speed.compiled:,.0f} tokens/s compiled, "
+            f"{speed.eager:,.0f} before"
+        )
+    print(f"kept in {folder}")
+
+
 def doctor(json: bool = False) -> None:
     """Tell which hardware, dtype and attention would be used here, and why.
 

@@ -1,7 +1,6 @@
 """Whether this machine can do what a recipe asks for, found out before hours of work."""
 
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -9,24 +8,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.errors import InputError, reason_of
+from calm.extras import require_compiler
 from calm.models.loading import best_device
 from calm.training.recipe import LanguageModelSettings, TrainingSettings
 
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 _ALWAYS = ("sdpa", "eager")
 _BYTES_OF_A_WEIGHT = 4
 
 
 def check_compiler(training: TrainingSettings, name: str) -> None:
     """Raise InputError if a stage is to be compiled, but there is no C++ compiler."""
-    if not training.compile:
-        return
-    compiler = os.environ.get("CXX")
-    if not any(map(shutil.which, [compiler] if compiler else _COMPILERS)):
-        raise InputError(
-            f"{name}.compile needs a C++ compiler, and there is none ({compiler or ', '.join(_COMPILERS)}); "
-            "install one, or set it to false."
-        )
+    if training.compile:
+        require_compiler(f"{name}.compile", "set it to false")
 
 
 def check_attention(settings: LanguageModelSettings) -> None:

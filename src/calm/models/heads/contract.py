@@ -239,7 +239,7 @@ _traced: ContextVar[list[Tensor] | None] = ContextVar("traced", default=None)
 
 @contextmanager
 def traced_checks() -> Iterator[list[Tensor]]:
-    """Gather what `require_finite` is asked for, for a draw that is traced: whether it is, one tensor each."""
+    """Gather the answers to `require_finite`, a tensor each, of a draw that is traced."""
     checks: list[Tensor] = []
     token = _traced.set(checks)
     try:

@@ -267,8 +267,9 @@ class _Writing:
         length_B = torch.zeros_like(self.prompt_BT[:, 0])  # New tokens of each text.
         open_A = torch.arange(num_rows, device=text_BT.device)  # Rows that have not ended.
         samples: list[tuple[Tensor, ChunkSample]] = []
+        chunk_AK: Tensor | None = None
         for step in range(num_steps):
-            states_AD = steps.advance(chunk_AK) if step else steps.read()
+            states_AD = steps.read() if chunk_AK is None else steps.advance(chunk_AK)
             own = select_rows(self.randomness, open_A)
             sample = self.model.sample_chunks(states_AD, self.sampler, own, steps.compiled)
             if self.config.return_dict_in_generate:
@@ -293,7 +294,7 @@ class _Writing:
     def _cut(
         self, chunk_AK: Tensor, before_BT: Tensor, open_A: Tensor, pad: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,) if any."""
+        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,)."""
         size, eos_ids = chunk_AK.shape[1], self._eos_ids
         if not self.stopping.is_needed and not bool(torch.isin(chunk_AK, eos_ids).any()):
             return chunk_AK, chunk_AK.new_full((len(chunk_AK),), size), None

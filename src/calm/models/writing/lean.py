@@ -1,8 +1,8 @@
 """The backbone one chunk further: what a decoder layer does for a single position, and nothing else.
 
 The forward pass of transformers serves any number of positions, masks and caches, and spends more time on
-those than on the products of a small model. Here the layers' own modules are called, so adapters and quantized
-weights take part; around them are a rotation, a write into the cache in place, and attention.
+those than on the products of a small model. Here the layers' own modules are called, so adapters and
+quantized weights take part; around them are a rotation, a write into the cache in place, and attention.
 
 Shapes: R rows, K tokens per chunk, C chunks, G heads of queries, H heads of keys and values, d their size,
 D hidden size.
@@ -45,9 +45,7 @@ class ChunkStep(nn.Module):
         row_R = torch.arange(length_R.shape[0], device=length_R.device)
         is_seen_RC = torch.arange(num_chunks, device=length_R.device) <= length_R.unsqueeze(-1)
         x_RD = model.embed_chunks(chunks_RK.unsqueeze(1)).squeeze(1)
-        for layer, keys_CRHd, values_CRHd in zip(
-            model.backbone.layers, cache[::2], cache[1::2], strict=True
-        ):
+        for layer, keys_CRHd, values_CRHd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RD = layer.input_layernorm(x_RD)
             query_RGd = _turned(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
@@ -103,7 +101,9 @@ def _attend(
 ) -> Tensor:
     """What each row's query finds among its chunks, (R, G·d)."""
     num_heads = query_RGd.shape[1]
-    if torch.compiler.is_compiling() and query_RGd.shape[0] == 1:  # Fused loops beat a kernel for many queries.
+    if (
+        torch.compiler.is_compiling() and query_RGd.shape[0] == 1
+    ):  # Fused loops beat a kernel for many queries.
         grouped_RHgd = query_RGd.unflatten(1, (keys_CRHd.shape[2], -1)) * scaling
         scores_CRHg = (grouped_RHgd.unsqueeze(0) * keys_CRHd.unsqueeze(3)).sum(-1)
         scores_CRHg = scores_CRHg.masked_fill(~is_seen_RC.T[..., None, None], -torch.inf)

@@ -4,6 +4,7 @@ Shapes: R rows, C chunks, H heads of keys and values, d their size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,21 +44,19 @@ class SlotCache:
         capacity = _rounded(width + room)
 
         def moved(states_RHCd: Tensor) -> Tensor:
-            slots_CRHd = states_RHCd.new_zeros(
-                capacity, num_rows, states_RHCd.shape[1], states_RHCd.shape[3]
-            )
+            slots_CRHd = states_RHCd.new_zeros(capacity, num_rows, states_RHCd.shape[1], states_RHCd.shape[3])
             slots_CRHd[:width] = states_RHCd[rows_R1, :, index_RC].transpose(0, 1)
             return slots_CRHd
 
-        layers = [(moved(layer.keys), moved(layer.values)) for layer in cache.layers]  # type: ignore[attr-defined]
-        return cls(layers, lengths_R.tolist())
+        filled: Any = cache.layers
+        return cls([(moved(layer.keys), moved(layer.values)) for layer in filled], lengths_R.tolist())
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.lengths)
 
     def window(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, views (C, R, H, d) with room for a chunk more of every row."""
+        """Keys and values of each layer in turn, views (C, R, H, d) with room for one more."""
         needed = max(self.lengths) + 1
         capacity = self._layers[0][0].shape[0]
         if needed > capacity:

@@ -45,8 +45,8 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
         model: The model.
         prompt: The prompts.
         num_steps: Chunks that will be written at most.
-        config: Used are `use_cache`, `cache_implementation`, `compile_config` and `disable_compile`, which also
-            leaves aside what was compiled ahead of time.
+        config: Used are `use_cache`, `cache_implementation`, `compile_config` and `disable_compile`; the last
+            leaves aside what was compiled ahead of time as well.
 
     Raises:
         ValueError: If the cache is of another kind, or a step cannot be compiled with it.

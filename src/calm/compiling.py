@@ -1,0 +1,98 @@
+"""A model's steps of writing, compiled ahead of time and timed beside what they replace."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm.errors import InputError
+from calm.extras import require_compiler
+from calm.models.writing.ahead import compile_steps, folder_of_steps
+
+_CHUNKS = 32  # Of each text that is timed,
+_ROUNDS = 5  # and how often.
+_MANY = 8
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of a model that writes at T = 1 (or at the temperature that was compiled).
+
+    Args:
+        rows: Texts at once.
+        eager: Without compiled steps.
+        compiled: With them.
+    """
+
+    rows: int
+    eager: float
+    compiled: float
+
+
+def compile_model(
+    model: Any,
+    rows: Sequence[int] = (1, _MANY),
+    temperatures: Sequence[float] = (1.0,),
+    tell: Callable[[str], None] = lambda name: None,
+) -> tuple[Path, list[Speed]]:
+    """Compile a model's steps, and time texts with and without them in turns.
+
+    Args:
+        model: A `CalmForCausalLM`.
+        rows: 1 for a single text, more for any number of them.
+        temperatures: Of the head's draws; 1 but for heads that take one.
+        tell: Called with the name of each part before it is compiled.
+
+    Returns:
+        The folder of what was compiled, and the speeds for each of `rows`.
+
+    Raises:
+        InputError: If the model cannot be compiled here.
+    """
+    if model.config.model_type != "calm":
+        raise InputError(
+            f"only a CALM's steps can be compiled, not those of a {model.config.model_type} model."
+        )
+    for temperature in temperatures:
+        try:
+            model.head.check_temperature(temperature)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    require_compiler("compiling", "write without")
+    try:
+        compile_steps(model, rows, temperatures, tell)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return folder_of_steps(model), [_speed(model, number, temperatures[0]) for number in rows]
+
+
+def _speed(model: Any, rows: int, temperature: float) -> Speed:
+    size = model.config.chunk_size
+    prompt = torch.arange(rows * size).view(rows, size) % model.config.vocab_size
+
+    def seconds(is_eager: bool) -> float:
+        start = time.perf_counter()
+        text = model.generate(
+            prompt,
+            temperature=temperature,
+            sampler=None if temperature == 1 else "head",
+            seed=0,
+            max_new_tokens=_CHUNKS * size,
+            eos_token_id=[],  # No text ends early.
+            disable_compile=is_eager,
+        )
+        assert text.shape[1] == (_CHUNKS + 1) * size
+        return time.perf_counter() - start
+
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(_ROUNDS + 1):
+        for is_eager, of_way in times.items():
+            of_way.append(seconds(is_eager))
+        if number == 0:  # That was to warm up.
+            times = {True: [], False: []}
+    eager, compiled = (rows * _CHUNKS * size / statistics.median(times[way]) for way in (True, False))
+    return Speed(rows, eager, compiled)

@@ -1,0 +1,93 @@
+"""Where compiled functions are kept: in the user's cache, under a name made of all that they depend on."""
+
+import functools
+import hashlib
+import importlib.resources
+import inspect
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORDS = 1024  # Of 8 bytes, in a row of a digest.
+
+
+def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
+    """The folder of all models of the same configuration on this processor; None where there can be none."""
+    if model.device.type != "cpu" or not (anew or cache_root().is_dir()):
+        return None
+    kind = (
+        model.config.to_json_string(use_diff=False),
+        str(model.backbone.embed_tokens.weight.dtype),
+        torch.__version__,
+        _digest_of_processor(),
+        torch.get_num_threads(),
+        _digest_of_code(inspect.getsourcefile(type(model.head))),
+    )
+    return cache_root() / hashlib.blake2b(repr(kind).encode(), digest_size=12).hexdigest()
+
+
+def cache_root() -> Path:
+    """Where compiled steps are kept: in `CALM_CACHE`, or the user's cache."""
+    if chosen := os.environ.get("CALM_CACHE"):
+        return Path(chosen).expanduser() / "compiled"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "calm" / "compiled"
+
+
+def load_function(file: Path) -> Callable[..., Any]:
+    """A compiled function of tensors. What torch puts around it takes as long as a small model's step."""
+    from torch._inductor import aoti_load_package  # noqa: PLC0415 (it loads a compiler)
+
+    loader = aoti_load_package(str(file)).loader
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        results: list[Tensor] = loader.boxed_run(list(tensors))
+        return results
+
+    return call
+
+
+def weights_of(model: Any) -> list[Tensor]:
+    """All that a model's text depends on."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def digest_of_weights(model: Any) -> str:
+    """A name for the values of all weights, at the speed of memory: rows of words times random numbers."""
+    digest = hashlib.blake2b(digest_size=12)
+    generator = torch.Generator().manual_seed(0)
+    factor_W = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator) * 2 + 1
+    for weight in weights_of(model):
+        digest.update(repr((tuple(weight.shape), weight.dtype)).encode())
+        octets = weight.detach().contiguous().flatten().view(torch.uint8)
+        whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
+        words_LW = octets[:whole].clone().view(torch.int64).view(-1, _WORDS)
+        digest.update((words_LW * factor_W).sum(-1).numpy().tobytes())
+        digest.update(octets[whole:].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _digest_of_code(of_head: str | None) -> str:
+    """A name for the code that is compiled: all of `calm.core` and `calm.models`, and an outside head's."""
+    package = Path(str(importlib.resources.files("calm")))
+    files = sorted([*(package / "core").rglob("*.py"), *(package / "models").rglob("*.py")])
+    digest = hashlib.blake2b(digest_size=12)
+    for file in [*files, *([Path(of_head)] if of_head else [])]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _digest_of_processor() -> str:
+    """A name for what the processor can do: homes are shared by machines that run each other's code badly."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
+    names = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    known = (platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), sorted(names))
+    return hashlib.blake2b(repr(known).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,165 @@
+"""The functions of writing as they are traced and compiled into native code, with the weights packed inside.
+
+Shapes: R rows, K tokens per chunk, M draws, U numbers of a request.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calm.core.random import GivenNumbers, NotedRequests, Request, numbers_for
+from calm.models.heads.contract import traced_checks
+from calm.models.writing.compiled_files import load_function
+from calm.models.writing.lean import ChunkStep
+
+_ROWS = torch.export.Dim("rows", min=2, max=2**16)
+_CHUNKS = torch.export.Dim("chunks", min=2, max=2**24)
+_SOME_ROWS = 8  # In the example of many.
+_TOLERANCE = 1e-2  # Of what is compiled: a wrong loop is further off, and bfloat16 is not.
+
+
+def function_name(part: str, rows: int, temperature: float | None = None) -> str:
+    """The name of a function, "advance" or "draw", for one row or many."""
+    suffix = "" if temperature is None else f"-{temperature:g}"
+    return f"{part}-{'one' if rows == 1 else 'many'}{suffix}"
+
+
+def requests_of_draw(model: Any, prepared_1: Tensor, temperature: float) -> list[Request]:
+    """The random numbers that a draw of the model's head asks for."""
+    noted = NotedRequests()
+    state = torch.get_rng_state()
+    model.head.draw_chunks(prepared_1, 1, noted, temperature)
+    torch.set_rng_state(state)
+    return noted.requests
+
+
+class _Advance(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.step = ChunkStep(model)
+
+    def forward(self, chunks_RK: Tensor, length_R: Tensor, *cache: Tensor) -> tuple[Tensor, Tensor]:
+        states_RD = self.step(chunks_RK, length_R, cache)
+        return states_RD, self.step.model.head.prepare(states_RD)
+
+
+class _Draw(nn.Module):
+    def __init__(self, model: Any, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, prepared_M: Tensor, *numbers_1MU: Tensor) -> tuple[Tensor, Tensor]:
+        with traced_checks() as checks:
+            given = GivenNumbers(numbers_1MU)
+            chunks_1MK = self.model.head.draw_chunks(prepared_M, 1, given, self.temperature)
+        is_finite = torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
+        return chunks_1MK[0], is_finite
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function to compile.
+
+    Args:
+        module: What it does.
+        arguments: An example, tensors.
+        dynamic: Which axes of the arguments may have any length.
+        is_small: Whether it is for a single row, where reading weights takes all the time.
+    """
+
+    module: nn.Module
+    arguments: tuple[Tensor, ...]
+    dynamic: tuple[Any, ...]
+    is_small: bool
+
+
+def functions_to_trace(
+    model: Any, rows: Sequence[int], temperatures: Sequence[float]
+) -> Iterator[tuple[str, Callable[[], Traced]]]:
+    """Names of functions, and what makes each ready to be compiled.
+
+    Args:
+        model: The model.
+        rows: 1 for a single row, more for any number of them.
+        temperatures: Of draws.
+    """
+    for number in rows:
+        yield function_name("advance", number), partial(_advance, model, number)
+        for temperature in temperatures:
+            name = function_name("draw", number, temperature)
+            yield name, partial(_draw, model, number, temperature)
+
+
+def _advance(model: Any, rows: int) -> Traced:
+    number, backbone = 1 if rows == 1 else _SOME_ROWS, model.backbone
+    attention = backbone.layers[0].self_attn
+    heads, dtype = model.config.backbone.num_key_value_heads, backbone.embed_tokens.weight.dtype
+    chunks_RK = torch.arange(number * model.config.chunk_size).view(number, -1) % model.config.vocab_size
+    length_R = torch.arange(number) + 3
+    cache = [
+        torch.randn(32, number, heads, attention.head_dim).to(dtype) for _ in range(2 * len(backbone.layers))
+    ]
+    of_rows = {} if rows == 1 else {0: _ROWS}
+    of_cache = {0: _CHUNKS} if rows == 1 else {0: _CHUNKS, 1: _ROWS}
+    dynamic = (of_rows, of_rows, (of_cache,) * len(cache))
+    return Traced(_Advance(model), (chunks_RK, length_R, *cache), dynamic, is_small=rows == 1)
+
+
+def _draw(model: Any, rows: int, temperature: float) -> Traced:
+    number, dtype = 1 if rows == 1 else _SOME_ROWS, model.backbone.embed_tokens.weight.dtype
+    prepared_M = model.head.prepare(torch.randn(number, model.config.state_size).to(dtype))
+    numbers = numbers_for(requests_of_draw(model, prepared_M[:1], temperature), 1, number, None)
+    of_rows, of_numbers = ({}, {}) if rows == 1 else ({0: _ROWS}, {1: _ROWS})
+    dynamic = (of_rows, (of_numbers,) * len(numbers))
+    return Traced(_Draw(model, temperature), (prepared_M, *numbers), dynamic, is_small=rows == 1)
+
+
+def compile_function(traced: Traced, file: Path) -> None:
+    """Compile a function into a file, which is written whole.
+
+    Raises:
+        ValueError: If it makes random numbers of its own, or what was compiled is not what the model says.
+    """
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 (it loads a compiler)
+
+    options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
+    if traced.is_small:  # Loops of its own read weights several times faster than a library's products.
+        options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+    unfinished = file.with_suffix(f".{os.getpid()}.pt2")
+    try:
+        program = torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
+        _refuse_randomness(program)
+        aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
+        _check_same(traced, load_function(unfinished))
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        is_seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if is_seeded and "dot_product" not in str(node.target):  # Attention has the tag for its dropout.
+            raise ValueError(
+                f"a draw that makes random numbers of its own ({node.target}) cannot be compiled: its head "
+                "has to ask calm.core.random for them."
+            )
+
+
+def _check_same(traced: Traced, compiled: Callable[..., Any]) -> None:
+    results = []
+    for function in (traced.module, compiled):
+        copies = [argument.clone() for argument in traced.arguments]  # A cache is written into.
+        results.append([*function(*copies), *copies])
+    for one, other in zip(*results, strict=True):
+        if one.is_floating_point() and not torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE):
+            raise ValueError(
+                "the compiled step is not what the model says (largest difference "
+                f"{float((one - other).abs().max()):g}); this version of torch compiles it wrongly."
+            )

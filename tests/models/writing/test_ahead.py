@@ -1,0 +1,211 @@
+"""Steps compiled ahead of time write the same text, and are used only for the model that they belong to."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from filelock import FileLock
+from tiny import HEADS, tiny_model
+
+from calm.core.random import numbers_for
+from calm.core.samplers import HeadSampler
+from calm.models.writing import ahead, tracing
+from calm.models.writing.ahead import compile_steps, find_steps
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A model with everything compiled, and the folder of it, which all processes of a run share."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = tiny_model(backbone_config={"max_position_embeddings": 256})
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
+        patch.setenv("CALM_CACHE", str(folder))
+        compile_steps(model)
+    return model, folder
+
+
+@pytest.fixture
+def steps(compiled, monkeypatch):
+    model, folder = compiled
+    monkeypatch.setenv("CALM_CACHE", str(folder))
+    return find_steps(model)
+
+
+def count_calls(steps, monkeypatch):
+    """Calls of each compiled function, from now on."""
+    calls = dict.fromkeys(steps.functions, 0)
+
+    def counted(name, function):
+        def call(*tensors):
+            calls[name] += 1
+            return function(*tensors)
+
+        return call
+
+    wrapped = {name: counted(name, function) for name, function in steps.functions.items()}
+    monkeypatch.setattr(steps, "functions", wrapped)
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("lengths", [(6,), (9, 2, 6)])
+def test_the_same_text_as_without(lengths, temperature, compiled, steps, monkeypatch):
+    model, _ = compiled
+    calls = count_calls(steps, monkeypatch)
+    prompt = torch.randint(3, 40, (len(lengths), max(lengths)))
+    mask = torch.stack([torch.arange(max(lengths)) < length for length in lengths]).long()
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 150,  # The cache has to grow, and its window with it.
+        "temperature": temperature,
+        "max_draws": 30,
+        "eos_token_id": [] if temperature == 1 else [7],  # Some rows end before the others.
+        "seed": 3,
+    }
+    with_steps = model.generate(prompt, **settings)
+    used = dict(calls)
+    assert (with_steps == model.generate(prompt, disable_compile=True, **settings)).all()
+    assert calls == used
+    many = "many" if len(lengths) > 1 else "one"
+    assert used[f"advance-{many}"] and (used["draw-many-1"] or used["draw-one-1"])
+
+
+def test_what_changed_is_another_model(compiled, steps):
+    model, _ = compiled
+    weight = model.backbone.norm.weight
+    with torch.no_grad():
+        weight.add_(0.5)
+        assert find_steps(model) is None
+        weight.sub_(0.5)
+    assert find_steps(model) is not None
+    assert find_steps(tiny_model()) is None
+    torch.set_num_threads(2)  # The loops are made for a number of threads.
+    assert find_steps(model) is None
+
+
+def test_draws_that_are_not_finite_are_refused(compiled, steps):
+    model, _ = compiled
+    prepared = torch.full_like(model.head.prepare(torch.zeros(1, 32)), torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        steps.draw(prepared, 1, None, 1.0)
+
+
+def test_draws_in_parts_are_those_of_all_at_once(compiled, steps, monkeypatch):
+    prepared = compiled[0].head.prepare(torch.randn(3, 32)).detach()
+    whole = steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0)
+    monkeypatch.setattr(steps, "_at_once", 7)  # 7, 7 and a single one.
+    assert (steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0) == whole).all()
+
+
+def test_what_is_not_compiled_is_left_to_the_model(compiled, steps):
+    assert steps.draw(compiled[0].head.prepare(torch.zeros(1, 32)), 1, None, 0.5) is None
+
+
+def test_nothing_is_compiled_twice_and_nothing_is_left_of_a_failure(compiled, steps, monkeypatch):
+    model, folder = compiled
+    told = []
+    compile_steps(model, tell=told.append)
+    assert told == []
+    file = next(folder.rglob("draw-one-1.pt2"))
+    kept = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(tracing, "_check_same", lambda *_: (_ for _ in ()).throw(ValueError("not the same")))
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda *_, package_path, **__: None)
+    monkeypatch.setattr(tracing, "load_function", lambda _: None)
+    with pytest.raises(ValueError, match="not the same"):
+        compile_steps(model)
+    assert not list(folder.rglob("draw-one*"))
+    file.write_bytes(kept)
+
+
+def arguments_of(model, name, rows):
+    """Arguments of a function, for so many rows."""
+    if name.startswith("draw"):
+        prepared = model.head.prepare(torch.randn(rows, model.config.state_size))
+        requests = ahead.requests_of_draw(model, prepared[:1], 1.0)
+        return prepared, *numbers_for(requests, 1, rows, None)
+    cache = [torch.randn(48, rows, 2, 8) for _ in range(4)]
+    return torch.randint(3, 40, (rows, 4)), torch.arange(rows), *cache
+
+
+def test_what_cannot_be_loaded_is_made_again(compiled, steps, caplog):
+    model, folder = compiled
+    file = next(folder.rglob("advance-one.pt2"))
+    kept = file.read_bytes()
+    file.write_bytes(kept[:1000])
+    object.__delattr__(model, "_compiled_steps")
+    try:
+        assert "advance-one" not in find_steps(model).functions
+        assert "cannot be loaded and was removed" in caplog.text and not file.exists()
+    finally:
+        file.write_bytes(kept)
+        object.__delattr__(model, "_compiled_steps")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("head_type", HEADS)
+@torch.no_grad()
+def test_what_is_traced_says_what_the_model_says(head_type, rows):
+    model = tiny_model(head_config={"head_type": head_type})
+    for name, build in ahead.functions_to_trace(model, [rows], [1.0]):
+        traced = build()
+        program = torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
+        tracing._refuse_randomness(program)
+        tracing._check_same(traced, program.module())
+        if rows > 1:  # And for another number of rows.
+            more = replace(traced, arguments=arguments_of(model, name, 5))
+            tracing._check_same(more, program.module())
+
+
+def test_a_draw_at_a_temperature_of_the_head(monkeypatch):
+    model = tiny_model(head_config={"head_type": "sequential"})
+    state = torch.randn(2, model.config.state_size)
+    prepared = model.head.prepare(state).detach()
+    generator = torch.Generator().manual_seed(2)
+    expected = model.head.draw_chunks(prepared, 1, generator, 0.3)
+    [(name, build)] = list(ahead.functions_to_trace(model, [2], [0.3]))[1:]
+    assert name == "draw-many-0.3"
+    steps = ahead.CompiledSteps(model, {name: build().module})
+    assert (steps.draw(prepared, 1, torch.Generator().manual_seed(2), 0.3) == expected).all()
+    sampler = HeadSampler(temperature=0.3)
+    sample = model.sample_chunks(state, sampler, torch.Generator().manual_seed(2), steps)
+    assert (sample.chunks_RK == expected[0]).all()
+
+
+def test_heads_that_make_numbers_of_their_own_are_refused():
+    model = tiny_model()
+    real = model.head.draw_latents
+    model.head.draw_latents = lambda prepared, *own, **others: real(prepared, *own, **others) + torch.rand(1)
+    [(_, build)] = list(ahead.functions_to_trace(model, [1], [1.0]))[1:]
+    traced = build()
+    with pytest.raises(ValueError, match="random numbers of its own"), torch.no_grad():
+        tracing._refuse_randomness(torch.export.export(traced.module, traced.arguments))
+
+
+def test_models_that_cannot_be_compiled_are_refused(monkeypatch):
+    hooked = tiny_model()
+    hooked.backbone.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="have hooks"):
+        compile_steps(hooked)
+    with pytest.raises(ValueError, match="this model is on meta"):
+        compile_steps(tiny_model().to("meta"))
+
+
+def test_digests_tell_weights_apart():
+    model = tiny_model(vocab_size=3000)  # Large enough for whole rows of words.
+    seen = {ahead.digest_of_weights(model)}
+    table = model.backbone.embed_tokens.weight.data
+    for change in (
+        lambda: table.copy_(table.flip(0)),
+        lambda: table[:2].copy_(table[:2].flip(1)),
+        lambda: table[0, 0].add_(1e-6),
+        lambda: model.backbone.norm.weight.data.fill_(2.0),
+        lambda: model.backbone.norm.weight.data.fill_(0.0),
+    ):
+        change()
+        seen.add(ahead.digest_of_weights(model))
+    assert len(seen) == 6

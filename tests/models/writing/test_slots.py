@@ -1,0 +1,103 @@
+"""The cache in place: rows of any length, room that grows, rows that leave."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers.cache_utils import DynamicCache
+
+from calm.models.writing.lean import ChunkStep, can_step
+from calm.models.writing.prompts import Prompt, positions_of, read_chunks
+from calm.models.writing.slots import SlotCache
+
+LENGTHS = (24, 9, 17)
+
+
+def read_prompts(model, lengths=LENGTHS):
+    """Prompts of these lengths, with padding in front, and the cache of transformers behind them."""
+    width = max(lengths)
+    ids_BT = torch.randint(3, 40, (len(lengths), width))
+    mask_BT = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    prompt, cache = Prompt.aligned(model, ids_BT, mask_BT), DynamicCache(config=model.config.backbone)
+    prompt.read(model, cache)
+    return prompt, cache
+
+
+# Grouped heads, one for each query, biases, and every rotation that a step takes.
+BACKBONES = [
+    {},
+    {"num_key_value_heads": 4},
+    {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 256,
+    },
+]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone_input", ["tokens", "latents", "both"])
+@torch.no_grad()
+def test_a_lean_step_says_what_the_forward_pass_says(backbone, backbone_input):
+    settings = {"max_position_embeddings": 256} | backbone
+    model = tiny_model(backbone_config=settings, backbone_input=backbone_input)
+    prompt, cache = read_prompts(model)
+    slots, step, mask_BC = SlotCache.of(cache, prompt.mask_BC), ChunkStep(model), prompt.mask_BC
+    assert slots.lengths == [6, 3, 5]
+    for number in range(80):  # More than there is room for at first.
+        chunks_BK = torch.randint(3, 40, (3, 4))
+        mask_BC = torch.cat([mask_BC, mask_BC.new_ones(3, 1)], dim=1)
+        whole = read_chunks(model, chunks_BK, mask_BC, positions_of(mask_BC)[:, -1:], cache)[:, -1]
+        lean = step(chunks_BK, torch.tensor(slots.lengths), slots.window())
+        slots.grow()
+        torch.testing.assert_close(lean, whole, rtol=1e-4, atol=1e-4, msg=f"step {number}")
+
+
+@torch.no_grad()
+def test_rows_that_leave_do_not_change_the_others():
+    model = tiny_model()
+    prompt, cache = read_prompts(model)
+    step, kept, whole = (
+        ChunkStep(model),
+        SlotCache.of(cache, prompt.mask_BC),
+        SlotCache.of(cache, prompt.mask_BC),
+    )
+    kept.keep([0, 2])
+    for _ in range(3):
+        chunks_BK = torch.randint(3, 40, (3, 4))
+        of_all = step(chunks_BK, torch.tensor(whole.lengths), whole.window())
+        of_kept = step(chunks_BK[[0, 2]], torch.tensor(kept.lengths), kept.window())
+        torch.testing.assert_close(of_kept, of_all[[0, 2]])
+        whole.grow()
+        kept.grow()
+    assert len(kept) == 2 and kept.lengths == [9, 8]
+
+
+def test_the_window_is_one_piece_of_memory_and_no_longer_than_need_be():
+    model = tiny_model()
+    prompt, cache = read_prompts(model)
+    slots = SlotCache.of(cache, prompt.mask_BC, room=300)
+    assert {(states.shape[0], states.is_contiguous()) for states in slots.window()} == {(16, True)}
+    slots.lengths = [16, 3, 5]
+    assert {states.shape[0] for states in slots.window()} == {32}
+
+
+def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():
+    assert can_step(tiny_model())
+    hooked = tiny_model()
+    hooked.backbone.layers[1].register_forward_hook(lambda *_: None)
+    assert not can_step(hooked)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not can_step(tiny_model(backbone_config={"rope_parameters": dynamic}))
+
+
+def test_a_hook_on_a_layer_is_called_for_every_chunk():
+    model, calls = tiny_model(), []
+    model.backbone.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    model.generate(torch.randint(3, 40, (1, 4)), max_new_tokens=12, eos_token_id=[], temperature=1.0)
+    assert len(calls) == 3
