@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from calm.flops import training_flops
+from calm.hardware import matrix_rate
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import Target
 from calm.models.heads.energy import EnergyHead, EnergyNoise
-from calm.training.speed import matrix_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

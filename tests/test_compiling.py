@@ -1,4 +1,4 @@
-"""`calm compile`: what it prints, and what it refuses. The steps themselves: tests/models/writing/test_ahead.py."""
+"""`calm compile`: what it prints, and what it refuses."""
 
 import json
 

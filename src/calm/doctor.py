@@ -10,9 +10,19 @@ from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_ava
 
 from calm.errors import InputError
 from calm.extras import require
-from calm.hardware import processor_name
+from calm.hardware import (
+    MIXED_PRECISION_PAYS,
+    matrix_rate,
+    mixed_precision_gain,
+    processor_name,
+    read_rate,
+    thread_gain,
+)
 from calm.models.loading import best_device, best_dtype
 
+_WIDTH = 512  # Of the layers that are timed.
+_SHARED = 0.6  # Of what so many cores of their own would give.
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("calm-lm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "pytorch_optimizer")
 
 
@@ -30,6 +40,9 @@ def examine() -> dict[str, dict[str, str]]:
                 f"{torch.get_num_threads()} threads used by torch"
             ),
             "device": _device(device),
+            "threads": _threads(),
+            "matrices": _matrices(device),
+            "memory": f"read at {read_rate(device) / 1e9:,.0f} GB/s: what bounds a single text",
             "dtype": _dtype(device),
             "attention": _attention(device),
             "compile": _compile(device),
@@ -48,11 +61,34 @@ def _device(device: torch.device) -> str:
     return f"{device.type}: found by torch.accelerator"
 
 
+def _threads() -> str:
+    number = torch.get_num_threads()
+    if number == 1:
+        return "1; OMP_NUM_THREADS sets more"
+    gain = thread_gain()
+    said = f"{number} multiply {gain:.1f} times as fast as one"
+    if gain > _SHARED * number:
+        return said
+    least = max(1, round(gain))
+    return f"{said}: other work is on this machine, or cores are shared; try OMP_NUM_THREADS={least}"
+
+
+def _matrices(device: torch.device) -> str:
+    rates = {name: matrix_rate(device, dtype) for name, dtype in _TYPES.items()}
+    known = [f"{name} {rate / 1e9:,.3g} GFLOP/s" for name, rate in rates.items() if rate is not None]
+    return ", ".join(known) or "no room to measure"
+
+
 def _dtype(device: torch.device) -> str:
     if best_dtype(device) is torch.bfloat16:
         return "bfloat16 mixed precision pays here (training.precision: bf16); weights stay float32"
     if device.type == "cpu":
-        return "float32: bfloat16 saves memory but no time on most processors"
+        gain = mixed_precision_gain(device, _WIDTH)
+        better = "bf16" if gain >= MIXED_PRECISION_PAYS else "fp32"
+        return (
+            f"layers of width {_WIDTH} train {gain:.1f} times as fast in bfloat16 mixed precision as in "
+            f"float32 (training.precision: {better}, or auto)"
+        )
     return "float32: this device does not compute in bfloat16"
 
 

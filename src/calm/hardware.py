@@ -1,12 +1,23 @@
-"""What this machine is called: its processor, or its accelerator."""
+"""What this machine is called, its processor or its accelerator, and what it can do in a second."""
 
+import functools
 import platform
+import statistics
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from calm.models.loading import best_device
+
+MIXED_PRECISION_PAYS = 1.1
+"""Times as fast as float32 that bfloat16 has to be; below, rounding would be paid for nothing."""
+
+_EMULATED = 2e9  # FLOPs per second: so slow is arithmetic that a processor does not have.
 
 
 def device_name() -> str:
@@ -36,3 +47,82 @@ def _output_of(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOPs per second of a large square matrix product on a device: the most that training can reach.
+
+    None where a GPU has no room for the matrices beside the model. Of a type that a processor only emulates
+    it is that of a small product.
+    """
+    # Its own generator: training must draw the same numbers with or without this.
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rate(size: int, times: int) -> float:
+        matrix = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
+        # Reading a value waits for the device.
+        seconds = _quickest(lambda: (matrix @ matrix)[0, 0].item(), times)
+        return 2 * size**3 / seconds
+
+    try:
+        if device.type == "cpu" and (emulated := rate(128, 5)) < _EMULATED:
+            return emulated
+        return rate(8192 if device.type == "cuda" else 1024, 3)
+    except torch.OutOfMemoryError:
+        return None
+
+
+@functools.cache
+def thread_gain() -> float:
+    """How many times as fast a matrix product is with all of torch's threads as with one."""
+    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
+    seconds = {}
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            seconds[number] = _quickest(lambda: matrix @ matrix, 20)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[1] / seconds[threads]
+
+
+@functools.cache
+def read_rate(device: torch.device) -> float:
+    """Bytes per second at which memory is read: what bounds text that is written one row at a time."""
+    numbers = torch.ones(2**26, device=device)  # 256 MiB, more than caches hold.
+    return 4 * len(numbers) / _quickest(lambda: numbers.sum().item(), 3)
+
+
+@functools.cache
+def mixed_precision_gain(device: torch.device, width: int) -> float:
+    """How many times as fast layers of a width train in bfloat16 autocast as in float32, in turns.
+
+    The median of five rounds of forward and backward passes over 1,024 positions, after one to warm up.
+    """
+    with torch.random.fork_rng(), torch.enable_grad():
+        layers = nn.Sequential(nn.Linear(width, 3 * width), nn.SiLU(), nn.Linear(3 * width, width)).to(device)
+        positions = torch.randn(1024, width, device=device)
+
+    def pass_of(is_half: bool) -> Callable[[], Any]:
+        def run() -> float:
+            with torch.enable_grad():
+                with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+                    loss: Tensor = layers(positions).square().mean()
+                loss.backward()
+            return loss.item()
+
+        return run
+
+    rounds = [_quickest(pass_of(False), 1) / _quickest(pass_of(True), 1) for _ in range(6)]
+    return statistics.median(rounds[1:])
+
+
+def _quickest(run: Callable[[], Any], times: int) -> float:
+    """Seconds of the quickest of several calls."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

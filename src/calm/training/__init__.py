@@ -12,6 +12,7 @@ trainer.py, arguments.py        the Trainer, and what it is told
 optimizers.py, muon.py          optimizers by name; one of your own is registered here
 checkpoints.py, faults.py       written whole, found again; what can stop a run
 overview.py                     what a run is about to do, and how long it should take
+precision.py                    float32 or bfloat16, where a recipe leaves it open
 speed.py, clock.py, progress.py what is shown and logged meanwhile
 trackers.py                     runs of TensorBoard, Weights & Biases, MLflow and trackio
 processes.py, sharding.py       several processes, and models spread over them

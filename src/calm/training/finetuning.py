@@ -31,6 +31,7 @@ from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.inputs import check_recipe_and_inputs, digest_of_examples, digest_of_weights
+from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.runs import Run
 from calm.training.trackers import tracking_of
@@ -58,6 +59,7 @@ def finetune(
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
     check_finetuning_recipe(recipe, processes().num_processes)
+    recipe = with_precision(recipe, output, resume)
     run = Run(recipe, output, resume, overwrite)
     with run.held(_places_of(recipe)):
         model, tokenizer = _load(recipe)

@@ -121,7 +121,7 @@ class TrainingSettings:
         microbatch_tokens: Tokens that a process works on at once, at most; the gradients of several such
             batches are summed where its share of a step is larger. None for the whole share.
         optimizer: The optimizer and its schedule.
-        precision: "fp32", or "bf16" for mixed precision.
+        precision: "fp32", "bf16" for mixed precision, or "auto", which times both when a run begins.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model with torch.compile.
         log_every: Steps between logged losses.
@@ -136,7 +136,7 @@ class TrainingSettings:
     batch_tokens: int = 8192
     microbatch_tokens: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 20

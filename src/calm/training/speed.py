@@ -1,6 +1,5 @@
 """How fast training runs: tokens per second, utilization, memory."""
 
-import functools
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from calm.errors import InputError
 from calm.flops import training_flops
+from calm.hardware import matrix_rate
 
 
 class Speed(TrainerCallback):
@@ -67,30 +67,6 @@ def known_training_flops(config: PreTrainedConfig, context: int) -> float | None
         return training_flops(config, context)
     except InputError:
         return None
-
-
-@functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs per second of a large square matrix product on a device: the most that training can reach.
-
-    None for half precision on a CPU, which may be emulated and take seconds, and where a GPU has no room for
-    the matrices beside the model.
-    """
-    if device.type == "cpu" and dtype != torch.float32:
-        return None
-    size = 8192 if device.type == "cuda" else 1024
-    # Its own generator: training must draw the same numbers with or without this.
-    generator = torch.Generator(device).manual_seed(0)
-    best = 0.0
-    try:
-        matrix = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
-        for _ in range(3):
-            start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # Reading a value waits for the device.
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    except torch.OutOfMemoryError:
-        return None
-    return best
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -32,6 +32,7 @@ from calm.training.continuing import completed, model_to_continue
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
 from calm.training.overview import tell_overview
+from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.runs import Run
@@ -56,7 +57,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
     recipe = completed(recipe)
-    run = Run(recipe, output, resume, overwrite)
+    run = Run(with_precision(recipe, output, resume), output, resume, overwrite)
+    recipe = run.recipe
     with open_run(run) as data:
         tell_overview(run, data)
         if recipe.model == "calm":
@@ -76,7 +78,7 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
         InputError: If a setting or the folder does not fit.
         RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
     """
-    run = Run(completed(recipe), output, resume)
+    run = Run(with_precision(completed(recipe), output, resume), output, resume)
     with open_run(run) as data:
         _finish_autoencoder(run, data)
     return output / "autoencoder"

@@ -1,0 +1,69 @@
+"""`precision: auto`, decided once for a run: by what pays on its device, or as the run that it resumes."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from calm.hardware import MIXED_PRECISION_PAYS, mixed_precision_gain
+from calm.models.loading import best_device, best_dtype
+from calm.training.processes import processes
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe_files import RECIPE, AnyRecipe, read_recipe_of
+
+logger = logging.getLogger(__name__)
+_WIDTH = 512  # Of the layers that are timed, for a model whose own is not in the recipe.
+
+
+def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
+    """A recipe in which no precision is "auto". All processes call this together.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder of its run.
+        resume: Whether the run there goes on; then it keeps its precision, on whatever machine.
+    """
+    if all(settings.precision != "auto" for settings, _ in _stages(recipe)):
+        return recipe
+    recipe = copy.deepcopy(recipe)
+    noted = folder / RECIPE
+    if resume and noted.is_file():
+        earlier = _stages(read_recipe_of(type(recipe), str(noted)))
+        for (settings, _), (before, _) in zip(_stages(recipe), earlier, strict=True):
+            settings.precision = before.precision
+        return recipe
+    for settings, width in _stages(recipe):
+        if settings.precision == "auto":
+            settings.precision = _decided(width)
+    return recipe
+
+
+def _decided(width: int) -> Any:
+    """What the main process finds, for all."""
+    found: list[Any] = [None]
+    if processes().is_main_process:
+        found = ["bf16" if _pays(width) else "fp32"]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _pays(width: int) -> bool:
+    device = best_device()
+    if device.type != "cpu":
+        return best_dtype(device) is torch.bfloat16
+    gain = mixed_precision_gain(device, width)
+    logger.info("precision: layers of width %d train %.1f times as fast in bf16 as in fp32 here", width, gain)
+    return gain >= MIXED_PRECISION_PAYS
+
+
+def _stages(recipe: Any) -> list[tuple[TrainingSettings, int]]:
+    """The settings of each stage, and the width of its layers."""
+    if not isinstance(recipe, Recipe):
+        return [(recipe.training, _WIDTH)]
+    return [
+        (recipe.autoencoder.training, recipe.autoencoder.hidden_size),
+        (recipe.language_model.training, recipe.language_model.hidden_size),
+    ]
