@@ -74,13 +74,16 @@ def test_the_same_text_as_without(lengths, temperature, compiled, steps, monkeyp
     assert used[f"advance-{many}"] and (used["draw-many-1"] or used["draw-one-1"])
 
 
-def test_what_changed_is_another_model(compiled, steps):
+def test_what_changed_is_another_model(compiled, steps, monkeypatch):
     model, _ = compiled
     weight = model.backbone.norm.weight
     with torch.no_grad():
         weight.add_(0.5)
         assert find_steps(model) is None
         weight.sub_(0.5)
+    assert find_steps(model) is not None
+    monkeypatch.setattr(model.config, "eos_token_id", None)  # No layer looks at it.
+    object.__delattr__(model, "_compiled_steps")
     assert find_steps(model) is not None
     assert find_steps(tiny_model()) is None
     torch.set_num_threads(2)  # The loops are made for a number of threads.

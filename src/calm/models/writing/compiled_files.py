@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.resources
 import inspect
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -13,6 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOT_OF_LAYERS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+}
 _WORDS = 1024  # Of 8 bytes, in a row of a digest.
 
 
@@ -21,7 +31,7 @@ def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
     if model.device.type != "cpu" or not (anew or cache_root().is_dir()):
         return None
     kind = (
-        model.config.to_json_string(use_diff=False),
+        json.dumps(_without_names(model.config.to_dict()), sort_keys=True, default=str),
         str(model.backbone.embed_tokens.weight.dtype),
         torch.__version__,
         _digest_of_processor(),
@@ -29,6 +39,13 @@ def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
         _digest_of_code(inspect.getsourcefile(type(model.head))),
     )
     return cache_root() / hashlib.blake2b(repr(kind).encode(), digest_size=12).hexdigest()
+
+
+def _without_names(settings: Any) -> Any:
+    """Settings of a model without those that no layer looks at."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_names(value) for name, value in settings.items() if name not in _NOT_OF_LAYERS}
 
 
 def cache_root() -> Path:
