@@ -30,6 +30,7 @@ from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
+from calm.models.writing.ahead import find_steps
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
 
@@ -87,7 +88,9 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
     name = place_of(name)
-    return _with_tokenizer(load_model(name, **kwargs), name)
+    model, tokenizer = _with_tokenizer(load_model(name, **kwargs), name)
+    find_steps(model)  # Before the first text waits for it.
+    return model, tokenizer
 
 
 def load_language_model_and_tokenizer(
@@ -157,6 +160,8 @@ def _ready(
     end_as_told(model, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if isinstance(model, CalmForCausalLM):
+        find_steps(model)  # Before the first text waits for it.
     return model, tokenizer
 
 

@@ -57,16 +57,27 @@ def cache_root() -> Path:
 
 
 def load_function(file: Path) -> Callable[..., Any]:
-    """A compiled function of tensors. What torch puts around it takes as long as a small model's step."""
-    from torch._inductor import aoti_load_package  # noqa: PLC0415 (it loads a compiler)
+    """A compiled function of tensors.
 
-    loader = aoti_load_package(str(file)).loader
+    It is called without what torch puts around it, which takes as long as a small model's step.
+    """
+    loader = _loader_of(str(file))
 
     def call(*tensors: Tensor) -> list[Tensor]:
         results: list[Tensor] = loader.boxed_run(list(tensors))
         return results
 
     return call
+
+
+def _loader_of(file: str) -> Any:
+    """What `torch._inductor.aoti_load_package` makes of a file; to import that takes a second."""
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(file, "model", False, 1, -1)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # Of another release of torch.
+        from torch._inductor import aoti_load_package  # noqa: PLC0415 (slow)
+
+        return aoti_load_package(file).loader
 
 
 def weights_of(model: Any) -> list[Tensor]:
