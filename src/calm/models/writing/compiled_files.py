@@ -73,7 +73,7 @@ def load_function(file: Path) -> Callable[..., Any]:
 def _loader_of(file: str) -> Any:
     """What `torch._inductor.aoti_load_package` makes of a file; to import that takes a second."""
     try:
-        return torch._C._aoti.AOTIModelPackageLoader(file, "model", False, 1, -1)  # type: ignore[attr-defined]
+        return torch._C._aoti.AOTIModelPackageLoader(file, "model", False, 1, -1)
     except (AttributeError, TypeError):  # Of another release of torch.
         from torch._inductor import aoti_load_package  # noqa: PLC0415 (slow)
 
