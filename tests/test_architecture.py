@@ -44,6 +44,7 @@ LEVELS = {
     "serving": 4,
     "comparison": 5,
     "facts": 5,
+    "planning": 5,
     "results": 6,
     "demo": 7,
     "sharing": 7,

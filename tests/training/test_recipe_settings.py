@@ -11,7 +11,7 @@ from calm.errors import InputError
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import differences, read_recipe, read_recipe_of, write_recipe
-from calm.training.recipe_settings import extended, shipped_recipes
+from calm.training.recipe_settings import extended, kind_of_recipe, shipped_recipes
 
 # What someone would write who has text of their own, more time than `laptop_quick` takes.
 OF_A_USER = """
@@ -214,3 +214,19 @@ def test_dotted_names_are_settings_of_their_groups(folder):
     mine = read_recipe("mine.yaml")
     assert (mine.data.context, mine.data.vocab_size) == (64, 300)
     assert (mine.language_model.training.steps, mine.language_model.head) == (7, {"rank": 2})
+
+
+@pytest.mark.parametrize("kind", [Recipe, FinetuningRecipe])
+def test_the_kind_of_a_recipe_is_that_of_what_it_extends(folder, kind):
+    for name in shipped_recipes(kind):
+        write(folder, one=f"extends: {name}", two="extends: one.yaml\nseed: 3")
+        assert kind_of_recipe(name) is kind_of_recipe("two.yaml") is kind
+
+
+def test_the_kind_of_a_recipe_without_a_base_is_told_by_its_settings(folder):
+    write(folder, own="lora: {rank: 2}", bare="seed: 3", ring="extends: ring.yaml", lost="extends: nowhere")
+    assert kind_of_recipe("own.yaml") is FinetuningRecipe
+    for name in ("bare.yaml", "ring.yaml", "lost.yaml"):
+        assert kind_of_recipe(name) is Recipe
+    with pytest.raises(InputError, match="there is no recipe 'none'"):
+        kind_of_recipe("none")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from calm.commands.chatting import chat
 from calm.commands.listing import models, recipes
 from calm.commands.making import ablate, compare, demo, finetune, prepare, train
+from calm.commands.planning import plan
 from calm.commands.sharing import import_published, serve, share
 from calm.commands.using import compile_steps, doctor, evaluate, flops, generate
 
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_published,
     "share": share,
     "flops": flops,
+    "plan": plan,
     "recipes": recipes,
     "models": models,
     "doctor": doctor,

@@ -117,7 +117,7 @@ class _MeanDistanceTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
         (num_draws, num_positions, size), num_targets = x_NPZ.shape, len(y_MPZ)
-        at_once = _AT_ONCE if x_NPZ.device.type == "cpu" else _AT_ONCE_ON_GPU
+        at_once = _AT_ONCE if x_NPZ.is_cpu else _AT_ONCE_ON_GPU
         step = max(1, at_once // (num_targets * size))
         value_P = x_NPZ.new_empty(num_positions)
         slope_NPZ = torch.empty_like(x_NPZ) if ctx.needs_input_grad[0] else None

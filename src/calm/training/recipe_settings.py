@@ -79,6 +79,29 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
     raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}{hint}")
 
 
+def kind_of_recipe(name: str) -> type:
+    """The kind of a recipe given by path or by shipped name, told by its settings and by what it extends.
+
+    `Recipe` where nothing tells; reading it as such says what is wrong.
+
+    Raises:
+        InputError: If there is no such recipe, or a file cannot be read.
+    """
+    shipped = {name: kind for kind in _FOLDERS for name in shipped_recipes(kind)}
+    if not _is_file(Path(name)) and name in shipped:
+        return shipped[name]
+    path, seen = Path(find_recipe(name)), set[Path]()
+    while _is_file(path) and path.resolve() not in seen:
+        seen.add(path.resolve())
+        own = _settings_of_file(path)
+        signs = [kind for kind, names in _SIGNS.items() if own.keys() & names]
+        parent = str(own.get(EXTENDS, ""))
+        if signs or parent in shipped:
+            return signs[0] if signs else shipped[parent]
+        path = path.parent / parent
+    return Recipe
+
+
 def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
     """A parser whose arguments are the fields of a recipe of that kind, dotted."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

@@ -1,0 +1,63 @@
+"""`calm plan`. Imports of torch and transformers happen inside it."""
+
+from typing import Any
+
+from calm.ranges import Range
+
+_SHARE = Range(0, 1, has_least=False)
+_LINKS = Range(0, 10**9, has_least=False)
+_VOCABULARIES = Range(1, 10**7)
+
+
+def plan(
+    target: str,
+    devices: str,
+    memory: float | None = None,
+    flops: float | None = None,
+    bandwidth: float | None = None,
+    watts: float | None = None,
+    utilisation: float = 0.4,
+    link: float = 50,
+    vocab_size: int | None = None,
+    settings: dict[str, Any] | None = None,
+    json: bool = False,
+) -> None:
+    """Tell before a run whether it fits, how long it takes, and on what: memory, time, energy, serving.
+
+    Args:
+        target: A recipe of train or finetune (shipped name or .yaml file).
+        devices: Cards, such as 8xH100; or a count, such as 4, of a card in numbers.
+        memory: GiB of a card.
+        flops: Its TFLOP/s in dense matrix products, in the precision of the recipe.
+        bandwidth: Its GB/s between memory and processor.
+        watts: Its power in W.
+        utilisation: Share of the FLOP/s that training reaches. An assumption: measure yours (a run logs it).
+        link: GB/s that each device sends to others. An assumption: 50 is one port of 400 Gbit/s a device.
+        vocab_size: Token ids of a recipe whose tokenizer is not here.
+        settings: Settings of the recipe to change, such as '{"language_model.sharded": true}'.
+        json: Print the numbers as one JSON object, in bytes, seconds, tokens and FLOPs.
+    """
+    from calm.planning.devices import Numbers, devices_of
+
+    cards = devices_of(devices, Numbers(memory, flops, bandwidth, watts))
+    _SHARE.require("utilisation", utilisation)
+    _LINKS.require("link", link)
+    if vocab_size is not None:
+        _VOCABULARIES.require("vocab_size", vocab_size)
+    from calm.planning.pace import Speed
+    from calm.planning.plan import make_plan
+    from calm.planning.tables import print_plan
+    from calm.report.figures import as_json
+    from calm.training.finetuning_recipe import FinetuningRecipe
+    from calm.training.recipe import Recipe
+    from calm.training.recipe_files import read_recipe_of, with_settings
+    from calm.training.recipe_settings import kind_of_recipe
+
+    recipe: Recipe | FinetuningRecipe = read_recipe_of(kind_of_recipe(target), target)
+    if settings:
+        recipe = with_settings(recipe, settings)
+    made = make_plan(recipe, cards, Speed(utilisation, link * 1e9), vocab_size)
+    if json:
+        print(as_json({"recipe": target, **made.as_figures()}))
+    else:
+        print_plan(made)

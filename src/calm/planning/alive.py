@@ -1,0 +1,142 @@
+"""What is alive while a network runs: bytes of tensors by label, and where they are the most."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WORKSPACE, GRADIENTS = "workspace", "gradients"
+_INDEX = torch.ops.aten.index.Tensor
+
+
+class EveryPosition(TorchDispatchMode):
+    """Answers `x[mask]` for a mask of fake tensors, whose values nobody knows, as if all of it were true."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation."""
+        if func is _INDEX:
+            args = (args[0], [place for index in args[1] for place in _places(index)])
+        return func(*args, **(kwargs or {}))
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.zeros(index.numel(), dtype=torch.long, device=index.device)] * index.ndim
+
+
+@dataclass
+class _Block:
+    """Memory of one tensor, and of the views of it."""
+
+    size: int
+    label: str
+    reference: weakref.ref[torch.UntypedStorage]
+
+
+class _High:
+    """The most bytes that were alive, and what was."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._blocks: list[tuple[_Block, str]] = []
+
+    def note(self, size: int, blocks: dict[int, _Block]) -> None:
+        if size > self._size:
+            self._size, self._blocks = size, [(block, block.label) for block in blocks.values()]
+
+    def by_label(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for block, then in self._blocks:
+            # What is kept is known after the forward pass only; but a gradient was none until it was whole.
+            label = then if block.label == GRADIENTS else block.label
+            sizes[label] = sizes.get(label, 0) + block.size
+        return sizes
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts the memory of every tensor that operations make inside the block, until it is freed.
+
+    What was made before is not counted. A tensor is `WORKSPACE` until it gets another label.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: dict[int, _Block] = {}
+        self._size = self._gradients = 0
+        self._all, self._beside = _High(), _High()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation and note what it makes."""
+        result = func(*args, **(kwargs or {}))
+        given = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def label(self, tensors: Any, label: str) -> None:
+        """Give tensors, in any containers, a label."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._add(storage)
+                self._relabel(self._blocks[id(storage)], label)
+
+    def label_rest(self, label: str) -> None:
+        """Give all that is alive and has no label one."""
+        for block in self._blocks.values():
+            if block.label == WORKSPACE:
+                self._relabel(block, label)
+
+    def most(self) -> dict[str, int]:
+        """Bytes by label where the most were alive."""
+        self._note()
+        return self._all.by_label()
+
+    def most_beside_gradients(self) -> dict[str, int]:
+        """Bytes by label, gradients included, where the most were alive if gradients do not count."""
+        self._note()
+        return self._beside.by_label()
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._blocks or not storage.nbytes():
+            return
+
+        def free(_: Any) -> None:
+            self._note()
+            block = self._blocks.pop(key)
+            self._size -= block.size
+            self._gradients -= block.size * (block.label == GRADIENTS)
+
+        self._blocks[key] = _Block(storage.nbytes(), WORKSPACE, weakref.ref(storage, free))
+        self._size += storage.nbytes()
+
+    def _relabel(self, block: _Block, label: str) -> None:
+        self._note()
+        self._gradients += block.size * ((label == GRADIENTS) - (block.label == GRADIENTS))
+        block.label = label
+
+    def _note(self) -> None:
+        self._all.note(self._size, self._blocks)
+        self._beside.note(self._size - self._gradients, self._blocks)

@@ -1,0 +1,276 @@
+"""Bytes of a device by part, counted by running the real network and its optimizer on fake tensors."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from calm.errors import InputError
+from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
+from calm.planning.as_gpu import AsGpu
+from calm.planning.stages import PlannedStage
+from calm.training.optimizers import build_optimizer
+
+Sharing = Literal["one process", "DDP", "FSDP"]
+WEIGHTS, FROZEN, STATE = "weights", "frozen weights", "optimizer state"
+BUCKETS, GATHERED, ACTIVATIONS, BATCH = "buckets", "gathered weights", "activations", "batch"
+PARTS = (WEIGHTS, FROZEN, STATE, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, BATCH, WORKSPACE)
+"""Parts of a device's memory.
+
+Buckets are DDP's copy of the gradients, which it sums over processes; gathered weights are whole copies of
+what FSDP shards, while they are needed. Activations are all that is kept for the backward pass, autocast's
+bfloat16 copies of weights included. Workspace is what lives within a pass or an optimizer step.
+"""
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and a backward pass take beside weights and optimizer state, in bytes by part.
+
+    Args:
+        alone: At the moment when it is the most, if there were no gradients before.
+        beside: At the moment when it is the most if gradients do not count.
+    """
+
+    alone: Parts
+    beside: Parts
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step of the optimizer takes.
+
+    Args:
+        state: Tensors of its state, each with the weight that it belongs to.
+        workspace: Bytes that it needs meanwhile.
+        flops: FLOPs of its matrix products.
+        whole: Bytes of the weights that it updates as whole matrices, sharded or not.
+    """
+
+    state: list[tuple[Tensor, Tensor]]
+    workspace: int
+    flops: int
+    whole: int
+
+
+class Footprint:
+    """What training a stage takes of a device.
+
+    Args:
+        stage: The stage.
+        is_gpu: Whether the device is a GPU; else it is a CPU.
+    """
+
+    def __init__(self, stage: PlannedStage, *, is_gpu: bool = True) -> None:
+        self.stage, self._is_gpu = stage, is_gpu
+        parameters = list(stage.network.parameters())
+        self.trained = [weight for weight in parameters if weight.requires_grad]
+        self.frozen = [weight for weight in parameters if not weight.requires_grad]
+        self._pass_of = functools.cache(self._run)
+
+    def parts(
+        self,
+        blocks: int,
+        *,
+        sharing: Sharing = "one process",
+        devices: int = 1,
+        is_summed: bool = False,
+        checkpointing: bool | None = None,
+    ) -> Parts:
+        """Bytes of a device by part, at the moment when it holds the most.
+
+        Args:
+            blocks: Blocks of a microbatch.
+            sharing: What devices share.
+            devices: How many there are.
+            is_summed: Whether gradients of several microbatches are summed in a step.
+            checkpointing: Whether activations are computed anew; as the recipe says when None.
+        """
+        if checkpointing is None:
+            checkpointing = self.stage.settings.gradient_checkpointing
+        kept, one = self._kept(sharing, devices), self._pass_of(blocks, checkpointing)
+        moments = [kept | moment for moment in self._moments(one, sharing, devices, is_summed)]
+        most = max(moments, key=lambda moment: sum(moment.values()))
+        return {part: most[part] for part in PARTS if most.get(part)}
+
+    def _kept(self, sharing: Sharing, devices: int) -> Parts:
+        """What is there at all times."""
+        cut = functools.partial(shard_bytes, devices=devices if sharing == "FSDP" else 1)
+        kept = {
+            WEIGHTS: sum(map(cut, self.trained)),
+            FROZEN: sum(map(cut, self.frozen)) + bytes_of(self.stage.network.buffers()),
+            STATE: sum(
+                cut(tensor) if tensor.shape == weight.shape else tensor.nbytes
+                for tensor, weight in self.update.state
+            ),
+        }
+        return kept | {BUCKETS: bytes_of(self.trained)} if sharing == "DDP" else kept
+
+    def _moments(self, one: Pass, sharing: Sharing, devices: int, is_summed: bool) -> list[Parts]:
+        """What is there beside at the moments that may hold the most."""
+        workspace, whole = self.update.workspace, bytes_of(self.trained)
+        if sharing != "FSDP":
+            passing = one.beside | {GRADIENTS: whole} if is_summed else one.alone
+            return [passing, {GRADIENTS: whole, WORKSPACE: workspace}]
+        groups = self.groups
+        cut = sum(shard_bytes(weight, devices) for weight in self.trained)
+        root = bytes_of(groups.root)
+        # What is gathered for a whole pass has whole gradients until its end. Where gradients of several
+        # microbatches are summed, all have: they are sent to their owners with the last one.
+        most = whole if is_summed else cut + bytes_of(w for w in groups.root if w.requires_grad)
+        # The layer at work, and the next one on its way.
+        gathered = root + 2 * bytes_of(groups.layer)
+        passes: list[Parts] = []
+        for moment in (one.alone, one.beside):
+            held = whole if is_summed else min(moment.get(GRADIENTS, 0), most)
+            passes.append(moment | {GRADIENTS: held, GATHERED: gathered})
+        embedding = bytes_of(groups.embedding)
+        ending = {
+            GRADIENTS: most,
+            GATHERED: root + 2 * embedding,
+            BATCH: one.beside.get(BATCH, 0),
+            WORKSPACE: 2 * embedding,  # Its gradient, and the buffer that it is sent from.
+        }
+        if not self.update.whole:
+            workspace = math.ceil(workspace / devices)
+        return [*passes, ending, {GRADIENTS: cut, WORKSPACE: workspace}]
+
+    @functools.cached_property
+    def groups(self) -> "Groups":
+        """The groups in which FSDP gathers weights."""
+        return groups_of(self.stage)
+
+    @functools.cached_property
+    def update(self) -> Update:
+        """What the optimizer takes, from its second step on.
+
+        Raises:
+            InputError: If it looks at values, which fake tensors do not have.
+        """
+        settings = self.stage.settings.optimizer
+        with self.stage.fakes, AsGpu(is_gpu=self._is_gpu):
+            optimizer = build_optimizer(self.stage.network, settings)
+            for weight in self.trained:
+                weight.grad = torch.empty_like(weight)
+            try:
+                optimizer.step()
+                with FlopCounterMode(display=False) as flops, AliveBytes() as alive:
+                    nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm or math.inf)
+                    optimizer.step()
+            except (DataDependentOutputException, NotImplementedError) as error:
+                raise InputError(
+                    f"the optimizer '{settings.name}' decides by values of its tensors, which a plan "
+                    "does not have; plan with muon or adamw."
+                ) from error
+            self.stage.network.zero_grad()
+        state = [
+            (leaf, weight)
+            for weight, entry in optimizer.state.items()
+            for leaf in tree_leaves(entry)
+            if isinstance(leaf, Tensor)
+        ]
+        matrices = [w for group in optimizer.param_groups if group.get("use_muon") for w in group["params"]]
+        return Update(state, sum(alive.most().values()), flops.get_total_flops(), bytes_of(matrices))
+
+    def _run(self, blocks: int, is_checkpointed: bool) -> Pass:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What is slow or deprecated is told to those who train.
+            return self._pass(blocks, is_checkpointed)
+
+    def _pass(self, blocks: int, is_checkpointed: bool) -> Pass:
+        stage, network = self.stage, self.stage.network
+        if is_checkpointed:
+            network.gradient_checkpointing_enable()
+        elif network.supports_gradient_checkpointing:
+            network.gradient_checkpointing_disable()
+        is_half = stage.settings.precision == "bf16"
+        with stage.fakes, AsGpu(is_gpu=self._is_gpu), AliveBytes() as alive:
+
+            def note_gradient(weight: Any) -> None:
+                alive.label(weight.grad, GRADIENTS)
+
+            hooks = [weight.register_post_accumulate_grad_hook(note_gradient) for weight in self.trained]
+            network.train()
+            batch = stage.batch(blocks)
+            alive.label(batch, BATCH)
+            with EveryPosition():
+                with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+                    loss = stage.loss(batch)
+                alive.label_rest(ACTIVATIONS)
+                loss.backward()
+            result = Pass(alive.most(), alive.most_beside_gradients())
+            network.zero_grad()
+        for hook in hooks:
+            hook.remove()
+        return result
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups in which FSDP gathers weights.
+
+    Args:
+        layers: Layers, one at a time.
+        embedding: The input embedding, when it is used.
+        root: All else, for a whole pass.
+    """
+
+    layers: list[list[nn.Parameter]]
+    embedding: list[nn.Parameter]
+    root: list[nn.Parameter]
+
+    @property
+    def layer(self) -> list[nn.Parameter]:
+        """The largest layer."""
+        return max(self.layers, key=bytes_of, default=[])
+
+
+def groups_of(stage: PlannedStage) -> Groups:
+    """The groups of a stage's network, as accelerate makes them with `training.sharding`."""
+    network, names = stage.network, set(stage.network._no_split_modules or [])
+    layers = [list(m.parameters()) for m in network.modules() if type(m).__name__ in names]
+    embedding = list(network.get_input_embeddings().parameters())
+    inside = {id(weight) for group in (*layers, embedding) for weight in group}
+    return Groups(layers, embedding, [w for w in network.parameters() if id(w) not in inside])
+
+
+def shard_bytes(tensor: Tensor, devices: int = 1) -> int:
+    """Bytes of the largest part of a tensor whose first axis is divided among devices."""
+    if not tensor.ndim:
+        return tensor.nbytes
+    return tensor.nbytes // len(tensor) * math.ceil(len(tensor) / devices)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def largest_that_fits(bytes_for: Callable[[int], int], limit: float, most: int) -> int:
+    """The largest number up to `most` for which no more than `limit` bytes are needed; 0 if there is none.
+
+    Args:
+        bytes_for: Bytes for a number; it rises, nearly in a straight line.
+        limit: Bytes that there are.
+        most: The largest number that is of use.
+    """
+    if bytes_for(1) > limit:
+        return 0
+    if bytes_for(most) <= limit:
+        return most
+    fits, fails = 1, most
+    while fails - fits > 1:
+        rise = (bytes_for(fails) - bytes_for(fits)) / (fails - fits)
+        guess = fits + int((limit - bytes_for(fits)) / rise)
+        guess = min(max(guess, fits + 1), fails - 1)
+        fits, fails = (guess, fails) if bytes_for(guess) <= limit else (fits, guess)
+    return fits

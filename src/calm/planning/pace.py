@@ -1,0 +1,129 @@
+"""Time and energy of a stage, and what bounds them."""
+
+from dataclasses import dataclass
+
+from calm.flops import training_flops
+from calm.planning.devices import Devices
+from calm.planning.memory import Footprint, Sharing, bytes_of
+
+COMPUTE, COMMUNICATION, OPTIMIZER = "compute", "communication", "optimizer"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is assumed of the machine.
+
+    Args:
+        utilisation: Share of a card's FLOP/s that training reaches.
+        link: Bytes per second that a device sends and receives.
+    """
+
+    utilisation: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the steps of a stage take.
+
+    Args:
+        flops: FLOPs of a step on all devices, as `calm.flops` counts them.
+        sent: Bytes that a device sends in a step.
+        seconds: Of a step: "compute"; "communication", which overlaps with it; "optimizer", which does not.
+        step_tokens: Tokens of a step on all devices.
+        steps: How many steps there are.
+        watts: Power of all cards.
+    """
+
+    flops: float
+    sent: float
+    seconds: dict[str, float]
+    step_tokens: int
+    steps: int
+    watts: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step: communication is hidden behind computing where it is shorter."""
+        return max(self.seconds[COMPUTE], self.seconds[COMMUNICATION]) + self.seconds[OPTIMIZER]
+
+    @property
+    def bound(self) -> str:
+        """What takes the longest."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all steps."""
+        return self.steps * self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that all devices train on in a second, which must be read as fast."""
+        return self.step_tokens / self.step_seconds
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """Energy of the cards at full power, in kWh; that of hosts and cooling comes on top."""
+        return self.watts * self.total_seconds / 3.6e6
+
+
+def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> Pace:
+    """What the steps of a stage take.
+
+    Args:
+        footprint: Its memory, which knows weights, groups and optimizer.
+        sharing: What devices share.
+        devices: The devices.
+        speed: What is assumed of them.
+
+    Raises:
+        InputError: If its FLOPs are not known.
+    """
+    stage, count, card = footprint.stage, devices.count, devices.device
+    settings = stage.settings
+    tokens = settings.batch_tokens
+    flops = training_flops(stage.config, stage.context) * tokens
+    # What checkpointing computes anew is one of the three passes that training is counted as.
+    done = flops * (4 / 3 if settings.gradient_checkpointing else 1)
+    rate = card.flops(settings.precision) * speed.utilisation
+    _, passes = settings.batches(stage.context, count)
+    sent = bytes_sent(footprint, sharing, count, passes)
+    shares = count if sharing == "FSDP" else 1
+    # Weights and state are read and written, gradients are read.
+    state = sum(tensor.nbytes for tensor, _ in footprint.update.state)
+    moved = (3 * bytes_of(footprint.trained) + 2 * state) / shares
+    return Pace(
+        flops=flops,
+        sent=sent,
+        seconds={
+            COMPUTE: done / (count * rate),
+            COMMUNICATION: sent / speed.link,
+            # Every process works on all matrices, sharded or not.
+            OPTIMIZER: moved / card.bandwidth + footprint.update.flops / rate,
+        },
+        step_tokens=tokens,
+        steps=settings.steps,
+        watts=count * card.watts,
+    )
+
+
+def bytes_sent(footprint: Footprint, sharing: Sharing, devices: int, passes: int) -> float:
+    """Bytes that a device sends in an optimizer step, as ring algorithms do.
+
+    DDP sums gradients (twice their bytes, in as many parts as there are devices). FSDP gathers weights
+    for each pass, layers and embedding for the backward pass anew, and scatters the sums of gradients once;
+    Muon gathers its updates as well.
+
+    Args:
+        footprint: Weights and groups.
+        sharing: What devices share.
+        devices: How many there are.
+        passes: Microbatches of a step.
+    """
+    share, gradients = (devices - 1) / devices, bytes_of(footprint.trained)
+    if sharing != "FSDP":
+        return 2 * share * gradients
+    groups = footprint.groups
+    twice = sum(map(bytes_of, groups.layers)) + bytes_of(groups.embedding)
+    return share * (passes * (bytes_of(groups.root) + 2 * twice) + gradients + footprint.update.whole)

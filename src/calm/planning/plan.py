@@ -1,0 +1,210 @@
+"""Recipe and devices -> a plan: will it fit, how long will it take, on what?"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from calm.planning.devices import Devices
+from calm.planning.memory import Footprint, Parts, Sharing, largest_that_fits
+from calm.planning.pace import Pace, Speed, pace_of
+from calm.planning.serving import Serving, serving_of
+from calm.planning.stages import PlannedStage, stages_of
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to share a stage among devices: whether it fits, and what it takes.
+
+    Args:
+        parts: Bytes of a device by part, with the microbatch of the recipe.
+        fits: Whether that is less than what a device has.
+        largest: Tokens of the largest microbatch that fits, up to the share of a step that a device has; 0 if
+            not even one block does.
+        largest_checkpointed: The same with gradient checkpointing; None for what has none.
+        pace: Time and energy.
+    """
+
+    parts: Parts
+    fits: bool
+    largest: int
+    largest_checkpointed: int | None
+    pace: Pace
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage takes.
+
+    Args:
+        name: What is trained.
+        parameters: Weights that are trained.
+        microbatch: Tokens that a device works on at once.
+        passes: Microbatches of a step on each device.
+        precision: "fp32" or "bf16".
+        is_checkpointed: Whether activations are computed anew in the backward pass.
+        sharing: The way in which the recipe shares it.
+        ways: All ways.
+    """
+
+    name: str
+    parameters: int
+    microbatch: int
+    passes: int
+    precision: str
+    is_checkpointed: bool
+    sharing: Sharing
+    ways: dict[Sharing, Way]
+
+    @property
+    def pace(self) -> Pace:
+        """Time and energy, shared as the recipe says."""
+        return self.ways[self.sharing].pace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes.
+
+    Args:
+        devices: On what.
+        speed: What is assumed of them.
+        stages: What each stage takes.
+        serving: What its model can reach on one card.
+    """
+
+    devices: Devices
+    speed: Speed
+    stages: list[StagePlan]
+    serving: Serving
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages."""
+        return sum(stage.pace.total_seconds for stage in self.stages)
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """Energy of all stages."""
+        return sum(stage.pace.kilowatt_hours for stage in self.stages)
+
+    def as_figures(self) -> dict[str, Any]:
+        """All figures for programs, in bytes, seconds, tokens and FLOPs."""
+        return {
+            "devices": self.devices.count,
+            "card": {**asdict(self.devices.device), "usable": self.devices.device.usable},
+            "assumed": asdict(self.speed),
+            "stages": {stage.name: _figures_of(stage) for stage in self.stages},
+            "seconds": self.seconds,
+            "kilowatt_hours": self.kilowatt_hours,
+            "serving": {
+                **{name: value for name, value in asdict(self.serving).items() if name != "rates"},
+                "rates": [
+                    {**asdict(rate), "bound": rate.bound, "tokens_per_second": rate.tokens_per_second}
+                    for rate in self.serving.rates
+                ],
+            },
+        }
+
+
+def _figures_of(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "parameters": stage.parameters,
+        "steps": stage.pace.steps,
+        "step_tokens": stage.pace.step_tokens,
+        "flops": stage.pace.steps * stage.pace.flops,
+        "microbatch_tokens": stage.microbatch,
+        "passes": stage.passes,
+        "precision": stage.precision,
+        "gradient_checkpointing": stage.is_checkpointed,
+        "sharing": stage.sharing,
+        "ways": {name: _figures_of_way(way) for name, way in stage.ways.items()},
+    }
+
+
+def _figures_of_way(way: Way) -> dict[str, Any]:
+    pace = way.pace
+    return {
+        "memory": {**way.parts, "all": sum(way.parts.values())},
+        "fits": way.fits,
+        "largest_microbatch": way.largest,
+        "largest_microbatch_with_checkpointing": way.largest_checkpointed,
+        "seconds_of_step": {**pace.seconds, "all": pace.step_seconds},
+        "bound": pace.bound,
+        "bytes_sent_in_step": pace.sent,
+        "tokens_per_second": pace.tokens_per_second,
+        "seconds": pace.total_seconds,
+        "kilowatt_hours": pace.kilowatt_hours,
+    }
+
+
+def make_plan(
+    recipe: Recipe | FinetuningRecipe, devices: Devices, speed: Speed, vocab_size: int | None = None
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: The recipe.
+        devices: On what.
+        speed: What is assumed of them.
+        vocab_size: Token ids of a recipe whose tokenizer is not here.
+
+    Raises:
+        InputError: If the recipe has a mistake, or cannot be planned.
+    """
+    stages = stages_of(recipe, devices.count, vocab_size)
+    planned = [_plan_stage(stage, devices, speed) for stage in stages]
+    return Plan(devices, speed, planned, serving_of(stages[-1].config, devices.device))
+
+
+def _plan_stage(stage: PlannedStage, devices: Devices, speed: Speed) -> StagePlan:
+    count, settings, footprint = devices.count, stage.settings, Footprint(stage)
+    blocks, passes = settings.batches(stage.context, count)
+    sharing: Sharing = "one process" if count == 1 else "FSDP" if stage.is_sharded else "DDP"
+    return StagePlan(
+        name=stage.name,
+        parameters=sum(weight.numel() for weight in footprint.trained),
+        microbatch=blocks * stage.context,
+        passes=passes,
+        precision=settings.precision,
+        is_checkpointed=settings.gradient_checkpointing,
+        sharing=sharing,
+        ways={name: _plan_way(footprint, name, devices, speed) for name in _ways(stage, count)},
+    )
+
+
+def _ways(stage: PlannedStage, count: int) -> list[Sharing]:
+    """The ways in which a stage can be shared among devices."""
+    if count == 1:
+        return ["one process"]
+    return ["DDP", "FSDP"] if stage.can_be_sharded else ["DDP"]
+
+
+def _plan_way(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> Way:
+    stage, usable = footprint.stage, devices.device.usable
+    blocks, passes = stage.settings.batches(stage.context, devices.count)
+    share = blocks * passes
+
+    def parts_of(number: int, checkpointing: bool | None = None) -> Parts:
+        return footprint.parts(
+            number,
+            sharing=sharing,
+            devices=devices.count,
+            is_summed=number < share,
+            checkpointing=checkpointing,
+        )
+
+    def largest(checkpointing: bool | None = None) -> int:
+        def bytes_for(number: int) -> int:
+            return sum(parts_of(number, checkpointing).values())
+
+        return stage.context * largest_that_fits(bytes_for, usable, share)
+
+    parts = parts_of(blocks)
+    return Way(
+        parts,
+        fits=sum(parts.values()) <= usable,
+        largest=largest(),
+        largest_checkpointed=largest(True) if stage.network.supports_gradient_checkpointing else None,
+        pace=pace_of(footprint, sharing, devices, speed),
+    )

@@ -1,0 +1,217 @@
+"""Recipe -> the networks that it trains, as fake tensors: shapes and types without memory."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from calm.data.chunking import check_block_size
+from calm.errors import InputError, reason_of
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.configuration import CalmConfig
+from calm.models.loading import load_config
+from calm.models.missing import look_for
+from calm.models.shipped import folder_of
+from calm.training.adapters import with_adapters
+from calm.training.build import model_config
+from calm.training.continuing import completed
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.optimizers import check_optimizer
+from calm.training.ranges import check_ranges
+from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.sharding import check_sharding
+
+# Where blocks are documents in a row, transformers looks at the positions and leaves out the mask. Fake
+# positions tell nothing, so this attention has none.
+_WITHOUT_MASK = "sdpa_without_mask"
+AttentionInterface.register(_WITHOUT_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(_WITHOUT_MASK, lambda **_: None)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a recipe, whose network gets fake tensors: shapes and types without memory.
+
+    Args:
+        name: What is trained.
+        network: The network, on the meta device.
+        settings: How it is trained.
+        context: Tokens of a block.
+        is_packed: Whether blocks are documents in a row, so that attention needs no mask of its own.
+        can_be_sharded: Whether it can be sharded over processes.
+        is_sharded: Whether the recipe asks for it.
+        adapted: The `peft.PeftModel` around the network, if adapters are trained.
+        fakes: The mode of its tensors; whatever is done with it is done inside.
+    """
+
+    name: str
+    network: PreTrainedModel
+    settings: TrainingSettings
+    context: int
+    is_packed: bool
+    can_be_sharded: bool = False
+    is_sharded: bool = False
+    adapted: Any = None
+    fakes: FakeTensorMode = field(default_factory=FakeTensorMode)
+
+    def __post_init__(self) -> None:
+        to_fakes(self.network, self.fakes)
+        if self.is_packed and self.config._attn_implementation == "sdpa":
+            self.network.set_attn_implementation(_WITHOUT_MASK)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the network."""
+        return self.network.config
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of a position."""
+        return getattr(self.config, "chunk_size", 1)
+
+    def batch(self, blocks: int) -> dict[str, Any]:
+        """What the network is called with in training: a batch of blocks in which every chunk is a target.
+
+        Args:
+            blocks: Blocks of the batch.
+        """
+        tokens, chunks = (blocks, self.context), self.context // self.chunk_size
+        batch: dict[str, Any] = {
+            "input_ids": torch.zeros(tokens, dtype=torch.long),
+            "labels": torch.zeros(tokens, dtype=torch.long),
+        }
+        if isinstance(self.network, CalmAutoencoder):
+            places = torch.zeros(blocks * chunks, self.chunk_size, dtype=torch.long)
+            return batch | {"noise": self.network.draw_noise(places)}
+        if not self.is_packed:
+            batch["position_ids"] = torch.arange(chunks).expand(blocks, chunks).clone()
+        if isinstance(self.config, CalmConfig):
+            model: Any = self.network
+            return batch | {"noise": model.head.draw_noise(blocks * (chunks - 1))}
+        return batch | {"use_cache": False}
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of a batch."""
+        network: nn.Module = self.network if self.adapted is None else self.adapted
+        loss: Tensor = network(**batch).loss
+        return loss
+
+
+def stages_of(
+    recipe: Recipe | FinetuningRecipe, devices: int = 1, vocab_size: int | None = None
+) -> list[PlannedStage]:
+    """The stages of a recipe.
+
+    Args:
+        recipe: The recipe. It need not name its text.
+        devices: Processes that share a step.
+        vocab_size: Token ids of a recipe whose tokenizer is not here.
+
+    Raises:
+        InputError: If it has a mistake, does not make a model, or its steps cannot be shared so.
+    """
+    check_ranges(recipe)
+    if isinstance(recipe, FinetuningRecipe):
+        return [_finetuning(recipe, devices)]
+    recipe = completed(recipe)
+    check_block_size(recipe.data.context, recipe.chunk_size)
+    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
+        raise InputError(
+            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
+        )
+    if recipe.language_model.sharded:
+        check_sharding(recipe)
+    config = model_config(_with_known_attention(recipe), vocab_size)
+    shared: dict[str, Any] = {"context": recipe.data.context, "is_packed": recipe.data.layout == "packed"}
+    stages = []
+    if recipe.trains_autoencoder and isinstance(config, CalmConfig):
+        settings = _settled(recipe.autoencoder.training, "autoencoder.training", recipe.data.context, devices)
+        with torch.device("meta"):
+            autoencoder = CalmAutoencoder(config.autoencoder)
+        stages.append(PlannedStage("autoencoder", autoencoder, settings, **shared))
+    settings = _settled(
+        recipe.language_model.training, "language_model.training", recipe.data.context, devices
+    )
+    sharded: dict[str, Any] = {"can_be_sharded": True, "is_sharded": recipe.language_model.sharded}
+    stages.append(PlannedStage("language model", network_of(config), settings, **sharded, **shared))
+    return stages
+
+
+def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
+    if not recipe.model:
+        raise InputError('the recipe names no model to fine-tune; pass --settings \'{"model": "FOLDER"}\'.')
+    look_for(recipe.model)
+    network = network_of(load_config(Path(folder_of(recipe.model))))
+    context = recipe.examples.context
+    check_block_size(context, getattr(network.config, "chunk_size", 1))
+    settings = _settled(recipe.training, "training", context, devices)
+    adapted = None
+    if recipe.lora.rank:
+        with torch.device("meta"):
+            adapted = with_adapters(network, recipe.lora, recipe.model)
+    return PlannedStage("fine-tuning", network, settings, context, is_packed=False, adapted=adapted)
+
+
+def network_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """A network on the meta device.
+
+    Raises:
+        InputError: If the configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
+    return network
+
+
+def to_fakes(network: nn.Module, fakes: FakeTensorMode) -> None:
+    """Replace the tensors of a network on the meta device by fake ones that say that they lie on a CPU.
+
+    On the meta device attention would run, and keep, what it does on none that computes.
+    """
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Tensor) -> Any:
+        if id(tensor) not in made:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_weight = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_weight else own
+        return made[id(tensor)]
+
+    with fakes:
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: fake(one) for name, one in tensors.items() if one is not None})
+
+
+def _with_known_attention(recipe: Recipe) -> Recipe:
+    """With sdpa in place of attention of other packages, which keeps as much and need not be here."""
+    if recipe.language_model.attention == "eager":
+        return recipe
+    return dataclasses.replace(
+        recipe, language_model=dataclasses.replace(recipe.language_model, attention="sdpa")
+    )
+
+
+def _settled(settings: TrainingSettings, name: str, context: int, devices: int) -> TrainingSettings:
+    """Settings of training without a mistake, in which the precision is decided as it would be on a GPU."""
+    check_optimizer(settings.optimizer)
+    try:
+        settings.batches(context, devices)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from error
+    return dataclasses.replace(settings, precision="bf16") if settings.precision == "auto" else settings

@@ -1,0 +1,69 @@
+"""Cards by name and in numbers."""
+
+import itertools
+
+import pytest
+
+from calm.errors import InputError
+from calm.planning.devices import CARDS, Device, Devices, Numbers, devices_of
+
+NONE = Numbers()
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "card"),
+    [
+        ("8xH100", 8, "H100"),
+        ("h200", 1, "H200"),
+        ("64 x A100-80GB", 64, "A100-80"),
+        ("2*rtx 4090", 2, "RTX-4090"),
+        ("4X L4", 4, "L4"),
+        ("NVIDIA H100", 1, "H100"),
+        ("512xMI300X", 512, "MI300X"),
+    ],
+)
+def test_names(text, count, card):
+    assert devices_of(text, NONE) == Devices(count, CARDS[card])
+
+
+def test_numbers():
+    found = devices_of("4", Numbers(memory=24, flops=80, bandwidth=900, watts=350))
+    assert found == Devices(4, Device("card in numbers", 24 * 2**30, 80e12, 80e12, 900e9, 350))
+    capped = devices_of("8xH100", Numbers(watts=500)).device
+    assert capped.watts == 500 and capped.half_flops == CARDS["H100"].half_flops
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "said"),
+    [
+        ("8xH10", NONE, "no card 'H10'.*known are A100-40.*did you mean 'H100'"),
+        ("toaster", NONE, "no card 'toaster'; known are A100-40, .*MI300X"),
+        ("4090", NONE, r"--devices 4090 names no card: add --memory, --flops, --bandwidth, --watts"),
+        ("4", Numbers(memory=24, watts=1), "--devices 4 names no card: add --flops, --bandwidth"),
+        ("0xH100", NONE, "the number of devices must be at least 1 .* got 0"),
+        ("-3xH100", NONE, "got -3"),
+        ("", NONE, "a count and a card, such as 8xH100"),
+        ("8x", NONE, "--devices 8 names no card"),
+        ("9" * 30 + "xH100", NONE, "number of devices must be"),
+    ],
+)
+def test_mistakes_are_one_sentence(text, numbers, said):
+    with pytest.raises(InputError, match=said) as error:
+        devices_of(text, numbers)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_numbers_have_ranges(value):
+    with pytest.raises(InputError, match="memory must be above 0"):
+        Numbers(memory=value)
+
+
+def test_the_table_is_plausible():
+    """Newer cards do not lose to older ones of their kind, and half precision is the faster one."""
+    for card in CARDS.values():
+        assert card.half_flops > 1.9 * card.single_flops and 0 < card.usable < card.memory
+    line = [CARDS[name] for name in ("A100-40", "A100-80", "H100", "H200", "B200")]
+    for older, newer in itertools.pairwise(line):
+        assert newer.memory >= older.memory and newer.half_flops >= older.half_flops
+        assert newer.bandwidth > older.bandwidth

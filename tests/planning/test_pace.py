@@ -1,0 +1,80 @@
+"""Time, energy and bytes sent, by hand."""
+
+import pytest
+from planning_recipes import stages
+
+from calm.flops import training_flops
+from calm.planning.devices import CARDS, Devices
+from calm.planning.memory import Footprint, bytes_of
+from calm.planning.pace import Speed, bytes_sent, pace_of
+
+SPEED = Speed(utilisation=0.5, link=1e9)
+
+
+def of(count=1, sharing="one process", speed=SPEED, card="H100", **settings):
+    planned = Footprint(stages(devices=count, **settings)[-1])
+    return planned, pace_of(planned, sharing, Devices(count, CARDS[card]), speed)
+
+
+def test_time_is_flops_at_the_speed_that_is_assumed():
+    planned, pace = of()
+    stage = planned.stage
+    assert pace.flops == training_flops(stage.config, 64) * 512
+    assert pace.seconds["compute"] == pytest.approx(pace.flops / (0.5 * 67e12))  # float32
+    assert pace.seconds["communication"] == pace.sent == 0
+    assert pace.total_seconds == pytest.approx(stage.settings.steps * sum(pace.seconds.values()))
+    assert pace.tokens_per_second == pytest.approx(512 / sum(pace.seconds.values()))
+    assert pace.kilowatt_hours == pytest.approx(700 * pace.total_seconds / 3600 / 1000)
+
+
+def test_half_precision_has_a_rate_of_its_own():
+    _, pace = of(language_model__training__precision="bf16")
+    assert pace.seconds["compute"] == pytest.approx(pace.flops / (0.5 * 989.4e12))
+
+
+def test_checkpointing_computes_one_of_three_passes_anew():
+    _, plain = of()
+    _, checkpointed = of(language_model__training__gradient_checkpointing=True)
+    assert checkpointed.seconds["compute"] == pytest.approx(plain.seconds["compute"] * 4 / 3)
+    assert checkpointed.flops == plain.flops
+
+
+def test_devices_share_the_computing_but_not_the_optimizer():
+    _, one = of()
+    _, eight = of(8, "DDP")
+    assert eight.seconds["compute"] == pytest.approx(one.seconds["compute"] / 8)
+    assert eight.seconds["optimizer"] == pytest.approx(one.seconds["optimizer"])
+    _, sharded = of(8, "FSDP", language_model__training__optimizer__name="adamw")
+    _, whole = of(8, "DDP", language_model__training__optimizer__name="adamw")
+    assert sharded.seconds["optimizer"] == pytest.approx(whole.seconds["optimizer"] / 8)
+
+
+def test_the_optimizer_reads_and_writes():
+    """AdamW: weights and two states are read and written, gradients read."""
+    planned, pace = of(language_model__training__optimizer__name="adamw")
+    moved = 7 * bytes_of(planned.trained)
+    assert pace.seconds["optimizer"] == pytest.approx(moved / 3350e9, rel=0.01)
+
+
+def test_bytes_sent():
+    planned, _ = of()
+    groups, whole = planned.groups, bytes_of(planned.trained)
+    assert bytes_sent(planned, "DDP", 4, passes=3) == 2 * 3 / 4 * whole
+    twice = sum(map(bytes_of, groups.layers)) + bytes_of(groups.embedding)
+    gathered = bytes_of(groups.root) + 2 * twice
+    matrices = bytes_of(w for w in planned.trained if w.ndim == 2 and w is not groups.embedding[0])
+    boundary = planned.stage.network.head.boundary_layers()
+    matrices -= sum(layer.weight.nbytes for layer in boundary)
+    assert bytes_sent(planned, "FSDP", 4, passes=1) == 3 / 4 * (gathered + whole + matrices)
+    assert bytes_sent(planned, "FSDP", 4, passes=3) == 3 / 4 * (3 * gathered + whole + matrices)
+    adamw, _ = of(language_model__training__optimizer__name="adamw")
+    assert bytes_sent(adamw, "FSDP", 4, passes=1) == 3 / 4 * (gathered + whole)
+    assert bytes_sent(planned, "one process", 1, passes=3) == 0
+
+
+def test_what_bounds():
+    _, fast = of(8, "DDP", Speed(0.001, 1e12), language_model__training__optimizer__name="adamw")
+    _, slow = of(8, "DDP", Speed(1, 1e6))
+    assert fast.bound == "compute" and slow.bound == "communication"
+    assert slow.step_seconds == slow.seconds["communication"] + slow.seconds["optimizer"]
+    assert fast.step_seconds == fast.seconds["compute"] + fast.seconds["optimizer"]
