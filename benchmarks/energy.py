@@ -10,13 +10,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from measure import in_turns, machine, peak_memory, ratios
+from measure import DEVICE, in_turns, machine, peak_memory, ratios
 from torch import Tensor
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def literal(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
