@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in turns, peak memory, what they ran on, and how results are written."""
 
+import gc
 import json
 import math
 import multiprocessing
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 Name = TypeVar("Name")
+Row = dict[str, Any]
+Cases = dict[str, Callable[[float], list[Row]]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -111,6 +114,14 @@ def reset_peak() -> None:
 def peak() -> int:
     """Most bytes since `reset_peak`: allocated on the GPU, or of this process where there is none."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else status("VmHWM")
+
+
+def free() -> None:
+    """Let go of what was compiled, and give memory that nobody holds back to the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def status(field: str) -> int:
