@@ -136,7 +136,7 @@ def bare_loop(calm: CalmForCausalLM, prompt_BT: Tensor, num_chunks: int) -> Tens
 
 
 def compiled(backend: str = "inductor") -> dict[str, Any]:
-    """Arguments of `generate` for a compiled step, on a CPU too (where transformers compiles only if asked)."""
+    """Arguments of `generate` for a compiled step, on a CPU too (transformers: only if asked)."""
     config: Any = CompileConfig(backend=backend)
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}

@@ -162,11 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sections(card: str, is_toy: bool) -> dict[str, Section]:
     sizes = TOY_PARITY if is_toy else gpu_parity.Sizes()
+    rounds: dict[str, Any] = {"rounds": 2} if is_toy else {}
     return {
         "parity": Section("Differences from the CPU", 0.1, partial(gpu_parity.cases, sizes)),
-        "energy": Section("The energy loss in float32", 0.05, partial(gpu_speed.energy_cases, is_toy)),
-        "training": Section("Training in bf16", 0.35, partial(gpu_speed.training_cases, card, is_toy)),
-        "writing": Section("Writing in bf16", 0.5, partial(gpu_speed.writing_cases, is_toy)),
+        "energy": Section(
+            "The energy loss in float32", 0.05, partial(gpu_speed.energy_cases, is_toy, **rounds)
+        ),
+        "training": Section(
+            "Training in bf16", 0.35, partial(gpu_speed.training_cases, card, is_toy, **rounds)
+        ),
+        "writing": Section("Writing in bf16", 0.5, partial(gpu_speed.writing_cases, is_toy, **rounds)),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import energy
 import torch
 import training_step
-from generation import count, llama_like, ways_to_write
+from generation import compiled, count, llama_like, random_prompts, writers
 from measure import DEVICE, Cases, Row, free, in_turns, peak, ratios, reset_peak
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
@@ -239,9 +239,16 @@ def _writers(is_toy: bool) -> tuple[Any, Any]:
 
 def _write(is_toy: bool, rounds: int, batch: int, until: float) -> list[Row]:
     calm, llama = _writers(is_toy)
-    tokens, backend, rows = 8 if is_toy else 128, "eager" if is_toy else "inductor", []
+    tokens, how, rows = 8 if is_toy else 128, compiled("eager" if is_toy else "inductor"), []
+    prompts = random_prompts(calm, batch)
     for number, temperature in enumerate(TEMPERATURES):
-        ways = ways_to_write(calm, llama, batch, tokens, temperature, backend)
+        by_chunks, by_tokens = writers(calm, llama, prompts, tokens, temperature)
+        ways: dict[str, Callable[[], None]] = {
+            "baseline": by_tokens,
+            "CALM": by_chunks,
+            "baseline, compiled": partial(by_tokens, **how),
+            "CALM, compiled": partial(by_chunks, **how),
+        }
         now = time.perf_counter()
         times = in_turns(ways, rounds, until=now + (until - now) / (len(TEMPERATURES) - number))
         table = ratios(times, "baseline")
