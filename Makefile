@@ -10,7 +10,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-.PHONY: install demo test docs site notebooks fuzz soak bench wheels check lint types lock clean
+.PHONY: install demo test docs site notebooks fuzz soak bench gpu wheels check lint types lock clean
 
 install: $(STAMP)       ## set up .venv
 
@@ -42,6 +42,9 @@ soak: $(STAMP)          ## serve a crowd that behaves badly for half an hour
 bench: $(STAMP)         ## time ours against literal references, in turns (about a quarter of an hour, most of it compiling)
 	for question in energy.py "training_step.py --compile" options.py "generation.py --compile" tokenizing.py; do \
 		$(BIN)/python benchmarks/$$question || exit 1; done
+
+gpu: $(STAMP)           ## whether one GPU says what the CPU says, and how fast it is (eight minutes)
+	$(BIN)/python benchmarks/gpu.py
 
 wheels: $(STAMP)        ## install the wheel with each extra in empty environments, and use it (about ten minutes)
 	$(BIN)/python benchmarks/wheels.py

@@ -8,15 +8,14 @@ without the posterior integrated out; times in turns, peak memory each in a proc
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from measure import in_turns, machine, peak_memory, ratios
+from measure import DEVICE, in_turns, machine, peak_memory, ratios
 from torch import Tensor
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.gaussian import DiagonalGaussian
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def literal(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
@@ -51,6 +50,14 @@ def step(
     return run
 
 
+def check_same(literal_step: Callable[[], Any], our_step: Callable[[], Any]) -> Tensor:
+    """The loss of a literal step; an AssertionError if ours has another loss or gradient."""
+    (loss, gradient), (ours, our_gradient) = literal_step(), our_step()
+    torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-7)
+    return loss
+
+
 def main() -> None:
     """Print a line for each way."""
     parser = argparse.ArgumentParser(
@@ -66,9 +73,7 @@ def main() -> None:
     names = ("literal", "ours", "integrated")
     print(f"{machine()}; P {sizes[0]}, Z {sizes[1]}, N {sizes[2]}, M {sizes[3]}, float32")
     steps = {name: step(name, *sizes) for name in names}
-    (loss, gradient), (ours, our_gradient) = steps["literal"](), steps["ours"]()
-    torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-7)
+    loss = check_same(steps["literal"], steps["ours"])
     limit = steps["integrated"]()[0].mean() - loss.mean()
     print(
         f"ours equals the literal loss and gradient; integrated differs by {limit:.4f} of {loss.mean():.4f}"

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import in_turns, machine, ratios
+from measure import DEVICE, in_turns, machine, ratios
 from torch import Tensor
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -25,7 +25,6 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import LatentHead
 from calm.models.writing.ahead import compile_steps
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width, inner width, layers, heads, vocabulary, width of the autoencoder, latent size.
 SIZES = {
     "small": (256, 688, 4, 4, 4096, 128, 64),
@@ -56,21 +55,62 @@ def models(size: str) -> tuple[CalmForCausalLM, LlamaForCausalLM]:
         )
     )
     torch.nn.init.normal_(calm.head.get_parameter("out.weight"), std=0.2)
-    wanted, deeper = count(calm), layers
-    while True:  # More layers until the parameters are as many.
+    return calm.eval().to(DEVICE), llama_like(calm)
+
+
+def llama_like(calm: CalmForCausalLM) -> LlamaForCausalLM:
+    """A Llama as wide as the CALM's backbone, with more layers until its parameters are as many."""
+    backbone = calm.config.backbone
+    layers = backbone.num_hidden_layers
+    while True:
         config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=deeper,
-            num_attention_heads=heads,
+            vocab_size=calm.config.vocab_size,
+            hidden_size=backbone.hidden_size,
+            intermediate_size=backbone.intermediate_size,
+            num_hidden_layers=layers,
+            num_attention_heads=backbone.num_attention_heads,
             tie_word_embeddings=False,
             eos_token_id=None,
         )
-        llama = LlamaForCausalLM(config)
-        if count(llama) >= wanted:
-            return calm.eval().to(DEVICE), llama.eval().to(DEVICE)
-        deeper += 1
+        with torch.device("meta"):
+            number = count(LlamaForCausalLM(config))
+        if number >= count(calm):
+            return LlamaForCausalLM(config).eval().to(DEVICE)
+        layers += 1
+
+
+def random_prompts(calm: CalmForCausalLM, batch: int) -> Tensor:
+    """Prompts of 32 tokens, (B, 32)."""
+    return torch.randint(4, calm.config.vocab_size, (batch, 32), device=DEVICE)
+
+
+def writers(
+    calm: CalmForCausalLM, llama: LlamaForCausalLM, prompt_BT: Tensor, tokens: int, temperature: float = 1.0
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Functions by which each model writes, with further arguments of its `generate`.
+
+    Args:
+        calm: A CALM.
+        llama: A Llama.
+        prompt_BT: Prompts.
+        tokens: Tokens that each row gets.
+        temperature: Of both.
+    """
+    new: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature}
+    shape = (len(prompt_BT), prompt_BT.shape[1] + tokens)
+
+    def by_chunks(**how: Any) -> None:
+        text: Any = calm.generate(prompt_BT, seed=0, **new, **how)
+        assert text.shape == shape
+
+    def by_tokens(**how: Any) -> None:
+        model: Any = llama
+        text = model.generate(
+            prompt_BT, do_sample=True, top_k=0, use_cache=True, pad_token_id=0, **new, **how
+        )
+        assert text.shape == shape
+
+    return by_chunks, by_tokens
 
 
 def count(model: torch.nn.Module) -> int:
@@ -95,11 +135,11 @@ def bare_loop(calm: CalmForCausalLM, prompt_BT: Tensor, num_chunks: int) -> Tens
     return torch.cat(written, dim=1)
 
 
-def compile_config() -> CompileConfig:
-    """How the Llama is compiled, on a CPU too (where transformers does so only if asked)."""
-    config: Any = CompileConfig()
+def compiled(backend: str = "inductor") -> dict[str, Any]:
+    """Arguments of `generate` for a compiled step, on a CPU too (transformers: only if asked)."""
+    config: Any = CompileConfig(backend=backend)
     config._compile_all_devices = True
-    return config
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def main() -> None:
@@ -123,31 +163,17 @@ def main() -> None:
         if arguments.compile and DEVICE == "cpu":
             compile_steps(calm)
         for batch in arguments.batches:
-            prompt = torch.randint(4, 4096, (batch, 32), device=DEVICE)
-            new: dict[str, Any] = {"max_new_tokens": arguments.tokens}
-
-            def by_chunks(prompt: Tensor, new: dict[str, Any], calm: CalmForCausalLM, **how: Any) -> None:
-                text: Any = calm.generate(prompt, temperature=1.0, seed=0, **new, **how)
-                assert text.shape[1] == 32 + arguments.tokens
-
-            def by_tokens(prompt: Tensor, new: dict[str, Any], llama: Any, **how: Any) -> None:
-                text = llama.generate(
-                    prompt, do_sample=True, top_k=0, use_cache=True, pad_token_id=0, **new, **how
-                )
-                assert text.shape[1] == 32 + arguments.tokens
-
+            prompt = random_prompts(calm, batch)
+            by_chunks, by_tokens = writers(calm, llama, prompt, arguments.tokens)
             num_chunks = arguments.tokens // calm.config.chunk_size
-            ways: dict[str, Callable[[], None]] = {
-                "baseline": partial(by_tokens, prompt, new, llama),
-                "bare loop": partial(bare_loop, calm, prompt, num_chunks),  # type: ignore[dict-item]
-                "CALM": partial(by_chunks, prompt, new, calm, disable_compile=True),
+            ways: dict[str, Callable[[], Any]] = {
+                "baseline": by_tokens,
+                "bare loop": partial(bare_loop, calm, prompt, num_chunks),
+                "CALM": partial(by_chunks, disable_compile=True),
             }
             if arguments.compile:
-                how = {"cache_implementation": "static", "compile_config": compile_config()}
-                ways["baseline, compiled"] = partial(by_tokens, prompt, new, llama, **how)
-                ways["CALM, compiled"] = partial(
-                    by_chunks, prompt, new, calm, **({} if DEVICE == "cpu" else how)
-                )
+                ways["baseline, compiled"] = partial(by_tokens, **compiled())
+                ways["CALM, compiled"] = partial(by_chunks, **({} if DEVICE == "cpu" else compiled()))
             times = in_turns(ways, arguments.rounds)
             of_bare, of_baseline = ratios(times, "bare loop"), ratios(times, "baseline")
             for name in ways:

@@ -1,6 +1,8 @@
 """What the benchmarks share: timing in turns, peak memory, what they ran on, and how results are written."""
 
+import gc
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -11,6 +13,9 @@ from typing import Any, TypeVar
 import torch
 
 Name = TypeVar("Name")
+Row = dict[str, Any]
+Cases = dict[str, Callable[[float], list[Row]]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def json_rows(value: Any, indent: int = 0) -> str:
@@ -31,19 +36,29 @@ def json_rows(value: Any, indent: int = 0) -> str:
     return json.dumps(value)
 
 
-def in_turns(functions: Mapping[Name, Callable[[], Any]], rounds: int = 7) -> dict[Name, list[float]]:
-    """Seconds of each function, called in turns after one round to warm up.
+def in_turns(
+    functions: Mapping[Name, Callable[[], Any]], rounds: int = 7, warm_up: int = 1, until: float = math.inf
+) -> dict[Name, list[float]]:
+    """Seconds of each function, called in turns after some rounds to warm up.
 
     Machines are noisy: what is compared must run in one process, one after the other.
+
+    Args:
+        functions: What is timed.
+        rounds: Rounds that are timed.
+        warm_up: Rounds before them.
+        until: Time of `time.perf_counter` from which on no round begins, but for the first that is timed.
     """
     times: dict[Name, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
+        if number > warm_up and time.perf_counter() > until:
+            break
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if torch.cuda.is_available():
+            if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            if number:
+            if number >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
 
@@ -82,16 +97,31 @@ def peak_memory(function: Callable[..., Callable[[], Any]], *arguments: Any) -> 
 
 def _measure(queue: Any, function: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> None:
     run = function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        queue.put(torch.cuda.max_memory_allocated() - before)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # The peak starts again from here (Linux).
-    before = status("VmHWM")
+    reset_peak()
+    before = peak()
     run()
-    queue.put(max(0, status("VmHWM") - before))
+    queue.put(max(0, peak() - before))
+
+
+def reset_peak() -> None:
+    """Count the peak of memory from here on."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux.
+
+
+def peak() -> int:
+    """Most bytes since `reset_peak`: allocated on the GPU, or of this process where there is none."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else status("VmHWM")
+
+
+def free() -> None:
+    """Let go of what was compiled, and give memory that nobody holds back to the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def status(field: str) -> int:
@@ -103,7 +133,7 @@ def status(field: str) -> int:
 
 def machine() -> str:
     """One line on what this ran on."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

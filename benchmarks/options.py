@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import in_turns, machine, peak_memory, ratios
+from measure import DEVICE, in_turns, machine, peak_memory, ratios
 from torch import Tensor
-from training_step import DEVICE, config, take_step
+from training_step import config, take_step
 
 from calm.models.calm import CalmForCausalLM
 from calm.training.optimizers import build_optimizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from energy import literal as literal_energy_loss
-from measure import in_turns, machine, peak_memory, ratios
+from measure import DEVICE, in_turns, machine, peak_memory, ratios
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,8 +25,6 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import Target
 from calm.models.heads.energy import EnergyHead, EnergyNoise
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class LiteralHead(EnergyHead):
