@@ -13,13 +13,15 @@ from calm.core.samplers import HeadSampler
 from calm.models.writing import ahead, tracing
 from calm.models.writing.ahead import compile_steps, find_steps
 
+pytestmark = pytest.mark.timeout(900)  # A compiler is at work.
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """A model with everything compiled, and the folder of it, which all processes of a run share."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = tiny_model(backbone_config={"max_position_embeddings": 256})
+    model = tiny_model(backbone_config={"max_position_embeddings": 256, "num_hidden_layers": 1})
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
@@ -187,6 +189,18 @@ def test_heads_that_make_numbers_of_their_own_are_refused():
     traced = build()
     with pytest.raises(ValueError, match="random numbers of its own"), torch.no_grad():
         tracing._refuse_randomness(torch.export.export(traced.module, traced.arguments))
+
+
+@pytest.mark.parametrize("look", [len, lambda prepared: bool(prepared.sum() > 0)], ids=["len", "value"])
+def test_heads_that_cannot_be_traced_are_refused(look, monkeypatch, tmp_path):
+    monkeypatch.setenv("CALM_CACHE", str(tmp_path))
+    model = tiny_model()
+    real = model.head.draw_latents
+    model.head.draw_latents = lambda prepared, *own, **others: real(prepared, *own, **others) + look(prepared)
+    [_, (name, build)] = ahead.functions_to_trace(model, [2], [1.0])
+    with pytest.raises(ValueError, match=r"cannot be traced .*; a head of your own must"), torch.no_grad():
+        tracing.compile_function(build(), tmp_path / f"{name}.pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_cannot_be_compiled_are_refused(monkeypatch):

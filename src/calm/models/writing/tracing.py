@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.core.random import GivenNumbers, NotedRequests, Request, numbers_for
+from calm.errors import reason_of
 from calm.models.heads.contract import traced_checks
 from calm.models.writing.compiled_files import load_function
 from calm.models.writing.lean import ChunkStep
@@ -124,7 +125,8 @@ def compile_function(traced: Traced, file: Path) -> None:
     """Compile a function into a file, which is written whole.
 
     Raises:
-        ValueError: If it makes random numbers of its own, or what was compiled is not what the model says.
+        ValueError: If it cannot be traced or compiled, makes random numbers of its own, or says something
+            else than the model once it is compiled.
     """
     from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 (it loads a compiler)
 
@@ -133,13 +135,26 @@ def compile_function(traced: Traced, file: Path) -> None:
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
     unfinished = file.with_suffix(f".{os.getpid()}.pt2")
     try:
-        program = torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
+        program = _exported(traced)
         _refuse_randomness(program)
-        aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
+        try:
+            aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
+        except Exception as error:  # Of the compiler, or of torch before it.
+            raise ValueError(f"torch {torch.__version__} cannot compile it ({reason_of(error)}).") from error
         _check_same(traced, load_function(unfinished))
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _exported(traced: Traced) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
+    except Exception as error:  # Whatever the code that is traced does not bear.
+        raise ValueError(
+            f"a step cannot be traced ({reason_of(error)}); a head of your own must not look at values, "
+            "and has to take the number of its rows from prepared_P.shape[0], not from len()."
+        ) from error
 
 
 def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
