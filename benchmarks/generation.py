@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import LatentHead
@@ -128,7 +129,7 @@ def bare_loop(calm: CalmForCausalLM, prompt_BT: Tensor, num_chunks: int) -> Tens
         vectors_BCD = calm.projection(
             calm.backbone.embed_tokens(tokens_BT.unflatten(1, (-1, size))).flatten(-2)
         )
-        out = calm.backbone(inputs_embeds=vectors_BCD, past_key_values=cache, use_cache=True)
+        out = calm.backbone(inputs_embeds=vectors_BCD, use_cache=True, **{CACHE: cache})
         latents_1BZ = head.draw_latents(head.prepare(out.last_hidden_state[:, -1]), 1)
         tokens_BT = calm.autoencoder.decode(latents_1BZ[0]).argmax(-1)
         written.append(tokens_BT)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_the_backbone_can_read_latents(backbone_input, tmp_path):
     text = model.generate(ids, **settings)
     assert (loaded.generate(ids, **settings) == text).all()
     assert (model.generate(ids, use_cache=False, **settings) == text).all()
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_both_of_its_names(model, name):
+    """transformers calls it `cache` from 5.24 on."""
+    ids = torch.randint(3, 40, (2, 16))
+    first = model(ids[:, :8], use_cache=True)
+    assert first.cache is first.past_key_values and first.cache.get_seq_length() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # What the backbone is given has its name of today.
+        rest = model(ids[:, 8:], use_cache=True, **{name: first.cache})
+    assert rest.cache is first.cache and rest.cache.get_seq_length() == 4
+    assert_close(rest.last_hidden_state, model(ids).last_hidden_state[:, 2:])
 
 
 def test_an_unknown_input_of_the_backbone_is_refused():

@@ -18,6 +18,7 @@ from calm.core.chunks import find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, ZeroLinear
+from calm.models.caches import CACHE
 from calm.models.configuration import CalmConfig
 from calm.models.heads import GenerativeHead, Target, build_head
 from calm.models.saving import SavedAnew
@@ -37,12 +38,17 @@ class CalmOutput(ModelOutput):
         loss: Mean loss of the head over the target chunks; present with labels.
         last_hidden_state: State of every chunk, shape (B, C, D), with D the configuration's `state_size`:
             the backbone's state followed by what the head reads itself, if it does.
-        past_key_values: Cache, if one was used.
+        cache: Cache, if one was used.
     """
 
     loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """The cache, under the name that it has in transformers before 5.24."""
+        return self.cache
 
 
 class ChunkBackbone(LlamaModel):
@@ -68,7 +74,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     # The Trainer of transformers counts tokens, and the loss is a mean over other things; ours counts them.
     accepts_loss_kwargs = False
     _no_split_modules = ["LlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -159,12 +165,13 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
         noise: Any = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **others: Any,
     ) -> CalmOutput:
         """Backbone states; with labels, the head's loss for predicting every next chunk as well.
@@ -176,13 +183,14 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             attention_mask: (B, T), 0 on padding; a chunk takes part where any of its tokens does.
             position_ids: Position of every chunk in its document (B, C). Where it starts again from
                 0, a new document starts that does not see the one before.
-            past_key_values: Cache of earlier chunks.
+            cache: Cache of earlier chunks.
             use_cache: Whether to return a cache.
             num_items_in_batch: Target chunks of the whole optimizer step; the loss is the sum
                 divided by it (the mean over this batch when None).
             generator: Source of the head's training noise; the default generator when None.
             noise: Recorded training noise of the head.
             return_dict: Accepted as wrappers pass it; the output is a `CalmOutput` always.
+            past_key_values: `cache`, under the name that it has in transformers before 5.24.
             **others: What wrappers pass beside, such as peft's `inputs_embeds`; must be None.
 
         Raises:
@@ -191,13 +199,14 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         _check_unused(others)
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
         posterior_BCZ = self._encode(chunks_BCK) if self.config.reads_latents else None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.backbone)
-        cache = past_key_values if use_cache else None
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.backbone)
+        cache = cache if use_cache else None
         states_BCD = self._states(
             chunks_BCK, self._chunk_mask(attention_mask), position_ids, cache, posterior_BCZ
         )
-        output = CalmOutput(last_hidden_state=states_BCD, past_key_values=cache)
+        output = CalmOutput(last_hidden_state=states_BCD, cache=cache)
         if labels is None:
             return output
         is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
@@ -260,7 +269,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         input_ids: Tensor,
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """State of every chunk, (B, C, D), after those in a cache, to which they are added.
 
@@ -268,10 +277,10 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             input_ids: Tokens (B, T), T a multiple of K.
             mask: Of chunks, those in the cache included: (B, all chunks), or 4D, added to attention scores.
             position_ids: Position of every chunk (B, C).
-            past_key_values: Cache of earlier chunks.
+            cache: Cache of earlier chunks.
         """
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
-        return self._states(chunks_BCK, mask, position_ids, past_key_values)
+        return self._states(chunks_BCK, mask, position_ids, cache)
 
     def _chunk_mask(self, mask_BT: Tensor | None) -> Tensor | None:
         return None if mask_BT is None else split_into_chunks(mask_BT, self.config.chunk_size).amax(-1)
@@ -281,7 +290,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         chunks_BCK: Tensor,
         mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         posterior_BCZ: DiagonalGaussian | None = None,
     ) -> Tensor:
         """State of every chunk: that of the backbone, followed by what the head reads itself."""
@@ -289,9 +298,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             inputs_embeds=self.embed_chunks(chunks_BCK, posterior_BCZ),
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
             return_dict=True,
+            **{CACHE: cache},
         )
         states_BCD: Tensor = outputs.last_hidden_state
         extra_BCX = self.head.embed_chunks(chunks_BCK)

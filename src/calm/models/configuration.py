@@ -105,7 +105,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
     """
 
     model_type = "calm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     autoencoder_config: CalmAutoencoderConfig | dict | None = None
     backbone_config: LlamaConfig | dict | None = None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from calm.core.samplers import HeadSampler, PoolSampler, Sampler, is_plain_draw
+from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.heads import Likelihood
 from calm.models.heads.contract import MIN_TEMPERATURE
@@ -149,8 +150,8 @@ class TokensReader:
             input_ids=tokens_BT,
             attention_mask=mask,
             position_ids=position_BU,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).logits
 
     def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:

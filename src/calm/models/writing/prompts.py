@@ -86,7 +86,7 @@ def read_chunks(
         ids_BT,
         attention_mask=mask_BC.repeat_interleave(model.config.chunk_size, dim=1),
         position_ids=position_BC,
-        past_key_values=cache,
+        cache=cache,
         use_cache=cache is not None,
     )
     states_BCD: Tensor = outputs.last_hidden_state
