@@ -8,6 +8,7 @@ from planning_recipes import really, stages
 from transformers import DynamicCache
 
 from calm.flops import Work, cost_of
+from calm.models.caches import CACHE
 from calm.planning.devices import CARDS
 from calm.planning.serving import serving_of
 
@@ -19,7 +20,7 @@ def test_the_cache_is_that_of_a_text_that_is_read(recipe):
     stage = stages(recipe)[-1]
     network = really(stage).to(torch.bfloat16).eval()
     cache = DynamicCache(config=getattr(stage.config, "backbone", stage.config))
-    network(torch.zeros(1, 32, dtype=torch.long), past_key_values=cache, use_cache=True)
+    network(torch.zeros(1, 32, dtype=torch.long), **{CACHE: cache}, use_cache=True)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     planned = serving_of(stage.config, L4)
     assert planned.cache_per_token * 32 == kept

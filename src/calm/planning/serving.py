@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from calm.flops import Work, cost_of
+from calm.models.caches import CACHE
 from calm.models.configuration import CalmConfig
 from calm.planning.devices import Device
 from calm.planning.memory import bytes_of
@@ -97,7 +98,7 @@ def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int
     with torch.no_grad(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         cache = DynamicCache(config=getattr(config, "backbone", config))
-        model(torch.zeros(1, chunk_size, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(torch.zeros(1, chunk_size, dtype=torch.long), **{CACHE: cache}, use_cache=True)
         layers: list[Any] = cache.layers
         kept = [leaf for layer in layers for leaf in (layer.keys, layer.values)]
         weights = bytes_of(model.parameters())
