@@ -18,7 +18,7 @@ demo: $(STAMP)          ## train on the embedded stories, score, and write (abou
 	$(BIN)/calm demo --overwrite
 
 test: $(STAMP)          ## all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # A broken link, a heading or a name that is not there, and an example that does not run are errors.
 docs: $(STAMP)          ## run what the pages show, and build the site in build/site (the notebooks run in make test)

@@ -1,11 +1,9 @@
 """Steps compiled ahead of time write the same text, and are used only for the model that they belong to."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from filelock import FileLock
 from tiny import HEADS, tiny_model
 
 from calm.core.random import numbers_for
@@ -13,18 +11,18 @@ from calm.core.samplers import HeadSampler
 from calm.models.writing import ahead, tracing
 from calm.models.writing.ahead import compile_steps, find_steps
 
-pytestmark = pytest.mark.timeout(900)  # A compiler is at work.
+# A compiler is at work, and what it makes is shared: one process runs them all.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiled")]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A model with everything compiled, and the folder of it, which all processes of a run share."""
+    """A model with everything compiled, and the folder of it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = tiny_model(backbone_config={"max_position_embeddings": 256, "num_hidden_layers": 1})
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CALM_CACHE", str(folder))
         compile_steps(model)
     return model, folder
