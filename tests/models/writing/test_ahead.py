@@ -104,6 +104,14 @@ def test_draws_in_parts_are_those_of_all_at_once(compiled, steps, monkeypatch):
     assert (steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0) == whole).all()
 
 
+def test_autocast_is_left_to_the_model(compiled, steps, monkeypatch):
+    calls = count_calls(steps, monkeypatch)
+    prompt = torch.randint(3, 40, (1, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled[0].generate(prompt, max_new_tokens=12, temperature=1.0, eos_token_id=[])
+    assert not any(calls.values())
+
+
 def test_what_is_not_compiled_is_left_to_the_model(compiled, steps):
     assert steps.draw(compiled[0].head.prepare(torch.zeros(1, 32)), 1, None, 0.5) is None
 

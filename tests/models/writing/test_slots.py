@@ -96,6 +96,20 @@ def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():
     assert not can_step(tiny_model(backbone_config={"rope_parameters": dynamic}))
 
 
+@pytest.mark.parametrize("head_type", ["energy", "sequential"])
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_half_precision_writes_what_the_forward_pass_writes(is_autocast, head_type):
+    model = tiny_model(head_config={"head_type": head_type})
+    if not is_autocast:
+        model = model.to(torch.bfloat16)
+    prompt, settings = torch.randint(3, 40, (2, 6)), {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        lean = model.generate(prompt, eos_token_id=[], **settings)
+        whole = model.generate(prompt, eos_token_id=[], cache_implementation="dynamic", **settings)
+    assert lean.shape == (2, 14)
+    assert (lean[:, :10] == whole[:, :10]).all()  # The first chunk; the others may round another way.
+
+
 def test_a_hook_on_a_layer_is_called_for_every_chunk():
     model, calls = tiny_model(), []
     model.backbone.layers[1].register_forward_hook(lambda *_: calls.append(1))

@@ -50,8 +50,11 @@ class ChunkStep(nn.Module):
             normed_RD = layer.input_layernorm(x_RD)
             query_RGd = _turned(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
             key_RHd = _turned(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
-            keys_CRHd.index_put_((length_R, row_R), key_RHd)
-            values_CRHd.index_put_((length_R, row_R), self._heads(attention.v_proj(normed_RD)))
+            value_RHd = self._heads(attention.v_proj(normed_RD))
+            # Under autocast the cache has the type that it chose for the prompt.
+            keys_CRHd.index_put_((length_R, row_R), key_RHd.to(keys_CRHd.dtype))
+            values_CRHd.index_put_((length_R, row_R), value_RHd.to(values_CRHd.dtype))
+            query_RGd = query_RGd.to(keys_CRHd.dtype)
             mixed_RX = _attend(query_RGd, keys_CRHd, values_CRHd, is_seen_RC, attention.scaling)
             x_RD = x_RD + attention.o_proj(mixed_RX)
             x_RD = x_RD + layer.mlp(layer.post_attention_layernorm(x_RD))

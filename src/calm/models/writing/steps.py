@@ -54,7 +54,9 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
     asks = config.use_cache is False or config.cache_implementation or config.compile_config
     if asks or not can_step(model):
         return TransformersSteps(model, prompt, num_steps, config)
-    return LeanSteps(model, prompt, num_steps, None if config.disable_compile else find_steps(model))
+    # What is compiled knows nothing of autocast.
+    is_plain = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
+    return LeanSteps(model, prompt, num_steps, find_steps(model) if is_plain else None)
 
 
 class LeanSteps:
