@@ -15,7 +15,8 @@ from calm.models.writing.ahead import compile_steps, folder_of_steps
 
 _CHUNKS = 32  # Of each text that is timed,
 _ROUNDS = 5  # and how often.
-_MANY = 8
+MANY = 8
+"""Texts at once that stand for any number of them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Speed:
 
 def compile_model(
     model: Any,
-    rows: Sequence[int] = (1, _MANY),
+    rows: Sequence[int] = (1, MANY),
     temperatures: Sequence[float] = (1.0,),
     tell: Callable[[str], None] = lambda name: None,
 ) -> tuple[Path, list[Speed]]:
@@ -88,11 +89,8 @@ def _speed(model: Any, rows: int, temperature: float) -> Speed:
         assert text.shape[1] == (_CHUNKS + 1) * size
         return time.perf_counter() - start
 
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(_ROUNDS + 1):
-        for is_eager, of_way in times.items():
-            of_way.append(seconds(is_eager))
-        if number == 0:  # That was to warm up.
-            times = {True: [], False: []}
-    eager, compiled = (rows * _CHUNKS * size / statistics.median(times[way]) for way in (True, False))
+    rounds = [(seconds(True), seconds(False)) for _ in range(_ROUNDS + 1)][1:]  # The first is to warm up.
+    eager, compiled = (
+        rows * _CHUNKS * size / statistics.median(times) for times in zip(*rounds, strict=True)
+    )
     return Speed(rows, eager, compiled)

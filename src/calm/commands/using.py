@@ -246,13 +246,13 @@ def compile_steps(
     look_for(model)
     from dataclasses import asdict
 
-    from calm.compiling import compile_model
+    from calm.compiling import MANY, compile_model
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.progress import tell
     from calm.report.figures import as_json
 
     network, _ = load_language_model_and_tokenizer(model)
-    chosen = {"one": [1], "many": [8], "all": [1, 8]}[rows]
+    chosen = {"one": [1], "many": [MANY], "all": [1, MANY]}[rows]
     folder, speeds = compile_model(
         network, chosen, [temperature], lambda name: tell(f"compile: {name} (ten to thirty seconds)")
     )

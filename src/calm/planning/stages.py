@@ -26,9 +26,9 @@ from calm.models.missing import look_for
 from calm.models.shipped import folder_of
 from calm.training.adapters import with_adapters
 from calm.training.build import model_config
+from calm.training.check import check_chunk_size, check_steps
 from calm.training.continuing import completed
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.optimizers import check_optimizer
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.sharding import check_sharding
@@ -127,10 +127,7 @@ def stages_of(
         return [_finetuning(recipe, devices)]
     recipe = completed(recipe)
     check_block_size(recipe.data.context, recipe.chunk_size)
-    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
-        raise InputError(
-            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
-        )
+    check_chunk_size(recipe)
     if recipe.language_model.sharded:
         check_sharding(recipe)
     config = model_config(_with_known_attention(recipe), vocab_size)
@@ -209,9 +206,5 @@ def _with_known_attention(recipe: Recipe) -> Recipe:
 
 def _settled(settings: TrainingSettings, name: str, context: int, devices: int) -> TrainingSettings:
     """Settings of training without a mistake, in which the precision is decided as it would be on a GPU."""
-    check_optimizer(settings.optimizer)
-    try:
-        settings.batches(context, devices)
-    except InputError as error:
-        raise InputError(f"{name}.{error}") from error
+    check_steps(settings, name, context, devices)
     return dataclasses.replace(settings, precision="bf16") if settings.precision == "auto" else settings

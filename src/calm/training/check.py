@@ -45,10 +45,7 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
             f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
             f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
         )
-    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
-        raise InputError(
-            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
-        )
+    check_chunk_size(recipe)
     _check_network(recipe)
     stages = {"language_model": recipe.language_model.training}
     if recipe.trains_autoencoder:
@@ -75,7 +72,16 @@ def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) ->
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
-    """Find the mistakes in the training settings of a stage.
+    """Find the mistakes in the training settings of a stage, and what this machine cannot do of them.
+
+    The arguments and the errors are those of `check_steps`.
+    """
+    check_steps(training, name, context, num_processes)
+    check_compiler(training, name)
+
+
+def check_steps(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
+    """Find the mistakes in the training settings of a stage, whatever machine it is for.
 
     Args:
         training: The settings.
@@ -87,11 +93,18 @@ def check_training(training: TrainingSettings, name: str, context: int, num_proc
         InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
     """
     check_optimizer(training.optimizer)
-    check_compiler(training, name)
     try:
         training.batches(context, num_processes)
     except InputError as error:
         raise InputError(f"{name}.{error}") from error
+
+
+def check_chunk_size(recipe: Recipe) -> None:
+    """Raise InputError if a model of tokens has chunks of several."""
+    if recipe.model == "autoregressive" and recipe.chunk_size != 1:
+        raise InputError(
+            f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
+        )
 
 
 def check_seed(seed: int) -> None:

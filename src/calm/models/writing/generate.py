@@ -24,7 +24,7 @@ from calm.models.writing.arguments import REFUSED, check_arguments
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prompts import Prompt
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
-from calm.models.writing.sampling import check_sampler, sample_chunks
+from calm.models.writing.sampling import sample_chunks
 from calm.models.writing.steps import steps_of
 from calm.models.writing.stopping import Stopping
 
@@ -141,7 +141,6 @@ class ChunkGenerationMixin:
             max_draws=max_draws,
             **cuts,
         )
-        check_sampler(self.head, chosen)
         prompt_BT, mask_BT = _prompts(self, input_ids, attention_mask, config)
         randomness: Randomness = generator
         if generator is None and seed is not None:
@@ -255,11 +254,13 @@ class _Writing:
     streamer: BaseStreamer | None
     stopping: Stopping
 
+    def __post_init__(self) -> None:
+        self._eos_ids = as_id_tensor(self.config.eos_token_id, self.prompt_BT.device)
+
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """New tokens of each row, (B, new) with new <= budget, and the statistics of every step if wanted."""
         size, (num_rows, first) = self.model.config.chunk_size, self.prompt_BT.shape
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
-        self._eos_ids = as_id_tensor(self.config.eos_token_id, self.prompt_BT.device)
         prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad)
         num_steps = -(-self.budget // size)
         steps = steps_of(self.model, prompt, num_steps, self.config)
