@@ -17,8 +17,9 @@ install: $(STAMP)       ## set up .venv
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
 
+# File by file: what a file's fixtures make, such as a trained model, is made once.
 test: $(STAMP)          ## all tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # A broken link, a heading or a name that is not there, and an example that does not run are errors.
 docs: $(STAMP)          ## run what the pages show, and build the site in build/site (the notebooks run in make test)

@@ -3,26 +3,33 @@
     calm demo
     python benchmarks/serving.py runs/demo/model --clients 50
 
-A server in this process and clients of the OpenAI API on loopback. Each client asks once, with a prompt and a
-seed of its own; all at the same time, with several sizes of the batch, in turns. Texts are compared with what
-`generate` writes for each prompt alone.
+A server in this process, and clients of the OpenAI API on loopback in another. Each client asks several times,
+with prompts and seeds of its own. All ask at once, with several sizes of the batch, in turns with `generate`,
+which writes as many texts in batches of that size. Texts are compared with what `generate` writes for each
+prompt alone. `calm compile MODEL` first makes both faster.
 """
 
 import argparse
+import asyncio
 import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
-import openai
+import aiohttp
+import torch
 import uvicorn
 from measure import machine, status
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model_and_tokenizer
 from calm.serving.app import create_app
+from calm.serving.connections import uvicorn_config
 from calm.serving.settings import ServerSettings
 from calm.texts import continue_texts
 
@@ -34,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--requests", type=int, default=4, help="of each client")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
@@ -42,7 +50,7 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(arguments.model)
     prompts = [
         " ".join(story.split()[: 10 + number % 20])
-        for number, story in enumerate(stories(9, arguments.clients))
+        for number, story in enumerate(stories(9, arguments.clients * arguments.requests))
     ]
     expected = [
         continue_texts(
@@ -56,22 +64,29 @@ def main() -> None:
         for number, prompt in enumerate(prompts)
     ]
     speeds: dict[int, list[float]] = {rows: [] for rows in arguments.rows}
-    asked = f"{arguments.clients} clients, {arguments.tokens} tokens each, T = {arguments.temperature:g}"
-    print(f"{machine()}; {asked}")
-    print("| round | rows | tokens/s | texts as alone | MiB in memory |\n|---|---|---|---|---|")
+    ratios: dict[int, list[float]] = {rows: [] for rows in arguments.rows}
+    asked = f"{arguments.clients} clients, {arguments.requests} requests of {arguments.tokens} tokens each"
+    print(f"{machine()}; {asked}, T = {arguments.temperature:g}")
+    print(
+        "| round | rows | tokens/s | `generate` | texts as alone | MiB in memory |\n|---|---|---|---|---|---|"
+    )
     for number in range(1, arguments.rounds + 1):
         for rows in arguments.rows:
             speed, texts = ask_all(model, tokenizer, prompts, rows, arguments)
+            direct = generate_all(model, tokenizer, prompts, rows, arguments)
             speeds[rows].append(speed)
+            ratios[rows].append(speed / direct)
             same = sum(a == b for a, b in zip(texts, expected, strict=True))
             memory = status("VmRSS") / 2**20
-            print(f"| {number} | {rows} | {speed:.0f} | {same} of {len(texts)} | {memory:.0f} |", flush=True)
-    print("| rows | tokens/s: median (least to most) | ratio |\n|---|---|---|")
+            row = (
+                f"| {number} | {rows} | {speed:.0f} | {direct:.0f} | {same} of {len(texts)} | {memory:.0f} |"
+            )
+            print(row, flush=True)
+    print("| rows | tokens/s: median (least to most) | to the first | to `generate` |\n|---|---|---|---|")
     base = statistics.median(speeds[arguments.rows[0]])
     for rows, all_speeds in speeds.items():
-        median = statistics.median(all_speeds)
-        spread = f"{min(all_speeds):.0f} to {max(all_speeds):.0f}"
-        print(f"| {rows} | {median:.0f} ({spread}) | {median / base:.2f} |")
+        to_first = f"{statistics.median(all_speeds) / base:.2f}"
+        print(f"| {rows} | {_spread(all_speeds, 0)} | {to_first} | {_spread(ratios[rows], 2)} |")
 
 
 def ask_all(
@@ -84,28 +99,72 @@ def ask_all(
     """Tokens per second of all clients together, and their texts."""
     settings = ServerSettings(name="model", max_rows=rows, temperature=arguments.temperature)
     app = create_app(model, tokenizer, settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn_config(app, settings, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
-
-    def ask(number: int) -> openai.types.Completion:
-        return client.completions.create(
-            model="model", prompt=prompts[number], seed=number, max_tokens=arguments.tokens
-        )
-
-    ask(0)
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(ask, range(len(prompts))))
-    seconds = time.perf_counter() - begin
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    # In a process of their own: clients would take the interpreter's lock from the server.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(ask_at_once, url, prompts[:1], arguments.tokens, arguments.clients).result()
+        seconds, answers = process.submit(
+            ask_at_once, url, prompts, arguments.tokens, arguments.clients
+        ).result()
     server.should_exit = True
     thread.join()
-    tokens = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
-    return tokens / seconds, [answer.choices[0].text for answer in answers]
+    tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return tokens / seconds, [answer["choices"][0]["text"] for answer in answers]
+
+
+def ask_at_once(
+    url: str, prompts: list[str], tokens: int, clients: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds, and the answers to all prompts, asked by so many clients, each one prompt after the other."""
+    answers: list[dict[str, Any]] = [{} for _ in prompts]
+    left = iter(enumerate(prompts))
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        for number, prompt in left:
+            body = {"model": "model", "prompt": prompt, "seed": number, "max_tokens": tokens}
+            async with session.post(url, json=body) as answer:
+                answers[number] = await answer.json()
+
+    async def ask_all_prompts() -> float:
+        connector = aiohttp.TCPConnector(limit=clients)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            begin = time.perf_counter()
+            await asyncio.gather(*(ask(session) for _ in range(clients)))
+            return time.perf_counter() - begin
+
+    return asyncio.run(ask_all_prompts()), answers
+
+
+def generate_all(
+    model: CalmForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    rows: int,
+    arguments: argparse.Namespace,
+) -> float:
+    """Tokens per second of `generate`, in batches of so many rows."""
+    encoded = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    tokens, begin = 0, time.perf_counter()
+    for first in range(0, len(prompts), rows):
+        batch = encoded[first : first + rows]
+        ids = pad_sequence(batch, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(one) for one in batch], batch_first=True, padding_side="left")
+        settings = {"max_new_tokens": arguments.tokens, "temperature": arguments.temperature, "seed": first}
+        new = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+        is_eos = torch.isin(new, torch.tensor(model.config.eos_token_id))
+        tokens += int((is_eos.cumsum(-1) - is_eos.long() == 0).sum())
+    return tokens / (time.perf_counter() - begin)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Median, and least and most."""
+    least, median, most = min(values), statistics.median(values), max(values)
+    return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FEW_HEADS = ("energy", "flow", "sequential")
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def table_in(folder: Path) -> str:
 
 
 def parity_of(gpu: ModuleType, folder: Path, change) -> tuple[int, dict]:
-    """Exit code, and rows by case, when the copy on the device is not quite the network."""
-    copied = gpu.gpu_parity.copied
+    """Exit code, and rows by case, when the copy on the device is not quite the network (of three heads)."""
+    copied, heads = gpu.gpu_parity.copied, gpu.gpu_parity.HEADS
 
     def changed(network, *device):
         copy = copied(network, *device)
@@ -43,6 +44,7 @@ def parity_of(gpu: ModuleType, folder: Path, change) -> tuple[int, dict]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu.gpu_parity, "copied", changed)
+        patch.setattr(gpu.gpu_parity, "HEADS", {name: heads[name] for name in FEW_HEADS})
         code = gpu.main(["--toy", "--only", "parity", "--output", str(folder)])
     return code, {row["case"]: row for row in result_in(folder)["tables"]["Differences from the CPU"]}
 
@@ -80,10 +82,10 @@ def test_a_wrong_weight_is_found(gpu, tmp_path):
 
     code, rows = parity_of(gpu, tmp_path, change)
     assert code == 1
-    for name in (*gpu.gpu_parity.HEADS, "autoencoder"):
+    for name in (*FEW_HEADS, "autoencoder"):
         for kind in ("states", "gradients"):
             assert f"{kind} in float32 differ by" in rows[name]["problem"]
-    assert table_in(tmp_path).count("FAILED: ") == len(gpu.gpu_parity.HEADS) * 2 + 1
+    assert table_in(tmp_path).count("FAILED: ") == len(FEW_HEADS) * 2 + 1
 
 
 def test_text_that_is_decoded_otherwise_is_found(gpu, tmp_path):

@@ -95,15 +95,22 @@ def test_an_error_ends_its_texts_and_not_the_server(model, tokenizer, monkeypatc
 
 
 def test_an_error_of_one_text_is_told_to_who_asked_for_it_alone(model, tokenizer, monkeypatch):
-    join, bad = ChunkBatch.join, "A bad one"
+    join, write, bad, at_fault = ChunkBatch.join, ChunkBatch._write, "A bad one", []
 
-    def poisoned(self, prompt, *others):
+    def known(self, prompt, *others):
         row = join(self, prompt, *others)
         if prompt == tokenizer(bad)["input_ids"]:
-            self._hidden_RD[-1] = float("nan")
+            at_fault.append(row)
         return row
 
-    monkeypatch.setattr(ChunkBatch, "join", poisoned)
+    def poisoned(self):
+        for place, row in enumerate(self._rows):
+            if row in at_fault:
+                self._open.hidden_RD[place] = float("nan")
+        return write(self)
+
+    monkeypatch.setattr(ChunkBatch, "join", known)
+    monkeypatch.setattr(ChunkBatch, "_write", poisoned)
     with serving(model, tokenizer) as (engine, client, _), ThreadPoolExecutor(6) as pool:
 
         def ask(number):

@@ -78,8 +78,8 @@ def test_nobody_is_shown_the_sign_that_ends_a_turn(is_control):
     chunks = iter(torch.tensor(written[: len(written) // 4 * 4]).split(4))
     sample = model.sample_chunks
 
-    def scripted(hidden_PD, settings, randomness=None):
-        drawn = sample(hidden_PD, settings, randomness)
+    def scripted(hidden_PD, settings, *more):
+        drawn = sample(hidden_PD, settings, *more)
         return drawn._replace(chunks_RK=next(chunks)[None])
 
     model.sample_chunks = scripted

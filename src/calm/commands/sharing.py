@@ -107,6 +107,8 @@ def serve(
     max_request_tokens: int = 1 << 18,
     max_draws: int = 1000,
     draws_at_once: int = 4096,
+    chunks_at_once: int = 128,
+    prefix_bytes: int = 1 << 28,
     max_body: int = 1 << 20,
     max_bytes: int = 1 << 26,
     max_client_bytes: int = 1 << 24,
@@ -136,6 +138,8 @@ def serve(
         max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
         max_draws: Most draws of a chunk.
         draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
+        chunks_at_once: Chunks of prompts that are read between two chunks of the texts.
+        prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
         max_body: Most bytes of a request.
         max_bytes: Most bytes of all requests that are not answered yet.
         max_client_bytes: The same for one address.
@@ -167,6 +171,8 @@ def serve(
         max_request_tokens=max_request_tokens,
         max_draws=max_draws,
         draws_at_once=draws_at_once,
+        chunks_at_once=chunks_at_once,
+        prefix_bytes=prefix_bytes,
         max_body=max_body,
         max_bytes=max_bytes,
         max_client_bytes=max_client_bytes,

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from calm.models.calm import CalmForCausalLM
+from calm.models.writing.batching import BatchLimits
 from calm.serving.bodies import read_body
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import Engine
@@ -47,7 +48,10 @@ def create_app(
         tokenizer: Its tokenizer.
         settings: What is allowed.
     """
-    engine = Engine(model, settings.max_rows, settings.max_waiting, settings.draws_at_once)
+    limits = BatchLimits(
+        settings.max_rows, settings.draws_at_once, settings.chunks_at_once, settings.prefix_bytes
+    )
+    engine = Engine(model, limits, settings.max_waiting)
     metrics = Metrics(engine)
     intake = Intake(
         *(max(most, settings.max_body) for most in (settings.max_bytes, settings.max_client_bytes))

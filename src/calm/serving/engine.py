@@ -12,7 +12,8 @@ from typing import Any
 from calm.core.samplers import Sampler
 from calm.errors import reason_of
 from calm.models.calm import CalmForCausalLM
-from calm.models.writing.batching import ChunkBatch, Failed, Row, Written
+from calm.models.writing.batching import BatchLimits, ChunkBatch
+from calm.models.writing.rows import Failed, Row, Written
 
 logger = logging.getLogger(__name__)
 
@@ -106,18 +107,20 @@ class Engine:
 
     Args:
         model: The model; nobody else may use it meanwhile.
-        max_rows: Texts that are written at the same time.
+        limits: How much is done at once for all texts together.
         max_waiting: Texts that wait for their turn.
-        draws_at_once: Draws of all texts together that are held in memory.
     """
 
     def __init__(
-        self, model: CalmForCausalLM, max_rows: int = 16, max_waiting: int = 256, draws_at_once: int = 4096
+        self,
+        model: CalmForCausalLM,
+        limits: BatchLimits,
+        max_waiting: int = 256,
     ) -> None:
         self.statistics = EngineStatistics()
-        self._model, self._max_rows, self._max_waiting = model, max_rows, max_waiting
-        self._draws_at_once = draws_at_once
-        self._batch = ChunkBatch(model, draws_at_once)
+        self._model, self._max_waiting = model, max_waiting
+        self._limits = limits
+        self._batch = ChunkBatch(model, limits)
         self._rows: dict[Row, Job] = {}
         self._waiting: deque[Job] = deque()
         self._asked: deque[Question] = deque()
@@ -144,7 +147,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Texts that wait for their turn."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._rows) - self.num_rows
 
     @property
     def num_asked(self) -> int:
@@ -154,7 +157,7 @@ class Engine:
     @property
     def num_rows(self) -> int:
         """Texts that are being written."""
-        return len(self._rows)
+        return min(len(self._rows), self._limits.max_rows)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take texts in, all or none.
@@ -166,9 +169,9 @@ class Engine:
         with self._changed:
             if self._is_stopping:
                 raise StoppingError("the server is shutting down.")
-            if len(self._waiting) + len(jobs) > self._max_waiting:
+            if self.num_waiting + len(jobs) > self._max_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} texts are waiting, and at most {self._max_waiting} may; try later."
+                    f"{self.num_waiting} texts are waiting, and at most {self._max_waiting} may; try later."
                 )
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -274,7 +277,8 @@ class Engine:
                     _deliver(job, TimeoutError("the text took too long"))
 
     def _let_in(self) -> None:
-        while len(self._rows) < self._max_rows:
+        # As many again as are written: their prompts are read together, ahead of their turn.
+        while len(self._rows) < 2 * self._limits.max_rows:
             with self._changed:
                 if not self._waiting:
                     return
@@ -301,7 +305,7 @@ class Engine:
         for job in jobs:
             _deliver(job, error)
         if not self._is_stopping:
-            self._batch = ChunkBatch(self._model, self._draws_at_once)
+            self._batch = ChunkBatch(self._model, self._limits)
 
     def _count(self, results: list[Written | Failed], seconds: float) -> None:
         written = [one for one in results if isinstance(one, Written)]

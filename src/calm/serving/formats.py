@@ -34,7 +34,7 @@ class _Format:
         number = len(self._texts.prompts) * self._texts.copies
         said, reasons = [self._opening(index) for index in range(number)], [""] * number
         chunks: list[list[dict[str, Any]]] = [[] for _ in range(number)]
-        async for part in self._texts.parts(is_gone):
+        async for part in self._texts.parts(is_gone, as_it_comes=False):
             said[part.index] += part.text
             reasons[part.index] = part.finish_reason or ""
             chunks[part.index] += part.chunks

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm.core.samplers import Sampler
-from calm.models.writing.batching import Written
+from calm.models.writing.rows import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
 from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers
@@ -80,8 +80,9 @@ class RequestTexts:
             for prompt in self.prompts
             for _ in range(self.copies)
         ]
-        self._arrived: asyncio.Queue[tuple[int, Written | Exception]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[tuple[int, Written | Exception]] = deque()
+        self._loop, self._is_awake, self._wakes_for_all = asyncio.get_running_loop(), asyncio.Event(), True
+        self._is_woken = False
         self._deadline = time.monotonic() + self.seconds
         self._stop_length = sum(map(len, self.stops))
         written: Counter[tuple[int, ...]] = Counter()  # Equal prompts get different texts.
@@ -115,16 +116,19 @@ class RequestTexts:
         """Give all texts up."""
         self.engine.cancel(self._jobs)
 
-    async def parts(self, is_gone: IsGone | None = None) -> AsyncIterator[Part]:
-        """What is written, as it comes; whatever ends this, nothing goes on being written.
+    async def parts(self, is_gone: IsGone | None = None, as_it_comes: bool = True) -> AsyncIterator[Part]:
+        """What is written; whatever ends this, nothing goes on being written.
 
         Args:
             is_gone: Awaited now and then: whether whoever asked has left.
+            as_it_comes: Whether to wake for every chunk. That takes time from the thread that writes, so
+                whoever wants the whole text only sleeps until its end.
 
         Raises:
             ApiError: If a text fails or takes too long.
         """
         open_texts, looked = set(range(len(self._jobs))), time.monotonic()
+        self._wakes_for_all = as_it_comes or bool(self.stops)
         try:
             while open_texts:
                 if is_gone is not None and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
@@ -134,38 +138,54 @@ class RequestTexts:
                 if time.monotonic() > self._deadline + SECONDS_BETWEEN_LOOKS:  # It is read too slowly.
                     raise _took_too_long("the answer took too long")
                 try:
-                    index, what = await asyncio.wait_for(self._arrived.get(), SECONDS_BETWEEN_LOOKS)
+                    await asyncio.wait_for(self._is_awake.wait(), SECONDS_BETWEEN_LOOKS)
                 except asyncio.TimeoutError:  # Another class before Python 3.11.
                     continue
-                if index not in open_texts:
-                    continue
-                part = await self._part(index, what)
-                if part.finish_reason is not None:
-                    open_texts.discard(index)
-                yield part
+                for index, piece in self._take():
+                    if index in open_texts:
+                        part = await self._part(index, piece)
+                        if part.finish_reason is not None:
+                            open_texts.discard(index)
+                        yield part
         finally:
             self.cancel()
 
-    async def _part(self, index: int, what: Written | Exception) -> Part:
-        if isinstance(what, TimeoutError):
-            raise _took_too_long(str(what))
-        if isinstance(what, QueueFullError):
-            raise of_queue(what)
-        if isinstance(what, Exception):
-            raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
-        builder = self._texts[index]
-        is_last = what.ended_by is not None
+    def _take(self) -> list[tuple[int, list[Written | Exception]]]:
+        """What has arrived: chunks of a text together, unless each counts by itself."""
+        # First: what arrives from here on wakes again.
+        self._is_awake.clear()
+        self._is_woken = False
+        pieces: list[tuple[int, list[Written | Exception]]] = []
+        of_text: dict[int, list[Written | Exception]] = {}
+        while self._arrived:
+            index, what = self._arrived.popleft()
+            if index in of_text and not self.stops and not self.with_chunks:
+                of_text[index].append(what)
+            else:
+                of_text[index] = [what]
+                pieces.append((index, of_text[index]))
+        return pieces
+
+    async def _part(self, index: int, piece: list[Written | Exception]) -> Part:
+        """What some chunks add to a text.
+
+        Raises:
+            ApiError: If it has failed.
+        """
+        chunks = [_checked(what) for what in piece]
+        builder, end = self._texts[index], chunks[-1].ended_by
+        tokens = [token for one in chunks for token in one.tokens]
         if builder.num_tokens + self._stop_length < _LONG_TEXT:
-            new = builder.add(what.tokens, is_last)
+            new = builder.add(tokens, end is not None)
         else:
-            new = await self.readers.spell(lambda: builder.add(what.tokens, is_last))
+            new = await self.readers.spell(lambda: builder.add(tokens, end is not None))
         reason = None
         if builder.is_stopped:
             self.engine.cancel([self._jobs[index]])
             reason = "stop"
-        elif what.ended_by is not None:
-            reason = "stop" if what.ended_by == "eos" else "length"
-        return Part(index, new, reason, [self._describe(what)] if self.with_chunks else [])
+        elif end is not None:
+            reason = "stop" if end == "eos" else "length"
+        return Part(index, new, reason, [self._describe(one) for one in chunks] if self.with_chunks else [])
 
     def _describe(self, written: Written) -> dict[str, Any]:
         return {
@@ -178,9 +198,24 @@ class RequestTexts:
 
     def _delivery(self, index: int) -> Callable[[Written | Exception], None]:
         def deliver(what: Written | Exception) -> None:
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, what))
+            self._arrived.append((index, what))
+            matters = self._wakes_for_all or isinstance(what, Exception) or what.ended_by is not None
+            if matters and not self._is_woken:
+                self._is_woken = True
+                self._loop.call_soon_threadsafe(self._is_awake.set)
 
         return deliver
+
+
+def _checked(what: Written | Exception) -> Written:
+    """A chunk; the error that came in its place is raised in the form of the API."""
+    if isinstance(what, TimeoutError):
+        raise _took_too_long(str(what))
+    if isinstance(what, QueueFullError):
+        raise of_queue(what)
+    if isinstance(what, Exception):
+        raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
+    return what
 
 
 def _took_too_long(what: str) -> ApiError:

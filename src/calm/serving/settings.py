@@ -19,6 +19,8 @@ class ServerSettings:
         max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
         max_draws: Most draws of a chunk.
         draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
+        chunks_at_once: Chunks of prompts that are read between two steps of the texts.
+        prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
         max_body: Bytes of a request.
         max_bytes: Bytes of all requests that are not answered yet, at least those of one.
         max_client_bytes: The same for one address.
@@ -43,6 +45,8 @@ class ServerSettings:
     max_request_tokens: int = 1 << 18
     max_draws: int = 1000
     draws_at_once: int = 4096
+    chunks_at_once: int = 128
+    prefix_bytes: int = 1 << 28
     max_body: int = 1 << 20
     max_bytes: int = 1 << 26
     max_client_bytes: int = 1 << 24

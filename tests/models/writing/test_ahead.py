@@ -10,9 +10,10 @@ from calm.core.random import numbers_for
 from calm.core.samplers import HeadSampler
 from calm.models.writing import ahead, tracing
 from calm.models.writing.ahead import compile_steps, find_steps
+from calm.models.writing.batching import ChunkBatch
+from calm.models.writing.sampler_registry import sampler_from
 
-# A compiler is at work, and what it makes is shared: one process runs them all.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("compiled")]
+pytestmark = pytest.mark.timeout(900)  # A compiler is at work.
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,26 @@ def test_the_same_text_as_without(lengths, temperature, compiled, steps, monkeyp
     assert calls == used
     many = "many" if len(lengths) > 1 else "one"
     assert used[f"advance-{many}"] and (used["draw-many-1"] or used["draw-one-1"])
+
+
+def test_rows_that_come_and_go_write_it_too(compiled, steps, monkeypatch):
+    model, _ = compiled
+    monkeypatch.setattr(model.config, "eos_token_id", None)
+    calls = count_calls(steps, monkeypatch)
+    batch, texts, sampler = ChunkBatch(model), {}, sampler_from()
+    prompts = [[5, 6, 7], [9] * 30, [12, 13], [14] * 5]
+    for number, prompt in enumerate(prompts):
+        texts[batch.join(prompt, sampler, 12 + 8 * number, number)] = []
+        for one in batch.step():
+            texts[one.row] += one.tokens
+    while len(batch):
+        for one in batch.step():
+            texts[one.row] += one.tokens
+    assert all(calls.values())
+    for number, (prompt, text) in enumerate(zip(prompts, texts.values(), strict=True)):
+        settings = {"max_new_tokens": 12 + 8 * number, "seed": number, "temperature": 1.0, "eos_token_id": []}
+        alone = model.generate(torch.tensor([prompt]), disable_compile=True, **settings)
+        assert text == alone[0, len(prompt) :].tolist()
 
 
 def test_what_changed_is_another_model(compiled, steps, monkeypatch):

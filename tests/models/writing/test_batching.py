@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import EOS, tiny_model
 
-from calm.models.writing.batching import ChunkBatch
+from calm.models.writing.batching import BatchLimits, ChunkBatch
 from calm.models.writing.sampler_registry import sampler_from
 
 SETTINGS = (
@@ -42,14 +42,15 @@ def requests(number, seed):
     ]
 
 
+@pytest.mark.parametrize("max_rows", [1, 3, 64])
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("head_type", "backbone_input"), [("energy", "tokens"), ("energy", "both"), ("sequential", "tokens")]
 )
-def test_rows_that_come_and_go(chunk_size, head_type, backbone_input):
+def test_rows_that_come_and_go(chunk_size, head_type, backbone_input, max_rows):
     """They join at random steps, are of all lengths, settings and seeds, and end when they end."""
     model = tiny_model(chunk_size, backbone_input=backbone_input, head_config={"head_type": head_type})
-    chance, batch = random.Random(chunk_size), ChunkBatch(model)
+    chance, batch = random.Random(chunk_size), ChunkBatch(model, BatchLimits(max_rows))
     waiting, texts, largest = requests(24, chunk_size), {}, 0
     order, ends = {}, {}
     while waiting or len(batch):
@@ -58,7 +59,9 @@ def test_rows_that_come_and_go(chunk_size, head_type, backbone_input):
             row = batch.join(*request)
             order[row], texts[row] = request, []
         largest = max(largest, len(batch))
-        for written in batch.step():
+        results = batch.step()
+        assert len(results) <= max_rows
+        for written in results:
             assert 1 <= len(written.tokens) <= chunk_size and written.num_draws >= 1
             assert 0 < written.agreement <= 1
             texts[written.row] += written.tokens
@@ -102,33 +105,38 @@ def test_a_row_that_is_dropped_leaves_the_others_alone():
 
 
 def test_the_cache_shrinks_with_its_longest_row():
-    model = tiny_model()
+    model = tiny_model(backbone_config={"max_position_embeddings": 256})
     model.config.eos_token_id = None
     model.generation_config.eos_token_id = None
     batch = ChunkBatch(model)
-    batch.join([5] * 40, SETTINGS[0], 8, 0)
+    batch.join([5] * 800, SETTINGS[0], 8, 0)
     batch.join([5] * 4, SETTINGS[0], 24, 0)
-    assert batch._mask_RC.shape == (2, 10)
     batch.step()
-    assert batch._mask_RC.shape == (2, 11)
+    assert batch._open.cache.lengths == [201, 2]
+    assert {states.shape[:2] for states in batch._open.cache.window()} == {(208, 2)}
     batch.step()  # The long one ends.
-    assert batch._mask_RC.shape == (1, 3)
-    assert all(keys.shape[2] == 3 for keys in (layer.keys for layer in batch._cache.layers))
+    assert batch._open.cache.lengths == [3]
+    assert {keys.shape[:2] for keys, _ in batch._open.cache._layers} == {(64, 1)}
 
 
-def test_a_row_that_cannot_join_leaves_nothing_behind(model, monkeypatch):
+@pytest.mark.parametrize("place", ["rows.SlotCache.joined", "reading.read_chunks", "reading.SlotCache.part"])
+def test_a_row_that_cannot_join_leaves_nothing_behind(place, monkeypatch):
+    model = tiny_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     batch, settings = ChunkBatch(model), SETTINGS[0]
-    first = batch.join([5, 6, 7], settings, 8, 1)
+    first = batch.join([5, 6, 7], settings, 16, 1)
+    written = {first: batch.step()[0].tokens}
+    without_memory = batch.join([9, 10, 11, 12, 13], settings, 8, 2)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "calm.models.writing.batching._side_by_side", lambda *_: (_ for _ in ()).throw(MemoryError())
-        )
-        with pytest.raises(MemoryError):
-            batch.join([9, 10, 11, 12, 13], settings, 8, 2)
+        patched.setattr(f"calm.models.writing.{place}", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        failed, one = batch.step()
+    assert (failed.row, type(failed.error)) == (without_memory, MemoryError)
+    written[first] += one.tokens
     second = batch.join([14, 15], settings, 8, 3)
-    written = {first: [], second: []}
+    written[second] = []
     for _ in range(2):
         for one in batch.step():
             written[one.row] += one.tokens
-    assert written[first] == alone(model, [5, 6, 7], settings, 8, 1)
+    assert written[first] == alone(model, [5, 6, 7], settings, 16, 1)[: len(written[first])]
+    assert len(written[first]) == 16
     assert written[second] == alone(model, [14, 15], settings, 8, 3)

@@ -1,9 +1,13 @@
 """A row that cannot be written leaves; the others write what they would have written without it."""
 
+import itertools
+
 import pytest
 from tiny import tiny_model
 
-from calm.models.writing.batching import ChunkBatch, Failed
+from calm.models.writing import lean
+from calm.models.writing.batching import BatchLimits, ChunkBatch
+from calm.models.writing.rows import Failed
 from calm.models.writing.sampler_registry import sampler_from
 
 SETTINGS = (
@@ -11,7 +15,7 @@ SETTINGS = (
     sampler_from(temperature=0.5, max_draws=8),
     sampler_from(temperature=0.7, sampler="pool", num_draws=6),
 )
-PROMPTS = ([5, 6, 7], [9] * 11, [12, 13], [14, 15, 16, 17, 18])
+PROMPTS = ([5, 6, 7], [9] * 11, [12, 13], [14, 15, 16] * 20)
 
 
 @pytest.fixture
@@ -41,6 +45,13 @@ def join_all(batch, without=None, settings=SETTINGS):
     ]
 
 
+def poison(batch, *rows):
+    """Read the prompts, and damage the states of some rows."""
+    batch._read()
+    for row in rows:
+        batch._open.hidden_RD[batch._open.rows.index(row), 3] = float("nan")
+
+
 class FailsFor:
     """A function of a model that fails where a row is among those that it is called for."""
 
@@ -60,7 +71,7 @@ def test_a_state_that_is_not_finite_is_its_rows_alone(bad, same_settings, model)
     expected, _ = write(other := ChunkBatch(model), join_all(other, bad, settings), 6)
     batch = ChunkBatch(model)
     rows = join_all(batch, settings=settings)
-    batch._hidden_RD[bad, 3] = float("nan")
+    poison(batch, rows[bad])
     texts, failed = write(batch, rows, 6)
     assert [one.row for one in failed] == [rows[bad]] and "not finite" in str(failed[0].error)
     assert texts.pop(bad) == [] and texts == expected
@@ -75,16 +86,16 @@ def test_whatever_fails_the_others_lose_no_draw(place, error, model, monkeypatch
     rows = join_all(batch)
     before, _ = write(batch, rows, 2)
     if place == "sampling":
-        broken = FailsFor(model.sample_chunks, lambda _, settings, own: rows[3].generator in own, error)
+        broken = FailsFor(model.sample_chunks, lambda _, __, own, ___: rows[3].generator in own, error)
         monkeypatch.setattr(model, "sample_chunks", broken)
     else:
+        layers = itertools.cycle([False, True])  # The first has written into the cache.
         half_read = FailsFor(
-            model.backbone.layers[1].forward,
-            lambda *_, position_ids=None, **__: rows[3].position in position_ids[:, 0].tolist(),
+            lean._attend,
+            lambda _, __, ___, is_seen_RC, ____: next(layers) and int(is_seen_RC.sum(-1).max()) > 15,
             error,
         )
-        rows[3].position += 20  # To be known by.
-        monkeypatch.setattr(model.backbone.layers[1], "forward", half_read)
+        monkeypatch.setattr(lean, "_attend", half_read)
     texts, failed = write(batch, rows, 4, dict(zip(rows, before, strict=True)))
     assert [(one.row, one.error) for one in failed] == [(rows[3], error)]
     assert texts[:3] == expected and len(texts[3]) == 8
@@ -93,10 +104,10 @@ def test_whatever_fails_the_others_lose_no_draw(place, error, model, monkeypatch
 def test_two_of_four_rows_fail(model, monkeypatch):
     batch = ChunkBatch(model)
     rows = join_all(batch)
-    batch._hidden_RD[[0, 2]] = float("inf")
+    poison(batch, rows[0], rows[2])
     _, failed = write(batch, rows, 1)
     assert {one.row for one in failed} == {rows[0], rows[2]} and len(batch) == 2
-    batch._hidden_RD[:] = float("nan")
+    poison(batch, rows[1], rows[3])
     _, failed = write(batch, rows, 1)
     assert len(failed) == 2 and len(batch) == 0 and batch.step() == []
     assert write(batch, join_all(batch), 1)[1] == []  # As good as new.
@@ -105,12 +116,14 @@ def test_two_of_four_rows_fail(model, monkeypatch):
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_what_is_too_much_at_once_is_done_in_parts(most, model, monkeypatch):
     expected, _ = write(other := ChunkBatch(model), join_all(other), 6)
-    too_many = FailsFor(
-        model.backbone.forward, lambda *_, inputs_embeds, **__: len(inputs_embeds) > most, MemoryError()
-    )
     batch = ChunkBatch(model)
     rows = join_all(batch)
-    monkeypatch.setattr(model.backbone, "forward", too_many)
+    for module, own in ((model.backbone, "inputs_embeds"), (batch._steps._step, None)):
+        real = module.forward
+        too_many = FailsFor(
+            real, lambda *first, _own=own, **more: len(more[_own] if _own else first[0]) > most, MemoryError()
+        )
+        monkeypatch.setattr(module, "forward", too_many)
     texts, failed = write(batch, rows, 6)
     assert texts == expected and not failed
 
@@ -120,7 +133,11 @@ def test_rows_take_turns_where_their_draws_are_many(draws_at_once, model, monkey
     exact = SETTINGS[1:2]  # Up to 8 draws of a row.
     other = ChunkBatch(model)
     expected, _ = write(other, join_all(other, settings=exact), 6)
-    batch, numbers, real = ChunkBatch(model, draws_at_once), [], model.sample_chunks
+    batch, numbers, real = (
+        ChunkBatch(model, BatchLimits(draws_at_once=draws_at_once)),
+        [],
+        model.sample_chunks,
+    )
     rows = join_all(batch, settings=exact)
     monkeypatch.setattr(model, "sample_chunks", lambda *own: numbers.append(len(own[2])) or real(*own))
     texts, _ = write(batch, rows, 6)

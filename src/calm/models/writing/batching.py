@@ -1,17 +1,15 @@
 """Rows that are written together, join and leave at any chunk, and know nothing of each other.
 
-Shapes: R rows, C chunks in the cache, K tokens per chunk, D hidden size.
+Shapes: R rows, K tokens per chunk, A rows that are sampled together, D state size.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_columns
-from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import as_id_tensor, end_after_eos
 from calm.core.random import generator_of_row
@@ -19,92 +17,70 @@ from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.errors import reason_of
 from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt, read_chunks
+from calm.models.writing.prefixes import PrefixStore
+from calm.models.writing.reading import PromptReader
+from calm.models.writing.rows import Failed, OpenRows, Row, Written
+from calm.models.writing.steps import SlotSteps
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Row:
-    """A text that is being written.
-
-    Args:
-        sampler: How its chunks are sampled.
-        budget: Tokens that may still be written.
-        generator: Source of its randomness.
-        position: Position of its next chunk.
-        has_ended: Whether it has left.
-    """
-
-    sampler: Sampler
-    budget: int
-    generator: torch.Generator
-    position: int
-    has_ended: bool = False
+_ALONE = 16  # A piece of prompts is so many times as large while nobody waits for the next chunk.
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a step wrote for a row.
+class BatchLimits:
+    """How much is held in memory and done at once.
 
     Args:
-        row: The row.
-        tokens: Its new tokens, EOS included, at most K.
-        ended_by: "eos" or "budget" with the last chunk of the row.
-        num_draws: Draws that were made.
-        agreement: Share of the draws that are equal to the chunk.
-        fell_back: Whether the budget of draws was spent.
+        max_rows: Rows that are written at the same time; others wait, and their prompts are read ahead.
+        draws_at_once: Draws of all rows together; rows that may make more take turns.
+        chunks_at_once: Chunks of prompts that are read between two steps of the rows.
+        prefix_bytes: Memory for beginnings of prompts that may come again.
     """
 
-    row: Row
-    tokens: list[int]
-    ended_by: Literal["eos", "budget"] | None
-    num_draws: int
-    agreement: float
-    fell_back: bool
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A row that a step could not write, and has let go.
-
-    Args:
-        row: The row.
-        error: Why.
-    """
-
-    row: Row
-    error: Exception
+    max_rows: int = 64
+    draws_at_once: int = 4096
+    chunks_at_once: int = 128
+    prefix_bytes: int = 1 << 28
 
 
 class ChunkBatch:
     """Writes all its rows one chunk further at each step.
 
-    A prompt is read when its row joins, alone, with a cache of its own; then the caches are put together with
-    padding in front. With the same seed a row gets the text that `generate` gives its prompt alone, but for
-    rounding, which differs between the shapes of a batch.
+    Prompts are read by the steps, too, in pieces; see `PromptReader`. Where rows wait for a place, several
+    prompts are read together once there is one. With the same seed a row gets the text that `generate` gives
+    its prompt alone, but for rounding, which differs between the shapes of a batch.
 
     A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave,
     and the others go on without them; where none fails alone, as when memory is short, they go on by halves.
 
     Args:
-        model: The model.
-        draws_at_once: Draws of all rows together that are held in memory; rows that may make more take turns.
+        model: The model, whose layers and weights stay as they are.
+        limits: How much is done at once; None for the default.
     """
 
-    def __init__(self, model: ChunkModel, draws_at_once: int = 4096) -> None:
-        self._model, self._draws_at_once = model, draws_at_once
-        self._rows: list[Row] = []
-        self._cache = DynamicCache(config=model.config.backbone)
-        self._mask_RC = torch.zeros(0, 0, dtype=torch.long, device=model.device)
-        self._hidden_RD = torch.zeros(0, model.config.state_size, device=model.device)
+    def __init__(self, model: ChunkModel, limits: BatchLimits | None = None) -> None:
+        limits = limits or BatchLimits()
+        self._model, self._limits = model, limits
+        self._steps = SlotSteps(model)
+        self._reader = PromptReader(model, PrefixStore(limits.prefix_bytes))
+        self._open: OpenRows | None = None
+        self._ready: list[OpenRows] = []  # Prompts that have been read, whose rows wait for a place.
         self._eos_ids = as_id_tensor(model.config.eos_token_id, model.device)
+        self._ends = set(self._eos_ids.tolist())
         self._pad = model.config.pad_token_id or 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + self._num_ready + len(self._reader)
 
-    @torch.no_grad()
+    @property
+    def _rows(self) -> Sequence[Row]:
+        """Rows that are written, not those that wait."""
+        return () if self._open is None else [row for row in self._open.rows if not row.has_ended]
+
+    @property
+    def _num_ready(self) -> int:
+        return _count(self._ready)
+
     def join(
         self,
         prompt: Sequence[int],
@@ -113,7 +89,7 @@ class ChunkBatch:
         seed: int,
         copy: int = 0,
     ) -> Row:
-        """Read a prompt; the next step writes its first chunk.
+        """Take a row in; the next steps read its prompt, and then it is written as soon as there is a place.
 
         Args:
             prompt: Its tokens, at least one.
@@ -122,20 +98,64 @@ class ChunkBatch:
             seed: With the prompt and the copy it decides the text.
             copy: Which of several texts of the same prompt and seed, as of `num_return_sequences`.
         """
-        chunks = Prompt.of(self._model, prompt)
-        cache = DynamicCache(config=self._model.config.backbone)
-        states_1CD = chunks.read(self._model, cache)
-        generator = generator_of_row(seed, prompt, copy, self._model.device)
-        row = Row(sampler, budget, generator, position=int(chunks.mask_BC.sum()))
-        alone = ChunkBatch(self._model, self._draws_at_once)
-        alone._rows, alone._cache, alone._mask_RC = [row], cache, chunks.mask_BC
-        alone._hidden_RD = states_1CD[:, -1]
-        self._append(alone)
+        row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
+        self._reader.add(row, prompt)
         return row
 
     @torch.no_grad()
     def step(self) -> list[Written | Failed]:
-        """Write a chunk of every row; those that ended or failed leave."""
+        """Read a piece of the prompts, and write a chunk of every row; those that ended or failed leave."""
+        return [*self._read(), *self._write()]
+
+    @torch.no_grad()
+    def drop(self, row: Row) -> None:
+        """Take a row out before its end; one that has left already is no matter."""
+        self._reader.drop(row)
+        self._ready = [left for part in self._ready if (left := _without(part, row)) is not None]
+        self._open = None if self._open is None else _without(self._open, row)
+
+    def _read(self) -> list[Failed]:
+        """Read a piece if there is a place for a row, and let in those that are ready."""
+        failed: list[Failed] = []
+        if len(self._reader) and len(self._rows) + self._num_ready < self._limits.max_rows:
+            ready, failed = self._reader.read(self._limits.chunks_at_once * (1 if self._rows else _ALONE))
+            self._ready += ready
+        return [*failed, *self._let_in()]
+
+    def _let_in(self) -> list[Failed]:
+        """Give rows that are ready the places of those that have ended, then those that are free."""
+        if self._open is not None:
+            for place, row in enumerate(self._open.rows):
+                if row.has_ended and self._ready:
+                    self._open = self._open.replaced(place, self._next_ready(1))
+            self._select([place for place, row in enumerate(self._open.rows) if not row.has_ended])
+        let_in: list[OpenRows] = []
+        while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(let_in)) > 0:
+            let_in.append(self._next_ready(free))
+        try:
+            self._join(let_in)
+        except Exception as error:
+            return [Failed(row, error) for part in let_in for row in part.rows]
+        return []
+
+    def _next_ready(self, most: int) -> OpenRows:
+        """The next rows that are ready, those of one prompt."""
+        part = self._ready.pop(0)
+        if len(part.rows) > most:
+            self._ready.insert(0, part.part(range(most, len(part.rows))))
+        return part.part(range(min(most, len(part.rows))))
+
+    def _join(self, parts: Sequence[OpenRows]) -> None:
+        parts = [*([] if self._open is None else [self._open]), *parts]
+        if parts:
+            self._open = OpenRows.joined(parts)
+
+    def _select(self, places: Sequence[int]) -> None:
+        """Let the other rows go."""
+        if self._open is not None:
+            self._open = self._open.part(places) if places else None
+
+    def _write(self) -> list[Written | Failed]:
         if not self._rows:
             return []
         try:
@@ -143,201 +163,133 @@ class ChunkBatch:
         except Exception as error:
             if len(self._rows) == 1:
                 [row] = self._rows
-                self._select([])
+                self._open = None
                 return [Failed(row, error)]
             logger.debug("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
-        failed = [one for row in self._rows if (one := self._try_alone(row)) is not None]
+        failed = [one for place in range(len(self._rows)) if (one := self._try_alone(place)) is not None]
         if not failed:
-            return self._step_by_halves()
+            return self._write_by_halves()
         at_fault = {id(one.row) for one in failed}
         self._select([place for place, row in enumerate(self._rows) if id(row) not in at_fault])
-        return [*failed, *self.step()]
-
-    @torch.no_grad()
-    def drop(self, row: Row) -> None:
-        """Take a row out before its end; one that has left already is no matter."""
-        if row in self._rows:
-            self._select([place for place, other in enumerate(self._rows) if other is not row])
+        return [*failed, *self._write()]
 
     def _advance(self) -> list[Written]:
         """A step that changes nothing if it fails."""
-        before = _State(self)
+        assert self._open is not None
+        before = _Counts.of(self._open.rows)
         try:
-            chunks_RK, written = self._sample()
-            self._keep([place for place, row in enumerate(self._rows) if not row.has_ended], chunks_RK)
+            chunks_RK, written = self._sample(self._open)
+            places = [place for place, row in enumerate(self._open.rows) if not row.has_ended]
+            if len(self._open.rows) - len(places) <= self._num_ready:
+                places = list(range(len(self._open.rows)))  # Those that ended keep their places for the next.
+            self._open = self._read_chunks(self._open.part(places), chunks_RK[places]) if places else None
         except Exception:
             before.restore()
             raise
         return written
 
-    def _try_alone(self, row: Row) -> Failed | None:
+    def _try_alone(self, place: int) -> Failed | None:
         """Whether a row fails by itself; nothing is written."""
-        before = _State(self)
+        whole = self._open
+        assert whole is not None
+        before = _Counts.of(whole.rows)
         try:
-            self._select([self._rows.index(row)])
+            self._open = whole.part([place])
             self._advance()
         except Exception as error:
-            return Failed(row, error)
+            return Failed(whole.rows[place], error)
         finally:
+            self._open = whole
             before.restore()
         return None
 
-    def _step_by_halves(self) -> list[Written | Failed]:
-        number = len(self._rows)
-        halves = [self._part(range(number // 2)), self._part(range(number // 2, number))]
-        results = [one for half in halves for one in half.step()]
-        self._select([])
-        for half in halves:
-            self._append(half)
+    def _write_by_halves(self) -> list[Written | Failed]:
+        whole = self._open
+        assert whole is not None
+        middle, number = len(whole.rows) // 2, len(whole.rows)
+        results, left = [], []
+        for half in (whole.part(range(middle)), whole.part(range(middle, number))):
+            self._open = half
+            results += self._write()
+            left += [] if self._open is None else [self._open]
+        self._open = None
+        self._join(left)
         return results
 
-    def _part(self, places: Sequence[int]) -> "ChunkBatch":
-        """Some of the rows in a batch of their own, which are still in this one too."""
-        before, part = _State(self), ChunkBatch(self._model, self._draws_at_once)
-        try:
-            self._select(list(places))
-            part._rows, part._cache = self._rows, self._cache
-            part._mask_RC, part._hidden_RD = self._mask_RC, self._hidden_RD
-        finally:
-            before.restore()
-        return part
+    def _read_chunks(self, rows: OpenRows, chunks_RK: Tensor) -> OpenRows:
+        """The same rows behind their new chunks."""
+        cache = rows.cache.shared()
+        states_RD = self._steps.advance(chunks_RK, cache)
+        return OpenRows(rows.rows, states_RD, cache)
 
-    def _append(self, other: "ChunkBatch") -> None:
-        """Take the rows of another batch in; all at once, so that a failure leaves nothing behind."""
-        if not len(other):
-            return
-        hidden_RD = torch.cat([self._hidden_RD.to(other._hidden_RD.dtype), other._hidden_RD])
-        length = max(self._mask_RC.shape[1], other._mask_RC.shape[1])
-        masks = (self._mask_RC, other._mask_RC)
-        mask_RC = torch.cat([pad_columns(mask, (length - mask.shape[1], 0)) for mask in masks])
-        cache = _side_by_side(self._cache, other._cache, self._model) if self._rows else other._cache
-        self._hidden_RD, self._mask_RC, self._cache = hidden_RD, mask_RC, cache
-        self._rows = [*self._rows, *other._rows]
-
-    def _sample(self) -> tuple[Tensor, list[Written]]:
+    def _sample(self, rows: OpenRows) -> tuple[Tensor, list[Written]]:
         """The next chunk of every row (R, K), by rows of equal samplers."""
         size = self._model.config.chunk_size
-        chunks_RK = torch.full((len(self._rows), size), self._pad, device=self._model.device)
-        written: list[Written | None] = [None] * len(self._rows)
-        for sampler, places in self._turns():
-            chosen = torch.tensor(places, device=self._model.device)
-            generators = [self._rows[place].generator for place in places]
-            hidden_AD = self._hidden_RD[chosen]
-            if not bool(hidden_AD.isfinite().all()):  # Not every head would notice.
-                raise ValueError("the state of the model is not finite; its weights may be damaged.")
-            sample = self._model.sample_chunks(hidden_AD, sampler, generators)
+        chunks_RK = torch.full((len(rows.rows), size), self._pad, device=self._model.device)
+        written: list[Written | None] = [None] * len(rows.rows)
+        if not bool(rows.hidden_RD.isfinite().all()):  # Not every head would notice.
+            raise ValueError("the state of the model is not finite; its weights may be damaged.")
+        for sampler, places in self._turns(rows.rows):
+            generators = [rows.rows[place].generator for place in places]
+            is_whole = len(places) == len(rows.rows)
+            hidden_AD = rows.hidden_RD if is_whole else rows.hidden_RD[places]
+            sample = self._model.sample_chunks(hidden_AD, sampler, generators, self._steps.compiled)
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, self._eos_ids, self._pad)
-            chunks_RK[chosen] = chunk_AK
-            for number, place in enumerate(places):
-                written[place] = self._note(
-                    self._rows[place], chunk_AK[number], bool(ends_A[number]), sample, number
-                )
+            chunks_RK[places] = chunk_AK
+            for place, *one in zip(places, *_listed(chunk_AK, ends_A, sample), strict=True):
+                written[place] = self._note(rows.rows[place], *one)
         return chunks_RK, [one for one in written if one is not None]
 
-    def _turns(self) -> Iterator[tuple[Sampler, list[int]]]:
+    def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[Sampler, list[int]]]:
         """Places of rows that are sampled together: by equal samplers, and not too many draws."""
-        for sampler in dict.fromkeys(row.sampler for row in self._rows):
-            places = [place for place, row in enumerate(self._rows) if row.sampler == sampler]
-            most = max(1, self._draws_at_once // sampler.most_draws)
+        for sampler in dict.fromkeys(row.sampler for row in rows):
+            places = [place for place, row in enumerate(rows) if row.sampler == sampler]
+            most = max(1, self._limits.draws_at_once // sampler.most_draws)
             yield from ((sampler, places[first : first + most]) for first in range(0, len(places), most))
 
-    def _note(self, row: Row, chunk_K: Tensor, ends: bool, sample: ChunkSample, number: int) -> Written:
+    def _note(
+        self, row: Row, tokens: list[int], ends: bool, num_draws: int, agreement: float, fell_back: bool
+    ) -> Written:
         """Count a chunk of a row, and tell what of it is text."""
-        tokens = chunk_K.tolist()
         if ends:
-            is_eos = torch.isin(chunk_K, self._eos_ids).tolist()
-            tokens = tokens[: is_eos.index(True) + 1]
+            tokens = tokens[: next(place for place, token in enumerate(tokens, 1) if token in self._ends)]
         by_eos = ends and len(tokens) <= row.budget
         tokens = tokens[: row.budget]
         row.budget -= len(tokens)
         row.has_ended = by_eos or row.budget == 0
-        return Written(
-            row,
-            tokens,
-            "eos" if by_eos else "budget" if row.has_ended else None,
-            int(sample.num_draws_R[number]),
-            float(sample.agreement_R[number]),
-            bool(sample.fell_back_R[number]),
-        )
-
-    def _keep(self, places: list[int], chunks_RK: Tensor) -> None:
-        """Let the other rows go, and read what was written for those that stay."""
-        self._select(places)
-        if not places:
-            return
-        self._mask_RC = pad_columns(self._mask_RC, (0, 1), value=1)
-        position_R1 = torch.tensor([[row.position] for row in self._rows], device=self._model.device)
-        kept_RK = chunks_RK[torch.tensor(places, device=chunks_RK.device)]
-        states_R1D = read_chunks(self._model, kept_RK, self._mask_RC, position_R1, self._cache)
-        self._hidden_RD = states_R1D[:, -1]
-        for row in self._rows:
-            row.position += 1
-
-    def _select(self, places: list[int]) -> None:
-        """Keep some rows, without columns that none of them needs."""
-        if len(places) == len(self._rows):
-            return
-        chosen = torch.tensor(places, dtype=torch.long, device=self._model.device)
-        mask_RC, hidden_RD = self._mask_RC[chosen], self._hidden_RD[chosen]
-        first = int(mask_RC.any(0).int().argmax()) if places else mask_RC.shape[1]
-        layers = [
-            (keys[chosen, :, first:], values[chosen, :, first:]) for keys, values in _layers(self._cache)
-        ]
-        self._cache = _cache_of(layers if places else [], self._model)
-        self._rows = [self._rows[place] for place in places]
-        self._mask_RC, self._hidden_RD = mask_RC[:, first:], hidden_RD
+        end: Literal["eos", "budget"] | None = "eos" if by_eos else "budget" if row.has_ended else None
+        return Written(row, tokens, end, num_draws, agreement, fell_back)
 
 
-class _State:
-    """A batch as it is now, to go back to. Tensors are kept, not copied: a step makes new ones.
+def _count(parts: Sequence[OpenRows]) -> int:
+    return sum(len(part.rows) for part in parts)
 
-    Args:
-        batch: The batch.
-    """
 
-    def __init__(self, batch: ChunkBatch) -> None:
-        self._batch = batch
-        self._tensors = (batch._mask_RC, batch._hidden_RD)
-        self._cache, self._layers = batch._cache, _layers(batch._cache)
-        self._rows = list(batch._rows)
-        self._numbers = [
-            (row.budget, row.position, row.has_ended, row.generator.get_state()) for row in self._rows
-        ]
+def _without(rows: OpenRows, row: Row) -> OpenRows | None:
+    """The other rows, if there are any."""
+    places = [place for place, other in enumerate(rows.rows) if other is not row]
+    return rows.part(places) if places else None
+
+
+class _Counts(NamedTuple):
+    """What a step changes of its rows, to go back to."""
+
+    rows: Sequence[Row]
+    counts: list[tuple[int, bool, Tensor]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "_Counts":
+        """As they are now."""
+        return cls(rows, [(row.budget, row.has_ended, row.generator.get_state()) for row in rows])
 
     def restore(self) -> None:
         """Go back."""
-        batch, batch._rows = self._batch, list(self._rows)
-        batch._mask_RC, batch._hidden_RD = self._tensors
-        batch._cache = self._cache
-        cached: Any = self._cache.layers
-        for layer, (keys, values) in zip(cached, self._layers, strict=True):
-            layer.keys, layer.values = keys, values
-        for row, (budget, position, has_ended, state) in zip(self._rows, self._numbers, strict=True):
-            row.budget, row.position, row.has_ended = budget, position, has_ended
+        for row, (budget, has_ended, state) in zip(self.rows, self.counts, strict=True):
+            row.budget, row.has_ended = budget, has_ended
             row.generator.set_state(state)
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (R, heads, C, d) of each layer."""
-    layers: Any = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _cache_of(layers: list[tuple[Tensor, Tensor]], model: ChunkModel) -> DynamicCache:
-    cache = DynamicCache(config=model.config.backbone)
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
-
-
-def _side_by_side(first: DynamicCache, second: DynamicCache, model: ChunkModel) -> DynamicCache:
-    """The rows of two caches in one, the shorter with padding in front (masked by whoever reads it)."""
-    layers = []
-    for pair in zip(_layers(first), _layers(second), strict=True):
-        both = []
-        for one, other in zip(*pair, strict=True):
-            length = max(one.shape[2], other.shape[2])
-            parts = [pad_columns(part, (0, 0, length - part.shape[2], 0)) for part in (one, other)]
-            both.append(torch.cat(parts))
-        layers.append((both[0], both[1]))
-    return _cache_of(layers, model)
+def _listed(chunk_AK: Tensor, ends_A: Tensor, sample: ChunkSample) -> list[list]:
+    """What is told of each row, as numbers."""
+    tensors = (chunk_AK, ends_A, sample.num_draws_R, sample.agreement_R, sample.fell_back_R)
+    return [values_A.tolist() for values_A in tensors]

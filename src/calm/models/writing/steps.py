@@ -56,7 +56,42 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
         return TransformersSteps(model, prompt, num_steps, config)
     # What is compiled knows nothing of autocast.
     is_plain = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
-    return LeanSteps(model, prompt, num_steps, find_steps(model) if is_plain else None)
+    return LeanSteps(model, prompt, num_steps, is_plain)
+
+
+class SlotSteps:
+    """A chunk further for rows in slots: compiled, or by lean steps, or by the model's own forward pass.
+
+    The last is for layers that a lean step would pass by; see `can_step`.
+
+    Args:
+        model: The model, whose layers stay as they are.
+        may_be_compiled: Whether what is compiled of the model is used where it serves.
+    """
+
+    def __init__(self, model: ChunkModel, may_be_compiled: bool = True) -> None:
+        self._model, self._step = model, ChunkStep(model) if can_step(model) else None
+        self.compiled = find_steps(model) if may_be_compiled and self._step is not None else None
+
+    def advance(self, chunks_RK: Tensor, cache: SlotCache) -> Tensor:
+        """States (R, D) that predict the next chunk of each row; the cache takes these chunks in."""
+        if self._step is None:
+            return self._forward(chunks_RK, cache)
+        window = cache.window()
+        length_R = torch.tensor(cache.lengths, device=chunks_RK.device)
+        states_RD = None if self.compiled is None else self.compiled.advance(chunks_RK, length_R, window)
+        if states_RD is None:
+            states_RD = self._step(chunks_RK, length_R, window)
+        cache.grow()
+        return states_RD
+
+    def _forward(self, chunks_RK: Tensor, cache: SlotCache) -> Tensor:
+        earlier, mask_RC = cache.to_transformers(self._model.config.backbone)
+        mask_RC = torch.cat([mask_RC, torch.ones_like(mask_RC[:, :1])], dim=1).to(chunks_RK.device)
+        position_R1 = torch.tensor(cache.lengths, device=chunks_RK.device).unsqueeze(-1)
+        states_R1D = read_chunks(self._model, chunks_RK, mask_RC, position_R1, earlier)
+        cache.replace(SlotCache.of(earlier, mask_RC))
+        return states_R1D[:, -1]
 
 
 class LeanSteps:
@@ -66,16 +101,18 @@ class LeanSteps:
         model: The model.
         prompt: The prompts.
         num_steps: Chunks that will be written at most.
-        compiled: What is compiled of the model, which is used where it serves.
+        may_be_compiled: Whether what is compiled of the model is used where it serves.
     """
 
-    def __init__(
-        self, model: ChunkModel, prompt: Prompt, num_steps: int, compiled: CompiledSteps | None
-    ) -> None:
-        self.compiled = compiled
+    def __init__(self, model: ChunkModel, prompt: Prompt, num_steps: int, may_be_compiled: bool) -> None:
         self._model, self._prompt, self._num_steps = model, prompt, num_steps
-        self._step = ChunkStep(model)
+        self._steps = SlotSteps(model, may_be_compiled)
         self._cache: SlotCache | None = None
+
+    @property
+    def compiled(self) -> CompiledSteps | None:
+        """See `Steps`."""
+        return self._steps.compiled
 
     def read(self) -> Tensor:
         """See `Steps`."""
@@ -87,20 +124,12 @@ class LeanSteps:
     def advance(self, chunks_AK: Tensor) -> Tensor:
         """See `Steps`."""
         assert self._cache is not None
-        window = self._cache.window()
-        length_A = torch.tensor(self._cache.lengths, device=chunks_AK.device)
-        states_AD = None
-        if self.compiled is not None:
-            states_AD = self.compiled.advance(chunks_AK, length_A, window)
-        if states_AD is None:
-            states_AD = self._step(chunks_AK, length_A, window)
-        self._cache.grow()
-        return states_AD
+        return self._steps.advance(chunks_AK, self._cache)
 
     def keep(self, places: Sequence[int]) -> None:
         """See `Steps`."""
         assert self._cache is not None
-        self._cache.keep(places)
+        self._cache = self._cache.part(places)
 
 
 class TransformersSteps:

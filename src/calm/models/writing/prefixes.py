@@ -1,0 +1,87 @@
+"""Beginnings that prompts have in common are read once.
+
+Shapes: C chunks, K tokens per chunk.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from calm.models.writing.slots import SlotCache
+
+_BLOCK = 8  # Chunks that are kept or forgotten together.
+_Layers = list[tuple[Tensor, Tensor]]
+
+
+class PrefixStore:
+    """Keys and values of beginnings, in blocks of eight chunks; those not used for the longest leave first.
+
+    A prompt ends with a whole chunk, so two have chunks in common only if their lengths differ by a multiple
+    of K: of a beginning that many share, up to K versions are kept.
+
+    Args:
+        max_bytes: Memory for all blocks together; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._blocks: OrderedDict[bytes, _Layers] = OrderedDict()
+
+    def find(self, chunks_CK: Tensor) -> SlotCache | None:
+        """The longest beginning that is kept, but for the last chunk, whose state is needed.
+
+        Args:
+            chunks_CK: A prompt.
+        """
+        names = []
+        for name in _names(chunks_CK[:-1]):
+            if name not in self._blocks:
+                break
+            names.append(name)
+        if not names:
+            return None
+        self._touch(names)
+        per_layer = zip(*(self._blocks[name] for name in names), strict=True)
+        layers = [
+            (torch.cat([keys for keys, _ in blocks]), torch.cat([values for _, values in blocks]))
+            for blocks in per_layer
+        ]
+        return SlotCache(layers, [len(names) * _BLOCK])
+
+    def keep(self, chunks_CK: Tensor, cache: SlotCache) -> None:
+        """Keep the whole blocks of a prompt.
+
+        Args:
+            chunks_CK: The prompt.
+            cache: What was read of it, a single row.
+        """
+        names = list(_names(chunks_CK))
+        for number, name in enumerate(names):
+            if self._max_bytes and name not in self._blocks:
+                block = cache.slice(number * _BLOCK, (number + 1) * _BLOCK)
+                self._blocks[name] = block
+                self._bytes += _size(block)
+        self._touch([name for name in names if name in self._blocks])
+        while self._bytes > self._max_bytes:
+            _, block = self._blocks.popitem(last=False)
+            self._bytes -= _size(block)
+
+    def _touch(self, names: list[bytes]) -> None:
+        """The first block is the last to be forgotten: without it those behind it are not found."""
+        for name in reversed(names):
+            self._blocks.move_to_end(name)
+
+
+def _names(chunks_CK: Tensor) -> Iterator[bytes]:
+    """A name for each whole block, which stands for all that comes before it, too."""
+    name, tokens_CK = b"", chunks_CK.cpu().numpy()
+    for end in range(_BLOCK, len(tokens_CK) + 1, _BLOCK):
+        name = hashlib.sha256(name + tokens_CK[end - _BLOCK : end].tobytes()).digest()
+        yield name
+
+
+def _size(block: _Layers) -> int:
+    return sum(states.nbytes for layer in block for states in layer)

@@ -1,0 +1,166 @@
+"""Prompts of rows that join are read together and in pieces, so that nobody waits long for a long one.
+
+Shapes: R rows, C chunks, K tokens per chunk, D state size.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import DynamicCache
+
+from calm.core.chunks import split_into_chunks
+from calm.models.writing.model import ChunkModel
+from calm.models.writing.prefixes import PrefixStore
+from calm.models.writing.prompts import Prompt, positions_of, read_chunks
+from calm.models.writing.rows import Failed, OpenRows, Row
+from calm.models.writing.slots import SlotCache
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A prompt, and how far it has been read.
+
+    Args:
+        tokens: The prompt as it was given.
+        chunks_CK: The same in chunks.
+        rows: Those that it is read for.
+        cache: What has been read, a single row; None for nothing.
+        hidden_1D: The state behind it.
+    """
+
+    tokens: tuple[int, ...]
+    chunks_CK: Tensor
+    rows: list[Row]
+    cache: SlotCache | None = None
+    hidden_1D: Tensor | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Chunks that have not been read."""
+        return len(self.chunks_CK) - (0 if self.cache is None else self.cache.lengths[0])
+
+
+class PromptReader:
+    """Prompts that wait to be read. They take turns: a long one goes to the end of the queue after a piece.
+
+    Equal prompts that wait at the same time are read once, and so are beginnings that were read before.
+
+    Args:
+        model: The model.
+        prefixes: Beginnings that are kept.
+    """
+
+    def __init__(self, model: ChunkModel, prefixes: PrefixStore) -> None:
+        self._model, self._prefixes = model, prefixes
+        self._queue: deque[_Reading] = deque()
+
+    def __len__(self) -> int:
+        """Number of rows that wait."""
+        return sum(len(reading.rows) for reading in self._queue)
+
+    def add(self, row: Row, prompt: Sequence[int]) -> None:
+        """Take a prompt in, at least one token."""
+        for reading in self._queue:
+            if reading.tokens == tuple(prompt):
+                reading.rows.append(row)
+                return
+        ids_T = Prompt.of(self._model, prompt).ids_BT[0]
+        chunks_CK = split_into_chunks(ids_T, self._model.config.chunk_size)
+        self._queue.append(_Reading(tuple(prompt), chunks_CK, [row]))
+
+    def drop(self, row: Row) -> None:
+        """Let a row go, if it waits here."""
+        for reading in self._queue:
+            reading.rows = [other for other in reading.rows if other is not row]
+        self._queue = deque(reading for reading in self._queue if reading.rows)
+
+    def read(self, chunks_at_once: int) -> tuple[list[OpenRows], list[Failed]]:
+        """Read a piece; rows whose prompts are at their end, and those that could not be read.
+
+        Args:
+            chunks_at_once: Chunks of all prompts of the piece together, padding included.
+        """
+        chosen, failed = self._next(chunks_at_once), []
+        try:
+            self._read(chosen, chunks_at_once)
+        except Exception as error:
+            for reading in chosen:
+                if reason := self._try_alone(reading, chunks_at_once, error if len(chosen) == 1 else None):
+                    failed += [Failed(row, reason) for row in reading.rows]
+                    self._queue.remove(reading)
+        ready: list[OpenRows] = []
+        for reading in chosen:
+            if reading not in self._queue:
+                continue
+            self._queue.remove(reading)
+            if reading.num_left:
+                self._queue.append(reading)
+                continue
+            try:
+                ready.append(self._opened(reading))
+            except Exception as error:
+                failed += [Failed(row, error) for row in reading.rows]
+        return ready, failed
+
+    def _next(self, chunks_at_once: int) -> list[_Reading]:
+        """The first in the queue, and as many of the next as fit beside it."""
+        chosen: list[_Reading] = []
+        longest = 0
+        for reading in self._queue:
+            if reading.cache is None:
+                reading.cache = self._prefixes.find(reading.chunks_CK)
+            longest = max(longest, reading.num_left)
+            if chosen and longest * (len(chosen) + 1) > chunks_at_once:
+                break
+            chosen.append(reading)
+        return chosen
+
+    def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
+        """Why a prompt cannot be read; None if it can, and was."""
+        if error is None:
+            try:
+                self._read([reading], most)
+            except Exception as own:
+                return own
+        return error
+
+    def _read(self, readings: Sequence[_Reading], most: int) -> None:
+        pieces = [reading.chunks_CK[-reading.num_left :][:most] for reading in readings]
+        caches = [reading.cache for reading in readings]
+        states_RD, cache = _read_on(self._model, pieces, caches)
+        for place, reading in enumerate(readings):
+            reading.cache, reading.hidden_1D = cache.part([place]), states_RD[place : place + 1]
+
+    def _opened(self, reading: _Reading) -> OpenRows:
+        """Rows whose prompt has been read, of which the beginning is kept for others."""
+        assert reading.cache is not None and reading.hidden_1D is not None
+        if bool(reading.hidden_1D.isfinite().all()):
+            self._prefixes.keep(reading.chunks_CK, reading.cache)
+        copies = [0] * len(reading.rows)
+        return OpenRows(reading.rows, reading.hidden_1D[copies], reading.cache.part(copies))
+
+
+def _read_on(
+    model: ChunkModel, pieces: Sequence[Tensor], caches: Sequence[SlotCache | None]
+) -> tuple[Tensor, SlotCache]:
+    """States (R, D) behind pieces (C, K) of several prompts, and all that has been read of them."""
+    longest, device = max(len(piece) for piece in pieces), pieces[0].device
+    # Padding in front: the last state of every row is in the last column.
+    ids_RT = pad_sequence(list(pieces), batch_first=True, padding_side="left").flatten(1)
+    column_C = torch.arange(longest, device=device)
+    mask_RC = torch.stack([column_C >= longest - len(piece) for piece in pieces]).long()
+    position_RC = positions_of(mask_RC)
+    begun = next((cache for cache in caches if cache is not None), None)
+    if begun is None:
+        earlier = DynamicCache(config=model.config.backbone)
+    else:
+        slots = SlotCache.joined([begun.empty_row() if cache is None else cache for cache in caches])
+        earlier, earlier_RC = slots.to_transformers(model.config.backbone)
+        position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
+        mask_RC = torch.cat([earlier_RC.to(device), mask_RC], dim=1)
+    states_RCD = read_chunks(model, ids_RT, mask_RC, position_RC, earlier)
+    return states_RCD[:, -1], SlotCache.of(earlier, mask_RC)

@@ -1,0 +1,112 @@
+"""Texts that are written together, and where each of them stands.
+
+Shapes: R rows, D state size, K tokens per chunk.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calm.core.samplers import Sampler
+from calm.models.writing.slots import SlotCache
+
+
+@dataclass(eq=False)
+class Row:
+    """A text that is being written.
+
+    Args:
+        sampler: How its chunks are sampled.
+        budget: Tokens that may still be written.
+        generator: Source of its randomness.
+        has_ended: Whether it has left.
+    """
+
+    sampler: Sampler
+    budget: int
+    generator: torch.Generator
+    has_ended: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a step wrote for a row.
+
+    Args:
+        row: The row.
+        tokens: Its new tokens, EOS included, at most K.
+        ended_by: "eos" or "budget" with the last chunk of the row.
+        num_draws: Draws that were made.
+        agreement: Share of the draws that are equal to the chunk.
+        fell_back: Whether the budget of draws was spent.
+    """
+
+    row: Row
+    tokens: list[int]
+    ended_by: Literal["eos", "budget"] | None
+    num_draws: int
+    agreement: float
+    fell_back: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that could not be read or written, and has been let go.
+
+    Args:
+        row: The row.
+        error: Why.
+    """
+
+    row: Row
+    error: Exception
+
+
+@dataclass(frozen=True)
+class OpenRows:
+    """Rows whose next chunk can be sampled. What comes next is another of these; this stays as it is.
+
+    Args:
+        rows: The rows, at least one.
+        hidden_RD: The state that predicts the next chunk of each.
+        cache: What each row has read.
+    """
+
+    rows: Sequence[Row]
+    hidden_RD: Tensor
+    cache: SlotCache
+
+    @classmethod
+    def joined(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
+        """The rows of several, in turn."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [row for part in parts for row in part.rows],
+            torch.cat([part.hidden_RD for part in parts]),
+            SlotCache.joined([part.cache for part in parts]),
+        )
+
+    def replaced(self, place: int, other: "OpenRows") -> "OpenRows":
+        """A single row in the place of one that has ended, whose memory it takes over.
+
+        Args:
+            place: Which row has ended.
+            other: The row that begins.
+        """
+        hidden_RD, cache = self.hidden_RD.clone(), self.cache.shared()
+        hidden_RD[place] = other.hidden_RD[0]
+        cache.put(place, other.cache)
+        return OpenRows([*self.rows[:place], *other.rows, *self.rows[place + 1 :]], hidden_RD, cache)
+
+    def part(self, places: Sequence[int]) -> "OpenRows":
+        """Some of the rows."""
+        if len(places) == len(self.rows):
+            return self
+        chosen = torch.tensor(places, dtype=torch.long, device=self.hidden_RD.device)
+        return OpenRows(
+            [self.rows[place] for place in places], self.hidden_RD[chosen], self.cache.part(places)
+        )
