@@ -3,10 +3,10 @@
     calm demo
     python benchmarks/serving.py runs/demo/model --clients 50
 
-A server in this process, and clients of the OpenAI API on loopback in another. Each client asks several times,
-with prompts and seeds of its own. All ask at once, with several sizes of the batch, in turns with `generate`,
-which writes as many texts in batches of that size. Texts are compared with what `generate` writes for each
-prompt alone. `calm compile MODEL` first makes both faster.
+A server in this process, and clients of the OpenAI API on loopback in another. Each client asks several
+times, with prompts and seeds of its own. All ask at once, with several sizes of the batch, in turns with
+`generate`, which writes as many texts in batches of that size. Texts are compared with what `generate` writes
+for each prompt alone. `calm compile MODEL` first makes both faster.
 """
 
 import argparse

@@ -44,6 +44,34 @@ def test_muon_is_computed_in_float32_on_a_cpu():
     assert (update.bfloat16().float() != update).any()
 
 
+def test_muon_is_computed_in_bfloat16_where_the_training_is(tmp_path):
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = build_optimizer(layer, OptimizerSettings(), "bf16")
+    layer.weight.grad = torch.randn(8, 8)
+    optimizer.step()
+    resumed = build_optimizer(layer, OptimizerSettings())
+    resumed.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, resumed):
+        (update,) = one._orthogonalize(one.param_groups[0], [torch.randn(8, 8)])
+        assert (update.bfloat16().float() == update.float()).all()
+        assert torch.linalg.svdvals(update.float()).sub(1).abs().max() < 0.7
+
+
+def test_the_rest_takes_the_steps_of_adamw():
+    """Three of them: what is corrected for the beginning depends on their number."""
+    settings = OptimizerSettings(adamw_learning_rate=0.01, beta1=0.8, beta2=0.9, epsilon=1e-6)
+    layers = [nn.Embedding(7, 3), nn.Embedding(7, 3)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    expected = torch.optim.AdamW(
+        layers[1].parameters(), 0.01, (0.8, 0.9), 1e-6, weight_decay=0.0, fused=False
+    )
+    for optimizer, layer in zip((build_optimizer(layers[0], settings), expected), layers, strict=True):
+        for number in range(3):
+            layer.weight.grad = torch.randn(7, 3, generator=torch.Generator().manual_seed(number))
+            optimizer.step()
+    assert_close(layers[0].weight, layers[1].weight)
+
+
 def test_who_gets_muon():
     model = tiny_model()
     optimizer = build_optimizer(model, OptimizerSettings())

@@ -156,9 +156,10 @@ class Footprint:
         Raises:
             InputError: If it looks at values, which fake tensors do not have.
         """
-        settings = self.stage.settings.optimizer
+        training = self.stage.settings
+        settings = training.optimizer
         with self.stage.fakes, AsGpu(is_gpu=self._is_gpu):
-            optimizer = build_optimizer(self.stage.network, settings)
+            optimizer = build_optimizer(self.stage.network, settings, training.precision)
             for weight in self.trained:
                 weight.grad = torch.empty_like(weight)
             try:

@@ -12,6 +12,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -24,6 +25,7 @@ from calm.models.configuration import CalmConfig
 from calm.models.loading import load_config
 from calm.models.missing import look_for
 from calm.models.shipped import folder_of
+from calm.models.tokens import LlamaForCausalLM
 from calm.training.adapters import with_adapters
 from calm.training.build import model_config
 from calm.training.check import check_chunk_size, check_steps
@@ -142,7 +144,8 @@ def stages_of(
         recipe.language_model.training, "language_model.training", recipe.data.context, devices
     )
     sharded: dict[str, Any] = {"can_be_sharded": True, "is_sharded": recipe.language_model.sharded}
-    stages.append(PlannedStage("language model", network_of(config), settings, **sharded, **shared))
+    network = network_of(config, is_new=recipe.language_model.init_from is None)
+    stages.append(PlannedStage("language model", network, settings, **sharded, **shared))
     return stages
 
 
@@ -161,14 +164,20 @@ def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
     return PlannedStage("fine-tuning", network, settings, context, is_packed=False, adapted=adapted)
 
 
-def network_of(config: PreTrainedConfig) -> PreTrainedModel:
+def network_of(config: PreTrainedConfig, *, is_new: bool = False) -> PreTrainedModel:
     """A network on the meta device.
+
+    Args:
+        config: Its configuration.
+        is_new: Whether it is made for the training, and not loaded.
 
     Raises:
         InputError: If the configuration makes none.
     """
     try:
         with torch.device("meta"):
+            if is_new and isinstance(config, LlamaConfig):
+                return LlamaForCausalLM(config)
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (ValueError, ImportError) as error:
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error

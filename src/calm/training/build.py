@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
 from calm.errors import InputError, cause_of
@@ -14,6 +14,7 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
 from calm.models.shipped import folder_of
+from calm.models.tokens import LlamaForCausalLM
 from calm.training.continuing import config_to_continue
 from calm.training.recipe import Recipe
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from calm.errors import InputError, reason_of
-from calm.training.muon import muon_with_adamw
+from calm.training.muon import MuonWithAdamW, muon_with_adamw
 from calm.training.recipe import OptimizerSettings
 
 OptimizerBuilder = Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]
@@ -35,8 +35,15 @@ def register_optimizer(name: str, build: OptimizerBuilder) -> None:
     _BUILDERS[name] = build
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, settings: OptimizerSettings, precision: str = "fp32"
+) -> torch.optim.Optimizer:
     """The optimizer of a recipe over the parameters that are trained.
+
+    Args:
+        model: The model.
+        settings: The recipe's.
+        precision: Of the training: Muon's own products are done in it, too.
 
     Raises:
         InputError: If the name is unknown.
@@ -44,7 +51,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     if settings.name not in _BUILDERS:
         for entry_point in entry_points(group=_ENTRY_POINTS, name=settings.name):
             entry_point.load()
-    return _BUILDERS.get(settings.name, _of_pytorch_optimizer)(model, settings)
+    optimizer = _BUILDERS.get(settings.name, _of_pytorch_optimizer)(model, settings)
+    if precision == "bf16" and isinstance(optimizer, MuonWithAdamW):
+        optimizer.orthogonalize_in_bf16()
+    return optimizer
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:

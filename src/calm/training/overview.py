@@ -151,7 +151,7 @@ def seconds_per_step(network: PreTrainedModel, training: TrainingSettings, conte
         tokens = torch.randint(network.config.vocab_size, (blocks, context), generator=generator).to(device)
         if training.gradient_checkpointing:
             network.gradient_checkpointing_enable()
-        optimizer = build_optimizer(network, training.optimizer)
+        optimizer = build_optimizer(network, training.optimizer, training.precision)
         is_half = training.precision == "bf16"
 
         def backward() -> None:

@@ -188,7 +188,9 @@ class ChunkTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the recipe names."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self._network, self.settings.optimizer)
+            self.optimizer = build_optimizer(
+                model or self._network, self.settings.optimizer, self.settings.precision
+            )
         return self.optimizer
 
     def create_scheduler(

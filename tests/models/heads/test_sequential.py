@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM
-from calm.models.heads import Likelihood, Target, scores
+from calm.models.heads import Likelihood, Target
 from calm.models.heads.scores import draw_tokens
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
@@ -71,7 +71,7 @@ def test_probabilities_of_tokens_are_those_of_the_distribution(small, temperatur
     distributions = log_distributions(small.head, states).double()
     first = (distributions.logsumexp(-1) / temperature).softmax(-1)
     given = (distributions / temperature).softmax(-1)
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
+    monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
     for chunk in ([0, 0], [2, 4], [4, 1]):
         found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
         wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
@@ -132,7 +132,7 @@ def test_the_window_reaches_back_into_the_chunk_before():
 def test_scores_in_parts_are_the_scores(monkeypatch):
     model, found = tiny_model(head_config=HEAD), []
     for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids).loss
         loss.backward()
@@ -162,7 +162,7 @@ def test_the_sampler_of_the_head():
 
 @pytest.mark.parametrize("at_once", [2**26, 40 * 2])
 def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
-    monkeypatch.setattr(scores, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
     torch.manual_seed(2)
     model = tiny_model(head_config=HEAD)
     with torch.no_grad():

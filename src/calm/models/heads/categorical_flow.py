@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from calm.core.categorical import evidence, follow_endpoints, last_time, times_of_steps
+from calm.core.cross_entropy import cross_entropy
 from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import Target
 from calm.models.heads.fields import HeadFlops
-from calm.models.heads.scores import cross_entropy, token_distributions
+from calm.models.heads.scores import token_distributions
 from calm.models.heads.step_network import UNITS_OF_TIME, StepHead, StepHeadConfig
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 

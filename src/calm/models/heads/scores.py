@@ -8,23 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-SCORES_AT_ONCE = 2**26
-"""More are computed in parts; those of a loss anew in the backward pass."""
-
-
-def cross_entropy(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:
-    """Cross-entropy of each row, (M,), in nats, under the softmax of its products with the table."""
-
-    def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(part_MX, table_VX).float(), target_M, reduction="none")
-
-    rows = _rows_at_once(table_VX)
-    if len(vectors_MX) <= rows:
-        return of_part(vectors_MX, targets_M)
-    parts = zip(vectors_MX.split(rows), targets_M.split(rows), strict=True)
-    return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])
+from calm.core.cross_entropy import rows_at_once
 
 
 def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
@@ -72,8 +57,4 @@ def token_distributions(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor
 
 def _parts(of_rows: Tensor, table_VX: Tensor) -> Sequence[Tensor]:
     """Rows in parts whose scores are few enough; in one where they are traced, and the caller limits them."""
-    return (of_rows,) if torch.compiler.is_compiling() else of_rows.split(_rows_at_once(table_VX))
-
-
-def _rows_at_once(table_VX: Tensor) -> int:
-    return max(1, SCORES_AT_ONCE // len(table_VX))
+    return (of_rows,) if torch.compiler.is_compiling() else of_rows.split(rows_at_once(table_VX))

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.core.cross_entropy import cross_entropy
 from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import MIN_TEMPERATURE, Target, TokenProbabilities, require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
-from calm.models.heads.scores import cross_entropy, draw_tokens, likeliest, probabilities
+from calm.models.heads.scores import draw_tokens, likeliest, probabilities
 from calm.models.heads.step_network import RecomputedBlock
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 
@@ -104,8 +105,9 @@ class SequentialHead(TokenHead):
 
     def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """See `Likelihood`."""
-        vectors_MX = self._vectors(states_PD, tokens_PK)
-        return cross_entropy(vectors_MX, self._table(), tokens_PK.flatten()).view_as(tokens_PK)
+        vectors_MR = self._vectors(states_PD, tokens_PK)
+        losses_M = cross_entropy(vectors_MR, self.scores.weight, tokens_PK.flatten(), self.scores.bias)
+        return losses_M.view_as(tokens_PK)
 
     def token_probabilities(
         self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
@@ -119,7 +121,7 @@ class SequentialHead(TokenHead):
             raise ValueError(
                 f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."
             )
-        vectors_MX = self._vectors(states_PD, tokens_PK) / temperature
+        vectors_MX = _with_one(self._vectors(states_PD, tokens_PK)) / temperature
         figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
         return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
 
@@ -172,7 +174,7 @@ class SequentialHead(TokenHead):
         return torch.stack(tokens, dim=-1)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """What meets the table at every place, given the true tokens before it, (P·K, r + 1)."""
+        """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, r)."""
         state_PD, before_PKE = self._parts(states_PD)
         size = self.config.chunk_size
         known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
@@ -182,7 +184,7 @@ class SequentialHead(TokenHead):
         for block in self.blocks:
             x_PKD = block(x_PKD, condition_P1D)
         vectors_PKR = self.out(self.out_norm(x_PKD)) + self.direct(state_PD).unflatten(-1, (size, -1))
-        return _with_one(vectors_PKR.flatten(0, 1))
+        return vectors_PKR.flatten(0, 1)
 
     def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K, E)."""

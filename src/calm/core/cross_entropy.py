@@ -1,0 +1,180 @@
+"""Cross-entropy under the softmax of products with a table, without the scores of all rows in memory.
+
+With few features and many tokens, scores are the largest thing in a training step, and each pass over them
+costs more than the products that made them. On a CPU they are made for as many rows as a cache holds, and
+the gradients at once with them: the backward pass has only to scale those. (Known for sums and means on GPUs
+as fused linear cross-entropy, Hsu et al., arXiv 2410.10989. Here each row has its own loss.)
+
+Shapes: M rows, X size of their vectors, V vocabulary; S shares of R rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
+
+SCORES_AT_ONCE = 2**26
+"""More are computed in parts; those of a loss anew in the backward pass."""
+
+_SCORES_IN_CACHE = 2**18  # Of a core. And 64 rows at least: of fewer, products are slow.
+
+
+def cross_entropy(
+    vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of each row, (M,), in nats, under the softmax of its products with the table.
+
+    Args:
+        vectors_MX: A vector for each row.
+        table_VX: A vector for each token.
+        targets_M: The token of each row.
+        bias_V: Added to the products.
+    """
+    weights = [part for part in (vectors_MX, table_VX, bias_V) if part is not None]
+    is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
+    if not (is_trained and vectors_MX.is_cpu):
+        return _of_scores(vectors_MX, table_VX, targets_M, bias_V)
+    if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
+        dtype = torch.get_autocast_dtype("cpu")
+        vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    losses: Tensor = _losses_and_gradients(vectors_MX, table_VX, targets_M, bias_V)[0]
+    return losses
+
+
+def rows_at_once(table_VX: Tensor) -> int:
+    """Rows whose scores are few enough to be in memory together."""
+    return max(1, SCORES_AT_ONCE // len(table_VX))
+
+
+def _of_scores(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, bias_V: Tensor | None) -> Tensor:
+    def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(part_MX, table_VX, bias_V).float(), target_M, reduction="none")
+
+    rows = rows_at_once(table_VX)
+    if len(vectors_MX) <= rows:
+        return of_part(vectors_MX, targets_M)
+    parts = zip(vectors_MX.split(rows), targets_M.split(rows), strict=True)
+    return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])
+
+
+# Operators rather than an autograd.Function: compilers and fake tensors need not look into them.
+
+
+@torch.library.custom_op("calm::cross_entropy", mutates_args=())
+def _losses_and_gradients(
+    vectors: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, (M,), and the gradients of their sum by the vectors, the table and the bias."""
+    return _in_parts(vectors, table, targets, bias)
+
+
+@torch.library.custom_op("calm::cross_entropy_backward", mutates_args=())
+def _gradients(
+    weights: Tensor,
+    vectors: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    by_vectors: Tensor,
+    by_table: Tensor,
+    by_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a weighted sum of the losses, given those of the plain sum."""
+    if len(weights) and bool((weights == weights[0]).all()):  # Of a mean.
+        weight = weights[0]
+        return by_vectors * weight, by_table * weight, by_bias * weight
+    return _in_parts(vectors, table, targets, bias, weights)[1:]
+
+
+def _in_parts(
+    vectors_MX: Tensor,
+    table_VX: Tensor,
+    targets_M: Tensor,
+    bias_V: Tensor | None,
+    weights_M: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses_M, by_vectors_MX, by_table_VX, by_bias_V = _outputs(vectors_MX, table_VX)
+    left_MY, right_VY = vectors_MX, table_VX
+    if bias_V is not None:  # One more feature, which is 1 everywhere.
+        left_MY = F.pad(vectors_MX, (0, 1), value=1)
+        right_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
+    cores, size = torch.get_num_threads(), len(table_VX)
+    # Its rows are long, which makes products with it quick.
+    by_right_SYV = right_VY.new_zeros(cores, *right_VY.shape[::-1], dtype=torch.float32)
+    rows = min(max(64, _SCORES_IN_CACHE // size) * cores, SCORES_AT_ONCE // size, len(vectors_MX))
+    rows = max(rows // cores, 1) * cores
+    # The same memory for all parts: new memory is slower to write to than all that is done with it.
+    scores_RV = vectors_MX.new_empty(rows, size)
+    p_RV = torch.empty_like(scores_RV, dtype=torch.float32)
+    for first in range(0, len(vectors_MX), rows):
+        part = slice(first, first + rows)
+        target_M1 = targets_M[part].unsqueeze(-1)
+        scores_MV, p_MV = scores_RV[: len(target_M1)], p_RV[: len(target_M1)]
+        left_SRY = _shared(left_MY[part], cores)
+        shares = len(left_SRY)
+        torch.bmm(left_SRY, right_VY.t().expand(shares, -1, -1), out=_shared(scores_MV, cores))
+        torch.softmax(scores_MV, -1, dtype=torch.float32, out=p_MV)
+        # The likeliest token gives the sum of all: its probability is never 0.
+        sums_M1 = scores_MV.amax(-1, keepdim=True).float() - p_MV.amax(-1, keepdim=True).log()
+        losses_M[part] = (sums_M1 - scores_MV.gather(1, target_M1)).squeeze(-1)
+        p_MV.scatter_add_(1, target_M1, p_MV.new_full((), -1).expand_as(target_M1))
+        if weights_M is not None:
+            p_MV *= weights_M[part].unsqueeze(-1)
+        p_SRV = _shared(p_MV.to(left_SRY.dtype), cores)
+        torch.bmm(p_SRV, table_VX.expand(shares, -1, -1), out=_shared(by_vectors_MX[part], cores))
+        by_right_SYV[:shares] += torch.bmm(left_SRY.transpose(1, 2), p_SRV)
+    by_right_YV = by_right_SYV.sum(0)
+    by_table_VX.copy_(by_right_YV[: table_VX.shape[1]].t())
+    by_bias_V.copy_(by_right_YV[-1] if bias_V is not None else torch.zeros_like(by_bias_V))
+    return losses_M, by_vectors_MX, by_table_VX, by_bias_V
+
+
+def _shared(rows_MX: Tensor, cores: int) -> Tensor:
+    """Rows in equal shares, one for each core, (S, R, X); in a single share if they are not to be had.
+
+    Batched products and softmax then work on the same rows with the same core, so scores stay in its cache.
+    """
+    return rows_MX.unflatten(0, (1 if len(rows_MX) % cores else cores, -1))
+
+
+def _outputs(vectors: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    by_table = torch.empty_like(table, dtype=torch.float32, memory_format=torch.contiguous_format)
+    losses, by_bias = (one.new_empty(len(one), dtype=torch.float32) for one in (vectors, table))
+    by_vectors = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    return losses, by_vectors, by_table, by_bias
+
+
+@_losses_and_gradients.register_fake
+def _(vectors: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    return _outputs(vectors, table)
+
+
+@_gradients.register_fake
+def _(weights: Tensor, vectors: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _outputs(vectors, table)[1:]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *gradients)
+
+
+def _backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    vectors, table, targets, bias, *gradients = ctx.saved_tensors
+    by_vectors, by_table, by_bias = _gradients(weights, vectors, table, targets, bias, *gradients)
+    return by_vectors, by_table.to(table.dtype), None, None if bias is None else by_bias.to(bias.dtype)
+
+
+_losses_and_gradients.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.calm.cross_entropy)
+def _flops(vectors: torch.Size, table: torch.Size, *_: Any, **__: Any) -> int:
+    """Of the scores and both gradients."""
+    return 6 * vectors[0] * table[0] * table[1]
