@@ -138,9 +138,11 @@ def _of_rows(
     if isinstance(randomness, Sequence):
         if len(randomness) != num_rows:
             raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")
-        shape = (num_draws, size)
-        rows = [numbers(shape, generator=g, device=device, dtype=dtype) for g in randomness]
-        return torch.stack(rows, dim=1)
+        of_rows_RNU = torch.empty(num_rows, num_draws, size, device=device, dtype=dtype)
+        fill = Tensor.uniform_ if numbers is torch.rand else Tensor.normal_
+        for row_NU, generator in zip(of_rows_RNU.unbind(0), randomness, strict=True):
+            fill(row_NU, generator=generator)
+        return of_rows_RNU.transpose(0, 1)
     shape_NRU = (num_draws, num_rows, size)
     return numbers(shape_NRU, generator=randomness, device=device, dtype=dtype)
 

@@ -160,7 +160,7 @@ def arguments_of(model, name, rows):
         prepared = model.head.prepare(torch.randn(rows, model.config.state_size))
         requests = ahead.requests_of_draw(model, prepared[:1], 1.0)
         return prepared, *numbers_for(requests, 1, rows, None)
-    cache = [torch.randn(48, rows, 2, 8) for _ in range(4)]
+    cache = [torch.randn(rows, 2, 48, 8) for _ in range(4)]
     return torch.randint(3, 40, (rows, 4)), torch.arange(rows), *cache
 
 

@@ -113,10 +113,10 @@ def test_the_cache_shrinks_with_its_longest_row():
     batch.join([5] * 4, SETTINGS[0], 24, 0)
     batch.step()
     assert batch._open.cache.lengths == [201, 2]
-    assert {states.shape[:2] for states in batch._open.cache.window()} == {(208, 2)}
+    assert {(len(one), one.shape[2]) for one in batch._open.cache.window()} == {(2, 208)}
     batch.step()  # The long one ends.
     assert batch._open.cache.lengths == [3]
-    assert {keys.shape[:2] for keys, _ in batch._open.cache._layers} == {(64, 1)}
+    assert {(len(one), one.shape[2]) for one in batch._open.cache.window()} == {(1, 16)}
 
 
 @pytest.mark.parametrize("place", ["rows.SlotCache.joined", "reading.read_chunks", "reading.SlotCache.part"])

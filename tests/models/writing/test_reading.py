@@ -156,7 +156,7 @@ def test_beginnings_that_were_not_used_for_the_longest_are_forgotten(model):
         reader.add(row_of(), text.flatten().tolist())
         [part], _ = reader.read(1000)
         caches.append(part.cache)
-    of_a_block = 8 * 2 * sum(keys[0].nbytes for keys, _ in caches[0].slice(0, 1))
+    of_a_block = 8 * 2 * sum(keys[0].nbytes for keys, _ in caches[0].chunks(0, 1))
     store = PrefixStore(4 * of_a_block)
     longer = [torch.cat([text, text[:1]]) for text in texts]  # The last chunk is never taken from a store.
     for number in (0, 1):

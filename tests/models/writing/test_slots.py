@@ -78,13 +78,20 @@ def test_rows_that_leave_do_not_change_the_others():
     assert len(kept) == 2 and kept.lengths == [9, 8]
 
 
-def test_the_window_is_one_piece_of_memory_and_no_longer_than_need_be():
+def test_there_is_room_for_a_chunk_in_one_piece_of_memory_and_not_much_more():
     model = tiny_model()
     prompt, cache = read_prompts(model)
-    slots = SlotCache.of(cache, prompt.mask_BC, room=300)
-    assert {(states.shape[0], states.is_contiguous()) for states in slots.window()} == {(16, True)}
-    slots.lengths = [16, 3, 5]
-    assert {states.shape[0] for states in slots.window()} == {32}
+    slots = SlotCache.of(cache, prompt.mask_BC)
+    for lengths, room in (
+        ((6, 3, 5), 16),
+        ((15, 3, 5), 16),
+        ((16, 3, 5), 32),
+        ((800, 3, 5), 816),
+        ((816, 3, 5), 928),
+    ):
+        slots.lengths = list(lengths)
+        assert {(states.shape[2], states.is_contiguous()) for states in slots.window()} == {(room, True)}
+    assert slots.part([1, 1]).window()[0].shape[:3] == (2, 2, 16)
 
 
 def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from calm.core.cross_entropy import rows_at_once
 
+_GROUP = 64  # Tokens of a draw's first step.
+
 
 def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
     """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
@@ -38,6 +40,8 @@ def draw_tokens(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tupl
 
     And the last of these sums, (M,): 1 but for rounding, and not finite where the scores are not.
     """
+    if torch.compiler.is_compiling():
+        return _draw_in_two_steps(F.linear(vectors_MX, table_VX).float(), uniform_M)
     chosen, totals, first = [], [], 0
     for p_MV in token_distributions(vectors_MX, table_VX):
         sums_MV = p_MV.cumsum(-1)
@@ -47,6 +51,28 @@ def draw_tokens(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tupl
         totals.append(sums_MV[:, -1])
         first += p_MV.shape[0]
     return torch.cat(chosen).clamp_max(len(table_VX) - 1), torch.cat(totals)
+
+
+def _draw_in_two_steps(scores_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The same: first a group of tokens, then a token of that group.
+
+    Compiled, sums of groups are fast loops, and a running sum over the vocabulary is not. What is returned as
+    the last sum is that of the exponentials of scores less the highest.
+    """
+    vocab_size = scores_MV.shape[1]
+    padded_MV = F.pad(scores_MV, (0, -vocab_size % _GROUP), value=-torch.inf)
+    scores_MGV = padded_MV.unflatten(-1, (-1, _GROUP))
+    highest_M1 = scores_MV.amax(-1, keepdim=True)
+    sums_MG = (scores_MGV - highest_M1.unsqueeze(-1)).exp().sum(-1).cumsum(-1)
+    total_M1 = sums_MG[:, -1:]
+    point_M1 = uniform_M.unsqueeze(-1).to(sums_MG.dtype) * total_M1
+    group_M1 = (sums_MG <= point_M1).sum(-1, keepdim=True).clamp_max(sums_MG.shape[1] - 1)
+    before_M1 = torch.where(group_M1 > 0, sums_MG.gather(1, (group_M1 - 1).clamp_min(0)), 0)
+    index_MW = group_M1 * _GROUP + torch.arange(_GROUP, device=scores_MV.device)
+    weights_MW = (padded_MV.gather(1, index_MW) - highest_M1).exp()
+    within_M = (before_M1 + weights_MW.cumsum(-1) <= point_M1).sum(-1).clamp_max(_GROUP - 1)
+    tokens_M = group_M1.squeeze(-1) * _GROUP + within_M
+    return tokens_M.clamp_max(vocab_size - 1), total_M1.squeeze(-1)
 
 
 def token_distributions(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:

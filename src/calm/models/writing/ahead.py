@@ -73,17 +73,15 @@ class CompiledSteps:
         """Draws of the next chunk, (N, R, K), as `draw_chunks` has them; None if that is not compiled."""
         num_rows = len(prepared_R)
         number = num_draws * num_rows
-        # The last part of many may be a single one.
-        sizes = {min(number, self._at_once), number % self._at_once or self._at_once}
-        if any(function_name("draw", size, temperature) not in self.functions for size in sizes):
-            return None
-        requests = self._requests.get(temperature)
+        requests = self._requests_for(number, temperature, prepared_R)
         if requests is None:
-            requests = self._requests[temperature] = requests_of_draw(self.model, prepared_R[:1], temperature)
+            return None
         numbers = numbers_for(requests, num_draws, num_rows, randomness, prepared_R.device)
         if num_draws > 1:
             prepared_R = prepared_R.expand(num_draws, *prepared_R.shape).flatten(0, 1)
             numbers = [numbers_NRU.flatten(0, 1).unsqueeze(0) for numbers_NRU in numbers]
+        if number <= self._at_once:
+            return self._draw(prepared_R, numbers, temperature).unflatten(0, (num_draws, num_rows))
         chunks_MK = torch.cat(
             [
                 self._draw(prepared_R[part], [one[:, part] for one in numbers], temperature)
@@ -91,6 +89,17 @@ class CompiledSteps:
             ]
         )
         return chunks_MK.unflatten(0, (num_draws, num_rows))
+
+    def _requests_for(self, number: int, temperature: float, prepared_R: Tensor) -> list[Request] | None:
+        """What so many draws ask for; None if they are not compiled."""
+        # The last part of many may be a single one.
+        sizes = {min(number, self._at_once), number % self._at_once or self._at_once}
+        if any(function_name("draw", size, temperature) not in self.functions for size in sizes):
+            return None
+        requests = self._requests.get(temperature)
+        if requests is None:
+            requests = self._requests[temperature] = requests_of_draw(self.model, prepared_R[:1], temperature)
+        return requests
 
     def _draw(self, prepared_M: Tensor, numbers_1MU: list[Tensor], temperature: float) -> Tensor:
         function = self.functions[function_name("draw", len(prepared_M), temperature)]

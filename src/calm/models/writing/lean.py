@@ -38,24 +38,25 @@ class ChunkStep(nn.Module):
         Args:
             chunks_RK: The last chunk of every row.
             length_R: Chunks of each row before it.
-            cache: Keys and values (C, R, H, d) of each layer in turn.
+            cache: Keys and values (R, H, C, d) of each layer in turn.
         """
-        model, num_chunks = self.model, cache[0].shape[0]
+        model, (_, num_heads, num_chunks, _) = self.model, cache[0].shape
         cos_R1d, sin_R1d = self._rotation(length_R)
-        row_R = torch.arange(length_R.shape[0], device=length_R.device)
+        row_R1 = torch.arange(length_R.shape[0], device=length_R.device).unsqueeze(-1)
+        slot = (row_R1, torch.arange(num_heads, device=length_R.device), length_R.unsqueeze(-1))
         is_seen_RC = torch.arange(num_chunks, device=length_R.device) <= length_R.unsqueeze(-1)
         x_RD = model.embed_chunks(chunks_RK.unsqueeze(1)).squeeze(1)
-        for layer, keys_CRHd, values_CRHd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
+        for layer, keys_RHCd, values_RHCd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RD = layer.input_layernorm(x_RD)
             query_RGd = _turned(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
             key_RHd = _turned(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
             value_RHd = self._heads(attention.v_proj(normed_RD))
             # Under autocast the cache has the type that it chose for the prompt.
-            keys_CRHd.index_put_((length_R, row_R), key_RHd.to(keys_CRHd.dtype))
-            values_CRHd.index_put_((length_R, row_R), value_RHd.to(values_CRHd.dtype))
-            query_RGd = query_RGd.to(keys_CRHd.dtype)
-            mixed_RX = _attend(query_RGd, keys_CRHd, values_CRHd, is_seen_RC, attention.scaling)
+            keys_RHCd.index_put_(slot, key_RHd.to(keys_RHCd.dtype))
+            values_RHCd.index_put_(slot, value_RHd.to(values_RHCd.dtype))
+            query_RGd = query_RGd.to(keys_RHCd.dtype)
+            mixed_RX = _attend(query_RGd, keys_RHCd, values_RHCd, is_seen_RC, attention.scaling)
             x_RD = x_RD + attention.o_proj(mixed_RX)
             x_RD = x_RD + layer.mlp(layer.post_attention_layernorm(x_RD))
         states_RD: Tensor = model.backbone.norm(x_RD)
@@ -100,24 +101,22 @@ def _turned(x_RHd: Tensor, cos_R1d: Tensor, sin_R1d: Tensor) -> Tensor:
 
 
 def _attend(
-    query_RGd: Tensor, keys_CRHd: Tensor, values_CRHd: Tensor, is_seen_RC: Tensor, scaling: float
+    query_RGd: Tensor, keys_RHCd: Tensor, values_RHCd: Tensor, is_seen_RC: Tensor, scaling: float
 ) -> Tensor:
     """What each row's query finds among its chunks, (R, G·d)."""
-    num_heads = query_RGd.shape[1]
-    if (
-        torch.compiler.is_compiling() and query_RGd.shape[0] == 1
-    ):  # Fused loops beat a kernel for many queries.
-        grouped_RHgd = query_RGd.unflatten(1, (keys_CRHd.shape[2], -1)) * scaling
-        scores_CRHg = (grouped_RHgd.unsqueeze(0) * keys_CRHd.unsqueeze(3)).sum(-1)
-        scores_CRHg = scores_CRHg.masked_fill(~is_seen_RC.T[..., None, None], -torch.inf)
-        weights_CRHg = scores_CRHg.float().softmax(0).to(values_CRHd.dtype)
-        return (weights_CRHg.unsqueeze(-1) * values_CRHd.unsqueeze(3)).sum(0).flatten(1)
+    if torch.compiler.is_compiling() and query_RGd.shape[0] == 1:
+        # Fused loops beat a kernel for many queries.
+        query_RHgd = query_RGd.unflatten(1, (keys_RHCd.shape[1], -1)) * scaling
+        scores_RHCg = (query_RHgd.unsqueeze(2) * keys_RHCd.unsqueeze(3)).sum(-1)
+        scores_RHCg = scores_RHCg.masked_fill(~is_seen_RC[:, None, :, None], -torch.inf)
+        weights_RHCg = scores_RHCg.float().softmax(2).to(values_RHCd.dtype)
+        return (weights_RHCg.unsqueeze(-1) * values_RHCd.unsqueeze(3)).sum(2).flatten(1)
     mixed_RG1d = F.scaled_dot_product_attention(
         query_RGd.unsqueeze(2),
-        keys_CRHd.permute(1, 2, 0, 3),
-        values_CRHd.permute(1, 2, 0, 3),
+        keys_RHCd,
+        values_RHCd,
         attn_mask=is_seen_RC[:, None, None],
         scale=scaling,
-        enable_gqa=num_heads != keys_CRHd.shape[2],
+        enable_gqa=query_RGd.shape[1] != keys_RHCd.shape[1],
     )
     return mixed_RG1d.flatten(1)

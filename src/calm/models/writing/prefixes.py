@@ -46,7 +46,10 @@ class PrefixStore:
         self._touch(names)
         per_layer = zip(*(self._blocks[name] for name in names), strict=True)
         layers = [
-            (torch.cat([keys for keys, _ in blocks]), torch.cat([values for _, values in blocks]))
+            (
+                torch.cat([keys for keys, _ in blocks], dim=2),
+                torch.cat([values for _, values in blocks], dim=2),
+            )
             for blocks in per_layer
         ]
         return SlotCache(layers, [len(names) * _BLOCK])
@@ -61,7 +64,7 @@ class PrefixStore:
         names = list(_names(chunks_CK))
         for number, name in enumerate(names):
             if self._max_bytes and name not in self._blocks:
-                block = cache.slice(number * _BLOCK, (number + 1) * _BLOCK)
+                block = cache.chunks(number * _BLOCK, (number + 1) * _BLOCK)
                 self._blocks[name] = block
                 self._bytes += _size(block)
         self._touch([name for name in names if name in self._blocks])

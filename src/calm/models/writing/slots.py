@@ -12,16 +12,16 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-_STEP = 64  # Room is made for so many chunks at a time,
-_WINDOW = 16  # and attention looks at whole multiples of this.
+# Attention reads all the room there is, so little is made at a time: an eighth of a long text, because more room
+# is a copy of what is there.
+_STEP, _SHARE = 16, 8
 
 
 class SlotCache:
     """A cache in which every row begins at the front and has a length of its own.
 
     Args:
-        layers: Keys and values of each layer, (C, R, H, d); chunks come first, so that those in use are one
-            piece of memory.
+        layers: Keys and values of each layer, (R, H, C, d).
         lengths: Chunks of each row.
     """
 
@@ -29,28 +29,26 @@ class SlotCache:
         self._layers, self.lengths = layers, list(lengths)
 
     @classmethod
-    def of(cls, cache: DynamicCache, mask_RC: Tensor, room: int = 1) -> "SlotCache":
+    def of(cls, cache: DynamicCache, mask_RC: Tensor) -> "SlotCache":
         """What a forward pass has left in a cache of transformers.
 
         Args:
             cache: Its cache.
             mask_RC: 1 on chunks of the text; padding may be anywhere.
-            room: Chunks to come.
         """
-        num_rows, width = mask_RC.shape
+        width = mask_RC.shape[1]
         # Row by row, the chunks of the text, and nothing behind them: attention gives that no weight, but no
         # weight of what is not finite is not a number.
         index_RC = mask_RC.argsort(dim=-1, descending=True, stable=True)
-        is_empty_CR = mask_RC.gather(1, index_RC).T == 0
-        rows_R1 = torch.arange(num_rows, device=mask_RC.device).unsqueeze(-1)
-        capacity = _rounded(width + room)
+        is_empty_RC = mask_RC.gather(1, index_RC) == 0
+        room = _rounded(width + 1) - width
 
         def moved(states_RHCd: Tensor) -> Tensor:
-            slots_CRHd = states_RHCd.new_zeros(capacity, num_rows, states_RHCd.shape[1], states_RHCd.shape[3])
-            rows, columns = rows_R1.to(states_RHCd.device), index_RC.to(states_RHCd.device)
-            text_CRHd = states_RHCd[rows, :, columns].transpose(0, 1)
-            slots_CRHd[:width] = text_CRHd.masked_fill(is_empty_CR[..., None, None].to(text_CRHd.device), 0)
-            return slots_CRHd
+            index_R1C1, is_empty_R1C1 = (
+                one_RC[:, None, :, None].to(states_RHCd.device) for one_RC in (index_RC, is_empty_RC)
+            )
+            text_RHCd = states_RHCd.gather(2, index_R1C1.expand_as(states_RHCd))
+            return pad(text_RHCd.masked_fill(is_empty_R1C1, 0), (0, 0, 0, room))
 
         filled: Any = cache.layers
         return cls([(moved(layer.keys), moved(layer.values)) for layer in filled], mask_RC.sum(-1).tolist())
@@ -62,8 +60,8 @@ class SlotCache:
         capacity = _rounded(max(lengths) + 1)
 
         def side_by_side(states: Sequence[Tensor]) -> Tensor:
-            short = [one[:capacity] for one in states]
-            return torch.cat([pad(one, (0, 0) * 3 + (0, capacity - len(one))) for one in short], dim=1)
+            short = [one_RHCd[:, :, :capacity] for one_RHCd in states]
+            return torch.cat([pad(one, (0, 0, 0, capacity - one.shape[2])) for one in short])
 
         layers = []
         for layer in zip(*(part._layers for part in parts), strict=True):
@@ -73,7 +71,7 @@ class SlotCache:
 
     def empty_row(self) -> "SlotCache":
         """A row of which nothing has been read, for the same layers."""
-        nothing = [tuple(torch.zeros_like(states[:1, :1]) for states in layer) for layer in self._layers]
+        nothing = [tuple(torch.zeros_like(states[:1, :, :1]) for states in layer) for layer in self._layers]
         return SlotCache([(keys, values) for keys, values in nothing], [0])
 
     def __len__(self) -> int:
@@ -81,20 +79,17 @@ class SlotCache:
         return len(self.lengths)
 
     def window(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, views (C, R, H, d) with room for one more."""
-        needed = max(self.lengths) + 1
-        self._make_room(needed)
-        width = _rounded(needed, _WINDOW)
-        return [states[:width] for layer in self._layers for states in layer]
+        """Keys and values of each layer in turn, (R, H, C, d), with room for one more."""
+        self._make_room(max(self.lengths) + 1)
+        return [states for layer in self._layers for states in layer]
 
     def _make_room(self, needed: int) -> None:
-        capacity = self._layers[0][0].shape[0]
+        capacity = self._layers[0][0].shape[2]
         if needed > capacity:
-            more = _rounded(max(needed, 2 * capacity)) - capacity
-            self._layers = [
-                (pad(keys, (0, 0) * 3 + (0, more)), pad(values, (0, 0) * 3 + (0, more)))
-                for keys, values in self._layers
-            ]
+            more = _rounded(max(needed, capacity + capacity // _SHARE)) - capacity
+            # One after the other: no more than one of them is in memory twice.
+            for number, (keys, values) in enumerate(self._layers):
+                self._layers[number] = (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
 
     def grow(self) -> None:
         """Count a chunk that was written behind every row."""
@@ -113,8 +108,8 @@ class SlotCache:
         [length] = other.lengths
         self._make_room(length + 1)
         for layer, of_other in zip(self._layers, other._layers, strict=True):
-            for states_CRHd, of_other_C1Hd in zip(layer, of_other, strict=True):
-                states_CRHd[:length, place] = of_other_C1Hd[:length, 0]
+            for states_RHCd, of_other_1HCd in zip(layer, of_other, strict=True):
+                states_RHCd[place, :, :length] = of_other_1HCd[0, :, :length]
         self.lengths[place] = length
 
     def part(self, places: Sequence[int]) -> "SlotCache":
@@ -125,19 +120,18 @@ class SlotCache:
         if list(places) == list(range(len(self))):
             return self.shared()
         lengths = [self.lengths[place] for place in places]
-        needed = _rounded(max(lengths, default=0) + 1)
-        capacity = self._layers[0][0].shape[0]
-        # Room that was made for chunks to come stays, unless it was for rows that are much longer.
-        width = needed if capacity >= 2 * needed else capacity
+        width = _rounded(max(lengths, default=0) + 1)
 
-        def chosen(states_CRHd: Tensor) -> Tensor:
-            return states_CRHd[:width, torch.tensor(places, dtype=torch.long, device=states_CRHd.device)]
+        def chosen(states_RHCd: Tensor) -> Tensor:
+            index = torch.tensor(places, dtype=torch.long, device=states_RHCd.device)
+            return states_RHCd[:, :, :width].index_select(0, index)
 
         return SlotCache([(chosen(keys), chosen(values)) for keys, values in self._layers], lengths)
 
-    def slice(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of keys and values of some chunks of each layer, (end - first, R, H, d)."""
-        return [(keys[first:end].clone(), values[first:end].clone()) for keys, values in self._layers]
+    def chunks(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of keys and values of some chunks of each layer, (R, H, end - first, d)."""
+        part = slice(first, end)
+        return [(keys[:, :, part].clone(), values[:, :, part].clone()) for keys, values in self._layers]
 
     def to_transformers(self, config: PreTrainedConfig) -> tuple[DynamicCache, Tensor]:
         """The same as a cache of transformers, and its mask (R, C), 0 behind the shorter rows.
@@ -147,11 +141,11 @@ class SlotCache:
         """
         width, cache = max(self.lengths), DynamicCache(config=config)
         for number, (keys, values) in enumerate(self._layers):
-            cache.update(keys[:width].permute(1, 2, 0, 3), values[:width].permute(1, 2, 0, 3), number)
+            cache.update(keys[:, :, :width], values[:, :, :width], number)
         device = self._layers[0][0].device
         length_R1 = torch.tensor(self.lengths, device=device).unsqueeze(-1)
         return cache, (torch.arange(width, device=device) < length_R1).long()
 
 
-def _rounded(length: int, step: int = _STEP) -> int:
-    return -(-length // step) * step
+def _rounded(length: int) -> int:
+    return -(-length // _STEP) * _STEP

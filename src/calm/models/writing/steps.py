@@ -56,7 +56,7 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
         return TransformersSteps(model, prompt, num_steps, config)
     # What is compiled knows nothing of autocast.
     is_plain = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
-    return LeanSteps(model, prompt, num_steps, is_plain)
+    return LeanSteps(model, prompt, is_plain)
 
 
 class SlotSteps:
@@ -100,12 +100,11 @@ class LeanSteps:
     Args:
         model: The model.
         prompt: The prompts.
-        num_steps: Chunks that will be written at most.
         may_be_compiled: Whether what is compiled of the model is used where it serves.
     """
 
-    def __init__(self, model: ChunkModel, prompt: Prompt, num_steps: int, may_be_compiled: bool) -> None:
-        self._model, self._prompt, self._num_steps = model, prompt, num_steps
+    def __init__(self, model: ChunkModel, prompt: Prompt, may_be_compiled: bool) -> None:
+        self._model, self._prompt = model, prompt
         self._steps = SlotSteps(model, may_be_compiled)
         self._cache: SlotCache | None = None
 
@@ -118,7 +117,7 @@ class LeanSteps:
         """See `Steps`."""
         cache = DynamicCache(config=self._model.config.backbone)
         states_BCD = self._prompt.read(self._model, cache)
-        self._cache = SlotCache.of(cache, self._prompt.mask_BC, self._num_steps)
+        self._cache = SlotCache.of(cache, self._prompt.mask_BC)
         return states_BCD[:, -1]
 
     def advance(self, chunks_AK: Tensor) -> Tensor:

@@ -104,10 +104,10 @@ def _advance(model: Any, rows: int) -> Traced:
     chunks_RK = torch.arange(number * model.config.chunk_size).view(number, -1) % model.config.vocab_size
     length_R = torch.arange(number) + 3
     cache = [
-        torch.randn(32, number, heads, attention.head_dim).to(dtype) for _ in range(2 * len(backbone.layers))
+        torch.randn(number, heads, 32, attention.head_dim).to(dtype) for _ in range(2 * len(backbone.layers))
     ]
     of_rows = {} if rows == 1 else {0: _ROWS}
-    of_cache = {0: _CHUNKS} if rows == 1 else {0: _CHUNKS, 1: _ROWS}
+    of_cache = {2: _CHUNKS} if rows == 1 else {0: _ROWS, 2: _CHUNKS}
     dynamic = (of_rows, of_rows, (of_cache,) * len(cache))
     return Traced(_Advance(model), (chunks_RK, length_R, *cache), dynamic, is_small=rows == 1)
 

@@ -1,0 +1,40 @@
+"""Scores of a whole vocabulary: a draw that is compiled is the one that is not."""
+
+import pytest
+import torch
+
+from calm.models.heads.scores import draw_tokens
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """`draw_tokens` as it is when it is compiled; nothing is compiled here."""
+    return torch.compile(draw_tokens, backend="eager", dynamic=True)
+
+
+@pytest.mark.parametrize("vocab_size", [3, 64, 200, 4096])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_traced_draws_are_the_same(vocab_size, spread, traced):
+    torch.manual_seed(vocab_size)
+    table = spread * torch.randn(vocab_size, 8)
+    vectors, uniform = torch.randn(500, 8), torch.rand(500)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The least and the largest that there are.
+    plain, sums = draw_tokens(vectors, table, uniform)
+    tokens, totals = traced(vectors, table, uniform)
+    # Sums in another order round in another way: a number may lie on the other side of a border.
+    assert (tokens == plain).float().mean() >= 0.995
+    assert (tokens - plain).abs().max() <= 1 or spread > 1
+    assert sums.isfinite().all() and totals.isfinite().all()
+
+
+def test_tokens_without_probability_are_not_drawn(traced):
+    table = torch.full((130, 1), -1e30)
+    table[[0, 63, 64, 129], 0] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    tokens, _ = traced(torch.ones(4000, 1), table, (torch.arange(4000) + 0.5) / 4000)
+    assert tokens.bincount(minlength=130)[[0, 63, 64, 129]].tolist() == [400, 800, 1200, 1600]
+
+
+def test_totals_tell_of_scores_that_are_not_finite(traced):
+    vectors = torch.tensor([[1.0], [torch.nan], [torch.inf]])
+    _, totals = traced(vectors, torch.ones(70, 1), torch.rand(3))
+    assert totals.isfinite().tolist() == [True, False, False]
