@@ -40,8 +40,9 @@ fuzz: $(STAMP)          ## search for input that breaks something, for about an 
 soak: $(STAMP)          ## serve a crowd that behaves badly for half an hour
 	$(BIN)/python benchmarks/soak.py
 
-bench: $(STAMP)         ## time ours against literal references, in turns (about a quarter of an hour, most of it compiling)
-	for question in energy.py "training_step.py --compile" options.py "generation.py --compile" tokenizing.py; do \
+bench: $(STAMP)         ## time ours against literal references, in turns (about 20 minutes, most of it compiling)
+	for question in energy.py "training_step.py --compile" flop_rate.py options.py "generation.py --compile" \
+		"serving.py stories" tokenizing.py; do \
 		$(BIN)/python benchmarks/$$question || exit 1; done
 
 gpu: $(STAMP)           ## whether one GPU says what the CPU says, and how fast it is (eight minutes)
