@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-# Attention reads all the room there is, so little is made at a time: an eighth of a long text, as more room is
-# a copy of what is there.
+# Attention reads all the room there is, so little is made at a time; an eighth of a long text, for more room
+# is a copy of what is there.
 _STEP, _SHARE = 16, 8
 
 
