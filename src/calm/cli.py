@@ -27,7 +27,7 @@ from calm.training.recipe import Recipe
 
 # Commands that follow a recipe, whose fields are their options.
 _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
-_POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question")
+_POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question", "task")
 _SHORT = {"samples": "-n", "file": "-f"}
 _QUIET = "Print results, warnings and errors only."
 _FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}  # Printed recipes lack it.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from calm.commands.chatting import chat
 from calm.commands.listing import models, recipes
-from calm.commands.making import ablate, compare, demo, finetune, prepare, train
+from calm.commands.making import ablate, compare, demo, finetune, prepare, tasks, train
 from calm.commands.planning import plan
 from calm.commands.sharing import import_published, serve, share
 from calm.commands.using import compile_steps, doctor, evaluate, flops, generate
@@ -14,6 +14,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
     "finetune": finetune,
+    "tasks": tasks,
     "evaluate": evaluate,
     "compare": compare,
     "ablate": ablate,

@@ -97,6 +97,37 @@ def prepare(
     )
 
 
+def tasks(
+    task: str,
+    hops: int,
+    number: int,
+    output: str,
+    seed: int = 0,
+    held_out: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write questions that take several steps to answer, with the steps, for finetune.
+
+    Args:
+        task: chain (what a name is worth, modulo 7) or graph (which node can be reached).
+        hops: Steps to the answer.
+        number: Questions to write.
+        output: File of JSON lines.
+        seed: Another one gives other questions.
+        held_out: Write those kept for scoring: no seed gives them without this.
+        overwrite: Replace the file.
+    """
+    SEEDS.require("seed", seed)
+    Range(1, 10**8).require("number", number)
+    from calm.data.tasks import write_items
+    from calm.storage.folders import check_file
+
+    path = Path(output)
+    check_file(path, overwrite)
+    write_items(path, task, hops, seed, number, held_out)
+    print(f"{number:,} items: {path}")
+
+
 def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
     """Follow a recipe: prepare the text, train the autoencoder, then the language model.
 

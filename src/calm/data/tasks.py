@@ -1,0 +1,180 @@
+"""Questions that take several steps to answer, without end and without shortcuts.
+
+Two tasks, small enough to be learned on two processor cores, for models that reason: in words, or in
+continuous thoughts (Hao et al., arXiv 2412.06769, whose own questions about graphs, ProsQA, can be guessed in
+part from how often a node is named). Each fact, step and question is four words, so that chunks of one, two
+and four tokens fit them if the tokenizer has a token for each word.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+from calm.errors import InputError
+from calm.ranges import Range
+from calm.storage.disk import write_file_whole
+
+MODULUS = 7
+_HELD_OUT = 16  # One group of facts in so many is kept for scoring, whatever the seed.
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question.
+
+    Args:
+        facts: What is given, in a random order.
+        question: What is asked.
+        steps: How the answer is found, one hop each.
+        answer: The answer, one word.
+    """
+
+    facts: tuple[str, ...]
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As `calm finetune` reads it, with the steps beside."""
+        return {
+            "prompt": " ".join([*self.facts, self.question]),
+            "steps": list(self.steps),
+            "completion": f" {self.answer}",
+            "hops": len(self.steps),
+        }
+
+
+def chain(rng: random.Random, hops: int) -> list[Item]:
+    """What a name is worth modulo 7, at the end of a chain of products and sums.
+
+    `a = 5 .` begins a chain, `b a * 3` and `b a + 3` go on with it. A second chain of the same kind lies
+    among it. At least one hop adds a number that is 0 to 6 with equal chances, so the answer is as likely to
+    be any number whatever else is known: chance is 1/7.
+
+    Args:
+        rng: Source of randomness.
+        hops: Facts between what is known and what is asked.
+    """
+    names = iter(rng.sample(ascii_lowercase, 2 * (hops + 1)))
+    asked, other = (_chain(rng, [next(names) for _ in range(hops + 1)]) for _ in range(2))
+    facts = [*asked[0], *other[0]]
+    rng.shuffle(facts)
+    values = asked[1]
+    steps = tuple(f"{name} = {value} ." for name, value in values[1:])
+    return [Item(tuple(facts), f"{values[-1][0]} = ? :", steps, str(values[-1][1]))]
+
+
+def _chain(rng: random.Random, names: list[str]) -> tuple[list[str], list[tuple[str, int]]]:
+    """Facts, and what each name is worth."""
+    hops = len(names) - 1
+    adds = {rng.randrange(hops)} | {hop for hop in range(hops) if rng.random() < 0.5}
+    value = rng.randrange(MODULUS)
+    facts, values = [f"{names[0]} = {value} ."], [(names[0], value)]
+    for hop, (before, name) in enumerate(itertools.pairwise(names)):
+        number = rng.randrange(MODULUS) if hop in adds else rng.randrange(2, MODULUS)
+        value = (value + number if hop in adds else value * number) % MODULUS
+        facts.append(f"{name} {before} {'+' if hop in adds else '*'} {number}")
+        values.append((name, value))
+    return facts, values
+
+
+def graph(rng: random.Random, hops: int) -> list[Item]:
+    """Which of two nodes can be reached from a root: two items, one for each root of the same graph.
+
+    `a > b .` is an edge. The graph has two halves that are equal but for their names, each with a root and a
+    node that is `hops` edges away from it. Both roots are asked for the same two nodes, so whatever does not
+    look at the root is right once and wrong once: chance is exactly 1/2.
+
+    Args:
+        rng: Source of randomness.
+        hops: Edges between the root and the node.
+    """
+    size = rng.randint(max(4, hops + 2), max(8, hops + 2))
+    edges = _shape(rng, hops, size)
+    names = rng.sample(ascii_lowercase, 2 * size)
+    halves = names[:size], names[size:]
+    facts = [f"{half[start]} > {half[end]} ." for half in halves for start, end in edges]
+    rng.shuffle(facts)
+    targets = [half[hops] for half in halves]
+    rng.shuffle(targets)
+    items = []
+    for half in halves:
+        steps = tuple(f"{half[hop]} > {half[hop + 1]} ." for hop in range(hops))
+        items.append(Item(tuple(facts), f"{half[0]} ? {targets[0]} {targets[1]}", steps, half[hops]))
+    rng.shuffle(items)
+    return items
+
+
+def _shape(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
+    """Edges of a half: the path from 0 to `hops`, and other nodes that hang on to it and to each other."""
+    edges = {(hop, hop + 1) for hop in range(hops)}
+    for node in range(hops + 1, size):
+        edges.add((rng.randrange(node), node))
+    for _ in range(rng.randint(0, 2)):  # Later nodes only, off the path: none of these is a way to its end.
+        start, end = sorted(rng.sample(range(size), 2))
+        if end > hops:
+            edges.add((start, end))
+    return sorted(edges)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question.
+
+    Args:
+        make: Makes the items of a group of facts.
+        hops: How many steps they may take.
+    """
+
+    make: Callable[[random.Random, int], list[Item]]
+    hops: Range
+
+
+TASKS = {"chain": Task(chain, Range(1, 12)), "graph": Task(graph, Range(1, 11))}
+
+
+def items(
+    name: str, hops: int, seed: int = 0, number: int | None = None, held_out: bool = False
+) -> Iterator[Item]:
+    """Items without end, or so many.
+
+    Args:
+        name: "chain" or "graph".
+        hops: Steps to the answer.
+        seed: Names the sequence; the same on every machine and Python version.
+        number: How many; None for no end.
+        held_out: Those kept for scoring: their facts, in whatever order, are in no sequence of the others.
+
+    Raises:
+        InputError: If there is no such task, or it does not have so many hops.
+    """
+    if name not in TASKS:
+        raise InputError(f"there is no task '{name}'; there are {' and '.join(TASKS)}.")
+    TASKS[name].hops.require("hops", hops)
+    return itertools.islice(_items(name, hops, seed, held_out), number)
+
+
+def _items(name: str, hops: int, seed: int, held_out: bool) -> Iterator[Item]:
+    for attempt in itertools.count():
+        group = TASKS[name].make(random.Random(f"{name}/{hops}/{seed}/{attempt}"), hops)
+        if _is_held_out(group[0].facts) == held_out:
+            yield from group
+
+
+def _is_held_out(facts: tuple[str, ...]) -> bool:
+    digest = hashlib.sha256("\n".join(sorted(facts)).encode()).digest()
+    return digest[0] % _HELD_OUT == 0
+
+
+def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_out: bool) -> None:
+    """Write items to a file of JSON lines, whole or not at all."""
+    lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file_whole(path, "".join(lines))

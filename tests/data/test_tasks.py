@@ -1,0 +1,189 @@
+"""Questions have the answers that their facts say, and nothing short of following the facts finds them."""
+
+import itertools
+import json
+import re
+from collections import Counter
+
+import pytest
+from toy import failure
+
+from calm.cli import main
+from calm.data.tasks import MODULUS, TASKS, items
+from calm.errors import InputError
+
+HOPS = [1, 2, 3, 5, 8]
+
+
+def worth(facts, name):
+    """What a name of a chain is worth, by looking it up from behind."""
+    for fact in facts:
+        words = fact.split()
+        if words[0] == name:
+            if words[1] == "=":
+                return int(words[2])
+            before, number = worth(facts, words[1]), int(words[3])
+            return (before * number if words[2] == "*" else before + number) % MODULUS
+    raise KeyError(name)
+
+
+def distances(facts, root):
+    """Edges to each node that can be reached, breadth first."""
+    edges = [(fact[0], fact[4]) for fact in facts]
+    found, front = {root: 0}, [root]
+    while front:
+        front = [end for start, end in edges if start in front and end not in found]
+        found |= {end: max(found.values()) + 1 for end in front}
+    return found
+
+
+@pytest.mark.parametrize("hops", HOPS)
+def test_answers_of_chains(hops):
+    answers = Counter()
+    for item in items("chain", hops, number=400):
+        name = item.question.split()[0]
+        assert int(item.answer) == worth(item.facts, name)
+        assert len(item.steps) == hops and len(item.facts) == 2 * (hops + 1)
+        for step in item.steps:
+            of, _, value, _ = step.split()
+            assert worth(item.facts, of) == int(value)
+        assert item.steps[-1].split()[0] == name
+        answers[item.answer] += 1
+    expected = 400 / MODULUS
+    assert sum((answers[str(n)] - expected) ** 2 / expected for n in range(MODULUS)) < 22.5  # p = 0.001
+
+
+@pytest.mark.parametrize("hops", HOPS)
+def test_answers_of_graphs(hops):
+    for pair in zip(*[items("graph", hops, number=400)] * 2, strict=True):
+        one, other = pair
+        assert one.facts == other.facts and one.question[2:] == other.question[2:]
+        assert {one.answer, other.answer} == set(one.question[4:].split())  # Another root, the other answer.
+        for item in pair:
+            found = distances(item.facts, item.question[0])
+            (unreached,) = set(item.question[4:].split()) - {item.answer}
+            assert found[item.answer] == hops == len(item.steps) and unreached not in found
+            assert set(item.steps) <= set(item.facts)
+            path = [item.steps[0][0], *(step[4] for step in item.steps)]
+            assert path[0] == item.question[0] and path[-1] == item.answer
+            assert all(a[4] == b[0] for a, b in itertools.pairwise(item.steps))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_everything_is_four_words(name):
+    for item in items(name, 3, number=100):
+        for part in (*item.facts, *item.steps, item.question):
+            assert re.fullmatch(r"\S( \S){3}", part)
+
+
+def chain_rules(item):
+    """What is known without following the chain."""
+    asked = next(fact.split() for fact in item.facts if fact.split()[0] == item.question.split()[0])
+    roots = [fact.split()[2] for fact in item.facts if " = " in fact]
+    numbers = Counter(fact.split()[-1] for fact in item.facts if " = " not in fact)
+    return {
+        "number of the asked": asked[3],
+        "first root": roots[0],
+        "last root": roots[-1],
+        "most frequent": numbers.most_common(1)[0][0],
+        "most frequent of all": Counter(re.findall(r"\d", " ".join(item.facts))).most_common(1)[0][0],
+        "own root": next(f for f in item.facts if " = " in f and f[0] == chain_root(item)).split()[2],
+    }
+
+
+def chain_root(item):
+    name = item.question.split()[0]
+    while True:
+        words = next(fact.split() for fact in item.facts if fact.split()[0] == name)
+        if words[1] == "=":
+            return name
+        name = words[1]
+
+
+@pytest.mark.parametrize("hops", [2, 3, 6])
+def test_no_shortcut_through_chains(hops):
+    right, number = Counter(), 4000
+    for item in items("chain", hops, seed=1, number=number):
+        for rule, guess in chain_rules(item).items():
+            right[rule] += guess == item.answer
+    error = (MODULUS - 1) ** 0.5 / MODULUS / number**0.5
+    for rule, count in right.items():
+        assert count / number < 1 / MODULUS + 4 * error, rule
+
+
+@pytest.mark.parametrize("hops", [2, 3, 4])
+def test_no_shortcut_through_graphs(hops):
+    """Rules that do not look at the root are right exactly half of the time."""
+    right, number = Counter(), 1000
+    for item in items("graph", hops, seed=1, number=number):
+        text, targets = " ".join(item.facts), item.question[4:].split()
+        rules = {
+            "more mentions": max(targets, key=text.count),
+            "fewer mentions": min(targets, key=text.count),
+            "named first": min(targets, key=text.index),
+            "first in the question": targets[0],
+            "more edges out": max(targets, key=lambda node: text.count(f"{node} >")),
+        }
+        for rule, guess in rules.items():
+            right[rule] += guess == item.answer
+    assert set(right.values()) == {number // 2}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_held_out_is_never_trained_on(name):
+    def facts(seed, held_out, number):
+        return {frozenset(item.facts) for item in items(name, 1, seed, number, held_out)}
+
+    held_out = set.union(*(facts(seed, True, 500) for seed in range(3)))
+    assert not held_out & set.union(*(facts(seed, False, 3000) for seed in range(3)))
+
+
+def test_the_same_seed_gives_the_same_items():
+    assert list(items("chain", 3, 5, 20)) == list(items("chain", 3, 5, 40))[:20]
+    assert list(items("chain", 3, 5, 20)) != list(items("chain", 3, 6, 20))
+    assert next(items("graph", 2, 5)).record == {
+        "prompt": next(items("graph", 2, 5)).record["prompt"],
+        "steps": list(next(items("graph", 2, 5)).steps),
+        "completion": f" {next(items('graph', 2, 5)).answer}",
+        "hops": 2,
+    }
+
+
+@pytest.mark.parametrize(("name", "hops"), [("chain", 13), ("chain", 0), ("graph", 12)])
+def test_hops_that_there_are_not(name, hops):
+    with pytest.raises(InputError, match="hops"):
+        items(name, hops)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_most_hops_have_names_enough(name):
+    most = int(TASKS[name].hops.most)
+    assert len(next(items(name, most)).steps) == most
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "new" / "chain.jsonl"
+    main(["tasks", "chain", "--hops", "3", "--number", "12", "--seed", "4", "--output", str(file)])
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert records == [item.record for item in items("chain", 3, 4, 12)]
+    assert f"12 items: {file}" in capsys.readouterr().out
+    held_out = tmp_path / "held_out.jsonl"
+    main(["tasks", "chain", "--hops", "3", "--number", "5", "--held_out", "--output", str(held_out)])
+    assert len(held_out.read_text().splitlines()) == 5
+
+
+def test_mistakes(tmp_path, capsys):
+    file = tmp_path / "chain.jsonl"
+    command = ["tasks", "chain", "--hops", "3", "--number", "2", "--output", str(file)]
+    file.write_text("mine")
+    assert "exists; choose another --output or pass --overwrite" in failure(capsys, *command)
+    assert file.read_text() == "mine"
+    main([*command, "--overwrite"])
+    assert file.read_text() != "mine"
+    assert "number must be at least 1" in failure(capsys, *command, "--overwrite", "--number", "0")
+    assert "hops" in failure(capsys, *command, "--overwrite", "--hops", "99")
+    assert "no task 'tree'; there are chain and graph" in failure(
+        capsys, "tasks", "tree", *command[2:], "--overwrite"
+    )
+    assert file.read_text().startswith('{"prompt": ')
+    assert "is a folder" in failure(capsys, *command[:-1], str(tmp_path), "--overwrite")
