@@ -10,6 +10,7 @@ from toy import failure
 
 from calm.errors import InputError
 from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model
+from calm.models.missing import place_of
 from calm.models.shipped import folder_of
 
 
@@ -90,3 +91,12 @@ def test_a_name_is_looked_for_without_torch_and_without_retries(tmp_path, monkey
     )
     assert done.returncode == 0, done.stderr
     assert "cannot load 'stoires'" in done.stdout and "did you mean 'stories'?" in done.stdout
+
+
+def test_a_configuration_of_brackets_in_brackets_is_passed_by(tmp_path):
+    """One that happens to lie near must not end the sentence about another in a traceback."""
+    for name, config in (("deep", "[" * 100_000), ("good", '{"model_type": "calm"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"there is no such folder.*good"):
+        place_of(str(tmp_path / "none"))

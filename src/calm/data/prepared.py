@@ -163,7 +163,7 @@ def _check_sizes(path: Path) -> None:
     """Raise InputError if a file has not the size that it was written with: reading it could go astray."""
     try:
         sizes = json.loads((path / INFO).read_text(encoding="utf-8"))["bytes"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"'{path / INFO}' is damaged or of an earlier version, or {CHECKSUMS} is missing; prepare the "
             "text again."

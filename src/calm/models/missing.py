@@ -153,7 +153,7 @@ def settings_of_model(folder: Path) -> dict[str, Any]:
     for file in MODEL_FILES:
         try:
             config = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # Of brackets in brackets.
             continue
         return config if isinstance(config, dict) else {}
     return {}

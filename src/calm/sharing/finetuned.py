@@ -72,7 +72,7 @@ def _read(path: Path, default: str) -> str:
         text = path.read_text(encoding="utf-8") if path.is_file() else default
         for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
             json.loads(part)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"'{path}' is damaged ({reason_of(error)}); move it away to have a card without it."
         ) from error

@@ -40,7 +40,7 @@ def find_damage(folder: Path) -> list[str]:
         expected = {str(name): (int(file["bytes"]), str(file["blake2b"])) for name, file in written.items()}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{CHECKSUMS} cannot be read"]
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         found = threads.map(lambda item: _compare(folder, item[0], *item[1]), expected.items())
@@ -74,7 +74,7 @@ def is_marked(file: Path) -> bool:
     try:
         written = json.loads(_mark_of(file).read_text(encoding="utf-8"))
         return bool(written == _describe(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

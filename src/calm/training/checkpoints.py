@@ -178,5 +178,5 @@ def _is_whole(path: Path) -> bool:
             with zipfile.ZipFile(path) as file:
                 return file.testzip() is None
         return path.stat().st_size > 0
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile):
         return False
