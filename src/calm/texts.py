@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from calm.errors import InputError
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.language_model import language_model
+from calm.models.thoughts import num_tokens_of, thoughts_for
 from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.text.decoding import TextBuilder, decode_after
 from calm.text.encoding import encode_documents
@@ -85,6 +86,7 @@ def continue_tokens(
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
     crop: bool = False,
+    num_thoughts: int | None = None,
     **sampling: Any,
 ) -> Tensor:
     """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
@@ -99,6 +101,7 @@ def continue_tokens(
         seed: Makes the texts repeatable.
         streamer: Gets the prompt, then new tokens as they are written (one prompt).
         crop: Keep the end of a prompt that is too long for the context; without it that is an error.
+        num_thoughts: Thoughts after each prompt; None for as many as the model was trained with.
         **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these
             another model uses `top_p` and `min_p` only.
 
@@ -107,17 +110,19 @@ def continue_tokens(
     """
     if not all(prompts):
         raise InputError("a prompt has no token, and the tokenizer none that begins a text; give a text.")
-    longest = max(map(len, prompts))
+    thought = _tokens_of_thoughts(model, num_thoughts)
+    longest = max(map(len, prompts)) + thought
     if max_new_tokens is None:
-        room = room_beside(model.config, 1 if crop else longest)
+        room = room_beside(model.config, 1 + thought if crop else longest)
         max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
-        prompts = crop_prompts(model, prompts, max_new_tokens)
+        prompts = crop_prompts(model, prompts, max_new_tokens + thought)
+        longest = max(map(len, prompts)) + thought
     # Padding goes in front: a model of tokens goes on from the last column.
     batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
     try:
-        check_room(model.config, max(map(len, prompts)), max_new_tokens)
+        check_room(model.config, longest, max_new_tokens)
         output = language_model(model).generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -125,11 +130,19 @@ def continue_tokens(
             temperature=temperature,
             seed=seed,
             streamer=streamer,
+            num_thoughts=num_thoughts,
             **sampling,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
     return output[:, batch["input_ids"].shape[1] :]
+
+
+def _tokens_of_thoughts(model: PreTrainedModel, number: int | None) -> int:
+    try:
+        return num_tokens_of(thoughts_for(model.config, number), model.config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: int) -> list[list[int]]:

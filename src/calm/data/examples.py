@@ -11,7 +11,7 @@ A prompt has padding in front, so that the completion starts on a chunk boundary
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,23 @@ class Example:
     Args:
         prompt: Tokens of the prompt, with a beginning of text where the tokenizer has one.
         completion: Tokens of the completion, ended by EOS.
+        steps: Tokens of the steps that lead from one to the other, if they are known.
     """
 
     prompt: list[int]
     completion: list[int]
+    steps: tuple[list[int], ...] = ()
 
 
-def read_examples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+def read_examples(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, with_steps: bool = False
+) -> list[list[Example]]:
     """The examples of each record of files, folders or hub datasets.
+
+    Args:
+        sources: The files, folders or datasets.
+        tokenizer: The tokenizer.
+        with_steps: Whether records have `steps`, a list of texts, which is empty if it is not there.
 
     Raises:
         InputError: If a source is missing, or a record is not of either form.
@@ -58,7 +67,8 @@ def read_examples(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     conversations = []
     for where, record in load_records(sources):
         try:
-            conversations.append(list(_examples_of(record, tokenizer)))
+            steps = _steps_of(record, tokenizer) if with_steps else ()
+            conversations.append([replace(one, steps=steps) for one in _examples_of(record, tokenizer)])
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     if not conversations:
@@ -99,6 +109,16 @@ def _examples_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         raise InputError("the completion is empty; leave the record out.")
     prompt_ids = encode_documents(tokenizer, [prompt])[0]
     yield _example(prompt_ids, [*encode_words(tokenizer, completion), tokenizer.eos_token_id])
+
+
+def _steps_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], ...]:
+    """Tokens of the steps of a record, each parted by a space from what is before it."""
+    steps = record.get("steps") or []
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step for step in steps):
+        raise InputError("'steps' must be a list of texts, none of them empty.")
+    if steps and "messages" in record:
+        raise InputError("'steps' go with 'prompt' and 'completion', not with 'messages'.")
+    return tuple(encode_words(tokenizer, step if step[0].isspace() else f" {step}") for step in steps)
 
 
 def _checked_messages(messages: Any) -> list[dict[str, str]]:

@@ -24,8 +24,9 @@ def answer(
     temperature: float,
     num_draws: int,
     seed: int,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
-    """What a model writes after the prompt of each example, at most as long as the longest completion.
+    """What a model writes after the prompt of each example.
 
     Args:
         model: A CALM, or another causal language model.
@@ -34,18 +35,21 @@ def answer(
         temperature: 0 to 1.
         num_draws: Draws of a pool at temperature 0, where a head cannot decode greedily.
         seed: Makes the answers repeatable.
+        max_new_tokens: Most tokens of an answer, fewer where the context has no room for them; as many as the
+            longest completion has when None.
     """
     answers = []
-    longest = max((len(example.completion) for example in examples), default=0)
+    if max_new_tokens is None:
+        max_new_tokens = max((len(example.completion) for example in examples), default=0)
     if (room := room_beside(model.config, 1)) is not None:
-        longest = min(longest, room)
+        max_new_tokens = min(max_new_tokens, room)
     for start in tracked(range(0, len(examples), _ANSWERS_AT_ONCE), "answering", "batch"):
         prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
         tokens = continue_tokens(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             num_draws=num_draws if temperature == 0 else None,
@@ -62,6 +66,16 @@ def exact_match(
     """Percent of the answers that are the completion, but for white space at the ends."""
     pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
     right = [text.strip() == wanted.strip() for text, wanted in pairs]
+    return 100 * sum(right) / len(right)
+
+
+def ends_with_completion(
+    answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Percent of the answers whose last words are the completion, whatever steps were written before them."""
+    pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
+    words = [(text.split(), wanted.split()) for text, wanted in pairs]
+    right = [written[-len(wanted) :] == wanted for written, wanted in words]
     return 100 * sum(right) / len(right)
 
 

@@ -18,10 +18,10 @@ from calm.core.chunks import find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, ZeroLinear
-from calm.models.caches import CACHE
 from calm.models.configuration import CalmConfig
 from calm.models.heads import GenerativeHead, Target, build_head
 from calm.models.saving import SavedAnew
+from calm.models.thoughts import Thinking, read_positions, scale_of
 from calm.models.writing.generate import ChunkGenerationMixin
 
 _NO_VECTORS = (
@@ -172,6 +172,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         noise: Any = None,
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
+        is_thought: Tensor | None = None,
+        state_before: Tensor | None = None,
         **others: Any,
     ) -> CalmOutput:
         """Backbone states; with labels, the head's loss for predicting every next chunk as well.
@@ -191,20 +193,28 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             noise: Recorded training noise of the head.
             return_dict: Accepted as wrappers pass it; the output is a `CalmOutput` always.
             past_key_values: `cache`, under the name that it has in transformers before 5.24.
+            is_thought: Which chunks read the state before them instead of tokens, (B, C); see
+                `calm.models.thoughts`.
+            state_before: State (B, D) before the first chunk, for rows that go on with a thought.
             **others: What wrappers pass beside, such as peft's `inputs_embeds`; must be None.
 
         Raises:
-            ValueError: If T is not a multiple of K, or an argument is not known.
+            ValueError: If T is not a multiple of K, an argument is not known, or there are thoughts and
+                gradients are checkpointed, which drops the cache that they need.
         """
         _check_unused(others)
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
+        thinking = None
+        if is_thought is not None:
+            chunks_BCK = chunks_BCK.masked_fill(is_thought.unsqueeze(-1), self.config.pad_token_id or 0)
+            thinking = Thinking(is_thought, scale_of(self.config), state_before)
         posterior_BCZ = self._encode(chunks_BCK) if self.config.reads_latents else None
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.backbone)
         cache = cache if use_cache else None
         states_BCD = self._states(
-            chunks_BCK, self._chunk_mask(attention_mask), position_ids, cache, posterior_BCZ
+            chunks_BCK, self._chunk_mask(attention_mask), position_ids, cache, posterior_BCZ, thinking
         )
         output = CalmOutput(last_hidden_state=states_BCD, cache=cache)
         if labels is None:
@@ -292,17 +302,11 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         position_ids: Tensor | None,
         cache: Cache | None,
         posterior_BCZ: DiagonalGaussian | None = None,
+        thinking: Thinking | None = None,
     ) -> Tensor:
         """State of every chunk: that of the backbone, followed by what the head reads itself."""
-        outputs = self.backbone(
-            inputs_embeds=self.embed_chunks(chunks_BCK, posterior_BCZ),
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=cache is not None,
-            return_dict=True,
-            **{CACHE: cache},
-        )
-        states_BCD: Tensor = outputs.last_hidden_state
+        inputs_BCD = self.embed_chunks(chunks_BCK, posterior_BCZ)
+        states_BCD = read_positions(self.backbone, inputs_BCD, mask, position_ids, cache, thinking)
         extra_BCX = self.head.embed_chunks(chunks_BCK)
         return states_BCD if extra_BCX is None else torch.cat([states_BCD, extra_BCX], dim=-1)
 

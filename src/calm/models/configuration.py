@@ -14,6 +14,7 @@ from calm.models.hyperparameters import (
     BackboneInput,
     InputHyperparameters,
 )
+from calm.models.thoughts import thoughts_of
 
 AUTOENCODER_KINDS = get_args(AutoencoderKind)
 
@@ -102,6 +103,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         head_config: The generative head: a dict with `head_type` and the fields of that head.
         initializer_range: Standard deviation of new weights outside the backbone.
         layer_norm_eps: Epsilon of the input projection's norm.
+        thoughts: How the model thinks before it answers (see `calm.models.thoughts`); None for not at all.
     """
 
     model_type = "calm"
@@ -116,6 +118,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    thoughts: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_names(type(self), kwargs, more=_WHERE)
@@ -143,6 +146,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         self.backbone_config = _llama(backbone)
         head = _as_mapping("head_config", self.head_config or {"head_type": "energy"})
         self.head_config = _with_sizes(dict(head), autoencoder)
+        thoughts_of(self)
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

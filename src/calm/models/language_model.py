@@ -4,6 +4,7 @@ Nobody outside `models` asks which of the two a network is; `language_model` doe
 """
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.heads import Likelihood
 from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
+from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
@@ -57,6 +59,16 @@ class LanguageModel(abc.ABC):
     @abc.abstractmethod
     def parts(self) -> dict[str, list[str]]:
         """Names of the trained submodules: of the "backbone", and of the "head" where there is one."""
+
+    @property
+    @abc.abstractmethod
+    def can_think(self) -> bool:
+        """Whether it can take thoughts; see `calm.models.thoughts`."""
+
+    @property
+    @abc.abstractmethod
+    def input_rms(self) -> float:
+        """Root mean square of what its layers read: of embeddings, or of what the input projection gives."""
 
     @property
     def longest_context(self) -> int | None:
@@ -136,6 +148,15 @@ class _Chunks(LanguageModel):
     def has_likelihood(self) -> bool:
         return isinstance(self.network.head, Likelihood)
 
+    @property
+    def can_think(self) -> bool:
+        return True
+
+    @property
+    def input_rms(self) -> float:
+        norm = self.network.projection.norm
+        return math.sqrt(float(norm.weight.pow(2).mean() + norm.bias.pow(2).mean()))
+
     def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         return self.network.count_targets(labels, position_ids)
 
@@ -173,6 +194,15 @@ class _Tokens(LanguageModel):
     @property
     def parts(self) -> dict[str, list[str]]:
         return {"backbone": [self.network.base_model_prefix]}
+
+    @property
+    def can_think(self) -> bool:
+        return isinstance(self.network, LlamaForCausalLM)
+
+    @property
+    def input_rms(self) -> float:
+        embedding: Any = self.network.get_input_embeddings()
+        return math.sqrt(float(embedding.weight.pow(2).mean()))
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         return (labels[:, 1:] != IGNORED_LABEL).sum()  # Nothing predicts the first token.
@@ -213,8 +243,16 @@ class _Tokens(LanguageModel):
         sampler: str | Sampler | None = None,
         num_draws: int | None = None,
         max_draws: int | None = None,
+        num_thoughts: int | None = None,
         **arguments: Any,
     ) -> Tensor:
+        if self.can_think:
+            arguments |= {"num_thoughts": num_thoughts}
+        elif num_thoughts:
+            raise ValueError(
+                f"thoughts are for CALM and Llama models, not for a {type(self.network).__name__}; leave out "
+                "num_thoughts."
+            )
         if sampler not in (None, "exact"):
             raise ValueError(
                 f"the {sampler} sampler is for models without probabilities; leave out --sampler."

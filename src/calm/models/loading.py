@@ -29,6 +29,8 @@ from calm.models.fields import check_generation, check_switches
 from calm.models.missing import no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
+from calm.models.thoughts import thoughts_of
+from calm.models.tokens import LlamaForCausalLM
 from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
 from calm.models.writing.ahead import find_steps
 from calm.storage.checksums import check_as_written
@@ -36,6 +38,8 @@ from calm.text.chat import end_of_turn_id
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
+# Classes of our own, for models that others know as well.
+_OWN: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
 
 
 def load_autoencoder(path: Path) -> CalmAutoencoder:
@@ -111,10 +115,10 @@ def load_language_model_and_tokenizer(
     if is_adapter(Path(name)):
         model = _with_adapters(Path(name), **kwargs)
         return _ready(*_with_tokenizer(model, name), name, head)
-    kind = _model_type(Path(name)) if Path(name).is_dir() else None
+    kind = _model_type(Path(name)) if Path(name).is_dir() else _model_type_on_hub(name)
     if kind == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
-    model_class = CalmForCausalLM if kind == "calm" else AutoModelForCausalLM
+    model_class = _OWN.get(kind, AutoModelForCausalLM)
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
 
 
@@ -219,6 +223,14 @@ def _model_type(path: Path) -> str:
     return load_config(path).model_type
 
 
+def _model_type_on_hub(name: str) -> str | None:
+    """The type of a model on the hub; None where loading it will say what is wrong."""
+    try:
+        return open_config(name).model_type
+    except Exception:
+        return None
+
+
 def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     is_here = Path(name).is_dir()
     if is_here:
@@ -258,6 +270,7 @@ def _check_folder(model_class: Any, folder: Path) -> None:
     check_size(config, headers, str(folder))
     try:
         check_switches(vars(config))
+        thoughts_of(config)
         with torch.device("meta"):
             network = getattr(model_class, "from_config", model_class)(config)
     except Exception as error:  # Of whichever class it is.

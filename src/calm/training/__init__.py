@@ -10,6 +10,7 @@ opening.py, runs.py, inputs.py  a run's folder: checked, locked, made ready, res
 blocks.py, batches.py, noise.py what is trained on: blocks of text, batches, the noise of each block
 trainer.py, arguments.py        the Trainer, and what it is told
 optimizers.py, muon.py          optimizers by name; one of your own is registered here
+thinking.py, curriculum.py      thoughts in the place of written steps, stage by stage
 checkpoints.py, faults.py       written whole, found again; what can stop a run
 overview.py                     what a run is about to do, and how long it should take
 precision.py                    float32 or bfloat16, where a recipe leaves it open

@@ -1,6 +1,8 @@
 """The blocks that a network is trained on, and those that it is scored on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -22,12 +24,16 @@ class Blocks:
         held_out: Held-out blocks.
         context: Tokens of a block.
         tokenizer: Their tokenizer, saved with each checkpoint.
+        collate: Blocks -> a batch; None for that of the model.
+        is_in_order: Whether training blocks come in their own order, not in a random one.
     """
 
-    training: datasets.Dataset | BlockStream
-    held_out: datasets.Dataset
+    training: Any
+    held_out: Any
     context: int
     tokenizer: PreTrainedTokenizerBase
+    collate: Callable[..., dict[str, Any]] | None = None
+    is_in_order: bool = False
 
 
 def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chunk_size: int) -> Blocks:

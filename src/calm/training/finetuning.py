@@ -13,14 +13,20 @@ output/
 
 import json
 from pathlib import Path
+from typing import Any
 
-import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
-from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
+from calm.evaluation.answers import (
+    answer,
+    completions_of,
+    ends_with_completion,
+    exact_match,
+    held_out_loss,
+)
 from calm.models.language_model import language_model
 from calm.models.loading import end_as_told, load_language_model_and_tokenizer
 from calm.storage.disk import write_file_whole
@@ -34,6 +40,7 @@ from calm.training.inputs import check_recipe_and_inputs, digest_of_examples, di
 from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.runs import Run
+from calm.training.thinking import StageChange, Thinking, ThinkingRows, thinking_of
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer
 
@@ -91,11 +98,11 @@ def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenize
 def _read(
     recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example]]:
-    settings = recipe.examples
-    conversations = read_examples(settings.source_list, tokenizer)
+    settings, with_steps = recipe.examples, recipe.thoughts.mode != "none"
+    conversations = read_examples(settings.source_list, tokenizer, with_steps)
     if not settings.validation_source_list:
         return split_examples(conversations, settings.validation_fraction, recipe.seed)
-    held_out = read_examples(settings.validation_source_list, tokenizer)
+    held_out = read_examples(settings.validation_source_list, tokenizer, with_steps)
     return [example for c in conversations for example in c], [example for c in held_out for example in c]
 
 
@@ -114,7 +121,8 @@ def _train(
     held_out: list[Example],
 ) -> None:
     recipe, settings = run.recipe, run.recipe.training
-    blocks = _lay_out(run, model, tokenizer, examples, held_out)
+    thinking = thinking_of(recipe, model, tokenizer)
+    blocks = _lay_out(run, model, tokenizer, examples, held_out, thinking)
     asked = held_out[: recipe.answers.number]
 
     def answers_of(model: PreTrainedModel) -> list[str]:
@@ -126,12 +134,18 @@ def _train(
             temperature=how.temperature,
             num_draws=how.num_draws,
             seed=recipe.seed,
+            max_new_tokens=None if thinking is None else thinking.longest_answer(asked),
         )
 
-    def score(scored: PreTrainedModel, blocks: datasets.Dataset) -> dict[str, float]:
-        metrics = {"held_out_loss": held_out_loss(scored, blocks, settings.evaluation_blocks)}
+    def score(scored: PreTrainedModel, blocks: Any) -> dict[str, float]:
+        if thinking is None:
+            loss = held_out_loss(scored, blocks, settings.evaluation_blocks)
+        else:
+            loss = thinking.loss(scored, blocks[: settings.evaluation_blocks])
+        metrics = {"held_out_loss": loss}
         if asked:
-            metrics["exact_match"] = exact_match(answers_of(scored), asked, tokenizer)
+            match = exact_match if thinking is None else ends_with_completion
+            metrics["exact_match"] = match(answers_of(scored), asked, tokenizer)
         return metrics
 
     before = answers_of(model)
@@ -140,6 +154,8 @@ def _train(
     folder, tracking = run.folder / "checkpoints", tracking_of(run)
     stage = Stage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
+    if thinking is not None:
+        trainer.add_callback(StageChange(thinking, model, recipe.thoughts.reset_optimizer))
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
     after = answers_of(model.eval())
@@ -159,24 +175,44 @@ def _lay_out(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     held_out: list[Example],
+    thinking: Thinking | None,
 ) -> Blocks:
     """The blocks of the examples; their numbers are printed and written."""
     context, settings = run.recipe.examples.context, run.recipe.training
+    if thinking is not None:
+        rows = ThinkingRows(
+            thinking, examples, settings.batch_tokens // context, settings.steps, run.recipe.seed
+        )
+        shortened = sum(thinking.shortens(example) for example in examples)
+        _tell(run, examples, held_out, len(rows) / len(examples), len(examples), shortened)
+        return Blocks(rows, held_out, context, tokenizer, thinking.collate, is_in_order=True)
     layout = {
         "chunk_size": language_model(model).chunk_size,
         "block_size": context,
         "pad_token_id": tokenizer.pad_token_id,
     }
     training, shortened = lay_out(examples, **layout)
-    if processes().is_main_process:
-        epochs = settings.tokens / (len(training) * context)
-        print(
-            f"{len(examples)} examples in {len(training)} blocks ({shortened} shortened to fit), "
-            f"{len(held_out)} held out; {settings.steps} steps are {epochs:.1f} epochs"
-        )
-        counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
-        write_file_whole(run.folder / COUNTS, json.dumps(counts) + "\n")
+    _tell(run, examples, held_out, settings.tokens / (len(training) * context), len(training), shortened)
     return Blocks(training, lay_out(held_out, **layout)[0], context, tokenizer)
+
+
+def _tell(
+    run: Run[FinetuningRecipe],
+    examples: list[Example],
+    held_out: list[Example],
+    epochs: float,
+    num_blocks: int,
+    shortened: int,
+) -> None:
+    """Print and write how many examples there are."""
+    if not processes().is_main_process:
+        return
+    print(
+        f"{len(examples)} examples in {num_blocks} blocks ({shortened} shortened to fit), "
+        f"{len(held_out)} held out; {run.recipe.training.steps} steps are {epochs:.1f} epochs"
+    )
+    counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
+    write_file_whole(run.folder / COUNTS, json.dumps(counts) + "\n")
 
 
 def _as_records(

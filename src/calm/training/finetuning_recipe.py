@@ -74,6 +74,39 @@ class AnswerSettings:
 
 
 @dataclass(kw_only=True)
+class ThoughtSettings:
+    """Continuous thoughts in the place of written steps (Coconut, arXiv 2412.06769; docs/thoughts.md).
+
+    Records have `steps` beside `prompt` and `completion`. At stage k the first k of them are left out.
+
+    Args:
+        mode: What takes the place of a step that is left out: "state" (thoughts that read the last state),
+            "pause" (as many pause tokens) or "drop" (nothing). "none" reads no steps at all.
+        per_step: Thoughts in the place of a step.
+        stages: The last stage; 0 writes all steps.
+        first_stage: The first stage; the last one for no curriculum.
+        steps_per_stage: Optimizer steps of each stage but the last, or a list of them; the last stage takes
+            what is left.
+        drop_rest: Whether another stage follows in which no step is written.
+        mix: Chance that an item takes an earlier stage.
+        reset_optimizer: Whether the optimizer forgets its moments where the stage changes.
+        scale: "rms" brings a state to the root mean square of what the model reads; "none" leaves it.
+        markers: The tokens before and behind thoughts; none takes those that begin and end a text.
+    """
+
+    mode: Literal["state", "pause", "drop", "none"] = "none"
+    per_step: int = 1
+    stages: int = 3
+    first_stage: int = 0
+    steps_per_stage: list[int] | int = 200
+    drop_rest: bool = False
+    mix: float = 0.0
+    reset_optimizer: bool = True
+    scale: Literal["none", "rms"] = "none"
+    markers: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class FinetuningRecipe:
     """Everything that decides a fine-tuning run.
 
@@ -82,6 +115,7 @@ class FinetuningRecipe:
         model: Folder or hub name of a CALM, or of an autoregressive model.
         examples: What is learned.
         lora: Adapters.
+        thoughts: What the model thinks before it answers.
         training: How it is trained.
         answers: How it is scored.
         report_to: Trackers of losses and scores: any of tensorboard, wandb, mlflow and trackio.
@@ -91,6 +125,7 @@ class FinetuningRecipe:
     model: str = ""
     examples: ExampleSettings = field(default_factory=ExampleSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    thoughts: ThoughtSettings = field(default_factory=ThoughtSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     report_to: list[str] | str = field(default_factory=list)

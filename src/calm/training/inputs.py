@@ -127,9 +127,11 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
-    """A digest of the tokens of prompts and completions."""
-    tokens = [[[*map(int, one.prompt)], [*map(int, one.completion)]] for part in parts for one in part]
-    return _digest(tokens)
+    """A digest of the tokens of prompts, completions and, where there are any, steps."""
+    examples = [one for part in parts for one in part]
+    return _digest(
+        [[[*map(int, ids)] for ids in (one.prompt, one.completion, *one.steps)] for one in examples]
+    )
 
 
 def digest_of_files(sources: Iterable[str]) -> str:

@@ -10,7 +10,13 @@ from calm.models.hyperparameters import (
     SHARES_BELOW_ONE,
 )
 from calm.ranges import DOCUMENT_MB, Range
-from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, LoraSettings
+from calm.training.finetuning_recipe import (
+    AnswerSettings,
+    ExampleSettings,
+    FinetuningRecipe,
+    LoraSettings,
+    ThoughtSettings,
+)
 from calm.training.recipe import (
     AutoencoderSettings,
     DataSettings,
@@ -26,6 +32,7 @@ _PROCESSES = Range(0, 4096)
 _RATE = Range(0)
 _SHARE = Range(0, 1)
 _PART = Range(0, 1, has_least=False, has_most=False)
+_STAGES = Range(0, 1000)
 _SEED = Range(0, 2**32 - 1)
 # Every number in every group of settings; those that model configurations share are in models/.
 RANGES: dict[type, dict[str, Range]] = {
@@ -67,6 +74,13 @@ RANGES: dict[type, dict[str, Range]] = {
     Recipe: {"seed": _SEED, "chunk_size": Range(1, 1024)},
     ExampleSettings: {"validation_fraction": _PART, "context": Range(1, 10**9)},
     LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": SHARES_BELOW_ONE},
+    ThoughtSettings: {
+        "per_step": Range(1, 1000),
+        "stages": _STAGES,
+        "first_stage": _STAGES,
+        "steps_per_stage": _POSITIVE_COUNT,
+        "mix": _SHARE,
+    },
     AnswerSettings: {"number": _COUNT, "temperature": _SHARE, "num_draws": Range(1, 10**6)},
     FinetuningRecipe: {"seed": _SEED},
 }

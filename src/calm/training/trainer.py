@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 
 from calm.data.counts import number
@@ -60,6 +60,7 @@ class ChunkTrainer(Trainer):
         settings = stage.settings
         self.score, self.settings = score, settings
         self._network, self._stage, self._context = model, stage, blocks.context
+        self._is_in_order = blocks.is_in_order
         self._stream = blocks.training if isinstance(blocks.training, BlockStream) else None
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
@@ -73,7 +74,7 @@ class ChunkTrainer(Trainer):
             train_dataset=blocks.training,
             eval_dataset=blocks.held_out,
             processing_class=blocks.tokenizer,
-            data_collator=collate_chunks if is_of_chunks else collate_tokens,
+            data_collator=blocks.collate or (collate_chunks if is_of_chunks else collate_tokens),
         )
         self.model_accepts_loss_kwargs = True  # It counts what the loss is a mean over.
         self.remove_callback(ProgressCallback)
@@ -142,8 +143,10 @@ class ChunkTrainer(Trainer):
         return batches_of_stream(self._stream, self._train_batch_size, collate, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """A random order of whole steps."""
+        """A random order of whole steps, or that of the blocks if they have one."""
         blocks: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if self._is_in_order:
+            return SequentialSampler(blocks)
         return whole_steps(blocks, self.settings.batch_tokens // self._context)
 
     def _get_num_items_in_batch(

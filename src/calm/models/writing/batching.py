@@ -16,6 +16,7 @@ from calm.core.random import generator_of_row
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.errors import reason_of
+from calm.models.thoughts import Thoughts
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prefixes import PrefixStore
 from calm.models.writing.reading import PromptReader
@@ -88,6 +89,7 @@ class ChunkBatch:
         budget: int,
         seed: int,
         copy: int = 0,
+        thoughts: Thoughts | None = None,
     ) -> Row:
         """Take a row in; the next steps read its prompt, and then it is written as soon as there is a place.
 
@@ -97,9 +99,10 @@ class ChunkBatch:
             budget: Most new tokens, at least 1.
             seed: With the prompt and the copy it decides the text.
             copy: Which of several texts of the same prompt and seed, as of `num_return_sequences`.
+            thoughts: What is thought after the prompt.
         """
         row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
-        self._reader.add(row, prompt)
+        self._reader.add(row, prompt, thoughts)
         return row
 
     @torch.no_grad()

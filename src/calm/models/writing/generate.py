@@ -19,6 +19,7 @@ from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.models.context import check_room, room_beside
+from calm.models.thoughts import Thoughts, num_tokens_of, thoughts_for
 from calm.models.writing.ahead import CompiledSteps
 from calm.models.writing.arguments import REFUSED, check_arguments
 from calm.models.writing.model import ChunkModel
@@ -85,6 +86,7 @@ class ChunkGenerationMixin:
         sampler: str | Sampler | None = None,
         num_draws: int | None = None,
         max_draws: int | None = None,
+        num_thoughts: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -114,6 +116,8 @@ class ChunkGenerationMixin:
                 `min_p`, "head" where the head takes the temperature, "exact" elsewhere.
             num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
             max_draws: Most draws a chunk of the exact sampler.
+            num_thoughts: Thoughts after each prompt (see `calm.models.thoughts`), which are not shown. None
+                takes as many as the model was trained with, 0 is the ordinary model.
             seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
                 and its earlier copies in the batch, not on the other rows (up to rounding, which
                 differs between shapes of a batch).
@@ -146,7 +150,8 @@ class ChunkGenerationMixin:
         if generator is None and seed is not None:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
             randomness = generators_of_rows(seed, rows, self.device)
-        num_tokens = int(mask_BT.bool().sum(-1).max())
+        thoughts = thoughts_for(self.config, num_thoughts, warns=True)
+        num_tokens = int(mask_BT.bool().sum(-1).max()) + num_tokens_of(thoughts, self.config)
         budget = _num_new_tokens(config, prompt_BT.shape[1], room_beside(self.config, num_tokens) or 0)
         check_room(self.config, num_tokens, budget)
         stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)
@@ -155,7 +160,7 @@ class ChunkGenerationMixin:
                 raise ValueError("a streamer takes one prompt at a time.")
             streamer.put(prompt_BT.cpu())
         new_BT, statistics = _Writing(
-            self, prompt_BT, mask_BT, budget, config, chosen, randomness, streamer, stopping
+            self, prompt_BT, mask_BT, budget, config, chosen, randomness, streamer, stopping, thoughts
         ).run()
         if streamer is not None:
             streamer.end()
@@ -253,6 +258,7 @@ class _Writing:
     randomness: Randomness
     streamer: BaseStreamer | None
     stopping: Stopping
+    thoughts: Thoughts | None
 
     def __post_init__(self) -> None:
         self._eos_ids = as_id_tensor(self.config.eos_token_id, self.prompt_BT.device)
@@ -262,7 +268,9 @@ class _Writing:
         """New tokens of each row, (B, new) with new <= budget, and the statistics of every step if wanted."""
         size, (num_rows, first) = self.model.config.chunk_size, self.prompt_BT.shape
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
-        prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad)
+        prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad).followed_by(
+            self.thoughts, size
+        )
         num_steps = -(-self.budget // size)
         steps = steps_of(self.model, prompt, num_steps, self.config)
         text_BT = torch.nn.functional.pad(self.prompt_BT, (0, num_steps * size), value=pad)

@@ -1,4 +1,4 @@
-"""Prompts as the backbone reads them: whole chunks, with the padding in front.
+"""Prompts as the backbone reads them: whole chunks, with the padding in front, and thoughts behind.
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, D state size.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calm.core.chunks import align_to_chunks
+from calm.models.thoughts import THOUGHT, Thoughts
 from calm.models.writing.model import ChunkModel
 
 
@@ -18,14 +19,16 @@ class Prompt(NamedTuple):
     """Prompts in chunks; each ends on a chunk boundary.
 
     Args:
-        ids_BT: Tokens, T a multiple of K.
+        ids_BT: Tokens, T a multiple of K; `THOUGHT` where a chunk is a thought.
         mask_BC: 1 on chunks that hold any token of the prompt.
         position_BC: Position of each chunk.
+        thinks: Whether there are thoughts.
     """
 
     ids_BT: Tensor
     mask_BC: Tensor
     position_BC: Tensor
+    thinks: bool = False
 
     @classmethod
     def aligned(
@@ -49,6 +52,16 @@ class Prompt(NamedTuple):
         ids_1T = torch.tensor([list(tokens)], device=model.device)
         return cls.aligned(model, ids_1T, torch.ones_like(ids_1T))
 
+    def followed_by(self, thoughts: Thoughts | None, chunk_size: int) -> "Prompt":
+        """The same with what is thought after each, if anything is."""
+        if thoughts is None:
+            return self
+        tokens = thoughts.tokens(chunk_size)
+        more_BT = torch.tensor(tokens, device=self.ids_BT.device).expand(len(self.ids_BT), -1)
+        mask_BC = torch.nn.functional.pad(self.mask_BC, (0, len(tokens) // chunk_size), value=1)
+        ids_BT = torch.cat([self.ids_BT, more_BT], dim=1)
+        return Prompt(ids_BT, mask_BC, positions_of(mask_BC), thinks=THOUGHT in tokens)
+
     def read(self, model: ChunkModel, cache: Cache | None = None) -> Tensor:
         """State of every chunk, (B, C, D); with a cache, that is filled.
 
@@ -56,7 +69,7 @@ class Prompt(NamedTuple):
             model: The model.
             cache: An empty cache.
         """
-        return read_chunks(model, self.ids_BT, self.mask_BC, self.position_BC, cache)
+        return read_chunks(model, self.ids_BT, self.mask_BC, self.position_BC, cache, may_think=self.thinks)
 
 
 def positions_of(mask_BC: Tensor) -> Tensor:
@@ -71,6 +84,8 @@ def read_chunks(
     position_BC: Tensor,
     cache: Cache | None,
     forward: Any = None,
+    may_think: bool = False,
+    state_before: Tensor | None = None,
 ) -> Tensor:
     """States of some chunks, (B, C, D), after those in the cache.
 
@@ -81,13 +96,19 @@ def read_chunks(
         position_BC: Their positions.
         cache: Chunks before them; these are added.
         forward: What to call in the model's place, such as the compiled model.
+        may_think: Whether any of them may be thoughts.
+        state_before: States before them, where a row may begin with a thought.
     """
+    size, thinking = model.config.chunk_size, {}
+    if may_think and bool((is_thought_BC := ids_BT[:, ::size] == THOUGHT).any()):
+        thinking = {"is_thought": is_thought_BC, "state_before": state_before}
     outputs = (forward or model)(
         ids_BT,
-        attention_mask=mask_BC.repeat_interleave(model.config.chunk_size, dim=1),
+        attention_mask=mask_BC.repeat_interleave(size, dim=1),
         position_ids=position_BC,
         cache=cache,
         use_cache=cache is not None,
+        **thinking,
     )
     states_BCD: Tensor = outputs.last_hidden_state
     return states_BCD

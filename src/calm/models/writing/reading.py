@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import split_into_chunks
+from calm.models.thoughts import THOUGHT, Thoughts
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prefixes import PrefixStore
 from calm.models.writing.prompts import Prompt, positions_of, read_chunks
@@ -38,6 +39,14 @@ class _Reading:
     cache: SlotCache | None = None
     hidden_1D: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        is_thought_C = (self.chunks_CK == THOUGHT).any(-1)
+        self.num_thoughts = int(is_thought_C.sum())
+        # What comes before the first thought does not depend on any.
+        self.plain_CK = (
+            self.chunks_CK[: int(is_thought_C.int().argmax())] if self.num_thoughts else self.chunks_CK
+        )
+
     @property
     def num_left(self) -> int:
         """Chunks that have not been read."""
@@ -62,15 +71,16 @@ class PromptReader:
         """Number of rows that wait."""
         return sum(len(reading.rows) for reading in self._queue)
 
-    def add(self, row: Row, prompt: Sequence[int]) -> None:
-        """Take a prompt in, at least one token."""
+    def add(self, row: Row, prompt: Sequence[int], thoughts: Thoughts | None = None) -> None:
+        """Take a prompt in, at least one token, and what is thought after it."""
+        size = self._model.config.chunk_size
+        tokens = (*prompt, *(() if thoughts is None else thoughts.tokens(size)))
         for reading in self._queue:
-            if reading.tokens == tuple(prompt):
+            if reading.tokens == tokens:
                 reading.rows.append(row)
                 return
-        ids_T = Prompt.of(self._model, prompt).ids_BT[0]
-        chunks_CK = split_into_chunks(ids_T, self._model.config.chunk_size)
-        self._queue.append(_Reading(tuple(prompt), chunks_CK, [row]))
+        ids_T = Prompt.of(self._model, prompt).followed_by(thoughts, size).ids_BT[0]
+        self._queue.append(_Reading(tokens, split_into_chunks(ids_T, size), [row]))
 
     def drop(self, row: Row) -> None:
         """Let a row go, if it waits here."""
@@ -112,7 +122,7 @@ class PromptReader:
         longest = 0
         for reading in self._queue:
             if reading.cache is None:
-                reading.cache = self._prefixes.find(reading.chunks_CK)
+                reading.cache = self._prefixes.find(reading.plain_CK)
             longest = max(longest, reading.num_left)
             if chosen and longest * (len(chosen) + 1) > chunks_at_once:
                 break
@@ -131,7 +141,10 @@ class PromptReader:
     def _read(self, readings: Sequence[_Reading], most: int) -> None:
         pieces = [reading.chunks_CK[-reading.num_left :][:most] for reading in readings]
         caches = [reading.cache for reading in readings]
-        states_RD, cache = _read_on(self._model, pieces, caches)
+        before = (
+            [reading.hidden_1D for reading in readings] if any(one.num_thoughts for one in readings) else None
+        )
+        states_RD, cache = _read_on(self._model, pieces, caches, before)
         for place, reading in enumerate(readings):
             reading.cache, reading.hidden_1D = cache.part([place]), states_RD[place : place + 1]
 
@@ -139,15 +152,25 @@ class PromptReader:
         """Rows whose prompt has been read, of which the beginning is kept for others."""
         assert reading.cache is not None and reading.hidden_1D is not None
         if bool(reading.hidden_1D.isfinite().all()):
-            self._prefixes.keep(reading.chunks_CK, reading.cache)
+            self._prefixes.keep(reading.plain_CK, reading.cache)
         copies = [0] * len(reading.rows)
         return OpenRows(reading.rows, reading.hidden_1D[copies], reading.cache.part(copies))
 
 
 def _read_on(
-    model: ChunkModel, pieces: Sequence[Tensor], caches: Sequence[SlotCache | None]
+    model: ChunkModel,
+    pieces: Sequence[Tensor],
+    caches: Sequence[SlotCache | None],
+    before: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, SlotCache]:
-    """States (R, D) behind pieces (C, K) of several prompts, and all that has been read of them."""
+    """States (R, D) behind pieces (C, K) of several prompts, and all that has been read of them.
+
+    Args:
+        model: The model.
+        pieces: The pieces.
+        caches: What has been read of each prompt before.
+        before: The state that each has come to, (1, D), if there may be thoughts.
+    """
     longest, device = max(len(piece) for piece in pieces), pieces[0].device
     # Padding in front: the last state of every row is in the last column.
     ids_RT = pad_sequence(list(pieces), batch_first=True, padding_side="left").flatten(1)
@@ -162,5 +185,13 @@ def _read_on(
         earlier, earlier_RC = slots.to_transformers(model.config.backbone)
         position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
         mask_RC = torch.cat([earlier_RC.to(device), mask_RC], dim=1)
-    states_RCD = read_chunks(model, ids_RT, mask_RC, position_RC, earlier)
+    state_RD = None
+    if (
+        before is not None
+        and (known := next((state for state in before if state is not None), None)) is not None
+    ):
+        state_RD = torch.cat([torch.zeros_like(known) if state is None else state for state in before])
+    states_RCD = read_chunks(
+        model, ids_RT, mask_RC, position_RC, earlier, may_think=before is not None, state_before=state_RD
+    )
     return states_RCD[:, -1], SlotCache.of(earlier, mask_RC)

@@ -194,7 +194,14 @@ class TransformersSteps:
         # Copied: the strides of a part differ from step to step, and each would be compiled anew.
         own_BC = position_BC[:, -(tokens_BT.shape[1] // size) :].clone(memory_format=torch.contiguous_format)
         states_BCD = read_chunks(
-            self._model, tokens_BT, self._mask_BC[:, :length], own_BC, self._cache, forward
+            self._model,
+            tokens_BT,
+            self._mask_BC[:, :length],
+            own_BC,
+            self._cache,
+            forward,
+            # Without a cache the prompt is read again at every step.
+            may_think=self._prompt.thinks and (earlier_BT is None or self._cache is None),
         )
         return states_BCD[self._left_A, -1]
 

@@ -1,0 +1,107 @@
+"""Questions with steps -> rows in which the first steps are left out, and thoughts are in their place.
+
+Prompts have padding in front, as in `calm.data.examples`. Markers and thoughts are whole chunks, and every
+step begins a chunk, so that leaving one out moves no other:
+
+    [pad pad p1 p2] [begin x 4] [thought] [thought] [end x 4] | [s1 s2 s3 s4] [s5 pad pad pad] [c1 EOS ..]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.data.examples import Example
+from calm.errors import InputError
+
+
+@dataclass(frozen=True)
+class ThinkingRow:
+    """A question with what is thought and written.
+
+    Args:
+        before: Tokens of the prompt and of what is thought, in whole chunks.
+        after: Tokens that are written, in whole chunks.
+        labels: The same, with -100 on padding.
+    """
+
+    before: list[int]
+    after: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are laid out.
+
+    Args:
+        chunk_size: Tokens per chunk K.
+        context: Tokens of a row at most.
+        pad_token_id: Id of padding.
+        thought: What stands for a thought, see `calm.models.thoughts.THOUGHT`.
+    """
+
+    chunk_size: int
+    context: int
+    pad_token_id: int
+    thought: int
+
+    def row(self, example: Example, left_out: int, thoughts: Sequence[int]) -> ThinkingRow:
+        """A row; of a long prompt the end is kept.
+
+        Args:
+            example: The question.
+            left_out: How many of its first steps are left out.
+            thoughts: What goes before the answer: markers and thoughts, in whole chunks.
+
+        Raises:
+            InputError: If there is no room for the prompt beside what is thought and written.
+        """
+        after, labels = self.answer(example, left_out)
+        room = self.context - len(after) - len(thoughts)
+        if room < self.chunk_size:
+            raise InputError(
+                f"{len(thoughts)} tokens of thoughts and {len(after)} of steps and answer leave no room for "
+                f"a prompt in a context of {self.context}; set examples.context higher."
+            )
+        prompt = example.prompt[-(room // self.chunk_size * self.chunk_size) :]
+        front = [self.pad_token_id] * (-len(prompt) % self.chunk_size)
+        return ThinkingRow([*front, *prompt, *thoughts], after, labels)
+
+    def answer(self, example: Example, left_out: int) -> tuple[list[int], list[int]]:
+        """Tokens of the steps that are left and of the completion, and their labels."""
+        after, labels = [], []
+        for part in (*example.steps[left_out:], example.completion):
+            padding = -len(part) % self.chunk_size
+            after += [*part, *[self.pad_token_id] * padding]
+            labels += [*part, *[IGNORED_LABEL] * padding]
+        return after, labels
+
+    def batch(self, rows: Sequence[ThinkingRow]) -> dict[str, Tensor]:
+        """Rows side by side, so that what is written begins in the same column of all.
+
+        Returns:
+            Of R rows of C chunks: `input_ids`, `labels` and `attention_mask`, (R, C·K), `position_ids` and
+            `is_thought`, (R, C).
+        """
+        size, longest = self.chunk_size, max(len(row.before) for row in rows)
+        width = longest + max(len(row.after) for row in rows)
+        ids_RT = torch.full((len(rows), width), self.pad_token_id)
+        labels_RT = torch.full_like(ids_RT, IGNORED_LABEL)
+        mask_RT = torch.zeros_like(ids_RT)
+        for number, row in enumerate(rows):
+            end = longest + len(row.after)
+            ids_RT[number, longest - len(row.before) : end] = torch.tensor([*row.before, *row.after])
+            labels_RT[number, longest:end] = torch.tensor(row.labels)
+            mask_RT[number, longest - len(row.before) : end] = 1
+        mask_RC = mask_RT[:, ::size]
+        is_thought_RC = ids_RT[:, ::size] == self.thought
+        return {
+            "input_ids": ids_RT.masked_fill(ids_RT == self.thought, self.pad_token_id),
+            "labels": labels_RT,
+            "attention_mask": mask_RT,
+            "position_ids": (mask_RC.cumsum(-1) - 1).clamp_min(0),
+            "is_thought": is_thought_RC,
+        }

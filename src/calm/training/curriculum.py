@@ -1,0 +1,105 @@
+"""Stages of learning to think: at stage k the first k steps of every answer are left out.
+
+This file imports neither torch nor transformers.
+"""
+
+import random
+from dataclasses import dataclass
+from itertools import accumulate
+
+from calm.errors import InputError
+from calm.training.finetuning_recipe import ThoughtSettings
+
+_ALL = 1 << 30  # More steps than any answer has.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What becomes of an answer's steps.
+
+    Args:
+        number: Which stage.
+        left_out: How many of the first steps are not written.
+        thoughts: What is thought in their place.
+    """
+
+    number: int
+    left_out: int
+    thoughts: int
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Which stage comes when.
+
+    Args:
+        stages: The stages, in order.
+        starts: The optimizer step at which each begins, the first at 0.
+        mix: Chance that an item takes an earlier stage.
+    """
+
+    stages: tuple[Stage, ...]
+    starts: tuple[int, ...]
+    mix: float = 0.0
+
+    @classmethod
+    def of(cls, settings: ThoughtSettings, total_steps: int) -> "Curriculum":
+        """The curriculum of a recipe.
+
+        Args:
+            settings: The recipe's section.
+            total_steps: Optimizer steps of the whole training; the last stage takes what the others leave.
+
+        Raises:
+            InputError: If the stages do not fit in the training, or the recipe contradicts itself.
+        """
+        if settings.first_stage > settings.stages:
+            raise InputError(
+                f"thoughts.first_stage must be at most thoughts.stages, {settings.stages}, "
+                f"got {settings.first_stage}."
+            )
+        stages = [_stage(settings, number) for number in range(settings.first_stage, settings.stages + 1)]
+        if settings.drop_rest:
+            stages.append(Stage(settings.stages + 1, _ALL, stages[-1].thoughts))
+        lengths = settings.steps_per_stage
+        if isinstance(lengths, int):
+            lengths = [lengths] * (len(stages) - 1)
+        if len(lengths) != len(stages) - 1 or any(length < 1 for length in lengths):
+            raise InputError(
+                f"thoughts.steps_per_stage must name the steps of {len(stages) - 1} stages, all but the "
+                f"last, each at least 1, got {settings.steps_per_stage}."
+            )
+        starts = tuple(accumulate(lengths, initial=0))
+        if starts[-1] >= total_steps:
+            raise InputError(
+                f"the last stage would begin at step {starts[-1]} of {total_steps}: set training.steps "
+                "higher, or thoughts.steps_per_stage lower."
+            )
+        return cls(tuple(stages), starts, settings.mix)
+
+    def at(self, step: int) -> Stage:
+        """The stage of an optimizer step, counted from 0."""
+        return self.stages[sum(start <= step for start in self.starts) - 1]
+
+    def begins_at(self, step: int) -> bool:
+        """Whether a stage begins here and another ends."""
+        return step in self.starts[1:]
+
+    def of_item(self, step: int, seed: int, place: int) -> Stage:
+        """The stage of an item: that of its step, or, with a chance of `mix`, any of those before.
+
+        Args:
+            step: The optimizer step.
+            seed: Seed of the run.
+            place: Which item of the step.
+        """
+        stage = self.at(step)
+        earlier = self.stages[: self.stages.index(stage)]
+        if not self.mix or not earlier:
+            return stage
+        rng = random.Random(f"{seed}/{step}/{place}")
+        return rng.choice(earlier) if rng.random() < self.mix else stage
+
+
+def _stage(settings: ThoughtSettings, number: int) -> Stage:
+    return Stage(number, number, 0 if settings.mode == "drop" else number * settings.per_step)

@@ -1,0 +1,207 @@
+"""Training to think: rows stage by stage, and what a new stage means to the model and its optimizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from calm.data.examples import Example
+from calm.data.reasoning import Layout, ThinkingRow
+from calm.errors import InputError
+from calm.models.context import longest_context
+from calm.models.language_model import language_model
+from calm.models.thoughts import THOUGHT, Thoughts, default_markers
+from calm.training.batches import NUMBERS, ChunkNetwork
+from calm.training.curriculum import Curriculum, Stage
+from calm.training.finetuning_recipe import FinetuningRecipe, ThoughtSettings
+from calm.training.noise import number_of_block
+
+_SCORED_AT_ONCE = 16
+
+
+@dataclass
+class Thinking:
+    """How a run learns to think.
+
+    Args:
+        curriculum: Which steps are left out when.
+        layout: How rows are laid out.
+        thoughts: What goes in their place; None for nothing.
+        has_noise: Whether the loss has noise that is drawn for each row.
+        now: The stage that the model is at.
+    """
+
+    curriculum: Curriculum
+    layout: Layout
+    thoughts: Thoughts | None
+    has_noise: bool
+    now: Stage
+
+    def row(self, example: Example, stage: Stage) -> ThinkingRow:
+        """A question as it is at a stage."""
+        tokens = [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
+        return self.layout.row(example, stage.left_out, tokens)
+
+    def collate(self, rows: Sequence[ThinkingRow]) -> dict[str, Any]:
+        """A batch, with the numbers that seed its noise if it has any."""
+        batch: dict[str, Any] = self.layout.batch(rows)
+        if not batch["is_thought"].any():
+            del batch["is_thought"]  # A single pass does.
+        if self.has_noise:
+            numbers = [number_of_block(torch.tensor([*row.before, *row.after])) for row in rows]
+            batch[NUMBERS] = torch.tensor(numbers)
+        return batch
+
+    def take_up(self, model: PreTrainedModel, stage: Stage) -> None:
+        """Go to a stage, and note in the model's configuration how many thoughts it takes there."""
+        self.now = stage
+        if self.thoughts is not None:
+            model.config.thoughts = replace(self.thoughts, number=stage.thoughts).as_dict()
+
+    def longest_answer(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest answer that shall be written at this stage."""
+        answers = [self.layout.answer(example, self.now.left_out)[0] for example in examples]
+        return max(map(len, answers), default=0)
+
+    def shortens(self, example: Example) -> bool:
+        """Whether the prompt of an example is too long for the context at any stage."""
+        rows = (self.row(example, stage) for stage in self.curriculum.stages)
+        return any(len(row.before) < len(example.prompt) for row in rows)
+
+    @torch.no_grad()
+    def loss(self, model: PreTrainedModel, examples: Sequence[Example]) -> float:
+        """Mean loss of the targets of examples as they are at this stage, with the same noise each time."""
+        view, total, count = language_model(model), 0.0, 0
+        generator = torch.Generator(model.device).manual_seed(0)
+        network: Any = model
+        for first in range(0, len(examples), _SCORED_AT_ONCE):
+            rows = [self.row(example, self.now) for example in examples[first : first + _SCORED_AT_ONCE]]
+            batch = self.collate(rows)
+            batch.pop(NUMBERS, None)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            noise = {"generator": generator} if self.has_noise else {}
+            targets = int(view.count_targets(batch["labels"], batch["position_ids"]))
+            total, count = total + float(network(**batch, **noise).loss) * targets, count + targets
+        return total / max(1, count)
+
+
+def thinking_of(
+    recipe: FinetuningRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Thinking | None:
+    """How a recipe lets a model learn to think; None if it has none.
+
+    Raises:
+        InputError: If the model cannot think, or the recipe contradicts itself.
+    """
+    settings = recipe.thoughts
+    if settings.mode == "none":
+        return None
+    view = language_model(model)
+    if not view.can_think:
+        raise InputError(
+            f"thoughts are for CALM and Llama models, not for a {type(model).__name__}; set thoughts.mode "
+            "to none."
+        )
+    context, longest = recipe.examples.context, longest_context(model.config)
+    if longest is not None and context > longest:
+        raise InputError(
+            f"examples.context is {context}, and the model looks back on {longest} tokens; set it lower."
+        )
+    layout = Layout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
+    thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)
+    curriculum = Curriculum.of(settings, recipe.training.steps)
+    return Thinking(curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0))
+
+
+def _thoughts(
+    settings: ThoughtSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Thoughts:
+    """What a model thinks, before the first stage.
+
+    Raises:
+        InputError: If a marker is no token of the tokenizer.
+    """
+    if settings.markers:
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[marker] for marker in settings.markers if marker in vocabulary]
+        if len(ids) != 2 or len(settings.markers) != 2:
+            raise InputError(
+                f"thoughts.markers must be two tokens of the tokenizer, got {', '.join(settings.markers)}."
+            )
+        begin, end = ids
+    else:
+        begin, end = default_markers(model.config)
+    scale = language_model(model).input_rms if settings.scale == "rms" and settings.mode == "state" else None
+    return Thoughts(0, begin, end, "pause" if settings.mode == "pause" else "state", scale)
+
+
+class ThinkingRows(Dataset):
+    """The rows of a whole run, in order: which they are depends on their place and the seed alone.
+
+    So a run that is resumed goes on with the same rows, however many processes load them.
+
+    Args:
+        thinking: How rows are made.
+        examples: The examples, each of which is seen once before any is seen again.
+        rows_per_step: Rows of an optimizer step.
+        steps: Optimizer steps.
+        seed: Seed of the run.
+    """
+
+    def __init__(
+        self, thinking: Thinking, examples: Sequence[Example], rows_per_step: int, steps: int, seed: int
+    ) -> None:
+        self._thinking, self._examples, self._seed = thinking, examples, seed
+        self._per_step, self._steps = rows_per_step, steps
+        self._epoch, self._order = -1, np.arange(0)
+
+    def __len__(self) -> int:
+        return self._per_step * self._steps
+
+    def __getitem__(self, place: int) -> ThinkingRow:
+        epoch, number = divmod(place, len(self._examples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._order_of(epoch)
+        example = self._examples[int(self._order[number])]
+        step, place_in_step = divmod(place, self._per_step)
+        return self._thinking.row(example, self._thinking.curriculum.of_item(step, self._seed, place_in_step))
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+
+
+class StageChange(TrainerCallback):
+    """Tells a model and its optimizer when a stage begins.
+
+    Args:
+        thinking: How the run learns.
+        model: The network.
+        resets_optimizer: Whether the optimizer forgets its moments then.
+    """
+
+    def __init__(self, thinking: Thinking, model: PreTrainedModel, resets_optimizer: bool) -> None:
+        self._thinking, self._model, self._resets = thinking, model, resets_optimizer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that is resumed is still at the stage of its last step."""
+        self._thinking.take_up(self._model, self._thinking.curriculum.at(max(0, state.global_step - 1)))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """A checkpoint at the end of a stage is from before the change, which a resumed run makes again."""
+        step, curriculum = state.global_step, self._thinking.curriculum
+        self._thinking.take_up(self._model, curriculum.at(step))
+        if self._resets and curriculum.begins_at(step):
+            reset(optimizer)
+
+
+def reset(optimizer: Any) -> None:
+    """Let an optimizer forget all but its settings."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it.
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if "step" in group:  # Those of pytorch_optimizer count in the group.
+            group["step"] = 0

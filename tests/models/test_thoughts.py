@@ -1,0 +1,387 @@
+"""Thoughts against passes without a cache, closed forms and central differences."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_config, tiny_model
+from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from calm.core.chunks import IGNORED_LABEL
+from calm.core.random import generator_of_row
+from calm.models.calm import CalmForCausalLM
+from calm.models.thoughts import (
+    THOUGHT,
+    Thinking,
+    Thoughts,
+    read_positions,
+    scaled,
+    thoughts_for,
+    thoughts_of,
+)
+from calm.models.tokens import LlamaForCausalLM
+from calm.models.writing.sampler_registry import sampler_from
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# Two rows that think at different positions, the second less often and behind padding.
+IS_THOUGHT = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
+MASK = torch.tensor([[1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
+
+
+@pytest.fixture(autouse=True)
+def norms_in_double_precision(monkeypatch):
+    """transformers rounds to single precision there, whatever the weights are."""
+
+    def forward(self, hidden_states):
+        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES, **IDS, **changes))
+    return model.double().eval()
+
+
+def calm(head: str = "sequential", chunk_size: int = 2) -> CalmForCausalLM:
+    torch.manual_seed(0)
+    return tiny_model(chunk_size, head_config={"head_type": head}).double()
+
+
+def uncached_states(model, inputs_BCD, scale=None):
+    """States by n + 1 passes over everything, each of which learns the input of one thought more."""
+    known = inputs_BCD
+    for place in range(IS_THOUGHT.shape[1] + 1):
+        states = model(inputs_embeds=known, attention_mask=MASK, position_ids=POSITIONS, use_cache=False)
+        states = states.last_hidden_state
+        if place == IS_THOUGHT.shape[1]:
+            return states
+        if IS_THOUGHT[:, place].any():
+            before = scaled(states[:, place - 1], scale)
+            own = torch.where(IS_THOUGHT[:, place, None], before, known[:, place])
+            known = torch.cat([known[:, :place], own[:, None], known[:, place + 1 :]], dim=1)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_cached_passes_are_uncached_passes(scale):
+    model = llama().model
+    inputs = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for way in ("cached", "uncached"):
+        leaf = inputs.clone().requires_grad_()
+        if way == "cached":
+            states = read_positions(model, leaf, MASK, POSITIONS, None, Thinking(IS_THOUGHT, scale))
+        else:
+            states = uncached_states(model, leaf, scale)
+        model.zero_grad()
+        states[MASK.bool()].pow(3).sum().backward()
+        gradients.append(
+            [states[MASK.bool()], leaf.grad, *(weight.grad for weight in model.layers.parameters())]
+        )
+    for cached, uncached in zip(*gradients, strict=True):
+        assert_close(cached, uncached, atol=1e-10, rtol=1e-10)
+
+
+class Stub(torch.nn.Module):
+    """A backbone whose state is a matrix times its input, whatever came before."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix, self.config, self.calls = matrix, llama().config, 0
+
+    def forward(self, inputs_embeds, past_key_values=None, cache=None, **_):
+        self.calls += 1
+        return transformers.modeling_outputs.BaseModelOutputWithPast(
+            last_hidden_state=inputs_embeds @ self.matrix.T
+        )
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_thoughts_of_a_matrix_are_its_powers(number):
+    """What the marker gives is thought n times: A^(n + 1) of its input, in n + 1 passes."""
+    matrix = torch.randn(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(2))
+    stub = Stub(matrix)
+    inputs = torch.randn(1, 2 + number + 1, 3, dtype=torch.double)
+    is_thought = torch.tensor([[False, False, *[True] * number, False]])
+    states = read_positions(stub, inputs, None, None, None, Thinking(is_thought))
+    expected = torch.linalg.matrix_power(matrix, number + 1) @ inputs[0, 1]
+    assert_close(states[0, 1 + number], expected)
+    assert_close(states[0, -1], matrix @ inputs[0, -1])
+    assert stub.calls == number + 1
+
+
+def test_a_row_that_begins_with_a_thought():
+    model = llama().model
+    inputs = torch.randn(1, 3, 16, dtype=torch.double)
+    thinking = Thinking(torch.tensor([[True, False, False]]))
+    with pytest.raises(ValueError, match="cannot begin with a thought"):
+        read_positions(model, inputs, None, None, None, thinking)
+    before = torch.randn(1, 16, dtype=torch.double)
+    states = read_positions(model, inputs, None, None, None, thinking._replace(before_BD=before))
+    assert_close(states, read_positions(model, torch.cat([before[:, None], inputs[:, 1:]], dim=1)))
+
+
+def test_gradients_through_thoughts_are_central_differences():
+    model = llama().model
+    direction = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    leaf = torch.randn(2, 8, 16, dtype=torch.double).requires_grad_()
+
+    def value(inputs):
+        states = read_positions(model, inputs, MASK, POSITIONS, None, Thinking(IS_THOUGHT))
+        return states[:, -1].pow(2).sum()
+
+    value(leaf).backward()
+    step = 1e-6
+    with torch.no_grad():
+        difference = (value(leaf + step * direction) - value(leaf - step * direction)) / (2 * step)
+    assert_close((leaf.grad * direction).sum(), difference, rtol=1e-6, atol=1e-8)
+
+
+def test_nothing_is_detached(monkeypatch):
+    """The last state of a row that thinks depends on its question through its thoughts alone, too."""
+    model = llama().model
+    inputs = torch.randn(2, 8, 16, dtype=torch.double)
+    gradients = []
+    for detach in (False, True):
+        if detach:
+            monkeypatch.setattr("calm.models.thoughts.scaled", lambda states, scale: states.detach())
+        leaf = inputs.clone().requires_grad_()
+        read_positions(model, leaf, MASK, POSITIONS, None, Thinking(IS_THOUGHT))[:, -1].sum().backward()
+        gradients.append(leaf.grad)
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-3
+    assert torch.all(gradients[0][IS_THOUGHT] == 0)
+
+
+def test_gradient_checkpointing_is_refused():
+    for model in (llama(), calm()):
+        model.gradient_checkpointing_enable()
+        model.train()
+        ids = torch.full((2, 8 * getattr(model.config, "chunk_size", 1)), 5)
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            model(ids, is_thought=IS_THOUGHT)
+
+
+# Models.
+
+
+def prompts(model):
+    """Prompts of several lengths in a batch, padded in front."""
+    rows = [[1, 7, 8, 9, 10, 11], [1, 5, 6], [1, 30, 31, 32, 33]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return rows, ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+
+
+HEADS = ["sequential", "energy", "flow", "categorical_flow"]
+
+
+def write(model, ids, **arguments):
+    how = {"do_sample": False} if isinstance(model, LlamaForCausalLM) else {"temperature": 1.0, "seed": 3}
+    return model.generate(ids, max_new_tokens=8, **how, **arguments)
+
+
+@pytest.mark.parametrize("model", [llama, calm], ids=["llama", "calm"])
+def test_no_thoughts_are_the_ordinary_model(model):
+    model = model()
+    _, ids, mask = prompts(model)
+    assert torch.equal(
+        write(model, ids, attention_mask=mask, num_thoughts=0), write(model, ids, attention_mask=mask)
+    )
+    many = [id_ for id_ in ids[0].tolist() for _ in range(2)]
+    batch = torch.tensor([many])
+    plain, thinking = model(batch), model(batch, is_thought=None)
+    name = "logits" if "logits" in plain else "last_hidden_state"
+    assert torch.equal(plain[name], thinking[name])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_row_among_others_is_the_row_alone(head, chunk_size):
+    model = calm(head, chunk_size)
+    rows, ids, mask = prompts(model)
+    together = write(model, ids, attention_mask=mask, num_thoughts=3)
+    for row, tokens in zip(together[:, ids.shape[1] :].tolist(), rows, strict=True):
+        alone = write(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :].tolist()
+        assert row[: len(alone)] == alone
+        assert all(token == 0 for token in row[len(alone) :])
+
+
+def test_a_row_of_tokens_among_others_is_the_row_alone():
+    model = llama()
+    model.generation_config.eos_token_id = None
+    rows, ids, mask = prompts(model)
+    together = write(model, ids, attention_mask=mask, num_thoughts=3)
+    assert together.shape == (3, 6 + 8) and torch.equal(together[:, :6], ids)
+    for row, tokens in zip(together[:, 6:], rows, strict=True):
+        assert torch.equal(row, write(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :])
+
+
+@pytest.mark.parametrize("how", ["lean", "static", "uncached"])
+def test_ways_of_writing_agree(how):
+    model = calm()
+    ids = torch.tensor([[1, 7, 8, 9, 10]])
+    arguments = {"static": {"cache_implementation": "static"}, "uncached": {"use_cache": False}}.get(how, {})
+    text = write(model, ids, num_thoughts=2, **arguments)
+    # By hand: the prompt in chunks, two thoughts between markers, and everything again for every chunk.
+    tokens = [0, 1, 7, 8, 9, 10]
+    between = Thoughts(2, 1, 2).tokens(2)
+    batch = torch.tensor([[*tokens, *between]])
+    mask = torch.ones_like(batch)
+    state = model(batch, attention_mask=mask, is_thought=batch[:, ::2] == THOUGHT).last_hidden_state[:, -1]
+    generator = generator_of_row(3, ids[0].tolist(), 0, torch.device("cpu"))
+    chunk = model.sample_chunks(state, sampler_from(temperature=1.0), [generator]).chunks_RK
+    assert text[0, 5:7].tolist() == chunk[0].tolist()
+
+
+def loss_of(model, thoughts, mask=None):
+    size = getattr(model.config, "chunk_size", 1)
+    ids = torch.tensor([[7 + place % 20 for place in range(8 * size)]] * 2)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    labels[:, 6 * size :] = ids[:, 6 * size :]
+    arguments = {"attention_mask": MASK.repeat_interleave(size, 1), "position_ids": POSITIONS}
+    noise = {} if size == 1 else {"generator": torch.Generator().manual_seed(5)}
+    return model(ids, labels=labels, is_thought=thoughts, **arguments, **noise).loss
+
+
+@pytest.mark.parametrize("model", [llama, calm], ids=["llama", "sequential"])
+def test_loss_of_thoughts(model):
+    """It reads no token at a thought, and its gradient is that of central differences."""
+    model = model()
+    loss = loss_of(model, IS_THOUGHT)
+    backbone = model.model if isinstance(model, LlamaForCausalLM) else model.backbone
+    weight = backbone.layers[0].mlp.up_proj.weight
+    loss.backward()
+    direction, step = weight.grad / weight.grad.norm(), 1e-2  # Losses are in single precision.
+    with torch.no_grad():
+        weight += step * direction
+        above = loss_of(model, IS_THOUGHT)
+        weight -= 2 * step * direction
+        below = loss_of(model, IS_THOUGHT)
+    assert_close(float((weight.grad * direction).sum()), float(above - below) / (2 * step), rtol=5e-3, atol=0)
+
+
+def test_training_on_a_cpu_gives_the_loss_of_evaluation():
+    model = llama()
+    expected = loss_of(model, IS_THOUGHT)
+    assert_close(loss_of(model.train(), IS_THOUGHT), expected)
+
+
+def test_pauses_in_several_passes_are_a_single_pass():
+    model = llama().model
+    inputs = torch.randn(2, 8, 16, dtype=torch.double)
+    single = read_positions(model, inputs, MASK, POSITIONS)
+    cache = transformers.cache_utils.DynamicCache(config=model.config)
+    parts = [
+        read_positions(model, inputs[:, first:end], MASK[:, :end], POSITIONS[:, first:end], cache)
+        for first, end in ((0, 3), (3, 4), (4, 8))
+    ]
+    assert_close(torch.cat(parts, dim=1)[MASK.bool()], single[MASK.bool()])
+
+
+# What a configuration says.
+
+
+def test_a_plain_llama_loads_the_folder(tmp_path):
+    model = llama()
+    model.config.thoughts = Thoughts(2, 1, 2, scale=0.5).as_dict()
+    model.save_pretrained(tmp_path)
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    ids = torch.tensor([[1, 7, 8, 9]])
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    own = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    assert thoughts_of(own.config) == Thoughts(2, 1, 2, scale=0.5)
+    trained = write(own, ids)
+    assert torch.equal(trained, write(own, ids, num_thoughts=2))
+    assert torch.equal(write(own, ids, num_thoughts=0), write(llama(), ids))
+
+
+def test_a_calm_takes_as_many_thoughts_as_it_was_trained_with(tmp_path):
+    model = calm()
+    model.config.thoughts = Thoughts(2, 1, 2).as_dict()
+    model.save_pretrained(tmp_path)
+    loaded = CalmForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    ids = torch.tensor([[1, 7, 8, 9]])
+    assert torch.equal(write(loaded, ids), write(model, ids, num_thoughts=2))
+    assert torch.equal(write(loaded, ids, num_thoughts=0), write(calm(), ids))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"number": -1},
+        {"number": 2.5},
+        {"number": True},
+        {"begin": 40},
+        {"end": -3},
+        {"filling": "dream"},
+        {"scale": 0},
+        {"scale": "rms"},
+        {"scale": float("nan")},
+        {"more": 1},
+    ],
+)
+def test_forged_configurations(tmp_path, damage):
+    model = llama()
+    model.config.thoughts = {**Thoughts(2, 1, 2).as_dict(), **damage}
+    with pytest.raises(ValueError, match="thoughts"):
+        thoughts_of(model.config)
+    noted = json.loads(json.dumps({**Thoughts(2, 1, 2).as_dict(), **damage}))
+    with pytest.raises(ValueError, match="thoughts"):
+        tiny_config(2, thoughts=noted)
+
+
+@pytest.mark.parametrize("number", [-1, 10_001, 1.5, True, "3"])
+def test_numbers_out_of_range(number):
+    with pytest.raises(ValueError, match="num_thoughts"):
+        thoughts_for(llama().config, number)
+
+
+def test_words_about_untrained_thoughts(caplog):
+    config = llama().config
+    thoughts_for(config, 2, warns=True)
+    assert "not trained to think" in caplog.text
+    config.thoughts = Thoughts(2, 1, 2).as_dict()
+    caplog.clear()
+    assert thoughts_for(config, 2, warns=True).number == 2 and not caplog.text
+    thoughts_for(config, 3, warns=True)
+    assert "3 thoughts are more than the 2" in caplog.text
+
+
+def test_thoughts_take_room():
+    model = llama(max_position_embeddings=16)
+    with pytest.raises(ValueError, match="context of 16"):
+        model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=8, num_thoughts=6)
+    model = calm()
+    longest = model.config.backbone.max_position_embeddings
+    with pytest.raises(ValueError, match="context of"):
+        write(model, torch.tensor([[1, 5, 6]]), num_thoughts=longest)
+
+
+def test_beams_are_refused():
+    with pytest.raises(ValueError, match="num_beams"):
+        llama().generate(torch.tensor([[1, 5]]), num_beams=2, num_thoughts=1)
+
+
+def test_streams_show_no_thought():
+    class Heard(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    for model in (llama(), calm()):
+        heard = Heard()
+        text = write(model, torch.tensor([[1, 5, 6]]), num_thoughts=3, streamer=heard)
+        assert heard.tokens == text[0].tolist() and heard.ended and THOUGHT not in heard.tokens
