@@ -50,7 +50,7 @@ def test_a_step_that_is_left_out_moves_no_chunk(chunk_size):
     for left_out in (1, 2, 9):
         rest = row(chunk_size, left_out, None)[1]
         assert rest == whole[len(whole) - len(rest) :]
-    assert row(chunk_size, 9, None)[1][:2] == ([41, EOS] if chunk_size > 1 else [41, EOS])
+    assert row(chunk_size, 9, None)[1][:2] == [41, EOS]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
@@ -80,9 +80,7 @@ def test_what_is_written_begins_in_one_column(chunk_size):
         positions = batch["position_ids"][number, front // chunk_size : end // chunk_size]
         assert positions.tolist() == list(range((end - front) // chunk_size))
     targets = find_targets(batch["labels"], batch["position_ids"], chunk_size).sum(-1).tolist()
-    assert targets == [
-        len([label for label in one.labels[::chunk_size] if label != NOT]) for one in rows
-    ]
+    assert targets == [len([label for label in one.labels[::chunk_size] if label != NOT]) for one in rows]
 
 
 def test_labels_of_the_question_are_none():

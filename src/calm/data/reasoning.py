@@ -60,15 +60,23 @@ class Layout:
             InputError: If there is no room for the prompt beside what is thought and written.
         """
         after, labels = self.answer(example, left_out)
-        room = self.context - len(after) - len(thoughts)
-        if room < self.chunk_size:
-            raise InputError(
-                f"{len(thoughts)} tokens of thoughts and {len(after)} of steps and answer leave no room for "
-                f"a prompt in a context of {self.context}; set examples.context higher."
-            )
-        prompt = example.prompt[-(room // self.chunk_size * self.chunk_size) :]
+        prompt = example.prompt[-self.room(len(after), len(thoughts)) :]
         front = [self.pad_token_id] * (-len(prompt) % self.chunk_size)
         return ThinkingRow([*front, *prompt, *thoughts], after, labels)
+
+    def room(self, num_written: int, num_thought: int) -> int:
+        """Tokens of a prompt that fit beside so many that are written and thought.
+
+        Raises:
+            InputError: If there is no room for any.
+        """
+        room = self.context - num_written - num_thought
+        if room < self.chunk_size:
+            raise InputError(
+                f"{num_thought} tokens of thoughts and {num_written} of steps and answer leave no room for "
+                f"a prompt in a context of {self.context}; set examples.context higher."
+            )
+        return room // self.chunk_size * self.chunk_size
 
     def answer(self, example: Example, left_out: int) -> tuple[list[int], list[int]]:
         """Tokens of the steps that are left and of the completion, and their labels."""

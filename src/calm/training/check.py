@@ -7,6 +7,7 @@ from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError, reason_of
 from calm.training.build import model_config
+from calm.training.curriculum import Curriculum
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
@@ -68,7 +69,21 @@ def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) ->
     check_seed(recipe.seed)
     check_ranges(recipe)
     check_training(recipe.training, "training", recipe.examples.context, num_processes)
+    check_thoughts(recipe)
     check_trackers(recipe.tracker_list)
+
+
+def check_thoughts(recipe: FinetuningRecipe) -> None:
+    """Raise InputError if the stages of thoughts do not fit in the training, or it cannot train them."""
+    if recipe.thoughts.mode == "none":
+        return
+    Curriculum.of(recipe.thoughts, recipe.training.steps)
+    for name in ("gradient_checkpointing", "compile"):
+        if recipe.thoughts.mode == "state" and getattr(recipe.training, name):
+            raise InputError(
+                f"training.{name} does not go with thoughts, each of which is a pass of its own: set it to "
+                "false."
+            )
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:

@@ -70,7 +70,9 @@ def finetune(
     run = Run(recipe, output, resume, overwrite)
     with run.held(_places_of(recipe)):
         model, tokenizer = _load(recipe)
+        thinking = thinking_of(recipe, model, tokenizer)
         examples, held_out = _read(recipe, tokenizer)
+        blocks, counts = _lay_out(recipe, model, tokenizer, examples, held_out, thinking)
         if processes().is_main_process:
             inputs = {
                 f"the model '{recipe.model}'": digest_of_weights(model),
@@ -80,7 +82,8 @@ def finetune(
                 check_recipe_and_inputs(output, recipe, inputs)
         processes().wait_for_everyone()
         if not run.has_model("model"):
-            _train(run, model, tokenizer, examples, held_out)
+            _tell(run, counts)
+            _train(run, model, tokenizer, blocks, held_out, thinking)
     return output / "model"
 
 
@@ -117,12 +120,11 @@ def _train(
     run: Run[FinetuningRecipe],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
+    blocks: Blocks,
     held_out: list[Example],
+    thinking: Thinking | None,
 ) -> None:
     recipe, settings = run.recipe, run.recipe.training
-    thinking = thinking_of(recipe, model, tokenizer)
-    blocks = _lay_out(run, model, tokenizer, examples, held_out, thinking)
     asked = held_out[: recipe.answers.number]
 
     def answers_of(model: PreTrainedModel) -> list[str]:
@@ -170,49 +172,45 @@ def _train(
 
 
 def _lay_out(
-    run: Run[FinetuningRecipe],
+    recipe: FinetuningRecipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     held_out: list[Example],
     thinking: Thinking | None,
-) -> Blocks:
-    """The blocks of the examples; their numbers are printed and written."""
-    context, settings = run.recipe.examples.context, run.recipe.training
+) -> tuple[Blocks, dict[str, int]]:
+    """The blocks of the examples, and how many there are."""
+    context, settings = recipe.examples.context, recipe.training
     if thinking is not None:
-        rows = ThinkingRows(
-            thinking, examples, settings.batch_tokens // context, settings.steps, run.recipe.seed
-        )
-        shortened = sum(thinking.shortens(example) for example in examples)
-        _tell(run, examples, held_out, len(rows) / len(examples), len(examples), shortened)
-        return Blocks(rows, held_out, context, tokenizer, thinking.collate, is_in_order=True)
-    layout = {
-        "chunk_size": language_model(model).chunk_size,
-        "block_size": context,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    training, shortened = lay_out(examples, **layout)
-    _tell(run, examples, held_out, settings.tokens / (len(training) * context), len(training), shortened)
-    return Blocks(training, lay_out(held_out, **layout)[0], context, tokenizer)
+        shortened = thinking.num_shortened([*examples, *held_out])
+        rows = ThinkingRows(thinking, examples, settings.batch_tokens // context, settings.steps, recipe.seed)
+        blocks = Blocks(rows, held_out, context, tokenizer, thinking.collate, is_in_order=True)
+        num_blocks = len(examples)
+    else:
+        layout = {
+            "chunk_size": language_model(model).chunk_size,
+            "block_size": context,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        training, shortened = lay_out(examples, **layout)
+        blocks = Blocks(training, lay_out(held_out, **layout)[0], context, tokenizer)
+        num_blocks = len(training)
+    counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
+    return blocks, counts | {"blocks": num_blocks}
 
 
-def _tell(
-    run: Run[FinetuningRecipe],
-    examples: list[Example],
-    held_out: list[Example],
-    epochs: float,
-    num_blocks: int,
-    shortened: int,
-) -> None:
+def _tell(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
     """Print and write how many examples there are."""
     if not processes().is_main_process:
         return
+    settings = run.recipe.training
+    epochs = settings.tokens / (counts["blocks"] * run.recipe.examples.context)
     print(
-        f"{len(examples)} examples in {num_blocks} blocks ({shortened} shortened to fit), "
-        f"{len(held_out)} held out; {run.recipe.training.steps} steps are {epochs:.1f} epochs"
+        f"{counts['examples']} examples in {counts['blocks']} blocks ({counts['shortened']} shortened to "
+        f"fit), {counts['held_out']} held out; {settings.steps} steps are {epochs:.1f} epochs"
     )
-    counts = {"examples": len(examples), "shortened": shortened, "held_out": len(held_out)}
-    write_file_whole(run.folder / COUNTS, json.dumps(counts) + "\n")
+    kept = {name: counts[name] for name in ("examples", "shortened", "held_out")}
+    write_file_whole(run.folder / COUNTS, json.dumps(kept) + "\n")
 
 
 def _as_records(

@@ -43,8 +43,11 @@ class Thinking:
 
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
         """A question as it is at a stage."""
-        tokens = [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
-        return self.layout.row(example, stage.left_out, tokens)
+        return self.layout.row(example, stage.left_out, self._between(stage))
+
+    def _between(self, stage: Stage) -> list[int]:
+        """What stands between question and answer."""
+        return [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
 
     def collate(self, rows: Sequence[ThinkingRow]) -> dict[str, Any]:
         """A batch, with the numbers that seed its noise if it has any."""
@@ -67,10 +70,21 @@ class Thinking:
         answers = [self.layout.answer(example, self.now.left_out)[0] for example in examples]
         return max(map(len, answers), default=0)
 
-    def shortens(self, example: Example) -> bool:
-        """Whether the prompt of an example is too long for the context at any stage."""
-        rows = (self.row(example, stage) for stage in self.curriculum.stages)
-        return any(len(row.before) < len(example.prompt) for row in rows)
+    def num_shortened(self, examples: Sequence[Example]) -> int:
+        """How many prompts are too long for the context at some stage.
+
+        Raises:
+            InputError: If there is no room for a prompt at all.
+        """
+        between = {stage: len(self._between(stage)) for stage in self.curriculum.stages}
+        shortened = 0
+        for example in examples:
+            rooms = [
+                self.layout.room(len(self.layout.answer(example, stage.left_out)[0]), length)
+                for stage, length in between.items()
+            ]
+            shortened += min(rooms) < len(example.prompt)
+        return shortened
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, examples: Sequence[Example]) -> float:

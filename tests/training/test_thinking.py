@@ -1,0 +1,227 @@
+"""Training to think: stages come and go, runs resume exactly, and thoughts carry what pauses cannot."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from torch.testing import assert_close
+from toy import failure, interrupt, launch
+from transformers import LlamaConfig
+
+from calm.data.tasks import write_items
+from calm.data.tokenizer import train_tokenizer
+from calm.errors import InputError
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.thoughts import Thoughts, thoughts_of
+from calm.models.tokens import LlamaForCausalLM
+from calm.training.finetuning import finetune
+from calm.training.finetuning_recipe import (
+    AnswerSettings,
+    ExampleSettings,
+    FinetuningRecipe,
+    ThoughtSettings,
+)
+from calm.training.optimizers import build_optimizer
+from calm.training.recipe import OptimizerSettings, TrainingSettings
+from calm.training.recipe_files import write_recipe
+from calm.training.thinking import StageChange, reset, thinking_of
+
+MARKERS = (2, 1)  # BOS and EOS.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A CALM and a Llama that know nothing, with a tokenizer, and questions of two steps."""
+    folder = tmp_path_factory.mktemp("base")
+    write_items(folder / "items.jsonl", "chain", 2, 1, 60, False)
+    records = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 330)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    tokenizer.save_pretrained(folder / "calm")
+    calm = tiny_model(2, vocab_size=len(tokenizer), head_config={"head_type": "sequential"})
+    calm.save_pretrained(folder / "calm")
+    tiny_model(2, vocab_size=len(tokenizer)).save_pretrained(folder / "energy")
+    tokenizer.save_pretrained(folder / "energy")
+    llama = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **sizes
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(llama).save_pretrained(folder / "plain")
+    tokenizer.save_pretrained(folder / "plain")
+    return folder
+
+
+def recipe_for(base, model="plain", thoughts=None, **training):
+    settings = {"mode": "state", "stages": 2, "steps_per_stage": 3, "mix": 0.2}
+    return FinetuningRecipe(
+        seed=2,
+        model=str(base / model),
+        examples=ExampleSettings(sources=str(base / "items.jsonl"), context=64),
+        thoughts=ThoughtSettings(**settings | (thoughts or {})),
+        answers=AnswerSettings(number=4, num_draws=4),
+        training=TrainingSettings(
+            **{
+                "steps": 9,
+                "batch_tokens": 256,
+                "evaluate_every": 3,
+                "save_every": 3,
+                "log_every": 1,
+                "optimizer": OptimizerSettings(name="adamw", learning_rate=1e-2, warmup_steps=2),
+            }
+            | training
+        ),
+    )
+
+
+def weights_of(run):
+    return load_file(run / "model/model.safetensors")
+
+
+def losses_of(run):
+    return [one["loss"] for one in json.loads((run / "history.json").read_text()) if "loss" in one]
+
+
+@pytest.mark.parametrize("model", ["plain", "calm", "energy"])
+@pytest.mark.parametrize("mode", ["state", "pause", "drop"])
+def test_every_model_takes_every_mode(model, mode, base, tmp_path):
+    finetune(recipe_for(base, model, {"mode": mode}), tmp_path / "run")
+    loaded, _ = load_language_model_and_tokenizer(str(tmp_path / "run"))
+    thoughts = thoughts_of(loaded.config)
+    if mode == "drop":
+        assert thoughts is None
+    else:
+        assert thoughts == Thoughts(2, *MARKERS, mode)
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    scored = [one for one in history if "eval_exact_match" in one]
+    assert [one["step"] for one in scored] == [3, 6, 9]
+    answers = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 4 and not any("<|" in one["after"] for one in answers)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["plain", "calm"])
+@pytest.mark.parametrize("killed_at", [3, 5])
+def test_resumed_equals_uninterrupted(killed_at, model, optimizer, base, tmp_path, monkeypatch):
+    """Killed where a stage changes, and inside one."""
+    recipe = recipe_for(base, model, optimizer=OptimizerSettings(name=optimizer, warmup_steps=2))
+    finetune(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "checkpoints", killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe, tmp_path / "run")
+    finetune(recipe, tmp_path / "run", resume=True)
+    for name, weight in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weight, weights_of(tmp_path / "run")[name]), name
+    assert (tmp_path / "run/answers.jsonl").read_text() == (tmp_path / "whole/answers.jsonl").read_text()
+
+
+def test_two_processes_learn_the_same(base, tmp_path):
+    recipe = recipe_for(base, "calm")
+    finetune(recipe, tmp_path / "alone")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    arguments = ("--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
+    result = launch(2, *arguments, command="finetune")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, weight in weights_of(tmp_path / "alone").items():
+        assert_close(weights_of(tmp_path / "two")[name], weight, rtol=0, atol=1e-4)
+
+
+def test_parts_of_a_step_are_summed(base, tmp_path):
+    """Rows of different stages lie in different microbatches."""
+    finetune(recipe_for(base), tmp_path / "whole")
+    finetune(recipe_for(base, microbatch_tokens=64), tmp_path / "parts")
+    assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
+
+
+def test_an_energy_head_has_noise_of_its_own_for_each_row(base, tmp_path):
+    finetune(recipe_for(base, "energy"), tmp_path / "whole")
+    finetune(recipe_for(base, "energy", microbatch_tokens=64), tmp_path / "parts")
+    assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_an_optimizer_that_was_reset_is_a_new_one(name, base):
+    def trained(steps_before):
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = build_optimizer(layer, OptimizerSettings(name=name, learning_rate=1e-2))
+        start = [weight.detach().clone() for weight in layer.parameters()]
+        for step in range(steps_before + 3):
+            if step == steps_before:
+                with torch.no_grad():
+                    for weight, old in zip(layer.parameters(), start, strict=True):
+                        weight.copy_(old)
+                if steps_before:
+                    reset(optimizer)
+            generator = torch.Generator().manual_seed(step - steps_before)
+            optimizer.zero_grad()
+            layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()
+            optimizer.step()
+        return torch.cat([weight.flatten() for weight in layer.parameters()])
+
+    assert torch.equal(trained(0), trained(5))
+
+
+def test_the_optimizer_is_reset_where_a_stage_begins_and_nowhere_else(base, tmp_path, monkeypatch):
+    steps = []
+    whole = StageChange.on_step_begin
+
+    def noted(self, args, state, control, optimizer=None, **others):
+        before = len(optimizer.state)
+        whole(self, args, state, control, optimizer=optimizer, **others)
+        if before and not optimizer.state:
+            steps.append(state.global_step)
+
+    monkeypatch.setattr(StageChange, "on_step_begin", noted)
+    finetune(recipe_for(base), tmp_path / "run")
+    assert steps == [3, 6]
+    steps.clear()
+    finetune(recipe_for(base, thoughts={"reset_optimizer": False}), tmp_path / "other")
+    assert steps == []
+
+
+def test_scales(base):
+    model, tokenizer = load_language_model_and_tokenizer(str(base / "plain"))
+    thinking = thinking_of(recipe_for(base, thoughts={"scale": "rms"}), model, tokenizer)
+    embedding = model.get_input_embeddings().weight
+    assert thinking.thoughts.scale == pytest.approx(embedding.pow(2).mean().sqrt().item())
+    model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
+    thinking = thinking_of(recipe_for(base, "calm", {"scale": "rms"}), model, tokenizer)
+    assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
+
+
+BAD = {
+    "too many stages": ({"steps_per_stage": 5}, {}, "would begin at step 10 of 9"),
+    "markers": ({"markers": ["<bot>", "<eot>"]}, {}, "must be two tokens of the tokenizer, got <bot>, <eot>"),
+    "one marker": ({"markers": ["<|eos|>"]}, {}, "must be two tokens"),
+    "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not go with"),
+    "compile": ({}, {"compile": True}, "compile does not go with"),
+    "mix": ({"mix": 1.5}, {}, "thoughts.mix must be at least 0 and at most 1"),
+    "thoughts": ({"per_step": 50}, {}, "leave no room for a prompt in a context of 64"),
+    "stages": ({"stages": -1}, {}, "thoughts.stages must"),
+}
+
+
+@pytest.mark.parametrize(("thoughts", "training", "message"), BAD.values(), ids=BAD)
+def test_bad_recipes(thoughts, training, message, base, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune(recipe_for(base, thoughts=thoughts, **training), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_context_beyond_the_model_is_refused(base, tmp_path):
+    recipe = recipe_for(base, "calm", batch_tokens=256)
+    recipe.examples.context = 256  # The tiny model has 64 chunks of two.
+    with pytest.raises(InputError, match="looks back on 128 tokens"):
+        finetune(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(base, tmp_path, capsys):
+    arguments = ("finetune", "--model", base / "plain", "--examples.sources", base / "items.jsonl")
+    message = failure(
+        capsys, *arguments, "--output", tmp_path / "run", "--thoughts.mode", "state", "--thoughts.mix", "2"
+    )
+    assert "thoughts.mix" in message and not (tmp_path / "run").exists()
