@@ -41,7 +41,8 @@ def distances(facts, root):
 def test_answers_of_chains(hops):
     answers = Counter()
     for item in items("chain", hops, number=400):
-        name = item.question.split()[0]
+        first, _, name, _ = item.question.split()
+        assert f"{first} = {worth(item.facts, first)} ." in item.facts
         assert int(item.answer) == worth(item.facts, name)
         assert len(item.steps) == hops and len(item.facts) == 2 * (hops + 1)
         for step in item.steps:

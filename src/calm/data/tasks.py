@@ -55,7 +55,8 @@ def chain(rng: random.Random, hops: int) -> list[Item]:
     """What a name is worth modulo 7, at the end of a chain of products and sums.
 
     `a = 5 .` begins a chain, `b a * 3` and `b a + 3` go on with it. A second chain of the same kind lies
-    among it. At least one hop adds a number that is 0 to 6 with equal chances, so the answer is as likely to
+    among it. The question names both ends of the chain, so each step is found by looking up a single fact,
+    and the answer by as many of them as there are hops, one after another. At least one hop adds a number that is 0 to 6 with equal chances, so the answer is as likely to
     be any number whatever else is known: chance is 1/7.
 
     Args:
@@ -68,7 +69,7 @@ def chain(rng: random.Random, hops: int) -> list[Item]:
     rng.shuffle(facts)
     values = asked[1]
     steps = tuple(f"{name} = {value} ." for name, value in values[1:])
-    return [Item(tuple(facts), f"{values[-1][0]} = ? :", steps, str(values[-1][1]))]
+    return [Item(tuple(facts), f"{values[0][0]} ? {values[-1][0]} :", steps, str(values[-1][1]))]
 
 
 def _chain(rng: random.Random, names: list[str]) -> tuple[list[str], list[tuple[str, int]]]:
