@@ -5,6 +5,7 @@ import torch
 from calm.models.blocks import ZeroLinear
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.thoughts import Thoughts
 
 PAD, EOS, BOS = 0, 1, 2
 HEADS: dict[str, dict] = {
@@ -63,3 +64,15 @@ def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
             model.autoencoder.encoder.embed_tokens.weight.normal_(std=1.0)
         model.backbone.embed_tokens.weight.normal_(std=1.0)
     return model.eval()
+
+
+def thinking_model(number: int = 3, chunk_size: int = 4, head_type: str = "sequential", **changes):
+    """A random model to which every thought matters, and rounding too: it is in double precision."""
+    torch.manual_seed(4)
+    model = tiny_model(chunk_size, head_config={"head_type": head_type}, **changes).double()
+    with torch.no_grad():
+        for weight in [*model.backbone.layers.parameters(), *model.head.parameters()]:
+            if weight.ndim == 2:
+                weight.mul_(10)
+    model.config.thoughts = Thoughts(number, BOS, EOS, scale=1.0).as_dict()
+    return model

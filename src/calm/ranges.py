@@ -61,3 +61,5 @@ DOCUMENT_MB = Range(1, 10**6)
 """Lengths that may be asked for as the longest of a document, in MB."""
 SAMPLES = Range(1, 4096)
 """Numbers of texts for one prompt."""
+NUM_THOUGHTS = Range(0, 10_000)
+"""Numbers of continuous thoughts (`calm.models.thoughts`)."""

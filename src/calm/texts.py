@@ -111,18 +111,18 @@ def continue_tokens(
     if not all(prompts):
         raise InputError("a prompt has no token, and the tokenizer none that begins a text; give a text.")
     thought = _tokens_of_thoughts(model, num_thoughts)
-    longest = max(map(len, prompts)) + thought
+    longest = max(map(len, prompts))
     if max_new_tokens is None:
-        room = room_beside(model.config, 1 + thought if crop else longest)
+        room = room_beside(model.config, (1 if crop else longest) + thought)
         max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
         prompts = crop_prompts(model, prompts, max_new_tokens + thought)
-        longest = max(map(len, prompts)) + thought
+        longest = max(map(len, prompts))
     # Padding goes in front: a model of tokens goes on from the last column.
     batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
     try:
-        check_room(model.config, longest, max_new_tokens)
+        check_room(model.config, longest, max_new_tokens, thought)
         output = language_model(model).generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -17,6 +17,7 @@ from calm.models.thoughts import (
     THOUGHT,
     Thinking,
     Thoughts,
+    num_at_once,
     read_positions,
     scaled,
     thoughts_for,
@@ -344,6 +345,14 @@ def test_numbers_out_of_range(number):
         thoughts_for(llama().config, number)
 
 
+@pytest.mark.parametrize(
+    ("before", "thoughts", "behind", "read"), [(0, 3, 2, 5), (5, 8, 2, 15), (1, 9, 1, 9)]
+)
+def test_positions_are_read_up_to_the_ninth_thought(before, thoughts, behind, read):
+    is_thought = torch.tensor([False] * before + [True] * thoughts + [False] * behind)
+    assert num_at_once(is_thought) == read
+
+
 def test_words_about_untrained_thoughts(caplog):
     config = llama().config
     thoughts_for(config, 2, warns=True)
@@ -357,7 +366,8 @@ def test_words_about_untrained_thoughts(caplog):
 
 def test_thoughts_take_room():
     model = llama(max_position_embeddings=16)
-    with pytest.raises(ValueError, match="context of 16"):
+    said = "has 3 tokens, thoughts and their markers take 8 and 8 are asked for, more than the context of 16"
+    with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=8, num_thoughts=6)
     model = calm()
     longest = model.config.backbone.max_position_embeddings

@@ -26,13 +26,22 @@ def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
     return max(0, longest - -(-num_tokens // size) * size)
 
 
-def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int) -> None:
-    """Raise ValueError if so many new tokens do not fit after a prompt of so many."""
-    room = room_beside(config, num_tokens)
+def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, num_thought: int = 0) -> None:
+    """Raise ValueError if so many new tokens do not fit after a prompt of so many, and what is thought.
+
+    Args:
+        config: Of the model.
+        num_tokens: Tokens of the prompt.
+        num_new_tokens: Tokens to write.
+        num_thought: See `calm.models.thoughts.num_tokens_of`.
+    """
+    room = room_beside(config, num_tokens + num_thought)
     if room is None or num_new_tokens <= room:
         return
-    advice = f"ask for {room} at most, or shorten the prompt" if room else "shorten the prompt"
+    less = "shorten the prompt, or take fewer thoughts" if num_thought else "shorten the prompt"
+    advice = f"ask for {room} at most, or {less}" if room else less
+    thought = f", thoughts and their markers take {num_thought}" if num_thought else ""
     raise ValueError(
-        f"the prompt has {num_tokens} tokens and {num_new_tokens} are asked for, more than the context of "
-        f"{longest_context(config)}; {advice}."
+        f"the prompt has {num_tokens} tokens{thought} and {num_new_tokens} are asked for, more than the "
+        f"context of {longest_context(config)}; {advice}."
     )

@@ -24,12 +24,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from calm.errors import shown
 from calm.models.caches import CACHE
-from calm.ranges import Range
+from calm.ranges import NUM_THOUGHTS, Range
 
 logger = logging.getLogger(__name__)
 THOUGHT = -1
 """Stands for the tokens of a thought, where tokens stand in a row."""
-NUMBERS = Range(0, 10_000)
+THOUGHTS_AT_ONCE = 8
+"""Thoughts, each a pass of its own, that are read before others who share the model have their turn."""
 _SCALES = Range(0, has_least=False)
 _SMALLEST = 1e-12  # A mean square of 0 has no direction to keep.
 Filling = Literal["state", "pause"]
@@ -58,7 +59,7 @@ class Thoughts:
         for name, kind in (("number", int), ("begin", int), ("end", int)):
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"thoughts.{name} must be a whole number, got {shown(getattr(self, name))}.")
-        NUMBERS.check("thoughts.number", self.number)
+        NUM_THOUGHTS.check("thoughts.number", self.number)
         if min(self.begin, self.end) < 0:
             raise ValueError("thoughts.begin and thoughts.end are ids of tokens, 0 and above.")
         if self.filling not in get_args(Filling):
@@ -120,7 +121,7 @@ def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = 
         return trained
     if type(number) is not int:
         raise ValueError(f"num_thoughts must be a whole number, got {shown(number)}.")
-    NUMBERS.check("num_thoughts", number)
+    NUM_THOUGHTS.check("num_thoughts", number)
     if number == 0:
         return None
     if trained is None:
@@ -139,6 +140,11 @@ def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = 
 def num_tokens_of(thoughts: Thoughts | None, config: PreTrainedConfig) -> int:
     """Tokens that the context holds for what is thought, markers included."""
     return 0 if thoughts is None else len(thoughts.tokens(getattr(config, "chunk_size", 1)))
+
+
+def num_at_once(is_thought_C: Tensor) -> int:
+    """How many of some positions are read at once: those before what would be a thought too many."""
+    return int((is_thought_C.cumsum(0) <= THOUGHTS_AT_ONCE).sum())
 
 
 def default_markers(config: PreTrainedConfig) -> tuple[int, int]:

@@ -144,7 +144,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         tokens_N = torch.tensor(thoughts.tokens(1), device=all_BT.device)
         all_BT = torch.cat([all_BT, tokens_N.expand(len(all_BT), -1)], dim=1)
         mask_BT = torch.cat([mask_BT, torch.ones_like(all_BT[:, mask_BT.shape[1] :])], dim=1)
-        check_room(self.config, all_BT.shape[1], kwargs.get("max_new_tokens") or 1)
+        num_new = kwargs.get("max_new_tokens") or 1
+        check_room(self.config, all_BT.shape[1] - len(tokens_N), num_new, len(tokens_N))
         cache = DynamicCache(config=self.config)
         position_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
         # All but the last: its state is what `generate` begins with.

@@ -1,12 +1,15 @@
 """Rows that think before they are written, among others, in pieces and after beginnings that were kept."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
-from tiny import EOS, tiny_model
+from tiny import BOS, EOS, thinking_model, tiny_model
 
-from calm.models.thoughts import Thoughts
+from calm.core.random import generators_of_rows
+from calm.models.thoughts import THOUGHT, Thoughts
+from calm.models.writing.alternatives import draw_alternatives, outcome_of, up_to_end
 from calm.models.writing.batching import BatchLimits, ChunkBatch
 from calm.models.writing.sampler_registry import sampler_from
 
@@ -24,7 +27,8 @@ def alone(model, prompt, number, budget, seed):
 @pytest.mark.parametrize("head_type", ["sequential", "categorical_flow"])
 def test_a_row_among_others_is_the_row_alone(head_type, chunks_at_once):
     """Prompts share beginnings, some are equal but for their thoughts, and they join at random steps."""
-    model = tiny_model(2, head_config={"head_type": head_type}).double()
+    model = thinking_model(chunk_size=2, head_type=head_type)
+    model.config.thoughts = None
     chance = random.Random(chunks_at_once)
     beginning = [chance.randrange(3, 40) for _ in range(40)]
     batch = ChunkBatch(model, BatchLimits(max_rows=4, chunks_at_once=chunks_at_once))
@@ -66,3 +70,74 @@ def test_pauses_are_tokens():
         for one in batch.step():
             written += one.tokens
     assert written == text and states.isfinite().all()
+
+
+class Passes:
+    """Positions (rows, columns) of every pass of the backbone since this was last asked."""
+
+    def __init__(self, model, monkeypatch):
+        self._shapes, real = [], model.backbone.forward
+        monkeypatch.setattr(model.backbone, "forward", lambda **own: self._note(own) or real(**own))
+
+    def _note(self, own):
+        self._shapes.append(tuple(own["inputs_embeds"].shape[:2]))
+
+    def taken(self):
+        shapes, self._shapes = self._shapes, []
+        return shapes
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_that_write_wait_for_a_few_thoughts_at_most(rows, monkeypatch):
+    """Eight of each prompt, which are read side by side; and the texts are those of the rows alone."""
+    model = thinking_model(chunk_size=2)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    batch, passes = ChunkBatch(model), Passes(model, monkeypatch)
+    asked = {batch.join([5, 6, 7], SAMPLER, 40, 0): ([5, 6, 7], 0, 40, 0)}
+    [writing] = asked
+    texts = {writing: [one for written in batch.step() for one in written.tokens]}
+    passes.taken()
+    for number, prompt in zip([30, 21, 3, 16][:rows], [[9] * 8, [8] * 5, [3], [4] * 12], strict=False):
+        row = batch.join(prompt, SAMPLER, 6, 1, thoughts=Thoughts(number, BOS, EOS, scale=1.0))
+        asked[row], texts[row] = (prompt, number, 6, 1), []
+    pieces, steps = [], 0
+    while len(batch):
+        for written in batch.step():
+            texts[written.row] += written.tokens
+        steps += 1
+        if taken := passes.taken():
+            pieces.append(taken)
+            assert len(taken) <= 10 and len(texts[writing]) == 2 * (steps + 1), "a row waited for many passes"
+    assert len(pieces) == 4  # Of thirty thoughts; those of the other rows are among them.
+    for row, (prompt, number, budget, seed) in asked.items():
+        how = {"max_new_tokens": budget, "seed": seed, "num_thoughts": number, "temperature": 1.0}
+        assert texts[row] == model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
+
+
+def test_a_pool_leaves_room_for_steps_between_its_thoughts(monkeypatch):
+    model, ids, written = thinking_model(chunk_size=2), [5, 6, 7], [8, 9, 10, 11]
+    thoughts = Thoughts(20, BOS, EOS, scale=1.0)
+    how = {"num_draws": 8, "temperatures": [1.0], "most": 8, "seed": 1}
+    passes, counts = Passes(model, monkeypatch), []
+    drawing = draw_alternatives(model, ids, thoughts=thoughts, written=written, **how)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(drawing)
+            counts.append(len(passes.taken()))
+    assert counts[:3] == [9, 8, 4] and sum(counts) == 21
+    spelled = torch.tensor([[0, *ids, *thoughts.tokens(2), *written]])
+    ids_1T, is_thought_1C = spelled.masked_fill(spelled == THOUGHT, 0), spelled[:, ::2] == THOUGHT
+    mask = torch.ones_like(spelled)
+    state = model(ids_1T, attention_mask=mask, is_thought=is_thought_1C).last_hidden_state[:, -1]
+    generator = generators_of_rows(1, [[*ids, *written]], model.device)
+    drawn = Counter(map(tuple, model.draw_chunks(state, 8, generator)[:, 0].tolist()))
+    assert Counter({one.tokens: one.count for one in end.value.value.told}) == Counter(
+        {up_to_end(chunk, [EOS]): number for chunk, number in drawn.items()}
+    )
+
+
+def test_what_was_written_is_a_part_of_a_text_where_nothing_is_thought():
+    model = tiny_model(2)
+    how = {"num_draws": 20, "temperatures": [0.5], "most": 20, "seed": 1}
+    whole = outcome_of(draw_alternatives(model, [5, 6, 7, 8, 9], **how))
+    assert whole == outcome_of(draw_alternatives(model, [5, 6, 7], written=[8, 9], **how))

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import as_id_tensor
 from calm.core.random import DrawsInParts, generators_of_rows
 from calm.core.temperature import distribution_of_pool
 from calm.models.heads import Likelihood
 from calm.models.heads.contract import MIN_TEMPERATURE
+from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
 from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt
+from calm.models.writing.prompts import Prompt, read_chunks
 
 Chunk = tuple[int, ...]
 _DRAWS_AT_ONCE = 64
@@ -64,6 +66,8 @@ def draw_alternatives(
     most: int,
     seed: int,
     chunk: Sequence[int] = (),
+    thoughts: Thoughts | None = None,
+    written: Sequence[int] = (),
 ) -> Generator[None, None, Alternatives]:
     """Draw the chunk after a text at temperature 1: first the text is read, then some draws at a time.
 
@@ -71,15 +75,20 @@ def draw_alternatives(
 
     Args:
         model: The model.
-        ids: Tokens of the text.
+        ids: Tokens of the text, or of a prompt.
         num_draws: How many draws.
         temperatures: Temperatures at which the pool rule weighs them.
         most: How many candidates are told, the most frequent first.
         seed: Seed of the draws.
         chunk: A chunk that is told in any case, up to the token that ends a text.
+        thoughts: What is thought after the prompt.
+        written: Tokens that were written then, in whole chunks.
     """
-    state_1D = Prompt.of(model, ids).read(model)[:, -1]
-    randomness = DrawsInParts(num_draws, generators_of_rows(seed, [list(ids)], model.device))
+    size = model.config.chunk_size
+    state_1D = yield from _state_after(
+        model, Prompt.of(model, ids).followed_by(thoughts, size).with_chunks(written, size)
+    )
+    randomness = DrawsInParts(num_draws, generators_of_rows(seed, [[*ids, *written]], model.device))
     draws: list[Chunk] = []
     while len(draws) < num_draws:
         yield
@@ -104,6 +113,30 @@ def outcome_of(drawing: Generator[None, None, Alternatives]) -> Alternatives:
         except StopIteration as end:
             outcome: Alternatives = end.value
             return outcome
+
+
+def _state_after(model: ChunkModel, prompt: Prompt) -> Generator[None, None, Tensor]:
+    """The state that a prompt ends with, (1, D), after a few of its thoughts at a time."""
+    if not prompt.thinks:
+        return prompt.read(model)[:, -1]
+    size, cache = model.config.chunk_size, DynamicCache(config=model.config.backbone)
+    is_thought_C = prompt.ids_BT[0, ::size] == THOUGHT
+    read, state_1D = 0, None
+    while True:
+        end = read + num_at_once(is_thought_C[read:])
+        states_1CD = read_chunks(
+            model,
+            prompt.ids_BT[:, read * size : end * size],
+            prompt.mask_BC[:, :end],
+            prompt.position_BC[:, read:end],
+            cache,
+            may_think=True,
+            state_before=state_1D,
+        )
+        read, state_1D = end, states_1CD[:, -1]
+        if read == len(is_thought_C):
+            return state_1D
+        yield
 
 
 def _with_probabilities(

@@ -151,9 +151,10 @@ class ChunkGenerationMixin:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
             randomness = generators_of_rows(seed, rows, self.device)
         thoughts = thoughts_for(self.config, num_thoughts, warns=True)
-        num_tokens = int(mask_BT.bool().sum(-1).max()) + num_tokens_of(thoughts, self.config)
-        budget = _num_new_tokens(config, prompt_BT.shape[1], room_beside(self.config, num_tokens) or 0)
-        check_room(self.config, num_tokens, budget)
+        longest, num_thought = int(mask_BT.bool().sum(-1).max()), num_tokens_of(thoughts, self.config)
+        room = room_beside(self.config, longest + num_thought) or 0
+        budget = _num_new_tokens(config, prompt_BT.shape[1], room)
+        check_room(self.config, longest, budget, num_thought)
         stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)
         if streamer is not None:
             if prompt_BT.shape[0] > 1:

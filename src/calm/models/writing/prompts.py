@@ -54,13 +54,21 @@ class Prompt(NamedTuple):
 
     def followed_by(self, thoughts: Thoughts | None, chunk_size: int) -> "Prompt":
         """The same with what is thought after each, if anything is."""
-        if thoughts is None:
+        return self if thoughts is None else self.with_chunks(thoughts.tokens(chunk_size), chunk_size)
+
+    def with_chunks(self, tokens: Sequence[int], chunk_size: int) -> "Prompt":
+        """The same with the same chunks behind each.
+
+        Args:
+            tokens: Tokens of the chunks, or `THOUGHT` where a chunk is a thought.
+            chunk_size: Tokens per chunk K.
+        """
+        if not tokens:
             return self
-        tokens = thoughts.tokens(chunk_size)
-        more_BT = torch.tensor(tokens, device=self.ids_BT.device).expand(len(self.ids_BT), -1)
+        more_BT = torch.tensor(list(tokens), device=self.ids_BT.device).expand(len(self.ids_BT), -1)
         mask_BC = torch.nn.functional.pad(self.mask_BC, (0, len(tokens) // chunk_size), value=1)
         ids_BT = torch.cat([self.ids_BT, more_BT], dim=1)
-        return Prompt(ids_BT, mask_BC, positions_of(mask_BC), thinks=THOUGHT in tokens)
+        return Prompt(ids_BT, mask_BC, positions_of(mask_BC), thinks=self.thinks or THOUGHT in tokens)
 
     def read(self, model: ChunkModel, cache: Cache | None = None) -> Tensor:
         """State of every chunk, (B, C, D); with a cache, that is filled.

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import split_into_chunks
-from calm.models.thoughts import THOUGHT, Thoughts
+from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prefixes import PrefixStore
 from calm.models.writing.prompts import Prompt, positions_of, read_chunks
@@ -51,6 +51,15 @@ class _Reading:
     def num_left(self) -> int:
         """Chunks that have not been read."""
         return len(self.chunks_CK) - (0 if self.cache is None else self.cache.lengths[0])
+
+    def piece(self, most: int) -> Tensor:
+        """The next chunks, at most so many, with few thoughts among them: each is a pass of its own.
+
+        The thoughts of a prompt stand at the end of a piece, or just before the marker there. So those of
+        several prompts that are read side by side take hardly more passes than those of one.
+        """
+        left_CK = self.chunks_CK[-self.num_left :][:most]
+        return left_CK[: num_at_once((left_CK == THOUGHT).any(-1))] if self.num_thoughts else left_CK
 
 
 class PromptReader:
@@ -139,7 +148,7 @@ class PromptReader:
         return error
 
     def _read(self, readings: Sequence[_Reading], most: int) -> None:
-        pieces = [reading.chunks_CK[-reading.num_left :][:most] for reading in readings]
+        pieces = [reading.piece(most) for reading in readings]
         caches = [reading.cache for reading in readings]
         before = (
             [reading.hidden_1D for reading in readings] if any(one.num_thoughts for one in readings) else None
