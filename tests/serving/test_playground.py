@@ -53,6 +53,8 @@ def test_what_the_page_is_told(head_type, tokenizer):
         "draws": 50,
         "max_draws": 1000,
         "max_tokens": 99,
+        "num_thoughts": None,
+        "max_thoughts": 64,
         "chunk_size": 4,
         "eos_token_ids": [EOS],
         "head": head_type,

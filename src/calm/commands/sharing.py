@@ -106,6 +106,7 @@ def serve(
     max_tokens: int = 4096,
     max_request_tokens: int = 1 << 18,
     max_draws: int = 1000,
+    max_thoughts: int = 64,
     draws_at_once: int = 4096,
     chunks_at_once: int = 128,
     prefix_bytes: int = 1 << 28,
@@ -135,8 +136,9 @@ def serve(
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait for their turn; more are refused.
         max_tokens: Most new tokens of a text.
-        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
+        max_request_tokens: Most tokens of all texts of a request together: prompts, thoughts, new ones.
         max_draws: Most draws of a chunk.
+        max_thoughts: Most thoughts before a text, of a model that was trained to think.
         draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         chunks_at_once: Chunks of prompts that are read between two chunks of the texts.
         prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
@@ -170,6 +172,7 @@ def serve(
         max_tokens=max_tokens,
         max_request_tokens=max_request_tokens,
         max_draws=max_draws,
+        max_thoughts=max_thoughts,
         draws_at_once=draws_at_once,
         chunks_at_once=chunks_at_once,
         prefix_bytes=prefix_bytes,

@@ -8,6 +8,7 @@ from calm.core.samplers import Sampler
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, longest_context, room_beside
+from calm.models.thoughts import Thoughts, num_tokens_of
 from calm.models.writing.sampling import check_sampler
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
@@ -18,6 +19,7 @@ from calm.serving.readers import IsGone, Readers
 from calm.serving.request_texts import RequestTexts
 from calm.serving.settings import ServerSettings
 from calm.serving.templates import render_elsewhere
+from calm.serving.thoughts import check_effort, thoughts_of_request
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
@@ -80,14 +82,14 @@ class Endpoint:
         """
         asked: Sequence[str | list[int]] = request.prompt
         budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
-        sampler = self._check(request, len(asked), budget)
+        sampler, thoughts = self._check(request, len(asked), budget)
         places = [f"prompt[{index}]" for index in range(len(asked))] if len(asked) > 1 else ["prompt"]
         for prompt, place in zip(asked, places, strict=True):
             self._check_length(len(prompt), isinstance(prompt, str), place)
 
         def read() -> tuple[list[list[int]], list[str] | None]:
             prompts = [self.tokens_of(prompt, place) for prompt, place in zip(asked, places, strict=True)]
-            self._check_size(request, prompts, budget)
+            self._check_size(request, prompts, budget, thoughts)
             if not request.echo:
                 return prompts, None
             read_back = [
@@ -97,7 +99,7 @@ class Endpoint:
             return prompts, [echo for echo in read_back for _ in range(request.n)]
 
         prompts, echoes = await self.readers.run(read, is_gone)
-        texts = self._submit(request, prompts, budget, sampler)
+        texts = self._submit(request, prompts, budget, sampler, thoughts)
         return CompletionFormat(texts, request, self._settings.name, echoes)
 
     async def chat(self, request: ChatRequest, is_gone: IsGone) -> ChatFormat:
@@ -112,22 +114,30 @@ class Endpoint:
         """
         self._check_messages(request.messages)
         budget = request.max_completion_tokens or request.max_tokens
-        sampler = self._check(request, 1, budget or 1)
+        sampler, thoughts = self._check(request, 1, budget or 1)
 
         def read() -> tuple[list[int], int]:
             prompt = self.tokens_of_chat(request.messages)
-            room = min(max(1, self.room_after(prompt)), self._settings.max_tokens)
-            self._check_size(request, [prompt], budget or room)
+            room = min(max(1, self.room_after(prompt, thoughts)), self._settings.max_tokens)
+            self._check_size(request, [prompt], budget or room, thoughts)
             return prompt, budget or room
 
         prompt, most = await self.readers.run(read, is_gone)
-        texts = self._submit(request, [prompt], most, sampler, self._ends_of_turn)
+        texts = self._submit(request, [prompt], most, sampler, thoughts, self._ends_of_turn)
         return ChatFormat(texts, request, self._settings.name)
 
-    def _check(self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int) -> Sampler:
-        """Look at all that can be wrong before anything is made of the prompts; how chunks are sampled."""
+    def _check(
+        self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
+    ) -> tuple[Sampler, Thoughts | None]:
+        """Look at all that can be wrong before anything is made of the prompts.
+
+        Returns:
+            How chunks are sampled, and what is thought.
+        """
         self.check_name(request.model)
         request.check(self._settings.max_draws)
+        thoughts = self.thoughts_for(request.num_thoughts)
+        check_effort((request.model_extra or {}).get("reasoning_effort"), thoughts)
         most = self._settings.max_waiting
         if num_prompts * request.n > most:
             raise ApiError(
@@ -140,14 +150,19 @@ class Endpoint:
                 "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
             )
             raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
-        self._check_total(request, num_prompts * request.n * budget)
+        thought = num_tokens_of(thoughts, self.model.config)
+        self._check_total(request, num_prompts * request.n * (thought + budget))
         head, allowed = self.model.head, self._settings
         sampler = request.sampler_for(head.config, allowed.temperature, allowed.draws)
         try:
             check_sampler(head, sampler)
         except ValueError as error:
             raise ApiError(str(error), param="sampler") from error
-        return sampler
+        return sampler, thoughts
+
+    def thoughts_for(self, number: int | None) -> Thoughts | None:
+        """What is thought after a prompt; see `calm.serving.thoughts.thoughts_of_request`."""
+        return thoughts_of_request(self.model.config, number, self._settings.max_thoughts)
 
     def _check_length(self, length: int, is_text: bool, place: str) -> None:
         """Raise ApiError for what is longer than any context, before it is read."""
@@ -161,14 +176,20 @@ class Endpoint:
             )
 
     def _check_size(
-        self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], budget: int
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[list[int]],
+        budget: int,
+        thoughts: Thoughts | None,
     ) -> None:
         """Raise ApiError if a text does not fit in the context, or all together are too much."""
+        thought = num_tokens_of(thoughts, self.model.config)
         try:
-            check_room(self.model.config, max(map(len, prompts)), budget)
+            check_room(self.model.config, max(map(len, prompts)), budget, thought)
         except ValueError as error:
             raise ApiError(str(error), param=request.prompt_name, code="context_length_exceeded") from error
-        self._check_total(request, request.n * (sum(map(len, prompts)) + len(prompts) * budget))
+        beside = len(prompts) * (thought + budget)
+        self._check_total(request, request.n * (sum(map(len, prompts)) + beside))
 
     def _check_total(self, request: CompletionRequest | ChatRequest, num_tokens: int) -> None:
         most = self._settings.max_request_tokens
@@ -185,6 +206,7 @@ class Endpoint:
         prompts: Sequence[list[int]],
         budget: int,
         sampler: Sampler,
+        thoughts: Thoughts | None,
         more_stops: Sequence[str] = (),
     ) -> RequestTexts:
         texts = RequestTexts(
@@ -199,6 +221,7 @@ class Endpoint:
             seconds=self._settings.seconds,
             readers=self.readers,
             with_chunks=request.return_chunks,
+            thoughts=thoughts,
         )
         texts.submit()
         self._metrics.prompt_tokens.inc(sum(map(len, prompts)))
@@ -248,9 +271,10 @@ class Endpoint:
             )
         self._check_length(sum(len(message["content"]) for message in messages), True, "messages")
 
-    def room_after(self, prompt: list[int]) -> int:
-        """New tokens that fit after a prompt."""
-        return room_beside(self.model.config, len(prompt)) or 0
+    def room_after(self, prompt: Sequence[int], thoughts: Thoughts | None) -> int:
+        """New tokens that fit after a prompt and what is thought."""
+        config = self.model.config
+        return room_beside(config, len(prompt) + num_tokens_of(thoughts, config)) or 0
 
 
 def _most_characters(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 from calm.core.samplers import Sampler
 from calm.errors import reason_of
 from calm.models.calm import CalmForCausalLM
+from calm.models.thoughts import Thoughts
 from calm.models.writing.batching import BatchLimits, ChunkBatch
 from calm.models.writing.rows import Failed, Row, Written
 
@@ -38,6 +39,7 @@ class Job:
         deliver: Called in the engine's thread with every chunk, or with the error that ended the text.
         copy: Which of several texts of the same prompt and seed.
         deadline: `time.monotonic()` after which it is given up.
+        thoughts: What is thought after the prompt.
     """
 
     prompt: Sequence[int]
@@ -47,6 +49,7 @@ class Job:
     deliver: Callable[[Written | Exception], None]
     copy: int = 0
     deadline: float = float("inf")
+    thoughts: Thoughts | None = None
     is_cancelled: bool = field(default=False, init=False)
 
 
@@ -289,7 +292,7 @@ class Engine:
                 _deliver(job, TimeoutError("the text waited too long"))
                 continue
             try:
-                row = self._batch.join(job.prompt, job.sampler, job.budget, job.seed, job.copy)
+                row = self._batch.join(job.prompt, job.sampler, job.budget, job.seed, job.copy, job.thoughts)
             except Exception as error:
                 logger.exception("a prompt could not be read")
                 _deliver(job, error)

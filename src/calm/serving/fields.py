@@ -80,7 +80,7 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "audio": Refused("answers are text"),
     "store": Refused("nothing is stored", (False,)),
     "service_tier": Refused("there is one tier of service", ("auto", "default")),
-    "reasoning_effort": Refused("the model does not reason", ("none",)),
+    "reasoning_effort": Refused("how much a model thinks is a number of thoughts, 'num_thoughts'", ("none",)),
     "verbosity": Refused("how much is written is up to the model and 'max_tokens'", ("medium",)),
     "prediction": Refused("predicted text is of no use to this model"),
     "moderation": Refused("nothing is moderated"),

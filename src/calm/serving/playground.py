@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from calm.core.chunks import as_id_tensor
 from calm.models.configuration import CalmConfig
+from calm.models.thoughts import thoughts_of
 from calm.serving.settings import ServerSettings
 
 _FOLDER = resources.files("calm") / "serving" / "page"
@@ -58,7 +59,7 @@ def add_playground(app: FastAPI, config: CalmConfig, has_chat: bool, settings: S
 
 def _describe(config: CalmConfig, has_chat: bool, settings: ServerSettings) -> dict[str, Any]:
     """What the page must know before it has a key."""
-    head = config.head
+    head, thoughts = config.head, thoughts_of(config)
     return {
         "model": settings.name,
         "needs_key": settings.api_key is not None,
@@ -66,6 +67,8 @@ def _describe(config: CalmConfig, has_chat: bool, settings: ServerSettings) -> d
         "draws": settings.draws,
         "max_draws": settings.max_draws,
         "max_tokens": settings.max_tokens,
+        "num_thoughts": None if thoughts is None else thoughts.number,
+        "max_thoughts": settings.max_thoughts,
         "chunk_size": config.chunk_size,
         "eos_token_ids": as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist(),
         "head": head.head_type,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from calm.core.temperature import distribution_of_pool
+from calm.models.thoughts import Thoughts
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, ends_of, up_to_end
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
@@ -34,18 +35,21 @@ async def describe_pool(
     endpoint.check_name(request.model)
     if request.num_draws > most_draws:
         raise ApiError(f"'num_draws' may be {most_draws} at most.", param="num_draws")
-    ids = await endpoint.readers.run(lambda: _read(endpoint, request), is_gone)
+    thoughts = endpoint.thoughts_for(request.num_thoughts)
+    prompt, written = await endpoint.readers.run(lambda: _read(endpoint, request, thoughts), is_gone)
     seed = secrets.randbits(31) if request.seed is None else request.seed
     try:
         asked = endpoint.engine.ask(
             lambda model: draw_alternatives(
                 model,
-                ids,
+                prompt,
                 num_draws=request.num_draws,
                 temperatures=request.temperatures,
                 most=request.most,
                 chunk=request.chunk,
                 seed=seed,
+                thoughts=thoughts,
+                written=written,
             ),
             seconds,
         )
@@ -57,8 +61,8 @@ async def describe_pool(
     return await endpoint.readers.run(lambda: _describe(endpoint, request, pool), is_gone)
 
 
-def _read(endpoint: Endpoint, request: PoolRequest) -> list[int]:
-    """Tokens of the text, after all checks."""
+def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, and of what was written after it, after all checks."""
     try:  # With any counts it would raise the same.
         for temperature in request.temperatures:
             distribution_of_pool(torch.tensor([request.num_draws]), temperature)
@@ -74,10 +78,10 @@ def _read(endpoint: Endpoint, request: PoolRequest) -> list[int]:
     if len(request.written) % size:
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
     _check_chunk(endpoint, request.chunk)
-    ids = [*prompt, *(endpoint.tokens_of(request.written, "written") if request.written else [])]
-    if endpoint.room_after(ids) < size:
+    written = endpoint.tokens_of(request.written, "written") if request.written else []
+    if endpoint.room_after([*prompt, *written], thoughts) < size:
         raise ApiError("there is no room after the text.", param=place, code="context_length_exceeded")
-    return ids
+    return prompt, written
 
 
 def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:

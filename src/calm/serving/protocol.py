@@ -11,7 +11,18 @@ from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.serving.errors import ApiError
 from calm.serving.fields import check_fields
 from calm.serving.messages import read_messages
-from calm.serving.values import Chunk, Count, Number, Prompt, Prompts, Seed, Stops, Whole, Written
+from calm.serving.values import (
+    Chunk,
+    Count,
+    Number,
+    Prompt,
+    Prompts,
+    Seed,
+    Stops,
+    ThoughtCount,
+    Whole,
+    Written,
+)
 
 Messages = Annotated[
     list[dict[str, str]], PlainValidator(read_messages, json_schema_input_type=list[dict[str, Any]])
@@ -55,6 +66,7 @@ class _Sampling(_Body):
     sampler: StrictStr | None = None
     num_draws: Count | None = None
     max_draws: Count | None = None
+    num_thoughts: ThoughtCount | None = None  # None for as many as the model was trained with.
     return_chunks: StrictBool = False
 
     def check(self, most_draws: int) -> None:
@@ -122,6 +134,7 @@ class PoolRequest(_Body):
     written: Written = Field(default_factory=list)  # Tokens after it, whole chunks.
     chunk: Chunk = Field(default_factory=list)  # What is told even if it is rare, or not drawn at all.
     num_draws: Count = 200
+    num_thoughts: ThoughtCount | None = None  # Between the prompt and what was written.
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)
     seed: Seed | None = None

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm.core.samplers import Sampler
+from calm.models.thoughts import Thoughts
 from calm.models.writing.rows import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
@@ -60,6 +61,7 @@ class RequestTexts:
         seconds: How long all may take.
         readers: Who spells long texts.
         with_chunks: Whether parts tell what was drawn.
+        thoughts: What is thought after each prompt.
     """
 
     engine: Engine
@@ -73,6 +75,7 @@ class RequestTexts:
     seconds: float
     readers: Readers
     with_chunks: bool = False
+    thoughts: Thoughts | None = None
 
     def __post_init__(self) -> None:
         self._texts = [
@@ -91,15 +94,28 @@ class RequestTexts:
             words = tuple(prompt)
             for copy in range(written[words], written[words] + self.copies):
                 deliver = self._delivery(len(self._jobs))
-                job = Job(prompt, self.sampler, self.budget, self.seed, deliver, copy, self._deadline)
-                self._jobs.append(job)
+                self._jobs.append(
+                    Job(
+                        prompt,
+                        self.sampler,
+                        self.budget,
+                        self.seed,
+                        deliver,
+                        copy,
+                        self._deadline,
+                        self.thoughts,
+                    )
+                )
             written[words] += self.copies
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far, as the API counts them."""
-        read, written = sum(map(len, self.prompts)), sum(text.num_tokens for text in self._texts)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far, as the API counts them: a thought counts as one of the completion."""
+        read, made = sum(map(len, self.prompts)), sum(text.num_tokens for text in self._texts)
+        thought = len(self._texts) * (0 if self.thoughts is None else self.thoughts.number)
+        made += thought
+        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+        return usage | ({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {})
 
     def submit(self) -> None:
         """Ask the engine.

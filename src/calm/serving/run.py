@@ -13,6 +13,7 @@ from calm.errors import InputError
 from calm.extras import require
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.thoughts import thoughts_of
 from calm.models.writing.sampler_registry import sampler_from
 from calm.serving.logs import fold_repeats
 
@@ -68,6 +69,11 @@ def run_server(
     network, tokenizer = load_language_model_and_tokenizer(model, head)
     if not isinstance(network, CalmForCausalLM):
         raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
+    thoughts, most = thoughts_of(network.config), limits.get("max_thoughts", ServerSettings.max_thoughts)
+    if thoughts is not None and thoughts.number > most:
+        raise InputError(
+            f"'{model}' takes {thoughts.number} thoughts before a text, and max_thoughts is {most}; raise it."
+        )
     settings = ServerSettings(
         name=name or Path(model).resolve().name,
         api_key=key,

@@ -16,8 +16,9 @@ class ServerSettings:
         max_rows: Texts that are written at the same time.
         max_waiting: Texts that wait; more are refused with 429.
         max_tokens: Most new tokens of a text.
-        max_request_tokens: Most tokens of all texts of a request together, prompts and new ones.
+        max_request_tokens: Most tokens of all texts of a request together: prompts, thoughts, new ones.
         max_draws: Most draws of a chunk.
+        max_thoughts: Most thoughts before a text (`calm.models.thoughts`).
         draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
         chunks_at_once: Chunks of prompts that are read between two steps of the texts.
         prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
@@ -44,6 +45,7 @@ class ServerSettings:
     max_tokens: int = 4096
     max_request_tokens: int = 1 << 18
     max_draws: int = 1000
+    max_thoughts: int = 64
     draws_at_once: int = 4096
     chunks_at_once: int = 128
     prefix_bytes: int = 1 << 28

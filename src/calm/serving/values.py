@@ -17,6 +17,7 @@ def _whole(value: Any) -> Any:
 
 Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
+ThoughtCount = Annotated[Whole, Field(ge=0)]
 Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 

@@ -1,0 +1,48 @@
+"""What requests may ask of a model's thoughts (`calm.models.thoughts`)."""
+
+from transformers import PreTrainedConfig
+
+from calm.models.thoughts import Thoughts, thoughts_for, thoughts_of
+from calm.serving.errors import ApiError
+
+
+def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int) -> Thoughts | None:
+    """What is thought after a prompt.
+
+    Args:
+        config: Of the model.
+        number: Thoughts that a request asks for; None for as many as the model was trained with.
+        most: Thoughts that the server allows.
+
+    Raises:
+        ApiError: If they are too many, or the model was not trained to think.
+    """
+    trained = thoughts_of(config)
+    if trained is None:
+        if number:
+            raise ApiError(
+                f"this model was not trained to think, so 'num_thoughts' cannot be {number}; leave it out.",
+                param="num_thoughts",
+                code="unsupported_parameter",
+            )
+        return None
+    if (trained.number if number is None else number) > most:
+        raise ApiError(f"'num_thoughts' may be {most} at most.", param="num_thoughts")
+    try:
+        return thoughts_for(config, number)
+    except ValueError as error:  # The server allows more than any model may take.
+        raise ApiError(str(error), param="num_thoughts") from error
+
+
+def check_effort(asked: object, thoughts: Thoughts | None) -> None:
+    """Raise ApiError where 'reasoning_effort' asks a model for no thoughts that takes some all the same.
+
+    Args:
+        asked: The value of the field.
+        thoughts: What is thought.
+    """
+    if asked == "none" and thoughts is not None:
+        raise ApiError(
+            "'reasoning_effort' is \"none\", but this model thinks; send 'num_thoughts': 0 as well.",
+            param="reasoning_effort",
+        )
