@@ -12,7 +12,13 @@ def served(tokenizer, head_type, size=4, **settings):
 def set_fields(page, temperature=None, **fields):
     if temperature is not None:
         page.get_by_label("Temperature").fill(str(temperature))
-    names = {"tokens": "Most tokens", "draws": "Most draws a chunk", "seed": "Seed", "key": "Key"}
+    names = {
+        "tokens": "Most tokens",
+        "draws": "Most draws a chunk",
+        "thoughts": "Thoughts",
+        "seed": "Seed",
+        "key": "Key",
+    }
     if page.locator("#settings").is_hidden():
         page.get_by_role("button", name="Settings").click()
     for name, value in fields.items():

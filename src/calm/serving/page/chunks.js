@@ -6,7 +6,7 @@ const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -
 
 export class ChunkedText {
   // source: What the text follows, as requests name it: {prompt} or {messages}.
-  // how: How it was sampled, {sampler, temperature}.
+  // how: How it was sampled, {sampler, temperature}, and after how many thoughts where the model takes any.
   // open: Called with this text and the number of a chunk.
   constructor(source, how, endTokens, open) {
     this.source = source;

@@ -71,6 +71,7 @@ export class Inspector {
     const body = {
       model: about.model,
       ...text.source,
+      num_thoughts: text.how.thoughts,
       written: text.chunks.slice(0, number).flatMap((chunk) => chunk.token_ids),
       num_draws: about.draws,
       temperatures: temperatures.filter((one) => one === 0 || Math.ceil(1 / one) <= about.draws),

@@ -6,7 +6,7 @@ import { samplerOf } from "/page/words.js";
 // Which field shows the refusal of which argument of a request.
 const FIELDS = {
   max_tokens: "tokens", max_completion_tokens: "tokens", max_draws: "draws", num_draws: "draws",
-  seed: "seed", sampler: "sampler", temperature: "temperature", key: "key", prompt: "prompt",
+  num_thoughts: "thoughts", seed: "seed", sampler: "sampler", temperature: "temperature", key: "key", prompt: "prompt",
 };
 const LONGEST_AT_FIRST = 120;
 
@@ -18,6 +18,10 @@ export class Settings {
     at("tokens").value = Math.min(LONGEST_AT_FIRST, about.max_tokens);
     at("draws").max = about.max_draws;
     at("draws").value = about.draws;
+    // Only models that were trained to think take any.
+    at("thoughts-field").hidden = at("thoughts").disabled = about.num_thoughts === null;
+    at("thoughts").max = about.max_thoughts;
+    at("thoughts").value = about.num_thoughts;
     at("key-field").hidden = !about.needs_key;
     const samplers = about.lowest_temperature < 1 ? ["head", "exact", "pool"] : ["exact", "pool"];
     at("sampler").append(...samplers.map((name) => make("option", { value: name, textContent: name })));
@@ -37,11 +41,13 @@ export class Settings {
 
   get how() {
     const temperature = Number(at("temperature").value);
-    return { temperature, sampler: samplerOf(this.about, at("sampler").value, temperature) };
+    const how = { temperature, sampler: samplerOf(this.about, at("sampler").value, temperature) };
+    return at("thoughts").disabled ? how : { ...how, thoughts: Number(at("thoughts").value) };
   }
 
   get arguments() {
-    const chosen = { temperature: this.how.temperature, max_tokens: Number(at("tokens").value) };
+    const { temperature, thoughts } = this.how;
+    const chosen = { temperature, num_thoughts: thoughts, max_tokens: Number(at("tokens").value) };
     if (!at("draws").disabled) chosen.max_draws = chosen.num_draws = Number(at("draws").value);
     if (at("sampler").value) chosen.sampler = at("sampler").value;
     if (at("seed").value) chosen.seed = Number(at("seed").value);
@@ -55,10 +61,10 @@ export class Settings {
 
   // Whether all fields hold what they may; the first that does not is shown and told.
   check() {
-    for (const name of ["tokens", "draws", "seed"]) {
+    for (const name of ["tokens", "draws", "thoughts", "seed"]) {
       const field = at(name);
       if (field.disabled || field.validity.valid) continue;
-      const range = `A whole number from 1 to ${Number(field.max).toLocaleString("en")}.`;
+      const range = `A whole number from ${field.min} to ${Number(field.max).toLocaleString("en")}.`;
       this.#blame(name, name === "seed" ? "A whole number of up to 15 digits, or nothing for a random one." : range);
       return false;
     }

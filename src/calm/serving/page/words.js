@@ -64,6 +64,7 @@ export function ofPool(pool, how) {
 export function ofText(chunks, reason, seconds, how) {
   const draws = chunks.reduce((sum, chunk) => sum + chunk.num_draws, 0);
   const parts = [count(chunks.length, "chunk")];
+  if (how.thoughts) parts.unshift(count(how.thoughts, "thought"));
   if (how.sampler !== "head" && draws > chunks.length) parts.push(count(draws, "draw"));
   parts.push(seconds < 0.1 ? "<0.1 s" : `${seconds.toFixed(1)} s`);
   const why = { stop: "the model ended it", length: "as many tokens as allowed", stopped: "stopped" }[reason];
