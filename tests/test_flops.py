@@ -5,11 +5,21 @@ import torch
 from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers.cache_utils import DynamicCache
 
 from calm.errors import InputError
-from calm.flops import Cost, Work, autoencoder_training_flops, cost_of
+from calm.flops import (
+    Cost,
+    Work,
+    autoencoder_training_flops,
+    cost_of,
+    cost_of_thoughts,
+    thinking_flops,
+)
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.thoughts import Thinking, Thoughts, read_positions
+from calm.models.tokens import LlamaForCausalLM as ThinkingLlama
 
 VOCAB = 128_257  # Llama 3 and padding.
 TOKENS = 5e11
@@ -146,6 +156,109 @@ def test_training_of_the_autoencoder_agrees_with_an_independent_counter():
         autoencoder(tokens, labels=tokens).loss.backward()
     expected = autoencoder_training_flops(autoencoder.config) * 160
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def small_llama():
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return ThinkingLlama(config)
+
+
+def small_calm(backbone_input):
+    model = CalmForCausalLM(tiny_config(4, backbone_input=backbone_input))
+    model.backbone.set_attn_implementation("eager")
+    return model
+
+
+MODELS = {
+    "llama": small_llama,
+    **{kind: lambda kind=kind: small_calm(kind) for kind in ("tokens", "latents", "both")},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_thoughts_agree_with_an_independent_counter(kind):
+    """A thought and a marker, as the last of so many positions."""
+    model, before = MODELS[kind](), 9
+    backbone, size = (
+        (model.model, 1) if isinstance(model, ThinkingLlama) else (model.backbone, model.config.chunk_size)
+    )
+    state = torch.randn(1, 32)
+
+    def cache():
+        filled = DynamicCache(config=backbone.config)
+        with torch.no_grad():
+            read_positions(backbone, torch.randn(1, before, 32), cache=filled)
+        return filled
+
+    def think(filled):
+        thinking = Thinking(torch.tensor([[True]]), None, state)
+        read_positions(backbone, torch.zeros(1, 1, 32), cache=filled, thinking=thinking)
+
+    def read(filled):
+        if size == 1:
+            backbone(torch.tensor([[5]]), use_cache=True, past_key_values=filled)
+        else:
+            model(torch.full((1, size), 5), cache=filled, use_cache=True)
+
+    thoughts = cost_of_thoughts(model.config, 6, before + 1)
+    filled = cache()
+    one = counted(lambda: think(filled))
+    assert_counts(one, thoughts.flops_of_one, angles=8)
+    filled = cache()
+    marker = counted(lambda: read(filled))
+    assert marker == one if size == 1 else marker > one
+    angles = one - thoughts.flops_of_one
+    assert thoughts.number == 6
+    assert thoughts.flops == pytest.approx(6 * one + 2 * marker - 8 * angles)
+    model.config.thoughts = Thoughts(3, 1, 2, "pause").as_dict()
+    assert cost_of_thoughts(model.config, 1, before + 1).flops_of_one == pytest.approx(marker - angles)
+
+
+def test_no_head_works_on_a_thought():
+    """It takes less than a chunk that is written, by the head, the decoder and the vocabulary."""
+    config = calm("M")
+    cost, thoughts = cost_of(config), cost_of_thoughts(config, 1)
+    layers = 4 * (cost.inference["backbone"] + cost.inference["attention"])
+    assert thoughts.flops_of_one == layers < 4 * total(cost.inference) / 2
+    assert thoughts.flops == 3 * layers + 2 * 4 * cost.inference["input"]
+    none = cost_of_thoughts(config, 0)
+    assert none.flops == thoughts.flops - layers
+
+
+@pytest.mark.parametrize("thoughts", [None, 0, 8])
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts):
+    """But for what a pass does not see, what is read in vain at thoughts, and layers without gradients."""
+    model = MODELS[kind]().train()
+    size = getattr(model.config, "chunk_size", 1)
+    prompt, written, between = 12, 8, 0 if thoughts is None else thoughts + 2
+    number = prompt + between + written
+    ids = torch.randint(3, 40, (1, number * size))
+    labels = ids.masked_fill(torch.arange(number * size) < (prompt + between) * size, -100)
+    is_thought = torch.zeros(1, number, dtype=torch.bool)
+    is_thought[:, prompt + 1 : prompt + 1 + (thoughts or 0)] = True
+    arguments = {"is_thought": is_thought} if thoughts else {}
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=labels, **arguments).loss.backward()
+    expected = thinking_flops(model.config, prompt, thoughts, written)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.08)
+
+
+def test_rows_of_training_that_there_are_not():
+    for row, message in (
+        ((0, 1, 1), "prompt must be"),
+        ((1, 1, 0), "written must"),
+        ((1, -1, 1), "thoughts"),
+    ):
+        with pytest.raises(InputError, match=message):
+            thinking_flops(calm("M"), *row)
+    with pytest.raises(InputError, match="number of thoughts must be at least 0 and at most 10,000, got -1"):
+        cost_of_thoughts(calm("M"), -1)
+    with pytest.raises(InputError, match="not for 'mamba'"):
+        cost_of_thoughts(MambaConfig(), 3)
 
 
 def test_the_shared_condition_is_counted_once_unless_asked():

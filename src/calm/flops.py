@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.heads import HeadFlops
+from calm.models.thoughts import thoughts_of
+from calm.ranges import BLOCKS, NUM_THOUGHTS
 
 POSITIONS = 2048
 """Positions of the context that the paper's figures assume (of chunks for a CALM)."""
@@ -70,13 +73,12 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
         InputError: If the architecture is another one, or the head does not say what it costs.
     """
     work = work or Work()
-    if isinstance(config, CalmConfig):
-        return _cost_of_calm(config, work)
-    if isinstance(config, LlamaConfig):
-        return _cost_of_llama(config, work)
-    raise InputError(
-        f"FLOPs are counted for CALM and Llama models, not for '{config.model_type}'; "
-        "torch.utils.flop_counter counts any model that runs here."
+    inference, training = _inference(config, work), _training(config, work)
+    size = _chunk_size(config)
+    return Cost(
+        parameters=_count_parameters(config),
+        inference={part: flops / size for part, flops in inference.items()},
+        training={part: flops / size for part, flops in training.items()},
     )
 
 
@@ -88,8 +90,7 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     """
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
-    size = config.chunk_size if isinstance(config, CalmConfig) else 1
-    return sum(cost_of(config, Work(context // size)).training.values())
+    return sum(cost_of(config, Work(context // _chunk_size(config))).training.values())
 
 
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
@@ -100,49 +101,147 @@ def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
     return 3 * 2 * (_encoder_of_chunks(config) + _decoder_of_chunks(config) + vocabulary) / config.chunk_size
 
 
-def _cost_of_llama(config: LlamaConfig, work: Work) -> Cost:
-    forward = {
-        "backbone": 2 * _decoder_weights(config),
-        "attention": _attention(config, work.positions),
-        "vocabulary": 2 * config.vocab_size * config.hidden_size,
-    }
-    return Cost(
-        parameters=_count_parameters(config),
-        inference={part: float(flops) for part, flops in forward.items()},
-        training={part: 3.0 * flops for part, flops in forward.items()},
+@dataclass(frozen=True)
+class CostOfThoughts:
+    """What thoughts (`calm.models.thoughts`) add to an answer.
+
+    Args:
+        number: How many.
+        flops_of_one: FLOPs of a thought.
+        flops: FLOPs of all of them, and of the two markers around them.
+    """
+
+    number: int
+    flops_of_one: float
+    flops: float
+
+
+def cost_of_thoughts(config: PreTrainedConfig, number: int, positions: int = POSITIONS) -> CostOfThoughts:
+    """What thoughts add to an answer: not for each token of it, but once.
+
+    A thought that reads a state takes the layers for one position of the backbone: no input projection, no
+    head, no decoder, no vocabulary. A marker, and a thought that reads `begin` once more ("pause"), are read
+    like any chunk or token.
+
+    Args:
+        config: Configuration of a CALM, or of a Llama of tokens, whether it was trained to think or not.
+        number: Thoughts, at least 0.
+        positions: See `Work`.
+
+    Raises:
+        InputError: If the number is out of range, or the architecture is another one.
+    """
+    NUM_THOUGHTS.require("number of thoughts", number)
+    parts = _reading(config, Work(positions))
+    marker = sum(parts.values())
+    one = _layers(parts) if _thinks_in_states(config) else marker
+    return CostOfThoughts(number, one, number * one + 2 * marker)
+
+
+def thinking_flops(config: PreTrainedConfig, prompt: int, thoughts: int | None, written: int) -> float:
+    """FLOPs of training a model on one row: a prompt, what is thought, and what is written after it.
+
+    Three times the forward pass of what is trained, and the forward pass of the frozen encoder. The layers
+    read every position once, in however many passes. Attention is counted as if every query saw the whole
+    row. All positions but thoughts that read a state are projected from their tokens. The head, or the
+    vocabulary projection of a Llama, works where something written is predicted, and nowhere else. Padding
+    counts nothing, so a batch of rows of several lengths takes more.
+
+    Args:
+        config: Configuration of a CALM, or of a Llama of tokens.
+        prompt: Positions of the prompt: chunks of a CALM, tokens of a Llama.
+        thoughts: Thoughts, between two markers; None for neither.
+        written: Positions of the steps that are left and of the answer.
+
+    Raises:
+        InputError: If a number is out of range, or the architecture is another one.
+    """
+    for name, number in (("prompt", prompt), ("written", written)):
+        BLOCKS.require(name, number)
+    NUM_THOUGHTS.require("thoughts", thoughts or 0)
+    positions = prompt + written + (0 if thoughts is None else thoughts + 2)
+    work = Work(positions)
+    projected = positions - ((thoughts or 0) if _thinks_in_states(config) else 0)
+    parts, training = _reading(config, work), _training(config, work)
+    layers, encoder = _layers(parts), training.get("encoder", 0.0)
+    is_encoded_once = "encoder" in parts  # Latents that are read are the targets as well.
+    return (
+        3 * (positions * layers + projected * parts.get("input", 0.0))
+        + written * (training["head"] if "head" in training else training["vocabulary"])
+        + (projected if is_encoded_once else written) * encoder
     )
 
 
-def _cost_of_calm(config: CalmConfig, work: Work) -> Cost:
-    size, backbone, autoencoder = config.chunk_size, config.backbone, config.autoencoder
-    width = config.hidden_size
+def _thinks_in_states(config: PreTrainedConfig) -> bool:
+    thoughts = thoughts_of(config)
+    return thoughts is None or thoughts.filling == "state"
+
+
+def _layers(parts: dict[str, float]) -> float:
+    return parts["backbone"] + parts["attention"]
+
+
+def _chunk_size(config: PreTrainedConfig) -> int:
+    return config.chunk_size if isinstance(config, CalmConfig) else 1
+
+
+def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+    """FLOPs to read a position, by part: a chunk of a CALM, or a token.
+
+    Raises:
+        InputError: If the architecture is another one.
+    """
+    if isinstance(config, CalmConfig):
+        width = config.hidden_size
+        once = {"input": 2.0 * (config.input_size * 2 * width + 2 * width * width)}
+        # Once where a latent is input and target.
+        encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
+        return once | _of_layers(config.backbone, work) | encoder
+    if isinstance(config, LlamaConfig):
+        return _of_layers(config, work)
+    raise InputError(
+        f"FLOPs are counted for CALM and Llama models, not for '{config.model_type}'; "
+        "torch.utils.flop_counter counts any model that runs here."
+    )
+
+
+def _of_layers(config: LlamaConfig, work: Work) -> dict[str, float]:
+    return {
+        "backbone": 2.0 * _decoder_weights(config),
+        "attention": float(_attention(config, work.positions)),
+    }
+
+
+def _inference(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+    """FLOPs of a position, by part, as text is written."""
+    parts = _reading(config, work)
+    if not isinstance(config, CalmConfig):
+        return parts | {"vocabulary": 2.0 * config.vocab_size * config.hidden_size}
+    head, autoencoder = _head(config), config.autoencoder
+    parts["head"] = head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws
+    if config.head.decodes_latents:
+        parts["decoder"] = 2 * work.draws * _decoder_of_chunks(autoencoder)
+        vocabulary = config.chunk_size * autoencoder.vocab_size * autoencoder.hidden_size
+        parts["vocabulary"] = 2 * work.draws * vocabulary
+    return parts
+
+
+def _training(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+    """FLOPs of a position, by part, as a model is trained."""
+    parts = {part: 3 * flops for part, flops in _reading(config, work).items() if part != "encoder"}
+    if not isinstance(config, CalmConfig):
+        return parts | {"vocabulary": 6.0 * config.vocab_size * config.hidden_size}
+    head = _head(config)
+    times = head.training_draws if work.condition_per_draw else 1
+    parts["head"] = head.training_shared * times + head.training_per_draw * head.training_draws
+    return parts | {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)}
+
+
+def _head(config: CalmConfig) -> HeadFlops:
     try:
-        head = config.head.flops(width, config.latent_size)
+        return config.head.flops(config.hidden_size, config.latent_size)
     except NotImplementedError as error:
         raise InputError(str(error)) from error
-    once = {
-        "input": 2 * (config.input_size * 2 * width + 2 * width * width),
-        "backbone": 2 * _decoder_weights(backbone),
-        "attention": _attention(backbone, work.positions),
-    }
-    encoder = {"encoder": 2 * _encoder_of_chunks(autoencoder)}  # Once where a latent is input and target.
-    inference: dict[str, float] = {**once, **(encoder if config.reads_latents else {})}
-    inference |= {
-        "head": head.shared * (work.draws if work.condition_per_draw else 1) + head.per_draw * work.draws,
-    }
-    if config.head.decodes_latents:
-        inference["decoder"] = 2 * work.draws * _decoder_of_chunks(autoencoder)
-        inference["vocabulary"] = 2 * work.draws * size * autoencoder.vocab_size * autoencoder.hidden_size
-    times = head.training_draws if work.condition_per_draw else 1
-    training = {part: 3 * flops for part, flops in once.items()} | {
-        "head": head.training_shared * times + head.training_per_draw * head.training_draws
-    }
-    training |= encoder
-    return Cost(
-        parameters=_count_parameters(config),
-        inference={part: flops / size for part, flops in inference.items()},
-        training={part: flops / size for part, flops in training.items()},
-    )
 
 
 def _decoder_weights(config: LlamaConfig) -> int:

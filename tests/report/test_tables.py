@@ -9,7 +9,7 @@ from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.evaluation.perplexity import PerplexityResult
 from calm.evaluation.reconstruction import ReconstructionResult
-from calm.flops import Cost
+from calm.flops import Cost, CostOfThoughts
 from calm.quantities import duration, short
 from calm.report.tables import (
     narrow_table,
@@ -111,4 +111,11 @@ def test_costs_are_told_by_part_with_their_sum(capsys):
     assert cells["head"] == ["10", "3", "1 M", "5 M"] and cells["backbone"] == ["20", "", "2 M", "2 M"]
     assert cells["all"] == ["30", "3", "3 M", "7 M"]
     print_costs("a model", one, None, 1.0)
-    assert "draws" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "draws" not in out and "thought" not in out
+
+
+def test_what_thoughts_add_is_told_below_the_table(capsys):
+    print_costs("a model", Cost(), None, 1.0, CostOfThoughts(1200, 2.5e8, 3.01e11))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "a thought takes 250 M; 1,200 thoughts and 2 markers add 301 G to an answer"

@@ -8,7 +8,7 @@ from typing import Any
 
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
-from calm.flops import Cost
+from calm.flops import Cost, CostOfThoughts
 from calm.storage.disk import write_file_whole
 
 
@@ -44,10 +44,13 @@ def _values_of_brier(result: BrierResult) -> dict[str, Any]:
     return {**scores, "standard_errors": result.as_errors()}
 
 
-def values_of_costs(one: Cost, many: Cost | None, draws: float) -> dict[str, Any]:
-    """What `print_costs` prints: parameters, and FLOPs per token, by part."""
+def values_of_costs(
+    one: Cost, many: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
+) -> dict[str, Any]:
+    """What `print_costs` prints: parameters, and FLOPs per token, by part; FLOPs of thoughts."""
     values: dict[str, Any] = {**asdict(one), "draws": draws}
-    return values if many is None else {**values, "inference_with_draws": many.inference}
+    values |= {} if many is None else {"inference_with_draws": many.inference}
+    return values if thoughts is None else {**values, "thoughts": asdict(thoughts)}
 
 
 def _without_nan(value: Any) -> Any:

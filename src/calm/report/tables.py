@@ -10,7 +10,7 @@ from rich.table import Table
 from calm.core.brier import NUM_ORDERS
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
-from calm.flops import Cost
+from calm.flops import Cost, CostOfThoughts
 from calm.quantities import short
 
 BRIER_COLUMNS = ("BrierLM", *(f"Brier-{n}" for n in range(1, NUM_ORDERS + 1)))
@@ -54,7 +54,9 @@ def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
     return table
 
 
-def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
+def print_costs(
+    title: str, one: Cost, many: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
+) -> None:
     """Print what a model costs, by part.
 
     Args:
@@ -62,6 +64,7 @@ def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
         one: With one draw a chunk.
         many: With the draws of low temperature; None for a model that needs no more than one.
         draws: How many those are.
+        thoughts: What thoughts add to an answer; None for nothing.
     """
     columns: dict[str, Mapping[str, float]] = {
         "parameters": one.parameters,
@@ -78,6 +81,13 @@ def print_costs(title: str, one: Cost, many: Cost | None, draws: float) -> None:
     console = Console(highlight=False)
     console.print(title)
     console.print(table)
+    if thoughts is not None:
+        many_thoughts = f"{thoughts.number:,} thought" + "s" * (thoughts.number != 1)
+        console.print(
+            f"a thought takes {short(thoughts.flops_of_one)}; {many_thoughts} and 2 markers add "
+            f"{short(thoughts.flops)} to an answer",
+            soft_wrap=True,
+        )
 
 
 def caption_of(result: BrierResult) -> str:
