@@ -10,15 +10,16 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from other_tokenizers import KINDS
-from tiny import tiny_model
+from tiny import thinking_model, tiny_model
 
-from calm.core.chunks import align_to_chunks
+from calm.core.chunks import align_to_chunks, split_into_chunks
 from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.harness import HarnessModel, _energy_score, main
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.thoughts import THOUGHT, thoughts_of
 from calm.text.chat import encode_chat
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
@@ -276,6 +277,50 @@ def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
     )
     right, wrong = harness.loglikelihood([instance("One", " a cat"), instance("One", "zq")])
     assert right[0] > wrong[0]
+
+
+@pytest.fixture(scope="module")
+def thinker(folder, tmp_path_factory):
+    """A folder of a model that was trained to think, with a likelihood."""
+    folder, tokenizer = tmp_path_factory.mktemp("thinker"), load_language_model_and_tokenizer(str(folder))[1]
+    thinking_model(3, vocab_size=320).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_was_trained_to_think_does_so_before_its_answers(thinker):
+    harness, (model, tokenizer) = HarnessModel(str(thinker)), load_language_model_and_tokenizer(str(thinker))
+    how = {"max_new_tokens": 12, "temperature": 0.0, "num_draws": 64}
+    [expected, without] = [
+        continue_texts(model, tokenizer, ["Once upon"], num_thoughts=number, **how)[0] for number in (3, 0)
+    ]
+    asked = {"until": ["zzzz"], "max_gen_toks": 12}
+    assert harness.generate_until([instance("Once upon", asked)]) == [expected] != [without]
+    [text] = harness.generate_until([instance("word " * 500, asked)])  # What it thinks has room as well.
+    assert isinstance(text, str)
+
+
+def test_likelihoods_come_after_what_is_thought(thinker):
+    harness, (model, tokenizer) = HarnessModel(str(thinker)), load_language_model_and_tokenizer(str(thinker))
+    context, continuation = "Once upon", " a time there"
+    [(found, _)] = harness.loglikelihood([instance(context, continuation)])
+    thoughts, size = thoughts_of(model.config), 4
+    prompt = tokenizer(context)["input_ids"]
+    ids = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    front = [*[0] * (-len(prompt) % size), *prompt, *thoughts.tokens(size)]
+    spelled = torch.tensor([[*front, *ids, *[0] * (-len(ids) % size)]])
+    mask = torch.ones_like(spelled)
+    mask[:, : -len(prompt) % size] = 0
+    with torch.no_grad():
+        states = model(
+            spelled.masked_fill(spelled == THOUGHT, 0),
+            attention_mask=mask,
+            is_thought=spelled[:, ::size] == THOUGHT,
+        ).last_hidden_state
+        first = len(front) // size
+        chunks = split_into_chunks(spelled, size)[0, first:]
+        losses = model.head.token_losses(states[0, first - 1 : -1], chunks).flatten()[: len(ids)]
+    assert found == pytest.approx(-float(losses.sum()), rel=1e-4)
 
 
 def test_bad_arguments(folder, tmp_path):

@@ -24,6 +24,7 @@ from calm.extras import not_installed
 from calm.models.calm import CalmForCausalLM
 from calm.models.heads import LatentHead, Likelihood
 from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.thoughts import num_tokens_of, thoughts_of
 from calm.models.writing.prompts import Prompt
 from calm.text.chat import render
 from calm.text.decoding import decode_after
@@ -47,7 +48,7 @@ _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
 
 @register_model("calm")
 class HarnessModel(LM):
-    """A CALM in the harness.
+    """A CALM in the harness; one that was trained to think does so after each context.
 
     Args:
         pretrained: Folder of a model or of adapters, or hub name.
@@ -83,7 +84,7 @@ class HarnessModel(LM):
         self._model, self._choices, self._seed = model, choices, seed
         self._temperature, self._num_draws = temperature, num_draws
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
-        self._max_gen_toks = max_gen_toks
+        self._max_gen_toks, self._thoughts = max_gen_toks, thoughts_of(model.config)
         self._is_chat = False  # Whether contexts come from the chat template.
 
     @property
@@ -170,7 +171,7 @@ class HarnessModel(LM):
         """Contexts that fit beside so many new tokens; of long ones the end is kept, as is usual there."""
         if not all(contexts):
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
-        return crop_prompts(self._model, contexts, budget)
+        return crop_prompts(self._model, contexts, budget + num_tokens_of(self._thoughts, self._model.config))
 
     def _encode(self, context: str, continuation: str = "") -> list[int]:
         # A chat template writes control tokens, that which begins a text among them.
@@ -179,7 +180,7 @@ class HarnessModel(LM):
         return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
-        """A continuation in chunks of its own after a context.
+        """A continuation in chunks of its own after a context, and after what is thought there.
 
         Both are tokenized as one text; spaces that end the context belong to the continuation, as a tokenizer
         has them. So does the harness with models of its own.
@@ -201,7 +202,7 @@ class HarnessModel(LM):
             raise InputError("a continuation is empty; the task cannot be scored by choices.")
         [prompt] = self._cropped([prompt], len(ids))
         filled = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
-        text = Prompt.of(self._model, prompt + filled)
+        text = Prompt.of(self._model, prompt).followed_by(self._thoughts, size).with_chunks(filled, size)
         first = text.ids_BT.shape[1] // size - len(filled) // size
         states_PD = text.read(self._model)[0, first - 1 : -1]
         return prompt, len(ids), states_PD, split_into_chunks(text.ids_BT, size)[0, first:]
