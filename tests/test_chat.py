@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import thinking_model, tiny_model
 from toy import failure
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -169,6 +169,42 @@ def test_a_system_message_is_read(folder, monkeypatch, capsys):
 def test_bad_options(folder, capsys, monkeypatch, options, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert message in failure(capsys, "chat", folder, *options)
+
+
+@pytest.mark.parametrize("number", [None, 0, 12])
+def test_a_model_thinks_before_each_answer(number, tokenizer):
+    """At temperature 0 the chunks of the answer are all that could have come after these thoughts."""
+    thinker = thinking_model(3, vocab_size=320)
+    conversation = Conversation(thinker, tokenizer, seed=3, max_new_tokens=12, num_thoughts=number)
+    for question in ("Who are you?", "Why?"):
+        conversation.answer(question, lambda _: None, temperature=0.0)
+        prompt, written = conversation.last
+        how = {"max_new_tokens": 12, "temperature": 0.0, "num_thoughts": number}
+        expected = continue_tokens(thinker, tokenizer, [prompt], **how)[0].tolist()
+        assert expected[: len(written)] == written
+        for chunk, alternatives in conversation.alternatives([0.0], num_draws=8, most=1):
+            [own] = [one for one in alternatives.told if list(one.tokens) == chunk]
+            assert own.probabilities == [1.0]
+
+
+def test_thoughts_take_room_in_a_chat(tokenizer):
+    thinker = thinking_model(3, vocab_size=320)
+
+    def forgotten(number):
+        conversation = Conversation(thinker, tokenizer, seed=0, max_new_tokens=40, num_thoughts=number)
+        return [conversation.answer(f"Number {n}, please.", lambda _: None) for n in range(2)]
+
+    assert (forgotten(0), forgotten(20)) == ([0, 0], [0, 2])
+    conversation = Conversation(thinker, tokenizer, num_thoughts=60)
+    with pytest.raises(InputError, match=r"tokens and 248 of thoughts leave no room for an answer"):
+        conversation.answer("Hello", lambda _: None)
+
+
+def test_thoughts_that_a_model_cannot_take(tokenizer):
+    with pytest.raises(InputError, match="at most 10,000, got 10001"):
+        Conversation(tiny_model(4, vocab_size=320), tokenizer, num_thoughts=10_001)
+    with pytest.raises(InputError, match="not for a LlamaForCausalLM; leave out num_thoughts"):
+        Conversation(baseline(), tokenizer, num_thoughts=3)
 
 
 def test_a_model_that_continues_texts_only(capsys):

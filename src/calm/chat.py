@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.errors import InputError
 from calm.models.context import room_beside
 from calm.models.language_model import language_model
+from calm.models.thoughts import num_tokens_of
 from calm.models.writing.alternatives import Alternatives, ends_of, up_to_end
 from calm.progress import tracked
 from calm.text.chat import ASSISTANT, encode_chat
@@ -27,9 +28,11 @@ class Conversation:
         system: What the model is told before the first turn; "" for nothing.
         seed: Makes the answers repeatable: each turn has a seed of its own that is made from it.
         max_new_tokens: Most tokens of an answer; fewer where the context ends before.
+        num_thoughts: Thoughts before each answer; None for as many as the model was trained with.
 
     Raises:
-        InputError: If the model has no chat template, or the template takes no system message.
+        InputError: If the model has no chat template, the template takes no system message, or the model
+            cannot take so many thoughts.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Conversation:
         system: str = "",
         seed: int | None = None,
         max_new_tokens: int = 512,
+        num_thoughts: int | None = None,
     ) -> None:
         if tokenizer.chat_template is None:
             raise InputError(
@@ -47,7 +51,12 @@ class Conversation:
                 "conversations, or let it continue texts (calm generate)."
             )
         self._model, self._tokenizer = model, tokenizer
-        self._seed, self._max_new_tokens = seed, max_new_tokens
+        self._seed, self._max_new_tokens, self._num_thoughts = seed, max_new_tokens, num_thoughts
+        try:
+            self._thoughts = language_model(model).thoughts(num_thoughts)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self._num_thought = num_tokens_of(self._thoughts, model.config)
         self.messages: list[Message] = []
         self.last: tuple[list[int], list[int]] | None = None
         """Token ids before the last answer, and of the answer."""
@@ -95,6 +104,7 @@ class Conversation:
                 max_new_tokens=self._room(prompt),
                 seed=seed,
                 streamer=listener,
+                num_thoughts=self._num_thoughts,
                 **sampling,
             )
             is_whole = True
@@ -124,7 +134,9 @@ class Conversation:
         for start in tracked(range(0, len(written), size), "drawing", "chunk"):
             chunk = list(up_to_end(written[start : start + size], ends))
             alternatives = view.alternatives(
-                [*prompt, *written[:start]],
+                prompt,
+                thoughts=self._thoughts,
+                written=written[:start],
                 num_draws=num_draws,
                 temperatures=temperatures,
                 most=most,
@@ -144,14 +156,21 @@ class Conversation:
         said = turns[len(system) :]
         while True:
             prompt = encode_chat(self._tokenizer, [*system, *said])
-            room = room_beside(self._model.config, len(prompt))
+            room = self._room_after(prompt)
             is_last = len(said) == 1
             if room is None or room >= (1 if is_last else min(_LEAST_ROOM, self._max_new_tokens)):
                 return [*system, *said], prompt
             if is_last:
-                raise InputError(f"that is too long: {len(prompt)} tokens leave no room for an answer.")
+                thought = f" and {self._num_thought} of thoughts" if self._num_thought else ""
+                raise InputError(
+                    f"that is too long: {len(prompt)} tokens{thought} leave no room for an answer."
+                )
             said = said[2:]  # A question and its answer.
 
     def _room(self, prompt: Sequence[int]) -> int:
-        room = room_beside(self._model.config, len(prompt))
+        room = self._room_after(prompt)
         return self._max_new_tokens if room is None else min(self._max_new_tokens, room)
+
+    def _room_after(self, prompt: Sequence[int]) -> int | None:
+        """Tokens that fit after a prompt and what is thought; None where there is no limit."""
+        return room_beside(self._model.config, len(prompt) + self._num_thought)

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from calm.errors import InputError
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.language_model import language_model
-from calm.models.thoughts import num_tokens_of, thoughts_for
+from calm.models.thoughts import num_tokens_of
 from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.text.decoding import TextBuilder, decode_after
 from calm.text.encoding import encode_documents
@@ -140,7 +140,7 @@ def continue_tokens(
 
 def _tokens_of_thoughts(model: PreTrainedModel, number: int | None) -> int:
     try:
-        return num_tokens_of(thoughts_for(model.config, number), model.config)
+        return num_tokens_of(language_model(model).thoughts(number), model.config)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calm.commands.checks import check_counts, check_sampler, look_for
+from calm.commands.checks import check_counts, check_sampler, check_thoughts, look_for
 from calm.errors import InputError
 from calm.ranges import SEEDS, Range
 
@@ -31,6 +31,7 @@ def chat(
     temperature: float = 0.5,
     sampler: str | None = None,
     max_new_tokens: int = 512,
+    num_thoughts: int | None = None,
     head: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> None:
@@ -42,6 +43,7 @@ def chat(
         temperature: From 0 to 1; lower is more fluent and less varied.
         sampler: See calm generate.
         max_new_tokens: Most tokens of an answer.
+        num_thoughts: Thoughts before each answer, which are not shown; see calm generate.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the answers repeatable.
     """
@@ -50,12 +52,20 @@ def chat(
     _TEMPERATURES.require("temperature", temperature)
     check_counts(None, max_new_tokens=max_new_tokens)
     check_sampler(sampler)
+    check_thoughts(num_thoughts=num_thoughts)
     look_for(model)
     from calm.chat import Conversation
     from calm.models.loading import load_language_model_and_tokenizer
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
-    conversation = Conversation(network, tokenizer, system=system, seed=seed, max_new_tokens=max_new_tokens)
+    conversation = Conversation(
+        network,
+        tokenizer,
+        system=system,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        num_thoughts=num_thoughts,
+    )
     _Session(conversation, temperature, sampler).run()
 
 

@@ -1,6 +1,6 @@
 """What several commands look at before torch is imported."""
 
-from calm.ranges import BLOCKS, ORDERS
+from calm.ranges import BLOCKS, NUM_THOUGHTS, ORDERS
 
 
 def look_for(model: str) -> None:
@@ -25,3 +25,10 @@ def check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
     for name, number in counts.items():
         if number is not None:
             BLOCKS.require(name, number)
+
+
+def check_thoughts(**numbers: int | None) -> None:
+    """Raise InputError for a number of thoughts that is out of range; None is the model's own."""
+    for name, number in numbers.items():
+        if number is not None:
+            NUM_THOUGHTS.require(name, number)

@@ -7,7 +7,7 @@ models are looked at before them: a mistyped one is answered in two seconds.
 from pathlib import Path
 from typing import Any, Literal
 
-from calm.commands.checks import check_counts, check_sampler, look_for
+from calm.commands.checks import check_counts, check_sampler, check_thoughts, look_for
 from calm.commands.prompts import prompts_of
 from calm.errors import InputError
 from calm.ranges import DOCUMENT_MB, SAMPLES, SEEDS
@@ -97,6 +97,7 @@ def generate(
     max_draws: int = 200,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    num_thoughts: int | None = None,
     head: dict[str, Any] | None = None,
     seed: int | None = None,
     stream: bool = False,
@@ -121,6 +122,8 @@ def generate(
         max_draws: Most draws a chunk of the exact sampler.
         top_p: Pool only: keep the most frequent chunks that make up this share of the pool.
         min_p: Pool only: drop chunks less frequent than this share of the most frequent.
+        num_thoughts: Thoughts after each prompt, which are not shown; as many as the model was trained with
+            if none is given, and 0 for none.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         seed: Makes the text repeatable.
         stream: Print the text as it is written, one prompt after another.
@@ -135,6 +138,7 @@ def generate(
             f"--stream prints one text at a time; leave out {'--json' if json else '--samples'}."
         )
     check_sampler(sampler)
+    check_thoughts(num_thoughts=num_thoughts)
     texts = prompts_of(prompt, file)
     look_for(model)
     from calm.models.loading import load_language_model_and_tokenizer
@@ -154,6 +158,7 @@ def generate(
         max_draws=max_draws,
         top_p=top_p,
         min_p=min_p,
+        num_thoughts=num_thoughts,
         seed=seed,
         stream=stream,
         crop=crop,
@@ -171,6 +176,7 @@ def flops(
     target: str,
     draws: float | None = None,
     positions: int = 2048,
+    thoughts: int | None = None,
     vocab_size: int | None = None,
     published: bool = False,
     head: dict[str, Any] | None = None,
@@ -183,15 +189,19 @@ def flops(
         draws: Draws of a chunk at low temperature: the size of the pool, or the mean of what the exact
             sampler makes (generate counts them). 200, or 1 for a head that takes a temperature itself.
         positions: Positions of the context that attention sees.
+        thoughts: Tell also what so many thoughts add to an answer; as many as the model was trained with if
+            none is given.
         vocab_size: Token ids of a recipe whose tokenizer is not here.
         published: Count the head's work on the hidden state with every draw, as the paper does.
         head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
         json: Print the numbers as one JSON object.
     """
-    from calm.flops import Work, cost_of
+    check_thoughts(thoughts=thoughts)
+    from calm.flops import Work, cost_of, cost_of_thoughts
     from calm.models.loading import change_head, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
+    from calm.models.thoughts import thoughts_of
     from calm.report.figures import as_json, values_of_costs
     from calm.report.tables import print_costs
     from calm.training.build import model_config
@@ -214,12 +224,15 @@ def flops(
         draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
     one = cost_of(config, Work(positions, condition_per_draw=published))
     many = cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None
+    if thoughts is None and (trained := thoughts_of(config)) is not None:
+        thoughts = trained.number
+    thinking = cost_of_thoughts(config, thoughts, positions) if thoughts else None
     if json:
         counted = {"chunk_size": size, "vocab_size": config.vocab_size, "positions": positions}
-        print(as_json({**counted, **values_of_costs(one, many, draws)}))
+        print(as_json({**counted, **values_of_costs(one, many, draws, thinking)}))
     else:
         title = f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions"
-        print_costs(title, one, many, draws)
+        print_costs(title, one, many, draws, thinking)
 
 
 def compile_steps(

@@ -21,6 +21,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.heads import Likelihood
 from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
+from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
@@ -64,6 +65,21 @@ class LanguageModel(abc.ABC):
     @abc.abstractmethod
     def can_think(self) -> bool:
         """Whether it can take thoughts; see `calm.models.thoughts`."""
+
+    def thoughts(self, number: int | None) -> Thoughts | None:
+        """How it thinks when it is asked for so many thoughts; see `calm.models.thoughts.thoughts_for`.
+
+        Raises:
+            ValueError: If it cannot think, or the number is out of range.
+        """
+        if self.can_think:
+            return thoughts_for(self.network.config, number)
+        if number:
+            raise ValueError(
+                f"thoughts are for CALM and Llama models, not for a {type(self.network).__name__}; leave out "
+                "num_thoughts."
+            )
+        return None
 
     @property
     @abc.abstractmethod
@@ -246,13 +262,8 @@ class _Tokens(LanguageModel):
         num_thoughts: int | None = None,
         **arguments: Any,
     ) -> Tensor:
-        if self.can_think:
-            arguments |= {"num_thoughts": num_thoughts}
-        elif num_thoughts:
-            raise ValueError(
-                f"thoughts are for CALM and Llama models, not for a {type(self.network).__name__}; leave out "
-                "num_thoughts."
-            )
+        self.thoughts(num_thoughts)
+        arguments |= {"num_thoughts": num_thoughts} if self.can_think else {}
         if sampler not in (None, "exact"):
             raise ValueError(
                 f"the {sampler} sampler is for models without probabilities; leave out --sampler."

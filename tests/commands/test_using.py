@@ -1,0 +1,66 @@
+"""Thoughts on the command line: `calm generate` takes them, `calm flops` tells what they cost."""
+
+import json
+
+import pytest
+from tiny import thinking_model
+from toy import failure
+
+from calm.cli import main
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.flops import cost_of_thoughts
+from calm.models.loading import load_config, load_language_model_and_tokenizer
+from calm.texts import continue_texts
+
+TRAINED = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    thinking_model(TRAINED, vocab_size=320).float().save_pretrained(folder)
+    train_tokenizer(stories(0, 20), 320).save_pretrained(folder)
+    return folder
+
+
+def said(capsys, *arguments):
+    main([str(one) for one in arguments])
+    return capsys.readouterr().out
+
+
+def test_texts_come_after_as_many_thoughts(folder, capsys):
+    model, tokenizer = load_language_model_and_tokenizer(str(folder))
+    texts = {}
+    for number in (None, 0, TRAINED, 9):
+        options = [] if number is None else ["--num_thoughts", number]
+        arguments = ["generate", folder, "Once upon", "--max_new_tokens", 12, "--seed", 1, *options, "--json"]
+        [one] = json.loads(said(capsys, *arguments))["samples"]
+        texts[number] = one["text"]
+        how = {"max_new_tokens": 12, "seed": 1, "temperature": 0.5, "num_thoughts": number}
+        assert [one["text"]] == continue_texts(model, tokenizer, ["Once upon"], **how)
+    assert texts[None] == texts[TRAINED] and len(set(texts.values())) == 3
+
+
+def test_flops_of_thoughts_are_told(folder, capsys):
+    """Of as many as a model takes by itself, or as are asked for."""
+    for options, number in (([], TRAINED), (["--thoughts", 9], 9), (["--thoughts", 0], None)):
+        out = said(capsys, "flops", folder, *options, "--positions", 16)
+        assert (f"; {number} thoughts and 2 markers add " in out) == (number is not None)
+        told = json.loads(said(capsys, "flops", folder, *options, "--positions", 16, "--json"))
+        if number is None:
+            assert "thoughts" not in told
+            continue
+        expected = cost_of_thoughts(load_config(folder), number, 16)
+        assert told["thoughts"] == {
+            "number": number, "flops_of_one": expected.flops_of_one, "flops": expected.flops
+        }  # fmt: skip
+    out = said(capsys, "flops", "laptop", "--vocab_size", 4096, "--thoughts", 1)
+    assert "1 thought and 2 markers add" in out
+    assert "thought" not in said(capsys, "flops", "laptop", "--vocab_size", 4096)
+
+
+@pytest.mark.parametrize("number", ["-1", "10001", "1.5", "many"])
+def test_numbers_out_of_range_are_found_before_a_model_is_looked_for(number, capsys):
+    for command, option in (("generate", "num_thoughts"), ("chat", "num_thoughts"), ("flops", "thoughts")):
+        assert option in failure(capsys, command, "no/such/model", f"--{option}={number}")
