@@ -39,9 +39,9 @@ GOOD = [
 ]  # fmt: skip
 FIELDS = (
     "model prompt messages max_tokens max_completion_tokens n stream stream_options stop seed "
-    "temperature top_p min_p sampler num_draws max_draws return_chunks echo written temperatures most "
-    "user metadata tools logprobs logit_bias response_format role content type text include_usage "
-    "nothing"
+    "temperature top_p min_p sampler num_draws max_draws num_thoughts return_chunks echo "
+    "written temperatures most user metadata tools logprobs logit_bias response_format role content type "
+    "text include_usage nothing"
 ).split()  # fmt: skip
 NUMBERS = st.sampled_from(
     [0, -1, 1, 2, 3, 16, 128, 129, 319, 320, 2**31, 2**63, -(2**63), 10**30, 0.5, 1.0, 1e-300, 1e308]
