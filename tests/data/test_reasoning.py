@@ -20,7 +20,7 @@ def row(chunk_size, left_out, thoughts, context=64, example=EXAMPLE):
     layout = Layout(chunk_size, context, PAD, THOUGHT)
     between = [] if thoughts is None else THOUGHTS.tokens(chunk_size, thoughts)
     made = layout.row(example, left_out, between)
-    return made.before, made.after, made.labels
+    return made.before, made.after, made.labels[len(made.before) :]
 
 
 def test_tokens_are_not_padded():
@@ -73,7 +73,7 @@ def test_what_is_written_begins_in_one_column(chunk_size):
         assert batch["attention_mask"][number].tolist() == [
             int(front <= place < end) for place in range(width)
         ]
-        assert batch["labels"][number].tolist() == [NOT] * column + one.labels + [NOT] * (width - end)
+        assert batch["labels"][number].tolist() == [NOT] * front + one.labels + [NOT] * (width - end)
         thinks = batch["is_thought"][number].repeat_interleave(chunk_size).tolist()
         assert thinks[front:end] == [token == THOUGHT for token in one.before + one.after]
         assert not any(thinks[:front]) and not any(thinks[end:])
@@ -130,3 +130,25 @@ def test_steps_of_conversations_are_refused(tmp_path):
     file.write_text('{"messages": [{"role": "assistant", "content": "b"}], "steps": ["a"]}\n')
     with pytest.raises(InputError, match="not with 'messages'"):
         read_examples([str(file)], train_tokenizer(["a b"], 300), with_steps=True)
+
+
+@pytest.mark.parametrize(("chunk_size", "per_step"), [(1, 1), (1, 3), (2, 2), (4, 1), (4, 2)])
+def test_thoughts_that_tell_their_steps(chunk_size, per_step):
+    """The label of a thought is a chunk of its own step, and nothing else has one."""
+    layout = Layout(chunk_size, 64, PAD, THOUGHT)
+    for number in (0, 1, 2):
+        between = THOUGHTS.tokens(chunk_size, number * per_step)
+        told = layout.told(EXAMPLE, between, per_step)
+        chunks = [told[place : place + chunk_size] for place in range(0, len(told), chunk_size)]
+        nothing = [NOT] * chunk_size
+        assert len(told) == len(between) and chunks[0] == chunks[-1] == nothing
+        for step in range(number):
+            part = EXAMPLE.steps[step][: per_step * chunk_size]
+            part += [NOT] * (per_step * chunk_size - len(part))
+            expected = [part[place : place + chunk_size] for place in range(0, len(part), chunk_size)]
+            assert chunks[1 + step * per_step :][:per_step] == expected
+        made = layout.row(EXAMPLE, number, between, told)
+        assert (
+            made.labels == [NOT] * (len(made.before) - len(told)) + told + layout.answer(EXAMPLE, number)[1]
+        )
+        assert torch.equal(layout.batch([made])["input_ids"], layout.batch([made])["input_ids"].clamp_min(0))

@@ -24,7 +24,7 @@ class ThinkingRow:
     Args:
         before: Tokens of the prompt and of what is thought, in whole chunks.
         after: Tokens that are written, in whole chunks.
-        labels: The same, with -100 on padding.
+        labels: Labels of both: of what is written, and of thoughts that have to tell their step.
     """
 
     before: list[int]
@@ -48,13 +48,16 @@ class Layout:
     pad_token_id: int
     thought: int
 
-    def row(self, example: Example, left_out: int, thoughts: Sequence[int]) -> ThinkingRow:
+    def row(
+        self, example: Example, left_out: int, thoughts: Sequence[int], told: Sequence[int] = ()
+    ) -> ThinkingRow:
         """A row; of a long prompt the end is kept.
 
         Args:
             example: The question.
             left_out: How many of its first steps are left out.
             thoughts: What goes before the answer: markers and thoughts, in whole chunks.
+            told: Labels of the same; none where it is not given.
 
         Raises:
             InputError: If there is no room for the prompt beside what is thought and written.
@@ -62,7 +65,24 @@ class Layout:
         after, labels = self.answer(example, left_out)
         prompt = example.prompt[-self.room(len(after), len(thoughts)) :]
         front = [self.pad_token_id] * (-len(prompt) % self.chunk_size)
-        return ThinkingRow([*front, *prompt, *thoughts], after, labels)
+        before = [*front, *prompt, *thoughts]
+        return ThinkingRow(before, after, [*[IGNORED_LABEL] * (len(before) - len(told)), *told, *labels])
+
+    def told(self, example: Example, thoughts: Sequence[int], per_step: int) -> list[int]:
+        """Labels of markers and thoughts: the steps in whose place the thoughts are.
+
+        Args:
+            example: The question.
+            thoughts: See `row`.
+            per_step: Thoughts in the place of a step; of one that has more chunks, so many are told.
+        """
+        size, labels = self.chunk_size, [IGNORED_LABEL] * len(thoughts)
+        number = len(thoughts) // size - 2  # But for the markers.
+        for step, tokens in enumerate(example.steps[: number // per_step]):
+            first = (1 + step * per_step) * size
+            part = tokens[: per_step * size]
+            labels[first : first + len(part)] = part
+        return labels
 
     def room(self, num_written: int, num_thought: int) -> int:
         """Tokens of a prompt that fit beside so many that are written and thought.
@@ -102,7 +122,7 @@ class Layout:
         for number, row in enumerate(rows):
             end = longest + len(row.after)
             ids_RT[number, longest - len(row.before) : end] = torch.tensor([*row.before, *row.after])
-            labels_RT[number, longest:end] = torch.tensor(row.labels)
+            labels_RT[number, longest - len(row.before) : end] = torch.tensor(row.labels)
             mask_RT[number, longest - len(row.before) : end] = 1
         mask_RC = mask_RT[:, ::size]
         is_thought_RC = ids_RT[:, ::size] == self.thought

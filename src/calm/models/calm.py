@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
-from calm.core.chunks import find_targets, split_into_chunks
+from calm.core.chunks import IGNORED_LABEL, find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, ZeroLinear
@@ -220,10 +220,13 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         if labels is None:
             return output
         is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
-        tokens_PK = chunks_BCK[:, 1:][is_target_BC]
-        posterior_PZ = (
-            self._encode(tokens_PK) if posterior_BCZ is None else posterior_BCZ[:, 1:][is_target_BC]
-        )
+        # A thought that has to tell its step has labels, and no tokens of its own.
+        tokens_BT = torch.where(labels == IGNORED_LABEL, chunks_BCK.flatten(1), labels)
+        tokens_PK = split_into_chunks(tokens_BT, self.config.chunk_size)[:, 1:][is_target_BC]
+        if posterior_BCZ is None or thinking is not None:
+            posterior_PZ = self._encode(tokens_PK)
+        else:
+            posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
         target = Target(posterior_PZ, tokens_PK)
         loss_P = self.head.loss(states_BCD[:, :-1][is_target_BC], target, noise, generator)
         count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch

@@ -33,6 +33,7 @@ class Thinking:
         thoughts: What goes in their place; None for nothing.
         has_noise: Whether the loss has noise that is drawn for each row.
         now: The stage that the model is at.
+        told_per_step: Thoughts of a step that they have to tell; 0 where they need not.
     """
 
     curriculum: Curriculum
@@ -40,10 +41,13 @@ class Thinking:
     thoughts: Thoughts | None
     has_noise: bool
     now: Stage
+    told_per_step: int = 0
 
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
         """A question as it is at a stage."""
-        return self.layout.row(example, stage.left_out, self._between(stage))
+        between = self._between(stage)
+        told = self.layout.told(example, between, self.told_per_step) if self.told_per_step else []
+        return self.layout.row(example, stage.left_out, between, told)
 
     def _between(self, stage: Stage) -> list[int]:
         """What stands between question and answer."""
@@ -128,7 +132,8 @@ def thinking_of(
     layout = Layout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
     thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)
     curriculum = Curriculum.of(settings, recipe.training.steps)
-    return Thinking(curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0))
+    told = settings.per_step if settings.tell and thoughts is not None else 0
+    return Thinking(curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0), told)
 
 
 def _thoughts(

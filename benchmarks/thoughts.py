@@ -1,0 +1,414 @@
+"""Do thoughts help, or is it the curriculum? Accuracy against hops, for each way of leaving steps out.
+
+    python benchmarks/thoughts.py --output runs/thoughts --results benchmarks/results/thoughts
+
+For each task of `calm tasks`, each kind of model and each seed, one model is trained in each way on the same
+items, questions of one to four hops in turns, and asked held-out questions of each number of hops:
+
+    cot         all steps are written
+    no_cot      none is, from the first item on
+    drop        step after step is left out, and nothing is in its place
+    pause       as many pauses are in its place
+    thoughts    as many thoughts are
+    at_once     thoughts, but all steps are left out from the first item on
+
+`cot` begins with steps of training that `drop` goes on from; `thoughts` and `pause` share theirs, in which
+the markers are there and nothing between them. The trained thoughts are then removed, given to another
+question, and replaced by noise of the same size. Kinds of models are a Llama of tokens, and CALMs with the
+sequential head and chunks of 1, 2 and 4 tokens; a fact is four tokens.
+
+What is finished is kept, so the benchmark goes on where it was stopped; runs of several seeds may share an
+output folder at the same time. Without `--output` the table and the figure are drawn from the results alone.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from measure import json_rows, machine
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from calm.data.examples import Example, read_examples
+from calm.data.tasks import TASKS, items
+from calm.data.tokenizer import train_tokenizer
+from calm.evaluation.answers import answer
+from calm.flops import thinking_flops
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+from calm.models.language_model import language_model
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.thoughts import thoughts_of
+from calm.models.tokens import LlamaForCausalLM
+from calm.storage.disk import write_file_whole
+from calm.training.build import (
+    autoencoder_config,
+    autoregressive_config,
+    language_model_config,
+    special_tokens_of,
+)
+from calm.training.curriculum import Curriculum
+from calm.training.finetuning import finetune
+from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
+from calm.training.recipe import (
+    AutoencoderSettings,
+    LanguageModelSettings,
+    OptimizerSettings,
+    Recipe,
+    TrainingSettings,
+)
+
+HOPS = {"chain": (1, 2, 3, 4), "graph": (1, 2, 3)}
+NUM_ITEMS, NUM_HELD_OUT = 160_000, 250
+CONTEXT = {"chain": 128, "graph": 256}
+ROWS = 64
+WIDTH, LAYERS = 128, 2
+RATES = {"muon": 1e-2, "adamw": 2.5e-3}
+"""Peak rates, chosen on other items."""
+KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
+"""Tokens of a chunk; 0 for a model of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Optimizer steps of the parts of a training.
+
+    Args:
+        first: With all steps written.
+        stage: Of each stage but the last.
+        last: Of the last stage.
+    """
+
+    first: int
+    stage: int
+    last: int
+
+    def all(self, stages: int) -> int:
+        """Steps of the whole curriculum."""
+        return self.first + (stages - 1) * self.stage + self.last
+
+
+LENGTHS = {"llama": Length(4000, 500, 1000), "K1": Length(4000, 500, 1000), "K2": Length(2500, 400, 800)}
+LENGTHS["K4"] = Length(1500, 400, 800)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of training.
+
+    Args:
+        begins_with: The way whose weights it begins with; None for new ones.
+        thoughts: Of the recipe, for so many stages.
+        is_whole: Whether it trains for the length of the whole curriculum.
+    """
+
+    begins_with: str | None
+    thoughts: Callable[[int], dict[str, Any]]
+    is_whole: bool = False
+
+
+WAYS = {
+    "steps": Way(None, lambda stages: {"mode": "drop", "stages": 0}),
+    "marked_steps": Way(None, lambda stages: {"mode": "state", "stages": 0}),
+    "cot": Way("steps", lambda stages: {"mode": "drop", "stages": 0}),
+    "no_cot": Way(None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True),
+    "drop": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}),
+    "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
+    "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
+    "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
+}
+SHOWN = {
+    "cot": "steps written",
+    "no_cot": "no steps, no curriculum",
+    "drop": "steps left out",
+    "pause": "pauses",
+    "thoughts": "thoughts",
+    "at_once": "thoughts, no curriculum",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A model to train.
+
+    Args:
+        task: Of `calm tasks`.
+        kind: Of `KINDS`.
+        way: Of `WAYS`.
+        seed: Of everything.
+    """
+
+    task: str
+    kind: str
+    way: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.task}_{self.kind}_{self.way}_{self.seed}"
+
+    @property
+    def before(self) -> "Cell | None":
+        """The one whose weights it begins with."""
+        way = WAYS[self.way].begins_with
+        return None if way is None else dataclasses.replace(self, way=way)
+
+
+def train(cell: Cell, output: Path) -> Path:
+    """Train a model, after the one that it begins with; what is finished is kept."""
+    folder, length = output / cell.name, LENGTHS[cell.kind]
+    if (folder / "model/config.json").exists():
+        return folder
+    stages, way = max(HOPS[cell.task]), WAYS[cell.way]
+    start = new_model(cell, output) if cell.before is None else train(cell.before, output) / "model"
+    steps = length.all(stages) if way.is_whole else length.first
+    if cell.before is not None:
+        steps = length.all(stages) - length.first
+    context = CONTEXT[cell.task]
+    recipe = FinetuningRecipe(
+        seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
+        model=str(start),
+        examples=ExampleSettings(
+            sources=str(output / f"{cell.task}.jsonl"),
+            validation_sources=str(output / f"{cell.task}_held_out.jsonl"),
+            context=context,
+        ),
+        thoughts=ThoughtSettings(steps_per_stage=length.stage, **way.thoughts(stages)),
+        training=TrainingSettings(
+            steps=steps,
+            batch_tokens=ROWS * context,
+            optimizer=OptimizerSettings(
+                name="muon",
+                learning_rate=RATES["muon"],
+                adamw_learning_rate=RATES["adamw"],
+                warmup_steps=50,
+                schedule="warmup_stable_decay",
+                decay_fraction=0.2,
+            ),
+            evaluate_every=0,
+            save_every=1000,
+            log_every=100,
+        ),
+        answers=AnswerSettings(number=0),
+    )
+    finetune(recipe, folder, resume=(folder / "recipe.yaml").exists())
+    return folder
+
+
+def new_model(cell: Cell, output: Path) -> Path:
+    """A folder with a model that knows nothing, the same for every way."""
+    folder, chunk_size = output / f"new_{cell.task}_{cell.kind}_{cell.seed}", KINDS[cell.kind]
+    if (folder / "config.json").exists():
+        return folder
+    text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
+    records = [json.loads(line) for line in text]
+    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
+    settings = LanguageModelSettings(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_layers=LAYERS,
+        num_heads=4,
+        max_chunks=512,
+        rope_theta=100.0,  # The longest question has some hundred positions.
+        head={"head_type": "sequential", "rank": 64},
+    )
+    recipe = Recipe(
+        chunk_size=max(1, chunk_size),
+        language_model=settings,
+        autoencoder=AutoencoderSettings(kind="codes", latent_size=16 * max(1, chunk_size)),
+    )
+    set_seed(cell.seed)
+    special = special_tokens_of(tokenizer)
+    model: PreTrainedModel
+    if chunk_size == 0:
+        model = LlamaForCausalLM(autoregressive_config(recipe, len(tokenizer), special))
+    else:
+        autoencoder = CalmAutoencoder(autoencoder_config(recipe, len(tokenizer), special))
+        model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
+        model.autoencoder.load_state_dict(autoencoder.state_dict())
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(15)  # type: ignore[operator]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_text(task: str, output: Path) -> None:
+    """Files of the items to train on, and to ask about, all numbers of hops in turns."""
+    output.mkdir(parents=True, exist_ok=True)
+    for held_out, number in ((True, NUM_HELD_OUT), (False, NUM_ITEMS // len(HOPS[task]))):
+        file = output / f"{task}{'_held_out' if held_out else ''}.jsonl"
+        if not file.exists():
+            rows = zip(*(items(task, hops, 0, number, held_out) for hops in HOPS[task]), strict=True)
+            write_file_whole(file, "".join(json.dumps(one.record) + "\n" for row in rows for one in row))
+
+
+# What becomes of a trained model's thoughts.
+
+
+@contextlib.contextmanager
+def changed_thoughts(change: Callable[[Tensor, int], Tensor] | None) -> Iterator[None]:
+    """Within, what a thought reads is changed: (what it would read, which thought of the text it is)."""
+    if change is None:
+        yield
+        return
+    number = itertools.count()
+    with mock.patch("calm.models.thoughts.scaled", lambda states, scale: change(states, next(number))):
+        yield
+
+
+def noise_like(states_PD: Tensor, _: int) -> Tensor:
+    """Noise of the same size."""
+    noise_PD = torch.randn(states_PD.shape, generator=torch.Generator().manual_seed(0))
+    return noise_PD * states_PD.norm(dim=-1, keepdim=True) / noise_PD.norm(dim=-1, keepdim=True)
+
+
+def swapped(thoughts: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """What the next question of the batch thought at the same place."""
+    return lambda states_PD, number: thoughts[number].roll(1, 0)
+
+
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], written: int
+) -> list[str]:
+    """Greedy answers, all in one batch."""
+    return answer(model, tokenizer, examples, temperature=0.0, num_draws=1, seed=0, max_new_tokens=written)
+
+
+def is_right(answers: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """1 for every answer that ends with the right word, 0 for the others."""
+    pairs = zip(answers, records, strict=True)
+    return "".join(str(int(text.split()[-1:] == one["completion"].split())) for text, one in pairs)
+
+
+def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
+    """Answers of a trained model to the held-out questions, by hops, and what an answer takes."""
+    model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
+    file = output / f"{cell.task}_held_out.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    examples = [one for [one] in read_examples([str(file)], tokenizer, with_steps=True)]
+    size, thoughts = language_model(model).chunk_size, thoughts_of(model.config)
+    number = 0 if thoughts is None else thoughts.number
+    left_out = 0 if cell.way in ("steps", "marked_steps", "cot") else max(HOPS[cell.task])
+
+    def chunks(tokens: Sequence[int]) -> int:
+        return -(-len(tokens) // size)
+
+    def written(one: Example) -> int:
+        return sum(map(chunks, (*one.steps[left_out:], one.completion)))
+
+    longest = max(map(written, examples)) * size
+    by_hops: dict[str, Any] = {}
+    for hops in HOPS[cell.task]:
+        places = [place for place, record in enumerate(records) if record["hops"] == hops]
+        asked, told = [examples[place] for place in places], [records[place] for place in places]
+        kept: list[Tensor] = []
+
+        def keep(states_PD: Tensor, _: int, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(states_PD)
+            return states_PD
+
+        changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
+        if cell.way in ("thoughts", "at_once"):
+            changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
+        answers = {}
+        with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):
+            for name, change in changes.items():
+                with changed_thoughts(change):
+                    answers[name] = is_right(ask(model, tokenizer, asked, longest), told)
+            if thoughts is not None:  # The markers stay, with nothing between them.
+                with mock.patch.dict(model.config.thoughts, {"number": 0}):
+                    answers["removed"] = is_right(ask(model, tokenizer, asked, longest), told)
+        answers.pop("kept", None)
+        rows = [(chunks(one.prompt), written(one)) for one in asked]
+        markers = 0 if thoughts is None else 2
+        by_hops[str(hops)] = {
+            "answers": answers,
+            "written_tokens": statistics.mean(size * steps for _, steps in rows),
+            "backbone_steps": statistics.mean(1 + number + steps - 1 for _, steps in rows),
+            "positions": statistics.mean(prompt + markers + number + steps for prompt, steps in rows),
+            "head_draws": statistics.mean(steps for _, steps in rows) if size > 1 or cell.kind == "K1" else 0,
+        }
+    return {
+        **dataclasses.asdict(cell),
+        "parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "thoughts": number,
+        "hops": by_hops,
+        "training_flops": training_flops(cell, model, tokenizer, examples),
+    }
+
+
+def training_flops(
+    cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> float:
+    """FLOPs of the training of a model, that of the one that it begins with included."""
+    size, stages, length = language_model(model).chunk_size, max(HOPS[cell.task]), LENGTHS[cell.kind]
+    way = WAYS[cell.way]
+    settings = ThoughtSettings(steps_per_stage=length.stage, **way.thoughts(stages))
+    steps = length.all(stages) if way.is_whole else length.first
+    if cell.before is not None:
+        steps = length.all(stages) - length.first
+    curriculum, total = Curriculum.of(settings, steps), 0.0
+    markers = 0 if settings.mode == "drop" else 2
+    ends = [*curriculum.starts[1:], steps]
+    for stage, start, end in zip(curriculum.stages, curriculum.starts, ends, strict=True):
+        flops = [
+            thinking_flops(
+                model.config,
+                -(-len(one.prompt) // size) + (0 if stage.thoughts else markers),
+                stage.thoughts,
+                sum(-(-len(part) // size) for part in (*one.steps[stage.left_out :], one.completion)),
+            )
+            for one in examples[:200]
+        ]
+        total += (end - start) * ROWS * statistics.mean(flops)
+    before = cell.before
+    return total + (0.0 if before is None else training_flops(before, model, tokenizer, examples))
+
+
+def main() -> None:
+    """Train and ask what is missing; print the table and draw the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--ways", nargs="*", default=list(SHOWN), choices=WAYS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/thoughts")
+    parser.add_argument("--figure", type=Path, help="where the figure is drawn, without a suffix")
+    arguments = parser.parse_args()
+    order = itertools.product(arguments.seeds, arguments.tasks, arguments.kinds, arguments.ways)
+    for seed, task, kind, way in order if arguments.output else ():
+        cell, output = Cell(task, kind, way, seed), arguments.output
+        file = arguments.results / f"{cell.name}.json"
+        if file.exists():
+            continue
+        write_text(task, output)
+        begun = time.monotonic()
+        folder = train(cell, output)
+        row = measure(cell, folder, output)
+        row |= {"seconds": round(time.monotonic() - begun), "machine": machine()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file_whole(file, json_rows(row) + "\n")
+        print(cell.name, {hops: share(one["answers"]["as trained"]) for hops, one in row["hops"].items()})
+
+
+def share(right: str) -> float:
+    """Percent of ones."""
+    return round(100 * right.count("1") / len(right), 1)
+
+
+if __name__ == "__main__":
+    main()
