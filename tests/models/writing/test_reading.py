@@ -170,6 +170,64 @@ def test_beginnings_that_were_not_used_for_the_longest_are_forgotten(model):
     assert small.find(longer[0]).lengths == [8]  # The end went first: without its beginning nothing is found.
 
 
+def size_of(block):
+    return sum(states.nbytes for layer in block for states in layer)
+
+
+def read_one(model, text):
+    """The chunks of a prompt, and what is read of them."""
+    reader = PromptReader(model, PrefixStore(0))
+    reader.add(row_of(), text)
+    [part], _ = reader.read(1000)
+    return torch.tensor(text).view(-1, 4), part.cache
+
+
+def test_what_is_kept_never_exceeds_its_memory(model, monkeypatch):
+    """And a prompt that is larger than all of it throws out no other."""
+    short, other, long = (read_one(model, text) for text in prompts([64, 32, 400]))
+    store = PrefixStore(4 * size_of(short[1].chunks(0, 8)))
+    held, real = [], SlotCache.chunks
+
+    def chunks(*own):
+        held.append(sum(size_of(block) for block in store._blocks.values()))
+        return real(*own)
+
+    monkeypatch.setattr(SlotCache, "chunks", chunks)
+    for text, cache in (short, other, long, short, long):
+        store.keep(text, cache)
+    assert max(held) <= store._max_bytes
+    longer = [torch.cat([text, text[:1]]) for text, _ in (short, other, long)]
+    assert [store.find(text).lengths for text in longer] == [[16], [8], [8]]
+
+
+def test_those_of_before_leave_for_a_prompt_that_fits(model):
+    short, long = (read_one(model, text) for text in prompts([64, 96]))
+    store = PrefixStore(3 * size_of(short[1].chunks(0, 8)))
+    store.keep(*short)
+    store.keep(*long)
+    assert store.find(torch.cat([short[0], short[0][:1]])) is None
+    assert store.find(torch.cat([long[0], long[0][:1]])).lengths == [24]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(SlotCache, "chunks"), (PrefixStore, "_touch")])
+def test_a_text_is_written_where_its_beginning_cannot_be_kept_or_found(
+    owner, name, model, monkeypatch, caplog
+):
+    def fail(*_):
+        raise MemoryError
+
+    [text] = prompts([64])
+    batch, other = ChunkBatch(model), ChunkBatch(model)
+    for each in (batch, other):
+        each.join(text[:32], sampler_from(), 4, 0)
+        each.step()
+    rows = [each.join(text, sampler_from(), 4, 0) for each in (batch, other)]
+    [expected] = other.step()
+    monkeypatch.setattr(owner, name, fail)
+    [written] = batch.step()
+    assert (written.row, written.tokens) == (rows[0], expected.tokens) and "beginning" in caplog.text
+
+
 def test_a_row_whose_prompt_is_read_can_be_dropped(model):
     batch, [prompt] = ChunkBatch(model, BatchLimits(chunks_at_once=1)), prompts([300])
     rows = [batch.join(prompt, sampler_from(), 8, seed) for seed in range(2)]

@@ -134,9 +134,8 @@ class SlotCache:
         return SlotCache([(chosen(keys), chosen(values)) for keys, values in self._layers], lengths)
 
     def chunks(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of keys and values of some chunks of each layer, (R, H, end - first, d)."""
-        part = slice(first, end)
-        return [(keys[:, :, part].clone(), values[:, :, part].clone()) for keys, values in self._layers]
+        """Keys and values of some chunks of each layer, (R, H, end - first, d), where they are."""
+        return [(keys[:, :, first:end], values[:, :, first:end]) for keys, values in self._layers]
 
     def to_transformers(self, config: PreTrainedConfig) -> tuple[DynamicCache, Tensor]:
         """The same as a cache of transformers, and its mask (R, C), 0 behind the shorter rows.
