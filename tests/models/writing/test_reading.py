@@ -1,5 +1,7 @@
 """Prompts are read together, in pieces, and not again, and the rows write what each would write alone."""
 
+import itertools
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -226,6 +228,26 @@ def test_a_text_is_written_where_its_beginning_cannot_be_kept_or_found(
     monkeypatch.setattr(owner, name, fail)
     [written] = batch.step()
     assert (written.row, written.tokens) == (rows[0], expected.tokens) and "beginning" in caplog.text
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_prompt_is_read_twice_if_memory_is_short_once(failing, model, monkeypatch):
+    """As what was read of several is stored, one by one."""
+    settings, texts = sampler_from(), prompts([24, 22, 24])
+    batch = ChunkBatch(model)
+    rows = [batch.join(text, settings, 4, seed) for seed, text in enumerate(texts)]
+    real, calls = SlotCache.part, itertools.count(1)
+
+    def part(*own):
+        if next(calls) == failing:
+            raise MemoryError
+        return real(*own)
+
+    monkeypatch.setattr(SlotCache, "part", part)
+    written = {one.row: one.tokens for one in batch.step()}
+    for seed, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        alone = model.generate(torch.tensor([text]), max_new_tokens=4, seed=seed, temperature=1.0)
+        assert written[row] == alone[0, len(text) :].tolist()
 
 
 def test_a_row_whose_prompt_is_read_can_be_dropped(model):

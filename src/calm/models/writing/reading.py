@@ -121,7 +121,7 @@ class PromptReader:
 
     def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
         """Why a prompt cannot be read; None if it can, and was."""
-        if error is None:
+        if error is None and reading.num_left:
             try:
                 self._read([reading], most)
             except Exception as own:
@@ -129,11 +129,13 @@ class PromptReader:
         return error
 
     def _read(self, readings: Sequence[_Reading], most: int) -> None:
-        pieces = [reading.chunks_CK[-reading.num_left :][:most] for reading in readings]
+        pieces = [one.chunks_CK[len(one.chunks_CK) - one.num_left :][:most] for one in readings]
         caches = [reading.cache for reading in readings]
         states_RD, cache = _read_on(self._model, pieces, caches)
+        # All of them before any is stored: what fails is read again, and nothing is to be read twice.
+        parts = [cache.part([place]) for place in range(len(readings))]
         for place, reading in enumerate(readings):
-            reading.cache, reading.hidden_1D = cache.part([place]), states_RD[place : place + 1]
+            reading.cache, reading.hidden_1D = parts[place], states_RD[place : place + 1]
 
     def _opened(self, reading: _Reading) -> OpenRows:
         """Rows whose prompt has been read, of which the beginning is kept for others."""
