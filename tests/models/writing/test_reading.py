@@ -95,7 +95,83 @@ def test_short_prompts_do_not_wait_for_a_long_one(model, monkeypatch):
             begun.setdefault(one.row, step)
         assert all(rows * columns <= 4 for rows, columns in read.shapes)
         assert writing.budget == 400 - 4 * (step + 2), "a row waited"
-    assert begun[rows[1]] == 1 and begun[rows[0]] == 25  # A hundred chunks, and one turn of the short one.
+    assert begun[rows[1]] == 0 and begun[rows[0]] == 25  # A hundred chunks, and one turn of the short one.
+
+
+def num_begun(reader):
+    return sum(reading.cache is not None for reading in reader._queue)
+
+
+@torch.no_grad()
+def test_long_prompts_are_read_one_after_another(model):
+    reader = PromptReader(model, PrefixStore(0))
+    rows = [row_of() for _ in range(4)]
+    for row, text in zip(rows, prompts([160] * 4), strict=True):
+        reader.add(row, text)
+    ready_at = {}
+    for piece in range(20):
+        ready, _ = reader.read(8)
+        ready_at |= {part.rows[0]: piece for part in ready}
+        assert num_begun(reader) <= 1
+    assert [ready_at[row] for row in rows] == [4, 9, 14, 19]
+
+
+@torch.no_grad()
+def test_prompts_that_are_read_together_stay_in_the_order_in_which_they_came(model):
+    reader, rows = PromptReader(model, PrefixStore(0)), [row_of() for _ in range(4)]
+    for row, text in zip(rows, prompts([20, 8, 40, 12]), strict=True):
+        reader.add(row, text)
+    ready, _ = reader.read(1000)
+    assert [part.rows for part in ready] == [[row] for row in rows]
+
+
+@torch.no_grad()
+def test_no_more_than_four_prompts_lie_partly_read_in_memory(model, monkeypatch):
+    """Each is shorter than those before it and overtakes them while it may; one that fits in a piece may."""
+    reader = PromptReader(model, PrefixStore(0))
+    read, most, finished = Counting(model, monkeypatch), 0, set()
+    for length in range(800, 200, -60):
+        reader.add(row_of(), prompts([length])[0])
+        reader.read(8)
+        most = max(most, num_begun(reader))
+    assert most == 4
+    short = row_of()
+    reader.add(short, [5] * 8)
+    while short not in finished:
+        finished |= {part.rows[0] for part in reader.read(8)[0]}
+    assert len(finished) == 1
+    while len(reader):
+        reader.read(8)
+        assert num_begun(reader) <= 4
+    assert all(rows * columns <= 8 for rows, columns in read.shapes)
+
+
+@pytest.mark.parametrize("length", [12, 60])
+@torch.no_grad()
+def test_a_long_prompt_gets_every_fourth_piece_however_many_short_ones_come(length, model):
+    """Those that come fill a piece each, or are long themselves."""
+    reader, long = PromptReader(model, PrefixStore(0)), row_of()
+    reader.add(long, prompts([160])[0])
+    is_ready = False
+    for piece in range(4 * 5):
+        for number in range(2):
+            reader.add(row_of(), prompts([length], seed=2 * piece + number)[0])
+        ready, _ = reader.read(8)
+        is_ready = is_ready or any(long in part.rows for part in ready)
+    assert is_ready
+
+
+@torch.no_grad()
+def test_a_prompt_whose_beginning_is_known_is_a_short_one(model):
+    reader = PromptReader(model, PrefixStore(1 << 20))
+    known, middle = prompts([320, 80])
+    reader.add(row_of(), known)
+    read_all(reader, 1000)
+    rows = [row_of(), row_of()]
+    reader.add(rows[0], middle)
+    reader.add(rows[1], [*known, *[5] * 8])
+    [part], _ = reader.read(16)
+    assert part.rows == [rows[1]] and num_begun(reader) == 0
 
 
 def test_prompts_of_rows_without_a_place_are_read_together_once_there_is_one(model, monkeypatch):

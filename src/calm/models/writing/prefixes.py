@@ -6,7 +6,8 @@ Shapes: C chunks, K tokens per chunk.
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class PrefixStore:
         self._max_bytes, self._bytes = max_bytes, 0
         self._blocks: OrderedDict[bytes, _Layers] = OrderedDict()
 
+    def known(self, names: Sequence[bytes]) -> int:
+        """Chunks that are kept of a beginning, by the names of its blocks."""
+        return _BLOCK * sum(1 for _ in takewhile(self._blocks.__contains__, names))
+
     def find(self, chunks_CK: Tensor) -> SlotCache | None:
         """The longest beginning that is kept, but for the last chunk, whose state is needed.
 
@@ -48,7 +53,7 @@ class PrefixStore:
 
     def _find(self, chunks_CK: Tensor) -> SlotCache | None:
         names = []
-        for name in _names(chunks_CK[:-1]):
+        for name in names_of(chunks_CK[:-1]):
             if name not in self._blocks:
                 break
             names.append(name)
@@ -73,7 +78,7 @@ class PrefixStore:
             cache: What was read of it, a single row.
         """
         try:
-            self._keep(list(_names(chunks_CK)), cache)
+            self._keep(list(names_of(chunks_CK)), cache)
         except Exception as error:
             logger.warning("the beginning of a prompt is not kept (%s)", reason_of(error))
 
@@ -99,7 +104,7 @@ class PrefixStore:
             self._blocks.move_to_end(name)
 
 
-def _names(chunks_CK: Tensor) -> Iterator[bytes]:
+def names_of(chunks_CK: Tensor) -> Iterator[bytes]:
     """A name for each whole block, which stands for all that comes before it, too."""
     name, tokens_CK = b"", chunks_CK.cpu().numpy()
     for end in range(_BLOCK, len(tokens_CK) + 1, _BLOCK):

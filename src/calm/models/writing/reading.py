@@ -6,6 +6,8 @@ Shapes: R rows, C chunks, K tokens per chunk, D state size.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -14,10 +16,12 @@ from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import split_into_chunks
 from calm.models.writing.model import ChunkModel
-from calm.models.writing.prefixes import PrefixStore
+from calm.models.writing.prefixes import PrefixStore, names_of
 from calm.models.writing.prompts import Prompt, positions_of, read_chunks
 from calm.models.writing.rows import Failed, OpenRows, Row
 from calm.models.writing.slots import SlotCache
+
+_MOST_BEGUN, _TURN_OF_OLDEST = 4, 4
 
 
 @dataclass(eq=False)
@@ -38,6 +42,11 @@ class _Reading:
     cache: SlotCache | None = None
     hidden_1D: Tensor | None = None
 
+    @cached_property
+    def names(self) -> list[bytes]:
+        """Names of the blocks that may be known."""
+        return [*names_of(self.chunks_CK[:-1])]
+
     @property
     def num_left(self) -> int:
         """Chunks that have not been read."""
@@ -45,7 +54,12 @@ class _Reading:
 
 
 class PromptReader:
-    """Prompts that wait to be read. They take turns: a long one goes to the end of the queue after a piece.
+    """Prompts that wait to be read, in the order in which they came.
+
+    A piece begins with the prompt of which least is left: short ones overtake, and those begun are finished.
+    Every fourth piece begins with the prompt that has waited longest, so a long one of n pieces waits for no
+    more than 4n from then on. At most four lie partly read in memory, that one among them: where three others
+    are begun, more are read only if they fit into a piece as a whole.
 
     Equal prompts that wait at the same time are read once, and so are beginnings that were read before.
 
@@ -57,6 +71,7 @@ class PromptReader:
     def __init__(self, model: ChunkModel, prefixes: PrefixStore) -> None:
         self._model, self._prefixes = model, prefixes
         self._queue: deque[_Reading] = deque()
+        self._num_pieces = 0
 
     def __len__(self) -> int:
         """Number of rows that wait."""
@@ -96,10 +111,9 @@ class PromptReader:
         for reading in chosen:
             if reading not in self._queue:
                 continue
-            self._queue.remove(reading)
             if reading.num_left:
-                self._queue.append(reading)
                 continue
+            self._queue.remove(reading)
             try:
                 ready.append(self._opened(reading))
             except Exception as error:
@@ -107,17 +121,35 @@ class PromptReader:
         return ready, failed
 
     def _next(self, chunks_at_once: int) -> list[_Reading]:
-        """The first in the queue, and as many of the next as fit beside it."""
+        """The first whose turn it is and as many of the next as fit beside it, in the order of the queue."""
         chosen: list[_Reading] = []
         longest = 0
-        for reading in self._queue:
-            if reading.cache is None:
-                reading.cache = self._prefixes.find(reading.chunks_CK)
-            longest = max(longest, reading.num_left)
+        for num_left, reading in self._in_turn(chunks_at_once):
+            longest = max(longest, num_left)
             if chosen and longest * (len(chosen) + 1) > chunks_at_once:
                 break
             chosen.append(reading)
-        return chosen
+        for reading in chosen:
+            if reading.cache is None:
+                reading.cache = self._prefixes.find(reading.chunks_CK)
+        return [reading for reading in self._queue if reading in chosen]
+
+    def _in_turn(self, chunks_at_once: int) -> list[tuple[int, _Reading]]:
+        """Prompts that may be read now, each behind the number of chunks that have to be."""
+        oldest, *others = (
+            (one.num_left - (self._prefixes.known(one.names) if one.cache is None else 0), one)
+            for one in self._queue
+        )
+        may_begin = sum(one.cache is not None for _, one in others) < _MOST_BEGUN - 1
+        others = [
+            (num_left, one)
+            for num_left, one in others
+            if may_begin or num_left <= chunks_at_once or one.cache is not None
+        ]
+        self._num_pieces += 1
+        if self._num_pieces % _TURN_OF_OLDEST == 0:
+            return [oldest, *sorted(others, key=itemgetter(0))]
+        return sorted([oldest, *others], key=itemgetter(0))
 
     def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
         """Why a prompt cannot be read; None if it can, and was."""
