@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
+from calm.core import cross_entropy as module
 from calm.core.cross_entropy import cross_entropy
+from calm.planning.alive import AliveBytes
 from calm.planning.as_gpu import AsGpu
 
 ROWS, SIZE, VOCABULARY = 151, 6, 40
@@ -54,6 +57,47 @@ def of_some(losses: Tensor) -> Tensor:
 def test_losses_and_gradients_are_those_of_torch(has_bias, reduce):
     found, expected = (losses_and_gradients(way, has_bias, reduce) for way in (cross_entropy, plain))
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [SIZE - 1, SIZE, SIZE + 1])
+def test_few_rows_take_the_way_of_torch(rows, monkeypatch):
+    """Their scores are smaller than the table."""
+    calls, real = [], module._in_parts
+    monkeypatch.setattr(module, "_in_parts", lambda *own: calls.append(1) or real(*own))
+    found, expected = (losses_and_gradients(way, rows=rows) for way in (cross_entropy, plain))
+    assert_close(found, expected)
+    assert len(calls) == (rows >= SIZE)
+
+
+def test_rows_with_weights_of_their_own_are_not_multiplied_by_the_table_again():
+    """Gradients by the vectors are those of the plain sum, times the weights."""
+    vectors, table, targets, bias = inputs(has_bias=True)
+    weights = torch.arange(ROWS) % 3.0
+    flops = []
+    for given in (None, weights):
+        with FlopCounterMode(display=False) as counter:
+            module._in_parts(vectors, table, targets, bias, given)
+        flops.append(counter.get_total_flops())
+    assert flops[1] < 0.7 * flops[0]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_the_cores(has_bias, dtype, monkeypatch):
+    """Scores and probabilities of a part, and with a bias or in half precision a second table."""
+    rows, size, vocabulary = 512, 256, 300
+    vectors, table = torch.randn(rows, size).to(dtype), torch.randn(vocabulary, size).to(dtype)
+    bias = torch.randn(vocabulary).to(dtype) if has_bias else None
+    targets = torch.randint(0, vocabulary, (rows,))
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 64 * vocabulary)
+    for cores in (1, 2, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+        with AliveBytes() as alive:
+            outputs = module._in_parts(vectors, table, targets, bias)
+        work = sum(alive.most().values()) - sum(one.nbytes for one in outputs)
+        scores, of_table = 4 * 64 * vocabulary, 4 * vocabulary * (size + 1)
+        of_vectors = 4 * rows * (size + 1) if has_bias else 0
+        assert work < 4 * scores + of_vectors + of_table * (2 * has_bias + (dtype == torch.bfloat16))
 
 
 def test_on_a_gpu_scores_are_computed_in_parts():

@@ -57,6 +57,37 @@ def test_training_alone_does_without_scores(model):
     assert_close(model.train()(IDS).logits, expected.logits)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"return_dict": False},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"logits_to_keep": 12},
+        {"logits_to_keep": torch.arange(12)},
+        {"shift_labels": LABELS},
+        {"shift_labels": LABELS, "num_items_in_batch": 7},
+    ],
+)
+def test_whoever_asks_for_more_than_a_loss_gets_it(model, arguments):
+    found, expected = (each(IDS, labels=LABELS, **arguments) for each in (model, parent_of(model)))
+    assert type(found) is type(expected) and len(found) == len(expected)
+    values = (each if isinstance(each, tuple) else each.values() for each in (found, expected))
+    for one, other in zip(*values, strict=True):
+        if not hasattr(one, "get_seq_length"):  # The cache, which has no values to compare.
+            assert_close(one, other)
+
+
+def test_more_may_be_asked_for_by_the_configuration(model):
+    model.config.output_hidden_states = True
+    assert len(model(IDS, labels=LABELS).hidden_states) == 3
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "shift_labels", "return_dict"])
+def test_what_wrappers_leave_open_asks_for_nothing(name, model):
+    assert model(IDS, labels=LABELS, **{name: None}).logits is None
+
+
 def test_the_trainer_finds_what_it_hands_over(model):
     """It drops the columns of a data set that no argument is named after."""
     assert {"input_ids", "attention_mask", "position_ids", "labels"} <= set(

@@ -20,6 +20,7 @@ SCORES_AT_ONCE = 2**26
 """More are computed in parts; those of a loss anew in the backward pass."""
 
 _SCORES_IN_CACHE = 2**18  # Of a core. And 64 rows at least: of fewer, products are slow.
+_ROWS_OF_WIDE_VECTORS = 256  # Each part passes over the table's gradient, and the more features, the longer.
 
 
 def cross_entropy(
@@ -35,7 +36,9 @@ def cross_entropy(
     """
     weights = [part for part in (vectors_MX, table_VX, bias_V) if part is not None]
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
-    if not (is_trained and vectors_MX.is_cpu):
+    # Scores of fewer rows than features are smaller than the table, and one pass is no quicker than several.
+    is_small = len(vectors_MX) < vectors_MX.shape[1]
+    if not (is_trained and vectors_MX.is_cpu) or is_small:
         return _of_scores(vectors_MX, table_VX, targets_M, bias_V)
     if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
         dtype = torch.get_autocast_dtype("cpu")
@@ -83,11 +86,15 @@ def _gradients(
     by_table: Tensor,
     by_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a weighted sum of the losses, given those of the plain sum."""
+    """Gradients of a weighted sum of the losses, given those of the plain sum.
+
+    With weights that differ, those by the table and the bias are found anew, for two thirds of the FLOPs.
+    """
     if len(weights) and bool((weights == weights[0]).all()):  # Of a mean.
         weight = weights[0]
         return by_vectors * weight, by_table * weight, by_bias * weight
-    return _in_parts(vectors, table, targets, bias, weights)[1:]
+    _, _, by_table, by_bias = _in_parts(vectors, table, targets, bias, weights)
+    return by_vectors * weights.unsqueeze(-1).to(by_vectors.dtype), by_table, by_bias
 
 
 def _in_parts(
@@ -97,15 +104,22 @@ def _in_parts(
     bias_V: Tensor | None,
     weights_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and gradients; with weights the gradients by the table and the bias alone.
+
+    Beside what it returns there are in memory scores and probabilities of some rows, at most `SCORES_AT_ONCE`
+    each; with a bias a second table and its gradient, in half precision a part of that gradient. No table is
+    held once for each core.
+    """
     losses_M, by_vectors_MX, by_table_VX, by_bias_V = _outputs(vectors_MX, table_VX)
-    left_MY, right_VY = vectors_MX, table_VX
+    left_MY, right_VY, by_right_VY = vectors_MX, table_VX, by_table_VX
     if bias_V is not None:  # One more feature, which is 1 everywhere.
         left_MY = F.pad(vectors_MX, (0, 1), value=1)
         right_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
+        by_right_VY = torch.empty_like(right_VY, dtype=torch.float32)
+    by_right_VY.zero_()
     cores, size = torch.get_num_threads(), len(table_VX)
-    # Its rows are long, which makes products with it quick.
-    by_right_SYV = right_VY.new_zeros(cores, *right_VY.shape[::-1], dtype=torch.float32)
-    rows = min(max(64, _SCORES_IN_CACHE // size) * cores, SCORES_AT_ONCE // size, len(vectors_MX))
+    rows = max(max(64, _SCORES_IN_CACHE // size) * cores, min(vectors_MX.shape[1], _ROWS_OF_WIDE_VECTORS))
+    rows = min(rows, SCORES_AT_ONCE // size, len(vectors_MX))
     rows = max(rows // cores, 1) * cores
     # The same memory for all parts: new memory is slower to write to than all that is done with it.
     scores_RV = vectors_MX.new_empty(rows, size)
@@ -124,12 +138,19 @@ def _in_parts(
         p_MV.scatter_add_(1, target_M1, p_MV.new_full((), -1).expand_as(target_M1))
         if weights_M is not None:
             p_MV *= weights_M[part].unsqueeze(-1)
-        p_SRV = _shared(p_MV.to(left_SRY.dtype), cores)
-        torch.bmm(p_SRV, table_VX.expand(shares, -1, -1), out=_shared(by_vectors_MX[part], cores))
-        by_right_SYV[:shares] += torch.bmm(left_SRY.transpose(1, 2), p_SRV)
-    by_right_YV = by_right_SYV.sum(0)
-    by_table_VX.copy_(by_right_YV[: table_VX.shape[1]].t())
-    by_bias_V.copy_(by_right_YV[-1] if bias_V is not None else torch.zeros_like(by_bias_V))
+        p_MV = p_MV.to(left_MY.dtype)
+        if weights_M is None:
+            p_SRV = _shared(p_MV, cores)
+            torch.bmm(p_SRV, table_VX.expand(shares, -1, -1), out=_shared(by_vectors_MX[part], cores))
+        if p_MV.dtype == by_right_VY.dtype:
+            by_right_VY.addmm_(p_MV.t(), left_MY[part])
+        else:
+            by_right_VY += p_MV.t() @ left_MY[part]
+    if bias_V is None:
+        by_bias_V.zero_()
+    else:
+        by_table_VX.copy_(by_right_VY[:, :-1])
+        by_bias_V.copy_(by_right_VY[:, -1])
     return losses_M, by_vectors_MX, by_table_VX, by_bias_V
 
 

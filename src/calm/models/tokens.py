@@ -60,6 +60,16 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             if num_items_in_batch is not None:
                 others["num_items_in_batch"] = num_items_in_batch
             return super().forward(**inputs, labels=labels, **others)
+
+        def is_set(name: str) -> bool:
+            value = others.get(name)
+            value = getattr(self.config, name, None) if value is None else value
+            return value is not None and value is not False
+
+        # More than the loss, or another loss, is the parent's to find.
+        asked = ("output_hidden_states", "output_attentions", "shift_labels", "logits_to_keep")
+        if any(is_set(name) for name in asked) or not is_set("return_dict"):
+            return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, **others)
         states_BTD = self.model(**inputs, **others).last_hidden_state
         return CausalLMOutputWithPast(loss=self._loss(states_BTD, labels, num_items_in_batch))
 

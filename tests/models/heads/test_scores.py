@@ -34,6 +34,23 @@ def test_tokens_without_probability_are_not_drawn(traced):
     assert tokens.bincount(minlength=130)[[0, 63, 64, 129]].tolist() == [400, 800, 1200, 1600]
 
 
+def test_rounding_at_the_end_of_a_group_draws_no_token_without_probability(traced):
+    """A group is summed as a whole, and then token by token, which may come to less."""
+    scores = 3 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    scores[:, 63::64] = -300.0
+    groups = torch.nn.functional.pad(scores, (0, -1000 % 64), value=-torch.inf).view(-1, 64)
+    sums = (groups - scores.max()).exp().sum(-1).cumsum(-1)
+    borders = [sums[:-1] / sums[-1]]
+    for way in (0.0, 1.0):
+        near = borders[0]
+        for _ in range(4):
+            near = near.nextafter(torch.tensor(way))
+            borders.append(near)
+    uniform = torch.cat(borders)
+    tokens, _ = traced(torch.ones(len(uniform), 1), scores.T, uniform)
+    assert not (tokens % 64 == 63).any()
+
+
 def test_totals_tell_of_scores_that_are_not_finite(traced):
     vectors = torch.tensor([[1.0], [torch.nan], [torch.inf]])
     _, totals = traced(vectors, torch.ones(70, 1), torch.rand(3))

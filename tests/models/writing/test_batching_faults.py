@@ -3,12 +3,14 @@
 import itertools
 
 import pytest
+import torch
 from tiny import tiny_model
 
 from calm.models.writing import lean
 from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.rows import Failed
+from calm.models.writing.rows import Failed, OpenRows
 from calm.models.writing.sampler_registry import sampler_from
+from calm.models.writing.slots import SlotCache
 
 SETTINGS = (
     sampler_from(),
@@ -126,6 +128,144 @@ def test_what_is_too_much_at_once_is_done_in_parts(most, model, monkeypatch):
         monkeypatch.setattr(module, "forward", too_many)
     texts, failed = write(batch, rows, 6)
     assert texts == expected and not failed
+
+
+def join_in_turn(model, copies=1):
+    """Two rows for two places, the first of which ends at once, and others whose prompts are read ahead."""
+    batch, plain = ChunkBatch(model, BatchLimits(max_rows=2)), SETTINGS[0]
+    rows = [batch.join([5] * 24, plain, 4, 9), batch.join([6] * 40, plain, 40, 1)]
+    rows += [batch.join([7] * 4, plain, 8, 2, copy) for copy in range(copies)]
+    return batch, [*rows, batch.join([8] * 4, plain, 8, 3)]
+
+
+class Once(FailsFor):
+    """Fails a single time."""
+
+    def __init__(self, real, is_bad=lambda *_: True):
+        super().__init__(real, lambda *own: not self.has_failed and is_bad(*own), MemoryError())
+        self.has_failed = False
+
+    def __call__(self, *arguments, **more):
+        try:
+            return super().__call__(*arguments, **more)
+        except MemoryError:
+            self.has_failed = True
+            raise
+
+    def as_method_of(self, owner, name, monkeypatch):
+        monkeypatch.setattr(owner, name, lambda *own: self(*own))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(OpenRows, "replaced"), (SlotCache, "put"), (SlotCache, "_make_room"), (OpenRows, "part")],
+)
+def test_a_row_that_cannot_take_over_a_place_leaves_alone(owner, name, model, monkeypatch):
+    """And its copies, which wait behind it, begin at the next place."""
+    expected, _ = write(*join_in_turn(model, copies=2), 16)
+    batch, rows = join_in_turn(model, copies=2)
+    before, _ = write(batch, rows, 1)
+    is_newcomer = (lambda own, _: rows[2] in own.rows) if name == "part" else lambda *_: True
+    broken = Once(getattr(owner, name), is_newcomer)
+    broken.as_method_of(owner, name, monkeypatch)
+    texts, failed = write(batch, rows, 15, dict(zip(rows, before, strict=True)))
+    assert [one.row for one in failed] == [rows[2]] and type(failed[0].error) is MemoryError
+    assert texts.pop(2) == [] and texts == [*expected[:2], *expected[3:]] and len(batch) == 0
+
+
+def test_no_place_is_free_of_those_that_cannot_take_it_over(model, monkeypatch):
+    """All rows have ended, and one of two newcomers fails."""
+    batch, plain = ChunkBatch(model, BatchLimits(max_rows=2)), SETTINGS[0]
+    rows = [batch.join([5 + number] * 4, plain, 4, number) for number in range(4)]
+    Once(SlotCache.put).as_method_of(SlotCache, "put", monkeypatch)
+    texts, failed = write(batch, rows, 4)
+    assert [one.row for one in failed] == [rows[2]]
+    assert [len(text) for text in texts] == [4, 4, 0, 4]
+
+
+def test_rows_that_have_ended_may_stay_in_memory(model, monkeypatch):
+    expected, _ = write(other := ChunkBatch(model), join_all(other), 6)
+    batch = ChunkBatch(model)
+    rows = join_all(batch)
+    before, _ = write(batch, rows, 2)
+    batch.drop(rows[1])
+    Once(OpenRows.part).as_method_of(OpenRows, "part", monkeypatch)
+    texts, failed = write(batch, rows, 4, dict(zip(rows, before, strict=True)))
+    assert not failed and len(texts.pop(1)) == 8
+    assert texts == [*expected[:1], *expected[2:]]
+
+
+@pytest.mark.parametrize("name", ["joined", "part"])
+def test_halves_that_cannot_be_copied_or_put_together(name, model, monkeypatch):
+    """The second waits to join the first again; of rows that are not even copied only those are lost."""
+    expected, _ = write(other := ChunkBatch(model), join_all(other), 8)
+    batch = ChunkBatch(model)
+    rows = join_all(batch)
+    before, _ = write(batch, rows, 1)
+    step = batch._steps._step
+    monkeypatch.setattr(step, "forward", FailsFor(step.forward, lambda own, *_: len(own) > 2, MemoryError()))
+    if name == "part":
+        Once(OpenRows.part, lambda _, places: len(places) == 2).as_method_of(OpenRows, "part", monkeypatch)
+    else:
+        broken = Once(OpenRows.joined, lambda parts: len(parts) > 1)
+        monkeypatch.setattr(OpenRows, "joined", broken)
+    texts, failed = write(batch, rows, 7, dict(zip(rows, before, strict=True)))
+    lost = 2 if name == "part" else 0
+    assert [one.row for one in failed] == rows[:lost]
+    assert texts[lost:] == expected[lost:] and len(batch) == 0
+
+
+def test_a_text_that_has_ended_is_not_read(model, monkeypatch):
+    """It would be in vain, and it might fail."""
+    expected, _ = write(*join_in_turn(model), 16)
+    real = model.embed_chunks
+
+    def embed_chunks(chunks_BCK, *others):
+        assert not (chunks_BCK == torch.tensor(expected[0])).all(-1).any()
+        return real(chunks_BCK, *others)
+
+    monkeypatch.setattr(model, "embed_chunks", embed_chunks)
+    assert write(*join_in_turn(model), 16) == (expected, [])
+
+
+def test_a_text_that_has_ended_needs_no_room(model, monkeypatch):
+    """Its sixteen chunks fill what there is."""
+
+    def join():
+        batch, plain = ChunkBatch(model, BatchLimits(max_rows=2)), SETTINGS[0]
+        texts = [([5] * 60, 8), ([6] * 4, 12), ([7] * 4, 8)]
+        return batch, [batch.join(text, plain, budget, seed) for seed, (text, budget) in enumerate(texts)]
+
+    expected, _ = write(*join(), 6)
+    real = SlotCache._make_room
+    is_too_much = FailsFor(real, lambda _, needed: needed > 16, MemoryError())
+    monkeypatch.setattr(SlotCache, "_make_room", lambda *own: is_too_much(*own))
+    assert write(*join(), 6) == (expected, [])
+
+
+def test_what_an_ended_text_leaves_behind_is_not_read_by_the_next(model):
+    """In half precision, values may overflow."""
+    expected, _ = write(*join_in_turn(model), 16)
+    batch, rows = join_in_turn(model)
+
+    def overflow(_, __, out):
+        if out.dim() == 2:  # Not a prompt.
+            out[[row.has_ended for row in batch._open.rows]] = float("inf")
+
+    hook = model.backbone.layers[0].self_attn.v_proj.register_forward_hook(overflow)
+    before, _ = write(batch, rows, 1)
+    assert any(states.isinf().any() for states in batch._open.cache.window())
+    hook.remove()
+    assert write(batch, rows, 15, dict(zip(rows, before, strict=True))) == (expected, [])
+
+
+def test_nothing_is_kept_once_the_last_row_that_is_written_is_dropped(model):
+    batch, rows = join_in_turn(model)
+    batch.step()
+    assert rows[0].has_ended and rows[0] in batch._open.rows
+    for row in rows[1:]:
+        batch.drop(row)
+    assert batch._open is None and batch._ready == [] and len(batch) == 0 and batch.step() == []
 
 
 @pytest.mark.parametrize("draws_at_once", [1, 16, 17])

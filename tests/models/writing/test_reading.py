@@ -1,5 +1,7 @@
 """Prompts are read together, in pieces, and not again, and the rows write what each would write alone."""
 
+import itertools
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -93,7 +95,83 @@ def test_short_prompts_do_not_wait_for_a_long_one(model, monkeypatch):
             begun.setdefault(one.row, step)
         assert all(rows * columns <= 4 for rows, columns in read.shapes)
         assert writing.budget == 400 - 4 * (step + 2), "a row waited"
-    assert begun[rows[1]] == 1 and begun[rows[0]] == 25  # A hundred chunks, and one turn of the short one.
+    assert begun[rows[1]] == 0 and begun[rows[0]] == 25  # A hundred chunks, and one turn of the short one.
+
+
+def num_begun(reader):
+    return sum(reading.cache is not None for reading in reader._queue)
+
+
+@torch.no_grad()
+def test_long_prompts_are_read_one_after_another(model):
+    reader = PromptReader(model, PrefixStore(0))
+    rows = [row_of() for _ in range(4)]
+    for row, text in zip(rows, prompts([160] * 4), strict=True):
+        reader.add(row, text)
+    ready_at = {}
+    for piece in range(20):
+        ready, _ = reader.read(8)
+        ready_at |= {part.rows[0]: piece for part in ready}
+        assert num_begun(reader) <= 1
+    assert [ready_at[row] for row in rows] == [4, 9, 14, 19]
+
+
+@torch.no_grad()
+def test_prompts_that_are_read_together_stay_in_the_order_in_which_they_came(model):
+    reader, rows = PromptReader(model, PrefixStore(0)), [row_of() for _ in range(4)]
+    for row, text in zip(rows, prompts([20, 8, 40, 12]), strict=True):
+        reader.add(row, text)
+    ready, _ = reader.read(1000)
+    assert [part.rows for part in ready] == [[row] for row in rows]
+
+
+@torch.no_grad()
+def test_no_more_than_four_prompts_lie_partly_read_in_memory(model, monkeypatch):
+    """Each is shorter than those before it and overtakes them while it may; one that fits in a piece may."""
+    reader = PromptReader(model, PrefixStore(0))
+    read, most, finished = Counting(model, monkeypatch), 0, set()
+    for length in range(800, 200, -60):
+        reader.add(row_of(), prompts([length])[0])
+        reader.read(8)
+        most = max(most, num_begun(reader))
+    assert most == 4
+    short = row_of()
+    reader.add(short, [5] * 8)
+    while short not in finished:
+        finished |= {part.rows[0] for part in reader.read(8)[0]}
+    assert len(finished) == 1
+    while len(reader):
+        reader.read(8)
+        assert num_begun(reader) <= 4
+    assert all(rows * columns <= 8 for rows, columns in read.shapes)
+
+
+@pytest.mark.parametrize("length", [12, 60])
+@torch.no_grad()
+def test_a_long_prompt_gets_every_fourth_piece_however_many_short_ones_come(length, model):
+    """Those that come fill a piece each, or are long themselves."""
+    reader, long = PromptReader(model, PrefixStore(0)), row_of()
+    reader.add(long, prompts([160])[0])
+    is_ready = False
+    for piece in range(4 * 5):
+        for number in range(2):
+            reader.add(row_of(), prompts([length], seed=2 * piece + number)[0])
+        ready, _ = reader.read(8)
+        is_ready = is_ready or any(long in part.rows for part in ready)
+    assert is_ready
+
+
+@torch.no_grad()
+def test_a_prompt_whose_beginning_is_known_is_a_short_one(model):
+    reader = PromptReader(model, PrefixStore(1 << 20))
+    known, middle = prompts([320, 80])
+    reader.add(row_of(), known)
+    read_all(reader, 1000)
+    rows = [row_of(), row_of()]
+    reader.add(rows[0], middle)
+    reader.add(rows[1], [*known, *[5] * 8])
+    [part], _ = reader.read(16)
+    assert part.rows == [rows[1]] and num_begun(reader) == 0
 
 
 def test_prompts_of_rows_without_a_place_are_read_together_once_there_is_one(model, monkeypatch):
@@ -168,6 +246,84 @@ def test_beginnings_that_were_not_used_for_the_longest_are_forgotten(model):
     small = PrefixStore(of_a_block)
     small.keep(texts[0], caches[0])
     assert small.find(longer[0]).lengths == [8]  # The end went first: without its beginning nothing is found.
+
+
+def size_of(block):
+    return sum(states.nbytes for layer in block for states in layer)
+
+
+def read_one(model, text):
+    """The chunks of a prompt, and what is read of them."""
+    reader = PromptReader(model, PrefixStore(0))
+    reader.add(row_of(), text)
+    [part], _ = reader.read(1000)
+    return torch.tensor(text).view(-1, 4), part.cache
+
+
+def test_what_is_kept_never_exceeds_its_memory(model, monkeypatch):
+    """And a prompt that is larger than all of it throws out no other."""
+    short, other, long = (read_one(model, text) for text in prompts([64, 32, 400]))
+    store = PrefixStore(4 * size_of(short[1].chunks(0, 8)))
+    held, real = [], SlotCache.chunks
+
+    def chunks(*own):
+        held.append(sum(size_of(block) for block in store._blocks.values()))
+        return real(*own)
+
+    monkeypatch.setattr(SlotCache, "chunks", chunks)
+    for text, cache in (short, other, long, short, long):
+        store.keep(text, cache)
+    assert max(held) <= store._max_bytes
+    longer = [torch.cat([text, text[:1]]) for text, _ in (short, other, long)]
+    assert [store.find(text).lengths for text in longer] == [[16], [8], [8]]
+
+
+def test_those_of_before_leave_for_a_prompt_that_fits(model):
+    short, long = (read_one(model, text) for text in prompts([64, 96]))
+    store = PrefixStore(3 * size_of(short[1].chunks(0, 8)))
+    store.keep(*short)
+    store.keep(*long)
+    assert store.find(torch.cat([short[0], short[0][:1]])) is None
+    assert store.find(torch.cat([long[0], long[0][:1]])).lengths == [24]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(SlotCache, "chunks"), (PrefixStore, "_touch")])
+def test_a_text_is_written_where_its_beginning_cannot_be_kept_or_found(
+    owner, name, model, monkeypatch, caplog
+):
+    def fail(*_):
+        raise MemoryError
+
+    [text] = prompts([64])
+    batch, other = ChunkBatch(model), ChunkBatch(model)
+    for each in (batch, other):
+        each.join(text[:32], sampler_from(), 4, 0)
+        each.step()
+    rows = [each.join(text, sampler_from(), 4, 0) for each in (batch, other)]
+    [expected] = other.step()
+    monkeypatch.setattr(owner, name, fail)
+    [written] = batch.step()
+    assert (written.row, written.tokens) == (rows[0], expected.tokens) and "beginning" in caplog.text
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_prompt_is_read_twice_if_memory_is_short_once(failing, model, monkeypatch):
+    """As what was read of several is stored, one by one."""
+    settings, texts = sampler_from(), prompts([24, 22, 24])
+    batch = ChunkBatch(model)
+    rows = [batch.join(text, settings, 4, seed) for seed, text in enumerate(texts)]
+    real, calls = SlotCache.part, itertools.count(1)
+
+    def part(*own):
+        if next(calls) == failing:
+            raise MemoryError
+        return real(*own)
+
+    monkeypatch.setattr(SlotCache, "part", part)
+    written = {one.row: one.tokens for one in batch.step()}
+    for seed, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        alone = model.generate(torch.tensor([text]), max_new_tokens=4, seed=seed, temperature=1.0)
+        assert written[row] == alone[0, len(text) :].tolist()
 
 
 def test_a_row_whose_prompt_is_read_can_be_dropped(model):

@@ -94,6 +94,21 @@ def test_there_is_room_for_a_chunk_in_one_piece_of_memory_and_not_much_more():
     assert slots.part([1, 1]).window()[0].shape[:3] == (2, 2, 16)
 
 
+@torch.no_grad()
+def test_a_row_that_is_put_in_the_place_of_a_longer_one_has_nothing_behind_it():
+    model = tiny_model()
+    prompt, cache = read_prompts(model)
+    slots = SlotCache.of(cache, prompt.mask_BC)
+    for states in slots.window():
+        states[0] = float("inf")
+    slots.put(0, slots.part([1]))
+    assert slots.lengths == [3, 3, 5] and slots.has_room(0)
+    for states in slots.window():
+        assert torch.equal(states[0], states[1])
+    slots.lengths[0] = 16
+    assert not slots.has_room(0)
+
+
 def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():
     assert can_step(tiny_model())
     hooked = tiny_model()

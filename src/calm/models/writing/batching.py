@@ -4,8 +4,9 @@ Shapes: R rows, K tokens per chunk, A rows that are sampled together, D state si
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class ChunkBatch:
 
     A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave,
     and the others go on without them; where none fails alone, as when memory is short, they go on by halves.
+    A row that cannot take its place leaves alone, too.
 
     Args:
         model: The model, whose layers and weights stay as they are.
@@ -114,8 +116,9 @@ class ChunkBatch:
     def drop(self, row: Row) -> None:
         """Take a row out before its end; one that has left already is no matter."""
         self._reader.drop(row)
-        self._ready = [left for part in self._ready if (left := _without(part, row)) is not None]
-        self._open = None if self._open is None else _without(self._open, row)
+        row.has_ended = True  # It keeps its place until that is wanted, or nobody else is left.
+        self._ready = [part for part in self._ready if _going(part)]
+        self._open = self._open if self._rows else None
 
     def _read(self) -> list[Failed]:
         """Read a piece if there is a place for a row, and let in those that are ready."""
@@ -127,36 +130,49 @@ class ChunkBatch:
 
     def _let_in(self) -> list[Failed]:
         """Give rows that are ready the places of those that have ended, then those that are free."""
-        if self._open is not None:
-            for place, row in enumerate(self._open.rows):
-                if row.has_ended and self._ready:
-                    self._open = self._open.replaced(place, self._next_ready(1))
-            self._select([place for place, row in enumerate(self._open.rows) if not row.has_ended])
+        failed: list[Failed] = []
+        for place, row in enumerate(() if self._open is None else self._open.rows):
+            if row.has_ended and self._ready:
+                failed += self._take_next(1, partial(self._replace, place))
+        try:
+            self._open = (
+                self._open.part(_going(self._open)) if self._open is not None and self._rows else None
+            )
+        except Exception as error:
+            logger.debug("rows that have ended stay in memory (%s)", reason_of(error))
         let_in: list[OpenRows] = []
         while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(let_in)) > 0:
-            let_in.append(self._next_ready(free))
+            failed += self._take_next(free, let_in.append)
+        return [*failed, *self._join(let_in)]
+
+    def _take_next(self, most: int, take: Callable[[OpenRows], None]) -> list[Failed]:
+        """Let the next rows in that are ready, those of one prompt. If that fails, they alone leave."""
+        part = self._ready[0]
+        places = _going(part)
         try:
-            self._join(let_in)
+            rest = [part.part(places[most:])] if len(places) > most else []
+            take(part.part(places[:most]))
         except Exception as error:
-            return [Failed(row, error) for part in let_in for row in part.rows]
+            failed = _leave([part.rows[place] for place in places[:most]], error)
+            self._ready = [part for part in self._ready if _going(part)]
+            return failed
+        self._ready[:1] = rest
         return []
 
-    def _next_ready(self, most: int) -> OpenRows:
-        """The next rows that are ready, those of one prompt."""
-        part = self._ready.pop(0)
-        if len(part.rows) > most:
-            self._ready.insert(0, part.part(range(most, len(part.rows))))
-        return part.part(range(min(most, len(part.rows))))
+    def _replace(self, place: int, part: OpenRows) -> None:
+        assert self._open is not None
+        self._open = self._open.replaced(place, part)
 
-    def _join(self, parts: Sequence[OpenRows]) -> None:
-        parts = [*([] if self._open is None else [self._open]), *parts]
-        if parts:
-            self._open = OpenRows.joined(parts)
-
-    def _select(self, places: Sequence[int]) -> None:
-        """Let the other rows go."""
-        if self._open is not None:
-            self._open = self._open.part(places) if places else None
+    def _join(self, parts: Sequence[OpenRows]) -> list[Failed]:
+        """Let rows in beside those that are written; those of prompts for which that fails leave."""
+        try:
+            if parts:
+                self._open = OpenRows.joined([*([] if self._open is None else [self._open]), *parts])
+        except Exception as error:
+            if len(parts) == 1:
+                return _leave(parts[0].rows, error)
+            return [one for part in parts for one in self._join([part])]
+        return []
 
     def _write(self) -> list[Written | Failed]:
         if not self._rows:
@@ -165,27 +181,34 @@ class ChunkBatch:
             return [*self._advance()]
         except Exception as error:
             if len(self._rows) == 1:
-                [row] = self._rows
+                failed = _leave(self._rows, error)
                 self._open = None
-                return [Failed(row, error)]
+                return [*failed]
             logger.debug("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
-        failed = [one for place in range(len(self._rows)) if (one := self._try_alone(place)) is not None]
+        assert self._open is not None
+        failed = [one for place in _going(self._open) if (one := self._try_alone(place)) is not None]
         if not failed:
             return self._write_by_halves()
-        at_fault = {id(one.row) for one in failed}
-        self._select([place for place, row in enumerate(self._rows) if id(row) not in at_fault])
+        for one in failed:
+            one.row.has_ended = True
         return [*failed, *self._write()]
 
     def _advance(self) -> list[Written]:
         """A step that changes nothing if it fails."""
         assert self._open is not None
-        before = _Counts.of(self._open.rows)
+        rows, before = self._open, _Counts.of(self._open.rows)
         try:
-            chunks_RK, written = self._sample(self._open)
-            places = [place for place, row in enumerate(self._open.rows) if not row.has_ended]
-            if len(self._open.rows) - len(places) <= self._num_ready:
-                places = list(range(len(self._open.rows)))  # Those that ended keep their places for the next.
-            self._open = self._read_chunks(self._open.part(places), chunks_RK[places]) if places else None
+            written_to = _going(rows)
+            chunks_RK, written = self._sample(rows)
+            places = _going(rows)
+            ended = [place for place in written_to if rows.rows[place].has_ended]
+            if len(ended) <= self._num_ready and all(rows.cache.has_room(place) for place in ended):
+                chunks_RK[ended] = self._pad  # They keep their places for the next, and are not read.
+                places = written_to
+            if self._rows:
+                self._open = self._read_chunks(rows.part(places), chunks_RK[places])
+            elif not self._num_ready:
+                self._open = None
         except Exception:
             before.restore()
             raise
@@ -209,14 +232,24 @@ class ChunkBatch:
     def _write_by_halves(self) -> list[Written | Failed]:
         whole = self._open
         assert whole is not None
-        middle, number = len(whole.rows) // 2, len(whole.rows)
-        results, left = [], []
-        for half in (whole.part(range(middle)), whole.part(range(middle, number))):
-            self._open = half
+        places = _going(whole)
+        middle = len(places) // 2
+        results: list[Written | Failed] = []
+        left: list[OpenRows] = []
+        for half in (places[:middle], places[middle:]):
+            try:
+                self._open = whole.part(half)
+            except Exception as error:
+                results += _leave([whole.rows[place] for place in half], error)
+                continue
             results += self._write()
-            left += [] if self._open is None else [self._open]
-        self._open = None
-        self._join(left)
+            left += [self._open] if self._open is not None and self._rows else []
+        self._open = left[0] if left else None
+        try:
+            self._open = OpenRows.joined(left) if left else None
+        except Exception as error:
+            logger.debug("half of the rows wait for memory (%s)", reason_of(error))
+            self._ready[:0] = left[1:]
         return results
 
     def _read_chunks(self, rows: OpenRows, chunks_RK: Tensor) -> OpenRows:
@@ -226,11 +259,13 @@ class ChunkBatch:
         return OpenRows(rows.rows, states_RD, cache)
 
     def _sample(self, rows: OpenRows) -> tuple[Tensor, list[Written]]:
-        """The next chunk of every row (R, K), by rows of equal samplers."""
+        """The next chunk of every row that has not ended (R, K), by rows of equal samplers."""
         size = self._model.config.chunk_size
         chunks_RK = torch.full((len(rows.rows), size), self._pad, device=self._model.device)
         written: list[Written | None] = [None] * len(rows.rows)
-        if not bool(rows.hidden_RD.isfinite().all()):  # Not every head would notice.
+        going = _going(rows)
+        hidden_RD = rows.hidden_RD if len(going) == len(rows.rows) else rows.hidden_RD[going]
+        if not bool(hidden_RD.isfinite().all()):  # Not every head would notice.
             raise ValueError("the state of the model is not finite; its weights may be damaged.")
         for sampler, places in self._turns(rows.rows):
             generators = [rows.rows[place].generator for place in places]
@@ -245,8 +280,9 @@ class ChunkBatch:
 
     def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[Sampler, list[int]]]:
         """Places of rows that are sampled together: by equal samplers, and not too many draws."""
-        for sampler in dict.fromkeys(row.sampler for row in rows):
-            places = [place for place, row in enumerate(rows) if row.sampler == sampler]
+        going = [place for place, row in enumerate(rows) if not row.has_ended]
+        for sampler in dict.fromkeys(rows[place].sampler for place in going):
+            places = [place for place in going if rows[place].sampler == sampler]
             most = max(1, self._limits.draws_at_once // sampler.most_draws)
             yield from ((sampler, places[first : first + most]) for first in range(0, len(places), most))
 
@@ -264,14 +300,20 @@ class ChunkBatch:
         return Written(row, tokens, end, num_draws, agreement, fell_back)
 
 
+def _going(rows: OpenRows) -> list[int]:
+    """Places of the rows that have not ended."""
+    return [place for place, row in enumerate(rows.rows) if not row.has_ended]
+
+
 def _count(parts: Sequence[OpenRows]) -> int:
-    return sum(len(part.rows) for part in parts)
+    return sum(len(_going(part)) for part in parts)
 
 
-def _without(rows: OpenRows, row: Row) -> OpenRows | None:
-    """The other rows, if there are any."""
-    places = [place for place, other in enumerate(rows.rows) if other is not row]
-    return rows.part(places) if places else None
+def _leave(rows: Sequence[Row], error: Exception) -> list[Failed]:
+    """Let rows go for an error."""
+    for row in rows:
+        row.has_ended = True
+    return [Failed(row, error) for row in rows]
 
 
 class _Counts(NamedTuple):

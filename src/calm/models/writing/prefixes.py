@@ -4,14 +4,18 @@ Shapes: C chunks, K tokens per chunk.
 """
 
 import hashlib
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from calm.errors import reason_of
 from calm.models.writing.slots import SlotCache
 
+logger = logging.getLogger(__name__)
 _BLOCK = 8  # Chunks that are kept or forgotten together.
 _Layers = list[tuple[Tensor, Tensor]]
 
@@ -20,7 +24,8 @@ class PrefixStore:
     """Keys and values of beginnings, in blocks of eight chunks; those not used for the longest leave first.
 
     A prompt ends with a whole chunk, so two have chunks in common only if their lengths differ by a multiple
-    of K: of a beginning that many share, up to K versions are kept.
+    of K: of a beginning that many share, up to K versions are kept. A prompt larger than all memory leaves
+    the others in: what fits beside them is kept of it. An error here is logged, and costs no text.
 
     Args:
         max_bytes: Memory for all blocks together; 0 keeps nothing.
@@ -30,14 +35,25 @@ class PrefixStore:
         self._max_bytes, self._bytes = max_bytes, 0
         self._blocks: OrderedDict[bytes, _Layers] = OrderedDict()
 
+    def known(self, names: Sequence[bytes]) -> int:
+        """Chunks that are kept of a beginning, by the names of its blocks."""
+        return _BLOCK * sum(1 for _ in takewhile(self._blocks.__contains__, names))
+
     def find(self, chunks_CK: Tensor) -> SlotCache | None:
         """The longest beginning that is kept, but for the last chunk, whose state is needed.
 
         Args:
             chunks_CK: A prompt.
         """
+        try:
+            return self._find(chunks_CK)
+        except Exception as error:
+            logger.warning("the beginning of a prompt is read again (%s)", reason_of(error))
+            return None
+
+    def _find(self, chunks_CK: Tensor) -> SlotCache | None:
         names = []
-        for name in _names(chunks_CK[:-1]):
+        for name in names_of(chunks_CK[:-1]):
             if name not in self._blocks:
                 break
             names.append(name)
@@ -61,16 +77,26 @@ class PrefixStore:
             chunks_CK: The prompt.
             cache: What was read of it, a single row.
         """
-        names = list(_names(chunks_CK))
-        for number, name in enumerate(names):
-            if self._max_bytes and name not in self._blocks:
-                block = cache.chunks(number * _BLOCK, (number + 1) * _BLOCK)
-                self._blocks[name] = block
-                self._bytes += _size(block)
+        try:
+            self._keep(list(names_of(chunks_CK)), cache)
+        except Exception as error:
+            logger.warning("the beginning of a prompt is not kept (%s)", reason_of(error))
+
+    def _keep(self, names: list[bytes], cache: SlotCache) -> None:
         self._touch([name for name in names if name in self._blocks])
-        while self._bytes > self._max_bytes:
-            _, block = self._blocks.popitem(last=False)
-            self._bytes -= _size(block)
+        for number, name in enumerate(names):
+            if name in self._blocks:
+                continue
+            block = cache.chunks(number * _BLOCK, (number + 1) * _BLOCK)
+            size = _size(block)
+            if len(names) * size > self._max_bytes < self._bytes + size:
+                break
+            while self._bytes + size > self._max_bytes:
+                _, oldest = self._blocks.popitem(last=False)  # None of this prompt: those were just touched.
+                self._bytes -= _size(oldest)
+            self._blocks[name] = [(keys.clone(), values.clone()) for keys, values in block]
+            self._bytes += size
+        self._touch([name for name in names if name in self._blocks])
 
     def _touch(self, names: list[bytes]) -> None:
         """The first block is the last to be forgotten: without it those behind it are not found."""
@@ -78,7 +104,7 @@ class PrefixStore:
             self._blocks.move_to_end(name)
 
 
-def _names(chunks_CK: Tensor) -> Iterator[bytes]:
+def names_of(chunks_CK: Tensor) -> Iterator[bytes]:
     """A name for each whole block, which stands for all that comes before it, too."""
     name, tokens_CK = b"", chunks_CK.cpu().numpy()
     for end in range(_BLOCK, len(tokens_CK) + 1, _BLOCK):

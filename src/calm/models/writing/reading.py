@@ -6,6 +6,8 @@ Shapes: R rows, C chunks, K tokens per chunk, D state size.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from transformers.cache_utils import DynamicCache
 from calm.core.chunks import split_into_chunks
 from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
 from calm.models.writing.model import ChunkModel
-from calm.models.writing.prefixes import PrefixStore
+from calm.models.writing.prefixes import PrefixStore, names_of
 from calm.models.writing.prompts import Prompt, positions_of, read_chunks
 from calm.models.writing.rows import Failed, OpenRows, Row
 from calm.models.writing.slots import SlotCache
+
+_MOST_BEGUN, _TURN_OF_OLDEST = 4, 4
 
 
 @dataclass(eq=False)
@@ -43,9 +47,13 @@ class _Reading:
         is_thought_C = (self.chunks_CK == THOUGHT).any(-1)
         self.num_thoughts = int(is_thought_C.sum())
         # What comes before the first thought does not depend on any.
-        self.plain_CK = (
-            self.chunks_CK[: int(is_thought_C.int().argmax())] if self.num_thoughts else self.chunks_CK
-        )
+        first = int(is_thought_C.int().argmax()) if self.num_thoughts else len(is_thought_C)
+        self.plain_CK = self.chunks_CK[:first]
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """Names of the blocks that may be known."""
+        return [*names_of(self.plain_CK[:-1])]
 
     @property
     def num_left(self) -> int:
@@ -58,12 +66,17 @@ class _Reading:
         The thoughts of a prompt stand at the end of a piece, or just before the marker there. So those of
         several prompts that are read side by side take hardly more passes than those of one.
         """
-        left_CK = self.chunks_CK[-self.num_left :][:most]
+        left_CK = self.chunks_CK[len(self.chunks_CK) - self.num_left :][:most]
         return left_CK[: num_at_once((left_CK == THOUGHT).any(-1))] if self.num_thoughts else left_CK
 
 
 class PromptReader:
-    """Prompts that wait to be read. They take turns: a long one goes to the end of the queue after a piece.
+    """Prompts that wait to be read, in the order in which they came.
+
+    A piece begins with the prompt of which least is left: short ones overtake, and those begun are finished.
+    Every fourth piece begins with the prompt that has waited longest, so a long one of n pieces waits for no
+    more than 4n from then on. At most four lie partly read in memory, that one among them: where three others
+    are begun, more are read only if they fit into a piece as a whole.
 
     Equal prompts that wait at the same time are read once, and so are beginnings that were read before.
 
@@ -75,6 +88,7 @@ class PromptReader:
     def __init__(self, model: ChunkModel, prefixes: PrefixStore) -> None:
         self._model, self._prefixes = model, prefixes
         self._queue: deque[_Reading] = deque()
+        self._num_pieces = 0
 
     def __len__(self) -> int:
         """Number of rows that wait."""
@@ -115,10 +129,9 @@ class PromptReader:
         for reading in chosen:
             if reading not in self._queue:
                 continue
-            self._queue.remove(reading)
             if reading.num_left:
-                self._queue.append(reading)
                 continue
+            self._queue.remove(reading)
             try:
                 ready.append(self._opened(reading))
             except Exception as error:
@@ -126,21 +139,39 @@ class PromptReader:
         return ready, failed
 
     def _next(self, chunks_at_once: int) -> list[_Reading]:
-        """The first in the queue, and as many of the next as fit beside it."""
+        """The first whose turn it is and as many of the next as fit beside it, in the order of the queue."""
         chosen: list[_Reading] = []
         longest = 0
-        for reading in self._queue:
-            if reading.cache is None:
-                reading.cache = self._prefixes.find(reading.plain_CK)
-            longest = max(longest, reading.num_left)
+        for num_left, reading in self._in_turn(chunks_at_once):
+            longest = max(longest, num_left)
             if chosen and longest * (len(chosen) + 1) > chunks_at_once:
                 break
             chosen.append(reading)
-        return chosen
+        for reading in chosen:
+            if reading.cache is None:
+                reading.cache = self._prefixes.find(reading.plain_CK)
+        return [reading for reading in self._queue if reading in chosen]
+
+    def _in_turn(self, chunks_at_once: int) -> list[tuple[int, _Reading]]:
+        """Prompts that may be read now, each behind the number of chunks that have to be."""
+        oldest, *others = (
+            (one.num_left - (self._prefixes.known(one.names) if one.cache is None else 0), one)
+            for one in self._queue
+        )
+        may_begin = sum(one.cache is not None for _, one in others) < _MOST_BEGUN - 1
+        others = [
+            (num_left, one)
+            for num_left, one in others
+            if may_begin or num_left <= chunks_at_once or one.cache is not None
+        ]
+        self._num_pieces += 1
+        if self._num_pieces % _TURN_OF_OLDEST == 0:
+            return [oldest, *sorted(others, key=itemgetter(0))]
+        return sorted([oldest, *others], key=itemgetter(0))
 
     def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
         """Why a prompt cannot be read; None if it can, and was."""
-        if error is None:
+        if error is None and reading.num_left:
             try:
                 self._read([reading], most)
             except Exception as own:
@@ -150,12 +181,13 @@ class PromptReader:
     def _read(self, readings: Sequence[_Reading], most: int) -> None:
         pieces = [reading.piece(most) for reading in readings]
         caches = [reading.cache for reading in readings]
-        before = (
-            [reading.hidden_1D for reading in readings] if any(one.num_thoughts for one in readings) else None
-        )
+        think = any(reading.num_thoughts for reading in readings)
+        before = [reading.hidden_1D for reading in readings] if think else None
         states_RD, cache = _read_on(self._model, pieces, caches, before)
+        # All of them before any is stored: what fails is read again, and nothing is to be read twice.
+        parts = [cache.part([place]) for place in range(len(readings))]
         for place, reading in enumerate(readings):
-            reading.cache, reading.hidden_1D = cache.part([place]), states_RD[place : place + 1]
+            reading.cache, reading.hidden_1D = parts[place], states_RD[place : place + 1]
 
     def _opened(self, reading: _Reading) -> OpenRows:
         """Rows whose prompt has been read, of which the beginning is kept for others."""
@@ -195,11 +227,9 @@ def _read_on(
         position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
         mask_RC = torch.cat([earlier_RC.to(device), mask_RC], dim=1)
     state_RD = None
-    if (
-        before is not None
-        and (known := next((state for state in before if state is not None), None)) is not None
-    ):
-        state_RD = torch.cat([torch.zeros_like(known) if state is None else state for state in before])
+    if known := [state for state in before or () if state is not None]:
+        nothing = torch.zeros_like(known[0])
+        state_RD = torch.cat([nothing if state is None else state for state in before or ()])
     states_RCD = read_chunks(
         model, ids_RT, mask_RC, position_RC, earlier, may_think=before is not None, state_before=state_RD
     )

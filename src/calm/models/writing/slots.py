@@ -78,6 +78,10 @@ class SlotCache:
         """Number of rows."""
         return len(self.lengths)
 
+    def has_room(self, place: int) -> bool:
+        """Whether a chunk more of a row fits into the memory that there is."""
+        return self.lengths[place] < self._layers[0][0].shape[2]
+
     def window(self) -> list[Tensor]:
         """Keys and values of each layer in turn, (R, H, C, d), with room for one more."""
         self._make_room(max(self.lengths) + 1)
@@ -104,12 +108,13 @@ class SlotCache:
         return SlotCache(list(self._layers), self.lengths)
 
     def put(self, place: int, other: "SlotCache") -> None:
-        """Overwrite a row by a single one."""
+        """Overwrite a row by a single one, and by nothing behind that: see `of`."""
         [length] = other.lengths
         self._make_room(length + 1)
         for layer, of_other in zip(self._layers, other._layers, strict=True):
             for states_RHCd, of_other_1HCd in zip(layer, of_other, strict=True):
                 states_RHCd[place, :, :length] = of_other_1HCd[0, :, :length]
+                states_RHCd[place, :, length:] = 0
         self.lengths[place] = length
 
     def part(self, places: Sequence[int]) -> "SlotCache":
@@ -129,9 +134,8 @@ class SlotCache:
         return SlotCache([(chosen(keys), chosen(values)) for keys, values in self._layers], lengths)
 
     def chunks(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of keys and values of some chunks of each layer, (R, H, end - first, d)."""
-        part = slice(first, end)
-        return [(keys[:, :, part].clone(), values[:, :, part].clone()) for keys, values in self._layers]
+        """Keys and values of some chunks of each layer, (R, H, end - first, d), where they are."""
+        return [(keys[:, :, first:end], values[:, :, first:end]) for keys, values in self._layers]
 
     def to_transformers(self, config: PreTrainedConfig) -> tuple[DynamicCache, Tensor]:
         """The same as a cache of transformers, and its mask (R, C), 0 behind the shorter rows.
