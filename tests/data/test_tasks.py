@@ -70,6 +70,34 @@ def test_answers_of_graphs(hops):
             assert all(a[4] == b[0] for a, b in itertools.pairwise(item.steps))
 
 
+@pytest.mark.parametrize("hops", [1, 3, 5])
+def test_answers_of_paths(hops):
+    for of_one in zip(*[items("path", hops, number=400)] * 4, strict=True):
+        assert len({item.facts for item in of_one}) == 1 and len(of_one[0].facts) == 4 * hops
+        assert len({item.answer for item in of_one}) == 4  # Another beginning, another end.
+        for item in of_one:
+            found = distances(item.facts, item.question[0])
+            assert found == dict(
+                zip([item.question[0], *(s[4] for s in item.steps)], range(hops + 1), strict=True)
+            )
+            assert item.answer == item.steps[-1][4] and len(item.steps) == hops
+
+
+def test_no_shortcut_through_paths():
+    """Of each four questions a rule that does not look at the beginning is right once."""
+    right = Counter()
+    for item in items("path", 3, seed=1, number=1000):
+        ends = [
+            node
+            for node in re.findall(r"> (.) [.]", " ".join(item.facts))
+            if f"{node} >" not in " ".join(item.facts)
+        ]
+        assert len(ends) == 4
+        for rule, guess in {"first": ends[0], "last": ends[-1], "least": min(ends)}.items():
+            right[rule] += guess == item.answer
+    assert set(right.values()) == {250}
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_everything_is_four_words(name):
     for item in items(name, 3, number=100):
@@ -79,7 +107,7 @@ def test_everything_is_four_words(name):
 
 def chain_rules(item):
     """What is known without following the chain."""
-    asked = next(fact.split() for fact in item.facts if fact.split()[0] == item.question.split()[0])
+    asked = next(fact.split() for fact in item.facts if fact.split()[0] == item.question.split()[2])
     roots = [fact.split()[2] for fact in item.facts if " = " in fact]
     numbers = Counter(fact.split()[-1] for fact in item.facts if " = " not in fact)
     return {
@@ -93,7 +121,7 @@ def chain_rules(item):
 
 
 def chain_root(item):
-    name = item.question.split()[0]
+    name = item.question.split()[2]
     while True:
         words = next(fact.split() for fact in item.facts if fact.split()[0] == name)
         if words[1] == "=":
@@ -150,7 +178,7 @@ def test_the_same_seed_gives_the_same_items():
     }
 
 
-@pytest.mark.parametrize(("name", "hops"), [("chain", 13), ("chain", 0), ("graph", 12)])
+@pytest.mark.parametrize(("name", "hops"), [("chain", 13), ("chain", 0), ("graph", 12), ("path", 6)])
 def test_hops_that_there_are_not(name, hops):
     with pytest.raises(InputError, match="hops"):
         items(name, hops)
@@ -183,7 +211,7 @@ def test_mistakes(tmp_path, capsys):
     assert file.read_text() != "mine"
     assert "number must be at least 1" in failure(capsys, *command, "--overwrite", "--number", "0")
     assert "hops" in failure(capsys, *command, "--overwrite", "--hops", "99")
-    assert "no task 'tree'; there are chain and graph" in failure(
+    assert "no task 'tree'; there are chain, graph, path" in failure(
         capsys, "tasks", "tree", *command[2:], "--overwrite"
     )
     assert file.read_text().startswith('{"prompt": ')

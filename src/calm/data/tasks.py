@@ -1,6 +1,6 @@
 """Questions that take several steps to answer, without end and without shortcuts.
 
-Two tasks, small enough to be learned on two processor cores, for models that reason: in words, or in
+Three tasks, small enough to be learned on two processor cores, for models that reason: in words, or in
 continuous thoughts (Hao et al., arXiv 2412.06769, whose own questions about graphs, ProsQA, can be guessed in
 part from how often a node is named). Each fact, step and question is four words, so that chunks of one, two
 and four tokens fit them if the tokenizer has a token for each word.
@@ -126,6 +126,30 @@ def _shape(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
     return sorted(edges)
 
 
+_PATHS = 4
+
+
+def path(rng: random.Random, hops: int) -> list[Item]:
+    """Where a path ends: one item for each of four paths of the same length.
+
+    `a > b .` is a step of a path; no two paths meet. What does not look at where the path begins is right
+    once in four times: chance is exactly 1/4.
+
+    Args:
+        rng: Source of randomness.
+        hops: Steps of each path.
+    """
+    names = rng.sample(ascii_lowercase, _PATHS * (hops + 1))
+    paths = [names[first : first + hops + 1] for first in range(0, len(names), hops + 1)]
+    steps = [tuple(f"{start} > {end} ." for start, end in itertools.pairwise(one)) for one in paths]
+    facts = [fact for one in steps for fact in one]
+    rng.shuffle(facts)
+    return [
+        Item(tuple(facts), f"{one[0]} > ? :", of_path, one[-1])
+        for one, of_path in zip(paths, steps, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of question.
@@ -139,7 +163,11 @@ class Task:
     hops: Range
 
 
-TASKS = {"chain": Task(chain, Range(1, 12)), "graph": Task(graph, Range(1, 11))}
+TASKS = {
+    "chain": Task(chain, Range(1, 12)),
+    "graph": Task(graph, Range(1, 11)),
+    "path": Task(path, Range(1, 5)),
+}
 
 
 def items(
@@ -148,7 +176,7 @@ def items(
     """Items without end, or so many.
 
     Args:
-        name: "chain" or "graph".
+        name: "chain", "graph" or "path".
         hops: Steps to the answer.
         seed: Names the sequence; the same on every machine and Python version.
         number: How many; None for no end.
@@ -158,7 +186,7 @@ def items(
         InputError: If there is no such task, or it does not have so many hops.
     """
     if name not in TASKS:
-        raise InputError(f"there is no task '{name}'; there are {' and '.join(TASKS)}.")
+        raise InputError(f"there is no task '{name}'; there are {', '.join(TASKS)}.")
     TASKS[name].hops.require("hops", hops)
     return itertools.islice(_items(name, hops, seed, held_out), number)
 
