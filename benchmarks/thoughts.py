@@ -11,6 +11,8 @@ items, questions of one to four hops in turns, and asked held-out questions of e
     pause       as many pauses are in its place
     thoughts    as many thoughts are
     at_once     thoughts, but all steps are left out from the first item on
+    told        the same, and the state before a thought must predict its step (`thoughts.tell`)
+    told_pause  pauses instead, with the same labels
 
 `cot` begins with steps of training that `drop` goes on from; `thoughts` and `pause` share theirs, in which
 the markers are there and nothing between them. The trained thoughts are then removed, given to another
@@ -67,12 +69,12 @@ from calm.training.recipe import (
     TrainingSettings,
 )
 
-HOPS = {"chain": (1, 2, 3, 4), "graph": (1, 2, 3)}
-NUM_ITEMS, NUM_HELD_OUT = 160_000, 250
-CONTEXT = {"chain": 128, "graph": 256}
+HOPS = {"path": (1, 2, 3, 4), "chain": (1, 2, 3), "graph": (1, 2, 3)}
+NUM_ITEMS, NUM_HELD_OUT = 48_000, 200
+CONTEXT = {"path": 128, "chain": 96, "graph": 160}
 ROWS = 64
-WIDTH, LAYERS = 128, 2
-RATES = {"muon": 1e-2, "adamw": 2.5e-3}
+WIDTH, LAYERS = 64, 2
+RATES = {"muon": 2e-2, "adamw": 5e-3}
 """Peak rates, chosen on other items."""
 KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
 """Tokens of a chunk; 0 for a model of tokens."""
@@ -97,8 +99,12 @@ class Length:
         return self.first + (stages - 1) * self.stage + self.last
 
 
-LENGTHS = {"llama": Length(4000, 500, 1000), "K1": Length(4000, 500, 1000), "K2": Length(2500, 400, 800)}
-LENGTHS["K4"] = Length(1500, 400, 800)
+LENGTHS = {
+    "llama": Length(2000, 300, 600),
+    "K1": Length(2000, 300, 600),
+    "K2": Length(1000, 250, 500),
+    "K4": Length(500, 200, 400),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +131,12 @@ WAYS = {
     "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
     "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
     "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
+    "told": Way(
+        None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True}, True
+    ),
+    "told_pause": Way(
+        None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
+    ),
 }
 SHOWN = {
     "cot": "steps written",
@@ -133,6 +145,8 @@ SHOWN = {
     "pause": "pauses",
     "thoughts": "thoughts",
     "at_once": "thoughts, no curriculum",
+    "told": "thoughts that tell their steps",
+    "told_pause": "pauses that tell their steps",
 }
 
 
@@ -319,7 +333,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
             return states_PD
 
         changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
-        if cell.way in ("thoughts", "at_once"):
+        if cell.way in ("thoughts", "at_once", "told"):
             changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
         answers = {}
         with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):
