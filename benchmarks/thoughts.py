@@ -37,6 +37,7 @@ from unittest import mock
 
 import torch
 from measure import json_rows, machine
+from thoughts_table import SHOWN, draw, share, table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -138,16 +139,6 @@ WAYS = {
         None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
     ),
 }
-SHOWN = {
-    "cot": "steps written",
-    "no_cot": "no steps, no curriculum",
-    "drop": "steps left out",
-    "pause": "pauses",
-    "thoughts": "thoughts",
-    "at_once": "thoughts, no curriculum",
-    "told": "thoughts that tell their steps",
-    "told_pause": "pauses that tell their steps",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +188,7 @@ def train(cell: Cell, output: Path) -> Path:
             validation_sources=str(output / f"{cell.task}_held_out.jsonl"),
             context=context,
         ),
-        thoughts=ThoughtSettings(steps_per_stage=length.stage, **way.thoughts(stages)),
+        thoughts=settings_of(cell),
         training=TrainingSettings(
             steps=steps,
             batch_tokens=ROWS * context,
@@ -217,6 +208,15 @@ def train(cell: Cell, output: Path) -> Path:
     )
     finetune(recipe, folder, resume=(folder / "recipe.yaml").exists())
     return folder
+
+
+def settings_of(cell: Cell) -> ThoughtSettings:
+    """Of thoughts: as many in the place of a step as it has chunks."""
+    return ThoughtSettings(
+        per_step=4 // max(1, KINDS[cell.kind]),
+        steps_per_stage=LENGTHS[cell.kind].stage,
+        **WAYS[cell.way].thoughts(max(HOPS[cell.task])),
+    )
 
 
 def new_model(cell: Cell, output: Path) -> Path:
@@ -368,7 +368,7 @@ def training_flops(
     """FLOPs of the training of a model, that of the one that it begins with included."""
     size, stages, length = language_model(model).chunk_size, max(HOPS[cell.task]), LENGTHS[cell.kind]
     way = WAYS[cell.way]
-    settings = ThoughtSettings(steps_per_stage=length.stage, **way.thoughts(stages))
+    settings = settings_of(cell)
     steps = length.all(stages) if way.is_whole else length.first
     if cell.before is not None:
         steps = length.all(stages) - length.first
@@ -418,10 +418,13 @@ def main() -> None:
         write_file_whole(file, json_rows(row) + "\n")
         print(cell.name, {hops: share(one["answers"]["as trained"]) for hops, one in row["hops"].items()})
 
-
-def share(right: str) -> float:
-    """Percent of ones."""
-    return round(100 * right.count("1") / len(right), 1)
+    rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
+    for task, kind in itertools.product(arguments.tasks, arguments.kinds):
+        chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
+        if chosen:
+            print(f"\n{task}, {kind}\n\n{table(chosen)}")
+    if arguments.figure:
+        draw(rows, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""The table and the figure of thoughts.py: right answers by hops, for each way of leaving steps out."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from calm.report.panels import new_figure
+
+SHOWN = {
+    "cot": "steps written",
+    "no_cot": "no steps, no curriculum",
+    "drop": "steps left out",
+    "pause": "pauses",
+    "thoughts": "thoughts",
+    "at_once": "thoughts, no curriculum",
+    "told": "thoughts that tell their steps",
+    "told_pause": "pauses that tell their steps",
+}
+
+
+def share(right: str) -> float:
+    """Percent of ones."""
+    return round(100 * right.count("1") / len(right), 1)
+
+
+CHANGES = {"removed": "removed", "swapped": "of another question", "noise": "noise of their size"}
+
+
+def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], str]]:
+    """What has a line in the table: rows of a way, and which of their answers."""
+    lines = {}
+    for way, shown in SHOWN.items():
+        of_way = [row for row in rows if row["way"] == way]
+        if not of_way:
+            continue
+        lines[shown] = (of_way, "as trained")
+        if way in ("thoughts", "told"):
+            lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Percent of right answers by hops, with the standard error over seeds, and what an answer takes."""
+    hops = list(rows[0]["hops"])
+    most = hops[-1]
+    text = [f"| hops | {' | '.join(hops)} | backbone steps | tokens written | training FLOPs |"]
+    text.append("|---" * (len(hops) + 4) + "|")
+    for shown, (of_way, name) in lines_of(rows).items():
+        cells = [with_error([share(row["hops"][one]["answers"][name]) for row in of_way]) for one in hops]
+        last, flops = of_way[0]["hops"][most], of_way[0]["training_flops"]
+        thought = 0 if name == "removed" else of_way[0]["thoughts"]
+        steps = last["backbone_steps"] - of_way[0]["thoughts"] + thought
+        taken = [f"{steps:.0f}", f"{last['written_tokens']:.0f}", f"{flops:.1e}"]
+        text.append(f"| {shown} | {' | '.join([*cells, *taken])} |")
+    pairs = [("thoughts", "pause"), ("told", "told_pause"), ("thoughts", "drop")]
+    for one, other in pairs:
+        only_one, only_other = disagreements(rows, one, other)
+        if only_one + only_other:
+            z = (only_one - only_other) / (only_one + only_other) ** 0.5
+            text.append(
+                f"\n{SHOWN[one]} against {SHOWN[other]}: right alone on {only_one} and {only_other} "
+                f"questions, z = {z:.1f} (McNemar)"
+            )
+    return "\n".join(text)
+
+
+def with_error(values: list[float]) -> str:
+    """Mean and standard error over seeds."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.0f}"
+    return f"{mean:.0f} ± {statistics.stdev(values) / len(values) ** 0.5:.0f}"
+
+
+def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int, int]:
+    """Questions that only one of two ways answered, of all hops above one and all seeds that both have."""
+    by_place = {(row["way"], row["seed"]): row for row in rows}
+    counts = [0, 0]
+    for way, seed in by_place:
+        if way != one or (other, seed) not in by_place:
+            continue
+        for hops in rows[0]["hops"]:
+            if hops == "1":
+                continue
+            answers = [by_place[name, seed]["hops"][hops]["answers"]["as trained"] for name in (one, other)]
+            for first, second in zip(*answers, strict=True):
+                counts[0] += first > second
+                counts[1] += first < second
+    return counts[0], counts[1]
+
+
+CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
+
+
+def draw(rows: list[dict[str, Any]], figure: Path) -> None:
+    """Accuracy against hops, a panel for each task and kind of model."""
+    places = sorted({(row["task"], row["kind"]) for row in rows})
+    drawing = new_figure(4.2 * len(places), 3.6)
+    panels = drawing.subplots(1, len(places), squeeze=False)[0]
+    for axes, (task, kind) in zip(panels, places, strict=False):
+        chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
+        for number, (way, shown) in enumerate(SHOWN.items()):
+            of_way = [row for row in chosen if row["way"] == way]
+            if not of_way:
+                continue
+            hops = [int(one) for one in of_way[0]["hops"]]
+            shares = [
+                [share(row["hops"][str(one)]["answers"]["as trained"]) for row in of_way] for one in hops
+            ]
+            means = [statistics.mean(one) for one in shares]
+            errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
+            axes.errorbar(hops, means, errors, label=shown, marker="osD^vPX*"[number], capsize=2)
+        axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
+        axes.set(title=f"{task}, {kind}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
+        axes.set_xticks(hops)
+    panels[0].legend(fontsize=7)
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".svg", ".png"):
+        drawing.savefig(figure.with_suffix(suffix))
