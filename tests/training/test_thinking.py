@@ -10,12 +10,17 @@ from torch.testing import assert_close
 from toy import failure, interrupt, launch
 from transformers import LlamaConfig
 
+from calm.data.examples import Example, read_examples
+from calm.data.reasoning import Layout
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
+from calm.evaluation.answers import ends_with_completion
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.models.thoughts import Thoughts, thoughts_of
+from calm.models.thoughts import THOUGHT, Thoughts, thoughts_of
 from calm.models.tokens import LlamaForCausalLM
+from calm.text.decoding import decode_after
+from calm.texts import continue_texts
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import (
     AnswerSettings,
@@ -141,12 +146,13 @@ def test_an_energy_head_has_noise_of_its_own_for_each_row(base, tmp_path):
     assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "stablespam", "schedulefreeadamw"])
 def test_an_optimizer_that_was_reset_is_a_new_one(name, base):
     def trained(steps_before):
         torch.manual_seed(1)
         layer = torch.nn.Linear(4, 4)
-        optimizer = build_optimizer(layer, OptimizerSettings(name=name, learning_rate=1e-2))
+        settings = OptimizerSettings(name=name, learning_rate=1e-2)
+        optimizer = build_optimizer(layer, settings)
         start = [weight.detach().clone() for weight in layer.parameters()]
         for step in range(steps_before + 3):
             if step == steps_before:
@@ -154,7 +160,7 @@ def test_an_optimizer_that_was_reset_is_a_new_one(name, base):
                     for weight, old in zip(layer.parameters(), start, strict=True):
                         weight.copy_(old)
                 if steps_before:
-                    reset(optimizer)
+                    reset(optimizer, build_optimizer(layer, settings))
             generator = torch.Generator().manual_seed(step - steps_before)
             optimizer.zero_grad()
             layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()
@@ -192,14 +198,69 @@ def test_scales(base):
     assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
 
 
+def test_adapters_think_as_the_model_does(base, tmp_path):
+    for name in ("calm", "plain"):
+        recipe = recipe_for(base, name)
+        recipe.lora.rank = 2
+        finetune(recipe, tmp_path / name)
+        folders = (tmp_path / name / part for part in ("model", "adapter"))
+        models = [load_language_model_and_tokenizer(str(folder)) for folder in folders]
+        assert [thoughts_of(model.config) for model, _ in models] == [Thoughts(2, *MARKERS)] * 2
+        answers = [continue_texts(*model, ["a ? b :"], temperature=0.0) for model in models]
+        assert answers[0] == answers[1]
+    (tmp_path / "plain/adapter/thoughts.json").write_text('{"number": -1}')
+    with pytest.raises(InputError, match="thoughts"):
+        load_language_model_and_tokenizer(str(tmp_path / "plain/adapter"))
+
+
+@pytest.mark.parametrize("mode", ["drop", "none"])
+def test_a_model_that_is_trained_on_without_thoughts_no_longer_thinks(mode, base, tmp_path, caplog):
+    finetune(recipe_for(base), tmp_path / "thinks")
+    recipe = recipe_for(base, thoughts={"mode": mode})
+    recipe.model = str(tmp_path / "thinks")
+    finetune(recipe, tmp_path / "run")
+    loaded, _ = load_language_model_and_tokenizer(str(tmp_path / "run"))
+    assert thoughts_of(loaded.config) is None
+    assert ("unlearns that" in caplog.text) == (mode == "none")
+
+
+@pytest.mark.parametrize("backbone_input", ["tokens", "both"])
+@pytest.mark.parametrize("mode", ["state", "pause"])
+def test_what_is_told_is_the_step_and_padding(mode, backbone_input):
+    """As targets of the head, for a step that does not fill its chunk, whatever is read there."""
+    model = tiny_model(4, backbone_input=backbone_input)
+    layout = Layout(4, 64, 0, THOUGHT)
+    example = Example([2, 11, 12], [9, 1], ([11, 12, 13, 14], [16, 17]))
+    between = Thoughts(2, *MARKERS, mode).tokens(4)
+    batch = layout.batch([layout.row(example, 2, between, layout.told(example, between, 1))])
+    targets = []
+    model.head.loss = lambda states, target, *_: targets.append(target) or states.sum(-1)
+    model(**batch)
+    [target] = targets
+    assert target.tokens_PK.tolist() == [[11, 12, 13, 14], [16, 17, 0, 0], [9, 1, 0, 0]]
+    assert_close(target.posterior_PZ.mean, model.autoencoder.encode(target.tokens_PK).mean)
+
+
+def test_a_completion_is_parted_from_the_steps(tmp_path):
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"prompt": "a", "steps": ["b = 1 ."], "completion": "4"}\n')
+    tokenizer = train_tokenizer(["a b = 1 . 4"] * 20, 300)
+    [[example]] = read_examples([str(file)], tokenizer, with_steps=True)
+    written = decode_after(tokenizer, example.prompt, [*example.steps[0], *example.completion])
+    assert written.endswith(". 4") and ends_with_completion([written], [example], tokenizer) == 100
+
+
 BAD = {
+    "tell": ({"mode": "drop", "tell": True}, {}, "nothing could tell"),
+    "scale": ({"mode": "pause", "scale": "rms"}, {}, "thoughts.scale is for thoughts.mode state"),
+    "numbers": ({"stages": 200, "per_step": 100}, {}, "would begin at step|times thoughts.per_step"),
     "too many stages": ({"steps_per_stage": 5}, {}, "would begin at step 10 of 9"),
     "markers": ({"markers": ["<bot>", "<eot>"]}, {}, "must be two tokens of the tokenizer, got <bot>, <eot>"),
     "one marker": ({"markers": ["<|eos|>"]}, {}, "must be two tokens"),
     "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not go with"),
     "compile": ({}, {"compile": True}, "compile does not go with"),
     "mix": ({"mix": 1.5}, {}, "thoughts.mix must be at least 0 and at most 1"),
-    "thoughts": ({"per_step": 50}, {}, "leave no room for a prompt in a context of 64"),
+    "thoughts": ({"per_step": 50}, {}, "example 1: .* leave no room for a prompt in a context of 64"),
     "stages": ({"stages": -1}, {}, "thoughts.stages must"),
 }
 

@@ -109,7 +109,7 @@ def tasks(
     """Write questions that take several steps to answer, with the steps, for finetune.
 
     Args:
-        task: chain (what a name is worth, modulo 7) or graph (which node can be reached).
+        task: chain (what a name is worth modulo 7), graph (what can be reached) or path (where it ends).
         hops: Steps to the answer.
         number: Questions to write.
         output: File of JSON lines.

@@ -59,7 +59,8 @@ def read_examples(
     Args:
         sources: The files, folders or datasets.
         tokenizer: The tokenizer.
-        with_steps: Whether records have `steps`, a list of texts, which is empty if it is not there.
+        with_steps: Whether records have `steps`, a list of texts, which is empty if it is not there. Steps,
+            and a completion after them, are parted by a space.
 
     Raises:
         InputError: If a source is missing, or a record is not of either form.
@@ -68,6 +69,8 @@ def read_examples(
     for where, record in load_records(sources):
         try:
             steps = _steps_of(record, tokenizer) if with_steps else ()
+            if steps and isinstance(words := record.get("completion"), str):
+                record = record | {"completion": _parted(words)}
             conversations.append([replace(one, steps=steps) for one in _examples_of(record, tokenizer)])
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -118,7 +121,12 @@ def _steps_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tup
         raise InputError("'steps' must be a list of texts, none of them empty.")
     if steps and "messages" in record:
         raise InputError("'steps' go with 'prompt' and 'completion', not with 'messages'.")
-    return tuple(encode_words(tokenizer, step if step[0].isspace() else f" {step}") for step in steps)
+    return tuple(encode_words(tokenizer, _parted(step)) for step in steps)
+
+
+def _parted(words: str) -> str:
+    """Words that go on after others, with a space in front."""
+    return words if not words or words[0].isspace() else f" {words}"
 
 
 def _checked_messages(messages: Any) -> list[dict[str, str]]:

@@ -57,8 +57,8 @@ def chain(rng: random.Random, hops: int) -> list[Item]:
     `a = 5 .` begins a chain, `b a * 3` and `b a + 3` go on with it. A second chain of the same kind lies
     among it. The question names both ends of the chain, so each step is found by looking up a single fact,
     and the answer by as many of them as there are hops, one after another. At least one hop adds a number
-    that is 0 to 6 with equal chances, so the answer is as likely to be any number whatever else is known:
-    chance is 1/7.
+    that is 0 to 6 with equal chances: without its fact the answer is as likely to be any number, so chance is
+    1/7. (Who misses a factor only, which is 2 to 6, knows a little more.)
 
     Args:
         rng: Source of randomness.

@@ -205,7 +205,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         _check_unused(others)
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
         thinking = None
-        if is_thought is not None:
+        if is_thought is not None and bool(is_thought.any()):
+            if attention_mask is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
+                raise ValueError("a row with thoughts holds one document, as thoughts need a cache.")
             chunks_BCK = chunks_BCK.masked_fill(is_thought.unsqueeze(-1), self.config.pad_token_id or 0)
             thinking = Thinking(is_thought, scale_of(self.config), state_before)
         posterior_BCZ = self._encode(chunks_BCK) if self.config.reads_latents else None
@@ -220,19 +222,26 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         if labels is None:
             return output
         is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
-        # A thought that has to tell its step has labels, and no tokens of its own.
-        tokens_BT = torch.where(labels == IGNORED_LABEL, chunks_BCK.flatten(1), labels)
-        tokens_PK = split_into_chunks(tokens_BT, self.config.chunk_size)[:, 1:][is_target_BC]
-        if posterior_BCZ is None or thinking is not None:
-            posterior_PZ = self._encode(tokens_PK)
-        else:
+        tokens_PK = self._targets(chunks_BCK, labels)[:, 1:][is_target_BC]
+        read_PK = chunks_BCK[:, 1:][is_target_BC]
+        if posterior_BCZ is not None and torch.equal(read_PK, tokens_PK):
             posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
+        else:
+            posterior_PZ = self._encode(tokens_PK)
         target = Target(posterior_PZ, tokens_PK)
         loss_P = self.head.loss(states_BCD[:, :-1][is_target_BC], target, noise, generator)
         count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
         # An all-padding batch has no target: the loss is zero, not 0 / 0.
         output.loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
         return output
+
+    def _targets(self, chunks_BCK: Tensor, labels_BT: Tensor) -> Tensor:
+        """Tokens that are predicted: those that are read, unless a thought or a pause has to tell others."""
+        labels_BCK = split_into_chunks(labels_BT, self.config.chunk_size)
+        has_label_BCK = labels_BCK != IGNORED_LABEL
+        tells_BC1 = (has_label_BCK & (labels_BCK != chunks_BCK)).any(-1, keepdim=True)
+        told_BCK = labels_BCK.masked_fill(~has_label_BCK, self.config.pad_token_id or 0)
+        return torch.where(tells_BC1, told_BCK, chunks_BCK)
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """What the loss is a mean over: chunks that are predicted."""

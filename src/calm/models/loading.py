@@ -38,6 +38,8 @@ from calm.text.chat import end_of_turn_id
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
+THOUGHTS = "thoughts.json"
+"""How a model thinks with adapters that taught it to; beside them, for they have no configuration of it."""
 # Classes of our own, for models that others know as well.
 _OWN: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
 
@@ -147,6 +149,12 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     except Exception as error:  # Of json, safetensors, peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
     check_finite(merged, str(path))
+    if thoughts := read_settings(path / THOUGHTS):
+        merged.config.thoughts = thoughts
+        try:
+            thoughts_of(merged.config)
+        except ValueError as error:
+            raise InputError(f"'{path / THOUGHTS}': {error}") from error
     return merged.eval()
 
 

@@ -31,7 +31,7 @@ THOUGHT = -1
 """Stands for the tokens of a thought, where tokens stand in a row."""
 THOUGHTS_AT_ONCE = 8
 """Thoughts, each a pass of its own, that are read before others who share the model have their turn."""
-_SCALES = Range(0, has_least=False)
+_SCALES = Range(0, 1e9, has_least=False)
 _SMALLEST = 1e-12  # A mean square of 0 has no direction to keep.
 Filling = Literal["state", "pause"]
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 from calm.core.brier import NUM_ORDERS, window_of
 from calm.data.chunking import check_block_size
 from calm.errors import InputError, reason_of
+from calm.ranges import NUM_THOUGHTS
 from calm.training.build import model_config
 from calm.training.curriculum import Curriculum
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -77,7 +78,15 @@ def check_thoughts(recipe: FinetuningRecipe) -> None:
     """Raise InputError if the stages of thoughts do not fit in the training, or it cannot train them."""
     if recipe.thoughts.mode == "none":
         return
-    Curriculum.of(recipe.thoughts, recipe.training.steps)
+    settings = recipe.thoughts
+    Curriculum.of(settings, recipe.training.steps)
+    NUM_THOUGHTS.require("thoughts.stages times thoughts.per_step", settings.stages * settings.per_step)
+    if settings.mode == "drop" and settings.tell:
+        raise InputError(
+            "with thoughts.mode drop nothing is there to tell a step: set thoughts.tell to false."
+        )
+    if settings.mode != "state" and settings.scale != "none":
+        raise InputError(f"thoughts.scale is for thoughts.mode state, not {settings.mode}: set it to none.")
     for name in ("gradient_checkpointing", "compile"):
         if recipe.thoughts.mode == "state" and getattr(recipe.training, name):
             raise InputError(

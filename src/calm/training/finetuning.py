@@ -12,6 +12,7 @@ output/
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from calm.evaluation.answers import (
     held_out_loss,
 )
 from calm.models.language_model import language_model
-from calm.models.loading import end_as_told, load_language_model_and_tokenizer
+from calm.models.loading import THOUGHTS, end_as_told, load_language_model_and_tokenizer
+from calm.models.thoughts import thoughts_of
 from calm.storage.disk import write_file_whole
 from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
@@ -37,6 +39,7 @@ from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.inputs import check_recipe_and_inputs, digest_of_examples, digest_of_weights
+from calm.training.optimizers import build_optimizer
 from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.runs import Run
@@ -44,6 +47,7 @@ from calm.training.thinking import StageChange, Thinking, ThinkingRows, thinking
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer
 
+logger = logging.getLogger(__name__)
 ANSWERS, COUNTS = "answers.jsonl", "examples.json"
 
 
@@ -90,6 +94,9 @@ def finetune(
 def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, checked against the recipe."""
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
+    if recipe.thoughts.mode == "none" and thoughts_of(model.config) is not None:
+        logger.warning("'%s' was trained to think; with thoughts.mode none it unlearns that.", recipe.model)
+        model.config.thoughts = None
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
     check_block_size(recipe.examples.context, language_model(model).chunk_size)
@@ -157,7 +164,13 @@ def _train(
     stage = Stage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     if thinking is not None:
-        trainer.add_callback(StageChange(thinking, model, recipe.thoughts.reset_optimizer))
+        trained = model if adapted is None else adapted
+
+        def new_optimizer() -> torch.optim.Optimizer:
+            return build_optimizer(trained, settings.optimizer, settings.precision)
+
+        resets = recipe.thoughts.reset_optimizer
+        trainer.add_callback(StageChange(thinking, model, new_optimizer if resets else None))
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
     after = answers_of(model.eval())
@@ -166,7 +179,7 @@ def _train(
         write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
-            run.save_model("adapter", adapted, tokenizer)
+            run.save_model("adapter", adapted, tokenizer, {THOUGHTS: model.config.thoughts})
         model = merge_adapters(adapted)
     run.save_model("model", model, tokenizer)
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -148,19 +148,25 @@ class Run(Generic[AnyRecipe]):
         processes().wait_for_everyone()  # Else a fast process could write it before a slow one looks.
         return is_there
 
-    def save_model(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save_model(
+        self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a model folder with tokenizer and recipe.
 
         Args:
             name: Its name inside the run's folder.
             model: A model, or adapters: anything with `save_pretrained`.
             tokenizer: Its tokenizer.
+            more: Further files of JSON by their names; null writes none.
         """
         if processes().is_main_process:
             with written_whole(self.folder / name) as partial:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 write_recipe(self.recipe, partial / RECIPE)
+                for file, value in (more or {}).items():
+                    if value is not None:
+                        (partial / file).write_text(json.dumps(value) + "\n", encoding="utf-8")
         processes().wait_for_everyone()
 
     def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """Training to think: rows stage by stage, and what a new stage means to the model and its optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from calm.data.reasoning import Layout, ThinkingRow
 from calm.errors import InputError
 from calm.models.context import longest_context
 from calm.models.language_model import language_model
-from calm.models.thoughts import THOUGHT, Thoughts, default_markers
+from calm.models.thoughts import THOUGHT, Thoughts
 from calm.training.batches import NUMBERS, ChunkNetwork
 from calm.training.curriculum import Curriculum, Stage
 from calm.training.finetuning_recipe import FinetuningRecipe, ThoughtSettings
@@ -66,8 +66,8 @@ class Thinking:
     def take_up(self, model: PreTrainedModel, stage: Stage) -> None:
         """Go to a stage, and note in the model's configuration how many thoughts it takes there."""
         self.now = stage
-        if self.thoughts is not None:
-            model.config.thoughts = replace(self.thoughts, number=stage.thoughts).as_dict()
+        noted = None if self.thoughts is None else replace(self.thoughts, number=stage.thoughts).as_dict()
+        model.config.thoughts = noted
 
     def longest_answer(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest answer that shall be written at this stage."""
@@ -82,11 +82,14 @@ class Thinking:
         """
         between = {stage: len(self._between(stage)) for stage in self.curriculum.stages}
         shortened = 0
-        for example in examples:
-            rooms = [
-                self.layout.room(len(self.layout.answer(example, stage.left_out)[0]), length)
-                for stage, length in between.items()
-            ]
+        for number, example in enumerate(examples, 1):
+            try:
+                rooms = [
+                    self.layout.room(len(self.layout.answer(example, stage.left_out)[0]), length)
+                    for stage, length in between.items()
+                ]
+            except InputError as error:
+                raise InputError(f"example {number}: {error}") from None
             shortened += min(rooms) < len(example.prompt)
         return shortened
 
@@ -153,7 +156,8 @@ def _thoughts(
             )
         begin, end = ids
     else:
-        begin, end = default_markers(model.config)
+        end = tokenizer.eos_token_id
+        begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     scale = language_model(model).input_rms if settings.scale == "rms" and settings.mode == "state" else None
     return Thoughts(0, begin, end, "pause" if settings.mode == "pause" else "state", scale)
 
@@ -199,11 +203,17 @@ class StageChange(TrainerCallback):
     Args:
         thinking: How the run learns.
         model: The network.
-        resets_optimizer: Whether the optimizer forgets its moments then.
+        new_optimizer: Makes an optimizer like that of the run, of which it takes the state then; None where
+            it keeps its own.
     """
 
-    def __init__(self, thinking: Thinking, model: PreTrainedModel, resets_optimizer: bool) -> None:
-        self._thinking, self._model, self._resets = thinking, model, resets_optimizer
+    def __init__(
+        self,
+        thinking: Thinking,
+        model: PreTrainedModel,
+        new_optimizer: Callable[[], torch.optim.Optimizer] | None,
+    ) -> None:
+        self._thinking, self._model, self._new_optimizer = thinking, model, new_optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that is resumed is still at the stage of its last step."""
@@ -213,14 +223,21 @@ class StageChange(TrainerCallback):
         """A checkpoint at the end of a stage is from before the change, which a resumed run makes again."""
         step, curriculum = state.global_step, self._thinking.curriculum
         self._thinking.take_up(self._model, curriculum.at(step))
-        if self._resets and curriculum.begins_at(step):
-            reset(optimizer)
+        if self._new_optimizer is not None and curriculum.begins_at(step):
+            reset(optimizer, self._new_optimizer())
 
 
-def reset(optimizer: Any) -> None:
-    """Let an optimizer forget all but its settings."""
+def reset(optimizer: Any, new: torch.optim.Optimizer) -> None:
+    """Let an optimizer forget all but its rates.
+
+    Args:
+        optimizer: The optimizer.
+        new: One like it that has not taken a step: what is forgotten lies in its state or in its groups.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it.
+    kept = ("lr", "initial_lr")
+    rates = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
     optimizer.state.clear()
-    for group in optimizer.param_groups:
-        if "step" in group:  # Those of pytorch_optimizer count in the group.
-            group["step"] = 0
+    optimizer.load_state_dict(new.state_dict())
+    for group, own in zip(optimizer.param_groups, rates, strict=True):
+        group.update(own)
