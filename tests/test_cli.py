@@ -60,7 +60,7 @@ WRONG = [
     ("train --output o --recipe demoo", "did you mean 'demo'?"),
     (
         "finetune --output o --recipe demo",
-        "there is no recipe 'demo'; give a .yaml file or one of: full, lora.",
+        "there is no recipe 'demo'; give a .yaml file or one of: full, lora, thoughts.",
     ),
     ("share x --push small", "'small' is no name on the hub; give OWNER/NAME."),
 ]

@@ -276,7 +276,7 @@ def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
     from calm.cli import main
 
     shipped = shipped_recipes(FinetuningRecipe)
-    assert shipped.keys() == {"full", "lora"}
+    assert shipped.keys() == {"full", "lora", "thoughts"}
     for name in shipped:
         read = read_recipe_of(FinetuningRecipe, name)
         assert (read.lora.rank > 0) == (name == "lora")
@@ -284,12 +284,12 @@ def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
         main(
             ["finetune", "--recipe", name, "--model", str(base / "calm/model"), *small,
              "--answers.number", "2", "--examples.sources", str(base / "examples.jsonl"),
-             "--output", str(tmp_path / name)]
+             "--output", str(tmp_path / name), *(["--thoughts.stages", "0"] if name == "thoughts" else [])]
         )  # fmt: skip
         out = capsys.readouterr().out
         assert "108 examples in" in out and f"model:  {tmp_path / name / 'model'}" in out
     message = failure(capsys, "finetune", "--recipe", "none", "--output", tmp_path / "x")
-    assert "there is no recipe 'none'; give a .yaml file or one of: full, lora" in message
+    assert "there is no recipe 'none'; give a .yaml file or one of: full, lora, thoughts" in message
     write_recipe(recipe_for(base), tmp_path / "mine.yaml")
     assert read_recipe_of(FinetuningRecipe, str(tmp_path / "mine.yaml")) == recipe_for(base)
 
