@@ -1,0 +1,234 @@
+"""How a Llama writes after its thoughts: which arguments of transformers' `generate` go with them, and how.
+
+transformers is given the prompt, a marker, n placeholders, a marker, and a cache that holds the thoughts. So
+with another cache it would write another text, and what counts or reads ids would meet n + 2 too many.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from calm.core.chunks import as_id_tensor
+
+_CACHES = "thoughts are in a cache that generate makes itself"
+_DRAFTS = "what drafts or compares tokens would write without the thoughts"
+_PROMPTS = "a prompt that thinks is given as tokens, and numbered by its mask"
+_IDS = "it would read the places of the thoughts as if they were text"
+_BEAMS = "beams do not go with thoughts"
+_REASONS: dict[str, tuple[str, ...]] = {
+    _CACHES: ("past_key_values", "cache", "cache_implementation", "prefill_chunk_size"),
+    _DRAFTS: ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers",
+              "penalty_alpha", "guidance_scale", "custom_generate"),
+    _PROMPTS: ("inputs_embeds", "position_ids", "token_healing"),
+    _IDS: ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+           "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_bos_token_id",
+           "watermarking_config"),
+    _BEAMS: ("num_beams", "num_beam_groups", "constraints", "force_words_ids"),
+}  # fmt: skip
+# At 1 these ask for nothing, and all at what is false.
+_NEUTRAL_AT_ONE = {"repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams",
+                   "num_beam_groups"}  # fmt: skip
+_NAMES = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+
+
+class Request:
+    """One call of `generate`: keyword arguments first, then its configuration, then the model's."""
+
+    def __init__(
+        self, default: GenerationConfig, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Take over what `generate` was given, by order or by name.
+
+        Raises:
+            ValueError: If some of it does not go with thoughts.
+        """
+        self.arguments: dict[str, Any] = dict(zip(_NAMES, arguments, strict=False)) | keywords
+        self._config: GenerationConfig | None = copy.deepcopy(self.arguments.pop("generation_config", None))
+        self._default = default
+        for reason, names in _REASONS.items():
+            for name in names:
+                if _asks(name, self.setting(name)):
+                    raise ValueError(f"{name} cannot be honoured: {reason}; leave it out, or num_thoughts=0.")
+        for name in ("past_key_values", "cache"):
+            self.arguments.pop(name, None)  # None, and named anew.
+
+    def setting(self, name: str) -> Any:
+        """What an argument is, wherever it is said; None where it is not."""
+        if name in self.arguments:
+            return self.arguments[name]
+        own = getattr(self._config, name, None)
+        return getattr(self._default, name, None) if own is None else own
+
+    def change(self, name: str, value: Any) -> None:
+        """Say something else; None counts as well."""
+        # Where it was said: transformers warns of a configuration and keywords together.
+        if self._config is not None:
+            setattr(self._config, name, value)
+        # In a configuration None would mean the model's.
+        if self._config is None or (value is None and getattr(self._default, name, None) is not None):
+            self.arguments[name] = value
+        else:
+            self.arguments.pop(name, None)
+
+    def prompts(self, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+        """Prompts and their mask, (B, T) each, a row for each text that is asked for.
+
+        Raises:
+            ValueError: If there are none, or a model with this configuration could not read them.
+        """
+        named, first = self.arguments.pop("input_ids", None), self.arguments.pop("inputs", None)
+        ids_BT, mask_BT = named if first is None else first, self.arguments.pop("attention_mask", None)
+        if ids_BT is None:
+            raise ValueError("a model that thinks needs a prompt of tokens: give input_ids.")
+        if ids_BT.ndim != 2 or 0 in ids_BT.shape:
+            raise ValueError(f"input_ids must be (batch, tokens), not empty; got {tuple(ids_BT.shape)}.")
+        least, most, size = int(ids_BT.min()), int(ids_BT.max()), config.get_text_config().vocab_size
+        if least < 0 or most >= size:
+            raise ValueError(
+                f"token ids lie between 0 and {size - 1}, got {least} to {most}; is this the model's own "
+                "tokenizer?"
+            )
+        mask_BT = self._mask_of(ids_BT) if mask_BT is None else mask_BT
+        if mask_BT.shape != ids_BT.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask_BT.shape)}, input_ids {tuple(ids_BT.shape)}."
+            )
+        if not mask_BT.bool().any(-1).all():
+            raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+        copies = self.setting("num_return_sequences") or 1
+        self.change("num_return_sequences", 1)
+        return ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
+
+    def _mask_of(self, ids_BT: Tensor) -> Tensor:
+        """The mask that transformers infers: padding is what has an id of its own for it."""
+        pad, ends = self.setting("pad_token_id"), self.setting("eos_token_id")
+        if pad is None or pad in as_id_tensor(ends, torch.device("cpu")).tolist():
+            return torch.ones_like(ids_BT)
+        return (ids_BT != pad).long()
+
+    def num_new_tokens(self, num_tokens: int) -> int | None:
+        """Most tokens to write after a prompt of so many; None where nothing is said.
+
+        Raises:
+            ValueError: If `max_length` leaves no room for any.
+        """
+        number: int | None = self.setting("max_new_tokens")
+        longest: int | None = self.setting("max_length")
+        if number is not None or longest is None:
+            return number
+        if longest <= num_tokens:
+            raise ValueError(
+                f"max_length is {longest} and the prompt has {num_tokens} tokens; say max_new_tokens instead."
+            )
+        return longest - num_tokens
+
+    def show(self, prompt_BT: Tensor, columns: int) -> None:
+        """Let lengths count, and all that reads ids read, the prompt as it is instead of so many columns."""
+        extra, shown = columns - prompt_BT.shape[1], Shown(prompt_BT, columns)
+        for name, better in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if self.setting(better) is None and self.setting(name):
+                self.change(name, max(0, self.setting(name) + extra))
+        if processors := self.arguments.get("logits_processor"):
+            wrapped = [_ShownProcessor(each, shown) for each in processors]
+            self.arguments["logits_processor"] = LogitsProcessorList(wrapped)
+        criteria = list(self.arguments.get("stopping_criteria") or [])
+        if self.setting("stop_strings") is not None and self.arguments.get("tokenizer") is not None:
+            criteria.append(StopStringCriteria(self.arguments["tokenizer"], self.setting("stop_strings")))
+            self.change("stop_strings", None)
+        if criteria:
+            self.arguments["stopping_criteria"] = StoppingCriteriaList(map(shown.criterion, criteria))
+        if (allowed := self.arguments.get("prefix_allowed_tokens_fn")) is not None:
+            self.arguments["prefix_allowed_tokens_fn"] = lambda row, ids_T: allowed(
+                row, torch.cat([prompt_BT[row], ids_T[columns:]])
+            )
+        if (streamer := self.arguments.get("streamer")) is not None:
+            self.arguments["streamer"] = _WithPrompt(streamer, prompt_BT)
+
+    def keywords(self) -> dict[str, Any]:
+        """All of it, as `generate` takes it by name."""
+        return {"generation_config": self._config, **self.arguments}
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether an argument asks for anything."""
+    if name in ("past_key_values", "cache", "inputs_embeds", "position_ids"):
+        return value is not None  # An empty cache is false, and tensors are neither.
+    if name in ("bad_words_ids", "sequence_bias"):
+        # A single token is kept back, or liked, whatever is before it.
+        words = [
+            word[0] if name == "sequence_bias" and isinstance(value, list) else word for word in value or ()
+        ]
+        return any(len(word) > 1 for word in words)
+    if name == "forced_bos_token_id":
+        return value is not None
+    return bool(value) and not (name in _NEUTRAL_AT_ONE and value == 1)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is written, as it is shown: behind the prompt, without what stands for thoughts."""
+
+    prompt_BT: Tensor
+    columns: int
+
+    def of(self, ids_BT: Tensor) -> Tensor:
+        """What is shown of all columns."""
+        return torch.cat([self.prompt_BT, ids_BT[:, self.columns :]], dim=1)
+
+    def criterion(self, criterion: Any) -> Any:
+        """A criterion that reads this."""
+        # One of a type that transformers has itself takes the place of its own, so the type stays.
+        if type(criterion) in (EosTokenCriteria, MaxTimeCriteria):
+            return criterion
+        if type(criterion) is MaxLengthCriteria:
+            longest = criterion.max_length + self.columns - self.prompt_BT.shape[1]
+            return MaxLengthCriteria(longest, criterion.max_position_embeddings)
+        return _ShownCriterion(criterion, self)
+
+
+class _ShownProcessor:
+    def __init__(self, processor: Callable[[Tensor, Tensor], Tensor], shown: Shown) -> None:
+        self._processor, self._shown = processor, shown
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._processor(self._shown.of(input_ids), scores)
+
+
+class _ShownCriterion:
+    def __init__(self, criterion: Callable[..., Any], shown: Shown) -> None:
+        self._criterion, self._shown = criterion, shown
+        if hasattr(criterion, "eos_token_id"):  # By which transformers knows that rows end apart.
+            self.eos_token_id = criterion.eos_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return self._criterion(self._shown.of(input_ids), scores, **kwargs)
+
+
+class _WithPrompt(BaseStreamer):
+    """A streamer that is shown the prompt as it was given, without what stands for thoughts."""
+
+    def __init__(self, streamer: BaseStreamer, prompt_BT: Tensor) -> None:
+        self._streamer, self._prompt_BT, self._has_begun = streamer, prompt_BT, False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then new tokens."""
+        self._streamer.put(value if self._has_begun else self._prompt_BT.cpu())
+        self._has_begun = True
+
+    def end(self) -> None:
+        """Tell that the text has ended."""
+        self._streamer.end()
