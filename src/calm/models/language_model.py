@@ -171,7 +171,8 @@ class _Chunks(LanguageModel):
     @property
     def input_rms(self) -> float:
         norm = self.network.projection.norm
-        return math.sqrt(float(norm.weight.pow(2).mean() + norm.bias.pow(2).mean()))
+        weight, bias = norm.weight.detach(), norm.bias.detach()
+        return math.sqrt(float(weight.pow(2).mean() + bias.pow(2).mean()))
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         return self.network.count_targets(labels, position_ids)
@@ -218,7 +219,7 @@ class _Tokens(LanguageModel):
     @property
     def input_rms(self) -> float:
         embedding: Any = self.network.get_input_embeddings()
-        return math.sqrt(float(embedding.weight.pow(2).mean()))
+        return math.sqrt(float(embedding.weight.detach().pow(2).mean()))
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
         return (labels[:, 1:] != IGNORED_LABEL).sum()  # Nothing predicts the first token.
