@@ -1,0 +1,348 @@
+"""A Llama that thinks, and the arguments of transformers beside its thoughts."""
+
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from calm.models.caches import CACHE
+from calm.models.thoughts import (
+    THOUGHT,
+    Thoughts,
+)
+from calm.models.tokens import LlamaForCausalLM
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# Two rows that think at different positions, the second less often and behind padding.
+IS_THOUGHT = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
+MASK = torch.tensor([[1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
+
+
+@pytest.fixture(autouse=True)
+def norms_in_double_precision(monkeypatch):
+    """transformers rounds to single precision there, whatever the weights are."""
+
+    def forward(self, hidden_states):
+        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES, **IDS, **changes))
+    return model.double().eval()
+
+
+def thinker() -> LlamaForCausalLM:
+    """Its texts vary, and depend on its thoughts."""
+    model = llama()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight *= 15
+    model.config.thoughts = Thoughts(3, 1, 2, scale=1.0).as_dict()
+    model.generation_config.update(eos_token_id=39, do_sample=False)
+    return model
+
+
+def by_hand(model, ids, number, scores=lambda ids, scores: scores):
+    """Everything read again for every token."""
+    row = torch.cat([ids, torch.tensor([Thoughts(3, 1, 2).tokens(1)])], dim=1)
+    for _ in range(number):
+        states = model.think(row, row == THOUGHT)
+        token = scores(ids, model.lm_head(states[:, -1])).argmax(-1, keepdim=True)
+        row, ids = torch.cat([row, token], dim=1), torch.cat([ids, token], dim=1)
+    return ids
+
+
+PROMPT = torch.tensor([[1, 5, 7, 9, 11]])
+
+
+@torch.no_grad()
+def test_a_model_that_varies_is_what_the_tests_below_need():
+    model = thinker()
+    text = by_hand(model, PROMPT, 8)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8), text)
+    assert not torch.equal(model.generate(PROMPT, max_new_tokens=8, num_thoughts=0), text)
+
+
+class Brought(transformers.cache_utils.DynamicCache):
+    """A cache that a caller brings."""
+
+
+REFUSED = {
+    "past_key_values": Brought(),
+    "cache": Brought(),
+    "cache_implementation": "static",
+    "prefill_chunk_size": 2,
+    "assistant_model": llama(),
+    "prompt_lookup_num_tokens": 2,
+    "custom_generate": "somewhere/else",
+    "position_ids": torch.arange(5)[None],
+    "inputs_embeds": torch.zeros(1, 5, 16),
+    "repetition_penalty": 1.5,
+    "encoder_repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": [[5], [5, 6]],
+    "sequence_bias": [[[5, 6], 2.0]],
+    "guidance_scale": 2.0,
+    "forced_bos_token_id": 5,
+    "token_healing": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_thoughts_do_not_go_with_is_refused(name):
+    """In keywords, in a configuration, and in that of the model."""
+    said = f"{name} cannot be honoured: .*; leave it out, or num_thoughts=0"
+    with pytest.raises(ValueError, match=said):
+        thinker().generate(PROMPT, max_new_tokens=2, **{name: REFUSED[name]})
+    if name in vars(transformers.GenerationConfig()):
+        config = transformers.GenerationConfig(**{name: REFUSED[name]})
+        with pytest.raises(ValueError, match=said):
+            thinker().generate(PROMPT, config)
+        model = thinker()
+        model.generation_config.update(**{name: REFUSED[name]})
+        with pytest.raises(ValueError, match=said):
+            model.generate(PROMPT, max_new_tokens=2)
+
+
+def test_what_is_passed_by_place_is_refused_as_well():
+    with pytest.raises(ValueError, match="assistant_model cannot be honoured"):
+        thinker().generate(PROMPT, None, None, None, None, None, llama(), max_new_tokens=2)
+
+
+def test_what_asks_for_nothing_passes():
+    model = thinker()
+    nothing = {"repetition_penalty": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0, "past_key_values": None}
+    text = model.generate(PROMPT, max_new_tokens=8)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8, bad_words_ids=[[37]], **nothing), text)
+
+
+@torch.no_grad()
+def test_the_cache_of_thoughts_cannot_be_turned_off():
+    ids = torch.randint(3, 38, (1, 6), generator=torch.Generator().manual_seed(0))
+    text = by_hand(thinker(), ids, 10)
+    assert torch.equal(thinker().generate(ids, max_new_tokens=10, use_cache=False), text)
+    config = transformers.GenerationConfig(max_new_tokens=10, use_cache=False)
+    assert torch.equal(thinker().generate(ids, config), text)
+    model = thinker()
+    model.generation_config.use_cache = False
+    assert torch.equal(model.generate(ids, max_new_tokens=10), text)
+
+
+def ends_at_once(model) -> LlamaForCausalLM:
+    """A model whose texts end as soon as they may."""
+
+    def end(_, __, logits):
+        return torch.full_like(logits, -1.0).index_fill(-1, torch.tensor([39]), 1.0)
+
+    model.lm_head.register_forward_hook(end)
+    return model
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("longest", [6, 9, 12])
+def test_lengths_count_what_is_shown(number, longest, tmp_path):
+    def config(**settings):
+        return transformers.GenerationConfig(eos_token_id=39, pad_token_id=0, do_sample=False, **settings)
+
+    def length(model, *arguments, **settings):
+        return model.generate(PROMPT, *arguments, num_thoughts=number, **settings).shape[1]
+
+    model = thinker()
+    model.generation_config.eos_token_id = None
+    assert length(model, max_length=longest) == longest
+    assert length(model, config(max_length=longest)) == longest
+    assert length(model, config(max_length=longest, max_new_tokens=3)) == 8
+    model.generation_config.max_length = longest
+    model.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    assert length(model) == longest
+    model = ends_at_once(thinker())
+    assert length(model, max_new_tokens=20) == 6
+    assert length(model, max_new_tokens=20, min_length=longest) == max(6, longest + 1)
+    assert length(model, max_new_tokens=20, min_new_tokens=longest) == 5 + longest + 1
+    assert length(model, config(max_new_tokens=20, min_length=longest)) == max(6, longest + 1)
+    model.generation_config.min_length = longest
+    assert length(model, max_new_tokens=20) == max(6, longest + 1)
+
+
+def test_a_length_that_the_prompt_fills_is_refused():
+    with pytest.raises(ValueError, match="max_length is 5 and the prompt has 5 tokens; say max_new_tokens"):
+        thinker().generate(PROMPT, max_length=5)
+    with pytest.raises(ValueError, match="more than the context of 16"):
+        llama(max_position_embeddings=16).generate(PROMPT, max_length=14, num_thoughts=6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_processors_see_what_is_shown(seed):
+    ids = torch.randint(3, 38, (1, 6), generator=torch.Generator().manual_seed(seed))
+    processor = transformers.RepetitionPenaltyLogitsProcessor(5.0)
+    processors = transformers.LogitsProcessorList([processor])
+    text = thinker().generate(ids, max_new_tokens=10, logits_processor=processors)
+    assert torch.equal(text, by_hand(thinker(), ids, 10, processor))
+
+
+def test_criteria_and_allowed_tokens_see_what_is_shown():
+    model, padded = thinker(), torch.tensor([[0, 0, 1, 5, 7], [1, 5, 7, 9, 11]])
+    seen, asked = [], []
+
+    def criterion(ids, scores, **_):
+        seen.append(ids)
+        return torch.full((len(ids),), ids.shape[1] == 8)
+
+    def allowed(row, ids):
+        asked.append((row, ids))
+        return list(range(40))
+
+    text = model.generate(
+        padded, max_new_tokens=9, stopping_criteria=[criterion], prefix_allowed_tokens_fn=allowed
+    )
+    assert text.shape == (2, 8)
+    assert all(torch.equal(ids, text[:, : ids.shape[1]]) for ids in seen) and len(seen) == 3
+    assert all(torch.equal(ids, text[row, : len(ids)]) for row, ids in asked) and len(asked) == 6
+    criteria = transformers.generation.stopping_criteria
+    for own, length in ((criteria.MaxLengthCriteria(7), 7), (criteria.EosTokenCriteria(int(text[1, 5])), 6)):
+        listed = transformers.StoppingCriteriaList([own])
+        assert model.generate(PROMPT, max_new_tokens=9, stopping_criteria=listed).shape[1] == length
+
+
+def test_stop_strings_are_those_of_what_is_shown():
+    """A string may begin in the prompt; markers are no part of it."""
+    letters = [*(chr(ord("A") + place) for place in range(39)), "abcdef"]  # With what transformers tries.
+    words = Tokenizer(WordLevel({letter: place for place, letter in enumerate(letters)}, unk_token="A"))
+    words.decoder = Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    model = thinker()
+    text = model.generate(PROMPT, max_new_tokens=8)
+    across, marked = (
+        "".join(letters[place] for place in places) for places in (text[0, 4:6], (2, text[0, 5]))
+    )
+    config = transformers.GenerationConfig(max_new_tokens=8, stop_strings=[across])
+    assert model.generate(PROMPT, max_new_tokens=8, stop_strings=across, tokenizer=tokenizer).shape[1] == 6
+    assert model.generate(PROMPT, config, tokenizer=tokenizer).shape[1] == 6
+    whole = model.generate(PROMPT, max_new_tokens=8, stop_strings=marked, tokenizer=tokenizer)
+    assert torch.equal(whole, text)
+    model.generation_config.stop_strings = [across]
+    assert model.generate(PROMPT, config, tokenizer=tokenizer).shape[1] == 6
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(PROMPT, max_new_tokens=8)
+
+
+def test_padding_is_seen_without_a_mask():
+    model = thinker()
+    alone = model.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=8)[:, 3:]
+    padded = torch.tensor([[0, 0, 1, 5, 7]])
+    assert torch.equal(model.generate(padded, max_new_tokens=8)[:, 5:], alone)
+    # What pads and ends may be text, as in transformers.
+    text = model.generate(padded, max_new_tokens=8, eos_token_id=[39, 0])
+    whole = model.generate(padded, attention_mask=torch.ones_like(padded), max_new_tokens=8)
+    assert torch.equal(text[:, :9], whole[:, :9]) and not torch.equal(whole[:, 5:], alone)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "said"),
+    [
+        ([[1, 5, -1]], None, "between 0 and 39, got -1 to 5; is this the model's own tokenizer"),
+        ([[1, 40]], None, "between 0 and 39, got 1 to 40"),
+        ([1, 5], None, "must be .batch, tokens., not empty"),
+        ([[1, 5]], [[1]], "attention_mask has shape .1, 1., input_ids .1, 2."),
+        ([[1, 5], [0, 0]], None, "a prompt has no token"),
+    ],
+)
+def test_prompts_that_cannot_be_read(ids, mask, said):
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=said):
+        thinker().generate(torch.tensor(ids), attention_mask=mask, max_new_tokens=2)
+
+
+# What is asked of a pass with thoughts.
+
+ROW = torch.full((2, 8), 5)
+
+
+def test_a_pass_returns_its_cache_if_it_is_asked_for():
+    model = llama()
+    cache = model(ROW, is_thought=IS_THOUGHT, use_cache=True)[CACHE]
+    assert cache.get_seq_length() == 8
+    follows = model(ROW[:, :1], **{CACHE: cache}).logits[:, -1]
+    longer = torch.nn.functional.pad(IS_THOUGHT, (0, 1))
+    assert_close(follows, model(torch.full((2, 9), 5), is_thought=longer).logits[:, -1])
+    assert model(ROW, is_thought=IS_THOUGHT, use_cache=False).get(CACHE) is None
+    assert model(ROW, is_thought=IS_THOUGHT)[CACHE].get_seq_length() == 8  # As the configuration has it.
+    assert model.train()(ROW, labels=ROW, is_thought=IS_THOUGHT).get(CACHE) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"return_dict": False},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"logits_to_keep": 1},
+        {"logits_to_keep": torch.arange(2)},
+        {"shift_labels": ROW},
+        {"inputs_embeds": torch.zeros(2, 8, 16)},
+        {"inputs_embeds": torch.zeros(2, 8, 16), "input_ids": None},
+        {"color": "red"},
+    ],
+)
+def test_what_a_pass_with_thoughts_does_not_give_is_refused(asked):
+    [name, *_] = asked
+    with pytest.raises(ValueError, match=rf"{name}.*[.]$"):
+        llama()(**{"input_ids": ROW, "is_thought": IS_THOUGHT} | asked)
+
+
+def test_what_wrappers_leave_open_is_not_refused():
+    left = {
+        "output_hidden_states": None,
+        "output_attentions": False,
+        "logits_to_keep": 0,
+        "return_dict": True,
+    }
+    model = llama()
+    plain = model(ROW, is_thought=IS_THOUGHT).logits
+    assert torch.equal(model(ROW, is_thought=IS_THOUGHT, inputs_embeds=None, **left).logits, plain)
+
+
+def test_rows_with_thoughts_hold_one_document():
+    model, packed = llama(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
+    with pytest.raises(ValueError, match="rows with thoughts hold one document each"):
+        model(ROW, position_ids=packed, is_thought=IS_THOUGHT)
+    model(ROW, position_ids=torch.arange(8)[None], is_thought=IS_THOUGHT)
+    model(ROW, position_ids=POSITIONS, attention_mask=MASK, is_thought=IS_THOUGHT)
+    # Without thoughts it is the ordinary pass, in which documents do not see each other.
+    none = torch.zeros_like(IS_THOUGHT)
+    apart = {"position_ids": packed, "use_cache": False}
+    alone = model(ROW, is_thought=none, output_hidden_states=True, **apart)
+    assert torch.equal(alone.logits, model(ROW, **apart).logits) and len(alone.hidden_states) == 3
+    assert_close(alone.logits[:, 5:], model(ROW[:, 5:]).logits)
+
+
+def test_an_adapter_around_the_scores_is_in_the_loss():
+    layers = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(), layers)
+    ids = torch.arange(16).view(2, 8)
+    for is_thought in (IS_THOUGHT, None):
+        logits = model.eval()(input_ids=ids, is_thought=is_thought).logits
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        for mode in (model.train(), model.eval()):
+            model.zero_grad()
+            loss = mode(input_ids=ids, labels=ids, is_thought=is_thought).loss
+            assert_close(float(loss.detach()), float(expected.detach()), rtol=1e-5, atol=0)
+            loss.backward()
+            adapters = [weight.grad for name, weight in model.named_parameters() if "lora_" in name]
+            assert len(adapters) == 2 and all((gradient != 0).any() for gradient in adapters)
