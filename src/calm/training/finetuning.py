@@ -179,7 +179,7 @@ def _train(
         write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
-            run.save_model("adapter", adapted, tokenizer, {THOUGHTS: model.config.thoughts})
+            run.save_model("adapter", adapted, tokenizer, {THOUGHTS: getattr(model.config, "thoughts", None)})
         model = merge_adapters(adapted)
     run.save_model("model", model, tokenizer)
 
