@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/thoughts")
-    parser.add_argument("--figure", type=Path, help="where the figure is drawn, without a suffix")
+    parser.add_argument("--figure", type=Path, help="where the figure is drawn, a PNG")
     arguments = parser.parse_args()
     order = itertools.product(arguments.seeds, arguments.tasks, arguments.kinds, arguments.ways)
     for seed, task, kind, way in order if arguments.output else ():

@@ -95,7 +95,7 @@ CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
 def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     """Accuracy against hops, a panel for each task and kind of model."""
     places = sorted({(row["task"], row["kind"]) for row in rows})
-    drawing = new_figure(4.2 * len(places), 3.6)
+    drawing = new_figure(3.4 * len(places) + 2.4, 3.2)
     panels = drawing.subplots(1, len(places), squeeze=False)[0]
     for axes, (task, kind) in zip(panels, places, strict=False):
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
@@ -109,11 +109,12 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
             ]
             means = [statistics.mean(one) for one in shares]
             errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
-            axes.errorbar(hops, means, errors, label=shown, marker="osD^vPX*"[number], capsize=2)
+            apart = [one + (number - 3.5) / 30 for one in hops]  # Many lie on each other.
+            axes.errorbar(apart, means, errors, label=shown, marker="osD^vPX*"[number], capsize=2)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, {kind}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
         axes.set_xticks(hops)
-    panels[0].legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".svg", ".png"):
-        drawing.savefig(figure.with_suffix(suffix))
+    drawing.savefig(figure.with_suffix(".png"), dpi=160, facecolor="white")
