@@ -10,6 +10,7 @@ items, questions of one to four hops in turns, and asked held-out questions of e
     drop        step after step is left out, and nothing is in its place
     pause       as many pauses are in its place
     thoughts    as many thoughts are
+    ..._longer  the last two, with stages three times as long
     at_once     thoughts, but all steps are left out from the first item on
     told        the same, and the state before a thought must predict its step (`thoughts.tell`)
     told_pause  pauses instead, with the same labels
@@ -116,11 +117,13 @@ class Way:
         begins_with: The way whose weights it begins with; None for new ones.
         thoughts: Of the recipe, for so many stages.
         is_whole: Whether it trains for the length of the whole curriculum.
+        times: How many times as long each of its stages is.
     """
 
     begins_with: str | None
     thoughts: Callable[[int], dict[str, Any]]
     is_whole: bool = False
+    times: int = 1
 
 
 WAYS = {
@@ -131,6 +134,12 @@ WAYS = {
     "drop": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}),
     "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
     "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
+    "pause_longer": Way(
+        "marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}, times=3
+    ),
+    "thoughts_longer": Way(
+        "marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}, times=3
+    ),
     "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
     "told": Way(
         None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True}, True
@@ -171,14 +180,11 @@ class Cell:
 
 def train(cell: Cell, output: Path) -> Path:
     """Train a model, after the one that it begins with; what is finished is kept."""
-    folder, length = output / cell.name, LENGTHS[cell.kind]
+    folder = output / cell.name
     if (folder / "model/config.json").exists():
         return folder
-    stages, way = max(HOPS[cell.task]), WAYS[cell.way]
     start = new_model(cell, output) if cell.before is None else train(cell.before, output) / "model"
-    steps = length.all(stages) if way.is_whole else length.first
-    if cell.before is not None:
-        steps = length.all(stages) - length.first
+    steps = steps_of(cell)
     context = CONTEXT[cell.task]
     recipe = FinetuningRecipe(
         seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
@@ -210,11 +216,19 @@ def train(cell: Cell, output: Path) -> Path:
     return folder
 
 
+def steps_of(cell: Cell) -> int:
+    """Optimizer steps of its own training."""
+    length, stages, way = LENGTHS[cell.kind], max(HOPS[cell.task]), WAYS[cell.way]
+    if cell.before is not None:
+        return way.times * (length.all(stages) - length.first)
+    return length.all(stages) if way.is_whole else length.first
+
+
 def settings_of(cell: Cell) -> ThoughtSettings:
     """Of thoughts: as many in the place of a step as it has chunks."""
     return ThoughtSettings(
         per_step=4 // max(1, KINDS[cell.kind]),
-        steps_per_stage=LENGTHS[cell.kind].stage,
+        steps_per_stage=LENGTHS[cell.kind].stage * WAYS[cell.way].times,
         **WAYS[cell.way].thoughts(max(HOPS[cell.task])),
     )
 
@@ -333,7 +347,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
             return states_PD
 
         changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
-        if cell.way in ("thoughts", "at_once", "told"):
+        if cell.way in ("thoughts", "thoughts_longer", "at_once", "told"):
             changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
         answers = {}
         with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):
@@ -366,12 +380,9 @@ def training_flops(
     cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> float:
     """FLOPs of the training of a model, that of the one that it begins with included."""
-    size, stages, length = language_model(model).chunk_size, max(HOPS[cell.task]), LENGTHS[cell.kind]
-    way = WAYS[cell.way]
+    size = language_model(model).chunk_size
     settings = settings_of(cell)
-    steps = length.all(stages) if way.is_whole else length.first
-    if cell.before is not None:
-        steps = length.all(stages) - length.first
+    steps = steps_of(cell)
     curriculum, total = Curriculum.of(settings, steps), 0.0
     markers = 0 if settings.mode == "drop" else 2
     ends = [*curriculum.starts[1:], steps]

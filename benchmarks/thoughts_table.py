@@ -12,6 +12,8 @@ SHOWN = {
     "drop": "steps left out",
     "pause": "pauses",
     "thoughts": "thoughts",
+    "pause_longer": "pauses, stages three times as long",
+    "thoughts_longer": "thoughts, stages three times as long",
     "at_once": "thoughts, no curriculum",
     "told": "thoughts that tell their steps",
     "told_pause": "pauses that tell their steps",
@@ -34,7 +36,7 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]]
         if not of_way:
             continue
         lines[shown] = (of_way, "as trained")
-        if way in ("thoughts", "told"):
+        if way in ("thoughts", "thoughts_longer", "told"):
             lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
     return lines
 
@@ -52,7 +54,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         steps = last["backbone_steps"] - of_way[0]["thoughts"] + thought
         taken = [f"{steps:.0f}", f"{last['written_tokens']:.0f}", f"{flops:.1e}"]
         text.append(f"| {shown} | {' | '.join([*cells, *taken])} |")
-    pairs = [("thoughts", "pause"), ("told", "told_pause"), ("thoughts", "drop")]
+    pairs = [("thoughts", "pause"), ("thoughts_longer", "pause_longer"), ("told", "told_pause")]
     for one, other in pairs:
         only_one, only_other = disagreements(rows, one, other)
         if only_one + only_other:
@@ -110,7 +112,7 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
             means = [statistics.mean(one) for one in shares]
             errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
             apart = [one + (number - 3.5) / 30 for one in hops]  # Many lie on each other.
-            axes.errorbar(apart, means, errors, label=shown, marker="osD^vPX*"[number], capsize=2)
+            axes.errorbar(apart, means, errors, label=shown, marker="osD^v<>PX*"[number], capsize=2)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, {kind}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
         axes.set_xticks(hops)
