@@ -79,7 +79,8 @@ def share_of_right_answers(folder: Path, mode: str) -> float:
     )
     finetune(recipe, folder / mode)
     answers = [json.loads(line) for line in (folder / mode / "answers.jsonl").read_text().splitlines()]
-    return sum(one["after"].split() == one["completion"].split() for one in answers) / ASKED
+    right: int = sum(one["after"].split() == one["completion"].split() for one in answers)
+    return right / ASKED
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ def test_there_are_no_others():
         "train_on_your_text",
         "load_a_published_checkpoint",
         "compare_with_a_transformer",
+        "think_before_answering",  # In test_thoughts.py.
     }
 
 

@@ -1,17 +1,22 @@
 """Thoughts carry what pauses cannot: where a path of three steps ends."""
 
+import re
+import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_thoughts_beat_pauses(tmp_path, monkeypatch):
+def test_thoughts_beat_pauses(tmp_path, monkeypatch, capsys):
     """With the same labels, items, steps and seed: beyond three standard errors (here it is about 0.9)."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from think_before_answering import ASKED, new_model, share_of_right_answers
+    import think_before_answering as example
 
-    new_model(tmp_path)
-    thoughts, pauses = (share_of_right_answers(tmp_path, mode) for mode in ("state", "pause"))
-    error = ((thoughts * (1 - thoughts) + pauses * (1 - pauses)) / ASKED) ** 0.5
-    assert thoughts - pauses > 3 * error, (thoughts, pauses)
+    monkeypatch.setattr(sys, "argv", ["think_before_answering.py", str(tmp_path / "thinking")])
+    example.main()
+    told = re.findall(r"with (\w+): (\d+)% right", capsys.readouterr().out)
+    shares = {words: int(percent) / 100 for words, percent in told}
+    thoughts, pauses = shares["thoughts"], shares["pauses"]
+    error = ((thoughts * (1 - thoughts) + pauses * (1 - pauses)) / example.ASKED) ** 0.5
+    assert thoughts - pauses > 3 * error, shares
     assert thoughts > 0.6 > 0.4 > pauses
