@@ -80,6 +80,9 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "port 99999" in failure(capsys, "serve", folder, "--port", 99999)
     assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
     assert "must be above 0, got -1" in failure(capsys, "serve", folder, "--header_seconds=-1")
+    assert "prefix_bytes must be above 0, got -1" in failure(capsys, "serve", folder, "--prefix_bytes=-1")
+    none = failure(capsys, "serve", folder, "--prefix_bytes", 0, "--max_rows", 0)
+    assert "max_rows" in none and "prefix_bytes" not in none
     assert "temperature must lie between 0 and 1" in failure(capsys, "serve", folder, "--temperature", 2)
     assert "cannot be read" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "none")
     (tmp_path / "empty").write_text("\n")

@@ -20,6 +20,9 @@ from calm.serving.logs import fold_repeats
 KEY_VARIABLE = "CALM_API_KEY"
 
 
+_MAY_BE_NONE = ("prefix_bytes",)  # Limits that 0 turns off.
+
+
 def run_server(
     model: str,
     host: str,
@@ -57,7 +60,7 @@ def run_server(
     from calm.serving.settings import ServerSettings  # noqa: PLC0415
 
     for limit, value in limits.items():
-        if not value > 0:  # Or it is no number.
+        if not (value > 0 or (value == 0 and limit in _MAY_BE_NONE)):  # Or it is no number.
             raise InputError(f"{limit} must be above 0, got {value}.")
     draws = min(ExactSampler.max_draws, limits.get("max_draws", ExactSampler.max_draws))
     try:
