@@ -1,11 +1,13 @@
 """Models of a few thousand parameters, shared by all tests."""
 
 import torch
+from transformers import LlamaConfig
 
 from calm.models.blocks import ZeroLinear
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.thoughts import Thoughts
+from calm.models.tokens import LlamaForCausalLM
 
 PAD, EOS, BOS = 0, 1, 2
 HEADS: dict[str, dict] = {
@@ -22,6 +24,14 @@ HEADS: dict[str, dict] = {
     "sequential": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6},
 }
 WITH_CODES = ("categorical_flow", "sequential")
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """A Llama of tokens in double precision, the same each time."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes, **special, **changes)).double().eval()
 
 
 def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:

@@ -4,12 +4,11 @@ import peft
 import pytest
 import torch
 import transformers
+from tiny import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from torch.testing import assert_close
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm.models.caches import CACHE
 from calm.models.thoughts import (
@@ -18,34 +17,16 @@ from calm.models.thoughts import (
 )
 from calm.models.tokens import LlamaForCausalLM
 
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 # Two rows that think at different positions, the second less often and behind padding.
 IS_THOUGHT = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
 MASK = torch.tensor([[1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
 
 
-@pytest.fixture(autouse=True)
-def norms_in_double_precision(monkeypatch):
-    """transformers rounds to single precision there, whatever the weights are."""
-
-    def forward(self, hidden_states):
-        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES, **IDS, **changes))
-    return model.double().eval()
-
-
 def thinker() -> LlamaForCausalLM:
     """Its texts vary, and depend on its thoughts."""
-    model = llama()
+    model = tiny_llama()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
@@ -85,7 +66,7 @@ REFUSED = {
     "cache": Brought(),
     "cache_implementation": "static",
     "prefill_chunk_size": 2,
-    "assistant_model": llama(),
+    "assistant_model": tiny_llama(),
     "prompt_lookup_num_tokens": 2,
     "custom_generate": "somewhere/else",
     "position_ids": torch.arange(5)[None],
@@ -120,7 +101,7 @@ def test_what_thoughts_do_not_go_with_is_refused(name):
 
 def test_what_is_passed_by_place_is_refused_as_well():
     with pytest.raises(ValueError, match="assistant_model cannot be honoured"):
-        thinker().generate(PROMPT, None, None, None, None, None, llama(), max_new_tokens=2)
+        thinker().generate(PROMPT, None, None, None, None, None, tiny_llama(), max_new_tokens=2)
 
 
 def test_what_asks_for_nothing_passes():
@@ -183,7 +164,7 @@ def test_a_length_that_the_prompt_fills_is_refused():
     with pytest.raises(ValueError, match="max_length is 5 and the prompt has 5 tokens; say max_new_tokens"):
         thinker().generate(PROMPT, max_length=5)
     with pytest.raises(ValueError, match="more than the context of 16"):
-        llama(max_position_embeddings=16).generate(PROMPT, max_length=14, num_thoughts=6)
+        tiny_llama(max_position_embeddings=16).generate(PROMPT, max_length=14, num_thoughts=6)
 
 
 @torch.no_grad()
@@ -275,7 +256,7 @@ ROW = torch.full((2, 8), 5)
 
 
 def test_a_pass_returns_its_cache_if_it_is_asked_for():
-    model = llama()
+    model = tiny_llama()
     cache = model(ROW, is_thought=IS_THOUGHT, use_cache=True)[CACHE]
     assert cache.get_seq_length() == 8
     follows = model(ROW[:, :1], **{CACHE: cache}).logits[:, -1]
@@ -303,7 +284,7 @@ def test_a_pass_returns_its_cache_if_it_is_asked_for():
 def test_what_a_pass_with_thoughts_does_not_give_is_refused(asked):
     [name, *_] = asked
     with pytest.raises(ValueError, match=rf"{name}.*[.]$"):
-        llama()(**{"input_ids": ROW, "is_thought": IS_THOUGHT} | asked)
+        tiny_llama()(**{"input_ids": ROW, "is_thought": IS_THOUGHT} | asked)
 
 
 def test_what_wrappers_leave_open_is_not_refused():
@@ -313,13 +294,13 @@ def test_what_wrappers_leave_open_is_not_refused():
         "logits_to_keep": 0,
         "return_dict": True,
     }
-    model = llama()
+    model = tiny_llama()
     plain = model(ROW, is_thought=IS_THOUGHT).logits
     assert torch.equal(model(ROW, is_thought=IS_THOUGHT, inputs_embeds=None, **left).logits, plain)
 
 
 def test_rows_with_thoughts_hold_one_document():
-    model, packed = llama(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
+    model, packed = tiny_llama(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
     with pytest.raises(ValueError, match="rows with thoughts hold one document each"):
         model(ROW, position_ids=packed, is_thought=IS_THOUGHT)
     model(ROW, position_ids=torch.arange(8)[None], is_thought=IS_THOUGHT)
@@ -334,7 +315,7 @@ def test_rows_with_thoughts_hold_one_document():
 
 def test_an_adapter_around_the_scores_is_in_the_loss():
     layers = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    model = peft.get_peft_model(llama(), layers)
+    model = peft.get_peft_model(tiny_llama(), layers)
     ids = torch.arange(16).view(2, 8)
     for is_thought in (IS_THOUGHT, None):
         logits = model.eval()(input_ids=ids, is_thought=is_thought).logits

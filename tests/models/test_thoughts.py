@@ -5,10 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_llama, tiny_model
 from torch.testing import assert_close
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.random import generator_of_row
@@ -26,29 +24,11 @@ from calm.models.thoughts import (
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.sampler_registry import sampler_from
 
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 # Two rows that think at different positions, the second less often and behind padding.
 IS_THOUGHT = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
 MASK = torch.tensor([[1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
-
-
-@pytest.fixture(autouse=True)
-def norms_in_double_precision(monkeypatch):
-    """transformers rounds to single precision there, whatever the weights are."""
-
-    def forward(self, hidden_states):
-        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden_states * torch.rsqrt(mean_square + self.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES, **IDS, **changes))
-    return model.double().eval()
 
 
 def calm(head: str = "sequential", chunk_size: int = 2) -> CalmForCausalLM:
@@ -73,7 +53,7 @@ def uncached_states(model, inputs_BCD, scale=None):
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_cached_passes_are_uncached_passes(scale):
-    model = llama().model
+    model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     gradients = []
     for way in ("cached", "uncached"):
@@ -96,7 +76,7 @@ class Stub(torch.nn.Module):
 
     def __init__(self, matrix):
         super().__init__()
-        self.matrix, self.config, self.calls = matrix, llama().config, 0
+        self.matrix, self.config, self.calls = matrix, tiny_llama().config, 0
 
     def forward(self, inputs_embeds, past_key_values=None, cache=None, **_):
         self.calls += 1
@@ -120,7 +100,7 @@ def test_thoughts_of_a_matrix_are_its_powers(number):
 
 
 def test_a_row_that_begins_with_a_thought():
-    model = llama().model
+    model = tiny_llama().model
     inputs = torch.randn(1, 3, 16, dtype=torch.double)
     thinking = Thinking(torch.tensor([[True, False, False]]))
     with pytest.raises(ValueError, match="cannot begin with a thought"):
@@ -131,7 +111,7 @@ def test_a_row_that_begins_with_a_thought():
 
 
 def test_gradients_through_thoughts_are_central_differences():
-    model = llama().model
+    model = tiny_llama().model
     direction = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(3))
     leaf = torch.randn(2, 8, 16, dtype=torch.double).requires_grad_()
 
@@ -148,7 +128,7 @@ def test_gradients_through_thoughts_are_central_differences():
 
 def test_nothing_is_detached(monkeypatch):
     """The last state of a row that thinks depends on its question through its thoughts alone, too."""
-    model = llama().model
+    model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double)
     gradients = []
     for detach in (False, True):
@@ -162,7 +142,7 @@ def test_nothing_is_detached(monkeypatch):
 
 
 def test_gradient_checkpointing_is_refused():
-    for model in (llama(), calm()):
+    for model in (tiny_llama(), calm()):
         model.gradient_checkpointing_enable()
         model.train()
         ids = torch.full((2, 8 * getattr(model.config, "chunk_size", 1)), 5)
@@ -189,7 +169,7 @@ def write(model, ids, **arguments):
     return model.generate(ids, max_new_tokens=8, **how, **arguments)
 
 
-@pytest.mark.parametrize("model", [llama, calm], ids=["llama", "calm"])
+@pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
 def test_no_thoughts_are_the_ordinary_model(model):
     model = model()
     _, ids, mask = prompts(model)
@@ -216,7 +196,7 @@ def test_a_row_among_others_is_the_row_alone(head, chunk_size):
 
 
 def test_a_row_of_tokens_among_others_is_the_row_alone():
-    model = llama()
+    model = tiny_llama()
     model.generation_config.eos_token_id = None
     rows, ids, mask = prompts(model)
     together = write(model, ids, attention_mask=mask, num_thoughts=3)
@@ -252,7 +232,7 @@ def loss_of(model, thoughts, mask=None):
     return model(ids, labels=labels, is_thought=thoughts, **arguments, **noise).loss
 
 
-@pytest.mark.parametrize("model", [llama, calm], ids=["llama", "sequential"])
+@pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "sequential"])
 def test_loss_of_thoughts(model):
     """It reads no token at a thought, and its gradient is that of central differences."""
     model = model()
@@ -270,13 +250,13 @@ def test_loss_of_thoughts(model):
 
 
 def test_training_on_a_cpu_gives_the_loss_of_evaluation():
-    model = llama()
+    model = tiny_llama()
     expected = loss_of(model, IS_THOUGHT)
     assert_close(loss_of(model.train(), IS_THOUGHT), expected)
 
 
 def test_pauses_in_several_passes_are_a_single_pass():
-    model = llama().model
+    model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double)
     single = read_positions(model, inputs, MASK, POSITIONS)
     cache = transformers.cache_utils.DynamicCache(config=model.config)
@@ -291,7 +271,7 @@ def test_pauses_in_several_passes_are_a_single_pass():
 
 
 def test_a_plain_llama_loads_the_folder(tmp_path):
-    model = llama()
+    model = tiny_llama()
     model.config.thoughts = Thoughts(2, 1, 2, scale=0.5).as_dict()
     model.save_pretrained(tmp_path)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
@@ -301,7 +281,7 @@ def test_a_plain_llama_loads_the_folder(tmp_path):
     assert thoughts_of(own.config) == Thoughts(2, 1, 2, scale=0.5)
     trained = write(own, ids)
     assert torch.equal(trained, write(own, ids, num_thoughts=2))
-    assert torch.equal(write(own, ids, num_thoughts=0), write(llama(), ids))
+    assert torch.equal(write(own, ids, num_thoughts=0), write(tiny_llama(), ids))
 
 
 def test_a_calm_takes_as_many_thoughts_as_it_was_trained_with(tmp_path):
@@ -330,7 +310,7 @@ def test_a_calm_takes_as_many_thoughts_as_it_was_trained_with(tmp_path):
     ],
 )
 def test_forged_configurations(tmp_path, damage):
-    model = llama()
+    model = tiny_llama()
     model.config.thoughts = {**Thoughts(2, 1, 2).as_dict(), **damage}
     with pytest.raises(ValueError, match="thoughts"):
         thoughts_of(model.config)
@@ -342,7 +322,7 @@ def test_forged_configurations(tmp_path, damage):
 @pytest.mark.parametrize("number", [-1, 10_001, 1.5, True, "3"])
 def test_numbers_out_of_range(number):
     with pytest.raises(ValueError, match="num_thoughts"):
-        thoughts_for(llama().config, number)
+        thoughts_for(tiny_llama().config, number)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +334,7 @@ def test_positions_are_read_up_to_the_ninth_thought(before, thoughts, behind, re
 
 
 def test_words_about_untrained_thoughts(caplog):
-    config = llama().config
+    config = tiny_llama().config
     thoughts_for(config, 2, warns=True)
     assert "not trained to think" in caplog.text
     config.thoughts = Thoughts(2, 1, 2).as_dict()
@@ -365,7 +345,7 @@ def test_words_about_untrained_thoughts(caplog):
 
 
 def test_thoughts_take_room():
-    model = llama(max_position_embeddings=16)
+    model = tiny_llama(max_position_embeddings=16)
     said = "has 3 tokens, thoughts and their markers take 8 and 8 are asked for, more than the context of 16"
     with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=8, num_thoughts=6)
@@ -377,7 +357,7 @@ def test_thoughts_take_room():
 
 def test_beams_are_refused():
     with pytest.raises(ValueError, match="num_beams"):
-        llama().generate(torch.tensor([[1, 5]]), num_beams=2, num_thoughts=1)
+        tiny_llama().generate(torch.tensor([[1, 5]]), num_beams=2, num_thoughts=1)
 
 
 def test_streams_show_no_thought():
@@ -391,7 +371,7 @@ def test_streams_show_no_thought():
         def end(self):
             self.ended = True
 
-    for model in (llama(), calm()):
+    for model in (tiny_llama(), calm()):
         heard = Heard()
         text = write(model, torch.tensor([[1, 5, 6]]), num_thoughts=3, streamer=heard)
         assert heard.tokens == text[0].tolist() and heard.ended and THOUGHT not in heard.tokens

@@ -53,6 +53,15 @@ def number_documents(position_ids_BC: Tensor) -> Tensor:
     return row_B1 * (position_ids_BC.shape[-1] + 1) + in_row_BC
 
 
+def positions_of(mask_BC: Tensor) -> Tensor:
+    """Position of each chunk, or token, among those that hold text; 0 on padding in front of them.
+
+    Args:
+        mask_BC: 1 on chunks that hold text.
+    """
+    return (mask_BC.cumsum(-1) - 1).clamp_min(0)
+
+
 def is_after_eos(chunk_PK: Tensor, eos_ids: Tensor) -> Tensor:
     """Which tokens of a chunk come after its first EOS, (P, K).
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calm.core.chunks import IGNORED_LABEL
+from calm.core.chunks import IGNORED_LABEL, positions_of
 from calm.data.examples import Example
 from calm.errors import InputError
 
@@ -98,6 +98,13 @@ class Layout:
             )
         return room // self.chunk_size * self.chunk_size
 
+    def num_written(self, example: Example, left_out: int) -> int:
+        """Tokens of `answer`."""
+        chunks = [
+            -(-len(part) // self.chunk_size) for part in (*example.steps[left_out:], example.completion)
+        ]
+        return sum(chunks) * self.chunk_size
+
     def answer(self, example: Example, left_out: int) -> tuple[list[int], list[int]]:
         """Tokens of the steps that are left and of the completion, and their labels."""
         after, labels = [], []
@@ -130,6 +137,6 @@ class Layout:
             "input_ids": ids_RT.masked_fill(ids_RT == self.thought, self.pad_token_id),
             "labels": labels_RT,
             "attention_mask": mask_RT,
-            "position_ids": (mask_RC.cumsum(-1) - 1).clamp_min(0),
+            "position_ids": positions_of(mask_RC),
             "is_thought": is_thought_RC,
         }

@@ -56,8 +56,8 @@ class Thoughts:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("number", int), ("begin", int), ("end", int)):
-            if type(getattr(self, name)) is not kind:
+        for name in ("number", "begin", "end"):
+            if type(getattr(self, name)) is not int:
                 raise ValueError(f"thoughts.{name} must be a whole number, got {shown(getattr(self, name))}.")
         NUM_THOUGHTS.check("thoughts.number", self.number)
         if min(self.begin, self.end) < 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from calm.core.chunks import IGNORED_LABEL, align_to_chunks
+from calm.core.chunks import IGNORED_LABEL, align_to_chunks, positions_of
 from calm.core.cross_entropy import cross_entropy
 from calm.models.caches import CACHE
 from calm.models.context import check_room
@@ -172,7 +172,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         num_new = request.num_new_tokens(ids_BT.shape[1]) or 1
         check_room(self.config, all_BT.shape[1] - len(tokens_N), num_new, len(tokens_N))
         cache = DynamicCache(config=self.config)
-        position_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+        position_BT = positions_of(mask_BT)
         # All but the last: its state is what `generate` begins with.
         read_BT = all_BT[:, :-1]
         self.think(read_BT, read_BT == THOUGHT, mask_BT[:, :-1], position_BT[:, :-1], cache)

@@ -71,8 +71,7 @@ class Thinking:
 
     def longest_answer(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest answer that shall be written at this stage."""
-        answers = [self.layout.answer(example, self.now.left_out)[0] for example in examples]
-        return max(map(len, answers), default=0)
+        return max((self.layout.num_written(one, self.now.left_out) for one in examples), default=0)
 
     def num_shortened(self, examples: Sequence[Example]) -> int:
         """How many prompts are too long for the context at some stage.
@@ -85,7 +84,7 @@ class Thinking:
         for number, example in enumerate(examples, 1):
             try:
                 rooms = [
-                    self.layout.room(len(self.layout.answer(example, stage.left_out)[0]), length)
+                    self.layout.room(self.layout.num_written(example, stage.left_out), length)
                     for stage, length in between.items()
                 ]
             except InputError as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calm.core.chunks import align_to_chunks
+from calm.core.chunks import align_to_chunks, positions_of
 from calm.models.thoughts import THOUGHT, Thoughts
 from calm.models.writing.model import ChunkModel
 
@@ -78,11 +78,6 @@ class Prompt(NamedTuple):
             cache: An empty cache.
         """
         return read_chunks(model, self.ids_BT, self.mask_BC, self.position_BC, cache, may_think=self.thinks)
-
-
-def positions_of(mask_BC: Tensor) -> Tensor:
-    """Position of each chunk among those that hold text."""
-    return (mask_BC.cumsum(-1) - 1).clamp_min(0)
 
 
 def read_chunks(

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from calm.core.chunks import positions_of
 from calm.models.writing.ahead import CompiledSteps, find_steps
 from calm.models.writing.lean import ChunkStep, can_step
 from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt, positions_of, read_chunks
+from calm.models.writing.prompts import Prompt, read_chunks
 from calm.models.writing.slots import SlotCache
 
 # Lengths of static caches are powers of two from here on: texts of many lengths share a compiled step.

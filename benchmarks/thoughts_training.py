@@ -1,0 +1,241 @@
+"""How the models of thoughts.py are trained: the ways, their lengths, and one model after another."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from calm.data.tasks import items
+from calm.data.tokenizer import train_tokenizer
+from calm.models.autoencoder import CalmAutoencoder
+from calm.models.calm import CalmForCausalLM
+from calm.models.tokens import LlamaForCausalLM
+from calm.storage.disk import write_file_whole
+from calm.training.build import (
+    autoencoder_config,
+    autoregressive_config,
+    language_model_config,
+    special_tokens_of,
+)
+from calm.training.finetuning import finetune
+from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
+from calm.training.recipe import (
+    AutoencoderSettings,
+    LanguageModelSettings,
+    OptimizerSettings,
+    Recipe,
+    TrainingSettings,
+)
+
+HOPS = {"path": (1, 2, 3, 4), "chain": (1, 2, 3), "graph": (1, 2, 3)}
+NUM_ITEMS, NUM_HELD_OUT = 48_000, 200
+CONTEXT = {"path": 128, "chain": 96, "graph": 160}
+ROWS = 64
+WIDTH, LAYERS = 64, 2
+RATES = {"muon": 2e-2, "adamw": 5e-3}
+"""Peak rates, chosen on other items."""
+KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
+"""Tokens of a chunk; 0 for a model of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Optimizer steps of the parts of a training.
+
+    Args:
+        first: With all steps written.
+        stage: Of each stage but the last.
+        last: Of the last stage.
+    """
+
+    first: int
+    stage: int
+    last: int
+
+    def all(self, stages: int) -> int:
+        """Steps of the whole curriculum."""
+        return self.first + (stages - 1) * self.stage + self.last
+
+
+LENGTHS = {
+    "llama": Length(2000, 300, 600),
+    "K1": Length(2000, 300, 600),
+    "K2": Length(1000, 250, 500),
+    "K4": Length(500, 200, 400),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of training.
+
+    Args:
+        begins_with: The way whose weights it begins with; None for new ones.
+        thoughts: Of the recipe, for so many stages.
+        is_whole: Whether it trains for the length of the whole curriculum.
+        times: How many times as long each of its stages is.
+    """
+
+    begins_with: str | None
+    thoughts: Callable[[int], dict[str, Any]]
+    is_whole: bool = False
+    times: int = 1
+
+
+WAYS = {
+    "steps": Way(None, lambda stages: {"mode": "drop", "stages": 0}),
+    "marked_steps": Way(None, lambda stages: {"mode": "state", "stages": 0}),
+    "cot": Way("steps", lambda stages: {"mode": "drop", "stages": 0}),
+    "no_cot": Way(None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True),
+    "drop": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}),
+    "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
+    "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
+    "pause_longer": Way(
+        "marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}, times=3
+    ),
+    "thoughts_longer": Way(
+        "marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}, times=3
+    ),
+    "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
+    "told": Way(
+        None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True}, True
+    ),
+    "told_pause": Way(
+        None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A model to train.
+
+    Args:
+        task: Of `calm tasks`.
+        kind: Of `KINDS`.
+        way: Of `WAYS`.
+        seed: Of everything.
+    """
+
+    task: str
+    kind: str
+    way: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.task}_{self.kind}_{self.way}_{self.seed}"
+
+    @property
+    def before(self) -> "Cell | None":
+        """The one whose weights it begins with."""
+        way = WAYS[self.way].begins_with
+        return None if way is None else dataclasses.replace(self, way=way)
+
+
+def train(cell: Cell, output: Path) -> Path:
+    """Train a model, after the one that it begins with; what is finished is kept."""
+    folder = output / cell.name
+    if (folder / "model/config.json").exists():
+        return folder
+    start = new_model(cell, output) if cell.before is None else train(cell.before, output) / "model"
+    steps = steps_of(cell)
+    context = CONTEXT[cell.task]
+    recipe = FinetuningRecipe(
+        seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
+        model=str(start),
+        examples=ExampleSettings(
+            sources=str(output / f"{cell.task}.jsonl"),
+            validation_sources=str(output / f"{cell.task}_held_out.jsonl"),
+            context=context,
+        ),
+        thoughts=settings_of(cell),
+        training=TrainingSettings(
+            steps=steps,
+            batch_tokens=ROWS * context,
+            optimizer=OptimizerSettings(
+                name="muon",
+                learning_rate=RATES["muon"],
+                adamw_learning_rate=RATES["adamw"],
+                warmup_steps=50,
+                schedule="warmup_stable_decay",
+                decay_fraction=0.2,
+            ),
+            evaluate_every=0,
+            save_every=1000,
+            log_every=100,
+        ),
+        answers=AnswerSettings(number=0),
+    )
+    finetune(recipe, folder, resume=(folder / "recipe.yaml").exists())
+    return folder
+
+
+def steps_of(cell: Cell) -> int:
+    """Optimizer steps of its own training."""
+    length, stages, way = LENGTHS[cell.kind], max(HOPS[cell.task]), WAYS[cell.way]
+    if cell.before is not None:
+        return way.times * (length.all(stages) - length.first)
+    return length.all(stages) if way.is_whole else length.first
+
+
+def settings_of(cell: Cell) -> ThoughtSettings:
+    """Of thoughts: as many in the place of a step as it has chunks."""
+    return ThoughtSettings(
+        per_step=4 // max(1, KINDS[cell.kind]),
+        steps_per_stage=LENGTHS[cell.kind].stage * WAYS[cell.way].times,
+        **WAYS[cell.way].thoughts(max(HOPS[cell.task])),
+    )
+
+
+def new_model(cell: Cell, output: Path) -> Path:
+    """A folder with a model that knows nothing, the same for every way."""
+    folder, chunk_size = output / f"new_{cell.task}_{cell.kind}_{cell.seed}", KINDS[cell.kind]
+    if (folder / "config.json").exists():
+        return folder
+    text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
+    records = [json.loads(line) for line in text]
+    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
+    settings = LanguageModelSettings(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_layers=LAYERS,
+        num_heads=4,
+        max_chunks=512,
+        rope_theta=100.0,  # The longest question has some hundred positions.
+        head={"head_type": "sequential", "rank": 64},
+    )
+    recipe = Recipe(
+        chunk_size=max(1, chunk_size),
+        language_model=settings,
+        autoencoder=AutoencoderSettings(kind="codes", latent_size=16 * max(1, chunk_size)),
+    )
+    set_seed(cell.seed)
+    special = special_tokens_of(tokenizer)
+    model: PreTrainedModel
+    if chunk_size == 0:
+        model = LlamaForCausalLM(autoregressive_config(recipe, len(tokenizer), special))
+    else:
+        autoencoder = CalmAutoencoder(autoencoder_config(recipe, len(tokenizer), special))
+        model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
+        model.autoencoder.load_state_dict(autoencoder.state_dict())
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(15)  # type: ignore[operator]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_text(task: str, output: Path) -> None:
+    """Files of the items to train on, and to ask about, all numbers of hops in turns."""
+    output.mkdir(parents=True, exist_ok=True)
+    for held_out, number in ((True, NUM_HELD_OUT), (False, NUM_ITEMS // len(HOPS[task]))):
+        file = output / f"{task}{'_held_out' if held_out else ''}.jsonl"
+        if not file.exists():
+            rows = zip(*(items(task, hops, 0, number, held_out) for hops in HOPS[task]), strict=True)
+            write_file_whole(file, "".join(json.dumps(one.record) + "\n" for row in rows for one in row))
