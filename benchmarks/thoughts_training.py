@@ -36,6 +36,8 @@ NUM_ITEMS, NUM_HELD_OUT = 48_000, 200
 CONTEXT = {"path": 128, "chain": 96, "graph": 160}
 ROWS = 64
 WIDTH, LAYERS = 64, 2
+HEADS_AND_THETA = {"llama": (2, 10_000.0), "K1": (2, 10_000.0), "K2": (2, 10_000.0), "K4": (4, 100.0)}
+"""Heads, and the base of rotary positions: where a fact is several positions, these learn look-ups sooner."""
 RATES = {"muon": 2e-2, "adamw": 5e-3}
 """Peak rates, chosen on other items."""
 KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
@@ -185,11 +187,12 @@ def steps_of(cell: Cell) -> int:
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
-    """Of thoughts: as many in the place of a step as it has chunks."""
+    """Of thoughts: one in the place of a step, or where thoughts tell, one for each of its chunks."""
+    of_way = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
     return ThoughtSettings(
-        per_step=4 // max(1, KINDS[cell.kind]),
+        per_step=4 // max(1, KINDS[cell.kind]) if of_way.get("tell") else 1,
         steps_per_stage=LENGTHS[cell.kind].stage * WAYS[cell.way].times,
-        **WAYS[cell.way].thoughts(max(HOPS[cell.task])),
+        **of_way,
     )
 
 
@@ -201,13 +204,14 @@ def new_model(cell: Cell, output: Path) -> Path:
     text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
     records = [json.loads(line) for line in text]
     tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
+    num_heads, theta = HEADS_AND_THETA[cell.kind]
     settings = LanguageModelSettings(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_layers=LAYERS,
-        num_heads=4,
+        num_heads=num_heads,
         max_chunks=512,
-        rope_theta=100.0,  # The longest question has some hundred positions.
+        rope_theta=theta,
         head={"head_type": "sequential", "rank": 64},
     )
     recipe = Recipe(

@@ -31,7 +31,7 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes, **special, **changes)).double().eval()
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 40} | sizes | special | changes)).double().eval()
 
 
 def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:

@@ -57,6 +57,8 @@ BLOCKS = Range(1, 10**9)
 """Numbers of blocks, or tokens of one."""
 ORDERS = Range(1, 64)
 """Orders of n-gram models."""
+DRAFT_CHUNKS = Range(1, 64)
+"""Chunks of a draft."""
 DOCUMENT_MB = Range(1, 10**6)
 """Lengths that may be asked for as the longest of a document, in MB."""
 SAMPLES = Range(1, 4096)

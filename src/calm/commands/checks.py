@@ -1,6 +1,7 @@
 """What several commands look at before torch is imported."""
 
-from calm.ranges import BLOCKS, NUM_THOUGHTS, ORDERS
+from calm.errors import InputError
+from calm.ranges import BLOCKS, DRAFT_CHUNKS, NUM_THOUGHTS, ORDERS
 
 
 def look_for(model: str) -> None:
@@ -32,3 +33,11 @@ def check_thoughts(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None:
             NUM_THOUGHTS.require(name, number)
+
+
+def check_draft(draft: str | None, num_chunks: int | None) -> None:
+    """Raise InputError for a number of chunks that is out of range, or that no draft has."""
+    if num_chunks is not None:
+        DRAFT_CHUNKS.require("draft_chunks", num_chunks)
+        if draft is None:
+            raise InputError("--draft_chunks are the chunks of a draft; name one with --draft.")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
@@ -19,6 +20,7 @@ from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
+from calm.models.drafting.generate import Drafting, generate_drafted
 from calm.models.heads import Likelihood
 from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
 from calm.models.thoughts import Thoughts, thoughts_for
@@ -131,6 +133,9 @@ class LanguageModel(abc.ABC):
     ) -> Tensor:
         """Prompts with their continuations; see `CalmForCausalLM.generate` for the arguments.
 
+        A model of tokens also takes `draft`, a CALM that writes ahead, and `draft_chunks`, how far (see
+        `calm.models.drafting`); prompts are then written one after the other.
+
         Raises:
             ValueError: If an argument is out of range, or asks for what the model cannot do.
         """
@@ -196,6 +201,8 @@ class _Chunks(LanguageModel):
     def generate(
         self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any
     ) -> Tensor:
+        if arguments.pop("draft", None) is not None or arguments.pop("draft_chunks", None) is not None:
+            raise ValueError("a CALM writes whole chunks itself; a draft is for models of tokens.")
         output = self.network.generate(input_ids, temperature=temperature, seed=seed, **arguments)
         assert isinstance(output, Tensor)
         return output
@@ -261,10 +268,17 @@ class _Tokens(LanguageModel):
         num_draws: int | None = None,
         max_draws: int | None = None,
         num_thoughts: int | None = None,
+        draft: CalmForCausalLM | None = None,
+        draft_chunks: int | None = None,
+        streamer: BaseStreamer | None = None,
         **arguments: Any,
     ) -> Tensor:
-        self.thoughts(num_thoughts)
+        thinks = self.thoughts(num_thoughts) is not None
         arguments |= {"num_thoughts": num_thoughts} if self.can_think else {}
+        if draft is None and draft_chunks is not None:
+            raise ValueError("draft_chunks are the chunks of a draft: give a draft as well.")
+        if draft is not None and thinks:
+            raise ValueError("a draft does not go with thoughts: leave it out, or say num_thoughts=0.")
         if sampler not in (None, "exact"):
             raise ValueError(
                 f"the {sampler} sampler is for models without probabilities; leave out --sampler."
@@ -282,8 +296,11 @@ class _Tokens(LanguageModel):
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            if draft is not None:
+                drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
+                return generate_drafted(self.network, drafting, input_ids, **arguments)
             network: Any = self.network
-            return network.generate(input_ids, **arguments)
+            return network.generate(input_ids, streamer=streamer, **arguments)
 
 
 def language_model(network: PreTrainedModel) -> LanguageModel:

@@ -7,7 +7,14 @@ A head is one file with a configuration dataclass and a module, joined in the re
 from typing import Any
 
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
-from calm.models.heads.contract import GenerativeHead, LatentHead, Likelihood, Target, TokenProbabilities
+from calm.models.heads.contract import (
+    GenerativeHead,
+    LatentHead,
+    Likelihood,
+    Target,
+    TokenDistributions,
+    TokenProbabilities,
+)
 from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
@@ -52,6 +59,7 @@ __all__ = [
     "SequentialHead",
     "SequentialHeadConfig",
     "Target",
+    "TokenDistributions",
     "TokenProbabilities",
     "build_head",
     "check_counts",

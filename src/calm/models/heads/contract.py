@@ -234,6 +234,23 @@ class Likelihood(Protocol):
         """
 
 
+@runtime_checkable
+class TokenDistributions(Protocol):
+    """A head that can tell the whole distribution of a token, as drafts need it."""
+
+    def token_distribution(
+        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+    ) -> Tensor:
+        """The distribution of the token at a place of each chunk, given those before it, (P, V).
+
+        Args:
+            states_PD: States of the chunks before.
+            tokens_PK: The chunks; those from the place on do not matter.
+            place: Which token, from 0 on.
+            temperature: As in `Likelihood.token_probabilities`.
+        """
+
+
 _traced: ContextVar[list[Tensor] | None] = ContextVar("traced", default=None)
 
 

@@ -22,7 +22,7 @@ from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import MIN_TEMPERATURE, Target, TokenProbabilities, require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
-from calm.models.heads.scores import draw_tokens, likeliest, probabilities
+from calm.models.heads.scores import draw_tokens, likeliest, probabilities, token_distributions
 from calm.models.heads.step_network import RecomputedBlock
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 
@@ -69,7 +69,7 @@ class SequentialHeadConfig(TokenHeadConfig):
 
 
 class SequentialHead(TokenHead):
-    """Draws one token after another; fulfils `Likelihood`.
+    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
 
     Before each place it reads the last K tokens, those of the chunk before included. So its states are those
     of the backbone followed by its own embeddings of that chunk, (P, D + K·E).
@@ -117,13 +117,30 @@ class SequentialHead(TokenHead):
         Raises:
             ValueError: If the temperature lies outside 0.01 to 1.
         """
+        vectors_MX = self._tempered(self._vectors(states_PD, tokens_PK), temperature)
+        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
+        return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
+
+    def token_distribution(
+        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+    ) -> Tensor:
+        """See `TokenDistributions`.
+
+        Raises:
+            ValueError: If the temperature lies outside 0.01 to 1.
+        """
+        vectors_PKR = self._vectors(states_PD, tokens_PK).unflatten(0, tokens_PK.shape)
+        vectors_PX = self._tempered(vectors_PKR[:, place], temperature)
+        return torch.cat(list(token_distributions(vectors_PX, self._table())))
+
+    @staticmethod
+    def _tempered(vectors_MR: Tensor, temperature: float) -> Tensor:
+        """Vectors whose products with the table are scores divided by the temperature."""
         if not MIN_TEMPERATURE <= temperature <= 1:
             raise ValueError(
                 f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."
             )
-        vectors_MX = _with_one(self._vectors(states_PD, tokens_PK)) / temperature
-        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
-        return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
+        return _with_one(vectors_MR) / temperature
 
     def prepare(self, states_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""

@@ -183,7 +183,7 @@ class PromptReader:
         caches = [reading.cache for reading in readings]
         think = any(reading.num_thoughts for reading in readings)
         before = [reading.hidden_1D for reading in readings] if think else None
-        states_RD, cache = _read_on(self._model, pieces, caches, before)
+        states_RD, cache = read_on(self._model, pieces, caches, before)
         # All of them before any is stored: what fails is read again, and nothing is to be read twice.
         parts = [cache.part([place]) for place in range(len(readings))]
         for place, reading in enumerate(readings):
@@ -198,7 +198,7 @@ class PromptReader:
         return OpenRows(reading.rows, reading.hidden_1D[copies], reading.cache.part(copies))
 
 
-def _read_on(
+def read_on(
     model: ChunkModel,
     pieces: Sequence[Tensor],
     caches: Sequence[SlotCache | None],

@@ -1,0 +1,187 @@
+"""Drafts in `generate` of transformers, with its processors, criteria and lengths.
+
+Shapes: T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from calm.models.calm import CalmForCausalLM
+from calm.models.drafting.draft import ChunkDrafter
+from calm.models.drafting.text import DraftedText, check_model
+
+# What `generate` takes that a draft does not go with, and what asks for nothing.
+_REFUSED = {
+    "num_beams": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "cache_implementation": (None, "dynamic"),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
+
+@dataclass
+class DraftedOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences: The prompt with its continuation, shape (1, T + new).
+        num_rounds: Passes of the model that decided.
+        num_drafted: Tokens that were drafted.
+        num_kept: Drafted tokens that stayed.
+    """
+
+    sequences: Tensor | None = None
+    num_rounds: int | None = None
+    num_drafted: int | None = None
+    num_kept: int | None = None
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Lets a CALM draft what another model writes: `model.generate(ids, custom_generate=Drafting(calm))`.
+
+    The text has the distribution that the model gives it without a draft; written greedily, it is the same
+    text. Only the time differs, and with a seed the draws. One prompt at a time.
+
+    Args:
+        draft: A CALM with the tokens of the model that writes.
+        num_chunks: Chunks of a draft.
+        num_draws: See `ChunkDrafter`.
+        streamer: Gets the prompt and the tokens. The one that `generate` is given does not come through.
+    """
+
+    draft: CalmForCausalLM
+    num_chunks: int = 1
+    num_draws: int = 16
+    streamer: BaseStreamer | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.draft, CalmForCausalLM):
+            raise ValueError(
+                f"a draft is written by a CALM, not by a {type(self.draft).__name__}; for a smaller model of "
+                "tokens transformers has assistant_model."
+            )
+        if self.num_chunks < 1 or self.num_draws < 1:
+            raise ValueError(
+                f"num_chunks and num_draws must be at least 1, got {self.num_chunks} and {self.num_draws}."
+            )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | DraftedOutput:
+        """Write a text; transformers calls this with what it has made of the arguments of `generate`.
+
+        Raises:
+            ValueError: If the model or an argument does not go with drafts.
+        """
+        check_model(model)
+        self._check(model, input_ids, generation_config, model_kwargs)
+        is_greedy = not generation_config.do_sample
+        temperature = 0.0 if is_greedy else generation_config.temperature or 1.0
+        text = DraftedText(
+            model,
+            ChunkDrafter(self.draft, temperature, self.num_chunks, self.num_draws),
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            logits_processor,
+            is_greedy,
+        )
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        length = self._write(text, stopping_criteria, generation_config.max_length)
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = text.ids_1T[:, :length]
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        counts = text.counts
+        return DraftedOutput(sequences, counts.rounds, counts.drafted, counts.kept)
+
+    def _write(self, text: DraftedText, criteria: StoppingCriteriaList, longest: int) -> int:
+        """Round after round, until a criterion is met; tokens up to there."""
+        while True:
+            before = text.ids_1T.shape[1]
+            new = text.round(longest - before)
+            for length in range(before + 1, before + len(new) + 1):
+                # After every token, as without a draft.
+                is_done = bool(criteria(text.ids_1T[:, :length], None).all())
+                if self.streamer is not None:
+                    self.streamer.put(text.ids_1T[0, length - 1 : length].cpu())
+                if is_done:
+                    return length
+
+    def _check(
+        self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
+    ) -> None:
+        for name, neutral in _REFUSED.items():
+            if (value := getattr(config, name, None)) not in neutral:
+                raise ValueError(f"{name}={value!r} does not go with a draft; leave it out.")
+        if len(input_ids) > 1:
+            raise ValueError(f"with a draft one text is written at a time; got {len(input_ids)}.")
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("a draft needs a prompt of tokens: give input_ids instead of inputs_embeds.")
+        for name in ("past_key_values", "cache"):
+            if (cache := kwargs.get(name)) is not None and cache.get_seq_length() > 0:
+                raise ValueError(f"{name} does not go with a draft: the prompt is read by both models.")
+        if self.draft.device != model.device:
+            raise ValueError(
+                f"the draft is on {self.draft.device} and the model on {model.device}; move one to the other."
+            )
+
+
+def generate_drafted(
+    model: PreTrainedModel,
+    drafting: Drafting,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    num_return_sequences: int = 1,
+    **arguments: Any,
+) -> Tensor:
+    """Prompts with their continuations (B · copies, T + new), written one after the other.
+
+    Args:
+        model: The model that writes.
+        drafting: How it is drafted for.
+        input_ids: Prompts (B, T).
+        attention_mask: (B, T), 1 on their tokens.
+        num_return_sequences: Texts of each prompt.
+        **arguments: Further ones of `generate` of transformers.
+    """
+    writer: Any = model
+    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    texts = [
+        writer.generate(
+            input_ids[row : row + 1],
+            attention_mask=mask_BT[row : row + 1],
+            custom_generate=drafting,
+            **arguments,
+        )[0]
+        for row in range(len(input_ids))
+        for _ in range(num_return_sequences)
+    ]
+    config = model.generation_config
+    ends = config.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) and ends else ends
+    pad = config.pad_token_id if config.pad_token_id is not None else first_end
+    return pad_sequence(texts, batch_first=True, padding_value=0 if pad is None else pad)

@@ -1,0 +1,42 @@
+"""The CALM that drafts, with a look at whether it has the tokens of the model that decides."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.errors import InputError
+from calm.models.calm import CalmForCausalLM
+from calm.models.drafting.text import check_model
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.text.vocabulary import first_difference
+
+
+def load_draft(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CalmForCausalLM:
+    """A CALM on the device of a model that it may draft for.
+
+    Args:
+        name: Folder or hub name of the CALM.
+        model: The model that decides.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        InputError: If the draft is missing or no CALM, has other tokens, or the model goes with no draft.
+    """
+    if isinstance(model, CalmForCausalLM):
+        raise InputError("a CALM writes whole chunks itself; a draft is for models of tokens.")
+    try:
+        check_model(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    draft, of_draft = load_language_model_and_tokenizer(name)
+    if not isinstance(draft, CalmForCausalLM):
+        raise InputError(
+            f"a draft is written by a CALM, and '{name}' holds a {type(draft).__name__}; name a CALM."
+        )
+    if (token := first_difference(tokenizer, of_draft)) is not None:
+        mine, other = (one.convert_ids_to_tokens(token) for one in (tokenizer, of_draft))
+        raise InputError(
+            f"'{name}' cannot draft for this model, as its tokens are others: id {token} is {mine!r} for the "
+            f"model and {other!r} for the draft. Train it with the model's tokenizer (docs/drafting.md)."
+        )
+    torch.nn.Module.to(draft, model.device)
+    return draft

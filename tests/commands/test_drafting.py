@@ -1,0 +1,78 @@
+"""`calm generate --draft`."""
+
+import json
+
+import pytest
+import torch
+from drafts import deciding_model, drafting_model
+from toy import failure
+from transformers import MistralConfig, MistralForCausalLM
+
+from calm.cli import main
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model of tokens, a CALM with its tokenizer, and others that do not go with it."""
+    root, tokenizer = tmp_path_factory.mktemp("models"), train_tokenizer(stories(0, 20), 320)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    forgetful = MistralConfig(vocab_size=320, num_key_value_heads=2, sliding_window=8, **sizes)
+    models = {
+        "model": deciding_model(320),
+        "draft": drafting_model(vocab_size=320),
+        "forgetful": MistralForCausalLM(forgetful),
+    }
+    for name, model in models.items():
+        model.float().save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    models["draft"].save_pretrained(root / "foreign")
+    train_tokenizer(stories(50, 60), 320).save_pretrained(root / "foreign")
+    return root
+
+
+def said(capsys, *arguments):
+    main([str(one) for one in arguments])
+    return capsys.readouterr().out
+
+
+def test_greedily_the_text_is_the_same(folders, capsys):
+    arguments = ["generate", folders / "model", "Once upon", "A dog", "--max_new_tokens", 9]
+    arguments += ["--temperature", 0, "--json"]
+    alone = json.loads(said(capsys, *arguments))
+    for options in ([], ["--draft_chunks", 2]):
+        assert json.loads(said(capsys, *arguments, "--draft", folders / "draft", *options)) == alone
+
+
+def test_draws_are_repeatable_and_can_be_streamed(folders, capsys):
+    arguments = ["generate", folders / "model", "Once upon", "--draft", folders / "draft", "--seed", 1]
+    arguments += ["--max_new_tokens", 9, "--temperature", 1]
+    once, again, streamed = (said(capsys, *arguments, *more) for more in ([], [], ["--stream"]))
+    assert once == again == streamed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model x --draft_chunks 2", "--draft_chunks are the chunks of a draft; name one with --draft."),
+        ("model x --draft draft --draft_chunks 0", "draft_chunks must be at least 1 and at most 64, got 0."),
+        ("model x --draft nowhere", "nowhere"),
+        ("model x --draft model", "a draft is written by a CALM, and 'model' holds a LlamaForCausalLM"),
+        ("draft x --draft draft", "a CALM writes whole chunks itself; a draft is for models of tokens."),
+        ("model x --draft foreign", "'foreign' cannot draft for this model, as its tokens are others: id"),
+        ("forgetful x --draft draft", "forgets old tokens, so it cannot take back a draft"),
+        ("model x --draft draft --sampler pool", "the pool sampler is for models without probabilities"),
+    ],
+)
+def test_what_cannot_be_drafted_is_said_in_one_sentence(folders, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    assert message in failure(capsys, "generate", *arguments.split())
+
+
+def test_the_draft_of_a_text_may_be_in_another_precision(folders, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    drafting_model(vocab_size=320).to(torch.bfloat16).save_pretrained(folders / "half")
+    train_tokenizer(stories(0, 20), 320).save_pretrained(folders / "half")
+    arguments = ["generate", "model", "Once upon", "--max_new_tokens", 9, "--temperature", 0]
+    assert said(capsys, *arguments) == said(capsys, *arguments, "--draft", "half")

@@ -1,0 +1,56 @@
+"""Models that draft and models that decide, and how likely the texts of the latter are."""
+
+import torch
+from scipy import stats
+from tiny import tiny_llama, tiny_model
+
+
+def drafting_model(head_type="sequential", chunk_size=4, **changes):
+    """A random CALM in double precision, the same each time."""
+    torch.manual_seed(1)
+    return tiny_model(chunk_size, head_config={"head_type": head_type}, **changes).double()
+
+
+def deciding_model(vocab_size=40, **changes):
+    """A random Llama in double precision that likes some tokens much better than others."""
+    torch.manual_seed(2)
+    model = tiny_llama(vocab_size=vocab_size, initializer_range=0.5, **changes)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def some_prompts(lengths, vocab_size=40):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, vocab_size, (1, length), generator=generator) for length in lengths]
+
+
+def distribution_of_texts(model, prompt, length, temperature=1.0):
+    """Probability of every text of so many tokens after a prompt, {tokens: probability}."""
+    probabilities = {(): 1.0}
+    for _ in range(length):
+        texts = list(probabilities)
+        with torch.no_grad():
+            scores_PV = model(torch.tensor([[*prompt, *text] for text in texts])).logits[:, -1]
+        rows = (scores_PV / temperature).softmax(-1).tolist()
+        probabilities = {
+            (*text, token): probabilities[text] * share
+            for text, row in zip(texts, rows, strict=True)
+            for token, share in enumerate(row)
+        }
+    return probabilities
+
+
+def p_value(texts, probabilities):
+    """Of a chi-square test of texts against their distribution; rare ones are counted together."""
+    number, counts = len(texts), dict.fromkeys(probabilities, 0)
+    for text in texts:
+        counts[text] += 1
+    common = [text for text, share in probabilities.items() if share * number >= 5]
+    observed = [counts[text] for text in common]
+    expected = [probabilities[text] * number for text in common]
+    if len(common) < len(counts):
+        observed.append(number - sum(observed))
+        expected.append(number - sum(expected))
+    return stats.chisquare(observed, expected).pvalue

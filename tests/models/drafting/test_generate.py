@@ -1,0 +1,202 @@
+"""Drafts behind `generate` of transformers, with its processors, criteria, ends and lengths."""
+
+import pytest
+import torch
+from drafts import deciding_model, drafting_model, some_prompts
+from tiny import thinking_model
+from transformers import LlamaForCausalLM, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from calm.models.drafting.generate import DraftedOutput, Drafting, generate_drafted
+from calm.models.language_model import language_model
+from calm.models.thoughts import Thoughts
+
+pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
+# What `generate` takes that changes a greedy text.
+WAYS = [
+    {},
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 9, "eos_token_id": 12},
+    {"bad_words_ids": [[5], [12, 36]]},
+    {"suppress_tokens": [9, 12]},
+    {"max_new_tokens": 1},
+    {"max_length": 9},
+    {"eos_token_id": [9, 12]},
+]
+
+
+class Listener(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.has_ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.has_ended = True
+
+
+@pytest.mark.parametrize("arguments", WAYS, ids=str)
+def test_greedy_texts_are_those_without_a_draft(arguments):
+    model, draft = deciding_model(), drafting_model()
+    arguments = (
+        {"do_sample": False} | ({} if "max_length" in arguments else {"max_new_tokens": 20}) | arguments
+    )
+    for prompt_1T in some_prompts([1, 6]):
+        alone = model.generate(prompt_1T, **arguments)
+        for num_chunks in (1, 3):
+            drafted = model.generate(prompt_1T, custom_generate=Drafting(draft, num_chunks), **arguments)
+            assert drafted.tolist() == alone.tolist()
+
+
+def test_any_causal_model_takes_a_draft():
+    plain = LlamaForCausalLM(deciding_model().config).double().eval()
+    plain.load_state_dict(deciding_model().state_dict())
+    [prompt_1T] = some_prompts([6])
+    how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    drafted = plain.generate(prompt_1T, custom_generate=Drafting(drafting_model()), **how)
+    assert drafted.tolist() == plain.generate(prompt_1T, **how).tolist()
+
+
+def test_a_criterion_is_asked_after_every_token():
+    model, [prompt_1T], asked = deciding_model(), some_prompts([6]), []
+
+    def at_seventeen(ids_1T, scores, **_):
+        asked.append(ids_1T.shape[1])
+        return torch.tensor([ids_1T.shape[1] >= 17])
+
+    drafted = model.generate(
+        prompt_1T,
+        custom_generate=Drafting(drafting_model(), num_chunks=3),
+        stopping_criteria=StoppingCriteriaList([at_seventeen]),
+        max_new_tokens=50,
+        do_sample=False,
+    )
+    assert drafted.shape == (1, 17) and asked == list(range(7, 18))
+
+
+def test_draws_depend_on_the_seed_alone():
+    model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(
+            model.generate(prompt_1T, custom_generate=Drafting(draft), max_new_tokens=20, do_sample=True)
+        )
+    assert texts[0].tolist() == texts[1].tolist() != texts[2].tolist()
+
+
+def test_what_a_draft_came_to_is_told():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    output = model.generate(
+        prompt_1T,
+        custom_generate=Drafting(drafting_model()),
+        max_new_tokens=20,
+        do_sample=True,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, DraftedOutput)
+    assert output.sequences.shape[1] <= 26 <= 6 + output.num_rounds + output.num_kept
+    assert 0 < output.num_kept < output.num_drafted
+
+
+def test_a_streamer_gets_the_prompt_and_every_token():
+    model, [prompt_1T], listener = deciding_model(), some_prompts([6]), Listener()
+    drafting = Drafting(drafting_model(), num_chunks=3, streamer=listener)
+    written = model.generate(prompt_1T, custom_generate=drafting, max_new_tokens=13, do_sample=True)
+    assert listener.tokens == written[0].tolist() and listener.has_ended
+
+
+def test_several_prompts_are_written_one_after_the_other():
+    model, draft = deciding_model(), drafting_model()
+    model.generation_config.pad_token_id = 0
+    prompts = some_prompts([6, 6])
+    how = {"max_new_tokens": 9, "do_sample": False}
+    together = generate_drafted(model, Drafting(draft), torch.cat(prompts), num_return_sequences=2, **how)
+    alone = [model.generate(prompt, **how)[0].tolist() for prompt in prompts for _ in range(2)]
+    assert together.tolist() == alone
+
+
+def test_texts_that_end_early_are_padded():
+    model, draft = deciding_model(), drafting_model()
+    prompts = some_prompts([6, 6])
+    first, second = (
+        model.generate(one, max_new_tokens=9, do_sample=False)[0, 6:].tolist() for one in prompts
+    )
+    ends = next(token for token in first if token not in second)
+    model.generation_config.pad_token_id = 0
+    how = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": ends}
+    together = generate_drafted(model, Drafting(draft), torch.cat(prompts), **how)
+    written = first[: first.index(ends) + 1]
+    assert together[0, 6:].tolist() == written + [0] * (9 - len(written)) and len(written) < 9
+    assert together[1, 6:].tolist() == second
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_the_view_of_a_model_of_tokens_takes_a_draft(temperature):
+    model, [prompt_1T], listener = deciding_model(), some_prompts([6]), Listener()
+    view, draft = language_model(model), drafting_model()
+    how = {"temperature": temperature, "seed": 3, "max_new_tokens": 12}
+    texts = [
+        view.generate(prompt_1T, draft=draft, draft_chunks=2, streamer=listener, **how) for _ in range(2)
+    ]
+    assert texts[0].tolist() == texts[1].tolist() and texts[0].shape == (1, 18)
+    assert listener.tokens == texts[0][0].tolist() * 2
+    if temperature == 0:
+        assert texts[0].tolist() == view.generate(prompt_1T, **how).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"num_beams": 2}, "num_beams=2 does not go with a draft"),
+        ({"use_cache": False}, "use_cache=False does not go with a draft"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' does not go with a draft"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ({"num_return_sequences": 2, "do_sample": True}, "one text is written at a time; got 2"),
+    ],
+)
+def test_what_does_not_go_with_a_draft_is_refused(arguments, why):
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    with pytest.raises(ValueError, match=why):
+        model.generate(prompt_1T, custom_generate=Drafting(drafting_model()), max_new_tokens=4, **arguments)
+
+
+def test_drafts_that_cannot_be_are_refused():
+    model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
+    with pytest.raises(ValueError, match="a draft is written by a CALM, not by a LlamaForCausalLM"):
+        Drafting(model)
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 16"):
+        Drafting(draft, num_chunks=0)
+    with pytest.raises(ValueError, match="a CALM writes whole chunks itself"):
+        language_model(draft).generate(prompt_1T, temperature=1.0, seed=1, draft=draft)
+    with pytest.raises(ValueError, match="give a draft as well"):
+        language_model(model).generate(prompt_1T, temperature=1.0, seed=1, draft_chunks=2)
+
+
+def test_a_model_that_thinks_takes_a_draft_only_without_thoughts():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    model.config.thoughts = Thoughts(2, 1, 2, scale=1.0).as_dict()
+    how = {"temperature": 1.0, "seed": 1, "max_new_tokens": 4, "draft": drafting_model()}
+    with pytest.raises(ValueError, match="a draft does not go with thoughts"):
+        language_model(model).generate(prompt_1T, **how)
+    assert language_model(model).generate(prompt_1T, num_thoughts=0, **how).shape == (1, 10)
+
+
+def test_a_draft_that_can_think_drafts_without_thoughts():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    how = {"max_new_tokens": 12, "do_sample": False}
+    drafted = model.generate(prompt_1T, custom_generate=Drafting(thinking_model()), **how)
+    assert drafted.tolist() == model.generate(prompt_1T, **how).tolist()
+
+
+def test_where_the_drafts_context_is_full_the_model_goes_on_alone():
+    model = deciding_model(max_position_embeddings=512)
+    draft = drafting_model(backbone_config={"max_position_embeddings": 4})  # 16 tokens.
+    [prompt_1T] = some_prompts([6])
+    how = {"max_new_tokens": 40, "do_sample": False}
+    output = model.generate(prompt_1T, custom_generate=Drafting(draft), return_dict_in_generate=True, **how)
+    assert output.sequences.tolist() == model.generate(prompt_1T, **how).tolist()
+    assert 0 < output.num_drafted <= 4 * 11
