@@ -6,7 +6,7 @@ Imports of torch and transformers happen inside the commands, so that `calm --he
 from pathlib import Path
 from typing import Any
 
-from calm.commands.checks import check_counts, look_for
+from calm.commands.checks import check_counts, check_draft, look_for
 from calm.errors import InputError
 from calm.terminal import as_text
 
@@ -122,8 +122,10 @@ def serve(
     template_seconds: float = 5.0,
     allowed_hosts: list[str] | str | None = None,
     head: dict[str, Any] | None = None,
+    draft: str | None = None,
+    draft_chunks: int | None = None,
 ) -> None:
-    """Answer requests of the OpenAI API with a CALM.
+    """Answer requests of the OpenAI API with a CALM, or with another model that a CALM drafts for.
 
     Args:
         model: Folder of a model or of adapters, or hub name.
@@ -155,8 +157,13 @@ def serve(
         allowed_hosts: Name or names that the server may be called by, such as '[a.org, b.org]', beside
             addresses, localhost and this machine's own name; '*' is any.
         head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
+        draft: Folder or hub name of a CALM that writes ahead for a model of tokens (docs/drafting.md).
+        draft_chunks: Chunks that it writes ahead; 1 if none is given.
     """
+    check_draft(draft, draft_chunks)
     look_for(model)
+    if draft is not None:
+        look_for(draft)
     from calm.serving.run import run_server
 
     run_server(
@@ -167,6 +174,8 @@ def serve(
         name=name,
         api_key_file=api_key_file,
         temperature=temperature,
+        draft=draft,
+        draft_chunks=draft_chunks,
         max_rows=max_rows,
         max_waiting=max_waiting,
         max_tokens=max_tokens,

@@ -30,7 +30,7 @@ def keep_by_ratio(
     draft_of: Callable[[int], Tensor],
     generator: torch.Generator | None = None,
 ) -> Kept:
-    """Keep a token with probability min(1, p / q); the first that is refused is replaced by a draw of (p - q)+.
+    """Keep a token with probability min(1, p / q); for the first refused comes a draw of (p - q)+.
 
     Then what is written has distribution p, whatever q is: a token is kept with probability min(p, q), and
     what is missing of p is what the residual, (p - q)+ brought to a sum of 1, is drawn for.

@@ -291,14 +291,14 @@ class _Tokens(LanguageModel):
             arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
         else:
             arguments = {name: value for name, value in arguments.items() if name not in ("top_p", "min_p")}
+        if draft is not None:
+            drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
+            return generate_drafted(self.network, drafting, input_ids, seed=seed, **arguments)
         # transformers draws from the global generator: leave that as it was.
         devices = [self.network.device] if self.network.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            if draft is not None:
-                drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
-                return generate_drafted(self.network, drafting, input_ids, **arguments)
             network: Any = self.network
             return network.generate(input_ids, streamer=streamer, **arguments)
 

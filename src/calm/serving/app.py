@@ -30,6 +30,7 @@ from calm.serving.pools import describe_pool
 from calm.serving.protocol import ChatRequest, CompletionRequest, PoolRequest
 from calm.serving.settings import ServerSettings
 from calm.serving.watch import Watch
+from calm.serving.writers import ChunkWriter, DraftedWriter
 
 logger = logging.getLogger(__name__)
 _NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says where no path fits.
@@ -39,24 +40,25 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def create_app(
-    model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: ServerSettings
+    model: CalmForCausalLM | DraftedWriter, tokenizer: PreTrainedTokenizerBase, settings: ServerSettings
 ) -> FastAPI:
     """The application, for any ASGI server (in one process).
 
     Args:
-        model: A CALM, which the application has to itself.
+        model: A CALM, or a model of tokens with the CALM that drafts for it; nobody else may use them.
         tokenizer: Its tokenizer.
         settings: What is allowed.
     """
+    writer = ChunkWriter(model) if isinstance(model, CalmForCausalLM) else model
     limits = BatchLimits(
         settings.max_rows, settings.draws_at_once, settings.chunks_at_once, settings.prefix_bytes
     )
-    engine = Engine(model, limits, settings.max_waiting)
+    engine = Engine(writer, limits, settings.max_waiting)
     metrics = Metrics(engine)
     intake = Intake(
         *(max(most, settings.max_body) for most in (settings.max_bytes, settings.max_client_bytes))
     )
-    endpoint = Endpoint(engine, model, tokenizer, settings, metrics)
+    endpoint = Endpoint(engine, writer, tokenizer, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -105,6 +107,9 @@ def create_app(
         body = await read_body(request, ChatRequest, settings.max_body, endpoint.readers)
         answer = await endpoint.chat(body, request.is_disconnected)
         return await _respond(endpoint, answer, body.stream, request)
+
+    if not isinstance(model, CalmForCausalLM):  # Pools, and the page that shows them, are of chunks.
+        return app
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
     async def pool(request: Request) -> Response:

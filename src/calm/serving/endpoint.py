@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from calm.core.samplers import Sampler
 from calm.errors import InputError
-from calm.models.calm import CalmForCausalLM
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.thoughts import Thoughts, num_tokens_of
-from calm.models.writing.sampling import check_sampler
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, at, quoted
 from calm.serving.formats import ChatFormat, CompletionFormat
@@ -20,6 +17,7 @@ from calm.serving.request_texts import RequestTexts
 from calm.serving.settings import ServerSettings
 from calm.serving.templates import render_elsewhere
 from calm.serving.thoughts import check_effort, thoughts_of_request
+from calm.serving.writers import HowToDraw, Writer
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
@@ -33,9 +31,9 @@ class Endpoint:
     """Checks requests, has their texts written, and gives them in the form that was asked for.
 
     Args:
-        engine: Who writes.
-        model: The model.
-        tokenizer: Its tokenizer.
+        engine: Whose thread writes.
+        writer: Who writes.
+        tokenizer: The tokenizer of its model.
         settings: What is allowed.
         metrics: What is counted.
     """
@@ -43,15 +41,16 @@ class Endpoint:
     def __init__(
         self,
         engine: Engine,
-        model: CalmForCausalLM,
+        writer: Writer,
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
-        self.engine, self.model, self.tokenizer = engine, model, tokenizer
+        self.engine, self._writer, self.tokenizer = engine, writer, tokenizer
+        self.config = writer.model.config
         self.readers = Readers(tokenizer, settings.max_waiting, settings.seconds)
         self._settings, self._metrics = settings, metrics
-        self._most_characters = _most_characters(model, tokenizer)
+        self._most_characters = _most_characters(self.config, tokenizer)
         reader = self.readers.tokenizer
         if tokenizer.chat_template is not None:
             most = min(_LONGEST_RENDERING, _RENDERING * (self._most_characters or _LONGEST_RENDERING))
@@ -128,11 +127,11 @@ class Endpoint:
 
     def _check(
         self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
-    ) -> tuple[Sampler, Thoughts | None]:
+    ) -> tuple[HowToDraw, Thoughts | None]:
         """Look at all that can be wrong before anything is made of the prompts.
 
         Returns:
-            How chunks are sampled, and what is thought.
+            How texts are drawn, and what is thought.
         """
         self.check_name(request.model)
         request.check(self._settings.max_draws)
@@ -150,27 +149,21 @@ class Endpoint:
                 "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
             )
             raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
-        thought = num_tokens_of(thoughts, self.model.config)
+        thought = num_tokens_of(thoughts, self.config)
         self._check_total(request, num_prompts * request.n * (thought + budget))
-        head, allowed = self.model.head, self._settings
-        sampler = request.sampler_for(head.config, allowed.temperature, allowed.draws)
-        try:
-            check_sampler(head, sampler)
-        except ValueError as error:
-            raise ApiError(str(error), param="sampler") from error
-        return sampler, thoughts
+        return self._writer.sampler_for(request, self._settings), thoughts
 
     def thoughts_for(self, number: int | None) -> Thoughts | None:
         """What is thought after a prompt; see `calm.serving.thoughts.thoughts_of_request`."""
-        return thoughts_of_request(self.model.config, number, self._settings.max_thoughts)
+        return thoughts_of_request(self.config, number, self._settings.max_thoughts)
 
     def _check_length(self, length: int, is_text: bool, place: str) -> None:
         """Raise ApiError for what is longer than any context, before it is read."""
-        most = self._most_characters if is_text else longest_context(self.model.config)
+        most = self._most_characters if is_text else longest_context(self.config)
         if most is not None and length > most:
             raise ApiError(
                 f"{place}: {length} {'characters' if is_text else 'tokens'} never fit in the context of "
-                f"{longest_context(self.model.config)} tokens; shorten it.",
+                f"{longest_context(self.config)} tokens; shorten it.",
                 param=place,
                 code="context_length_exceeded",
             )
@@ -183,9 +176,9 @@ class Endpoint:
         thoughts: Thoughts | None,
     ) -> None:
         """Raise ApiError if a text does not fit in the context, or all together are too much."""
-        thought = num_tokens_of(thoughts, self.model.config)
+        thought = num_tokens_of(thoughts, self.config)
         try:
-            check_room(self.model.config, max(map(len, prompts)), budget, thought)
+            check_room(self.config, max(map(len, prompts)), budget, thought)
         except ValueError as error:
             raise ApiError(str(error), param=request.prompt_name, code="context_length_exceeded") from error
         beside = len(prompts) * (thought + budget)
@@ -205,7 +198,7 @@ class Endpoint:
         request: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         budget: int,
-        sampler: Sampler,
+        sampler: HowToDraw,
         thoughts: Thoughts | None,
         more_stops: Sequence[str] = (),
     ) -> RequestTexts:
@@ -273,11 +266,11 @@ class Endpoint:
 
     def room_after(self, prompt: Sequence[int], thoughts: Thoughts | None) -> int:
         """New tokens that fit after a prompt and what is thought."""
-        config = self.model.config
+        config = self.config
         return room_beside(config, len(prompt) + num_tokens_of(thoughts, config)) or 0
 
 
-def _most_characters(model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _most_characters(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Characters of the longest text that can fit in the context."""
-    longest = longest_context(model.config)
+    longest = longest_context(config)
     return None if longest is None else longest * max(map(len, tokenizer.get_vocab()))

@@ -9,12 +9,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm.core.samplers import Sampler
 from calm.errors import reason_of
-from calm.models.calm import CalmForCausalLM
 from calm.models.thoughts import Thoughts
-from calm.models.writing.batching import BatchLimits, ChunkBatch
+from calm.models.writing.batching import BatchLimits
 from calm.models.writing.rows import Failed, Row, Written
+from calm.serving.writers import HowToDraw, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Job:
 
     Args:
         prompt: Its tokens.
-        sampler: How chunks are sampled.
+        sampler: How it is drawn.
         budget: Most new tokens.
         seed: With the prompt and the copy it decides the text.
         deliver: Called in the engine's thread with every chunk, or with the error that ended the text.
@@ -43,7 +42,7 @@ class Job:
     """
 
     prompt: Sequence[int]
-    sampler: Sampler
+    sampler: HowToDraw
     budget: int
     seed: int
     deliver: Callable[[Written | Exception], None]
@@ -109,21 +108,21 @@ class Engine:
     """Writes texts of a model.
 
     Args:
-        model: The model; nobody else may use it meanwhile.
+        writer: Who writes; nobody else may use its models meanwhile.
         limits: How much is done at once for all texts together.
         max_waiting: Texts that wait for their turn.
     """
 
     def __init__(
         self,
-        model: CalmForCausalLM,
+        writer: Writer,
         limits: BatchLimits,
         max_waiting: int = 256,
     ) -> None:
         self.statistics = EngineStatistics()
-        self._model, self._max_waiting = model, max_waiting
+        self._writer, self._max_waiting = writer, max_waiting
         self._limits = limits
-        self._batch = ChunkBatch(model, limits)
+        self._batch = writer.new_batch(limits)
         self._rows: dict[Row, Job] = {}
         self._waiting: deque[Job] = deque()
         self._asked: deque[Question] = deque()
@@ -189,7 +188,7 @@ class Engine:
             self._changed.notify()
 
     def ask(
-        self, pieces: Callable[[CalmForCausalLM], Generator[None, None, Any]], seconds: float = float("inf")
+        self, pieces: Callable[[Any], Generator[None, None, Any]], seconds: float = float("inf")
     ) -> Future:
         """Have something found out with the model, piece by piece between the steps.
 
@@ -204,7 +203,7 @@ class Engine:
             QueueFullError: If too much is waiting.
             StoppingError: If the server is shutting down.
         """
-        question = Question(pieces(self._model), time.monotonic() + seconds)
+        question = Question(pieces(self._writer.model), time.monotonic() + seconds)
         with self._changed:
             if self._is_stopping:
                 raise StoppingError("the server is shutting down.")
@@ -308,7 +307,7 @@ class Engine:
         for job in jobs:
             _deliver(job, error)
         if not self._is_stopping:
-            self._batch = ChunkBatch(self._model, self._limits)
+            self._batch = self._writer.new_batch(self._limits)
 
     def _count(self, results: list[Written | Failed], seconds: float) -> None:
         written = [one for one in results if isinstance(one, Written)]

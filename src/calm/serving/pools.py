@@ -74,7 +74,7 @@ def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -
         prompt, place = endpoint.tokens_of(request.prompt), "prompt"
     else:
         raise ApiError("a pool follows either a 'prompt' or 'messages'; give one of them.", param="prompt")
-    size = endpoint.model.config.chunk_size
+    size = endpoint.config.chunk_size
     if len(request.written) % size:
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
     _check_chunk(endpoint, request.chunk)
@@ -88,7 +88,7 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     """Raise ApiError unless a chunk is a whole one, or ends a text."""
     if not chunk:
         return
-    config = endpoint.model.config
+    config = endpoint.config
     eos_ids = ends_of(config)
     is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
     if not is_whole or len(chunk) > config.chunk_size or up_to_end(chunk, eos_ids) != tuple(chunk):

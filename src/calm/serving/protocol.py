@@ -48,7 +48,7 @@ class StreamOptions(_Body):
     include_obfuscation: StrictBool = False  # Padding against eavesdroppers, which is not made here.
 
 
-class _Sampling(_Body):
+class SamplingRequest(_Body):
     """What completions and chats have in common."""
 
     model_config = ConfigDict(extra="allow")  # Looked at by `check`, which says more than pydantic would.
@@ -115,7 +115,7 @@ class _Sampling(_Body):
             raise ApiError(str(error), param=wrong) from error
 
 
-class CompletionRequest(_Sampling):
+class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     prompt_name = "prompt"
@@ -140,7 +140,7 @@ class PoolRequest(_Body):
     seed: Seed | None = None
 
 
-class ChatRequest(_Sampling):
+class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     prompt_name = "messages"

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.samplers import Sampler
 from calm.models.thoughts import Thoughts
 from calm.models.writing.rows import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
 from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers
+from calm.serving.writers import HowToDraw
 from calm.text.decoding import TextBuilder, spell_tokens
 
 
@@ -54,7 +54,7 @@ class RequestTexts:
         tokenizer: Of the model.
         prompts: Tokens of each text's prompt.
         copies: Texts of each prompt.
-        sampler: How chunks are sampled.
+        sampler: How they are drawn.
         budget: Most tokens of a text.
         seed: Seed of all.
         stops: Where a text ends.
@@ -68,7 +68,7 @@ class RequestTexts:
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Sequence[int]]
     copies: int
-    sampler: Sampler
+    sampler: HowToDraw
     budget: int
     seed: int
     stops: Sequence[str]

@@ -4,6 +4,7 @@ import codecs
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from calm.core.samplers import ExactSampler
 from calm.errors import InputError
 from calm.extras import require
 from calm.models.calm import CalmForCausalLM
+from calm.models.drafting.loading import load_draft
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
 from calm.models.writing.sampler_registry import sampler_from
@@ -33,6 +35,8 @@ def run_server(
     api_key_file: str | None,
     temperature: float,
     allowed_hosts: Sequence[str] = (),
+    draft: str | None = None,
+    draft_chunks: int | None = None,
     **limits: Any,
 ) -> None:
     """Load a model and serve it until SIGINT or SIGTERM.
@@ -46,6 +50,8 @@ def run_server(
         api_key_file: File with the key.
         temperature: Where a request says none.
         allowed_hosts: Names that it may be called by, beside `host` and its own.
+        draft: Folder or hub name of a CALM that drafts for a model of tokens.
+        draft_chunks: Chunks of a draft; 1 where None.
         **limits: Further fields of `calm.serving.settings.ServerSettings`.
 
     Raises:
@@ -58,6 +64,7 @@ def run_server(
     from calm.serving.connections import uvicorn_config  # noqa: PLC0415
     from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
     from calm.serving.settings import ServerSettings  # noqa: PLC0415
+    from calm.serving.writers import DraftedWriter  # noqa: PLC0415
 
     for limit, value in limits.items():
         if not (value > 0 or (value == 0 and limit in _MAY_BE_NONE)):  # Or it is no number.
@@ -70,8 +77,18 @@ def run_server(
         raise InputError(str(error)) from error
     key = _key(api_key_file)
     network, tokenizer = load_language_model_and_tokenizer(model, head)
-    if not isinstance(network, CalmForCausalLM):
-        raise InputError(f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM.")
+    writer: CalmForCausalLM | DraftedWriter
+    if draft is not None:
+        if thoughts_of(network.config) is not None:
+            raise InputError(f"'{model}' thinks, and a draft does not go with thoughts; leave it out.")
+        writer = DraftedWriter(network, load_draft(draft, network, tokenizer), draft_chunks or 1)
+    elif isinstance(network, CalmForCausalLM):
+        writer = network
+    else:
+        raise InputError(
+            f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM. With a CALM that "
+            "drafts for it (--draft) it is served here."
+        )
     thoughts, most = thoughts_of(network.config), limits.get("max_thoughts", ServerSettings.max_thoughts)
     if thoughts is not None and thoughts.number > most:
         raise InputError(
@@ -86,10 +103,12 @@ def run_server(
         **limits,
     )
     with _listening(host, port) as listener:
-        app = create_app(network, tokenizer, settings)
+        app = create_app(writer, tokenizer, settings)
         where = _url(host, listener.getsockname()[1])
         print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"))
-        print(f"playground: {_url(_reachable(host), listener.getsockname()[1])}/", flush=True)
+        if draft is None:
+            print(f"playground: {_url(_reachable(host), listener.getsockname()[1])}/")
+        sys.stdout.flush()
         config = uvicorn_config(app, settings)
         fold_repeats()
         uvicorn.Server(config).run(sockets=[listener])

@@ -3,6 +3,7 @@
 Shapes: T tokens.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from calm.core.random import generators_of_rows
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.text import DraftedText, check_model
@@ -63,12 +65,14 @@ class Drafting:
         num_chunks: Chunks of a draft.
         num_draws: See `ChunkDrafter`.
         streamer: Gets the prompt and the tokens. The one that `generate` is given does not come through.
+        generator: Source of randomness, on the model's device; torch's own where None.
     """
 
     draft: CalmForCausalLM
     num_chunks: int = 1
     num_draws: int = 16
     streamer: BaseStreamer | None = None
+    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.draft, CalmForCausalLM):
@@ -106,6 +110,7 @@ class Drafting:
             model_kwargs.get("attention_mask"),
             logits_processor,
             is_greedy,
+            self.generator,
         )
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
@@ -156,6 +161,7 @@ def generate_drafted(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     num_return_sequences: int = 1,
+    seed: int | None = None,
     **arguments: Any,
 ) -> Tensor:
     """Prompts with their continuations (B · copies, T + new), written one after the other.
@@ -166,19 +172,25 @@ def generate_drafted(
         input_ids: Prompts (B, T).
         attention_mask: (B, T), 1 on their tokens.
         num_return_sequences: Texts of each prompt.
+        seed: With a prompt and its copies before it decides the text, in any batch; None is `drafting`'s own.
         **arguments: Further ones of `generate` of transformers.
     """
     writer: Any = model
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    order = [row for row in range(len(input_ids)) for _ in range(num_return_sequences)]
+    drafts = [drafting] * len(order)
+    if seed is not None:
+        prompts = [input_ids[row][mask_BT[row].bool()].tolist() for row in order]
+        own = generators_of_rows(seed, prompts, model.device)
+        drafts = [dataclasses.replace(drafting, generator=generator) for generator in own]
     texts = [
         writer.generate(
             input_ids[row : row + 1],
             attention_mask=mask_BT[row : row + 1],
-            custom_generate=drafting,
+            custom_generate=of_row,
             **arguments,
         )[0]
-        for row in range(len(input_ids))
-        for _ in range(num_return_sequences)
+        for row, of_row in zip(order, drafts, strict=True)
     ]
     config = model.generation_config
     ends = config.eos_token_id

@@ -67,6 +67,19 @@ class DraftedText:
         self._takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
+    def read_ahead(self, most: int) -> bool:
+        """Read a piece of the text if it is long; whether the rest is short enough for a round.
+
+        Args:
+            most: Tokens of a piece.
+        """
+        first = self._cache.get_seq_length()
+        if len(self._text) - first <= most:
+            return True
+        self._pass(self._text[first : first + most], 1)
+        return False
+
+    @torch.no_grad()
     def round(self, most: int) -> list[int]:
         """New tokens: those of a draft that the model keeps, and one of its own.
 
@@ -92,10 +105,7 @@ class DraftedText:
         """Scores (S, V) of the next token behind the text, and behind each token of a draft."""
         num_places = len(drafted) + 1
         unread = self._text[self._cache.get_seq_length() :]
-        ids_1S = self.ids_1T.new_tensor([[*unread, *drafted]])
-        more = {"logits_to_keep": num_places} if self._takes_last else {}
-        scores_1SV: Tensor = self._model(ids_1S, use_cache=True, **{CACHE: self._cache}, **more).logits
-        scores_SV = scores_1SV[0, -num_places:].float()
+        scores_SV = self._pass([*unread, *drafted], num_places).float()
         if not self._processors:
             return scores_SV
         before_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([list(drafted)])], dim=1)
@@ -106,6 +116,13 @@ class DraftedText:
             for place in range(num_places)
         ]
         return torch.cat(rows)
+
+    def _pass(self, tokens: Sequence[int], num_places: int) -> Tensor:
+        """Read tokens on; scores (S, V) behind the last so many."""
+        more = {"logits_to_keep": num_places} if self._takes_last else {}
+        ids_1S = self.ids_1T.new_tensor([list(tokens)])
+        scores_1SV: Tensor = self._model(ids_1S, use_cache=True, **{CACHE: self._cache}, **more).logits
+        return scores_1SV[0, -num_places:]
 
     def _decide(self, draft: Draft, scores_SV: Tensor) -> Kept:
         if self._is_greedy:

@@ -5,12 +5,11 @@ Shapes: R rows, D state size, K tokens per chunk.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from calm.core.samplers import Sampler
 from calm.models.writing.slots import SlotCache
 
 
@@ -19,13 +18,13 @@ class Row:
     """A text that is being written.
 
     Args:
-        sampler: How its chunks are sampled.
+        sampler: How it is drawn: a `Sampler` of chunks, or what another batch than `ChunkBatch` takes.
         budget: Tokens that may still be written.
         generator: Source of its randomness.
         has_ended: Whether it has left.
     """
 
-    sampler: Sampler
+    sampler: Any
     budget: int
     generator: torch.Generator
     has_ended: bool = False

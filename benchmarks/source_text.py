@@ -1,0 +1,86 @@
+"""Text that a model writes, for a CALM that is to draft for it.
+
+    python benchmarks/source_text.py SOURCE --prompts classics.jsonl --output written.jsonl
+
+A prompt is a passage of the given documents. Each batch is written at one of the temperatures in turns, and is
+a line for each text behind what is there, so the command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calm.data.formats import read_documents
+from calm.data.options import ReadingOptions
+
+
+def passages(ids_T: list[int], length: int, generator: torch.Generator, number: int) -> torch.Tensor:
+    """Passages of so many tokens from anywhere, (number, length)."""
+    starts = torch.randint(len(ids_T) - length, (number,), generator=generator).tolist()
+    return torch.tensor([ids_T[start : start + length] for start in starts])
+
+
+def main() -> None:
+    """Write until there are enough tokens."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="folder of a causal language model")
+    parser.add_argument("--prompts", type=Path, required=True, help="documents, as calm prepare reads them")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="new tokens of all texts")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--prompt_tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=int, default=160)
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[1.0, 0.5, 0.0])
+    parser.add_argument("--documents", type=int, default=400, help="documents that passages come from")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=arguments.dtype).eval()
+    model.generation_config.eos_token_id = None  # All rows go on to the end.
+    read = read_documents(arguments.prompts, ReadingOptions())
+    texts = [text for text in islice(read, arguments.documents) if text]
+    ids_T = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
+    per_batch = arguments.rows * arguments.new_tokens
+    done = arguments.output.read_text().count("\n") // arguments.rows if arguments.output.exists() else 0
+    for batch in range(done, -(-arguments.tokens // per_batch)):
+        begun = time.monotonic()
+        torch.manual_seed(arguments.seed * 1_000_003 + batch)
+        generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + batch)
+        prompts_RT = passages(ids_T, arguments.prompt_tokens, generator, arguments.rows)
+        temperature = arguments.temperatures[batch % len(arguments.temperatures)]
+        how = (
+            {"do_sample": False}
+            if temperature == 0
+            else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        )
+        with torch.no_grad():
+            written_RT = model.generate(
+                prompts_RT,
+                attention_mask=torch.ones_like(prompts_RT),
+                max_new_tokens=arguments.new_tokens,
+                **how,
+            )
+        lines = [
+            json.dumps({"text": tokenizer.decode(row), "temperature": temperature})
+            for row in written_RT.tolist()
+        ]
+        with arguments.output.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        print(
+            f"batch {batch}, temperature {temperature}: {per_batch / (time.monotonic() - begun):.0f} tokens/s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Texts of a model with a draft that come and go, each written in rounds of its own.
+
+The interface is that of `calm.models.writing.batching.ChunkBatch`, so a server can have either.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from calm.core.chunks import as_id_tensor
+from calm.core.random import generator_of_row
+from calm.core.temperature import check_cuts
+from calm.models.calm import CalmForCausalLM
+from calm.models.drafting.draft import ChunkDrafter
+from calm.models.drafting.text import DraftedText
+from calm.models.thoughts import Thoughts
+from calm.models.writing.rows import Failed, Row, Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSampler:
+    """How a model of tokens is drawn from.
+
+    Args:
+        temperature: T from 0 on; 0 takes the likeliest token.
+        top_p: Keep the likeliest tokens that make up this probability.
+        min_p: Drop tokens less likely than this share of the likeliest.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must lie between 0 and 2, got {self.temperature:g}.")
+        check_cuts(self.top_p, self.min_p)
+
+    def processors(self) -> LogitsProcessorList:
+        """The same as transformers does it."""
+        processors = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_p < 1:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            processors.append(MinPLogitsWarper(self.min_p))
+        return processors
+
+
+@dataclass(eq=False)
+class _Open:
+    """A row, and its text as soon as it is its turn."""
+
+    row: Row
+    prompt: Sequence[int]
+    text: DraftedText | None = None
+
+
+class DraftedBatch:
+    """Writes its rows in turns, a round of one row at each step: passes of one text have the size of a few.
+
+    With the same seed a row gets the same text in any company.
+
+    Args:
+        model: The model that decides.
+        draft: The CALM that drafts.
+        num_chunks: Chunks of a draft.
+        max_rows: Rows that are written in turns; others wait.
+        tokens_at_once: Tokens of a prompt that are read in one step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draft: CalmForCausalLM,
+        num_chunks: int = 1,
+        max_rows: int = 16,
+        tokens_at_once: int = 512,
+    ) -> None:
+        self._model, self._draft, self._num_chunks = model, draft, num_chunks
+        self._max_rows, self._tokens_at_once = max_rows, tokens_at_once
+        self._rows: deque[_Open] = deque()  # In the order of their turns.
+        self._waiting: deque[_Open] = deque()
+        self._ends = ends_of_model(model)
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._waiting)
+
+    def join(
+        self,
+        prompt: Sequence[int],
+        sampler: Any,
+        budget: int,
+        seed: int,
+        copy: int = 0,
+        thoughts: Thoughts | None = None,
+    ) -> Row:
+        """Take a row in.
+
+        Args:
+            prompt: Its tokens, at least one.
+            sampler: A `TokenSampler`.
+            budget: Most new tokens, at least 1.
+            seed: With the prompt and the copy it decides the text.
+            copy: Which of several texts of the same prompt and seed.
+            thoughts: None: they do not go with drafts.
+        """
+        assert thoughts is None and isinstance(sampler, TokenSampler)
+        row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
+        self._waiting.append(_Open(row, prompt))
+        return row
+
+    def step(self) -> list[Written | Failed]:
+        """Write the next row a round further; if it ends or fails it leaves."""
+        while self._waiting and len(self._rows) < self._max_rows:
+            self._rows.append(self._waiting.popleft())
+        if not self._rows:
+            return []
+        one = self._rows.popleft()
+        try:
+            written = self._advance(one)
+        except Exception as error:
+            one.row.has_ended = True
+            return [Failed(one.row, error)]
+        if not one.row.has_ended:
+            self._rows.append(one)
+        return [] if written is None else [written]
+
+    def drop(self, row: Row) -> None:
+        """Take a row out before its end; one that has left already is no matter."""
+        row.has_ended = True
+        self._rows = deque(one for one in self._rows if one.row is not row)
+        self._waiting = deque(one for one in self._waiting if one.row is not row)
+
+    def _advance(self, one: _Open) -> Written | None:
+        """What a round has written; None where it has read a piece of the prompt."""
+        row, text = one.row, one.text
+        if text is None:
+            text = one.text = self._begun(one)
+        if not text.read_ahead(self._tokens_at_once):
+            return None
+        kept = text.counts.kept
+        drafted = text.counts.drafted
+        tokens = text.round(row.budget)
+        kept, drafted = text.counts.kept - kept, text.counts.drafted - drafted
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        row.budget -= len(tokens)
+        ended_by: Literal["eos", "budget"] | None = None
+        if end is not None or row.budget == 0:
+            ended_by = "budget" if end is None else "eos"
+        row.has_ended = ended_by is not None
+        share = kept / drafted if drafted else 1.0
+        return Written(row, tokens, ended_by, num_draws=drafted, agreement=share, fell_back=False)
+
+    def _begun(self, one: _Open) -> DraftedText:
+        sampler: Any = one.row.sampler
+        return DraftedText(
+            self._model,
+            ChunkDrafter(self._draft, sampler.temperature, self._num_chunks),
+            torch.tensor([list(one.prompt)], device=self._model.device),
+            processors=sampler.processors(),
+            is_greedy=sampler.temperature == 0,
+            generator=one.row.generator,
+        )
+
+
+def ends_of_model(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a text of a model of tokens."""
+    config: Any = model.generation_config
+    configs = [model.config, *([] if config is None else [config])]
+    cpu = torch.device("cpu")
+    return frozenset(token for one in configs for token in as_id_tensor(one.eos_token_id, cpu).tolist())

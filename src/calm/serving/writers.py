@@ -1,0 +1,121 @@
+"""Who writes behind the API: a CALM, or a model of tokens that a CALM drafts for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from calm.core.samplers import Sampler
+from calm.models.calm import CalmForCausalLM
+from calm.models.drafting.batching import DraftedBatch, TokenSampler
+from calm.models.thoughts import Thoughts
+from calm.models.writing.batching import BatchLimits, ChunkBatch
+from calm.models.writing.rows import Failed, Row, Written
+from calm.models.writing.sampling import check_sampler
+from calm.serving.errors import ApiError
+from calm.serving.protocol import SamplingRequest
+from calm.serving.settings import ServerSettings
+
+HowToDraw = Sampler | TokenSampler
+
+
+class Batch(Protocol):
+    """Texts that are written together; see `ChunkBatch`."""
+
+    def join(
+        self,
+        prompt: Sequence[int],
+        sampler: Any,
+        budget: int,
+        seed: int,
+        copy: int = 0,
+        thoughts: Thoughts | None = None,
+    ) -> Row:
+        """Take a row in."""
+
+    def step(self) -> list[Written | Failed]:
+        """Write some rows further."""
+
+    def drop(self, row: Row) -> None:
+        """Take a row out before its end."""
+
+
+class Writer(Protocol):
+    """A model, and how texts of it are written."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model whose texts these are."""
+
+    def new_batch(self, limits: BatchLimits) -> Batch:
+        """A batch without rows."""
+
+    def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> HowToDraw:
+        """How a request is drawn.
+
+        Raises:
+            ApiError: If it asks for what cannot be done.
+        """
+
+
+@dataclass(frozen=True)
+class ChunkWriter:
+    """A CALM.
+
+    Args:
+        model: The model.
+    """
+
+    model: CalmForCausalLM
+
+    def new_batch(self, limits: BatchLimits) -> Batch:
+        """See `Writer`."""
+        return ChunkBatch(self.model, limits)
+
+    def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> Sampler:
+        """See `Writer`."""
+        head = self.model.head
+        sampler = request.sampler_for(head.config, settings.temperature, settings.draws)
+        try:
+            check_sampler(head, sampler)
+        except ValueError as error:
+            raise ApiError(str(error), param="sampler") from error
+        return sampler
+
+
+@dataclass(frozen=True)
+class DraftedWriter:
+    """A model of tokens, and a CALM that drafts for it.
+
+    Args:
+        model: The model.
+        draft: The CALM.
+        num_chunks: Chunks of a draft.
+    """
+
+    model: PreTrainedModel
+    draft: CalmForCausalLM
+    num_chunks: int = 1
+
+    def new_batch(self, limits: BatchLimits) -> Batch:
+        """See `Writer`."""
+        tokens = limits.chunks_at_once * self.draft.config.chunk_size
+        return DraftedBatch(self.model, self.draft, self.num_chunks, limits.max_rows, tokens)
+
+    def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> TokenSampler:
+        """See `Writer`."""
+        for name in ("sampler", "num_draws", "max_draws"):
+            if getattr(request, name) is not None:
+                raise ApiError(
+                    f"'{name}' is for models that write chunks, and this one writes tokens with their "
+                    "probabilities; leave it out.",
+                    param=name,
+                )
+        chosen = settings.temperature if request.temperature is None else request.temperature
+        top_p, min_p = request.top_p, request.min_p
+        try:
+            return TokenSampler(temperature=chosen, top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0)
+        except ValueError as error:
+            names = ("temperature", "top_p", "min_p")
+            raise ApiError(str(error), param=next(name for name in names if name in str(error))) from error

@@ -1,0 +1,176 @@
+"""A model of tokens that a CALM drafts for, over HTTP."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+from drafts import deciding_model, drafting_model
+from serving_client import PROMPT, alone, serving, wait_until
+from tiny import EOS
+from toy import failure
+
+from calm.models.drafting.batching import DraftedBatch, TokenSampler
+from calm.models.drafting.draft import ChunkDrafter
+from calm.models.thoughts import Thoughts
+from calm.models.writing.rows import Failed
+from calm.serving.writers import DraftedWriter
+
+MODEL = deciding_model(320, max_position_embeddings=256)
+MODEL.generation_config.eos_token_id = EOS
+DRAFT = drafting_model(vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def running(tokenizer):
+    with serving(DraftedWriter(MODEL, DRAFT, 2), tokenizer) as server:
+        yield server
+
+
+def post(server, path="/v1/completions", **changes):
+    body = {"model": "tiny", "prompt": PROMPT, **changes}
+    return httpx.post(server[2] + path, json=body, timeout=30)
+
+
+WAYS = [
+    {"temperature": 1.0},
+    {"temperature": 0.0},
+    {"temperature": 0.6, "top_p": 0.8},
+    {"temperature": 1.5},
+    {"temperature": 1.0, "min_p": 0.2},
+]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_texts_are_those_of_generate_in_any_company(running, tokenizer, how):
+    expected = (
+        alone(MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, seed=1, **how)
+        if how["temperature"] <= 1
+        else None
+    )
+    with ThreadPoolExecutor(8) as threads:
+        asked = [
+            threads.submit(post, running, max_tokens=12, seed=seed, **how) for seed in (1, 2, 3, 1, 4, 1)
+        ]
+        texts = [one.result().json()["choices"][0]["text"] for one in asked]
+    assert texts[0] == texts[3] == texts[5] and expected in (None, texts[0])
+    assert how["temperature"] == 0 or len(set(texts)) == 4
+
+
+def test_copies_of_a_prompt_differ(running, tokenizer):
+    choices = post(running, n=3, max_tokens=12, seed=1, temperature=1).json()["choices"]
+    texts = [one["text"] for one in choices]
+    assert len(set(texts)) == 3
+    assert texts[0] == alone(
+        MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, seed=1, temperature=1.0
+    )
+
+
+def test_streams_and_rounds_are_told(running):
+    _, client, _ = running
+    how = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "seed": 1, "temperature": 1}
+    whole = client.completions.create(**how).choices[0].text
+    parts = [event.choices[0].text for event in client.completions.create(stream=True, **how)]
+    assert "".join(parts) == whole and len(parts) > 1
+    [choice] = post(running, return_chunks=True, **how).json()["choices"]
+    rounds = choice["chunks"]
+    assert sum(len(one["token_ids"]) for one in rounds) == 12 > len(rounds)
+    assert all(0 <= one["agreement"] <= 1 for one in rounds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "pool"}, "'sampler' is for models that write chunks"),
+        ({"num_draws": 5}, "'num_draws' is for models that write chunks"),
+        ({"temperature": 2.5}, "temperature must lie between 0 and 2, got 2.5"),
+        ({"num_thoughts": 2}, "not trained to think"),
+        ({"prompt": "a " * 400}, "shorten the prompt"),
+    ],
+)
+def test_what_cannot_be_honoured_is_said(running, changes, message):
+    answer = post(running, **changes)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def test_there_is_no_playground_and_there_are_no_pools(running):
+    for path in ("/", "/page"):
+        assert httpx.get(running[2] + path).status_code == 404
+    assert post(running, "/v1/calm/pool").status_code == 404
+
+
+def test_texts_end_where_the_model_ends_them(tokenizer):
+    model = deciding_model(320, max_position_embeddings=256)
+    model.generation_config.eos_token_id = [EOS, 7]
+    batch = DraftedBatch(model, DRAFT)
+    with torch.no_grad():
+        model.lm_head.weight[7] = 4 * model.lm_head.weight.norm(dim=1).max() * torch.randn(16).double()
+    row = batch.join([1, 5, 6], TokenSampler(temperature=1.0), 200, seed=0)
+    tokens = []
+    while not row.has_ended:
+        tokens += [token for one in batch.step() for token in one.tokens]
+    assert (
+        len(batch) == 0 and tokens[-1] in (EOS, 7) and not {EOS, 7} & set(tokens[:-1]) and len(tokens) < 200
+    )
+
+
+def test_long_prompts_are_read_in_pieces_and_change_nothing():
+    prompt = torch.randint(3, 320, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = []
+    for tokens_at_once in (1000, 7):
+        batch = DraftedBatch(MODEL, DRAFT, tokens_at_once=tokens_at_once)
+        row = batch.join(prompt, TokenSampler(temperature=0.0), 10, seed=0)
+        steps, tokens = 0, []
+        while not row.has_ended:
+            tokens += [token for one in batch.step() for token in one.tokens]
+            steps += 1
+        texts.append(tokens)
+        assert (steps > 12) == (tokens_at_once == 7)
+    assert texts[0] == texts[1]
+
+
+def test_rows_take_turns_and_leave(monkeypatch):
+    batch = DraftedBatch(MODEL, DRAFT, max_rows=2)
+    rows = [batch.join([1, 5, 6], TokenSampler(), 30, seed=seed) for seed in range(3)]
+    seen = [batch.step()[0].row for _ in range(4)]
+    assert seen == [rows[0], rows[1]] * 2 and len(batch) == 3
+    batch.drop(rows[0])
+    assert len(batch) == 2 and {batch.step()[0].row for _ in range(2)} == set(rows[1:])
+    draft = ChunkDrafter.draft
+
+    def failing(self, text, *others):
+        if len(text) % 2:
+            raise RuntimeError("no memory")
+        return draft(self, text, *others)
+
+    monkeypatch.setattr(ChunkDrafter, "draft", failing)
+    failed = []
+    while not failed:
+        failed = [one for one in batch.step() if isinstance(one, Failed)]
+    monkeypatch.undo()
+    assert failed[0].row.has_ended and len(batch) <= 1
+    while len(batch):
+        batch.step()
+    assert all(row.has_ended for row in rows)
+
+
+def test_who_leaves_frees_its_place(tokenizer):
+    with serving(DraftedWriter(MODEL, DRAFT), tokenizer, max_rows=1, max_tokens=200) as (engine, client, _):
+        stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
+        next(iter(stream))
+        stream.close()
+        wait_until(lambda: engine.num_rows == 0)
+        assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, temperature=0).choices
+
+
+def test_models_that_cannot_be_drafted_for_are_refused(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thinker = deciding_model(320)
+    thinker.config.thoughts = Thoughts(2, 1, 2, scale=1.0).as_dict()
+    for name, model in (("model", MODEL), ("thinker", thinker), ("draft", DRAFT)):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    assert "'model' is no CALM" in failure(capsys, "serve", "model")
+    assert "'thinker' thinks, and a draft does not" in failure(capsys, "serve", "thinker", "--draft", "draft")
+    assert "a CALM writes whole chunks itself" in failure(capsys, "serve", "draft", "--draft", "draft")
+    assert "name one with --draft" in failure(capsys, "serve", "model", "--draft_chunks", "2")
