@@ -176,6 +176,28 @@ def test_padding_is_never_the_end(roles, tmp_path):
     assert again.pad_token_id == 5 and len(again) == 6
 
 
+@pytest.mark.parametrize(
+    ("others", "chosen"),
+    [
+        (["<|repo|>", "<|file|>"], "<|file|>"),
+        (["<|right_pad|>", "<|file|>"], "<|right_pad|>"),
+        (["<|reserved_0|>", "<|reserved_1|>", "<|file|>"], "<|reserved_0|>"),
+        (["<|repo|>", "<|user|>"], "<|repo|>"),
+        (["<|user|>"], PAD),
+        ([], PAD),
+    ],
+)
+def test_padding_is_a_token_that_no_text_holds(others, chosen, tmp_path):
+    # A model of tokens has a row for it; a new one would have to be added to the model.
+    tokenizer = word_tokenizer("</s>", *others, eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", *others]})
+    tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == chosen
+    assert len(loaded) == len(tokenizer) + (chosen == PAD)
+
+
 def test_padding_of_its_own_is_kept(tmp_path):
     word_tokenizer("</s>", "[PAD]", eos_token="</s>", pad_token="[PAD]").save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))

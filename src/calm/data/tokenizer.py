@@ -65,6 +65,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A control token that no text holds, to pad with; so a vocabulary does not outgrow the model it is of.
+
+    One that is named for padding or kept in reserve, else the last that is no other's: not of texts' ends, of
+    unknown words, or of the chat template. None where there is none.
+    """
+    template = tokenizer.chat_template
+    templates = list(template.values()) if isinstance(template, dict) else [template or ""]
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.mask_token}
+    spare = [
+        str(token)
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and str(token) not in roles and not any(str(token) in one for one in templates)
+    ]
+    for word in ("pad", "reserved", "unused"):
+        if named := [token for token in spare if word in token.lower()]:
+            return named[0]
+    return spare[-1] if spare else None
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, a `tokenizer.json`, or the hub, with a padding token of its own.
 
@@ -90,7 +110,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer.eos_token = known[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # EOS must stay apart from padding: it is a token to predict.
-        tokenizer.add_special_tokens({"pad_token": PAD})
+        if (spare := _spare_token(tokenizer)) is not None:
+            tokenizer.pad_token = spare
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = _NO_LIMIT
     return tokenizer
