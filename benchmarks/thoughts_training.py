@@ -35,13 +35,31 @@ HOPS = {"path": (1, 2, 3, 4), "chain": (1, 2, 3), "graph": (1, 2, 3)}
 NUM_ITEMS, NUM_HELD_OUT = 48_000, 200
 CONTEXT = {"path": 128, "chain": 96, "graph": 160}
 ROWS = 64
-WIDTH, LAYERS = 64, 2
-HEADS_AND_THETA = {"llama": (2, 10_000.0), "K1": (2, 10_000.0), "K2": (2, 10_000.0), "K4": (4, 100.0)}
-"""Heads, and the base of rotary positions: where a fact is several positions, these learn look-ups sooner."""
-RATES = {"muon": 2e-2, "adamw": 5e-3}
-"""Peak rates, chosen on other items."""
+WIDTH = 64
 KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
 """Tokens of a chunk; 0 for a model of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Sizes and rates that look-ups are learned with, chosen on other items.
+
+    Args:
+        layers: Decoder layers.
+        theta: Base of the rotary positions.
+        muon: Peak rate of matrices.
+        adamw: Peak rate of all else.
+    """
+
+    layers: int
+    theta: float
+    muon: float
+    adamw: float
+
+
+LOOKS_UP = Network(4, 10_000.0, 4e-3, 2e-3)
+"""Where a fact is several positions, it is found by two layers that work together, which takes long to learn."""
+NETWORKS = {"llama": LOOKS_UP, "K1": LOOKS_UP, "K2": LOOKS_UP, "K4": Network(2, 100.0, 2e-2, 5e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +82,15 @@ class Length:
 
 
 LENGTHS = {
-    "llama": Length(2000, 300, 600),
-    "K1": Length(2000, 300, 600),
-    "K2": Length(1000, 250, 500),
+    "llama": Length(3000, 250, 500),
+    "K1": Length(3000, 250, 500),
+    "K2": Length(2000, 250, 500),
     "K4": Length(500, 200, 400),
 }
+
+
+MARKING = 400
+"""Steps in which a model that writes its steps gets used to the markers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +157,10 @@ class Cell:
 
     @property
     def before(self) -> "Cell | None":
-        """The one whose weights it begins with."""
+        """The one whose weights it begins with: of facts of several positions, one that has learned look-ups."""
         way = WAYS[self.way].begins_with
+        if NETWORKS[self.kind] is LOOKS_UP and way is None and self.way != "steps":
+            way = "steps" if self.way in ("marked_steps", "no_cot") else "marked_steps"
         return None if way is None else dataclasses.replace(self, way=way)
 
 
@@ -146,7 +170,7 @@ def train(cell: Cell, output: Path) -> Path:
     if (folder / "model/config.json").exists():
         return folder
     start = new_model(cell, output) if cell.before is None else train(cell.before, output) / "model"
-    steps = steps_of(cell)
+    steps, network = steps_of(cell), NETWORKS[cell.kind]
     context = CONTEXT[cell.task]
     recipe = FinetuningRecipe(
         seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
@@ -162,8 +186,8 @@ def train(cell: Cell, output: Path) -> Path:
             batch_tokens=ROWS * context,
             optimizer=OptimizerSettings(
                 name="muon",
-                learning_rate=RATES["muon"],
-                adamw_learning_rate=RATES["adamw"],
+                learning_rate=network.muon,
+                adamw_learning_rate=network.adamw,
                 warmup_steps=50,
                 schedule="warmup_stable_decay",
                 decay_fraction=0.2,
@@ -181,6 +205,8 @@ def train(cell: Cell, output: Path) -> Path:
 def steps_of(cell: Cell) -> int:
     """Optimizer steps of its own training."""
     length, stages, way = LENGTHS[cell.kind], max(HOPS[cell.task]), WAYS[cell.way]
+    if cell.before is not None and cell.way == "marked_steps":
+        return MARKING
     if cell.before is not None:
         return way.times * (length.all(stages) - length.first)
     return length.all(stages) if way.is_whole else length.first
@@ -204,14 +230,14 @@ def new_model(cell: Cell, output: Path) -> Path:
     text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
     records = [json.loads(line) for line in text]
     tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
-    num_heads, theta = HEADS_AND_THETA[cell.kind]
+    network = NETWORKS[cell.kind]
     settings = LanguageModelSettings(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_layers=LAYERS,
-        num_heads=num_heads,
+        num_layers=network.layers,
+        num_heads=4,
         max_chunks=512,
-        rope_theta=theta,
+        rope_theta=network.theta,
         head={"head_type": "sequential", "rank": 64},
     )
     recipe = Recipe(

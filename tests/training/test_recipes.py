@@ -43,6 +43,7 @@ SHIPPED = [
     "demo_diffusion",
     "demo_flow",
     "demo_sequential",
+    "draft",
     "laptop",
     "laptop_categorical",
     "laptop_energy",
