@@ -2,8 +2,8 @@
 
     python benchmarks/source_text.py SOURCE --prompts classics.jsonl --output written.jsonl
 
-A prompt is a passage of the given documents. Each batch is written at one of the temperatures in turns, and is
-a line for each text behind what is there, so the command goes on where it was stopped.
+A prompt is a passage of the given documents. Each batch is written at one of the temperatures in turns. Texts
+are appended, a line each, so the command goes on where it was stopped.
 """
 
 import argparse

@@ -58,7 +58,7 @@ class Network:
 
 
 LOOKS_UP = Network(4, 10_000.0, 4e-3, 2e-3)
-"""Where a fact is several positions, it is found by two layers that work together, which takes long to learn."""
+"""Where a fact is several positions, two layers work together to find it, which takes long to learn."""
 NETWORKS = {"llama": LOOKS_UP, "K1": LOOKS_UP, "K2": LOOKS_UP, "K4": Network(2, 100.0, 2e-2, 5e-3)}
 
 
@@ -157,7 +157,7 @@ class Cell:
 
     @property
     def before(self) -> "Cell | None":
-        """The one whose weights it begins with: of facts of several positions, one that has learned look-ups."""
+        """The one whose weights it begins with: where look-ups take long to learn, one that has."""
         way = WAYS[self.way].begins_with
         if NETWORKS[self.kind] is LOOKS_UP and way is None and self.way != "steps":
             way = "steps" if self.way in ("marked_steps", "no_cot") else "marked_steps"

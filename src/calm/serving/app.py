@@ -49,7 +49,7 @@ def create_app(
         tokenizer: Its tokenizer.
         settings: What is allowed.
     """
-    writer = ChunkWriter(model) if isinstance(model, CalmForCausalLM) else model
+    writer = model if isinstance(model, DraftedWriter) else ChunkWriter(model)
     limits = BatchLimits(
         settings.max_rows, settings.draws_at_once, settings.chunks_at_once, settings.prefix_bytes
     )
@@ -108,7 +108,7 @@ def create_app(
         answer = await endpoint.chat(body, request.is_disconnected)
         return await _respond(endpoint, answer, body.stream, request)
 
-    if not isinstance(model, CalmForCausalLM):  # Pools, and the page that shows them, are of chunks.
+    if isinstance(model, DraftedWriter):  # Pools, and the page that shows them, are of chunks.
         return app
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
