@@ -76,10 +76,8 @@ def main() -> None:
         ]
         with arguments.output.open("a") as file:
             file.write("\n".join(lines) + "\n")
-        print(
-            f"batch {batch}, temperature {temperature}: {per_batch / (time.monotonic() - begun):.0f} tokens/s",
-            flush=True,
-        )
+        rate = per_batch / (time.monotonic() - begun)
+        print(f"batch {batch}, temperature {temperature}: {rate:.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

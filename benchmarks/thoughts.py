@@ -97,7 +97,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
     examples = [one for [one] in read_examples([str(file)], tokenizer, with_steps=True)]
     size, thoughts = language_model(model).chunk_size, thoughts_of(model.config)
     number = 0 if thoughts is None else thoughts.number
-    left_out = 0 if cell.way in ("steps", "marked_steps", "cot") else max(HOPS[cell.task])
+    left_out = 0 if cell.way in ("one_hop", "steps", "marked_steps", "cot") else max(HOPS[cell.task])
 
     def chunks(tokens: Sequence[int]) -> int:
         return -(-len(tokens) // size)
@@ -153,6 +153,8 @@ def training_flops(
     size = language_model(model).chunk_size
     settings = settings_of(cell)
     steps = steps_of(cell)
+    if cell.way == "one_hop":
+        examples = [one for one in examples if len(one.steps) == 1]
     curriculum, total = Curriculum.of(settings, steps), 0.0
     markers = 0 if settings.mode == "drop" else 2
     ends = [*curriculum.starts[1:], steps]
