@@ -25,11 +25,11 @@ from calm.training.stages import train
 PROMPT, NEW_TOKENS = "Once upon a time", 120
 
 
-def trained_transformer(folder: Path, steps: int) -> Path:
+def trained_transformer(folder: Path, stories: int, steps: int) -> Path:
     """A Llama of tokens that has read some stories."""
     run = folder / "transformer"
     if not (run / "model/config.json").exists():
-        write_stories(folder / "stories.jsonl", 0, 3000)
+        write_stories(folder / "stories.jsonl", 0, stories)
         settings: dict[str, Any] = {
             "data.sources": str(folder / "stories.jsonl"),
             "data.tokenizer": str(folder_of("stories")),
@@ -45,12 +45,13 @@ def main() -> None:
     """Write the same text with and without a draft."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
+    parser.add_argument("--stories", type=int, default=3000, help="what the Transformer learns from")
     parser.add_argument("--steps", type=int, default=120)
     arguments = parser.parse_args()
 
-    loaded = load_language_model_and_tokenizer(str(trained_transformer(arguments.output, arguments.steps)))
-    model: Any = loaded[0]
-    tokenizer = loaded[1]
+    folder = trained_transformer(arguments.output, arguments.stories, arguments.steps)
+    loaded: Any = load_language_model_and_tokenizer(str(folder))
+    model, tokenizer = loaded
     drafting = Drafting(load_draft("stories", model, tokenizer))
     prompt_1T = torch.tensor(encode_documents(tokenizer, [PROMPT]), device=model.device)
     for temperature in (0.0, 1.0):

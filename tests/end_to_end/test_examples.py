@@ -44,6 +44,7 @@ def test_there_are_no_others():
         "train_on_your_text",
         "load_a_published_checkpoint",
         "compare_with_a_transformer",
+        "draft_for_a_transformer",
         "think_before_answering",  # In test_thoughts.py.
     }
 
@@ -54,6 +55,12 @@ def test_train_on_your_text(run, text, tmp_path):
     assert "3-gram" in out and "CALM" in out and (tmp_path / "run/model/config.json").is_file()
     again = run("train_on_your_text", *arguments)  # Takes what is there.
     assert again.splitlines()[-6:] == out.splitlines()[-6:]
+
+
+def test_draft_for_a_transformer(run, tmp_path):
+    out = run("draft_for_a_transformer", tmp_path, "--stories", 100, "--steps", 2)
+    assert "the text is the same" in out and "T = 1:" in out
+    assert run("draft_for_a_transformer", tmp_path).count(" passes instead of 120") == 2  # Of what is there.
 
 
 def test_a_data_source_of_your_own(run, tmp_path, monkeypatch):
