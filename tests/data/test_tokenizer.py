@@ -184,6 +184,7 @@ def test_padding_is_never_the_end(roles, tmp_path):
         (["<|reserved_0|>", "<|reserved_1|>", "<|file|>"], "<|reserved_0|>"),
         (["<|repo|>", "<|user|>"], "<|repo|>"),
         (["<|user|>"], PAD),
+        (["<|repo|>", "<|assistant|>", "[SYSTEM]"], "<|repo|>"),  # Not in the template as they stand.
         ([], PAD),
     ],
 )

@@ -57,6 +57,34 @@ def test_texts_are_those_of_generate_in_any_company(running, tokenizer, how):
     assert how["temperature"] == 0 or len(set(texts)) == 4
 
 
+def test_what_a_models_own_configuration_asks_for_is_done_here_too(tokenizer):
+    model = deciding_model(320, max_position_embeddings=256)
+    model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 1.7, EOS
+    how = {"temperature": 0.0, "seed": 1}
+    ids = tokenizer(PROMPT)["input_ids"]
+    batch = DraftedBatch(model, DRAFT, 2)
+    row, written = batch.join(ids, TokenSampler(temperature=0.0), 12, 1), []
+    while not row.has_ended:
+        written += [token for one in batch.step() for token in one.tokens]
+    text = tokenizer.decode(written)
+    assert text == alone(model, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **how)
+    assert text != alone(MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **how)
+
+
+def test_a_temperature_of_next_to_nothing_is_none(running):
+    greedy, near = (
+        post(running, max_tokens=12, temperature=temperature).json() for temperature in (0, 1e-300)
+    )
+    assert near["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+
+def test_tokens_that_the_tokenizer_has_and_the_model_has_not_are_refused(tokenizer):
+    with serving(DraftedWriter(deciding_model(300, max_position_embeddings=256), DRAFT), tokenizer) as server:
+        answer = post(server, prompt=[5, 310], max_tokens=2)
+    assert len(tokenizer) > 310 and answer.status_code == 400
+    assert "lie between 0 and 299" in answer.json()["error"]["message"]
+
+
 def test_copies_of_a_prompt_differ(running, tokenizer):
     choices = post(running, n=3, max_tokens=12, seed=1, temperature=1).json()["choices"]
     texts = [one["text"] for one in choices]

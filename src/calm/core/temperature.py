@@ -22,6 +22,7 @@ states (N, R, X) that go with a `TokenReader`."""
 
 _ROUNDING = 1e-3
 _LEAST = 1e-300
+_LIKELIEST = 1e-6
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # Where tokens are expensive to find, draws that are not needed are too.
 _GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
@@ -44,6 +45,11 @@ class ChunkSample(NamedTuple):
     num_needed_R: Tensor
     fell_back_R: Tensor
     agreement_R: Tensor
+
+
+def is_likeliest(temperature: float) -> bool:
+    """Whether a model of tokens writes its likeliest token: scores divided by so little are no numbers."""
+    return temperature < _LIKELIEST
 
 
 def inverse_temperature(temperature: float) -> float:

@@ -15,6 +15,7 @@ _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
 _NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
 # The time to learn merges grows with the square of a piece's length. Words of ordinary text are far shorter.
 _LONGEST_PIECE = 1000
+_SPEAKERS = ("system", "user", "assistant", "tool", "end")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -77,7 +78,11 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     spare = [
         str(token)
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and str(token) not in roles and not any(str(token) in one for one in templates)
+        if token.special
+        and str(token) not in roles
+        and not any(str(token) in one for one in templates)
+        # Templates also put marks together from the names of those who speak.
+        and str(token).strip("<|>[]/ ").lower() not in _SPEAKERS
     ]
     for word in ("pad", "reserved", "unused"):
         if named := [token for token in spare if word in token.lower()]:

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
-from calm.core.temperature import inverse_temperature
+from calm.core.temperature import inverse_temperature, is_likeliest
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
@@ -286,8 +286,9 @@ class _Tokens(LanguageModel):
         inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
-        arguments |= {"do_sample": temperature > 0}
-        if temperature > 0:
+        is_greedy = is_likeliest(temperature)
+        arguments |= {"do_sample": not is_greedy}
+        if not is_greedy:
             arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
         else:
             arguments = {name: value for name, value in arguments.items() if name not in ("top_p", "min_p")}

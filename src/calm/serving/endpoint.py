@@ -230,7 +230,8 @@ class Endpoint:
         Raises:
             ApiError: If there are none, or the model does not know them.
         """
-        size = len(self.tokenizer)
+        # A tokenizer may have more than its model: padding, added where there was none.
+        size = min(len(self.tokenizer), self.config.get_text_config(decoder=True).vocab_size)
         self._check_length(len(prompt), isinstance(prompt, str), place)
         ids = encode_documents(self.readers.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
         if not ids:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from drafts import deciding_model, drafting_model, some_prompts
 from tiny import thinking_model
-from transformers import LlamaForCausalLM, StoppingCriteriaList
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from calm.models.drafting.generate import DraftedOutput, Drafting, generate_drafted
@@ -151,7 +158,6 @@ def test_the_view_of_a_model_of_tokens_takes_a_draft(temperature):
     ("arguments", "why"),
     [
         ({"num_beams": 2}, "num_beams=2 does not go with a draft"),
-        ({"use_cache": False}, "use_cache=False does not go with a draft"),
         ({"cache_implementation": "static"}, "cache_implementation='static' does not go with a draft"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
@@ -162,6 +168,58 @@ def test_what_does_not_go_with_a_draft_is_refused(arguments, why):
     model, [prompt_1T] = deciding_model(), some_prompts([6])
     with pytest.raises(ValueError, match=why):
         model.generate(prompt_1T, custom_generate=Drafting(drafting_model()), max_new_tokens=4, **arguments)
+
+
+def test_what_a_model_reads_beside_tokens_is_refused():
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model, [prompt_1T] = GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes)).double(), some_prompts([6])
+    with pytest.raises(ValueError, match="token_type_ids does not go with a draft"):
+        model.generate(
+            prompt_1T, custom_generate=Drafting(drafting_model()), token_type_ids=torch.ones_like(prompt_1T)
+        )
+
+
+def test_a_prompt_without_tokens_is_refused():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    for ids_1T in (prompt_1T, prompt_1T[:, :0]):
+        with pytest.raises(ValueError, match="at least one token"):
+            model.generate(
+                ids_1T,
+                attention_mask=torch.zeros_like(ids_1T),
+                custom_generate=Drafting(drafting_model()),
+                max_new_tokens=4,
+            )
+
+
+def test_a_model_that_was_saved_without_a_cache_takes_a_draft():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    model.config.use_cache = model.generation_config.use_cache = False
+    how = {"temperature": 0.0, "seed": 1, "max_new_tokens": 9}
+    drafted = language_model(model).generate(prompt_1T, draft=drafting_model(), **how)
+    assert drafted.tolist() == language_model(model).generate(prompt_1T, **how).tolist()
+
+
+def test_positions_are_those_that_generate_gives():
+    # Its own would begin behind its padding token, 1.
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=40, is_decoder=True, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model, [prompt_1T] = RobertaForCausalLM(config).double().eval(), some_prompts([6])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
+    how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    drafted = model.generate(prompt_1T, custom_generate=Drafting(drafting_model()), **how)
+    assert drafted.tolist() == model.generate(prompt_1T, **how).tolist()
+
+
+def test_a_temperature_of_next_to_nothing_is_none():
+    view, [prompt_1T], draft = language_model(deciding_model()), some_prompts([6]), drafting_model()
+    how = {"seed": 1, "max_new_tokens": 9}
+    greedy = view.generate(prompt_1T, temperature=0.0, **how).tolist()
+    assert view.generate(prompt_1T, temperature=1e-250, **how).tolist() == greedy
+    assert view.generate(prompt_1T, temperature=1e-250, draft=draft, **how).tolist() == greedy
 
 
 def test_drafts_that_cannot_be_are_refused():

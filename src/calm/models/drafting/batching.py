@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from calm.core.chunks import as_id_tensor
 from calm.core.random import generator_of_row
-from calm.core.temperature import check_cuts
+from calm.core.temperature import check_cuts, is_likeliest
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.text import DraftedText
@@ -46,16 +41,32 @@ class TokenSampler:
             raise ValueError(f"temperature must lie between 0 and 2, got {self.temperature:g}.")
         check_cuts(self.top_p, self.min_p)
 
-    def processors(self) -> LogitsProcessorList:
-        """The same as transformers does it."""
-        processors = LogitsProcessorList()
-        if self.temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
-        if self.min_p > 0:
-            processors.append(MinPLogitsWarper(self.min_p))
-        return processors
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return is_likeliest(self.temperature)
+
+    def processors(self, model: PreTrainedModel, ids_1T: Tensor, budget: int) -> LogitsProcessorList:
+        """What becomes of a model's scores, as `generate` of transformers has it with these settings.
+
+        That includes what the model's own generation configuration asks for, such as a repetition penalty.
+        """
+        how: dict[str, Any] = {"do_sample": not self.is_greedy}
+        if not self.is_greedy:
+            how |= {"temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
+            how |= {"min_p": self.min_p} if self.min_p > 0 else {}
+        writer: Any = model
+        found: list[LogitsProcessorList] = []
+
+        def take(
+            _: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList, **others: Any
+        ) -> Tensor:
+            found.append(logits_processor)
+            return input_ids
+
+        mask_1T = torch.ones_like(ids_1T)
+        writer.generate(ids_1T, attention_mask=mask_1T, custom_generate=take, max_new_tokens=budget, **how)
+        return found[0]
 
 
 @dataclass(eq=False)
@@ -165,13 +176,14 @@ class DraftedBatch:
         return Written(row, tokens, ended_by, num_draws=drafted, agreement=share, fell_back=False)
 
     def _begun(self, one: _Open) -> DraftedText:
-        sampler: Any = one.row.sampler
+        sampler: TokenSampler = one.row.sampler
+        ids_1T = torch.tensor([list(one.prompt)], device=self._model.device)
         return DraftedText(
             self._model,
             ChunkDrafter(self._draft, sampler.temperature, self._num_chunks),
-            torch.tensor([list(one.prompt)], device=self._model.device),
-            processors=sampler.processors(),
-            is_greedy=sampler.temperature == 0,
+            ids_1T,
+            processors=sampler.processors(self._model, ids_1T, one.row.budget),
+            is_greedy=sampler.is_greedy,
             generator=one.row.generator,
         )
 

@@ -107,6 +107,24 @@ class ChunkDrafter:
             return Draft(tokens_G)
         return self._with_probabilities(tokens_G, states_CD, chunks_CK)
 
+    @torch.no_grad()
+    def read_ahead(self, text: Sequence[int], most: int) -> bool:
+        """Read a piece of a text if it is long; whether the rest is short enough for a draft.
+
+        Args:
+            text: All tokens so far.
+            most: Tokens of a piece.
+        """
+        size = self._model.config.chunk_size
+        if self._longest is not None and -(-len(text) // size) * size > self._longest:
+            return True  # Nothing will be drafted.
+        reading, left_CK = self._unread(text)
+        num_chunks = max(1, most // size)
+        if len(left_CK) <= num_chunks:
+            return True
+        self._read_piece(text, reading, left_CK[:num_chunks])
+        return False
+
     def _with_probabilities(self, tokens_G: Sequence[int], states_CD: Tensor, chunks_CK: Tensor) -> Draft:
         head, size, temperature = self._model.head, chunks_CK.shape[1], self._sampler.temperature
         assert isinstance(head, Likelihood)
@@ -123,20 +141,32 @@ class ChunkDrafter:
 
     def _read(self, text: Sequence[int]) -> _Reading:
         """Read on in the alignment in which the text ends with a chunk."""
-        model, size = self._model, self._model.config.chunk_size
-        padding = -len(text) % size
-        tokens = [model.config.pad_token_id or 0] * padding + list(text)
-        chunks_CK = torch.tensor(tokens, device=model.device).unflatten(0, (-1, size))
-        reading = self._readings.get(padding)
-        num_read = 0 if reading is None else reading.cache.lengths[0]
-        left_CK = chunks_CK[num_read:]
+        reading, left_CK = self._unread(text)
         if reading is not None and len(left_CK) <= _FEW:
             for chunk_K in left_CK:
                 reading.state_1D = self._steps.advance(chunk_K.unsqueeze(0), reading.cache)
             return reading
-        state_1D, cache = read_on(model, [left_CK], [None if reading is None else reading.cache])
-        reading = self._readings[padding] = _Reading(cache, state_1D)
+        return self._read_piece(text, reading, left_CK)
+
+    def _read_piece(self, text: Sequence[int], reading: _Reading | None, piece_CK: Tensor) -> _Reading:
+        """Read chunks on in one pass."""
+        cache = None if reading is None else reading.cache
+        state_1D, cache = read_on(self._model, [piece_CK], [cache])
+        reading = self._readings[-len(text) % self._model.config.chunk_size] = _Reading(cache, state_1D)
         return reading
+
+    def _unread(self, text: Sequence[int]) -> tuple[_Reading | None, Tensor]:
+        """What has been read in the alignment in which the text ends with a chunk, and the chunks left."""
+        config, device = self._model.config, self._model.device
+        size, pad = config.chunk_size, config.pad_token_id or 0
+        padding = -len(text) % size
+        reading = self._readings.get(padding)
+        num_read = 0 if reading is None else reading.cache.lengths[0]
+        # Only what is left is copied: a round costs the same however long the text is.
+        left = [pad] * padding + list(text) if num_read == 0 else text[num_read * size - padding :]
+        left_CK = torch.tensor(left, dtype=torch.long, device=device).unflatten(0, (-1, size))
+        # The model that decides may write tokens that the draft does not have.
+        return reading, left_CK.masked_fill(left_CK >= config.vocab_size, pad)
 
 
 def _sampler_for(model: CalmForCausalLM, temperature: float, num_draws: int) -> Sampler:

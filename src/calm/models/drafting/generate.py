@@ -28,12 +28,15 @@ _REFUSED = {
     "penalty_alpha": (None, 0, 0.0),
     "dola_layers": (None,),
     "cache_implementation": (None, "dynamic"),
-    "use_cache": (None, True),
     "output_scores": (None, False),
     "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
+# What transformers hands on itself; a text has a cache of its own whatever `use_cache` says.
+_OF_TRANSFORMERS = frozenset(
+    ("attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep", "use_cache")
+)
 
 
 @dataclass
@@ -149,6 +152,12 @@ class Drafting:
         for name in ("past_key_values", "cache"):
             if (cache := kwargs.get(name)) is not None and cache.get_seq_length() > 0:
                 raise ValueError(f"{name} does not go with a draft: the prompt is read by both models.")
+        given = {name for name, value in kwargs.items() if value is not None}
+        if others := sorted(given - _OF_TRANSFORMERS - _REFUSED.keys()):
+            raise ValueError(f"{others[0]} does not go with a draft, which reads tokens only; leave it out.")
+        mask_BT = kwargs.get("attention_mask")
+        if not (input_ids.numel() if mask_BT is None else mask_BT.any()):
+            raise ValueError("a draft needs a prompt of at least one token.")
         if self.draft.device != model.device:
             raise ValueError(
                 f"the draft is on {self.draft.device} and the model on {model.device}; move one to the other."

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ class DraftedText:
         self._text: list[int] = text_T.tolist()
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-        self._takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        taken = _arguments(model)
+        self._takes_last, self._takes_positions = "logits_to_keep" in taken, "position_ids" in taken
 
     @torch.no_grad()
     def read_ahead(self, most: int) -> bool:
@@ -75,7 +77,7 @@ class DraftedText:
         """
         first = self._cache.get_seq_length()
         if len(self._text) - first <= most:
-            return True
+            return self._drafter.read_ahead(self._text, most)
         self._pass(self._text[first : first + most], 1)
         return False
 
@@ -119,8 +121,11 @@ class DraftedText:
 
     def _pass(self, tokens: Sequence[int], num_places: int) -> Tensor:
         """Read tokens on; scores (S, V) behind the last so many."""
-        more = {"logits_to_keep": num_places} if self._takes_last else {}
+        more: dict[str, Any] = {"logits_to_keep": num_places} if self._takes_last else {}
         ids_1S = self.ids_1T.new_tensor([list(tokens)])
+        if self._takes_positions:  # As `generate` gives them, whatever a model's own would be.
+            first = self._cache.get_seq_length()
+            more["position_ids"] = torch.arange(first, first + len(tokens), device=ids_1S.device).unsqueeze(0)
         scores_1SV: Tensor = self._model(ids_1S, use_cache=True, **{CACHE: self._cache}, **more).logits
         return scores_1SV[0, -num_places:]
 
@@ -141,8 +146,16 @@ def check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate() or model._is_stateful:
         raise ValueError(f"a draft is for causal language models with attention, not for a {name}.")
+    if CACHE not in _arguments(model):
+        raise ValueError(f"a {name} remembers nothing of what it has read, so a draft does not go with it.")
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         raise ValueError(
             f"a {name} with these settings forgets old tokens, so it cannot take back a draft; leave it out."
         )
+
+
+def _arguments(model: PreTrainedModel) -> set[str]:
+    """What a pass of a model takes by name; what a class hands on to its parent included."""
+    passes = [one.forward for one in type(model).__mro__ if "forward" in vars(one)]
+    return {name for one in passes for name in inspect.signature(one).parameters}
