@@ -157,5 +157,5 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _arguments(model: PreTrainedModel) -> set[str]:
     """What a pass of a model takes by name; what a class hands on to its parent included."""
-    passes = [one.forward for one in type(model).__mro__ if "forward" in vars(one)]
+    passes = [vars(one)["forward"] for one in type(model).__mro__ if "forward" in vars(one)]
     return {name for one in passes for name in inspect.signature(one).parameters}
