@@ -65,6 +65,8 @@ def test_a_recipe_uptrains_and_a_kill_does_not_matter(base, tmp_path, monkeypatc
     weights = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "run/model")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    codes = load_file(tmp_path / "whole/autoencoder/model.safetensors")
+    assert all(torch.equal(one, weights[0][f"autoencoder.{name}"]) for name, one in codes.items())
     config = json.loads((whole / "config.json").read_text())
     assert config["backbone_config"]["num_hidden_layers"] == 2 and config["input_projection"] == "last"
     model, tokenizer = load_model_and_tokenizer(str(whole))

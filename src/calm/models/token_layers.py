@@ -50,7 +50,7 @@ class TokenLayer(LlamaDecoderLayer):
             keys = torch.cat([earlier[0].to(keys.dtype), keys], dim=2)
             values = torch.cat([earlier[1].to(values.dtype), values], dim=2)
         all_keys, all_values = (
-            torch.cat([sink.to(own.dtype).expand(len(own), -1, -1, -1), own], dim=2)
+            torch.cat([sink.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
             for sink, own in ((self.sink_key, keys), (self.sink_value, values))
         )
         width, num_keys = x_MWD.shape[1], all_keys.shape[2]

@@ -23,7 +23,6 @@ from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
 from calm.evaluation.scorers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
-from calm.models.calm import CalmForCausalLM
 from calm.models.language_model import language_model
 from calm.models.loading import load_autoencoder
 from calm.training.arguments import Stage
@@ -39,7 +38,6 @@ from calm.training.recipe import Recipe
 from calm.training.runs import Run
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer, Score
-from calm.training.uptraining import uptrains
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -119,9 +117,6 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     if (begun := model_to_continue(recipe, data)) is not None:
         set_seed(recipe.seed)
         model = begun
-        if uptrains(recipe):
-            assert isinstance(model, CalmForCausalLM)
-            model.autoencoder.load_state_dict(load_autoencoder(run.folder / "autoencoder").state_dict())
     elif recipe.model == "autoregressive":
         model = new_autoregressive_model(recipe, data)
     else:

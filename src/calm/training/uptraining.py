@@ -111,7 +111,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
             f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
             f"prepare it with --tokenizer {name}."
         )
-    set_seed(recipe.seed)  # Of the autoencoder's codes.
+    set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
     attention = recipe.language_model.attention
     model = calm_from_transformer(
         source, tokenizer, recipe.chunk_size, cut_of(recipe), attn_implementation=attention

@@ -73,10 +73,13 @@ class DecoderHeadConfig(HeadConfig):
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
-        later, layer = self.chunk_size - 1, multiply_adds_of_layer(self.as_llama(), self.chunk_size + 1)
-        of_place = (self.first_layers + self.last_layers) * layer
-        shared = of_place + later * hidden_size * hidden_size
-        per_draw = later * of_place + self.chunk_size * self.vocab_size * hidden_size
+        llama, layers = self.as_llama(), self.first_layers + self.last_layers
+        # A place sees those before it, itself and the sink.
+        first, *later = (
+            layers * multiply_adds_of_layer(llama, place + 2) for place in range(self.chunk_size)
+        )
+        shared = first + len(later) * hidden_size * hidden_size
+        per_draw = sum(later) + self.chunk_size * self.vocab_size * hidden_size
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
