@@ -22,8 +22,9 @@ HEADS: dict[str, dict] = {
         "num_steps": 4,
     },
     "sequential": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6},
+    "decoder": {"head_type": "decoder", "first_layers": 1, "last_layers": 1},
 }
-WITH_CODES = ("categorical_flow", "sequential")
+WITH_CODES = ("categorical_flow", "sequential", "decoder")
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
@@ -46,6 +47,8 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
         "max_position_embeddings": 64,
     }
     head_type = changes.get("head_config", {}).get("head_type", "energy")
+    if head_type == "decoder":
+        changes = {"input_projection": "last", "final_norm": False} | changes
     return CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
             kind="codes" if head_type in WITH_CODES else "mlp",

@@ -19,6 +19,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
 from calm.models.thoughts import thoughts_of
+from calm.models.token_layers import weights_of_layer
 from calm.ranges import BLOCKS, NUM_THOUGHTS
 
 POSITIONS = 2048
@@ -192,8 +193,7 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
         InputError: If the architecture is another one.
     """
     if isinstance(config, CalmConfig):
-        width = config.hidden_size
-        once = {"input": 2.0 * (config.input_size * 2 * width + 2 * width * width)}
+        once = {"input": 2.0 * _projection(config)}
         # Once where a latent is input and target.
         encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
         return once | _of_layers(config.backbone, work) | encoder
@@ -203,6 +203,14 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
         f"FLOPs are counted for CALM and Llama models, not for '{config.model_type}'; "
         "torch.utils.flop_counter counts any model that runs here."
     )
+
+
+def _projection(config: CalmConfig) -> int:
+    """Multiply-adds that make a chunk's input."""
+    width = config.hidden_size
+    if config.input_projection == "last":
+        return config.input_size * width
+    return config.input_size * 2 * width + 2 * width * width
 
 
 def _of_layers(config: LlamaConfig, work: Work) -> dict[str, float]:
@@ -246,11 +254,7 @@ def _head(config: CalmConfig) -> HeadFlops:
 
 def _decoder_weights(config: LlamaConfig) -> int:
     """Multiply-adds of a Llama's layers at one position, attention scores aside."""
-    width, queries = config.hidden_size, _query_width(config)
-    # Configurations fill in what was left open, which their types do not say.
-    keys = queries // config.num_attention_heads * (config.num_key_value_heads or config.num_attention_heads)
-    attention = 2 * width * queries + 2 * width * keys
-    return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size)
+    return config.num_hidden_layers * weights_of_layer(config)
 
 
 def _attention(config: LlamaConfig, positions: int) -> int:

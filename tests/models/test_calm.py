@@ -180,8 +180,9 @@ def test_tokens_must_fill_chunks(model):
 @pytest.mark.parametrize("head", HEADS)
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(head):
     """The blocks of the head hold most: they work on N draws of every position."""
+    depth = {"last_layers": 2} if head == "decoder" else {"num_blocks": 2}
     small = {"noise_size": 8} if head == "energy" else {}
-    model = tiny_model(head_config={"head_type": head, "num_blocks": 2, **small})
+    model = tiny_model(head_config={"head_type": head, **depth, **small})
     model.train()
     ids = torch.randint(3, 40, (2, 16))
     gradients, kept = [], []

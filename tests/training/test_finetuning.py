@@ -178,7 +178,8 @@ def test_adapters_are_around_the_linear_layers_alone(base):
 @pytest.mark.parametrize("head_type", HEADS)
 def test_every_adapter_takes_part(head_type):
     """One around a layer that is never called would learn nothing, and stop several processes."""
-    model = tiny_model(head_config={"head_type": head_type}, backbone_input="both")
+    read = "tokens" if head_type == "decoder" else "both"
+    model = tiny_model(head_config={"head_type": head_type}, backbone_input=read)
     adapted = with_adapters(model, LoraSettings(rank=2), "base").train()
     tokens = torch.randint(3, 40, (2, 32))
     loss = adapted(input_ids=tokens, labels=tokens, position_ids=torch.arange(8).repeat(2, 1)).loss

@@ -40,3 +40,16 @@ class ChunkProjection(nn.Module):
     def forward(self, chunks_BCX: Tensor) -> Tensor:
         """Chunks (B, C, X) -> vectors (B, C, D)."""
         return self.norm(self.squeeze(F.silu(self.expand(chunks_BCX))))
+
+
+class LastTokenProjection(nn.Module):
+    """The embedding of a chunk's last token, plus a linear map of all its embeddings that starts as zero."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.mix = ZeroLinear(input_size, hidden_size, bias=False)
+
+    def forward(self, chunks_BCX: Tensor) -> Tensor:
+        """Chunks (B, C, X), X = K·D -> vectors (B, C, D)."""
+        return chunks_BCX[..., -self.hidden_size :] + self.mix(chunks_BCX)

@@ -17,11 +17,12 @@ from transformers.utils import ModelOutput
 from calm.core.chunks import IGNORED_LABEL, find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.autoencoder import CalmAutoencoder
-from calm.models.blocks import ChunkProjection, ZeroLinear
+from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
 from calm.models.heads import GenerativeHead, Target, build_head
 from calm.models.saving import SavedAnew
 from calm.models.thoughts import Thinking, read_positions, scale_of
+from calm.models.token_layers import TokenLayer
 from calm.models.writing.generate import ChunkGenerationMixin
 
 _NO_VECTORS = (
@@ -83,9 +84,16 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         super().__init__(config)
         self.autoencoder = CalmAutoencoder(config.autoencoder)
         self.backbone = ChunkBackbone(config.backbone)
-        self.projection = ChunkProjection(config.input_size, config.hidden_size, config.layer_norm_eps)
+        if not config.final_norm:
+            self.backbone.norm = nn.Identity()  # type: ignore[assignment]
+        self.projection: ChunkProjection | LastTokenProjection
+        if config.input_projection == "mlp":
+            self.projection = ChunkProjection(config.input_size, config.hidden_size, config.layer_norm_eps)
+        else:
+            self.projection = LastTokenProjection(config.input_size, config.hidden_size)
         self.head: GenerativeHead = build_head(config.head, config.hidden_size, config.latent_size)
         self.head.attach(self.autoencoder)
+        self.head.attach_backbone(self.backbone)
         self.post_init()
         self._freeze_autoencoder()
         self.generation_config = GenerationConfig(
@@ -100,6 +108,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
+        if isinstance(module, TokenLayer):
+            init.zeros_(module.sink_key)
+            init.zeros_(module.sink_value)
 
     def _freeze_autoencoder(self) -> None:
         self.autoencoder.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from calm.models.hyperparameters import (
     InputHyperparameters,
 )
 from calm.models.thoughts import thoughts_of
+from calm.models.token_layers import layer_sizes
 
 AUTOENCODER_KINDS = get_args(AutoencoderKind)
 
@@ -71,6 +72,7 @@ class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
 
 
 BACKBONE_INPUTS = get_args(BackboneInput)
+INPUT_PROJECTIONS = ("mlp", "last")
 # What a `CalmConfig` only repeats, and the part of it that decides. None: it follows from other sizes.
 _WHERE = {
     "autoencoder": "autoencoder_config",
@@ -104,6 +106,9 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         initializer_range: Standard deviation of new weights outside the backbone.
         layer_norm_eps: Epsilon of the input projection's norm.
         thoughts: How the model thinks before it answers (see `calm.models.thoughts`); None for not at all.
+        input_projection: What makes one vector of a chunk's embeddings: "mlp", the paper's, or "last", the
+            last token's embedding plus a linear map of all that starts as zero.
+        final_norm: Whether the backbone ends with a norm.
     """
 
     model_type = "calm"
@@ -119,6 +124,8 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
     thoughts: dict | None = None
+    input_projection: str = "mlp"
+    final_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_names(type(self), kwargs, more=_WHERE)
@@ -126,6 +133,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
             raise ValueError(
                 f"backbone_input must be one of {', '.join(BACKBONE_INPUTS)}, got '{self.backbone_input}'."
             )
+        self._check_projection()
         autoencoder = self.autoencoder_config or {}
         if not isinstance(autoencoder, CalmAutoencoderConfig):
             autoencoder = CalmAutoencoderConfig(**_as_mapping("autoencoder_config", autoencoder))
@@ -145,9 +153,22 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         self.autoencoder_config = autoencoder
         self.backbone_config = _llama(backbone)
         head = _as_mapping("head_config", self.head_config or {"head_type": "energy"})
-        self.head_config = _with_sizes(dict(head), autoencoder)
+        self.head_config = _with_sizes(dict(head), autoencoder, self.backbone_config)
         thoughts_of(self)
         super().__post_init__(**kwargs)
+
+    def _check_projection(self) -> None:
+        if self.input_projection not in INPUT_PROJECTIONS:
+            raise ValueError(
+                f"input_projection must be one of {', '.join(INPUT_PROJECTIONS)}, "
+                f"got {shown(self.input_projection)}."
+            )
+        if self.input_projection == "last" and self.backbone_input != "tokens":
+            raise ValueError(
+                f"the input projection 'last' reads tokens, and backbone_input is '{self.backbone_input}'."
+            )
+        if not isinstance(self.final_norm, bool):
+            raise ValueError(f"final_norm must be true or false, got {shown(self.final_norm)}.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Also how transformers takes arguments that are no field, from_pretrained's among them.
@@ -236,8 +257,10 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         return self.backbone.num_hidden_layers
 
 
-def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dict[str, Any]:
-    """All fields of a head; those that repeat a size of the autoencoder are taken from there."""
+def _with_sizes(
+    head: dict[str, Any], autoencoder: CalmAutoencoderConfig, backbone: LlamaConfig
+) -> dict[str, Any]:
+    """All fields of a head; those that repeat a size of another part are taken from there."""
     config = parse_head_config(head)
     if config.needs_codes and not autoencoder.has_codes:
         raise ValueError(
@@ -245,8 +268,12 @@ def _with_sizes(head: dict[str, Any], autoencoder: CalmAutoencoderConfig) -> dic
             f"autoencoder's kind to 'codes', not '{autoencoder.kind}'."
         )
     known = {field.name for field in fields(config)}
-    sizes = {name: getattr(autoencoder, name) for name in ("vocab_size", "chunk_size") if name in known}
-    return asdict(config) | sizes
+    sizes = {
+        "vocab_size": autoencoder.vocab_size,
+        "chunk_size": autoencoder.chunk_size,
+        "layer_sizes": layer_sizes(backbone),
+    }
+    return asdict(config) | {name: size for name, size in sizes.items() if name in known}
 
 
 def _set_elsewhere(name: str, value: Any) -> str:

@@ -18,6 +18,7 @@ from calm.core.samplers import Sampler
 from calm.core.temperature import inverse_temperature, is_likeliest
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
+from calm.models.blocks import LastTokenProjection
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.drafting.generate import Drafting, generate_drafted
@@ -175,7 +176,10 @@ class _Chunks(LanguageModel):
 
     @property
     def input_rms(self) -> float:
-        norm = self.network.projection.norm
+        projection = self.network.projection
+        if isinstance(projection, LastTokenProjection):
+            return float(self.network.backbone.embed_tokens.weight.detach().pow(2).mean().sqrt())
+        norm = projection.norm
         weight, bias = norm.weight.detach(), norm.bias.detach()
         return math.sqrt(float(weight.pow(2).mean() + bias.pow(2).mean()))
 

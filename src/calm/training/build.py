@@ -73,6 +73,8 @@ def autoencoder_config(
     settings = recipe.autoencoder
     if settings.path is not None and (Path(folder_of(settings.path)) / "config.json").is_file():
         return load_autoencoder_config(Path(folder_of(settings.path)))
+    if isinstance(begun := config_to_continue(recipe), CalmConfig):
+        return begun.autoencoder
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
             f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "

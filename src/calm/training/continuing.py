@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,11 +9,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
 from calm.evaluation.held_out import check_context
-from calm.hub.opening import open_config
 from calm.models.configuration import CalmConfig
-from calm.models.loading import is_adapter, load_config, load_language_model_and_tokenizer
-from calm.models.missing import look_for, place_of
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.missing import place_of
 from calm.training.recipe import Recipe
+from calm.training.uptraining import (
+    completed_for_uptraining,
+    config_at,
+    config_to_uptrain,
+    model_to_uptrain,
+    uptrains,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +33,8 @@ def completed(recipe: Recipe) -> Recipe:
     if recipe.language_model.init_from is None:
         return recipe
     name = place_of(recipe.language_model.init_from)
+    if uptrains(recipe):
+        return completed_for_uptraining(recipe, name)
     brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if recipe.model == "calm" else {})
     for part, setting in brought.items():
         settings = getattr(recipe, part)
@@ -50,16 +57,9 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
     name = recipe.language_model.init_from
     if name is None:
         return None
-    place = place_of(name)
-    if is_adapter(Path(place)):
-        raise InputError(
-            f"'{name}' holds adapters; give the folder of the model into which they were merged."
-        )
-    if Path(place).is_dir():
-        config = load_config(Path(place))
-    else:
-        look_for(name)
-        config = open_config(place)
+    config = config_at(name)
+    if uptrains(recipe):
+        return config_to_uptrain(recipe, config)
     kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
     if (recipe.model, recipe.chunk_size) != (kind, size):
         what = (
@@ -78,6 +78,8 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     name = recipe.language_model.init_from
     if config_to_continue(recipe) is None or name is None:
         return None
+    if uptrains(recipe):
+        return model_to_uptrain(recipe, data)
     model, tokenizer = load_language_model_and_tokenizer(
         name, dtype=torch.float32, attn_implementation=recipe.language_model.attention
     )

@@ -4,7 +4,7 @@ An optimizer is a function (model, settings) -> torch.optim.Optimizer, registere
 give as `optimizer.name`. docs/recipes.md shows how to add one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from calm.errors import InputError, reason_of
+from calm.models.uptraining import new_parameters
 from calm.training.muon import MuonWithAdamW, muon_with_adamw
 from calm.training.recipe import OptimizerSettings
 
@@ -52,9 +53,25 @@ def build_optimizer(
         for entry_point in entry_points(group=_ENTRY_POINTS, name=settings.name):
             entry_point.load()
     optimizer = _BUILDERS.get(settings.name, _of_pytorch_optimizer)(model, settings)
+    if settings.source_rate != 1:
+        _part_rates(optimizer, new_parameters(model), settings.source_rate)
     if precision == "bf16" and isinstance(optimizer, MuonWithAdamW):
         optimizer.orthogonalize_in_bf16()
     return optimizer
+
+
+def _part_rates(optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter], source_rate: float) -> None:
+    """Let all but the new weights of an uptrained model have rates of their own; others have no new ones."""
+    if not new:
+        return
+    ids, groups = {id(parameter) for parameter in new}, []
+    for group in optimizer.param_groups:
+        is_new = [id(parameter) in ids for parameter in group["params"]]
+        for kind, rate in ((False, source_rate), (True, 1.0)):
+            params = [one for one, is_one in zip(group["params"], is_new, strict=True) if is_one is kind]
+            if params:
+                groups.append({**group, "params": params, "lr": rate * group["lr"]})
+    optimizer.param_groups[:] = groups
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:

@@ -8,6 +8,7 @@ from calm.models.hyperparameters import (
     DECODER_RANGES,
     INPUT_RANGES,
     SHARES_BELOW_ONE,
+    TOKEN_LAYERS,
 )
 from calm.ranges import DOCUMENT_MB, Range
 from calm.training.finetuning_recipe import (
@@ -24,6 +25,7 @@ from calm.training.recipe import (
     OptimizerSettings,
     Recipe,
     TrainingSettings,
+    UptrainingSettings,
 )
 
 _COUNT = Range(0, 10**12)
@@ -57,6 +59,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "warmup_steps": _COUNT,
         "decay_fraction": _SHARE,
         "max_grad_norm": _RATE,
+        "source_rate": _RATE,
     },
     TrainingSettings: {
         "steps": _POSITIVE_COUNT,
@@ -71,6 +74,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     AutoencoderSettings: AUTOENCODER_RANGES,
     LanguageModelSettings: DECODER_RANGES | INPUT_RANGES,
+    UptrainingSettings: {"first_layers": TOKEN_LAYERS, "last_layers": TOKEN_LAYERS},
     Recipe: {"seed": _SEED, "chunk_size": Range(1, 1024)},
     ExampleSettings: {"validation_fraction": _PART, "context": Range(1, 10**9)},
     LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": SHARES_BELOW_ONE},

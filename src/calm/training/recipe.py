@@ -92,6 +92,8 @@ class OptimizerSettings:
         warmup_steps: Steps of linear rise.
         decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        source_rate: Rates of weights that a Transformer brought along as it became a CALM, relative to those
+            of new ones.
         extra: Further arguments of an optimizer named otherwise.
     """
 
@@ -108,6 +110,7 @@ class OptimizerSettings:
     warmup_steps: int = 100
     decay_fraction: float = 0.3
     max_grad_norm: float = 1.0
+    source_rate: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -191,6 +194,21 @@ class _Trained:
     path: str | None = None
 
 
+@dataclass(kw_only=True)
+class UptrainingSettings:
+    """How a Transformer of tokens becomes a CALM, if `init_from` names one (docs/uptraining.md).
+
+    Args:
+        first_layers: So many of its first layers read tokens in the head; the backbone has them, too.
+        last_layers: So many of its last layers are in the head; the backbone has all others.
+        layers: Numbers from 0 on of the layers that are used; none for all.
+    """
+
+    first_layers: int = 4
+    last_layers: int = 8
+    layers: list[int] | None = None
+
+
 # Settings of the last base come first: in the help, in recipes that are written, and in their digests.
 @dataclass(kw_only=True)
 class AutoencoderSettings(AutoencoderHyperparameters, _Trained):
@@ -209,7 +227,9 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
 
     Args:
         init_from: Folder or hub name of a model whose weights training begins with; its tokenizer,
-            autoencoder, sizes and head are taken as well. None begins anew.
+            autoencoder, sizes and head are taken as well. A CALM may begin with a Transformer of tokens,
+            too. None begins anew.
+        uptraining: How a Transformer of tokens becomes a CALM.
         sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
             instead of all of them (DDP).
         attention: Implementation; "flash_attention_2" and others need their package.
@@ -219,6 +239,7 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
     """
 
     init_from: str | None = None
+    uptraining: UptrainingSettings = field(default_factory=UptrainingSettings)
     sharded: bool = False
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})

@@ -10,7 +10,7 @@ from calm.models.drafting.draft import ChunkDrafter
 from calm.models.writing.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
-HEADS = ["sequential", "energy", "categorical_flow"]
+HEADS = ["sequential", "energy", "categorical_flow", "decoder"]
 
 
 def seeded(seed=0):

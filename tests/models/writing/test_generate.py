@@ -249,7 +249,7 @@ def test_standard_streamers_get_the_text(model):
 def test_latents_that_are_not_finite_are_refused(head_type):
     model = tiny_model(head_config={"head_type": head_type})
     with torch.no_grad():
-        model.backbone.norm.weight.fill_(float("nan"))
+        model.backbone.layers[-1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 

@@ -15,6 +15,7 @@ from calm.models.heads.contract import (
     TokenDistributions,
     TokenProbabilities,
 )
+from calm.models.heads.decoder import DecoderHead, DecoderHeadConfig
 from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
@@ -27,6 +28,7 @@ register_head("flow", FlowHeadConfig, FlowHead)
 register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
 register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
 register_head("sequential", SequentialHeadConfig, SequentialHead)
+register_head("decoder", DecoderHeadConfig, DecoderHead)
 
 # Names of version 0.1, for one version.
 _RENAMED = {
@@ -45,6 +47,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CategoricalFlowHead",
     "CategoricalFlowHeadConfig",
+    "DecoderHead",
+    "DecoderHeadConfig",
     "DiffusionHead",
     "DiffusionHeadConfig",
     "EnergyHead",

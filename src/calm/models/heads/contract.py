@@ -119,6 +119,10 @@ class GenerativeHead(nn.Module, abc.ABC):
         """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
         return
 
+    def attach_backbone(self, backbone: nn.Module) -> None:
+        """Get to know the model's backbone, whose `embed_tokens` may be shared, as `attach` does."""
+        return
+
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
         """Start from how often each token occurs in the training text; a new model's head is asked once.
 

@@ -11,19 +11,18 @@ r rank, S blocks.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm.core.cross_entropy import cross_entropy
-from calm.core.random import Randomness, uniform
 from calm.models.blocks import PartedLinear, ZeroLinear
-from calm.models.heads.contract import MIN_TEMPERATURE, Target, TokenProbabilities, require_finite
+from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
-from calm.models.heads.scores import draw_tokens, likeliest, probabilities, token_distributions
 from calm.models.heads.step_network import RecomputedBlock
+from calm.models.heads.token_by_token import TokenByTokenHead, choose_tokens
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 
 
@@ -68,7 +67,7 @@ class SequentialHeadConfig(TokenHeadConfig):
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
-class SequentialHead(TokenHead):
+class SequentialHead(TokenByTokenHead, TokenHead):
     """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
 
     Before each place it reads the last K tokens, those of the chunk before included. So its states are those
@@ -99,48 +98,11 @@ class SequentialHead(TokenHead):
         """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
         return self.embed_tokens(chunks_BCK).flatten(-2)
 
-    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
-        """Mean cross-entropy of the chunk's tokens, each given all before it, in nats, (P,)."""
-        return self.token_losses(states_PD, target.tokens_PK).mean(-1)
-
     def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """See `Likelihood`."""
-        vectors_MR = self._vectors(states_PD, tokens_PK)
+        vectors_MR = self._vectors_of_rank(states_PD, tokens_PK)
         losses_M = cross_entropy(vectors_MR, self.scores.weight, tokens_PK.flatten(), self.scores.bias)
         return losses_M.view_as(tokens_PK)
-
-    def token_probabilities(
-        self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
-    ) -> TokenProbabilities:
-        """See `Likelihood`.
-
-        Raises:
-            ValueError: If the temperature lies outside 0.01 to 1.
-        """
-        vectors_MX = self._tempered(self._vectors(states_PD, tokens_PK), temperature)
-        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
-        return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
-
-    def token_distribution(
-        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
-    ) -> Tensor:
-        """See `TokenDistributions`.
-
-        Raises:
-            ValueError: If the temperature lies outside 0.01 to 1.
-        """
-        vectors_PKR = self._vectors(states_PD, tokens_PK).unflatten(0, tokens_PK.shape)
-        vectors_PX = self._tempered(vectors_PKR[:, place], temperature)
-        return torch.cat(list(token_distributions(vectors_PX, self._table())))
-
-    @staticmethod
-    def _tempered(vectors_MR: Tensor, temperature: float) -> Tensor:
-        """Vectors whose products with the table are scores divided by the temperature."""
-        if not MIN_TEMPERATURE <= temperature <= 1:
-            raise ValueError(
-                f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."
-            )
-        return _with_one(vectors_MR) / temperature
 
     def prepare(self, states_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
@@ -148,18 +110,6 @@ class SequentialHead(TokenHead):
         condition_PD = F.silu(self.condition_in(state_PD))
         modulations = [block.modulation(condition_PD) for block in self.blocks]  # type: ignore[operator]
         return torch.cat([*modulations, self.direct(state_PD), before_PKE.flatten(-2)], dim=-1)
-
-    def draw_chunks(
-        self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
-    ) -> Tensor:
-        """See `GenerativeHead`: each token's distribution is sharpened, as in a model of tokens.
-
-        Below T = 0.01 it is the likeliest token.
-        """
-        self.check_temperature(temperature)
-        size = self.config.chunk_size
-        uniform_NPK = uniform(num_draws, prepared_P.shape[0], size, randomness, prepared_P.device)
-        return self._write(prepared_P, uniform_NPK, temperature)
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
@@ -180,10 +130,7 @@ class SequentialHead(TokenHead):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
             vectors_MX = _with_one(vectors_NPR.flatten(0, 1))
-            if temperature < MIN_TEMPERATURE:
-                tokens_M, sums_M = likeliest(vectors_MX, table_VX)
-            else:
-                tokens_M, sums_M = draw_tokens(vectors_MX / temperature, table_VX, uniform_NP.flatten())
+            tokens_M, sums_M = choose_tokens(vectors_MX, table_VX, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M.view_as(uniform_NP))
             checked_M = checked_M + sums_M
             known.append(self.embed_tokens(tokens[-1]))
@@ -191,6 +138,9 @@ class SequentialHead(TokenHead):
         return torch.stack(tokens, dim=-1)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        return _with_one(self._vectors_of_rank(states_PD, tokens_PK))
+
+    def _vectors_of_rank(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, r)."""
         state_PD, before_PKE = self._parts(states_PD)
         size = self.config.chunk_size

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
+from calm.models.token_layers import rotated
+
 # Rotations whose frequencies do not depend on the length of a text.
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
@@ -49,8 +51,8 @@ class ChunkStep(nn.Module):
         for layer, keys_RHCd, values_RHCd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RD = layer.input_layernorm(x_RD)
-            query_RGd = _turned(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
-            key_RHd = _turned(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
+            query_RGd = rotated(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
+            key_RHd = rotated(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
             value_RHd = self._heads(attention.v_proj(normed_RD))
             # Under autocast the cache has the type that it chose for the prompt.
             keys_RHCd.index_put_(slot, key_RHd.to(keys_RHCd.dtype))
@@ -92,12 +94,6 @@ def can_step(model: Any) -> bool:
 def _is_dispatched(module: nn.Module) -> bool:
     """Whether accelerate moves a module's inputs from device to device."""
     return hasattr(module, "_hf_hook")
-
-
-def _turned(x_RHd: Tensor, cos_R1d: Tensor, sin_R1d: Tensor) -> Tensor:
-    """Rotary position embedding, in the halves of Llama."""
-    first, second = x_RHd.chunk(2, dim=-1)
-    return x_RHd * cos_R1d + torch.cat([-second, first], dim=-1) * sin_R1d
 
 
 def _attend(

@@ -1,0 +1,183 @@
+"""The decoder head: a model of tokens inside the chunk, made of the last layers of a Llama.
+
+A window of K positions begins with the last token of the chunk before, and position p predicts token p of
+the next chunk. First layers read the tokens of the window. Position 0 goes on with the backbone's state s,
+position p > 0 with the state of token p - 1 after the first layers, plus a map of the update that the
+backbone made to position 0: s less the state of the last token after the first layers. The map is the
+identity at the start. Last layers, a norm and the scores of all tokens follow. Attention in both kinds of
+layers is causal inside the window (`calm.models.token_layers`).
+
+So a Transformer of tokens can be cut into a CALM (docs/uptraining.md). A decoder of tokens inside blocks is
+that of the Block Transformer (Ho et al., arXiv 2406.02657).
+
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, M rows.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from calm.models.blocks import PartedLinear, ZeroLinear
+from calm.models.heads.contract import require_finite
+from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
+from calm.models.heads.token_by_token import TokenByTokenHead, choose_tokens
+from calm.models.token_layers import TokenLayers, multiply_adds_of_layer
+
+
+@dataclass(kw_only=True)
+class DecoderHeadConfig(HeadConfig):
+    """Fields of the decoder head.
+
+    Args:
+        head_type: Always "decoder".
+        first_layers: Layers that read tokens.
+        last_layers: Layers between the backbone's state and the scores.
+        has_tied_scores: Whether a token's embedding is also what its score is computed with.
+        vocab_size: Tokens; the model fills it in.
+        chunk_size: Tokens per chunk; the model fills it in.
+        layer_sizes: Arguments of `LlamaConfig` for the layers, those of the backbone; the model fills
+            it in.
+    """
+
+    head_type: str = "decoder"
+    first_layers: int = 1
+    last_layers: int = 2
+    has_tied_scores: bool = True
+    vocab_size: int = 1
+    chunk_size: int = 1
+    layer_sizes: dict[str, Any] = field(default_factory=dict)
+
+    needs_codes: ClassVar[bool] = True
+    lowest_temperature: ClassVar[float] = 0.0
+    decodes_latents: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "vocab_size", "chunk_size")
+        for name in ("first_layers", "last_layers"):
+            if not 0 <= getattr(self, name) <= 10_000:
+                raise ValueError(f"{name} must be from 0 to 10000, got {getattr(self, name)}.")
+
+    @property
+    def extra_state_size(self) -> int:
+        """See `HeadConfig`: the embedding of the last token of a chunk."""
+        return self.as_llama().hidden_size
+
+    def as_llama(self) -> LlamaConfig:
+        """The sizes of the layers."""
+        return LlamaConfig(**self.layer_sizes)
+
+    def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
+        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
+        llama, layers = self.as_llama(), self.first_layers + self.last_layers
+        # A place sees those before it, itself and the sink.
+        first, *later = (
+            layers * multiply_adds_of_layer(llama, place + 2) for place in range(self.chunk_size)
+        )
+        shared = first + len(later) * hidden_size * hidden_size
+        per_draw = sum(later) + self.chunk_size * self.vocab_size * hidden_size
+        return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
+
+
+class DecoderHead(TokenByTokenHead):
+    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
+
+    Its states are those of the backbone followed by the embedding of the chunk's last token, (P, 2·D).
+
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+    """
+
+    config: DecoderHeadConfig
+    _backbone: tuple[nn.Module, ...] = ()
+
+    def __init__(self, config: DecoderHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        llama = config.as_llama()
+        self.first = TokenLayers(llama, config.first_layers)
+        self.last = TokenLayers(llama, config.last_layers)
+        self.norm = LlamaRMSNorm(hidden_size, eps=llama.rms_norm_eps)
+        # What the map of the update at each later place adds to the identity.
+        self.inject = ZeroLinear(hidden_size, (config.chunk_size - 1) * hidden_size, bias=False)
+        self.scores = (
+            None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
+        )
+
+    def attach_backbone(self, backbone: nn.Module) -> None:
+        """See `GenerativeHead`: its token embeddings are the head's as well."""
+        self._backbone = (backbone,)  # In a tuple, so that it is not taken for a part of the head.
+
+    def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
+        """See `GenerativeHead`: the embedding of the chunk's last token."""
+        return self._embed(chunks_BCK[..., -1])
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """The layer that meets the vocabulary, if it is not the embedding."""
+        return [] if self.scores is None else [self.scores]
+
+    def prepare(self, states_PD: Tensor) -> Tensor:
+        """What all draws of a position share: all of the first token but its choice.
+
+        Returns:
+            (P, D + (K - 1)·D + numbers of memory): what the first token is chosen by, what is added at each
+            later place, and the memory of the first place.
+        """
+        state_PD, last_PD = self._parts(states_PD)
+        before_PD, of_first = self.first.step(last_PD, 0, [])
+        later_PX = self._later(state_PD - before_PD).flatten(1)
+        x_PD, of_last = self.last.step(state_PD, 0, [])
+        memory_parts = [
+            layers.pack(of) for layers, of in ((self.first, of_first), (self.last, of_last)) if of
+        ]
+        return torch.cat([self.norm(x_PD), later_PX, *memory_parts], dim=-1)
+
+    def _later(self, update_PD: Tensor) -> Tensor:
+        """What the backbone's update adds at the places after the first, (P, K - 1, D)."""
+        moved_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
+        return update_PD.unsqueeze(1) + moved_PKD
+
+    def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
+        size, width, num_draws = self.config.chunk_size, self.hidden_size, uniform_NPK.shape[0]
+        widths = [width, (size - 1) * width, self.first.memory_size, self.last.memory_size]
+        of_draws_MX = prepared_P.expand(num_draws, -1, -1).flatten(0, 1)
+        vectors_MD, later_MX, first_MX, last_MX = of_draws_MX.split(widths, dim=-1)
+        later_MKD = later_MX.unflatten(-1, (size - 1, width))
+        of_first, of_last = self.first.unpack(first_MX), self.last.unpack(last_MX)
+        table_VD, tokens = self._table(), list[Tensor]()
+        checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
+        for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
+            if place:
+                x_MD, of_first = self.first.step(self._embed(tokens[-1]), place, of_first)
+                x_MD, of_last = self.last.step(x_MD + later_MKD[:, place - 1], place, of_last)
+                vectors_MD = self.norm(x_MD)
+            tokens_M, sums_M = choose_tokens(vectors_MD, table_VD, uniform_NP.flatten(), temperature)
+            tokens.append(tokens_M)
+            checked_M = checked_M + sums_M
+        require_finite(checked_M)  # Once for all places: it waits for the device.
+        return torch.stack(tokens, dim=-1).view_as(uniform_NPK)
+
+    def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        state_PD, last_PD = self._parts(states_PD)
+        window_PKD = torch.cat([last_PD.unsqueeze(1), self._embed(tokens_PK[:, :-1])], dim=1)
+        read_PKD = self.first(window_PKD)
+        later_PKD = read_PKD[:, 1:] + self._later(state_PD - read_PKD[:, 0])
+        x_PKD = self.last(torch.cat([state_PD.unsqueeze(1), later_PKD], dim=1))
+        return self.norm(x_PKD).flatten(0, 1)
+
+    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's state, and the embedding of the last token before the chunk, (P, D) each."""
+        state_PD, last_PD = states_PD.split([self.hidden_size, self.hidden_size], dim=-1)
+        return state_PD, last_PD
+
+    def _table(self) -> Tensor:
+        table = self._backbone[0].embed_tokens if self.scores is None else self.scores
+        return table.weight  # type: ignore[union-attr,return-value]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._backbone[0].embed_tokens(tokens)  # type: ignore[operator]

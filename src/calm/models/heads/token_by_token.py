@@ -1,0 +1,94 @@
+"""What heads have in common that draw the tokens of a chunk one after another: likelihoods and draws.
+
+Shapes: N draws, P positions, K tokens per chunk, D state size, V vocabulary, X size of vectors, M rows.
+"""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm.core.cross_entropy import cross_entropy
+from calm.core.random import Randomness, uniform
+from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead, Target, TokenProbabilities
+from calm.models.heads.scores import draw_tokens, likeliest, probabilities, token_distributions
+
+
+class TokenByTokenHead(GenerativeHead):
+    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`."""
+
+    @abc.abstractmethod
+    def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """What meets the rows of the table at every place, given the true tokens before it, (P·K, X)."""
+
+    @abc.abstractmethod
+    def _table(self) -> Tensor:
+        """A row for each token, (V, X); its product with a vector is the token's score."""
+
+    @abc.abstractmethod
+    def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
+        """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""
+
+    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
+        """Mean cross-entropy of the chunk's tokens, each given all before it, in nats, (P,)."""
+        return self.token_losses(states_PD, target.tokens_PK).mean(-1)
+
+    def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """See `Likelihood`."""
+        losses_M = cross_entropy(self._vectors(states_PD, tokens_PK), self._table(), tokens_PK.flatten())
+        return losses_M.view_as(tokens_PK)
+
+    def token_probabilities(
+        self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
+    ) -> TokenProbabilities:
+        """See `Likelihood`.
+
+        Raises:
+            ValueError: If the temperature lies outside 0.01 to 1.
+        """
+        vectors_MX = _tempered(self._vectors(states_PD, tokens_PK), temperature)
+        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
+        return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
+
+    def token_distribution(
+        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+    ) -> Tensor:
+        """See `TokenDistributions`.
+
+        Raises:
+            ValueError: If the temperature lies outside 0.01 to 1.
+        """
+        vectors_PKX = self._vectors(states_PD, tokens_PK).unflatten(0, tokens_PK.shape)
+        vectors_PX = _tempered(vectors_PKX[:, place], temperature)
+        return torch.cat(list(token_distributions(vectors_PX, self._table())))
+
+    def draw_chunks(
+        self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
+    ) -> Tensor:
+        """See `GenerativeHead`: each token's distribution is sharpened, as in a model of tokens.
+
+        Below T = 0.01 it is the likeliest token.
+        """
+        self.check_temperature(temperature)
+        size = self.config.chunk_size  # type: ignore[attr-defined]
+        uniform_NPK = uniform(num_draws, prepared_P.shape[0], size, randomness, prepared_P.device)
+        return self._write(prepared_P, uniform_NPK, temperature)
+
+
+def choose_tokens(
+    vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, (M,), and a number that is finite where its scores are, (M,)."""
+    if temperature < MIN_TEMPERATURE:
+        return likeliest(vectors_MX, table_VX)
+    return draw_tokens(vectors_MX / temperature, table_VX, uniform_M)
+
+
+def _tempered(vectors_MX: Tensor, temperature: float) -> Tensor:
+    """Vectors whose products with the table are scores divided by the temperature."""
+    if not MIN_TEMPERATURE <= temperature <= 1:
+        raise ValueError(
+            f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."
+        )
+    return vectors_MX / temperature

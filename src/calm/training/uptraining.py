@@ -1,0 +1,126 @@
+"""Training that begins with a Transformer of tokens, which becomes a CALM (docs/uptraining.md)."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+
+from calm.data.prepared import PreparedData
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import InputError
+from calm.evaluation.held_out import check_context
+from calm.hub.opening import open_config
+from calm.models.configuration import CalmConfig
+from calm.models.loading import is_adapter, load_config, load_language_model_and_tokenizer
+from calm.models.missing import look_for, place_of
+from calm.models.uptraining import CODE_SIZE, Cut, calm_from_transformer, uptrained_config
+from calm.training.recipe import Recipe
+
+
+def uptrains(recipe: Recipe) -> bool:
+    """Whether a recipe makes a CALM of a Transformer of tokens.
+
+    Raises:
+        InputError: If the model that it begins with has no configuration that can be read.
+    """
+    name = recipe.language_model.init_from
+    return (
+        recipe.model == "calm"
+        and name is not None
+        and config_at(name).model_type not in ("calm", "calm_autoencoder")
+    )
+
+
+def config_at(name: str) -> PreTrainedConfig:
+    """The configuration of a model that training begins with.
+
+    Args:
+        name: Folder or hub name.
+
+    Raises:
+        InputError: If there is none, or it cannot be read.
+    """
+    place = place_of(name)
+    if is_adapter(Path(place)):
+        raise InputError(
+            f"'{name}' holds adapters; give the folder of the model into which they were merged."
+        )
+    if Path(place).is_dir():
+        return load_config(Path(place))
+    look_for(name)
+    return open_config(place)
+
+
+def completed_for_uptraining(recipe: Recipe, place: str) -> Recipe:
+    """A recipe with the tokenizer of its Transformer, and an autoencoder of codes.
+
+    Args:
+        recipe: The recipe.
+        place: The Transformer's folder or hub name.
+
+    Raises:
+        InputError: If the recipe names others.
+    """
+    data, autoencoder, name = recipe.data, recipe.autoencoder, recipe.language_model.init_from
+    if data.tokenizer not in (None, place, name):
+        raise InputError(
+            f"'{place}' has its own tokenizer: set data.tokenizer to '{place}' or leave it out; it is "
+            f"'{data.tokenizer}'."
+        )
+    if autoencoder.path is not None:
+        raise InputError(
+            "a CALM that begins with a Transformer learns tokens and needs no trained autoencoder: leave out "
+            f"autoencoder.path; it is '{autoencoder.path}'."
+        )
+    codes = dataclasses.replace(autoencoder, kind="codes", latent_size=CODE_SIZE * recipe.chunk_size)
+    return dataclasses.replace(recipe, data=dataclasses.replace(data, tokenizer=place), autoencoder=codes)
+
+
+def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
+    """The configuration of the CALM that the Transformer of a recipe becomes.
+
+    Args:
+        recipe: The recipe.
+        source: The Transformer's configuration.
+
+    Raises:
+        InputError: If the Transformer does not fit.
+    """
+    assert recipe.language_model.init_from is not None
+    tokenizer = load_tokenizer(place_of(recipe.language_model.init_from))
+    attention = recipe.language_model.attention
+    return uptrained_config(
+        source, tokenizer, recipe.chunk_size, cut_of(recipe), attn_implementation=attention
+    )
+
+
+def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
+    """The CALM of a recipe before training, made of a Transformer.
+
+    Raises:
+        InputError: If the Transformer is damaged, its tokens are not those of the text, or the CALM cannot
+            read a block.
+    """
+    name = recipe.language_model.init_from
+    assert name is not None
+    source, _ = load_language_model_and_tokenizer(name, dtype=torch.float32)
+    tokenizer = load_tokenizer(place_of(name))
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise InputError(
+            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
+            f"prepare it with --tokenizer {name}."
+        )
+    set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
+    attention = recipe.language_model.attention
+    model = calm_from_transformer(
+        source, tokenizer, recipe.chunk_size, cut_of(recipe), attn_implementation=attention
+    )
+    check_context(model, recipe.data.context)
+    return model
+
+
+def cut_of(recipe: Recipe) -> Cut:
+    """Which layers of the Transformer go where."""
+    settings = recipe.language_model.uptraining
+    return Cut(settings.first_layers, settings.last_layers, settings.layers)

@@ -1,0 +1,131 @@
+"""Training a CALM that begins with a Transformer of tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from toy import failure, interrupt, toy_recipe
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from calm.cli import main
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
+from calm.models.loading import load_model_and_tokenizer
+from calm.training import stages
+from calm.training.optimizers import build_optimizer
+from calm.training.recipe import OptimizerSettings
+from calm.training.recipe_files import with_settings, write_recipe
+
+INIT = "language_model.init_from"
+CUT = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A text, and a Transformer of four layers with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    texts = list(stories(0, 12))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in texts))
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    return folder
+
+
+def recipe_for(base: Path, **settings):
+    return with_settings(
+        toy_recipe(base / "text.jsonl", "adamw"), {INIT: str(base / "source"), **CUT, **settings}
+    )
+
+
+def test_a_recipe_uptrains_and_a_kill_does_not_matter(base, tmp_path, monkeypatch):
+    recipe = recipe_for(base)
+    whole = stages.train(recipe, tmp_path / "whole")
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(SystemExit):
+            main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")])
+    main(["train", "--resume", "--output", str(tmp_path / "run")])
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "run/model")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    codes = load_file(tmp_path / "whole/autoencoder/model.safetensors")
+    assert all(torch.equal(one, weights[0][f"autoencoder.{name}"]) for name, one in codes.items())
+    config = json.loads((whole / "config.json").read_text())
+    assert config["backbone_config"]["num_hidden_layers"] == 2 and config["input_projection"] == "last"
+    model, tokenizer = load_model_and_tokenizer(str(whole))
+    assert model.config.head.last_layers == 2 and len(tokenizer) == 300
+    text = model.generate(torch.tensor([tokenizer("Once upon a time").input_ids]), max_new_tokens=8)
+    assert text.shape[1] > 4
+
+
+def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
+    still = {"language_model.training.optimizer.learning_rate": 0.0}
+    folder = stages.train(recipe_for(base, **still), tmp_path / "still")
+    after, before = (load_file(path / "model.safetensors") for path in (folder, base / "source"))
+    pairs = {
+        "backbone.embed_tokens.weight": "model.embed_tokens.weight",
+        "head.norm.weight": "model.norm.weight",
+        "backbone.layers.1.mlp.up_proj.weight": "model.layers.1.mlp.up_proj.weight",
+        "head.first.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
+        "head.last.layers.1.self_attn.o_proj.weight": "model.layers.3.self_attn.o_proj.weight",
+    }
+    assert all(torch.equal(after[new], before[old]) for new, old in pairs.items())
+    assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
+
+
+REFUSED = {
+    "nothing there": ({INIT: "nowhere"}, "nowhere"),
+    "too few layers": ({"language_model.uptraining.last_layers": 4}, "cannot be cut"),
+    "no such layer": ({"language_model.uptraining.layers": [0, 1, 2, 9]}, "from 0 to at most 3"),
+    "other tokenizer": ({"data.tokenizer": "other"}, "has its own tokenizer"),
+    "an autoencoder": ({"autoencoder.path": "other"}, "needs no trained autoencoder"),
+    "long blocks": ({"data.context": 1024, "language_model.training.batch_tokens": 1024}, "context"),
+    "negative": ({"language_model.uptraining.first_layers": -1}, "first_layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
+    write_recipe(recipe_for(base, **changes), tmp_path / "recipe.yaml")
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in said and not (tmp_path / "run").exists()
+
+
+def test_another_architecture_is_refused_before_anything_is_written(base, tmp_path, capsys):
+    GPT2Config(vocab_size=300).save_pretrained(tmp_path / "source")
+    for file in (base / "source").glob("tokenizer*"):
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    recipe = recipe_for(base, **{INIT: str(tmp_path / "source")})
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "'gpt2' cannot become a CALM" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "Lion"])
+def test_weights_of_the_source_have_rates_of_their_own(name):
+    settings = OptimizerSettings(name=name, learning_rate=0.1, adamw_learning_rate=0.1, source_rate=0.5)
+    model = tiny_model(head_config={"head_type": "decoder"})
+    new = {id(model.projection.mix.weight), id(model.head.inject.weight)}
+    groups = build_optimizer(model, settings).param_groups
+    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
+    assert len(rates) == sum(one.requires_grad for one in model.parameters())
+    assert all(rate == (0.1 if one in new else 0.05) for one, rate in rates.items())
+    others = tiny_model(head_config={"head_type": "sequential"})
+    assert {group["lr"] for group in build_optimizer(others, settings).param_groups} == {0.1}
