@@ -145,9 +145,8 @@ def main() -> None:
     rows = [row for one in arguments.temperatures for row in measure(model, prompts_RT, one, arguments)]
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        told = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
-        }
+        told = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+        told["model"] = Path(arguments.model).name
         arguments.output.write_text(
             json_rows({"machine": machine(), **json.loads(json.dumps(told)), "rows": rows}) + "\n"
         )
