@@ -10,7 +10,7 @@ at a time; texts go on after an end. Ways:
     plain       generate of transformers
     lookup      its drafts from the prompt (prompt_lookup_num_tokens)
     assisted    its drafts by SMALL (assistant_model), of the lengths that are given
-    calm N      drafts of N chunks by CALM
+    calm N      drafts of N chunks by CALM, alone or copied from the text where its last tokens stood before
 
 Ratios are of tokens per second to plain, each prompt by itself, the mean with its standard error.
 """
@@ -59,7 +59,8 @@ def ways(model: Any, arguments: argparse.Namespace) -> dict[str, Callable[..., T
     if arguments.draft:
         draft = load_model(str(arguments.draft)).to(model.dtype).eval()
         for number in arguments.chunks:
-            found[f"calm {number}"] = generate(custom_generate=Drafting(draft, number))
+            found[f"calm {number}"] = generate(custom_generate=Drafting(draft, number, lookup=0))
+            found[f"calm {number}, lookup"] = generate(custom_generate=Drafting(draft, number))
     if arguments.small:
         small: Any = AutoModelForCausalLM.from_pretrained(arguments.small, dtype=model.dtype).eval()
         small.generation_config.num_assistant_tokens_schedule = "constant"

@@ -255,6 +255,8 @@ def test_where_the_drafts_context_is_full_the_model_goes_on_alone():
     draft = drafting_model(backbone_config={"max_position_embeddings": 4})  # 16 tokens.
     [prompt_1T] = some_prompts([6])
     how = {"max_new_tokens": 40, "do_sample": False}
-    output = model.generate(prompt_1T, custom_generate=Drafting(draft), return_dict_in_generate=True, **how)
+    output = model.generate(
+        prompt_1T, custom_generate=Drafting(draft, lookup=0), return_dict_in_generate=True, **how
+    )
     assert output.sequences.tolist() == model.generate(prompt_1T, **how).tolist()
     assert 0 < output.num_drafted <= 4 * 11

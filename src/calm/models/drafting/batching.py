@@ -17,6 +17,7 @@ from calm.core.random import generator_of_row
 from calm.core.temperature import check_cuts, is_likeliest
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
+from calm.models.drafting.generate import Drafting
 from calm.models.drafting.text import DraftedText
 from calm.models.thoughts import Thoughts
 from calm.models.writing.rows import Failed, Row, Written
@@ -180,7 +181,7 @@ class DraftedBatch:
         ids_1T = torch.tensor([list(one.prompt)], device=self._model.device)
         return DraftedText(
             self._model,
-            ChunkDrafter(self._draft, sampler.temperature, self._num_chunks),
+            ChunkDrafter(self._draft, sampler.temperature, self._num_chunks, lookup=Drafting.lookup),
             ids_1T,
             processors=sampler.processors(self._model, ids_1T, one.row.budget),
             is_greedy=sampler.is_greedy,

@@ -13,6 +13,7 @@ from torch import Tensor
 from calm.core.samplers import HeadSampler, PoolSampler, Sampler
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
+from calm.models.drafting.lookup import Lookup
 from calm.models.heads import Likelihood, TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE
 from calm.models.writing.alternatives import ends_of, up_to_end
@@ -28,7 +29,7 @@ class Draft(NamedTuple):
 
     Args:
         tokens_G: The tokens.
-        drafted_G: Probability of each given those before it; None if the head cannot tell, or has no say.
+        drafted_G: Probability of each given those before it; None if the head cannot tell, or had no say.
         distribution: Gives the whole distribution, (V,), of one place; None likewise.
     """
 
@@ -58,15 +59,23 @@ class ChunkDrafter:
         num_chunks: Chunks of a draft.
         num_draws: Draws that the most frequent chunk is taken from, for heads that take no temperature; at 1
             a single one does.
+        lookup: Tokens at the end of the text that must have stood in it before, for a draft to be copied from
+            there (see `calm.models.drafting.lookup`); 0 copies nothing.
     """
 
     def __init__(
-        self, model: CalmForCausalLM, temperature: float = 1.0, num_chunks: int = 1, num_draws: int = 16
+        self,
+        model: CalmForCausalLM,
+        temperature: float = 1.0,
+        num_chunks: int = 1,
+        num_draws: int = 16,
+        lookup: int = 0,
     ) -> None:
         self._model, self._num_chunks = model, num_chunks
         self._steps = SlotSteps(model)
         self._sampler = _sampler_for(model, temperature, num_draws)
         self._readings: dict[int, _Reading] = {}
+        self._lookup = Lookup(lookup)
         self._ends, self._longest = ends_of(model.config), longest_context(model.config)
 
     @property
@@ -85,6 +94,8 @@ class ChunkDrafter:
             most: Tokens of the draft, at most.
             generator: Source of randomness, on the model's device.
         """
+        if most > 0 and (copied := self._lookup.draft(text, most)):
+            return Draft(copied)
         size = self._model.config.chunk_size
         num_chunks = min(self._num_chunks, -(-most // size))
         whole = -(-len(text) // size) * size

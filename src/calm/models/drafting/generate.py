@@ -67,6 +67,7 @@ class Drafting:
         draft: A CALM with the tokens of the model that writes.
         num_chunks: Chunks of a draft.
         num_draws: See `ChunkDrafter`.
+        lookup: See `ChunkDrafter`.
         streamer: Gets the prompt and the tokens. The one that `generate` is given does not come through.
         generator: Source of randomness, on the model's device; torch's own where None.
     """
@@ -74,6 +75,7 @@ class Drafting:
     draft: CalmForCausalLM
     num_chunks: int = 1
     num_draws: int = 16
+    lookup: int = 3
     streamer: BaseStreamer | None = None
     generator: torch.Generator | None = None
 
@@ -83,6 +85,8 @@ class Drafting:
                 f"a draft is written by a CALM, not by a {type(self.draft).__name__}; for a smaller model of "
                 "tokens transformers has assistant_model."
             )
+        if self.lookup < 0:
+            raise ValueError(f"lookup must be at least 0, got {self.lookup}.")
         if self.num_chunks < 1 or self.num_draws < 1:
             raise ValueError(
                 f"num_chunks and num_draws must be at least 1, got {self.num_chunks} and {self.num_draws}."
@@ -108,7 +112,7 @@ class Drafting:
         temperature = 0.0 if is_greedy else generation_config.temperature or 1.0
         text = DraftedText(
             model,
-            ChunkDrafter(self.draft, temperature, self.num_chunks, self.num_draws),
+            ChunkDrafter(self.draft, temperature, self.num_chunks, self.num_draws, self.lookup),
             input_ids,
             model_kwargs.get("attention_mask"),
             logits_processor,

@@ -1,0 +1,74 @@
+"""Drafts that are copied from the text, against a search from its end."""
+
+import pytest
+import torch
+from drafts import deciding_model, distribution_of_texts, drafting_model, p_value
+
+from calm.models.drafting.draft import ChunkDrafter
+from calm.models.drafting.generate import Drafting
+from calm.models.drafting.lookup import MOST, Lookup
+from calm.models.drafting.text import DraftedText
+
+pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
+
+
+def searched(text, length, most):
+    """What followed the last place where the end of the text stood before."""
+    for end in range(len(text) - 1, length - 1, -1):
+        if text[end - length : end] == text[-length:]:
+            return text[end : end + min(most, MOST)]
+    return []
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_last_such_place_is_found_however_the_text_grows(length):
+    generator, lookup, text, found = torch.Generator().manual_seed(length), Lookup(length), [], 0
+    for _ in range(200):
+        text += torch.randint(
+            4, (int(torch.randint(1, 4, (1,), generator=generator)),), generator=generator
+        ).tolist()
+        most = int(torch.randint(1, 14, (1,), generator=generator))
+        expected = searched(text, length, most) if len(text) >= length else []
+        assert list(lookup.draft(text, most)) == expected
+        found += bool(expected)
+    assert found > 100
+
+
+def test_nothing_is_found_where_nothing_is_asked_for():
+    assert Lookup(0).draft([1, 1, 1, 1], 5) == ()
+    assert Lookup(3).draft([1, 2], 5) == ()
+    assert Lookup(2).draft([1, 2, 3, 4], 5) == ()
+
+
+def test_a_text_that_repeats_itself_takes_fewer_passes_and_stays_the_same():
+    model, draft = deciding_model(), drafting_model()
+    how = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
+    rounds = {}
+    for lookup in (0, 2):
+        rounds[lookup] = 0
+        for prompt in ([1, 5, 6, 7, 8, 5, 6, 7], [1, 9], [1, 4, 4, 4]):
+            prompt_1T = torch.tensor([prompt])
+            output = model.generate(prompt_1T, custom_generate=Drafting(draft, lookup=lookup), **how)
+            alone = model.generate(prompt_1T, max_new_tokens=60, do_sample=False)
+            assert output.sequences.tolist() == alone.tolist()
+            rounds[lookup] += output.num_rounds
+    assert rounds[2] < 0.9 * rounds[0]
+
+
+def test_copied_drafts_leave_the_distribution_as_it_is():
+    model, draft = deciding_model(5), drafting_model(chunk_size=2, vocab_size=5)
+    prompt, generator, texts, copied = [1, 3, 4, 3, 4, 3], torch.Generator().manual_seed(0), [], 0
+    for _ in range(700):
+        drafter = ChunkDrafter(draft, lookup=2)
+        copied += drafter.draft(prompt, 2, generator).drafted_G is None
+        text = DraftedText(model, drafter, torch.tensor([prompt]), generator=generator)
+        while (left := len(prompt) + 3 - text.ids_1T.shape[1]) > 0:
+            text.round(left)
+        texts.append(tuple(text.ids_1T[0, len(prompt) :].tolist()))
+    assert copied == 700
+    assert p_value(texts, distribution_of_texts(model, prompt, 3)) > 1e-3
+
+
+def test_a_length_below_zero_is_refused():
+    with pytest.raises(ValueError, match="lookup must be at least 0, got -1"):
+        Drafting(drafting_model(), lookup=-1)
