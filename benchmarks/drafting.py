@@ -16,7 +16,6 @@ Ratios are of tokens per second to plain, each prompt by itself, the mean with i
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -148,9 +147,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         told = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
         told["model"] = Path(arguments.model).name
-        arguments.output.write_text(
-            json_rows({"machine": machine(), **json.loads(json.dumps(told)), "rows": rows}) + "\n"
-        )
+        arguments.output.write_text(json_rows({"machine": machine(), **told, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

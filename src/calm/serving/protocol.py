@@ -48,6 +48,12 @@ class StreamOptions(_Body):
     include_obfuscation: StrictBool = False  # Padding against eavesdroppers, which is not made here.
 
 
+def of_setting(error: ValueError) -> ApiError:
+    """A setting of the draws that cannot be honoured, as an answer that names it."""
+    names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
+    return ApiError(str(error), param=next((name for name in names if name in str(error)), None))
+
+
 class SamplingRequest(_Body):
     """What completions and chats have in common."""
 
@@ -110,9 +116,7 @@ class SamplingRequest(_Body):
                 min_p=self.min_p,
             )
         except ValueError as error:
-            names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
-            wrong = next((name for name in names if name in str(error)), None)
-            raise ApiError(str(error), param=wrong) from error
+            raise of_setting(error) from error
 
 
 class CompletionRequest(SamplingRequest):

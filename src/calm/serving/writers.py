@@ -14,7 +14,7 @@ from calm.models.writing.batching import BatchLimits, ChunkBatch
 from calm.models.writing.rows import Failed, Row, Written
 from calm.models.writing.sampling import check_sampler
 from calm.serving.errors import ApiError
-from calm.serving.protocol import SamplingRequest
+from calm.serving.protocol import SamplingRequest, of_setting
 from calm.serving.settings import ServerSettings
 
 HowToDraw = Sampler | TokenSampler
@@ -117,5 +117,4 @@ class DraftedWriter:
         try:
             return TokenSampler(temperature=chosen, top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0)
         except ValueError as error:
-            names = ("temperature", "top_p", "min_p")
-            raise ApiError(str(error), param=next(name for name in names if name in str(error))) from error
+            raise of_setting(error) from error

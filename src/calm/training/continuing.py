@@ -14,11 +14,13 @@ from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
 from calm.training.recipe import Recipe
 from calm.training.uptraining import (
-    completed_for_uptraining,
+    check_tokens,
     config_at,
     config_to_uptrain,
+    is_of_tokens,
     model_to_uptrain,
     uptrains,
+    with_codes,
 )
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,9 @@ def completed(recipe: Recipe) -> Recipe:
     """
     if recipe.language_model.init_from is None:
         return recipe
-    name = place_of(recipe.language_model.init_from)
-    if uptrains(recipe):
-        return completed_for_uptraining(recipe, name)
-    brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if recipe.model == "calm" else {})
+    name, is_uptrained = place_of(recipe.language_model.init_from), uptrains(recipe)
+    has_autoencoder = recipe.model == "calm" and not is_uptrained
+    brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
     for part, setting in brought.items():
         settings = getattr(recipe, part)
         if getattr(settings, setting) not in (None, name, recipe.language_model.init_from):
@@ -45,7 +46,7 @@ def completed(recipe: Recipe) -> Recipe:
                 f"'{getattr(settings, setting)}'."
             )
         recipe = dataclasses.replace(recipe, **{part: dataclasses.replace(settings, **{setting: name})})
-    return recipe
+    return with_codes(recipe) if is_uptrained else recipe
 
 
 def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
@@ -58,7 +59,7 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
     if name is None:
         return None
     config = config_at(name)
-    if uptrains(recipe):
+    if recipe.model == "calm" and is_of_tokens(config):
         return config_to_uptrain(recipe, config)
     kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
     if (recipe.model, recipe.chunk_size) != (kind, size):
@@ -83,11 +84,7 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     model, tokenizer = load_language_model_and_tokenizer(
         name, dtype=torch.float32, attn_implementation=recipe.language_model.attention
     )
-    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
-        raise InputError(
-            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
-            f"prepare it with --tokenizer {name}."
-        )
+    check_tokens(name, tokenizer, data)
     check_context(model, recipe.data.context)
     return model
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
 from calm.data.tokenizer import load_tokenizer
@@ -25,11 +25,12 @@ def uptrains(recipe: Recipe) -> bool:
         InputError: If the model that it begins with has no configuration that can be read.
     """
     name = recipe.language_model.init_from
-    return (
-        recipe.model == "calm"
-        and name is not None
-        and config_at(name).model_type not in ("calm", "calm_autoencoder")
-    )
+    return recipe.model == "calm" and name is not None and is_of_tokens(config_at(name))
+
+
+def is_of_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model of tokens."""
+    return config.model_type not in ("calm", "calm_autoencoder")
 
 
 def config_at(name: str) -> PreTrainedConfig:
@@ -52,29 +53,20 @@ def config_at(name: str) -> PreTrainedConfig:
     return open_config(place)
 
 
-def completed_for_uptraining(recipe: Recipe, place: str) -> Recipe:
-    """A recipe with the tokenizer of its Transformer, and an autoencoder of codes.
-
-    Args:
-        recipe: The recipe.
-        place: The Transformer's folder or hub name.
+def with_codes(recipe: Recipe) -> Recipe:
+    """A recipe that uptrains with the autoencoder of codes that it needs.
 
     Raises:
-        InputError: If the recipe names others.
+        InputError: If the recipe names a trained one.
     """
-    data, autoencoder, name = recipe.data, recipe.autoencoder, recipe.language_model.init_from
-    if data.tokenizer not in (None, place, name):
-        raise InputError(
-            f"'{place}' has its own tokenizer: set data.tokenizer to '{place}' or leave it out; it is "
-            f"'{data.tokenizer}'."
-        )
+    autoencoder = recipe.autoencoder
     if autoencoder.path is not None:
         raise InputError(
             "a CALM that begins with a Transformer learns tokens and needs no trained autoencoder: leave out "
             f"autoencoder.path; it is '{autoencoder.path}'."
         )
     codes = dataclasses.replace(autoencoder, kind="codes", latent_size=CODE_SIZE * recipe.chunk_size)
-    return dataclasses.replace(recipe, data=dataclasses.replace(data, tokenizer=place), autoencoder=codes)
+    return dataclasses.replace(recipe, autoencoder=codes)
 
 
 def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
@@ -95,6 +87,21 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
     )
 
 
+def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+    """Raise InputError if text was prepared with another tokenizer than that of the model it is to train.
+
+    Args:
+        name: The model's folder or hub name.
+        tokenizer: Its tokenizer.
+        data: The text.
+    """
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise InputError(
+            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
+            f"prepare it with --tokenizer {name}."
+        )
+
+
 def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     """The CALM of a recipe before training, made of a Transformer.
 
@@ -106,11 +113,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     assert name is not None
     source, _ = load_language_model_and_tokenizer(name, dtype=torch.float32)
     tokenizer = load_tokenizer(place_of(name))
-    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
-        raise InputError(
-            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
-            f"prepare it with --tokenizer {name}."
-        )
+    check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
     attention = recipe.language_model.attention
     model = calm_from_transformer(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from calm.core.chunks import as_id_tensor
 from calm.core.random import generator_of_row
 from calm.core.temperature import check_cuts, is_likeliest
 from calm.models.calm import CalmForCausalLM
@@ -20,6 +19,7 @@ from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.generate import Drafting
 from calm.models.drafting.text import DraftedText
 from calm.models.thoughts import Thoughts
+from calm.models.writing.alternatives import ends_of, up_to_end
 from calm.models.writing.rows import Failed, Row, Written
 
 
@@ -162,16 +162,15 @@ class DraftedBatch:
             text = one.text = self._begun(one)
         if not text.read_ahead(self._tokens_at_once):
             return None
-        kept = text.counts.kept
-        drafted = text.counts.drafted
-        tokens = text.round(row.budget)
+        kept, drafted = text.counts.kept, text.counts.drafted
+        tokens = list(up_to_end(text.round(row.budget), self._ends))
         kept, drafted = text.counts.kept - kept, text.counts.drafted - drafted
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
         row.budget -= len(tokens)
         ended_by: Literal["eos", "budget"] | None = None
-        if end is not None or row.budget == 0:
-            ended_by = "budget" if end is None else "eos"
+        if tokens[-1] in self._ends:
+            ended_by = "eos"
+        elif row.budget == 0:
+            ended_by = "budget"
         row.has_ended = ended_by is not None
         share = kept / drafted if drafted else 1.0
         return Written(row, tokens, ended_by, num_draws=drafted, agreement=share, fell_back=False)
@@ -191,7 +190,5 @@ class DraftedBatch:
 
 def ends_of_model(model: PreTrainedModel) -> frozenset[int]:
     """Tokens that end a text of a model of tokens."""
-    config: Any = model.generation_config
-    configs = [model.config, *([] if config is None else [config])]
-    cpu = torch.device("cpu")
-    return frozenset(token for one in configs for token in as_id_tensor(one.eos_token_id, cpu).tolist())
+    own = model.generation_config
+    return frozenset([*ends_of(model.config), *([] if own is None else ends_of(own))])

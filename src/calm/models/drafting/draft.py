@@ -76,7 +76,7 @@ class ChunkDrafter:
         self._sampler = _sampler_for(model, temperature, num_draws)
         self._readings: dict[int, _Reading] = {}
         self._lookup = Lookup(lookup)
-        self._ends, self._longest = ends_of(model.config), longest_context(model.config)
+        self._ends, self._longest = frozenset(ends_of(model.config)), longest_context(model.config)
 
     @property
     def tells_probabilities(self) -> bool:
@@ -98,8 +98,7 @@ class ChunkDrafter:
             return Draft(copied)
         size = self._model.config.chunk_size
         num_chunks = min(self._num_chunks, -(-most // size))
-        whole = -(-len(text) // size) * size
-        if most < 1 or (self._longest is not None and whole + size * (num_chunks - 1) > self._longest):
+        if most < 1 or not self._has_room(text, num_chunks):
             return Draft(())
         reading = self._read(text)
         # What is drafted is written behind the text, where the next text overwrites it.
@@ -109,7 +108,7 @@ class ChunkDrafter:
             sample = self._model.sample_chunks(state_1D, self._sampler, generator, self._steps.compiled)
             states.append(state_1D)
             chunks.append(sample.chunks_RK)
-            if len(chunks) == num_chunks or not set(self._ends).isdisjoint(sample.chunks_RK[0].tolist()):
+            if len(chunks) == num_chunks or not self._ends.isdisjoint(sample.chunks_RK[0].tolist()):
                 break
             state_1D = self._steps.advance(sample.chunks_RK, cache)
         states_CD, chunks_CK = torch.cat(states), torch.cat(chunks)
@@ -126,15 +125,20 @@ class ChunkDrafter:
             text: All tokens so far.
             most: Tokens of a piece.
         """
-        size = self._model.config.chunk_size
-        if self._longest is not None and -(-len(text) // size) * size > self._longest:
+        if not self._has_room(text, 1):
             return True  # Nothing will be drafted.
         reading, left_CK = self._unread(text)
-        num_chunks = max(1, most // size)
+        num_chunks = max(1, most // self._model.config.chunk_size)
         if len(left_CK) <= num_chunks:
             return True
         self._read_piece(text, reading, left_CK[:num_chunks])
         return False
+
+    def _has_room(self, text: Sequence[int], num_chunks: int) -> bool:
+        """Whether so many chunks can be drafted behind a text; the last of them is not read."""
+        size = self._model.config.chunk_size
+        whole = -(-len(text) // size) * size
+        return self._longest is None or whole + size * (num_chunks - 1) <= self._longest
 
     def _with_probabilities(self, tokens_G: Sequence[int], states_CD: Tensor, chunks_CK: Tensor) -> Draft:
         head, size, temperature = self._model.head, chunks_CK.shape[1], self._sampler.temperature

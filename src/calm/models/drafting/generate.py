@@ -18,6 +18,7 @@ from calm.core.random import generators_of_rows
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.text import DraftedText, check_model
+from calm.models.writing.alternatives import ends_of
 
 # What `generate` takes that a draft does not go with, and what asks for nothing.
 _REFUSED = {
@@ -205,8 +206,7 @@ def generate_drafted(
         )[0]
         for row, of_row in zip(order, drafts, strict=True)
     ]
-    config = model.generation_config
-    ends = config.eos_token_id
-    first_end = ends[0] if isinstance(ends, list) and ends else ends
-    pad = config.pad_token_id if config.pad_token_id is not None else first_end
-    return pad_sequence(texts, batch_first=True, padding_value=0 if pad is None else pad)
+    pad = writer.generation_config.pad_token_id
+    if pad is None:
+        pad = next(iter(ends_of(writer.generation_config)), 0)
+    return pad_sequence(texts, batch_first=True, padding_value=pad)

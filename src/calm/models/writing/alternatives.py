@@ -4,12 +4,12 @@ Shapes: D hidden size, N draws, K tokens of a chunk, C candidates, T temperature
 """
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import as_id_tensor
@@ -193,13 +193,13 @@ def _probabilities(
     return [float(row[:length].prod()) for row, length in zip(of_token_CK, lengths, strict=True)]
 
 
-def up_to_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> Chunk:
+def up_to_end(tokens: Sequence[int], eos_ids: Collection[int]) -> Chunk:
     """Tokens up to the first that ends a text."""
     end = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return tuple(tokens[: end + 1])
 
 
-def ends_of(config: PreTrainedConfig) -> list[int]:
+def ends_of(config: PreTrainedConfig | GenerationConfig) -> list[int]:
     """Tokens that end a text."""
     ids: list[int] = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
     return ids
