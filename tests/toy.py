@@ -17,6 +17,7 @@ from calm.training.recipe import (
     Recipe,
     TrainingSettings,
 )
+from calm.training.recipe_files import write_recipe
 from calm.training.trainer import ChunkTrainer
 
 TOY = """
@@ -105,3 +106,15 @@ def interrupt(monkeypatch, stage: str, step: int) -> None:
             self.add_callback(Kill(step))
 
     monkeypatch.setattr(ChunkTrainer, "__init__", patched)
+
+
+def killed_and_resumed(recipe: Recipe, output: Path, monkeypatch) -> Path:
+    """Train as a user does, killed in the middle of the language model and resumed; the model's folder."""
+    file = output.with_name("recipe.yaml")
+    write_recipe(recipe, file)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "language_model", 5)
+        with pytest.raises(SystemExit):
+            main(["train", "--recipe", str(file), "--output", str(output)])
+    main(["train", "--resume", "--output", str(output)])
+    return output / "model"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import failure, interrupt, toy_recipe
+from toy import failure, interrupt, killed_and_resumed, toy_recipe
 
 from calm.cli import main
 from calm.data.stories import stories
@@ -59,15 +59,8 @@ def test_sizes_of_the_recipe_do_not_matter_and_a_kill_neither(place, base, tmp_p
         base, "calm", **{INIT: name, "language_model.hidden_size": 8, "autoencoder.latent_size": 64}
     )
     whole = stages.train(recipe, tmp_path / "whole")
-    write_recipe(recipe, tmp_path / "recipe.yaml")
-    with monkeypatch.context() as patch:
-        interrupt(patch, "language_model", 5)
-        with pytest.raises(SystemExit):
-            main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")])
-    main(["train", "--resume", "--output", str(tmp_path / "run")])
-    assert (whole / "model.safetensors").read_bytes() == (
-        tmp_path / "run/model/model.safetensors"
-    ).read_bytes()
+    resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
     assert json.loads((whole / "config.json").read_text())["backbone_config"]["hidden_size"] == 16
 
 

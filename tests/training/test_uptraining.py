@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import failure, interrupt, toy_recipe
+from toy import failure, killed_and_resumed, toy_recipe
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from calm.cli import main
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.models.loading import load_model_and_tokenizer
@@ -56,13 +55,8 @@ def recipe_for(base: Path, **settings):
 def test_a_recipe_uptrains_and_a_kill_does_not_matter(base, tmp_path, monkeypatch):
     recipe = recipe_for(base)
     whole = stages.train(recipe, tmp_path / "whole")
-    write_recipe(recipe, tmp_path / "recipe.yaml")
-    with monkeypatch.context() as patch:
-        interrupt(patch, "language_model", 5)
-        with pytest.raises(SystemExit):
-            main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")])
-    main(["train", "--resume", "--output", str(tmp_path / "run")])
-    weights = [load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "run/model")]
+    resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
     codes = load_file(tmp_path / "whole/autoencoder/model.safetensors")
