@@ -10,7 +10,7 @@ items, questions of one to four hops in turns, and asked held-out questions of e
     drop        step after step is left out, and nothing is in its place
     pause       as many pauses are in its place
     thoughts    as many thoughts are
-    ..._longer  the last two, with stages three times as long
+    ..._longer  no_cot, drop, pause and thoughts, with stages three times as long: more FLOPs than any other
     at_once     thoughts, but all steps are left out from the first item on
     told        the same, and the state before a thought must predict its step (`thoughts.tell`)
     told_pause  pauses instead, with the same labels

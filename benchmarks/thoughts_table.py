@@ -9,7 +9,9 @@ from calm.report.panels import new_figure
 SHOWN = {
     "cot": "steps written",
     "no_cot": "no steps, no curriculum",
+    "no_cot_longer": "no steps, no curriculum, three times as long",
     "drop": "steps left out",
+    "drop_longer": "steps left out, stages three times as long",
     "pause": "pauses",
     "thoughts": "thoughts",
     "pause_longer": "pauses, stages three times as long",
@@ -99,6 +101,7 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     places = sorted({(row["task"], row["kind"]) for row in rows})
     drawing = new_figure(3.4 * len(places) + 2.4, 3.2)
     panels = drawing.subplots(1, len(places), squeeze=False)[0]
+    labels: dict[str, Any] = {}
     for axes, (task, kind) in zip(panels, places, strict=False):
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
         for number, (way, shown) in enumerate(SHOWN.items()):
@@ -111,12 +114,15 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
             ]
             means = [statistics.mean(one) for one in shares]
             errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
-            apart = [one + (number - 3.5) / 30 for one in hops]  # Many lie on each other.
-            axes.errorbar(apart, means, errors, label=shown, marker="osD^v<>PX*"[number], capsize=2)
+            apart = [one + (number - 5.5) / 40 for one in hops]  # Many lie on each other.
+            look = {"marker": "osD^v<>PX*hd"[number], "color": f"C{number % 10}", "capsize": 2}
+            labels[shown] = axes.errorbar(apart, means, errors, **look)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, {kind}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
         axes.set_xticks(hops)
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    shown_ways = [shown for shown in SHOWN.values() if shown in labels]
+    drawing.legend(
+        [labels[one] for one in shown_ways], shown_ways, loc="outside right center", frameon=False, fontsize=8
+    )
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure.with_suffix(".png"), dpi=160, facecolor="white")

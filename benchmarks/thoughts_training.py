@@ -118,9 +118,13 @@ WAYS = {
     "marked_steps": Way(None, lambda stages: {"mode": "state", "stages": 0}),
     "cot": Way("steps", lambda stages: {"mode": "drop", "stages": 0}),
     "no_cot": Way(None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True),
+    "no_cot_longer": Way(
+        None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True, times=3
+    ),
     "drop": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}),
     "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
     "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
+    "drop_longer": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}, times=3),
     "pause_longer": Way(
         "marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}, times=3
     ),
@@ -163,8 +167,9 @@ class Cell:
         """The one whose weights it begins with: where look-ups take long to learn, one that has."""
         way = WAYS[self.way].begins_with
         if NETWORKS[self.kind] is LOOKS_UP and way is None:
-            earlier = {"one_hop": None, "steps": "one_hop", "marked_steps": "steps", "no_cot": "steps"}
-            way = earlier.get(self.way, "marked_steps")
+            is_marked = WAYS[self.way].thoughts(1)["mode"] != "drop"
+            earlier = {"one_hop": None, "steps": "one_hop", "marked_steps": "steps"}
+            way = earlier.get(self.way, "marked_steps" if is_marked else "steps")
         return None if way is None else dataclasses.replace(self, way=way)
 
 
@@ -217,7 +222,7 @@ def steps_of(cell: Cell) -> int:
         return MARKING
     if cell.before is not None and cell.way != "steps":
         return way.times * (length.all(stages) - length.first)
-    return length.all(stages) if way.is_whole else length.first
+    return way.times * length.all(stages) if way.is_whole else length.first
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
