@@ -1,0 +1,231 @@
+"""BrierLM and nats against training FLOPs, from 5e13 up: does a CALM keep its lead over the Transformer?
+
+    python benchmarks/ladder.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/ladder \
+        --results benchmarks/results/ladder --budgets 5e13 2e14
+
+For each budget of training FLOPs, models of several widths are trained, of tokens and of chunks with the
+sequential head (`laptop`). The width with the fewest nats a token on `--valid` is chosen; it alone is scored
+on three books, which nothing else reads: they are taken out of `--train` (`HELD_BACK`). Models with other
+seeds are trained at the chosen width only.
+
+What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
+figure are drawn from the results alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import lzma
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ladder_table import draw, report
+from measure import json_rows, machine
+from prose import CONTEXT, SEED, rows_of
+
+from calm.comparison.costs import affordable_steps, record_of
+from calm.comparison.ladder import at_chunk_size
+from calm.data.prepare import prepare
+from calm.data.prepared import PreparedData, load_prepared
+from calm.evaluation.held_out import score_ngrams, score_perplexity, score_with
+from calm.evaluation.scorers import scorer_of
+from calm.flops import Work, cost_of
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.storage.disk import write_file_whole
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.stages import train
+
+HELD_BACK = (
+    "bram-stoker_dracula",
+    "thomas-hardy_tess-of-the-durbervilles",
+    "h-g-wells_the-war-of-the-worlds",
+)
+"""Books that are reported on, the only ones of their authors."""
+
+CHUNK_SIZES = {"baseline": 1, "sequential_K2": 2, "sequential_K4": 4, "sequential_K8": 8}
+WIDTHS = {5e13: (96, 128, 192), 2e14: (128, 192, 256), 1e15: (256, 384)}
+"""What is tried at each budget."""
+Result = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A model to train.
+
+    Args:
+        kind: Of `CHUNK_SIZES`.
+        budget: Training FLOPs.
+        width: Hidden size.
+        seed: Of weights and of the order of the text.
+    """
+
+    kind: str
+    budget: float
+    width: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its results."""
+        return f"{self.kind}_{self.budget:.0e}_w{self.width}_seed{self.seed}".replace("+", "")
+
+
+def main() -> None:
+    """Train, choose and score what is missing, then draw up what there is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, default=Path("train.jsonl.xz"), help="training text")
+    parser.add_argument("--valid", default="valid.jsonl.xz", help="text that widths are chosen on")
+    parser.add_argument("--output", type=Path, help="folder of text and runs; without, nothing is trained")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/ladder")
+    parser.add_argument("--kinds", nargs="*", default=list(CHUNK_SIZES), choices=list(CHUNK_SIZES))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(WIDTHS), choices=list(WIDTHS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--figure", type=Path, help="where the figure is drawn, a PNG")
+    arguments = parser.parse_args()
+    if arguments.output:
+        output, results = arguments.output.resolve(), arguments.results
+        write_text(arguments.train, arguments.valid, output, arguments.vocab_size)
+        floor = results / "floor.json"
+        if not floor.exists():
+            save(floor, score_floor(output))
+        for budget in sorted(arguments.budgets):
+            for kind in arguments.kinds:
+                climb(kind, budget, arguments.seeds, output, results)
+    if arguments.results.is_dir():
+        rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*_seed*.json"))]
+        print(report(rows, json.loads((arguments.results / "floor.json").read_text())))
+        if arguments.figure:
+            draw(rows, arguments.figure)
+
+
+def climb(kind: str, budget: float, seeds: list[int], output: Path, results: Path) -> None:
+    """Choose a width by the first seed, and score all seeds at that width."""
+    first, *others = seeds
+    tried = {width: run(Run(kind, budget, width, first), output, results) for width in WIDTHS[budget]}
+    chosen = min(tried, key=lambda width: tried[width]["nats_to_choose_by"])
+    for seed in (first, *others):
+        one = Run(kind, budget, chosen, seed)
+        result = run(one, output, results)
+        if "brier_lm" not in result:
+            save(results / f"{one.name}.json", result | score(output / one.name, output))
+
+
+def run(one: Run, output: Path, results: Path) -> Result:
+    """Train a model; what it was, what it took, and its nats on the text to choose by."""
+    file, folder = results / f"{one.name}.json", output / one.name
+    if file.exists():
+        result: Result = json.loads(file.read_text())
+        return result
+    recipe = recipe_of(one, output / "data")
+    print(f"{one.name}: {recipe.language_model.training.steps:,} steps", flush=True)
+    train(recipe, folder, resume=(folder / RECIPE).is_file())
+    model, _ = load_language_model_and_tokenizer(str(folder / "model"))
+    record = record_of(folder, model.config)
+    assert record is not None
+    data = load_prepared(output / "data")
+    size = CHUNK_SIZES[one.kind]
+    cost = cost_of(model.config, Work(CONTEXT // size, 1))
+    result = {
+        **one._asdict(),
+        "training_flops": record.flops,
+        "seconds": record.seconds,
+        "steps": recipe.language_model.training.steps,
+        "training_tokens": recipe.language_model.training.tokens,
+        "parameters": sum(cost.parameters.values()),
+        "inference_flops": sum(cost.inference.values()),
+        "nats_to_choose_by": nats_of(model, data),
+        "machine": machine(),
+    }
+    save(file, result)
+    return result
+
+
+def recipe_of(one: Run, data: Path) -> Recipe:
+    """The recipe of a model, with as many steps as its budget allows."""
+    size = CHUNK_SIZES[one.kind]
+    recipe = at_chunk_size(read_recipe("laptop"), size)
+    settings = recipe.language_model
+    training = dataclasses.replace(
+        settings.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0
+    )
+    if one.width > 128:
+        training = dataclasses.replace(training, batch_tokens=2 * training.batch_tokens)
+    settings = dataclasses.replace(
+        settings,
+        hidden_size=one.width,
+        intermediate_size=round(one.width * 2.75),
+        num_heads=max(2, one.width // 64),
+        num_layers=4 if one.width <= 128 else 6,
+        head=settings.head | {"rank": one.width // 2},
+        training=training,
+    )
+    text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
+    recipe = dataclasses.replace(recipe, seed=one.seed, data=text, language_model=settings)
+    if size == 1:
+        recipe = dataclasses.replace(recipe, model="autoregressive")
+    steps = affordable_steps(recipe, load_prepared(data).vocab_size, one.budget)
+    training = dataclasses.replace(training, steps=steps)
+    return dataclasses.replace(recipe, language_model=dataclasses.replace(settings, training=training))
+
+
+def score(folder: Path, output: Path) -> Result:
+    """Nats a token and BrierLM of a trained model on the books held back."""
+    model, _ = load_language_model_and_tokenizer(str(folder / "model"))
+    data, scorer = load_prepared(output / "held_back"), scorer_of(model)
+    blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=CONTEXT)
+    brier = score_with(scorer, model, blocks, None, SEED, 8)
+    assert brier.documents is not None
+    return {
+        "nats": nats_of(model, data),
+        "brier_lm": brier.brier_lm,
+        "error": brier.brier_lm_error,
+        "brier": [100 * mean for mean in brier.means[:4]],
+        "documents": rows_of(brier.documents),
+    }
+
+
+def nats_of(model: Any, data: PreparedData) -> float:
+    """Cross-entropy a token on held-out text."""
+    blocks = data.blocks("validation", chunk_size=scorer_of(model).chunk_size, block_size=CONTEXT)
+    return score_perplexity(model, blocks).cross_entropy
+
+
+def score_floor(output: Path) -> Result:
+    """BrierLM of n-gram models of the training text on the books held back."""
+    data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
+    blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
+    floors = score_ngrams([2, 3, 4], data.train["input_ids"], blocks, data.tokenizer, 4)
+    return {name: {"brier_lm": one.brier_lm, "error": one.brier_lm_error} for name, one in floors.items()}
+
+
+def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> None:
+    """Prepare the text to train on and to choose by, and the books held back, with the same tokenizer."""
+    if (output / "held_back").is_dir():
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with lzma.open(train_file, "rt", encoding="utf-8") as lines:
+        rows = [(json.loads(line)["source"] in HELD_BACK, line) for line in lines]
+    texts = {name: output / f"{name}.jsonl" for name in ("train", "held_back")}
+    for name, file in texts.items():
+        write_file_whole(file, "".join(line for is_back, line in rows if is_back == (name == "held_back")))
+    if not (output / "data").is_dir():
+        prepare([str(texts["train"])], output / "data", validation_sources=[valid], vocab_size=vocab_size)
+    prepare(
+        [valid],
+        output / "held_back",
+        validation_sources=[str(texts["held_back"])],
+        tokenizer=str(output / "data/tokenizer"),
+    )
+
+
+def save(file: Path, result: Result) -> None:
+    """Write a result."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file_whole(file, json_rows(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

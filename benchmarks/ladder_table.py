@@ -1,0 +1,126 @@
+"""The table and the figure of ladder.py: nats and BrierLM against training FLOPs, with fits."""
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from prose import sums_of
+
+from calm.core.brier import brier_lm_difference
+from calm.report.panels import new_figure
+from calm.report.tables import with_error
+
+LABELS = {
+    "baseline": "Transformer",
+    "sequential_K2": "sequential head, K = 2",
+    "sequential_K4": "sequential head, K = 4",
+    "sequential_K8": "sequential head, K = 8",
+}
+Row = dict[str, Any]
+
+
+def report(rows: list[Row], floor: dict[str, Any]) -> str:
+    """Everything that was trained, those that were chosen with their scores, and the fits."""
+    scored = [row for row in rows if "brier_lm" in row]
+    lines = [
+        "| model | FLOPs | width | seed | steps | tokens read | nats to choose by | nats | BrierLM "
+        "| to the Transformer | min |",
+        "|" + "---|" * 11,
+    ]
+    for row in sorted(rows, key=_order):
+        is_scored = "brier_lm" in row
+        lines.append(
+            f"| {LABELS[row['kind']]} | {row['budget']:.0e} "
+            f"| {row['width']} | {row['seed']} | {row['steps']:,} "
+            f"| {row['training_tokens'] / 1e6:.1f} M | {row['nats_to_choose_by']:.3f} "
+            f"| {format(row['nats'], '.3f') if is_scored else ''} "
+            f"| {with_error(row['brier_lm'], row['error']) if is_scored else ''} "
+            f"| {_difference(row, scored)} | {row['seconds'] / 60:.0f} |"
+        )
+    floors = ", ".join(f"{name} {with_error(one['brier_lm'], one['error'])}" for name, one in floor.items())
+    lines += ["", f"BrierLM of n-gram models of the training text: {floors}", ""]
+    for kind in LABELS:
+        for name in ("nats", "brier_lm"):
+            if (line := fit([row for row in scored if row["kind"] == kind], name)) is not None:
+                slope, error, _ = line
+                lines.append(f"{LABELS[kind]}: {name} {slope:+.3f} ± {error:.3f} for ten times the FLOPs")
+    return "\n".join(lines)
+
+
+def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], float]] | None:
+    """A straight line through a score against the logarithm of FLOPs, by least squares.
+
+    Returns:
+        Its slope for ten times the FLOPs, the slope's standard error (infinite for two points), and the line
+        as a function of FLOPs; None for fewer than two budgets.
+    """
+    x = torch.tensor([math.log10(row["training_flops"]) for row in rows], dtype=torch.float64)
+    y = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+    if len({row["budget"] for row in rows}) < 2:
+        return None
+    away = x - x.mean()
+    slope = float((away * y).sum() / away.square().sum())
+    left = y - y.mean() - slope * away
+    error = math.inf
+    if len(rows) > 2:
+        error = float((left.square().sum() / (len(rows) - 2) / away.square().sum()).sqrt())
+    return slope, error, lambda flops: float(y.mean()) + slope * (math.log10(flops) - float(x.mean()))
+
+
+def draw(rows: list[Row], figure: Path) -> None:
+    """Nats and BrierLM against FLOPs and minutes, means over seeds, with the fits."""
+    scored = [row for row in rows if "brier_lm" in row]
+    drawing = new_figure(12, 8)
+    panels = drawing.subplots(2, 2)
+    for column, (label, x_of) in enumerate(
+        (("training FLOPs", lambda row: row["training_flops"]), ("minutes", lambda row: row["seconds"] / 60))
+    ):
+        for axes, name in zip(panels[:, column], ("nats", "brier_lm"), strict=True):
+            for number, kind in enumerate(LABELS):
+                chosen = [row for row in scored if row["kind"] == kind]
+                points = []
+                for budget in sorted({row["budget"] for row in chosen}):
+                    same = [row for row in chosen if row["budget"] == budget]
+                    values = [row[name] for row in same]
+                    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+                    # Seeds share the documents, so that error does not shrink with their number.
+                    of_text = statistics.mean(row["error"] for row in same) if name == "brier_lm" else 0.0
+                    x = statistics.mean(map(x_of, same))
+                    points.append((x, statistics.mean(values), max(spread, of_text)))
+                if not points:
+                    continue
+                x, y, error = zip(*points, strict=True)
+                axes.errorbar(
+                    x,
+                    y,
+                    yerr=error,
+                    marker="o",
+                    capsize=3,
+                    linestyle="",
+                    color=f"C{number}",
+                    label=LABELS[kind],
+                )
+                if column == 0 and (line := fit(chosen, name)) is not None:
+                    axes.plot(x, [line[2](flops) for flops in x], color=f"C{number}", linewidth=1)
+            axes.set(xlabel=label, xscale="log", ylabel="nats per token" if name == "nats" else "BrierLM")
+            axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize="small")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(figure.with_suffix(".png"), dpi=120, facecolor="white")
+
+
+def _order(row: Row) -> tuple[int, float, int, int]:
+    return list(LABELS).index(row["kind"]), row["budget"], row["width"], row["seed"]
+
+
+def _difference(row: Row, scored: list[Row]) -> str:
+    """BrierLM less that of a Transformer of the same seed with as many FLOPs, documents paired."""
+    for other in scored:
+        same = (other["budget"], other["seed"]) == (row["budget"], row["seed"])
+        if "brier_lm" in row and same and other["kind"] == "baseline" != row["kind"]:
+            one, base = sums_of(row["documents"]), sums_of(other["documents"])
+            return with_error(*brier_lm_difference(one, base), "+") if one.pairs_with(base) else ""
+    return ""
