@@ -36,63 +36,54 @@ NUM_ITEMS, NUM_HELD_OUT = 48_000, 200
 CONTEXT = {"path": 128, "chain": 96, "graph": 160}
 CONTEXT_OF_ONE_HOP = {"path": 32, "chain": 64, "graph": 96}
 ROWS = 64
-WIDTH = 64
 KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
 """Tokens of a chunk; 0 for a model of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """Sizes and rates that look-ups are learned with, chosen on other items.
+class Setting:
+    """Sizes, rates and optimizer steps with which a task's written steps are learned, chosen on other items.
 
     Args:
         layers: Decoder layers.
         theta: Base of the rotary positions.
         muon: Peak rate of matrices.
         adamw: Peak rate of all else.
+        first: Steps with all steps of an answer written.
+        stage: Of each stage but the last.
+        last: Of the last stage.
+        one_hop: Before all, on questions of a single hop.
+        goes_on: Whether every way goes on from a model that writes its steps, or some begin with nothing.
+        width: Hidden size.
     """
 
     layers: int
     theta: float
     muon: float
     adamw: float
-
-
-LOOKS_UP = Network(4, 10_000.0, 4e-3, 2e-3)
-"""Where a fact is several positions, two layers work together to find it. That is learned from questions of a
-single hop first; from all at once, 3,000 steps were not enough."""
-NETWORKS = {"llama": LOOKS_UP, "K1": LOOKS_UP, "K2": LOOKS_UP, "K4": Network(2, 100.0, 2e-2, 5e-3)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Length:
-    """Optimizer steps of the parts of a training.
-
-    Args:
-        first: With all steps written.
-        stage: Of each stage but the last.
-        last: Of the last stage.
-    """
-
     first: int
     stage: int
     last: int
+    one_hop: int = 0
+    goes_on: bool = True
+    width: int = 64
 
-    def all(self, stages: int) -> int:
-        """Steps of the whole curriculum."""
-        return self.first + (stages - 1) * self.stage + self.last
+    def curriculum(self, stages: int) -> int:
+        """Steps of all stages in which steps are left out."""
+        return (stages - 1) * self.stage + self.last
 
 
-LENGTHS = {
-    "llama": Length(700, 250, 500),
-    "K1": Length(700, 250, 500),
-    "K2": Length(700, 250, 500),
-    "K4": Length(500, 200, 400),
+LOOKS_UP = Setting(4, 10_000.0, 4e-3, 2e-3, first=700, stage=250, last=500, one_hop=1500)
+"""Where a fact is several positions, two layers work together to find it. That is learned from questions of a
+single hop first; from all at once, 3,000 steps were not enough."""
+SETTINGS = {
+    ("path", "K4"): Setting(2, 100.0, 2e-2, 5e-3, first=500, stage=200, last=400, goes_on=False),
+    ("graph", "K4"): Setting(4, 100.0, 1e-2, 5e-3, first=4000, stage=250, last=750),
+    ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=3000, stage=250, last=750, width=128),
 }
-
-
-ONE_HOP, MARKING = 1500, 300
-"""Optimizer steps on questions of a single hop, and those in which a model gets used to the markers."""
+"""For chunks of four tokens, to which a fact is one position."""
+MARKING = 300
+"""Steps in which a model gets used to the markers of thoughts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +154,18 @@ class Cell:
         return f"{self.task}_{self.kind}_{self.way}_{self.seed}"
 
     @property
+    def setting(self) -> Setting:
+        """How it is trained."""
+        return SETTINGS.get((self.task, self.kind), LOOKS_UP)
+
+    @property
     def before(self) -> "Cell | None":
         """The one whose weights it begins with: where look-ups take long to learn, one that has."""
         way = WAYS[self.way].begins_with
-        if NETWORKS[self.kind] is LOOKS_UP and way is None:
+        if self.setting.goes_on and way is None:
             is_marked = WAYS[self.way].thoughts(1)["mode"] != "drop"
-            earlier = {"one_hop": None, "steps": "one_hop", "marked_steps": "steps"}
+            earlier = {"one_hop": None, "steps": "one_hop" if self.setting.one_hop else None}
+            earlier["marked_steps"] = "steps"
             way = earlier.get(self.way, "marked_steps" if is_marked else "steps")
         return None if way is None else dataclasses.replace(self, way=way)
 
@@ -179,7 +176,7 @@ def train(cell: Cell, output: Path) -> Path:
     if (folder / "model/config.json").exists():
         return folder
     start = new_model(cell, output) if cell.before is None else train(cell.before, output) / "model"
-    steps, network = steps_of(cell), NETWORKS[cell.kind]
+    steps, setting = steps_of(cell), cell.setting
     is_short = cell.way == "one_hop"
     context = (CONTEXT_OF_ONE_HOP if is_short else CONTEXT)[cell.task]
     text = f"{cell.task}_one_hop" if is_short else cell.task
@@ -197,8 +194,8 @@ def train(cell: Cell, output: Path) -> Path:
             batch_tokens=ROWS * context,
             optimizer=OptimizerSettings(
                 name="muon",
-                learning_rate=network.muon,
-                adamw_learning_rate=network.adamw,
+                learning_rate=setting.muon,
+                adamw_learning_rate=setting.adamw,
                 warmup_steps=50,
                 schedule="warmup_stable_decay",
                 decay_fraction=0.2,
@@ -215,14 +212,15 @@ def train(cell: Cell, output: Path) -> Path:
 
 def steps_of(cell: Cell) -> int:
     """Optimizer steps of its own training."""
-    length, stages, way = LENGTHS[cell.kind], max(HOPS[cell.task]), WAYS[cell.way]
+    setting, way = cell.setting, WAYS[cell.way]
     if cell.way == "one_hop":
-        return ONE_HOP
+        return setting.one_hop
     if cell.before is not None and cell.way == "marked_steps":
         return MARKING
+    curriculum = way.times * setting.curriculum(max(HOPS[cell.task]))
     if cell.before is not None and cell.way != "steps":
-        return way.times * (length.all(stages) - length.first)
-    return way.times * length.all(stages) if way.is_whole else length.first
+        return curriculum
+    return way.times * setting.first + curriculum if way.is_whole else setting.first
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
@@ -230,7 +228,7 @@ def settings_of(cell: Cell) -> ThoughtSettings:
     of_way = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
     return ThoughtSettings(
         per_step=4 // max(1, KINDS[cell.kind]) if of_way.get("tell") else 1,
-        steps_per_stage=LENGTHS[cell.kind].stage * WAYS[cell.way].times,
+        steps_per_stage=cell.setting.stage * WAYS[cell.way].times,
         **of_way,
     )
 
@@ -243,14 +241,14 @@ def new_model(cell: Cell, output: Path) -> Path:
     text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
     records = [json.loads(line) for line in text]
     tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
-    network = NETWORKS[cell.kind]
+    setting = cell.setting
     settings = LanguageModelSettings(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_layers=network.layers,
+        hidden_size=setting.width,
+        intermediate_size=2 * setting.width,
+        num_layers=setting.layers,
         num_heads=4,
         max_chunks=512,
-        rope_theta=network.theta,
+        rope_theta=setting.theta,
         head={"head_type": "sequential", "rank": 64},
     )
     recipe = Recipe(
