@@ -79,7 +79,7 @@ single hop first; from all at once, 3,000 steps were not enough."""
 SETTINGS = {
     ("path", "K4"): Setting(2, 100.0, 2e-2, 5e-3, first=500, stage=200, last=400, goes_on=False),
     ("graph", "K4"): Setting(4, 100.0, 1e-2, 5e-3, first=4000, stage=250, last=750),
-    ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=3000, stage=250, last=750, width=128),
+    ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=1500, stage=250, last=750, one_hop=1500, width=128),
 }
 """For chunks of four tokens, to which a fact is one position."""
 MARKING = 300
