@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import failure, killed_and_resumed, toy_recipe
+from toy import failure, killed_and_resumed, launch, toy_recipe
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from calm.data.stories import stories
@@ -84,8 +84,43 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
     assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
 
 
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "history.json").read_text())["language_model"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_sharded_model_whose_scores_are_its_embeddings(base, tmp_path):
+    """The head takes the table itself: processes must have it whole, whatever its layer does."""
+    recipe = recipe_for(
+        base,
+        **{
+            "language_model.training.batch_tokens": 128,
+            "language_model.training.log_every": 1,
+            "language_model.training.gradient_checkpointing": True,
+        },
+    )
+    stages.train(recipe, tmp_path / "alone")
+    write_recipe(with_settings(recipe, {"language_model.sharded": True}), tmp_path / "recipe.yaml")
+    result = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(losses(tmp_path / "alone")) == 8
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_chunks_of_one_token_train_with_any_optimizer(name, base, tmp_path):
+    cut = {"language_model.uptraining.first_layers": 0, "language_model.uptraining.last_layers": 1}
+    optimizer = {"language_model.training.optimizer.name": name, "language_model.training.steps": 2}
+    folder = stages.train(recipe_for(base, chunk_size=1, **cut, **optimizer), tmp_path / "run")
+    assert load_model_and_tokenizer(str(folder))[0].config.chunk_size == 1
+
+
 REFUSED = {
     "nothing there": ({INIT: "nowhere"}, "nowhere"),
+    "one token": (
+        {"chunk_size": 1, "language_model.uptraining.last_layers": 0},
+        "set first_layers to 0, not 1",
+    ),
     "too few layers": ({"language_model.uptraining.last_layers": 4}, "cannot be cut"),
     "no such layer": ({"language_model.uptraining.layers": [0, 1, 2, 9]}, "from 0 to at most 3"),
     "other tokenizer": ({"data.tokenizer": "other"}, "has its own tokenizer"),
