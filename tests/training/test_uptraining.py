@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import gguf_is_not_read, write_gguf
 from safetensors.torch import load_file
 from tiny import tiny_model
 from toy import failure, killed_and_resumed, launch, toy_recipe
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from calm.data.stories import stories
-from calm.data.tokenizer import train_tokenizer
+from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.models.loading import load_model_and_tokenizer
 from calm.training import stages
 from calm.training.optimizers import build_optimizer
@@ -84,6 +85,28 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
     assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
 
 
+@pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")
+def test_a_gguf_file_is_as_good_as_a_folder(base, tmp_path):
+    source = LlamaForCausalLM.from_pretrained(base / "source")
+    file = write_gguf(tmp_path / "model.gguf", source, load_tokenizer(str(base / "source")))
+    short = {"language_model.training.steps": 2}
+    folders = [
+        stages.train(recipe_for(base, **{INIT: str(place)}, **short), tmp_path / name)
+        for name, place in (("folder", base / "source"), ("file", file))
+    ]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    assert "quantization" not in (folders[1] / "config.json").read_text()
+    assert load_model_and_tokenizer(str(folders[1]))[1]("Once").input_ids[0] == source.config.bos_token_id
+    begun = with_settings(
+        toy_recipe(base / "text.jsonl", "adamw"),
+        {INIT: str(file), "model": "autoregressive", "chunk_size": 1, **short},
+    )
+    folder = stages.train(begun, tmp_path / "tokens")
+    assert "quantization" not in (folder / "config.json").read_text()
+
+
 def losses(run: Path) -> list[float]:
     history = json.loads((run / "history.json").read_text())["language_model"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -117,6 +140,7 @@ def test_chunks_of_one_token_train_with_any_optimizer(name, base, tmp_path):
 
 REFUSED = {
     "nothing there": ({INIT: "nowhere"}, "nowhere"),
+    "no file there": ({INIT: "nowhere.gguf"}, "there is no such file"),
     "one token": (
         {"chunk_size": 1, "language_model.uptraining.last_layers": 0},
         "set first_layers to 0, not 1",

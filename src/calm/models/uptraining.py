@@ -167,7 +167,7 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     parts: list[nn.Module] = []
     for module in model.modules():
         parts += [module.mix] if isinstance(module, LastTokenProjection) else []
-        parts += [module.inject] if isinstance(module, DecoderHead) and module.inject is not None else []
+        parts += [module.inject] if isinstance(module, DecoderHead) else []
     return [parameter for part in parts for parameter in part.parameters()]
 
 

@@ -105,9 +105,9 @@ class DecoderHead(TokenByTokenHead):
         self.first = TokenLayers(llama, config.first_layers, config.sink)
         self.last = TokenLayers(llama, config.last_layers, config.sink)
         self.norm = LlamaRMSNorm(hidden_size, eps=llama.rms_norm_eps)
-        later = config.chunk_size - 1
         # What the map of the update at each later place adds to the identity.
-        self.inject = ZeroLinear(hidden_size, later * hidden_size, bias=False) if later else None
+        later = (config.chunk_size - 1) * hidden_size
+        self.inject = ZeroLinear(hidden_size, later, bias=False) if later else nn.Identity()
         self.scores = (
             None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
         )
@@ -142,8 +142,8 @@ class DecoderHead(TokenByTokenHead):
 
     def _later(self, update_PD: Tensor) -> Tensor:
         """What the backbone's update adds at the places after the first, (P, K - 1, D)."""
-        if self.inject is None:
-            return update_PD[:, None][:, :0]
+        if self.config.chunk_size == 1:
+            return update_PD.unsqueeze(1)[:, :0]
         moved_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
         return update_PD.unsqueeze(1) + moved_PKD
 
