@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 from calm.data.stories import stories
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.models.loading import load_model_and_tokenizer
-from calm.training import stages
+from calm.training import continuing, stages
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings, write_recipe
@@ -83,6 +84,15 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
     }
     assert all(torch.equal(after[new], before[old]) for new, old in pairs.items())
     assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
+
+
+def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
+    """A card has to hold the CALM, and not the source beside it."""
+    recipe = continuing.completed(recipe_for(base))
+    data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
+    monkeypatch.setattr("calm.models.loading.best_device", lambda: torch.device("meta"))
+    model = continuing.model_to_continue(recipe, data)
+    assert model.device.type == "cpu" and model.dtype == torch.float32
 
 
 @pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")

@@ -17,6 +17,7 @@ _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
 _NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
 # The time to learn merges grows with the square of a piece's length. Words of ordinary text are far shorter.
 _LONGEST_PIECE = 1000
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _SPEAKERS = ("system", "user", "assistant", "tool", "end")
 
 
@@ -90,6 +91,11 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if named := [token for token in spare if word in token.lower()]:
             return named[0]
     return spare[-1] if spare else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -126,6 +126,20 @@ def load_language_model_and_tokenizer(
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
 
 
+def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model of transformers that another is made of: on the processor, and no more than it.
+
+    Args:
+        name: Folder, GGUF file or hub name.
+        **kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    network: PreTrainedModel = _load(AutoModelForCausalLM, place_of(name), **kwargs)
+    return network
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds low-rank adapters of a model that is elsewhere."""
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()

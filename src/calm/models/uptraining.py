@@ -10,7 +10,7 @@ no layers in the head, the CALM is the Transformer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,47 @@ class Cut:
         return used[: self.first], used[:end], used[end:]
 
 
+class Tokens(Protocol):
+    """What a conversion asks of a tokenizer."""
+
+    @property
+    def pad_token_id(self) -> Any:
+        """Id of the token that pads."""
+
+    @property
+    def bos_token_id(self) -> Any:
+        """Id of the token that begins a text, if there is one."""
+
+    @property
+    def eos_token_id(self) -> Any:
+        """Id of the token that ends a text."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+
+class TokensOfConfig:
+    """Stands for the tokenizer of a model of which only the configuration is here, to count and to plan.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos_token_id = next((end for end in ends if end is not None), 0)
+        self.bos_token_id = config.bos_token_id
+        self.pad_token_id = int(self.eos_token_id == 0)  # Any other will do.
+        self._size = config.vocab_size
+
+    def __len__(self) -> int:
+        """As many as the model has."""
+        return self._size
+
+
 def uptrained_config(
     source: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokens,
     chunk_size: int,
     cut: Cut,
     *,
@@ -171,7 +209,7 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in parts for parameter in part.parameters()]
 
 
-def check_source(source: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, cut: Cut) -> None:
+def check_source(source: PreTrainedConfig, tokenizer: Tokens, cut: Cut) -> None:
     """Raise InputError unless a Transformer can become a CALM with a tokenizer.
 
     Args:

@@ -95,4 +95,5 @@ def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
     with no_init_weights():
         whole = unsharded(copy.deepcopy(model.config))
     whole.load_state_dict(weights)
+    del weights  # They are on the device, which need not have room for them twice.
     return whole.to(model.device)

@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
-from calm.data.tokenizer import load_tokenizer
+from calm.data.tokenizer import has_tokenizer, load_tokenizer
 from calm.errors import InputError
 from calm.evaluation.held_out import check_context
 from calm.models.configuration import CalmConfig
-from calm.models.loading import config_of, is_adapter, load_language_model_and_tokenizer
+from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import place_of
-from calm.models.uptraining import CODE_SIZE, Cut, calm_from_transformer, uptrained_config
+from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
 from calm.training.recipe import Recipe
 
 
@@ -70,13 +70,15 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
 
     Args:
         recipe: The recipe.
-        source: The Transformer's configuration.
+        source: The Transformer's configuration. Without a tokenizer beside it, it is enough to plan.
 
     Raises:
         InputError: If the Transformer does not fit.
     """
     assert recipe.language_model.init_from is not None
-    tokenizer = load_tokenizer(place_of(recipe.language_model.init_from))
+    name = place_of(recipe.language_model.init_from)
+    is_alone = Path(name).is_dir() and not has_tokenizer(Path(name))
+    tokenizer = TokensOfConfig(source) if is_alone else load_tokenizer(name)
     return uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
 
 
@@ -104,7 +106,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     """
     name = recipe.language_model.init_from
     assert name is not None
-    source, _ = load_language_model_and_tokenizer(name, dtype=torch.float32)
+    source = load_transformer(name, dtype=torch.float32)  # Beside the CALM it may be too much for a card.
     tokenizer = load_tokenizer(place_of(name))
     check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
