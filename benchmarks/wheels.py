@@ -38,6 +38,7 @@ NEEDS = {
     "serve": ("calm serve stories --port 0", "fastapi"),
     "cluster": ("calm prepare stories.jsonl --engine ray --output clustered", "ray[data]"),
     "finetune": (f"calm finetune {TUNED}", "peft"),
+    "gguf": ("calm generate model.gguf Once --max_new_tokens 8 --seed 1", "gguf"),
     "harness": ("python -m calm.harness --help", "lm-eval"),
     "tensorboard": (f"calm train {TRAINED} --report_to tensorboard", "tensorboard"),
 }
@@ -81,6 +82,12 @@ def answer_a_request(environment: Environment) -> None:
         server.wait()
 
 
+def read_a_file(environment: Environment) -> None:
+    """Write a model in a GGUF file, and let it continue a text."""
+    environment.run(f"python {ROOT / 'tests/gguf_files.py'} model.gguf")
+    environment.run(NEEDS["gguf"][0])
+
+
 def write_texts(environment: Environment) -> None:
     """The files that the commands read."""
     write_stories(environment.work / "stories.jsonl", seed=0, num_stories=60)
@@ -103,6 +110,7 @@ WITH: dict[str, Callable[[Environment], object]] = {
     "": without_extras,
     **{name: functools.partial(Environment.run, command=command) for name, (command, _) in NEEDS.items()},
     "serve": answer_a_request,
+    "gguf": read_a_file,
     "docs": lambda one: one.run("zensical --version") and one.run("jupyter-nbconvert --version"),
 }
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    CLIPConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -19,6 +20,7 @@ from calm.errors import InputError
 from calm.flops import cost_of
 from calm.models.blocks import ZeroLinear
 from calm.models.uptraining import Cut, calm_from_transformer, check_source, new_parameters
+from calm.models.writing.lean import can_step
 
 SIZES = {
     "vocab_size": 40,
@@ -30,11 +32,25 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SOURCES: dict[str, PreTrainedConfig] = {
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=6),
     "llama, scaled positions": LlamaConfig(**SIZES, rope_parameters=ROPE, attention_bias=True),
+    "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA_3, mlp_bias=True, hidden_act="gelu"),
+    "llama, yarn": LlamaConfig(**SIZES, rope_parameters=YARN, rms_norm_eps=1e-2),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, a window of all": MistralConfig(**SIZES, sliding_window=64),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=6, tie_word_embeddings=True),
+    "qwen3, untied": Qwen3Config(**SIZES, head_dim=4, attention_bias=True),
 }
 ids = torch.randint(3, 40, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -66,11 +82,10 @@ def scores_of(model: CalmForCausalLM, tokens):
     return model.head._vectors(states, chunks) @ model.head._table().T
 
 
-@pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("name", SOURCES)
-def test_with_chunks_of_one_token_it_is_the_source(name, first):
+def test_with_chunks_of_one_token_it_is_the_source(name):
     source = source_of(name)
-    model = calm_from_transformer(source, Tokenizer(), 1, Cut(first, 0))
+    model = calm_from_transformer(source, Tokenizer(), 1, Cut(0, 0))
     with torch.no_grad():
         scores, wanted = scores_of(model, ids), source(ids).logits[:, :-1].flatten(0, 1)
         assert_close(scores, wanted, rtol=0, atol=1e-10)
@@ -78,7 +93,18 @@ def test_with_chunks_of_one_token_it_is_the_source(name, first):
     assert_close(loss, F.cross_entropy(wanted, ids[:, 1:].flatten()).float())
 
 
-def scores_by_hand(source, tokens, size: int, first: int, last: int):
+def test_in_half_precision_too():
+    """Frequencies of positions are not halved: far from the beginning that would be another model."""
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(SOURCES["llama 3"], dtype=torch.bfloat16).eval()
+    model = calm_from_transformer(source, Tokenizer(), 1, Cut(0, 0))
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    tokens = torch.randint(3, 40, (1, 64))
+    with torch.no_grad():
+        assert torch.equal(scores_of(model, tokens), source(tokens).logits[:, :-1].flatten(0, 1))
+
+
+def scores_by_hand(source, tokens, size: int, first: int, last: int, sink: bool = True):
     """The scores of the converted model, (C - 1, K, V), from the layers of the source, chunk by chunk."""
     network, layers = source.model, list(source.model.layers)
 
@@ -91,26 +117,28 @@ def scores_by_hand(source, tokens, size: int, first: int, last: int):
 
     embedded = network.embed_tokens(tokens)
     states = run(layers[: len(layers) - last], embedded[size - 1 :: size])
-    begin = network.embed_tokens(torch.tensor([1]))
-    sink = run(layers[: len(layers) - last], begin)
+    begin = network.embed_tokens(torch.tensor([1])[:sink])  # Nothing, where there is no sink.
+    before = run(layers[: len(layers) - last], begin) if sink else begin
     scores = []
     for chunk in range(1, len(tokens) // size):
         window = embedded[chunk * size - 1 : chunk * size + size - 1]
-        read = run(layers[:first], torch.cat([begin, window]))[1:]
+        read = run(layers[:first], torch.cat([begin, window]))[len(begin) :]
         state = states[chunk - 1]
         places = torch.cat([state[None], read[1:] + (state - read[0])])
-        written = run(layers[len(layers) - last :], torch.cat([sink, places]))[1:]
+        written = run(layers[len(layers) - last :], torch.cat([before, places]))[len(begin) :]
         scores.append(source.lm_head(network.norm(written)))
     return torch.stack(scores)
 
 
+@pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize(("size", "first", "last"), [(2, 1, 2), (4, 2, 3), (4, 0, 1), (3, 1, 0)])
-@pytest.mark.parametrize("name", ["llama, tied", "qwen2"])
-def test_before_training_it_is_the_layers_of_the_source(name, size, first, last):
+@pytest.mark.parametrize("name", ["llama, tied", "llama 3", "qwen2", "qwen3"])
+def test_before_training_it_is_the_layers_of_the_source(name, size, first, last, sink):
     source = source_of(name)
-    model = calm_from_transformer(source, Tokenizer(), size, Cut(first, last))
+    model = calm_from_transformer(source, Tokenizer(), size, Cut(first, last), sink=sink)
+    assert any("sink" in key for key in model.state_dict()) == sink
     with torch.no_grad():
-        wanted = scores_by_hand(source, ids[0], size, first, last)
+        wanted = scores_by_hand(source, ids[0], size, first, last, sink)
         assert_close(scores_of(model, ids[:1]).view_as(wanted), wanted, rtol=0, atol=1e-9)
 
 
@@ -139,9 +167,11 @@ def test_every_weight_is_that_of_the_source():
     assert not any(one.any() for one in new)
 
 
-def test_writing_saving_and_reading_in_any_company_agree(tmp_path):
-    source = source_of("llama, tied")
-    model = calm_from_transformer(source, Tokenizer(), 4, Cut(1, 2))
+@pytest.mark.parametrize(("name", "sink"), [("llama, tied", True), ("qwen3, untied", False)])
+def test_writing_saving_and_reading_in_any_company_agree(name, sink, tmp_path):
+    source = source_of(name)
+    model = calm_from_transformer(source, Tokenizer(size=37), 4, Cut(1, 2), sink=sink)
+    assert can_step(model)
     for weight in new_parameters(model):
         torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(tmp_path)
@@ -150,6 +180,7 @@ def test_writing_saving_and_reading_in_any_company_agree(tmp_path):
     how = {"max_new_tokens": 12, "temperature": 0.0, "sampler": "head"}
     written = model.generate(ids, **how)
     assert torch.equal(written, again.generate(ids, **how))
+    assert torch.equal(written, model.generate(ids, cache_implementation="dynamic", **how))
     for row in range(2):
         alone = model.generate(ids[row : row + 1], **how)[0]
         assert torch.equal(alone, written[row, : len(alone)])
@@ -171,6 +202,8 @@ def test_flops_are_counted_by_part():
     assert costs.inference["backbone"] == 4 * layer / 4
     assert costs.inference["input"] == 2 * 16 * 16
     attention = 3 * 4 * 3.5 * 4 * 6  # Layers, FLOPs, keys of a place on average, width of the queries.
+    without = cost_of(calm_from_transformer(source, Tokenizer(), 4, Cut(1, 2), sink=False).config)
+    assert costs.inference["head"] - without.inference["head"] == pytest.approx(attention / 3.5)
     wanted = 3 * layer + attention + 2 * 40 * 16 + 2 * 3 * 16 * 16 / 4
     assert costs.inference["head"] == pytest.approx(wanted)
     counted = sum(one.numel() for one in model.parameters())
@@ -186,10 +219,52 @@ def test_the_sink_is_the_beginning_of_a_text_or_else_its_end():
     assert torch.equal(with_bos, without)
 
 
+def test_windows_of_layers_that_are_not_used_do_not_matter():
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
+    config = Qwen3Config(**SIZES, **windows)
+    assert config.layer_types == ["full_attention"] * 4 + ["sliding_attention"] * 2
+    check_source(config, Tokenizer(), Cut(1, 1, [0, 1, 2, 3]))
+    with pytest.raises(InputError, match="sees only 8 tokens"):
+        check_source(config, Tokenizer(), Cut(1, 1))
+
+
+def test_dropout_of_attention_is_in_all_layers():
+    source = source_of("llama, tied")
+    source.config.attention_dropout = 0.5
+    model = calm_from_transformer(source, Tokenizer(), 4, Cut(1, 2))
+    layers = [*model.backbone.layers, *model.head.first.layers, *model.head.last.layers]
+    assert {layer.self_attn.attention_dropout for layer in layers} == {0.5}
+    states = torch.randn(8, 32, dtype=torch.float64)
+    tokens = torch.randint(3, 40, (8, 4))
+    assert torch.equal(model.head._vectors(states, tokens), model.head._vectors(states, tokens))
+    model.train()
+    assert not torch.equal(model.head._vectors(states, tokens), model.head._vectors(states, tokens))
+
+
+def test_chunks_of_one_token_have_nothing_for_first_layers():
+    source = source_of("mistral")
+    with pytest.raises(InputError, match="set first_layers to 0, not 2"):
+        calm_from_transformer(source, Tokenizer(), 1, Cut(2, 1))
+    model = calm_from_transformer(source, Tokenizer(), 1, Cut(0, 1))
+    assert all(one.numel() for one in model.parameters()), "nothing is empty, which no optimizer bears"
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(one.grad is not None for one in model.parameters() if one.requires_grad)
+
+
 REFUSED = {
     "another architecture": (GPT2Config(), {}, "a model of type 'gpt2' cannot become a CALM"),
-    "norms of queries": (Qwen3Config(), {}, "normalize queries and keys"),
+    "an image model": (CLIPConfig(), {}, "a model of type 'clip' cannot become a CALM"),
     "a window": (MistralConfig(**SIZES, sliding_window=8), {}, "sees only 8 tokens"),
+    "quantized": (
+        LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}),
+        {},
+        "quantized",
+    ),
+    "half rotated": (
+        LlamaConfig(**SIZES, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
+        {},
+        "partial_rotary_factor 0.5",
+    ),
     "too many tokens": (SOURCES["mistral"], {"size": 41}, "41 tokens, more than the 40"),
     "no padding": (SOURCES["mistral"], {"pad": None}, "another one for padding"),
     "padding that ends": (SOURCES["mistral"], {"pad": 2}, "another one for padding"),
@@ -199,7 +274,7 @@ REFUSED = {
 @pytest.mark.parametrize(("config", "tokens", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused(config, tokens, message):
     with pytest.raises(InputError, match=message):
-        check_source(config, Tokenizer(**tokens))
+        check_source(config, Tokenizer(**tokens), Cut(1, 1))
 
 
 @pytest.mark.parametrize("cut", [Cut(4, 3), Cut(0, 6), Cut(-1, 1), Cut(1, 1, [0, 6]), Cut(1, 1, [1, 0])])

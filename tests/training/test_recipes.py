@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_autoencoder
@@ -52,6 +53,8 @@ SHIPPED = [
     "transformer_l",
     "transformer_m",
     "transformer_s",
+    "uptrain_eight_gpus",
+    "uptrain_one_gpu",
 ]
 
 
@@ -111,11 +114,23 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
     )
 
 
+def with_small_source(recipe: Recipe, folder: Path) -> Recipe:
+    """The same recipe with a Transformer of three layers in the place of the one that it begins with."""
+    if recipe.language_model.init_from is None:
+        return recipe
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=300)).save_pretrained(folder)
+    train_tokenizer(stories(0, 12), 300).save_pretrained(folder)
+    layers = {"first_layers": 1, "last_layers": 1}
+    cut = {f"language_model.uptraining.{name}": number for name, number in layers.items()}
+    return with_settings(recipe, {"language_model.init_from": str(folder), **cut})
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_runs_for_two_steps(name, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
-    recipe = read_recipe(name)
+    recipe = with_small_source(read_recipe(name), tmp_path / "source")
     model = train(shrink(recipe, str(text)), tmp_path / "run")
     loaded = AutoModelForCausalLM.from_pretrained(model)
     assert type(loaded) is (CalmForCausalLM if recipe.model == "calm" else LlamaForCausalLM)

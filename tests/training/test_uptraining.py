@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf_files import gguf_is_not_read, write_gguf
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import failure, killed_and_resumed, toy_recipe
+from toy import failure, killed_and_resumed, launch, toy_recipe
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from calm.data.stories import stories
-from calm.data.tokenizer import train_tokenizer
+from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.models.loading import load_model_and_tokenizer
-from calm.training import stages
+from calm.training import continuing, stages
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings, write_recipe
@@ -84,8 +86,75 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
     assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
 
 
+def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
+    """A card has to hold the CALM, and not the source beside it."""
+    recipe = continuing.completed(recipe_for(base))
+    data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
+    monkeypatch.setattr("calm.models.loading.best_device", lambda: torch.device("meta"))
+    model = continuing.model_to_continue(recipe, data)
+    assert model.device.type == "cpu" and model.dtype == torch.float32
+
+
+@pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")
+def test_a_gguf_file_is_as_good_as_a_folder(base, tmp_path):
+    source = LlamaForCausalLM.from_pretrained(base / "source")
+    file = write_gguf(tmp_path / "model.gguf", source, load_tokenizer(str(base / "source")))
+    short = {"language_model.training.steps": 2}
+    folders = [
+        stages.train(recipe_for(base, **{INIT: str(place)}, **short), tmp_path / name)
+        for name, place in (("folder", base / "source"), ("file", file))
+    ]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    assert "quantization" not in (folders[1] / "config.json").read_text()
+    assert load_model_and_tokenizer(str(folders[1]))[1]("Once").input_ids[0] == source.config.bos_token_id
+    begun = with_settings(
+        toy_recipe(base / "text.jsonl", "adamw"),
+        {INIT: str(file), "model": "autoregressive", "chunk_size": 1, **short},
+    )
+    folder = stages.train(begun, tmp_path / "tokens")
+    assert "quantization" not in (folder / "config.json").read_text()
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "history.json").read_text())["language_model"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_sharded_model_whose_scores_are_its_embeddings(base, tmp_path):
+    """The head takes the table itself: processes must have it whole, whatever its layer does."""
+    recipe = recipe_for(
+        base,
+        **{
+            "language_model.training.batch_tokens": 128,
+            "language_model.training.log_every": 1,
+            "language_model.training.gradient_checkpointing": True,
+        },
+    )
+    stages.train(recipe, tmp_path / "alone")
+    write_recipe(with_settings(recipe, {"language_model.sharded": True}), tmp_path / "recipe.yaml")
+    result = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(losses(tmp_path / "alone")) == 8
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_chunks_of_one_token_train_with_any_optimizer(name, base, tmp_path):
+    cut = {"language_model.uptraining.first_layers": 0, "language_model.uptraining.last_layers": 1}
+    optimizer = {"language_model.training.optimizer.name": name, "language_model.training.steps": 2}
+    folder = stages.train(recipe_for(base, chunk_size=1, **cut, **optimizer), tmp_path / "run")
+    assert load_model_and_tokenizer(str(folder))[0].config.chunk_size == 1
+
+
 REFUSED = {
     "nothing there": ({INIT: "nowhere"}, "nowhere"),
+    "no file there": ({INIT: "nowhere.gguf"}, "there is no such file"),
+    "one token": (
+        {"chunk_size": 1, "language_model.uptraining.last_layers": 0},
+        "set first_layers to 0, not 1",
+    ),
     "too few layers": ({"language_model.uptraining.last_layers": 4}, "cannot be cut"),
     "no such layer": ({"language_model.uptraining.layers": [0, 1, 2, 9]}, "from 0 to at most 3"),
     "other tokenizer": ({"data.tokenizer": "other"}, "has its own tokenizer"),

@@ -7,7 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calm.errors import InputError, reason_of
+from calm.extras import require
 from calm.hub.connection import may_be_on_hub
+from calm.hub.gguf import is_gguf, on_hub
 from calm.hub.opening import open_tokenizer
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
@@ -15,6 +17,7 @@ _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
 _NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
 # The time to learn merges grows with the square of a piece's length. Words of ordinary text are far shorter.
 _LONGEST_PIECE = 1000
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _SPEAKERS = ("system", "user", "assistant", "tool", "end")
 
 
@@ -90,18 +93,25 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return spare[-1] if spare else None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, a `tokenizer.json`, or the hub, with a padding token of its own.
+    """A tokenizer from a folder, a `tokenizer.json` or GGUF file, or the hub, with padding of its own.
 
     Raises:
         InputError: If there is none, or it has no end-of-text token.
     """
-    path = Path(name)
-    is_file = path.suffix == ".json"
-    if is_file and not path.is_file():
-        raise InputError(f"there is no tokenizer file '{name}'; check the path.")
-    if not is_file and not path.is_dir() and not may_be_on_hub(name):
-        raise InputError(f"there is no tokenizer folder '{name}'; check the path.")
+    if is_gguf(name):
+        require(f"'{name}', a GGUF file,", "gguf")
+    path, place = Path(name), on_hub(name)
+    is_file = path.suffix == ".json" or is_gguf(name)
+    repository = place.repository if place is not None else None if is_file else name
+    is_here = path.is_file() if is_file else path.is_dir()
+    if not is_here and (repository is None or not may_be_on_hub(repository)):
+        raise InputError(f"there is no tokenizer {'file' if is_file else 'folder'} '{name}'; check the path.")
     try:
         tokenizer = open_tokenizer(name)
     except InputError:

@@ -4,15 +4,20 @@ A folder, or a repository of the hub, can name code of its own, packages to impo
 Whatever needs one of these is refused; the libraries would ask, or run it.
 """
 
+import copy
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -20,17 +25,19 @@ from transformers import (
 
 from calm.errors import InputError, reason_of
 from calm.hub.connection import hub_or_cache
+from calm.hub.gguf import is_gguf, local_file
 
 _MOST_BYTES = 10_000_000  # Of a file of settings; those of large models have some thousands.
 _WORDS_OF_CODE = ("custom code", "trust_remote_code", "custom generation code")
 # Arguments of `from_pretrained` that say which files are meant.
 _WHERE = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "force_download")
 _GENERATE = "custom_generate"
+_READS_GGUF = (5, 23)  # Before it texts had no beginning, or an end of another kind.
 _LOADS_UNSAFELY = "weights_only"
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, a file, or the hub.
+    """A tokenizer from a folder, a file (tokenizer.json or GGUF), or the hub.
 
     Raises:
         InputError: If it needs code of its own.
@@ -38,7 +45,9 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     with _without_code(name):
         tokenizer: PreTrainedTokenizerBase
-        if Path(name).is_file():
+        if is_gguf(name):
+            tokenizer = _tokenizer_of_gguf(name)
+        elif Path(name).is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
         else:
             read_settings(Path(name) / "tokenizer_config.json")
@@ -56,10 +65,10 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model, from a folder or the hub.
+    """The configuration of a model, from a folder, a GGUF file or the hub.
 
     Args:
-        name: Folder or hub name.
+        name: Folder, GGUF file or hub name.
         **kwargs: Which version of it, as `from_pretrained` takes them.
 
     Raises:
@@ -67,6 +76,8 @@ def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:
         Exception: Of the libraries, for what is missing or damaged.
     """
     with _without_code(name):
+        if is_gguf(name):
+            return _config_of_gguf(name)
         read_settings(Path(name) / "config.json")
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
         _check_kernels(config, name)
@@ -78,13 +89,15 @@ def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, An
 
     Args:
         kind: A class with `from_pretrained`.
-        name: Folder or hub name.
+        name: Folder, GGUF file or hub name.
         **kwargs: Arguments of `from_pretrained`.
 
     Raises:
         InputError: If it needs code of its own, or kernels from elsewhere.
         Exception: Of the libraries, for what is missing or damaged.
     """
+    if is_gguf(name):
+        return _open_gguf(kind, name, **kwargs)
     open_config(name, **{option: value for option, value in kwargs.items() if option in _WHERE})
     if (Path(name) / _GENERATE / "generate.py").exists():
         raise _needs_code(name, f"{_GENERATE}/generate.py")
@@ -92,6 +105,56 @@ def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, An
     with _without_code(name):
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             name, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+        return loaded
+
+
+def _config_of_gguf(name: str) -> PreTrainedConfig:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _READS_GGUF:
+        raise InputError(
+            f"'{name}', a GGUF file, needs transformers {'.'.join(map(str, _READS_GGUF))} or newer, which "
+            f"reads its tokenizer as it is; {transformers.__version__} is installed."
+        )
+    file = local_file(name)
+    return copy.deepcopy(_read_gguf(file, file.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_gguf(file: Path, changed: int) -> PreTrainedConfig:
+    """The configuration in a file; it takes seconds, as all tokens are read with it."""
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return AutoConfig.from_pretrained(**where, trust_remote_code=False)
+
+
+def _tokenizer_of_gguf(name: str) -> PreTrainedTokenizerBase:
+    file, size = local_file(name), _config_of_gguf(name).vocab_size
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=False
+    )
+    if len(tokenizer) <= size:
+        return tokenizer
+    # The class that it is made with adds a token for unknown words, which the model does not have.
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < size]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        chat_template=tokenizer.chat_template,
+        **{role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+    )
+
+
+def _open_gguf(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    file = local_file(name)
+    with _without_code(name):
+        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            config=_config_of_gguf(name),
+            # Else weights may be left packed, and computed with by kernels from the hub.
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **kwargs,
         )
         return loaded
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaModel, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from calm.core.chunks import IGNORED_LABEL, find_targets, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
+from calm.models.attention import norm_queries_and_keys
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
@@ -53,7 +54,15 @@ class CalmOutput(ModelOutput):
 
 
 class ChunkBackbone(LlamaModel):
-    """The decoder over chunks: a `LlamaModel` whose new token embeddings have a spread of their own."""
+    """The decoder over chunks: a `LlamaModel` whose new token embeddings have a spread of their own.
+
+    Its layers norm queries and keys where the configuration says so.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            norm_queries_and_keys(layer, config, index)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -109,8 +118,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
         if isinstance(module, TokenLayer):
-            init.zeros_(module.sink_key)
-            init.zeros_(module.sink_value)
+            for sink in module.sinks:
+                init.zeros_(sink)
 
     def _freeze_autoencoder(self) -> None:
         self.autoencoder.requires_grad_(False).eval()
@@ -337,7 +346,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         """What the backbone reads of each chunk, (B, C, D).
 
         Args:
-            chunks_BCK: Tokens of the chunks.
+            chunks_BCK: Tokens of the chunks, with any leading axes.
             posterior_BCZ: Their latents, if they are known already.
         """
         parts = []

@@ -85,6 +85,7 @@ _WHERE = {
     "head": "head_config",
     "state_size": None,
     "input_size": None,
+    "has_tied_scores": "head_config",
     "reads_tokens": "backbone_input",
     "reads_latents": "backbone_input",
 }
@@ -229,6 +230,11 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
     def reads_latents(self) -> bool:
         """Whether the backbone reads latents."""
         return self.backbone_input != "tokens"
+
+    @property
+    def has_tied_scores(self) -> bool:
+        """Whether the head computes scores with the backbone's token embeddings."""
+        return bool(getattr(self.head, "has_tied_scores", False))
 
     @property
     def input_size(self) -> int:

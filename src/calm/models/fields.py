@@ -55,7 +55,7 @@ RANGES: dict[str, dict[str, Range]] = {
 _SWITCHES = (
     "output_hidden_states", "output_attentions", "return_dict", "use_cache", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript", "do_sample", "output_scores",
-    "output_logits", "return_dict_in_generate",
+    "output_logits", "return_dict_in_generate", "use_qk_norm",
 )  # fmt: skip
 _WRITING = {
     "temperature": Range(0),

@@ -14,6 +14,7 @@ from transformers import (
 from calm.core.chunks import as_id_tensor
 from calm.errors import InputError, cause_of, reason_of
 from calm.extras import require
+from calm.hub.gguf import is_gguf
 from calm.hub.opening import (
     base_of_adapters,
     open_adapters,
@@ -26,7 +27,8 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.fields import check_generation, check_switches
-from calm.models.missing import no_model_in, not_given, place_of
+from calm.models.gguf import check_gguf
+from calm.models.missing import look_for, no_model_in, not_given, place_of
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
@@ -105,7 +107,7 @@ def load_language_model_and_tokenizer(
     """A CALM or any causal language model of transformers, and the tokenizer beside it.
 
     Args:
-        name: Folder of a model or of adapters, name of a model of the package, or name on the hub.
+        name: Folder of a model or of adapters, GGUF file, name of a model of the package, or name on the hub.
         head: Changes of how the head of a CALM is drawn from.
         **kwargs: Arguments of `from_pretrained`.
 
@@ -117,11 +119,25 @@ def load_language_model_and_tokenizer(
     if is_adapter(Path(name)):
         model = _with_adapters(Path(name), **kwargs)
         return _ready(*_with_tokenizer(model, name), name, head)
-    kind = _model_type(Path(name)) if Path(name).is_dir() else _model_type_on_hub(name)
+    kind = _model_type(Path(name)) if Path(name).is_dir() else _model_type_of(name)
     if kind == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
     model_class = _OWN.get(kind, AutoModelForCausalLM)
     return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
+
+
+def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model of transformers that another is made of: on the processor, and no more than it.
+
+    Args:
+        name: Folder, GGUF file or hub name.
+        **kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    network: PreTrainedModel = _load(AutoModelForCausalLM, place_of(name), **kwargs)
+    return network
 
 
 def is_adapter(path: Path) -> bool:
@@ -211,6 +227,29 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
     return model, tokenizer
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of a model in a folder, in a GGUF file, or on the hub.
+
+    Raises:
+        InputError: If there is none, or it cannot be read.
+    """
+    if Path(place := place_of(name)).is_dir():
+        return load_config(Path(place))
+    look_for(name)
+    try:
+        return open_config(place)
+    except InputError:
+        raise
+    except Exception as error:  # Of the hub client, or of whichever class the configuration has.
+        raise _not_loaded(place, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> InputError:
+    if Path(name).exists():
+        return InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).")
+    return InputError(not_given(name, reason_of(error)))
+
+
 def load_config(path: Path) -> PreTrainedConfig:
     """The configuration in a folder.
 
@@ -231,8 +270,8 @@ def _model_type(path: Path) -> str:
     return load_config(path).model_type
 
 
-def _model_type_on_hub(name: str) -> str | None:
-    """The type of a model on the hub; None where loading it will say what is wrong."""
+def _model_type_of(name: str) -> str | None:
+    """The type of a model in a file or on the hub; None where loading it will say what is wrong."""
     try:
         return open_config(name).model_type
     except Exception:
@@ -240,17 +279,16 @@ def _model_type_on_hub(name: str) -> str | None:
 
 
 def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
-    is_here = Path(name).is_dir()
-    if is_here:
+    if Path(name).is_dir():
         _check_folder(model_class, Path(name))
+    if is_gguf(name):
+        check_gguf(config_of(name), name)
     try:
         model, info = open_network(model_class, name, **kwargs)
     except InputError:
         raise
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
-        reason = reason_of(error)
-        damaged = f"cannot load '{name}': it is damaged ({reason})."
-        raise InputError(damaged if is_here else not_given(name, reason)) from error
+        raise _not_loaded(name, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(

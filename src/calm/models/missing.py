@@ -13,7 +13,9 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 
 from calm.errors import InputError
+from calm.extras import require
 from calm.hub.connection import is_hub_name, may_be_on_hub, unreachable
+from calm.hub.gguf import is_gguf, on_hub
 from calm.models.shipped import MODEL_FILES, expanded, folder_of, shipped_models
 
 _MOST_NAMED = 3
@@ -25,11 +27,13 @@ _PASSED_BY = ("autoencoder", "checkpoints", "data")  # and not in these parts of
 
 
 def place_of(name: str) -> str:
-    """The folder of a model, or a name that the hub may be asked for.
+    """The folder of a model, its GGUF file, or a name that the hub may be asked for.
 
     Raises:
-        InputError: If it is neither.
+        InputError: If it is none of these, or GGUF files cannot be read here.
     """
+    if is_gguf(name):
+        return _place_of_file(name)
     try:
         place = folder_of(name)
         is_here = Path(place).is_dir()
@@ -42,13 +46,25 @@ def place_of(name: str) -> str:
     return place
 
 
+def _place_of_file(name: str) -> str:
+    require(f"'{name}', a GGUF file,", "gguf")
+    place, file = on_hub(name), expanded(name)
+    if file.is_file():
+        return str(file)
+    if place is not None and may_be_on_hub(place.repository):
+        return name
+    raise InputError(
+        f"cannot load '{name}': there is no such file; one on the hub is named owner/name/file.gguf."
+    )
+
+
 def look_for(name: str) -> None:
-    """See that there is a folder of a model, or a hub that answers, or a cache that has it.
+    """See that there is a model here, or a hub that answers, or a cache that has it.
 
     Raises:
         InputError: If there is neither.
     """
-    if Path(place_of(name)).is_dir() or _is_cached(name):
+    if Path(place_of(name)).exists() or _is_cached(name):
         return
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
     if reason is not None:
@@ -57,7 +73,9 @@ def look_for(name: str) -> None:
 
 def _is_cached(name: str) -> bool:
     """Whether a model of the hub was loaded here before."""
-    return any(isinstance(try_to_load_from_cache(name, file), str) for file in MODEL_FILES)
+    place = on_hub(name)
+    files = [(name, file) for file in MODEL_FILES] if place is None else [place]
+    return any(isinstance(try_to_load_from_cache(*one), str) for one in files)
 
 
 def no_such_folder(name: str) -> str:

@@ -2,10 +2,10 @@
 
 The layers of a trained Transformer expect a first token to which attention goes where it is not needed
 (Xiao et al., arXiv 2309.17453). Windows of a few tokens have none, so each layer keeps the key and the value
-of one, at position 0; the tokens of a window follow from 1 on.
+of one, at position 0; the tokens of a window follow from 1 on. Without it they begin at 0.
 
-Shapes: M windows, W tokens of a window, D hidden size, G heads of queries, H heads of keys and values, d
-their size.
+Shapes: M windows, W tokens of a window, X = M·W, D hidden size, G heads of queries, H heads of keys and
+values, d their size.
 """
 
 import copy
@@ -17,54 +17,74 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from calm.models.attention import QK_NORM, has_qk_norm, norm_queries_and_keys, projected, rotated
+
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer at the earlier tokens of a window, (M, H, W, d)."""
 
 
 class TokenLayer(LlamaDecoderLayer):
-    """A layer of a Llama whose windows all see the same sink."""
+    """A layer of a Llama whose windows all see the same sink, if there is one."""
 
-    def __init__(self, config: LlamaConfig, index: int) -> None:
+    sink_key: nn.Parameter | None
+    sink_value: nn.Parameter | None
+
+    def __init__(self, config: LlamaConfig, index: int, sink: bool = True) -> None:
         super().__init__(config, index)
+        norm_queries_and_keys(self, config, index)
         shape = (heads_of_keys(config), 1, head_size(config))
-        self.sink_key, self.sink_value = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        for name in ("sink_key", "sink_value"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if sink else None)
+
+    @property
+    def sinks(self) -> list[nn.Parameter]:
+        """Key and value of the sink, if there is one."""
+        return [one for one in (self.sink_key, self.sink_value) if one is not None]
 
     def forward(  # type: ignore[override]
-        self, x_MWD: Tensor, cos_1Wd: Tensor, sin_1Wd: Tensor, earlier: tuple[Tensor, Tensor] | None = None
+        self, x_XD: Tensor, cos_1Wd: Tensor, sin_1Wd: Tensor, earlier: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (M, W, D), and keys and values of earlier and these tokens.
+        """States (M·W, D), and keys and values of earlier and these tokens, (M, H, W, d).
+
+        Products take the tokens of all windows in a row: those of a single token are compiled only so.
 
         Args:
-            x_MWD: States that the layer reads.
+            x_XD: States that the layer reads, window after window.
             cos_1Wd: Of the angles of their positions.
             sin_1Wd: Likewise.
             earlier: Keys and values of the tokens before, rotated.
         """
-        attention, normed_MWD = self.self_attn, self.input_layernorm(x_MWD)
+        attention: Any = self.self_attn
+        width = cos_1Wd.shape[1]
         query_MGWd, keys, values = (
-            project(normed_MWD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            of_heads.unflatten(0, (-1, width)).transpose(1, 2)
+            for of_heads in projected(attention, self.input_layernorm(x_XD))
         )
         query_MGWd, keys = rotated(query_MGWd, cos_1Wd, sin_1Wd), rotated(keys, cos_1Wd, sin_1Wd)
         if earlier is not None:
             keys = torch.cat([earlier[0].to(keys.dtype), keys], dim=2)
             values = torch.cat([earlier[1].to(values.dtype), values], dim=2)
-        all_keys, all_values = (
-            torch.cat([sink.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
-            for sink, own in ((self.sink_key, keys), (self.sink_value, values))
-        )
-        width, num_keys = x_MWD.shape[1], all_keys.shape[2]
-        is_seen = torch.ones(width, num_keys, dtype=torch.bool, device=x_MWD.device).tril(num_keys - width)
+        all_keys, all_values = _behind(self.sink_key, keys), _behind(self.sink_value, values)
+        num_keys = all_keys.shape[2]
+        is_seen = torch.ones(width, num_keys, dtype=torch.bool, device=x_XD.device).tril(num_keys - width)
         mixed_MGWd = F.scaled_dot_product_attention(
             query_MGWd.to(all_keys.dtype),
             all_keys,
             all_values.to(all_keys.dtype),
             attn_mask=None if width == 1 else is_seen,
+            dropout_p=attention.attention_dropout if self.training else 0.0,
             scale=attention.scaling,
             enable_gqa=query_MGWd.shape[1] != all_keys.shape[1],
         )
-        x_MWD = x_MWD + attention.o_proj(mixed_MGWd.transpose(1, 2).flatten(-2))
-        return x_MWD + self.mlp(self.post_attention_layernorm(x_MWD)), keys, values
+        x_XD = x_XD + attention.o_proj(mixed_MGWd.transpose(1, 2).flatten(-2).flatten(0, 1))
+        return x_XD + self.mlp(self.post_attention_layernorm(x_XD)), keys, values
+
+
+def _behind(sink: Tensor | None, own_MHWd: Tensor) -> Tensor:
+    """Keys or values of each window, with those of the sink before them if there is one."""
+    if sink is None:
+        return own_MHWd
+    return torch.cat([sink.to(own_MHWd.dtype).expand(own_MHWd.shape[0], -1, -1, -1), own_MHWd], dim=2)
 
 
 class TokenLayers(nn.Module):
@@ -73,12 +93,13 @@ class TokenLayers(nn.Module):
     Args:
         config: Sizes of the layers.
         num_layers: Number of layers; may be 0.
+        sink: Whether windows see a sink.
     """
 
-    def __init__(self, config: LlamaConfig, num_layers: int) -> None:
+    def __init__(self, config: LlamaConfig, num_layers: int, sink: bool = True) -> None:
         super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(TokenLayer(config, index) for index in range(num_layers))
+        self.config, self._first = config, int(sink)
+        self.layers = nn.ModuleList(TokenLayer(config, index, sink) for index in range(num_layers))
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, x_MWD: Tensor) -> Tensor:
@@ -103,12 +124,13 @@ class TokenLayers(nn.Module):
         memory: Memory = []
         if not len(self.layers):
             return x_MWD, memory
-        position_W = torch.arange(x_MWD.shape[1], device=x_MWD.device) + place + 1
+        position_W = torch.arange(x_MWD.shape[1], device=x_MWD.device) + self._first + place
         cos_1Wd, sin_1Wd = self.rotary_emb(x_MWD, position_W.unsqueeze(0))
+        x_XD = x_MWD.flatten(0, 1)
         for layer, before in zip(self.layers, earlier, strict=True):
-            x_MWD, keys, values = layer(x_MWD, cos_1Wd, sin_1Wd, before)
+            x_XD, keys, values = layer(x_XD, cos_1Wd, sin_1Wd, before)
             memory.append((keys, values))
-        return x_MWD, memory
+        return x_XD.view_as(x_MWD), memory
 
     @property
     def memory_size(self) -> int:
@@ -127,22 +149,18 @@ class TokenLayers(nn.Module):
         return [(pair[:, 0], pair[:, 1]) for pair in packed_MX.unflatten(-1, shape).unbind(1)]
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of queries or keys, in the halves of Llama; shapes that broadcast."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 LAYER_SIZES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
+    "attention_dropout",
 )  # fmt: skip
 """What a `LlamaConfig` says of a single layer."""
 
 
 def layer_sizes(config: LlamaConfig) -> dict[str, Any]:
     """The arguments of `LlamaConfig` for layers of the same sizes."""
-    return {name: copy.deepcopy(getattr(config, name)) for name in LAYER_SIZES}
+    sizes = {name: copy.deepcopy(getattr(config, name)) for name in LAYER_SIZES}
+    return sizes | ({QK_NORM: True} if has_qk_norm(config) else {})
 
 
 def weights_of_layer(config: LlamaConfig) -> int:

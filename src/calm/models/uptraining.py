@@ -10,23 +10,24 @@ no layers in the head, the CALM is the Transformer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import InputError, cause_of
+from calm.models.attention import QK_NORM
 from calm.models.blocks import LastTokenProjection
 from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.heads import DecoderHead
+from calm.models.heads import DecoderHead, DecoderHeadConfig
 from calm.models.token_layers import LAYER_SIZES
 
 CODE_SIZE = 8
 """Dimensions of a token's code in the autoencoder, which a decoder head never decodes."""
-_SOURCES = ("llama", "mistral", "qwen2")
+_SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,52 @@ class Cut:
         return used[: self.first], used[:end], used[end:]
 
 
+class Tokens(Protocol):
+    """What a conversion asks of a tokenizer."""
+
+    @property
+    def pad_token_id(self) -> Any:
+        """Id of the token that pads."""
+
+    @property
+    def bos_token_id(self) -> Any:
+        """Id of the token that begins a text, if there is one."""
+
+    @property
+    def eos_token_id(self) -> Any:
+        """Id of the token that ends a text."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+
+class TokensOfConfig:
+    """Stands for the tokenizer of a model of which only the configuration is here, to count and to plan.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self.eos_token_id = next((end for end in ends if end is not None), 0)
+        self.bos_token_id = config.bos_token_id
+        self.pad_token_id = int(self.eos_token_id == 0)  # Any other will do.
+        self._size = config.vocab_size
+
+    def __len__(self) -> int:
+        """As many as the model has."""
+        return self._size
+
+
 def uptrained_config(
-    source: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cut: Cut, **others: Any
+    source: PreTrainedConfig,
+    tokenizer: Tokens,
+    chunk_size: int,
+    cut: Cut,
+    *,
+    sink: bool = True,
+    **others: Any,
 ) -> CalmConfig:
     """The configuration of the CALM that a Transformer becomes.
 
@@ -77,14 +122,20 @@ def uptrained_config(
         tokenizer: Its tokenizer, with a token for padding that is not its end of a text.
         chunk_size: Tokens per chunk K.
         cut: Which layers go where.
+        sink: Whether windows of the head begin with a token for attention to rest on.
         **others: Further arguments of `CalmConfig`.
 
     Raises:
         InputError: If the source has another architecture, fewer layers, or a smaller vocabulary than the
             tokenizer.
     """
-    check_source(source, tokenizer)
+    check_source(source, tokenizer, cut)
     first, backbone, last = cut.of(source.num_hidden_layers)
+    if chunk_size == 1 and first:
+        raise InputError(
+            "the first layers read the earlier tokens of a chunk, and chunks of one token have none: set "
+            f"first_layers to 0, not {cut.first}."
+        )
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     try:
         return CalmConfig(
@@ -102,6 +153,7 @@ def uptrained_config(
                 "first_layers": len(first),
                 "last_layers": len(last),
                 "has_tied_scores": bool(source.tie_word_embeddings),
+                "sink": sink,
             },
             input_projection="last",
             final_norm=False,
@@ -116,28 +168,30 @@ def uptrained_config(
 def calm_from_transformer(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cut: Cut, **others: Any
 ) -> CalmForCausalLM:
-    """A CALM of the layers of a Transformer, before any training.
+    """A CALM of the layers of a Transformer, before any training, in its type and on its device.
 
     Args:
-        source: A causal language model with the layers of Llama: Llama, Mistral, Qwen2, SmolLM.
+        source: A causal language model with the layers of Llama: Llama, Mistral, Qwen2, Qwen3, SmolLM.
         tokenizer: Its tokenizer, with a token for padding that is not its end of a text.
         chunk_size: Tokens per chunk K.
         cut: Which layers go where.
-        **others: Further arguments of `CalmConfig`.
+        **others: Further arguments of `uptrained_config`.
 
     Raises:
         InputError: As `uptrained_config`.
     """
     config = uptrained_config(source.config, tokenizer, chunk_size, cut, **others)
-    model: CalmForCausalLM = nn.Module.to(CalmForCausalLM(config), source.dtype)
+    # Not converted from another type afterwards, which would round the frequencies of positions.
+    model: CalmForCausalLM = CalmForCausalLM._from_config(config, dtype=source.dtype)
     head = model.head
-    assert isinstance(head, DecoderHead)
+    assert isinstance(head, DecoderHead) and isinstance(head.config, DecoderHeadConfig)
     network: Any = source.get_decoder()
-    sinks = _sinks_of(source, tokenizer)
-    parts = (head.first.layers, model.backbone.layers, head.last.layers)
-    for numbers, layers in zip(cut.of(len(network.layers)), parts, strict=True):
+    none: list[dict[str, Tensor]] = [{}] * len(network.layers)
+    sinks = _sinks_of(source, tokenizer) if head.config.sink else none
+    parts = ((head.first.layers, sinks), (model.backbone.layers, none), (head.last.layers, sinks))
+    for numbers, (layers, of_sinks) in zip(cut.of(len(network.layers)), parts, strict=True):
         for number, layer in zip(numbers, layers, strict=True):
-            _copy_layer(network.layers[number], layer, sinks[number])
+            _fill(layer, network.layers[number].state_dict() | of_sinks[number])
     with torch.no_grad():
         model.backbone.embed_tokens.weight.copy_(network.embed_tokens.weight)
         head.norm.weight.copy_(network.norm.weight)
@@ -155,26 +209,28 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in parts for parameter in part.parameters()]
 
 
-def check_source(source: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_source(source: PreTrainedConfig, tokenizer: Tokens, cut: Cut) -> None:
     """Raise InputError unless a Transformer can become a CALM with a tokenizer.
 
     Args:
         source: Its configuration.
         tokenizer: The tokenizer.
+        cut: Which of its layers are used.
     """
     kind = source.model_type
     if kind not in _SOURCES:
-        why = (
-            ", whose layers normalize queries and keys, which the backbone's do not"
-            if kind == "qwen3"
-            else ""
-        )
-        raise InputError(f"a model of type '{kind}' cannot become a CALM{why}; {', '.join(_SOURCES)} can.")
-    window = getattr(source, "sliding_window", None)
-    if window is not None and getattr(source, "use_sliding_window", True):
+        raise InputError(f"a model of type '{kind}' cannot become a CALM; {', '.join(_SOURCES)} can.")
+    if getattr(source, "quantization_config", None) is not None:
+        raise InputError("a quantized model cannot become a CALM, which is trained; take the original.")
+    if (window := _window_of(source, cut)) is not None:
         raise InputError(
             f"a model whose attention sees only {window} tokens cannot become a CALM; take one with full "
-            "attention."
+            "attention, or set its max_position_embeddings to as many tokens."
+        )
+    if (share := (source.rope_parameters or {}).get("partial_rotary_factor") or 1) != 1:
+        raise InputError(
+            f"a model that rotates a part of each head only (partial_rotary_factor {share}) cannot become a "
+            "CALM."
         )
     if len(tokenizer) > source.vocab_size:
         raise InputError(
@@ -188,14 +244,23 @@ def check_source(source: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         )
 
 
+def _window_of(source: PreTrainedConfig, cut: Cut) -> int | None:
+    """Tokens that some layer that is used sees, if a text can have more; else None."""
+    window: int | None = getattr(source, "sliding_window", None)
+    if window is None or window >= source.max_position_embeddings:
+        return None
+    kinds = getattr(source, "layer_types", None) or ["sliding_attention"] * source.num_hidden_layers
+    _, backbone, last = cut.of(source.num_hidden_layers)
+    return window if any(kinds[number] != "full_attention" for number in backbone + last) else None
+
+
 def _layer_sizes_of(source: PreTrainedConfig) -> dict[str, Any]:
     """The arguments of `LlamaConfig` for the layers of a source; Qwen2 has biases and does not say so."""
-    is_qwen = source.model_type == "qwen2"
-    other: dict[str, Any] = {"attention_bias": is_qwen, "mlp_bias": False, "head_dim": None}
-    sizes: dict[str, Any] = {name: getattr(source, name, other.get(name)) for name in LAYER_SIZES}
+    others: dict[str, Any] = {"attention_bias": source.model_type == "qwen2", "mlp_bias": False}
+    sizes: dict[str, Any] = {name: getattr(source, name, others.get(name)) for name in LAYER_SIZES}
     if sizes["head_dim"] is None:
         sizes["head_dim"] = source.hidden_size // source.num_attention_heads
-    return LlamaConfig(**sizes).to_dict() | {"attention_dropout": getattr(source, "attention_dropout", 0.0)}
+    return LlamaConfig(**sizes).to_dict() | ({QK_NORM: True} if source.model_type == "qwen3" else {})
 
 
 @torch.no_grad()
@@ -208,12 +273,7 @@ def _sinks_of(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     ]
 
 
-def _copy_layer(source: nn.Module, layer: nn.Module, sink: dict[str, Tensor]) -> None:
-    """Copy the weights of a layer; a bias that the source's does not have is zero."""
-    given, weights = {**source.state_dict(), **sink}, layer.state_dict()
-    layer.load_state_dict(
-        {
-            name: given.get(name, torch.zeros_like(weight)) if name.endswith(".bias") else given[name]
-            for name, weight in weights.items()
-        }
-    )
+def _fill(layer: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill a layer with the weights of the source's; a bias that it does not have is zero."""
+    biases = {name: one for name, one in layer.state_dict().items() if name.endswith(".bias")}
+    layer.load_state_dict({name: torch.zeros_like(one) for name, one in biases.items()} | weights)

@@ -238,8 +238,14 @@ class Groups:
 def groups_of(stage: PlannedStage) -> Groups:
     """The groups of a stage's network, as accelerate makes them with `training.sharding`."""
     network, names = stage.network, set(stage.network._no_split_modules or [])
-    layers = [list(m.parameters()) for m in network.modules() if type(m).__name__ in names]
-    embedding = list(network.get_input_embeddings().parameters())
+    layers = [
+        list(module.parameters())
+        for module in network.modules()
+        if any(kind.__name__ in names for kind in type(module).__mro__)
+    ]
+    # With scores that are computed with it, the embedding is needed until the end.
+    is_tied = getattr(stage.config, "has_tied_scores", stage.config.tie_word_embeddings)
+    embedding = [] if is_tied else list(network.get_input_embeddings().parameters())
     inside = {id(weight) for group in (*layers, embedding) for weight in group}
     return Groups(layers, embedding, [w for w in network.parameters() if id(w) not in inside])
 

@@ -93,7 +93,7 @@ def serving_of(config: PreTrainedConfig, device: Device) -> Serving:
 def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int, float]:
     """Bytes of weights, of those that are read in a step, and of the cache for each token.
 
-    Of the embedding only a few rows are read.
+    Of the embedding only a few rows are read, unless scores are computed with it.
     """
     with torch.no_grad(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -103,6 +103,5 @@ def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int
         kept = [leaf for layer in layers for leaf in (layer.keys, layer.values)]
         weights = bytes_of(model.parameters())
         embedding = model.get_input_embeddings().weight
-        scores = model.get_output_embeddings()
-        is_read = scores is not None and scores.weight is embedding
+        is_read = getattr(config, "has_tied_scores", config.tie_word_embeddings)
         return weights, weights - (0 if is_read else embedding.nbytes), bytes_of(kept) / chunk_size

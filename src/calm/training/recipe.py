@@ -202,11 +202,13 @@ class UptrainingSettings:
         first_layers: So many of its first layers read tokens in the head; the backbone has them, too.
         last_layers: So many of its last layers are in the head; the backbone has all others.
         layers: Numbers from 0 on of the layers that are used; none for all.
+        sink: Whether each window of the head begins with the source's first token, for attention to rest on.
     """
 
     first_layers: int = 4
     last_layers: int = 8
     layers: list[int] | None = None
+    sink: bool = True
 
 
 # Settings of the last base come first: in the help, in recipes that are written, and in their digests.

@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.initialization import no_init_weights
 
 from calm.errors import InputError
@@ -60,6 +60,20 @@ def keep_autocast(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
+class KeepTiedEmbedding(TrainerCallback):
+    """Keeps the token embedding whole for a pass, from its first use on, where scores are computed with it.
+
+    A head takes the table itself, and not through the layer, which would gather it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The model has just been sharded."""
+        model = kwargs["model"]
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, FSDPModule) and getattr(model.config, "has_tied_scores", False):
+            embedding.set_reshard_after_forward(False)
+
+
 def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
     """Raise InputError if a checkpoint is sharded and the run is not, or the other way around."""
     if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() == is_sharded:
@@ -81,4 +95,5 @@ def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
     with no_init_weights():
         whole = unsharded(copy.deepcopy(model.config))
     whole.load_state_dict(weights)
+    del weights  # They are on the device, which need not have room for them twice.
     return whole.to(model.device)

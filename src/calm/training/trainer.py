@@ -35,7 +35,7 @@ from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler, follow_schedule
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
-from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
+from calm.training.sharding import KeepTiedEmbedding, check_checkpoint, keep_autocast, whole_copy
 from calm.training.speed import Speed, known_training_flops
 from calm.training.trackers import tracked
 
@@ -94,6 +94,7 @@ class ChunkTrainer(Trainer):
         self.add_callback(SaveAt(self._kept_step))
         self._signals = LeaveOnSignal()
         self.add_callback(self._signals)
+        self.add_callback(KeepTiedEmbedding())
 
     def train_or_resume(self) -> None:
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.

@@ -2,19 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
-from calm.data.tokenizer import load_tokenizer
+from calm.data.tokenizer import has_tokenizer, load_tokenizer
 from calm.errors import InputError
 from calm.evaluation.held_out import check_context
-from calm.hub.opening import open_config
 from calm.models.configuration import CalmConfig
-from calm.models.loading import is_adapter, load_config, load_language_model_and_tokenizer
-from calm.models.missing import look_for, place_of
-from calm.models.uptraining import CODE_SIZE, Cut, calm_from_transformer, uptrained_config
+from calm.models.loading import config_of, is_adapter, load_transformer
+from calm.models.missing import place_of
+from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
 from calm.training.recipe import Recipe
 
 
@@ -37,20 +37,16 @@ def config_at(name: str) -> PreTrainedConfig:
     """The configuration of a model that training begins with.
 
     Args:
-        name: Folder or hub name.
+        name: Folder, GGUF file or hub name.
 
     Raises:
         InputError: If there is none, or it cannot be read.
     """
-    place = place_of(name)
-    if is_adapter(Path(place)):
+    if is_adapter(Path(place_of(name))):
         raise InputError(
             f"'{name}' holds adapters; give the folder of the model into which they were merged."
         )
-    if Path(place).is_dir():
-        return load_config(Path(place))
-    look_for(name)
-    return open_config(place)
+    return config_of(name)
 
 
 def with_codes(recipe: Recipe) -> Recipe:
@@ -74,17 +70,16 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
 
     Args:
         recipe: The recipe.
-        source: The Transformer's configuration.
+        source: The Transformer's configuration. Without a tokenizer beside it, it is enough to plan.
 
     Raises:
         InputError: If the Transformer does not fit.
     """
     assert recipe.language_model.init_from is not None
-    tokenizer = load_tokenizer(place_of(recipe.language_model.init_from))
-    attention = recipe.language_model.attention
-    return uptrained_config(
-        source, tokenizer, recipe.chunk_size, cut_of(recipe), attn_implementation=attention
-    )
+    name = place_of(recipe.language_model.init_from)
+    is_alone = Path(name).is_dir() and not has_tokenizer(Path(name))
+    tokenizer = TokensOfConfig(source) if is_alone else load_tokenizer(name)
+    return uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
 
 
 def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
@@ -111,14 +106,11 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     """
     name = recipe.language_model.init_from
     assert name is not None
-    source, _ = load_language_model_and_tokenizer(name, dtype=torch.float32)
+    source = load_transformer(name, dtype=torch.float32)  # Beside the CALM it may be too much for a card.
     tokenizer = load_tokenizer(place_of(name))
     check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
-    attention = recipe.language_model.attention
-    model = calm_from_transformer(
-        source, tokenizer, recipe.chunk_size, cut_of(recipe), attn_implementation=attention
-    )
+    model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
     check_context(model, recipe.data.context)
     return model
 
@@ -127,3 +119,9 @@ def cut_of(recipe: Recipe) -> Cut:
     """Which layers of the Transformer go where."""
     settings = recipe.language_model.uptraining
     return Cut(settings.first_layers, settings.last_layers, settings.layers)
+
+
+def _how(recipe: Recipe) -> dict[str, Any]:
+    """Further arguments of the conversion."""
+    settings = recipe.language_model
+    return {"sink": settings.uptraining.sink, "attn_implementation": settings.attention}

@@ -193,6 +193,17 @@ def test_what_is_traced_says_what_the_model_says(head_type, rows):
             tracing._check_same(more, program.module())
 
 
+@torch.no_grad()
+def test_the_layers_of_a_head_are_products_of_matrices():
+    """torch traces products with more axes, but does not compile all of them."""
+    model = tiny_model(head_config={"head_type": "decoder"}, backbone_config={"use_qk_norm": True})
+    for _, build in ahead.functions_to_trace(model, [1], [1.0]):
+        traced = build()
+        program = torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
+        products = [node for node in program.graph.nodes if node.target == torch.ops.aten.linear.default]
+        assert len(products) > 7 and {node.args[0].meta["val"].ndim for node in products} == {2}
+
+
 def test_a_draw_at_a_temperature_of_the_head(monkeypatch):
     model = tiny_model(head_config={"head_type": "sequential"})
     state = torch.randn(2, model.config.state_size)

@@ -37,6 +37,7 @@ class DecoderHeadConfig(HeadConfig):
         first_layers: Layers that read tokens.
         last_layers: Layers between the backbone's state and the scores.
         has_tied_scores: Whether a token's embedding is also what its score is computed with.
+        sink: Whether each window has a first token for attention to rest on.
         vocab_size: Tokens; the model fills it in.
         chunk_size: Tokens per chunk; the model fills it in.
         layer_sizes: Arguments of `LlamaConfig` for the layers, those of the backbone; the model fills
@@ -47,6 +48,7 @@ class DecoderHeadConfig(HeadConfig):
     first_layers: int = 1
     last_layers: int = 2
     has_tied_scores: bool = True
+    sink: bool = True
     vocab_size: int = 1
     chunk_size: int = 1
     layer_sizes: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +76,9 @@ class DecoderHeadConfig(HeadConfig):
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
         llama, layers = self.as_llama(), self.first_layers + self.last_layers
-        # A place sees those before it, itself and the sink.
+        # A place sees the sink, those before it, and itself.
         first, *later = (
-            layers * multiply_adds_of_layer(llama, place + 2) for place in range(self.chunk_size)
+            layers * multiply_adds_of_layer(llama, self.sink + place + 1) for place in range(self.chunk_size)
         )
         shared = first + len(later) * hidden_size * hidden_size
         per_draw = sum(later) + self.chunk_size * self.vocab_size * hidden_size
@@ -100,11 +102,12 @@ class DecoderHead(TokenByTokenHead):
     def __init__(self, config: DecoderHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
         llama = config.as_llama()
-        self.first = TokenLayers(llama, config.first_layers)
-        self.last = TokenLayers(llama, config.last_layers)
+        self.first = TokenLayers(llama, config.first_layers, config.sink)
+        self.last = TokenLayers(llama, config.last_layers, config.sink)
         self.norm = LlamaRMSNorm(hidden_size, eps=llama.rms_norm_eps)
         # What the map of the update at each later place adds to the identity.
-        self.inject = ZeroLinear(hidden_size, (config.chunk_size - 1) * hidden_size, bias=False)
+        later = (config.chunk_size - 1) * hidden_size
+        self.inject = ZeroLinear(hidden_size, later, bias=False) if later else nn.Identity()
         self.scores = (
             None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
         )
@@ -139,6 +142,8 @@ class DecoderHead(TokenByTokenHead):
 
     def _later(self, update_PD: Tensor) -> Tensor:
         """What the backbone's update adds at the places after the first, (P, K - 1, D)."""
+        if self.config.chunk_size == 1:
+            return update_PD.unsqueeze(1)[:, :0]
         moved_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
         return update_PD.unsqueeze(1) + moved_PKD
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
-from calm.models.token_layers import rotated
+from calm.models.attention import NormedAttention, projected, rotated
 
 # Rotations whose frequencies do not depend on the length of a text.
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+_ATTENTION = (LlamaAttention, NormedAttention)
 
 
 class ChunkStep(nn.Module):
@@ -32,7 +33,6 @@ class ChunkStep(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._head_size = model.backbone.layers[0].self_attn.head_dim
 
     def forward(self, chunks_RK: Tensor, length_R: Tensor, cache: Sequence[Tensor]) -> Tensor:
         """States (R, D + what the head reads itself); keys and values are written behind each row.
@@ -47,13 +47,12 @@ class ChunkStep(nn.Module):
         row_R1 = torch.arange(length_R.shape[0], device=length_R.device).unsqueeze(-1)
         slot = (row_R1, torch.arange(num_heads, device=length_R.device), length_R.unsqueeze(-1))
         is_seen_RC = torch.arange(num_chunks, device=length_R.device) <= length_R.unsqueeze(-1)
-        x_RD = model.embed_chunks(chunks_RK.unsqueeze(1)).squeeze(1)
+        x_RD = model.embed_chunks(chunks_RK)
         for layer, keys_RHCd, values_RHCd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RD = layer.input_layernorm(x_RD)
-            query_RGd = rotated(self._heads(attention.q_proj(normed_RD)), cos_R1d, sin_R1d)
-            key_RHd = rotated(self._heads(attention.k_proj(normed_RD)), cos_R1d, sin_R1d)
-            value_RHd = self._heads(attention.v_proj(normed_RD))
+            query_RGd, key_RHd, value_RHd = projected(attention, normed_RD)
+            query_RGd, key_RHd = rotated(query_RGd, cos_R1d, sin_R1d), rotated(key_RHd, cos_R1d, sin_R1d)
             # Under autocast the cache has the type that it chose for the prompt.
             keys_RHCd.index_put_(slot, key_RHd.to(keys_RHCd.dtype))
             values_RHCd.index_put_(slot, value_RHd.to(values_RHCd.dtype))
@@ -64,9 +63,6 @@ class ChunkStep(nn.Module):
         states_RD: Tensor = model.backbone.norm(x_RD)
         extra_RX = model.head.embed_chunks(chunks_RK)
         return states_RD if extra_RX is None else torch.cat([states_RD, extra_RX], dim=-1)
-
-    def _heads(self, projected_RX: Tensor) -> Tensor:
-        return projected_RX.unflatten(-1, (-1, self._head_size))
 
     def _rotation(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angles of each row's position, (R, 1, d)."""
@@ -83,7 +79,7 @@ def can_step(model: Any) -> bool:
         return False
     parts = [model.backbone, model.backbone.norm]
     for layer in model.backbone.layers:
-        if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) is not LlamaAttention:
+        if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) not in _ATTENTION:
             return False
         parts += [layer, layer.self_attn]
         if type(layer.mlp) is not LlamaMLP:

@@ -1,0 +1,52 @@
+"""Models in GGUF files, here or on the hub: FOLDER/model.gguf, or owner/name/model.gguf.
+
+This file imports neither torch nor transformers: names are looked at before they are.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import hf_hub_download
+
+from calm.hub.connection import hub_or_cache
+
+_SUFFIX = ".gguf"
+_OF_REPOSITORY = 2  # Parts of owner/name.
+
+
+class OnHub(NamedTuple):
+    """A file on the hub.
+
+    Args:
+        repository: Its repository, owner/name.
+        file: Its path there.
+    """
+
+    repository: str
+    file: str
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, wherever that may be."""
+    return name.lower().endswith(_SUFFIX)
+
+
+def on_hub(name: str) -> OnHub | None:
+    """What a name of a GGUF file means on the hub; None if it is no such name."""
+    owner, *rest = name.split("/")
+    if not is_gguf(name) or len(rest) < _OF_REPOSITORY or not all([owner, *rest]):
+        return None
+    return OnHub(f"{owner}/{rest[0]}", "/".join(rest[1:]))
+
+
+def local_file(name: str) -> Path:
+    """Where a GGUF file is on this machine; one of the hub is loaded, if it is not in the cache.
+
+    Raises:
+        Exception: Of the hub's client, if there is none.
+    """
+    place = on_hub(name)
+    if Path(name).is_file() or place is None:
+        return Path(name)
+    with hub_or_cache():
+        return Path(hf_hub_download(place.repository, place.file))

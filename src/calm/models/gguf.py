@@ -1,0 +1,86 @@
+"""What a GGUF file says of a model, before its weights are read: all of it must be known here.
+
+transformers makes the configuration and passes by what it does not know, such as scaled positions. So a file
+with anything else than the layers of these models is refused.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from calm.errors import InputError, reason_of
+from calm.hub.gguf import local_file
+
+_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+_OF_LAYER = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+_MORE = {
+    "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
+}
+_FACTORS = "rope_freqs.weight"
+_LEAST_BYTES = 0.1  # Of a parameter, in the smallest type.
+
+
+def check_gguf(config: PreTrainedConfig, name: str) -> None:
+    """See that a file holds a model of a configuration that was made of it, and nothing else.
+
+    Args:
+        config: The configuration.
+        name: The file, here or on the hub.
+
+    Raises:
+        InputError: If it is of another kind, holds more, or describes more weights than it has room for.
+    """
+    import gguf  # noqa: PLC0415 (of an extra)
+
+    if config.model_type not in _KINDS:
+        raise InputError(
+            f"'{name}' holds a model of type '{config.model_type}', which is not read from GGUF; "
+            f"{', '.join(_KINDS)} are."
+        )
+    file = local_file(name)
+    try:
+        reader: Any = gguf.GGUFReader(file)
+        names = {tensor.name for tensor in reader.tensors}
+        scaling = [_text(reader, key) for key in reader.fields if key.endswith(".rope.scaling.type")]
+    except Exception as error:  # Of numpy, for whatever the file says.
+        raise InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).") from error
+    layers, weights, size = config.num_hidden_layers, _num_weights(config), file.stat().st_size
+    if layers > len(names) or weights * _LEAST_BYTES > size:
+        raise InputError(
+            f"'{name}' describes {layers:,} layers and {weights:,} weights, and has {len(names):,} tensors "
+            f"and {size:,} bytes; it is damaged."
+        )
+    more = sorted(names - set(_names(config)))
+    if any(one != "none" for one in scaling) or _FACTORS in more:
+        raise InputError(
+            f"'{name}' scales its positions, which transformers does not read from GGUF; take the model's "
+            "folder with safetensors."
+        )
+    if more:
+        raise InputError(
+            f"'{name}' holds {more[0]}, which is no part of a {config.model_type} here; take the model's "
+            "folder with safetensors."
+        )
+
+
+def _text(reader: Any, key: str) -> str:
+    field = reader.fields[key]
+    return bytes(field.parts[field.data[0]]).decode()
+
+
+def _names(config: PreTrainedConfig) -> Iterator[str]:
+    """Names of all tensors that a file may hold."""
+    yield from ("token_embd.weight", "output_norm.weight", "output.weight")
+    parts = (*(f"{part}.weight" for part in _OF_LAYER), *_MORE.get(config.model_type, ()))
+    for layer in range(config.num_hidden_layers):
+        yield from (f"blk.{layer}.{part}" for part in parts)
+
+
+def _num_weights(config: PreTrainedConfig) -> int:
+    """Weights of the largest matrices: those of MLPs, and the embedding."""
+    layers = 3 * config.num_hidden_layers * config.intermediate_size
+    return config.hidden_size * (layers + config.vocab_size)
