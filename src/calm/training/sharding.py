@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.initialization import no_init_weights
 
 from calm.errors import InputError
@@ -58,6 +58,24 @@ def shard_on_cpu_as_well() -> None:
 def keep_autocast(accelerator: Accelerator) -> None:
     """Leave mixed precision to autocast, as without sharding, so losses and gradients stay in float32."""
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+class WholeTable(TrainerCallback):
+    """Lets an embedding that the head has a use for stay gathered until the end of a pass.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """It has been sharded by now."""
+        embedding = self._model.get_input_embeddings()
+        is_shared = getattr(getattr(self._model, "head", None), "shares_embedding", False)
+        if is_shared and isinstance(embedding, FSDPModule):
+            embedding.set_reshard_after_forward(False)
 
 
 def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:

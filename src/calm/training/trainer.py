@@ -35,7 +35,7 @@ from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler, follow_schedule
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
-from calm.training.sharding import check_checkpoint, keep_autocast, whole_copy
+from calm.training.sharding import WholeTable, check_checkpoint, keep_autocast, whole_copy
 from calm.training.speed import Speed, known_training_flops
 from calm.training.trackers import tracked
 
@@ -82,7 +82,7 @@ class ChunkTrainer(Trainer):
         self.add_callback(self._progress)
         self._speed = Speed(
             settings.batch_tokens // self.args.world_size,
-            known_training_flops(model.config, blocks.context),
+            known_training_flops(model.config, blocks.context, stage.teacher),
             self.args.device,
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
@@ -94,6 +94,10 @@ class ChunkTrainer(Trainer):
         self.add_callback(SaveAt(self._kept_step))
         self._signals = LeaveOnSignal()
         self.add_callback(self._signals)
+        if stage.is_sharded:
+            self.add_callback(WholeTable(model))
+        if stage.teacher is not None:
+            torch.nn.Module.to(stage.teacher.network, self.args.device)
 
     def train_or_resume(self) -> None:
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
@@ -168,7 +172,10 @@ class ChunkTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, with noise that depends only on the seed, the step and each block."""
+        """The loss of a batch, with noise that depends only on the seed, the step and each block.
+
+        If there is a teacher, it reads the batch as well.
+        """
         place = inputs.pop(PLACE, None)
         if place is not None and self._stream is not None:
             self._stream.position.note(*place.tolist())
@@ -178,6 +185,8 @@ class ChunkTrainer(Trainer):
             generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
             draw: Any = self._network.draw_training_noise
             inputs["noise"] = draw(generators, **inputs)
+        if self._stage.teacher is not None:
+            inputs["lesson"] = self._stage.teacher.lesson(**inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -108,6 +108,7 @@ class DecoderHead(TokenByTokenHead):
         self.scores = (
             None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
         )
+        self.shares_embedding = config.has_tied_scores
 
     def attach_backbone(self, backbone: nn.Module) -> None:
         """See `GenerativeHead`: its token embeddings are the head's as well."""
