@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from calm.cli import main
 from calm.comparison.costs import language_model_flops, record_of
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
@@ -32,7 +33,7 @@ from calm.training.overview import forecasts_of
 from calm.training.recipe import TeacherSettings
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 from calm.training.runs import Run
-from calm.training.teacher import check_teacher, read_facts_of_teacher, teacher_of
+from calm.training.teacher import check_teacher, layer_of, read_facts_of_teacher, teacher_of
 
 TEACHER, INIT = "language_model.teacher.model", "language_model.init_from"
 CUT = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 2}
@@ -200,6 +201,14 @@ def test_what_is_known_of_a_run_names_the_teacher(base, taught):
     assert "It learned from the teacher 'source' (" in card and str(base) not in card
 
 
+def test_the_flops_of_a_recipe_have_a_part_for_the_teacher(base, tmp_path, capsys):
+    write_recipe(recipe_for(base), tmp_path / "recipe.yaml")
+    main(["flops", str(tmp_path / "recipe.yaml"), "--positions", "8", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    config = AutoConfig.from_pretrained(base / "source")
+    assert told["training"]["teacher"] == teaching_flops(config, 32)
+
+
 def test_flops_of_a_teacher_of_another_kind_are_counted():
     """By torch; for a Llama that comes to what our own count says, but for the angles of positions."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -289,6 +298,14 @@ def test_settings_say_whether_a_teacher_takes_part():
     assert not TeacherSettings().takes_part and not TeacherSettings(model="x", weight=0.0).takes_part
     assert TeacherSettings(model="x").takes_part
     assert TeacherSettings(model="x", weight=0.0, states=0.1).takes_part
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(None, 1), ([0, 2, 3], 0), ([0, 1, 2, 3], 1)])
+def test_states_are_those_of_the_layer_with_which_the_backbone_ends(layers, wanted, base):
+    own = {"language_model.uptraining.layers": layers, "language_model.teacher.states": 1.0}
+    config = AutoConfig.from_pretrained(base / "source")
+    assert layer_of(recipe_for(base, **own), config) == wanted
+    assert layer_of(recipe_for(base), config) is None
 
 
 def test_the_folder_of_a_teacher_is_never_replaced(base, tmp_path):
