@@ -1,14 +1,18 @@
 """Recipes of toy size, and what a command says that must fail."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from calm.cli import main
+from calm.data.stories import stories
+from calm.data.tokenizer import train_tokenizer
 from calm.training.recipe import (
     AutoencoderSettings,
     DataSettings,
@@ -118,3 +122,31 @@ def killed_and_resumed(recipe: Recipe, output: Path, monkeypatch) -> Path:
             main(["train", "--recipe", str(file), "--output", str(output)])
     main(["train", "--resume", "--output", str(output)])
     return output / "model"
+
+
+def toy_source(folder: Path, vocab_size: int | None = None, seed: int = 0) -> Path:
+    """A text and a Transformer of four layers with its tokenizer; the Transformer's folder.
+
+    Args:
+        folder: Where text.jsonl and source/ go.
+        vocab_size: Rows of its embedding, if they are more than its tokens.
+        seed: Of its weights.
+    """
+    texts = list(stories(0, 12))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in texts))
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size or len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    return folder / "source"

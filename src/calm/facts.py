@@ -1,5 +1,7 @@
 """What is known of a run of `calm train` when it has ended, as its report shows it."""
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from calm.flops import parameters_of
@@ -11,15 +13,19 @@ from calm.training.clock import seconds_of
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.speed import known_training_flops
+from calm.training.teacher import TeacherFacts
 
 
-def facts_of(recipe: Recipe, model: PreTrainedModel, history: History) -> RunFacts:
+def facts_of(
+    recipe: Recipe, model: PreTrainedModel, history: History, teacher: TeacherFacts | None = None
+) -> RunFacts:
     """The facts of a run that was trained here and has ended now.
 
     Args:
         recipe: Its recipe.
         model: Its language model.
         history: What its stages have logged; times that are not in it are not known.
+        teacher: What it has kept of its teacher, if it had one.
     """
     view = language_model(model)
 
@@ -33,7 +39,10 @@ def facts_of(recipe: Recipe, model: PreTrainedModel, history: History) -> RunFac
             seconds=seconds_of([history.get(name, [])]),
         )
 
-    stages = [stage(LANGUAGE_MODEL, recipe.language_model.training, model)]
+    last = stage(LANGUAGE_MODEL, recipe.language_model.training, model)
+    if teacher is not None and last.flops is not None:
+        last = replace(last, flops=last.flops + teacher.flops_per_token * last.tokens)
+    stages = [last]
     if recipe.trains_autoencoder and view.autoencoder is not None:
         stages.insert(0, stage(AUTOENCODER, recipe.autoencoder.training, view.autoencoder))
     return RunFacts(
@@ -42,4 +51,5 @@ def facts_of(recipe: Recipe, model: PreTrainedModel, history: History) -> RunFac
         stages=stages,
         has_trained_autoencoder=view.autoencoder is not None and not view.autoencoder.config.has_codes,
         provenance=here_and_now(processes().num_processes),
+        teacher=None if teacher is None else str(teacher),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from calm.errors import InputError
@@ -92,6 +93,22 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
     return sum(cost_of(config, Work(context // _chunk_size(config))).training.values())
+
+
+def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
+    """FLOPs per token of training text that a teacher takes: its forward pass on blocks of `context` tokens.
+
+    For architectures that `cost_of` does not know, torch counts those of a network without memory.
+    """
+    try:
+        return sum(cost_of(teacher, Work(context)).inference.values())
+    except InputError:
+        with torch.device("meta"), torch.no_grad():
+            network = AutoModelForCausalLM.from_config(teacher).eval()
+            tokens, mask = torch.zeros(1, context, dtype=torch.long), torch.zeros(1, 1, context, context)
+            with FlopCounterMode(display=False) as counter:
+                network(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return counter.get_total_flops() / context
 
 
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:

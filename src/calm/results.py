@@ -26,6 +26,7 @@ from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.runs import HISTORY
+from calm.training.teacher import read_facts_of_teacher
 
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -134,7 +135,7 @@ def _write_report(
         return
     history = read_history(folder / HISTORY)
     text = (folder / RECIPE).read_text(encoding="utf-8")
-    facts = facts_of(recipe, model, history)
+    facts = facts_of(recipe, model, history, read_facts_of_teacher(folder))
     write_report(folder / REPORT, RunReport(title, card, history, samples, text, facts))
     print(f"report: {folder / REPORT}")
 

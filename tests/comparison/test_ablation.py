@@ -4,9 +4,18 @@ import itertools
 import json
 
 import pytest
+from toy import toy_recipe, toy_source
 
-from calm.comparison.ablation import Choice, _seconds, read_ablation, run_ablation, shipped_ablations
+from calm.comparison.ablation import (
+    Ablation,
+    Choice,
+    _seconds,
+    read_ablation,
+    run_ablation,
+    shipped_ablations,
+)
 from calm.errors import InputError
+from calm.report.ablation import write_ablation
 from calm.training.check import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
 
@@ -100,3 +109,29 @@ def test_the_time_of_a_run_is_told_where_it_is_known(tmp_path):
     assert _seconds([tmp_path / "a", tmp_path / "nowhere"]) is None
     (tmp_path / "b/history.json").write_text("[")
     assert _seconds([tmp_path / "a", tmp_path / "b"]) is None
+
+
+@pytest.mark.parametrize("kind", ["new", "uptrained"])
+def test_what_a_teacher_is_worth(kind, tmp_path):
+    """Models with a likelihood are compared by it, too. A Transformer brings all that it needs."""
+    source = str(toy_source(tmp_path))
+    own = {"language_model.init_from": source, "language_model.uptraining.last_layers": 2,
+           "language_model.uptraining.first_layers": 0}  # fmt: skip
+    if kind == "new":
+        own = {"autoencoder.kind": "codes", "autoencoder.latent_size": 32,
+               "language_model.head": {"head_type": "sequential", "num_blocks": 1}}  # fmt: skip
+    few = {"language_model.training.steps": 2, "language_model.teacher.model": source}
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl", "adamw"), own | few)
+    weights = {"text": 0.0, "both": 0.5}
+    question = Ablation(
+        question="Is a teacher worth its work?",
+        choices=[Choice(name=name, settings={"language_model.teacher.weight": weight})
+                 for name, weight in weights.items()],
+    )  # fmt: skip
+    table = run_ablation(question, recipe, [1], tmp_path / "out", num_blocks=4)
+    alone, taught = table.outcomes
+    assert taught.training_flops > alone.training_flops
+    assert taught.scores[0]["cross_entropy"] != alone.scores[0]["cross_entropy"]
+    write_ablation(table, tmp_path / "table.md")
+    assert "| nats a token |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "out/both/seed1/teacher.json").is_file()

@@ -210,7 +210,7 @@ def flops(
         json: Print the numbers as one JSON object.
     """
     check_thoughts(thoughts=thoughts)
-    from calm.flops import Work, cost_of, cost_of_thoughts
+    from calm.flops import Work, cost_of, cost_of_thoughts, teaching_flops
     from calm.models.loading import change_head, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
@@ -220,8 +220,10 @@ def flops(
     from calm.training.build import model_config
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
+    from calm.training.teacher import config_of_teacher
 
     folder = Path(folder_of(target))
+    teacher = None
     if folder.is_dir():
         config = load_config(folder)
     else:
@@ -229,13 +231,16 @@ def flops(
             find_recipe(target)
         except InputError as error:
             raise InputError(str(error).rstrip(".?") + models_near(target)) from error
-        config = model_config(read_recipe(target), vocab_size)
+        recipe = read_recipe(target)
+        config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
     if head:
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
     if draws is None:
         draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
     one = cost_of(config, Work(positions, condition_per_draw=published))
+    if teacher is not None:
+        one.training["teacher"] = teaching_flops(teacher, positions * size)
     many = cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None
     if thoughts is None and (trained := thoughts_of(config)) is not None:
         thoughts = trained.number

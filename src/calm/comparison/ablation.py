@@ -20,12 +20,13 @@ from calm.flops import cost_of
 from calm.models.loading import load_model_and_tokenizer
 from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
-from calm.report.measured import AblationTable, Outcome
+from calm.report.measured import NATS, AblationTable, Outcome
 from calm.storage.checksums import is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.build import model_config
 from calm.training.check import check_model
 from calm.training.clock import seconds_of
+from calm.training.continuing import completed
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, recipe_text, with_settings
 from calm.training.recipe_settings import EXTENDS
@@ -140,7 +141,7 @@ def run_ablation(
     for choice, seed in itertools.product(chosen, seeds):
         check_model(_recipe_of(choice, recipe, seed))
     output = output.resolve()
-    recipe = with_shared_text(recipe, output)
+    recipe = with_shared_text(completed(recipe), output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []
     for choice in chosen:
@@ -159,11 +160,14 @@ def run_ablation(
         own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
         # With the language model of the recipe, so that it is the same run for all choices.
         same = dataclasses.replace(own, language_model=recipe.language_model)
-        autoencoder = _autoencoder_of(same, output)
-        own = with_settings(own, {"autoencoder.path": str(autoencoder)})
+        parts = [run]
+        if own.language_model.init_from is None or own.language_model.new_head:
+            autoencoder = _autoencoder_of(same, output)
+            own = with_settings(own, {"autoencoder.path": str(autoencoder)})
+            parts += [autoencoder.parent] if same.trains_autoencoder else []
         train(own, run, resume=(run / RECIPE).is_file())
         outcome.scores.append(_score(run, recipe, num_blocks))
-        outcome.seconds.append(_seconds([autoencoder.parent, run] if same.trains_autoencoder else [run]))
+        outcome.seconds.append(_seconds(parts))
     return AblationTable(
         question=ablation.question,
         seeds=list(seeds),
@@ -211,6 +215,8 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
         "error": card.brier.brier_lm_error,
         "token_accuracy": card.reconstruction.token_accuracy,
     }
+    if card.perplexity is not None:
+        figures[NATS] = card.perplexity.cross_entropy
     write_file_whole(path, json.dumps({"how": how, "figures": figures}, indent=1) + "\n")
     mark(path)
     return figures

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from calm.errors import InputError, reason_of
-from calm.flops import training_flops
+from calm.flops import teaching_flops, training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
 from calm.training.build import autoencoder_config, model_config
@@ -14,6 +14,7 @@ from calm.training.clock import seconds_of
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.runs import HISTORY
+from calm.training.teacher import config_of_teacher, read_facts_of_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     recipe = read_recipe(str(run / RECIPE))
     history = read_json(run / HISTORY, dict)
     total = _of_language_model(recipe, config)
+    if (teacher := read_facts_of_teacher(run)) is not None:
+        total += teacher.flops_per_token * recipe.language_model.training.tokens
     before = autoencoder_flops(recipe, config.vocab_size)
     steps = recipe.language_model.training.steps
     try:
@@ -68,8 +71,9 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
 
 
 def language_model_flops(recipe: Recipe, vocab_size: int) -> float:
-    """FLOPs of the language model's training."""
-    return _of_language_model(recipe, model_config(recipe, vocab_size))
+    """FLOPs of the language model's training, its teacher's included."""
+    per_token = _flops_per_token(recipe, vocab_size)
+    return per_token * recipe.language_model.training.tokens
 
 
 def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
@@ -82,9 +86,15 @@ def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
 
 def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
     """Steps of the language model that a budget of FLOPs leaves when the autoencoder is trained."""
-    per_token = training_flops(model_config(recipe, vocab_size), recipe.data.context)
+    per_token = _flops_per_token(recipe, vocab_size)
     per_step = per_token * recipe.language_model.training.batch_tokens
     return round((flops - autoencoder_flops(recipe, vocab_size)) / per_step)
+
+
+def _flops_per_token(recipe: Recipe, vocab_size: int) -> float:
+    own = training_flops(model_config(recipe, vocab_size), recipe.data.context)
+    teacher = config_of_teacher(recipe)
+    return own if teacher is None else own + teaching_flops(teacher, recipe.data.context)
 
 
 def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:

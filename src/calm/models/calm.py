@@ -21,6 +21,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
 from calm.models.heads import GenerativeHead, Target, build_head
+from calm.models.lessons import Lesson, taught_losses
 from calm.models.saving import SavedAnew
 from calm.models.thoughts import Thinking, read_positions, scale_of
 from calm.models.token_layers import TokenLayer
@@ -194,6 +195,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         past_key_values: Cache | None = None,
         is_thought: Tensor | None = None,
         state_before: Tensor | None = None,
+        lesson: Lesson | None = None,
         **others: Any,
     ) -> CalmOutput:
         """Backbone states; with labels, the head's loss for predicting every next chunk as well.
@@ -216,11 +218,13 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             is_thought: Which chunks read the state before them instead of tokens, (B, C); see
                 `calm.models.thoughts`.
             state_before: State (B, D) before the first chunk, for rows that go on with a thought.
+            lesson: What a teacher says of the tokens; the loss then is that of `calm.models.lessons`.
             **others: What wrappers pass beside, such as peft's `inputs_embeds`; must be None.
 
         Raises:
-            ValueError: If T is not a multiple of K, an argument is not known, or there are thoughts and
-                gradients are checkpointed, which drops the cache that they need.
+            ValueError: If T is not a multiple of K, an argument is not known, there are thoughts and
+                gradients are checkpointed, which drops the cache that they need, or the head cannot learn
+                from a teacher.
         """
         _check_unused(others)
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
@@ -243,13 +247,16 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             return output
         is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
         tokens_PK = self._targets(chunks_BCK, labels)[:, 1:][is_target_BC]
-        read_PK = chunks_BCK[:, 1:][is_target_BC]
-        if posterior_BCZ is not None and torch.equal(read_PK, tokens_PK):
-            posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
+        states_PD = states_BCD[:, :-1][is_target_BC]
+        if lesson is None:
+            read_PK = chunks_BCK[:, 1:][is_target_BC]
+            if posterior_BCZ is not None and torch.equal(read_PK, tokens_PK):
+                posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
+            else:
+                posterior_PZ = self._encode(tokens_PK)
+            loss_P = self.head.loss(states_PD, Target(posterior_PZ, tokens_PK), noise, generator)
         else:
-            posterior_PZ = self._encode(tokens_PK)
-        target = Target(posterior_PZ, tokens_PK)
-        loss_P = self.head.loss(states_BCD[:, :-1][is_target_BC], target, noise, generator)
+            loss_P = taught_losses(self.head, states_PD, tokens_PK, lesson, is_target_BC, labels)
         count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
         # An all-padding batch has no target: the loss is zero, not 0 / 0.
         output.loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))

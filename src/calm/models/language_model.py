@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -22,7 +23,7 @@ from calm.models.blocks import LastTokenProjection
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.drafting.generate import Drafting, generate_drafted
-from calm.models.heads import Likelihood
+from calm.models.heads import Likelihood, Teachable
 from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
 from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
@@ -68,6 +69,11 @@ class LanguageModel(abc.ABC):
     @abc.abstractmethod
     def can_think(self) -> bool:
         """Whether it can take thoughts; see `calm.models.thoughts`."""
+
+    @property
+    @abc.abstractmethod
+    def can_be_taught(self) -> bool:
+        """Whether it can learn the distribution of each token from a teacher; see `calm.models.lessons`."""
 
     def thoughts(self, number: int | None) -> Thoughts | None:
         """How it thinks when it is asked for so many thoughts; see `calm.models.thoughts.thoughts_for`.
@@ -175,6 +181,10 @@ class _Chunks(LanguageModel):
         return True
 
     @property
+    def can_be_taught(self) -> bool:
+        return isinstance(self.network.head, Teachable)
+
+    @property
     def input_rms(self) -> float:
         projection = self.network.projection
         if isinstance(projection, LastTokenProjection):
@@ -226,6 +236,11 @@ class _Tokens(LanguageModel):
     @property
     def can_think(self) -> bool:
         return isinstance(self.network, LlamaForCausalLM)
+
+    @property
+    def can_be_taught(self) -> bool:
+        # A Llama of transformers will be one of ours when it is loaded.
+        return isinstance(self.network, transformers.LlamaForCausalLM)
 
     @property
     def input_rms(self) -> float:

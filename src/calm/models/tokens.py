@@ -11,8 +11,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from calm.core.chunks import IGNORED_LABEL, align_to_chunks, positions_of
 from calm.core.cross_entropy import cross_entropy
+from calm.core.distillation import distillation
 from calm.models.caches import CACHE
 from calm.models.context import check_room
+from calm.models.lessons import Lesson
 from calm.models.thinking_llama import Request
 from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, scale_of, thoughts_for
 
@@ -31,9 +33,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         is_thought: Tensor | None = None,
+        lesson: Lesson | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """See `transformers.LlamaForCausalLM`; where it trains on a CPU, there is a loss alone.
+        """See `transformers.LlamaForCausalLM`; with a teacher, and training on a CPU, there is a loss alone.
 
         Args:
             input_ids: Tokens (B, T).
@@ -43,6 +46,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             num_items_in_batch: What the sum of the losses is divided by; their number when None.
             is_thought: Which positions read the state before them instead of a token, (B, T); see
                 `calm.models.thoughts`.
+            lesson: What a teacher says of the tokens; the loss then is that of `calm.models.lessons`.
             **others: As there.
 
         Raises:
@@ -53,6 +57,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if is_thought is not None and is_thought.any():
             return self._forward_thinking(is_thought, inputs, labels, num_items_in_batch, others)
+        if labels is not None and lesson is not None:
+            states_BTD = self.model(**inputs, **others).last_hidden_state
+            loss = self._loss(states_BTD, labels, num_items_in_batch, lesson)
+            return CausalLMOutputWithPast(loss=loss)
         if labels is None or not (self.training and labels.is_cpu):
             if num_items_in_batch is not None:
                 others["num_items_in_batch"] = num_items_in_batch
@@ -104,11 +112,19 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         logits_BTV = None if is_loss_alone else self.lm_head(states_BTD)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: cache if use_cache else None})
 
-    def _loss(self, states_BTD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(
+        self,
+        states_BTD: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        lesson: Lesson | None = None,
+    ) -> Tensor:
         is_target_BT = labels[:, 1:] != IGNORED_LABEL
         targets_M = labels[:, 1:][is_target_BT]
         states_MD, head = states_BTD[:, :-1][is_target_BT], self.lm_head
-        if type(head) is torch.nn.Linear:
+        if lesson is not None:
+            losses_M = distillation(states_MD, head.weight, targets_M, lesson.at_tokens(is_target_BT))
+        elif type(head) is torch.nn.Linear:
             losses_M = cross_entropy(states_MD, head.weight, targets_M, head.bias)
         else:  # An adapter around it has more to say than a table.
             losses_M = F.cross_entropy(head(states_MD).float(), targets_M, reduction="none")

@@ -27,6 +27,7 @@ from calm.models.token_layers import LAYER_SIZES
 
 CODE_SIZE = 8
 """Dimensions of a token's code in the autoencoder, which a decoder head never decodes."""
+_MARK = "is_new_beside_trained"
 _SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -201,12 +202,21 @@ def calm_from_transformer(
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of an uptrained model, wrapped or not, that it did not get from its source; else none."""
-    parts: list[nn.Module] = []
-    for module in model.modules():
+    """The weights of a model, wrapped or not, that it did not get from the one that it is made of.
+
+    None where it is not made of another; those of `mark_as_new` where there are any.
+    """
+    parts: list[nn.Module] = [module for module in model.modules() if getattr(module, _MARK, False)]
+    for module in model.modules() if not parts else ():
         parts += [module.mix] if isinstance(module, LastTokenProjection) else []
-        parts += [module.inject] if isinstance(module, DecoderHead) else []
+        parts += [module.inject] if isinstance(module, DecoderHead) and module.inject is not None else []
     return [parameter for part in parts for parameter in part.parameters()]
+
+
+def mark_as_new(*modules: nn.Module) -> None:
+    """Tell `new_parameters` which modules of a model are new beside trained ones."""
+    for module in modules:
+        setattr(module, _MARK, True)
 
 
 def check_source(source: PreTrainedConfig, tokenizer: Tokens, cut: Cut) -> None:

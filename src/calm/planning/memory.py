@@ -107,13 +107,20 @@ class Footprint:
         cut = functools.partial(shard_bytes, devices=devices if sharing == "FSDP" else 1)
         kept = {
             WEIGHTS: sum(map(cut, self.trained)),
-            FROZEN: sum(map(cut, self.frozen)) + bytes_of(self.stage.network.buffers()),
+            FROZEN: sum(map(cut, self.frozen)) + bytes_of(self.stage.network.buffers()) + self._of_teacher(),
             STATE: sum(
                 cut(tensor) if tensor.shape == weight.shape else tensor.nbytes
                 for tensor, weight in self.update.state
             ),
         }
         return kept | {BUCKETS: bytes_of(self.trained)} if sharing == "DDP" else kept
+
+    def _of_teacher(self) -> int:
+        """Bytes of a teacher, which no sharding divides."""
+        if self.stage.teacher is None:
+            return 0
+        network = self.stage.teacher.network
+        return bytes_of(network.parameters()) + bytes_of(network.buffers())
 
     def _moments(self, one: Pass, sharing: Sharing, devices: int, is_summed: bool) -> list[Parts]:
         """What is there beside at the moments that may hold the most."""

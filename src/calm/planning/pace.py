@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from calm.flops import training_flops
+from calm.flops import teaching_flops, training_flops
 from calm.planning.devices import Devices
 from calm.planning.memory import Footprint, Sharing, bytes_of
 
@@ -86,6 +86,9 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
     flops = training_flops(stage.config, stage.context) * tokens
     # What checkpointing computes anew is one of the three passes that training is counted as.
     done = flops * (4 / 3 if settings.gradient_checkpointing else 1)
+    if stage.teacher is not None:
+        taught = teaching_flops(stage.teacher.network.config, stage.context) * tokens
+        flops, done = flops + taught, done + taught
     rate = card.flops(settings.precision) * speed.utilisation
     _, passes = settings.batches(stage.context, count)
     sent = bytes_sent(footprint, sharing, count, passes)

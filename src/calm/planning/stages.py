@@ -34,6 +34,7 @@ from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.sharding import check_sharding
+from calm.training.teacher import Teacher, check_teacher, config_of_teacher, layer_of
 
 # Where blocks are documents in a row, transformers looks at the positions and leaves out the mask. Fake
 # positions tell nothing, so this attention has none.
@@ -55,6 +56,7 @@ class PlannedStage:
         can_be_sharded: Whether it can be sharded over processes.
         is_sharded: Whether the recipe asks for it.
         adapted: The `peft.PeftModel` around the network, if adapters are trained.
+        teacher: Whom the network learns from; replicated on every device.
         fakes: The mode of its tensors; whatever is done with it is done inside.
     """
 
@@ -66,12 +68,14 @@ class PlannedStage:
     can_be_sharded: bool = False
     is_sharded: bool = False
     adapted: Any = None
+    teacher: Teacher | None = None
     fakes: FakeTensorMode = field(default_factory=FakeTensorMode)
 
     def __post_init__(self) -> None:
-        to_fakes(self.network, self.fakes)
-        if self.is_packed and self.config._attn_implementation == "sdpa":
-            self.network.set_attn_implementation(_WITHOUT_MASK)
+        for network in (self.network, *([] if self.teacher is None else [self.teacher.network])):
+            to_fakes(network, self.fakes)
+            if self.is_packed and network.config._attn_implementation == "sdpa":
+                network.set_attn_implementation(_WITHOUT_MASK)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -107,6 +111,8 @@ class PlannedStage:
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The loss of a batch."""
         network: nn.Module = self.network if self.adapted is None else self.adapted
+        if self.teacher is not None:
+            batch = batch | {"lesson": self.teacher.lesson(**batch)}
         loss: Tensor = network(**batch).loss
         return loss
 
@@ -144,9 +150,26 @@ def stages_of(
         recipe.language_model.training, "language_model.training", recipe.data.context, devices
     )
     sharded: dict[str, Any] = {"can_be_sharded": True, "is_sharded": recipe.language_model.sharded}
-    network = network_of(config, is_new=recipe.language_model.init_from is None)
-    stages.append(PlannedStage("language model", network, settings, **sharded, **shared))
+    is_ours = recipe.language_model.init_from is None or recipe.language_model.teacher.takes_part
+    network = network_of(config, is_new=is_ours)
+    teacher = _teacher_of(recipe, network, settings)
+    stages.append(PlannedStage("language model", network, settings, teacher=teacher, **sharded, **shared))
     return stages
+
+
+def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSettings) -> Teacher | None:
+    """The teacher of a recipe on the meta device, if there is one."""
+    check_teacher(recipe, network)
+    if (config := config_of_teacher(recipe)) is None:
+        return None
+    half = settings.precision == "bf16"
+    taught = nn.Module.to(network_of(config), torch.bfloat16 if half else torch.float32).eval()
+    return Teacher(
+        taught.requires_grad_(False),
+        recipe.language_model.teacher,
+        recipe.chunk_size,
+        layer_of(recipe, config),
+    )
 
 
 def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:

@@ -11,7 +11,7 @@ from rich.console import Console
 from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.quantities import duration, short
 from calm.report.figures import write_figures
-from calm.report.measured import AblationTable
+from calm.report.measured import NATS, AblationTable, Outcome
 from calm.report.tables import print_narrow, with_error
 from calm.storage.disk import write_file_whole
 
@@ -53,7 +53,8 @@ def _plain(text: str) -> str:
 def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     seeds = [f"seed {seed}" for seed in table.seeds]
     costs = ["parameters", "training FLOPs", "training time"]
-    columns = ["", *seeds, "mean", "Brier-1", "tokens reconstructed", *costs, "in the paper"]
+    nats = ["nats a token"] if all(map(_knows_nats, table.outcomes)) else []
+    columns = ["", *seeds, "mean", "Brier-1", *nats, "tokens reconstructed", *costs, "in the paper"]
     rows = []
     for outcome in table.outcomes:
         rows.append(
@@ -62,6 +63,7 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
                 *map(_brier_lm, outcome.scores),
                 _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
+                *([f"{statistics.mean(score[NATS] for score in outcome.scores):.3f}"] if nats else []),
                 f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
                 short(outcome.parameters),
                 short(outcome.training_flops),
@@ -70,6 +72,10 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return columns, rows
+
+
+def _knows_nats(outcome: Outcome) -> bool:
+    return all(NATS in score for score in outcome.scores)
 
 
 def _brier_lm(score: dict[str, float]) -> str:

@@ -80,6 +80,7 @@ class RunFacts:
         stages: What its stages took, in their order; those that were trained.
         has_trained_autoencoder: Whether there is one, here or elsewhere; fixed codes lose nothing.
         provenance: When, where and with what it was trained; empty where nothing is known.
+        teacher: Whom the language model learned from, in words; None for the text alone.
     """
 
     model: str
@@ -87,6 +88,7 @@ class RunFacts:
     stages: list[StageFacts]
     has_trained_autoencoder: bool
     provenance: Provenance = field(default_factory=Provenance)
+    teacher: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -103,6 +103,10 @@ class Comparison:
     provenance: Provenance = field(default_factory=Provenance)
 
 
+NATS = "cross_entropy"
+"""The figure of a likelihood, in the scores of an ablation."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of one of the settings that an ablation compares.
@@ -113,7 +117,8 @@ class Outcome:
         parameters: Of all parts.
         published: BrierLM in the paper, if it is there.
         scores: For each seed BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
-            to Brier-4 in percent, and the share of tokens that the autoencoder reconstructs.
+            to Brier-4 in percent, the share of tokens that the autoencoder reconstructs, and for models with
+            a likelihood their nats a token (`NATS`).
         seconds: For each seed the time its training took, autoencoder included; None if it is not known.
     """
 

@@ -20,6 +20,7 @@ MARK = "<!-- Written by `calm share`; it is written anew each time. -->"
 # Settings of recipes that may be folders or files of whoever trained.
 _PLACES = (
     "data.sources", "data.validation_sources", "data.tokenizer", "autoencoder.path",
+    "language_model.init_from", "language_model.teacher.model",
     "model", "examples.sources", "examples.validation_sources", "examples.chat_template",
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The card of a run of `calm train`: its text, its training, and its scores on held-out text."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult
@@ -15,6 +16,7 @@ from calm.sharing.card import Words, card_of, shown
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.teacher import read_facts_of_teacher
 
 
 def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int | None) -> str:
@@ -68,6 +70,13 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         f"Language model: {settings.steps:,} steps of {settings.batch_tokens:,} tokens, in blocks of "
         f"{recipe.data.context}, with {settings.optimizer.name}."
     )
+    if (teacher := read_facts_of_teacher(run)) is not None:
+        taught = replace(teacher, model=shown(teacher.model))
+        how = recipe.language_model.teacher
+        lines.append(
+            f"It learned from the teacher {taught}: weight {how.weight:g}, temperature {how.temperature:g}"
+            f"{f', states {how.states:g}' if how.states else ''}."
+        )
     if (record := record_of(run, config)) is not None:
         line = f"Together {record.flops:.2e} FLOPs by count"
         if record.seconds is not None:

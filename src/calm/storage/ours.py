@@ -45,7 +45,7 @@ _RUN = dict.fromkeys(
     ("recipe.yaml", "history.json", "damaged-history.json", "inputs.json", "report.html",
      "report-[0-9]*.html", "report.partial", "history.partial", "inputs.partial", "recipe.partial", LOCK,
      ".data.lock", ".data.work.lock", ".model.lock", ".autoencoder.lock", ".adapter.lock", "scores.json",
-     "scores.json.sum")
+     "scores.json.sum", "teacher.json", "teacher.partial")
 ) | dict.fromkeys(
     (".data.work", ".replacing", ".replaced", ".gone", ".data.partial", ".model.partial",
      ".autoencoder.partial", ".adapter.partial"), _ANYTHING

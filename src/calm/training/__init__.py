@@ -6,6 +6,7 @@ recipe.py, finetuning_recipe.py what recipes say; recipe_settings.py finds the f
 check.py, ranges.py, probing.py mistakes in a recipe, found before any work is done
 build.py, adapters.py           recipe -> configurations, new networks, adapters
 continuing.py, uptraining.py    training that begins with a model, of the same kind or a Transformer
+teacher.py                      a Transformer to learn from
 extending.py                    runs that are given more steps
 opening.py, runs.py, inputs.py  a run's folder: checked, locked, made ready, resumed, finished
 blocks.py, batches.py, noise.py what is trained on: blocks of text, batches, the noise of each block

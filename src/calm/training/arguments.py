@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from calm.training.processes import processes
 from calm.training.recipe import TrainingSettings
 from calm.training.sharding import shard_on_cpu_as_well, sharding_arguments
+from calm.training.teacher import Teacher
 from calm.training.trackers import Tracking
 
 
@@ -26,6 +27,7 @@ class Stage:
         is_sharded: Whether each of several processes keeps only a part of the network.
         is_last: Whether it ends the run, so that more steps extend it.
         tracking: Where it is tracked.
+        teacher: Whom it learns from; None for the text alone.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Stage:
     is_sharded: bool = False
     is_last: bool = False
     tracking: Tracking = field(default_factory=Tracking)
+    teacher: Teacher | None = None
 
 
 class RecipeArguments(TrainingArguments):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
 from calm.errors import InputError, cause_of
@@ -13,9 +13,11 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
+from calm.models.missing import place_of
 from calm.models.shipped import folder_of
 from calm.models.tokens import LlamaForCausalLM
-from calm.training.continuing import config_to_continue
+from calm.models.uptraining import mark_as_new
+from calm.training.continuing import config_to_continue, model_to_continue
 from calm.training.recipe import Recipe
 
 _SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes are too close to each other.
@@ -43,6 +45,57 @@ def new_language_model(recipe: Recipe, data: PreparedData, autoencoder: CalmAuto
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
+    return model
+
+
+def language_model_of(
+    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None
+) -> PreTrainedModel:
+    """The language model of a recipe before training: what it begins with, or a new one.
+
+    Args:
+        recipe: The recipe.
+        data: The text.
+        autoencoder: The trained autoencoder; None for an autoregressive model.
+
+    Raises:
+        InputError: If the model that it begins with does not fit, or a value is out of range.
+    """
+    begun = model_to_continue(recipe, data)
+    if begun is None:
+        if autoencoder is None:
+            return new_autoregressive_model(recipe, data)
+        return new_language_model(recipe, data, autoencoder)
+    if recipe.language_model.new_head:
+        assert autoencoder is not None
+        return model_with_new_head(recipe, data, autoencoder, begun)
+    set_seed(recipe.seed)
+    return begun
+
+
+def model_with_new_head(
+    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, begun: Any
+) -> CalmForCausalLM:
+    """A trained CALM whose head and autoencoder are those of a recipe; the head is new.
+
+    Args:
+        recipe: The recipe.
+        data: The text.
+        autoencoder: The trained autoencoder.
+        begun: The CALM: its backbone, embeddings and input projection stay as they are.
+
+    Raises:
+        InputError: If they do not fit together, or a value is out of range.
+    """
+    set_seed(recipe.seed)
+    model = CalmForCausalLM(config_with_new_head(recipe, begun.config, autoencoder.config))
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    model.projection.load_state_dict(begun.projection.state_dict())
+    kept = begun.backbone.state_dict()
+    new = {name: weight for name, weight in model.backbone.state_dict().items() if name not in kept}
+    model.backbone.load_state_dict(kept | new)  # New is the norm at its end, if it had none.
+    model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
+    mark_as_new(model.head, *([model.backbone.norm] if new else []))
     return model
 
 
@@ -74,7 +127,9 @@ def autoencoder_config(
     if settings.path is not None and (Path(folder_of(settings.path)) / "config.json").is_file():
         return load_autoencoder_config(Path(folder_of(settings.path)))
     if isinstance(begun := config_to_continue(recipe), CalmConfig):
-        return begun.autoencoder
+        if not recipe.language_model.new_head:
+            return begun.autoencoder
+        vocab_size = begun.vocab_size  # Its embeddings may be padded.
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
             f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "
@@ -112,6 +167,50 @@ def language_model_config(
     )
 
 
+def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAutoencoderConfig) -> CalmConfig:
+    """Configuration of a trained CALM with the head of a recipe.
+
+    A backbone without a norm at its end, whose head had one, gets one: other heads expect states of a common
+    size.
+
+    Args:
+        recipe: The recipe.
+        begun: The CALM's.
+        autoencoder: That of the autoencoder.
+
+    Raises:
+        InputError: If the autoencoder does not fit the CALM, or a value is out of range.
+    """
+    name, path = recipe.language_model.init_from, recipe.autoencoder.path
+    for what, has, needs in (
+        ("token ids", autoencoder.vocab_size, begun.vocab_size),
+        ("tokens in a chunk", autoencoder.chunk_size, begun.chunk_size),
+    ):
+        if has != needs:
+            raise InputError(
+                f"'{name}' has {needs} {what}, and the autoencoder '{path}' {has}: take another, or leave "
+                "out autoencoder.path to train one."
+            )
+    if begun.reads_latents and (path is None or place_of(path) != place_of(str(name))):
+        raise InputError(
+            f"'{name}' reads the latents of its own autoencoder: set autoencoder.path to '{name}' as well."
+        )
+    head = recipe.language_model.head
+    return _build(
+        CalmConfig,
+        autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
+        backbone_config=begun.backbone.to_dict(),
+        head_config=head,
+        **values_of(InputHyperparameters, begun),
+        input_projection=begun.input_projection,
+        final_norm=begun.final_norm or head.get("head_type") != "decoder",
+        initializer_range=begun.initializer_range,
+        layer_norm_eps=begun.layer_norm_eps,
+        attn_implementation=recipe.language_model.attention,
+        **{name: getattr(begun, name) for name in special_tokens_of(begun)},
+    )
+
+
 def autoregressive_config(
     recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
 ) -> LlamaConfig:
@@ -142,7 +241,10 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
     Raises:
         InputError: If the recipe takes a tokenizer that is not here, or a value is out of range.
     """
-    if (config := config_to_continue(recipe)) is not None:
+    config = config_to_continue(recipe)
+    if recipe.language_model.new_head and isinstance(config, CalmConfig):
+        return config_with_new_head(recipe, config, autoencoder_config(recipe, config.vocab_size, {}))
+    if config is not None:
         return config
     if vocab_size is None and recipe.data.tokenizer is not None:
         raise InputError(
@@ -155,7 +257,7 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
     return language_model_config(recipe, autoencoder_config(recipe, size, {}), {})
 
 
-def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase | PreTrainedConfig) -> dict[str, int | None]:
     """Ids of padding, beginning and end of text, as configurations name them."""
     return {
         "pad_token_id": tokenizer.pad_token_id,

@@ -14,6 +14,7 @@ from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.teacher import check_teacher
 from calm.training.trackers import check_trackers
 
 
@@ -142,8 +143,10 @@ def _check_network(recipe: Recipe) -> None:
     config = model_config(recipe, vocab_size=1)
     try:
         with torch.device("meta"):
-            check_memory(AutoModelForCausalLM.from_config(config))
+            network = AutoModelForCausalLM.from_config(config)
+        check_memory(network)
     except InputError:
         raise
     except (ValueError, ImportError) as error:
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
+    check_teacher(recipe, network)

@@ -13,6 +13,7 @@ from calm.models.configuration import CalmConfig
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
 from calm.training.recipe import Recipe
+from calm.training.teacher import with_tokens_of_teacher
 from calm.training.uptraining import (
     check_tokens,
     config_at,
@@ -33,9 +34,9 @@ def completed(recipe: Recipe) -> Recipe:
         InputError: If the recipe names others.
     """
     if recipe.language_model.init_from is None:
-        return recipe
+        return with_tokens_of_teacher(recipe)
     name, is_uptrained = place_of(recipe.language_model.init_from), uptrains(recipe)
-    has_autoencoder = recipe.model == "calm" and not is_uptrained
+    has_autoencoder = recipe.model == "calm" and not (is_uptrained or recipe.language_model.new_head)
     brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
     for part, setting in brought.items():
         settings = getattr(recipe, part)
@@ -50,15 +51,25 @@ def completed(recipe: Recipe) -> Recipe:
 
 
 def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
-    """The configuration of the model that a recipe begins with, if it does.
+    """The configuration of the model that a recipe begins with, if it does; with the head that it has.
 
     Raises:
         InputError: If there is none, or it is of another kind than the recipe says.
     """
-    name = recipe.language_model.init_from
+    name, has_new_head = recipe.language_model.init_from, recipe.language_model.new_head
     if name is None:
+        if has_new_head:
+            raise InputError(
+                "language_model.new_head is for a CALM that training begins with: name it in "
+                "language_model.init_from, or set it to false."
+            )
         return None
     config = config_at(name)
+    if has_new_head and not isinstance(config, CalmConfig):
+        raise InputError(
+            f"language_model.new_head is for a CALM, and '{name}' is a model of type '{config.model_type}': "
+            "set it to false."
+        )
     if recipe.model == "calm" and is_of_tokens(config):
         return config_to_uptrain(recipe, config)
     kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
@@ -71,7 +82,7 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
 
 
 def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | None:
-    """The model that a recipe begins with, if it does.
+    """The model that a recipe begins with, if it does; with the head that it has.
 
     Raises:
         InputError: If it is damaged, its tokens are not those of the text, or it cannot read a block.
@@ -91,5 +102,9 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
 
 def tell_beginning(recipe: Recipe) -> None:
     """Log that the sizes of a recipe are not used where a model brings its own."""
-    if (name := recipe.language_model.init_from) is not None:
+    name = recipe.language_model.init_from
+    if name is not None and recipe.language_model.new_head:
+        head = recipe.language_model.head.get("head_type", "energy")
+        logger.info("training begins with the backbone of '%s' and a new head, %s", name, head)
+    elif name is not None:
         logger.info("training begins with the weights of '%s', whatever sizes and head the recipe has", name)

@@ -23,6 +23,7 @@ from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.runs import DATA, Run
 from calm.training.sharding import check_sharding
+from calm.training.teacher import teacher_of
 
 
 @contextlib.contextmanager
@@ -69,6 +70,8 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
         inputs[f"the autoencoder '{recipe.autoencoder.path}'"] = digest_of_weights(autoencoder)
     if (begun := model_to_continue(recipe, data)) is not None:
         inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(begun)
+    if (teacher := teacher_of(recipe, data)) is not None:
+        inputs[f"the teacher '{teacher.settings.model}'"] = digest_of_weights(teacher.network)
     return inputs
 
 
@@ -173,7 +176,13 @@ def _prepared_source(settings: DataSettings) -> Path | None:
 def _places_of(recipe: Recipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
     data = recipe.data
-    more = (data.tokenizer, recipe.autoencoder.path, recipe.language_model.init_from)
+    language_model = recipe.language_model
+    more = (
+        data.tokenizer,
+        recipe.autoencoder.path,
+        language_model.init_from,
+        language_model.teacher.model,
+    )
     return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
 
 

@@ -14,15 +14,16 @@ from calm.data.prepared import PreparedData
 from calm.hardware import device_name
 from calm.models.loading import load_autoencoder
 from calm.quantities import duration, short
-from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
+from calm.training.build import language_model_of, new_autoencoder
 from calm.training.checkpoints import checkpoints_in, step_of
-from calm.training.continuing import model_to_continue, tell_beginning
+from calm.training.continuing import tell_beginning
 from calm.training.opening import trained_autoencoder
 from calm.training.optimizers import build_optimizer
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.runs import Run
 from calm.training.speed import known_training_flops
+from calm.training.teacher import Teacher, facts_of_teacher, teacher_of
 
 logger = logging.getLogger(__name__)
 _TIMED_STEPS = 2  # The first makes what the others reuse.
@@ -41,6 +42,7 @@ class Forecast:
         epochs: Times that the text is read; None for a stream.
         flops: Training FLOPs of all steps; None if they are not known.
         seconds: How long the steps that are left should take, evaluations aside; None if it was not measured.
+        teacher: Whom it learns from, in words; None for the text alone.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Forecast:
     epochs: float | None
     flops: float | None
     seconds: float | None
+    teacher: str | None = None
 
     def __str__(self) -> str:
         parts = [
@@ -59,6 +62,8 @@ class Forecast:
         ]
         if self.epochs is not None:
             parts[-1] += f" ({self.epochs:.2g} epochs)"
+        if self.teacher is not None:
+            parts.append(f"learning from {self.teacher}")
         if self.flops is not None:
             parts.append(f"{self.flops:.1e} FLOPs")
         if self.seconds is not None:
@@ -89,7 +94,6 @@ def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
 def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
     """What each stage that is not finished is about to do. Random states are left as they were."""
     recipe = run.recipe
-    model: PreTrainedModel
     with torch.random.fork_rng():
         autoencoder = None
         if recipe.model == "calm":
@@ -103,26 +107,26 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
                     yield _forecast(run, data, "autoencoder", autoencoder, training)
         if run.is_finished("model"):
             return
-        if (begun := model_to_continue(recipe, data)) is not None:
-            model = begun
-        elif autoencoder is None:
-            model = new_autoregressive_model(recipe, data)
-        else:
-            model = new_language_model(recipe, data, autoencoder)
-        yield _forecast(run, data, "language model", model, recipe.language_model.training)
+        model, teacher = language_model_of(recipe, data, autoencoder), teacher_of(recipe, data)
+        yield _forecast(run, data, "language model", model, recipe.language_model.training, teacher)
 
 
 def _forecast(
-    run: Run[Recipe], data: PreparedData, name: str, network: PreTrainedModel, training: TrainingSettings
+    run: Run[Recipe],
+    data: PreparedData,
+    name: str,
+    network: PreTrainedModel,
+    training: TrainingSettings,
+    teacher: Teacher | None = None,
 ) -> Forecast:
     recipe, tokens = run.recipe, training.tokens
     checkpoints = checkpoints_in(run.folder / "checkpoints" / name.replace(" ", "_"))
     done = step_of(checkpoints[-1]) if checkpoints else 0
     counted = data.counts().tokens["train"]
-    flops = known_training_flops(network.config, recipe.data.context)
+    flops = known_training_flops(network.config, recipe.data.context, teacher)
     parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     is_whole = not recipe.language_model.sharded
-    seconds = seconds_per_step(network, training, recipe.data.context) if is_whole else None
+    seconds = seconds_per_step(network, training, recipe.data.context, teacher) if is_whole else None
     return Forecast(
         name=name,
         parameters=parameters,
@@ -132,21 +136,27 @@ def _forecast(
         epochs=None if recipe.data.streaming else tokens / max(1, counted),
         flops=None if flops is None else flops * tokens,
         seconds=None if seconds is None else seconds * (training.steps - done),
+        teacher=None if teacher is None else str(facts_of_teacher(teacher, recipe.data.context)),
     )
 
 
-def seconds_per_step(network: PreTrainedModel, training: TrainingSettings, context: int) -> float | None:
+def seconds_per_step(
+    network: PreTrainedModel, training: TrainingSettings, context: int, teacher: Teacher | None = None
+) -> float | None:
     """Seconds of an optimizer step on this device, measured on random tokens; None if memory is short.
 
     Args:
         network: The network; its weights are changed.
         training: How it is trained.
         context: Tokens of a block.
+        teacher: Whom it learns from.
     """
     blocks, accumulation = training.batches(context, processes().num_processes)
     device = processes().device
     try:
         nn.Module.to(network, device).train()
+        if teacher is not None:
+            nn.Module.to(teacher.network, device)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(network.config.vocab_size, (blocks, context), generator=generator).to(device)
         if training.gradient_checkpointing:
@@ -155,8 +165,9 @@ def seconds_per_step(network: PreTrainedModel, training: TrainingSettings, conte
         is_half = training.precision == "bf16"
 
         def backward() -> None:
+            lesson = {} if teacher is None else {"lesson": teacher.lesson(tokens, tokens)}
             with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-                network(input_ids=tokens, labels=tokens).loss.backward()
+                network(input_ids=tokens, labels=tokens, **lesson).loss.backward()
 
         seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:

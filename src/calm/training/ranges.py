@@ -24,6 +24,7 @@ from calm.training.recipe import (
     LanguageModelSettings,
     OptimizerSettings,
     Recipe,
+    TeacherSettings,
     TrainingSettings,
     UptrainingSettings,
 )
@@ -75,6 +76,7 @@ RANGES: dict[type, dict[str, Range]] = {
     AutoencoderSettings: AUTOENCODER_RANGES,
     LanguageModelSettings: DECODER_RANGES | INPUT_RANGES,
     UptrainingSettings: {"first_layers": TOKEN_LAYERS, "last_layers": TOKEN_LAYERS},
+    TeacherSettings: {"weight": _SHARE, "temperature": Range(0.01, 1000), "states": _RATE},
     Recipe: {"seed": _SEED, "chunk_size": Range(1, 1024)},
     ExampleSettings: {"validation_fraction": _PART, "context": Range(1, 10**9)},
     LoraSettings: {"rank": Range(0, 10**6), "alpha": Range(1, 10**9), "dropout": SHARES_BELOW_ONE},

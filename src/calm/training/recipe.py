@@ -92,8 +92,8 @@ class OptimizerSettings:
         warmup_steps: Steps of linear rise.
         decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        source_rate: Rates of weights that a Transformer brought along as it became a CALM, relative to those
-            of new ones.
+        source_rate: Rates of weights that a Transformer brought along as it became a CALM, or a CALM to a new
+            head, relative to those of new ones.
         extra: Further arguments of an optimizer named otherwise.
     """
 
@@ -211,6 +211,30 @@ class UptrainingSettings:
     sink: bool = True
 
 
+@dataclass(kw_only=True)
+class TeacherSettings:
+    """A Transformer of tokens whose distributions a model learns (docs/uptraining.md#a-teacher).
+
+    Args:
+        model: Its folder or hub name; it has the model's tokenizer. None for no teacher.
+        weight: Its share of the loss: weight x temperature^2 x KL(teacher || model) at every token, and
+            cross-entropy for the rest. With 0, and no states, it is not loaded.
+        temperature: What scores of both are divided by.
+        states: What the squared distance of the backbone's states from its own, relative to these, counts in
+            the loss; for a CALM that is made of the teacher's layers.
+    """
+
+    model: str | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+    states: float = 0.0
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether there is a teacher, and the loss depends on it."""
+        return self.model is not None and (self.weight > 0 or self.states > 0)
+
+
 # Settings of the last base come first: in the help, in recipes that are written, and in their digests.
 @dataclass(kw_only=True)
 class AutoencoderSettings(AutoencoderHyperparameters, _Trained):
@@ -231,7 +255,10 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
         init_from: Folder or hub name of a model whose weights training begins with; its tokenizer,
             autoencoder, sizes and head are taken as well. A CALM may begin with a Transformer of tokens,
             too. None begins anew.
+        new_head: Of the CALM that training begins with, take all but the head and the autoencoder, which are
+            the recipe's.
         uptraining: How a Transformer of tokens becomes a CALM.
+        teacher: A Transformer of tokens to learn from.
         sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
             instead of all of them (DDP).
         attention: Implementation; "flash_attention_2" and others need their package.
@@ -241,7 +268,9 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
     """
 
     init_from: str | None = None
+    new_head: bool = False
     uptraining: UptrainingSettings = field(default_factory=UptrainingSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     sharded: bool = False
     attention: str = "sdpa"
     head: dict[str, Any] = field(default_factory=lambda: {"head_type": "energy"})

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedConfig, TrainerCallback
 
 from calm.errors import InputError
-from calm.flops import training_flops
+from calm.flops import teaching_flops, training_flops
 from calm.hardware import matrix_rate
+from calm.training.teacher import Teacher
 
 
 class Speed(TrainerCallback):
@@ -61,12 +62,15 @@ class Speed(TrainerCallback):
         return figures
 
 
-def known_training_flops(config: PreTrainedConfig, context: int) -> float | None:
-    """`calm.flops.training_flops`, or None if unknown."""
+def known_training_flops(
+    config: PreTrainedConfig, context: int, teacher: Teacher | None = None
+) -> float | None:
+    """`calm.flops.training_flops`, and those of a teacher; None if unknown."""
     try:
-        return training_flops(config, context)
+        own = training_flops(config, context)
     except InputError:
         return None
+    return own if teacher is None else own + teaching_flops(teacher.network.config, context)
 
 
 def _peak_memory(device: torch.device) -> float:

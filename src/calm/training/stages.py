@@ -9,6 +9,7 @@ An autoregressive model has no autoencoder; the rest is the same.
       autoencoder/           the trained autoencoder
       model/                 the result: a self-contained model folder
       checkpoints/<stage>/   checkpoints of each stage
+      teacher.json           what is kept of the teacher, if there is one
       history.json           logged losses, held-out scores and times of both stages
 
 A stage is finished when its folder exists, so a run that was killed resumes where it stopped.
@@ -17,7 +18,7 @@ A stage is finished when its folder exists, so a run that was killed resumes whe
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
@@ -27,8 +28,8 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_autoencoder
 from calm.training.arguments import Stage
 from calm.training.blocks import Blocks, blocks_of
-from calm.training.build import new_autoencoder, new_autoregressive_model, new_language_model
-from calm.training.continuing import completed, model_to_continue
+from calm.training.build import language_model_of, new_autoencoder
+from calm.training.continuing import completed
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
 from calm.training.overview import tell_overview
@@ -36,6 +37,7 @@ from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.runs import Run
+from calm.training.teacher import facts_of_teacher, teacher_of
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer, Score
 
@@ -114,13 +116,10 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
 
 def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
     recipe, settings = run.recipe, run.recipe.language_model.training
-    if (begun := model_to_continue(recipe, data)) is not None:
-        set_seed(recipe.seed)
-        model = begun
-    elif recipe.model == "autoregressive":
-        model = new_autoregressive_model(recipe, data)
-    else:
-        model = new_language_model(recipe, data, load_autoencoder(run.folder / "autoencoder"))
+    autoencoder = load_autoencoder(run.folder / "autoencoder") if recipe.model == "calm" else None
+    model = language_model_of(recipe, data, autoencoder)
+    if (teacher := teacher_of(recipe, data)) is not None and processes().is_main_process:
+        facts_of_teacher(teacher, recipe.data.context).write(run.folder)
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         num_blocks = settings.evaluation_blocks
@@ -133,7 +132,14 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     is_sharded = recipe.language_model.sharded and processes().num_processes > 1
     folder, tracking = run.folder / "checkpoints/language_model", tracking_of(run, "language_model")
     stage = Stage(
-        "language model", settings, folder, recipe.seed, is_sharded, is_last=True, tracking=tracking
+        "language model",
+        settings,
+        folder,
+        recipe.seed,
+        is_sharded=is_sharded,
+        is_last=True,
+        tracking=tracking,
+        teacher=teacher,
     )
     whole = _run_stage(run, model, blocks, score, stage)
     whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.

@@ -82,7 +82,7 @@ class ChunkTrainer(Trainer):
         self.add_callback(self._progress)
         self._speed = Speed(
             settings.batch_tokens // self.args.world_size,
-            known_training_flops(model.config, blocks.context),
+            known_training_flops(model.config, blocks.context, stage.teacher),
             self.args.device,
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
@@ -95,6 +95,8 @@ class ChunkTrainer(Trainer):
         self._signals = LeaveOnSignal()
         self.add_callback(self._signals)
         self.add_callback(KeepTiedEmbedding())
+        if stage.teacher is not None:
+            torch.nn.Module.to(stage.teacher.network, self.args.device)
 
     def train_or_resume(self) -> None:
         """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
@@ -169,7 +171,10 @@ class ChunkTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, with noise that depends only on the seed, the step and each block."""
+        """The loss of a batch, with noise that depends only on the seed, the step and each block.
+
+        If there is a teacher, it reads the batch as well.
+        """
         place = inputs.pop(PLACE, None)
         if place is not None and self._stream is not None:
             self._stream.position.note(*place.tolist())
@@ -179,6 +184,8 @@ class ChunkTrainer(Trainer):
             generators = generators_of_blocks(self.args.seed, step, numbers.tolist(), device)
             draw: Any = self._network.draw_training_noise
             inputs["noise"] = draw(generators, **inputs)
+        if self._stage.teacher is not None:
+            inputs["lesson"] = self._stage.teacher.lesson(**inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -12,6 +12,7 @@ from calm.models.heads.contract import (
     LatentHead,
     Likelihood,
     Target,
+    Teachable,
     TokenDistributions,
     TokenProbabilities,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "SequentialHead",
     "SequentialHeadConfig",
     "Target",
+    "Teachable",
     "TokenDistributions",
     "TokenProbabilities",
     "build_head",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from calm.core.distillation import Teaching
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.models.heads.fields import HeadConfig, refuse_old_names
@@ -252,6 +253,20 @@ class TokenDistributions(Protocol):
             tokens_PK: The chunks; those from the place on do not matter.
             place: Which token, from 0 on.
             temperature: As in `Likelihood.token_probabilities`.
+        """
+
+
+@runtime_checkable
+class Teachable(Protocol):
+    """A head that can learn the distribution of each token from a teacher (docs/uptraining.md)."""
+
+    def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
+        """Loss of each token of the chunks, (P, K); see `calm.core.distillation`.
+
+        Args:
+            states_PD: States of the chunks before.
+            tokens_PK: The chunks.
+            teaching: What the teacher says of their P·K tokens, each given all before it.
         """
 
 

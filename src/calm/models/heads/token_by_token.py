@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from calm.core.cross_entropy import cross_entropy
+from calm.core.distillation import Teaching, distillation
 from calm.core.random import Randomness, uniform
 from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead, Target, TokenProbabilities
 from calm.models.heads.scores import draw_tokens, likeliest, probabilities, token_distributions
 
 
 class TokenByTokenHead(GenerativeHead):
-    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`."""
+    """Draws one token after another; fulfils `Likelihood`, `TokenDistributions` and `Teachable`."""
 
     @abc.abstractmethod
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
@@ -38,6 +39,11 @@ class TokenByTokenHead(GenerativeHead):
         """See `Likelihood`."""
         losses_M = cross_entropy(self._vectors(states_PD, tokens_PK), self._table(), tokens_PK.flatten())
         return losses_M.view_as(tokens_PK)
+
+    def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
+        """See `Teachable`."""
+        vectors_MX = self._vectors(states_PD, tokens_PK)
+        return distillation(vectors_MX, self._table(), tokens_PK.flatten(), teaching).view(tokens_PK.shape)
 
     def token_probabilities(
         self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0

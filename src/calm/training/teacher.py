@@ -1,0 +1,263 @@
+"""A teacher: a frozen Transformer of tokens that a language model learns from (docs/uptraining.md)."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from calm.data.prepared import PreparedData
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import InputError
+from calm.flops import teaching_flops
+from calm.models.context import longest_context
+from calm.models.language_model import language_model
+from calm.models.lessons import Lesson, token_positions
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.missing import place_of
+from calm.quantities import short
+from calm.storage.disk import read_json, write_file_whole
+from calm.training.recipe import Recipe, TeacherSettings
+from calm.training.uptraining import config_at, cut_of, is_of_tokens, uptrains
+
+logger = logging.getLogger(__name__)
+FACTS = "teacher.json"
+# How far two ways to the same numbers may be apart, relative to the largest.
+_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2**-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen Transformer of tokens, and how a model learns from it.
+
+    Args:
+        network: The Transformer.
+        settings: How the model learns.
+        chunk_size: Tokens per chunk K of the model.
+        layer: Number of the layer with which the model's backbone ends; None if its states are not compared.
+    """
+
+    network: PreTrainedModel
+    settings: TeacherSettings
+    chunk_size: int
+    layer: int | None = None
+
+    @torch.no_grad()
+    def lesson(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **_: Any
+    ) -> Lesson:
+        """What it says of a batch, whose documents it keeps apart as the model does.
+
+        Args:
+            input_ids: Tokens (B, T).
+            labels: Tokens (B, T) with -100 on padding.
+            position_ids: Position of every chunk in its document (B, C).
+        """
+        positions_BT = token_positions(labels, position_ids, self.chunk_size)
+        decoder: Any = self.network.get_decoder()
+        inner: list[Tensor] = []
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            inner.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [] if self.layer is None else [decoder.layers[self.layer].register_forward_hook(note)]
+        try:
+            with torch.autocast(input_ids.device.type, enabled=False):
+                read = decoder(input_ids=input_ids, position_ids=positions_BT, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        table: Any = self.network.get_output_embeddings()
+        return Lesson(
+            read.last_hidden_state,
+            table.weight.detach(),
+            getattr(table, "bias", None),
+            weight=self.settings.weight,
+            temperature=self.settings.temperature,
+            inner_BTD=inner[0] if inner else None,
+            inner_weight=self.settings.states,
+        )
+
+
+def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
+    """See whether a model can learn from the teacher of its recipe, if there is one, before it is loaded.
+
+    Args:
+        recipe: The recipe.
+        network: The model that it makes, which need not have memory.
+
+    Raises:
+        InputError: If the teacher is missing, of another kind, or cannot read a block; if the model has no
+            distributions of tokens; or if states are compared that are not the teacher's.
+    """
+    settings = recipe.language_model.teacher
+    if settings.model is None and settings != TeacherSettings():
+        raise InputError("language_model.teacher has settings but no model; name the teacher's folder.")
+    if (config := config_of_teacher(recipe)) is None:
+        return
+    view, context, longest = language_model(network), recipe.data.context, longest_context(config)
+    if not view.can_be_taught:
+        what = f"a model of type '{network.config.model_type}'"
+        if view.head_type is not None:
+            what = f"a head of the kind '{view.head_type}'"
+        raise InputError(
+            f"{what} cannot learn from a teacher, who tells the distribution of every token: take a head of "
+            "the kind sequential or decoder, or a Llama, or leave out language_model.teacher."
+        )
+    if longest is not None and context > longest:
+        raise InputError(
+            f"the teacher '{settings.model}' reads at most {longest} tokens at once, less than data.context, "
+            f"which is {context}."
+        )
+    if settings.states and not _is_made_of(recipe):
+        raise InputError(
+            "language_model.teacher.states is for a CALM that is made of the teacher's own layers: let "
+            "language_model.init_from name the teacher as well, or set states to 0."
+        )
+
+
+def _is_made_of(recipe: Recipe) -> bool:
+    """Whether the CALM of a recipe is made of the layers of its teacher."""
+    names = (recipe.language_model.init_from, recipe.language_model.teacher.model)
+    if None in names or not uptrains(recipe):
+        return False
+    source, teacher = (place_of(str(name)) for name in names)
+    return source == teacher or Path(source).resolve() == Path(teacher).resolve()
+
+
+def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
+    """The configuration of the teacher of a recipe; None where no teacher takes part.
+
+    Raises:
+        InputError: If there is none, or it is that of another kind of model.
+    """
+    settings = recipe.language_model.teacher
+    if settings.model is None or not settings.takes_part:
+        return None
+    config = config_at(settings.model)
+    if not is_of_tokens(config):
+        raise InputError(
+            f"a teacher is a Transformer of tokens, and '{settings.model}' is a model of type "
+            f"'{config.model_type}'."
+        )
+    return config
+
+
+def with_tokens_of_teacher(recipe: Recipe) -> Recipe:
+    """A recipe with its teacher's tokenizer, unless it names one or begins with a model that has one."""
+    name = recipe.language_model.teacher.model
+    if name is None or recipe.data.tokenizer is not None or recipe.language_model.init_from is not None:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=place_of(name)))
+
+
+def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
+    """The teacher of a recipe, in the precision of the training; None where none takes part.
+
+    Args:
+        recipe: The recipe.
+        data: The text.
+
+    Raises:
+        InputError: If it is damaged, has other tokens than the text, cannot keep documents apart, or its
+            scores are not the products of states with a table.
+    """
+    settings = recipe.language_model.teacher
+    if (config := config_of_teacher(recipe)) is None or (name := settings.model) is None:
+        return None
+    half = recipe.language_model.training.precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    network, _ = load_language_model_and_tokenizer(name, dtype=dtype)
+    if load_tokenizer(place_of(name)).get_vocab() != data.tokenizer.get_vocab():
+        raise InputError(
+            f"the teacher '{name}' has other tokens than the text: set data.tokenizer to it, or prepare the "
+            f"text with --tokenizer {name}."
+        )
+    _check_reading(network, name)
+    layer = layer_of(recipe, config)
+    return Teacher(network.requires_grad_(False).eval(), settings, recipe.chunk_size, layer)
+
+
+def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
+    """The teacher's layer with which the backbone of a recipe ends; None if states are not compared."""
+    if not recipe.language_model.teacher.states:
+        return None
+    _, backbone, _ = cut_of(recipe).of(teacher.num_hidden_layers)
+    return backbone[-1]
+
+
+@torch.no_grad()
+def _check_reading(network: Any, name: str) -> None:
+    """Raise InputError unless a model reads documents in a row apart, and its table gives its scores."""
+    decoder, table = network.get_decoder(), network.get_output_embeddings()
+    ids = torch.arange(1, 7, device=network.device).remainder(network.config.get_text_config().vocab_size)
+    positions = torch.arange(3, device=network.device).repeat(2)
+    row: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
+    second: dict[str, Any] = {key: value[:, 3:] for key, value in row.items()}
+    both, alone = (decoder(**part, use_cache=False).last_hidden_state for part in (row, second))
+    if not _are_close(both[:, 3:], alone):
+        raise InputError(
+            f"the teacher '{name}' does not keep documents of a block apart; take a Transformer whose "
+            "attention does."
+        )
+    scores = network(**second, use_cache=False).logits
+    if table is None or not _are_close(F.linear(alone, table.weight, getattr(table, "bias", None)), scores):
+        raise InputError(
+            f"the scores of the teacher '{name}' are more than products of its states with a table; take a "
+            "Transformer that does not scale or cap them."
+        )
+
+
+def _are_close(found: Tensor, wanted: Tensor) -> bool:
+    far = (found.float() - wanted.float()).abs().max()
+    return bool(far <= _CLOSE[wanted.dtype] * wanted.float().abs().max())
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFacts:
+    """What a run keeps of its teacher, which need not be there for as long.
+
+    Args:
+        model: Its folder or hub name.
+        parameters: How many it has.
+        flops_per_token: FLOPs that it takes for each token of training text.
+    """
+
+    model: str
+    parameters: int
+    flops_per_token: float
+
+    def write(self, run: Path) -> None:
+        """Write them into the folder of a run."""
+        write_file_whole(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        return f"'{self.model}' ({short(self.parameters)} parameters)"
+
+
+def facts_of_teacher(teacher: Teacher, context: int) -> TeacherFacts:
+    """What a run keeps of its teacher."""
+    network, name = teacher.network, teacher.settings.model
+    assert name is not None
+    parameters = sum(weight.numel() for weight in network.parameters())
+    return TeacherFacts(name, parameters, teaching_flops(network.config, context))
+
+
+def read_facts_of_teacher(run: Path) -> TeacherFacts | None:
+    """What a run has kept of its teacher; None if it had none.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    path = run / FACTS
+    if not path.is_file():
+        return None
+    try:
+        return TeacherFacts(**read_json(path, dict))
+    except TypeError as error:
+        raise InputError(f"'{path}' is damaged; --resume writes it anew.") from error
