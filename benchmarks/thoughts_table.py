@@ -1,5 +1,6 @@
 """The table and the figure of thoughts.py: right answers by hops, for each way of leaving steps out."""
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,15 @@ def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int
     return counts[0], counts[1]
 
 
+COLORS = ("black", *(f"C{number}" for number in range(10)), "gold")
+NAMES = {"llama": "Llama", "K1": "K = 1", "K2": "K = 2", "K4": "K = 4"}
 CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
 
 
 def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     """Accuracy against hops, a panel for each task and kind of model."""
-    places = sorted({(row["task"], row["kind"]) for row in rows})
+    order = list(itertools.product(("path", "chain", "graph"), NAMES))
+    places = sorted({(row["task"], row["kind"]) for row in rows}, key=order.index)
     drawing = new_figure(3.4 * len(places) + 2.4, 3.2)
     panels = drawing.subplots(1, len(places), squeeze=False)[0]
     labels: dict[str, Any] = {}
@@ -115,10 +119,10 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
             means = [statistics.mean(one) for one in shares]
             errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
             apart = [one + (number - 5.5) / 40 for one in hops]  # Many lie on each other.
-            look = {"marker": "osD^v<>PX*hd"[number], "color": f"C{number % 10}", "capsize": 2}
+            look = {"marker": "osD^v<>PX*hd"[number], "color": COLORS[number], "capsize": 2}
             labels[shown] = axes.errorbar(apart, means, errors, **look)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
-        axes.set(title=f"{task}, {kind}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
+        axes.set(title=f"{task}, {NAMES[kind]}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
         axes.set_xticks(hops)
     shown_ways = [shown for shown in SHOWN.values() if shown in labels]
     drawing.legend(
