@@ -4,7 +4,14 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.cache_utils import DynamicCache
 
 from calm.errors import InputError
@@ -102,14 +109,18 @@ def assert_counts(counted, expected, angles):
     assert min(abs(counted - expected), abs(counted - expected - angles)) <= 1
 
 
-def test_llama_agrees_with_an_independent_counter():
-    config = LlamaConfig(
+@pytest.mark.parametrize(
+    ("kind", "size"), [(LlamaConfig, 6), (MistralConfig, 6), (Qwen3Config, 6), (Qwen2Config, None)]
+)
+def test_llama_agrees_with_an_independent_counter(kind, size):
+    config = kind(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, tie_word_embeddings=False, attn_implementation="eager",
+        num_key_value_heads=2, tie_word_embeddings=False, attn_implementation="eager",
+        **({} if size is None else {"head_dim": size}),
     )  # fmt: skip
-    model, tokens = LlamaForCausalLM(config), torch.randint(90, (1, 20))
+    model, tokens = AutoModelForCausalLM.from_config(config), torch.randint(90, (1, 20))
     expected = total(cost_of(config, Work(positions=20)).inference) * 20
-    assert_counts(counted(lambda: model(tokens)), expected, angles=6 * 20)
+    assert_counts(counted(lambda: model(tokens)), expected, angles=(size or 8) * 20)
     assert total(cost_of(config).parameters) == sum(p.numel() for p in model.parameters())
 
 
@@ -257,7 +268,7 @@ def test_rows_of_training_that_there_are_not():
             thinking_flops(calm("M"), *row)
     with pytest.raises(InputError, match="number of thoughts must be at least 0 and at most 10,000, got -1"):
         cost_of_thoughts(calm("M"), -1)
-    with pytest.raises(InputError, match="not for 'mamba'"):
+    with pytest.raises(InputError, match="type llama, mistral, qwen2, qwen3, not 'mamba'"):
         cost_of_thoughts(MambaConfig(), 3)
 
 
@@ -268,7 +279,7 @@ def test_the_shared_condition_is_counted_once_unless_asked():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(InputError, match="not for 'mamba'"):
+    with pytest.raises(InputError, match="type llama, mistral, qwen2, qwen3, not 'mamba'"):
         cost_of(MambaConfig())
     with pytest.raises(InputError, match="at least 1, got 2048 and 0"):
         Work(draws=0)

@@ -15,8 +15,9 @@ from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.sharing import write_card
+from calm.sharing.card import repository_of
 from calm.training import stages
-from calm.training.recipe_files import with_settings
+from calm.training.recipe_files import read_recipe, with_settings
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,27 @@ def test_the_card_says_what_the_run_was(runs, capsys):
     assert str(runs) not in text and "secret-place" not in text, "no folder of this machine"
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["seed"] == 3 and recipe["data"]["sources"] == "text.jsonl"
+
+
+def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
+    recipe = toy_recipe(runs / "text.jsonl", "adamw")
+    cut = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 1}
+    begun = {"language_model.init_from": str(runs / "plain")}
+    stages.train(with_settings(recipe, begun | cut), runs / "made")
+    text = write_card(runs / "made").read_text()
+    assert "It began with the weights of plain." in text and "secret-place" not in text
+    assert "A step of its backbone is 4 tokens, which a head of the kind `decoder` writes" in text
+    assert "base_model" not in text
+    for name, repository in {
+        "owner/name": "owner/name",
+        "owner/name/a/file.gguf": "owner/name",
+        "stories": None,
+        str(runs / "plain"): None,
+    }.items():
+        assert repository_of(name) == repository
+    named = with_settings(read_recipe(str(runs / "made/recipe.yaml")), {"language_model.init_from": "a/b"})
+    monkeypatch.setattr("calm.sharing.trained.read_recipe", lambda _: named)
+    assert ModelCard.load(write_card(runs / "made")).data.base_model == "a/b"
 
 
 def test_the_card_counts_the_text_that_there_was(runs):

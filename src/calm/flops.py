@@ -9,20 +9,23 @@ A step of a CALM is K tokens: all figures are per token. The rules and the figur
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
 from calm.models.thoughts import thoughts_of
-from calm.models.token_layers import weights_of_layer
+from calm.models.token_layers import head_size, weights_of_layer
 from calm.ranges import BLOCKS, NUM_THOUGHTS
 
+# The same matrices; biases and norms do not count.
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS = 2048
 """Positions of the context that the paper's figures assume (of chunks for a CALM)."""
 
@@ -65,7 +68,7 @@ class Cost:
 
 
 def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
-    """Cost of a CALM, or of a Llama of tokens.
+    """Cost of a CALM, or of a Transformer of tokens with the layers of Llama.
 
     Args:
         config: Its configuration.
@@ -214,11 +217,11 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
         # Once where a latent is input and target.
         encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
         return once | _of_layers(config.backbone, work) | encoder
-    if isinstance(config, LlamaConfig):
+    if config.model_type in _LIKE_LLAMA:
         return _of_layers(config, work)
     raise InputError(
-        f"FLOPs are counted for CALM and Llama models, not for '{config.model_type}'; "
-        "torch.utils.flop_counter counts any model that runs here."
+        f"FLOPs are counted for CALMs and models of type {', '.join(_LIKE_LLAMA)}, "
+        f"not '{config.model_type}'; torch.utils.flop_counter counts any model that runs here."
     )
 
 
@@ -230,7 +233,7 @@ def _projection(config: CalmConfig) -> int:
     return config.input_size * 2 * width + 2 * width * width
 
 
-def _of_layers(config: LlamaConfig, work: Work) -> dict[str, float]:
+def _of_layers(config: Any, work: Work) -> dict[str, float]:
     return {
         "backbone": 2.0 * _decoder_weights(config),
         "attention": float(_attention(config, work.positions)),
@@ -269,19 +272,18 @@ def _head(config: CalmConfig) -> HeadFlops:
         raise InputError(str(error)) from error
 
 
-def _decoder_weights(config: LlamaConfig) -> int:
+def _decoder_weights(config: Any) -> int:
     """Multiply-adds of a Llama's layers at one position, attention scores aside."""
     return config.num_hidden_layers * weights_of_layer(config)
 
 
-def _attention(config: LlamaConfig, positions: int) -> int:
+def _attention(config: Any, positions: int) -> int:
     """FLOPs of attention scores and their sums at one position."""
     return 4 * positions * _query_width(config) * config.num_hidden_layers
 
 
-def _query_width(config: LlamaConfig) -> int:
-    size = config.head_dim or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * size
+def _query_width(config: Any) -> int:
+    return config.num_attention_heads * head_size(config)
 
 
 def _decoder_of_chunks(config: CalmAutoencoderConfig) -> int:

@@ -198,7 +198,8 @@ def flops(
     """Count parameters, training FLOPs and the true cost of a token, by part.
 
     Args:
-        target: Model folder, name of a model of the package, or a recipe (shipped name or .yaml file).
+        target: Model folder or GGUF file, name of a model of the package, or a recipe (shipped name or .yaml
+            file).
         draws: Draws of a chunk at low temperature: the size of the pool, or the mean of what the exact
             sampler makes (generate counts them). 200, or 1 for a head that takes a temperature itself.
         positions: Positions of the context that attention sees.
@@ -211,7 +212,8 @@ def flops(
     """
     check_thoughts(thoughts=thoughts)
     from calm.flops import Work, cost_of, cost_of_thoughts, teaching_flops
-    from calm.models.loading import change_head, load_config
+    from calm.hub.gguf import is_gguf
+    from calm.models.loading import change_head, config_of, load_config
     from calm.models.missing import models_near
     from calm.models.shipped import folder_of
     from calm.models.thoughts import thoughts_of
@@ -226,6 +228,8 @@ def flops(
     teacher = None
     if folder.is_dir():
         config = load_config(folder)
+    elif is_gguf(target):
+        config = config_of(target)
     else:
         try:
             find_recipe(target)

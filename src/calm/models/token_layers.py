@@ -179,6 +179,6 @@ def heads_of_keys(config: LlamaConfig) -> int:
     return config.num_key_value_heads or config.num_attention_heads
 
 
-def head_size(config: LlamaConfig) -> int:
+def head_size(config: Any) -> int:
     """Size d of an attention head."""
-    return config.head_dim or config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

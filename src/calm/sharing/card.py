@@ -10,8 +10,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.flops import Work, cost_of
+from calm.hub.connection import is_hub_name
+from calm.hub.gguf import on_hub
 from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
+from calm.models.shipped import shipped_models
 from calm.quantities import short
 from calm.training.recipe_files import RECIPE
 
@@ -113,16 +116,29 @@ def shown(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
+def repository_of(name: str) -> str | None:
+    """The repository on the hub that the name of a model means; None if the model is here."""
+    if Path(name).exists() or name in shipped_models():
+        return None
+    file = on_hub(name)
+    repository = name if file is None else file.repository
+    return repository if is_hub_name(repository) else None
+
+
 def _what_it_is(config: PreTrainedConfig) -> str:
     parameters = short(sum(cost_of(config).parameters.values()))
     if not isinstance(config, CalmConfig):
         return f"An autoregressive language model (Llama) of {parameters} parameters, a baseline for CALM."
     inference = sum(cost_of(config, Work(positions=512)).inference.values())
+    what, head = f"{config.chunk_size} tokens", f"a head of the kind `{config.head.head_type}`"
+    if config.head.decodes_latents:
+        how = f"It predicts one latent of {config.latent_size} dimensions for each {what}, with {head}; its "
+        how += "autoencoder is inside."
+    else:
+        how = f"A step of its backbone is {what}, which {head} writes one after another."
     return (
         "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
-        f"{parameters} parameters. It predicts one latent of {config.latent_size} dimensions for each "
-        f"{config.chunk_size} tokens, with a head of the kind `{config.head.head_type}`; its autoencoder is "
-        f"inside. A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."
+        f"{parameters} parameters. {how} A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."
     )
 
 

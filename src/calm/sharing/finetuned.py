@@ -7,10 +7,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from calm.errors import InputError, reason_of
-from calm.hub.connection import is_hub_name
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
-from calm.sharing.card import Words, card_of, shown
+from calm.sharing.card import Words, card_of, repository_of, shown
 from calm.training.finetuning import ANSWERS, COUNTS
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe_files import RECIPE, read_recipe_of
@@ -53,8 +52,6 @@ def card_of_finetuning(run: Path, words: Words) -> str:
         "Training": _training(run, recipe),
         "Evaluation": _evaluation(history, answers, recipe),
     }
-    is_on_hub = is_hub_name(recipe.model) and not Path(recipe.model).exists()
-    is_on_hub = is_on_hub and recipe.model not in shipped_models()
     return card_of(
         run,
         model,
@@ -63,7 +60,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
         results,
         prompt=answers[0]["prompt"] if answers else "Once upon a time",
         tags=("fine-tuned",),
-        base_model=recipe.model if is_on_hub else None,
+        base_model=repository_of(recipe.model),
     )
 
 

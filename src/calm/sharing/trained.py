@@ -12,7 +12,7 @@ from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.quantities import duration
 from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
-from calm.sharing.card import Words, card_of, shown
+from calm.sharing.card import Words, card_of, repository_of, shown
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
@@ -50,7 +50,9 @@ def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int
         "Training": _training(run, recipe, model.config),
         "Evaluation": _evaluation(card, recipe),
     }
-    return card_of(run, model, words, sections, [result])
+    source = recipe.language_model.init_from
+    base = None if source is None else repository_of(source)
+    return card_of(run, model, words, sections, [result], base_model=base)
 
 
 def _data(run: Path, recipe: Recipe, sources: list[str]) -> str:
@@ -62,7 +64,9 @@ def _data(run: Path, recipe: Recipe, sources: list[str]) -> str:
 
 
 def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
-    settings, lines = recipe.language_model.training, []
+    settings, lines = recipe.language_model.training, list[str]()
+    if (source := recipe.language_model.init_from) is not None:
+        lines.append(f"It began with the weights of {shown(source)}.")
     if recipe.trains_autoencoder:
         first = recipe.autoencoder.training
         lines.append(f"Autoencoder: {first.steps:,} steps of {first.batch_tokens:,} tokens.")
