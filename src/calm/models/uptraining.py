@@ -68,7 +68,7 @@ class Cut:
         return used[: self.first], used[:end], used[end:]
 
 
-class Tokens(Protocol):
+class SpecialTokens(Protocol):
     """What a conversion asks of a tokenizer."""
 
     @property
@@ -108,7 +108,7 @@ class TokensOfConfig:
 
 def uptrained_config(
     source: PreTrainedConfig,
-    tokenizer: Tokens,
+    tokenizer: SpecialTokens,
     chunk_size: int,
     cut: Cut,
     *,
@@ -209,7 +209,7 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in parts for parameter in part.parameters()]
 
 
-def check_source(source: PreTrainedConfig, tokenizer: Tokens, cut: Cut) -> None:
+def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -> None:
     """Raise InputError unless a Transformer can become a CALM with a tokenizer.
 
     Args:
