@@ -14,6 +14,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from calm.data.stories import stories
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
+from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_model_and_tokenizer
 from calm.training import continuing, stages
 from calm.training.optimizers import build_optimizer
@@ -84,6 +85,15 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
     }
     assert all(torch.equal(after[new], before[old]) for new, old in pairs.items())
     assert not after["projection.mix.weight"].any() and not after["head.inject.weight"].any()
+
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_a_recipe_says_whether_there_are_sinks(sink, base):
+    recipe = continuing.completed(recipe_for(base, **{"language_model.uptraining.sink": sink}))
+    data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
+    model = continuing.model_to_continue(recipe, data)
+    assert continuing.config_to_continue(recipe).head.sink == model.config.head.sink == sink
+    assert any("sink" in name for name in model.state_dict()) == sink
 
 
 def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
@@ -169,6 +179,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(changes, messag
     write_recipe(recipe_for(base, **changes), tmp_path / "recipe.yaml")
     said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
     assert message in said and not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_is_refused(base, tmp_path, capsys):
+    CalmAutoencoderConfig(vocab_size=300).save_pretrained(tmp_path / "source")
+    write_recipe(recipe_for(base, **{INIT: str(tmp_path / "source")}), tmp_path / "recipe.yaml")
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "holds an autoencoder, not a language model" in said and not (tmp_path / "run").exists()
 
 
 def test_another_architecture_is_refused_before_anything_is_written(base, tmp_path, capsys):

@@ -64,7 +64,7 @@ class TokenLayer(LlamaDecoderLayer):
         if earlier is not None:
             keys = torch.cat([earlier[0].to(keys.dtype), keys], dim=2)
             values = torch.cat([earlier[1].to(values.dtype), values], dim=2)
-        all_keys, all_values = _behind(self.sink_key, keys), _behind(self.sink_value, values)
+        all_keys, all_values = _after(self.sink_key, keys), _after(self.sink_value, values)
         num_keys = all_keys.shape[2]
         is_seen = torch.ones(width, num_keys, dtype=torch.bool, device=x_XD.device).tril(num_keys - width)
         mixed_MGWd = F.scaled_dot_product_attention(
@@ -80,8 +80,8 @@ class TokenLayer(LlamaDecoderLayer):
         return x_XD + self.mlp(self.post_attention_layernorm(x_XD)), keys, values
 
 
-def _behind(sink: Tensor | None, own_MHWd: Tensor) -> Tensor:
-    """Keys or values of each window, with those of the sink before them if there is one."""
+def _after(sink: Tensor | None, own_MHWd: Tensor) -> Tensor:
+    """Keys or values of each window, after those of the sink if there is one."""
     if sink is None:
         return own_MHWd
     return torch.cat([sink.to(own_MHWd.dtype).expand(own_MHWd.shape[0], -1, -1, -1), own_MHWd], dim=2)

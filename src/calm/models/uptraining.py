@@ -69,7 +69,7 @@ class Cut:
         return used[: self.first], used[:end], used[end:]
 
 
-class Tokens(Protocol):
+class SpecialTokens(Protocol):
     """What a conversion asks of a tokenizer."""
 
     @property
@@ -109,7 +109,7 @@ class TokensOfConfig:
 
 def uptrained_config(
     source: PreTrainedConfig,
-    tokenizer: Tokens,
+    tokenizer: SpecialTokens,
     chunk_size: int,
     cut: Cut,
     *,
@@ -219,7 +219,7 @@ def mark_as_new(*modules: nn.Module) -> None:
         setattr(module, _MARK, True)
 
 
-def check_source(source: PreTrainedConfig, tokenizer: Tokens, cut: Cut) -> None:
+def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -> None:
     """Raise InputError unless a Transformer can become a CALM with a tokenizer.
 
     Args:

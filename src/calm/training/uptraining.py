@@ -46,7 +46,10 @@ def config_at(name: str) -> PreTrainedConfig:
         raise InputError(
             f"'{name}' holds adapters; give the folder of the model into which they were merged."
         )
-    return config_of(name)
+    config = config_of(name)
+    if config.model_type == "calm_autoencoder":
+        raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
+    return config
 
 
 def with_codes(recipe: Recipe) -> Recipe:
