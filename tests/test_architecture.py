@@ -56,6 +56,7 @@ LEVELS = {
 MOST_LINES = 400
 # torch and what it needs itself, the standard library, and core.
 ALLOWED_IN_CORE = {
+    "functools",
     "operator",
     "torch",
     "math",

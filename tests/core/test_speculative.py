@@ -3,129 +3,222 @@
 import pytest
 import torch
 from scipy import stats
+from worlds import Worlds, distribution_of_outcomes, draws_without_replacement, largest_error
 
-from calm.core.speculative import Kept, keep_by_agreement, keep_by_ratio
+from calm.core import speculative
+from calm.core.branches import TEXT, Branches
+from calm.core.speculative import (
+    Kept,
+    Residual,
+    draw_distinct,
+    draw_token,
+    keep_by_agreement,
+    keep_by_ratio,
+)
 
-P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
-Q = torch.tensor([[0.2, 0.2, 0.4, 0.2], [0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+
+def of_text(tokens):
+    """Distributions of three tokens after others: the model's, and a draft's that has one token more."""
+    seed = 1 + sum((token + 1) * 7**place for place, token in enumerate(tokens))
+    generator = torch.Generator().manual_seed(seed)
+    p_V, q_V = (torch.rand(size, generator=generator, dtype=torch.float64) ** 2 for size in (3, 4))
+    p_V[seed % 3] *= seed % 2  # Now and then one is impossible,
+    q_V[(seed + 1) % 4] *= seed % 5 > 0  # or cannot be drafted.
+    return p_V / p_V.sum(), q_V / q_V.sum()
 
 
-def drawn(p_V, generator):
-    return int(torch.multinomial(p_V, 1, generator=generator))
-
-
-def kept_of(rule, model_SV, draft_GV, number=10_000, fault=None):
-    """(tokens kept, next token) of many independent drafts."""
-    told_GV, residual_of = draft_GV, draft_GV.__getitem__
-    if fault == "residual of another place":
-        residual_of = draft_GV[1:].expand_as(draft_GV).__getitem__
-    elif fault == "the model's own distribution instead of the residual":
-        residual_of = (0 * draft_GV).__getitem__
-    elif fault == "everything is kept":
-        told_GV = 0 * draft_GV
-    generator = torch.Generator().manual_seed(0)
-    outcomes = []
-    for _ in range(number):
-        tokens = [drawn(q_V, generator) for q_V in draft_GV]
-        if rule == "ratio":
-            of_token = told_GV[range(len(tokens)), tokens]
-            kept = keep_by_ratio(model_SV, tokens, of_token, residual_of, generator)
-        else:
-            kept = keep_by_agreement([drawn(p_V, generator) for p_V in model_SV], tokens)
-        outcomes.append((*tokens[: kept.number], kept.next_token))
-    return outcomes
+P = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
+Q = torch.tensor([0.2, 0.2, 0.4, 0.2], dtype=torch.float64)
 
 
 def p_value(observed, expected):
+    observed, expected = observed.double(), expected.double()
     is_possible = expected > 0
     assert observed[~is_possible].sum() == 0
     expected = expected * observed.sum() / expected.sum()  # Sums that are equal but for rounding.
     return stats.chisquare(observed[is_possible], expected[is_possible]).pvalue
 
 
-@pytest.mark.parametrize("rule", ["ratio", "agreement"])
-def test_tokens_have_the_models_distribution(rule):
-    outcomes = kept_of(rule, P, Q)
-    first_V = torch.bincount(torch.tensor([one[0] for one in outcomes]), minlength=4)
-    assert p_value(first_V, P[0] * len(outcomes)) > 1e-3
-    # Where the first stays, the second has the model's distribution at the next place, whatever the first is.
-    second = torch.tensor([one[1] for one in outcomes if len(one) > 1])
-    assert p_value(torch.bincount(second, minlength=4), P[1] * len(second)) > 1e-3
+# Numbers of candidates by place: a line, two ways, and several of two tokens.
+SHAPES = [{(): 1, (0,): 1}, {(): 2}, {(): 3, (1,): 1}, {(): 2, (0,): 2}, {}]
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "residual of another place",
-        "the model's own distribution instead of the residual",
-        "everything is kept",
-    ],
-)
-def test_faults_would_be_seen(fault):
-    outcomes = kept_of("ratio", P, Q, fault=fault)
-    first_V = torch.bincount(torch.tensor([one[0] for one in outcomes]), minlength=4)
-    assert (fault == "everything is kept" and first_V[3] > 0) or p_value(first_V, P[0]) < 1e-6
+def grown(shape, worlds, text):
+    """A draft that is drawn from the distributions of `of_text`."""
+    tokens, parents, tips = [], [], {(): (TEXT, [*text])}
+    for way, number in shape.items():
+        place, before = tips[way]
+        drawn = worlds.choose(draws_without_replacement(of_text(before)[1].tolist(), number))
+        for which, token in enumerate(drawn):
+            tips[(*way, which)] = (len(tokens), [*before, token])
+            tokens.append(token)
+            parents.append(place)
+    return Branches(tokens, parents)
 
 
-@pytest.mark.parametrize(
-    ("rule", "share"), [("ratio", float(P[0].minimum(Q[0]).sum())), ("agreement", float(P[0] @ Q[0]))]
-)
-def test_as_many_stay_as_can(rule, share):
-    outcomes = kept_of(rule, P, Q)
-    stayed = sum(len(one) > 1 for one in outcomes) / len(outcomes)
-    assert abs(stayed - share) < 4 * (share * (1 - share) / len(outcomes)) ** 0.5
+def error_of(shape, monkeypatch):
+    """Of the texts that come out, over all drafts and decisions, behind several texts."""
+    worlds, worst = Worlds(), 0.0
+    worlds.patch(monkeypatch)
+    for text in ([], [0], [1], [2], [1, 1]):
+
+        def run(text=text):
+            draft = grown(shape, worlds, text)
+            model_at, draft_at = (
+                lambda place, which=which: of_text([*text, *draft.tokens_to(place)])[which]
+                for which in (0, 1)
+            )
+            kept = keep_by_ratio(draft, model_at, draft_at)
+            return (*(draft.tokens_G[place] for place in kept.places), kept.next_token)
+
+        outcomes = distribution_of_outcomes(worlds, run)
+        worst = max(worst, largest_error(outcomes, lambda before, text=text: of_text([*text, *before])[0]))
+    return worst
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_texts_have_exactly_the_models_distribution(shape, monkeypatch):
+    assert error_of(shape, monkeypatch) < 1e-12
+
+
+class WithReplacement(Residual):
+    """Forgets that what was refused is not drawn again."""
+
+    def refuse(self, token):
+        draft_V = self._draft_V
+        super().refuse(token)
+        self._draft_V = draft_V
+
+
+class WithoutResidual(Residual):
+    """Compares every candidate with the model's own distribution."""
+
+    def refuse(self, token):
+        model_V = self.model_V
+        super().refuse(token)
+        self.model_V = model_V
+
+
+class KeepsAll(Residual):
+    def keeps(self, token):
+        return float(super().keeps(token) > 0)
+
+
+class OnlyTheRefused(Residual):
+    """Takes away the candidate alone, as if it had been certain."""
+
+    def refuse(self, token):
+        model_V = self.model_V.clone()
+        super().refuse(token)
+        if token < len(model_V):
+            model_V[token] = 0
+        self.model_V = model_V / model_V.sum()
+
+
+@pytest.mark.parametrize("fault", [WithReplacement, WithoutResidual, KeepsAll, OnlyTheRefused])
+def test_faults_would_be_seen(fault, monkeypatch):
+    monkeypatch.setattr(speculative, "Residual", fault)
+    assert error_of({(): 2, (0,): 1}, monkeypatch) > 0.01
+
+
+def test_candidates_in_another_order_than_drawn_would_be_seen(monkeypatch):
+    monkeypatch.setattr(Branches, "children", property(lambda self: {TEXT: range(len(self))[::-1]}))
+    assert error_of({(): 3}, monkeypatch) > 0.01
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_as_many_stay_as_can(number):
+    # One candidate stays with the probability that both distributions share; of all tokens one does.
+    shares = []
+    for tokens, share in draws_without_replacement(Q.tolist(), number):
+        residual, refused = Residual(P, Q), 1.0
+        for token in tokens:
+            refused *= 1 - residual.keeps(token)
+            residual.refuse(token)
+        shares.append(share * (1 - refused))
+    expected = {1: float(P.minimum(Q).sum()), 4: 1.0}
+    assert number not in expected or sum(shares) == pytest.approx(expected[number])
+    assert sum(shares) >= float(P.minimum(Q).sum()) - 1e-12
+
+
+def test_many_drafts_leave_the_distribution_as_it_is():
+    # Candidates are drawn at once, decisions one by one; and the numbers are those of a generator.
+    generator, number = torch.Generator().manual_seed(0), 20_000
+    drafts = draw_distinct(Q.expand(number, -1), 2, generator).tolist()
+    firsts = torch.zeros(4)
+    next_V = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    for tokens in drafts:
+        draft = Branches(tokens, [TEXT, TEXT])
+        kept = keep_by_ratio(draft, lambda place: P if place == TEXT else next_V, lambda _: Q, generator)
+        firsts[tokens[kept.places[0]] if kept.places else kept.next_token] += 1
+    assert p_value(firsts, P) > 1e-3
+
+
+def test_draws_without_replacement_are_as_likely_as_they_should_be():
+    weights = [0.5, 0.3, 0.2, 0.0]
+    drawn = draw_distinct(torch.tensor([weights]).expand(100_000, -1), 3, torch.Generator().manual_seed(0))
+    codes = drawn @ torch.tensor([16, 4, 1])
+    expected = torch.zeros(64)
+    for tokens, share in draws_without_replacement(weights, 3):
+        expected[16 * tokens[0] + 4 * tokens[1] + tokens[2]] = share
+    assert p_value(codes.bincount(minlength=64), expected) > 1e-3
+    # The fourth has no weight: there is nothing left to draw.
+    assert (draw_distinct(torch.tensor([weights]), 4)[:, :3].sort().values == torch.arange(3)).all()
+
+
+def test_tokens_are_drawn_by_their_weights():
+    weights, generator = torch.tensor([0.0, 2.0, 1.0, 0.0, 5.0, 0.0]), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([draw_token(weights, generator) for _ in range(10_000)])
+    assert p_value(drawn.bincount(minlength=6), weights) > 1e-3
+    for damaged in (weights * 0, weights * torch.nan, weights / 0):
+        with pytest.raises(ValueError, match="there is no distribution to draw from"):
+            draw_token(damaged)
 
 
 def test_a_draft_like_the_model_stays_whole():
-    outcomes = kept_of("ratio", P, P[:2], 500)
-    assert all(len(one) == 3 for one in outcomes)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        tokens = [draw_token(Q, generator) for _ in range(3)]
+        kept = keep_by_ratio(Branches.line(tokens), lambda _: Q, lambda _: Q, generator)
+        assert list(kept.places) == [0, 1, 2]
 
 
-def test_the_impossible_is_never_kept():
+def test_distributions_are_asked_for_where_the_text_comes_by():
+    draft, asked = Branches([0, 1, 2, 0], [TEXT, TEXT, 0, 1]), []
+
+    def model_at(place):
+        asked.append(place)
+        return torch.eye(4)[1 if place == TEXT else 3]
+
+    kept = keep_by_ratio(draft, model_at, lambda place: torch.full((4,), 0.25), torch.Generator())
+    assert kept == Kept([1], 3) and asked == [TEXT, 1]
+    assert keep_by_agreement(draft, lambda place: {TEXT: 1, 1: 0, 3: 2}[place]) == Kept([1, 3], 2)
+
+
+def test_the_impossible_is_never_kept(monkeypatch):
     # A uniform number may be 0, and then is no less than a ratio of 0.
-    model_SV, zero = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.zeros(1)
-    kept = keep_by_ratio(model_SV, [0], zero, lambda place: torch.tensor([0.0, 1.0]))
-    assert kept == Kept(0, 1)
-
-
-def test_tokens_that_the_model_lacks_are_refused_and_their_probability_is_made_up_for():
-    # The draft has five tokens, the model four; it cannot read the fifth, so it has read one place only.
-    draft_GV = torch.tensor([[0.1, 0.1, 0.3, 0.1, 0.4]], dtype=torch.float64)
-    generator, firsts = torch.Generator().manual_seed(0), []
-    for _ in range(10_000):
-        token = drawn(draft_GV[0], generator)
-        model_SV = P[:1] if token == 4 else P[:2]
-        kept = keep_by_ratio(
-            model_SV, [token], draft_GV[0, [token]], lambda place: draft_GV[place], generator
-        )
-        firsts.append(token if kept.number else kept.next_token)
-    assert p_value(torch.bincount(torch.tensor(firsts), minlength=4), P[0] * len(firsts)) > 1e-3
-
-
-def test_a_draft_with_fewer_tokens_than_the_model():
-    draft_V = torch.tensor([0.5, 0.5])
+    monkeypatch.setattr(speculative, "_uniform", lambda *_: 0.0)
     kept = keep_by_ratio(
-        torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), [1], torch.tensor([0.5]), lambda place: draft_V
+        Branches.line([0]), lambda _: torch.tensor([0.0, 1.0]), lambda _: torch.tensor([1.0, 0.0])
     )
-    assert kept == Kept(0, 2)
+    assert kept == Kept([], 1)
 
 
 def test_no_draft_is_an_ordinary_draw():
-    assert keep_by_ratio(
-        P[1:2] * 0 + torch.eye(4, dtype=torch.float64)[2], [], torch.empty(0), P.__getitem__
-    ) == Kept(0, 2)
-    assert keep_by_agreement([3], []) == Kept(0, 3)
+    assert keep_by_ratio(Branches(), lambda _: torch.eye(4)[2], P.__getitem__) == Kept([], 2)
+    assert keep_by_agreement(Branches(), lambda _: 3) == Kept([], 3)
 
 
 def test_agreement_stops_at_the_first_that_differs():
-    assert keep_by_agreement([5, 6, 7, 8], [5, 6, 9]) == Kept(2, 7)
-    assert keep_by_agreement([5, 6, 7, 8], [5, 6, 7]) == Kept(3, 8)
-    assert keep_by_agreement([5], [9]) == Kept(0, 5)  # The model could not read 9.
+    line = Branches.line([5, 6, 9])
+    assert keep_by_agreement(line, lambda place: [6, 7, 8, 5][place]) == Kept([0, 1], 7)
+    assert keep_by_agreement(line, lambda place: [6, 9, 8, 5][place]) == Kept([0, 1, 2], 8)
 
 
 def test_the_same_seed_keeps_the_same():
+    draft = Branches([0, 1, 2], [TEXT, TEXT, 0])
     outcomes = [
-        keep_by_ratio(P, [0, 1], Q[[0, 1], [0, 1]], Q.__getitem__, torch.Generator().manual_seed(seed))
-        for seed in (1, 1)
+        [keep_by_ratio(draft, lambda _: P, lambda _: Q, generator) for _ in range(20)]
+        for generator in (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
     ]
-    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == outcomes[1] != outcomes[2]

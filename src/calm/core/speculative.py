@@ -1,7 +1,11 @@
 """Which of the tokens that another has drafted a model keeps, so that its text has its own distribution.
 
-Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). Shapes: G drafted
-tokens, S places that the model has read: the one before the draft and those of its tokens. V vocabulary.
+Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), for drafts that go
+on in several ways as well: candidates for a place are drawn without replacement, and each that is refused
+leaves a residual for the next (Chen et al., arXiv 2402.12374, after Miao et al., arXiv 2305.09781).
+
+Both rules go from the text along the draft for as long as they keep one of the tokens that follow. They ask
+for a distribution at places where they come by, and nowhere else. Shapes: V vocabulary, C candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,71 +14,153 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calm.core.branches import TEXT, Branches
+
 
 class Kept(NamedTuple):
     """What a model makes of a draft.
 
     Args:
-        number: How many of its first tokens stay.
+        places: The tokens that stay, each of which follows the one before.
         next_token: The model's own token behind them.
     """
 
-    number: int
+    places: Sequence[int]
     next_token: int
 
 
 def keep_by_ratio(
-    model_SV: Tensor,
-    tokens_G: Sequence[int],
-    drafted_G: Tensor,
-    draft_of: Callable[[int], Tensor],
+    draft: Branches,
+    model_at: Callable[[int], Tensor],
+    draft_at: Callable[[int], Tensor],
     generator: torch.Generator | None = None,
 ) -> Kept:
-    """Keep a token with probability min(1, p / q); for the first refused comes a draw of (p - q)+.
+    """Keep a token with probability min(1, p / q); behind refused ones comes a draw of what they leave of p.
 
-    Then what is written has distribution p, whatever q is: a token is kept with probability min(p, q), and
-    what is missing of p is what the residual, (p - q)+ brought to a sum of 1, is drawn for.
+    Then what is written has distribution p, whatever q is: see `Residual`.
 
     Args:
-        model_SV: The model's distribution p at each place. S is G + 1, or less where the model could not read
-            a token of the draft; that one must have no probability.
-        tokens_G: The draft.
-        drafted_G: Probability q of each of its tokens, in the draft's own distribution.
-        draft_of: Gives that whole distribution, (V,), of one place.
+        draft: Tokens drawn from q, at each place without replacement, in the order of the draws.
+        model_at: The model's distribution p behind the token at a place, (V,).
+        draft_at: The draft's q of the same token, (V,) or of another number of tokens; asked for only where
+            a drafted token follows.
         generator: Source of randomness.
     """
-    uniform_G = torch.rand(len(tokens_G), generator=generator, device=model_SV.device)
-    for place, token in enumerate(tokens_G):
-        p = model_SV[place, token] if token < model_SV.shape[1] else 0.0
-        if not uniform_G[place] * drafted_G[place] < p:  # So nothing impossible is kept, not even at 0.
-            model_V = model_SV[place]
-            draft_V = _fitted(draft_of(place), len(model_V))
-            missing_V = (model_V - draft_V).clamp_min(0)
-            # Equal distributions refuse nothing but by rounding, which may leave no residual.
-            return Kept(place, _drawn(missing_V if missing_V.sum() > 0 else model_V, generator))
-    return Kept(len(tokens_G), _drawn(model_SV[len(tokens_G)], generator))
+    kept: list[int] = []
+    while True:
+        place = kept[-1] if kept else TEXT
+        candidates = draft.children.get(place, ())
+        model_V = model_at(place)
+        if not candidates:
+            return Kept(kept, draw_token(model_V, generator))
+        residual = Residual(model_V, draft_at(place))
+        for candidate in candidates:
+            token = draft.tokens_G[candidate]
+            if _happens(residual.keeps(token), model_V.device, generator):
+                kept.append(candidate)
+                break
+            residual.refuse(token)
+        else:
+            return Kept(kept, draw_token(residual.model_V, generator))
 
 
-def keep_by_agreement(chosen_S: Sequence[int], tokens_G: Sequence[int]) -> Kept:
-    """Keep tokens for as long as they are those that the model has chosen itself, and then its own.
+def keep_by_agreement(draft: Branches, choice_at: Callable[[int], int]) -> Kept:
+    """Keep tokens for as long as the model has chosen them itself, and then its own.
 
-    The model chooses each token given the draft before it, so the first that differs, and all before it, are
-    what it would have written. This needs nothing of the draft but its tokens.
+    The model chooses each token given those before it, so what is kept and the first that is not are what it
+    would have written. This needs nothing of the draft but its tokens.
 
     Args:
-        chosen_S: What the model has chosen at each place, by a draw or as its likeliest.
-        tokens_G: The draft; S is G + 1, or less where the model could not read a token.
+        draft: The tokens.
+        choice_at: What the model chooses behind the token at a place, by a draw or as its likeliest.
     """
-    pairs = zip(chosen_S, tokens_G, strict=False)
-    number = next((place for place, (own, drafted) in enumerate(pairs) if own != drafted), len(tokens_G))
-    return Kept(number, chosen_S[number])
+    kept: list[int] = []
+    while True:
+        place = kept[-1] if kept else TEXT
+        chosen = choice_at(place)
+        same = [one for one in draft.children.get(place, ()) if draft.tokens_G[one] == chosen]
+        if not same:
+            return Kept(kept, chosen)
+        kept.append(same[0])
 
 
-def _drawn(weights_V: Tensor, generator: torch.Generator | None) -> int:
-    return int(torch.multinomial(weights_V, 1, generator=generator))
+class Residual:
+    """What is left of a model's distribution p as candidates that were drawn from q are refused.
+
+    A candidate x is kept with probability min(1, p(x) / q(x)). So each token is drawn and kept with
+    probability min(p, q), and what p still lacks is (p - q)+, which brought to a sum of 1 is p for the next
+    candidate; that one comes from q without x. By induction the first that is kept, or else a draw of what
+    is left, has the p of the beginning, for any number of candidates.
+
+    Args:
+        model_V: p.
+        draft_V: q, of the draft's own number of tokens: those that it lacks have no probability.
+    """
+
+    def __init__(self, model_V: Tensor, draft_V: Tensor) -> None:
+        self.model_V, self._draft_V = model_V, draft_V
+
+    def keeps(self, token: int) -> float:
+        """The probability with which a candidate is kept."""
+        if token >= len(self.model_V):
+            return 0.0
+        p, q = float(self.model_V[token]), float(self._draft_V[token])
+        return 1.0 if p >= q > 0 else p / q if q > 0 else 0.0
+
+    def refuse(self, token: int) -> None:
+        """Go on without a candidate."""
+        size = len(self.model_V)
+        draft_V = torch.nn.functional.pad(self._draft_V[:size], (0, max(0, size - len(self._draft_V))))
+        missing_V = (self.model_V - draft_V).clamp_min(0)
+        # Equal distributions refuse nothing but by rounding, which may leave no residual.
+        if (missing := missing_V.sum()) > 0:
+            self.model_V = missing_V / missing
+        others_V = self._draft_V.clone()
+        others_V[token] = 0
+        # Nothing is left where all that the draft can say is refused.
+        self._draft_V = others_V / others_V.sum().clamp_min(torch.finfo(others_V.dtype).tiny)
 
 
-def _fitted(draft_V: Tensor, vocab_size: int) -> Tensor:
-    """A distribution over the model's vocabulary: tokens that the draft lacks have no probability."""
-    missing = max(0, vocab_size - len(draft_V))
-    return torch.nn.functional.pad(draft_V[:vocab_size], (0, missing))
+def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> int:
+    """A token with a probability in proportion to its weight.
+
+    Raises:
+        ValueError: If the weights are not finite, or all 0.
+    """
+    sums_V = weights_V.cumsum(-1)
+    total = float(sums_V[-1])
+    if not 0 < total < float("inf"):
+        raise ValueError(f"there is no distribution to draw from: the sum of its weights is {total:g}.")
+    # One uniform number and a running sum; `torch.multinomial` draws a number for each token.
+    point = _uniform(weights_V.device, generator) * total
+    found = int(torch.searchsorted(sums_V, point, right=True))
+    return min(found, len(sums_V) - 1)
+
+
+def draw_distinct(weights_MV: Tensor, number: int, generator: torch.Generator | None = None) -> Tensor:
+    """Tokens of each row, (M, C), drawn without replacement, in the order of the draws.
+
+    Args:
+        weights_MV: In proportion to these, at each draw among the tokens that are left.
+        number: Number of draws C. Where no more tokens have a weight, what is drawn means nothing.
+        generator: Source of randomness.
+    """
+    left_MV, drawn = weights_MV.clone(), list[Tensor]()
+    for _ in range(number):
+        sums_MV = left_MV.cumsum(-1)
+        uniform_M1 = torch.rand(
+            len(left_MV), 1, generator=generator, device=left_MV.device, dtype=left_MV.dtype
+        )
+        found_M1 = torch.searchsorted(sums_MV, uniform_M1 * sums_MV[:, -1:], right=True)
+        drawn.append(found_M1.clamp_max(left_MV.shape[1] - 1))
+        left_MV.scatter_(1, drawn[-1], 0)
+    return torch.cat(drawn, dim=1)
+
+
+def _happens(probability: float, device: torch.device, generator: torch.Generator | None) -> bool:
+    # A uniform number may be 0, which is not less than a probability of 0.
+    return _uniform(device, generator) < probability
+
+
+def _uniform(device: torch.device, generator: torch.Generator | None) -> float:
+    return float(torch.rand((), generator=generator, device=device))

@@ -6,7 +6,7 @@ from drafts import deciding_model, distribution_of_texts, drafting_model, p_valu
 
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.generate import Drafting
-from calm.models.drafting.lookup import MOST, Lookup
+from calm.models.drafting.lookup import LONGEST, MOST, Lookup
 from calm.models.drafting.text import DraftedText
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
@@ -16,7 +16,8 @@ def searched(text, length, most):
     """What followed the last place where the end of the text stood before."""
     for end in range(len(text) - 1, length - 1, -1):
         if text[end - length : end] == text[-length:]:
-            return text[end : end + min(most, MOST)]
+            again = text[end:] * MOST
+            return again[: min(most, MOST)]
     return []
 
 
@@ -32,6 +33,21 @@ def test_the_last_such_place_is_found_however_the_text_grows(length):
         assert list(lookup.draft(text, most)) == expected
         found += bool(expected)
     assert found > 100
+
+
+def test_what_repeats_itself_is_copied_again_and_again():
+    assert Lookup(2).draft([1, 2, 3, 1, 2], 8) == [3, 1, 2, 3, 1, 2, 3, 1]
+    assert Lookup(1).draft([4, 4], 3) == [4, 4, 4]
+
+
+def test_copies_grow_for_as_long_as_they_are_kept_whole():
+    lookup, text, lengths = Lookup(2), [1, 2, 3, 1, 2], []
+    for number in range(7):
+        copied = list(lookup.draft(text, 99))
+        lengths.append(len(copied))
+        text += copied if number != 4 else copied[:5]  # The fifth is not.
+        text.append(text[-3])
+    assert lengths == [MOST, 2 * MOST, LONGEST, LONGEST, LONGEST, MOST, 2 * MOST]
 
 
 def test_nothing_is_found_where_nothing_is_asked_for():
@@ -60,7 +76,7 @@ def test_copied_drafts_leave_the_distribution_as_it_is():
     prompt, generator, texts, copied = [1, 3, 4, 3, 4, 3], torch.Generator().manual_seed(0), [], 0
     for _ in range(700):
         drafter = ChunkDrafter(draft, lookup=2)
-        copied += drafter.draft(prompt, 2, generator).drafted_G is None
+        copied += drafter.draft(prompt, 2, generator).distribution_at is None
         text = DraftedText(model, drafter, torch.tensor([prompt]), generator=generator)
         while (left := len(prompt) + 3 - text.ids_1T.shape[1]) > 0:
             text.round(left)

@@ -3,22 +3,17 @@
 import pytest
 import torch
 from drafts import deciding_model, distribution_of_texts, drafting_model, p_value, some_prompts
-from transformers import (
-    LogitsProcessorList,
-    MistralConfig,
-    MistralForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    TemperatureLogitsWarper,
-)
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
+from worlds import Worlds, distribution_of_outcomes, largest_error
 
 from calm.core import speculative
+from calm.core.branches import TEXT, Branches
 from calm.core.speculative import Kept
+from calm.models.drafting import growing
 from calm.models.drafting import text as drafted_text
-from calm.models.drafting.draft import ChunkDrafter
-from calm.models.drafting.text import DraftedText, check_model
+from calm.models.drafting.draft import ChunkDrafter, Draft
+from calm.models.drafting.passes import TextPasses
+from calm.models.drafting.text import DraftedText
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 SAMPLES, VOCABULARY = 700, 5
@@ -42,24 +37,42 @@ def test_greedily_the_text_is_the_models_own(head_type, num_chunks):
         assert text.ids_1T.tolist() == alone.tolist()
 
 
-def repeating(prompt_1T, model, draft):
-    """Lets a draft write what the model would, so that much of it stays."""
+class Knowing:
+    """Drafts what the model would write, but errs every now and then, at any place.
+
+    Args:
+        alone: The text that the model writes.
+        in_branches: Whether each token has another beside it.
+    """
+
+    def __init__(self, alone, in_branches):
+        self.alone, self.in_branches = alone, in_branches
+
+    def draft(self, text, most, generator=None, in_branches=False):
+        known = self.alone[len(text) : len(text) + most][:5]
+        wrong = len(text) % 4
+        right = [*known[:wrong], 3, *known[wrong + 1 :]] if wrong else known
+        if not (self.in_branches and in_branches):
+            return Draft(Branches.line(right))
+        tokens, parents, place = [], [], TEXT
+        for number, token in enumerate(right):
+            pair = [token, 7] if (len(text) + number) % 2 else [7, token]
+            parents += [place, place]
+            tokens += pair if token != 7 else [7, 8]
+            place = len(tokens) - 2 + pair.index(token)
+        return Draft(Branches(tokens, parents))
+
+
+def drafted_by_one_who_knows(in_branches, **arguments):
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
     alone = model.generate(prompt_1T, max_new_tokens=80, do_sample=False)[0].tolist()
-
-    class Knowing(ChunkDrafter):
-        def draft(self, text, most, generator=None):
-            drafted = super().draft(text, most, generator)
-            known = alone[len(text) : len(text) + most][:5]
-            wrong = len(text) % 4  # Every now and then it errs, at any place.
-            return drafted._replace(tokens_G=[*known[:wrong], 3, *known[wrong + 1 :]] if wrong else known)
-
-    return Knowing(draft, 0.0), alone
+    drafter = Knowing(alone, in_branches)
+    return DraftedText(model, drafter, prompt_1T, is_greedy=True, **arguments), alone
 
 
-def test_greedily_the_text_is_the_models_own_where_drafts_are_good():
-    model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
-    knowing, alone = repeating(prompt_1T, model, draft)
-    text = DraftedText(model, knowing, prompt_1T, is_greedy=True)
+@pytest.mark.parametrize("in_branches", [False, True])
+def test_greedily_the_text_is_the_models_own_where_drafts_are_good(in_branches):
+    text, alone = drafted_by_one_who_knows(in_branches)
     while text.ids_1T.shape[1] < 70:
         text.round(100)
     assert text.ids_1T[0].tolist() == alone[: text.ids_1T.shape[1]]
@@ -91,20 +104,85 @@ def test_texts_have_the_models_distribution(head_type, temperature):
 
 
 def test_a_lost_token_behind_a_whole_draft_would_be_seen(monkeypatch):
-    def without_it(model_SV, tokens_G, *others):
-        kept = speculative.keep_by_ratio(model_SV, tokens_G, *others)
-        return Kept(kept.number, kept.next_token if kept.number < len(tokens_G) else tokens_G[-1])
+    def without_it(draft, *others):
+        kept = speculative.keep_by_ratio(draft, *others)
+        is_whole = kept.places and kept.places[-1] not in draft.children
+        return Kept(kept.places, draft.tokens_G[kept.places[-1]] if is_whole else kept.next_token)
 
     monkeypatch.setattr(drafted_text, "keep_by_ratio", without_it)
     assert sampled("sequential", 1.0, num_chunks=2) < 1e-6
 
 
-def test_a_stale_cache_would_be_seen(monkeypatch):
-    model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
-    monkeypatch.setattr(drafted_text.DynamicCache, "crop", lambda self, number: None)
+def outcomes_of_round(monkeypatch, number_before):
+    """How likely each outcome of a round is, {new tokens: probability}, the text before, and the model.
+
+    All that chance could do is gone through, in the draft and in the decision. Rounds before have kept the
+    second candidate of their draft.
+    """
+    model, draft = deciding_model(3), drafting_model(chunk_size=2, vocab_size=4)
+    worlds, [prompt] = Worlds(), [[1, 2, 2, 0, 1]]
+    worlds.patch(monkeypatch, growing, drafted_text)
+    before = {}
+
+    def run():
+        drafter = ChunkDrafter(draft, tree_tokens=3)
+        text = DraftedText(model, drafter, torch.tensor([prompt]))
+        for _ in range(number_before):
+            with monkeypatch.context() as scripted:
+                # The second candidate is kept, and what may follow it is drawn.
+                answers = iter([False, True])
+                scripted.setattr(
+                    growing, "draw_distinct", lambda weights_MV, number, _: weights_MV.topk(number).indices
+                )
+                scripted.setattr(speculative, "_happens", lambda *_: next(answers))
+                scripted.setattr(speculative, "draw_token", lambda weights_V, _: int(weights_V.argmax()))
+                assert len(text.round(9)) == 2
+        before["text"] = text.ids_1T[0].tolist()
+        return tuple(text.round(9))
+
+    return distribution_of_outcomes(worlds, run), before["text"], model
+
+
+def error_of_round(monkeypatch, number_before):
+    outcomes, text, model = outcomes_of_round(monkeypatch, number_before)
+    assert max(len(tokens) for tokens in outcomes) == 3
+
+    @torch.no_grad()
+    def next_of(before):
+        return model(torch.tensor([[*text, *before]])).logits[0, -1].softmax(-1)
+
+    return largest_error(outcomes, next_of)
+
+
+@pytest.mark.parametrize("number_before", [0, 1])
+def test_a_round_has_exactly_the_models_distribution(number_before, monkeypatch):
+    assert error_of_round(monkeypatch, number_before) < 1e-5  # Scores are in single precision.
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault", "number_before"),
+    [
+        # What was read of other ways stays in the cache instead of the way that was kept.
+        (TextPasses, "take_back", lambda self, number, but=(): self._cache.crop(len(but) - number), 1),
+        # Each drafted token sees all before it, those of other ways too.
+        (Branches, "sees", lambda self: torch.ones(len(self), len(self), dtype=torch.bool).tril(), 0),
+        # Positions count places instead of tokens before.
+        (Branches, "depths", property(lambda self: range(len(self))), 0),
+    ],
+)
+def test_faults_of_a_pass_would_be_seen(owner, name, fault, number_before, monkeypatch):
+    monkeypatch.setattr(owner, name, fault)
+    assert error_of_round(monkeypatch, number_before) > 1e-3
+
+
+@pytest.mark.parametrize("in_branches", [False, True])
+def test_a_stale_cache_would_be_seen(in_branches, monkeypatch):
+    monkeypatch.setattr(TextPasses, "take_back", lambda self, number, but=(): None)
+    text, alone = drafted_by_one_who_knows(in_branches)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
-        alone = model.generate(prompt_1T, max_new_tokens=40, do_sample=False)
-        assert greedy(model, draft, prompt_1T, 40).ids_1T.tolist() == alone.tolist()
+        for _ in range(10):
+            text.round(100)
+        assert text.ids_1T[0].tolist() == alone[: text.ids_1T.shape[1]]
 
 
 def test_padding_in_front_changes_nothing():
@@ -115,22 +193,20 @@ def test_padding_in_front_changes_nothing():
     assert text.ids_1T[0, 3:].tolist() == greedy(model, draft, prompt_1T, 20).ids_1T[0].tolist()
 
 
-def test_processors_see_the_tokens_of_the_draft_before_their_place():
-    model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
-    knowing, _ = repeating(prompt_1T, model, draft)
+@pytest.mark.parametrize("in_branches", [False, True])
+def test_processors_see_the_tokens_of_the_draft_before_their_place(in_branches):
     seen = []
 
     def note(ids_1T, scores_1V):
         seen.append(ids_1T[0].tolist())
         return scores_1V
 
-    text = DraftedText(model, knowing, prompt_1T, None, LogitsProcessorList([note]), is_greedy=True)
+    text, _ = drafted_by_one_who_knows(in_branches, processors=LogitsProcessorList([note]))
     for _ in range(6):
         before = len(seen)
         new = text.round(100)
-        asked = seen[before : before + len(new)]
         written = text.ids_1T[0].tolist()
-        assert asked == [written[: len(written) - left] for left in range(len(new), 0, -1)]
+        assert seen[before:] == [written[: len(written) - left] for left in range(len(new), 0, -1)]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
@@ -144,24 +220,6 @@ def test_models_and_drafts_of_other_vocabularies(chunk_size):
         alone = model.generate(prompt_1T, max_new_tokens=8, do_sample=False)
         assert vocab_size == 50 or int(alone.max()) >= 30  # Tokens that the draft lacks are read too.
         assert greedy(model, draft, prompt_1T, 8).ids_1T.tolist() == alone.tolist()
-
-
-def test_models_that_forget_are_refused():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    check_model(
-        MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=None, **sizes))
-    )
-    with pytest.raises(ValueError, match="forgets old tokens"):
-        check_model(
-            MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=8, **sizes))
-        )
-    with pytest.raises(ValueError, match="remembers nothing"):
-        check_model(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=40, n_embd=16, n_layer=1, n_head=2)))
-    encoder_decoder = T5ForConditionalGeneration(
-        T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
-    )
-    with pytest.raises(ValueError, match="causal language models"):
-        check_model(encoder_decoder)
 
 
 def test_a_long_text_is_read_in_pieces_by_both():
@@ -183,7 +241,8 @@ def test_scores_are_made_of_the_places_that_are_looked_at():
     model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([30])
     widths = []
     handle = model.lm_head.register_forward_hook(lambda module, given, out: widths.append(out.shape[1]))
-    text = DraftedText(model, ChunkDrafter(draft, 0.0), prompt_1T, is_greedy=True)
-    text.round(9)
+    for tree_tokens in (0, 6):
+        drafter = ChunkDrafter(draft, 0.0, tree_tokens=tree_tokens)
+        DraftedText(model, drafter, prompt_1T, is_greedy=True).round(9)
     handle.remove()
-    assert widths == [5]
+    assert widths == [5, 7]

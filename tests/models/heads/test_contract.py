@@ -220,9 +220,9 @@ def test_chunks_at_low_temperature(head_type, sampler):
 @every_head
 @pytest.mark.parametrize("draws", [1, 6])
 def test_flops_agree_with_an_independent_counter(head_type, draws):
-    """But for what a head makes of the time alone, once for all positions.
+    """But for what a head makes of the time alone, once for all positions, and a bias of scores.
 
-    The counter knows no fused attention of a CPU.
+    The counter knows no fused attention of a CPU, and no additions.
     """
     model, positions = model_with(head_type), 10
     hidden = states(model.head, positions)
@@ -231,8 +231,9 @@ def test_flops_agree_with_an_independent_counter(head_type, draws):
         draws_of(model.head, hidden, draws)
     config = model.config.head
     of_time = 2 * config.calls * (16 * 32 + 32 * 32) if isinstance(config, StepHeadConfig) else 0
+    of_bias = 2 * positions * draws * 4 * 40 if head_type == "sequential" else 0
     expected = positions * (flops.shared + draws * flops.per_draw)
-    assert counter.get_total_flops() - of_time == expected
+    assert counter.get_total_flops() - of_time + of_bias == expected
     cost = cost_of(model.config, Work(draws=draws))
     assert cost.inference["head"] * 4 == pytest.approx(expected / positions)
 

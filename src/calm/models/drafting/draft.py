@@ -10,16 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calm.core.branches import Branches
 from calm.core.samplers import HeadSampler, PoolSampler, Sampler
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
+from calm.models.drafting.growing import Growing, best_shape, line_shape
 from calm.models.drafting.lookup import Lookup
-from calm.models.heads import Likelihood, TokenDistributions
+from calm.models.heads import TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE
 from calm.models.writing.alternatives import ends_of, up_to_end
 from calm.models.writing.reading import read_on
 from calm.models.writing.slots import SlotCache
 from calm.models.writing.steps import SlotSteps
+
+TREE_TOKENS = 8
+"""More tokens are kept of a larger tree, and to read them takes longer (docs/log.md)."""
 
 _FEW = 4  # So many chunks are read one after the other: a step costs less than a pass.
 
@@ -28,14 +33,13 @@ class Draft(NamedTuple):
     """Tokens that may come next.
 
     Args:
-        tokens_G: The tokens.
-        drafted_G: Probability of each given those before it; None if the head cannot tell, or had no say.
-        distribution: Gives the whole distribution, (V,), of one place; None likewise.
+        branches: The tokens.
+        distribution_at: Gives the distribution, (V,), that those behind the token at a place were drawn from,
+            without replacement; None if the head cannot tell, or had no say.
     """
 
-    tokens_G: Sequence[int]
-    drafted_G: Tensor | None = None
-    distribution: Callable[[int], Tensor] | None = None
+    branches: Branches = Branches()
+    distribution_at: Callable[[int], Tensor] | None = None
 
 
 @dataclass
@@ -61,6 +65,8 @@ class ChunkDrafter:
             a single one does.
         lookup: Tokens at the end of the text that must have stood in it before, for a draft to be copied from
             there (see `calm.models.drafting.lookup`); 0 copies nothing.
+        tree_tokens: Tokens of the first chunk's draft if it goes on in several ways, as heads draft it that
+            know their probabilities; 0 has one way.
     """
 
     def __init__(
@@ -70,8 +76,9 @@ class ChunkDrafter:
         num_chunks: int = 1,
         num_draws: int = 16,
         lookup: int = 0,
+        tree_tokens: int = TREE_TOKENS,
     ) -> None:
-        self._model, self._num_chunks = model, num_chunks
+        self._model, self._num_chunks, self._tree_tokens = model, num_chunks, tree_tokens
         self._steps = SlotSteps(model)
         self._sampler = _sampler_for(model, temperature, num_draws)
         self._readings: dict[int, _Reading] = {}
@@ -81,41 +88,47 @@ class ChunkDrafter:
     @property
     def tells_probabilities(self) -> bool:
         """Whether drafts come with their probabilities."""
-        head = self._model.head
         is_drawn = isinstance(self._sampler, HeadSampler) and self._sampler.temperature >= MIN_TEMPERATURE
-        return is_drawn and isinstance(head, Likelihood) and isinstance(head, TokenDistributions)
+        return is_drawn and isinstance(self._model.head, TokenDistributions)
 
     @torch.no_grad()
-    def draft(self, text: Sequence[int], most: int, generator: torch.Generator | None = None) -> Draft:
+    def draft(
+        self,
+        text: Sequence[int],
+        most: int,
+        generator: torch.Generator | None = None,
+        in_branches: bool = False,
+    ) -> Draft:
         """What may come next; nothing where the draft's context is full.
 
         Args:
             text: All tokens so far. Of a text that was seen before, all but the tokens behind its end stay.
-            most: Tokens of the draft, at most.
+            most: Tokens of the longest way, at most.
             generator: Source of randomness, on the model's device.
+            in_branches: Whether the draft may go on in several ways.
         """
         if most > 0 and (copied := self._lookup.draft(text, most)):
-            return Draft(copied)
+            return Draft(Branches.line(copied))
         size = self._model.config.chunk_size
         num_chunks = min(self._num_chunks, -(-most // size))
         if most < 1 or not self._has_room(text, num_chunks):
-            return Draft(())
+            return Draft()
         reading = self._read(text)
         # What is drafted is written behind the text, where the next text overwrites it.
         state_1D, cache = reading.state_1D, reading.cache.shared()
-        states, chunks = [], []
-        while True:
-            sample = self._model.sample_chunks(state_1D, self._sampler, generator, self._steps.compiled)
-            states.append(state_1D)
-            chunks.append(sample.chunks_RK)
-            if len(chunks) == num_chunks or not self._ends.isdisjoint(sample.chunks_RK[0].tolist()):
+        if not isinstance(self._model.head, TokenDistributions):
+            return Draft(Branches.line(self._line(state_1D, cache, num_chunks, generator)[:most]))
+        line = line_shape(size)
+        shape = best_shape(self._tree_tokens, size) if in_branches and self._tree_tokens else line
+        if num_chunks > 1:
+            shape = {**line, **shape}  # The next chunk follows a whole one.
+        growing = Growing(self._model.head, self._sampler.temperature, self._ends, generator)
+        for number in range(num_chunks):
+            chunk_K = growing.add_chunk(state_1D, size, shape, most - number * size)
+            if chunk_K is None or number + 1 == num_chunks:
                 break
-            state_1D = self._steps.advance(sample.chunks_RK, cache)
-        states_CD, chunks_CK = torch.cat(states), torch.cat(chunks)
-        tokens_G = up_to_end(chunks_CK.flatten().tolist(), self._ends)[:most]
-        if not self.tells_probabilities:
-            return Draft(tokens_G)
-        return self._with_probabilities(tokens_G, states_CD, chunks_CK)
+            state_1D, shape = self._steps.advance(chunk_K.unsqueeze(0), cache), line
+        return Draft(growing.branches, growing.distribution_at if self.tells_probabilities else None)
 
     @torch.no_grad()
     def read_ahead(self, text: Sequence[int], most: int) -> bool:
@@ -127,11 +140,11 @@ class ChunkDrafter:
         """
         if not self._has_room(text, 1):
             return True  # Nothing will be drafted.
-        reading, left_CK = self._unread(text)
-        num_chunks = max(1, most // self._model.config.chunk_size)
-        if len(left_CK) <= num_chunks:
+        size, reading = self._model.config.chunk_size, self._reading_of(text)
+        num_chunks, num_read = max(1, most // size), 0 if reading is None else reading.cache.lengths[0]
+        if -(-len(text) // size) - num_read <= num_chunks:
             return True
-        self._read_piece(text, reading, left_CK[:num_chunks])
+        self._read_piece(text, reading, self._unread(text, reading)[:num_chunks])
         return False
 
     def _has_room(self, text: Sequence[int], num_chunks: int) -> bool:
@@ -140,23 +153,23 @@ class ChunkDrafter:
         whole = -(-len(text) // size) * size
         return self._longest is None or whole + size * (num_chunks - 1) <= self._longest
 
-    def _with_probabilities(self, tokens_G: Sequence[int], states_CD: Tensor, chunks_CK: Tensor) -> Draft:
-        head, size, temperature = self._model.head, chunks_CK.shape[1], self._sampler.temperature
-        assert isinstance(head, Likelihood)
-        of_token_CK = head.token_probabilities(states_CD, chunks_CK, temperature).of_token_PK
-
-        def distribution(place: int) -> Tensor:
-            assert isinstance(head, TokenDistributions)
-            chunk, within = divmod(place, size)
-            part = slice(chunk, chunk + 1)
-            with torch.no_grad():
-                return head.token_distribution(states_CD[part], chunks_CK[part], within, temperature)[0]
-
-        return Draft(tokens_G, of_token_CK.flatten()[: len(tokens_G)], distribution)
+    def _line(
+        self, state_1D: Tensor, cache: SlotCache, num_chunks: int, generator: torch.Generator | None
+    ) -> list[int]:
+        """The next chunks as the head draws them, up to an end."""
+        tokens: list[int] = []
+        while True:
+            sample = self._model.sample_chunks(state_1D, self._sampler, generator, self._steps.compiled)
+            tokens += up_to_end(sample.chunks_RK[0].tolist(), self._ends)
+            num_chunks -= 1
+            if num_chunks == 0 or tokens[-1] in self._ends:
+                return tokens
+            state_1D = self._steps.advance(sample.chunks_RK, cache)
 
     def _read(self, text: Sequence[int]) -> _Reading:
         """Read on in the alignment in which the text ends with a chunk."""
-        reading, left_CK = self._unread(text)
+        reading = self._reading_of(text)
+        left_CK = self._unread(text, reading)
         if reading is not None and len(left_CK) <= _FEW:
             for chunk_K in left_CK:
                 reading.state_1D = self._steps.advance(chunk_K.unsqueeze(0), reading.cache)
@@ -170,18 +183,23 @@ class ChunkDrafter:
         reading = self._readings[-len(text) % self._model.config.chunk_size] = _Reading(cache, state_1D)
         return reading
 
-    def _unread(self, text: Sequence[int]) -> tuple[_Reading | None, Tensor]:
-        """What has been read in the alignment in which the text ends with a chunk, and the chunks left."""
-        config, device = self._model.config, self._model.device
+    def _reading_of(self, text: Sequence[int]) -> _Reading | None:
+        """What has been read in the alignment in which the text ends with a chunk."""
+        return self._readings.get(-len(text) % self._model.config.chunk_size)
+
+    def _unread(self, text: Sequence[int], reading: _Reading | None) -> Tensor:
+        """The chunks (C, K) that are left to read in an alignment."""
+        config = self._model.config
         size, pad = config.chunk_size, config.pad_token_id or 0
         padding = -len(text) % size
-        reading = self._readings.get(padding)
-        num_read = 0 if reading is None else reading.cache.lengths[0]
         # Only what is left is copied: a round costs the same however long the text is.
-        left = [pad] * padding + list(text) if num_read == 0 else text[num_read * size - padding :]
-        left_CK = torch.tensor(left, dtype=torch.long, device=device).unflatten(0, (-1, size))
+        if reading is None:
+            left = [pad] * padding + list(text)
+        else:
+            left = list(text[reading.cache.lengths[0] * size - padding :])
+        left_CK = torch.tensor(left, dtype=torch.long, device=self._model.device).unflatten(0, (-1, size))
         # The model that decides may write tokens that the draft does not have.
-        return reading, left_CK.masked_fill(left_CK >= config.vocab_size, pad)
+        return left_CK.masked_fill(left_CK >= config.vocab_size, pad)
 
 
 def _sampler_for(model: CalmForCausalLM, temperature: float, num_draws: int) -> Sampler:

@@ -16,8 +16,9 @@ from transformers.utils import ModelOutput
 
 from calm.core.random import generators_of_rows
 from calm.models.calm import CalmForCausalLM
-from calm.models.drafting.draft import ChunkDrafter
-from calm.models.drafting.text import DraftedText, check_model
+from calm.models.drafting.draft import TREE_TOKENS, ChunkDrafter
+from calm.models.drafting.passes import check_model
+from calm.models.drafting.text import DraftedText
 from calm.models.writing.alternatives import ends_of
 
 # What `generate` takes that a draft does not go with, and what asks for nothing.
@@ -69,6 +70,7 @@ class Drafting:
         num_chunks: Chunks of a draft.
         num_draws: See `ChunkDrafter`.
         lookup: See `ChunkDrafter`.
+        tree_tokens: See `ChunkDrafter`.
         streamer: Gets the prompt and the tokens. The one that `generate` is given does not come through.
         generator: Source of randomness, on the model's device; torch's own where None.
     """
@@ -77,6 +79,7 @@ class Drafting:
     num_chunks: int = 1
     num_draws: int = 16
     lookup: int = 3
+    tree_tokens: int = TREE_TOKENS
     streamer: BaseStreamer | None = None
     generator: torch.Generator | None = None
 
@@ -86,8 +89,9 @@ class Drafting:
                 f"a draft is written by a CALM, not by a {type(self.draft).__name__}; for a smaller model of "
                 "tokens transformers has assistant_model."
             )
-        if self.lookup < 0:
-            raise ValueError(f"lookup must be at least 0, got {self.lookup}.")
+        for name in ("lookup", "tree_tokens"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
         if self.num_chunks < 1 or self.num_draws < 1:
             raise ValueError(
                 f"num_chunks and num_draws must be at least 1, got {self.num_chunks} and {self.num_draws}."
@@ -113,7 +117,9 @@ class Drafting:
         temperature = 0.0 if is_greedy else generation_config.temperature or 1.0
         text = DraftedText(
             model,
-            ChunkDrafter(self.draft, temperature, self.num_chunks, self.num_draws, self.lookup),
+            ChunkDrafter(
+                self.draft, temperature, self.num_chunks, self.num_draws, self.lookup, self.tree_tokens
+            ),
             input_ids,
             model_kwargs.get("attention_mask"),
             logits_processor,

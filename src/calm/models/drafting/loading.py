@@ -5,7 +5,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
-from calm.models.drafting.text import check_model
+from calm.models.drafting.passes import check_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.text.vocabulary import first_difference
 

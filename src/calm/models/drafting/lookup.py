@@ -6,8 +6,8 @@ and prompts that are quoted, are drafted for nothing.
 
 from collections.abc import Sequence
 
-MOST = 10
-"""Tokens that are copied, at most."""
+MOST, LONGEST = 10, 40
+"""Tokens that are copied, at most; twice as many after a copy that was kept whole, up to the longest."""
 
 
 class Lookup:
@@ -21,9 +21,11 @@ class Lookup:
         self._length = length
         self._ends: dict[tuple[int, ...], int] = {}  # Of tokens that something followed: where that began.
         self._seen = length
+        self._copied: tuple[int, list[int]] = (0, [])  # Where the last copy was put, and what it was.
+        self._most = MOST
 
     def draft(self, text: Sequence[int], most: int) -> Sequence[int]:
-        """What followed the last tokens where they stood last; nothing if they are new.
+        """What followed the last tokens where they stood last, again and again; nothing if they are new.
 
         Args:
             text: All tokens so far. Of a text that was seen before, tokens are only added.
@@ -35,4 +37,12 @@ class Lookup:
             self._ends[tuple(text[end - self._length : end])] = end
         self._seen = max(self._seen, len(text))
         begin = self._ends.get(tuple(text[-self._length :]))
-        return () if begin is None else text[begin : begin + min(most, MOST)]
+        if begin is None:
+            return ()
+        first, copied = self._copied
+        is_kept = len(copied) == self._most and list(text[first : first + len(copied)]) == copied
+        self._most = min(2 * self._most, LONGEST) if is_kept else MOST
+        # What repeats itself may be shorter than the copy, which then repeats it again.
+        period = len(text) - begin
+        self._copied = len(text), [text[begin + number % period] for number in range(min(most, self._most))]
+        return self._copied[1]

@@ -1,22 +1,19 @@
 """A text that one model writes and another drafts, round by round.
 
-Shapes: G drafted tokens, S places that the model reads, T tokens, V vocabulary.
+Shapes: T tokens, V vocabulary.
 """
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from calm.core.speculative import Kept, keep_by_agreement, keep_by_ratio
-from calm.models.caches import CACHE
+from calm.core.branches import TEXT
+from calm.core.speculative import Kept, draw_token, keep_by_agreement, keep_by_ratio
 from calm.models.drafting.draft import ChunkDrafter, Draft
+from calm.models.drafting.passes import TextPasses
 
 
 @dataclass
@@ -25,7 +22,7 @@ class DraftCounts:
 
     Args:
         rounds: Passes of the model that decides.
-        drafted: Tokens that were drafted.
+        drafted: Tokens that were drafted, of each draft those of its longest way.
         kept: Drafted tokens that stayed; each round adds one of the model's own.
     """
 
@@ -58,15 +55,12 @@ class DraftedText:
         generator: torch.Generator | None = None,
     ) -> None:
         self.ids_1T, self.counts = ids_1T, DraftCounts()
-        self._model, self._drafter = model, drafter
+        self._passes, self._drafter = TextPasses(model), drafter
         self._processors = LogitsProcessorList() if processors is None else processors
         self._is_greedy, self._generator = is_greedy, generator
         text_T = ids_1T[0] if mask_1T is None else ids_1T[0, mask_1T[0].bool()]
         self._text: list[int] = text_T.tolist()
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-        taken = _arguments(model)
-        self._takes_last, self._takes_positions = "logits_to_keep" in taken, "position_ids" in taken
 
     @torch.no_grad()
     def read_ahead(self, most: int) -> bool:
@@ -75,10 +69,10 @@ class DraftedText:
         Args:
             most: Tokens of a piece.
         """
-        first = self._cache.get_seq_length()
+        first = len(self._passes)
         if len(self._text) - first <= most:
             return self._drafter.read_ahead(self._text, most)
-        self._pass(self._text[first : first + most], 1)
+        self._passes.read(self._text[first : first + most])
         return False
 
     @torch.no_grad()
@@ -88,74 +82,44 @@ class DraftedText:
         Args:
             most: How many there may be, at least 1.
         """
-        draft = self._drafter.draft(self._text, most - 1, self._generator)
-        # A token that the model does not have is never kept; its place is still read, and decided.
-        readable = list(takewhile(lambda token: token < self._vocab_size, draft.tokens_G))
-        scores_SV = self._read(readable)
-        kept = self._decide(draft, scores_SV)
-        new = [*draft.tokens_G[: kept.number], kept.next_token]
-        if refused := len(readable) - kept.number:
-            self._cache.crop(-refused)
+        draft = self._drafter.draft(self._text, most - 1, self._generator, self._passes.takes_branches)
+        branches = draft.branches
+        # A token that the model does not have is never kept, nor what follows it.
+        row_of = {TEXT: 0}
+        for place, (token, parent) in enumerate(zip(branches.tokens_G, branches.parents_G, strict=True)):
+            if token < self._vocab_size and parent in row_of:
+                row_of[place] = len(row_of)
+        _, *places = row_of
+        scores_SV = self._passes.read(self._text[len(self._passes) :], branches.part(places))
+
+        def scores_at(place: int) -> Tensor:
+            scores_1V = scores_SV[row_of[place]].unsqueeze(0).float()
+            return self._processed(scores_1V, branches.tokens_to(place))
+
+        kept = self._decide(draft, scores_at)
+        self._passes.take_back(len(places), [row_of[place] - 1 for place in kept.places])
+        new = [*(branches.tokens_G[place] for place in kept.places), kept.next_token]
         self._text += new
         self.ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([new])], dim=1)
         self.counts.rounds += 1
-        self.counts.drafted += len(draft.tokens_G)
-        self.counts.kept += kept.number
+        self.counts.drafted += branches.longest
+        self.counts.kept += len(kept.places)
         return new
 
-    def _read(self, drafted: Sequence[int]) -> Tensor:
-        """Scores (S, V) of the next token behind the text, and behind each token of a draft."""
-        num_places = len(drafted) + 1
-        unread = self._text[self._cache.get_seq_length() :]
-        scores_SV = self._pass([*unread, *drafted], num_places).float()
+    def _processed(self, scores_1V: Tensor, drafted: list[int]) -> Tensor:
+        """Scores behind the text and some drafted tokens, as processors make them."""
         if not self._processors:
-            return scores_SV
-        before_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([list(drafted)])], dim=1)
-        length = self.ids_1T.shape[1]
-        # One place after the other, as processors may look at all tokens before it.
-        rows = [
-            self._processors(before_1T[:, : length + place], scores_SV[place : place + 1])  # type: ignore[arg-type]
-            for place in range(num_places)
-        ]
-        return torch.cat(rows)
+            return scores_1V
+        before_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([drafted])], dim=1)
+        return self._processors(before_1T, scores_1V)  # type: ignore[arg-type]
 
-    def _pass(self, tokens: Sequence[int], num_places: int) -> Tensor:
-        """Read tokens on; scores (S, V) behind the last so many."""
-        more: dict[str, Any] = {"logits_to_keep": num_places} if self._takes_last else {}
-        ids_1S = self.ids_1T.new_tensor([list(tokens)])
-        if self._takes_positions:  # As `generate` gives them, whatever a model's own would be.
-            first = self._cache.get_seq_length()
-            more["position_ids"] = torch.arange(first, first + len(tokens), device=ids_1S.device).unsqueeze(0)
-        scores_1SV: Tensor = self._model(ids_1S, use_cache=True, **{CACHE: self._cache}, **more).logits
-        return scores_1SV[0, -num_places:]
-
-    def _decide(self, draft: Draft, scores_SV: Tensor) -> Kept:
+    def _decide(self, draft: Draft, scores_at: Callable[[int], Tensor]) -> Kept:
         if self._is_greedy:
-            return keep_by_agreement(scores_SV.argmax(-1).tolist(), draft.tokens_G)
-        model_SV = scores_SV.softmax(-1)
-        if draft.drafted_G is not None and draft.distribution is not None:
-            return keep_by_ratio(
-                model_SV, draft.tokens_G, draft.drafted_G, draft.distribution, self._generator
-            )
-        drawn_S1 = torch.multinomial(model_SV, 1, generator=self._generator)
-        return keep_by_agreement(drawn_S1.flatten().tolist(), draft.tokens_G)
+            return keep_by_agreement(draft.branches, lambda place: int(scores_at(place).argmax()))
 
+        def model_at(place: int) -> Tensor:
+            return scores_at(place)[0].softmax(-1)
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose cache cannot be cut back to what is kept of a draft."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder or not model.can_generate() or model._is_stateful:
-        raise ValueError(f"a draft is for causal language models with attention, not for a {name}.")
-    if CACHE not in _arguments(model):
-        raise ValueError(f"a {name} remembers nothing of what it has read, so a draft does not go with it.")
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        raise ValueError(
-            f"a {name} with these settings forgets old tokens, so it cannot take back a draft; leave it out."
-        )
-
-
-def _arguments(model: PreTrainedModel) -> set[str]:
-    """What a pass of a model takes by name; what a class hands on to its parent included."""
-    passes = [vars(one)["forward"] for one in type(model).__mro__ if "forward" in vars(one)]
-    return {name for one in passes for name in inspect.signature(one).parameters}
+        if draft.distribution_at is not None:
+            return keep_by_ratio(draft.branches, model_at, draft.distribution_at, self._generator)
+        return keep_by_agreement(draft.branches, lambda place: draw_token(model_at(place), self._generator))

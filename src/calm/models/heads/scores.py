@@ -1,5 +1,6 @@
 """Scores of a whole vocabulary, in parts where there are too many for memory.
 
+As in `calm.core.cross_entropy`, a table has a vector for each token, and a bias may be added to its products.
 Shapes: M rows, X size of their vectors, V vocabulary.
 """
 
@@ -14,10 +15,12 @@ from calm.core.cross_entropy import rows_at_once
 _GROUP = 64  # Tokens of a draw's first step.
 
 
-def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Tensor:
+def probabilities(
+    vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
     """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
     tokens = _parts(tokens_M, table_VX)
-    parts = zip(token_distributions(vectors_MX, table_VX), tokens, strict=True)
+    parts = zip(token_distributions(vectors_MX, table_VX, bias_V), tokens, strict=True)
     return torch.cat(
         [
             torch.stack(
@@ -29,21 +32,23 @@ def probabilities(vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor) -> Ten
     )
 
 
-def likeliest(vectors_MX: Tensor, table_VX: Tensor) -> tuple[Tensor, Tensor]:
+def likeliest(vectors_MX: Tensor, table_VX: Tensor, bias_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of each row the token with the highest score, (M,), the first of equals, and that score, (M,)."""
-    best = [F.linear(part_MX, table_VX).float().max(-1) for part_MX in _parts(vectors_MX, table_VX)]
+    best = [F.linear(part_MX, table_VX, bias_V).float().max(-1) for part_MX in _parts(vectors_MX, table_VX)]
     return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
 
-def draw_tokens(vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A token from each row's distribution: where its running sum first exceeds the uniform number, (M,).
 
     And the last of these sums, (M,): 1 but for rounding, and not finite where the scores are not.
     """
     if torch.compiler.is_compiling():
-        return _draw_in_two_steps(F.linear(vectors_MX, table_VX).float(), uniform_M)
+        return _draw_in_two_steps(F.linear(vectors_MX, table_VX, bias_V).float(), uniform_M)
     chosen, totals, first = [], [], 0
-    for p_MV in token_distributions(vectors_MX, table_VX):
+    for p_MV in token_distributions(vectors_MX, table_VX, bias_V):
         sums_MV = p_MV.cumsum(-1)
         # Times the last sum, which is not quite 1: no number lies beyond it.
         points_M1 = uniform_M[first : first + p_MV.shape[0], None].to(sums_MV.dtype) * sums_MV[:, -1:]
@@ -77,10 +82,12 @@ def _draw_in_two_steps(scores_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Te
     return tokens_M.clamp_max(vocab_size - 1), total_M1.squeeze(-1)
 
 
-def token_distributions(vectors_MX: Tensor, table_VX: Tensor) -> Iterator[Tensor]:
+def token_distributions(
+    vectors_MX: Tensor, table_VX: Tensor, bias_V: Tensor | None = None
+) -> Iterator[Tensor]:
     """The distribution over the vocabulary of each row, (m, V), for some rows at a time."""
     for part_MX in _parts(vectors_MX, table_VX):
-        yield F.linear(part_MX, table_VX).float().softmax(-1)
+        yield F.linear(part_MX, table_VX, bias_V).float().softmax(-1)
 
 
 def _parts(of_rows: Tensor, table_VX: Tensor) -> Sequence[Tensor]:

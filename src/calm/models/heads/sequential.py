@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.core.cross_entropy import cross_entropy
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
@@ -98,12 +97,6 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
         return self.embed_tokens(chunks_BCK).flatten(-2)
 
-    def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """See `Likelihood`."""
-        vectors_MR = self._vectors_of_rank(states_PD, tokens_PK)
-        losses_M = cross_entropy(vectors_MR, self.scores.weight, tokens_PK.flatten(), self.scores.bias)
-        return losses_M.view_as(tokens_PK)
-
     def prepare(self, states_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
         state_PD, before_PKE = self._parts(states_PD)
@@ -122,15 +115,16 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         *modulations, direct_PX, before_PX = prepared_P.split(widths, dim=-1)
         direct_PKR = direct_PX.unflatten(-1, (size, -1))
         known = list(before_PX.unflatten(-1, (size, -1)).expand(uniform_NPK.shape[0], -1, -1, -1).unbind(-2))
-        table_VX, tokens = self._table(), []
+        (table_VR, bias_V), tokens = self._table(), list[Tensor]()
         checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
             x_NPD = self.inp(torch.cat(known[-size:], dim=-1)) + self.embed_places.weight[place]
             for block, modulation in zip(self.blocks, modulations, strict=True):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
-            vectors_MX = _with_one(vectors_NPR.flatten(0, 1))
-            tokens_M, sums_M = choose_tokens(vectors_MX, table_VX, uniform_NP.flatten(), temperature)
+            tokens_M, sums_M = choose_tokens(
+                vectors_NPR.flatten(0, 1), table_VR, bias_V, uniform_NP.flatten(), temperature
+            )
             tokens.append(tokens_M.view_as(uniform_NP))
             checked_M = checked_M + sums_M
             known.append(self.embed_tokens(tokens[-1]))
@@ -138,9 +132,6 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         return torch.stack(tokens, dim=-1)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        return _with_one(self._vectors_of_rank(states_PD, tokens_PK))
-
-    def _vectors_of_rank(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, r)."""
         state_PD, before_PKE = self._parts(states_PD)
         size = self.config.chunk_size
@@ -158,10 +149,5 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
         return state_PD, before_PX.unflatten(-1, (self.config.chunk_size, -1))
 
-    def _table(self) -> Tensor:
-        """A row for each token, (V, r + 1): its vector and bias."""
-        return torch.cat([self.scores.weight, self.scores.bias.unsqueeze(-1)], dim=-1)
-
-
-def _with_one(vectors_MR: Tensor) -> Tensor:
-    return torch.cat([vectors_MR, torch.ones_like(vectors_MR[:, :1])], dim=-1)
+    def _table(self) -> tuple[Tensor, Tensor]:
+        return self.scores.weight, self.scores.bias

@@ -24,8 +24,8 @@ class TokenByTokenHead(GenerativeHead):
         """What meets the rows of the table at every place, given the true tokens before it, (P·K, X)."""
 
     @abc.abstractmethod
-    def _table(self) -> Tensor:
-        """A row for each token, (V, X); its product with a vector is the token's score."""
+    def _table(self) -> tuple[Tensor, Tensor | None]:
+        """A row for each token, (V, X), whose product with a vector is its score, but for a bias, (V,)."""
 
     @abc.abstractmethod
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
@@ -37,7 +37,8 @@ class TokenByTokenHead(GenerativeHead):
 
     def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """See `Likelihood`."""
-        losses_M = cross_entropy(self._vectors(states_PD, tokens_PK), self._table(), tokens_PK.flatten())
+        table_VX, bias_V = self._table()
+        losses_M = cross_entropy(self._vectors(states_PD, tokens_PK), table_VX, tokens_PK.flatten(), bias_V)
         return losses_M.view_as(tokens_PK)
 
     def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
@@ -53,8 +54,10 @@ class TokenByTokenHead(GenerativeHead):
         Raises:
             ValueError: If the temperature lies outside 0.01 to 1.
         """
-        vectors_MX = _tempered(self._vectors(states_PD, tokens_PK), temperature)
-        figures_3M = probabilities(vectors_MX, self._table(), tokens_PK.flatten())
+        _check_for_probabilities(temperature)
+        table_VX, bias_V = self._table()
+        vectors_MX, bias_V = _tempered(self._vectors(states_PD, tokens_PK), bias_V, temperature)
+        figures_3M = probabilities(vectors_MX, table_VX, tokens_PK.flatten(), bias_V)
         return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
 
     def token_distribution(
@@ -65,9 +68,11 @@ class TokenByTokenHead(GenerativeHead):
         Raises:
             ValueError: If the temperature lies outside 0.01 to 1.
         """
+        _check_for_probabilities(temperature)
         vectors_PKX = self._vectors(states_PD, tokens_PK).unflatten(0, tokens_PK.shape)
-        vectors_PX = _tempered(vectors_PKX[:, place], temperature)
-        return torch.cat(list(token_distributions(vectors_PX, self._table())))
+        table_VX, bias_V = self._table()
+        vectors_PX, bias_V = _tempered(vectors_PKX[:, place], bias_V, temperature)
+        return torch.cat(list(token_distributions(vectors_PX, table_VX, bias_V)))
 
     def draw_chunks(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
@@ -83,18 +88,23 @@ class TokenByTokenHead(GenerativeHead):
 
 
 def choose_tokens(
-    vectors_MX: Tensor, table_VX: Tensor, uniform_M: Tensor, temperature: float
+    vectors_MX: Tensor, table_VX: Tensor, bias_V: Tensor | None, uniform_M: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, (M,), and a number that is finite where its scores are, (M,)."""
     if temperature < MIN_TEMPERATURE:
-        return likeliest(vectors_MX, table_VX)
-    return draw_tokens(vectors_MX / temperature, table_VX, uniform_M)
+        return likeliest(vectors_MX, table_VX, bias_V)
+    vectors_MX, bias_V = _tempered(vectors_MX, bias_V, temperature)
+    return draw_tokens(vectors_MX, table_VX, uniform_M, bias_V)
 
 
-def _tempered(vectors_MX: Tensor, temperature: float) -> Tensor:
-    """Vectors whose products with the table are scores divided by the temperature."""
+def _tempered(vectors_MX: Tensor, bias_V: Tensor | None, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """Vectors and a bias that give scores divided by the temperature."""
+    return vectors_MX / temperature, None if bias_V is None else bias_V / temperature
+
+
+def _check_for_probabilities(temperature: float) -> None:
+    """Raise ValueError where there are no probabilities."""
     if not MIN_TEMPERATURE <= temperature <= 1:
         raise ValueError(
             f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."
         )
-    return vectors_MX / temperature

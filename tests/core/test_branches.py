@@ -1,0 +1,42 @@
+"""Drafts that go on in several ways."""
+
+from calm.core.branches import TEXT, Branches
+
+#   5 - 6 - 8
+#     \ 7       9
+BRANCHES = Branches([5, 6, 9, 7, 8], [TEXT, 0, TEXT, 0, 1])
+
+
+def test_what_follows_what():
+    assert BRANCHES.children == {TEXT: [0, 2], 0: [1, 3], 1: [4]}
+    assert list(BRANCHES.depths) == [0, 1, 0, 1, 2] and BRANCHES.longest == 3
+    assert [BRANCHES.tokens_to(place) for place in range(TEXT, 5)] == [
+        [],
+        [5],
+        [5, 6],
+        [9],
+        [5, 7],
+        [5, 6, 8],
+    ]
+    assert BRANCHES.sees().int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+def test_a_line_is_a_draft_with_one_way():
+    line = Branches.line([5, 6, 7])
+    assert line.is_line and not BRANCHES.is_line and Branches().is_line
+    assert line.children == {TEXT: [0], 0: [1], 1: [2]} and line.longest == len(line) == 3
+    assert line.sees().int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert Branches().longest == 0 and not Branches().children
+    assert not Branches([5, 6], [TEXT, TEXT]).is_line
+
+
+def test_a_part_keeps_the_ways_to_its_tokens():
+    part = BRANCHES.part([0, 3, 2])
+    assert (part.tokens_G, part.parents_G) == ([5, 7, 9], [TEXT, 0, TEXT])
+    assert BRANCHES.part([0, 1, 4]).is_line and not len(BRANCHES.part([]))
