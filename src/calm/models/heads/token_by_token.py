@@ -43,8 +43,11 @@ class TokenByTokenHead(GenerativeHead):
 
     def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
         """See `Teachable`."""
-        vectors_MX = self._vectors(states_PD, tokens_PK)
-        return distillation(vectors_MX, self._table(), tokens_PK.flatten(), teaching).view(tokens_PK.shape)
+        vectors_MX, (table_VX, bias_V) = self._vectors(states_PD, tokens_PK), self._table()
+        if bias_V is not None:  # One more column, which is multiplied with 1.
+            vectors_MX = torch.cat([vectors_MX, torch.ones_like(vectors_MX[:, :1])], dim=-1)
+            table_VX = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
+        return distillation(vectors_MX, table_VX, tokens_PK.flatten(), teaching).view(tokens_PK.shape)
 
     def token_probabilities(
         self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
