@@ -10,7 +10,8 @@ at a time; texts go on after an end. Ways:
     plain       generate of transformers
     lookup      its drafts from the prompt (prompt_lookup_num_tokens)
     assisted    its drafts by SMALL (assistant_model), of the lengths that are given
-    calm N      drafts of N chunks by CALM, alone or copied from the text where its last tokens stood before
+    calm N      drafts of N chunks by CALM that go on in one way, or in trees of so many tokens as are given,
+                alone or copied from the text where its last tokens stood before
 
 Ratios are of tokens per second to plain, each prompt by itself, the mean with its standard error.
 """
@@ -19,7 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ def ways(model: Any, arguments: argparse.Namespace) -> dict[str, Callable[..., T
 
     found = {"plain": generate(), "lookup": generate(prompt_lookup_num_tokens=LOOKED_UP)}
     if arguments.draft:
-        draft = load_model(str(arguments.draft)).to(model.dtype).eval()
-        for number in arguments.chunks:
-            found[f"calm {number}"] = generate(custom_generate=Drafting(draft, number, lookup=0))
-            found[f"calm {number}, lookup"] = generate(custom_generate=Drafting(draft, number))
+        draft = load_model(str(arguments.draft)).eval()  # In its own precision, as commands have it.
+        for number, tree in product(arguments.chunks, arguments.tree_tokens):
+            name = f"calm {number}, tree of {tree}" if tree else f"calm {number}"
+            alone, copied = (Drafting(draft, number, lookup=most, tree_tokens=tree) for most in (0, 3))
+            found |= {name: generate(custom_generate=alone)}
+            found |= {f"{name}, lookup": generate(custom_generate=copied)}
     if arguments.small:
         small: Any = AutoModelForCausalLM.from_pretrained(arguments.small, dtype=model.dtype).eval()
         small.generation_config.num_assistant_tokens_schedule = "constant"
@@ -126,7 +129,8 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1])
+    parser.add_argument("--tree_tokens", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--assisted", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -48,7 +48,7 @@ class DraftedOutput(ModelOutput):
     Args:
         sequences: The prompt with its continuation, shape (1, T + new).
         num_rounds: Passes of the model that decided.
-        num_drafted: Tokens that were drafted.
+        num_drafted: Tokens that were drafted, of each draft those of its longest way.
         num_kept: Drafted tokens that stayed.
     """
 
