@@ -11,7 +11,7 @@ from calm.report.palette import DARK, LIGHT
 
 RUN = {
     "title": "a <b>",
-    "facts": {"model": "CALM", "provenance": {"words": [], "day": None, "date": None}},
+    "facts": {"model": "CALM", "teacher": None, "provenance": {"words": [], "day": None, "date": None}},
     "figures": [],
     "scores": Table("a caption", ["", "BrierLM"], [["CALM", "1.00"]]),
     "notes": [],
