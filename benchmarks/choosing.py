@@ -11,7 +11,6 @@ share of drawn tokens that are those of the continuation; and by the energy scor
 import argparse
 import json
 import lzma
-import math
 import random
 import time
 from collections.abc import Callable
@@ -20,9 +19,11 @@ from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 from measure import machine
+from scipy.stats import binomtest
 
 from calm.harness import HarnessModel
-from calm.models.heads import Likelihood
+from calm.models.language_model import language_model
+from calm.models.loading import load_language_model_and_tokenizer
 
 NUM_CHOICES = 4
 
@@ -61,7 +62,7 @@ def main() -> None:
             begun = time.perf_counter()
             right = sum(choose(model, one) == 0 for one in asked)
             seconds = (time.perf_counter() - begun) / len(asked)
-            low, high = interval(right, len(asked))
+            low, high = binomtest(right, len(asked)).proportion_ci(method="wilson")
             print(
                 f"| {name} | {way or 'likelihood'} | {draws if way else ''} | {right / len(asked):.1%} "
                 f"| {low:.0%} to {high:.0%} | {seconds:.2f} |",
@@ -71,9 +72,9 @@ def main() -> None:
 
 def ways_of(name: str, all_draws: list[int]) -> list[tuple[Any, int]]:
     """Ways of choosing that a model has, each with its number of draws."""
-    has_likelihood = isinstance(HarnessModel(name)._model.head, Likelihood)
+    model, _ = load_language_model_and_tokenizer(name)
     sampled = [(way, draws) for way in ("agreement", "energy") for draws in all_draws]
-    return [(None, 1)] * has_likelihood + sampled
+    return [(None, 1)] * language_model(model).has_likelihood + sampled
 
 
 def questions_of(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:
@@ -108,14 +109,6 @@ def choose(model: HarnessModel, question: Question) -> int:
     ]
     scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
     return max(range(len(scores)), key=lambda place: (scores[place], place))
-
-
-def interval(right: int, number: int) -> tuple[float, float]:
-    """Wilson's interval of a share, 95%."""
-    z, share = 1.96, right / number
-    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
-    return middle - half, middle + half
 
 
 if __name__ == "__main__":

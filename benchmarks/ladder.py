@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_table import draw, report
-from measure import json_rows, machine
-from prose import CONTEXT, SEED, rows_of
+from measure import json_rows, machine, rows_of
+from prose import CONTEXT, SEED
 
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from prose import sums_of
+from measure import sums_of
+from scipy.stats import linregress
 
 from calm.core.brier import brier_lm_difference
 from calm.report.panels import new_figure
@@ -57,17 +57,11 @@ def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], flo
         Its slope for ten times the FLOPs, the slope's standard error (infinite for two points), and the line
         as a function of FLOPs; None for fewer than two budgets.
     """
-    x = torch.tensor([math.log10(row["training_flops"]) for row in rows], dtype=torch.float64)
-    y = torch.tensor([row[name] for row in rows], dtype=torch.float64)
     if len({row["budget"] for row in rows}) < 2:
         return None
-    away = x - x.mean()
-    slope = float((away * y).sum() / away.square().sum())
-    left = y - y.mean() - slope * away
-    error = math.inf
-    if len(rows) > 2:
-        error = float((left.square().sum() / (len(rows) - 2) / away.square().sum()).sqrt())
-    return slope, error, lambda flops: float(y.mean()) + slope * (math.log10(flops) - float(x.mean()))
+    line = linregress([math.log10(row["training_flops"]) for row in rows], [row[name] for row in rows])
+    error = line.stderr if len(rows) > 2 else math.inf
+    return line.slope, error, lambda flops: line.intercept + line.slope * math.log10(flops)
 
 
 def draw(rows: list[Row], figure: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from calm.core.brier import DocumentSums
+
 Name = TypeVar("Name")
 Row = dict[str, Any]
 Cases = dict[str, Callable[[float], list[Row]]]
@@ -34,6 +36,21 @@ def json_rows(value: Any, indent: int = 0) -> str:
     if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
         return "[\n" + ",\n".join(inner + json.dumps(row) for row in value) + "\n" + " " * indent + "]"
     return json.dumps(value)
+
+
+def rows_of(sums: DocumentSums) -> list[list[float]]:
+    """Number, targets and sums of Brier-1 to Brier-4 of every document, for differences between models."""
+    columns = sums.document_D.tolist(), sums.count_D.tolist(), sums.total_DX[:, :4].tolist()
+    return [
+        [number, count, *(round(value, 6) for value in total)]
+        for number, count, total in zip(*columns, strict=True)
+    ]
+
+
+def sums_of(rows: list[list[float]]) -> DocumentSums:
+    """The same as `rows_of` was given."""
+    table = torch.tensor(rows, dtype=torch.float64)
+    return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
 def in_turns(

@@ -35,12 +35,12 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.ticker import NullFormatter
-from measure import json_rows
+from measure import json_rows, rows_of, sums_of
 from transformers import PreTrainedTokenizerBase
 
 from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
-from calm.core.brier import DocumentSums, brier_lm_difference
+from calm.core.brier import brier_lm_difference
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, load_prepared
 from calm.errors import InputError
@@ -224,21 +224,6 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
             "inference_flops": sum(cost.inference.values()),
         }
     return result
-
-
-def rows_of(sums: DocumentSums) -> list[list[float]]:
-    """Number, targets and sums of Brier-1 to Brier-4 of every document, for differences between models."""
-    columns = sums.document_D.tolist(), sums.count_D.tolist(), sums.total_DX[:, :4].tolist()
-    return [
-        [number, count, *(round(value, 6) for value in total)]
-        for number, count, total in zip(*columns, strict=True)
-    ]
-
-
-def sums_of(rows: list[list[float]]) -> DocumentSums:
-    """The same as `rows_of` was given."""
-    table = torch.tensor(rows, dtype=torch.float64)
-    return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
 def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:

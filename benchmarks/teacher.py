@@ -101,13 +101,14 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--stories", type=int, default=3000)
-    folder = parser.parse_args().folder.resolve()
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
     torch.set_num_threads(1)
     stages.ChunkTrainer = TimedTrainer  # type: ignore[misc]
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "stories.jsonl"
     if not text.exists():
-        write_stories(text, 0, parser.parse_args().stories)
+        write_stories(text, 0, arguments.stories)
     base = with_settings(read_recipe("demo"), SHARED | {"data.sources": str(text)})
     rows = {"source": trained(with_settings(base, SOURCE), folder / "source")}
     source = str(folder / "source/model")

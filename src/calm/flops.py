@@ -21,11 +21,9 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
 from calm.models.thoughts import thoughts_of
-from calm.models.token_layers import head_size, weights_of_layer
+from calm.models.token_layers import LIKE_LLAMA, head_size, weights_of_layer
 from calm.ranges import BLOCKS, NUM_THOUGHTS
 
-# The same matrices; biases and norms do not count.
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS = 2048
 """Positions of the context that the paper's figures assume (of chunks for a CALM)."""
 
@@ -217,10 +215,10 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
         # Once where a latent is input and target.
         encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
         return once | _of_layers(config.backbone, work) | encoder
-    if config.model_type in _LIKE_LLAMA:
+    if config.model_type in LIKE_LLAMA:  # Biases and norms do not count.
         return _of_layers(config, work)
     raise InputError(
-        f"FLOPs are counted for CALMs and models of type {', '.join(_LIKE_LLAMA)}, "
+        f"FLOPs are counted for CALMs and models of type {', '.join(LIKE_LLAMA)}, "
         f"not '{config.model_type}'; torch.utils.flop_counter counts any model that runs here."
     )
 

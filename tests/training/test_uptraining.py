@@ -9,11 +9,10 @@ import torch
 from gguf_files import gguf_is_not_read, write_gguf
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import failure, killed_and_resumed, launch, toy_recipe
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from toy import failure, killed_and_resumed, launch, toy_recipe, toy_source
+from transformers import GPT2Config, LlamaForCausalLM
 
-from calm.data.stories import stories
-from calm.data.tokenizer import load_tokenizer, train_tokenizer
+from calm.data.tokenizer import load_tokenizer
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_model_and_tokenizer
 from calm.training import continuing, stages
@@ -29,23 +28,7 @@ CUT = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.l
 def base(tmp_path_factory) -> Path:
     """A text, and a Transformer of four layers with its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
-    texts = list(stories(0, 12))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in texts))
-    tokenizer = train_tokenizer(texts, 300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "source")
-    tokenizer.save_pretrained(folder / "source")
+    toy_source(folder)
     return folder
 
 

@@ -108,9 +108,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         require(f"'{name}', a GGUF file,", "gguf")
     path, place = Path(name), on_hub(name)
     is_file = path.suffix == ".json" or is_gguf(name)
-    repository = place.repository if place is not None else None if is_file else name
     is_here = path.is_file() if is_file else path.is_dir()
-    if not is_here and (repository is None or not may_be_on_hub(repository)):
+    repository = name if place is None else place.repository
+    is_elsewhere = (place is not None or not is_file) and may_be_on_hub(repository)
+    if not is_here and not is_elsewhere:
         raise InputError(f"there is no tokenizer {'file' if is_file else 'folder'} '{name}'; check the path.")
     try:
         tokenizer = open_tokenizer(name)

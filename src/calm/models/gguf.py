@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from calm.errors import InputError, reason_of
 from calm.hub.gguf import local_file
+from calm.models.token_layers import LIKE_LLAMA
 
-_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _OF_LAYER = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 )  # fmt: skip
@@ -36,10 +36,10 @@ def check_gguf(config: PreTrainedConfig, name: str) -> None:
     """
     import gguf  # noqa: PLC0415 (of an extra)
 
-    if config.model_type not in _KINDS:
+    if config.model_type not in LIKE_LLAMA:
         raise InputError(
             f"'{name}' holds a model of type '{config.model_type}', which is not read from GGUF; "
-            f"{', '.join(_KINDS)} are."
+            f"{', '.join(LIKE_LLAMA)} are."
         )
     file = local_file(name)
     try:

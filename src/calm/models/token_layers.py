@@ -155,6 +155,8 @@ LAYER_SIZES = (
     "attention_dropout",
 )  # fmt: skip
 """What a `LlamaConfig` says of a single layer."""
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+"""Types of Transformers with the layers of a Llama, some with biases, or norms of queries and keys."""
 
 
 def layer_sizes(config: LlamaConfig) -> dict[str, Any]:

@@ -23,12 +23,11 @@ from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import DecoderHead, DecoderHeadConfig
-from calm.models.token_layers import LAYER_SIZES
+from calm.models.token_layers import LAYER_SIZES, LIKE_LLAMA
 
 CODE_SIZE = 8
 """Dimensions of a token's code in the autoencoder, which a decoder head never decodes."""
 _MARK = "is_new_beside_trained"
-_SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     parts: list[nn.Module] = [module for module in model.modules() if getattr(module, _MARK, False)]
     for module in model.modules() if not parts else ():
         parts += [module.mix] if isinstance(module, LastTokenProjection) else []
-        parts += [module.inject] if isinstance(module, DecoderHead) and module.inject is not None else []
+        parts += [module.inject] if isinstance(module, DecoderHead) else []
     return [parameter for part in parts for parameter in part.parameters()]
 
 
@@ -228,8 +227,8 @@ def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -
         cut: Which of its layers are used.
     """
     kind = source.model_type
-    if kind not in _SOURCES:
-        raise InputError(f"a model of type '{kind}' cannot become a CALM; {', '.join(_SOURCES)} can.")
+    if kind not in LIKE_LLAMA:
+        raise InputError(f"a model of type '{kind}' cannot become a CALM; {', '.join(LIKE_LLAMA)} can.")
     if getattr(source, "quantization_config", None) is not None:
         raise InputError("a quantized model cannot become a CALM, which is trained; take the original.")
     if (window := _window_of(source, cut)) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from calm.errors import InputError
 from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
@@ -242,6 +243,11 @@ class Groups:
         return max(self.layers, key=bytes_of, default=[])
 
 
+def has_tied_scores(config: PreTrainedConfig) -> bool:
+    """Whether a CALM or a model of tokens computes scores with its token embeddings."""
+    return bool(getattr(config, "has_tied_scores", config.tie_word_embeddings))
+
+
 def groups_of(stage: PlannedStage) -> Groups:
     """The groups of a stage's network, as accelerate makes them with `training.sharding`."""
     network, names = stage.network, set(stage.network._no_split_modules or [])
@@ -251,8 +257,7 @@ def groups_of(stage: PlannedStage) -> Groups:
         if any(kind.__name__ in names for kind in type(module).__mro__)
     ]
     # With scores that are computed with it, the embedding is needed until the end.
-    is_tied = getattr(stage.config, "has_tied_scores", stage.config.tie_word_embeddings)
-    embedding = [] if is_tied else list(network.get_input_embeddings().parameters())
+    embedding = [] if has_tied_scores(stage.config) else list(network.get_input_embeddings().parameters())
     inside = {id(weight) for group in (*layers, embedding) for weight in group}
     return Groups(layers, embedding, [w for w in network.parameters() if id(w) not in inside])
 

@@ -10,7 +10,7 @@ from calm.flops import Work, cost_of
 from calm.models.caches import CACHE
 from calm.models.configuration import CalmConfig
 from calm.planning.devices import Device
-from calm.planning.memory import bytes_of
+from calm.planning.memory import bytes_of, has_tied_scores
 
 POOL = 200
 """Draws of a chunk at low temperature, for heads that take no temperature themselves."""
@@ -103,5 +103,8 @@ def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int
         kept = [leaf for layer in layers for leaf in (layer.keys, layer.values)]
         weights = bytes_of(model.parameters())
         embedding = model.get_input_embeddings().weight
-        is_read = getattr(config, "has_tied_scores", config.tie_word_embeddings)
-        return weights, weights - (0 if is_read else embedding.nbytes), bytes_of(kept) / chunk_size
+        return (
+            weights,
+            weights - (0 if has_tied_scores(config) else embedding.nbytes),
+            bytes_of(kept) / chunk_size,
+        )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from calm.storage.disk import read_json, write_file_whole
 from calm.training.recipe import Recipe, TeacherSettings
 from calm.training.uptraining import config_at, cut_of, is_of_tokens, uptrains
 
-logger = logging.getLogger(__name__)
 FACTS = "teacher.json"
 # How far two ways to the same numbers may be apart, relative to the largest.
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2**-4}
