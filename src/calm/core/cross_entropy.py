@@ -21,6 +21,7 @@ SCORES_AT_ONCE = 2**26
 
 _SCORES_IN_CACHE = 2**18  # Of a core. And 64 rows at least: of fewer, products are slow.
 _ROWS_OF_WIDE_VECTORS = 256  # Each part passes over the table's gradient, and the more features, the longer.
+_ROWS_IN_HALF_PRECISION = 1024  # There these passes, in float32, take longer than the products.
 
 
 def cross_entropy(
@@ -107,8 +108,8 @@ def _in_parts(
     """Losses and gradients; with weights the gradients by the table and the bias alone.
 
     Beside what it returns there are in memory scores and probabilities of some rows, at most `SCORES_AT_ONCE`
-    each; with a bias a second table and its gradient, in half precision a part of that gradient. No table is
-    held once for each core.
+    each; with a bias a second table and its gradient; in half precision another table, and a part of the
+    gradient. No table is held once for each core.
     """
     losses_M, by_vectors_MX, by_table_VX, by_bias_V = _outputs(vectors_MX, table_VX)
     left_MY, right_VY, by_right_VY = vectors_MX, table_VX, by_table_VX
@@ -117,8 +118,11 @@ def _in_parts(
         right_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
         by_right_VY = torch.empty_like(right_VY, dtype=torch.float32)
     by_right_VY.zero_()
-    cores, size = torch.get_num_threads(), len(table_VX)
-    rows = max(max(64, _SCORES_IN_CACHE // size) * cores, min(vectors_MX.shape[1], _ROWS_OF_WIDE_VECTORS))
+    cores, size, width = torch.get_num_threads(), len(table_VX), vectors_MX.shape[1]
+    right_YV, wide = right_VY.t(), min(width, _ROWS_OF_WIDE_VECTORS)
+    if right_YV.dtype != by_right_VY.dtype:  # In half precision a product would copy it for each part and core.
+        right_YV, wide = right_YV.contiguous(), min(4 * width, _ROWS_IN_HALF_PRECISION)
+    rows = max(max(64, _SCORES_IN_CACHE // size) * cores, wide)
     rows = min(rows, SCORES_AT_ONCE // size, len(vectors_MX))
     rows = max(rows // cores, 1) * cores
     # The same memory for all parts: new memory is slower to write to than all that is done with it.
@@ -130,7 +134,7 @@ def _in_parts(
         scores_MV, p_MV = scores_RV[: len(target_M1)], p_RV[: len(target_M1)]
         left_SRY = _shared(left_MY[part], cores)
         shares = len(left_SRY)
-        torch.bmm(left_SRY, right_VY.t().expand(shares, -1, -1), out=_shared(scores_MV, cores))
+        torch.bmm(left_SRY, right_YV.expand(shares, -1, -1), out=_shared(scores_MV, cores))
         torch.softmax(scores_MV, -1, dtype=torch.float32, out=p_MV)
         # The likeliest token gives the sum of all: its probability is never 0.
         sums_M1 = scores_MV.amax(-1, keepdim=True).float() - p_MV.amax(-1, keepdim=True).log()
