@@ -120,7 +120,7 @@ def _in_parts(
     by_right_VY.zero_()
     cores, size, width = torch.get_num_threads(), len(table_VX), vectors_MX.shape[1]
     right_YV, wide = right_VY.t(), min(width, _ROWS_OF_WIDE_VECTORS)
-    if right_YV.dtype != by_right_VY.dtype:  # In half precision a product would copy it for each part and core.
+    if right_YV.dtype != by_right_VY.dtype:  # In half precision products copy it, once for each core.
         right_YV, wide = right_YV.contiguous(), min(4 * width, _ROWS_IN_HALF_PRECISION)
     rows = max(max(64, _SCORES_IN_CACHE // size) * cores, wide)
     rows = min(rows, SCORES_AT_ONCE // size, len(vectors_MX))
