@@ -1,0 +1,206 @@
+"""A CALM from a Transformer, a CALM from nothing, or the Transformer trained on: nats against training FLOPs.
+
+    calm prepare train.jsonl.xz --validation valid.jsonl.xz --tokenizer SOURCE --output runs/data
+    python benchmarks/uptraining.py --source SOURCE --data runs/data --output runs/uptraining \
+        --results benchmarks/results/uptraining
+
+Every way trains on the same text in the same order, for the same FLOPs (those of a teacher included), and is
+scored on held-out text on the way and at the end, where the rate has come down. `new_small` is what would be
+picked for so little training from nothing (the recipe `draft`), `new_same` has the sizes of the uptrained.
+
+What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
+figure are drawn from the results alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import json_rows, machine
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.comparison.costs import affordable_steps, record_of
+from calm.data.prepared import load_prepared
+from calm.evaluation.held_out import score_perplexity, score_with
+from calm.evaluation.scorers import scorer_of
+from calm.flops import Work, cost_of
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.report.panels import new_figure
+from calm.report.tables import with_error
+from calm.storage.disk import write_file_whole
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE, read_recipe, with_settings
+from calm.training.stages import train
+
+CONTEXT, EVALUATIONS = 512, 8
+OPTIMIZER = "language_model.training.optimizer."
+SHARED = {
+    "data.context": CONTEXT,
+    "language_model.training.batch_tokens": 4096,
+    "language_model.training.precision": "bf16",
+    "language_model.training.save_every": 20,
+    "language_model.training.log_every": 10,
+    "language_model.training.evaluation_blocks": 20,
+    OPTIMIZER + "warmup_steps": 10,
+    OPTIMIZER + "schedule": "warmup_stable_decay",
+}
+OF_SOURCE = {OPTIMIZER + "name": "adamw", OPTIMIZER + "learning_rate": 3e-4}
+"""Chosen by the training loss of the first steps."""
+
+
+def cut(chunk_size: int, first: int, last: int, **more: Any) -> dict[str, Any]:
+    """Settings of a CALM that is made of a Transformer."""
+    return OF_SOURCE | {
+        "chunk_size": chunk_size,
+        "language_model.uptraining.first_layers": first,
+        "language_model.uptraining.last_layers": last,
+        **more,
+    }
+
+
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "source": ("the Transformer trained on", OF_SOURCE | {"model": "autoregressive", "chunk_size": 1}),
+    "uptrained_K2": ("uptrained, K = 2 (1, 4)", cut(2, 1, 4)),
+    "uptrained_K4": ("uptrained, K = 4 (4, 8)", cut(4, 4, 8)),
+    "uptrained_K4_short": ("uptrained, K = 4 (1, 2)", cut(4, 1, 2)),
+    "taught_K4": (
+        "uptrained, K = 4 (4, 8), taught",
+        cut(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
+    ),
+    "new_same": ("from nothing, the same sizes, K = 4 (4, 8)", cut(4, 4, 8)),
+    "new_small": ("from nothing, small, K = 4", {"language_model.training.optimizer.warmup_steps": 50}),
+}
+"""What each is called, and its settings. In brackets: first and last layers in the head."""
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Train and score what is missing, then draw up what there is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, help="folder of a Transformer")
+    parser.add_argument("--data", type=Path, help="prepared text, with the Transformer's tokenizer")
+    parser.add_argument("--output", type=Path, help="folder of runs; without, nothing is trained")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/uptraining")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--budget", type=float, default=2.5e14, help="training FLOPs of each")
+    parser.add_argument("--figure", type=Path, help="where the figure is drawn, a PNG")
+    arguments = parser.parse_args()
+    for way in arguments.ways if arguments.output else ():
+        run(way, arguments)
+    rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
+    rows.sort(key=lambda row: list(WAYS).index(row["way"]))
+    print(table(rows))
+    if arguments.figure:
+        draw(rows, arguments.figure)
+
+
+def run(way: str, arguments: argparse.Namespace) -> None:
+    """Train a model, and keep its curve and its scores."""
+    file = arguments.results / f"{way}.json"
+    if file.exists():
+        return
+    output = arguments.output.resolve()
+    recipe = recipe_of(way, arguments.source.resolve(), arguments.data.resolve(), arguments.budget, output)
+    folder, training = output / way, recipe.language_model.training
+    print(f"{way}: {training.steps:,} steps", flush=True)
+    train(recipe, folder, resume=(folder / RECIPE).is_file())
+    model, _ = load_language_model_and_tokenizer(str(folder / "model"), dtype=torch.bfloat16)
+    record = record_of(folder, model.config)
+    assert record is not None
+    history = json.loads((folder / "history.json").read_text())["language_model"]
+    evaluations = [one for one in history if "eval_cross_entropy" in one]
+    scorer = scorer_of(model)
+    blocks = load_prepared(arguments.data).blocks(
+        "validation", chunk_size=scorer.chunk_size, block_size=CONTEXT
+    )
+    brier = score_with(scorer, model, blocks, 60, 1, 8)
+    cost = cost_of(model.config, Work(CONTEXT // scorer.chunk_size, 1))
+    row = {
+        "way": way,
+        "training_flops": record.flops,
+        "seconds": record.seconds,
+        "training_tokens": training.tokens,
+        "parameters": sum(cost.parameters.values()),
+        "inference_flops": sum(cost.inference.values()),
+        "curve": [
+            [record.flops * one["step"] / training.steps, one["eval_cross_entropy"]] for one in evaluations
+        ],
+        "nats": score_perplexity(model, blocks).cross_entropy,
+        "brier_lm": brier.brier_lm,
+        "error": brier.brier_lm_error,
+        "brier": [100 * mean for mean in brier.means[:4]],
+        "machine": machine(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file_whole(file, json_rows(row) + "\n")
+
+
+def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -> Recipe:
+    """The recipe of a way, with as many steps as its budget allows."""
+    settings = SHARED | {"seed": 1, "data.sources": str(data)} | WAYS[way][1]
+    if way == "new_same":
+        settings |= {"language_model.init_from": str(untrained(source, output / "untrained"))}
+    elif way != "new_small":
+        settings |= {"language_model.init_from": str(source)}
+    if "language_model.teacher.weight" in settings:
+        settings |= {"language_model.teacher.model": str(source)}
+    recipe = with_settings(read_recipe("draft" if way == "new_small" else "laptop_quick"), settings)
+    steps = affordable_steps(recipe, load_prepared(data).vocab_size, budget)
+    often = {"steps": steps, "evaluate_every": max(1, steps // EVALUATIONS)}
+    return with_settings(recipe, {f"language_model.training.{name}": value for name, value in often.items()})
+
+
+def untrained(source: Path, folder: Path) -> Path:
+    """A Transformer with the source's sizes and tokenizer that knows nothing."""
+    if not (folder / "config.json").exists():
+        _, tokenizer = load_language_model_and_tokenizer(str(source))
+        torch.manual_seed(1)
+        tokenizer.save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig.from_pretrained(source)).save_pretrained(folder)
+    return folder
+
+
+def table(rows: list[Row]) -> str:
+    """What each way has come to."""
+    lines = [
+        "| | parameters | FLOPs of a token | tokens read | nats before | nats | BrierLM | Brier-1 | min |",
+        "|" + "---|" * 9,
+    ]
+    lines += [
+        f"| {WAYS[row['way']][0]} | {row['parameters'] / 1e6:.0f} M | {row['inference_flops'] / 1e6:.0f} M "
+        f"| {row['training_tokens'] / 1e3:,.0f} k | {_before(row)} | {row['nats']:.2f} "
+        f"| {with_error(row['brier_lm'], row['error'])} | {row['brier'][0]:.1f} | {row['seconds'] / 60:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _before(row: Row) -> str:
+    flops, nats = row["curve"][0]
+    return f"{nats:.2f}" if flops == 0 else ""
+
+
+def draw(rows: list[Row], figure: Path) -> None:
+    """Held-out nats against training FLOPs, and against minutes."""
+    drawing = new_figure(11, 4.5)
+    panels = drawing.subplots(1, 2, sharey=True)
+    for row in rows:
+        flops, nats = zip(*row["curve"], strict=True)
+        minutes = [row["seconds"] / 60 * one / row["training_flops"] for one in flops]
+        for axes, x in zip(panels, (flops, minutes), strict=True):
+            axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]][0])
+    for axes, label in zip(panels, ("training FLOPs", "minutes"), strict=True):
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="held-out nats per token")
+    panels[1].legend(fontsize="small")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(figure, dpi=120, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
