@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from other_tokenizers import llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -197,6 +198,30 @@ def test_padding_is_a_token_that_no_text_holds(others, chosen, tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.pad_token == chosen
     assert len(loaded) == len(tokenizer) + (chosen == PAD)
+
+
+@pytest.mark.parametrize("fault", [None, "a byte", "all bytes"])
+def test_padding_is_the_unknown_token_if_nothing_is_unknown(fault, tmp_path):
+    """As of Llama 2: no control token is spare, and no row can be added for a new one."""
+    tokenizer = llama()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "<pad>"]
+    if fault == "a byte":
+        state["model"]["vocab"]["a byte"] = state["model"]["vocab"].pop("<0xE6>")
+    if fault == "all bytes":
+        state["model"]["byte_fallback"] = False
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **roles).save_pretrained(
+        tmp_path
+    )
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == ("<unk>" if fault is None else PAD)
+    assert len(loaded) == len(tokenizer) + (fault is not None)
+    # No text holds the padding, whatever it says.
+    text = "Größe 日本 \x00 <unk> <pad> 😀"
+    [ids] = encode_documents(loaded, [text])
+    assert fault is not None or loaded.pad_token_id not in ids
+    assert fault is not None or text in loaded.decode(ids)
 
 
 def test_padding_of_its_own_is_kept(tmp_path):

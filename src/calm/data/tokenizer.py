@@ -73,7 +73,8 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A control token that no text holds, to pad with; so a vocabulary does not outgrow the model it is of.
 
     One that is named for padding or kept in reserve, else the last that is no other's: not of texts' ends, of
-    unknown words, or of the chat template. None where there is none.
+    unknown words, or of the chat template. Else the token of unknown words, if bytes stand for those (as in
+    Llama 2 and Mistral). None where there is none.
     """
     template = tokenizer.chat_template
     templates = list(template.values()) if isinstance(template, dict) else [template or ""]
@@ -90,7 +91,16 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     for word in ("pad", "reserved", "unused"):
         if named := [token for token in spare if word in token.lower()]:
             return named[0]
-    return spare[-1] if spare else None
+    if spare:
+        return spare[-1]
+    return str(tokenizer.unk_token) if tokenizer.unk_token and _knows_all_bytes(tokenizer) else None
+
+
+def _knows_all_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token of each byte stands for what a tokenizer does not know, so that nothing is unknown."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    words = tokenizer.get_vocab()
+    return bool(getattr(model, "byte_fallback", False)) and all(f"<0x{i:02X}>" in words for i in range(256))
 
 
 def has_tokenizer(folder: Path) -> bool:
