@@ -1,5 +1,6 @@
 """What every test runs with: one thread, a seed, no network."""
 
+import gc
 import logging
 import os
 
@@ -13,6 +14,12 @@ import torch
 from tiny import tiny_model
 
 from calm.models.calm import CalmForCausalLM
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: every run collects garbage, and need not look through all of that again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

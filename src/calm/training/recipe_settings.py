@@ -102,6 +102,7 @@ def kind_of_recipe(name: str) -> type:
     return Recipe
 
 
+@functools.cache
 def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
     """A parser whose arguments are the fields of a recipe of that kind, dotted."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
