@@ -41,6 +41,7 @@ KINDS = {
 }
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 _COMMANDS: dict[type, str] = {Recipe: "calm train", FinetuningRecipe: "calm finetune"}
+_PARSERS: dict[type, jsonargparse.ArgumentParser] = {}
 # Settings that only one kind of recipe has.
 _SIGNS: dict[type, set[str]] = {
     Recipe: {"data", "autoencoder", "language_model"},
@@ -102,12 +103,13 @@ def kind_of_recipe(name: str) -> type:
     return Recipe
 
 
-@functools.cache
 def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
-    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, sub_configs=False)
-    return parser
+    """A parser whose arguments are the fields of a recipe of that kind, dotted; made once."""
+    if kind not in _PARSERS:
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind, sub_configs=False)
+        _PARSERS[kind] = parser
+    return _PARSERS[kind]
 
 
 def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
