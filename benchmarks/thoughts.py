@@ -10,10 +10,10 @@ items, questions of one to four hops in turns, and asked held-out questions of e
     drop        step after step is left out, and nothing is in its place
     pause       as many pauses are in its place
     thoughts    as many thoughts are
-    ..._longer  no_cot, drop, pause and thoughts, with stages three times as long: more FLOPs than any other
     at_once     thoughts, but all steps are left out from the first item on
     told        the same, and the state before a thought must predict its step (`thoughts.tell`)
     told_pause  pauses instead, with the same labels
+    ..._longer  any of these but cot and at_once, three times as long: more FLOPs than any other
 
 `cot` begins with steps of training that `drop` goes on from; `thoughts` and `pause` share theirs, in which
 the markers are there and nothing between them. The trained thoughts are then removed, given to another
@@ -117,7 +117,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
             return states_PD
 
         changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
-        if cell.way in ("thoughts", "thoughts_longer", "at_once", "told"):
+        if cell.way in ("thoughts", "thoughts_longer", "at_once", "told", "told_longer"):
             changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
         answers = {}
         with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):

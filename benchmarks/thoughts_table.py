@@ -20,6 +20,8 @@ SHOWN = {
     "at_once": "thoughts, no curriculum",
     "told": "thoughts that tell their steps",
     "told_pause": "pauses that tell their steps",
+    "told_longer": "thoughts that tell their steps, three times as long",
+    "told_pause_longer": "pauses that tell their steps, three times as long",
 }
 
 
@@ -39,7 +41,7 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]]
         if not of_way:
             continue
         lines[shown] = (of_way, "as trained")
-        if way in ("thoughts", "thoughts_longer", "told"):
+        if way in ("thoughts", "thoughts_longer", "told", "told_longer"):
             lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
     return lines
 
@@ -57,8 +59,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         steps = last["backbone_steps"] - of_way[0]["thoughts"] + thought
         taken = [f"{steps:.0f}", f"{last['written_tokens']:.0f}", f"{flops:.1e}"]
         text.append(f"| {shown} | {' | '.join([*cells, *taken])} |")
-    pairs = [("thoughts", "pause"), ("thoughts_longer", "pause_longer"), ("told", "told_pause")]
-    for one, other in pairs:
+    pairs = (("thoughts", "pause"), ("told", "told_pause"))
+    for one, other in ((one + longer, other + longer) for longer in ("", "_longer") for one, other in pairs):
         only_one, only_other = disagreements(rows, one, other)
         if only_one + only_other:
             z = (only_one - only_other) / (only_one + only_other) ** 0.5
@@ -94,7 +96,8 @@ def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int
     return counts[0], counts[1]
 
 
-COLORS = ("black", *(f"C{number}" for number in range(10)), "gold")
+DRAWN = [way for way in SHOWN if not way.endswith("_longer")]
+COLORS = ("black", *(f"C{number}" for number in range(len(DRAWN) - 1)))
 NAMES = {"llama": "Llama", "K1": "K = 1", "K2": "K = 2", "K4": "K = 4"}
 CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
 
@@ -108,7 +111,7 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     labels: dict[str, Any] = {}
     for axes, (task, kind) in zip(panels, places, strict=False):
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
-        for number, (way, shown) in enumerate(SHOWN.items()):
+        for number, way in enumerate(DRAWN):
             of_way = [row for row in chosen if row["way"] == way]
             if not of_way:
                 continue
@@ -118,9 +121,9 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
             ]
             means = [statistics.mean(one) for one in shares]
             errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
-            apart = [one + (number - 5.5) / 40 for one in hops]  # Many lie on each other.
-            look = {"marker": "osD^v<>PX*hd"[number], "color": COLORS[number], "capsize": 2}
-            labels[shown] = axes.errorbar(apart, means, errors, **look)
+            apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
+            look = {"marker": "osD^v<>PX*"[number], "color": COLORS[number], "capsize": 2}
+            labels[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, {NAMES[kind]}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
         axes.set_xticks(hops)

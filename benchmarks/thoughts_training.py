@@ -129,6 +129,18 @@ WAYS = {
     "told_pause": Way(
         None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
     ),
+    "told_longer": Way(
+        None,
+        lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True},
+        True,
+        times=3,
+    ),
+    "told_pause_longer": Way(
+        None,
+        lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True},
+        True,
+        times=3,
+    ),
 }
 
 

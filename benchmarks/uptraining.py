@@ -34,7 +34,9 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe, with_settings
 from calm.training.stages import train
 
-CONTEXT, EVALUATIONS = 512, 8
+CONTEXT, EVALUATIONS = 512, 4
+NUM_SCORED = 60
+"""Blocks of held-out text that scores at the end are of."""
 OPTIMIZER = "language_model.training.optimizer."
 SHARED = {
     "data.context": CONTEXT,
@@ -42,7 +44,7 @@ SHARED = {
     "language_model.training.precision": "bf16",
     "language_model.training.save_every": 20,
     "language_model.training.log_every": 10,
-    "language_model.training.evaluation_blocks": 20,
+    "language_model.training.evaluation_blocks": 10,
     OPTIMIZER + "warmup_steps": 10,
     OPTIMIZER + "schedule": "warmup_stable_decay",
 }
@@ -120,7 +122,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
     blocks = load_prepared(arguments.data).blocks(
         "validation", chunk_size=scorer.chunk_size, block_size=CONTEXT
     )
-    brier = score_with(scorer, model, blocks, 60, 1, 8)
+    brier = score_with(scorer, model, blocks, NUM_SCORED, 1, 8)
     cost = cost_of(model.config, Work(CONTEXT // scorer.chunk_size, 1))
     row = {
         "way": way,
@@ -132,7 +134,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "curve": [
             [record.flops * one["step"] / training.steps, one["eval_cross_entropy"]] for one in evaluations
         ],
-        "nats": score_perplexity(model, blocks).cross_entropy,
+        "nats": score_perplexity(model, blocks, NUM_SCORED).cross_entropy,
         "brier_lm": brier.brier_lm,
         "error": brier.brier_lm_error,
         "brier": [100 * mean for mean in brier.means[:4]],
