@@ -5,8 +5,8 @@
         --results benchmarks/results/uptraining
 
 Every way trains on the same text in the same order, for the same FLOPs (those of a teacher included), and is
-scored on held-out text on the way and at the end, where the rate has come down. `new_same` has the sizes of the
-uptrained CALM, `new_small` those that would be picked for so little training (the recipe `draft`). Nearly all
+scored on held-out text on the way and at the end, where the rate has come down. `new_same` has the sizes of
+the uptrained CALM, `new_small` those that would be picked for so little training (`draft`). Nearly all
 of its time goes to the vocabulary, so a tenth of the FLOPs takes it as many minutes; it gets no more.
 
 What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
