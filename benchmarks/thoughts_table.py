@@ -106,8 +106,11 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     """Accuracy against hops, a panel for each task and kind of model."""
     order = list(itertools.product(("path", "chain", "graph"), NAMES))
     places = sorted({(row["task"], row["kind"]) for row in rows}, key=order.index)
-    drawing = new_figure(3.4 * len(places) + 2.4, 3.2)
-    panels = drawing.subplots(1, len(places), squeeze=False)[0]
+    columns = min(3, len(places))
+    drawing = new_figure(3.4 * columns + 2.4, 3.2 * -(-len(places) // columns))
+    panels = drawing.subplots(-(-len(places) // columns), columns, squeeze=False).flatten()
+    for axes in panels[len(places) :]:
+        axes.set_axis_off()
     labels: dict[str, Any] = {}
     for axes, (task, kind) in zip(panels, places, strict=False):
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
