@@ -17,9 +17,10 @@ install: $(STAMP)       ## set up .venv
 demo: $(STAMP)          ## train on the embedded stories, score, and write (about ten minutes on two cores)
 	$(BIN)/calm demo --overwrite
 
-# File by file: what a file's fixtures make, such as a trained model, is made once.
+# File by file: what a file's fixtures make, such as a trained model, is made once. In their own order: by the number of
+# tests, the few long ones would come last, and one core would wait for the other.
 test: $(STAMP)          ## all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A broken link, a heading or a name that is not there, and an example that does not run are errors.
 docs: $(STAMP)          ## run what the pages show, and build the site in build/site (the notebooks run in make test)
