@@ -117,7 +117,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
             return states_PD
 
         changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
-        if cell.way in ("thoughts", "thoughts_longer", "at_once", "told", "told_longer"):
+        if cell.way.removesuffix("_longer") in ("thoughts", "at_once", "told"):
             changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
         answers = {}
         with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):

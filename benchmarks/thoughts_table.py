@@ -41,7 +41,7 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]]
         if not of_way:
             continue
         lines[shown] = (of_way, "as trained")
-        if way in ("thoughts", "thoughts_longer", "told", "told_longer"):
+        if way.removesuffix("_longer") in ("thoughts", "told"):
             lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
     return lines
 
@@ -107,8 +107,9 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     order = list(itertools.product(("path", "chain", "graph"), NAMES))
     places = sorted({(row["task"], row["kind"]) for row in rows}, key=order.index)
     columns = min(3, len(places))
-    drawing = new_figure(3.4 * columns + 2.4, 3.2 * -(-len(places) // columns))
-    panels = drawing.subplots(-(-len(places) // columns), columns, squeeze=False).flatten()
+    lines = -(-len(places) // columns)
+    drawing = new_figure(3.4 * columns + 2.4, 3.2 * lines)
+    panels = drawing.subplots(lines, columns, squeeze=False).flatten()
     for axes in panels[len(places) :]:
         axes.set_axis_off()
     labels: dict[str, Any] = {}

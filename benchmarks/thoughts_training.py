@@ -109,19 +109,9 @@ WAYS = {
     "marked_steps": Way(None, lambda stages: {"mode": "state", "stages": 0}),
     "cot": Way("steps", lambda stages: {"mode": "drop", "stages": 0}),
     "no_cot": Way(None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True),
-    "no_cot_longer": Way(
-        None, lambda stages: {"mode": "drop", "stages": stages, "first_stage": stages}, True, times=3
-    ),
     "drop": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}),
     "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
     "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
-    "drop_longer": Way("steps", lambda stages: {"mode": "drop", "stages": stages, "first_stage": 1}, times=3),
-    "pause_longer": Way(
-        "marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}, times=3
-    ),
-    "thoughts_longer": Way(
-        "marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}, times=3
-    ),
     "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
     "told": Way(
         None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True}, True
@@ -129,18 +119,10 @@ WAYS = {
     "told_pause": Way(
         None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
     ),
-    "told_longer": Way(
-        None,
-        lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True},
-        True,
-        times=3,
-    ),
-    "told_pause_longer": Way(
-        None,
-        lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True},
-        True,
-        times=3,
-    ),
+}
+WAYS |= {
+    f"{name}_longer": dataclasses.replace(WAYS[name], times=3)
+    for name in ("no_cot", "drop", "pause", "thoughts", "told", "told_pause")
 }
 
 

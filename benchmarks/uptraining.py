@@ -16,7 +16,7 @@ figure are drawn from the results alone.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from measure import json_rows, machine
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.comparison.costs import affordable_steps, record_of
 from calm.data.prepared import load_prepared
+from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.held_out import score_perplexity, score_with
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
@@ -63,22 +64,41 @@ def cut(chunk_size: int, first: int, last: int, **more: Any) -> dict[str, Any]:
     }
 
 
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "source": (
+class Way(NamedTuple):
+    """A way to a model.
+
+    Args:
+        shown: What it is called. In brackets: first and last layers in the head.
+        settings: Beside those that all ways share.
+        begins_with: A Transformer: the source, one of its sizes that knows nothing, or none.
+        recipe: What the settings change.
+        share: Of the budget.
+    """
+
+    shown: str
+    settings: dict[str, Any]
+    begins_with: Literal["source", "untrained"] | None = "source"
+    recipe: str = "laptop_quick"
+    share: float = 1.0
+
+
+WAYS = {
+    "source": Way(
         "the Transformer trained on",
         ADAMW | {"model": "autoregressive", "chunk_size": 1, OPTIMIZER + "learning_rate": 1e-4},
     ),
-    "uptrained_K2": ("uptrained, K = 2 (1, 4)", cut(2, 1, 4)),
-    "uptrained_K4": ("uptrained, K = 4 (4, 8)", cut(4, 4, 8)),
-    "uptrained_K4_short": ("uptrained, K = 4 (1, 2)", cut(4, 1, 2)),
-    "taught_K4": (
+    "uptrained_K2": Way("uptrained, K = 2 (1, 4)", cut(2, 1, 4)),
+    "uptrained_K4": Way("uptrained, K = 4 (4, 8)", cut(4, 4, 8)),
+    "uptrained_K4_short": Way("uptrained, K = 4 (1, 2)", cut(4, 1, 2)),
+    "taught_K4": Way(
         "uptrained, K = 4 (4, 8), taught",
         cut(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
     ),
-    "new_same": ("from nothing, the same sizes, K = 4 (4, 8)", cut(4, 4, 8)),
-    "new_small": ("from nothing, small, K = 4", {OPTIMIZER + "warmup_steps": 20}),
+    "new_same": Way("from nothing, the same sizes, K = 4 (4, 8)", cut(4, 4, 8), "untrained"),
+    "new_small": Way(
+        "from nothing, small, K = 4", {OPTIMIZER + "warmup_steps": 20}, None, recipe="draft", share=0.1
+    ),
 }
-"""What each is called, and its settings. In brackets: first and last layers in the head."""
 Row = dict[str, Any]
 
 
@@ -117,8 +137,6 @@ def run(way: str, arguments: argparse.Namespace) -> None:
     model, _ = load_language_model_and_tokenizer(str(folder / "model"), dtype=torch.bfloat16)
     record = record_of(folder, model.config)
     assert record is not None
-    history = json.loads((folder / "history.json").read_text())["language_model"]
-    evaluations = [one for one in history if "eval_cross_entropy" in one]
     scorer = scorer_of(model)
     blocks = load_prepared(arguments.data).blocks(
         "validation", chunk_size=scorer.chunk_size, block_size=CONTEXT
@@ -132,9 +150,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "training_tokens": training.tokens,
         "parameters": sum(cost.parameters.values()),
         "inference_flops": sum(cost.inference.values()),
-        "curve": [
-            [record.flops * one["step"] / training.steps, one["eval_cross_entropy"]] for one in evaluations
-        ],
+        "curve": [[one.flops, one.cross_entropy] for one in record.checkpoints],
         "nats": score_perplexity(model, blocks, NUM_SCORED).cross_entropy,
         "brier_lm": brier.brier_lm,
         "error": brier.brier_lm_error,
@@ -147,15 +163,14 @@ def run(way: str, arguments: argparse.Namespace) -> None:
 
 def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -> Recipe:
     """The recipe of a way, with as many steps as its budget allows."""
-    settings = SHARED | {"seed": 1, "data.sources": str(data)} | WAYS[way][1]
-    if way == "new_same":
-        settings |= {"language_model.init_from": str(untrained(source, output / "untrained"))}
-    elif way != "new_small":
-        settings |= {"language_model.init_from": str(source)}
+    _, own, begins_with, base, share = WAYS[way]
+    settings = SHARED | {"seed": 1, "data.sources": str(data)} | own
+    if begins_with is not None:
+        begun = source if begins_with == "source" else untrained(source, output / "untrained")
+        settings |= {"language_model.init_from": str(begun)}
     if "language_model.teacher.weight" in settings:
         settings |= {"language_model.teacher.model": str(source)}
-    recipe = with_settings(read_recipe("draft" if way == "new_small" else "laptop_quick"), settings)
-    share = 0.1 if way == "new_small" else 1.0
+    recipe = with_settings(read_recipe(base), settings)
     steps = affordable_steps(recipe, load_prepared(data).vocab_size, share * budget)
     often = {"steps": steps, "evaluate_every": max(1, steps // EVALUATIONS)}
     return with_settings(recipe, {f"language_model.training.{name}": value for name, value in often.items()})
@@ -164,9 +179,8 @@ def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -
 def untrained(source: Path, folder: Path) -> Path:
     """A Transformer with the source's sizes and tokenizer that knows nothing."""
     if not (folder / "config.json").exists():
-        _, tokenizer = load_language_model_and_tokenizer(str(source))
         torch.manual_seed(1)
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(str(source)).save_pretrained(folder)
         LlamaForCausalLM(LlamaConfig.from_pretrained(source)).save_pretrained(folder)
     return folder
 
@@ -178,8 +192,8 @@ def table(rows: list[Row]) -> str:
         "|" + "---|" * 8,
     ]
     lines += [
-        f"| {WAYS[row['way']][0]} | {row['parameters'] / 1e6:.0f} M | {row['inference_flops'] / 1e6:.0f} M "
-        f"| {row['training_tokens'] / 1e3:,.0f} k | {row['nats']:.2f} "
+        f"| {WAYS[row['way']].shown} | {row['parameters'] / 1e6:.0f} M "
+        f"| {row['inference_flops'] / 1e6:.0f} M | {row['training_tokens'] / 1e3:,.0f} k | {row['nats']:.2f} "
         f"| {with_error(row['brier_lm'], row['error'])} | {row['brier'][0]:.1f} | {row['seconds'] / 60:.0f} |"
         for row in rows
     ]
@@ -194,7 +208,7 @@ def draw(rows: list[Row], figure: Path) -> None:
         flops, nats = zip(*row["curve"], strict=True)
         minutes = [row["seconds"] / 60 * one / row["training_flops"] for one in flops]
         for axes, x in zip(panels, (flops, minutes), strict=True):
-            axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]][0])
+            axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]].shown)
     for axes, label in zip(panels, ("training FLOPs", "minutes"), strict=True):
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)

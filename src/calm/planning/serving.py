@@ -102,9 +102,5 @@ def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int
         layers: list[Any] = cache.layers
         kept = [leaf for layer in layers for leaf in (layer.keys, layer.values)]
         weights = bytes_of(model.parameters())
-        embedding = model.get_input_embeddings().weight
-        return (
-            weights,
-            weights - (0 if has_tied_scores(config) else embedding.nbytes),
-            bytes_of(kept) / chunk_size,
-        )
+        looked_up = 0 if has_tied_scores(config) else model.get_input_embeddings().weight.nbytes
+        return weights, weights - looked_up, bytes_of(kept) / chunk_size
