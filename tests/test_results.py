@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import interrupt, launch, toy_recipe
+from processes import launch
+from toy import interrupt, toy_recipe
 
 from calm import results
 from calm.cli import main

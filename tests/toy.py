@@ -1,9 +1,6 @@
 """Recipes of toy size, and what a command says that must fail."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,17 +64,6 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
         ),
         **changes,
     )
-
-
-def launch(
-    processes: int, *arguments: object, program: Path | None = None, command: str = "train"
-) -> subprocess.CompletedProcess:
-    """`calm train`, or another command, on several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    what = ["-m", "calm"] if program is None else [str(program)]
-    command = [sys.executable, *launcher, *what, command, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def failure(capsys, *arguments: object) -> str:

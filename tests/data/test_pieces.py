@@ -1,12 +1,12 @@
 """`calm prepare` that is killed goes on where it stopped, and takes nothing that does not belong to it."""
 
 import json
-import subprocess
-import sys
+import signal
 
 import datasets
 import pyarrow
 import pytest
+from processes import start
 
 from calm.data import pieces, reading
 from calm.data.formats import FORMATS, Format
@@ -80,8 +80,8 @@ def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch
     output, work = tmp_path / "out", tmp_path / ".out.work"
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), where, str(text), "--output", str(output)]
-    assert subprocess.run(command, capture_output=True, check=False, timeout=100).returncode == -9
+    done = start(where, text, "--output", output, program=program).wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists() and not is_prepared(output)
     read = len(list(work.glob("generator/*/*/*.arrow")))
     kept = list(work.glob("tokens-*/*.arrow"))

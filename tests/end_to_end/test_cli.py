@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start as start_calm
 from reports import Page
 from toy import TOY, failure
 from transformers import (
@@ -348,8 +349,7 @@ def test_help_is_quick_and_needs_no_torch():
 
 
 def test_a_mistake_shows_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "calm", "generate", str(tmp_path / "none"), "Once"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = start_calm("generate", tmp_path / "none", "Once").wait()
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("calm: error:")

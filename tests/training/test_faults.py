@@ -2,15 +2,14 @@
 
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import start
 from safetensors.torch import load_file
 from toy import toy_recipe
 
@@ -46,26 +45,15 @@ def same_weights(first, second):
     return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
-def start(folder, output, *more, limit=None):
-    """`calm train` in a process of its own."""
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "calm", "train", "--recipe", str(folder / "recipe.yaml"),
-         "--output", str(output), *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=limit_files if limit else None,
-    )  # fmt: skip
+def train_in_a_process(folder, output, *more, **settings):
+    return start("train", "--recipe", folder / "recipe.yaml", "--output", output, *more, **settings)
 
 
 def wait_for(path, process, seconds=100):
     """Until a file or folder is there."""
     end = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < end and process.poll() is None, process.stdout.read()[-2000:]
+        assert time.monotonic() < end and process.is_running(), process.errors[-2000:]
         time.sleep(0.002)
 
 
@@ -78,10 +66,10 @@ def test_kill_at_any_moment(whole):
         ("language_model", ".partial"),
         ("language_model", "checkpoint-7"),
     ):
-        process = start(folder, output, *(["--resume"] if output.exists() else []))
+        process = train_in_a_process(folder, output, *(["--resume"] if output.exists() else []))
         wait_for(output / "checkpoints" / stage / name, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send(signal.SIGKILL)
+        process.wait()
         for checkpoint in (output / "checkpoints").glob("*/checkpoint-*"):
             assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
                 file.name for file in checkpoint.iterdir()
@@ -97,17 +85,17 @@ def test_sigterm_leaves_a_checkpoint(whole):
     (folder / "slow").mkdir()
     write_recipe(slow, folder / "slow/recipe.yaml")
     output = folder / "ended"
-    process = start(folder / "slow", output)
+    process = train_in_a_process(folder / "slow", output)
     wait_for(output / "checkpoints/autoencoder/tensorboard", process)
     time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM, text[-2000:]
+    process.send(signal.SIGTERM)
+    done = process.wait(100)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     (checkpoint,) = (output / "checkpoints/autoencoder").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert 1 <= step < 400
-    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in text
-    assert "Traceback" not in text
+    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_sigterm_in_the_last_step_of_a_stage(whole, monkeypatch):
@@ -171,11 +159,10 @@ def test_a_full_disk(whole, limit):
     """Files that cannot grow beyond a limit, as on a full disk."""
     folder, recipe = whole
     output = folder / f"full-{limit}"
-    process = start(folder, output, limit=limit)
-    text, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, text[-3000:]
-    sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", text)
-    assert sentence and "Traceback" not in text, text[-3000:]
+    done = train_in_a_process(folder, output, file_limit=limit).wait()
+    assert done.returncode == 1, done.stderr[-3000:]
+    sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", done.stderr)
+    assert sentence and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert not list(output.rglob(".partial*"))
     stages.train(recipe, output, resume=(output / "recipe.yaml").exists())
     assert same_weights(folder / "whole", output)

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from tiny import HEADS, tiny_model
 from torch.testing import assert_close
-from toy import failure, launch, toy_recipe
+from toy import failure, toy_recipe
 
 from calm.data.stories import write_stories
 from calm.errors import InputError

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from processes import launch, torchrun
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.testing import assert_close
-from toy import launch, toy_recipe
+from toy import toy_recipe
 
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories
@@ -74,7 +75,7 @@ def test_summed_gradients(alone):
 def test_two_processes(alone):
     folder, _ = alone
     recipe = folder / "recipe.yaml"
-    result = launch(2, "--recipe", recipe, "--output", folder / "two", "--report_to", "tensorboard")
+    result = torchrun(2, "--recipe", recipe, "--output", folder / "two", "--report_to", "tensorboard")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(folder / "alone", folder / "two")
     assert result.stdout.count("model:") == 1

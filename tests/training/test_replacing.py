@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import start
 from toy import failure, toy_recipe
 
 from calm.cli import main
@@ -82,11 +81,11 @@ def test_a_second_process_is_told_of_the_first(run, whole, tmp_path, capsys):
     long = with_settings(toy_recipe(whole / "text.jsonl"), {"language_model.training.steps": 10**6})
     write_recipe(long, tmp_path / "long.yaml")
     arguments = ["train", "--recipe", str(tmp_path / "long.yaml"), "--output", str(tmp_path / "busy")]
-    process = subprocess.Popen([sys.executable, "-m", "calm", *arguments], stderr=subprocess.DEVNULL)
+    process = start(*arguments)
     try:
         end = time.monotonic() + 100
         while not (tmp_path / "busy/autoencoder").exists():
-            assert time.monotonic() < end and process.poll() is None
+            assert time.monotonic() < end and process.is_running()
             time.sleep(0.05)
         for more in (["--resume"], ["--overwrite"]):
             told = failure(capsys, *arguments, *more)
@@ -96,7 +95,7 @@ def test_a_second_process_is_told_of_the_first(run, whole, tmp_path, capsys):
         prepared = ["prepare", whole / "text.jsonl", "--overwrite", "--output", tmp_path / "busy/data"]
         assert "another process is at work on the run" in failure(capsys, *prepared)
     finally:
-        process.kill()
+        process.send(signal.SIGKILL)
         process.wait()
     with pytest.raises(InputError, match="more, not fewer"):  # The lock has ended with its process.
         stages.train(toy_recipe(whole / "text.jsonl"), tmp_path / "busy", resume=True)

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+from processes import launch
 from safetensors.torch import load_file
-from toy import failure, launch, toy_recipe
+from toy import failure, toy_recipe
 
 from calm.data.prepared import load_prepared
 from calm.data.stories import stories

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from toy import failure, interrupt, killed_and_resumed, launch, toy_recipe, toy_source
+from toy import failure, interrupt, killed_and_resumed, toy_recipe, toy_source
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.testing import assert_close
-from toy import failure, interrupt, launch
+from toy import failure, interrupt
 from transformers import LlamaConfig
 
 from calm.data.examples import Example, read_examples

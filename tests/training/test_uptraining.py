@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gguf_files import gguf_is_not_read, write_gguf
+from processes import launch
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import failure, killed_and_resumed, launch, toy_recipe, toy_source
+from toy import failure, killed_and_resumed, toy_recipe, toy_source
 from transformers import GPT2Config, LlamaForCausalLM
 
 from calm.data.tokenizer import load_tokenizer
