@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_autoencoder
 from calm.training.build import model_config, new_language_model
 from calm.training.check import check_recipe
+from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe import AutoencoderSettings, Recipe, TrainingSettings
 from calm.training.recipe_files import (
     differences,
     read_recipe,
@@ -262,6 +264,26 @@ def test_a_step_has_as_many_tokens_on_any_number_of_processes():
             settings.batches(64, processes)
     with pytest.raises(InputError, match="at least the context of 512 tokens, got 323"):
         dataclasses.replace(settings, batch_tokens=1024).batches(512)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"seed": 1.5}, "seed must be a whole number, got '1.5'"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"training": TrainingSettings(steps=8.0)}, "training.steps must be a whole number, got '8.0'"),
+        ({"training": TrainingSettings(compile="yes please")}, "training.compile must be "),
+    ],
+)
+def test_a_recipe_that_was_made_in_python_has_its_types_checked(settings, name, tmp_path):
+    whole = dict(settings)
+    if training := whole.pop("training", None):
+        whole["autoencoder"] = AutoencoderSettings(training=training)
+    with pytest.raises(InputError, match=f"^recipe: (autoencoder.)?{re.escape(name)}"):
+        train(Recipe(**whole), tmp_path / "run")
+    with pytest.raises(InputError, match=f"^recipe: {re.escape(name)}"):
+        finetune(FinetuningRecipe(**settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_are_found_before_any_work():

@@ -14,6 +14,7 @@ from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe_files import check_types
 from calm.training.teacher import check_teacher
 from calm.training.trackers import check_trackers
 
@@ -22,8 +23,10 @@ def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
     """Find the mistakes in a recipe.
 
     Raises:
-        InputError: If it names no text or a tracker that is missing, or does not make a model.
+        InputError: If a setting has another type than its own, or it names no text or a tracker that is
+            missing, or does not make a model.
     """
+    check_types(recipe)
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
     streamed = recipe.data
@@ -64,6 +67,7 @@ def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) ->
     Raises:
         InputError: If it names no model or examples, or a setting is out of range.
     """
+    check_types(recipe)
     if not recipe.model:
         raise InputError("the recipe names no model; pass --model FOLDER.")
     if not recipe.examples.sources:

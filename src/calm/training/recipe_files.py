@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
+import yaml
 
 from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
@@ -58,10 +59,23 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
         if not isinstance(place, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
         place[last] = value
-    parser, kind = recipe_parser(type(recipe)), type(recipe)
-    options, where = Options(types_of(kind)), f"settings {', '.join(settings)}"
+    return _with_values(type(recipe), values, f"settings {', '.join(settings)}")
+
+
+def check_types(recipe: Recipe | FinetuningRecipe) -> None:
+    """Find settings of another type than theirs, which a recipe that was made in Python may have.
+
+    Raises:
+        InputError: If there is one.
+    """
+    _with_values(type(recipe), dataclasses.asdict(recipe), "recipe")
+
+
+def _with_values(kind: type[AnyRecipe], values: dict[str, Any], where: str) -> AnyRecipe:
+    options = Options(types_of(kind))
     if (mistake := mistake_in(values, options)) is not None:
         raise InputError(f"{where}: {mistake}")
+    parser = recipe_parser(kind)
     try:
         return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except jsonargparse.ArgumentError as error:
@@ -70,8 +84,7 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
 
 def recipe_text(recipe: Recipe | FinetuningRecipe) -> str:
     """All settings of a recipe as YAML, defaults included."""
-    parser = recipe_parser(type(recipe))
-    text: str = parser.dump(parser.parse_object(dataclasses.asdict(recipe)), skip_none=False)
+    text: str = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
     return text
 
 
