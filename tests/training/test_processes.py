@@ -181,7 +181,8 @@ def test_one_process_is_asked_to_leave(alone, tmp_path):
     arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
     result = launch(2, *arguments, program=program(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)"))
     assert result.returncode != 0
-    assert result.stderr.count("calm: asked to end after step 5; --resume goes on from") == 2
+    # At least one says so: when it has ended, the other is ended by their launcher.
+    assert result.stderr.count("calm: asked to end after step 5; --resume goes on from") in (1, 2)
     result = launch(2, *arguments, "--resume")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(folder / "alone", tmp_path / "run")
