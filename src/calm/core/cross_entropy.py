@@ -23,6 +23,8 @@ _SCORES_IN_CACHE = 2**18  # Of a core. And 64 rows at least: of fewer, products 
 _ROWS_OF_WIDE_VECTORS = 256  # Each part passes over the table's gradient, and the more features, the longer.
 _ROWS_IN_HALF_PRECISION = 1024  # There these passes, in float32, take longer than the products.
 
+_ROUNDED = 1e-30  # Below, probabilities come near the smallest numbers.
+
 
 def cross_entropy(
     vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, bias_V: Tensor | None = None
@@ -136,13 +138,12 @@ def _in_parts(
         shares = len(left_SRY)
         torch.bmm(left_SRY, right_YV.expand(shares, -1, -1), out=_shared(scores_MV, cores))
         torch.softmax(scores_MV, -1, dtype=torch.float32, out=p_MV)
-        # The likeliest token gives the sum of all: its probability is never 0.
-        sums_M1 = scores_MV.amax(-1, keepdim=True).float() - p_MV.amax(-1, keepdim=True).log()
-        losses_M[part] = (sums_M1 - scores_MV.gather(1, target_M1)).squeeze(-1)
+        losses_M[part] = _losses(scores_MV, p_MV, target_M1)
         p_MV.scatter_add_(1, target_M1, p_MV.new_full((), -1).expand_as(target_M1))
         if weights_M is not None:
             p_MV *= weights_M[part].unsqueeze(-1)
-        p_MV = p_MV.to(left_MY.dtype)
+        if p_MV.dtype != scores_MV.dtype:
+            p_MV = scores_MV.copy_(p_MV)
         if weights_M is None:
             p_SRV = _shared(p_MV, cores)
             torch.bmm(p_SRV, table_VX.expand(shares, -1, -1), out=_shared(by_vectors_MX[part], cores))
@@ -156,6 +157,16 @@ def _in_parts(
         by_table_VX.copy_(by_right_VY[:, :-1])
         by_bias_V.copy_(by_right_VY[:, -1])
     return losses_M, by_vectors_MX, by_table_VX, by_bias_V
+
+
+def _losses(scores_MV: Tensor, p_MV: Tensor, targets_M1: Tensor) -> Tensor:
+    """Cross-entropy of each row, (M,), from scores and their softmax."""
+    p_M1 = p_MV.gather(1, targets_M1)
+    losses_M1 = -p_M1.log()
+    if bool((p_M1 < _ROUNDED).any()):  # The likeliest token gives the sum of all: its probability is never 0.
+        sums_M1 = scores_MV.amax(-1, keepdim=True).float() - p_MV.amax(-1, keepdim=True).log()
+        losses_M1 = torch.where(p_M1 < _ROUNDED, sums_M1 - scores_MV.gather(1, targets_M1), losses_M1)
+    return losses_M1.squeeze(-1)
 
 
 def _shared(rows_MX: Tensor, cores: int) -> Tensor:
