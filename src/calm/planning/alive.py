@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WORKSPACE, GRADIENTS = "workspace", "gradients"
-_INDEX = torch.ops.aten.index.Tensor
+_INDEX, _DEVICE = torch.ops.aten.index.Tensor, torch.ops.prim.device.default
 
 
 class EveryPosition(TorchDispatchMode):
@@ -25,6 +26,8 @@ class EveryPosition(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # Two thirds of all that is asked.
+            return args[0].fake_device
         if func is _INDEX:
             args = (args[0], [place for index in args[1] for place in _places(index)])
         return func(*args, **(kwargs or {}))
@@ -85,13 +88,18 @@ class AliveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation and note what it makes."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        given = {
-            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
-                self._add(leaf.untyped_storage())
+        made = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        storages = [leaf.untyped_storage() for leaf in made if isinstance(leaf, Tensor)]
+        if new := [storage for storage in storages if id(storage) not in self._blocks]:
+            given = {
+                id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+            }
+            for storage in new:
+                if id(storage) not in given:
+                    self._add(storage)
         return result
 
     def label(self, tensors: Any, label: str) -> None:
