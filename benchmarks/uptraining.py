@@ -213,7 +213,7 @@ def draw(rows: list[Row], figure: Path) -> None:
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="held-out nats per token")
-    panels[1].legend(fontsize="small")
+    panels[1].legend(fontsize="small", loc="center", bbox_to_anchor=(0.5, 0.35))
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure, dpi=120, facecolor="white")
 
