@@ -98,23 +98,25 @@ def measure(head: str, steps: int, output: Path) -> Row:
 
 def nats_of_draws(model: CalmForCausalLM, blocks: Any, num_draws: int) -> float:
     """Nats a token of the mixture of what so many draws decode to."""
-    model.head.token_losses = partial(losses_of_draws, model, num_draws)
+    head: Any = model.head
+    head.token_losses = partial(losses_of_draws, model, num_draws)
     model.head.token_probabilities = (
         model.head.token_losses
     )  # With both it passes for a head with a likelihood.
     try:
         return score_perplexity(model, blocks, NUM_BLOCKS).cross_entropy
     finally:
-        del model.head.token_losses, model.head.token_probabilities
+        del head.token_losses, head.token_probabilities
 
 
 def losses_of_draws(model: CalmForCausalLM, num_draws: int, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
     """Cross-entropy of each token given those before it in the chunk, (P, K)."""
+    head: Any = model.head
     randomness = torch.Generator().manual_seed(1)
     at_once = max(1, SCORES_AT_ONCE // (num_draws * tokens_PK.shape[1] * model.config.vocab_size))
     losses = []
     for part_PD, part_PK in zip(states_PD.split(at_once), tokens_PK.split(at_once), strict=True):
-        latents_NPZ = model.head.sample_latents(part_PD, num_draws, randomness)
+        latents_NPZ = head.sample_latents(part_PD, num_draws, randomness)
         scores_NPKV = model.autoencoder.decode(latents_NPZ).float()
         of_truth = part_PK.expand(num_draws, -1, -1).unsqueeze(-1)
         log_p_NPK = (scores_NPKV.gather(-1, of_truth) - scores_NPKV.logsumexp(-1, keepdim=True)).squeeze(-1)
