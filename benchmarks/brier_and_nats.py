@@ -100,9 +100,7 @@ def nats_of_draws(model: CalmForCausalLM, blocks: Any, num_draws: int) -> float:
     """Nats a token of the mixture of what so many draws decode to."""
     head: Any = model.head
     head.token_losses = partial(losses_of_draws, model, num_draws)
-    model.head.token_probabilities = (
-        model.head.token_losses
-    )  # With both it passes for a head with a likelihood.
+    head.token_probabilities = head.token_losses  # With both it passes for a head with a likelihood.
     try:
         return score_perplexity(model, blocks, NUM_BLOCKS).cross_entropy
     finally:
