@@ -38,6 +38,7 @@ from calm.training.stages import train
 RECIPES = {"sequential": "demo_sequential", "energy": "demo"}
 STEPS = {"sequential": (60, 120, 240, 480, 960), "energy": (40, 80, 160, 320, 640)}
 NUM_STORIES, NUM_BLOCKS = 4000, 48
+NUM_BLOCKS_OF_DRAWS = 16  # To decode 256 draws of each chunk takes long.
 NUM_DRAWS = (16, 64, 256)
 SCORES_AT_ONCE = 2**25
 Row = dict[str, Any]
@@ -102,7 +103,7 @@ def nats_of_draws(model: CalmForCausalLM, blocks: Any, num_draws: int) -> float:
     head.token_losses = partial(losses_of_draws, model, num_draws)
     head.token_probabilities = head.token_losses  # With both it passes for a head with a likelihood.
     try:
-        return score_perplexity(model, blocks, NUM_BLOCKS).cross_entropy
+        return score_perplexity(model, blocks, NUM_BLOCKS_OF_DRAWS).cross_entropy
     finally:
         del head.token_losses, head.token_probabilities
 
