@@ -36,7 +36,7 @@ from calm.training.recipe_files import RECIPE, read_recipe, with_settings
 from calm.training.stages import train
 
 RECIPES = {"sequential": "demo_sequential", "energy": "demo"}
-STEPS = {"sequential": (60, 120, 240, 480, 960), "energy": (40, 80, 160, 320, 640)}
+STEPS = {"sequential": (60, 120, 240, 480, 960), "energy": (80, 160, 320, 640)}
 NUM_STORIES, NUM_BLOCKS = 4000, 48
 NUM_BLOCKS_OF_DRAWS = 16  # To decode 256 draws of each chunk takes long.
 NUM_DRAWS = (16, 64, 256)
