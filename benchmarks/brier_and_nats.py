@@ -151,10 +151,10 @@ def draw(rows: list[Row], figure: Path) -> None:
         for row in own:
             where = (row["nats"], row["brier_lm"])
             axes.annotate(f" {row['steps']}", where, fontsize="small", va="bottom")
-        axes.set(xlabel="held-out nats per token", title=f"{head} head, by steps of training")
+        title = f"{head} head, by steps of training"
+        axes.set(xlabel="held-out nats per token", ylabel="BrierLM", title=title)
         axes.grid(alpha=0.3)
         axes.invert_xaxis()
-        axes.set(ylabel="BrierLM")
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure, dpi=120, facecolor="white")
 

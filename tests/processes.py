@@ -66,7 +66,8 @@ class Started:
         return self._process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        if self.is_running():
+            os.kill(self.pid, number)
 
     def wait(self, seconds: float = SECONDS) -> CompletedProcess:
         """Its exit status, negative for a signal, and all that it wrote; it is killed if it takes longer."""
@@ -90,10 +91,11 @@ def launch(
     return Started(_share, processes, program, words).wait()
 
 
-def torchrun(processes: int, *arguments: object) -> CompletedProcess:
+def torchrun(processes: int, *arguments: object, program: Path | None = None) -> CompletedProcess:
     """`calm train`, started as a user does."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "calm", "train", *map(str, arguments)]
+    what = ["-m", "calm"] if program is None else [str(program)]
+    command = [sys.executable, *launcher, *what, "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
 

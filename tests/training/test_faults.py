@@ -90,12 +90,13 @@ def test_sigterm_leaves_a_checkpoint(whole):
     time.sleep(0.3)
     process.send(signal.SIGTERM)
     done = process.wait(100)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
+    text = done.stdout + done.stderr
+    assert done.returncode == 128 + signal.SIGTERM, text[-2000:]
     (checkpoint,) = (output / "checkpoints/autoencoder").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert 1 <= step < 400
-    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in text
+    assert "Traceback" not in text
 
 
 def test_sigterm_in_the_last_step_of_a_stage(whole, monkeypatch):
@@ -160,9 +161,10 @@ def test_a_full_disk(whole, limit):
     folder, recipe = whole
     output = folder / f"full-{limit}"
     done = train_in_a_process(folder, output, file_limit=limit).wait()
-    assert done.returncode == 1, done.stderr[-3000:]
-    sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", done.stderr)
-    assert sentence and "Traceback" not in done.stderr, done.stderr[-3000:]
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text[-3000:]
+    sentence = re.search(r"calm: error: '(.*)' could not be written \((.*)\); (.*)\n", text)
+    assert sentence and "Traceback" not in text, text[-3000:]
     assert not list(output.rglob(".partial*"))
     stages.train(recipe, output, resume=(output / "recipe.yaml").exists())
     assert same_weights(folder / "whole", output)
