@@ -88,8 +88,6 @@ class AliveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation and note what it makes."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         made = [result] if isinstance(result, Tensor) else tree_leaves(result)
         storages = [leaf.untyped_storage() for leaf in made if isinstance(leaf, Tensor)]
