@@ -196,7 +196,7 @@ class HarnessModel(LM):
         ids = (
             ids[len(prompt) :]
             if is_apart
-            else encode_words(self._tokenizer, context[len(begun) :] + continuation)
+            else encode_words(self._tokenizer, [context[len(begun) :] + continuation])[0]
         )
         if not ids:
             raise InputError("a continuation is empty; the task cannot be scored by choices.")

@@ -254,6 +254,23 @@ def test_bad_records(record, message, tokenizer, tmp_path):
         read_examples(written(tmp_path / "a.jsonl", record), tokenizer)
 
 
+def test_records_are_the_same_however_many_are_read_together(tokenizer, tmp_path, monkeypatch):
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    steps = {"prompt": "a", "steps": ["b", " c <|eos|>"], "completion": "d"}
+    bad = {"prompt": "a", "completion": ""}
+    records = [steps, {"prompt": "<|eos|>", "completion": " e"}, talk, steps | {"steps": []}, steps, talk]
+    alone = [
+        read_examples(written(tmp_path / "one.jsonl", record), tokenizer, with_steps=True)[0]
+        for record in records
+    ]
+    assert len(alone[0][0].steps) == 2
+    for size in (1, 2, 1000):
+        monkeypatch.setattr("calm.data.examples._BATCH", size)
+        assert read_examples(written(tmp_path / "all.jsonl", *records), tokenizer, with_steps=True) == alone
+        with pytest.raises(InputError, match="line 4: the completion is empty"):
+            read_examples(written(tmp_path / "bad.jsonl", *records[:3], bad, *records[3:]), tokenizer)
+
+
 def test_bad_files(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.jsonl").write_text("[1]\n")

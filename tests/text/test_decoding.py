@@ -65,7 +65,7 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
 def test_the_space_behind_a_prompt_is_kept(kind, prompt):
     """Token by token, and all at once."""
     other = KINDS[kind]()
-    new = encode_words(other, " happy boy ran.")
+    new = encode_words(other, [" happy boy ran."])[0]
     [ids] = encode_documents(other, [prompt])
     assert decode_after(other, ids, new) == " happy boy ran."
     builder = TextBuilder(other, prompt=ids)
@@ -81,7 +81,7 @@ def test_half_a_character_of_the_prompt_becomes_whole(tokenizer):
 @pytest.mark.parametrize("kind", ["llama", "unigram", "byte-level"])
 def test_tokens_are_spelled_with_their_spaces(kind):
     other = KINDS[kind]()
-    ids = [*encode_words(other, " a happy boy"), other.eos_token_id]
+    ids = [*encode_words(other, [" a happy boy"])[0], other.eos_token_id]
     spelled = spell_tokens(other, ids)
     assert "".join(spelled) == f" a happy boy{other.eos_token}"
     assert spelled[-1] == other.eos_token

@@ -51,7 +51,7 @@ def test_words_are_words(kind, text):
     [document], begin = encode_documents(tokenizer, [text]), beginning_of(tokenizer)
     assert document[: len(begin)] == begin
     assert control.isdisjoint(document[len(begin) :])
-    assert control.isdisjoint(encode_words(tokenizer, text))
+    assert control.isdisjoint(encode_words(tokenizer, [text])[0])
     if kind in LOSSLESS and text:
         spelled = tokenizer.decode(document, skip_special_tokens=True)
         assert (
@@ -81,7 +81,7 @@ def test_words_behind_a_prompt_are_spelled_as_they_are(kind, prompt, more):
         more = more.replace("\n", " ")  # It has no line ends.
     if not prompt:
         more = more.lstrip(" ")  # The first space of a text is not told from none.
-    assert decode_after(tokenizer, ids, encode_words(tokenizer, more)) == more
+    assert decode_after(tokenizer, ids, encode_words(tokenizer, [more])[0]) == more
 
 
 @pytest.mark.parametrize("kind", KINDS)

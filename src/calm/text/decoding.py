@@ -44,7 +44,7 @@ def _decode_behind(tokenizer: PreTrainedTokenizerBase, context: list[int], token
 
 def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
     """Each token by itself, with the space in front that it has; control tokens by their names."""
-    control, before = set(tokenizer.all_special_ids), encode_words(tokenizer, "a")
+    control, before = set(tokenizer.all_special_ids), encode_words(tokenizer, ["a"])[0]
     return [
         str(tokenizer.convert_ids_to_tokens(token))
         if token in control

@@ -33,15 +33,15 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [[*begin, *ids] for ids in _encode(tokenizer, texts)]
 
 
-def encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text that goes on after other text.
+def encode_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that each go on after other text.
 
     Tokenizers in the manner of SentencePiece put a space in front of all they read; these words get none.
     """
     control = _control_of(tokenizer)
     if not control.puts_space_in_front:
-        return _encode(tokenizer, [text])[0]
-    return control.encode_words(tokenizer, text, begins=False)
+        return _encode(tokenizer, texts)
+    return [control.encode_words(tokenizer, text, begins=False) for text in texts]
 
 
 def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: bool = False) -> list[int]:
