@@ -93,7 +93,8 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     """
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
-    return sum(cost_of(config, Work(context // _chunk_size(config))).training.values())
+    size = _chunk_size(config)
+    return sum(_training(config, Work(context // size)).values()) / size
 
 
 def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:

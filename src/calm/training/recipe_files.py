@@ -14,7 +14,7 @@ from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import WITHOUT_EFFECT, Recipe
 from calm.training.recipe_settings import RECIPE as RECIPE
-from calm.training.recipe_settings import recipe_parser, settings_in
+from calm.training.recipe_settings import recipe_with, settings_in
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
@@ -30,14 +30,13 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     Raises:
         InputError: If there is no such recipe or it has a mistake.
     """
-    parser = recipe_parser(kind)
     options = Options(types_of(kind))
     settings = settings_in(name, kind, options)
     try:
-        values = parser.parse_object(settings)
+        recipe: AnyRecipe = recipe_with(kind, settings)
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{name}': {sentence(str(error), options)}") from error
-    return kind(**vars(parser.instantiate(values)))
+    return recipe
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
@@ -75,11 +74,11 @@ def _with_values(kind: type[AnyRecipe], values: dict[str, Any], where: str) -> A
     options = Options(types_of(kind))
     if (mistake := mistake_in(values, options)) is not None:
         raise InputError(f"{where}: {mistake}")
-    parser = recipe_parser(kind)
     try:
-        return kind(**vars(parser.instantiate(parser.parse_object(values))))
+        recipe: AnyRecipe = recipe_with(kind, values)
     except jsonargparse.ArgumentError as error:
         raise InputError(f"{where}: {sentence(str(error), options)}") from error
+    return recipe
 
 
 def recipe_text(recipe: Recipe | FinetuningRecipe) -> str:

@@ -41,7 +41,6 @@ KINDS = {
 }
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 _COMMANDS: dict[type, str] = {Recipe: "calm train", FinetuningRecipe: "calm finetune"}
-_PARSERS: dict[type, jsonargparse.ArgumentParser] = {}
 # Settings that only one kind of recipe has.
 _SIGNS: dict[type, set[str]] = {
     Recipe: {"data", "autoencoder", "language_model"},
@@ -103,13 +102,39 @@ def kind_of_recipe(name: str) -> type:
     return Recipe
 
 
-def recipe_parser(kind: type = Recipe) -> jsonargparse.ArgumentParser:
-    """A parser whose arguments are the fields of a recipe of that kind, dotted; made once."""
-    if kind not in _PARSERS:
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(kind, sub_configs=False)
-        _PARSERS[kind] = parser
-    return _PARSERS[kind]
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """Settings, equal to others that are written alike."""
+
+    text: str
+    settings: dict[str, Any] = dataclasses.field(compare=False)
+
+
+def recipe_with(kind: type, settings: dict[str, Any]) -> Any:
+    """A recipe of that kind with some settings, in groups, and defaults for the rest.
+
+    Raises:
+        jsonargparse.ArgumentError: If a setting is unknown or of another type.
+    """
+    return kind(**vars(_parser(kind).instantiate(_parse(kind, settings))))
+
+
+def _parse(kind: type, settings: dict[str, Any]) -> jsonargparse.Namespace:
+    # That takes a tenth of a second, and a command meets the settings of its run five times.
+    return copy.deepcopy(_parsed(kind, _Written(repr(settings), settings)))
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(kind: type, written: _Written) -> jsonargparse.Namespace:
+    return _parser(kind).parse_object(written.settings)
+
+
+@functools.lru_cache
+def _parser(kind: type) -> jsonargparse.ArgumentParser:
+    """A parser whose arguments are the fields of a recipe of that kind, dotted."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, sub_configs=False)
+    return parser
 
 
 def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
@@ -280,6 +305,6 @@ def _check(own: dict[str, Any], called: str, kind: type, options: Options) -> No
     if (mistake := mistake_in(own, options)) is not None:
         raise InputError(f"recipe '{called}': {mistake}")
     try:
-        recipe_parser(kind).parse_object({name: value for name, value in own.items() if name in fields})
+        _parse(kind, {name: value for name, value in own.items() if name in fields})
     except jsonargparse.ArgumentError as error:
         raise InputError(f"recipe '{called}': {sentence(str(error), options)}") from error
