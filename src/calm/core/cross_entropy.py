@@ -51,16 +51,16 @@ def cross_entropy(
     return losses
 
 
-def rows_at_once(table_VX: Tensor) -> int:
-    """Rows whose scores are few enough to be in memory together."""
-    return max(1, SCORES_AT_ONCE // len(table_VX))
+def rows_at_once(num_scores: int) -> int:
+    """Rows whose scores, so many each, are few enough to be in memory together."""
+    return max(1, SCORES_AT_ONCE // num_scores)
 
 
 def _of_scores(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, bias_V: Tensor | None) -> Tensor:
     def of_part(part_MX: Tensor, target_M: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(part_MX, table_VX, bias_V).float(), target_M, reduction="none")
 
-    rows = rows_at_once(table_VX)
+    rows = rows_at_once(len(table_VX))
     if len(vectors_MX) <= rows:
         return of_part(vectors_MX, targets_M)
     parts = zip(vectors_MX.split(rows), targets_M.split(rows), strict=True)

@@ -9,6 +9,7 @@ Shapes: M rows, X size of their vectors, V vocabulary, Y size of the teacher's s
 rows of a part.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,9 @@ def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teachi
     teaching = teaching._replace(table_UY=teaching.table_UY[:size], bias_U=bias_U)
     is_trained = torch.is_grad_enabled() and (vectors_MX.requires_grad or table_VX.requires_grad)
     if not (is_trained and vectors_MX.is_cpu):
-        return _in_checkpointed_parts(vectors_MX, table_VX, targets_M, teaching)
+        return distillation_of_scores(
+            lambda rows_RX: F.linear(rows_RX, table_VX), size, vectors_MX, targets_M, teaching
+        )
     if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
         dtype = torch.get_autocast_dtype("cpu")
         vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
@@ -65,11 +68,27 @@ def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teachi
     return losses
 
 
-def _in_checkpointed_parts(
-    vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teaching: Teaching
+def distillation_of_scores(
+    scores_of: Callable[[Tensor], Tensor],
+    size: int,
+    vectors_MX: Tensor,
+    targets_M: Tensor,
+    teaching: Teaching,
 ) -> Tensor:
+    """`distillation` of a learner whose scores are more than products with a table.
+
+    Args:
+        scores_of: Scores of some rows, (R, V), from their vectors.
+        size: V; what the teacher says of further tokens is left out.
+        vectors_MX: See `distillation`.
+        targets_M: See `distillation`.
+        teaching: See `distillation`.
+    """
+    bias_U = None if teaching.bias_U is None else teaching.bias_U[:size]
+    teaching = teaching._replace(table_UY=teaching.table_UY[:size], bias_U=bias_U)
+
     def of_part(vectors_RX: Tensor, target_R: Tensor, states_RY: Tensor, weights_R: Tensor) -> Tensor:
-        scores_RV = _wide(F.linear(vectors_RX, table_VX))
+        scores_RV = _wide(scores_of(vectors_RX))
         told_RU = _told(states_RY, teaching.table_UY, teaching.bias_U)
         log_p_RV, log_q_RU = (
             (scores / teaching.temperature).log_softmax(-1) for scores in (scores_RV, told_RU)
@@ -78,7 +97,7 @@ def _in_checkpointed_parts(
         own_R = F.cross_entropy(scores_RV, target_R, reduction="none")
         return (1 - weights_R) * own_R + weights_R * teaching.temperature**2 * far_R
 
-    rows = max(1, _SCORES_AT_ONCE // len(table_VX))
+    rows = max(1, _SCORES_AT_ONCE // size)
     of_rows = (vectors_MX, targets_M, teaching.states_MY, teaching.weights_M)
     if len(vectors_MX) <= rows:
         return of_part(*of_rows)

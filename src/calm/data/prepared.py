@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from calm.storage.folders import temporary_folder
 logger = logging.getLogger(__name__)
 INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
+_FREQUENT = 500  # Tokens that others are told apart by.
 _MOST_COUNTED, _COUNTED_AT_ONCE, _DIGESTED_AT_ONCE = 10_000_000, 1000, 1000
 # Raised whenever `make_blocks` gives other arrays: blocks are kept by its arguments, not by its code.
 _FORMAT_OF_BLOCKS = 2
@@ -115,15 +117,38 @@ class PreparedData:
         Of a long text only the first millions of tokens are counted.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for tokens in self._first_tokens():
+            counts += np.bincount(tokens, minlength=self.vocab_size)
+        return counts
+
+    def neighbour_counts(self) -> np.ndarray:
+        """How often each token stands behind, and before, each of the most frequent ones, (V, 2 N), float32.
+
+        Counted as `token_counts`; an end of a text is a token like others.
+        """
+        frequent = np.argsort(-self.token_counts(), kind="stable")[:_FREQUENT]
+        columns = np.full(self.vocab_size, -1)
+        columns[frequent] = np.arange(len(frequent))
+        counts = np.zeros((self.vocab_size, 2 * len(frequent)), dtype=np.float32)
+        for tokens in self._first_tokens():
+            for offset, (of, beside) in enumerate(((tokens[1:], tokens[:-1]), (tokens[:-1], tokens[1:]))):
+                is_counted = columns[beside] >= 0
+                places = columns[beside[is_counted]] + offset * len(frequent)
+                np.add.at(counts, (of[is_counted], places), 1)
+        return counts
+
+    def _first_tokens(self) -> Iterator[np.ndarray]:
+        """The first millions of tokens of the training text, those of many documents at a time."""
+        total = 0
         for batch in self.train.with_format("numpy").iter(_COUNTED_AT_ONCE):  # Documents may be very short.
             documents = batch["input_ids"]
-            totals = counts.sum() + np.cumsum([len(tokens) + 1 for tokens in documents])
-            documents = documents[: np.searchsorted(totals, _MOST_COUNTED) + 1]
-            counts += np.bincount(np.concatenate(documents), minlength=self.vocab_size)
-            counts[self.tokenizer.eos_token_id] += len(documents)
-            if counts.sum() >= _MOST_COUNTED:
+            totals = total + np.cumsum([len(tokens) + 1 for tokens in documents])
+            last = int(np.searchsorted(totals, _MOST_COUNTED))
+            end = np.array([self.tokenizer.eos_token_id])
+            yield np.concatenate([part for tokens in documents[: last + 1] for part in (tokens, end)])
+            total = totals[min(last, len(totals) - 1)]
+            if total >= _MOST_COUNTED:
                 break
-        return counts
 
     def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
         """First words of the first held-out documents, and how each goes on."""

@@ -296,6 +296,11 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
             f"the first is {missing[0]}."
         )
     check_finite(model, name)
+    if isinstance(model, CalmForCausalLM):
+        try:
+            model.head.check_loaded()
+        except ValueError as error:
+            raise InputError(f"the weights in '{name}' cannot be used: {error}") from error
     settings = read_settings(Path(name) / "generation_config.json")  # transformers passes by what is odd.
     try:
         check_generation(settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None)

@@ -44,7 +44,7 @@ def new_language_model(recipe: Recipe, data: PreparedData, autoencoder: CalmAuto
     special = special_tokens_of(data.tokenizer)
     model = CalmForCausalLM(language_model_config(recipe, autoencoder.config, special))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
+    _init_from_text(model, data)
     return model
 
 
@@ -94,9 +94,15 @@ def model_with_new_head(
     kept = begun.backbone.state_dict()
     new = {name: weight for name, weight in model.backbone.state_dict().items() if name not in kept}
     model.backbone.load_state_dict(kept | new)  # New is the norm at its end, if it had none.
-    model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
+    _init_from_text(model, data)
     mark_as_new(model.head, *([model.backbone.norm] if new else []))
     return model
+
+
+def _init_from_text(model: CalmForCausalLM, data: PreparedData) -> None:
+    """Let a new head start from the statistics of its text."""
+    model.head.init_from_neighbours(lambda: torch.from_numpy(data.neighbour_counts()))
+    model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
 
 
 def new_autoregressive_model(recipe: Recipe, data: PreparedData) -> LlamaForCausalLM:

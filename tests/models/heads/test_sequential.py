@@ -9,23 +9,30 @@ from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM
+from calm.errors import InputError
 from calm.models.heads import Likelihood, Target
+from calm.models.heads.registry import build_head
 from calm.models.heads.scores import draw_tokens
+from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 HEAD = {"head_type": "sequential"}
+KINDS = {"one softmax": HEAD, "classes": HEAD | {"num_classes": 2}, "a class each": HEAD | {"num_classes": 9}}
 VOCABULARY, SIZE = 5, 2
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture
-def small() -> CalmForCausalLM:
+@pytest.fixture(params=KINDS)
+def small(request) -> CalmForCausalLM:
     """A model with few chunks, that are not equally likely."""
-    model = tiny_model(SIZE, vocab_size=VOCABULARY, head_config=HEAD)
+    model = tiny_model(SIZE, vocab_size=VOCABULARY, head_config=KINDS[request.param])
     with torch.no_grad():
-        model.head.scores.weight.normal_(std=0.3)
-        model.head.scores.bias.normal_(std=0.5)
+        for name, parameter in model.head.named_parameters():
+            if "scores" in name:
+                parameter.normal_(std=0.3 if parameter.ndim == 2 else 0.5)
         model.head.embed_tokens.weight.normal_(std=1.0)
+        if model.config.head.num_classes > 1:
+            model.head.tokens_by_class.copy_(torch.tensor([3, 1, 4, 0, 2]))
     return model
 
 
@@ -129,8 +136,9 @@ def test_the_window_reaches_back_into_the_chunk_before():
     assert one.shape == (2, model.config.state_size) == (2, 32 + 4 * 5)
 
 
-def test_scores_in_parts_are_the_scores(monkeypatch):
-    model, found = tiny_model(head_config=HEAD), []
+@pytest.mark.parametrize("head", KINDS)
+def test_scores_in_parts_are_the_scores(head, monkeypatch):
+    model, found = tiny_model(head_config=KINDS[head]), []
     for at_once in (2**26, 40 * 7):
         monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
         model.zero_grad()
@@ -161,10 +169,11 @@ def test_the_sampler_of_the_head():
 
 
 @pytest.mark.parametrize("at_once", [2**26, 40 * 2])
-def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
+@pytest.mark.parametrize("head", KINDS)
+def test_temperature_0_is_greedy_decoding(head, at_once, monkeypatch):
     monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
     torch.manual_seed(2)
-    model = tiny_model(head_config=HEAD)
+    model = tiny_model(head_config=KINDS[head])
     with torch.no_grad():
         for weight in (
             model.head.out.weight,
@@ -185,9 +194,56 @@ def test_temperature_0_is_greedy_decoding(at_once, monkeypatch):
     assert len(chunks.unique(dim=0)) > 1
 
 
+def test_classes_are_of_equal_size_and_never_empty():
+    for vocab_size, asked, size, filled in ((40, 7, 6, 7), (5, 4, 2, 3), (5, 9, 1, 5), (40, 40, 1, 40)):
+        config = tiny_config(vocab_size=vocab_size, head_config=HEAD | {"num_classes": asked}).head
+        assert (config.class_size, config.num_filled_classes) == (size, filled)
+
+
+def test_a_new_head_with_classes_starts_from_the_text():
+    """Every distribution is that of single tokens, whatever the classes; those of like neighbours are one."""
+    torch.manual_seed(0)
+    head = build_head(tiny_config(head_config=HEAD | {"num_classes": 4}).head, 32, 8)
+    counts, alike = torch.arange(40), torch.arange(40) % 4
+    neighbours = torch.zeros(40, 8)
+    neighbours[torch.arange(40), alike] = 50
+    head.init_from_neighbours(lambda: neighbours)
+    head.init_from_counts(lambda: counts)
+    with torch.no_grad():
+        for weight in (head.out.weight, head.out.bias, head.direct.weight, head.direct.bias):
+            weight.zero_()
+        states = torch.randn(3, 32 + head.config.extra_state_size)
+        seen = head.token_distribution(states, torch.zeros(3, 4, dtype=torch.long), 1)
+    assert_close(seen, ((counts + 0.5) / (counts + 0.5).sum()).expand(3, -1))
+    classes = head.tokens_by_class.view(4, 10)
+    assert {frozenset((row % 4).tolist()) for row in classes} == {frozenset({n}) for n in range(4)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_traced_draw_is_the_same(temperature):
+    model = tiny_model(head_config=KINDS["classes"])
+    vocabulary, size = model.head._vocabulary(), model.config.head.vector_size
+    traced = torch.compile(lambda *given: vocabulary.draw(*given, temperature), backend="eager", dynamic=True)
+    with torch.no_grad():
+        vectors, uniform = 3 * torch.randn(500, size), torch.rand(500)
+        uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The least and the largest that there are.
+        assert (traced(vectors, uniform)[0] == vocabulary.draw(vectors, uniform, temperature)[0]).all()
+
+
+def test_classes_that_are_no_order_of_the_tokens_are_told(tmp_path):
+    model = tiny_model(head_config=KINDS["classes"])
+    for damaged in (torch.zeros(40).long(), torch.arange(40) - 1, torch.arange(40) + 1):
+        model.head.tokens_by_class.copy_(damaged)
+        model.save_pretrained(tmp_path / "damaged")
+        with pytest.raises(InputError, match=r"head\.tokens_by_class .* every token once"):
+            load_language_model_and_tokenizer(str(tmp_path / "damaged"))
+
+
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         tiny_config(head_config=HEAD | {"rank": 0})
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        tiny_config(head_config=HEAD | {"num_classes": 0})
     with pytest.raises(ValueError, match="layer_norm_eps must be above 0"):
         tiny_config(head_config=HEAD | {"layer_norm_eps": 0.0})
 

@@ -132,6 +132,19 @@ class GenerativeHead(nn.Module, abc.ABC):
         """
         return
 
+    def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:
+        """Start from what stands beside each token in the training text; asked before `init_from_counts`.
+
+        Args:
+            count_neighbours: Counts how often each token stood before and behind the most frequent ones,
+                (V, N); V may be less than the head's vocabulary, if that is another's.
+        """
+        return
+
+    def check_loaded(self) -> None:
+        """Raise ValueError if what was loaded cannot be used; that all numbers are finite is known."""
+        return
+
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor | None:
         """What the head reads of each chunk itself, (B, C, `extra_state_size`).
 

@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
-from calm.models.heads.token_by_token import TokenByTokenHead, choose_tokens
+from calm.models.heads.token_by_token import TokenByTokenHead
+from calm.models.heads.vocabulary import OneSoftmax
 from calm.models.token_layers import TokenLayers, multiply_adds_of_layer
 
 
@@ -154,14 +155,14 @@ class DecoderHead(TokenByTokenHead):
         vectors_MD, later_MX, first_MX, last_MX = of_draws_MX.split(widths, dim=-1)
         later_MKD = later_MX.unflatten(-1, (size - 1, width))
         of_first, of_last = self.first.unpack(first_MX), self.last.unpack(last_MX)
-        (table_VD, bias_V), tokens = self._table(), list[Tensor]()
+        vocabulary, tokens = self._vocabulary(), list[Tensor]()
         checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
             if place:
                 x_MD, of_first = self.first.step(self._embed(tokens[-1]), place, of_first)
                 x_MD, of_last = self.last.step(x_MD + later_MKD[:, place - 1], place, of_last)
                 vectors_MD = self.norm(x_MD)
-            tokens_M, sums_M = choose_tokens(vectors_MD, table_VD, bias_V, uniform_NP.flatten(), temperature)
+            tokens_M, sums_M = vocabulary.choose(vectors_MD, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M)
             checked_M = checked_M + sums_M
         require_finite(checked_M)  # Once for all places: it waits for the device.
@@ -180,9 +181,9 @@ class DecoderHead(TokenByTokenHead):
         state_PD, last_PD = states_PD.split([self.hidden_size, self.hidden_size], dim=-1)
         return state_PD, last_PD
 
-    def _table(self) -> tuple[Tensor, None]:
+    def _vocabulary(self) -> OneSoftmax:
         table = self._backbone[0].embed_tokens if self.scores is None else self.scores
-        return table.weight, None  # type: ignore[union-attr,return-value]
+        return OneSoftmax(table.weight)  # type: ignore[union-attr,arg-type]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._backbone[0].embed_tokens(tokens)  # type: ignore[operator]

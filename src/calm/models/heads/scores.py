@@ -4,7 +4,7 @@ As in `calm.core.cross_entropy`, a table has a vector for each token, and a bias
 Shapes: M rows, X size of their vectors, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +15,10 @@ from calm.core.cross_entropy import rows_at_once
 _GROUP = 64  # Tokens of a draw's first step.
 
 
-def probabilities(
-    vectors_MX: Tensor, table_VX: Tensor, tokens_M: Tensor, bias_V: Tensor | None = None
-) -> Tensor:
-    """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
-    tokens = _parts(tokens_M, table_VX)
-    parts = zip(token_distributions(vectors_MX, table_VX, bias_V), tokens, strict=True)
-    return torch.cat(
-        [
-            torch.stack(
-                [p_MV.gather(1, part_M.unsqueeze(-1)).squeeze(-1), p_MV.square().sum(-1), p_MV.amax(-1)]
-            )
-            for p_MV, part_M in parts
-        ],
-        dim=-1,
-    )
-
-
 def likeliest(vectors_MX: Tensor, table_VX: Tensor, bias_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of each row the token with the highest score, (M,), the first of equals, and that score, (M,)."""
-    best = [F.linear(part_MX, table_VX, bias_V).float().max(-1) for part_MX in _parts(vectors_MX, table_VX)]
+    parts = in_parts(vectors_MX, len(table_VX))
+    best = [F.linear(part_MX, table_VX, bias_V).float().max(-1) for part_MX in parts]
     return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
 
@@ -46,20 +30,26 @@ def draw_tokens(
     And the last of these sums, (M,): 1 but for rounding, and not finite where the scores are not.
     """
     if torch.compiler.is_compiling():
-        return _draw_in_two_steps(F.linear(vectors_MX, table_VX, bias_V).float(), uniform_M)
+        return draw_in_two_steps(F.linear(vectors_MX, table_VX, bias_V).float(), uniform_M)
+    return draw_by_sums(token_distributions(vectors_MX, table_VX, bias_V), uniform_M)
+
+
+def draw_by_sums(distributions: Iterable[Tensor], uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """`draw_tokens` from distributions, (m, V), of some rows at a time."""
     chosen, totals, first = [], [], 0
-    for p_MV in token_distributions(vectors_MX, table_VX, bias_V):
+    for p_MV in distributions:
         sums_MV = p_MV.cumsum(-1)
         # Times the last sum, which is not quite 1: no number lies beyond it.
         points_M1 = uniform_M[first : first + p_MV.shape[0], None].to(sums_MV.dtype) * sums_MV[:, -1:]
         chosen.append(torch.searchsorted(sums_MV, points_M1, right=True).squeeze(-1))
         totals.append(sums_MV[:, -1])
         first += p_MV.shape[0]
-    return torch.cat(chosen).clamp_max(len(table_VX) - 1), torch.cat(totals)
+        chosen[-1].clamp_max_(p_MV.shape[1] - 1)
+    return torch.cat(chosen), torch.cat(totals)
 
 
-def _draw_in_two_steps(scores_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The same: first a group of tokens, then a token of that group.
+def draw_in_two_steps(scores_MV: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+    """`draw_tokens` from scores: first a group of tokens, then a token of that group.
 
     Compiled, sums of groups are fast loops, and a running sum over the vocabulary is not. What is returned as
     the last sum is that of the exponentials of scores less the highest.
@@ -86,10 +76,15 @@ def token_distributions(
     vectors_MX: Tensor, table_VX: Tensor, bias_V: Tensor | None = None
 ) -> Iterator[Tensor]:
     """The distribution over the vocabulary of each row, (m, V), for some rows at a time."""
-    for part_MX in _parts(vectors_MX, table_VX):
+    for part_MX in in_parts(vectors_MX, len(table_VX)):
         yield F.linear(part_MX, table_VX, bias_V).float().softmax(-1)
 
 
-def _parts(of_rows: Tensor, table_VX: Tensor) -> Sequence[Tensor]:
-    """Rows in parts whose scores are few enough; in one where they are traced, and the caller limits them."""
-    return (of_rows,) if torch.compiler.is_compiling() else of_rows.split(rows_at_once(table_VX))
+def in_parts(of_rows: Tensor, num_scores: int) -> Sequence[Tensor]:
+    """Rows in parts whose scores are few enough; in one where they are traced, and the caller limits them.
+
+    Args:
+        of_rows: Rows.
+        num_scores: How many numbers a row takes.
+    """
+    return (of_rows,) if torch.compiler.is_compiling() else of_rows.split(rows_at_once(num_scores))

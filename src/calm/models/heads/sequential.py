@@ -7,9 +7,10 @@ what it keeps of CALM is the backbone over chunks. The split into a backbone ove
 tokens inside them is that of the Block Transformer (Ho et al., arXiv 2406.02657).
 
 Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, E size of a token's embedding,
-r rank, S blocks.
+r rank, S blocks, R size of what says which token is next: r, or 2 r with classes; W places of classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm.core.classes import classes_by_neighbours
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
 from calm.models.heads.step_network import RecomputedBlock
-from calm.models.heads.token_by_token import TokenByTokenHead, choose_tokens
+from calm.models.heads.token_by_token import TokenByTokenHead
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
+from calm.models.heads.vocabulary import OneSoftmax, TwoSoftmaxes, Vocabulary
+
+_NEVER = -100.0  # The logarithm of what is never seen.
 
 
 @dataclass(kw_only=True)
@@ -33,6 +38,8 @@ class SequentialHeadConfig(TokenHeadConfig):
         head_type: Always "sequential".
         num_blocks: Residual blocks.
         token_size: Size of the embedding of a token of the chunk.
+        num_classes: Classes of tokens; a token is then chosen in two steps (`calm.core.classes`), for a
+            fraction of the FLOPs. 1 is a single softmax over the vocabulary.
         layer_norm_eps: Epsilon of the norms.
 
     The others are those of `TokenHeadConfig`.
@@ -41,6 +48,7 @@ class SequentialHeadConfig(TokenHeadConfig):
     head_type: str = "sequential"
     num_blocks: int = 2
     token_size: int = 64
+    num_classes: int = 1
     layer_norm_eps: float = 1e-6
 
     lowest_temperature: ClassVar[float] = 0.0
@@ -48,7 +56,7 @@ class SequentialHeadConfig(TokenHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_blocks", "token_size")
+        check_counts(self, "num_blocks", "token_size", "num_classes")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
 
@@ -57,12 +65,31 @@ class SequentialHeadConfig(TokenHeadConfig):
         """See `HeadConfig`: embeddings of the K tokens of a chunk."""
         return self.chunk_size * self.token_size
 
+    @property
+    def class_size(self) -> int:
+        """Tokens of a class; the last may have fewer."""
+        return -(-self.vocab_size // self.num_classes)
+
+    @property
+    def num_filled_classes(self) -> int:
+        """Classes that have a token: of equal size, fewer than were asked for may hold all."""
+        return -(-self.vocab_size // self.class_size)
+
+    @property
+    def vector_size(self) -> int:
+        """Size of what says which token is next: a part for the token, and with classes one for its class."""
+        return self.rank if self.num_classes == 1 else 2 * self.rank
+
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
-        square, blocks = hidden_size * hidden_size, self.num_blocks
-        shared = square + 3 * blocks * square + hidden_size * self.chunk_size * self.rank
-        of_token = (self.chunk_size * self.token_size + 2 * blocks * hidden_size + self.rank) * hidden_size
-        per_draw = self.chunk_size * (of_token + self.vocab_size * (self.rank + 1))
+        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once.
+
+        With classes draws are those at temperature 1; at others all tokens are scored.
+        """
+        square, blocks, size = hidden_size * hidden_size, self.num_blocks, self.vector_size
+        shared = square + 3 * blocks * square + hidden_size * self.chunk_size * size
+        of_token = (self.chunk_size * self.token_size + 2 * blocks * hidden_size + size) * hidden_size
+        scores = self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
+        per_draw = self.chunk_size * (of_token + scores * (self.rank + 1))
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
@@ -79,6 +106,8 @@ class SequentialHead(TokenByTokenHead, TokenHead):
     """
 
     config: SequentialHeadConfig
+    tokens_by_class: Tensor
+    """Tokens class after class, (V,), if there are classes."""
 
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
@@ -89,16 +118,22 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         self.inp = nn.Linear(size * config.token_size, hidden_size)
         self.blocks = nn.ModuleList(RecomputedBlock(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
-        self.out = ZeroLinear(hidden_size, config.rank)
-        self.direct = ZeroLinear(hidden_size, size * config.rank)
-        self.scores = PartedLinear(config.rank, config.vocab_size)
+        self.out = ZeroLinear(hidden_size, config.vector_size)
+        self.direct = ZeroLinear(hidden_size, size * config.vector_size)
+        if config.num_classes == 1:
+            self.scores = PartedLinear(config.rank, config.vocab_size)
+        else:
+            self.class_scores = PartedLinear(config.rank, config.num_filled_classes)
+            # Of places; those at the end may be of no token.
+            self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
+            self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
         """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
         return self.embed_tokens(chunks_BCK).flatten(-2)
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """What all tokens and draws of a position share, (P, 3·D·S + K·r + K·E)."""
+        """What all tokens and draws of a position share, (P, 3·D·S + K·R + K·E)."""
         state_PD, before_PKE = self._parts(states_PD)
         condition_PD = F.silu(self.condition_in(state_PD))
         modulations = [block.modulation(condition_PD) for block in self.blocks]  # type: ignore[operator]
@@ -106,25 +141,56 @@ class SequentialHead(TokenByTokenHead, TokenHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
-        return [self.inp, self.out, self.direct, self.scores]
+        classes = [] if self.config.num_classes == 1 else [self.class_scores]
+        return [self.inp, self.out, self.direct, self.scores, *classes]
+
+    def check_loaded(self) -> None:
+        """See `GenerativeHead`: every token has a place in a class."""
+        if self.config.num_classes == 1:
+            return
+        expected_V = torch.arange(self.config.vocab_size, device=self.tokens_by_class.device)
+        if not torch.equal(self.tokens_by_class.sort().values, expected_V):
+            raise ValueError("head.tokens_by_class must hold every token once; the file is damaged.")
+
+    @torch.no_grad()
+    def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:
+        """See `GenerativeHead`: tokens with like neighbours come into the same class."""
+        if self.config.num_classes > 1:
+            counts_VN = count_neighbours()
+            more = self.config.vocab_size - len(counts_VN)
+            counts_VN = F.pad(counts_VN, (0, 0, 0, more))
+            self.tokens_by_class.copy_(classes_by_neighbours(counts_VN, self.config.class_size))
+
+    @torch.no_grad()
+    def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
+        """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
+        if self.config.num_classes == 1 or not self.config.bias_from_text:
+            super().init_from_counts(count_tokens)
+            return
+        places = self.config.num_filled_classes * self.config.class_size
+        seen_V = self._seen(count_tokens)[self.tokens_by_class]
+        seen_CG = F.pad(seen_V, (0, places - len(seen_V))).view(-1, self.config.class_size)
+        of_class_C1 = seen_CG.sum(-1, keepdim=True)
+        self.class_scores.bias.copy_((of_class_C1 / of_class_C1.sum()).log().flatten())
+        self.scores.bias.copy_((seen_CG / of_class_C1).log().clamp_min(_NEVER).flatten())
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""
         config, size = self.config, self.config.chunk_size
-        widths = [3 * self.hidden_size] * config.num_blocks + [size * config.rank, config.extra_state_size]
+        widths = [3 * self.hidden_size] * config.num_blocks
+        widths += [size * config.vector_size, config.extra_state_size]
         *modulations, direct_PX, before_PX = prepared_P.split(widths, dim=-1)
         direct_PKR = direct_PX.unflatten(-1, (size, -1))
         known = list(before_PX.unflatten(-1, (size, -1)).expand(uniform_NPK.shape[0], -1, -1, -1).unbind(-2))
-        (table_VR, bias_V), tokens = self._table(), list[Tensor]()
+        vocabulary, tokens = self._vocabulary(), list[Tensor]()
         checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
             x_NPD = self.inp(torch.cat(known[-size:], dim=-1)) + self.embed_places.weight[place]
             for block, modulation in zip(self.blocks, modulations, strict=True):
                 x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, place]
-            tokens_M, sums_M = choose_tokens(
-                vectors_NPR.flatten(0, 1), table_VR, bias_V, uniform_NP.flatten(), temperature
-            )
+            vectors_MR = vectors_NPR.flatten(0, 1)
+            tokens_M, sums_M = vocabulary.choose(vectors_MR, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M.view_as(uniform_NP))
             checked_M = checked_M + sums_M
             known.append(self.embed_tokens(tokens[-1]))
@@ -132,7 +198,7 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         return torch.stack(tokens, dim=-1)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, r)."""
+        """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, R)."""
         state_PD, before_PKE = self._parts(states_PD)
         size = self.config.chunk_size
         known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
@@ -149,5 +215,10 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
         return state_PD, before_PX.unflatten(-1, (self.config.chunk_size, -1))
 
-    def _table(self) -> tuple[Tensor, Tensor]:
-        return self.scores.weight, self.scores.bias
+    def _vocabulary(self) -> Vocabulary:
+        if self.config.num_classes == 1:
+            return OneSoftmax(self.scores.weight, self.scores.bias)
+        classes = self.class_scores
+        return TwoSoftmaxes(
+            classes.weight, classes.bias, self.scores.weight, self.scores.bias, self.tokens_by_class
+        )

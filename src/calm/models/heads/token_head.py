@@ -51,6 +51,10 @@ class TokenHead(GenerativeHead):
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
         """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
         if self.config.bias_from_text:
-            counts_V = count_tokens().double()
-            seen_V = F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # No logarithm of 0.
+            seen_V = self._seen(count_tokens)
             self.scores.bias.copy_((seen_V / seen_V.sum()).log())
+
+    def _seen(self, count_tokens: Callable[[], Tensor]) -> Tensor:
+        """How often each token of the head's vocabulary was seen, (V,), and half a time more."""
+        counts_V = count_tokens().double()
+        return F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # No logarithm of 0.

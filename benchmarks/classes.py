@@ -1,0 +1,122 @@
+"""Is a softmax in two steps worth it? Nats, BrierLM and minutes at equal training FLOPs, on prose.
+
+    python benchmarks/classes.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/classes
+
+Compared are a Transformer; the sequential head with K = 4 (recipe `laptop_quick`) with one softmax over 4,096
+tokens and with classes of tokens; and the same head with classes and chunks of a single token, which is a
+Transformer whose last layer has classes. Each is trained for as many FLOPs (`calm flops`) on the same text.
+
+What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
+from the results alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from measure import machine
+from prose import CONTEXT, recipe_of, score, with_budget, write
+
+from calm.comparison.ladder import at_chunk_size
+from calm.data.prepare import prepare
+from calm.report.tables import with_error
+from calm.training.recipe import Recipe
+from calm.training.recipe_files import RECIPE
+from calm.training.stages import train
+
+KINDS = {
+    "transformer": "Transformer",
+    "one_softmax": "K = 4, one softmax",
+    "classes_32": "K = 4, 32 classes",
+    "classes_64": "K = 4, 64 classes",
+    "classes_128": "K = 4, 128 classes",
+    "tokens_64": "K = 1, 64 classes",
+}
+
+
+def main() -> None:
+    """Train and score what is missing; print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", default="train.jsonl.xz", help="training text")
+    parser.add_argument("--valid", default="valid.jsonl.xz", help="held-out text")
+    parser.add_argument("--output", type=Path, help="folder of text and runs; without, nothing is trained")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/classes")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[5e12])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    arguments = parser.parse_args()
+    if arguments.output:
+        data = arguments.output.resolve() / "data"
+        if not data.is_dir():
+            prepare([arguments.train], data, validation_sources=[arguments.valid], vocab_size=4096)
+        for seed in arguments.seeds:
+            for budget in arguments.budgets:
+                for kind in arguments.kinds:
+                    run(kind, budget, seed, data, arguments.results)
+    rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
+    print("\n".join(table(rows)))
+
+
+def run(kind: str, budget: float, seed: int, data: Path, results: Path) -> None:
+    """Train and score one model, unless it was."""
+    name = f"{kind}_{budget:.3g}_seed{seed}"
+    if (results / f"{name}.json").is_file():
+        return
+    recipe = with_budget(recipe_for(kind, seed, data), budget)
+    folder, training = data.parent / name, recipe.language_model.training
+    print(f"{name}: {training.steps} steps", flush=True)
+    train(recipe, folder, resume=(folder / RECIPE).is_file())
+    scores = score(folder, CONTEXT, None)
+    del scores["documents"]
+    tokens = training.steps * training.batch_tokens
+    results.mkdir(parents=True, exist_ok=True)
+    found = {"kind": kind, "budget": budget, "seed": seed, "tokens": tokens, **scores, "machine": machine()}
+    write(results / f"{name}.json", found)
+
+
+def recipe_for(kind: str, seed: int, data: Path) -> Recipe:
+    """The recipe of a model, whatever the budget."""
+    if kind == "transformer":
+        return recipe_of("baseline", seed, data)
+    recipe, (way, _, number) = recipe_of("sequential_K4", seed, data), kind.partition("_")
+    if way == "tokens":
+        recipe = at_chunk_size(recipe, 1)
+    classes = {} if way == "one" else {"num_classes": int(number)}
+    head = recipe.language_model.head | classes
+    return dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, head=head))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind and budget, means over seeds."""
+    lines = [
+        "| model | FLOPs | tokens read | nats a token | BrierLM | Brier-1 | minutes | FLOPs to write one |",
+        "|" + "---|" * 8,
+    ]
+    for budget in sorted({row["budget"] for row in rows}):
+        for kind, label in KINDS.items():
+            same = [row for row in rows if (row["kind"], row["budget"]) == (kind, budget)]
+            if not same:
+                continue
+            nats = [row["cross_entropy"] for row in same]
+            brier = [row["T1"]["brier_lm"] for row in same]
+            # Seeds share the text, whose error does not shrink with their number.
+            of_seeds = statistics.stdev(brier) / len(brier) ** 0.5 if len(brier) > 1 else 0.0
+            error = max(of_seeds, statistics.mean(row["T1"]["error"] for row in same))
+            first = statistics.mean(row["T1"]["brier"][0] for row in same)
+            minutes = statistics.mean(row["seconds"] for row in same) / 60
+            lines.append(
+                f"| {label} | {budget:.0e} | {same[0]['tokens'] / 1e6:.1f} M "
+                f"| {' / '.join(f'{one:.3f}' for one in nats)} "
+                f"| {with_error(statistics.mean(brier), error)} | {first:.1f} | {minutes:.1f} "
+                f"| {same[0]['T1']['inference_flops'] / 1e6:.2f} M |"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The last step of heads that draw token by token: a vector -> the distribution of a token.
+
+Shapes: M rows, X size of their vectors, V vocabulary, C classes, G tokens of a class.
+"""
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calm.core.classes import losses_in_classes
+from calm.core.cross_entropy import cross_entropy
+from calm.core.distillation import Teaching, distillation, distillation_of_scores
+from calm.models.heads.contract import MIN_TEMPERATURE
+from calm.models.heads.scores import (
+    draw_by_sums,
+    draw_in_two_steps,
+    draw_tokens,
+    in_parts,
+    likeliest,
+    token_distributions,
+)
+
+
+class Vocabulary(abc.ABC):
+    """How a vector says which token is next."""
+
+    @abc.abstractmethod
+    def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
+        """Cross-entropy of a token in each row, (M,), in nats."""
+
+    @abc.abstractmethod
+    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+        """Loss of a token in each row with a teacher, (M,); see `calm.core.distillation`."""
+
+    @abc.abstractmethod
+    def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
+        """The distribution of each row, (m, V), for some rows at a time."""
+
+    @abc.abstractmethod
+    def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """A token of each row, (M,), by a uniform number in [0, 1), and a number that is finite where its
+        scores are, (M,)."""
+
+    def choose(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """`draw`, or the likeliest token where the temperature is too low to draw at."""
+        if temperature < MIN_TEMPERATURE:
+            return self.likeliest(vectors_MX)
+        return self.draw(vectors_MX, uniform_M, temperature)
+
+    def likeliest(self, vectors_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token of each row, (M,), the first of equals, and a number as from `draw`, (M,)."""
+        best = [p_MV.max(-1) for p_MV in self.distributions(vectors_MX)]
+        return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+
+    def probabilities(self, vectors_MX: Tensor, tokens_M: Tensor, temperature: float) -> Tensor:
+        """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
+        found, first = list[Tensor](), 0
+        for p_MV in self.distributions(vectors_MX, temperature):
+            part_M1 = tokens_M[first : first + len(p_MV), None]
+            found.append(torch.stack([p_MV.gather(1, part_M1)[:, 0], p_MV.square().sum(-1), p_MV.amax(-1)]))
+            first += len(p_MV)
+        return torch.cat(found, dim=-1)
+
+
+@dataclass(frozen=True)
+class OneSoftmax(Vocabulary):
+    """A softmax over the scores of all tokens.
+
+    Args:
+        table_VX: A vector for each token, whose product with a vector is its score.
+        bias_V: Added to the scores.
+    """
+
+    table_VX: Tensor
+    bias_V: Tensor | None = None
+
+    def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
+        """See `Vocabulary`."""
+        return cross_entropy(vectors_MX, self.table_VX, tokens_M, self.bias_V)
+
+    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+        """See `Vocabulary`."""
+        table_VX = self.table_VX
+        if self.bias_V is not None:  # One more column, which is multiplied with 1.
+            vectors_MX = torch.cat([vectors_MX, torch.ones_like(vectors_MX[:, :1])], dim=-1)
+            table_VX = torch.cat([table_VX, self.bias_V.unsqueeze(-1)], dim=-1)
+        return distillation(vectors_MX, table_VX, tokens_M, teaching)
+
+    def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
+        """See `Vocabulary`."""
+        return token_distributions(vectors_MX / temperature, self.table_VX, self._bias_at(temperature))
+
+    def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Vocabulary`."""
+        return draw_tokens(vectors_MX / temperature, self.table_VX, uniform_M, self._bias_at(temperature))
+
+    def likeliest(self, vectors_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Vocabulary`."""
+        return likeliest(vectors_MX, self.table_VX, self.bias_V)
+
+    def _bias_at(self, temperature: float) -> Tensor | None:
+        return None if self.bias_V is None else self.bias_V / temperature
+
+
+@dataclass(frozen=True)
+class TwoSoftmaxes(Vocabulary):
+    """A softmax over classes, and one over the tokens of a class (see `calm.core.classes`).
+
+    The first half of a vector meets the classes, the second the tokens. At temperature 1 a loss and a draw
+    take the scores of C classes and G tokens; other temperatures take those of all tokens.
+
+    Args:
+        class_table_CX: A vector for each class.
+        class_bias_C: Added to their scores.
+        table_WX: A vector for each place; W is C·G, so some at the end may be of no token.
+        bias_W: Added to their scores.
+        tokens_V: The token at each place.
+    """
+
+    class_table_CX: Tensor
+    class_bias_C: Tensor
+    table_WX: Tensor
+    bias_W: Tensor
+    tokens_V: Tensor
+
+    @property
+    def _class_size(self) -> int:
+        return len(self.table_WX) // len(self.class_table_CX)
+
+    def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
+        """See `Vocabulary`."""
+        of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
+        places_M, size = self._places()[tokens_M], self._class_size
+        return cross_entropy(
+            of_class_MX, self.class_table_CX, places_M // size, self.class_bias_C
+        ) + losses_in_classes(of_token_MX, self.table_WX, self.bias_W, places_M, size, len(self.tokens_V))
+
+    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+        """See `Vocabulary`."""
+        size = len(self.tokens_V)
+        return distillation_of_scores(self._log_distribution, size, vectors_MX, tokens_M, teaching)
+
+    def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
+        """See `Vocabulary`."""
+        for part_MX in in_parts(vectors_MX, len(self.table_WX)):
+            log_p_MV = self._log_distribution(part_MX)
+            yield log_p_MV.exp() if temperature == 1 else (log_p_MV / temperature).softmax(-1)
+
+    def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Vocabulary`."""
+        if temperature != 1 and torch.compiler.is_compiling():
+            return draw_in_two_steps(self._log_distribution(vectors_MX) / temperature, uniform_M)
+        if temperature != 1:
+            return draw_by_sums(self.distributions(vectors_MX, temperature), uniform_M)
+        scores = self.table_WX.shape[1] * self._class_size
+        parts = zip(in_parts(vectors_MX, scores), in_parts(uniform_M, scores), strict=True)
+        drawn = [self._draw_part(part_MX, part_M) for part_MX, part_M in parts]
+        return torch.cat([tokens_M for tokens_M, _ in drawn]), torch.cat([sums_M for _, sums_M in drawn])
+
+    def _draw_part(self, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+        """A class by the uniform number, and a token by where the number lies among those of the class."""
+        of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
+        scores_MC = F.linear(of_class_MX, self.class_table_CX, self.class_bias_C).float()
+        class_M, rest_M, total_M = _chosen(scores_MC, uniform_M)
+        size = self._class_size
+        places_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
+        table_CGX = self.table_WX.unflatten(0, (-1, size))
+        scores_MG = torch.bmm(table_CGX[class_M], of_token_MX.unsqueeze(-1)).squeeze(-1)
+        scores_MG = (scores_MG + self.bias_W[places_MG]).float()
+        is_none_MG = places_MG >= len(self.tokens_V)
+        within_M, _, total_of_class_M = _chosen(scores_MG.masked_fill(is_none_MG, -torch.inf), rest_M)
+        place_M = (class_M * size + within_M).clamp_max(len(self.tokens_V) - 1)
+        return self.tokens_V[place_M], total_M + total_of_class_M
+
+    def _log_distribution(self, vectors_MX: Tensor) -> Tensor:
+        """Logarithm of the distribution of each row, (M, V)."""
+        of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
+        classes_MC = _wide(F.linear(of_class_MX, self.class_table_CX, self.class_bias_C)).log_softmax(-1)
+        scores_MW = _wide(F.linear(of_token_MX, self.table_WX, self.bias_W))
+        is_none_W = torch.arange(len(self.table_WX), device=scores_MW.device) >= len(self.tokens_V)
+        scores_MCG = scores_MW.masked_fill(is_none_W, -torch.inf).unflatten(-1, (-1, self._class_size))
+        log_p_MW = (classes_MC.unsqueeze(-1) + scores_MCG.log_softmax(-1)).flatten(1)
+        return log_p_MW.index_select(-1, self._places())
+
+    def _places(self) -> Tensor:
+        """Place of each token, (V,)."""
+        places_V = torch.empty_like(self.tokens_V)
+        return places_V.index_copy(0, self.tokens_V, torch.arange(len(places_V), device=places_V.device))
+
+
+def _chosen(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of some scores a uniform number chooses by their softmax, each (M,).
+
+    Returns:
+        The choice; where the number lies in the part of [0, 1) that is the choice's, as a uniform number of
+        its own; and a number that is finite where the scores are.
+    """
+    weights_MX = (scores_MX - scores_MX.amax(-1, keepdim=True)).exp()
+    sums_MX = weights_MX.cumsum(-1)
+    total_M1 = sums_MX[:, -1:]
+    point_M1 = uniform_M.unsqueeze(-1).to(sums_MX.dtype) * total_M1
+    places_X = torch.arange(scores_MX.shape[1], device=scores_MX.device)
+    last_M1 = torch.where(weights_MX > 0, places_X, 0).amax(-1, keepdim=True)
+    chosen_M1 = (sums_MX <= point_M1).sum(-1, keepdim=True).minimum(last_M1)
+    before_M1 = torch.where(chosen_M1 > 0, sums_MX.gather(1, (chosen_M1 - 1).clamp_min(0)), 0)
+    width_M1 = sums_MX.gather(1, chosen_M1) - before_M1
+    rest_M1 = ((point_M1 - before_M1) / width_M1).clamp(0, 1 - 2**-24)
+    return chosen_M1.squeeze(-1), rest_M1.squeeze(-1), total_M1.squeeze(-1)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Scores in float32 at least."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
