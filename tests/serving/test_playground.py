@@ -45,7 +45,8 @@ def test_what_the_page_is_told(head_type, tokenizer):
     model = tiny_model(4, vocab_size=320, head_config={"head_type": head_type})
     with serving(model, tokenizer, temperature=0.5, max_tokens=99, draws=50) as (_, _, url):
         about = httpx.get(f"{url}/page").json()
-    lowest = {"sequential": 0.0, "decoder": 0.0, "categorical_flow": 0.01}.get(head_type, 1.0)
+    name = HEADS[head_type]["head_type"]
+    lowest = {"sequential": 0.0, "decoder": 0.0, "categorical_flow": 0.01}.get(name, 1.0)
     assert about == {
         "model": "tiny",
         "needs_key": False,
@@ -57,7 +58,7 @@ def test_what_the_page_is_told(head_type, tokenizer):
         "max_thoughts": 64,
         "chunk_size": 4,
         "eos_token_ids": [EOS],
-        "head": head_type,
+        "head": name,
         "lowest_temperature": lowest,
         "has_chat": True,
     }

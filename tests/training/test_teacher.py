@@ -44,7 +44,8 @@ SEQUENTIAL = {
     "language_model.head": {"head_type": "sequential", "num_blocks": 1, "rank": 8, "token_size": 8},
 }
 AUTOREGRESSIVE = {"model": "autoregressive", "chunk_size": 1}
-KINDS = {"uptrained": CUT, "new": SEQUENTIAL, "autoregressive": AUTOREGRESSIVE}
+CLASSES = SEQUENTIAL | {"language_model.head": SEQUENTIAL["language_model.head"] | {"num_classes": 20}}
+KINDS = {"uptrained": CUT, "new": SEQUENTIAL, "classes": CLASSES, "autoregressive": AUTOREGRESSIVE}
 
 
 @pytest.fixture(scope="module")

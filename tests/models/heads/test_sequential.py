@@ -9,6 +9,7 @@ from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM
+from calm.core.distillation import Teaching
 from calm.errors import InputError
 from calm.models.heads import Likelihood, Target
 from calm.models.heads.registry import build_head
@@ -192,6 +193,27 @@ def test_temperature_0_is_greedy_decoding(head, at_once, monkeypatch):
         losses = model.head.token_losses(state.repeat_interleave(40, 0), others)[:, place].view(5, 40)
         assert torch.equal(losses.argmin(-1), chunks[:, place])
     assert len(chunks.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_teacher_is_learned_from_as_from_the_distributions(small, trained):
+    """Cross-entropy and divergence, from distributions that `token_distribution` gives."""
+    head, states = small.head, torch.randn(6, small.config.state_size)
+    tokens, weights = torch.randint(0, VOCABULARY, (6, SIZE)), torch.rand(12)
+    teaching = Teaching(torch.randn(12, 4), torch.randn(VOCABULARY, 4), None, weights, 2.0)
+    with torch.set_grad_enabled(trained):
+        found = head.taught_losses(states, tokens, teaching)
+    told = (teaching.states_MY @ teaching.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
+    for place in range(SIZE):
+        p = head.token_distribution(states, tokens, place)
+        own = -p.log().gather(1, tokens[:, place, None]).squeeze(1)
+        q = told[:, place]
+        far = (q.exp() * (q - (p.log() / 2).log_softmax(-1))).sum(-1)
+        share = weights.view(6, SIZE)[:, place]
+        assert_close(found[:, place], (1 - share) * own + share * 4 * far, rtol=1e-4, atol=1e-5)
+    if trained:
+        found.sum().backward()
+        assert all(p.grad is not None for name, p in head.named_parameters() if "scores" in name)
 
 
 def test_classes_are_of_equal_size_and_never_empty():
