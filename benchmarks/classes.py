@@ -3,8 +3,8 @@
     python benchmarks/classes.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/classes
 
 Compared are a Transformer; the sequential head with K = 4 (recipe `laptop_quick`) with one softmax over 4,096
-tokens and with classes of tokens; and the same head with classes and chunks of a single token, which is a
-Transformer whose last layer has classes. Each is trained for as many FLOPs (`calm flops`) on the same text.
+tokens and with classes of tokens; the same head with classes and chunks of a single token, which is a
+Transformer whose last layers have classes; and the coarse-to-fine head. Each is trained for as many FLOPs (`calm flops`) on the same text.
 
 What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
 from the results alone.
@@ -34,6 +34,7 @@ KINDS = {
     "classes_64": "K = 4, 64 classes",
     "classes_128": "K = 4, 128 classes",
     "tokens_64": "K = 1, 64 classes",
+    "coarse_to_fine": "K = 4, coarse to fine",
 }
 
 
@@ -86,8 +87,11 @@ def recipe_for(kind: str, seed: int, data: Path) -> Recipe:
     recipe, (way, _, number) = recipe_of("sequential_K4", seed, data), kind.partition("_")
     if way == "tokens":
         recipe = at_chunk_size(recipe, 1)
-    classes = {} if way == "one" else {"num_classes": int(number)}
-    head = recipe.language_model.head | classes
+    head = recipe.language_model.head
+    if kind == "coarse_to_fine":
+        head = {"head_type": kind, "rank": head["rank"]}
+    elif way != "one":
+        head = head | {"num_classes": int(number)}
     return dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, head=head))
 
 

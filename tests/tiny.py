@@ -25,8 +25,17 @@ HEADS: dict[str, dict] = {
     "sequential": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6},
     "classes": {"head_type": "sequential", "num_blocks": 1, "token_size": 5, "rank": 6, "num_classes": 7},
     "decoder": {"head_type": "decoder", "first_layers": 1, "last_layers": 1},
+    "coarse_to_fine": {
+        "head_type": "coarse_to_fine",
+        "num_blocks": 1,
+        "token_size": 5,
+        "rank": 6,
+        "num_classes": 7,
+        "class_embedding_size": 5,
+        "class_rank": 6,
+    },
 }
-WITH_CODES = ("categorical_flow", "sequential", "decoder")
+WITH_CODES = ("categorical_flow", "sequential", "decoder", "coarse_to_fine")
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

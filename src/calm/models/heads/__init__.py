@@ -7,6 +7,7 @@ A head is one file with a configuration dataclass and a module, joined in the re
 from typing import Any
 
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
+from calm.models.heads.coarse_to_fine import CoarseToFineHead, CoarseToFineHeadConfig
 from calm.models.heads.contract import (
     GenerativeHead,
     LatentHead,
@@ -30,6 +31,7 @@ register_head("diffusion", DiffusionHeadConfig, DiffusionHead)
 register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead)
 register_head("sequential", SequentialHeadConfig, SequentialHead)
 register_head("decoder", DecoderHeadConfig, DecoderHead)
+register_head("coarse_to_fine", CoarseToFineHeadConfig, CoarseToFineHead)
 
 # Names of version 0.1, for one version.
 _RENAMED = {
@@ -48,6 +50,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CategoricalFlowHead",
     "CategoricalFlowHeadConfig",
+    "CoarseToFineHead",
+    "CoarseToFineHeadConfig",
     "DecoderHead",
     "DecoderHeadConfig",
     "DiffusionHead",

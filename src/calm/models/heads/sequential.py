@@ -10,7 +10,6 @@ Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, E
 r rank, S blocks, R size of what says which token is next: r, or 2 r with classes; W places of classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,37 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.core.classes import classes_by_neighbours
-from calm.models.blocks import PartedLinear, ZeroLinear
+from calm.models.blocks import ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
 from calm.models.heads.step_network import RecomputedBlock
 from calm.models.heads.token_by_token import TokenByTokenHead
-from calm.models.heads.token_head import TokenHead, TokenHeadConfig
+from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
 from calm.models.heads.vocabulary import OneSoftmax, TwoSoftmaxes, Vocabulary
-
-_NEVER = -100.0  # The logarithm of what is never seen.
 
 
 @dataclass(kw_only=True)
-class SequentialHeadConfig(TokenHeadConfig):
+class SequentialHeadConfig(TokenClassesConfig):
     """Fields of the sequential head.
 
     Args:
         head_type: Always "sequential".
         num_blocks: Residual blocks.
         token_size: Size of the embedding of a token of the chunk.
-        num_classes: Classes of tokens; a token is then chosen in two steps (`calm.core.classes`), for a
-            fraction of the FLOPs. 1 is a single softmax over the vocabulary.
         layer_norm_eps: Epsilon of the norms.
 
-    The others are those of `TokenHeadConfig`.
+    The others are those of `TokenClassesConfig`.
     """
 
     head_type: str = "sequential"
     num_blocks: int = 2
     token_size: int = 64
-    num_classes: int = 1
     layer_norm_eps: float = 1e-6
 
     lowest_temperature: ClassVar[float] = 0.0
@@ -56,7 +49,7 @@ class SequentialHeadConfig(TokenHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_blocks", "token_size", "num_classes")
+        check_counts(self, "num_blocks", "token_size")
         if self.layer_norm_eps <= 0:
             raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
 
@@ -64,16 +57,6 @@ class SequentialHeadConfig(TokenHeadConfig):
     def extra_state_size(self) -> int:
         """See `HeadConfig`: embeddings of the K tokens of a chunk."""
         return self.chunk_size * self.token_size
-
-    @property
-    def class_size(self) -> int:
-        """Tokens of a class; the last may have fewer."""
-        return -(-self.vocab_size // self.num_classes)
-
-    @property
-    def num_filled_classes(self) -> int:
-        """Classes that have a token: of equal size, fewer than were asked for may hold all."""
-        return -(-self.vocab_size // self.class_size)
 
     @property
     def vector_size(self) -> int:
@@ -93,7 +76,7 @@ class SequentialHeadConfig(TokenHeadConfig):
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
-class SequentialHead(TokenByTokenHead, TokenHead):
+class SequentialHead(TokenByTokenHead, TokenClassesHead):
     """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
 
     Before each place it reads the last K tokens, those of the chunk before included. So its states are those
@@ -106,8 +89,6 @@ class SequentialHead(TokenByTokenHead, TokenHead):
     """
 
     config: SequentialHeadConfig
-    tokens_by_class: Tensor
-    """Tokens class after class, (V,), if there are classes."""
 
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
@@ -120,13 +101,7 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out = ZeroLinear(hidden_size, config.vector_size)
         self.direct = ZeroLinear(hidden_size, size * config.vector_size)
-        if config.num_classes == 1:
-            self.scores = PartedLinear(config.rank, config.vocab_size)
-        else:
-            self.class_scores = PartedLinear(config.rank, config.num_filled_classes)
-            # Of places; those at the end may be of no token.
-            self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
-            self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
+        self._add_scores(config.rank)
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
         """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
@@ -143,36 +118,6 @@ class SequentialHead(TokenByTokenHead, TokenHead):
         """The layers that meet embeddings or the vocabulary."""
         classes = [] if self.config.num_classes == 1 else [self.class_scores]
         return [self.inp, self.out, self.direct, self.scores, *classes]
-
-    def check_loaded(self) -> None:
-        """See `GenerativeHead`: every token has a place in a class."""
-        if self.config.num_classes == 1:
-            return
-        expected_V = torch.arange(self.config.vocab_size, device=self.tokens_by_class.device)
-        if not torch.equal(self.tokens_by_class.sort().values, expected_V):
-            raise ValueError("head.tokens_by_class must hold every token once; the file is damaged.")
-
-    @torch.no_grad()
-    def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:
-        """See `GenerativeHead`: tokens with like neighbours come into the same class."""
-        if self.config.num_classes > 1:
-            counts_VN = count_neighbours()
-            more = self.config.vocab_size - len(counts_VN)
-            counts_VN = F.pad(counts_VN, (0, 0, 0, more))
-            self.tokens_by_class.copy_(classes_by_neighbours(counts_VN, self.config.class_size))
-
-    @torch.no_grad()
-    def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
-        """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
-        if self.config.num_classes == 1 or not self.config.bias_from_text:
-            super().init_from_counts(count_tokens)
-            return
-        places = self.config.num_filled_classes * self.config.class_size
-        seen_V = self._seen(count_tokens)[self.tokens_by_class]
-        seen_CG = F.pad(seen_V, (0, places - len(seen_V))).view(-1, self.config.class_size)
-        of_class_C1 = seen_CG.sum(-1, keepdim=True)
-        self.class_scores.bias.copy_((of_class_C1 / of_class_C1.sum()).log().flatten())
-        self.scores.bias.copy_((seen_CG / of_class_C1).log().clamp_min(_NEVER).flatten())
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""

@@ -156,25 +156,14 @@ class TwoSoftmaxes(Vocabulary):
             return draw_in_two_steps(self._log_distribution(vectors_MX) / temperature, uniform_M)
         if temperature != 1:
             return draw_by_sums(self.distributions(vectors_MX, temperature), uniform_M)
-        scores = self.table_WX.shape[1] * self._class_size
-        parts = zip(in_parts(vectors_MX, scores), in_parts(uniform_M, scores), strict=True)
-        drawn = [self._draw_part(part_MX, part_M) for part_MX, part_M in parts]
-        return torch.cat([tokens_M for tokens_M, _ in drawn]), torch.cat([sums_M for _, sums_M in drawn])
-
-    def _draw_part(self, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-        """A class by the uniform number, and a token by where the number lies among those of the class."""
+        # A class by the uniform number, and a token by where the number lies among those of the class.
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
         scores_MC = F.linear(of_class_MX, self.class_table_CX, self.class_bias_C).float()
-        class_M, rest_M, total_M = _chosen(scores_MC, uniform_M)
-        size = self._class_size
-        places_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
-        table_CGX = self.table_WX.unflatten(0, (-1, size))
-        scores_MG = torch.bmm(table_CGX[class_M], of_token_MX.unsqueeze(-1)).squeeze(-1)
-        scores_MG = (scores_MG + self.bias_W[places_MG]).float()
-        is_none_MG = places_MG >= len(self.tokens_V)
-        within_M, _, total_of_class_M = _chosen(scores_MG.masked_fill(is_none_MG, -torch.inf), rest_M)
-        place_M = (class_M * size + within_M).clamp_max(len(self.tokens_V) - 1)
-        return self.tokens_V[place_M], total_M + total_of_class_M
+        class_M, rest_M, total_M = choose_by_sums(scores_MC, uniform_M)
+        tokens_M, of_class_M = draw_within(
+            class_M, of_token_MX, self.table_WX, self.bias_W, self.tokens_V, self._class_size, rest_M
+        )
+        return tokens_M, total_M + of_class_M
 
     def _log_distribution(self, vectors_MX: Tensor) -> Tensor:
         """Logarithm of the distribution of each row, (M, V)."""
@@ -192,7 +181,42 @@ class TwoSoftmaxes(Vocabulary):
         return places_V.index_copy(0, self.tokens_V, torch.arange(len(places_V), device=places_V.device))
 
 
-def _chosen(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draw_within(
+    class_M: Tensor,
+    vectors_MX: Tensor,
+    table_WX: Tensor,
+    bias_W: Tensor,
+    tokens_V: Tensor,
+    class_size: int,
+    uniform_M: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A token of a class in each row, (M,), by a uniform number, and a number as from `draw`, (M,).
+
+    Args:
+        class_M: The class.
+        vectors_MX: What meets the tokens.
+        table_WX: See `TwoSoftmaxes`.
+        bias_W: See `TwoSoftmaxes`.
+        tokens_V: See `TwoSoftmaxes`.
+        class_size: G.
+        uniform_M: Uniform numbers in [0, 1).
+    """
+
+    def of_part(class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+        places_MG = class_M.unsqueeze(-1) * class_size + torch.arange(class_size, device=class_M.device)
+        table_MGX = table_WX.unflatten(0, (-1, class_size))[class_M]
+        scores_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + bias_W[places_MG]
+        scores_MG = scores_MG.float().masked_fill(places_MG >= len(tokens_V), -torch.inf)
+        within_M, _, total_M = choose_by_sums(scores_MG, uniform_M)
+        return tokens_V[(class_M * class_size + within_M).clamp_max(len(tokens_V) - 1)], total_M
+
+    numbers = class_size * table_WX.shape[1]
+    parts = zip(*(in_parts(rows, numbers) for rows in (class_M, vectors_MX, uniform_M)), strict=True)
+    tokens, totals = zip(*(of_part(*part) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(totals)
+
+
+def choose_by_sums(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which of some scores a uniform number chooses by their softmax, each (M,).
 
     Returns:

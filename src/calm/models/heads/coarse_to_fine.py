@@ -1,0 +1,215 @@
+"""The coarse-to-fine head: the classes of all tokens of a chunk, then all tokens at once.
+
+Tokens are in classes (`calm.core.classes`). A network reads the state and the chunk before once, and gives a
+vector for each place. By these the classes are drawn one after another: what the classes so far add is from
+a table, so a step is a sum and the scores of C classes. A second network then reads all K classes, and every
+token is drawn from its class, all of them at the same time. So a chunk takes two calls of a network whatever
+K is, and -log P(chunk) is known exactly; the distribution of a token given only those before it is not.
+
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token's embedding, F of a
+class's, H size of what meets the classes, r rank, C classes, G tokens of a class.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calm.core.classes import losses_in_classes
+from calm.core.cross_entropy import cross_entropy
+from calm.core.random import Randomness, uniform
+from calm.models.heads.contract import Target, require_finite
+from calm.models.heads.fields import HeadFlops, check_counts
+from calm.models.heads.place_network import PlaceNetwork, multiply_adds
+from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
+from calm.models.heads.vocabulary import choose_by_sums, draw_within
+
+
+@dataclass(kw_only=True)
+class CoarseToFineHeadConfig(TokenClassesConfig):
+    """Fields of the coarse-to-fine head.
+
+    Args:
+        head_type: Always "coarse_to_fine".
+        num_classes: Classes of tokens, at least 2.
+        num_blocks: Residual blocks of the network before the classes.
+        num_fine_blocks: Residual blocks of the network after them.
+        token_size: Size of the embedding of a token of the chunk before.
+        class_embedding_size: Size of the embedding of a class.
+        class_rank: Size of what meets the classes H.
+        layer_norm_eps: Epsilon of the norms.
+
+    The others are those of `TokenHeadConfig`.
+    """
+
+    head_type: str = "coarse_to_fine"
+    num_classes: int = 64
+    num_blocks: int = 2
+    num_fine_blocks: int = 1
+    token_size: int = 64
+    class_embedding_size: int = 32
+    class_rank: int = 64
+    layer_norm_eps: float = 1e-6
+
+    lowest_temperature: ClassVar[float] = 1.0
+    decodes_latents: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(
+            self, "num_blocks", "num_fine_blocks", "token_size", "class_embedding_size", "class_rank"
+        )
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}.")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
+
+    @property
+    def extra_state_size(self) -> int:
+        """See `HeadConfig`: embeddings of the K tokens of a chunk."""
+        return self.chunk_size * self.token_size
+
+    @property
+    def fine_size(self) -> int:
+        """What the second network reads: the chunk before, and all classes."""
+        return self.chunk_size * (self.token_size + self.class_embedding_size)
+
+    def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
+        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
+        size = self.chunk_size
+        coarse = multiply_adds(hidden_size, self.extra_state_size, self.class_rank, size, self.num_blocks)
+        shared, fine = multiply_adds(hidden_size, self.fine_size, self.rank, size, self.num_fine_blocks)
+        of_class = self.num_filled_classes * (self.class_rank + 1)
+        per_draw = fine + size * (of_class + self.class_size * (self.rank + 1))
+        return HeadFlops.of_forward_pass(sum(coarse) + shared, per_draw, training_draws=1)
+
+
+class CoarseToFineHead(TokenClassesHead):
+    """Draws the classes of a chunk, then its tokens.
+
+    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+    """
+
+    config: CoarseToFineHeadConfig
+
+    def __init__(self, config: CoarseToFineHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        size, eps = config.chunk_size, config.layer_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_size)
+        self.embed_classes = nn.Embedding(config.num_filled_classes, config.class_embedding_size)
+        # What a class adds at each distance behind it; distances of K and more do not occur.
+        self.embed_earlier = nn.Embedding(max(1, size - 1) * config.num_filled_classes, config.class_rank)
+        self.coarse = PlaceNetwork(
+            hidden_size, config.extra_state_size, config.class_rank, size, config.num_blocks, eps
+        )
+        self.fine = PlaceNetwork(
+            hidden_size, config.fine_size, config.rank, size, config.num_fine_blocks, eps
+        )
+        self._add_scores(config.class_rank)
+
+    def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
+        """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
+        return self.embed_tokens(chunks_BCK).flatten(-2)
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """The layers that meet embeddings or the vocabulary."""
+        networks = (self.coarse, self.fine)
+        return [
+            *(layer for network in networks for layer in (network.inp, network.out, network.direct)),
+            self.class_scores,
+            self.scores,
+        ]
+
+    def prepare(self, states_PD: Tensor) -> Tensor:
+        """The first network's vectors, what the second one shares, and the chunk before, as one row."""
+        state_PD, before_PX = self._parts(states_PD)
+        vectors_PKH = self.coarse(state_PD, before_PX)
+        return torch.cat([vectors_PKH.flatten(1), self.fine.prepare(state_PD), before_PX], dim=-1)
+
+    def draw_chunks(
+        self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
+    ) -> Tensor:
+        """See `GenerativeHead`."""
+        self.check_temperature(temperature)
+        config, size = self.config, self.config.chunk_size
+        ends = [size * config.class_rank, config.extra_state_size]
+        shared = prepared_P.shape[1] - sum(ends)
+        vectors_PX, fine_PX, before_PX = prepared_P.split([ends[0], shared, ends[1]], dim=-1)
+        numbers_NPX = uniform(num_draws, len(prepared_P), 2 * size, randomness, prepared_P.device)
+        of_class_NPK, of_token_NPK = numbers_NPX.chunk(2, dim=-1)
+        classes_NPK, checked_M = self._draw_classes(vectors_PX.unflatten(-1, (size, -1)), of_class_NPK)
+        vectors_NPKR = self.fine.after(fine_PX, self._fine_inputs(before_PX, classes_NPK))
+        tokens_M, sums_M = draw_within(
+            classes_NPK.flatten(),
+            vectors_NPKR.flatten(0, 2),
+            self.scores.weight,
+            self.scores.bias,
+            self.tokens_by_class,
+            config.class_size,
+            of_token_NPK.flatten(),
+        )
+        require_finite(checked_M)
+        require_finite(sums_M)
+        return tokens_M.view_as(classes_NPK)
+
+    def _draw_classes(self, vectors_PKH: Tensor, uniform_NPK: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes of all places, (N, P, K), each given those before it, and numbers that must be finite."""
+        classes, checked = list[Tensor](), list[Tensor]()
+        for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
+            vectors_NPH = vectors_PKH[:, place].expand(*uniform_NP.shape, -1)
+            for distance, earlier_NP in enumerate(reversed(classes)):
+                vectors_NPH = vectors_NPH + self._earlier(earlier_NP, distance)
+            scores = F.linear(F.silu(vectors_NPH), self.class_scores.weight, self.class_scores.bias).float()
+            chosen_M, _, sums_M = choose_by_sums(scores.flatten(0, 1), uniform_NP.flatten())
+            classes.append(chosen_M.view_as(uniform_NP))
+            checked.append(sums_M)
+        return torch.stack(classes, dim=-1), torch.cat(checked)
+
+    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
+        """-log P(chunk) / K in nats, (P,): of the classes, each given those before it, and of the tokens."""
+        config, size = self.config, self.config.chunk_size
+        state_PD, before_PX = self._parts(states_PD)
+        places_V = torch.empty_like(self.tokens_by_class)
+        places_V[self.tokens_by_class] = torch.arange(len(places_V), device=places_V.device)
+        places_PK = places_V[target.tokens_PK]
+        classes_PK = places_PK // config.class_size
+        vectors = list(self.coarse(state_PD, before_PX).unbind(1))
+        for place in range(1, size):
+            for distance in range(place):
+                vectors[place] = vectors[place] + self._earlier(classes_PK[:, place - 1 - distance], distance)
+        of_class_M = cross_entropy(
+            F.silu(torch.stack(vectors, dim=1)).flatten(0, 1),
+            self.class_scores.weight,
+            classes_PK.flatten(),
+            self.class_scores.bias,
+        )
+        of_token_M = losses_in_classes(
+            self.fine(state_PD, self._fine_inputs(before_PX, classes_PK)).flatten(0, 1),
+            self.scores.weight,
+            self.scores.bias,
+            places_PK.flatten(),
+            config.class_size,
+            config.vocab_size,
+        )
+        return (of_class_M + of_token_M).view_as(places_PK).mean(-1)
+
+    def _earlier(self, classes: Tensor, distance: int) -> Tensor:
+        """What classes add to the vectors of the places so much further behind them."""
+        return self.embed_earlier(distance * self.config.num_filled_classes + classes)
+
+    def _fine_inputs(self, before_PX: Tensor, classes: Tensor) -> Tensor:
+        """The chunk before, and all classes, (..., P, K·(E + F))."""
+        before = before_PX.expand(*classes.shape[:-1], -1)
+        return torch.cat([before, self.embed_classes(classes).flatten(-2)], dim=-1)
+
+    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K·E)."""
+        state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
+        return state_PD, before_PX
