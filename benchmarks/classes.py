@@ -4,7 +4,8 @@
 
 Compared are a Transformer; the sequential head with K = 4 (recipe `laptop_quick`) with one softmax over 4,096
 tokens and with classes of tokens; the same head with classes and chunks of a single token, which is a
-Transformer whose last layers have classes; and the coarse-to-fine head. Each is trained for as many FLOPs (`calm flops`) on the same text.
+Transformer whose last layers have classes; and the coarse-to-fine head. Each is trained for as many FLOPs
+(`calm flops`) on the same text.
 
 What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
 from the results alone.
