@@ -125,6 +125,9 @@ def states_of(head, contexts):
     [
         ({"head_type": "categorical_flow", "num_steps": 40}, {1.0: 0.08, 0.5: 0.2}),
         ({"head_type": "sequential", "token_size": 8}, {1.0: 0.05, 0.5: 0.15}),
+        ({"head_type": "sequential", "token_size": 8, "num_classes": 2}, {1.0: 0.05, 0.5: 0.15}),
+        # A class each: within classes, tokens of a chunk are independent, as these are not.
+        ({"head_type": "coarse_to_fine", "token_size": 8, "num_classes": 3}, {1.0: 0.05}),
     ],
 )
 def test_heads_of_codes_learn_a_joint_distribution_and_sharpen_it(fields, most):
@@ -143,7 +146,7 @@ def test_heads_of_codes_learn_a_joint_distribution_and_sharpen_it(fields, most):
 
     train(head, loss)
     prepared = head.prepare(states_of(head, CONTEXTS))
-    for temperature in (1.0, 0.5):
+    for temperature in most:
         draws = head.draw_chunks(prepared, DRAWS, torch.Generator().manual_seed(2), temperature)
         first, second = draws.unbind(-1)
         seen = F.one_hot(3 * first + second, 9).float().mean(0)

@@ -49,6 +49,7 @@ SHIPPED = [
     "draft",
     "laptop",
     "laptop_categorical",
+    "laptop_classes",
     "laptop_energy",
     "laptop_quick",
     "one_gpu",
