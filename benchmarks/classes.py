@@ -107,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             same = [row for row in rows if (row["kind"], row["budget"]) == (kind, budget)]
             if not same:
                 continue
-            nats = [row["cross_entropy"] for row in same]
+            nats = [row["cross_entropy"] for row in same if "cross_entropy" in row]
             brier = [row["T1"]["brier_lm"] for row in same]
             # Seeds share the text, whose error does not shrink with their number.
             of_seeds = statistics.stdev(brier) / len(brier) ** 0.5 if len(brier) > 1 else 0.0
