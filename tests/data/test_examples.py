@@ -267,8 +267,10 @@ def test_records_are_the_same_however_many_are_read_together(tokenizer, tmp_path
     for size in (1, 2, 1000):
         monkeypatch.setattr("calm.data.examples._BATCH", size)
         assert read_examples(written(tmp_path / "all.jsonl", *records), tokenizer, with_steps=True) == alone
-        with pytest.raises(InputError, match="line 4: the completion is empty"):
-            read_examples(written(tmp_path / "bad.jsonl", *records[:3], bad, *records[3:]), tokenizer)
+        sources = written(tmp_path / "bad.jsonl", *records[:3], bad, *records[3:], {"prompt": 1})
+        (tmp_path / "bad.jsonl").write_text((tmp_path / "bad.jsonl").read_text() + "{\n")
+        with pytest.raises(InputError, match="line 4: the completion is empty"):  # The first mistake.
+            read_examples(sources, tokenizer)
 
 
 def test_bad_files(tokenizer, tmp_path):

@@ -79,7 +79,7 @@ def scores_of(model: CalmForCausalLM, tokens):
     """Scores of all tokens of the chunks after the first, (B·(C - 1)·K, V)."""
     states = model.hidden_states_of_chunks(tokens)[:, :-1].flatten(0, 1)
     chunks = tokens.unflatten(-1, (-1, model.config.chunk_size))[:, 1:].flatten(0, 1)
-    return model.head._vectors(states, chunks) @ model.head._table()[0].T
+    return model.head._vectors(states, chunks) @ model.head._vocabulary().table_VX.T
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -10,12 +10,14 @@ place.
 Shapes: M rows, X size of their vectors, V vocabulary, C classes, G tokens of a class, N kinds of neighbours.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+_TOKENS_AT_ONCE = 4096  # Of a large vocabulary, in double precision.
 _DIRECTIONS = 48  # Of the space in which tokens with like neighbours are near each other.
 
 
@@ -35,7 +37,9 @@ def losses_in_classes(
     weights = (vectors_MX, table_WX, bias_W)
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
     device = vectors_MX.device.type
-    if torch.is_autocast_enabled(device):  # It does not look into operators of others.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    ):  # It does not look into operators of others.
         weights = tuple(part.to(torch.get_autocast_dtype(device)) for part in weights)  # type: ignore[assignment]
     losses: Tensor = _losses_and_gradients(*weights, places_M, class_size, vocab_size, is_trained)[0]
     return losses
@@ -67,12 +71,19 @@ def classes_by_neighbours(counts_VN: Tensor, class_size: int) -> Tensor:
 
 def _points_of(counts_VN: Tensor) -> Tensor:
     """A point for each token, of length 1, (V, D)."""
-    counts_VN = counts_VN.double()
-    # One more of everything: of rare tokens little is known.
-    expected_VN = (counts_VN.sum(1, keepdim=True) + 1) * (counts_VN.sum(0) + 1) / (counts_VN.sum() + 1)
-    information_VN = (counts_VN / expected_VN).log_().clamp_min_(0)
-    directions_ND = torch.linalg.eigh(information_VN.T @ information_VN).eigenvectors[:, -_DIRECTIONS:]
-    points_VD = information_VN @ directions_ND
+    totals_N = counts_VN.sum(0, dtype=torch.float64)
+
+    def information() -> Iterator[Tensor]:
+        """The positive pointwise mutual information of some tokens at a time, (R, N)."""
+        for counts_RN in counts_VN.split(_TOKENS_AT_ONCE):
+            counts_RN = counts_RN.double()
+            # One more of everything: of rare tokens little is known.
+            expected_RN = (counts_RN.sum(1, keepdim=True) + 1) * (totals_N + 1) / (totals_N.sum() + 1)
+            yield (counts_RN / expected_RN).log_().clamp_min_(0)
+
+    products_NN = sum(part_RN.T @ part_RN for part_RN in information())
+    directions_ND = torch.linalg.eigh(products_NN).eigenvectors[:, -_DIRECTIONS:]
+    points_VD = torch.cat([part_RN @ directions_ND for part_RN in information()])
     return points_VD / points_VD.norm(dim=1, keepdim=True).clamp_min(1e-9)
 
 

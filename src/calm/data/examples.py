@@ -68,9 +68,8 @@ def read_examples(
     Raises:
         InputError: If a source is missing, or a record is not of either form.
     """
-    records, conversations = load_records(sources), list[list[Example]]()
-    # A tokenizer reads a thousand texts in far less time than one text a thousand times.
-    while batch := list(itertools.islice(records, _BATCH)):
+    conversations = list[list[Example]]()
+    for batch in _batches(load_records(sources)):
         conversations += _read_batch(batch, tokenizer, with_steps)
     if not conversations:
         raise InputError(f"there is no example in {', '.join(sources)}; give a file with records.")
@@ -110,15 +109,20 @@ class _Pair(NamedTuple):
 def _read_batch(
     batch: Iterable[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, with_steps: bool
 ) -> Iterator[list[Example]]:
-    """The examples of each of some records, whose texts are encoded together."""
+    """The examples of each of some records, whose texts are encoded together, up to the first mistake."""
     read: list[tuple[str, _Pair | list[Example]]] = []
+    mistake = None
     for where, record in batch:
-        with _told_where(where):
-            steps = _steps_of(record) if with_steps else []
-            if "messages" in record:
-                read.append((where, list(_answers(_checked_messages(record["messages"]), tokenizer))))
-            else:
-                read.append((where, _pair_of(record, steps)))
+        try:
+            with _told_where(where):
+                steps = _steps_of(record) if with_steps else []
+                if "messages" in record:
+                    read.append((where, list(_answers(_checked_messages(record["messages"]), tokenizer))))
+                else:
+                    read.append((where, _pair_of(record, steps)))
+        except InputError as error:
+            mistake = error
+            break
     pairs = [one for _, one in read if isinstance(one, _Pair)]
     prompts = iter(encode_documents(tokenizer, [pair.prompt for pair in pairs]))
     words = iter(encode_words(tokenizer, [text for pair in pairs for text in (*pair.steps, pair.completion)]))
@@ -130,6 +134,27 @@ def _read_batch(
         with _told_where(where):
             example = _example(next(prompts), [*next(words), tokenizer.eos_token_id])
         yield [replace(example, steps=steps_ids)]
+    if mistake is not None:
+        raise mistake
+
+
+def _batches(records: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Some records at a time: a tokenizer reads many texts in far less time than one text many times.
+
+    Records before one that cannot be read are given first, so that the first mistake is the one that is told.
+    """
+    is_over = False
+    while not is_over:
+        batch, mistake = list[tuple[str, dict[str, Any]]](), None
+        try:
+            for one in itertools.islice(records, _BATCH):
+                batch.append(one)  # One by one: those before a mistake are kept.
+        except InputError as error:
+            mistake = error
+        yield batch
+        if mistake is not None:
+            raise mistake
+        is_over = len(batch) < _BATCH
 
 
 @contextlib.contextmanager

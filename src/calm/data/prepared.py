@@ -129,13 +129,14 @@ class PreparedData:
         frequent = np.argsort(-self.token_counts(), kind="stable")[:_FREQUENT]
         columns = np.full(self.vocab_size, -1)
         columns[frequent] = np.arange(len(frequent))
-        counts = np.zeros((self.vocab_size, 2 * len(frequent)), dtype=np.float32)
+        width = 2 * len(frequent)
+        counts = np.zeros(self.vocab_size * width, dtype=np.float32)
         for tokens in self._first_tokens():
             for offset, (of, beside) in enumerate(((tokens[1:], tokens[:-1]), (tokens[:-1], tokens[1:]))):
                 is_counted = columns[beside] >= 0
                 places = columns[beside[is_counted]] + offset * len(frequent)
-                np.add.at(counts, (of[is_counted], places), 1)
-        return counts
+                np.add.at(counts, of[is_counted] * width + places, np.float32(1))
+        return counts.reshape(-1, width)
 
     def _first_tokens(self) -> Iterator[np.ndarray]:
         """The first millions of tokens of the training text, those of many documents at a time."""

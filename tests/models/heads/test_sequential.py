@@ -14,6 +14,7 @@ from calm.errors import InputError
 from calm.models.heads import Likelihood, Target
 from calm.models.heads.registry import build_head
 from calm.models.heads.scores import draw_tokens
+from calm.models.heads.vocabulary import TwoSoftmaxes
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
@@ -250,6 +251,20 @@ def test_a_traced_draw_is_the_same(temperature):
         vectors, uniform = 3 * torch.randn(500, size), torch.rand(500)
         uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The least and the largest that there are.
         assert (traced(vectors, uniform)[0] == vocabulary.draw(vectors, uniform, temperature)[0]).all()
+
+
+def test_the_lower_edge_of_a_class_draws_no_token_without_probability():
+    """64 classes of 4 tokens, all alike but for the first of each class, which never occurs."""
+    bias = torch.zeros(256)
+    bias[::4] = -60.0
+    vocabulary = TwoSoftmaxes(
+        torch.zeros(64, 3), torch.zeros(64), torch.zeros(256, 3), bias, torch.arange(256)
+    )
+    edges = torch.arange(64) / 64
+    for uniform in (edges, edges.nextafter(torch.tensor(2.0)), edges[1:].nextafter(torch.tensor(-1.0))):
+        tokens, sums = vocabulary.draw(torch.zeros(len(uniform), 6), uniform, 1.0)
+        assert (tokens % 4 > 0).all() and sums.isfinite().all()
+        assert (tokens // 4 == (uniform * 64).floor()).all()
 
 
 def test_classes_that_are_no_order_of_the_tokens_are_told(tmp_path):

@@ -142,7 +142,7 @@ class CoarseToFineHead(TokenClassesHead):
         ends = [size * config.class_rank, config.extra_state_size]
         shared = prepared_P.shape[1] - sum(ends)
         vectors_PX, fine_PX, before_PX = prepared_P.split([ends[0], shared, ends[1]], dim=-1)
-        numbers_NPX = uniform(num_draws, len(prepared_P), 2 * size, randomness, prepared_P.device)
+        numbers_NPX = uniform(num_draws, prepared_P.shape[0], 2 * size, randomness, prepared_P.device)
         of_class_NPK, of_token_NPK = numbers_NPX.chunk(2, dim=-1)
         classes_NPK, checked_M = self._draw_classes(vectors_PX.unflatten(-1, (size, -1)), of_class_NPK)
         vectors_NPKR = self.fine.after(fine_PX, self._fine_inputs(before_PX, classes_NPK))

@@ -24,6 +24,8 @@ from calm.models.heads.scores import (
     token_distributions,
 )
 
+_TABLES_AT_ONCE = 4  # Of scores: by place, with those of classes, by token, and their exponentials.
+
 
 class Vocabulary(abc.ABC):
     """How a vector says which token is next."""
@@ -146,7 +148,7 @@ class TwoSoftmaxes(Vocabulary):
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""
-        for part_MX in in_parts(vectors_MX, len(self.table_WX)):
+        for part_MX in in_parts(vectors_MX, _TABLES_AT_ONCE * len(self.table_WX)):
             log_p_MV = self._log_distribution(part_MX)
             yield log_p_MV.exp() if temperature == 1 else (log_p_MV / temperature).softmax(-1)
 
@@ -232,7 +234,9 @@ def choose_by_sums(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor
     chosen_M1 = (sums_MX <= point_M1).sum(-1, keepdim=True).minimum(last_M1)
     before_M1 = torch.where(chosen_M1 > 0, sums_MX.gather(1, (chosen_M1 - 1).clamp_min(0)), 0)
     width_M1 = sums_MX.gather(1, chosen_M1) - before_M1
-    rest_M1 = ((point_M1 - before_M1) / width_M1).clamp(0, 1 - 2**-24)
+    # A number on the lower edge stands for all that round to it: it is never 0, which would choose the first
+    # of what follows even if that has no probability.
+    rest_M1 = torch.where(width_M1 > 0, (point_M1 - before_M1) / width_M1, 0.5).clamp(2**-25, 1 - 2**-24)
     return chosen_M1.squeeze(-1), rest_M1.squeeze(-1), total_M1.squeeze(-1)
 
 
