@@ -37,12 +37,17 @@ def losses_in_classes(
     weights = (vectors_MX, table_WX, bias_W)
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
     device = vectors_MX.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    ):  # It does not look into operators of others.
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_cast:  # It does not look into operators of others.
         weights = tuple(part.to(torch.get_autocast_dtype(device)) for part in weights)  # type: ignore[assignment]
     losses: Tensor = _losses_and_gradients(*weights, places_M, class_size, vocab_size, is_trained)[0]
     return losses
+
+
+def places_of(tokens_V: Tensor) -> Tensor:
+    """The place of each token, (V,), from the token at each place."""
+    places_V = torch.empty_like(tokens_V)
+    return places_V.index_copy(0, tokens_V, torch.arange(len(tokens_V), device=tokens_V.device))
 
 
 def classes_by_neighbours(counts_VN: Tensor, class_size: int) -> Tensor:

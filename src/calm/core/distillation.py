@@ -43,6 +43,11 @@ class Teaching(NamedTuple):
     weights_M: Tensor
     temperature: float = 1.0
 
+    def of_first(self, size: int) -> "Teaching":
+        """What it says of the first tokens alone."""
+        bias_U = None if self.bias_U is None else self.bias_U[:size]
+        return self._replace(table_UY=self.table_UY[:size], bias_U=bias_U)
+
 
 def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teaching: Teaching) -> Tensor:
     """Loss of each row, (M,), in nats.
@@ -54,13 +59,12 @@ def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teachi
         teaching: What the teacher says; nothing of it gets a gradient.
     """
     size = len(table_VX)
-    bias_U = None if teaching.bias_U is None else teaching.bias_U[:size]
-    teaching = teaching._replace(table_UY=teaching.table_UY[:size], bias_U=bias_U)
     is_trained = torch.is_grad_enabled() and (vectors_MX.requires_grad or table_VX.requires_grad)
     if not (is_trained and vectors_MX.is_cpu):
         return distillation_of_scores(
             lambda rows_RX: F.linear(rows_RX, table_VX), size, vectors_MX, targets_M, teaching
         )
+    teaching = teaching.of_first(size)
     if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
         dtype = torch.get_autocast_dtype("cpu")
         vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
@@ -84,8 +88,7 @@ def distillation_of_scores(
         targets_M: See `distillation`.
         teaching: See `distillation`.
     """
-    bias_U = None if teaching.bias_U is None else teaching.bias_U[:size]
-    teaching = teaching._replace(table_UY=teaching.table_UY[:size], bias_U=bias_U)
+    teaching = teaching.of_first(size)
 
     def of_part(vectors_RX: Tensor, target_R: Tensor, states_RY: Tensor, weights_R: Tensor) -> Tensor:
         scores_RV = _wide(scores_of(vectors_RX))

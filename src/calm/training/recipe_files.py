@@ -32,11 +32,7 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     """
     options = Options(types_of(kind))
     settings = settings_in(name, kind, options)
-    try:
-        recipe: AnyRecipe = recipe_with(kind, settings)
-    except jsonargparse.ArgumentError as error:
-        raise InputError(f"recipe '{name}': {sentence(str(error), options)}") from error
-    return recipe
+    return _made(kind, settings, f"recipe '{name}'", options)
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
@@ -74,6 +70,10 @@ def _with_values(kind: type[AnyRecipe], values: dict[str, Any], where: str) -> A
     options = Options(types_of(kind))
     if (mistake := mistake_in(values, options)) is not None:
         raise InputError(f"{where}: {mistake}")
+    return _made(kind, values, where, options)
+
+
+def _made(kind: type[AnyRecipe], values: dict[str, Any], where: str, options: Options) -> AnyRecipe:
     try:
         recipe: AnyRecipe = recipe_with(kind, values)
     except jsonargparse.ArgumentError as error:

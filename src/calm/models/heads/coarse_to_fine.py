@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.core.classes import losses_in_classes
+from calm.core.classes import losses_in_classes, places_of
 from calm.core.cross_entropy import cross_entropy
 from calm.core.random import Randomness, uniform
 from calm.models.heads.contract import Target, require_finite
@@ -176,9 +176,7 @@ class CoarseToFineHead(TokenClassesHead):
         """-log P(chunk) / K in nats, (P,): of the classes, each given those before it, and of the tokens."""
         config, size = self.config, self.config.chunk_size
         state_PD, before_PX = self._parts(states_PD)
-        places_V = torch.empty_like(self.tokens_by_class)
-        places_V[self.tokens_by_class] = torch.arange(len(places_V), device=places_V.device)
-        places_PK = places_V[target.tokens_PK]
+        places_PK = places_of(self.tokens_by_class)[target.tokens_PK]
         classes_PK = places_PK // config.class_size
         vectors = list(self.coarse(state_PD, before_PX).unbind(1))
         for place in range(1, size):

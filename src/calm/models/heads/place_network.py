@@ -48,7 +48,7 @@ class PlaceNetwork(nn.Module):
         x_PKD = self.inp(inputs_PX).unsqueeze(1) + self.embed_places.weight
         for block in self.blocks:
             x_PKD = block(x_PKD, condition_P1D)
-        return self.out(self.out_norm(x_PKD)) + self._directly(states_PD)
+        return self.out(self.out_norm(x_PKD)) + self.direct(states_PD).unflatten(-1, (self.num_places, -1))
 
     def prepare(self, states_PD: Tensor) -> Tensor:
         """What all inputs of a position share, (P, 3·D·S + K·Y)."""
@@ -66,9 +66,6 @@ class PlaceNetwork(nn.Module):
         for block, modulation_PX in zip(self.blocks, modulations, strict=True):
             x_NPKD = block.modulated(x_NPKD, modulation_PX.unsqueeze(-2))  # type: ignore[operator]
         return self.out(self.out_norm(x_NPKD)) + direct_PY.unflatten(-1, (self.num_places, -1))
-
-    def _directly(self, states_PD: Tensor) -> Tensor:
-        return self.direct(states_PD).unflatten(-1, (self.num_places, -1))
 
 
 def multiply_adds(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calm.core.classes import losses_in_classes
+from calm.core.classes import losses_in_classes, places_of
 from calm.core.cross_entropy import cross_entropy
 from calm.core.distillation import Teaching, distillation, distillation_of_scores
 from calm.models.heads.contract import MIN_TEMPERATURE
@@ -136,7 +136,7 @@ class TwoSoftmaxes(Vocabulary):
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
         """See `Vocabulary`."""
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
-        places_M, size = self._places()[tokens_M], self._class_size
+        places_M, size = places_of(self.tokens_V)[tokens_M], self._class_size
         return cross_entropy(
             of_class_MX, self.class_table_CX, places_M // size, self.class_bias_C
         ) + losses_in_classes(of_token_MX, self.table_WX, self.bias_W, places_M, size, len(self.tokens_V))
@@ -175,12 +175,7 @@ class TwoSoftmaxes(Vocabulary):
         is_none_W = torch.arange(len(self.table_WX), device=scores_MW.device) >= len(self.tokens_V)
         scores_MCG = scores_MW.masked_fill(is_none_W, -torch.inf).unflatten(-1, (-1, self._class_size))
         log_p_MW = (classes_MC.unsqueeze(-1) + scores_MCG.log_softmax(-1)).flatten(1)
-        return log_p_MW.index_select(-1, self._places())
-
-    def _places(self) -> Tensor:
-        """Place of each token, (V,)."""
-        places_V = torch.empty_like(self.tokens_V)
-        return places_V.index_copy(0, self.tokens_V, torch.arange(len(places_V), device=places_V.device))
+        return log_p_MW.index_select(-1, places_of(self.tokens_V))
 
 
 def draw_within(
