@@ -44,7 +44,7 @@ HELD_BACK = (
 """Books that are reported on, the only ones of their authors."""
 
 CHUNK_SIZES = {"baseline": 1, "sequential_K2": 2, "sequential_K4": 4, "sequential_K8": 8}
-WIDTHS = {5e13: (96, 128, 192), 2e14: (128, 192, 256), 1e15: (256, 384)}
+WIDTHS = {5e13: (96, 128), 2e14: (128, 192, 256), 1e15: (256, 384)}
 """What is tried at each budget."""
 Result = dict[str, Any]
 
@@ -149,7 +149,7 @@ def recipe_of(one: Run, data: Path) -> Recipe:
     recipe = at_chunk_size(read_recipe("laptop"), size)
     settings = recipe.language_model
     training = dataclasses.replace(
-        settings.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0
+        settings.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0, evaluation_blocks=8
     )
     if one.width > 128:
         training = dataclasses.replace(training, batch_tokens=2 * training.batch_tokens)
