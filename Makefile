@@ -10,7 +10,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 
-.PHONY: install demo test docs site notebooks fuzz soak bench gpu wheels check lint types lock clean
+.PHONY: install demo test test_all docs site notebooks fuzz soak bench gpu wheels check lint types lock clean
 
 install: $(STAMP)       ## set up .venv
 
@@ -19,7 +19,10 @@ demo: $(STAMP)          ## train on the embedded stories, score, and write (abou
 
 # File by file: what a file's fixtures make, such as a trained model, is made once. In their own order: by the number of
 # tests, the few long ones would come last, and one core would wait for the other.
-test: $(STAMP)          ## all tests
+test: $(STAMP)          ## the tests, but for variants that take long (tests/slow.txt)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test_all: $(STAMP)      ## all tests, before a release (half an hour on two cores)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A broken link, a heading or a name that is not there, and an example that does not run are errors.

@@ -11,9 +11,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from slow import slow_tests
 from tiny import tiny_model
 
 from calm.models.calm import CalmForCausalLM
+
+os.fsync = lambda descriptor: None  # Nothing here has to outlive a power cut.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = slow_tests()
+    for item in items:
+        if item.nodeid.startswith(slow):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -45,8 +45,12 @@ def _print_error(message: str) -> None:
     print(f"calm: error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of all commands. It raises what is wrong instead of leaving the process."""
+def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser:
+    """The parser of some commands, or of all. It raises what is wrong instead of leaving the process.
+
+    Args:
+        names: The commands: to run one, the options of the others need not be collected.
+    """
     said = "Continuous autoregressive language models."
     parser = jsonargparse.ArgumentParser(
         prog="calm", description=said, exit_on_error=False, allow_abbrev=True
@@ -54,7 +58,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
     parser.add_argument("--completion", choices=SHELLS, help="print completion for a shell, to be evaluated")
     commands = parser.add_subcommands(dest="command", required=False)
-    for name, function in COMMANDS.items():
+    for name in names:
+        function = COMMANDS[name]
         command = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
             command.add_argument(
@@ -185,7 +190,7 @@ def _answer_help(command: str, arguments: list[str]) -> bool:
     asked = {"-h", "--help", "--help_all"} & set(arguments)
     if not asked:
         return False
-    parser = build_parser()
+    parser = build_parser([command])
     subcommands: Any = parser._subcommands_action
     chosen = subcommands.choices[command]
     text = chosen.format_help() if "--help_all" in asked else brief_help(command, chosen, COMMANDS[command])
@@ -198,7 +203,7 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     options = _options_of(command, arguments[1:])
     if command in _RECIPES:
         arguments = _with_recipe_of_run(arguments)
-    parser = build_parser()
+    parser = build_parser([command])
     try:
         values = parser.parse_args(_with_recipe_texts(arguments))
     except jsonargparse.ArgumentError as error:
