@@ -4,9 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.timeout(900)  # A minute or two where nothing else runs.
 def test_thoughts_beat_pauses(tmp_path, monkeypatch, capsys):
     """With the same labels, items, steps and seed: beyond three standard errors (here it is about 0.9)."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
