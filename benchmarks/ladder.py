@@ -194,11 +194,18 @@ def nats_of(model: Any, data: PreparedData) -> float:
 
 
 def score_floor(output: Path) -> Result:
-    """BrierLM of n-gram models of the training text on the books held back."""
+    """BrierLM and Brier-1 to 4 of n-gram models of the training text on the books held back."""
     data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
     blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
     floors = score_ngrams([2, 3, 4], data.train["input_ids"], blocks, data.tokenizer, 4)
-    return {name: {"brier_lm": one.brier_lm, "error": one.brier_lm_error} for name, one in floors.items()}
+    return {
+        name: {
+            "brier_lm": one.brier_lm,
+            "error": one.brier_lm_error if one.brier_lm else None,
+            "brier": [100 * mean for mean in one.means[:4]],
+        }
+        for name, one in floors.items()
+    }
 
 
 def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> None:

@@ -40,8 +40,12 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
             f"| {with_error(row['brier_lm'], row['error']) if is_scored else ''} "
             f"| {_difference(row, scored)} | {row['seconds'] / 60:.0f} |"
         )
-    floors = ", ".join(f"{name} {with_error(one['brier_lm'], one['error'])}" for name, one in floor.items())
-    lines += ["", f"BrierLM of n-gram models of the training text: {floors}", ""]
+    lines += ["", "| n-gram model of the training text | BrierLM | Brier-1 | Brier-2 | Brier-3 | Brier-4 |"]
+    lines += ["|" + "---|" * 6]
+    for name, one in floor.items():
+        score = "undefined" if one["error"] is None else with_error(one["brier_lm"], one["error"])
+        lines.append(f"| {name} | {score} | {' | '.join(f'{mean:.2f}' for mean in one['brier'])} |")
+    lines.append("")
     for kind in LABELS:
         for name in ("nats", "brier_lm"):
             if (line := fit([row for row in scored if row["kind"] == kind], name)) is not None:
