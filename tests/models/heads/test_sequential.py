@@ -14,7 +14,7 @@ from calm.errors import InputError
 from calm.models.heads import Likelihood, Target
 from calm.models.heads.registry import build_head
 from calm.models.heads.scores import draw_tokens
-from calm.models.heads.vocabulary import TwoSoftmaxes
+from calm.models.heads.vocabulary import ClassedTokens, TwoSoftmaxes
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
@@ -257,9 +257,8 @@ def test_the_lower_edge_of_a_class_draws_no_token_without_probability():
     """64 classes of 4 tokens, all alike but for the first of each class, which never occurs."""
     bias = torch.zeros(256)
     bias[::4] = -60.0
-    vocabulary = TwoSoftmaxes(
-        torch.zeros(64, 3), torch.zeros(64), torch.zeros(256, 3), bias, torch.arange(256)
-    )
+    tokens = ClassedTokens(torch.zeros(256, 3), bias, torch.arange(256), 4)
+    vocabulary = TwoSoftmaxes(torch.zeros(64, 3), torch.zeros(64), tokens)
     edges = torch.arange(64) / 64
     for uniform in (edges, edges.nextafter(torch.tensor(2.0)), edges[1:].nextafter(torch.tensor(-1.0))):
         tokens, sums = vocabulary.draw(torch.zeros(len(uniform), 6), uniform, 1.0)

@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.core.classes import losses_in_classes, places_of
 from calm.core.cross_entropy import cross_entropy
 from calm.core.random import Randomness, uniform
 from calm.models.heads.contract import Target, require_finite
 from calm.models.heads.fields import HeadFlops, check_counts
 from calm.models.heads.place_network import PlaceNetwork, multiply_adds
 from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
-from calm.models.heads.vocabulary import choose_by_sums, draw_within
+from calm.models.heads.vocabulary import choose_by_sums
 
 
 @dataclass(kw_only=True)
@@ -146,14 +145,8 @@ class CoarseToFineHead(TokenClassesHead):
         of_class_NPK, of_token_NPK = numbers_NPX.chunk(2, dim=-1)
         classes_NPK, checked_M = self._draw_classes(vectors_PX.unflatten(-1, (size, -1)), of_class_NPK)
         vectors_NPKR = self.fine.after(fine_PX, self._fine_inputs(before_PX, classes_NPK))
-        tokens_M, sums_M = draw_within(
-            classes_NPK.flatten(),
-            vectors_NPKR.flatten(0, 2),
-            self.scores.weight,
-            self.scores.bias,
-            self.tokens_by_class,
-            config.class_size,
-            of_token_NPK.flatten(),
+        tokens_M, sums_M = self._classed_tokens().draw(
+            classes_NPK.flatten(), vectors_NPKR.flatten(0, 2), of_token_NPK.flatten()
         )
         require_finite(checked_M)
         require_finite(sums_M)
@@ -174,10 +167,10 @@ class CoarseToFineHead(TokenClassesHead):
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """-log P(chunk) / K in nats, (P,): of the classes, each given those before it, and of the tokens."""
-        config, size = self.config, self.config.chunk_size
+        tokens, size = self._classed_tokens(), self.config.chunk_size
         state_PD, before_PX = self._parts(states_PD)
-        places_PK = places_of(self.tokens_by_class)[target.tokens_PK]
-        classes_PK = places_PK // config.class_size
+        places_PK = tokens.places(target.tokens_PK)
+        classes_PK = places_PK // tokens.class_size
         vectors = list(self.coarse(state_PD, before_PX).unbind(1))
         for place in range(1, size):
             for distance in range(place):
@@ -188,14 +181,8 @@ class CoarseToFineHead(TokenClassesHead):
             classes_PK.flatten(),
             self.class_scores.bias,
         )
-        of_token_M = losses_in_classes(
-            self.fine(state_PD, self._fine_inputs(before_PX, classes_PK)).flatten(0, 1),
-            self.scores.weight,
-            self.scores.bias,
-            places_PK.flatten(),
-            config.class_size,
-            config.vocab_size,
-        )
+        vectors_PKR = self.fine(state_PD, self._fine_inputs(before_PX, classes_PK))
+        of_token_M = tokens.losses(vectors_PKR.flatten(0, 1), places_PK.flatten())
         return (of_class_M + of_token_M).view_as(places_PK).mean(-1)
 
     def _earlier(self, classes: Tensor, distance: int) -> Tensor:

@@ -163,7 +163,4 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
     def _vocabulary(self) -> Vocabulary:
         if self.config.num_classes == 1:
             return OneSoftmax(self.scores.weight, self.scores.bias)
-        classes = self.class_scores
-        return TwoSoftmaxes(
-            classes.weight, classes.bias, self.scores.weight, self.scores.bias, self.tokens_by_class
-        )
+        return TwoSoftmaxes(self.class_scores.weight, self.class_scores.bias, self._classed_tokens())

@@ -14,6 +14,7 @@ from calm.core.classes import classes_by_neighbours
 from calm.models.blocks import PartedLinear
 from calm.models.heads.fields import check_counts
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
+from calm.models.heads.vocabulary import ClassedTokens
 
 _NEVER = -100.0  # The logarithm of what is never seen.
 
@@ -68,6 +69,11 @@ class TokenClassesHead(TokenHead):
         # Of places; those at the end may be of no token.
         self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
         self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
+
+    def _classed_tokens(self) -> ClassedTokens:
+        """The tokens of the classes, if there are classes."""
+        scores, size = self.scores, self.config.class_size
+        return ClassedTokens(scores.weight, scores.bias, self.tokens_by_class, size)
 
     def check_loaded(self) -> None:
         """See `GenerativeHead`: every token has a place in a class."""

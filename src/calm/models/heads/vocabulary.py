@@ -109,6 +109,61 @@ class OneSoftmax(Vocabulary):
 
 
 @dataclass(frozen=True)
+class ClassedTokens:
+    """The scores of tokens that are in classes (see `calm.core.classes`).
+
+    Args:
+        table_WX: A vector for each place; W is C·G, so some at the end may be of no token.
+        bias_W: Added to their scores.
+        tokens_V: The token at each place.
+        class_size: Tokens of a class G; the last may have fewer.
+    """
+
+    table_WX: Tensor
+    bias_W: Tensor
+    tokens_V: Tensor
+    class_size: int
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """The places of tokens; that of a class is this by its size, rounded down."""
+        return places_of(self.tokens_V)[tokens]
+
+    def losses(self, vectors_MX: Tensor, places_M: Tensor) -> Tensor:
+        """Cross-entropy of the token at each place among those of its class, (M,), in nats."""
+        table, size = (self.table_WX, self.bias_W), self.class_size
+        return losses_in_classes(vectors_MX, *table, places_M, size, len(self.tokens_V))
+
+    def log_distributions(self, vectors_MX: Tensor) -> Tensor:
+        """Logarithms of the distribution of each class, by place, (M, C, G)."""
+        scores_MW = _wide(F.linear(vectors_MX, self.table_WX, self.bias_W))
+        is_none_W = torch.arange(len(self.table_WX), device=scores_MW.device) >= len(self.tokens_V)
+        scores_MCG = scores_MW.masked_fill(is_none_W, -torch.inf).unflatten(-1, (-1, self.class_size))
+        return scores_MCG.log_softmax(-1)
+
+    def draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+        """A token of a class in each row, (M,), by a uniform number, and a number as from `Vocabulary.draw`.
+
+        Args:
+            class_M: The class.
+            vectors_MX: What meets the tokens.
+            uniform_M: Uniform numbers in [0, 1).
+        """
+        numbers = self.class_size * self.table_WX.shape[1]
+        parts = zip(*(in_parts(rows, numbers) for rows in (class_M, vectors_MX, uniform_M)), strict=True)
+        tokens, totals = zip(*(self._draw(*part) for part in parts), strict=True)
+        return torch.cat(tokens), torch.cat(totals)
+
+    def _draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
+        size, last = self.class_size, len(self.tokens_V) - 1
+        places_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
+        table_MGX = self.table_WX.unflatten(0, (-1, size))[class_M]
+        scores_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + self.bias_W[places_MG]
+        scores_MG = scores_MG.float().masked_fill(places_MG > last, -torch.inf)
+        within_M, _, total_M = choose_by_sums(scores_MG, uniform_M)
+        return self.tokens_V[(class_M * size + within_M).clamp_max(last)], total_M
+
+
+@dataclass(frozen=True)
 class TwoSoftmaxes(Vocabulary):
     """A softmax over classes, and one over the tokens of a class (see `calm.core.classes`).
 
@@ -118,37 +173,29 @@ class TwoSoftmaxes(Vocabulary):
     Args:
         class_table_CX: A vector for each class.
         class_bias_C: Added to their scores.
-        table_WX: A vector for each place; W is C·G, so some at the end may be of no token.
-        bias_W: Added to their scores.
-        tokens_V: The token at each place.
+        tokens: The tokens of the classes.
     """
 
     class_table_CX: Tensor
     class_bias_C: Tensor
-    table_WX: Tensor
-    bias_W: Tensor
-    tokens_V: Tensor
-
-    @property
-    def _class_size(self) -> int:
-        return len(self.table_WX) // len(self.class_table_CX)
+    tokens: ClassedTokens
 
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
         """See `Vocabulary`."""
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
-        places_M, size = places_of(self.tokens_V)[tokens_M], self._class_size
-        return cross_entropy(
-            of_class_MX, self.class_table_CX, places_M // size, self.class_bias_C
-        ) + losses_in_classes(of_token_MX, self.table_WX, self.bias_W, places_M, size, len(self.tokens_V))
+        places_M = self.tokens.places(tokens_M)
+        classes_M = places_M // self.tokens.class_size
+        of_class_M = cross_entropy(of_class_MX, self.class_table_CX, classes_M, self.class_bias_C)
+        return of_class_M + self.tokens.losses(of_token_MX, places_M)
 
     def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
         """See `Vocabulary`."""
-        size = len(self.tokens_V)
+        size = len(self.tokens.tokens_V)
         return distillation_of_scores(self._log_distribution, size, vectors_MX, tokens_M, teaching)
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""
-        for part_MX in in_parts(vectors_MX, _TABLES_AT_ONCE * len(self.table_WX)):
+        for part_MX in in_parts(vectors_MX, _TABLES_AT_ONCE * len(self.tokens.table_WX)):
             log_p_MV = self._log_distribution(part_MX)
             yield log_p_MV.exp() if temperature == 1 else (log_p_MV / temperature).softmax(-1)
 
@@ -162,55 +209,15 @@ class TwoSoftmaxes(Vocabulary):
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
         scores_MC = F.linear(of_class_MX, self.class_table_CX, self.class_bias_C).float()
         class_M, rest_M, total_M = choose_by_sums(scores_MC, uniform_M)
-        tokens_M, of_class_M = draw_within(
-            class_M, of_token_MX, self.table_WX, self.bias_W, self.tokens_V, self._class_size, rest_M
-        )
+        tokens_M, of_class_M = self.tokens.draw(class_M, of_token_MX, rest_M)
         return tokens_M, total_M + of_class_M
 
     def _log_distribution(self, vectors_MX: Tensor) -> Tensor:
         """Logarithm of the distribution of each row, (M, V)."""
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
         classes_MC = _wide(F.linear(of_class_MX, self.class_table_CX, self.class_bias_C)).log_softmax(-1)
-        scores_MW = _wide(F.linear(of_token_MX, self.table_WX, self.bias_W))
-        is_none_W = torch.arange(len(self.table_WX), device=scores_MW.device) >= len(self.tokens_V)
-        scores_MCG = scores_MW.masked_fill(is_none_W, -torch.inf).unflatten(-1, (-1, self._class_size))
-        log_p_MW = (classes_MC.unsqueeze(-1) + scores_MCG.log_softmax(-1)).flatten(1)
-        return log_p_MW.index_select(-1, places_of(self.tokens_V))
-
-
-def draw_within(
-    class_M: Tensor,
-    vectors_MX: Tensor,
-    table_WX: Tensor,
-    bias_W: Tensor,
-    tokens_V: Tensor,
-    class_size: int,
-    uniform_M: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """A token of a class in each row, (M,), by a uniform number, and a number as from `draw`, (M,).
-
-    Args:
-        class_M: The class.
-        vectors_MX: What meets the tokens.
-        table_WX: See `TwoSoftmaxes`.
-        bias_W: See `TwoSoftmaxes`.
-        tokens_V: See `TwoSoftmaxes`.
-        class_size: G.
-        uniform_M: Uniform numbers in [0, 1).
-    """
-
-    def of_part(class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-        places_MG = class_M.unsqueeze(-1) * class_size + torch.arange(class_size, device=class_M.device)
-        table_MGX = table_WX.unflatten(0, (-1, class_size))[class_M]
-        scores_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + bias_W[places_MG]
-        scores_MG = scores_MG.float().masked_fill(places_MG >= len(tokens_V), -torch.inf)
-        within_M, _, total_M = choose_by_sums(scores_MG, uniform_M)
-        return tokens_V[(class_M * class_size + within_M).clamp_max(len(tokens_V) - 1)], total_M
-
-    numbers = class_size * table_WX.shape[1]
-    parts = zip(*(in_parts(rows, numbers) for rows in (class_M, vectors_MX, uniform_M)), strict=True)
-    tokens, totals = zip(*(of_part(*part) for part in parts), strict=True)
-    return torch.cat(tokens), torch.cat(totals)
+        log_p_MW = (classes_MC.unsqueeze(-1) + self.tokens.log_distributions(of_token_MX)).flatten(1)
+        return log_p_MW.index_select(-1, places_of(self.tokens.tokens_V))
 
 
 def choose_by_sums(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
