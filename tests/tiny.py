@@ -34,8 +34,9 @@ HEADS: dict[str, dict] = {
         "class_embedding_size": 5,
         "class_rank": 6,
     },
+    "parallel": {"head_type": "parallel", "num_blocks": 1, "token_size": 5, "rank": 6},
 }
-WITH_CODES = ("categorical_flow", "sequential", "decoder", "coarse_to_fine")
+WITH_CODES = ("categorical_flow", "sequential", "decoder", "coarse_to_fine", "parallel")
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

@@ -69,6 +69,27 @@ def test_a_model_of_the_package_goes_on(base, tmp_path):
     assert (stages.train(recipe, tmp_path / "run") / "model.safetensors").is_file()
 
 
+def test_a_second_stage_has_the_loss_of_its_recipe(base, tmp_path):
+    head = {"head_type": "parallel", "token_size": 4, "rank": 4}
+    first = with_settings(
+        toy_recipe(base / "text.jsonl"),
+        {"autoencoder.kind": "codes", "autoencoder.latent_size": 32, "language_model.head": head},
+    )
+    model = stages.train(first, tmp_path / "first")
+    folders = {}
+    for loss in ("cross_entropy", "brier"):
+        said = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
+        folders[loss] = stages.train(with_settings(first, said), tmp_path / loss)
+        saved = json.loads((folders[loss] / "config.json").read_text())["head_config"]
+        assert (saved["loss"], saved["rank"]) == (loss, 4)
+    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    # A recipe with another head says nothing of this one.
+    said = {INIT: str(folders["brier"]), "language_model.head": {"head_type": "sequential"}}
+    again = stages.train(with_settings(first, said), tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["head_config"]["loss"] == "brier"
+
+
 REFUSED = {
     "nothing there": ({INIT: "nowhere"}, "nowhere"),
     "other chunks": ({"chunk_size": 8, "data.context": 64}, "set model to calm and chunk_size to 4"),

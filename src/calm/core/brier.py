@@ -83,6 +83,20 @@ def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
     return equal_PK / (num_draws * (num_draws - 1) / 2)
 
 
+def brier_losses(of_token_PK: Tensor, of_pair_PK: Tensor) -> Tensor:
+    """Minus Brier-1..Brier-K of chunks whose tokens are independent of each other, exactly, (P, K).
+
+    Probabilities are products then: sum_x P(x)^2 - 2 P(y), x over the outcomes of the first n tokens, is the
+    product of their sums of squares, less twice the product of the probabilities of the true ones. The mean
+    is least where the model's probabilities are the true ones (a strictly proper score).
+
+    Args:
+        of_token_PK: Probability of the true token at each place.
+        of_pair_PK: Sum of the squares of the distribution there.
+    """
+    return of_pair_PK.cumprod(-1) - 2 * of_token_PK.cumprod(-1)
+
+
 def windows_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) -> tuple[Tensor, Tensor]:
     """Hits and collisions of windows that are written in S steps of K tokens, (P, S·K) each.
 

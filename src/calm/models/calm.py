@@ -138,6 +138,11 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         self.config.change_sampling(**changes)
         self.head.config = self.config.head
 
+    def change_training(self, **changes: Any) -> None:
+        """Change how the head is trained on: fields of its configuration that are in `training_fields`."""
+        self.config.head_config = {**(self.config.head_config or {}), **changes}
+        self.head.config = self.config.head
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The model's own token embedding (not the autoencoder's)."""
         return self.backbone.embed_tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,7 +98,17 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     )
     check_tokens(name, tokenizer, data)
     check_context(model, recipe.data.context)
+    if isinstance(model.config, CalmConfig):
+        cast(Any, model).change_training(**_training_fields(recipe, model.config))
     return model
+
+
+def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
+    """What a recipe says of how the head of a model is trained on."""
+    said = recipe.language_model.head
+    if said.get("head_type") != config.head.head_type:
+        return {}
+    return {name: said[name] for name in config.head.training_fields if name in said}
 
 
 def tell_beginning(recipe: Recipe) -> None:

@@ -235,7 +235,7 @@ def test_flops_agree_with_an_independent_counter(head_type, draws):
         draws_of(model.head, hidden, draws)
     config = model.config.head
     of_time = 2 * config.calls * (16 * 32 + 32 * 32) if isinstance(config, StepHeadConfig) else 0
-    scored = {"sequential": 40, "classes": 7 + 6, "coarse_to_fine": 7 + 6}.get(head_type, 0)
+    scored = {"sequential": 40, "classes": 7 + 6, "coarse_to_fine": 7 + 6, "parallel": 40}.get(head_type, 0)
     of_bias = 2 * positions * draws * 4 * scored
     expected = positions * (flops.shared + draws * flops.per_draw)
     assert counter.get_total_flops() - of_time + of_bias == expected

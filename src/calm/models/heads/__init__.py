@@ -22,6 +22,7 @@ from calm.models.heads.diffusion import DiffusionHead, DiffusionHeadConfig
 from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 from calm.models.heads.flow import FlowHead, FlowHeadConfig
+from calm.models.heads.parallel import ParallelHead, ParallelHeadConfig
 from calm.models.heads.registry import build_head, parse_head_config, register_head, with_sampling
 from calm.models.heads.sequential import SequentialHead, SequentialHeadConfig
 
@@ -32,6 +33,7 @@ register_head("categorical_flow", CategoricalFlowHeadConfig, CategoricalFlowHead
 register_head("sequential", SequentialHeadConfig, SequentialHead)
 register_head("decoder", DecoderHeadConfig, DecoderHead)
 register_head("coarse_to_fine", CoarseToFineHeadConfig, CoarseToFineHead)
+register_head("parallel", ParallelHeadConfig, ParallelHead)
 
 # Names of version 0.1, for one version.
 _RENAMED = {
@@ -65,6 +67,8 @@ __all__ = [
     "HeadFlops",
     "LatentHead",
     "Likelihood",
+    "ParallelHead",
+    "ParallelHeadConfig",
     "SequentialHead",
     "SequentialHeadConfig",
     "Target",

@@ -33,42 +33,26 @@ class CoarseToFineHeadConfig(TokenClassesConfig):
     Args:
         head_type: Always "coarse_to_fine".
         num_classes: Classes of tokens, at least 2.
-        num_blocks: Residual blocks of the network before the classes.
         num_fine_blocks: Residual blocks of the network after them.
-        token_size: Size of the embedding of a token of the chunk before.
         class_embedding_size: Size of the embedding of a class.
         class_rank: Size of what meets the classes H.
-        layer_norm_eps: Epsilon of the norms.
 
-    The others are those of `TokenHeadConfig`.
+    The others are those of `TokenClassesConfig`; `num_blocks` are those of the network before the classes.
     """
 
     head_type: str = "coarse_to_fine"
     num_classes: int = 64
-    num_blocks: int = 2
     num_fine_blocks: int = 1
-    token_size: int = 64
     class_embedding_size: int = 32
     class_rank: int = 64
-    layer_norm_eps: float = 1e-6
 
     lowest_temperature: ClassVar[float] = 1.0
-    decodes_latents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(
-            self, "num_blocks", "num_fine_blocks", "token_size", "class_embedding_size", "class_rank"
-        )
+        check_counts(self, "num_fine_blocks", "class_embedding_size", "class_rank")
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}.")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
-
-    @property
-    def extra_state_size(self) -> int:
-        """See `HeadConfig`: embeddings of the K tokens of a chunk."""
-        return self.chunk_size * self.token_size
 
     @property
     def fine_size(self) -> int:
@@ -101,7 +85,6 @@ class CoarseToFineHead(TokenClassesHead):
     def __init__(self, config: CoarseToFineHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
         size, eps = config.chunk_size, config.layer_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_size)
         self.embed_classes = nn.Embedding(config.num_filled_classes, config.class_embedding_size)
         # What a class adds at each distance behind it; distances of K and more do not occur.
         self.embed_earlier = nn.Embedding(max(1, size - 1) * config.num_filled_classes, config.class_rank)
@@ -112,10 +95,6 @@ class CoarseToFineHead(TokenClassesHead):
             hidden_size, config.fine_size, config.rank, size, config.num_fine_blocks, eps
         )
         self._add_scores(config.class_rank)
-
-    def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
-        """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
-        return self.embed_tokens(chunks_BCK).flatten(-2)
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
@@ -193,8 +172,3 @@ class CoarseToFineHead(TokenClassesHead):
         """The chunk before, and all classes, (..., P, K·(E + F))."""
         before = before_PX.expand(*classes.shape[:-1], -1)
         return torch.cat([before, self.embed_classes(classes).flatten(-2)], dim=-1)
-
-    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K·E)."""
-        state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
-        return state_PD, before_PX

@@ -53,6 +53,10 @@ class HeadConfig:
     """Fields that only affect how a trained head is drawn from. They may change after training, by
     replacing the head's `config`: read them at every draw."""
 
+    training_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that only affect how the head is trained. A run that begins with a model takes them from its
+    recipe: read them at every loss."""
+
     lowest_temperature: ClassVar[float] = 1.0
     """The lowest temperature of a single draw; below 1, the sampler "head" can use it."""
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from calm.models.blocks import ZeroLinear
 from calm.models.heads.contract import require_finite
-from calm.models.heads.fields import HeadFlops, check_counts
+from calm.models.heads.fields import HeadFlops
 from calm.models.heads.step_network import RecomputedBlock
 from calm.models.heads.token_by_token import TokenByTokenHead
 from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
-from calm.models.heads.vocabulary import OneSoftmax, TwoSoftmaxes, Vocabulary
+from calm.models.heads.vocabulary import Vocabulary
 
 
 @dataclass(kw_only=True)
@@ -32,36 +32,13 @@ class SequentialHeadConfig(TokenClassesConfig):
 
     Args:
         head_type: Always "sequential".
-        num_blocks: Residual blocks.
-        token_size: Size of the embedding of a token of the chunk.
-        layer_norm_eps: Epsilon of the norms.
 
     The others are those of `TokenClassesConfig`.
     """
 
     head_type: str = "sequential"
-    num_blocks: int = 2
-    token_size: int = 64
-    layer_norm_eps: float = 1e-6
 
     lowest_temperature: ClassVar[float] = 0.0
-    decodes_latents: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "num_blocks", "token_size")
-        if self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
-
-    @property
-    def extra_state_size(self) -> int:
-        """See `HeadConfig`: embeddings of the K tokens of a chunk."""
-        return self.chunk_size * self.token_size
-
-    @property
-    def vector_size(self) -> int:
-        """Size of what says which token is next: a part for the token, and with classes one for its class."""
-        return self.rank if self.num_classes == 1 else 2 * self.rank
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once.
@@ -71,8 +48,7 @@ class SequentialHeadConfig(TokenClassesConfig):
         square, blocks, size = hidden_size * hidden_size, self.num_blocks, self.vector_size
         shared = square + 3 * blocks * square + hidden_size * self.chunk_size * size
         of_token = (self.chunk_size * self.token_size + 2 * blocks * hidden_size + size) * hidden_size
-        scores = self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
-        per_draw = self.chunk_size * (of_token + scores * (self.rank + 1))
+        per_draw = self.chunk_size * (of_token + self.num_scores * (self.rank + 1))
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
@@ -93,7 +69,6 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
     def __init__(self, config: SequentialHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
         size, eps = config.chunk_size, config.layer_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_size)
         self.embed_places = nn.Embedding(size, hidden_size)
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(size * config.token_size, hidden_size)
@@ -103,16 +78,12 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
         self.direct = ZeroLinear(hidden_size, size * config.vector_size)
         self._add_scores(config.rank)
 
-    def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
-        """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
-        return self.embed_tokens(chunks_BCK).flatten(-2)
-
     def prepare(self, states_PD: Tensor) -> Tensor:
         """What all tokens and draws of a position share, (P, 3·D·S + K·R + K·E)."""
-        state_PD, before_PKE = self._parts(states_PD)
+        state_PD, before_PX = self._parts(states_PD)
         condition_PD = F.silu(self.condition_in(state_PD))
         modulations = [block.modulation(condition_PD) for block in self.blocks]  # type: ignore[operator]
-        return torch.cat([*modulations, self.direct(state_PD), before_PKE.flatten(-2)], dim=-1)
+        return torch.cat([*modulations, self.direct(state_PD), before_PX], dim=-1)
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
@@ -144,8 +115,9 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, R)."""
-        state_PD, before_PKE = self._parts(states_PD)
+        state_PD, before_PX = self._parts(states_PD)
         size = self.config.chunk_size
+        before_PKE = before_PX.unflatten(-1, (size, -1))
         known_PTE = torch.cat([before_PKE, self.embed_tokens(tokens_PK[:, :-1])], dim=1)
         windows_PKW = known_PTE.unfold(1, size, 1).transpose(-1, -2).flatten(-2)
         x_PKD = self.inp(windows_PKW) + self.embed_places.weight
@@ -155,12 +127,5 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
         vectors_PKR = self.out(self.out_norm(x_PKD)) + self.direct(state_PD).unflatten(-1, (size, -1))
         return vectors_PKR.flatten(0, 1)
 
-    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K, E)."""
-        state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
-        return state_PD, before_PX.unflatten(-1, (self.config.chunk_size, -1))
-
     def _vocabulary(self) -> Vocabulary:
-        if self.config.num_classes == 1:
-            return OneSoftmax(self.scores.weight, self.scores.bias)
-        return TwoSoftmaxes(self.class_scores.weight, self.class_scores.bias, self._classed_tokens())
+        return self._of_vectors()

@@ -1,20 +1,24 @@
-"""What heads have in common that choose a token in two steps, by its class (see `calm.core.classes`).
+"""What heads have in common that read the tokens of the chunk before, and may choose a token by its class.
 
-Shapes: V vocabulary, C classes, G tokens of a class, W places, N kinds of neighbours.
+A class first, then a token of it: see `calm.core.classes`.
+
+Shapes: P positions, K tokens per chunk, D hidden size, E size of a token's embedding, V vocabulary, C
+classes, G tokens of a class, W places, N kinds of neighbours.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from calm.core.classes import classes_by_neighbours
 from calm.models.blocks import PartedLinear
 from calm.models.heads.fields import check_counts
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
-from calm.models.heads.vocabulary import ClassedTokens
+from calm.models.heads.vocabulary import ClassedTokens, OneSoftmax, TwoSoftmaxes, Vocabulary
 
 _NEVER = -100.0  # The logarithm of what is never seen.
 
@@ -25,15 +29,30 @@ class TokenClassesConfig(TokenHeadConfig):
 
     Args:
         num_classes: Classes of tokens; 1 is a single softmax over the vocabulary.
+        num_blocks: Residual blocks.
+        token_size: Size of the embedding of a token of the chunk.
+        layer_norm_eps: Epsilon of the norms.
 
     The others are those of `TokenHeadConfig`.
     """
 
     num_classes: int = 1
+    num_blocks: int = 2
+    token_size: int = 64
+    layer_norm_eps: float = 1e-6
+
+    decodes_latents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_classes")
+        check_counts(self, "num_classes", "num_blocks", "token_size")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
+
+    @property
+    def extra_state_size(self) -> int:
+        """See `HeadConfig`: embeddings of the K tokens of a chunk."""
+        return self.chunk_size * self.token_size
 
     @property
     def class_size(self) -> int:
@@ -45,15 +64,41 @@ class TokenClassesConfig(TokenHeadConfig):
         """Classes that have a token: of equal size, fewer than were asked for may hold all."""
         return -(-self.vocab_size // self.class_size)
 
+    @property
+    def vector_size(self) -> int:
+        """Size of what says which token comes: a part for the token, and with classes one for its class."""
+        return self.rank if self.num_classes == 1 else 2 * self.rank
+
+    @property
+    def num_scores(self) -> int:
+        """Scores that a token takes at temperature 1."""
+        return self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
+
 
 class TokenClassesHead(TokenHead):
-    """A head whose last layers score classes, and the tokens of a class."""
+    """A head whose last layers score classes, and the tokens of a class.
+
+    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+    """
 
     config: TokenClassesConfig
     class_scores: PartedLinear
     """Vectors -> scores of classes, if there are classes. `scores` are then those of places."""
     tokens_by_class: Tensor
     """Tokens class after class, (V,), if there are classes."""
+
+    def __init__(self, config: TokenClassesConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_size)
+
+    def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
+        """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
+        return self.embed_tokens(chunks_BCK).flatten(-2)
+
+    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K·E)."""
+        state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
+        return state_PD, before_PX
 
     def _add_scores(self, class_rank: int) -> None:
         """Add the last layers.
@@ -74,6 +119,12 @@ class TokenClassesHead(TokenHead):
         """The tokens of the classes, if there are classes."""
         scores, size = self.scores, self.config.class_size
         return ClassedTokens(scores.weight, scores.bias, self.tokens_by_class, size)
+
+    def _of_vectors(self) -> Vocabulary:
+        """How vectors of `vector_size` say which token comes; with classes, the first half says its class."""
+        if self.config.num_classes == 1:
+            return OneSoftmax(self.scores.weight, self.scores.bias)
+        return TwoSoftmaxes(self.class_scores.weight, self.class_scores.bias, self._classed_tokens())
 
     def check_loaded(self) -> None:
         """See `GenerativeHead`: every token has a place in a class."""

@@ -1,0 +1,108 @@
+"""The parallel head: distributions of all K tokens of a chunk in one pass, each drawn by itself.
+
+It is the cheapest head, and says nothing of how the tokens of a chunk depend on each other. Since all
+probabilities of chunks are products, Brier-1 to Brier-K have a closed form: it can be trained by them, as a
+second stage after cross-entropy (docs/heads.md).
+
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token's embedding, R size of what
+says which token it is: the rank r, or 2 r with classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from calm.core.brier import brier_losses
+from calm.models.heads.contract import Target, require_finite
+from calm.models.heads.fields import HeadFlops
+from calm.models.heads.place_network import PlaceNetwork, multiply_adds
+from calm.models.heads.token_by_token import TokenByTokenHead
+from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
+from calm.models.heads.vocabulary import Vocabulary
+
+
+@dataclass(kw_only=True)
+class ParallelHeadConfig(TokenClassesConfig):
+    """Fields of the parallel head.
+
+    Args:
+        head_type: Always "parallel".
+        loss: "cross_entropy", or "brier": minus the mean of Brier-1 to Brier-K.
+
+    The others are those of `TokenClassesConfig`.
+    """
+
+    head_type: str = "parallel"
+    loss: Literal["cross_entropy", "brier"] = "cross_entropy"
+
+    lowest_temperature: ClassVar[float] = 0.0
+    training_fields: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("cross_entropy", "brier"):
+            raise ValueError(f"loss must be cross_entropy or brier, got '{self.loss}'.")
+
+    def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
+        """See `HeadConfig`; the network is shared by all draws, the scores are not."""
+        network = multiply_adds(
+            hidden_size, self.extra_state_size, self.vector_size, self.chunk_size, self.num_blocks
+        )
+        scores = self.chunk_size * self.num_scores * (self.rank + 1)
+        return HeadFlops.of_forward_pass(sum(network), scores, training_draws=1)
+
+
+class ParallelHead(TokenByTokenHead, TokenClassesHead):
+    """Draws all tokens at once; fulfils `Likelihood` and `TokenDistributions`.
+
+    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+
+    Args:
+        config: Fields of the head.
+        hidden_size: Width of the backbone D.
+        latent_size: Dimensions of a latent Z.
+    """
+
+    config: ParallelHeadConfig
+
+    def __init__(self, config: ParallelHeadConfig, hidden_size: int, latent_size: int) -> None:
+        super().__init__(config, hidden_size, latent_size)
+        sizes = (config.extra_state_size, config.vector_size, config.chunk_size, config.num_blocks)
+        self.network = PlaceNetwork(hidden_size, *sizes, config.layer_norm_eps)
+        self._add_scores(config.rank)
+
+    def prepare(self, states_PD: Tensor) -> Tensor:
+        """What says which tokens come, (P, K·R)."""
+        vectors_PKR: Tensor = self.network(*self._parts(states_PD))
+        return vectors_PKR.flatten(1)
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """The layers that meet embeddings or the vocabulary."""
+        classes = [] if self.config.num_classes == 1 else [self.class_scores]
+        return [self.network.inp, self.network.out, self.network.direct, self.scores, *classes]
+
+    def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
+        """Mean cross-entropy of the chunk's tokens in nats, or minus the mean of Brier-1 to Brier-K, (P,)."""
+        if self.config.loss == "cross_entropy":
+            return super()._loss(states_PD, target, noise)
+        tokens_PK = target.tokens_PK
+        vectors_MR = self._vectors(states_PD, tokens_PK)
+        figures_3M = self._vocabulary().probabilities(vectors_MR, tokens_PK.flatten(), 1.0)
+        of_token_PK, of_pair_PK, _ = figures_3M.unflatten(-1, tokens_PK.shape)
+        return brier_losses(of_token_PK, of_pair_PK).mean(-1)
+
+    def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
+        """Tokens (N, P, K), each chosen by a uniform number in [0, 1)."""
+        vectors_PKR = prepared_P.unflatten(-1, (self.config.chunk_size, -1))
+        vectors_MR = vectors_PKR.expand(*uniform_NPK.shape, -1).flatten(0, 2)
+        tokens_M, sums_M = self._vocabulary().choose(vectors_MR, uniform_NPK.flatten(), temperature)
+        require_finite(sums_M)
+        return tokens_M.view_as(uniform_NPK)
+
+    def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
+        """What says which token comes at every place, (P·K, R), whatever the tokens."""
+        return self.prepare(states_PD).unflatten(-1, (self.config.chunk_size, -1)).flatten(0, 1)
+
+    def _vocabulary(self) -> Vocabulary:
+        return self._of_vectors()

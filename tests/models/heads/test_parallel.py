@@ -1,0 +1,94 @@
+"""The parallel head: one pass, tokens independent of each other, and Brier scores in closed form."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import HEADS, tiny_model
+from torch.testing import assert_close
+
+from calm.core.brier import brier_losses, brier_scores_of_draws
+from calm.models.heads import Target
+
+PARALLEL = HEADS["parallel"]
+
+
+def head_of(vocab_size=5, chunk_size=2, **fields):
+    torch.manual_seed(1)
+    model = tiny_model(chunk_size, vocab_size=vocab_size, head_config=PARALLEL | fields).double()
+    with torch.no_grad():
+        for weight in model.head.parameters():
+            weight.normal_(std=0.7)
+    return model.head, torch.randn(4, 32 + chunk_size * 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_the_closed_form_is_the_enumeration(classes):
+    """2 P(y) - sum of P(x)^2 over all beginnings of n tokens, whose probabilities are those of the chunk."""
+    head, states = head_of(num_classes=classes)
+    chunks = torch.tensor(list(itertools.product(range(5), repeat=2)))
+    with torch.no_grad():
+        for state in states:
+            p_K = (-head.token_losses(state.expand(len(chunks), -1), chunks)).exp()
+            for y in chunks[[0, 9, 17]]:
+                expected = []
+                for n in (1, 2):
+                    beginnings = {
+                        tuple(x[:n].tolist()): p[:n].prod() for x, p in zip(chunks, p_K, strict=True)
+                    }
+                    squares = sum(p**2 for p in beginnings.values())
+                    expected.append(squares - 2 * beginnings[tuple(y[:n].tolist())])
+                head.config.loss = "brier"
+                loss = head.loss(state[None], Target(None, y[None]))
+                head.config.loss = "cross_entropy"
+                assert_close(loss.double(), torch.stack(expected).mean()[None].double(), atol=1e-6, rtol=1e-5)
+
+
+def test_draws_have_the_scores_of_the_closed_form():
+    head, states = head_of()
+    y = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        figures = head.token_probabilities(states[:1], y)
+        exact = -brier_losses(figures.of_token_PK, figures.of_pair_PK)
+        draws = head.draw_chunks(head.prepare(states[:1]), 4000, torch.Generator().manual_seed(2))
+    assert_close(brier_scores_of_draws(draws, y), exact.float(), atol=0.03, rtol=0)
+
+
+def test_gradients_are_those_of_the_literal_formula():
+    head, states = head_of(loss="brier")
+    tokens = torch.tensor([[1, 2], [0, 3], [2, 2], [4, 1]])
+    states.requires_grad_()
+    (found,) = torch.autograd.grad(head.loss(states, Target(None, tokens)).sum(), states)
+    scores = head._vectors(states, tokens) @ head.scores.weight.T + head.scores.bias
+    p_PKV = scores.softmax(-1).view(4, 2, 5)
+    joint_PVV = p_PKV[:, 0, :, None] * p_PKV[:, 1, None]
+    rows = torch.arange(4)
+    first = p_PKV[:, 0].square().sum(-1) - 2 * p_PKV[rows, 0, tokens[:, 0]]
+    both = joint_PVV.square().sum((1, 2)) - 2 * joint_PVV[rows, tokens[:, 0], tokens[:, 1]]
+    (expected,) = torch.autograd.grad(((first + both) / 2).sum(), states)
+    assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "brier"])
+def test_both_losses_find_the_distribution(loss):
+    """Both are strictly proper: two places, whose tokens are independent."""
+    torch.manual_seed(0)
+    head = tiny_model(2, vocab_size=4, head_config=PARALLEL | {"loss": loss, "bias_from_text": False}).head
+    truth = torch.tensor([[0.6, 0.25, 0.1, 0.05], [0.1, 0.1, 0.4, 0.4]])
+    tokens = torch.stack([torch.multinomial(p, 4000, replacement=True) for p in truth], dim=-1)
+    states = torch.zeros(4000, 32 + 2 * 5)
+    optimizer = torch.optim.Adam(head.parameters(), 0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(states, Target(None, tokens)).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        for place in (0, 1):
+            found = head.token_distribution(states[:1], tokens[:1], place)[0]
+            counted = torch.bincount(tokens[:, place], minlength=4) / 4000
+            assert_close(found, counted, atol=0.01, rtol=0)
+
+
+def test_another_loss_is_refused():
+    with pytest.raises(ValueError, match="loss"):
+        tiny_model(head_config=PARALLEL | {"loss": "squares"})
