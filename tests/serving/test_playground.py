@@ -46,7 +46,7 @@ def test_what_the_page_is_told(head_type, tokenizer):
     with serving(model, tokenizer, temperature=0.5, max_tokens=99, draws=50) as (_, _, url):
         about = httpx.get(f"{url}/page").json()
     name = HEADS[head_type]["head_type"]
-    lowest = {"sequential": 0.0, "decoder": 0.0, "categorical_flow": 0.01}.get(name, 1.0)
+    lowest = {"sequential": 0.0, "decoder": 0.0, "parallel": 0.0, "categorical_flow": 0.01}.get(name, 1.0)
     assert about == {
         "model": "tiny",
         "needs_key": False,

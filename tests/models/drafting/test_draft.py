@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from calm.models.drafting.draft import ChunkDrafter
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
-HEADS = ["sequential", "classes", "energy", "categorical_flow", "decoder"]
+HEADS = ["sequential", "classes", "energy", "categorical_flow", "decoder", "parallel"]
 
 
 def seeded(seed=0):
