@@ -11,22 +11,18 @@ What is finished is kept, so the benchmark goes on where it was stopped. Without
 from the results alone.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import machine
+from measure import error_over_seeds, machine
 from prose import CONTEXT, recipe_of, score, with_budget, write
+from prose_runs import fill_table, trained
 
 from calm.comparison.ladder import at_chunk_size
-from calm.data.prepare import prepare
 from calm.report.tables import with_error
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import RECIPE
-from calm.training.stages import train
 
 KINDS = {
     "transformer": "Transformer",
@@ -39,43 +35,16 @@ KINDS = {
 }
 
 
-def main() -> None:
-    """Train and score what is missing; print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", default="train.jsonl.xz", help="training text")
-    parser.add_argument("--valid", default="valid.jsonl.xz", help="held-out text")
-    parser.add_argument("--output", type=Path, help="folder of text and runs; without, nothing is trained")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/classes")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=[5e12])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    arguments = parser.parse_args()
-    if arguments.output:
-        data = arguments.output.resolve() / "data"
-        if not data.is_dir():
-            prepare([arguments.train], data, validation_sources=[arguments.valid], vocab_size=4096)
-        for seed in arguments.seeds:
-            for budget in arguments.budgets:
-                for kind in arguments.kinds:
-                    run(kind, budget, seed, data, arguments.results)
-    rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
-    print("\n".join(table(rows)))
-
-
 def run(kind: str, budget: float, seed: int, data: Path, results: Path) -> None:
     """Train and score one model, unless it was."""
     name = f"{kind}_{budget:.3g}_seed{seed}"
     if (results / f"{name}.json").is_file():
         return
     recipe = with_budget(recipe_for(kind, seed, data), budget)
-    folder, training = data.parent / name, recipe.language_model.training
-    print(f"{name}: {training.steps} steps", flush=True)
-    train(recipe, folder, resume=(folder / RECIPE).is_file())
+    folder = data.parent / name
+    tokens = trained(recipe, folder) * recipe.language_model.training.batch_tokens
     scores = score(folder, CONTEXT, None)
     del scores["documents"]
-    tokens = training.steps * training.batch_tokens
     results.mkdir(parents=True, exist_ok=True)
     found = {"kind": kind, "budget": budget, "seed": seed, "tokens": tokens, **scores, "machine": machine()}
     write(results / f"{name}.json", found)
@@ -109,9 +78,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             nats = [row["cross_entropy"] for row in same if "cross_entropy" in row]
             brier = [row["T1"]["brier_lm"] for row in same]
-            # Seeds share the text, whose error does not shrink with their number.
-            of_seeds = statistics.stdev(brier) / len(brier) ** 0.5 if len(brier) > 1 else 0.0
-            error = max(of_seeds, statistics.mean(row["T1"]["error"] for row in same))
+            error = error_over_seeds(brier, [row["T1"]["error"] for row in same])
             first = statistics.mean(row["T1"]["brier"][0] for row in same)
             minutes = statistics.mean(row["seconds"] for row in same) / 60
             lines.append(
@@ -124,4 +91,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    fill_table(__doc__ or "", KINDS, 5e12, "classes", run, table)

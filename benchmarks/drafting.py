@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import json_rows, machine
+from measure import error_of_mean, json_rows, machine
 from source_text import passages
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,7 +99,7 @@ def measure(
     rows = []
     for name in all_ways:
         ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
+        error = error_of_mean(ratios)
         rows.append(
             {
                 "temperature": temperature,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import sums_of
+from measure import error_over_seeds, sums_of
 from scipy.stats import linregress
 
 from calm.core.brier import brier_lm_difference
@@ -83,11 +83,9 @@ def draw(rows: list[Row], figure: Path) -> None:
                 for budget in sorted({row["budget"] for row in chosen}):
                     same = [row for row in chosen if row["budget"] == budget]
                     values = [row[name] for row in same]
-                    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                    # Seeds share the documents, so that error does not shrink with their number.
-                    of_text = statistics.mean(row["error"] for row in same) if name == "brier_lm" else 0.0
+                    of_text = [row["error"] if name == "brier_lm" else 0.0 for row in same]
                     x = statistics.mean(map(x_of, same))
-                    points.append((x, statistics.mean(values), max(spread, of_text)))
+                    points.append((x, statistics.mean(values), error_over_seeds(values, of_text)))
                 if not points:
                     continue
                 x, y, error = zip(*points, strict=True)

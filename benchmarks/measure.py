@@ -53,6 +53,21 @@ def sums_of(rows: list[list[float]]) -> DocumentSums:
     return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
+def error_of_mean(values: Sequence[float]) -> float:
+    """Standard error of the mean of some values; 0 for a single one, which tells nothing of it."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def error_over_seeds(scores: Sequence[float], errors: Sequence[float]) -> float:
+    """Standard error of a mean score over seeds, which share the text: its error does not shrink with them.
+
+    Args:
+        scores: Of each seed.
+        errors: Standard error of each over the documents of the text.
+    """
+    return max(error_of_mean(scores), statistics.mean(errors))
+
+
 def in_turns(
     functions: Mapping[Name, Callable[[], Any]], rounds: int = 7, warm_up: int = 1, until: float = math.inf
 ) -> dict[Name, list[float]]:

@@ -11,25 +11,21 @@ What is finished is kept, so the benchmark goes on where it was stopped. Without
 from the results alone.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import machine
+from measure import error_over_seeds, machine
 from prose import CONTEXT, NUM_DRAWS, SEED, recipe_of, with_budget, write
+from prose_runs import fill_table, trained
 
-from calm.data.prepare import prepare
 from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import score_perplexity, score_with
 from calm.evaluation.scorers import scorer_of
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.tables import with_error
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import RECIPE
-from calm.training.stages import train
 
 
 class Way(NamedTuple):
@@ -58,31 +54,6 @@ WAYS = {
 }
 RATE = 3e-3
 """Peak rate of matrices in the second stage; of all else a third of it."""
-
-
-def main() -> None:
-    """Train and score what is missing; print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", default="train.jsonl.xz", help="training text")
-    parser.add_argument("--valid", default="valid.jsonl.xz", help="held-out text")
-    parser.add_argument("--output", type=Path, help="folder of text and runs; without, nothing is trained")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/second_stage")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=[2.5e12])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    arguments = parser.parse_args()
-    if arguments.output:
-        data = arguments.output.resolve() / "data"
-        if not data.is_dir():
-            prepare([arguments.train], data, validation_sources=[arguments.valid], vocab_size=4096)
-        for seed in arguments.seeds:
-            for budget in arguments.budgets:
-                for name in arguments.ways:
-                    run(name, budget, seed, data, arguments.results)
-    rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
-    print("\n".join(table(rows)))
 
 
 def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
@@ -116,15 +87,6 @@ def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
     }
     results.mkdir(parents=True, exist_ok=True)
     write(file, found)
-
-
-def trained(recipe: Recipe, folder: Path) -> int:
-    """Train a model, unless it was; its steps."""
-    steps = recipe.language_model.training.steps
-    if not (folder / "model").is_dir():
-        print(f"{folder.name}: {steps} steps", flush=True)
-        train(recipe, folder, resume=(folder / RECIPE).is_file())
-    return steps
 
 
 def recipe_for(head_type: str, seed: int, data: Path) -> Recipe:
@@ -163,9 +125,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             if not same:
                 continue
             score, nats = ([row[key] for row in same] for key in ("brier_lm", "cross_entropy"))
-            # Seeds share the text, whose error does not shrink with their number.
-            of_seeds = statistics.stdev(score) / len(score) ** 0.5 if len(score) > 1 else 0.0
-            error = max(of_seeds, statistics.mean(row["error"] for row in same))
+            error = error_over_seeds(score, [row["error"] for row in same])
             orders = " | ".join(
                 f"{statistics.mean(row['brier'][n] for row in same):.{(1, 2, 2, 3)[n]}f}" for n in range(4)
             )
@@ -177,4 +137,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    fill_table(__doc__ or "", WAYS, 2.5e12, "second_stage", run, table)

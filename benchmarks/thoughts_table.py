@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from measure import error_of_mean
+
 from calm.report.panels import new_figure
 
 SHOWN = {
@@ -76,7 +78,7 @@ def with_error(values: list[float]) -> str:
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.0f}"
-    return f"{mean:.0f} ± {statistics.stdev(values) / len(values) ** 0.5:.0f}"
+    return f"{mean:.0f} ± {error_of_mean(values):.0f}"
 
 
 def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int, int]:
@@ -124,7 +126,7 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
                 [share(row["hops"][str(one)]["answers"]["as trained"]) for row in of_way] for one in hops
             ]
             means = [statistics.mean(one) for one in shares]
-            errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in shares]
+            errors = [error_of_mean(one) for one in shares]
             apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
             look = {"marker": "osD^v<>PX*"[number], "color": COLORS[number], "capsize": 2}
             labels[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)

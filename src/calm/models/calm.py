@@ -139,8 +139,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         self.head.config = self.config.head
 
     def change_training(self, **changes: Any) -> None:
-        """Change how the head is trained on: fields of its configuration that are in `training_fields`."""
-        self.config.head_config = {**(self.config.head_config or {}), **changes}
+        """Change how the head is trained from now on; see `CalmConfig.change_training`."""
+        self.config.change_training(**changes)
         self.head.config = self.config.head
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.errors import cause_of, shown
 from calm.models.fields import check_fields, check_heads, check_names, own_fields
-from calm.models.heads import HeadConfig, parse_head_config, with_sampling
+from calm.models.heads import HeadConfig, parse_head_config, with_sampling, with_training
 from calm.models.hyperparameters import (
     AutoencoderHyperparameters,
     AutoencoderKind,
@@ -198,6 +198,17 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
             ValueError: If the head has no such field, training depends on it, or a value is out of range.
         """
         self.head_config = asdict(with_sampling(self.head, changes))
+
+    def change_training(self, **changes: Any) -> None:
+        """Change how the head is trained from now on, such as by which loss.
+
+        Args:
+            **changes: New values of fields that the head's configuration lists in `training_fields`.
+
+        Raises:
+            ValueError: If the head has no such field, its weights depend on it, or a value is out of range.
+        """
+        self.head_config = asdict(with_training(self.head, changes))
 
     @property
     def autoencoder(self) -> CalmAutoencoderConfig:

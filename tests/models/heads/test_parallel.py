@@ -89,6 +89,17 @@ def test_both_losses_find_the_distribution(loss):
             assert_close(found, counted, atol=0.01, rtol=0)
 
 
+def test_only_the_loss_can_change():
+    model = tiny_model(head_config=PARALLEL)
+    model.change_training(loss="brier")
+    assert model.head.config.loss == model.config.head.loss == "brier"
+    with pytest.raises(ValueError, match=r"'rank' of a trained parallel head cannot be changed; .*: loss"):
+        model.change_training(rank=3)
+    with pytest.raises(ValueError, match="loss must be one of"):
+        model.change_training(loss="squares")
+    assert model.config.head == model.head.config
+
+
 def test_another_loss_is_refused():
     with pytest.raises(ValueError, match="loss"):
         tiny_model(head_config=PARALLEL | {"loss": "squares"})

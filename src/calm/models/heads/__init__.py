@@ -23,7 +23,13 @@ from calm.models.heads.energy import EnergyHead, EnergyHeadConfig
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 from calm.models.heads.flow import FlowHead, FlowHeadConfig
 from calm.models.heads.parallel import ParallelHead, ParallelHeadConfig
-from calm.models.heads.registry import build_head, parse_head_config, register_head, with_sampling
+from calm.models.heads.registry import (
+    build_head,
+    parse_head_config,
+    register_head,
+    with_sampling,
+    with_training,
+)
 from calm.models.heads.sequential import SequentialHead, SequentialHeadConfig
 
 register_head("energy", EnergyHeadConfig, EnergyHead)
@@ -80,4 +86,5 @@ __all__ = [
     "parse_head_config",
     "register_head",
     "with_sampling",
+    "with_training",
 ]

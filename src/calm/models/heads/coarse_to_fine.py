@@ -99,11 +99,8 @@ class CoarseToFineHead(TokenClassesHead):
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
         networks = (self.coarse, self.fine)
-        return [
-            *(layer for network in networks for layer in (network.inp, network.out, network.direct)),
-            self.class_scores,
-            self.scores,
-        ]
+        layers = [layer for network in networks for layer in (network.inp, network.out, network.direct)]
+        return [*layers, *self._score_layers()]
 
     def prepare(self, states_PD: Tensor) -> Tensor:
         """The first network's vectors, what the second one shares, and the chunk before, as one row."""

@@ -39,11 +39,6 @@ class ParallelHeadConfig(TokenClassesConfig):
     lowest_temperature: ClassVar[float] = 0.0
     training_fields: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss not in ("cross_entropy", "brier"):
-            raise ValueError(f"loss must be cross_entropy or brier, got '{self.loss}'.")
-
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; the network is shared by all draws, the scores are not."""
         network = multiply_adds(
@@ -79,18 +74,14 @@ class ParallelHead(TokenByTokenHead, TokenClassesHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
-        classes = [] if self.config.num_classes == 1 else [self.class_scores]
-        return [self.network.inp, self.network.out, self.network.direct, self.scores, *classes]
+        return [self.network.inp, self.network.out, self.network.direct, *self._score_layers()]
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """Mean cross-entropy of the chunk's tokens in nats, or minus the mean of Brier-1 to Brier-K, (P,)."""
         if self.config.loss == "cross_entropy":
             return super()._loss(states_PD, target, noise)
-        tokens_PK = target.tokens_PK
-        vectors_MR = self._vectors(states_PD, tokens_PK)
-        figures_3M = self._vocabulary().probabilities(vectors_MR, tokens_PK.flatten(), 1.0)
-        of_token_PK, of_pair_PK, _ = figures_3M.unflatten(-1, tokens_PK.shape)
-        return brier_losses(of_token_PK, of_pair_PK).mean(-1)
+        known = self.token_probabilities(states_PD, target.tokens_PK)
+        return brier_losses(known.of_token_PK, known.of_pair_PK).mean(-1)
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), each chosen by a uniform number in [0, 1)."""
@@ -102,7 +93,8 @@ class ParallelHead(TokenByTokenHead, TokenClassesHead):
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """What says which token comes at every place, (P·K, R), whatever the tokens."""
-        return self.prepare(states_PD).unflatten(-1, (self.config.chunk_size, -1)).flatten(0, 1)
+        vectors_PKR: Tensor = self.network(*self._parts(states_PD))
+        return vectors_PKR.flatten(0, 1)
 
     def _vocabulary(self) -> Vocabulary:
         return self._of_vectors()

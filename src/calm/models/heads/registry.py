@@ -52,10 +52,23 @@ def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
     Raises:
         ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
     """
+    return _changed(config, changes, config.sampling_fields)
+
+
+def with_training(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
+    """The same head, trained on in another way.
+
+    Raises:
+        ValueError: If a field is not one of `training_fields`, or a value is out of range.
+    """
+    return _changed(config, changes, config.training_fields)
+
+
+def _changed(config: HeadConfig, changes: dict[str, Any], changeable: tuple[str, ...]) -> HeadConfig:
     _check_names(changes, type(config), config.head_type)
     for name in changes:
-        if name not in config.sampling_fields:
-            known = ", ".join(config.sampling_fields) or "none"
+        if name not in changeable:
+            known = ", ".join(changeable) or "none"
             raise ValueError(
                 f"'{name}' of a trained {config.head_type} head cannot be changed; what can: {known}."
             )

@@ -87,8 +87,7 @@ class SequentialHead(TokenByTokenHead, TokenClassesHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
-        classes = [] if self.config.num_classes == 1 else [self.class_scores]
-        return [self.inp, self.out, self.direct, self.scores, *classes]
+        return [self.inp, self.out, self.direct, *self._score_layers()]
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""

@@ -115,6 +115,10 @@ class TokenClassesHead(TokenHead):
         self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
         self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
 
+    def _score_layers(self) -> list[nn.Module]:
+        """The last layers."""
+        return [self.scores] if self.config.num_classes == 1 else [self.class_scores, self.scores]
+
     def _classed_tokens(self) -> ClassedTokens:
         """The tokens of the classes, if there are classes."""
         scores, size = self.scores, self.config.class_size
