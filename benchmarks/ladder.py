@@ -4,9 +4,10 @@
         --results benchmarks/results/ladder --budgets 5e13 2e14
 
 For each budget of training FLOPs, models of several widths are trained, of tokens and of chunks with the
-sequential head (`laptop`). The width with the fewest nats a token on `--valid` is chosen; it alone is scored
-on three books, which nothing else reads: they are taken out of `--train` (`HELD_BACK`). Models with other
-seeds are trained at the chosen width only.
+sequential head (`laptop`), with one softmax and with classes of tokens; chunks of a single token with classes
+are what a Transformer would be with them. The width with the fewest nats a token on `--valid` is chosen, once
+both of its neighbours were tried; it alone is scored on three books, which nothing else reads: they are taken
+out of `--train` (`HELD_BACK`). Models with other seeds are trained at the chosen width only.
 
 What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
 figure are drawn from the results alone.
@@ -43,9 +44,18 @@ HELD_BACK = (
 )
 """Books that are reported on, the only ones of their authors."""
 
-CHUNK_SIZES = {"baseline": 1, "sequential_K2": 2, "sequential_K4": 4, "sequential_K8": 8}
-WIDTHS = {5e13: (96, 128), 2e14: (128, 192, 256), 1e15: (256, 384)}
-"""What is tried at each budget."""
+CHUNK_SIZES = {
+    "baseline": 1,
+    "sequential_K2": 2,
+    "sequential_K4": 4,
+    "sequential_K8": 8,
+    "classes_K4": 4,
+    "classes_K1": 1,
+}
+NUM_CLASSES = {"classes_K4": 64, "classes_K1": 64}
+WIDTHS = (64, 96, 128, 192, 256, 384, 512)
+FIRST_WIDTHS = {5e13: (96, 128), 2e14: (128, 192), 1e15: (256, 384)}
+"""What is tried first at each budget."""
 Result = dict[str, Any]
 
 
@@ -80,7 +90,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of text and runs; without, nothing is trained")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/ladder")
     parser.add_argument("--kinds", nargs="*", default=list(CHUNK_SIZES), choices=list(CHUNK_SIZES))
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(WIDTHS), choices=list(WIDTHS))
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=list(FIRST_WIDTHS), choices=list(FIRST_WIDTHS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--figure", type=Path, help="where the figure is drawn, a PNG")
@@ -104,8 +116,14 @@ def main() -> None:
 def climb(kind: str, budget: float, seeds: list[int], output: Path, results: Path) -> None:
     """Choose a width by the first seed, and score all seeds at that width."""
     first, *others = seeds
-    tried = {width: run(Run(kind, budget, width, first), output, results) for width in WIDTHS[budget]}
-    chosen = min(tried, key=lambda width: tried[width]["nats_to_choose_by"])
+    nats: dict[int, float] = {}
+    missing: tuple[int, ...] = FIRST_WIDTHS[budget]
+    while missing:  # Until neither neighbour of the best is left to try.
+        for width in missing:
+            nats[width] = run(Run(kind, budget, width, first), output, results)["nats_to_choose_by"]
+        chosen = min(nats, key=nats.__getitem__)
+        at = WIDTHS.index(chosen)
+        missing = tuple(width for width in WIDTHS[max(0, at - 1) : at + 2] if width not in nats)
     for seed in (first, *others):
         one = Run(kind, budget, chosen, seed)
         result = run(one, output, results)
@@ -151,6 +169,9 @@ def recipe_of(one: Run, data: Path) -> Recipe:
     training = dataclasses.replace(
         settings.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0, evaluation_blocks=8
     )
+    head = settings.head | {"rank": one.width // 2}
+    if one.kind in NUM_CLASSES:
+        head["num_classes"] = NUM_CLASSES[one.kind]
     if one.width > 128:
         training = dataclasses.replace(training, batch_tokens=2 * training.batch_tokens)
     settings = dataclasses.replace(
@@ -159,12 +180,12 @@ def recipe_of(one: Run, data: Path) -> Recipe:
         intermediate_size=round(one.width * 2.75),
         num_heads=max(2, one.width // 64),
         num_layers=4 if one.width <= 128 else 6,
-        head=settings.head | {"rank": one.width // 2},
+        head=head,
         training=training,
     )
     text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
     recipe = dataclasses.replace(recipe, seed=one.seed, data=text, language_model=settings)
-    if size == 1:
+    if one.kind == "baseline":
         recipe = dataclasses.replace(recipe, model="autoregressive")
     steps = affordable_steps(recipe, load_prepared(data).vocab_size, one.budget)
     training = dataclasses.replace(training, steps=steps)
@@ -194,7 +215,7 @@ def nats_of(model: Any, data: PreparedData) -> float:
 
 
 def score_floor(output: Path) -> Result:
-    """BrierLM and Brier-1 to 4 of n-gram models of the training text on the books held back."""
+    """BrierLM, Brier-1 to 4 and nats a token of n-gram models of the training text on the books held back."""
     data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
     blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
     floors = score_ngrams([2, 3, 4], data.train["input_ids"], blocks, data.tokenizer, 4)
@@ -203,8 +224,9 @@ def score_floor(output: Path) -> Result:
             "brier_lm": one.brier_lm,
             "error": one.brier_lm_error if one.brier_lm else None,
             "brier": [100 * mean for mean in one.means[:4]],
+            "nats": perplexity.cross_entropy,
         }
-        for name, one in floors.items()
+        for name, (one, perplexity) in floors.items()
     }
 
 

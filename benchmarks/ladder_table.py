@@ -18,6 +18,8 @@ LABELS = {
     "sequential_K2": "sequential head, K = 2",
     "sequential_K4": "sequential head, K = 4",
     "sequential_K8": "sequential head, K = 8",
+    "classes_K4": "64 classes, K = 4",
+    "classes_K1": "64 classes, K = 1",
 }
 Row = dict[str, Any]
 
@@ -40,11 +42,11 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
             f"| {with_error(row['brier_lm'], row['error']) if is_scored else ''} "
             f"| {_difference(row, scored)} | {row['seconds'] / 60:.0f} |"
         )
-    lines += ["", "| n-gram model of the training text | BrierLM | Brier-1 | Brier-2 | Brier-3 | Brier-4 |"]
-    lines += ["|" + "---|" * 6]
+    lines += ["", "| n-gram model of the training text | nats | BrierLM | Brier-1 to 4 |", "|" + "---|" * 4]
     for name, one in floor.items():
         score = "undefined" if one["error"] is None else with_error(one["brier_lm"], one["error"])
-        lines.append(f"| {name} | {score} | {' | '.join(f'{mean:.2f}' for mean in one['brier'])} |")
+        orders = ", ".join(f"{mean:.2f}" for mean in one["brier"])
+        lines.append(f"| {name} | {one['nats']:.3f} | {score} | {orders} |")
     lines.append("")
     for kind in LABELS:
         for name in ("nats", "brier_lm"):

@@ -230,7 +230,7 @@ def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
     """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
-    [floor] = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks).values()
+    [(floor, _)] = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks).values()
     prompts, truth = zip(*prompts_of(data), strict=True)
     words = share_of_words(data.tokenizer, prompts, truth, known_words(data))
     scores = {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error, "words": words}

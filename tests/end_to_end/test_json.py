@@ -35,6 +35,8 @@ def test_figures_as_json(room, baseline, capsys):
     card = figures("evaluate", room / "run", room / "run/data", *how)
     assert f"{card['brier_1']:.2f}±{card['standard_errors']['brier_1']:.2f}" in table
     assert f"{card['floors']['2-gram']['brier_2']:.2f}" in table
+    of_floor = card["floors"]["2-gram"]["perplexity"]
+    assert math.log(of_floor["perplexity"]) == pytest.approx(of_floor["cross_entropy"])
     assert f"{card['chunks']:,} held-out chunks" in table and card["context"] == 64
     assert f"{card['reconstruction']['token_accuracy']:.3f}%" in table and card["perplexity"] is None
     other = figures("evaluate", baseline, room / "run/data", "--context", "64", "--max_blocks", "2")

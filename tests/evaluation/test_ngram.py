@@ -1,5 +1,6 @@
 """The n-gram floor: draws follow Witten-Bell probabilities computed by hand; contexts stay in a document."""
 
+import math
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
 from calm.evaluation.brier import FromDraws, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
+from calm.evaluation.perplexity import evaluate_ngram_perplexity
 
 EOS, A, B, C, PAD = range(5)
 NOTHING, UNKNOWN = -1, PAD  # The text never holds the padding id, so a context with it is unknown.
@@ -89,6 +91,39 @@ def test_draws_follow_the_distribution(order, history, distribution):
             count / DRAWS,
             float(distribution[token]),
         )
+
+
+@pytest.mark.parametrize(("order", "history", "distribution"), CASES.values(), ids=CASES)
+def test_probabilities_are_those_of_the_distribution(order, history, distribution):
+    history_PH = torch.tensor(history, dtype=torch.long).repeat(5, 1)
+    found = sampler_of(order=order).probability(history_PH, torch.arange(5))
+    torch.testing.assert_close(found, distribution, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+def test_probabilities_of_any_text_add_up_to_one(order):
+    documents = torch.randint(1, 9, (20, 30), generator=generator()).tolist()
+    sampler = sampler_of(documents, order=order, vocab_size=9)
+    history_PH = torch.randint(-1, 9, (50, order - 1), generator=generator(1))
+    every = [sampler.probability(history_PH, torch.full((50,), token)) for token in range(9)]
+    torch.testing.assert_close(torch.stack(every).sum(0), torch.ones(50, dtype=torch.float64))
+    assert min(map(torch.min, every)) > 0
+
+
+def test_perplexity_of_a_text_by_hand():
+    """Of two tokens each: [b a] is the first chunk, which nothing predicts; then "b $" after "a"."""
+    block = block_of([[B, A, B, EOS]], [[B, A, B, EOS]], [[0, 1]])
+    found = evaluate_ngram_perplexity(sampler_of(chunk_size=2), [block])
+    after_ab = float(AFTER_AB[EOS])
+    assert found.num_tokens == 2
+    assert found.cross_entropy == pytest.approx(-(float(AFTER_A[B].log()) + math.log(after_ab)) / 2, abs=1e-6)
+
+
+def test_nothing_after_the_end_of_a_text_counts():
+    block = block_of([[B, A, A, EOS, PAD, PAD]], [[B, A, A, EOS, -100, -100]], [[0, 1]])
+    found = evaluate_ngram_perplexity(sampler_of(order=1, chunk_size=3), [block])
+    assert found.num_tokens == 1
+    assert found.cross_entropy == pytest.approx(-math.log(float(ANY[EOS])), abs=1e-6)
 
 
 def test_nothing_is_not_the_last_token_of_the_vocabulary():

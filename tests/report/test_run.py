@@ -185,6 +185,15 @@ def test_the_best_floor_stands_beside_the_score(tmp_path):
     assert not [note for note in page.texts("dd", **{"class": "note"}) if "gram" in note]
 
 
+def test_the_best_floor_stands_beside_the_perplexity(tmp_path):
+    floors = {"3-gram": PerplexityResult(math.log(40), 100), "5-gram": PerplexityResult(math.log(30), 100)}
+    card = Scorecard(
+        "CALM", STRONG, perplexity=PerplexityResult(math.log(20), 100), floor_perplexities=floors
+    )
+    notes = written(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
+    assert "2.996 nats per token; 5-gram model: 30.00" in notes
+
+
 def test_a_damaged_history_is_one_sentence(tmp_path):
     (tmp_path / "history.json").write_text("[1]")
     with pytest.raises(InputError, match=r"history\.json' is damaged"):

@@ -94,11 +94,13 @@ def test_a_scorecard_says_what_was_measured_and_only_that(capsys):
             GOOD,
             reconstruction=ReconstructionResult(0.999, 0.99, 0.95, 0.1),
             perplexity=PerplexityResult(math.log(20), 5000),
+            floor_perplexities={"3-gram": PerplexityResult(math.log(50), 5000)},
         )
     )
     out = capsys.readouterr().out
     assert "99.900% of tokens, 99.000% of chunks" in out
-    assert "perplexity  20.000 (2.9957 nats per token, 5,000 tokens)" in out
+    told = " ".join(out.split())
+    assert "perplexity 20.000 (2.9957 nats per token, 5,000 tokens); 3-gram model: 50.000" in told
 
 
 def test_costs_are_told_by_part_with_their_sum(capsys):

@@ -97,7 +97,8 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         f"Held-out text in blocks of {measures.context} tokens, layout documents, "
         f"{windows} windows, T = 1, percent ± standard error"
     )
-    return Comparison(results, floors, measures.low, prompts, protocol, here_and_now())
+    scores = {name: floor.brier for name, floor in floors.items()}
+    return Comparison(results, scores, measures.low, prompts, protocol, here_and_now())
 
 
 def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> ModelResult:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -14,7 +14,7 @@ from calm.data.prepared import PreparedData
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, FromDraws, Scorer, evaluate_brier
 from calm.evaluation.ngram import NGramSampler
-from calm.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from calm.evaluation.perplexity import PerplexityResult, evaluate_ngram_perplexity, evaluate_perplexity
 from calm.evaluation.processes import Block
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
@@ -37,6 +37,7 @@ class Scorecard:
         reconstruction: Of the autoencoder, if there is one.
         perplexity: Where the model has probabilities.
         floors: Of n-gram models, by name.
+        floor_perplexities: Of the same n-gram models.
         ceilings: Of what a perfect language model would score, by name.
     """
 
@@ -45,7 +46,20 @@ class Scorecard:
     reconstruction: ReconstructionResult | None = None
     perplexity: PerplexityResult | None = None
     floors: dict[str, BrierResult] = field(default_factory=dict)
+    floor_perplexities: dict[str, PerplexityResult] = field(default_factory=dict)
     ceilings: dict[str, BrierResult] = field(default_factory=dict)
+
+
+class Floor(NamedTuple):
+    """Figures of an n-gram model.
+
+    Args:
+        brier: Of its draws.
+        perplexity: Of its probabilities.
+    """
+
+    brier: BrierResult
+    perplexity: PerplexityResult
 
 
 def score_model(
@@ -87,7 +101,13 @@ def score_model(
     floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
     perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
-    card = Scorecard(view.kind, brier, perplexity=perplexity, floors=floors)
+    card = Scorecard(
+        view.kind,
+        brier,
+        perplexity=perplexity,
+        floors={name: floor.brier for name, floor in floors.items()},
+        floor_perplexities={name: floor.perplexity for name, floor in floors.items()},
+    )
     if view.autoencoder is None:
         return card
     return dataclasses.replace(
@@ -214,8 +234,8 @@ def score_ngrams(
     chunk_size: int,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
-) -> dict[str, BrierResult]:
-    """BrierLM of n-gram models of the training documents, on the same blocks."""
+) -> dict[str, Floor]:
+    """BrierLM and perplexity of n-gram models of the training documents, on the same blocks."""
     floors = {}
     for order in orders:
         model = NGramSampler(
@@ -226,11 +246,14 @@ def score_ngrams(
             pad_token_id=tokenizer.pad_token_id,
             chunk_size=chunk_size,
         )
-        floors[f"{order}-gram"] = evaluate_brier(
+        what = f"scoring the {order}-gram floor"
+        brier = evaluate_brier(
             FromDraws(model),
-            batches_of(blocks, num_blocks, what=f"scoring the {order}-gram floor"),
+            batches_of(blocks, num_blocks, what=what),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             seed=seed,
         )
+        perplexity = evaluate_ngram_perplexity(model, batches_of(blocks, num_blocks, what=what))
+        floors[f"{order}-gram"] = Floor(brier, perplexity)
     return floors

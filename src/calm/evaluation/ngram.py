@@ -2,12 +2,15 @@
 
 Smoothing is Witten-Bell interpolation: a context seen N times before D different tokens is trusted
 with probability N / (N + D), else the next shorter context decides, at last the uniform distribution. Drawing
-from it needs no probabilities: go down the contexts, and pick one of the N occurrences at random.
+from it needs no probabilities: go down the contexts, and pick one of the N occurrences at random. They are
+counted only where the cross-entropy is asked for.
 
 Shapes: P positions, H tokens of history, K tokens per chunk, N draws.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ class _Level:
 
 
 class NGramSampler:
-    """An n-gram model of tokens that draws chunks.
+    """An n-gram model of tokens that draws chunks, and knows the cross-entropy of given ones.
 
     Args:
         documents: Token ids of the training documents, without EOS.
@@ -89,21 +92,57 @@ class NGramSampler:
 
     def draw_tokens(self, history_PH: Tensor, generator: torch.Generator) -> Tensor:
         """One next token for each history (H = n - 1, `-1` before a document starts), (P,)."""
+        shape = history_PH.shape[:1]
+        token = torch.randint(self.vocab_size, shape, generator=generator)  # The uniform distribution.
+        for level, (ids, known) in zip(self._levels, self._descend(history_PH), strict=True):
+            uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
+            first, count = level.start[ids], level.start[ids + 1] - level.start[ids]
+            pick = level.next_token[first + (uniform[0] * count).long()]
+            # A longer trusted context overrides the shorter ones before it.
+            token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
+        return token
+
+    def losses(self, block: Block, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
+        """Cross-entropy of each token of the target chunks given all before it, in nats, (P, K)."""
+        history_PH = self._histories(block)[is_target_BC]
+        losses = []
+        for token_P in chunks_PK.unbind(-1):
+            losses.append(-self.probability(history_PH, token_P).log())
+            history_PH = torch.cat([history_PH, token_P.unsqueeze(-1)], dim=1)[:, 1:]
+        return torch.stack(losses, dim=-1)
+
+    def probability(self, history_PH: Tensor, token_P: Tensor) -> Tensor:
+        """Probability of a token after each history (see `draw_tokens`), float64, (P,)."""
+        found_P = torch.full(token_P.shape, 1 / self.vocab_size, dtype=torch.float64)
+        pairs = self._pairs_of_levels
+        for level, pair, (ids, known) in zip(self._levels, pairs, self._descend(history_PH), strict=True):
+            key = ids * self.vocab_size + token_P
+            seen = torch.searchsorted(pair, key, right=True) - torch.searchsorted(pair, key)
+            share = seen.double() / (level.start[ids + 1] - level.start[ids])
+            trust = torch.where(known, level.trust[ids].double(), 0.0)
+            found_P = trust * share + (1 - trust) * found_P
+        return found_P
+
+    @cached_property
+    def _pairs_of_levels(self) -> list[Tensor]:
+        """For each level the occurrences as (context's id, next token) packed in one number, sorted."""
+        pairs = []
+        for level in self._levels:
+            context = torch.repeat_interleave(torch.arange(len(level.trust)), level.start.diff())
+            pairs.append((context * self.vocab_size + level.next_token).sort().values)
+        return pairs
+
+    def _descend(self, history_PH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """From the shortest context to the longest: its id for each history, and whether it was ever seen."""
         ids = torch.zeros(len(history_PH), dtype=torch.long)
         known = torch.ones(len(history_PH), dtype=torch.bool)
-        token = torch.randint(self.vocab_size, ids.shape, generator=generator)  # The uniform distribution.
         for length, level in enumerate(self._levels):
             if length > 0:
                 further = history_PH[:, -length]
                 key = ids * self.vocab_size + further
                 ids = torch.searchsorted(level.key, key).clamp_max(len(level.key) - 1)
                 known = known & (further != _NOTHING) & (level.key[ids] == key)
-            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float64)
-            first, count = level.start[ids], level.start[ids + 1] - level.start[ids]
-            pick = level.next_token[first + (uniform[0] * count).long()]
-            # A longer trusted context overrides the shorter ones before it.
-            token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
-        return token
+            yield ids, known
 
     def _histories(self, block: Block) -> Tensor:
         """The n - 1 tokens before each of the chunks 1..C-1, (B, C-1, H)."""

@@ -1,17 +1,22 @@
-"""Perplexity of models that have probabilities, on the tokens that BrierLM scores."""
+"""Perplexity of models that have probabilities, on the tokens that BrierLM scores.
+
+Shapes: P targets, K tokens per chunk, M tokens that count.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.core.brier import window_of
 from calm.core.chunks import is_after_eos
 from calm.errors import InputError
 from calm.evaluation.branches import read_text
-from calm.evaluation.brier import targets_of
+from calm.evaluation.brier import Targets, targets_of
+from calm.evaluation.ngram import NGramSampler
 from calm.evaluation.processes import Block, add_over_processes
 from calm.models.language_model import language_model
 from calm.models.readers import LikelihoodReader
@@ -58,14 +63,44 @@ def evaluate_perplexity(
     if not isinstance(reader, LikelihoodReader):
         raise InputError(f"a {type(model).__name__} with this head has no likelihood, and so no perplexity.")
     size = window_of(reader.unit_size)
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
-    for _, block, targets in targets_of(blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id):
+
+    def losses_PK(block: Block, targets: Targets) -> Tensor:
         text = read_text(reader, block, targets.is_target_BC, size)
         units = targets.chunks_PK.split(reader.unit_size, dim=-1)
-        losses_PK = torch.cat(
+        return torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
-        losses_M = losses_PK[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
+
+    return _mean_of(losses_PK, targets_of(blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id))
+
+
+def evaluate_ngram_perplexity(ngrams: NGramSampler, blocks: Iterable[Block]) -> PerplexityResult:
+    """Cross-entropy of an n-gram model on the same tokens.
+
+    Args:
+        ngrams: The model.
+        blocks: Held-out blocks in chunks of as many tokens as it draws.
+
+    Raises:
+        InputError: If the blocks hold no target.
+    """
+    return _mean_of(
+        lambda block, targets: ngrams.losses(block, targets.is_target_BC, targets.chunks_PK),
+        targets_of(
+            blocks,
+            ngrams.chunk_size,
+            eos_token_id=ngrams.eos_token_id,
+            pad_token_id=ngrams.pad_token_id,
+        ),
+    )
+
+
+def _mean_of(
+    losses_of: Callable[[Block, Targets], Tensor], batches: Iterable[tuple[int, Block, Targets]]
+) -> PerplexityResult:
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
+    for _, block, targets in batches:
+        losses_M = losses_of(block, targets)[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
         total, count = total + losses_M.double().sum().cpu(), count + len(losses_M)
     total, count = add_over_processes([total, count])
     if count == 0:

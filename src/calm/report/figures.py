@@ -8,6 +8,7 @@ from typing import Any
 
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
+from calm.evaluation.perplexity import PerplexityResult
 from calm.flops import Cost, CostOfThoughts
 from calm.storage.disk import write_file_whole
 
@@ -31,10 +32,18 @@ def values_of_scorecard(card: Scorecard) -> dict[str, Any]:
         "context": card.brier.context,
         **_values_of_brier(card.brier),
         "reconstruction": reconstruction and reconstruction.as_metrics(),
-        "perplexity": perplexity and {**asdict(perplexity), "perplexity": perplexity.perplexity},
-        "floors": {name: _values_of_brier(result) for name, result in card.floors.items()},
+        "perplexity": None,
+        **_perplexity_of(perplexity),
+        "floors": {
+            name: _values_of_brier(result) | _perplexity_of(card.floor_perplexities.get(name))
+            for name, result in card.floors.items()
+        },
         "ceilings": {name: _values_of_brier(result) for name, result in card.ceilings.items()},
     }
+
+
+def _perplexity_of(result: PerplexityResult | None) -> dict[str, Any]:
+    return {} if result is None else {"perplexity": {**asdict(result), "perplexity": result.perplexity}}
 
 
 def _values_of_brier(result: BrierResult) -> dict[str, Any]:

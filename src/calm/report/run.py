@@ -89,6 +89,9 @@ def _key_figures(report: RunReport) -> list[Figure]:
     figures = [brier_figure(card, "BrierLM")]
     if (perplexity := card.perplexity) is not None:
         note = f"{perplexity.cross_entropy:.3f} nats per token"
+        if floors := card.floor_perplexities:
+            best = min(floors, key=lambda name: floors[name].perplexity)
+            note += f"; {best} model: {floors[best].perplexity:.2f}"
         figures.append(Figure("Perplexity", f"{perplexity.perplexity:.2f}", note=note))
     if card.reconstruction is not None:
         share = f"{card.reconstruction.token_accuracy:.2%}"

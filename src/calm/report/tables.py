@@ -10,6 +10,7 @@ from rich.table import Table
 from calm.core.brier import NUM_ORDERS
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
+from calm.evaluation.perplexity import PerplexityResult
 from calm.flops import Cost, CostOfThoughts
 from calm.quantities import short
 
@@ -30,12 +31,17 @@ def print_scorecard(card: Scorecard) -> None:
         per = card.perplexity
         console.print(
             f"perplexity  {per.perplexity:.3f} ({per.cross_entropy:.4f} nats per token, "
-            f"{per.num_tokens:,} tokens)",
+            f"{per.num_tokens:,} tokens){perplexities_of(card.floor_perplexities)}",
             highlight=False,
         )
     console.print(caption_of(card.brier), highlight=False)
     rows = [[name, *cells_of(result)] for name, result in rows_of(card)]
     print_narrow(console, ["", *BRIER_COLUMNS], rows)
+
+
+def perplexities_of(floors: Mapping[str, PerplexityResult]) -> str:
+    """Those of n-gram models, to be put behind that of a model; nothing if there are none."""
+    return "".join(f"; {name} model: {floor.perplexity:.3f}" for name, floor in floors.items())
 
 
 def print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

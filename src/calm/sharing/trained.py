@@ -11,7 +11,7 @@ from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.quantities import duration
-from calm.report.tables import BRIER_COLUMNS, cells_of, rows_of
+from calm.report.tables import BRIER_COLUMNS, cells_of, perplexities_of, rows_of
 from calm.sharing.card import Words, card_of, repository_of, shown
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
@@ -105,5 +105,6 @@ def _evaluation(card: Scorecard, recipe: Recipe) -> str:
             f"\n\nThe autoencoder reconstructs {card.reconstruction.token_accuracy:.2%} of held-out tokens."
         )
     if card.perplexity is not None:
-        more += f"\n\nPerplexity {card.perplexity.perplexity:.3f} a token."
+        of_floors = perplexities_of(card.floor_perplexities)
+        more += f"\n\nPerplexity {card.perplexity.perplexity:.3f} a token{of_floors}."
     return "\n".join(rows) + f"\n\n{protocol}{more}"
