@@ -1,11 +1,13 @@
 """How well a CALM chooses the true continuation of a text among others, with and without its likelihood.
 
-    python benchmarks/choosing.py MODEL --text valid.jsonl.xz --questions 200
+    python benchmarks/choosing.py MODEL... --text valid.jsonl.xz --questions 200 --data runs/a/data
 
 Each question is the beginning of a passage and four continuations of as many words: the true one and three
-from elsewhere in the same text. The model chooses by its likelihood, if its head has one; by agreement, the
+from elsewhere in the same text. A CALM chooses by its likelihood, if its head has one; by agreement, the
 share of drawn tokens that are those of the continuation; and by the energy score of drawn latents
-(`calm.harness`). Chance is 25%. Wilson intervals are for 95%.
+(`calm.harness`). A Transformer chooses by its likelihood, and so do n-gram models of the training text of a
+prepared folder (`--data`); also by the likelihood for each letter, as the harness's `acc_norm` does. Chance
+is 25%. Wilson intervals are for 95%.
 """
 
 import argparse
@@ -13,19 +15,28 @@ import json
 import lzma
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from measure import machine
 from scipy.stats import binomtest
+from transformers import PreTrainedTokenizerBase
 
+from calm.data.prepared import load_prepared
+from calm.evaluation.ngram import NGramSampler
 from calm.harness import HarnessModel
+from calm.models.calm import CalmForCausalLM
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 
-NUM_CHOICES = 4
+NUM_CHOICES, ORDERS = 4, (3, 5)
+Scores = Callable[[list[tuple[str, str]]], list[float]]
+"""How likely continuations are after their contexts, or whatever orders them."""
 
 
 class Question(NamedTuple):
@@ -45,7 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+", help="folders of models")
+    parser.add_argument("models", nargs="*", help="folders of models")
+    parser.add_argument("--data", type=Path, help="prepared text that n-grams are counted in")
     parser.add_argument("--text", type=Path, required=True, help="held-out text, JSON lines, may be packed")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--words", type=int, nargs=2, default=[80, 12], help="of context and of a choice")
@@ -55,26 +67,83 @@ def main() -> None:
     context, length = arguments.words
     asked = questions_of(arguments.text, arguments.questions, context, length, arguments.seed)
     print(f"{len(asked)} questions; {machine()}\n")
-    print("| model | by | draws | right | 95% | seconds a question |\n|---|---|---|---|---|---|")
-    for name in arguments.models:
-        for way, draws in ways_of(name, arguments.draws):
-            model = HarnessModel(name, choices=way or "refuse", num_draws=draws, seed=arguments.seed)
-            begun = time.perf_counter()
-            right = sum(choose(model, one) == 0 for one in asked)
-            seconds = (time.perf_counter() - begun) / len(asked)
-            low, high = binomtest(right, len(asked)).proportion_ci(method="wilson")
-            print(
-                f"| {name} | {way or 'likelihood'} | {draws if way else ''} | {right / len(asked):.1%} "
-                f"| {low:.0%} to {high:.0%} | {seconds:.2f} |",
-                flush=True,
-            )
+    print("| model | by | draws | right | 95% | milliseconds a question |\n|---|---|---|---|---|---|")
+    every = [way for name in arguments.models for way in ways_of(name, arguments.draws, arguments.seed)]
+    every += ngrams_of(arguments.data) if arguments.data else []
+    for label, scores in every:
+        begun = time.perf_counter()
+        right = sum(choose(scores, one) == 0 for one in asked)
+        seconds = (time.perf_counter() - begun) / len(asked)
+        low, high = binomtest(right, len(asked)).proportion_ci(method="wilson")
+        share = f"{right / len(asked):.1%} | {low:.0%} to {high:.0%}"
+        print(f"| {label} | {share} | {1000 * seconds:.0f} |", flush=True)
 
 
-def ways_of(name: str, all_draws: list[int]) -> list[tuple[Any, int]]:
+def ways_of(name: str, all_draws: list[int], seed: int) -> Iterator[tuple[str, Scores]]:
     """Ways of choosing that a model has, each with its number of draws."""
-    model, _ = load_language_model_and_tokenizer(name)
-    sampled = [(way, draws) for way in ("agreement", "energy") for draws in all_draws]
-    return [(None, 1)] * language_model(model).has_likelihood + sampled
+    model, tokenizer = load_language_model_and_tokenizer(name)
+    if not isinstance(model, CalmForCausalLM):
+        yield from by_likelihood(name, by_harness(HFLM(pretrained=model, tokenizer=tokenizer)))
+        return
+    if language_model(model).has_likelihood:
+        yield from by_likelihood(name, by_harness(HarnessModel(name)))
+    for way in ("agreement", "energy"):
+        for draws in all_draws:
+            chooser = HarnessModel(name, choices=way, num_draws=draws, seed=seed)
+            yield f"{name} | {way} | {draws}", by_harness(chooser)
+
+
+def by_likelihood(name: str, scores: Scores) -> Iterator[tuple[str, Scores]]:
+    """Choosing by log-likelihoods, and by those divided by letters."""
+
+    def of_letters(pairs: list[tuple[str, str]]) -> list[float]:
+        return [score / len(text) for score, (_, text) in zip(scores(pairs), pairs, strict=True)]
+
+    yield f"{name} | likelihood |", scores
+    yield f"{name} | likelihood a letter |", of_letters
+
+
+def by_harness(model: LM) -> Scores:
+    """The scores of a model class of the harness."""
+
+    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+        requests = [
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=place)
+            for place, pair in enumerate(pairs)
+        ]
+        return [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
+
+    return scores
+
+
+def ngrams_of(folder: Path) -> Iterator[tuple[str, Scores]]:
+    """Log-likelihoods of n-gram models."""
+    data = load_prepared(folder)
+    for order in ORDERS:
+        model = NGramSampler(
+            data.train["input_ids"],
+            order=order,
+            vocab_size=len(data.tokenizer),
+            eos_token_id=data.tokenizer.eos_token_id,
+            pad_token_id=data.tokenizer.pad_token_id,
+            chunk_size=1,
+        )
+
+        def scores(pairs: list[tuple[str, str]], model: NGramSampler = model) -> list[float]:
+            return [log_likelihood(model, data.tokenizer, *pair) for pair in pairs]
+
+        yield from by_likelihood(f"{order}-gram model", scores)
+
+
+def log_likelihood(
+    model: NGramSampler, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> float:
+    """Of a continuation by an n-gram model."""
+    ids = tokenizer(context + continuation)["input_ids"]
+    begun = len(tokenizer(context)["input_ids"])
+    length = model.order - 1
+    histories = torch.tensor([ids[at - length : at] for at in range(begun, len(ids))])
+    return float(model.probability(histories, torch.tensor(ids[begun:])).log().sum())
 
 
 def questions_of(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:
@@ -101,14 +170,10 @@ def questions_of(file: Path, number: int, context: int, length: int, seed: int) 
     ]
 
 
-def choose(model: HarnessModel, question: Question) -> int:
+def choose(scores: Scores, question: Question) -> int:
     """The place of the continuation with the highest score; the last of equal ones, which is a wrong one."""
-    requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=(question.context, one), idx=place)
-        for place, one in enumerate(question.choices)
-    ]
-    scores = [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
-    return max(range(len(scores)), key=lambda place: (scores[place], place))
+    found = scores([(question.context, one) for one in question.choices])
+    return max(range(len(found)), key=lambda place: (found[place], place))
 
 
 if __name__ == "__main__":
