@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import HEADS, tiny_model
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from calm.core.brier import brier_losses, brier_scores_of_draws
 from calm.models.heads import Target
@@ -87,6 +88,23 @@ def test_both_losses_find_the_distribution(loss):
             found = head.token_distribution(states[:1], tokens[:1], place)[0]
             counted = torch.bincount(tokens[:, place], minlength=4) / 4000
             assert_close(found, counted, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100])
+def test_a_brier_score_costs_all_scores_of_the_vocabulary(classes):
+    """By torch's own counter, which knows no additions of a bias."""
+    counted, told = {}, {}
+    for loss in ("cross_entropy", "brier"):
+        model = tiny_model(head_config=PARALLEL | {"num_classes": classes, "loss": loss})
+        states, tokens = torch.randn(6, 32 + 4 * 5, requires_grad=True), torch.randint(40, (6, 4))
+        with FlopCounterMode(display=False) as counter:
+            model.head.loss(states, Target(None, tokens)).sum().backward()
+        counted[loss] = counter.get_total_flops()
+        told[loss] = 6 * model.config.head.flops(32, 8).training_per_draw
+    rank = model.config.head.rank
+    assert (told["brier"] - told["cross_entropy"]) * rank / (rank + 1) == (
+        counted["brier"] - counted["cross_entropy"]
+    )
 
 
 def test_only_the_loss_can_change():

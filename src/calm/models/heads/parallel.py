@@ -40,12 +40,18 @@ class ParallelHeadConfig(TokenClassesConfig):
     training_fields: ClassVar[tuple[str, ...]] = ("loss",)
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; the network is shared by all draws, the scores are not."""
+        """See `HeadConfig`; the network is shared by all draws, the scores are not.
+
+        A Brier score takes the whole distribution of each token, so classes save it nothing.
+        """
         network = multiply_adds(
             hidden_size, self.extra_state_size, self.vector_size, self.chunk_size, self.num_blocks
         )
-        scores = self.chunk_size * self.num_scores * (self.rank + 1)
-        return HeadFlops.of_forward_pass(sum(network), scores, training_draws=1)
+        of_score = self.chunk_size * (self.rank + 1)
+        flops = HeadFlops.of_forward_pass(sum(network), of_score * self.num_scores, training_draws=1)
+        if self.loss == "cross_entropy":
+            return flops
+        return flops._replace(training_per_draw=6 * of_score * self.num_all_scores)
 
 
 class ParallelHead(TokenByTokenHead, TokenClassesHead):
