@@ -90,6 +90,25 @@ def test_both_losses_find_the_distribution(loss):
             assert_close(found, counted, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("classes", [1, 7])
+def test_brier_losses_do_not_keep_the_distributions_of_all_tokens(classes, monkeypatch):
+    """In parts there are the same gradients, and no probabilities are kept for them."""
+    head = tiny_model(head_config=PARALLEL | {"num_classes": classes, "loss": "brier"}).head
+    states, tokens = torch.randn(500, 32 + 4 * 5), torch.randint(40, (500, 4))
+    found, numbers = [], []
+    for scores_at_once in (2**26, 10_000):  # Of 2,000 tokens in all; a part has 250 or, with classes, 59.
+        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", scores_at_once)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            losses_P = head.loss(states, Target(None, tokens))
+        numbers.append(sum({one.data_ptr(): one.numel() for one in kept}.values()))
+        kept.clear()
+        gradients = torch.autograd.grad(losses_P.square().sum(), list(head.scores.parameters()))
+        found.append((losses_P, *gradients))
+    assert_close(found[0], found[1])
+    assert numbers[1] <= numbers[0] - 2000 * 40
+
+
 @pytest.mark.parametrize("classes", [1, 7, 100])
 def test_a_brier_score_costs_all_scores_of_the_vocabulary(classes):
     """By torch's own counter, which knows no additions of a bias."""
