@@ -11,7 +11,9 @@ from toy import failure, interrupt, killed_and_resumed, toy_recipe
 
 from calm.cli import main
 from calm.data.stories import stories
+from calm.facts import facts_of
 from calm.flops import training_flops
+from calm.models.loading import load_language_model_and_tokenizer
 from calm.training import stages
 from calm.training.continuing import config_to_continue
 from calm.training.recipe_files import with_settings, write_recipe
@@ -136,6 +138,14 @@ def test_what_a_second_stage_costs_is_that_of_its_loss(parallel):
         assert config.head.loss == loss
         flops[loss] = training_flops(config, recipe.data.context)
     assert flops["brier"] > flops["cross_entropy"]
+
+
+def test_the_report_does_not_call_a_brier_score_nats(parallel):
+    recipe, model = parallel
+    model, _ = load_language_model_and_tokenizer(str(model))
+    assert facts_of(recipe, model, {}).has_loss_in_nats
+    model.change_training(loss="brier")
+    assert not facts_of(recipe, model, {}).has_loss_in_nats
 
 
 REFUSED = {
