@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
@@ -139,11 +138,8 @@ def log_likelihood(
     model: NGramSampler, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> float:
     """Of a continuation by an n-gram model."""
-    ids = tokenizer(context + continuation)["input_ids"]
-    begun = len(tokenizer(context)["input_ids"])
-    length = model.order - 1
-    histories = torch.tensor([ids[at - length : at] for at in range(begun, len(ids))])
-    return float(model.probability(histories, torch.tensor(ids[begun:])).log().sum())
+    begun, whole = tokenizer([context, context + continuation], add_special_tokens=False)["input_ids"]
+    return model.log_probability(whole, len(begun))
 
 
 def questions_of(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:
