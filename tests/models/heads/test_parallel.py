@@ -19,7 +19,7 @@ def head_of(vocab_size=5, chunk_size=2, **fields):
     model = tiny_model(chunk_size, vocab_size=vocab_size, head_config=PARALLEL | fields).double()
     with torch.no_grad():
         for weight in model.head.parameters():
-            weight.normal_(std=0.7)
+            weight.normal_(std=0.4)  # So that several tokens are likely.
     return model.head, torch.randn(4, 32 + chunk_size * 5, dtype=torch.float64)
 
 
@@ -53,6 +53,31 @@ def test_draws_have_the_scores_of_the_closed_form():
         exact = -brier_losses(figures.of_token_PK, figures.of_pair_PK)
         draws = head.draw_chunks(head.prepare(states[:1]), 4000, torch.Generator().manual_seed(2))
     assert_close(brier_scores_of_draws(draws, y), exact.float(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_tokens_are_drawn_by_themselves_each_from_its_distribution(classes, temperature):
+    """Pairs of tokens are as frequent as the product says; without temperature they are the likeliest."""
+    head, states = head_of(num_classes=classes)
+    with torch.no_grad():
+        prepared = head.prepare(states[:1])
+        pairs = head.draw_chunks(prepared, 20_000, torch.Generator().manual_seed(3), temperature)[:, 0]
+        first, second = (
+            head.token_distribution(states[:1], pairs[:1], place, temperature or 0.01)[0] for place in (0, 1)
+        )
+    found = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).view(5, 5) / 20_000
+    assert_close(found, first.float()[:, None] * second.float(), atol=0.015, rtol=0)
+
+
+def test_muon_gets_no_layer_that_meets_embeddings_or_scores():
+    head, _ = head_of(num_classes=2)
+    boundary = {id(weight) for layer in head.boundary_layers() for weight in layer.parameters()}
+    linear = {name: layer for name, layer in head.named_modules() if isinstance(layer, torch.nn.Linear)}
+    left = {name: layer for name, layer in linear.items() if id(layer.weight) not in boundary}
+    assert left and all(
+        layer.in_features == 32 and layer.out_features % 32 == 0 for layer in left.values()
+    ), list(left)
 
 
 def test_gradients_are_those_of_the_literal_formula():
