@@ -101,7 +101,7 @@ def main() -> None:
         output, results = arguments.output.resolve(), arguments.results
         write_text(arguments.train, arguments.valid, output, arguments.vocab_size)
         floor = results / "floor.json"
-        if not floor.exists():
+        if not floor.exists() or any("nats" not in one for one in json.loads(floor.read_text()).values()):
             save(floor, score_floor(output))
         for budget in sorted(arguments.budgets):
             for kind in arguments.kinds:

@@ -46,7 +46,8 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
     for name, one in floor.items():
         score = "undefined" if one["error"] is None else with_error(one["brier_lm"], one["error"])
         orders = ", ".join(f"{mean:.2f}" for mean in one["brier"])
-        lines.append(f"| {name} | {one['nats']:.3f} | {score} | {orders} |")
+        nats = format(one["nats"], ".3f") if "nats" in one else ""  # Older results do not have them.
+        lines.append(f"| {name} | {nats} | {score} | {orders} |")
     lines.append("")
     for kind in LABELS:
         for name in ("nats", "brier_lm"):
