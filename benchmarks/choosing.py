@@ -148,12 +148,8 @@ def log_likelihood(
     model: NGramSampler, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> float:
     """Of a continuation by an n-gram model."""
-    ids = tokenizer(context + continuation)["input_ids"]
-    begun = len(tokenizer(context)["input_ids"])
-    length = model.order - 1
-    before = [-1] * length + ids  # As the model has what is not there.
-    histories = torch.tensor([before[at : at + length] for at in range(begun, len(ids))])
-    return float(model.probability(histories, torch.tensor(ids[begun:])).log().sum())
+    begun, whole = tokenizer([context, context + continuation], add_special_tokens=False)["input_ids"]
+    return model.log_probability(whole, len(begun))
 
 
 def questions_of(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:

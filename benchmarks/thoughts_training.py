@@ -83,7 +83,7 @@ SETTINGS = {
 }
 """For chunks of four tokens, to which a fact is one position."""
 SETTINGS |= {("graph", kind): dataclasses.replace(LOOKS_UP, first=2500) for kind in ("llama", "K1", "K2")}
-"""Written steps of a search take longer: after 700 they were not yet learned, with K = 2 after 1,500 nearly."""
+"""Written steps of a search take longer: after 700 they were not learned, with K = 2 after 1,500 nearly."""
 MARKING = 300
 """Steps in which a model gets used to the markers of thoughts."""
 

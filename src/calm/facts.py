@@ -52,4 +52,5 @@ def facts_of(
         has_trained_autoencoder=view.autoencoder is not None and not view.autoencoder.config.has_codes,
         provenance=here_and_now(processes().num_processes),
         teacher=None if teacher is None else str(teacher),
+        has_loss_in_nats=view.learns_cross_entropy,
     )

@@ -39,7 +39,9 @@ def test_figures_as_json(room, baseline, capsys):
     assert math.log(of_floor["perplexity"]) == pytest.approx(of_floor["cross_entropy"])
     assert f"{card['chunks']:,} held-out chunks" in table and card["context"] == 64
     assert f"{card['reconstruction']['token_accuracy']:.3f}%" in table and card["perplexity"] is None
-    other = figures("evaluate", baseline, room / "run/data", "--context", "64", "--max_blocks", "2")
+    other = figures("evaluate", baseline, room / "run/data", "--max_blocks", "2", *how)
+    same = other["floors"]["2-gram"]["perplexity"]
+    assert same["num_tokens"] == other["perplexity"]["num_tokens"] < of_floor["num_tokens"]
     assert other["reconstruction"] is None
     assert math.log(other["perplexity"]["perplexity"]) == pytest.approx(other["perplexity"]["cross_entropy"])
     costs = figures("flops", room / "run", "--draws", "50")

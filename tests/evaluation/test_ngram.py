@@ -110,6 +110,17 @@ def test_probabilities_of_any_text_add_up_to_one(order):
     assert min(map(torch.min, every)) > 0
 
 
+@pytest.mark.parametrize("order", [1, 3, 9])
+def test_the_probability_of_a_text_is_the_product_of_those_of_its_tokens(order):
+    """From its first token on, before which there is nothing, however long the contexts are."""
+    sampler = sampler_of(order=order)
+    expected = [ANY[A], AFTER_A[B], AFTER_AB[EOS]] if order > 1 else [ANY[A], ANY[B], ANY[EOS]]
+    for first in range(4):
+        nats = -sum(math.log(float(one)) for one in expected[first:])
+        assert sampler.log_probability([A, B, EOS], first) == pytest.approx(-nats, abs=1e-6)
+    assert sampler.log_probability([]) == 0
+
+
 def test_perplexity_of_a_text_by_hand():
     """Of two tokens each: [b a] is the first chunk, which nothing predicts; then "b $" after "a"."""
     block = block_of([[B, A, B, EOS]], [[B, A, B, EOS]], [[0, 1]])

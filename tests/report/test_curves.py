@@ -42,11 +42,13 @@ def test_all_panels_can_be_read(steps, perplexity):
 
 
 def test_losses_have_their_units():
-    for perplexity, unit in (
-        (None, "loss of the head"),
-        (PerplexityResult(2.0, 100), "loss (nats per token)"),
+    likelihood = PerplexityResult(2.0, 100)
+    for perplexity, in_nats, unit in (
+        (None, True, "loss of the head"),
+        (likelihood, True, "loss (nats per token)"),
+        (likelihood, False, "loss of the head"),  # Such as minus a Brier score.
     ):
-        panels = panels_of_run(history(), Scorecard("CALM", STRONG, perplexity=perplexity))
+        panels = panels_of_run(history(), Scorecard("CALM", STRONG, perplexity=perplexity), in_nats)
         assert axis_of(panels, "Language model: training").get_ylabel() == unit
         assert axis_of(panels, "Autoencoder: training").get_ylabel() == "loss (nats per chunk)"
 

@@ -11,7 +11,11 @@ from toy import failure, interrupt, killed_and_resumed, toy_recipe
 
 from calm.cli import main
 from calm.data.stories import stories
+from calm.facts import facts_of
+from calm.flops import training_flops
+from calm.models.loading import load_language_model_and_tokenizer
 from calm.training import stages
+from calm.training.continuing import config_to_continue
 from calm.training.recipe_files import with_settings, write_recipe
 
 INIT = "language_model.init_from"
@@ -88,6 +92,60 @@ def test_a_second_stage_has_the_loss_of_its_recipe(base, tmp_path):
     said = {INIT: str(folders["brier"]), "language_model.head": {"head_type": "sequential"}}
     again = stages.train(with_settings(first, said), tmp_path / "again")
     assert json.loads((again / "config.json").read_text())["head_config"]["loss"] == "brier"
+
+
+PARALLEL = {"head_type": "parallel", "token_size": 4, "rank": 4}
+WRONG_HEADS = {
+    "a loss that is none": ({"loss": "brrier"}, "loss must be one of cross_entropy, brier, got 'brrier'"),
+    "a misspelt field": ({"lss": "brier"}, "the parallel head has no field 'lss'; did you mean 'loss'?"),
+    "a field of another": ({"head_type": "sequential", "loss": "brier"}, "has no field 'loss'"),
+}
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """A recipe, and the model with classes of tokens and the parallel head that it trains."""
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12))
+    )
+    head = PARALLEL | {"num_classes": 20}
+    recipe = with_settings(
+        toy_recipe(folder / "text.jsonl"),
+        {"autoencoder.kind": "codes", "autoencoder.latent_size": 32, "language_model.head": head},
+    )
+    return recipe, stages.train(recipe, folder / "run")
+
+
+@pytest.mark.parametrize(("said", "message"), WRONG_HEADS.values(), ids=WRONG_HEADS)
+def test_a_head_that_is_none_is_refused_where_the_model_brings_its_own(
+    said, message, parallel, tmp_path, capsys
+):
+    """Or a misspelt loss would be that of the first stage, for all of the second."""
+    recipe, model = parallel
+    changed = {INIT: str(model), "language_model.head": {"head_type": "parallel"} | said}
+    write_recipe(with_settings(recipe, changed), tmp_path / "recipe.yaml")
+    found = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in found and not (tmp_path / "run").exists()
+
+
+def test_what_a_second_stage_costs_is_that_of_its_loss(parallel):
+    recipe, model = parallel
+    flops = {}
+    for loss in ("cross_entropy", "brier"):
+        said = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
+        config = config_to_continue(with_settings(recipe, said))
+        assert config.head.loss == loss
+        flops[loss] = training_flops(config, recipe.data.context)
+    assert flops["brier"] > flops["cross_entropy"]
+
+
+def test_the_report_does_not_call_a_brier_score_nats(parallel):
+    recipe, model = parallel
+    model, _ = load_language_model_and_tokenizer(str(model))
+    assert facts_of(recipe, model, {}).has_loss_in_nats
+    model.change_training(loss="brier")
+    assert not facts_of(recipe, model, {}).has_loss_in_nats
 
 
 REFUSED = {

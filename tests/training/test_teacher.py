@@ -232,6 +232,11 @@ REFUSED = {
         {"data.vocab_size": 290, "data.tokenizer": "other"},
         "has other tokens than the text",
     ),
+    "another loss": (
+        "new",
+        {"language_model.head": {"head_type": "parallel", "loss": "brier"}},
+        "set language_model.head.loss to cross_entropy",
+    ),
     "states of another": ("new", {"language_model.teacher.states": 1.0}, "let language_model.init_from name"),
     "a head of latents": (
         "new",

@@ -123,6 +123,20 @@ class NGramSampler:
             found_P = trust * share + (1 - trust) * found_P
         return found_P
 
+    def log_probability(self, tokens: list[int], first: int = 0) -> float:
+        """Logarithm of the probability of a document's tokens from a place on, given all before it.
+
+        Args:
+            tokens: Token ids from the beginning of the document.
+            first: The place.
+        """
+        length = self.order - 1
+        ids = torch.tensor([_NOTHING] * length + tokens, dtype=torch.long)
+        history_P = [ids[place : place + length] for place in range(first, len(tokens))]
+        if not history_P:
+            return 0.0
+        return float(self.probability(torch.stack(history_P), ids[length + first :]).log().sum())
+
     @cached_property
     def _pairs_of_levels(self) -> list[Tensor]:
         """For each level the occurrences as (context's id, next token) packed in one number, sorted."""

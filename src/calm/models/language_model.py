@@ -46,6 +46,8 @@ class LanguageModel(abc.ABC):
     """The autoencoder inside, if there is one."""
     head_type: str | None = None
     """Name of the head; None for a model of tokens."""
+    learns_cross_entropy: bool = True
+    """Whether it is trained by the likelihood that it has."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network = network
@@ -167,6 +169,7 @@ class _Chunks(LanguageModel):
         super().__init__(network)
         self.autoencoder = network.autoencoder
         self.head_type = network.config.head.head_type
+        self.learns_cross_entropy = self.has_likelihood and network.config.head.learns_cross_entropy
 
     @property
     def chunk_size(self) -> int:

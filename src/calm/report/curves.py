@@ -14,15 +14,21 @@ History = dict[str, list[dict[str, Any]]]
 _Lines = dict[str, list[tuple[float, float]]]  # By what they are called: steps and values.
 
 
-def panels_of_run(history: History, card: Scorecard) -> list[Panel]:
-    """Panels of what was logged; nothing for a stage that was not."""
+def panels_of_run(history: History, card: Scorecard, has_loss_in_nats: bool = True) -> list[Panel]:
+    """Panels of what was logged; nothing for a stage that was not.
+
+    Args:
+        history: What was logged.
+        card: The figures at the end.
+        has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.
+    """
     first, second = (history.get(stage, []) for stage in (AUTOENCODER, LANGUAGE_MODEL))
     accuracy = {
         "tokens": _points(first, "eval_token_accuracy"),
         "chunks": _points(first, "eval_chunk_accuracy"),
     }
     nats = "nats per token"
-    loss = "loss of the head" if card.perplexity is None else f"loss ({nats})"
+    loss = f"loss ({nats})" if card.perplexity is not None and has_loss_in_nats else "loss of the head"
     scores, score, floors = _scores_on_the_way(second, card)
     score_label = score if score == "BrierLM" else f"{score} (%)"
     panels = [

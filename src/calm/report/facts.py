@@ -81,6 +81,7 @@ class RunFacts:
         has_trained_autoencoder: Whether there is one, here or elsewhere; fixed codes lose nothing.
         provenance: When, where and with what it was trained; empty where nothing is known.
         teacher: Whom the language model learned from, in words; None for the text alone.
+        has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.
     """
 
     model: str
@@ -89,6 +90,7 @@ class RunFacts:
     has_trained_autoencoder: bool
     provenance: Provenance = field(default_factory=Provenance)
     teacher: str | None = None
+    has_loss_in_nats: bool = True
 
     @property
     def tokens(self) -> int:

@@ -59,6 +59,7 @@ def write_report(path: Path, report: RunReport) -> None:
     """
     if not report.facts.has_trained_autoencoder:
         report = replace(report, card=replace(report.card, reconstruction=None, ceilings={}))
+    panels = panels_of_run(report.history, report.card, report.facts.has_loss_in_nats)
     page = page_of(
         "run.html",
         title=report.title,
@@ -67,7 +68,7 @@ def write_report(path: Path, report: RunReport) -> None:
         scores=_scores(report),
         notes=_notes(report.card),
         stages=_stages(report.facts),
-        pictures=[picture_of(panel) for panel in panels_of_run(report.history, report.card)],
+        pictures=[picture_of(panel) for panel in panels],
         parameters=_parameters(report.facts),
         samples=report.samples,
         recipe=report.recipe,

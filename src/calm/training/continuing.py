@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.data.prepared import PreparedData
-from calm.errors import InputError
+from calm.errors import InputError, cause_of
 from calm.evaluation.held_out import check_context
 from calm.models.configuration import CalmConfig
+from calm.models.heads import parse_head_config
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
 from calm.training.recipe import Recipe
@@ -54,8 +55,11 @@ def completed(recipe: Recipe) -> Recipe:
 def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
     """The configuration of the model that a recipe begins with, if it does; with the head that it has.
 
+    How that head is trained is as the recipe says.
+
     Raises:
-        InputError: If there is none, or it is of another kind than the recipe says.
+        InputError: If there is none, it is of another kind than the recipe says, or the recipe's head has a
+            field that is not known or a value out of range.
     """
     name, has_new_head = recipe.language_model.init_from, recipe.language_model.new_head
     if name is None:
@@ -79,6 +83,8 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
             f"a CALM with chunks of {size} tokens" if kind == "calm" else f"a {config.model_type} of tokens"
         )
         raise InputError(f"'{name}' is {what}: set model to {kind} and chunk_size to {size}.")
+    if isinstance(config, CalmConfig) and not has_new_head:  # Costs may depend on how a head is trained.
+        config.change_training(**_training_fields(recipe, config))
     return config
 
 
@@ -98,14 +104,23 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     )
     check_tokens(name, tokenizer, data)
     check_context(model, recipe.data.context)
-    if isinstance(model.config, CalmConfig):
+    if isinstance(model.config, CalmConfig) and not recipe.language_model.new_head:
         cast(Any, model).change_training(**_training_fields(recipe, model.config))
     return model
 
 
 def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
-    """What a recipe says of how the head of a model is trained on."""
+    """What a recipe says of how the head of a model is trained on.
+
+    Raises:
+        InputError: If a field of the recipe's head is not known, or a value is out of range. What is not of
+            training has no effect here, but a misspelt loss must not pass as such a field.
+    """
     said = recipe.language_model.head
+    try:
+        parse_head_config(said)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"language_model.head of the recipe is no head: {cause_of(error)}") from error
     if said.get("head_type") != config.head.head_type:
         return {}
     return {name: said[name] for name in config.head.training_fields if name in said}

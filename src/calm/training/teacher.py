@@ -91,7 +91,7 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
 
     Raises:
         InputError: If the teacher is missing, of another kind, or cannot read a block; if the model has no
-            distributions of tokens; or if states are compared that are not the teacher's.
+            distributions of tokens, or another loss; or if states are compared that are not the teacher's.
     """
     settings = recipe.language_model.teacher
     if settings.model is None and settings != TeacherSettings():
@@ -105,7 +105,12 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
             what = f"a head of the kind '{view.head_type}'"
         raise InputError(
             f"{what} cannot learn from a teacher, who tells the distribution of every token: take a head of "
-            "the kind sequential or decoder, or a Llama, or leave out language_model.teacher."
+            "the kind sequential, parallel or decoder, or a Llama, or leave out language_model.teacher."
+        )
+    if not view.learns_cross_entropy:
+        raise InputError(
+            "a teacher has a share in the cross-entropy of tokens, and the head is trained by another loss: "
+            "set language_model.head.loss to cross_entropy, or leave out language_model.teacher."
         )
     if longest is not None and context > longest:
         raise InputError(

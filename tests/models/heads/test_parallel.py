@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import HEADS, tiny_model
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from calm.core.brier import brier_losses, brier_scores_of_draws
 from calm.models.heads import Target
@@ -18,7 +19,7 @@ def head_of(vocab_size=5, chunk_size=2, **fields):
     model = tiny_model(chunk_size, vocab_size=vocab_size, head_config=PARALLEL | fields).double()
     with torch.no_grad():
         for weight in model.head.parameters():
-            weight.normal_(std=0.7)
+            weight.normal_(std=0.4)  # So that several tokens are likely.
     return model.head, torch.randn(4, 32 + chunk_size * 5, dtype=torch.float64)
 
 
@@ -54,6 +55,31 @@ def test_draws_have_the_scores_of_the_closed_form():
     assert_close(brier_scores_of_draws(draws, y), exact.float(), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_tokens_are_drawn_by_themselves_each_from_its_distribution(classes, temperature):
+    """Pairs of tokens are as frequent as the product says; without temperature they are the likeliest."""
+    head, states = head_of(num_classes=classes)
+    with torch.no_grad():
+        prepared = head.prepare(states[:1])
+        pairs = head.draw_chunks(prepared, 20_000, torch.Generator().manual_seed(3), temperature)[:, 0]
+        first, second = (
+            head.token_distribution(states[:1], pairs[:1], place, temperature or 0.01)[0] for place in (0, 1)
+        )
+    found = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).view(5, 5) / 20_000
+    assert_close(found, first.float()[:, None] * second.float(), atol=0.015, rtol=0)
+
+
+def test_muon_gets_no_layer_that_meets_embeddings_or_scores():
+    head, _ = head_of(num_classes=2)
+    boundary = {id(weight) for layer in head.boundary_layers() for weight in layer.parameters()}
+    linear = {name: layer for name, layer in head.named_modules() if isinstance(layer, torch.nn.Linear)}
+    left = {name: layer for name, layer in linear.items() if id(layer.weight) not in boundary}
+    assert left and all(
+        layer.in_features == 32 and layer.out_features % 32 == 0 for layer in left.values()
+    ), list(left)
+
+
 def test_gradients_are_those_of_the_literal_formula():
     head, states = head_of(loss="brier")
     tokens = torch.tensor([[1, 2], [0, 3], [2, 2], [4, 1]])
@@ -87,6 +113,42 @@ def test_both_losses_find_the_distribution(loss):
             found = head.token_distribution(states[:1], tokens[:1], place)[0]
             counted = torch.bincount(tokens[:, place], minlength=4) / 4000
             assert_close(found, counted, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_brier_losses_do_not_keep_the_distributions_of_all_tokens(classes, monkeypatch):
+    """In parts there are the same gradients, and no probabilities are kept for them."""
+    head = tiny_model(head_config=PARALLEL | {"num_classes": classes, "loss": "brier"}).head
+    states, tokens = torch.randn(500, 32 + 4 * 5), torch.randint(40, (500, 4))
+    found, numbers = [], []
+    for scores_at_once in (2**26, 10_000):  # Of 2,000 tokens in all; a part has 250 or, with classes, 59.
+        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", scores_at_once)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            losses_P = head.loss(states, Target(None, tokens))
+        numbers.append(sum({one.data_ptr(): one.numel() for one in kept}.values()))
+        kept.clear()
+        gradients = torch.autograd.grad(losses_P.square().sum(), list(head.scores.parameters()))
+        found.append((losses_P, *gradients))
+    assert_close(found[0], found[1])
+    assert numbers[1] <= numbers[0] - 2000 * 40
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100])
+def test_a_brier_score_costs_all_scores_of_the_vocabulary(classes):
+    """By torch's own counter, which knows no additions of a bias."""
+    counted, told = {}, {}
+    for loss in ("cross_entropy", "brier"):
+        model = tiny_model(head_config=PARALLEL | {"num_classes": classes, "loss": loss})
+        states, tokens = torch.randn(6, 32 + 4 * 5, requires_grad=True), torch.randint(40, (6, 4))
+        with FlopCounterMode(display=False) as counter:
+            model.head.loss(states, Target(None, tokens)).sum().backward()
+        counted[loss] = counter.get_total_flops()
+        told[loss] = 6 * model.config.head.flops(32, 8).training_per_draw
+    rank = model.config.head.rank
+    assert (told["brier"] - told["cross_entropy"]) * rank / (rank + 1) == (
+        counted["brier"] - counted["cross_entropy"]
+    )
 
 
 def test_only_the_loss_can_change():

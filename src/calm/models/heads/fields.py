@@ -86,6 +86,12 @@ class HeadConfig:
         """Numbers that the head appends to the state of every chunk; see `GenerativeHead.embed_chunks`."""
         return 0
 
+    @property
+    def learns_cross_entropy(self) -> bool:
+        """Whether a head that has a likelihood is trained by it: its loss is in nats a token then, and it can
+        have a teacher."""
+        return True
+
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """What the head costs, for `calm flops` and equal budgets.
 

@@ -39,13 +39,24 @@ class ParallelHeadConfig(TokenClassesConfig):
     lowest_temperature: ClassVar[float] = 0.0
     training_fields: ClassVar[tuple[str, ...]] = ("loss",)
 
+    @property
+    def learns_cross_entropy(self) -> bool:
+        """See `HeadConfig`."""
+        return self.loss == "cross_entropy"
+
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; the network is shared by all draws, the scores are not."""
+        """See `HeadConfig`; the network is shared by all draws, the scores are not.
+
+        A Brier score takes the whole distribution of each token, so classes save it nothing.
+        """
         network = multiply_adds(
             hidden_size, self.extra_state_size, self.vector_size, self.chunk_size, self.num_blocks
         )
-        scores = self.chunk_size * self.num_scores * (self.rank + 1)
-        return HeadFlops.of_forward_pass(sum(network), scores, training_draws=1)
+        of_score = self.chunk_size * (self.rank + 1)
+        flops = HeadFlops.of_forward_pass(sum(network), of_score * self.num_scores, training_draws=1)
+        if self.learns_cross_entropy:
+            return flops
+        return flops._replace(training_per_draw=6 * of_score * self.num_all_scores)
 
 
 class ParallelHead(TokenByTokenHead, TokenClassesHead):
@@ -78,7 +89,7 @@ class ParallelHead(TokenByTokenHead, TokenClassesHead):
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """Mean cross-entropy of the chunk's tokens in nats, or minus the mean of Brier-1 to Brier-K, (P,)."""
-        if self.config.loss == "cross_entropy":
+        if self.config.learns_cross_entropy:
             return super()._loss(states_PD, target, noise)
         known = self.token_probabilities(states_PD, target.tokens_PK)
         return brier_losses(known.of_token_PK, known.of_pair_PK).mean(-1)

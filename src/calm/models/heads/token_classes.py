@@ -74,6 +74,13 @@ class TokenClassesConfig(TokenHeadConfig):
         """Scores that a token takes at temperature 1."""
         return self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
 
+    @property
+    def num_all_scores(self) -> int:
+        """Scores that the whole distribution of a token takes: of all classes and of all places."""
+        if self.num_classes == 1:
+            return self.vocab_size
+        return self.num_filled_classes * (1 + self.class_size)
+
 
 class TokenClassesHead(TokenHead):
     """A head whose last layers score classes, and the tokens of a class.

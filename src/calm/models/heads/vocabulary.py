@@ -1,6 +1,6 @@
 """The last step of heads that draw token by token: a vector -> the distribution of a token.
 
-Shapes: M rows, X size of their vectors, V vocabulary, C classes, G tokens of a class.
+Shapes: M rows, R of a part, X size of their vectors, V vocabulary, C classes, G tokens of a class.
 """
 
 import abc
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from calm.core.classes import losses_in_classes, places_of
 from calm.core.cross_entropy import cross_entropy
@@ -29,6 +30,11 @@ _TABLES_AT_ONCE = 4  # Of scores: by place, with those of classes, by token, and
 
 class Vocabulary(abc.ABC):
     """How a vector says which token is next."""
+
+    @property
+    @abc.abstractmethod
+    def numbers_of_row(self) -> int:
+        """How many numbers the distribution of a row takes while it is made; see `in_parts`."""
 
     @abc.abstractmethod
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
@@ -59,12 +65,21 @@ class Vocabulary(abc.ABC):
         return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
     def probabilities(self, vectors_MX: Tensor, tokens_M: Tensor, temperature: float) -> Tensor:
-        """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M)."""
-        found, first = list[Tensor](), 0
-        for p_MV in self.distributions(vectors_MX, temperature):
-            part_M1 = tokens_M[first : first + len(p_MV), None]
-            found.append(torch.stack([p_MV.gather(1, part_M1)[:, 0], p_MV.square().sum(-1), p_MV.amax(-1)]))
-            first += len(p_MV)
+        """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M).
+
+        Where they are trained and there is more than one part, a part is computed anew in the backward pass.
+        """
+
+        def of_part(part_RX: Tensor, tokens_R: Tensor) -> Tensor:
+            (p_RV,) = self.distributions(part_RX, temperature)
+            of_token_R = p_RV.gather(1, tokens_R.unsqueeze(-1)).squeeze(-1)
+            return torch.stack([of_token_R, p_RV.square().sum(-1), p_RV.amax(-1)])
+
+        parts = in_parts(vectors_MX, self.numbers_of_row)
+        if len(parts) == 1:
+            return of_part(vectors_MX, tokens_M)
+        of_parts = zip(parts, in_parts(tokens_M, self.numbers_of_row), strict=True)
+        found = [checkpoint(of_part, *part, use_reentrant=False) for part in of_parts]
         return torch.cat(found, dim=-1)
 
 
@@ -79,6 +94,11 @@ class OneSoftmax(Vocabulary):
 
     table_VX: Tensor
     bias_V: Tensor | None = None
+
+    @property
+    def numbers_of_row(self) -> int:
+        """See `Vocabulary`."""
+        return len(self.table_VX)
 
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
         """See `Vocabulary`."""
@@ -180,6 +200,11 @@ class TwoSoftmaxes(Vocabulary):
     class_bias_C: Tensor
     tokens: ClassedTokens
 
+    @property
+    def numbers_of_row(self) -> int:
+        """See `Vocabulary`."""
+        return _TABLES_AT_ONCE * len(self.tokens.table_WX)
+
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
         """See `Vocabulary`."""
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
@@ -195,7 +220,7 @@ class TwoSoftmaxes(Vocabulary):
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""
-        for part_MX in in_parts(vectors_MX, _TABLES_AT_ONCE * len(self.tokens.table_WX)):
+        for part_MX in in_parts(vectors_MX, self.numbers_of_row):
             log_p_MV = self._log_distribution(part_MX)
             yield log_p_MV.exp() if temperature == 1 else (log_p_MV / temperature).softmax(-1)
 
