@@ -82,8 +82,9 @@ SETTINGS = {
     ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=1500, stage=250, last=750, one_hop=1500, width=128),
 }
 """For chunks of four tokens, to which a fact is one position."""
-SETTINGS |= {("graph", kind): dataclasses.replace(LOOKS_UP, first=2500) for kind in ("llama", "K1", "K2")}
+SEARCHES = dataclasses.replace(LOOKS_UP, first=2500, last=750)
 """Written steps of a search take longer: after 700 they were not learned, with K = 2 after 1,500 nearly."""
+SETTINGS |= {("graph", kind): SEARCHES for kind in ("llama", "K1", "K2")}
 MARKING = 300
 """Steps in which a model gets used to the markers of thoughts."""
 

@@ -42,8 +42,9 @@ def test_models(tmp_path, monkeypatch, capsys):
     adapters = {"type": "adapters of far/away", "head": None, "K": None}
     monkeypatch.chdir(tmp_path)
     near = {"adapters": adapters, "runs/one/model": stories}
-    assert figures(capsys, "models") == {"stories": stories, **near}
-    assert figures(capsys, "models", "runs") == {"stories": stories, "runs/one/model": stories}
+    shipped = {"classics": stories | {"K": 2}, "stories": stories}
+    assert figures(capsys, "models") == {**shipped, **near}
+    assert figures(capsys, "models", "runs") == {**shipped, "runs/one/model": stories}
     main(["models"])
     out = capsys.readouterr().out
     assert "runs/one/model" in out and "far/away" in out

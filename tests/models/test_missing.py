@@ -13,6 +13,8 @@ from calm.models.loading import load_autoencoder, load_language_model_and_tokeni
 from calm.models.missing import place_of
 from calm.models.shipped import folder_of
 
+SHIPPED = "classics (of the package), stories (of the package)"
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -42,24 +44,24 @@ def test_a_run_stands_for_its_model(here, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "end"),
     [
-        ("stoires", "models near: stories (of the package), runs/demo/model; did you mean 'stories'?"),
-        ("nobody/nothing", "models near: stories (of the package), runs/demo/model."),
+        ("stoires", f"models near: {SHIPPED}, runs/demo/model; did you mean 'stories'?"),
+        ("nobody/nothing", f"models near: {SHIPPED}, runs/demo/model."),
         (
             "runs/dmeo",
             "there is no such folder (the hub was not asked, since 'runs' is a folder here); "
-            "models near: stories (of the package), runs/demo/model; did you mean 'runs/demo/model'?",
+            f"models near: {SHIPPED}, runs/demo/model; did you mean 'runs/demo/model'?",
         ),
         (
             "runs/demo/modle",
-            "there is no such folder; models near: stories (of the package), runs/demo/model; "
+            f"there is no such folder; models near: {SHIPPED}, runs/demo/model; "
             "did you mean 'runs/demo/model'?",
         ),
-        ("./none", "there is no such folder; models near: stories (of the package), runs/demo/model."),
+        ("./none", f"there is no such folder; models near: {SHIPPED}, runs/demo/model."),
         ("runs/demo/model/config.json", "it is a file; give the folder that it is in."),
         ("runs/begun", "is a run whose model is not finished (no model/config.json); go on with --resume."),
         ("runs", "there is no model in 'runs' (no config.json); there is one in runs/demo/model."),
-        (" ", "the name of the model is empty; models near: stories (of the package), runs/demo/model."),
-        ("", "the name of the model is empty; models near: stories (of the package), runs/demo/model."),
+        (" ", f"the name of the model is empty; models near: {SHIPPED}, runs/demo/model."),
+        ("", f"the name of the model is empty; models near: {SHIPPED}, runs/demo/model."),
         ("m" * 300, "File name too long."),
     ],
 )
