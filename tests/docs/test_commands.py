@@ -36,6 +36,7 @@ def test_commands_are_taken(page, tmp_path, monkeypatch):
     for run in ("runs/a",):  # Runs that are resumed have a recipe.
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "recipe.yaml").write_text(TOY)
+    (tmp_path / "src").symlink_to(ROOT / "src")  # Some commands are of a clone.
     for command in commands_of(page):
         cli._parse(command[0], command)
 
