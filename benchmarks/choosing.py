@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calm.data.prepared import load_prepared
+from calm.evaluation.held_out import ngram_models
 from calm.evaluation.ngram import NGramSampler
 from calm.harness import HarnessModel
 from calm.models.calm import CalmForCausalLM
@@ -128,20 +129,12 @@ def by_harness(model: LM) -> Scores:
 def ngrams_of(folder: Path) -> Iterator[tuple[str, Scores]]:
     """Log-likelihoods of n-gram models."""
     data = load_prepared(folder)
-    for order in ORDERS:
-        model = NGramSampler(
-            data.train["input_ids"],
-            order=order,
-            vocab_size=len(data.tokenizer),
-            eos_token_id=data.tokenizer.eos_token_id,
-            pad_token_id=data.tokenizer.pad_token_id,
-            chunk_size=1,
-        )
+    for name, model in ngram_models(ORDERS, data.train["input_ids"], data.tokenizer, chunk_size=1):
 
         def scores(pairs: list[tuple[str, str]], model: NGramSampler = model) -> list[float]:
             return [log_likelihood(model, data.tokenizer, *pair) for pair in pairs]
 
-        yield f"{order}-gram model | likelihood |", scores
+        yield f"{name} model | likelihood |", scores
 
 
 def log_likelihood(

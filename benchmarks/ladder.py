@@ -28,7 +28,13 @@ from calm.comparison.costs import affordable_steps, record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, load_prepared
-from calm.evaluation.held_out import score_ngrams, score_perplexity, score_with
+from calm.evaluation.held_out import (
+    ngram_models,
+    score_ngrams_brier,
+    score_ngrams_perplexity,
+    score_perplexity,
+    score_with,
+)
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.loading import load_language_model_and_tokenizer
@@ -218,16 +224,16 @@ def score_floor(output: Path) -> Result:
     """BrierLM, Brier-1 to 4 and nats a token of n-gram models of the training text on the books held back."""
     data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
     blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
-    floors = score_ngrams([2, 3, 4], data.train["input_ids"], blocks, data.tokenizer, 4)
-    return {
-        name: {
+    floors = {}
+    for name, ngrams in ngram_models([2, 3, 4], data.train["input_ids"], data.tokenizer, 4):
+        one = score_ngrams_brier(ngrams, blocks)
+        floors[name] = {
             "brier_lm": one.brier_lm,
             "error": one.brier_lm_error if one.brier_lm else None,
             "brier": [100 * mean for mean in one.means[:4]],
-            "nats": perplexity.cross_entropy,
+            "nats": score_ngrams_perplexity(ngrams, blocks).cross_entropy,
         }
-        for name, (one, perplexity) in floors.items()
-    }
+    return floors
 
 
 def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> None:

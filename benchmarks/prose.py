@@ -44,7 +44,13 @@ from calm.core.brier import brier_lm_difference
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import score_ngrams, score_perplexity, score_reconstruction, score_with
+from calm.evaluation.held_out import (
+    ngram_models,
+    score_ngrams_brier,
+    score_perplexity,
+    score_reconstruction,
+    score_with,
+)
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.calm import CalmForCausalLM
@@ -230,7 +236,8 @@ def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
     """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
-    [(floor, _)] = score_ngrams([3], data.train["input_ids"], blocks, data.tokenizer, 4, num_blocks).values()
+    [(_, trigrams)] = ngram_models([3], data.train["input_ids"], data.tokenizer, 4)
+    floor = score_ngrams_brier(trigrams, blocks, num_blocks)
     prompts, truth = zip(*prompts_of(data), strict=True)
     words = share_of_words(data.tokenizer, prompts, truth, known_words(data))
     scores = {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error, "words": words}

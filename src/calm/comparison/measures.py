@@ -11,7 +11,13 @@ from calm.core.brier import NUM_ORDERS
 from calm.core.samplers import ExactSampler
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
-from calm.evaluation.held_out import EVALUATION_SEED, score_model, score_ngrams, score_with
+from calm.evaluation.held_out import (
+    EVALUATION_SEED,
+    ngram_models,
+    score_model,
+    score_ngrams_brier,
+    score_with,
+)
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
@@ -83,22 +89,18 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         _measure(run, prepared, prompts, measures) for run in tracked(runs, "comparing", "model", stays=True)
     ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
-    floors = score_ngrams(
-        list(measures.ngrams),
-        prepared.train["input_ids"] if measures.ngrams else [],
-        blocks,
-        prepared.tokenizer,
-        NUM_ORDERS,
-        measures.num_blocks,
-    )
+    documents = prepared.train["input_ids"] if measures.ngrams else []
+    floors = {
+        name: score_ngrams_brier(ngrams, blocks, measures.num_blocks)
+        for name, ngrams in ngram_models(measures.ngrams, documents, prepared.tokenizer, NUM_ORDERS)
+    }
     counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
     protocol = (
         f"Held-out text in blocks of {measures.context} tokens, layout documents, "
         f"{windows} windows, T = 1, percent ± standard error"
     )
-    scores = {name: floor.brier for name, floor in floors.items()}
-    return Comparison(results, scores, measures.low, prompts, protocol, here_and_now())
+    return Comparison(results, floors, measures.low, prompts, protocol, here_and_now())
 
 
 def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> ModelResult:

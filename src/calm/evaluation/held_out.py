@@ -1,9 +1,9 @@
 """All figures of a model on held-out text, with floors and ceilings on the same chunks."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
@@ -50,18 +50,6 @@ class Scorecard:
     ceilings: dict[str, BrierResult] = field(default_factory=dict)
 
 
-class Floor(NamedTuple):
-    """Figures of an n-gram model.
-
-    Args:
-        brier: Of its draws.
-        perplexity: Of its probabilities.
-    """
-
-    brier: BrierResult
-    perplexity: PerplexityResult
-
-
 def score_model(
     model: PreTrainedModel,
     data: PreparedData,
@@ -98,15 +86,18 @@ def score_model(
     check_context(model, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
     documents = data.train["input_ids"] if ngrams else []
-    floors = score_ngrams(ngrams or [], documents, blocks, data.tokenizer, size, num_blocks, seed)
+    floors, floor_perplexities = dict[str, BrierResult](), dict[str, PerplexityResult]()
+    for name, counted in ngram_models(ngrams or [], documents, data.tokenizer, size):
+        floors[name] = score_ngrams_brier(counted, blocks, num_blocks, seed)
+        floor_perplexities[name] = score_ngrams_perplexity(counted, blocks, num_blocks)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
     perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
     card = Scorecard(
         view.kind,
         brier,
         perplexity=perplexity,
-        floors={name: floor.brier for name, floor in floors.items()},
-        floor_perplexities={name: floor.perplexity for name, floor in floors.items()},
+        floors=floors,
+        floor_perplexities=floor_perplexities,
     )
     if view.autoencoder is None:
         return card
@@ -226,34 +217,49 @@ def score_perplexity(
     )
 
 
-def score_ngrams(
-    orders: list[int],
+def ngram_models(
+    orders: Iterable[int],
     training_documents: list[list[int]],
-    blocks: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     chunk_size: int,
+) -> Iterator[tuple[str, NGramSampler]]:
+    """n-gram models of the training documents with their names; one at a time, since each takes memory."""
+    for order in orders:
+        yield (
+            f"{order}-gram",
+            NGramSampler(
+                training_documents,
+                order=order,
+                vocab_size=len(tokenizer),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                chunk_size=chunk_size,
+            ),
+        )
+
+
+def score_ngrams_brier(
+    ngrams: NGramSampler,
+    blocks: datasets.Dataset,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
-) -> dict[str, Floor]:
-    """BrierLM and perplexity of n-gram models of the training documents, on the same blocks."""
-    floors = {}
-    for order in orders:
-        model = NGramSampler(
-            training_documents,
-            order=order,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            chunk_size=chunk_size,
-        )
-        what = f"scoring the {order}-gram floor"
-        brier = evaluate_brier(
-            FromDraws(model),
-            batches_of(blocks, num_blocks, what=what),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-        )
-        perplexity = evaluate_ngram_perplexity(model, batches_of(blocks, num_blocks, what=what))
-        floors[f"{order}-gram"] = Floor(brier, perplexity)
-    return floors
+) -> BrierResult:
+    """BrierLM of an n-gram model, on the same blocks as a model."""
+    return evaluate_brier(
+        FromDraws(ngrams),
+        batches_of(blocks, num_blocks, what=_scoring(ngrams)),
+        eos_token_id=ngrams.eos_token_id,
+        pad_token_id=ngrams.pad_token_id,
+        seed=seed,
+    )
+
+
+def score_ngrams_perplexity(
+    ngrams: NGramSampler, blocks: datasets.Dataset, num_blocks: int | None = None
+) -> PerplexityResult:
+    """Perplexity of an n-gram model, on the same blocks as a model."""
+    return evaluate_ngram_perplexity(ngrams, batches_of(blocks, num_blocks, what=_scoring(ngrams)))
+
+
+def _scoring(ngrams: NGramSampler) -> str:
+    return f"scoring the {ngrams.order}-gram floor"
