@@ -28,6 +28,7 @@ from calm.data.tokenizer import load_tokenizer
 from calm.evaluation.held_out import score_perplexity, score_with
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
+from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.panels import new_figure
 from calm.report.tables import with_error
@@ -142,7 +143,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "validation", chunk_size=scorer.chunk_size, block_size=CONTEXT
     )
     brier = score_with(scorer, model, blocks, NUM_SCORED, 1, 8)
-    cost = cost_of(model.config, Work(CONTEXT // scorer.chunk_size, 1))
+    cost = cost_of(model.config, Work(CONTEXT // language_model(model).chunk_size))
     row = {
         "way": way,
         "training_flops": record.flops,

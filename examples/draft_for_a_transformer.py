@@ -66,7 +66,7 @@ def main() -> None:
         print(
             f"T = {temperature:g}: {drafted.num_rounds} passes instead of {NEW_TOKENS}, "
             f"{seconds:.2f} s instead of {between - begun:.2f}; "
-            f"{drafted.num_kept} of {drafted.num_drafted} drafted tokens stayed"
+            f"{drafted.num_accepted} of {drafted.num_drafted} drafted tokens stayed"
         )
         if temperature == 0:
             same = drafted.sequences.tolist() == alone_1T.tolist()

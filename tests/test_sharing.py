@@ -78,7 +78,7 @@ def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
     stages.train(with_settings(recipe, begun | cut), runs / "made")
     text = write_card(runs / "made").read_text()
     assert "It began with the weights of plain." in text and "secret-place" not in text
-    assert "A step of its backbone is 4 tokens, which a head of the kind `decoder` writes" in text
+    assert "Each step of its backbone covers 4 tokens; a head of the kind `decoder` samples" in text
     assert "base_model" not in text
     for name, repository in {
         "owner/name": "owner/name",

@@ -1,4 +1,4 @@
-"""What is kept of drafts, against the distribution that the text must have."""
+"""What is accepted of drafts, against the distribution that the text must have."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from worlds import Worlds, distribution_of_outcomes, draws_without_replacement, 
 from calm.core import speculative
 from calm.core.branches import TEXT, Branches
 from calm.core.speculative import (
-    Kept,
+    Accepted,
     Residual,
+    accept_by_match,
+    accept_by_ratio,
     draw_distinct,
     draw_token,
-    keep_by_agreement,
-    keep_by_ratio,
 )
 
 
@@ -68,8 +68,8 @@ def error_of(shape, monkeypatch):
                 lambda place, which=which: of_text([*text, *draft.tokens_to(place)])[which]
                 for which in (0, 1)
             )
-            kept = keep_by_ratio(draft, model_at, draft_at)
-            return (*(draft.tokens_G[place] for place in kept.places), kept.next_token)
+            accepted = accept_by_ratio(draft, model_at, draft_at)
+            return (*(draft.tokens_G[place] for place in accepted.places), accepted.next_token)
 
         outcomes = distribution_of_outcomes(worlds, run)
         worst = max(worst, largest_error(outcomes, lambda before, text=text: of_text([*text, *before])[0]))
@@ -82,34 +82,34 @@ def test_texts_have_exactly_the_models_distribution(shape, monkeypatch):
 
 
 class WithReplacement(Residual):
-    """Forgets that what was refused is not drawn again."""
+    """Forgets that what was rejected is not drawn again."""
 
-    def refuse(self, token):
+    def reject(self, token):
         draft_V = self._draft_V
-        super().refuse(token)
+        super().reject(token)
         self._draft_V = draft_V
 
 
 class WithoutResidual(Residual):
     """Compares every candidate with the model's own distribution."""
 
-    def refuse(self, token):
+    def reject(self, token):
         model_V = self.model_V
-        super().refuse(token)
+        super().reject(token)
         self.model_V = model_V
 
 
 class KeepsAll(Residual):
-    def keeps(self, token):
-        return float(super().keeps(token) > 0)
+    def acceptance(self, token):
+        return float(super().acceptance(token) > 0)
 
 
 class OnlyTheRefused(Residual):
     """Takes away the candidate alone, as if it had been certain."""
 
-    def refuse(self, token):
+    def reject(self, token):
         model_V = self.model_V.clone()
-        super().refuse(token)
+        super().reject(token)
         if token < len(model_V):
             model_V[token] = 0
         self.model_V = model_V / model_V.sum()
@@ -131,11 +131,11 @@ def test_as_many_stay_as_can(number):
     # One candidate stays with the probability that both distributions share; of all tokens one does.
     shares = []
     for tokens, share in draws_without_replacement(Q.tolist(), number):
-        residual, refused = Residual(P, Q), 1.0
+        residual, rejected = Residual(P, Q), 1.0
         for token in tokens:
-            refused *= 1 - residual.keeps(token)
-            residual.refuse(token)
-        shares.append(share * (1 - refused))
+            rejected *= 1 - residual.acceptance(token)
+            residual.reject(token)
+        shares.append(share * (1 - rejected))
     expected = {1: float(P.minimum(Q).sum()), 4: 1.0}
     assert number not in expected or sum(shares) == pytest.approx(expected[number])
     assert sum(shares) >= float(P.minimum(Q).sum()) - 1e-12
@@ -149,8 +149,10 @@ def test_many_drafts_leave_the_distribution_as_it_is():
     next_V = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     for tokens in drafts:
         draft = Branches(tokens, [TEXT, TEXT])
-        kept = keep_by_ratio(draft, lambda place: P if place == TEXT else next_V, lambda _: Q, generator)
-        firsts[tokens[kept.places[0]] if kept.places else kept.next_token] += 1
+        accepted = accept_by_ratio(
+            draft, lambda place: P if place == TEXT else next_V, lambda _: Q, generator
+        )
+        firsts[tokens[accepted.places[0]] if accepted.places else accepted.next_token] += 1
     assert p_value(firsts, P) > 1e-3
 
 
@@ -179,8 +181,8 @@ def test_a_draft_like_the_model_stays_whole():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         tokens = [draw_token(Q, generator) for _ in range(3)]
-        kept = keep_by_ratio(Branches.line(tokens), lambda _: Q, lambda _: Q, generator)
-        assert list(kept.places) == [0, 1, 2]
+        accepted = accept_by_ratio(Branches.line(tokens), lambda _: Q, lambda _: Q, generator)
+        assert list(accepted.places) == [0, 1, 2]
 
 
 def test_distributions_are_asked_for_where_the_text_comes_by():
@@ -190,35 +192,35 @@ def test_distributions_are_asked_for_where_the_text_comes_by():
         asked.append(place)
         return torch.eye(4)[1 if place == TEXT else 3]
 
-    kept = keep_by_ratio(draft, model_at, lambda place: torch.full((4,), 0.25), torch.Generator())
-    assert kept == Kept([1], 3) and asked == [TEXT, 1]
-    assert keep_by_agreement(draft, lambda place: {TEXT: 1, 1: 0, 3: 2}[place]) == Kept([1, 3], 2)
+    accepted = accept_by_ratio(draft, model_at, lambda place: torch.full((4,), 0.25), torch.Generator())
+    assert accepted == Accepted([1], 3) and asked == [TEXT, 1]
+    assert accept_by_match(draft, lambda place: {TEXT: 1, 1: 0, 3: 2}[place]) == Accepted([1, 3], 2)
 
 
 def test_the_impossible_is_never_kept(monkeypatch):
     # A uniform number may be 0, and then is no less than a ratio of 0.
     monkeypatch.setattr(speculative, "_uniform", lambda *_: 0.0)
-    kept = keep_by_ratio(
+    accepted = accept_by_ratio(
         Branches.line([0]), lambda _: torch.tensor([0.0, 1.0]), lambda _: torch.tensor([1.0, 0.0])
     )
-    assert kept == Kept([], 1)
+    assert accepted == Accepted([], 1)
 
 
 def test_no_draft_is_an_ordinary_draw():
-    assert keep_by_ratio(Branches(), lambda _: torch.eye(4)[2], P.__getitem__) == Kept([], 2)
-    assert keep_by_agreement(Branches(), lambda _: 3) == Kept([], 3)
+    assert accept_by_ratio(Branches(), lambda _: torch.eye(4)[2], P.__getitem__) == Accepted([], 2)
+    assert accept_by_match(Branches(), lambda _: 3) == Accepted([], 3)
 
 
 def test_agreement_stops_at_the_first_that_differs():
     line = Branches.line([5, 6, 9])
-    assert keep_by_agreement(line, lambda place: [6, 7, 8, 5][place]) == Kept([0, 1], 7)
-    assert keep_by_agreement(line, lambda place: [6, 9, 8, 5][place]) == Kept([0, 1, 2], 8)
+    assert accept_by_match(line, lambda place: [6, 7, 8, 5][place]) == Accepted([0, 1], 7)
+    assert accept_by_match(line, lambda place: [6, 9, 8, 5][place]) == Accepted([0, 1, 2], 8)
 
 
 def test_the_same_seed_keeps_the_same():
     draft = Branches([0, 1, 2], [TEXT, TEXT, 0])
     outcomes = [
-        [keep_by_ratio(draft, lambda _: P, lambda _: Q, generator) for _ in range(20)]
+        [accept_by_ratio(draft, lambda _: P, lambda _: Q, generator) for _ in range(20)]
         for generator in (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
     ]
     assert outcomes[0] == outcomes[1] != outcomes[2]

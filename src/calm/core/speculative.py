@@ -1,11 +1,11 @@
-"""Which of the tokens that another has drafted a model keeps, so that its text has its own distribution.
+"""Speculative sampling: which drafted tokens a model accepts, so that its text has its own distribution.
 
-Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), for drafts that go
-on in several ways as well: candidates for a place are drawn without replacement, and each that is refused
-leaves a residual for the next (Chen et al., arXiv 2402.12374, after Miao et al., arXiv 2305.09781).
+After Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), for token trees as well:
+candidates for a place are drawn without replacement, and each that is rejected leaves a residual for the next
+(Chen et al., arXiv 2402.12374, after Miao et al., arXiv 2305.09781).
 
-Both rules go from the text along the draft for as long as they keep one of the tokens that follow. They ask
-for a distribution at places where they come by, and nowhere else. Shapes: V vocabulary, C candidates.
+Both rules walk the tree from its root for as long as they accept a child. They ask for a distribution at
+nodes that they visit, and nowhere else. Shapes: V vocabulary, C candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,80 +17,80 @@ from torch import Tensor
 from calm.core.branches import TEXT, Branches
 
 
-class Kept(NamedTuple):
-    """What a model makes of a draft.
+class Accepted(NamedTuple):
+    """What a model accepts of a draft.
 
     Args:
-        places: The tokens that stay, each of which follows the one before.
-        next_token: The model's own token behind them.
+        places: The accepted tokens, each of which follows the one before.
+        next_token: The model's own token after them.
     """
 
     places: Sequence[int]
     next_token: int
 
 
-def keep_by_ratio(
+def accept_by_ratio(
     draft: Branches,
     model_at: Callable[[int], Tensor],
     draft_at: Callable[[int], Tensor],
     generator: torch.Generator | None = None,
-) -> Kept:
-    """Keep a token with probability min(1, p / q); behind refused ones comes a draw of what they leave of p.
+) -> Accepted:
+    """Accept a token with probability min(1, p / q); after a rejection, sample from the residual.
 
-    Then what is written has distribution p, whatever q is: see `Residual`.
+    Then the text has distribution p, whatever q is: see `Residual`.
 
     Args:
         draft: Tokens drawn from q, at each place without replacement, in the order of the draws.
-        model_at: The model's distribution p behind the token at a place, (V,).
+        model_at: The model's distribution p after the token at a place, (V,).
         draft_at: The draft's q of the same token, (V,) or of another number of tokens; asked for only where
             a drafted token follows.
         generator: Source of randomness.
     """
-    kept: list[int] = []
+    accepted: list[int] = []
     while True:
-        place = kept[-1] if kept else TEXT
+        place = accepted[-1] if accepted else TEXT
         candidates = draft.children.get(place, ())
         model_V = model_at(place)
         if not candidates:
-            return Kept(kept, draw_token(model_V, generator))
+            return Accepted(accepted, draw_token(model_V, generator))
         residual = Residual(model_V, draft_at(place))
         for candidate in candidates:
             token = draft.tokens_G[candidate]
-            if _happens(residual.keeps(token), model_V.device, generator):
-                kept.append(candidate)
+            if _happens(residual.acceptance(token), model_V.device, generator):
+                accepted.append(candidate)
                 break
-            residual.refuse(token)
+            residual.reject(token)
         else:
-            return Kept(kept, draw_token(residual.model_V, generator))
+            return Accepted(accepted, draw_token(residual.model_V, generator))
 
 
-def keep_by_agreement(draft: Branches, choice_at: Callable[[int], int]) -> Kept:
-    """Keep tokens for as long as the model has chosen them itself, and then its own.
+def accept_by_match(draft: Branches, choice_at: Callable[[int], int]) -> Accepted:
+    """Accept tokens for as long as the model chooses the same itself, and then take its own.
 
-    The model chooses each token given those before it, so what is kept and the first that is not are what it
-    would have written. This needs nothing of the draft but its tokens.
+    The model chooses each token given those before it, so the accepted ones and its own are what it would
+    have written. This needs nothing of the draft but its tokens.
 
     Args:
         draft: The tokens.
-        choice_at: What the model chooses behind the token at a place, by a draw or as its likeliest.
+        choice_at: What the model chooses after the token at a place, by a draw or as its likeliest.
     """
-    kept: list[int] = []
+    accepted: list[int] = []
     while True:
-        place = kept[-1] if kept else TEXT
+        place = accepted[-1] if accepted else TEXT
         chosen = choice_at(place)
         same = [one for one in draft.children.get(place, ()) if draft.tokens_G[one] == chosen]
         if not same:
-            return Kept(kept, chosen)
-        kept.append(same[0])
+            return Accepted(accepted, chosen)
+        accepted.append(same[0])
 
 
 class Residual:
-    """What is left of a model's distribution p as candidates that were drawn from q are refused.
+    """The residual of a model's distribution p as candidates that were drawn from q are rejected.
 
-    A candidate x is kept with probability min(1, p(x) / q(x)). So each token is drawn and kept with
+    A candidate x is accepted with probability min(1, p(x) / q(x)). So each token is drawn and accepted with
     probability min(p, q), and what p still lacks is (p - q)+, which brought to a sum of 1 is p for the next
-    candidate; that one comes from q without x. By induction the first that is kept, or else a draw of what
-    is left, has the p of the beginning, for any number of candidates.
+    candidate; that one comes from q without x. By induction the first that is accepted, or else a draw from
+    the residual, has the p of the beginning, for any number of candidates.
 
     Args:
         model_V: p.
@@ -100,24 +100,24 @@ class Residual:
     def __init__(self, model_V: Tensor, draft_V: Tensor) -> None:
         self.model_V, self._draft_V = model_V, draft_V
 
-    def keeps(self, token: int) -> float:
-        """The probability with which a candidate is kept."""
+    def acceptance(self, token: int) -> float:
+        """The probability with which a candidate is accepted."""
         if token >= len(self.model_V):
             return 0.0
         p, q = float(self.model_V[token]), float(self._draft_V[token])
         return 1.0 if p >= q > 0 else p / q if q > 0 else 0.0
 
-    def refuse(self, token: int) -> None:
+    def reject(self, token: int) -> None:
         """Go on without a candidate."""
         size = len(self.model_V)
         draft_V = torch.nn.functional.pad(self._draft_V[:size], (0, max(0, size - len(self._draft_V))))
         missing_V = (self.model_V - draft_V).clamp_min(0)
-        # Equal distributions refuse nothing but by rounding, which may leave no residual.
+        # Equal distributions reject nothing but by rounding, which may leave no residual.
         if (missing := missing_V.sum()) > 0:
             self.model_V = missing_V / missing
         others_V = self._draft_V.clone()
         others_V[token] = 0
-        # Nothing is left where all that the draft can say is refused.
+        # Nothing is left where all that the draft can say is rejected.
         self._draft_V = others_V / others_V.sum().clamp_min(torch.finfo(others_V.dtype).tiny)
 
 

@@ -19,6 +19,7 @@ from calm.evaluation.processes import Block
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
+from calm.models.context import check_context
 from calm.models.language_model import language_model
 from calm.progress import tracked
 
@@ -83,7 +84,7 @@ def score_model(
     if ngrams and len(data.train) == 0:
         raise InputError("n-gram floors need training text; give a folder of `calm prepare` as data.")
     view, size = language_model(model), scorer_of(model).chunk_size
-    check_context(model, context)
+    check_context(model.config, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
     documents = data.train["input_ids"] if ngrams else []
     floors, floor_perplexities = dict[str, BrierResult](), dict[str, PerplexityResult]()
@@ -106,18 +107,6 @@ def score_model(
         reconstruction=score_reconstruction(view.autoencoder, blocks, num_blocks, seed),
         ceilings={"ceiling": score_ceiling(model, view.autoencoder, blocks, num_blocks, seed)},
     )
-
-
-def check_context(model: PreTrainedModel, context: int) -> None:
-    """Raise InputError if a model cannot read so many tokens at once."""
-    config = model.config.get_text_config()
-    longest = language_model(model).longest_context or context
-    window = getattr(config, "sliding_window", None) or longest
-    if context > min(longest, window):
-        raise InputError(
-            f"the model reads at most {min(longest, window)} tokens at once, less than the context of "
-            f"{context}; lower --context."
-        )
 
 
 def batches_of(

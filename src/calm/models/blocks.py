@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class SwiGLUBlock(nn.Module):
@@ -22,6 +23,34 @@ class SwiGLUBlock(nn.Module):
 
 class ZeroLinear(nn.Linear):
     """A linear layer whose weights start at zero (the model's initialization sees to it)."""
+
+
+class AdaptiveBlock(nn.Module):
+    """x + gate * mlp(scaled and shifted norm of x), by a condition (adaptive layer norm, paper section 3.2).
+
+    It starts as the identity. Shapes: N draws, P positions, D size.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=eps)
+        self.up = nn.Linear(size, size)
+        self.down = nn.Linear(size, size)
+        self.modulation = ZeroLinear(size, 3 * size)
+
+    def forward(self, x_NPD: Tensor, condition: Tensor) -> Tensor:
+        """Points (N, P, D) under their conditions, of a shape that broadcasts to theirs."""
+        return self.modulated(x_NPD, self.modulation(condition))
+
+    def modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
+        """The same where shift, scale and gate, (..., 3 D), are known already."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normed_NPD = self.norm(x_NPD) * (1 + scale) + shift
+        return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
+
+
+class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
+    """The same, computed anew in the backward pass where gradient checkpointing is on."""
 
 
 class PartedLinear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from calm.errors import InputError
 from calm.models.configuration import CalmConfig
 
 
@@ -11,6 +12,17 @@ def longest_context(config: PreTrainedConfig) -> int | None:
         return config.backbone.max_position_embeddings * config.chunk_size
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
+
+
+def check_context(config: PreTrainedConfig, context: int) -> None:
+    """Raise InputError if a model cannot read so many tokens at once."""
+    longest = longest_context(config) or context
+    window = getattr(config.get_text_config(), "sliding_window", None) or longest
+    if context > min(longest, window):
+        raise InputError(
+            f"the model reads at most {min(longest, window)} tokens at once, less than the context of "
+            f"{context}; lower --context."
+        )
 
 
 def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:

@@ -135,7 +135,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
         how = f"It predicts one latent of {config.latent_size} dimensions for each {what}, with {head}; its "
         how += "autoencoder is inside."
     else:
-        how = f"A step of its backbone is {what}, which {head} writes one after another."
+        how = f"Each step of its backbone covers {what}; {head} samples the next ones."
     return (
         "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
         f"{parameters} parameters. {how} A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."

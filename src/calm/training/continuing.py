@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.data.prepared import PreparedData
 from calm.errors import InputError, cause_of
-from calm.evaluation.held_out import check_context
 from calm.models.configuration import CalmConfig
+from calm.models.context import check_context
 from calm.models.heads import parse_head_config
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
@@ -103,7 +103,7 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
         name, dtype=torch.float32, attn_implementation=recipe.language_model.attention
     )
     check_tokens(name, tokenizer, data)
-    check_context(model, recipe.data.context)
+    check_context(model.config, recipe.data.context)
     if isinstance(model.config, CalmConfig) and not recipe.language_model.new_head:
         cast(Any, model).change_training(**_training_fields(recipe, model.config))
     return model

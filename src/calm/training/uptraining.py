@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from calm.data.prepared import PreparedData
 from calm.data.tokenizer import has_tokenizer, load_tokenizer
 from calm.errors import InputError
-from calm.evaluation.held_out import check_context
 from calm.models.configuration import CalmConfig
+from calm.models.context import check_context
 from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import place_of
 from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
@@ -114,7 +114,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
     model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
-    check_context(model, recipe.data.context)
+    check_context(model.config, recipe.data.context)
     return model
 
 

@@ -104,8 +104,8 @@ def test_what_a_draft_came_to_is_told():
         return_dict_in_generate=True,
     )
     assert isinstance(output, DraftedOutput)
-    assert output.sequences.shape[1] <= 26 <= 6 + output.num_rounds + output.num_kept
-    assert 0 < output.num_kept < output.num_drafted
+    assert output.sequences.shape[1] <= 26 <= 6 + output.num_rounds + output.num_accepted
+    assert 0 < output.num_accepted < output.num_drafted
 
 
 def test_a_streamer_gets_the_prompt_and_every_token():

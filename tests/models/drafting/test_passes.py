@@ -63,7 +63,7 @@ def test_each_way_is_read_as_if_it_were_alone(attention, make, already):
         expected_V, _ = read_alone(model, [*TEXT_BEFORE, *BRANCHES.tokens_to(place)])
         assert_close(scores_SV[place + 1], expected_V, **CLOSE)
     # Of what was read the text and the way that is kept stay, as if nothing else had been there.
-    passes.take_back(len(BRANCHES), WAY)
+    passes.roll_back(len(BRANCHES), WAY)
     kept = [*TEXT_BEFORE, *BRANCHES.tokens_to(WAY[-1])]
     _, expected = read_alone(model, kept)
     for layer, states in zip(passes._cache.layers, expected, strict=True):
@@ -79,7 +79,7 @@ def test_a_line_can_be_taken_back_from_anywhere():
     for number in range(4):
         passes = TextPasses(model)
         passes.read(TEXT_BEFORE, Branches.line([5, 6, 7]))
-        passes.take_back(3, range(number))
+        passes.roll_back(3, range(number))
         assert len(passes) == len(TEXT_BEFORE) + number
         expected_V, _ = read_alone(model, [*TEXT_BEFORE, *[5, 6, 7][:number], 9])
         assert_close(passes.read([9])[-1], expected_V, **CLOSE)

@@ -8,7 +8,7 @@ from worlds import Worlds, distribution_of_outcomes, largest_error
 
 from calm.core import speculative
 from calm.core.branches import TEXT, Branches
-from calm.core.speculative import Kept
+from calm.core.speculative import Accepted
 from calm.models.drafting import growing
 from calm.models.drafting import text as drafted_text
 from calm.models.drafting.draft import ChunkDrafter, Draft
@@ -77,8 +77,8 @@ def test_greedily_the_text_is_the_models_own_where_drafts_are_good(in_branches):
         text.round(100)
     assert text.ids_1T[0].tolist() == alone[: text.ids_1T.shape[1]]
     counts = text.counts
-    assert 0.3 * counts.drafted < counts.kept < counts.drafted
-    assert text.ids_1T.shape[1] == 6 + counts.rounds + counts.kept
+    assert 0.3 * counts.drafted < counts.accepted < counts.drafted
+    assert text.ids_1T.shape[1] == 6 + counts.rounds + counts.accepted
 
 
 def sampled(head_type, temperature, samples=SAMPLES, num_chunks=1):
@@ -105,19 +105,21 @@ def test_texts_have_the_models_distribution(head_type, temperature):
 
 def test_a_lost_token_behind_a_whole_draft_would_be_seen(monkeypatch):
     def without_it(draft, *others):
-        kept = speculative.keep_by_ratio(draft, *others)
-        is_whole = kept.places and kept.places[-1] not in draft.children
-        return Kept(kept.places, draft.tokens_G[kept.places[-1]] if is_whole else kept.next_token)
+        accepted = speculative.accept_by_ratio(draft, *others)
+        is_whole = accepted.places and accepted.places[-1] not in draft.children
+        return Accepted(
+            accepted.places, draft.tokens_G[accepted.places[-1]] if is_whole else accepted.next_token
+        )
 
-    monkeypatch.setattr(drafted_text, "keep_by_ratio", without_it)
+    monkeypatch.setattr(drafted_text, "accept_by_ratio", without_it)
     assert sampled("sequential", 1.0, num_chunks=2) < 1e-6
 
 
 def outcomes_of_round(monkeypatch, number_before):
     """How likely each outcome of a round is, {new tokens: probability}, the text before, and the model.
 
-    All that chance could do is gone through, in the draft and in the decision. Rounds before have kept the
-    second candidate of their draft.
+    All that chance could do is gone through, in the draft and in the decision. Rounds before have accepted
+    the second candidate of their draft.
     """
     model, draft = deciding_model(3), drafting_model(chunk_size=2, vocab_size=4)
     worlds, [prompt] = Worlds(), [[1, 2, 2, 0, 1]]
@@ -129,7 +131,7 @@ def outcomes_of_round(monkeypatch, number_before):
         text = DraftedText(model, drafter, torch.tensor([prompt]))
         for _ in range(number_before):
             with monkeypatch.context() as scripted:
-                # The second candidate is kept, and what may follow it is drawn.
+                # The second candidate is accepted, and what may follow it is drawn.
                 answers = iter([False, True])
                 scripted.setattr(
                     growing, "draw_distinct", lambda weights_MV, number, _: weights_MV.topk(number).indices
@@ -162,8 +164,8 @@ def test_a_round_has_exactly_the_models_distribution(number_before, monkeypatch)
 @pytest.mark.parametrize(
     ("owner", "name", "fault", "number_before"),
     [
-        # What was read of other ways stays in the cache instead of the way that was kept.
-        (TextPasses, "take_back", lambda self, number, but=(): self._cache.crop(len(but) - number), 1),
+        # What was read of other ways stays in the cache instead of the way that was accepted.
+        (TextPasses, "roll_back", lambda self, number, but=(): self._cache.crop(len(but) - number), 1),
         # Each drafted token sees all before it, those of other ways too.
         (Branches, "sees", lambda self: torch.ones(len(self), len(self), dtype=torch.bool).tril(), 0),
         # Positions count places instead of tokens before.
@@ -177,7 +179,7 @@ def test_faults_of_a_pass_would_be_seen(owner, name, fault, number_before, monke
 
 @pytest.mark.parametrize("in_branches", [False, True])
 def test_a_stale_cache_would_be_seen(in_branches, monkeypatch):
-    monkeypatch.setattr(TextPasses, "take_back", lambda self, number, but=(): None)
+    monkeypatch.setattr(TextPasses, "roll_back", lambda self, number, but=(): None)
     text, alone = drafted_by_one_who_knows(in_branches)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         for _ in range(10):

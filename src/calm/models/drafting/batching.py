@@ -162,9 +162,9 @@ class DraftedBatch:
             text = one.text = self._begun(one)
         if not text.read_ahead(self._tokens_at_once):
             return None
-        kept, drafted = text.counts.kept, text.counts.drafted
+        accepted, drafted = text.counts.accepted, text.counts.drafted
         tokens = list(up_to_end(text.round(row.budget), self._ends))
-        kept, drafted = text.counts.kept - kept, text.counts.drafted - drafted
+        accepted, drafted = text.counts.accepted - accepted, text.counts.drafted - drafted
         row.budget -= len(tokens)
         ended_by: Literal["eos", "budget"] | None = None
         if tokens[-1] in self._ends:
@@ -172,7 +172,7 @@ class DraftedBatch:
         elif row.budget == 0:
             ended_by = "budget"
         row.has_ended = ended_by is not None
-        share = kept / drafted if drafted else 1.0
+        share = accepted / drafted if drafted else 1.0
         return Written(row, tokens, ended_by, num_draws=drafted, agreement=share, fell_back=False)
 
     def _begun(self, one: _Open) -> DraftedText:

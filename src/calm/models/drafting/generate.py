@@ -49,13 +49,13 @@ class DraftedOutput(ModelOutput):
         sequences: The prompt with its continuation, shape (1, T + new).
         num_rounds: Passes of the model that decided.
         num_drafted: Tokens that were drafted, of each draft those of its longest way.
-        num_kept: Drafted tokens that stayed.
+        num_accepted: Drafted tokens that were accepted.
     """
 
     sequences: Tensor | None = None
     num_rounds: int | None = None
     num_drafted: int | None = None
-    num_kept: int | None = None
+    num_accepted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Drafting:
         if not generation_config.return_dict_in_generate:
             return sequences
         counts = text.counts
-        return DraftedOutput(sequences, counts.rounds, counts.drafted, counts.kept)
+        return DraftedOutput(sequences, counts.rounds, counts.drafted, counts.accepted)
 
     def _write(self, text: DraftedText, criteria: StoppingCriteriaList, longest: int) -> int:
         """Round after round, until a criterion is met; tokens up to there."""

@@ -59,7 +59,7 @@ class TextPasses:
         scores_1SV: Tensor = self._model(ids_1S, use_cache=True, **{CACHE: self._cache}, **more).logits
         return scores_1SV[0, -num_places:]
 
-    def take_back(self, number: int, but: Sequence[int] = ()) -> None:
+    def roll_back(self, number: int, but: Sequence[int] = ()) -> None:
         """Take back what was read last.
 
         Args:

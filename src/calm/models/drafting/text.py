@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from calm.core.branches import TEXT
-from calm.core.speculative import Kept, draw_token, keep_by_agreement, keep_by_ratio
+from calm.core.speculative import Accepted, accept_by_match, accept_by_ratio, draw_token
 from calm.models.drafting.draft import ChunkDrafter, Draft
 from calm.models.drafting.passes import TextPasses
 
@@ -23,12 +23,12 @@ class DraftCounts:
     Args:
         rounds: Passes of the model that decides.
         drafted: Tokens that were drafted, of each draft those of its longest way.
-        kept: Drafted tokens that stayed; each round adds one of the model's own.
+        accepted: Drafted tokens that stayed; each round adds one of the model's own.
     """
 
     rounds: int = 0
     drafted: int = 0
-    kept: int = 0
+    accepted: int = 0
 
 
 class DraftedText:
@@ -84,7 +84,7 @@ class DraftedText:
         """
         draft = self._drafter.draft(self._text, most - 1, self._generator, self._passes.takes_branches)
         branches = draft.branches
-        # A token that the model does not have is never kept, nor what follows it.
+        # A token that the model does not have is never accepted, nor what follows it.
         row_of = {TEXT: 0}
         for place, (token, parent) in enumerate(zip(branches.tokens_G, branches.parents_G, strict=True)):
             if token < self._vocab_size and parent in row_of:
@@ -96,14 +96,14 @@ class DraftedText:
             scores_1V = scores_SV[row_of[place]].unsqueeze(0).float()
             return self._processed(scores_1V, branches.tokens_to(place))
 
-        kept = self._decide(draft, scores_at)
-        self._passes.take_back(len(places), [row_of[place] - 1 for place in kept.places])
-        new = [*(branches.tokens_G[place] for place in kept.places), kept.next_token]
+        accepted = self._decide(draft, scores_at)
+        self._passes.roll_back(len(places), [row_of[place] - 1 for place in accepted.places])
+        new = [*(branches.tokens_G[place] for place in accepted.places), accepted.next_token]
         self._text += new
         self.ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([new])], dim=1)
         self.counts.rounds += 1
         self.counts.drafted += branches.longest
-        self.counts.kept += len(kept.places)
+        self.counts.accepted += len(accepted.places)
         return new
 
     def _processed(self, scores_1V: Tensor, drafted: list[int]) -> Tensor:
@@ -113,13 +113,13 @@ class DraftedText:
         before_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([drafted])], dim=1)
         return self._processors(before_1T, scores_1V)  # type: ignore[arg-type]
 
-    def _decide(self, draft: Draft, scores_at: Callable[[int], Tensor]) -> Kept:
+    def _decide(self, draft: Draft, scores_at: Callable[[int], Tensor]) -> Accepted:
         if self._is_greedy:
-            return keep_by_agreement(draft.branches, lambda place: int(scores_at(place).argmax()))
+            return accept_by_match(draft.branches, lambda place: int(scores_at(place).argmax()))
 
         def model_at(place: int) -> Tensor:
             return scores_at(place)[0].softmax(-1)
 
         if draft.distribution_at is not None:
-            return keep_by_ratio(draft.branches, model_at, draft.distribution_at, self._generator)
-        return keep_by_agreement(draft.branches, lambda place: draw_token(model_at(place), self._generator))
+            return accept_by_ratio(draft.branches, model_at, draft.distribution_at, self._generator)
+        return accept_by_match(draft.branches, lambda place: draw_token(model_at(place), self._generator))

@@ -98,9 +98,7 @@ class CoarseToFineHead(TokenClassesHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
-        networks = (self.coarse, self.fine)
-        layers = [layer for network in networks for layer in (network.inp, network.out, network.direct)]
-        return [*layers, *self._score_layers()]
+        return [*self.coarse.boundary_layers(), *self.fine.boundary_layers(), *self._score_layers()]
 
     def prepare(self, states_PD: Tensor) -> Tensor:
         """The first network's vectors, what the second one shares, and the chunk before, as one row."""

@@ -153,7 +153,7 @@ class GenerativeHead(nn.Module, abc.ABC):
         return None
 
     def boundary_layers(self) -> list[nn.Module]:
-        """Layers whose inputs or outputs are noise or latents; Muon leaves them to AdamW."""
+        """Layers that meet noise, latents, token embeddings or the vocabulary; Muon leaves them to AdamW."""
         return []
 
     def check_temperature(self, temperature: float, is_asked: bool = False) -> None:

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
-from calm.models.heads.token_by_token import TokenByTokenHead
+from calm.models.heads.likelihood import LikelihoodHead
 from calm.models.heads.vocabulary import OneSoftmax
 from calm.models.token_layers import TokenLayers, multiply_adds_of_layer
 
@@ -86,7 +86,7 @@ class DecoderHeadConfig(HeadConfig):
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
-class DecoderHead(TokenByTokenHead):
+class DecoderHead(LikelihoodHead):
     """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
 
     Its states are those of the backbone followed by the embedding of the chunk's last token, (P, 2·D).

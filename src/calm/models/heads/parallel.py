@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from calm.core.brier import brier_losses
 from calm.models.heads.contract import Target, require_finite
 from calm.models.heads.fields import HeadFlops
+from calm.models.heads.likelihood import LikelihoodHead
 from calm.models.heads.place_network import PlaceNetwork, multiply_adds
-from calm.models.heads.token_by_token import TokenByTokenHead
 from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
 from calm.models.heads.vocabulary import Vocabulary
 
@@ -59,7 +59,7 @@ class ParallelHeadConfig(TokenClassesConfig):
         return flops._replace(training_per_draw=6 * of_score * self.num_all_scores)
 
 
-class ParallelHead(TokenByTokenHead, TokenClassesHead):
+class ParallelHead(LikelihoodHead, TokenClassesHead):
     """Draws all tokens at once; fulfils `Likelihood` and `TokenDistributions`.
 
     Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
@@ -85,7 +85,7 @@ class ParallelHead(TokenByTokenHead, TokenClassesHead):
 
     def boundary_layers(self) -> list[nn.Module]:
         """The layers that meet embeddings or the vocabulary."""
-        return [self.network.inp, self.network.out, self.network.direct, *self._score_layers()]
+        return [*self.network.boundary_layers(), *self._score_layers()]
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """Mean cross-entropy of the chunk's tokens in nats, or minus the mean of Brier-1 to Brier-K, (P,)."""

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.models.blocks import ZeroLinear
-from calm.models.heads.step_network import RecomputedBlock
+from calm.models.blocks import RecomputedBlock, ZeroLinear
 
 
 class PlaceNetwork(nn.Module):
@@ -41,6 +40,10 @@ class PlaceNetwork(nn.Module):
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=False)
         self.out = ZeroLinear(hidden_size, output_size)
         self.direct = ZeroLinear(hidden_size, num_places * output_size)
+
+    def boundary_layers(self) -> list[nn.Module]:
+        """The layers that meet inputs and outputs."""
+        return [self.inp, self.out, self.direct]
 
     def forward(self, states_PD: Tensor, inputs_PX: Tensor) -> Tensor:
         """Outputs (P, K, Y)."""

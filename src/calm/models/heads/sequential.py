@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.models.blocks import ZeroLinear
+from calm.models.blocks import RecomputedBlock, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadFlops
-from calm.models.heads.step_network import RecomputedBlock
-from calm.models.heads.token_by_token import TokenByTokenHead
+from calm.models.heads.likelihood import LikelihoodHead
 from calm.models.heads.token_classes import TokenClassesConfig, TokenClassesHead
 from calm.models.heads.vocabulary import Vocabulary
 
@@ -52,7 +51,7 @@ class SequentialHeadConfig(TokenClassesConfig):
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
 
 
-class SequentialHead(TokenByTokenHead, TokenClassesHead):
+class SequentialHead(LikelihoodHead, TokenClassesHead):
     """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
 
     Before each place it reads the last K tokens, those of the chunk before included. So its states are those

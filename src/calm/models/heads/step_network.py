@@ -11,10 +11,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.random import Randomness, normal
-from calm.models.blocks import ZeroLinear
+from calm.models.blocks import AdaptiveBlock, RecomputedBlock, ZeroLinear
 from calm.models.heads.contract import LatentHead
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 
@@ -90,31 +89,6 @@ class TimeEmbedding(nn.Module):
         angles = time.float().unsqueeze(-1) * torch.exp(-math.log(_LONGEST_PERIOD) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.out(F.silu(self.inp(waves.to(self.inp.weight.dtype))))
-
-
-class AdaptiveBlock(nn.Module):
-    """x + gate * mlp(scaled and shifted norm of x); it starts as the identity."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(size, eps=eps)
-        self.up = nn.Linear(size, size)
-        self.down = nn.Linear(size, size)
-        self.modulation = ZeroLinear(size, 3 * size)
-
-    def forward(self, x_NPD: Tensor, condition: Tensor) -> Tensor:
-        """Points (N, P, D) under their conditions, of a shape that broadcasts to theirs."""
-        return self.modulated(x_NPD, self.modulation(condition))
-
-    def modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
-        """The same where shift, scale and gate, (..., 3 D), are known already."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        normed_NPD = self.norm(x_NPD) * (1 + scale) + shift
-        return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
-
-
-class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
-    """The same, computed anew in the backward pass where gradient checkpointing is on."""
 
 
 class StepNetwork(nn.Module):

@@ -1,4 +1,4 @@
-"""What heads have in common that draw the tokens of a chunk one after another: likelihoods and draws.
+"""What heads with token probabilities have in common: likelihoods, and tokens chosen by uniform numbers.
 
 Shapes: N draws, P positions, K tokens per chunk, D state size, V vocabulary, X size of vectors, M rows.
 """
@@ -15,8 +15,8 @@ from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead, Target, 
 from calm.models.heads.vocabulary import Vocabulary
 
 
-class TokenByTokenHead(GenerativeHead):
-    """Draws one token after another; fulfils `Likelihood`, `TokenDistributions` and `Teachable`."""
+class LikelihoodHead(GenerativeHead):
+    """Knows the distribution of each token; fulfils `Likelihood`, `TokenDistributions` and `Teachable`."""
 
     @abc.abstractmethod
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class TokenByTokenHead(GenerativeHead):
 
     @abc.abstractmethod
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
-        """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""
+        """Tokens (N, P, K), each chosen by a uniform number in [0, 1)."""
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
         """Mean cross-entropy of the chunk's tokens, each given all before it, in nats, (P,)."""
