@@ -60,8 +60,8 @@ CONFIGURATIONS = {
     "eos_token_id": ([1, 10**6], "eos_token_id must be a token id from 0 to below"),
     "pad_token_id": (-1, "pad_token_id must be a token id"),
     "bos_token_id": (True, "bos_token_id must be a token id"),
-    "backbone_config.output_hidden_states": ("x", "output_hidden_states must be true or false"),
-    "output_hidden_states": ([1.5], "output_hidden_states must be true or false"),
+    "backbone_config.output_hidden_states": ("x", "output_hidden_states.*(must be true or false|match)"),
+    "output_hidden_states": ([1.5], "output_hidden_states.*(must be true or false|match)"),
     "layer_norm_eps": (0.0, "layer_norm_eps must be above 0"),
     "initializer_range": (float("inf"), "initializer_range must be at least 0 and finite"),
 }

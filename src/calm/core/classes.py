@@ -37,8 +37,9 @@ def losses_in_classes(
     weights = (vectors_MX, table_WX, bias_W)
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
     device = vectors_MX.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_cast:  # It does not look into operators of others.
+    # Autocast does not look into operators of others. It knows no meta device; torch 2.11 cannot trace
+    # `is_autocast_available`, which would say so.
+    if device != "meta" and torch.is_autocast_enabled(device):
         weights = tuple(part.to(torch.get_autocast_dtype(device)) for part in weights)  # type: ignore[assignment]
     losses: Tensor = _losses_and_gradients(*weights, places_M, class_size, vocab_size, is_trained)[0]
     return losses

@@ -43,7 +43,7 @@ from calm.training.optimizers import build_optimizer
 from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.runs import Run
-from calm.training.thinking import StageChange, Thinking, ThinkingRows, thinking_of
+from calm.training.thinking import StageChange, ThinkingRows, ThoughtTraining, thinking_of
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer
 
@@ -129,7 +129,7 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     blocks: Blocks,
     held_out: list[Example],
-    thinking: Thinking | None,
+    thinking: ThoughtTraining | None,
 ) -> None:
     recipe, settings = run.recipe, run.recipe.training
     asked = held_out[: recipe.answers.number]
@@ -190,7 +190,7 @@ def _lay_out(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     held_out: list[Example],
-    thinking: Thinking | None,
+    thinking: ThoughtTraining | None,
 ) -> tuple[Blocks, dict[str, int]]:
     """The blocks of the examples, and how many there are."""
     context, settings = recipe.examples.context, recipe.training

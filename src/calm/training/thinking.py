@@ -24,7 +24,7 @@ _SCORED_AT_ONCE = 16
 
 
 @dataclass
-class Thinking:
+class ThoughtTraining:
     """How a run learns to think.
 
     Args:
@@ -111,7 +111,7 @@ class Thinking:
 
 def thinking_of(
     recipe: FinetuningRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Thinking | None:
+) -> ThoughtTraining | None:
     """How a recipe lets a model learn to think; None if it has none.
 
     Raises:
@@ -135,7 +135,9 @@ def thinking_of(
     thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)
     curriculum = Curriculum.of(settings, recipe.training.steps)
     told = settings.per_step if settings.tell and thoughts is not None else 0
-    return Thinking(curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0), told)
+    return ThoughtTraining(
+        curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0), told
+    )
 
 
 def _thoughts(
@@ -175,7 +177,12 @@ class ThinkingRows(Dataset):
     """
 
     def __init__(
-        self, thinking: Thinking, examples: Sequence[Example], rows_per_step: int, steps: int, seed: int
+        self,
+        thinking: ThoughtTraining,
+        examples: Sequence[Example],
+        rows_per_step: int,
+        steps: int,
+        seed: int,
     ) -> None:
         self._thinking, self._examples, self._seed = thinking, examples, seed
         self._per_step, self._steps = rows_per_step, steps
@@ -208,7 +215,7 @@ class StageChange(TrainerCallback):
 
     def __init__(
         self,
-        thinking: Thinking,
+        thinking: ThoughtTraining,
         model: PreTrainedModel,
         new_optimizer: Callable[[], torch.optim.Optimizer] | None,
     ) -> None:
