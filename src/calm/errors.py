@@ -18,6 +18,10 @@ class InputError(ValueError):
         super().__init__(message)
 
 
+class NotFiniteError(InputError):
+    """Numbers of a model are not finite: its weights are damaged, diverged, or too large for the dtype."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on through no mistake of its input: says why, and what is left of it."""
 

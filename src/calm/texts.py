@@ -133,6 +133,8 @@ def continue_tokens(
             num_thoughts=num_thoughts,
             **sampling,
         )
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(str(error)) from error
     return output[:, batch["input_ids"].shape[1] :]

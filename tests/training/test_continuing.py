@@ -68,6 +68,19 @@ def test_sizes_of_the_recipe_do_not_matter_and_a_kill_neither(place, base, tmp_p
     assert json.loads((whole / "config.json").read_text())["backbone_config"]["hidden_size"] == 16
 
 
+@pytest.mark.parametrize("kind", ["calm", "plain"])
+def test_a_model_that_thinks_unlearns_it(kind, base, tmp_path, caplog):
+    """Trained on text it would otherwise go on to think before every text."""
+    thinks = shutil.copytree(base / kind / "model", tmp_path / "thinks")
+    config = json.loads((thinks / "config.json").read_text())
+    config["thoughts"] = {"number": 2, "begin": 2, "end": 1}
+    (thinks / "config.json").write_text(json.dumps(config))
+    (thinks / "checksums.json").unlink()
+    folder = stages.train(recipe_for(base, kind, **{INIT: str(thinks)}), tmp_path / "run")
+    assert json.loads((folder / "config.json").read_text()).get("thoughts") is None
+    assert "trained on text it unlearns that" in caplog.text
+
+
 def test_a_model_of_the_package_goes_on(base, tmp_path):
     recipe = recipe_for(base, "calm", **{INIT: "stories", "language_model.training.steps": 1})
     assert (stages.train(recipe, tmp_path / "run") / "model.safetensors").is_file()

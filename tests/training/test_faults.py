@@ -141,6 +141,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, monkeypatch, capsys):
     assert same_weights(folder / "whole", output)
 
 
+def test_scores_that_are_not_finite_stop_the_run_as_a_loss_does(whole, capsys):
+    """Weights may diverge in the step before a held-out evaluation, which then is the first to meet them."""
+    folder, recipe = whole
+    settings = {
+        "language_model.training.optimizer.learning_rate": 1e5,
+        "language_model.training.evaluate_every": 1,
+    }
+    write_recipe(with_settings(recipe, settings), folder / "fast.yaml")
+    with pytest.raises(SystemExit) as raised:
+        main(["train", "--recipe", str(folder / "fast.yaml"), "--output", str(folder / "fast")])
+    assert raised.value.code == 1
+    said = capsys.readouterr().err
+    assert " is not finite; " in said and "A lower learning rate" in said and "Traceback" not in said
+
+
 def test_weights_that_are_not_finite_are_never_saved():
     model = torch.nn.Linear(2, 2)
     check_weights(model, 1, "")

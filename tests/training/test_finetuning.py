@@ -14,7 +14,7 @@ from toy import failure, toy_recipe
 
 from calm.data.stories import write_stories
 from calm.errors import InputError
-from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.loading import config_of, load_language_model_and_tokenizer
 from calm.texts import continue_texts
 from calm.training import stages
 from calm.training.adapters import with_adapters
@@ -164,6 +164,11 @@ def test_adapters_are_saved_merged_and_loaded(model, base, tmp_path):
     assert not any(name.startswith(("autoencoder", "backbone.embed", "model.embed")) for name in changed)
     texts = [continue_texts(m, tokenizer, ["The cat says"], temperature=1, seed=1) for m in (merged, loaded)]
     assert texts[0] == texts[1]
+    again = recipe_for(base, model)  # All weights of what has adapters can be trained.
+    again.model = str(adapter)
+    tuned = weights_of(finetune(again, tmp_path / "again"))
+    assert any((tuned[name] - weight).abs().max() > 1e-6 for name, weight in merged.state_dict().items())
+    assert config_of(str(adapter)).to_dict()["model_type"] == merged.config.model_type
 
 
 def test_adapters_are_around_the_linear_layers_alone(base):

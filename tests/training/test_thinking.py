@@ -218,6 +218,20 @@ def test_adapters_think_as_the_model_does(base, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["drop", "none"])
+def test_adapters_of_a_model_that_has_unlearned_to_think_do_not_think(mode, base, tmp_path):
+    finetune(recipe_for(base), tmp_path / "thinks")
+    recipe = recipe_for(base, thoughts={"mode": mode})
+    recipe.model, recipe.lora.rank = str(tmp_path / "thinks"), 2
+    finetune(recipe, tmp_path / "run")
+    folders = (tmp_path / "run" / part for part in ("model", "adapter"))
+    models = [load_language_model_and_tokenizer(str(folder)) for folder in folders]
+    assert [thoughts_of(model.config) for model, _ in models] == [None] * 2
+    answers = [continue_texts(*model, ["a ? b :"], temperature=0.0) for model in models]
+    assert answers[0] == answers[1]
+    finetune(recipe, tmp_path / "run", overwrite=True)  # All in it is known to be ours.
+
+
+@pytest.mark.parametrize("mode", ["drop", "none"])
 def test_a_model_that_is_trained_on_without_thoughts_no_longer_thinks(mode, base, tmp_path, caplog):
     finetune(recipe_for(base), tmp_path / "thinks")
     recipe = recipe_for(base, thoughts={"mode": mode})

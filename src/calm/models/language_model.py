@@ -17,14 +17,14 @@ from transformers.generation.streamers import BaseStreamer
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
 from calm.core.temperature import inverse_temperature, is_likeliest
-from calm.errors import InputError
+from calm.errors import InputError, NotFiniteError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import LastTokenProjection
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.drafting.generate import Drafting, generate_drafted
 from calm.models.heads import Likelihood, Teachable
-from calm.models.readers import ChunkReader, LikelihoodChunkReader, Reader, TokensReader
+from calm.models.readers import NO_DISTRIBUTION, ChunkReader, LikelihoodChunkReader, Reader, TokensReader
 from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
@@ -220,7 +220,9 @@ class _Chunks(LanguageModel):
     ) -> Tensor:
         if arguments.pop("draft", None) is not None or arguments.pop("draft_chunks", None) is not None:
             raise ValueError("a CALM writes whole chunks itself; a draft is for models of tokens.")
-        output = self.network.generate(input_ids, temperature=temperature, seed=seed, **arguments)
+        output = self.network.generate(
+            input_ids, temperature=temperature, seed=seed, return_dict_in_generate=False, **arguments
+        )
         assert isinstance(output, Tensor)
         return output
 
@@ -309,7 +311,8 @@ class _Tokens(LanguageModel):
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
         is_greedy = is_likeliest(temperature)
-        arguments |= {"do_sample": not is_greedy}
+        # The model's own generation configuration may ask for more than tokens.
+        arguments |= {"do_sample": not is_greedy, "return_dict_in_generate": False}
         if not is_greedy:
             arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
         else:
@@ -323,7 +326,12 @@ class _Tokens(LanguageModel):
             if seed is not None:
                 torch.manual_seed(seed)
             network: Any = self.network
-            return network.generate(input_ids, streamer=streamer, **arguments)
+            try:
+                return network.generate(input_ids, streamer=streamer, **arguments)
+            except RuntimeError as error:
+                if "probability tensor contains" not in str(error):  # What torch.multinomial says.
+                    raise
+                raise NotFiniteError(NO_DISTRIBUTION) from error
 
 
 def language_model(network: PreTrainedModel) -> LanguageModel:

@@ -165,8 +165,9 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     except Exception as error:  # Of json, safetensors, peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
     check_finite(merged, str(path))
-    if thoughts := read_settings(path / THOUGHTS):
-        merged.config.thoughts = thoughts
+    merged.requires_grad_(True)  # As weights that are loaded are; peft froze them.
+    if (path / THOUGHTS).is_file():
+        merged.config.thoughts = read_settings(path / THOUGHTS) or None
         try:
             thoughts_of(merged.config)
         except ValueError as error:
@@ -228,12 +229,14 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of a model in a folder, in a GGUF file, or on the hub.
+    """The configuration of a model in a folder, in a GGUF file, or on the hub; adapters have their model's.
 
     Raises:
         InputError: If there is none, or it cannot be read.
     """
     if Path(place := place_of(name)).is_dir():
+        if is_adapter(Path(place)):  # Merged, they leave its sizes as they are.
+            return config_of(base_of_adapters(Path(place)))
         return load_config(Path(place))
     look_for(name)
     try:

@@ -11,10 +11,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from calm.core.samplers import HeadSampler, PoolSampler, Sampler, is_plain_draw
+from calm.errors import NotFiniteError
 from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.heads import Likelihood
 from calm.models.heads.contract import MIN_TEMPERATURE
+
+NO_DISTRIBUTION = (
+    "the model's probabilities of the next token are not finite; the weights may be damaged, or the dtype "
+    "too narrow for them."
+)
 
 
 class Reader(Protocol):
@@ -161,8 +167,15 @@ class TokensReader:
         return tokens_PN.T.unsqueeze(-1)
 
     def distribution(self, outputs_PX: Tensor) -> Tensor:
-        """Probabilities of the next token, (P, V)."""
-        return (outputs_PX.float() / self.temperature).softmax(-1)
+        """Probabilities of the next token, (P, V).
+
+        Raises:
+            NotFiniteError: If they are not finite.
+        """
+        p_PV = (outputs_PX.float() / self.temperature).softmax(-1)
+        if not bool(p_PV.isfinite().all()):
+            raise NotFiniteError(NO_DISTRIBUTION)
+        return p_PV
 
     def losses(self, outputs_PX: Tensor, units_PK: Tensor) -> Tensor:
         """See `LikelihoodReader`."""

@@ -18,7 +18,8 @@ _TOKENIZER = dict.fromkeys(
 ) | {"additional_chat_templates": dict.fromkeys(("*.jinja",))}  # fmt: skip
 _MODEL = _TOKENIZER | dict.fromkeys(
     ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
-     "adapter_model.safetensors", "adapter_config.json", "generation_config.json", "recipe.yaml", "README.md")
+     "adapter_model.safetensors", "adapter_config.json", "thoughts.json", "generation_config.json",
+     "recipe.yaml", "README.md")
 )  # fmt: skip
 _DATASET = dict.fromkeys(("data-*-of-*.arrow", "dataset_info.json", "state.json", "cache-*.arrow", "tmp*"))
 _PREPARED = dict.fromkeys(("prepared.json", "checksums.json")) | {

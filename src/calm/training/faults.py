@@ -39,10 +39,20 @@ class LossWatch:
         if processes().num_processes > 1:
             distributed.all_reduce(bad_step, distributed.ReduceOp.MAX)
         if bad_step >= 0:
-            raise RunError(
-                f"the loss of step {int(bad_step)} is not finite; {left}. A lower learning rate or clipping "
-                "(max_grad_norm) may help, in a new run."
-            )
+            raise diverged(f"the loss of step {int(bad_step)}", left)
+
+
+def diverged(what: str, left: str) -> RunError:
+    """The error of a run in which something is not finite.
+
+    Args:
+        what: What is not.
+        left: What remains of the run.
+    """
+    return RunError(
+        f"{what} is not finite; {left}. A lower learning rate or clipping (max_grad_norm) may help, in a new "
+        "run."
+    )
 
 
 def check_weights(model: nn.Module, step: int, left: str) -> None:

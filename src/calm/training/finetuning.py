@@ -179,7 +179,9 @@ def _train(
         write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
-            run.save_model("adapter", adapted, tokenizer, {THOUGHTS: getattr(model.config, "thoughts", None)})
+            # Written where there are none as well: the model that they belong to may think.
+            thoughts = getattr(model.config, "thoughts", None) or {}
+            run.save_model("adapter", adapted, tokenizer, {THOUGHTS: thoughts})
         model = merge_adapters(adapted)
     run.save_model("model", model, tokenizer)
 

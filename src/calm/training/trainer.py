@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer
 
 from calm.data.counts import number
 from calm.data.streaming import PLACE, BlockStream
-from calm.errors import InputError, RunError, Terminated, reason_of
+from calm.errors import InputError, NotFiniteError, RunError, Terminated, reason_of
 from calm.models.language_model import language_model
 from calm.storage.disk import disk_errors
 from calm.training.arguments import Stage, training_arguments
@@ -29,7 +29,7 @@ from calm.training.blocks import Blocks
 from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, written_checkpoint
 from calm.training.clock import Clock
 from calm.training.extending import SaveAt, kept_step
-from calm.training.faults import LeaveOnSignal, LossWatch, check_weights
+from calm.training.faults import LeaveOnSignal, LossWatch, check_weights, diverged
 from calm.training.inputs import copy_inputs, other_input
 from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler, follow_schedule
@@ -249,7 +249,11 @@ class ChunkTrainer(Trainer):
         was_training = self._network.training
         self._network.eval()
         with self._speed.pause():
-            scores = self.score(self.whole_network(), self.eval_dataset)
+            try:
+                scores = self.score(self.whole_network(), self.eval_dataset)
+            except NotFiniteError as error:  # The loss of the next step would have been the first to show it.
+                step = self.state.global_step
+                raise diverged(f"what the model gives after step {step}", self._left()) from error
         self._network.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)

@@ -208,7 +208,7 @@ def generate_drafted(
             input_ids[row : row + 1],
             attention_mask=mask_BT[row : row + 1],
             custom_generate=of_row,
-            **arguments,
+            **arguments | {"return_dict_in_generate": False},
         )[0]
         for row, of_row in zip(order, drafts, strict=True)
     ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calm.core.distillation import Teaching
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
+from calm.errors import NotFiniteError
 from calm.models.heads.fields import HeadConfig, refuse_old_names
 
 MIN_TEMPERATURE = 0.01
@@ -298,7 +299,7 @@ def traced_checks() -> Iterator[list[Tensor]]:
 
 
 def require_finite(drawn: Tensor) -> None:
-    """Raise ValueError if latents or scores of a draw are not finite (see `traced_checks`)."""
+    """Raise NotFiniteError if latents or scores of a draw are not finite (see `traced_checks`)."""
     is_finite = drawn.isfinite().all()
     if (checks := _traced.get()) is not None:
         checks.append(is_finite)
@@ -307,8 +308,8 @@ def require_finite(drawn: Tensor) -> None:
 
 
 def refuse_damaged(dtype: torch.dtype) -> NoReturn:
-    """Raise the ValueError of a draw that is not finite."""
-    raise ValueError(
+    """Raise the error of a draw that is not finite."""
+    raise NotFiniteError(
         f"the head drew a latent or score that is not finite (in {dtype}); "
         "the weights may be damaged, or the dtype too narrow for them."
     )
