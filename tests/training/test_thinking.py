@@ -265,7 +265,11 @@ BAD = {
     "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not go with"),
     "compile": ({}, {"compile": True}, "compile does not go with"),
     "mix": ({"mix": 1.5}, {}, "thoughts.mix must be at least 0 and at most 1"),
-    "thoughts": ({"per_step": 50}, {}, "items.jsonl', line 1: .* leave no room for a prompt in a context of 64"),
+    "thoughts": (
+        {"per_step": 50},
+        {},
+        "items.jsonl', line 1: .* leave no room for a prompt in a context of 64",
+    ),
     "stages": ({"stages": -1}, {}, "thoughts.stages must"),
 }
 
