@@ -69,7 +69,7 @@ def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
     They are loaded later, when their tokens can be compared with those of the text.
 
     Raises:
-        InputError: If weights are missing or truncated, or a teacher has other tokens than the text will have.
+        InputError: If weights are missing or truncated, or a teacher has other tokens than the text will.
     """
     if (name := recipe.language_model.init_from) is not None:
         check_readable(name)
