@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -165,24 +164,6 @@ def test_adapters_are_saved_merged_and_loaded(model, base, tmp_path):
     assert not any(name.startswith(("autoencoder", "backbone.embed", "model.embed")) for name in changed)
     texts = [continue_texts(m, tokenizer, ["The cat says"], temperature=1, seed=1) for m in (merged, loaded)]
     assert texts[0] == texts[1]
-
-
-def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
-    """peft would warn where it looks for the base by its name, on the hub even; and of its own old names."""
-    import peft.utils.other
-    import peft.utils.save_and_load
-
-    for module in (peft.utils.other, peft.utils.save_and_load):
-        monkeypatch.setattr(
-            module, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked")
-        )
-    finetune(recipe_for(base, rank=2, steps=4), tmp_path / "first")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        again = with_settings(recipe_for(base, rank=2, steps=4), {"model": str(tmp_path / "first/adapter")})
-        finetune(again, tmp_path / "second")
-        load_language_model_and_tokenizer(str(tmp_path / "second/adapter"))
-    assert not [one for one in said if "peft" in one.filename or "checkpointing" in str(one.message)]
 
 
 def test_adapters_are_around_the_linear_layers_alone(base):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,25 @@ def test_scales(base):
     model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
     thinking = thinking_of(recipe_for(base, "calm", {"scale": "rms"}), model, tokenizer)
     assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
+
+
+def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
+    """peft would warn where it looks for the base by its name, on the hub even; and of its own old names."""
+    import peft.utils.other
+    import peft.utils.save_and_load
+
+    for module in (peft.utils.other, peft.utils.save_and_load):
+        monkeypatch.setattr(
+            module, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked")
+        )
+    recipe = with_settings(recipe_for(base), {"lora.rank": 2})
+    finetune(recipe, tmp_path / "first")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = with_settings(recipe, {"model": str(tmp_path / "first/adapter")})
+        finetune(again, tmp_path / "second")
+        load_language_model_and_tokenizer(str(tmp_path / "second/adapter"))
+    assert not [one for one in said if "peft" in one.filename or "checkpointing" in str(one.message)]
 
 
 def test_adapters_think_as_the_model_does(base, tmp_path):

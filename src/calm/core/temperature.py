@@ -203,8 +203,8 @@ def order_for(temperature: float, num_draws: int | None = None, name: str = "") 
     needed = 1 if math.isinf(order) else math.ceil(order)
     if num_draws < needed and needed > _MOST_DRAWS_NAMED and num_draws > 0:
         raise ValueError(
-            f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}, with which the "
-            f"lowest above 0 is {1 / num_draws:g}."
+            f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}, with which "
+            f"the lowest above 0 is {1 / num_draws:g}."
         )
     if num_draws < needed:
         raise ValueError(
