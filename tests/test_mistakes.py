@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import pytest
+from toy import failure
 
 from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown, unknown_command
@@ -111,6 +112,31 @@ def test_what_is_shown_of_a_value():
         == "--seed must be a whole number, got nothing."
     )
     assert sentence("something else\n  of two lines", options) == "something else of two lines"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "language_model.uptraining",
+            '{"layers":[0.5]}',
+            ".uptraining.layers must be a list of whole numbers, such as [1,2], got '[0.5]'.",
+        ),
+        ("language_model.uptraining", '{"sink":"x"}', ".uptraining.sink must be true or false, got 'x'."),
+        ("language_model.uptraining", '{"sink":" - Parser key"}', "must be true or false, got"),
+        ("language_model", '{"uptraining":{"layers":"a"}}', ".uptraining.layers must be a list of"),
+        (
+            "language_model.training",
+            '{"optimizer":{"learning_rate":"x"}}',
+            "--language_model.training.optimizer.learning_rate must be a number, got 'x'.",
+        ),
+        ("language_model.uptraining", "[1]", ".uptraining must be a mapping of settings, got '[1]'."),
+        ("language_model.uptraining", "", ".uptraining must be a mapping of settings, got nothing."),
+    ],
+)
+def test_a_group_as_a_mapping_names_the_entry_that_is_wrong(option, value, message, capsys, tmp_path):
+    said = failure(capsys, "train", "--recipe", "demo", "--output", tmp_path / "run", f"--{option}", value)
+    assert said.startswith("calm: error: --language_model") and message in said
 
 
 def test_commands():

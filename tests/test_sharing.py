@@ -182,6 +182,28 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     assert "dtype must be float32, bfloat16 or float16, got 'int4'" in message
 
 
+def test_bad_options_are_found_before_the_work(runs, capsys, tmp_path, monkeypatch):
+    """The model is not scored, and no card is written."""
+    monkeypatch.setattr("calm.sharing.write_card", lambda *_, **__: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("mine")
+    for options, words in {
+        ("--dtype", "int8"): "dtype must be float32, bfloat16 or float16, got 'int8'",
+        ("--dtype", "int8", "--export", tmp_path / "new"): "got 'int8'",
+        ("--export", tmp_path): "is there already; choose another --export",
+        ("--export", tmp_path / "file"): "is there already; choose another --export",
+        ("--export", tmp_path / "file/copy"): f"cannot be a folder: '{tmp_path}/file' is a file",
+        ("--private",): "name it with --push",
+        ("--push", "small"): "'small' is no name on the hub; give OWNER/NAME",
+        ("--push", "me/small", "--dtype", "int8"): "got 'int8'",  # And the hub is not asked.
+        ("--ngrams", "[0]"): "ngrams must be",
+        ("--about", "\udce9"): "UTF-8",
+        ("--name", "\udce9"): "UTF-8",
+        ("--license", "\udce9"): "UTF-8",
+    }.items():
+        assert words in failure(capsys, "share", runs / "run", *options), options
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.fixture(scope="module")
 def answering(runs):
     """A run of `calm finetune` on the model of the run, and one by adapters."""

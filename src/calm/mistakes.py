@@ -203,6 +203,12 @@ _SAYINGS: tuple[tuple[str, Callable[..., str]], ...] = (
         r'^Invalid option "(.*)" for (--\S+)$',
         lambda _, value, name: f"{name} cannot be '{value}'; it takes skip_default or skip_unset.",
     ),
+    # A group that is given as a mapping, with a value in it that does not fit.
+    (
+        r'^Parser key "[^"]+": Unable to load config \'.*?\' - Parser key "([^"]+)": '
+        r"(?!Unable to load).*(?:Got|Given) value: ?(.*)$",
+        wrong_value,
+    ),
     (r'^Parser key "([^"]+)": Unable to load config \'(.*?)\' - ', wrong_value),
     (r'^Parser key "([^"]+)": .*(?:Got|Given) value: ?(.*)$', wrong_value),
 )

@@ -13,6 +13,7 @@ from calm.errors import InputError
 from calm.models.context import check_room, longest_context, room_beside
 from calm.models.language_model import language_model
 from calm.models.thoughts import num_tokens_of
+from calm.models.writing.arguments import num_texts
 from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.text.decoding import TextBuilder, decode_after
 from calm.text.encoding import encode_documents
@@ -42,6 +43,10 @@ def continue_texts(
     Raises:
         InputError: If an argument is out of range, or a prompt has no token or is too long.
     """
+    try:
+        num_texts(num_return_sequences)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if stream:
         return _stream_texts(model, tokenizer, prompts, num_return_sequences, arguments)
     ids = encode_documents(tokenizer, prompts)

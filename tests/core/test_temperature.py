@@ -226,6 +226,19 @@ def test_too_small_a_pool_is_refused():
         sample_exact(draw_of(torch.eye(1), None), 1, 1 / 3, max_draws=2)
 
 
+@pytest.mark.parametrize("settings", [{"max_draws": 7}, {"sampler": "pool", "num_draws": 7}])
+def test_a_temperature_that_needs_no_end_of_draws_is_refused_in_few_words(settings):
+    [name] = settings.keys() - {"sampler"}
+    said = (
+        rf"^a temperature of 1e-300 needs 1e\+300 draws, got {name}=7, with which the lowest above 0 is 0\.1"
+    )
+    with pytest.raises(ValueError, match=said) as raised:
+        sampler_from(temperature=1e-300, **settings)
+    assert len(str(raised.value)) < 120
+    lowest = float(str(raised.value).rstrip(".").split()[-1])
+    assert sampler_from(temperature=lowest, **settings).temperature == lowest
+
+
 def test_exact_sampling_has_no_temperature_zero():
     with pytest.raises(ValueError, match="temperature above 0"):
         sample_exact(draw_of(torch.eye(1), None), 1, 0.0)

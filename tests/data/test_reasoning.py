@@ -115,7 +115,13 @@ def test_steps_of_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "word"), [('"a"', "list of texts"), ("[1]", "list of texts"), ('[""]', "none of them empty")]
+    ("steps", "word"),
+    [
+        ('"a"', "list of texts"),
+        ("[1]", "list of texts"),
+        ('[""]', "none of them empty"),
+        *((steps, "line 1: 'steps' must be a list of texts") for steps in ('""', "0", "false", "{}", "0.0")),
+    ],
 )
 def test_steps_that_are_none(tmp_path, steps, word):
     file = tmp_path / "records.jsonl"
@@ -123,6 +129,15 @@ def test_steps_that_are_none(tmp_path, steps, word):
     with pytest.raises(InputError, match=word):
         read_examples([str(file)], train_tokenizer(["a b"], 300), with_steps=True)
     assert len(read_examples([str(file)], train_tokenizer(["a b"], 300))) == 1
+
+
+def test_records_without_steps_are_read_as_such(tmp_path):
+    file = tmp_path / "records.jsonl"
+    rest = '"prompt": "a", "completion": "b"}\n'
+    file.write_text("".join(f"{{{steps}{rest}" for steps in ("", '"steps": null, ', '"steps": [], ')))
+    examples = read_examples([str(file)], train_tokenizer(["a b"], 300), with_steps=True)
+    assert [one.steps for [one] in examples] == [(), (), ()]
+    assert [one.where for [one] in examples] == [f"'{file}', line {number}" for number in (1, 2, 3)]
 
 
 def test_steps_of_conversations_are_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from toy import failure
 
 from calm.cli import main
-from calm.data.tasks import MODULUS, TASKS, items
+from calm.data.tasks import MODULUS, TASKS, items, write_items
 from calm.errors import InputError
 
 HOPS = [1, 2, 3, 5, 8]
@@ -199,6 +199,35 @@ def test_the_command(tmp_path, capsys):
     held_out = tmp_path / "held_out.jsonl"
     main(["tasks", "chain", "--hops", "3", "--number", "5", "--held_out", "--output", str(held_out)])
     assert len(held_out.read_text().splitlines()) == 5
+
+
+def test_items_are_written_as_they_come_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    """However many there are, and whatever lies beside."""
+    file, beside = tmp_path / "chain.jsonl", tmp_path / "chain.partial"
+    file.write_text("old")
+    beside.write_text("mine")
+    made = 0
+
+    def endless(*_):
+        nonlocal made
+        for item in items("chain", 3):
+            made += 1
+            if made == 2000:
+                [partial] = tmp_path.glob(".*")
+                assert partial.stat().st_size > 1000 and file.read_text() == "old"
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patched:
+        patched.setattr("calm.data.tasks.items", endless)
+        with pytest.raises(KeyboardInterrupt):
+            write_items(file, "chain", 3, 0, 10**8, False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "chain.jsonl": "old",
+        "chain.partial": "mine",
+    }
+    write_items(file, "chain", 3, 0, 5, False)
+    assert len(file.read_text().splitlines()) == 5 and beside.read_text() == "mine"
 
 
 def test_mistakes(tmp_path, capsys):

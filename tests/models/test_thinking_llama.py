@@ -99,6 +99,12 @@ def test_what_thoughts_do_not_go_with_is_refused(name):
             model.generate(PROMPT, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_number_of_texts_that_there_cannot_be_is_refused(number):
+    with pytest.raises(ValueError, match=f"num_return_sequences must be .* at least 1, got {number}"):
+        thinker().generate(PROMPT, max_new_tokens=2, num_return_sequences=number)
+
+
 def test_what_is_passed_by_place_is_refused_as_well():
     with pytest.raises(ValueError, match="assistant_model cannot be honoured"):
         thinker().generate(PROMPT, None, None, None, None, None, tiny_llama(), max_new_tokens=2)

@@ -66,6 +66,7 @@ def test_the_distribution_of_a_pool_is_that_of_its_sampler():
 BAD = {
     "draws": ({"num_draws": 5000}, "may be 1000 at most"),
     "few draws": ({"num_draws": 1, "temperatures": [0.5]}, "needs at least 2 draws"),
+    "no end of draws": ({"temperatures": [1e-300]}, "of 1e-300 needs 1e+300 draws, got 64"),
     "temperature": ({"temperatures": [2.0]}, "between 0 and 1"),
     "written": ({"written": [5]}, "whole chunks of 4"),
     "ids": ({"prompt": [999]}, "token ids of 'prompt'"),

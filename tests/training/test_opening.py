@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toy import failure, toy_recipe
+from toy import failure, toy_recipe, toy_source
 
 from calm.cli import main
 from calm.data import pieces, sources
@@ -78,6 +78,37 @@ def test_a_refused_training_leaves_nothing(option, value, message, runs, tmp_pat
     before = everything_below(tmp_path)
     assert message in failure(capsys, *arguments, "--output", tmp_path / "new/deep/run")
     assert everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("side", ["init_from", "teacher.model"])
+@pytest.mark.parametrize("fault", ["missing", "truncated", "damaged", "a shard", "pickle"])
+def test_weights_that_cannot_be_read_are_found_before_text_is_prepared(
+    side, fault, tmp_path, capsys, monkeypatch
+):
+    toy_source(tmp_path)
+    weights = tmp_path / "source/model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    if fault in ("truncated", "damaged"):
+        weights.write_bytes(whole[: len(whole) // 2] if fault == "truncated" else b"\xff" * 99)
+    elif fault == "a shard":
+        index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+        (tmp_path / "source/model.safetensors.index.json").write_text(json.dumps(index))
+    elif fault == "pickle":
+        (tmp_path / "source/pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    settings = {f"language_model.{side}": str(tmp_path / "source")}
+    settings |= {"data.tokenizer": None} if side == "init_from" else {"data.tokenizer": tmp_path / "source"}
+    autoregressive = {"model": "autoregressive", "chunk_size": 1, "data.vocab_size": 300}
+    recipe = with_settings(
+        toy_recipe(tmp_path / "text.jsonl"),
+        {name: value if value is None else str(value) for name, value in settings.items()} | autoregressive,
+    )
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.setattr("calm.training.opening.prepare", lambda *_, **__: pytest.fail("text was prepared"))
+    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    words = {"missing": "there are no weights in", "a shard": "which is missing; restore it from a copy"}
+    assert words.get(fault, "it is truncated or damaged") in said and "source" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["a mistyped source", "a hub dataset", "a field"])

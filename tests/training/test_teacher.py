@@ -256,7 +256,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    kind, changes, message, base, tmp_path, capsys
+    kind, changes, message, base, tmp_path, capsys, monkeypatch
 ):
     if changes.get("data.tokenizer") == "other":
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base / "source")
@@ -264,6 +264,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         tokenizer.save_pretrained(tmp_path / "other")
         changes = {**changes, "data.tokenizer": str(tmp_path / "other")}
     write_recipe(recipe_for(base, kind, **changes), tmp_path / "recipe.yaml")
+    monkeypatch.setattr(opening, "prepare", lambda *_, **__: pytest.fail("text was prepared"))
     said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
     assert message in said and not (tmp_path / "run").exists()
 

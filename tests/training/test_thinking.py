@@ -1,6 +1,8 @@
 """Training to think: stages come and go, runs resume exactly, and thoughts carry what pauses cannot."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from calm.training.finetuning_recipe import (
 )
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings, TrainingSettings
-from calm.training.recipe_files import write_recipe
+from calm.training.recipe_files import with_settings, write_recipe
 from calm.training.thinking import StageChange, reset, thinking_of
 
 MARKERS = (2, 1)  # BOS and EOS.
@@ -202,6 +204,25 @@ def test_scales(base):
     assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
 
 
+def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
+    """peft would warn where it looks for the base by its name, on the hub even; and of its own old names."""
+    import peft.utils.other
+    import peft.utils.save_and_load
+
+    for module in (peft.utils.other, peft.utils.save_and_load):
+        monkeypatch.setattr(
+            module, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked")
+        )
+    recipe = with_settings(recipe_for(base), {"lora.rank": 2})
+    finetune(recipe, tmp_path / "first")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = with_settings(recipe, {"model": str(tmp_path / "first/adapter")})
+        finetune(again, tmp_path / "second")
+        load_language_model_and_tokenizer(str(tmp_path / "second/adapter"))
+    assert not [one for one in said if "peft" in one.filename or "checkpointing" in str(one.message)]
+
+
 def test_adapters_think_as_the_model_does(base, tmp_path):
     for name in ("calm", "plain"):
         recipe = recipe_for(base, name)
@@ -278,7 +299,11 @@ BAD = {
     "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not go with"),
     "compile": ({}, {"compile": True}, "compile does not go with"),
     "mix": ({"mix": 1.5}, {}, "thoughts.mix must be at least 0 and at most 1"),
-    "thoughts": ({"per_step": 50}, {}, "example 1: .* leave no room for a prompt in a context of 64"),
+    "thoughts": (
+        {"per_step": 50},
+        {},
+        "items.jsonl', line 1: .* leave no room for a prompt in a context of 64",
+    ),
     "stages": ({"stages": -1}, {}, "thoughts.stages must"),
 }
 
@@ -288,6 +313,38 @@ def test_bad_recipes(thoughts, training, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         finetune(recipe_for(base, thoughts=thoughts, **training), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", [0, 15, 58])
+def test_an_example_that_does_not_fit_is_named_by_its_line(place, base, tmp_path):
+    """However the examples are split, and whatever other files there are."""
+    lines = (base / "items.jsonl").read_text().splitlines()
+    long = json.loads(lines[place]) | {"steps": ["b = 5 ." * 40]}
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text("\n".join(lines))
+    files[1].write_text("\n".join([*lines[:place], json.dumps(long), *lines[place + 1 :]]))
+    recipe = with_settings(recipe_for(base), {"examples.sources": [str(file) for file in files]})
+    said = rf"^'{re.escape(str(files[1]))}', line {place + 1}: .* leave no room for a prompt"
+    with pytest.raises(InputError, match=said):
+        finetune(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("side", ["sources", "validation_sources"])
+def test_records_without_any_steps_are_told(side, base, tmp_path, caplog, monkeypatch):
+    """A field may be misspelled; a run that means it goes on."""
+    records = [json.loads(line) for line in (base / "items.jsonl").read_text().splitlines()]
+    file = tmp_path / "misspelled.jsonl"
+    file.write_text("\n".join(json.dumps({**one, "stepz": one["steps"], "steps": None}) for one in records))
+    sources = {"sources": str(base / "items.jsonl"), "validation_sources": str(base / "items.jsonl")}
+    settings = {f"examples.{name}": value for name, value in (sources | {side: str(file)}).items()}
+    monkeypatch.setattr("calm.training.finetuning._train", lambda *_: None)
+    finetune(with_settings(recipe_for(base), settings), tmp_path / "run")
+    [told] = [one.getMessage() for one in caplog.records if "'steps'" in one.getMessage()]
+    assert told.startswith(f"no record of {file} has 'steps'") and "thoughts.mode state" in told
+    caplog.clear()
+    finetune(recipe_for(base), tmp_path / "other")
+    assert "'steps'" not in caplog.text
 
 
 def test_a_context_beyond_the_model_is_refused(base, tmp_path):

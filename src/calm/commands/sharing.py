@@ -72,17 +72,22 @@ def share(
         dtype: Type of the weights in that copy: float32, bfloat16 or float16.
     """
     check_counts(ngrams, max_blocks=max_blocks)
-    from calm.sharing import check_push, write_card
+    if private and push is None:
+        raise InputError("--private is for a repository on the hub; name it with --push or leave it out.")
+    name, license, about = (None if one is None else as_text(one) for one in (name, license, about))
+    from calm.sharing import check_export, check_push, write_card
     from calm.sharing import export as copy
     from calm.sharing import push as upload
 
+    # Before the model is scored, which may take long, and before its card is written.
+    check_export(None if export is None else Path(export), dtype)
     if push is not None:
         check_push(push)
     card = write_card(
         Path(run),
         name=name or push,
         license_name=license,
-        about=None if about is None else as_text(about),
+        about=about,
         ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
         num_blocks=max_blocks,
     )

@@ -22,6 +22,7 @@ states (N, R, X) that go with a `TokenReader`."""
 
 _ROUNDING = 1e-3
 _LEAST = 1e-300
+_MOST_DRAWS_NAMED = 10**6  # With a temperature that needs more, nobody meant to draw so many.
 _LIKELIEST = 1e-6
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # Where tokens are expensive to find, draws that are not needed are too.
@@ -200,6 +201,11 @@ def order_for(temperature: float, num_draws: int | None = None, name: str = "") 
     if num_draws is None:
         return order
     needed = 1 if math.isinf(order) else math.ceil(order)
+    if num_draws < needed and needed > _MOST_DRAWS_NAMED and num_draws > 0:
+        raise ValueError(
+            f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}, with which "
+            f"the lowest above 0 is {1 / num_draws:g}."
+        )
     if num_draws < needed:
         raise ValueError(
             f"a temperature of {temperature:g} needs at least {needed} draws, got {name}{num_draws}."

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +47,13 @@ class Example:
         prompt: Tokens of the prompt, with a beginning of text where the tokenizer has one.
         completion: Tokens of the completion, ended by EOS.
         steps: Tokens of the steps that lead from one to the other, if they are known.
+        where: Its file and line, or the like, for messages.
     """
 
     prompt: list[int]
     completion: list[int]
     steps: tuple[list[int], ...] = ()
+    where: str = field(default="an example", compare=False)
 
 
 def read_examples(
@@ -62,8 +64,8 @@ def read_examples(
     Args:
         sources: The files, folders or datasets.
         tokenizer: The tokenizer.
-        with_steps: Whether records have `steps`, a list of texts, which is empty if it is not there. Steps,
-            and a completion after them, are parted by a space.
+        with_steps: Whether records have `steps`, a list of texts; a missing one, and null, are an empty list.
+            Steps, and a completion after them, are parted by a space.
 
     Raises:
         InputError: If a source is missing, or a record is not of either form.
@@ -128,12 +130,12 @@ def _read_batch(
     words = iter(encode_words(tokenizer, [text for pair in pairs for text in (*pair.steps, pair.completion)]))
     for where, one in read:
         if not isinstance(one, _Pair):
-            yield one
+            yield [replace(example, where=where) for example in one]
             continue
         steps_ids = tuple(itertools.islice(words, len(one.steps)))
         with _told_where(where):
             example = _example(next(prompts), [*next(words), tokenizer.eos_token_id])
-        yield [replace(example, steps=steps_ids)]
+        yield [replace(example, steps=steps_ids, where=where)]
     if mistake is not None:
         raise mistake
 
@@ -177,7 +179,8 @@ def _pair_of(record: dict[str, Any], steps: list[str]) -> _Pair:
 
 def _steps_of(record: dict[str, Any]) -> list[str]:
     """The steps of a record, each parted by a space from what is before it."""
-    steps = record.get("steps") or []
+    steps = record.get("steps")
+    steps = [] if steps is None else steps  # An empty text, 0 and the like are mistakes.
     if not isinstance(steps, list) or not all(isinstance(step, str) and step for step in steps):
         raise InputError("'steps' must be a list of texts, none of them empty.")
     if steps and "messages" in record:

@@ -18,7 +18,7 @@ from typing import Any
 
 from calm.errors import InputError
 from calm.ranges import Range
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_lines_whole
 
 MODULUS = 7
 _HELD_OUT = 16  # One group of facts in so many is kept for scoring, whatever the seed.
@@ -207,4 +207,4 @@ def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_o
     """Write items to a file of JSON lines, whole or not at all."""
     lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file_whole(path, "".join(lines))
+    write_lines_whole(path, lines)

@@ -7,6 +7,7 @@ Whatever needs one of these is refused; the libraries would ask, or run it.
 import copy
 import functools
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -184,14 +185,26 @@ def open_adapters(model: Any, path: Path) -> Any:
     import peft  # noqa: PLC0415 (of an extra)
 
     with _without_code(str(path)):
-        adapted = peft.PeftModel.from_pretrained(model, str(path))
-        wanted, found = peft.get_peft_model_state_dict(adapted), peft.load_peft_weights(str(path))
+        with peft_by_old_names():
+            adapted = peft.PeftModel.from_pretrained(model, str(path))
+        # Whether peft would save embeddings as well does not matter, and to know it peft asks the hub.
+        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        found = peft.load_peft_weights(str(path))
     if missing := sorted(wanted.keys() - found.keys()):  # peft warns of it at most.
         raise InputError(
             f"the adapters in '{path}' do not fit the model: {len(missing)} of their tensors are missing, "
             f"the first is {missing[0]}."
         )
     return adapted
+
+
+@contextmanager
+def peft_by_old_names() -> Iterator[None]:
+    """Within, transformers does not warn that peft reads a property of models by its old name."""
+    with warnings.catch_warnings():
+        old = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", message=old, category=FutureWarning)
+        yield
 
 
 def read_settings(file: Path) -> dict[str, Any]:

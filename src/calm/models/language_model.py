@@ -28,6 +28,7 @@ from calm.models.readers import NO_DISTRIBUTION, ChunkReader, LikelihoodChunkRea
 from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
+from calm.models.writing.arguments import num_texts
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 _ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
@@ -308,6 +309,7 @@ class _Tokens(LanguageModel):
                 f"the {sampler} sampler is for models without probabilities; leave out --sampler."
             )
         inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
+        num_texts(arguments.get("num_return_sequences"))
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
         is_greedy = is_likeliest(temperature)

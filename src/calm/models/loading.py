@@ -140,6 +140,24 @@ def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
     return network
 
 
+def check_readable(name: str) -> None:
+    """See that the weights of a model are there and their files whole, as far as headers tell.
+
+    Of a model on the hub nothing is seen before it is loaded.
+
+    Args:
+        name: Folder, GGUF file or hub name.
+
+    Raises:
+        InputError: If weights are missing, truncated, or not those of the configuration.
+    """
+    place = place_of(name)
+    if Path(place).is_dir():
+        check_size(load_config(Path(place)), read_headers(Path(place)), place)
+    elif is_gguf(place) and Path(place).exists():
+        check_gguf(config_of(name), place)
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds low-rank adapters of a model that is elsewhere."""
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()

@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import as_id_tensor
+from calm.models.writing.arguments import num_texts
 
 _CACHES = "thoughts are in a cache that generate makes itself"
 _DRAFTS = "what drafts or compares tokens would write without the thoughts"
@@ -109,7 +110,7 @@ class Request:
             )
         if not mask_BT.bool().any(-1).all():
             raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
-        copies = self.setting("num_return_sequences") or 1
+        copies = num_texts(self.setting("num_return_sequences"))
         self.change("num_return_sequences", 1)
         return ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
 

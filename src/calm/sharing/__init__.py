@@ -1,6 +1,6 @@
 """Sharing a model: a card written from its run, a copy in fewer bytes, and the way to the hub."""
 
 from calm.sharing.cards import write_card
-from calm.sharing.publishing import check_push, export, push
+from calm.sharing.publishing import check_export, check_push, export, push
 
-__all__ = ["check_push", "export", "push", "write_card"]
+__all__ = ["check_export", "check_push", "export", "push", "write_card"]

@@ -13,8 +13,27 @@ from calm.hub.connection import is_hub_name, unreachable
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.sharing.card import CARD, recipe_text
 from calm.storage.disk import write_file_whole
-from calm.storage.folders import written_whole
+from calm.storage.folders import check_output, written_whole
 from calm.training.recipe_files import RECIPE
+
+
+def check_export(target: Path | None, dtype: str) -> None:
+    """Find out before the work whether a model could be copied.
+
+    Args:
+        target: Folder to write; None where the type alone is looked at.
+        dtype: Type of the weights.
+
+    Raises:
+        InputError: If there is something at the target, it cannot be a folder, or there is no such type.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, got '{dtype}'.")
+    if target is None:
+        return
+    if target.exists():
+        raise InputError(f"'{target}' is there already; choose another --export or move it away.")
+    check_output(target, None)
 
 
 def export(folder: Path, target: Path, dtype: str) -> None:
@@ -30,10 +49,7 @@ def export(folder: Path, target: Path, dtype: str) -> None:
     Raises:
         InputError: If there is something at the target, or the type is not one of these.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype must be float32, bfloat16 or float16, got '{dtype}'.")
-    if target.exists():
-        raise InputError(f"'{target}' is there already; choose another --export or move it away.")
+    check_export(target, dtype)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     with written_whole(target) as partial:
         torch.nn.Module.to(model, getattr(torch, dtype))

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,3 +79,23 @@ def write_file_whole(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
+    """`write_file_whole` of lines as they come, which need not fit in memory together.
+
+    Args:
+        path: The file, which a user has named: what is written first lies in a hidden file beside it.
+        lines: The lines, each with its end.
+
+    Raises:
+        RunError: If the disk is full, or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Low-rank adapters (peft) on the trainable linear layers of a language model."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from calm.errors import InputError
 from calm.extras import require
+from calm.hub.opening import peft_by_old_names
 from calm.models.blocks import PartedLinear
 from calm.models.language_model import language_model
 from calm.training.finetuning_recipe import LoraSettings
@@ -44,15 +46,19 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
 
     # An absolute path: the adapters may be loaded from elsewhere.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=_linear_layers(model, settings.layers),
-        ),
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=_linear_layers(model, settings.layers),
     )
+    with peft_by_old_names():
+        adapted = peft.get_peft_model(model, config)
+    # Embeddings have no adapters. To find out whether they have grown, which they never do here, peft would
+    # look for the base by its name on the hub, and warn that it is not there.
+    save: Any = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = save
+    return adapted
 
 
 def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:

@@ -110,10 +110,25 @@ def _read(
 ) -> tuple[list[Example], list[Example]]:
     settings, with_steps = recipe.examples, recipe.thoughts.mode != "none"
     conversations = read_examples(settings.source_list, tokenizer, with_steps)
+    if with_steps:
+        _warn_without_steps(conversations, settings.source_list, recipe.thoughts.mode)
     if not settings.validation_source_list:
         return split_examples(conversations, settings.validation_fraction, recipe.seed)
     held_out = read_examples(settings.validation_source_list, tokenizer, with_steps)
+    if with_steps:
+        _warn_without_steps(held_out, settings.validation_source_list, recipe.thoughts.mode)
     return [example for c in conversations for example in c], [example for c in held_out for example in c]
+
+
+def _warn_without_steps(conversations: list[list[Example]], sources: list[str], mode: str) -> None:
+    """Say it where no record has steps: that is allowed, but mostly a misspelled field."""
+    if processes().is_main_process and not any(one.steps for c in conversations for one in c):
+        logger.warning(
+            "no record of %s has 'steps', so thoughts.mode %s leaves none out and none are written; give "
+            "each record a list 'steps', or set thoughts.mode to none.",
+            ", ".join(sources),
+            mode,
+        )
 
 
 def _places_of(recipe: FinetuningRecipe) -> list[str]:

@@ -12,10 +12,11 @@ from calm.data.options import ReadingOptions
 from calm.data.prepare import check_text, prepare, tell_counts
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.data.shards import check_sources
+from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
-from calm.models.loading import load_autoencoder
+from calm.models.loading import check_readable, load_autoencoder
 from calm.training.check import check_recipe
 from calm.training.continuing import model_to_continue
 from calm.training.inputs import check_recipe_and_inputs, digest_of_files, digest_of_weights
@@ -23,7 +24,7 @@ from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.runs import DATA, Run
 from calm.training.sharding import check_sharding
-from calm.training.teacher import teacher_of
+from calm.training.teacher import check_tokens_of_teacher, config_of_teacher, teacher_of
 
 
 @contextlib.contextmanager
@@ -49,6 +50,7 @@ def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
 def _make_ready(run: Run[Recipe]) -> None:
     recipe, output = run.recipe, run.folder
     check_data(recipe.data, output if run.resume else None)
+    _check_models(recipe, is_text_there=run.resume and is_prepared(output / DATA))
     autoencoder = trained_autoencoder(recipe)
     with run.made_ready():
         was_there = is_prepared(data_folder(recipe, output))
@@ -59,6 +61,24 @@ def _make_ready(run: Run[Recipe]) -> None:
         if autoencoder is not None:
             check_vocabulary(autoencoder.config, recipe, data)
         check_recipe_and_inputs(output, recipe, _inputs_of(recipe, data, autoencoder))
+
+
+def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
+    """Find what can be seen of the models that a recipe names before text is prepared, which may take hours.
+
+    They are loaded later, when their tokens can be compared with those of the text.
+
+    Raises:
+        InputError: If weights are missing or truncated, or a teacher has other tokens than the text will.
+    """
+    if (name := recipe.language_model.init_from) is not None:
+        check_readable(name)
+    if config_of_teacher(recipe) is None or (teacher := recipe.language_model.teacher.model) is None:
+        return
+    check_readable(teacher)
+    tokenizer = recipe.data.tokenizer
+    if tokenizer is not None and not is_text_there and _prepared_source(recipe.data) is None:
+        check_tokens_of_teacher(teacher, load_tokenizer(tokenizer))
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.prepared import PreparedData
 from calm.data.tokenizer import load_tokenizer
@@ -176,14 +176,19 @@ def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
     half = recipe.language_model.training.precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
     network, _ = load_language_model_and_tokenizer(name, dtype=dtype)
-    if load_tokenizer(place_of(name)).get_vocab() != data.tokenizer.get_vocab():
+    check_tokens_of_teacher(name, data.tokenizer)
+    _check_reading(network, name)
+    layer = layer_of(recipe, config)
+    return Teacher(network.requires_grad_(False).eval(), settings, recipe.chunk_size, layer)
+
+
+def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError if a teacher has other tokens than text that is prepared with a tokenizer."""
+    if load_tokenizer(place_of(name)).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"the teacher '{name}' has other tokens than the text: set data.tokenizer to it, or prepare the "
             f"text with --tokenizer {name}."
         )
-    _check_reading(network, name)
-    layer = layer_of(recipe, config)
-    return Teacher(network.requires_grad_(False).eval(), settings, recipe.chunk_size, layer)
 
 
 def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:

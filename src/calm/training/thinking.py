@@ -81,14 +81,14 @@ class ThoughtTraining:
         """
         between = {stage: len(self._between(stage)) for stage in self.curriculum.stages}
         shortened = 0
-        for number, example in enumerate(examples, 1):
+        for example in examples:
             try:
                 rooms = [
                     self.layout.room(self.layout.num_written(example, stage.left_out), length)
                     for stage, length in between.items()
                 ]
             except InputError as error:
-                raise InputError(f"example {number}: {error}") from None
+                raise InputError(f"{example.where}: {error}") from None
             shortened += min(rooms) < len(example.prompt)
         return shortened
 

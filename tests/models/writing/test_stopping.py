@@ -148,6 +148,9 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
     model = LlamaForCausalLM(config)
     with pytest.raises(InputError, match="asked for, more than the context of 32; shorten the prompt"):
         continue_texts(model, tokenizer, ["one two three four " * 20])
+    for number, stream in ((0, False), (-1, False), (0, True), (-1, True)):
+        with pytest.raises(InputError, match=f"num_return_sequences must be .* at least 1, got {number}"):
+            continue_texts(model, tokenizer, ["one two"], num_return_sequences=number, stream=stream)
     [text] = continue_texts(model, tokenizer, ["one two " * 30], crop=True, max_new_tokens=4, seed=1)
     assert isinstance(text, str)
 

@@ -20,6 +20,7 @@ from calm.models.drafting.draft import TREE_TOKENS, ChunkDrafter
 from calm.models.drafting.passes import check_model
 from calm.models.drafting.text import DraftedText
 from calm.models.writing.alternatives import ends_of
+from calm.models.writing.arguments import num_texts
 
 # What `generate` takes that a draft does not go with, and what asks for nothing.
 _REFUSED = {
@@ -197,7 +198,7 @@ def generate_drafted(
     """
     writer: Any = model
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    order = [row for row in range(len(input_ids)) for _ in range(num_return_sequences)]
+    order = [row for row in range(len(input_ids)) for _ in range(num_texts(num_return_sequences))]
     drafts = [drafting] * len(order)
     if seed is not None:
         prompts = [input_ids[row][mask_BT[row].bool()].tolist() for row in order]

@@ -61,6 +61,19 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} cannot be honoured: {REFUSED[name]}. Leave it out.")
 
 
+def num_texts(asked: Any) -> int:
+    """How many texts of each prompt `num_return_sequences` asks for; one where it is None.
+
+    Raises:
+        ValueError: If it is no number of texts.
+    """
+    if asked is None:
+        return 1
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {asked!r}.")
+    return asked
+
+
 def _asks_for_nothing(name: str, value: Any) -> bool:
     if value is None or value is False:
         return True

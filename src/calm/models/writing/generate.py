@@ -21,7 +21,7 @@ from calm.core.temperature import ChunkSample
 from calm.models.context import check_room, room_beside
 from calm.models.thoughts import Thoughts, num_tokens_of, thoughts_for
 from calm.models.writing.ahead import CompiledSteps
-from calm.models.writing.arguments import REFUSED, check_arguments
+from calm.models.writing.arguments import REFUSED, check_arguments, num_texts
 from calm.models.writing.model import ChunkModel
 from calm.models.writing.prompts import Prompt
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
@@ -242,7 +242,7 @@ def _prompts(
             "Every prompt ends with an end-of-text token; what is written after it is another text. "
             "calm.text.encoding.encode_documents reads prompts without the one that a tokenizer appends."
         )
-    copies = config.num_return_sequences or 1
+    copies = num_texts(config.num_return_sequences)
     return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
 
 
