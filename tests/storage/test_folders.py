@@ -243,7 +243,7 @@ def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="is a link to '.*nowhere', which is not there"):
+        with pytest.raises(InputError, match=r"is a link to '.*nowhere', which is not there"):
             check_file(tmp_path / "empty", overwrite)
         for name in ("pipe", "to pipe"):
             with pytest.raises(InputError, match="is a device or a pipe"):
