@@ -158,6 +158,20 @@ def test_a_system_message_is_read(folder, monkeypatch, capsys):
     assert told != plain and later.endswith(told)
 
 
+def test_what_is_not_utf_8_is_refused_and_the_chat_goes_on(folder, monkeypatch, capsys):
+    expected = talk(monkeypatch, capsys, folder, ["Hello", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}?"]).out
+    lines = b"hello \xff\nHello\n/system a\xff\nCaf\xc3\xa9?\n"
+    for encoding in ("utf-8", "ascii"):  # As terminals of two kinds are read.
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding=encoding))
+        main(["chat", str(folder), "--max_new_tokens", "12", "--seed", "5"])
+        told = capsys.readouterr()
+        assert told.out == expected
+        first, second = told.err.splitlines()
+        assert first.startswith("calm: the text 'hello ") and second.startswith("calm: the text '/system a")
+        assert first.endswith("is not UTF-8.") and second.endswith("is not UTF-8.")
+    assert "is not UTF-8" in failure(capsys, "chat", folder, "--system", "a\udcff")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.models.context import room_beside
 from calm.models.language_model import language_model
@@ -51,8 +52,9 @@ class Conversation:
                 "conversations, or let it continue texts (calm generate)."
             )
         self._model, self._tokenizer = model, tokenizer
-        self._seed, self._max_new_tokens, self._num_thoughts = seed, max_new_tokens, num_thoughts
+        self._max_new_tokens, self._num_thoughts = max_new_tokens, num_thoughts
         try:
+            self._seed = None if seed is None else whole_seed(seed)
             self._thoughts = language_model(model).thoughts(num_thoughts)
         except ValueError as error:
             raise InputError(str(error)) from error

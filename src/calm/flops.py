@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from calm.errors import InputError
+from calm.errors import InputError, cause_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
@@ -105,8 +105,8 @@ def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
     try:
         return sum(cost_of(teacher, Work(context)).inference.values())
     except InputError:
+        network = _outline(teacher).eval()
         with torch.device("meta"), torch.no_grad():
-            network = AutoModelForCausalLM.from_config(teacher).eval()
             tokens, mask = torch.zeros(1, context, dtype=torch.long), torch.zeros(1, 1, context, context)
             with FlopCounterMode(display=False) as counter:
                 network(input_ids=tokens, attention_mask=mask, use_cache=False)
@@ -314,13 +314,19 @@ def parameters_of(model: nn.Module) -> dict[str, int]:
 
 
 def _count_parameters(config: PreTrainedConfig) -> dict[str, int]:
-    with torch.device("meta"):
-        model: nn.Module
-        if isinstance(config, CalmConfig):
-            model = CalmForCausalLM(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
-    return parameters_of(model)
+    return parameters_of(_outline(config))
+
+
+def _outline(config: PreTrainedConfig) -> nn.Module:
+    """A network on the meta device, which takes no memory."""
+    try:
+        with torch.device("meta"):
+            if isinstance(config, CalmConfig):
+                return CalmForCausalLM(config)
+            network: nn.Module = AutoModelForCausalLM.from_config(config)
+            return network
+    except Exception as error:  # Of whichever class it is.
+        raise InputError(f"the configuration makes no model ({cause_of(error)}).") from error
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from calm.core.chunks import split_into_chunks
 from calm.core.random import generators_of_rows, seed_of
+from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.extras import not_installed
 from calm.models.calm import CalmForCausalLM
@@ -81,7 +82,7 @@ class HarnessModel(LM):
         model, self._tokenizer = load_language_model_and_tokenizer(pretrained)
         if not isinstance(model, CalmForCausalLM):
             raise InputError(f"'{pretrained}' is no CALM; the harness has model classes for others (hf).")
-        self._model, self._choices, self._seed = model, choices, seed
+        self._model, self._choices, self._seed = model, choices, whole_seed(seed)
         self._temperature, self._num_draws = temperature, num_draws
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self._max_gen_toks, self._thoughts = max_gen_toks, thoughts_of(model.config)

@@ -1,5 +1,6 @@
 """Streams of rows: a row's numbers are its own."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,8 +9,14 @@ from calm.core.random import (
     generator_of_row,
     generators_of_rows,
     normal,
+    seed_of,
     select_rows,
     uniform,
+)
+from calm.core.seeds import whole_seed
+
+STREAM_OF_1 = (
+    3670236552952639142  # Of the tokens 5 and 6; another number would change every text that has a seed.
 )
 
 
@@ -63,3 +70,22 @@ def test_draws_in_parts_are_those_of_all_at_once(part):
     parts = DrawsInParts(20, generators_of_rows(1, [[5], [6]]))
     pieces = [ask(parts.begin(first), min(part, 20 - first)) for first in range(0, 20, part)]
     assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_seed_is_a_number_whatever_has_made_it():
+    row, ones = [5, 6], [1, np.int64(1), np.int32(1), torch.tensor(1), np.array(1), torch.tensor([1])]
+    assert {generator_of_row(one, row).initial_seed() for one in ones} == {STREAM_OF_1}
+    assert len({seed_of(one, 2, "word") for one in ones}) == 1
+    rows = ([5, 6], np.array([5, 6]), torch.tensor([5, 6]))
+    assert {generator_of_row(1, one).initial_seed() for one in rows} == {STREAM_OF_1}
+    first, second = generators_of_rows(1, [torch.tensor([5, 6]), [5, 6]])  # The second is a copy.
+    assert first.initial_seed() == STREAM_OF_1 != second.initial_seed()
+    assert whole_seed(-(2**70)) == -(2**70)
+
+
+@pytest.mark.parametrize(
+    "seed", [True, np.True_, torch.tensor(True), 1.0, np.float64(1), torch.tensor(1.0), "1", b"1", [1], None]
+)
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match=r"a seed must be a whole number, got .* of type \w+\.$"):
+        generators_of_rows(seed, [[5, 6]])

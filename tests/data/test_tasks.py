@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from toy import failure
 
@@ -245,3 +246,11 @@ def test_mistakes(tmp_path, capsys):
     )
     assert file.read_text().startswith('{"prompt": ')
     assert "is a folder" in failure(capsys, *command[:-1], str(tmp_path), "--overwrite")
+
+
+def test_a_seed_is_a_number_whatever_has_made_it():
+    first = list(items("path", 2, seed=1, number=3))
+    assert list(items("path", 2, seed=np.int64(1), number=3)) == first
+    for seed in (True, 1.0, "1"):
+        with pytest.raises(ValueError, match="a seed must be a whole number"):
+            items("path", 2, seed=seed, number=3)

@@ -1,5 +1,7 @@
 """A Transformer becomes a CALM: against the Transformer itself, and against its layers used by hand."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from calm import CalmForCausalLM
 from calm.errors import InputError
 from calm.flops import cost_of
 from calm.models.blocks import ZeroLinear
+from calm.models.configuration import CalmConfig
+from calm.models.loading import config_of, load_config
 from calm.models.uptraining import Cut, calm_from_transformer, check_source, new_parameters
 from calm.models.writing.lean import can_step
 
@@ -281,3 +285,56 @@ def test_what_does_not_fit_is_refused(config, tokens, message):
 def test_cuts_that_cannot_be_are_refused(cut):
     with pytest.raises(InputError, match="layers"):
         cut.of(6)
+
+
+ODD = {
+    "an activation": ({"hidden_act": "evil"}, "hidden_act must be an activation of transformers.*'evil'"),
+    "positions": ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_parameters must name"),
+    "a base": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta must be above 0"),
+    "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers must be .*, got 1000000000"),
+    "layers below 0": ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1"),
+    "layers in words": ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+    "a width below 0": ({"hidden_size": -16}, "hidden_size must be at least 1"),
+    "a width beyond all": ({"hidden_size": 2**40}, "hidden_size must be at least 1 and at most"),
+    "a vocabulary beyond all": ({"vocab_size": 10**12}, "vocab_size must be at least 1 and at most"),
+    "heads that do not part": ({"num_attention_heads": 3}, "attention heads"),
+    "heads of keys": ({"num_key_value_heads": 3}, "multiple of num_key_value_heads 3, got 4"),
+    "no head": ({"num_attention_heads": 0}, "."),
+    "heads of size 0": ({"head_dim": 0}, "head_dim must be at least 1"),
+    "heads of odd size": ({"head_dim": 3}, "head_dim must be even"),
+    "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD.values(), ids=ODD)
+def test_an_odd_configuration_is_refused_before_anything_is_counted_or_built(changes, message, tmp_path):
+    values = SOURCES["llama, scaled positions"].to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for read in (lambda: load_config(tmp_path), lambda: config_of(str(tmp_path))):
+        with pytest.raises(InputError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_configuration_of_its_kind_passes(name, tmp_path):
+    SOURCES[name].save_pretrained(tmp_path)
+    assert load_config(tmp_path).model_type == SOURCES[name].model_type
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "evil"}, {"num_hidden_layers": 10**9}])
+def test_a_cut_and_costs_refuse_what_was_made_by_hand(changes):
+    config = LlamaConfig(**SIZES)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(InputError, match=next(iter(changes))):
+        check_source(config, Tokenizer(), Cut(1, 1))
+    if "hidden_act" in changes:
+        with pytest.raises(InputError, match="the configuration makes no model"):
+            cost_of(config)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "evil"}, {"rope_parameters": {"rope_type": "foo"}}])
+def test_a_calm_of_odd_layers_is_refused(changes):
+    with pytest.raises(ValueError, match=f"backbone_config: .*{next(iter(changes))}"):
+        CalmConfig(backbone_config=SIZES | changes)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from calm.errors import InputError
+from calm.storage.disk import unfinished_name, write_file_whole
 from calm.storage.folders import check_file, check_spared, emptied, restore, written_whole
 from calm.storage.ours import FINETUNED, MODEL, PREPARED, TRAINED, check_replaceable
 
@@ -235,3 +236,74 @@ def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
         check_file(tmp_path / "report.html", overwrite=True)
     with pytest.raises(InputError, match="is one, and no folder"):
         check_file(tmp_path / "file/report.html", overwrite=True)
+
+
+def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path):
+    (tmp_path / "empty").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"is a link to '.*nowhere', which is not there"):
+            check_file(tmp_path / "empty", overwrite)
+        for name in ("pipe", "to pipe"):
+            with pytest.raises(InputError, match="is a device or a pipe"):
+                check_file(tmp_path / name, overwrite)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    check_file(tmp_path / "link", overwrite=True)
+    write_file_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
+def test_nothing_beside_a_file_that_is_written_is_touched(error, tmp_path, monkeypatch):
+    beside = {"report.partial": "mine", ".report.html.partial": "mine", "report": "mine"}
+    for name, text in beside.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "report.html").chmod(0o640)
+    if error is None:
+        write_file_whole(tmp_path / "report.html", "new")
+        assert (tmp_path / "report.html").stat().st_mode & 0o777 == 0o640
+    else:
+
+        def failing(*_):
+            raise error
+
+        monkeypatch.setattr(Path, "replace", failing)
+        with pytest.raises(error):
+            write_file_whole(tmp_path / "report.html", "new")
+    assert below(tmp_path) == {**beside, "report.html": "old" if error else "new"}
+
+
+def test_a_name_of_the_greatest_length_is_written(tmp_path):
+    for name in ("n" * 255, "\N{FACE WITH TEARS OF JOY}" * 63):
+        write_file_whole(tmp_path / name, "text")
+    assert len(below(tmp_path)) == 2
+
+
+def test_what_a_killed_writing_left_does_no_harm(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(SIGNS["recipe.yaml"])
+    (tmp_path / unfinished_name("history.json", "1234abcd")).write_text("{")
+    (tmp_path / "history.partial").write_text("{")  # Of earlier versions.
+    check_replaceable(tmp_path, TRAINED)
+    write_file_whole(tmp_path / "history.json", "{}")
+    assert (tmp_path / "history.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", [".text.partial", ".text.replaced"])
+def test_a_folder_is_not_written_over_what_no_command_left_beside_it(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is in the way"), written_whole(tmp_path / "text"):
+        pass
+    assert below(tmp_path) == {f"{name}/thesis.txt": "mine"}
+    (tmp_path / ".text.lock").write_text("")  # As a killed command leaves it.
+    if name == ".text.partial":
+        with written_whole(tmp_path / "text") as folder:
+            (folder / "new").write_text("new")
+    else:  # It is put back first.
+        with pytest.raises(InputError, match="is not empty"), written_whole(tmp_path / "text"):
+            pass
+        assert below(tmp_path / "text") == {"thesis.txt": "mine"}
+    assert not (tmp_path / name).exists()

@@ -1,6 +1,7 @@
 """The command that talks with a model in the terminal."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calm.commands.checks import check_counts, check_sampler, check_thoughts, look_for
 from calm.errors import InputError
 from calm.ranges import SEEDS, Range
+from calm.terminal import as_text
 
 if TYPE_CHECKING:
     from calm.chat import Conversation
@@ -53,6 +55,7 @@ def chat(
     check_counts(None, max_new_tokens=max_new_tokens)
     check_sampler(sampler)
     check_thoughts(num_thoughts=num_thoughts)
+    system = as_text(system)
     look_for(model)
     from calm.chat import Conversation
     from calm.models.loading import load_language_model_and_tokenizer
@@ -93,16 +96,19 @@ class _Session:
         if sys.stdin.isatty():
             print("/help lists the commands; Ctrl+D leaves.")
         for line in _lines():
-            word, _, rest = line.partition(" ")
-            if word in ("/exit", "/quit"):
+            if line.partition(" ")[0] in ("/exit", "/quit"):
                 return
             try:
-                if line.startswith("/"):
-                    self._command(word, rest.strip())
-                else:
-                    self._answer(line)
+                self._obey(as_text(line))
             except InputError as error:
                 print(f"calm: {error}", file=sys.stderr, flush=True)
+
+    def _obey(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if line.startswith("/"):
+            self._command(word, rest.strip())
+        else:
+            self._answer(line)
 
     def _command(self, word: str, rest: str) -> None:
         if word not in self._commands:
@@ -163,6 +169,8 @@ def _weights(candidate: "Candidate") -> Sequence[float]:
 def _lines() -> Iterator[str]:
     """Lines that the user types, or those of a file; blank ones are passed by."""
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # A line that is not UTF-8 is refused, and no other.
     if prompt:
         with contextlib.suppress(ImportError):  # It is not on every system.
             import readline  # noqa: F401 (it lets `input` edit a line, and recall earlier ones)

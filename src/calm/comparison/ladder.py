@@ -12,6 +12,7 @@ from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.progress import tell, tracked
 from calm.training.check import check_model, check_recipe
+from calm.training.ranges import RANGES, check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE
 from calm.training.stages import train
@@ -41,12 +42,16 @@ def train_ladder(
         The folders of the runs.
 
     Raises:
-        InputError: If a chunk size does not fit the context, or the budget does not train an autoencoder.
+        InputError: If a chunk size is out of range or does not fit the context, or the budget does not train
+            an autoencoder.
     """
     if not chunk_sizes and not baseline:
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
         raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
+    check_ranges(recipe)  # First: what follows divides by its chunk size, and by those of the rungs.
+    for size in chunk_sizes:
+        RANGES[Recipe]["chunk_size"].require("a chunk size", size)
     for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
         check_model(at_chunk_size(recipe, size))

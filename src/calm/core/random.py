@@ -5,11 +5,14 @@ seed gives the same text alone and in a batch. Shapes: N draws, R rows, U number
 """
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
+
+from calm.core.seeds import whole_seed
 
 
 class DrawsInParts:
@@ -156,7 +159,8 @@ def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:
 
 def seed_of(*parts: object) -> int:
     """A seed that belongs to some numbers and words, and to them alone."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()  # torch takes 63 bits.
+    plain = tuple(whole_seed(part) if isinstance(part, SupportsIndex) else part for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=7).digest()  # torch takes 63 bits.
     return int.from_bytes(digest, "big")
 
 
@@ -171,10 +175,13 @@ def generators_of_rows(
         seed: The user's seed.
         rows: Tokens of each row, without padding.
         device: Where the numbers will be drawn.
+
+    Raises:
+        ValueError: If the seed is no whole number.
     """
     seen: dict[tuple[int, ...], int] = {}
     generators = []
-    for row in map(tuple, rows):
+    for row in map(_plain, rows):
         copy = seen[row] = seen.get(row, -1) + 1
         generators.append(generator_of_row(seed, row, copy, device))
     return generators
@@ -190,7 +197,16 @@ def generator_of_row(
         row: Its tokens, without padding.
         copy: How often the same row came before.
         device: Where the numbers will be drawn.
+
+    Raises:
+        ValueError: If the seed is no whole number.
     """
-    digest = hashlib.blake2b(repr((seed, copy, tuple(row))).encode(), digest_size=8).digest()
+    # What is hashed is how it is written, and the numbers of numpy and torch are written in other ways.
+    text = repr((whole_seed(seed), operator.index(copy), _plain(row)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # manual_seed takes at most 63 bits without wrapping.
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _plain(row: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(operator.index, row))

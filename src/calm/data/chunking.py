@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from calm.core.chunks import IGNORED_LABEL
+from calm.core.seeds import whole_seed
 from calm.errors import InputError
 
 Layout = Literal["documents", "packed"]
@@ -90,7 +91,7 @@ def check_block_size(block_size: int, chunk_size: int) -> None:
 
 def _offset(seed: int, index: int, chunk_size: int) -> int:
     """Tokens of padding in front of a document: uniform over 0..K-1, fixed by seed and index."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{whole_seed(seed)}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % chunk_size
 
 

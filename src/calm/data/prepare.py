@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from calm.core.seeds import whole_seed
 from calm.data.counts import count
 from calm.data.engines import Engine, working_ahead
 from calm.data.options import ReadingOptions
@@ -72,7 +73,7 @@ def prepare(
         InputError: If a source or setting is bad, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
-    options = options or ReadingOptions()
+    options, seed = options or ReadingOptions(), whole_seed(seed)
     sources = as_sources(sources)
     names = [name_of(source) for source in sources]
     validation_sources = as_sources(validation_sources)

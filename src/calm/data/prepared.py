@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from calm.core.seeds import whole_seed
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
 from calm.data.kept import made_or_kept
@@ -88,7 +89,7 @@ class PreparedData:
             "eos_token_id": self.tokenizer.eos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
             "layout": layout,
-            "seed": seed,
+            "seed": whole_seed(seed),
         }
         asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, num_proc]).encode()
         kept = _writable(self.folder) / "blocks"

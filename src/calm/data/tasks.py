@@ -16,9 +16,10 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.ranges import Range
-from calm.storage.disk import write_lines_whole
+from calm.storage.disk import disk_errors, write_lines_whole
 
 MODULUS = 7
 _HELD_OUT = 16  # One group of facts in so many is kept for scoring, whatever the seed.
@@ -188,7 +189,7 @@ def items(
     if name not in TASKS:
         raise InputError(f"there is no task '{name}'; there are {', '.join(TASKS)}.")
     TASKS[name].hops.require("hops", hops)
-    return itertools.islice(_items(name, hops, seed, held_out), number)
+    return itertools.islice(_items(name, hops, whole_seed(seed), held_out), number)
 
 
 def _items(name: str, hops: int, seed: int, held_out: bool) -> Iterator[Item]:
@@ -207,4 +208,5 @@ def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_o
     """Write items to a file of JSON lines, whole or not at all."""
     lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines_whole(path, lines)
+    with disk_errors(path):
+        write_lines_whole(path, lines)

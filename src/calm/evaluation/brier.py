@@ -21,6 +21,7 @@ from calm.core.brier import (
     undefined_brier_lm,
 )
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
+from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.evaluation.processes import Block, gather_from_processes, own_share
 
@@ -237,4 +238,4 @@ def _documents_of(block: Block, index: int) -> Tensor:
 
 
 def _seed_of_batch(seed: int, index: int) -> int:
-    return (seed * 1_000_003 + index) % 2**63
+    return (whole_seed(seed) * 1_000_003 + index) % 2**63

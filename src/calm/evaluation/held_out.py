@@ -9,6 +9,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.core.seeds import whole_seed
 from calm.data.chunking import Layout
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
@@ -140,7 +141,7 @@ def score_reconstruction(
     seed: int = EVALUATION_SEED,
 ) -> ReconstructionResult:
     """Reconstruction of held-out blocks."""
-    generator = torch.Generator(autoencoder.device).manual_seed(seed)
+    generator = torch.Generator(autoencoder.device).manual_seed(whole_seed(seed))
     batches = batches_of(blocks, num_blocks, autoencoder.device, what="scoring the autoencoder")
     return evaluate_reconstruction(autoencoder, batches, generator)
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.errors import cause_of, shown
 from calm.models.fields import check_fields, check_heads, check_names, own_fields
+from calm.models.foreign import check_functions
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling, with_training
 from calm.models.hyperparameters import (
     AutoencoderHyperparameters,
@@ -317,6 +318,7 @@ def _llama(values: dict[str, Any]) -> LlamaConfig:
         config = LlamaConfig(**values)
         check_fields(config)
         check_heads(config)
+        check_functions(config)
     except Exception as error:  # The library that checks its fields has an exception of its own.
         raise ValueError(f"backbone_config: {cause_of(error)}") from error
     return config

@@ -139,13 +139,15 @@ def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
 
 def check_heads(config: PreTrainedConfig) -> None:
     """Raise ValueError if the attention heads of a Llama do not part its width and each other."""
-    heads, of_keys = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    of_keys = config.num_key_value_heads or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % of_keys:
         raise ValueError(
             f"num_attention_heads must be a multiple of num_key_value_heads {of_keys}, got {heads}."
         )
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary positions, got {config.head_dim}.")
+    if size % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {size}.")
     rope = config.rope_parameters or {}
     for name in ("rope_theta", "factor"):
         if (value := rope.get(name)) is not None:

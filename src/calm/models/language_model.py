@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
+from calm.core.seeds import whole_seed
 from calm.core.temperature import inverse_temperature, is_likeliest
 from calm.errors import InputError, NotFiniteError
 from calm.models.autoencoder import CalmAutoencoder
@@ -30,6 +31,7 @@ from calm.models.tokens import LlamaForCausalLM
 from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
 from calm.models.writing.arguments import num_texts
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
+from calm.ranges import SEEDS
 
 _ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
 
@@ -322,6 +324,8 @@ class _Tokens(LanguageModel):
         if draft is not None:
             drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
             return generate_drafted(self.network, drafting, input_ids, seed=seed, **arguments)
+        if seed is not None:
+            SEEDS.check("seed", seed := whole_seed(seed))
         # transformers draws from the global generator: leave that as it was.
         devices = [self.network.device] if self.network.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):

@@ -27,6 +27,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.fields import check_generation, check_switches
+from calm.models.foreign import check_transformer
 from calm.models.gguf import check_gguf
 from calm.models.missing import look_for, no_model_in, not_given, place_of
 from calm.models.registration import register
@@ -258,7 +259,7 @@ def config_of(name: str) -> PreTrainedConfig:
         return load_config(Path(place))
     look_for(name)
     try:
-        return open_config(place)
+        return _checked(open_config(place))
     except InputError:
         raise
     except Exception as error:  # Of the hub client, or of whichever class the configuration has.
@@ -280,11 +281,18 @@ def load_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise InputError(no_model_in(str(path)))
     try:
-        return open_config(str(path))
+        return _checked(open_config(str(path)))
     except InputError:
         raise
     except Exception as error:  # Of whichever class the configuration has.
         raise InputError(f"the configuration in '{path}' cannot be read ({cause_of(error)}).") from error
+
+
+def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration, looked at before anything is built of it; ours look at themselves."""
+    if config.model_type not in ("calm", "calm_autoencoder"):
+        check_transformer(config)
+    return config
 
 
 def _model_type(path: Path) -> str:

@@ -22,6 +22,7 @@ from calm.models.blocks import LastTokenProjection
 from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.foreign import check_transformer
 from calm.models.heads import DecoderHead, DecoderHeadConfig
 from calm.models.token_layers import LAYER_SIZES, LIKE_LLAMA
 
@@ -229,6 +230,10 @@ def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -
     kind = source.model_type
     if kind not in LIKE_LLAMA:
         raise InputError(f"a model of type '{kind}' cannot become a CALM; {', '.join(LIKE_LLAMA)} can.")
+    try:
+        check_transformer(source)
+    except ValueError as error:
+        raise InputError(f"the source does not make a CALM: {error}") from error
     if getattr(source, "quantization_config", None) is not None:
         raise InputError("a quantized model cannot become a CALM, which is trained; take the original.")
     if (window := _window_of(source, cut)) is not None:

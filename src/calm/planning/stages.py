@@ -202,7 +202,7 @@ def network_of(config: PreTrainedConfig, *, is_new: bool = False) -> PreTrainedM
             if is_new and isinstance(config, LlamaConfig):
                 return LlamaForCausalLM(config)
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # Of whichever class it is.
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
     return network
 

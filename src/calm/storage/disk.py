@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import json
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +15,7 @@ from calm.errors import InputError, RunError, reason_of
 
 _ERRORS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 _WORDS_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+_MOST_OF_A_NAME = 50  # Characters, of up to 4 bytes; a file system takes 255 bytes.
 
 Value = TypeVar("Value", dict, list)
 
@@ -75,27 +78,37 @@ def read_json(path: Path, kind: type[Value]) -> Value:
 
 
 def write_file_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a file so that a kill leaves the old one or the new one whole; of a link, what it leads to."""
+    write_lines_whole(path, [text])
 
 
 def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
     """`write_file_whole` of lines as they come, which need not fit in memory together.
 
-    Args:
-        path: The file, which a user has named: what is written first lies in a hidden file beside it.
-        lines: The lines, each with its end.
+    Until it is whole the file has a name that nothing else has, for what lies beside it may be the user's.
 
-    Raises:
-        RunError: If the disk is full, or cannot be written.
+    Args:
+        path: The file.
+        lines: The lines, each with its end.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    path = path.resolve()
+    partial = path.with_name(unfinished_name(path.name, secrets.token_hex(4)))
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+        if path.exists():
+            shutil.copymode(path, partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def unfinished_name(name: str, mark: str) -> str:
+    """The name of a file until it is whole.
+
+    Args:
+        name: Its own name; of a long one the beginning, since names have a greatest length.
+        mark: What tells this writing from others; "*" gives the pattern of what stopped ones left.
+    """
+    return f".{name[:_MOST_OF_A_NAME]}.{mark}.partial"

@@ -62,6 +62,13 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"the output '{path}' cannot be a file: '{file}' is one, and no folder.")
     if path.is_dir():
         raise InputError(f"the output '{path}' is a folder; choose another --output.")
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"the output '{path}' is a link to '{path.readlink()}', which is not there; remove it, or choose "
+            "another --output."
+        )
+    if path.exists() and not path.is_file():
+        raise InputError(f"the output '{path}' is a device or a pipe, not a file; choose another --output.")
     if path.exists() and not overwrite:
         raise InputError(f"'{path}' exists; choose another --output or pass --overwrite.")
 
@@ -171,6 +178,8 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
     """
     path = path.resolve() if path.is_symlink() else path
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    lock = path.with_name(f".{path.name}.lock")
+    _check_left_behind(lock, partial, replaced)
     if replaced.is_dir() and not path.exists():  # A kill between two renames.
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -178,7 +187,7 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
     with (
         disk_errors(path),
         new_folder(path.parent),
-        locked(path.with_name(f".{path.name}.lock"), f"'{path}'"),
+        locked(lock, f"'{path}'"),
     ):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -189,6 +198,20 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
             _put_in_place(partial, path, replaced)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_left_behind(lock: Path, *left: Path) -> None:
+    """Raise InputError if what a stopped command would have left is there, and none has left it.
+
+    A lock outlives the process that is killed, so what lies there without one is not ours to remove.
+    """
+    if lock.exists():
+        return
+    if found := next((path for path in left if path.is_symlink() or path.exists()), None):
+        raise InputError(
+            f"'{found}' is in the way, where a folder is kept until it is whole; move it away, or choose "
+            "another output."
+        )
 
 
 def _put_in_place(partial: Path, path: Path, replaced: Path) -> None:

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import InputError
+from calm.storage.disk import unfinished_name
 from calm.storage.locks import LOCK
 
 _ANYTHING: dict[str, Any] = {"**": None}  # What was moved aside or not finished; it was looked at before.
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def _written(*names: str) -> dict[str, None]:
+    """Files that are written whole, and what stopped writings left; earlier versions named that otherwise."""
+    left = (name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial"))
+    return dict.fromkeys((*names, *left))
+
+
 # Patterns of names. A file has None, a folder what may be in it.
 _TOKENIZER = dict.fromkeys(
     ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -19,7 +28,7 @@ _TOKENIZER = dict.fromkeys(
 _MODEL = _TOKENIZER | dict.fromkeys(
     ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
      "adapter_model.safetensors", "adapter_config.json", "thoughts.json", "generation_config.json",
-     "recipe.yaml", "README.md")
+     "recipe.yaml", "README.md", unfinished_name("README.md", "*"))
 )  # fmt: skip
 _DATASET = dict.fromkeys(("data-*-of-*.arrow", "dataset_info.json", "state.json", "cache-*.arrow", "tmp*"))
 _PREPARED = dict.fromkeys(("prepared.json", "checksums.json")) | {
@@ -38,15 +47,15 @@ _STAGE: dict[str, Any] = {
     "checkpoint-*": _CHECKPOINT,
     "damaged-checkpoint-*": _CHECKPOINT,
     "tensorboard": _EVENTS | {"[0-9]*": _EVENTS},
-    "trackers.json": None,
-    "trackers.partial": None,
+    **_written("trackers.json"),
     ".partial": _ANYTHING,
 }
-_RUN = dict.fromkeys(
-    ("recipe.yaml", "history.json", "damaged-history.json", "inputs.json", "report.html",
-     "report-[0-9]*.html", "report.partial", "history.partial", "inputs.partial", "recipe.partial", LOCK,
-     ".data.lock", ".data.work.lock", ".model.lock", ".autoencoder.lock", ".adapter.lock", "scores.json",
-     "scores.json.sum", "teacher.json", "teacher.partial")
+_RUN = _written(
+    "recipe.yaml", "history.json", "inputs.json", "report.html", "report-[0-9]*.html", "scores.json",
+    "teacher.json",
+) | dict.fromkeys(
+    ("damaged-history.json", "scores.json.sum", LOCK, ".data.lock", ".data.work.lock", ".model.lock",
+     ".autoencoder.lock", ".adapter.lock")
 ) | dict.fromkeys(
     (".data.work", ".replacing", ".replaced", ".gone", ".data.partial", ".model.partial",
      ".autoencoder.partial", ".adapter.partial"), _ANYTHING
@@ -58,11 +67,12 @@ _TRAINED = _RUN | {
     "model-[0-9]*": _MODEL,
     "checkpoints": {"autoencoder": _STAGE, "language_model": _STAGE},
 }
-_FINETUNED = _RUN | dict.fromkeys(
-    ("examples.json", "answers.jsonl", "examples.partial", "answers.partial")
-) | dict.fromkeys(("model", "adapter", "model-[0-9]*", "adapter-[0-9]*"), _MODEL) | {
-    "checkpoints": _STAGE
-}  # fmt: skip
+_FINETUNED = (
+    _RUN
+    | _written("examples.json", "answers.jsonl")
+    | dict.fromkeys(("model", "adapter", "model-[0-9]*", "adapter-[0-9]*"), _MODEL)
+    | {"checkpoints": _STAGE}
+)
 
 
 @dataclass(frozen=True)

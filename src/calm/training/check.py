@@ -151,6 +151,6 @@ def _check_network(recipe: Recipe) -> None:
         check_memory(network)
     except InputError:
         raise
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # Of whichever class it is.
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
     check_teacher(recipe, network)

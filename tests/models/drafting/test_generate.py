@@ -1,5 +1,6 @@
 """Drafts behind `generate` of transformers, with its processors, criteria, ends and lengths."""
 
+import numpy as np
 import pytest
 import torch
 from drafts import deciding_model, drafting_model, some_prompts
@@ -123,6 +124,30 @@ def test_several_prompts_are_written_one_after_the_other():
     together = generate_drafted(model, Drafting(draft), torch.cat(prompts), num_return_sequences=2, **how)
     alone = [model.generate(prompt, **how)[0].tolist() for prompt in prompts for _ in range(2)]
     assert together.tolist() == alone
+
+
+def test_a_seed_is_one_whole_number_and_the_only_source():
+    model, [prompt_1T] = deciding_model(), some_prompts([6])
+    drafting, how = Drafting(drafting_model()), {"max_new_tokens": 9, "do_sample": True}
+    first = generate_drafted(model, drafting, prompt_1T, seed=1, **how)
+    for seed in (np.int64(1), torch.tensor(1)):
+        assert torch.equal(generate_drafted(model, drafting, prompt_1T, seed=seed, **how), first)
+    for seed in (True, 1.0, "1"):
+        with pytest.raises(ValueError, match="a seed must be a whole number"):
+            generate_drafted(model, drafting, prompt_1T, seed=seed, **how)
+    with_generator = Drafting(drafting.draft, generator=torch.Generator())
+    with pytest.raises(ValueError, match="two sources of randomness: give one of them"):
+        generate_drafted(model, with_generator, prompt_1T, seed=1, **how)
+
+
+def test_a_model_of_tokens_takes_the_same_seeds():
+    view, [prompt_1T] = language_model(deciding_model()), some_prompts([6])
+    how = {"max_new_tokens": 9, "temperature": 1.0}
+    first = view.generate(prompt_1T, seed=1, **how)
+    assert torch.equal(view.generate(prompt_1T, seed=np.int64(1), **how), first)
+    for seed, message in ((1.0, "a seed must be a whole number"), (2**63, "seed must be at least")):
+        with pytest.raises(ValueError, match=message):
+            view.generate(prompt_1T, seed=seed, **how)
 
 
 def test_texts_that_end_early_are_padded():

@@ -1,5 +1,6 @@
 """Generation: cache, prompts of any length, EOS, budgets, seeds, streaming, and bad arguments."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import BOS, EOS, HEADS, PAD, tiny_model
@@ -170,6 +171,18 @@ def test_same_seed_same_text(sampler, temperature):
         model.generate(prompt, generator=torch.Generator().manual_seed(7), **settings) for _ in range(2)
     )
     assert (first == second).all()
+
+
+def test_a_seed_is_one_whole_number_and_the_only_source():
+    model, prompt = without_eos(tiny_model()), torch.randint(3, 40, (3, 5))
+    first = model.generate(prompt, seed=7, max_new_tokens=8)
+    for seed in (np.int64(7), np.int32(7), torch.tensor(7)):
+        assert torch.equal(model.generate(prompt, seed=seed, max_new_tokens=8), first)
+    for seed in (True, 7.0, "7"):
+        with pytest.raises(ValueError, match="a seed must be a whole number"):
+            model.generate(prompt, seed=seed, max_new_tokens=8)
+    with pytest.raises(ValueError, match="two sources of randomness: give one of them"):
+        model.generate(prompt, seed=7, generator=torch.Generator(), max_new_tokens=8)
 
 
 @pytest.mark.parametrize("sampler", ["exact", "pool"])

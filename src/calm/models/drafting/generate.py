@@ -195,7 +195,12 @@ def generate_drafted(
         num_return_sequences: Texts of each prompt.
         seed: With a prompt and its copies before it decides the text, in any batch; None is `drafting`'s own.
         **arguments: Further ones of `generate` of transformers.
+
+    Raises:
+        ValueError: If the seed is no whole number, or `drafting` has a generator of its own beside it.
     """
+    if seed is not None and drafting.generator is not None:
+        raise ValueError("a seed and a generator are two sources of randomness: give one of them.")
     writer: Any = model
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     order = [row for row in range(len(input_ids)) for _ in range(num_texts(num_return_sequences))]

@@ -146,8 +146,10 @@ class ChunkGenerationMixin:
             **cuts,
         )
         prompt_BT, mask_BT = _prompts(self, input_ids, attention_mask, config)
+        if generator is not None and seed is not None:
+            raise ValueError("a seed and a generator are two sources of randomness: give one of them.")
         randomness: Randomness = generator
-        if generator is None and seed is not None:
+        if seed is not None:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
             randomness = generators_of_rows(seed, rows, self.device)
         thoughts = thoughts_for(self.config, num_thoughts, warns=True)

@@ -1,0 +1,67 @@
+"""What a configuration of layers like Llama's may say: files of others are not trusted.
+
+What is looked at here is found before a network is built, whose size is whatever the file says.
+"""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from calm.errors import shown
+from calm.models.fields import RANGES, check_heads, check_switches
+from calm.models.hyperparameters import LAYERS
+from calm.models.token_layers import LIKE_LLAMA
+
+_REALS = ("rms_norm_eps", "initializer_range", "attention_dropout")
+_OPTIONAL = ("head_dim", "num_key_value_heads")  # They follow from others.
+_COUNT = "num_hidden_layers"
+
+
+def check_transformer(config: PreTrainedConfig) -> None:
+    """Raise ValueError if a field of a Transformer of tokens is of another type, or out of range.
+
+    Args:
+        config: Its configuration. Of one with layers unlike Llama's only their number is looked at.
+    """
+    text = config.get_text_config()
+    if config.model_type not in LIKE_LLAMA:
+        if (count := getattr(text, _COUNT, None)) is not None:
+            _check_number(_COUNT, count)
+        return
+    for name in RANGES["llama"]:
+        value = getattr(config, name, None)
+        if value is None and name in _OPTIONAL:
+            continue
+        _check_number(name, value)
+    check_heads(config)
+    check_switches(vars(config))
+    check_functions(config)
+
+
+def check_functions(config: PreTrainedConfig) -> None:
+    """Raise ValueError if transformers has no such activation, or no such positions.
+
+    Args:
+        config: A configuration of layers like Llama's.
+    """
+    activation = config.hidden_act
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise ValueError(
+            f"hidden_act must be an activation of transformers, such as silu, got {shown(activation)}."
+        )
+    try:
+        with torch.device("meta"):
+            LlamaRotaryEmbedding(config)
+    except Exception as error:  # Of whichever kind of positions it is.
+        raise ValueError(
+            "rope_parameters must name positions that transformers knows, got "
+            f"{shown(config.rope_parameters)}."
+        ) from error
+
+
+def _check_number(name: str, value: object) -> None:
+    kinds, said = ((int, float), "a number") if name in _REALS else ((int,), "a whole number")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} must be {said}, got {shown(value)}.")
+    RANGES["llama"].get(name, LAYERS).check(name, value)
