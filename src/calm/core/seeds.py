@@ -1,9 +1,10 @@
 """What a seed may be; no torch, so that what needs no more than a seed stays light."""
 
 import operator
+from typing import Any
 
 
-def whole_seed(seed: object) -> int:
+def whole_seed(seed: Any) -> int:
     """A seed as a plain number, so that 1 gives the same whether Python, numpy or torch made it.
 
     Raises:
@@ -13,7 +14,7 @@ def whole_seed(seed: object) -> int:
     is_truth = isinstance(seed, bool) or str(getattr(seed, "dtype", "")).endswith("bool")
     try:
         if not is_truth:
-            return operator.index(seed)  # type: ignore[call-overload, no-any-return]
+            return operator.index(seed)
     except TypeError:
         pass
     raise ValueError(f"a seed must be a whole number, got {seed!r:.100} of type {type(seed).__name__}.")

@@ -3,8 +3,10 @@
 What is looked at here is found before a network is built, whose size is whatever the file says.
 """
 
+from typing import cast
+
 import torch
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -52,7 +54,7 @@ def check_functions(config: PreTrainedConfig) -> None:
         )
     try:
         with torch.device("meta"):
-            LlamaRotaryEmbedding(config)
+            LlamaRotaryEmbedding(cast(LlamaConfig, config))
     except Exception as error:  # Of whichever kind of positions it is.
         raise ValueError(
             "rope_parameters must name positions that transformers knows, got "

@@ -53,11 +53,10 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
         target_modules=_linear_layers(model, settings.layers),
     )
     with peft_by_old_names():
-        adapted = peft.get_peft_model(model, config)
+        adapted: Any = peft.get_peft_model(model, config)
     # Embeddings have no adapters. To find out whether they have grown, which they never do here, peft would
     # look for the base by its name on the hub, and warn that it is not there.
-    save: Any = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
-    adapted.save_pretrained = save
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
 
 
