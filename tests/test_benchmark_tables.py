@@ -8,6 +8,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LINES = {
+    "autoencoders": "| 16 dimensions |",
     "ladder": "| 4-gram |",
     "second_stage": "| the last fifth by Brier scores | 2.5e+12 | 2 |",
 }
