@@ -24,9 +24,9 @@ from calm import register_head
 from calm.cli import main
 from calm.core.flow import straight_path
 from calm.core.random import Randomness
+from calm.models.blocks import AdaptiveBlock
 from calm.models.heads import HeadFlops, Target
 from calm.models.heads.step_network import (
-    AdaptiveBlock,
     StepHead,
     StepHeadConfig,
     StepNetwork,

@@ -259,7 +259,8 @@ def config_of(name: str) -> PreTrainedConfig:
         return load_config(Path(place))
     look_for(name)
     try:
-        return _checked(open_config(place))
+        config = open_config(place)
+        return config if is_gguf(place) else _checked(config)  # Of a GGUF file `check_gguf` says more.
     except InputError:
         raise
     except Exception as error:  # Of the hub client, or of whichever class the configuration has.
