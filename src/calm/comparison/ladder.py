@@ -52,7 +52,6 @@ def train_ladder(
     check_ranges(recipe)  # First: what follows divides by its chunk size, and by those of the rungs.
     for size in chunk_sizes:
         RANGES[Recipe]["chunk_size"].require("a chunk size", size)
-    for size in chunk_sizes:
         check_block_size(recipe.data.context, window_of(size))
         check_model(at_chunk_size(recipe, size))
     if not budget > 0:

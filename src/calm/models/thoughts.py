@@ -105,6 +105,19 @@ def thoughts_of(config: PreTrainedConfig) -> Thoughts | None:
     return thoughts
 
 
+def unlearn_thoughts(config: PreTrainedConfig, name: str, how: str) -> None:
+    """Let a model that is trained on without thoughts no longer take any, and log it.
+
+    Args:
+        config: Its configuration.
+        name: Its folder or name.
+        how: How it is trained on, for the message.
+    """
+    if thoughts_of(config) is not None:
+        logger.warning("'%s' was trained to think; %s it unlearns that.", name, how)
+        config.thoughts = None
+
+
 def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = False) -> Thoughts | None:
     """How a model thinks when it is asked for so many thoughts; None if it is not to think.
 

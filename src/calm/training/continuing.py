@@ -14,7 +14,7 @@ from calm.models.context import check_context
 from calm.models.heads import parse_head_config
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
-from calm.models.thoughts import thoughts_of
+from calm.models.thoughts import unlearn_thoughts
 from calm.training.recipe import Recipe
 from calm.training.teacher import with_tokens_of_teacher
 from calm.training.uptraining import (
@@ -105,9 +105,7 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     )
     check_tokens(name, tokenizer, data)
     check_context(model.config, recipe.data.context)
-    if thoughts_of(model.config) is not None:
-        logger.warning("'%s' was trained to think; trained on text it unlearns that.", name)
-        model.config.thoughts = None
+    unlearn_thoughts(model.config, name, "trained on text")
     if isinstance(model.config, CalmConfig) and not recipe.language_model.new_head:
         cast(Any, model).change_training(**_training_fields(recipe, model.config))
     return model

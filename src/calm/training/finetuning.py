@@ -30,7 +30,7 @@ from calm.evaluation.answers import (
 )
 from calm.models.language_model import language_model
 from calm.models.loading import THOUGHTS, end_as_told, load_language_model_and_tokenizer
-from calm.models.thoughts import thoughts_of
+from calm.models.thoughts import unlearn_thoughts
 from calm.storage.disk import write_file_whole
 from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
@@ -94,9 +94,8 @@ def finetune(
 def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, checked against the recipe."""
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
-    if recipe.thoughts.mode == "none" and thoughts_of(model.config) is not None:
-        logger.warning("'%s' was trained to think; with thoughts.mode none it unlearns that.", recipe.model)
-        model.config.thoughts = None
+    if recipe.thoughts.mode == "none":
+        unlearn_thoughts(model.config, recipe.model, "with thoughts.mode none")
     give_template(tokenizer, recipe.examples.chat_template)
     end_as_told(model, tokenizer)
     check_block_size(recipe.examples.context, language_model(model).chunk_size)
@@ -108,15 +107,18 @@ def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenize
 def _read(
     recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example]]:
-    settings, with_steps = recipe.examples, recipe.thoughts.mode != "none"
-    conversations = read_examples(settings.source_list, tokenizer, with_steps)
-    if with_steps:
-        _warn_without_steps(conversations, settings.source_list, recipe.thoughts.mode)
+    settings, mode = recipe.examples, recipe.thoughts.mode
+
+    def read(sources: list[str]) -> list[list[Example]]:
+        conversations = read_examples(sources, tokenizer, with_steps=mode != "none")
+        if mode != "none":
+            _warn_without_steps(conversations, sources, mode)
+        return conversations
+
+    conversations = read(settings.source_list)
     if not settings.validation_source_list:
         return split_examples(conversations, settings.validation_fraction, recipe.seed)
-    held_out = read_examples(settings.validation_source_list, tokenizer, with_steps)
-    if with_steps:
-        _warn_without_steps(held_out, settings.validation_source_list, recipe.thoughts.mode)
+    held_out = read(settings.validation_source_list)
     return [example for c in conversations for example in c], [example for c in held_out for example in c]
 
 

@@ -157,7 +157,7 @@ class Run(Generic[AnyRecipe]):
             name: Its name inside the run's folder.
             model: A model, or adapters: anything with `save_pretrained`.
             tokenizer: Its tokenizer.
-            more: Further files of JSON by their names; null writes none.
+            more: Further files of JSON by their names.
         """
         if processes().is_main_process:
             with written_whole(self.folder / name) as partial:
@@ -165,8 +165,7 @@ class Run(Generic[AnyRecipe]):
                 tokenizer.save_pretrained(partial)
                 write_recipe(self.recipe, partial / RECIPE)
                 for file, value in (more or {}).items():
-                    if value is not None:
-                        (partial / file).write_text(json.dumps(value) + "\n", encoding="utf-8")
+                    (partial / file).write_text(json.dumps(value) + "\n", encoding="utf-8")
         processes().wait_for_everyone()
 
     def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:

@@ -203,7 +203,7 @@ def generate_drafted(
         raise ValueError("a seed and a generator are two sources of randomness: give one of them.")
     writer: Any = model
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    order = [row for row in range(len(input_ids)) for _ in range(num_texts(num_return_sequences))]
+    order = torch.arange(len(input_ids)).repeat_interleave(num_texts(num_return_sequences)).tolist()
     drafts = [drafting] * len(order)
     if seed is not None:
         prompts = [input_ids[row][mask_BT[row].bool()].tolist() for row in order]
