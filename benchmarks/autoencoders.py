@@ -36,7 +36,7 @@ from autoencoders_training import (
     teacher_of,
     with_autoencoder,
 )
-from measure import error_over_seeds, json_rows, machine
+from measure import brier_scores, error_over_seeds, json_rows, machine
 
 from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_reconstruction
@@ -136,9 +136,7 @@ def measure(name: str, seed: int, data: PreparedData, output: Path) -> Row:
         "latent_size": autoencoder.config.latent_size,
         "reconstructed": score_reconstruction(autoencoder, blocks, NUM_BLOCKS).token_accuracy,
         "bits": bits_of(autoencoder, blocks),
-        "brier_lm": brier.brier_lm,
-        "error": brier.brier_lm_error,
-        "brier": [100 * mean for mean in brier.means[:4]],
+        **brier_scores(brier),
         "seconds": seconds,
         "machine": machine(),
     }

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_table import draw, report
-from measure import json_rows, machine, rows_of
-from prose import CONTEXT, SEED
+from measure import brier_scores, json_rows, machine, rows_of
+from prose import CONTEXT, SEED, with_budget
 
-from calm.comparison.costs import affordable_steps, record_of
+from calm.comparison.costs import record_of
 from calm.comparison.ladder import at_chunk_size
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, load_prepared
@@ -193,9 +193,7 @@ def recipe_of(one: Run, data: Path) -> Recipe:
     recipe = dataclasses.replace(recipe, seed=one.seed, data=text, language_model=settings)
     if one.kind == "baseline":
         recipe = dataclasses.replace(recipe, model="autoregressive")
-    steps = affordable_steps(recipe, load_prepared(data).vocab_size, one.budget)
-    training = dataclasses.replace(training, steps=steps)
-    return dataclasses.replace(recipe, language_model=dataclasses.replace(settings, training=training))
+    return with_budget(recipe, one.budget)
 
 
 def score(folder: Path, output: Path) -> Result:
@@ -207,9 +205,7 @@ def score(folder: Path, output: Path) -> Result:
     assert brier.documents is not None
     return {
         "nats": nats_of(model, data),
-        "brier_lm": brier.brier_lm,
-        "error": brier.brier_lm_error,
-        "brier": [100 * mean for mean in brier.means[:4]],
+        **brier_scores(brier),
         "documents": rows_of(brier.documents),
     }
 
@@ -227,12 +223,10 @@ def score_floor(output: Path) -> Result:
     floors = {}
     for name, ngrams in ngram_models([2, 3, 4], data.train["input_ids"], data.tokenizer, 4):
         one = score_ngrams_brier(ngrams, blocks)
-        floors[name] = {
-            "brier_lm": one.brier_lm,
-            "error": one.brier_lm_error if one.brier_lm else None,
-            "brier": [100 * mean for mean in one.means[:4]],
-            "nats": score_ngrams_perplexity(ngrams, blocks).cross_entropy,
-        }
+        floors[name] = brier_scores(one)
+        floors[name] |= {"nats": score_ngrams_perplexity(ngrams, blocks).cross_entropy}
+        if not one.brier_lm:
+            floors[name]["error"] = None
     return floors
 
 

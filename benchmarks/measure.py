@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from calm.core.brier import DocumentSums
+from calm.evaluation.brier import BrierResult
 
 Name = TypeVar("Name")
 Row = dict[str, Any]
@@ -51,6 +52,15 @@ def sums_of(rows: list[list[float]]) -> DocumentSums:
     """The same as `rows_of` was given."""
     table = torch.tensor(rows, dtype=torch.float64)
     return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
+
+
+def brier_scores(result: BrierResult) -> dict[str, Any]:
+    """BrierLM, its standard error and Brier-1 to Brier-4, all of 100, as results keep them."""
+    return {
+        "brier_lm": result.brier_lm,
+        "error": result.brier_lm_error,
+        "brier": [100 * mean for mean in result.means[:4]],
+    }
 
 
 def error_of_mean(values: Sequence[float]) -> float:

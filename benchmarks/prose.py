@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.ticker import NullFormatter
-from measure import json_rows, rows_of, sums_of
+from measure import brier_scores, json_rows, rows_of, sums_of
 from transformers import PreTrainedTokenizerBase
 
 from calm.comparison.costs import affordable_steps, record_of
@@ -221,9 +221,7 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
             result["documents"] = rows_of(brier.documents)
         cost = cost_of(model.config, Work(context // size, scorer.reader.mean_draws))
         result[f"T{temperature:g}"] = {
-            "brier_lm": brier.brier_lm,
-            "error": brier.brier_lm_error,
-            "brier": [100 * mean for mean in brier.means[:4]],
+            **brier_scores(brier),
             "hits": [100 * value for value in brier.hits[:4]],
             "collisions": [100 * value for value in brier.collisions[:4]],
             "draws": scorer.reader.mean_draws,

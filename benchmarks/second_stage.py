@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import error_over_seeds, machine
+from measure import brier_scores, error_over_seeds, machine
 from prose import CONTEXT, NUM_DRAWS, SEED, recipe_of, with_budget, write
 from prose_runs import fill_table, trained
 
@@ -80,9 +80,7 @@ def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
         "seed": seed,
         "steps": steps,
         "cross_entropy": score_perplexity(model, blocks).cross_entropy,
-        "brier_lm": brier.brier_lm,
-        "error": brier.brier_lm_error,
-        "brier": [100 * mean for mean in brier.means[:4]],
+        **brier_scores(brier),
         "machine": machine(),
     }
     results.mkdir(parents=True, exist_ok=True)

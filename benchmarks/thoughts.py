@@ -192,7 +192,7 @@ def main() -> None:
         file = arguments.results / f"{cell.name}.json"
         if file.exists():
             continue
-        write_text(task, output)
+        write_text(cell, output)
         begun = time.monotonic()
         folder = train(cell, output)
         row = measure(cell, folder, output)

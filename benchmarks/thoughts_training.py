@@ -1,6 +1,7 @@
 """How the models of thoughts.py are trained: the ways, their lengths, and one model after another."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ class Setting:
         one_hop: Before all, on questions of a single hop.
         goes_on: Whether every way goes on from a model that writes its steps, or some begin with nothing.
         width: Hidden size.
+        with_paths: Whether single hops of `path` are among those of the task, one in two.
     """
 
     layers: int
@@ -67,6 +69,7 @@ class Setting:
     one_hop: int = 0
     goes_on: bool = True
     width: int = 64
+    with_paths: bool = False
 
     def curriculum(self, stages: int) -> int:
         """Steps of all stages in which steps are left out."""
@@ -85,6 +88,10 @@ SETTINGS = {
 SEARCHES = dataclasses.replace(LOOKS_UP, first=2500, last=750)
 """Written steps of a search take longer: after 700 they were not learned, with K = 2 after 1,500 nearly."""
 SETTINGS |= {("graph", kind): SEARCHES for kind in ("llama", "K1", "K2")}
+COMPUTES = dataclasses.replace(LOOKS_UP, with_paths=True)
+"""From `chain` alone a look-up was not learned in 3,000 steps, with those of `path` among them in
+a few hundred: there what is found is the answer, and nothing has to be computed from it."""
+SETTINGS |= {("chain", kind): COMPUTES for kind in ("llama", "K1", "K2")}
 MARKING = 300
 """Steps in which a model gets used to the markers of thoughts."""
 
@@ -176,13 +183,13 @@ def train(cell: Cell, output: Path) -> Path:
     steps, setting = steps_of(cell), cell.setting
     is_short = cell.way == "one_hop"
     context = (CONTEXT_OF_ONE_HOP if is_short else CONTEXT)[cell.task]
-    text = f"{cell.task}_one_hop" if is_short else cell.task
+    text = one_hop_text(cell) if is_short else cell.task
     recipe = FinetuningRecipe(
         seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
         model=str(start),
         examples=ExampleSettings(
             sources=str(output / f"{text}.jsonl"),
-            validation_sources=str(output / f"{text}_held_out.jsonl"),
+            validation_sources=str(output / f"{cell.task}{'_one_hop' if is_short else ''}_held_out.jsonl"),
             context=context,
         ),
         thoughts=settings_of(cell),
@@ -235,10 +242,11 @@ def new_model(cell: Cell, output: Path) -> Path:
     folder, chunk_size = output / f"new_{cell.task}_{cell.kind}_{cell.seed}", KINDS[cell.kind]
     if (folder / "config.json").exists():
         return folder
-    text = (output / f"{cell.task}.jsonl").read_text().splitlines()[:2000]
-    records = [json.loads(line) for line in text]
-    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
     setting = cell.setting
+    tasks = (cell.task, "path") if setting.with_paths else (cell.task,)
+    files = [(output / f"{task}.jsonl").read_text().splitlines()[:2000] for task in tasks]
+    records = [json.loads(line) for file in files for line in file]
+    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
     settings = LanguageModelSettings(
         hidden_size=setting.width,
         intermediate_size=2 * setting.width,
@@ -269,8 +277,25 @@ def new_model(cell: Cell, output: Path) -> Path:
     return folder
 
 
-def write_text(task: str, output: Path) -> None:
-    """Files of the items to train on, and to ask about: all numbers of hops in turns, and single hops."""
+def one_hop_text(cell: Cell) -> str:
+    """Name of the file with its questions of a single hop."""
+    return f"{cell.task}_one_hop" + ("_with_paths" if cell.setting.with_paths else "")
+
+
+def write_text(cell: Cell, output: Path) -> None:
+    """Files of the items that a model is trained on and asked about."""
+    write_items(cell.task, output)
+    both = output / f"{one_hop_text(cell)}.jsonl"
+    if not both.exists():
+        write_items("path", output)
+        files = [output / f"{task}_one_hop.jsonl" for task in (cell.task, "path")]
+        of_task, of_path = (file.read_text().splitlines()[: NUM_ITEMS // 2] for file in files)
+        turns = itertools.chain.from_iterable(zip(of_task, of_path, strict=True))
+        write_file_whole(both, "".join(f"{line}\n" for line in turns))
+
+
+def write_items(task: str, output: Path) -> None:
+    """Items of all numbers of hops in turns, and of single hops."""
     output.mkdir(parents=True, exist_ok=True)
     for name, all_hops in ((task, HOPS[task]), (f"{task}_one_hop", (1,))):
         for held_out, number in ((True, NUM_HELD_OUT), (False, NUM_ITEMS // len(all_hops))):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from measure import json_rows, machine
+from measure import brier_scores, json_rows, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.comparison.costs import affordable_steps, record_of
@@ -153,9 +153,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "inference_flops": sum(cost.inference.values()),
         "curve": [[one.flops, one.cross_entropy] for one in record.checkpoints],
         "nats": score_perplexity(model, blocks, NUM_SCORED).cross_entropy,
-        "brier_lm": brier.brier_lm,
-        "error": brier.brier_lm_error,
-        "brier": [100 * mean for mean in brier.means[:4]],
+        **brier_scores(brier),
         "machine": machine(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
