@@ -38,7 +38,7 @@ from unittest import mock
 
 import torch
 from measure import json_rows, machine
-from thoughts_table import SHOWN, draw, share, table
+from thoughts_table import SHOWN, draw, share, summary, table
 from thoughts_training import HOPS, KINDS, ROWS, WAYS, Cell, settings_of, steps_of, train, write_text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,10 +202,13 @@ def main() -> None:
         print(cell.name, {hops: share(one["answers"]["as trained"]) for hops, one in row["hops"].items()})
 
     rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
-    for task, kind in itertools.product(arguments.tasks, arguments.kinds):
-        chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
-        if chosen:
-            print(f"\n{task}, {kind}\n\n{table(chosen)}")
+    for task in arguments.tasks:
+        of_task = [row for row in rows if row["task"] == task and row["kind"] in arguments.kinds]
+        for kind in arguments.kinds:
+            if chosen := [row for row in of_task if row["kind"] == kind]:
+                print(f"\n{task}, {kind}\n\n{table(chosen)}")
+        if of_task:
+            print(f"\n{task}, all\n\n{summary(of_task)}")
     if arguments.figure:
         draw(rows, arguments.figure)
 

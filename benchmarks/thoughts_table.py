@@ -73,8 +73,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Percent of right answers of all kinds of models to a task's questions of the most hops."""
+    kinds = [kind for kind in NAMES if any(row["kind"] == kind for row in rows)]
+    most = list(rows[0]["hops"])[-1]
+    text = [f"| {most} hops | {' | '.join(NAMES[kind] for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for shown in lines_of(rows):
+        cells = []
+        for kind in kinds:
+            of_way, name = lines_of([row for row in rows if row["kind"] == kind]).get(shown, ([], ""))
+            cells.append(with_error([share(row["hops"][most]["answers"][name]) for row in of_way]))
+        text.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 def with_error(values: list[float]) -> str:
-    """Mean and standard error over seeds."""
+    """Mean and standard error over seeds; nothing of no values."""
+    if not values:
+        return ""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.0f}"
