@@ -11,8 +11,9 @@ items, questions of one to four hops in turns, and asked held-out questions of e
     pause       as many pauses are in its place
     thoughts    as many thoughts are
     at_once     thoughts, but all steps are left out from the first item on
-    told        the same, and the state before a thought must predict its step (`thoughts.tell`)
-    told_pause  pauses instead, with the same labels
+    supervised  the same, and the state before a thought must predict its step (`thoughts.supervised`)
+    supervised_pause
+                pauses instead, with the same labels
     ..._longer  any of these but cot and at_once, three times as long: more FLOPs than any other
 
 `cot` begins with steps of training that `drop` goes on from; `thoughts` and `pause` share theirs, in which
@@ -117,7 +118,7 @@ def measure(cell: Cell, folder: Path, output: Path) -> dict[str, Any]:
             return states_PD
 
         changes: dict[str, Callable[[Tensor, int], Tensor] | None] = {"as trained": None}
-        if cell.way.removesuffix("_longer") in ("thoughts", "at_once", "told"):
+        if cell.way.removesuffix("_longer") in ("thoughts", "at_once", "supervised"):
             changes |= {"kept": keep, "swapped": swapped(kept), "noise": noise_like}
         answers = {}
         with mock.patch("calm.evaluation.answers._ANSWERS_AT_ONCE", len(asked)):

@@ -20,10 +20,10 @@ SHOWN = {
     "pause_longer": "pauses, stages three times as long",
     "thoughts_longer": "thoughts, stages three times as long",
     "at_once": "thoughts, no curriculum",
-    "told": "thoughts that tell their steps",
-    "told_pause": "pauses that tell their steps",
-    "told_longer": "thoughts that tell their steps, three times as long",
-    "told_pause_longer": "pauses that tell their steps, three times as long",
+    "supervised": "supervised thoughts",
+    "supervised_pause": "supervised pauses",
+    "supervised_longer": "supervised thoughts, three times as long",
+    "supervised_pause_longer": "supervised pauses, three times as long",
 }
 
 
@@ -43,7 +43,7 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]]
         if not of_way:
             continue
         lines[shown] = (of_way, "as trained")
-        if way.removesuffix("_longer") in ("thoughts", "told"):
+        if way.removesuffix("_longer") in ("thoughts", "supervised"):
             lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
     return lines
 
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         steps = last["backbone_steps"] - of_way[0]["thoughts"] + thought
         taken = [f"{steps:.0f}", f"{last['written_tokens']:.0f}", f"{flops:.1e}"]
         text.append(f"| {shown} | {' | '.join([*cells, *taken])} |")
-    pairs = (("thoughts", "pause"), ("told", "told_pause"))
+    pairs = (("thoughts", "pause"), ("supervised", "supervised_pause"))
     for one, other in ((one + longer, other + longer) for longer in ("", "_longer") for one, other in pairs):
         only_one, only_other = disagreements(rows, one, other)
         if only_one + only_other:

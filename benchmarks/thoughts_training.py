@@ -113,6 +113,11 @@ class Way:
     times: int = 1
 
 
+def supervised(mode: str, stages: int) -> dict[str, Any]:
+    """No step is written, and each thought or pause has a step as its label."""
+    return {"mode": mode, "stages": stages, "first_stage": stages, "supervised": True}
+
+
 WAYS = {
     "one_hop": Way(None, lambda stages: {"mode": "drop", "stages": 0}),
     "steps": Way(None, lambda stages: {"mode": "drop", "stages": 0}),
@@ -123,16 +128,12 @@ WAYS = {
     "pause": Way("marked_steps", lambda stages: {"mode": "pause", "stages": stages, "first_stage": 1}),
     "thoughts": Way("marked_steps", lambda stages: {"mode": "state", "stages": stages, "first_stage": 1}),
     "at_once": Way(None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages}, True),
-    "told": Way(
-        None, lambda stages: {"mode": "state", "stages": stages, "first_stage": stages, "tell": True}, True
-    ),
-    "told_pause": Way(
-        None, lambda stages: {"mode": "pause", "stages": stages, "first_stage": stages, "tell": True}, True
-    ),
+    "supervised": Way(None, lambda stages: supervised("state", stages), True),
+    "supervised_pause": Way(None, lambda stages: supervised("pause", stages), True),
 }
 WAYS |= {
     f"{name}_longer": dataclasses.replace(WAYS[name], times=3)
-    for name in ("no_cot", "drop", "pause", "thoughts", "told", "told_pause")
+    for name in ("no_cot", "drop", "pause", "thoughts", "supervised", "supervised_pause")
 }
 
 
@@ -228,10 +229,10 @@ def steps_of(cell: Cell) -> int:
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
-    """Of thoughts: one in the place of a step, or where thoughts tell, one for each of its chunks."""
+    """Of thoughts: one in the place of a step, or where they are supervised, one for each of its chunks."""
     of_way = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
     return ThoughtSettings(
-        per_step=4 // max(1, KINDS[cell.kind]) if of_way.get("tell") else 1,
+        per_step=4 // max(1, KINDS[cell.kind]) if of_way.get("supervised") else 1,
         steps_per_stage=cell.setting.stage * WAYS[cell.way].times,
         **of_way,
     )

@@ -65,7 +65,7 @@ def share_of_right_answers(folder: Path, mode: str) -> float:
         examples=ExampleSettings(
             sources=str(folder / "path.jsonl"), validation_sources=str(folder / "held_out.jsonl"), context=96
         ),
-        thoughts=ThoughtSettings(mode=mode, stages=HOPS, first_stage=HOPS, tell=True),  # type: ignore[arg-type]
+        thoughts=ThoughtSettings(mode=mode, stages=HOPS, first_stage=HOPS, supervised=True),  # type: ignore[arg-type]
         training=TrainingSettings(
             steps=450,
             batch_tokens=64 * 96,

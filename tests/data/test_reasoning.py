@@ -153,7 +153,7 @@ def test_thoughts_that_tell_their_steps(chunk_size, per_step):
     layout = Layout(chunk_size, 64, PAD, THOUGHT)
     for number in (0, 1, 2):
         between = THOUGHTS.tokens(chunk_size, number * per_step)
-        told = layout.told(EXAMPLE, between, per_step)
+        told = layout.step_labels(EXAMPLE, between, per_step)
         chunks = [told[place : place + chunk_size] for place in range(0, len(told), chunk_size)]
         nothing = [NOT] * chunk_size
         assert len(told) == len(between) and chunks[0] == chunks[-1] == nothing

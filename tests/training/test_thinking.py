@@ -271,7 +271,7 @@ def test_what_is_told_is_the_step_and_padding(mode, backbone_input):
     layout = Layout(4, 64, 0, THOUGHT)
     example = Example([2, 11, 12], [9, 1], ([11, 12, 13, 14], [16, 17]))
     between = Thoughts(2, *MARKERS, mode).tokens(4)
-    batch = layout.batch([layout.row(example, 2, between, layout.told(example, between, 1))])
+    batch = layout.batch([layout.row(example, 2, between, layout.step_labels(example, between, 1))])
     targets = []
     model.head.loss = lambda states, target, *_: targets.append(target) or states.sum(-1)
     model(**batch)
@@ -290,7 +290,7 @@ def test_a_completion_is_parted_from_the_steps(tmp_path):
 
 
 BAD = {
-    "tell": ({"mode": "drop", "tell": True}, {}, "nothing .*tell"),
+    "supervised": ({"mode": "drop", "supervised": True}, {}, "nothing .*supervised"),
     "scale": ({"mode": "pause", "scale": "rms"}, {}, "thoughts.scale is for thoughts.mode state"),
     "numbers": ({"stages": 200, "per_step": 100}, {}, "would begin at step|times thoughts.per_step"),
     "too many stages": ({"steps_per_stage": 5}, {}, "would begin at step 10 of 9"),

@@ -24,7 +24,7 @@ class ThinkingRow:
     Args:
         before: Tokens of the prompt and of what is thought, in whole chunks.
         after: Tokens that are written, in whole chunks.
-        labels: Labels of both: of what is written, and of thoughts that have to tell their step.
+        labels: Labels of both: of what is written, and of thoughts that are supervised.
     """
 
     before: list[int]
@@ -49,7 +49,7 @@ class Layout:
     thought: int
 
     def row(
-        self, example: Example, left_out: int, thoughts: Sequence[int], told: Sequence[int] = ()
+        self, example: Example, left_out: int, thoughts: Sequence[int], step_labels: Sequence[int] = ()
     ) -> ThinkingRow:
         """A row; of a long prompt the end is kept.
 
@@ -57,7 +57,7 @@ class Layout:
             example: The question.
             left_out: How many of its first steps are left out.
             thoughts: What goes before the answer: markers and thoughts, in whole chunks.
-            told: Labels of the same; none where it is not given.
+            step_labels: Labels of the same (see `step_labels`); none where they are not given.
 
         Raises:
             InputError: If there is no room for the prompt beside what is thought and written.
@@ -66,15 +66,16 @@ class Layout:
         prompt = example.prompt[-self.room(len(after), len(thoughts)) :]
         front = [self.pad_token_id] * (-len(prompt) % self.chunk_size)
         before = [*front, *prompt, *thoughts]
-        return ThinkingRow(before, after, [*[IGNORED_LABEL] * (len(before) - len(told)), *told, *labels])
+        unlabelled = [IGNORED_LABEL] * (len(before) - len(step_labels))
+        return ThinkingRow(before, after, [*unlabelled, *step_labels, *labels])
 
-    def told(self, example: Example, thoughts: Sequence[int], per_step: int) -> list[int]:
+    def step_labels(self, example: Example, thoughts: Sequence[int], per_step: int) -> list[int]:
         """Labels of markers and thoughts: the steps in whose place the thoughts are.
 
         Args:
             example: The question.
             thoughts: See `row`.
-            per_step: Thoughts in the place of a step; of one that has more chunks, so many are told.
+            per_step: Thoughts in the place of a step; of one that has more chunks, so many are labels.
         """
         size, labels = self.chunk_size, [IGNORED_LABEL] * len(thoughts)
         number = len(thoughts) // size - 2  # But for the markers.

@@ -268,7 +268,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         return output
 
     def _targets(self, chunks_BCK: Tensor, labels_BT: Tensor) -> Tensor:
-        """Tokens that are predicted: those that are read, unless a thought or a pause has to tell others."""
+        """Tokens that are predicted: those that are read, or the step by which a thought is supervised."""
         labels_BCK = split_into_chunks(labels_BT, self.config.chunk_size)
         has_label_BCK = labels_BCK != IGNORED_LABEL
         tells_BC1 = (has_label_BCK & (labels_BCK != chunks_BCK)).any(-1, keepdim=True)

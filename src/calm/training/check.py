@@ -86,10 +86,8 @@ def check_thoughts(recipe: FinetuningRecipe) -> None:
     settings = recipe.thoughts
     Curriculum.of(settings, recipe.training.steps)
     NUM_THOUGHTS.require("thoughts.stages times thoughts.per_step", settings.stages * settings.per_step)
-    if settings.mode == "drop" and settings.tell:
-        raise InputError(
-            "with thoughts.mode drop nothing is there to tell a step: set thoughts.tell to false."
-        )
+    if settings.mode == "drop" and settings.supervised:
+        raise InputError("thoughts.mode drop leaves nothing to supervise: set thoughts.supervised to false.")
     if settings.mode != "state" and settings.scale != "none":
         raise InputError(f"thoughts.scale is for thoughts.mode state, not {settings.mode}: set it to none.")
     for name in ("gradient_checkpointing", "compile"):

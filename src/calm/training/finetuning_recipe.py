@@ -89,7 +89,7 @@ class ThoughtSettings:
             what is left.
         drop_rest: Whether another stage follows in which no step is written.
         mix: Chance that an item takes an earlier stage.
-        tell: Whether the state before a thought must also predict the step in whose place the thought is
+        supervised: Whether the state before a thought must also predict the step that the thought replaces
             (SIM-CoT, arXiv 2509.20317): of each step as many chunks as it has thoughts.
         reset_optimizer: Whether the optimizer forgets its moments where the stage changes.
         scale: "rms" brings a state to the root mean square of what the model reads; "none" leaves it.
@@ -103,7 +103,7 @@ class ThoughtSettings:
     steps_per_stage: list[int] | int = 200
     drop_rest: bool = False
     mix: float = 0.0
-    tell: bool = False
+    supervised: bool = False
     reset_optimizer: bool = True
     scale: Literal["none", "rms"] = "none"
     markers: list[str] = field(default_factory=list)

@@ -33,7 +33,7 @@ class ThoughtTraining:
         thoughts: What goes in their place; None for nothing.
         has_noise: Whether the loss has noise that is drawn for each row.
         now: The stage that the model is at.
-        told_per_step: Thoughts of a step that they have to tell; 0 where they need not.
+        labels_per_step: Thoughts of a step that are supervised by it; 0 where none is.
     """
 
     curriculum: Curriculum
@@ -41,13 +41,15 @@ class ThoughtTraining:
     thoughts: Thoughts | None
     has_noise: bool
     now: Stage
-    told_per_step: int = 0
+    labels_per_step: int = 0
 
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
         """A question as it is at a stage."""
         between = self._between(stage)
-        told = self.layout.told(example, between, self.told_per_step) if self.told_per_step else []
-        return self.layout.row(example, stage.left_out, between, told)
+        if self.labels_per_step:
+            labels = self.layout.step_labels(example, between, self.labels_per_step)
+            return self.layout.row(example, stage.left_out, between, labels)
+        return self.layout.row(example, stage.left_out, between)
 
     def _between(self, stage: Stage) -> list[int]:
         """What stands between question and answer."""
@@ -134,9 +136,9 @@ def thinking_of(
     layout = Layout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
     thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)
     curriculum = Curriculum.of(settings, recipe.training.steps)
-    told = settings.per_step if settings.tell and thoughts is not None else 0
+    labels = settings.per_step if settings.supervised and thoughts is not None else 0
     return ThoughtTraining(
-        curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0), told
+        curriculum, layout, thoughts, isinstance(model, ChunkNetwork), curriculum.at(0), labels
     )
 
 
