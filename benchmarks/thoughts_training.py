@@ -89,8 +89,9 @@ SEARCHES = dataclasses.replace(LOOKS_UP, first=2500, last=750)
 """Written steps of a search take longer: after 700 they were not learned, with K = 2 after 1,500 nearly."""
 SETTINGS |= {("graph", kind): SEARCHES for kind in ("llama", "K1", "K2")}
 COMPUTES = dataclasses.replace(LOOKS_UP, one_hop=2000, first=3500, last=750, with_paths=True)
-"""From `chain` alone a look-up was not learned in 3,000 steps, with questions of `path` among them in some 1,200:
-there what is found is the answer, and nothing has to be computed from it. Then written steps took 2,300."""
+"""From `chain` alone a look-up was not learned in 3,000 steps, with questions of `path` among them in
+1,200: there what is found is the answer, and nothing has to be computed from it. Then written steps took
+2,300."""
 SETTINGS |= {("chain", kind): COMPUTES for kind in ("llama", "K1", "K2")}
 MARKING = 300
 """Steps in which a model gets used to the markers of thoughts."""
