@@ -1,10 +1,10 @@
-"""What a model costs: parameters, and FLOPs per token, by part.
+"""Cost of a model: parameters, and FLOPs per token, by part.
 
-Two FLOPs for each multiply-add of a matrix product; attention takes 4 · positions · width for each
-layer and position, as if every query saw the whole context. Look-ups, norms and activations count nothing.
-Training takes three times the forward pass of what is trained, and the forward pass of the frozen encoder.
-A step of a CALM is K tokens: all figures are per token. The rules and the figures that they reproduce
-(tests/test_flops.py) are those of the paper, section 6.
+A multiply-add in a matrix product counts as two FLOPs; attention counts as 4 · positions · width per layer
+and position, as if every query saw the whole context. Look-ups, norms and activations are not counted.
+Training counts as three forward passes of the trained parts, plus one of the frozen encoder. A step of a CALM
+is K tokens, but all figures are per token. The rules, and the figures that they reproduce
+(tests/test_flops.py), are those of the paper, section 6.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from calm.models.token_layers import LIKE_LLAMA, head_size, weights_of_layer
 from calm.ranges import BLOCKS, NUM_THOUGHTS
 
 POSITIONS = 2048
-"""Positions of the context that the paper's figures assume (of chunks for a CALM)."""
+"""Context length that the paper's figures assume, in positions (chunks for a CALM)."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Work:
 
     Args:
         positions: Positions of the context that attention sees.
-        draws: Draws of a chunk, which are each decoded; 1 at T = 1.
+        draws: Draws per chunk, each of which is decoded; 1 at T = 1.
         condition_per_draw: Whether the head's work on the hidden state, which all draws of a step share,
-            is counted with every draw, as in the paper's figures, or once, as it is done here.
+            is counted for every draw, as in the paper's figures, or once, as it is done here.
     """
 
     positions: int = POSITIONS
@@ -55,8 +55,8 @@ class Cost:
     """Cost of a model.
 
     Args:
-        parameters: By part.
-        inference: FLOPs per token that is written, by part.
+        parameters: Parameters, by part.
+        inference: FLOPs per generated token, by part.
         training: FLOPs per token of training text, by part.
     """
 
@@ -66,14 +66,14 @@ class Cost:
 
 
 def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
-    """Cost of a CALM, or of a Transformer of tokens with the layers of Llama.
+    """Cost of a CALM, or of a token-level Transformer with Llama-style layers.
 
     Args:
         config: Its configuration.
         work: How it is used.
 
     Raises:
-        InputError: If the architecture is another one, or the head does not say what it costs.
+        InputError: If the architecture is not supported, or the head does not say what it costs.
     """
     work = work or Work()
     inference, training = _inference(config, work), _training(config, work)
@@ -89,7 +89,7 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     """FLOPs per token of training a model, or an autoencoder, on blocks of `context` tokens.
 
     Raises:
-        InputError: If they are not known.
+        InputError: If the architecture is not supported.
     """
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
@@ -98,9 +98,9 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
 
 
 def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
-    """FLOPs per token of training text that a teacher takes: its forward pass on blocks of `context` tokens.
+    """FLOPs of a teacher per token of training text: its forward pass on blocks of `context` tokens.
 
-    For architectures that `cost_of` does not know, torch counts those of a network without memory.
+    For architectures that `cost_of` does not know, torch counts the FLOPs of a network on the meta device.
     """
     try:
         return sum(cost_of(teacher, Work(context)).inference.values())
@@ -114,7 +114,7 @@ def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
 
 
 def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
-    """FLOPs per token of training an autoencoder, which a language model on it needs first."""
+    """FLOPs per token of training an autoencoder, which a language model needs first."""
     if config.has_codes:  # They are not trained.
         return 0.0
     vocabulary = config.chunk_size * config.vocab_size * config.hidden_size
@@ -123,12 +123,12 @@ def autoencoder_training_flops(config: CalmAutoencoderConfig) -> float:
 
 @dataclass(frozen=True)
 class CostOfThoughts:
-    """What thoughts (`calm.models.thoughts`) add to an answer.
+    """Cost that thoughts (`calm.models.thoughts`) add to an answer.
 
     Args:
-        number: How many.
-        flops_of_one: FLOPs of a thought.
-        flops: FLOPs of all of them, and of the two markers around them.
+        number: Number of thoughts.
+        flops_of_one: FLOPs of one thought.
+        flops: FLOPs of all thoughts and the two markers around them.
     """
 
     number: int
@@ -137,19 +137,19 @@ class CostOfThoughts:
 
 
 def cost_of_thoughts(config: PreTrainedConfig, number: int, positions: int = POSITIONS) -> CostOfThoughts:
-    """What thoughts add to an answer: not for each token of it, but once.
+    """Cost that thoughts add to an answer, once and not per token.
 
-    A thought that reads a state takes the layers for one position of the backbone: no input projection, no
-    head, no decoder, no vocabulary. A marker, and a thought that reads `begin` once more ("pause"), are read
-    like any chunk or token.
+    A thought that reads a state takes the backbone's layers at one position: no input projection, head,
+    decoder or vocabulary projection. A marker, or a thought that reads `begin` again ("pause"), is read like
+    any chunk or token.
 
     Args:
-        config: Configuration of a CALM, or of a Llama of tokens, whether it was trained to think or not.
-        number: Thoughts, at least 0.
+        config: Configuration of a CALM or a token-level Llama, whether or not it was trained to think.
+        number: Number of thoughts, at least 0.
         positions: See `Work`.
 
     Raises:
-        InputError: If the number is out of range, or the architecture is another one.
+        InputError: If the number is out of range, or the architecture is not supported.
     """
     NUM_THOUGHTS.require("number of thoughts", number)
     parts = _reading(config, Work(positions))
@@ -159,22 +159,22 @@ def cost_of_thoughts(config: PreTrainedConfig, number: int, positions: int = POS
 
 
 def thinking_flops(config: PreTrainedConfig, prompt: int, thoughts: int | None, written: int) -> float:
-    """FLOPs of training a model on one row: a prompt, what is thought, and what is written after it.
+    """FLOPs of training a model on one row: a prompt, thoughts, and the text after them.
 
-    Three times the forward pass of what is trained, and the forward pass of the frozen encoder. The layers
-    read every position once, in however many passes. Attention is counted as if every query saw the whole
-    row. All positions but thoughts that read a state are projected from their tokens. The head, or the
-    vocabulary projection of a Llama, works where something written is predicted, and nowhere else. Padding
-    counts nothing, so a batch of rows of several lengths takes more.
+    Three forward passes of the trained parts, plus one of the frozen encoder. The layers process every
+    position once, however many passes that takes. Attention is counted as if every query saw the whole row.
+    All positions except thoughts that read a state are projected from their tokens. The head, or a Llama's
+    vocabulary projection, runs only where text after the thoughts is predicted. Padding is not counted, so a
+    batch of rows of different lengths costs more.
 
     Args:
-        config: Configuration of a CALM, or of a Llama of tokens.
+        config: Configuration of a CALM or a token-level Llama.
         prompt: Positions of the prompt: chunks of a CALM, tokens of a Llama.
-        thoughts: Thoughts, between two markers; None for neither.
-        written: Positions of the steps that are left and of the answer.
+        thoughts: Number of thoughts, between two markers; None for neither.
+        written: Positions of the remaining steps and of the answer.
 
     Raises:
-        InputError: If a number is out of range, or the architecture is another one.
+        InputError: If a number is out of range, or the architecture is not supported.
     """
     for name, number in (("prompt", prompt), ("written", written)):
         BLOCKS.require(name, number)
@@ -184,7 +184,7 @@ def thinking_flops(config: PreTrainedConfig, prompt: int, thoughts: int | None, 
     projected = positions - ((thoughts or 0) if _thinks_in_states(config) else 0)
     parts, training = _reading(config, work), _training(config, work)
     layers, encoder = _layers(parts), training.get("encoder", 0.0)
-    is_encoded_once = "encoder" in parts  # Latents that are read are the targets as well.
+    is_encoded_once = "encoder" in parts  # Latents that the backbone reads are also the targets.
     return (
         3 * (positions * layers + projected * parts.get("input", 0.0))
         + written * (training["head"] if "head" in training else training["vocabulary"])
@@ -209,11 +209,11 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     """FLOPs to read a position, by part: a chunk of a CALM, or a token.
 
     Raises:
-        InputError: If the architecture is another one.
+        InputError: If the architecture is not supported.
     """
     if isinstance(config, CalmConfig):
         once = {"input": 2.0 * _projection(config)}
-        # Once where a latent is input and target.
+        # Counted once, even if a latent is both input and target.
         encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
         return once | _of_layers(config.backbone, work) | encoder
     if config.model_type in LIKE_LLAMA:  # Biases and norms do not count.
@@ -225,7 +225,7 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
 
 
 def _projection(config: CalmConfig) -> int:
-    """Multiply-adds that make a chunk's input."""
+    """Multiply-adds of the input projection, per chunk."""
     width = config.hidden_size
     if config.input_projection == "last":
         return config.input_size * width
@@ -240,7 +240,7 @@ def _of_layers(config: Any, work: Work) -> dict[str, float]:
 
 
 def _inference(config: PreTrainedConfig, work: Work) -> dict[str, float]:
-    """FLOPs of a position, by part, as text is written."""
+    """FLOPs per position in generation, by part."""
     parts = _reading(config, work)
     if not isinstance(config, CalmConfig):
         return parts | {"vocabulary": 2.0 * config.vocab_size * config.hidden_size}
@@ -254,7 +254,7 @@ def _inference(config: PreTrainedConfig, work: Work) -> dict[str, float]:
 
 
 def _training(config: PreTrainedConfig, work: Work) -> dict[str, float]:
-    """FLOPs of a position, by part, as a model is trained."""
+    """FLOPs per position in training, by part."""
     parts = {part: 3 * flops for part, flops in _reading(config, work).items() if part != "encoder"}
     if not isinstance(config, CalmConfig):
         return parts | {"vocabulary": 6.0 * config.vocab_size * config.hidden_size}
@@ -272,12 +272,12 @@ def _head(config: CalmConfig) -> HeadFlops:
 
 
 def _decoder_weights(config: Any) -> int:
-    """Multiply-adds of a Llama's layers at one position, attention scores aside."""
+    """Multiply-adds of a Llama's layers at one position, excluding attention scores."""
     return config.num_hidden_layers * weights_of_layer(config)
 
 
 def _attention(config: Any, positions: int) -> int:
-    """FLOPs of attention scores and their sums at one position."""
+    """FLOPs of attention scores and weighted sums of values at one position."""
     return 4 * positions * _query_width(config) * config.num_hidden_layers
 
 
@@ -286,7 +286,7 @@ def _query_width(config: Any) -> int:
 
 
 def _decoder_of_chunks(config: CalmAutoencoderConfig) -> int:
-    """Multiply-adds that decode a latent, vocabulary projection aside."""
+    """Multiply-adds that decode a latent, excluding the vocabulary projection."""
     if config.has_codes:
         return 0
     size, width = config.chunk_size, config.hidden_size
@@ -306,7 +306,7 @@ def _encoder_of_chunks(config: CalmAutoencoderConfig) -> int:
 
 
 def parameters_of(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model by part, each once (tied ones with the part that comes first)."""
+    """Number of parameters of a model by part; tied ones count once, with the part that comes first."""
     counts: dict[str, int] = {}
     for part, parameter in _parts(model):
         counts[part] = counts.get(part, 0) + parameter.numel()
@@ -325,7 +325,7 @@ def _outline(config: PreTrainedConfig) -> nn.Module:
                 return CalmForCausalLM(config)
             network: nn.Module = AutoModelForCausalLM.from_config(config)
             return network
-    except Exception as error:  # Of whichever class it is.
+    except Exception as error:  # From the model's class.
         raise InputError(f"the configuration makes no model ({cause_of(error)}).") from error
 
 

@@ -1,12 +1,12 @@
-"""A model class for EleutherAI's evaluation harness (lm-eval), where a CALM runs the tasks that ask for text.
+"""A model class for EleutherAI's evaluation harness (lm-eval), with which a CALM runs generation tasks.
 
     python -m calm.harness run --model calm --model_args pretrained=runs/demo/model --tasks my_task
 
 or in Python, `lm_eval.simple_evaluate(model=HarnessModel("runs/demo/model"), tasks=[...])`.
 
-Tasks that ask for log-likelihoods get them from a model whose head has them (`sequential`); for other heads
-they are refused. As an experiment, multiple choice can be answered by sampling instead (`choices`): the
-scores are no likelihoods, and do not compare with others.
+Tasks that ask for log-likelihoods get them if the head has them (`sequential`, `decoder`, `parallel`); for
+other heads they are refused. As an experiment, multiple choice can be answered by sampling instead
+(`choices`): the scores are not likelihoods, and not comparable with those of other models.
 """
 
 import sys
@@ -49,20 +49,20 @@ _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "min_p"}
 
 @register_model("calm")
 class HarnessModel(LM):
-    """A CALM in the harness; one that was trained to think does so after each context.
+    """A CALM in the harness; if it was trained to think, it does so after each context.
 
     Args:
         pretrained: Folder of a model or of adapters, or hub name.
-        temperature: Where a task asks to sample and says no temperature. Tasks that ask for greedy decoding
-            get temperature 0: the most frequent chunk of a pool, or greedy decoding where a head can.
-        num_draws: Size of that pool, and draws of each chunk for `choices`.
-        batch_size: Texts written at once.
-        max_gen_toks: Most new tokens where a task says none.
+        temperature: Used if a task asks for sampling without a temperature. Tasks that ask for greedy
+            decoding get temperature 0: the most frequent chunk of a pool, or greedy decoding if the head can.
+        num_draws: Size of that pool, and draws per chunk for `choices`.
+        batch_size: Texts generated at once.
+        max_gen_toks: Most new tokens if a task sets no limit.
         seed: Seed of all draws.
-        choices: What is done with tasks that ask for log-likelihoods where the model has none: "refuse";
-            or, as an experiment with any model, "agreement": the share of drawn tokens that are those of the
-            continuation; or "energy": minus the energy score of the drawn latents for the continuation's own
-            (paper, section 3.2).
+        choices: How to answer tasks that ask for log-likelihoods: "refuse" if the model has none; or, as an
+            experiment with any model, "agreement": the share of drawn tokens that match the continuation; or
+            "energy": minus the energy score of the drawn latents against the continuation's own (paper,
+            section 3.2).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HarnessModel(LM):
         max_gen_toks: int = 128,
         seed: int = 1234,
         choices: Choices = "refuse",
-        **_: Any,  # What the harness says to every model: device, max_batch_size.
+        **_: Any,  # What the harness passes to every model: device, max_batch_size.
     ) -> None:
         super().__init__()
         if choices not in ("refuse", "agreement", "energy"):
@@ -90,23 +90,23 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for the harness's cache of requests."""
+        """Name for the harness's request cache."""
         return str(self._tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the text of a prompt, in which words that look like control tokens are marked."""
+        """Render a conversation as prompt text, in which words that look like control tokens are marked."""
         if self._tokenizer.chat_template is None:
             raise InputError("the model has no chat template; leave out --apply_chat_template.")
         self._is_chat = True
         return render(self._tokenizer, chat_history, to_answer=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to the first of its stops.
+        """Generate the text after each context, up to its first stop string.
 
         Raises:
-            InputError: If a task asks for what a CALM cannot do.
+            InputError: If a task asks for something that a CALM cannot do.
         """
         texts: list[str] = [""] * len(requests)
         for places, copy in self._alike(requests):
@@ -127,10 +127,10 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether each of its tokens is the likeliest.
 
-        Or scores by sampling, for multiple choice, if that was asked for.
+        Unless `choices` is "refuse", these are scores by sampling, for multiple choice.
 
         Raises:
-            InputError: If it was not, and the model has no likelihood.
+            InputError: If `choices` is "refuse" and the model has no likelihood.
         """
         if self._choices == "refuse":
             if isinstance(head := self._model.head, Likelihood):
@@ -154,9 +154,9 @@ class HarnessModel(LM):
         )
 
     def _alike(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
-        """Places of requests that can be written together, and how often they came before.
+        """Batches of indices of requests with equal settings, and how often each request came before.
 
-        A task that wants several texts of a context repeats the request.
+        A task that wants several texts for a context repeats the request.
         """
         seen: Counter[str] = Counter()
         groups: dict[tuple[str, int], list[int]] = {}
@@ -169,22 +169,22 @@ class HarnessModel(LM):
                 yield places[start : start + self._batch_size], copy
 
     def _cropped(self, contexts: list[list[int]], budget: int) -> list[list[int]]:
-        """Contexts that fit beside so many new tokens; of long ones the end is kept, as is usual there."""
+        """Contexts cut on the left, as is usual there, to leave room for thoughts and `budget` tokens."""
         if not all(contexts):
             raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
         return crop_prompts(self._model, contexts, budget + num_tokens_of(self._thoughts, self._model.config))
 
     def _encode(self, context: str, continuation: str = "") -> list[int]:
-        # A chat template writes control tokens, that which begins a text among them.
+        # A chat template writes control tokens itself, BOS included.
         if self._is_chat:
             return encode_rendering(self._tokenizer, context + marks_of(self._tokenizer).mark(continuation))
         return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
-        """A continuation in chunks of its own after a context, and after what is thought there.
+        """Read a continuation, in chunks of its own, after a context and its thoughts.
 
-        Both are tokenized as one text; spaces that end the context belong to the continuation, as a tokenizer
-        has them. So does the harness with models of its own.
+        Both are tokenized as one text; trailing spaces of the context move to the continuation, where
+        tokenizers expect them. The harness's own models do the same.
 
         Returns:
             Tokens of the context; number of tokens of the continuation; the states that its chunks are drawn
@@ -193,7 +193,7 @@ class HarnessModel(LM):
         size = self._model.config.chunk_size
         begun = context.rstrip()
         ids, prompt = self._encode(context, continuation), self._encode(begun)
-        is_apart = ids[: len(prompt)] == prompt  # Else a token reaches from one into the other.
+        is_apart = ids[: len(prompt)] == prompt  # Otherwise a token spans the boundary.
         ids = (
             ids[len(prompt) :]
             if is_apart
@@ -218,7 +218,7 @@ class HarnessModel(LM):
 
     @torch.no_grad()
     def _score(self, context: str, continuation: str) -> float:
-        """How well draws agree with a continuation, chunk by chunk after what came before it."""
+        """How well draws agree with a continuation, each chunk drawn after the true text before it."""
         prompt, number, states_PD, chunks_PK = self._read(context, continuation)
         rows = [[*prompt, place] for place in range(len(states_PD))]
         generators = generators_of_rows(self._seed, rows, self._model.device)
@@ -230,7 +230,7 @@ class HarnessModel(LM):
         return float(is_equal_NT.double().mean())
 
     def _latents(self, states_PD: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Draws of the next latents, (N, P, Z); of a head that draws tokens, what these are encoded to."""
+        """Draws of the next latents, (N, P, Z); if the head draws tokens, their encodings."""
         if isinstance(head := self._model.head, LatentHead):
             return head.sample_latents(states_PD, self._num_draws, generators)
         drawn_NPK = self._model.draw_chunks(states_PD, self._num_draws, generators)
@@ -238,7 +238,7 @@ class HarnessModel(LM):
 
 
 def _energy_score(latents_NPZ: Tensor, target_PZ: Tensor) -> Tensor:
-    """2 E|z - y| - E|z - z'| over draws z, mean over the chunks: smaller is better."""
+    """2 E|z - y| - E|z - z'| over draws z, averaged over chunks; smaller is better."""
     num_draws = len(latents_NPZ)
     to_target = (latents_NPZ - target_PZ).norm(dim=-1).mean(0)
     among = torch.cdist(latents_NPZ.transpose(0, 1), latents_NPZ.transpose(0, 1)).sum((-1, -2))
@@ -246,7 +246,7 @@ def _energy_score(latents_NPZ: Tensor, target_PZ: Tensor) -> Tensor:
 
 
 def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[str, Any]:
-    """Arguments of `continue_tokens` for what a task asks, with `until` and `max_gen_toks` still in it."""
+    """Arguments of `continue_tokens` for a task's settings, plus `until` and `max_gen_toks`."""
     unknown = [name for name in asked if name not in _KNOWN]
     if unknown:
         raise InputError(f"a CALM cannot honour '{unknown[0]}' of this task's generation_kwargs.")
@@ -255,7 +255,7 @@ def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[
         "until": [until] if isinstance(until, str) else list(until),
         "max_gen_toks": asked.get("max_gen_toks"),
     }
-    # The harness's tasks mean greedy decoding where they do not say do_sample.
+    # The harness's tasks mean greedy decoding unless they set do_sample.
     if not asked.get("do_sample") or asked.get("temperature") == 0:
         return settings | {"temperature": 0.0, "num_draws": num_draws}
     cuts = {name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None}
@@ -263,7 +263,7 @@ def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[
 
 
 def main() -> None:
-    """The harness's own command line, which knows `--model calm`."""
+    """Run the harness's own command line, with `--model calm` added."""
     from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415
 
     try:

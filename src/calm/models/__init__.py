@@ -1,1 +1,1 @@
-"""What a checkpoint is: configurations, autoencoder, heads and language model."""
+"""Contents of a checkpoint: configurations, autoencoder, heads and language model."""

@@ -1,6 +1,6 @@
-"""Attention of the backbone and of layers over tokens: Llama's, or with queries and keys that are normed.
+"""Attention of the backbone and of token layers: Llama's, optionally with normalized queries and keys.
 
-Shapes: X any leading axes, D hidden size, G heads of queries, H heads of keys and values, d their size.
+Shapes: X any leading axes, D hidden size, G query heads, H key-value heads, d head size.
 """
 
 from typing import Any
@@ -12,38 +12,38 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 QK_NORM = "use_qk_norm"
-"""Name of a switch that a `LlamaConfig` may have: whether heads norm their queries and keys."""
+"""Name of an optional `LlamaConfig` flag: whether heads normalize their queries and keys."""
 
 
 class NormedAttention(LlamaAttention):
-    """Attention that norms the queries and keys of each head before their positions (Qwen3)."""
+    """Attention that normalizes each head's queries and keys before rotary embedding (Qwen3)."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__(config, index)
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.sliding_window = None  # Its forward pass looks for one.
+        self.sliding_window = None  # Qwen3's forward pass reads it.
 
     forward = Qwen3Attention.forward  # type: ignore[assignment]
 
 
 def norm_queries_and_keys(layer: nn.Module, config: LlamaConfig, index: int) -> None:
-    """Give a new layer of a Llama `NormedAttention`, if its configuration says so."""
+    """Replace a new Llama layer's attention by `NormedAttention` if the configuration asks for it."""
     if has_qk_norm(config):
         layer.self_attn = NormedAttention(config, index)
 
 
 def has_qk_norm(config: LlamaConfig) -> bool:
-    """Whether the layers of a configuration norm their queries and keys."""
+    """Whether a configuration's layers normalize queries and keys."""
     return bool(getattr(config, QK_NORM, False))
 
 
 def projected(attention: Any, states_XD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (X, G, d), keys and values (X, H, d) of some states, before their positions.
+    """Project states to queries (X, G, d), keys and values (X, H, d), before rotary embedding.
 
     Args:
         attention: A `LlamaAttention`.
-        states_XD: What the layer's first norm gave.
+        states_XD: Output of the layer's first norm.
     """
     query_XGd, key_XHd, value_XHd = (
         project(states_XD).unflatten(-1, (-1, attention.head_dim))
@@ -55,6 +55,6 @@ def projected(attention: Any, states_XD: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of queries or keys, in the halves of Llama; shapes that broadcast."""
+    """Apply rotary embedding to queries or keys, in Llama's half-split layout; shapes broadcast."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

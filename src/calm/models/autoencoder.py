@@ -21,7 +21,7 @@ from calm.models.codes import CodeDecoder, CodeEncoder, draw_codes
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.saving import SavedAnew
 
-_LATENTS_AT_ONCE = 512  # The decoder's own tensors then stay in the caches of a CPU.
+_LATENTS_AT_ONCE = 512  # Keeps the decoder's activations in a CPU's caches.
 
 
 class AutoencoderNoise(NamedTuple):
@@ -39,11 +39,11 @@ class AutoencoderNoise(NamedTuple):
 
 @dataclass
 class AutoencoderOutput(ModelOutput):
-    """What a forward pass returns.
+    """Output of a forward pass.
 
     Args:
         loss: K times the mean token cross-entropy plus the weighted KL, in nats.
-        logits: Decoder scores of every token, shape (B, T, V).
+        logits: Decoder logits of every token, shape (B, T, V); only without labels.
         cross_entropy: Mean token cross-entropy, in nats.
         kl: Mean floored KL of a chunk, in nats.
     """
@@ -94,14 +94,14 @@ class _Decoder(nn.Module):
         return self.token_vectors(self.chunk_states(latents_PZ), 0, self.chunk_size)
 
     def chunk_states(self, latents_PZ: Tensor) -> Tensor:
-        """What all tokens of a chunk have in common, shape (P, D)."""
-        hidden = self.inp(latents_PZ.to(self.inp.weight.dtype))  # Heads may draw in float32 always.
+        """The part of decoding that all tokens of a chunk share, shape (P, D)."""
+        hidden = self.inp(latents_PZ.to(self.inp.weight.dtype))  # Some heads always draw in float32.
         for block in self.blocks[: len(self.blocks) // 2]:
             hidden = block(hidden)
         return hidden
 
     def token_vectors(self, states_PD: Tensor, first: int, last: int) -> Tensor:
-        """The vectors of the tokens at the places first..last-1, shape (P, last - first, D)."""
+        """Vectors of the tokens at positions first..last-1 of the chunk, shape (P, last - first, D)."""
         size = states_PD.shape[-1]
         part = slice(first * size, last * size)
         hidden = F.linear(states_PD, self.expand.weight[part], self.expand.bias[part])
@@ -112,15 +112,15 @@ class _Decoder(nn.Module):
 
 
 class CalmAutoencoder(SavedAnew, PreTrainedModel):
-    """Context-free variational autoencoder of chunks, made of MLPs only, or of codes without training."""
+    """Context-free variational autoencoder of chunks: MLPs only, or fixed codes that need no training."""
 
     config: CalmAutoencoderConfig
     config_class = CalmAutoencoderConfig
     base_model_prefix = "autoencoder"
     main_input_name = "input_ids"
-    # The Trainer of transformers counts tokens, and the loss is a mean over other things; ours counts them.
+    # transformers' Trainer would divide by tokens; our trainer divides by what the loss is a mean over.
     accepts_loss_kwargs = False
-    # It has no attention, so every implementation that a model around it asks for will do.
+    # It has no attention, so it works with whichever implementation the enclosing model asks for.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: CalmAutoencoderConfig) -> None:
@@ -151,42 +151,42 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
         return self.encoder(tokens_PK)
 
     def decode(self, latents_PZ: Tensor) -> Tensor:
-        """Token scores of each latent, shape (P, K, V)."""
+        """Token logits of each latent, shape (P, K, V)."""
         weight_VD = self.encoder.embed_tokens.weight
         return F.linear(self.decoder(latents_PZ).to(weight_VD.dtype), weight_VD)
 
     def decode_tokens(self, latents_PZ: Tensor) -> Tensor:
         """Most likely tokens of each latent, shape (P, K), for any leading axes P.
 
-        Token scores are never held all at once; see `calm.core.argmax`.
+        The logits are never all in memory at once; see `calm.core.argmax`.
         """
-        if torch.compiler.is_compiling():  # Of a number that is not known, parts cannot be taken.
+        if torch.compiler.is_compiling():  # An unknown number of latents cannot be split.
             return self.decode(latents_PZ).argmax(-1)
         latents = latents_PZ.reshape(-1, latents_PZ.shape[-1])
         tokens = [self._most_likely(self.decoder(part)) for part in latents.split(_LATENTS_AT_ONCE)]
         return torch.cat(tokens).unflatten(0, latents_PZ.shape[:-1])
 
     def chunk_states(self, latents_PZ: Tensor) -> Tensor:
-        """The part of decoding that all K tokens share, shape (P, D), for `read_tokens` to go on with."""
+        """The part of decoding that all K tokens share, shape (P, D): the input of `read_tokens`."""
         return self.decoder.chunk_states(latents_PZ)
 
     def read_tokens(self, states_PD: Tensor, first: int, last: int) -> Tensor:
-        """Most likely tokens of each chunk at the places first..last-1 alone, shape (P, last - first).
+        """Most likely tokens at positions first..last-1 of each chunk, shape (P, last - first).
 
-        `decode_tokens` gives the same tokens, and does the work of all places.
+        `decode_tokens` gives the same tokens, but always computes all K positions.
         """
         at_once = _LATENTS_AT_ONCE * self.config.chunk_size // (last - first)
         parts = states_PD.split(at_once)
         return torch.cat([self._most_likely(self.decoder.token_vectors(part, first, last)) for part in parts])
 
     def _most_likely(self, vectors: Tensor) -> Tensor:
-        """Tokens with the largest scores, the last axis of token vectors taken away."""
+        """Tokens with the largest logits; drops the last axis of the token vectors."""
         weight_VD = self.encoder.embed_tokens.weight
         flat = vectors.flatten(0, -2).to(weight_VD.dtype)
         return argmax_of_scores(flat, weight_VD).view(vectors.shape[:-1])
 
     def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
-        """The randomness of one training step on chunks (P, K)."""
+        """Sample the randomness of one training step on chunks (P, K)."""
         config, device = self.config, tokens_PK.device
         shape_Z = (*tokens_PK.shape[:-1], config.latent_size)
         keep_tokens = torch.rand(tokens_PK.shape, generator=generator, device=device)
@@ -197,17 +197,17 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
         )
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """What the loss is a mean over: tokens with a label, and chunks with any, (2,)."""
+        """Denominators of the loss: tokens with a label, and chunks with at least one, (2,)."""
         has_label_BC = have_label(labels, self.config.chunk_size)
         return torch.stack([(labels != IGNORED_LABEL).sum(), has_label_BC.sum()])
 
     def draw_training_noise(
         self, generators: Sequence[torch.Generator], input_ids: Tensor, labels: Tensor, **_: Any
     ) -> AutoencoderNoise:
-        """The `noise` of a forward pass in training, drawn for each row of the batch by itself.
+        """Sample the `noise` of a training forward pass, separately for each row of the batch.
 
         Args:
-            generators: One for each row, on the device of the model.
+            generators: One per row, on the model's device.
             input_ids: As in `forward`.
             labels: As in `forward`.
         """
@@ -227,7 +227,7 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
         noise: AutoencoderNoise | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> AutoencoderOutput:
-        """Encode, draw a latent (the mean in eval mode), decode; with labels, the loss of it.
+        """Encode, sample a latent (the mean in eval mode) and decode; with labels, return the loss instead.
 
         Args:
             input_ids: Tokens (B, T), T a multiple of K.
@@ -235,8 +235,8 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
                 are left out.
             generator: Source of the training noise; the default generator when None.
             noise: Recorded training noise to use instead, for the chunks that have a label.
-            num_items_in_batch: Tokens with a label, and chunks with any, of the whole optimizer step, (2,);
-                those of this batch when None. The loss is the sum divided by them.
+            num_items_in_batch: Tokens with a label, and chunks with at least one, in the whole optimizer
+                step, (2,); those of this batch when None. The summed losses are divided by them.
 
         Raises:
             ValueError: If T is not a multiple of K.
@@ -266,7 +266,7 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
     def _latents(
         self, chunks_PK: Tensor, generator: torch.Generator | None, noise: AutoencoderNoise | None
     ) -> tuple[Tensor, DiagonalGaussian]:
-        """Latents to decode and the posterior that they come from."""
+        """Latents to decode, and the posterior they come from."""
         if not self.training and noise is None:
             posterior = self.encode(chunks_PK)
             return posterior.mean, posterior

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class SwiGLUBlock(nn.Module):
-    """Residual gated MLP with RMSNorm in front: x + down(silu(gate(n)) * up(n)), n = norm(x)."""
+    """Residual gated MLP with pre-RMSNorm: x + down(silu(gate(n)) * up(n)), n = norm(x)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, eps: float) -> None:
         super().__init__()
@@ -22,11 +22,11 @@ class SwiGLUBlock(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer whose weights start at zero (the model's initialization sees to it)."""
+    """A linear layer whose weights start at zero, set by the model's weight initialization."""
 
 
 class AdaptiveBlock(nn.Module):
-    """x + gate * mlp(scaled and shifted norm of x), by a condition (adaptive layer norm, paper section 3.2).
+    """x + gate * mlp(norm(x), scaled and shifted): adaptive layer norm on a condition (paper section 3.2).
 
     It starts as the identity. Shapes: N draws, P positions, D size.
     """
@@ -39,26 +39,26 @@ class AdaptiveBlock(nn.Module):
         self.modulation = ZeroLinear(size, 3 * size)
 
     def forward(self, x_NPD: Tensor, condition: Tensor) -> Tensor:
-        """Points (N, P, D) under their conditions, of a shape that broadcasts to theirs."""
+        """Apply the block to x (N, P, D) with a condition that broadcasts to its shape."""
         return self.modulated(x_NPD, self.modulation(condition))
 
     def modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
-        """The same where shift, scale and gate, (..., 3 D), are known already."""
+        """Apply the block with precomputed shift, scale and gate, (..., 3 D)."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         normed_NPD = self.norm(x_NPD) * (1 + scale) + shift
         return x_NPD + gate * self.down(F.silu(self.up(normed_NPD)))
 
 
 class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
-    """The same, computed anew in the backward pass where gradient checkpointing is on."""
+    """An `AdaptiveBlock` that is recomputed in the backward pass if gradient checkpointing is on."""
 
 
 class PartedLinear(nn.Linear):
-    """A linear layer whose weights are used in parts. It is never called, so no adapter can wrap it."""
+    """A linear layer whose weights are used in slices. It is never called, so adapters cannot wrap it."""
 
 
 class ChunkProjection(nn.Module):
-    """What is known of a chunk, by default its K token embeddings -> one input vector (paper section 3.4)."""
+    """Features of a chunk, by default its K token embeddings -> one input vector (paper section 3.4)."""
 
     def __init__(self, input_size: int, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ChunkProjection(nn.Module):
 
 
 class LastTokenProjection(nn.Module):
-    """The embedding of a chunk's last token, plus a linear map of all its embeddings that starts as zero."""
+    """The embedding of a chunk's last token plus a zero-initialized linear map of all its embeddings."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()

@@ -35,13 +35,13 @@ _NO_VECTORS = (
 
 @dataclass
 class CalmOutput(ModelOutput):
-    """What a forward pass returns.
+    """Output of a forward pass.
 
     Args:
-        loss: Mean loss of the head over the target chunks; present with labels.
+        loss: Mean loss of the head over the target chunks; only with labels.
         last_hidden_state: State of every chunk, shape (B, C, D), with D the configuration's `state_size`:
-            the backbone's state followed by what the head reads itself, if it does.
-        cache: Cache, if one was used.
+            the backbone's state, followed by the head's own embedding of the chunk if it has one.
+        cache: Key-value cache, if one was used.
     """
 
     loss: Tensor | None = None
@@ -50,14 +50,14 @@ class CalmOutput(ModelOutput):
 
     @property
     def past_key_values(self) -> Cache | None:
-        """The cache, under the name that it has in transformers before 5.24."""
+        """The cache, under its name in transformers before 5.24."""
         return self.cache
 
 
 class ChunkBackbone(LlamaModel):
-    """The decoder over chunks: a `LlamaModel` whose new token embeddings have a spread of their own.
+    """The decoder over chunks: a `LlamaModel` with its own initial standard deviation for token embeddings.
 
-    Its layers norm queries and keys where the configuration says so.
+    Its layers normalize queries and keys if the configuration says so.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -82,7 +82,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # The Trainer of transformers counts tokens, and the loss is a mean over other things; ours counts them.
+    # transformers' Trainer would divide by tokens; our trainer divides by what the loss is a mean over.
     accepts_loss_kwargs = False
     _no_split_modules = ["LlamaDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
@@ -111,7 +111,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             do_sample=True,
-            temperature=0.5,  # Above it, text is hardly fluent (paper, section 5).
+            temperature=0.5,  # Above that, text is hardly fluent (paper, section 5).
         )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -128,13 +128,13 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             self.backbone.embed_tokens.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "CalmForCausalLM":
-        """Switch backbone and head; the autoencoder stays frozen and in eval mode."""
+        """Set the mode of backbone and head; the autoencoder stays frozen and in eval mode."""
         super().train(mode)
         self._freeze_autoencoder()
         return self
 
     def change_sampling(self, **changes: Any) -> None:
-        """Change how the trained head is drawn from; see `CalmConfig.change_sampling`."""
+        """Change how the trained head samples; see `CalmConfig.change_sampling`."""
         self.config.change_sampling(**changes)
         self.head.config = self.config.head
 
@@ -157,7 +157,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """The token embedding; its size is that of the autoencoder, which was trained with this vocabulary.
+        """The token embedding; it cannot be resized, since the autoencoder was trained with its vocabulary.
 
         Raises:
             ValueError: If another size is asked for.
@@ -172,17 +172,17 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         return self.get_input_embeddings()
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A module inside, by its dotted name.
+        """A submodule, by its dotted name.
 
         Raises:
-            ValueError: If peft asks where a learned prompt would go, which has no place here.
+            ValueError: If peft looks for the embeddings of a learned prompt, which a CALM cannot take.
         """
-        if target == "embeddings.word_embeddings":  # The first thing that peft does with such a prompt.
+        if target == "embeddings.word_embeddings":  # What peft looks up first for prompt tuning.
             raise ValueError(_NO_VECTORS)
         return super().get_submodule(target)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
-        """The arguments as they are. Wrappers such as peft's look for it; `generate` has no need of it."""
+        """Return the arguments unchanged. Wrappers such as peft's need this method; `generate` does not."""
         return {"input_ids": input_ids, **arguments}
 
     def forward(
@@ -203,33 +203,33 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         lesson: Lesson | None = None,
         **others: Any,
     ) -> CalmOutput:
-        """Backbone states; with labels, the head's loss for predicting every next chunk as well.
+        """Compute the state of every chunk and, with labels, the head's loss for predicting the next chunks.
 
         Args:
             input_ids: Tokens (B, T), T a multiple of K.
-            labels: Tokens (B, T) with -100 on padding. Chunk i + 1 is a target of chunk i where it
+            labels: Tokens (B, T) with -100 on padding. Chunk i + 1 is predicted from chunk i if it
                 has a label and belongs to the same document (see `find_targets`).
-            attention_mask: (B, T), 0 on padding; a chunk takes part where any of its tokens does.
-            position_ids: Position of every chunk in its document (B, C). Where it starts again from
-                0, a new document starts that does not see the one before.
+            attention_mask: (B, T), 0 on padding; a chunk is masked only if all its tokens are.
+            position_ids: Position of every chunk in its document (B, C). Each 0 starts a new
+                document, which does not see the previous one.
             cache: Cache of earlier chunks.
             use_cache: Whether to return a cache.
-            num_items_in_batch: Target chunks of the whole optimizer step; the loss is the sum
+            num_items_in_batch: Target chunks in the whole optimizer step; the summed loss is
                 divided by it (the mean over this batch when None).
             generator: Source of the head's training noise; the default generator when None.
             noise: Recorded training noise of the head.
-            return_dict: Accepted as wrappers pass it; the output is a `CalmOutput` always.
-            past_key_values: `cache`, under the name that it has in transformers before 5.24.
-            is_thought: Which chunks read the state before them instead of tokens, (B, C); see
+            return_dict: Ignored; accepted because wrappers pass it. The output is always a `CalmOutput`.
+            past_key_values: `cache`, under its name in transformers before 5.24.
+            is_thought: Which chunks read the previous state instead of tokens, (B, C); see
                 `calm.models.thoughts`.
-            state_before: State (B, D) before the first chunk, for rows that go on with a thought.
-            lesson: What a teacher says of the tokens; the loss then is that of `calm.models.lessons`.
-            **others: What wrappers pass beside, such as peft's `inputs_embeds`; must be None.
+            state_before: State (B, D) before the first chunk, for rows that start with a thought.
+            lesson: A teacher's predictions for the batch; the loss is then that of `calm.models.lessons`.
+            **others: Other arguments of wrappers, such as peft's `inputs_embeds`; must be None or False.
 
         Raises:
-            ValueError: If T is not a multiple of K, an argument is not known, there are thoughts and
-                gradients are checkpointed, which drops the cache that they need, or the head cannot learn
-                from a teacher.
+            ValueError: If T is not a multiple of K, an argument is unknown, a row with thoughts holds
+                several documents, thoughts are combined with gradient checkpointing (which drops the cache
+                that they need), or the head cannot learn from a teacher.
         """
         _check_unused(others)
         chunks_BCK = split_into_chunks(input_ids, self.config.chunk_size)
@@ -268,7 +268,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         return output
 
     def _targets(self, chunks_BCK: Tensor, labels_BT: Tensor) -> Tensor:
-        """Tokens that are predicted: those that are read, or the step by which a thought is supervised."""
+        """Tokens to predict: those of the input, or the step that supervises a thought."""
         labels_BCK = split_into_chunks(labels_BT, self.config.chunk_size)
         has_label_BCK = labels_BCK != IGNORED_LABEL
         tells_BC1 = (has_label_BCK & (labels_BCK != chunks_BCK)).any(-1, keepdim=True)
@@ -276,7 +276,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         return torch.where(tells_BC1, told_BCK, chunks_BCK)
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """What the loss is a mean over: chunks that are predicted."""
+        """Denominator of the loss: the number of predicted chunks."""
         return find_targets(labels, position_ids, self.config.chunk_size).sum()
 
     def draw_training_noise(
@@ -287,10 +287,10 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        """The `noise` of a forward pass in training, drawn for each row of the batch by itself.
+        """Sample the `noise` of a training forward pass, separately for each row of the batch.
 
         Args:
-            generators: One for each row, on the device of the model.
+            generators: One per row, on the model's device.
             input_ids: As in `forward`.
             labels: As in `forward`.
             position_ids: As in `forward`.
@@ -315,7 +315,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
     def hidden_states_of_chunks(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """State of every chunk, (B, C, D), as `CalmOutput` has it; state i predicts chunk i + 1."""
+        """State of every chunk, (B, C, D), as in `CalmOutput`; state i predicts chunk i + 1."""
         return self.read_on(input_ids, self._chunk_mask(attention_mask), position_ids)
 
     def read_on(
@@ -325,11 +325,11 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """State of every chunk, (B, C, D), after those in a cache, to which they are added.
+        """State of every chunk, (B, C, D), continuing from a cache, to which the chunks are added.
 
         Args:
             input_ids: Tokens (B, T), T a multiple of K.
-            mask: Of chunks, those in the cache included: (B, all chunks), or 4D, added to attention scores.
+            mask: Chunk mask, cached chunks included: (B, all chunks), or 4D, added to attention scores.
             position_ids: Position of every chunk (B, C).
             cache: Cache of earlier chunks.
         """
@@ -348,18 +348,18 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         posterior_BCZ: DiagonalGaussian | None = None,
         thinking: Thinking | None = None,
     ) -> Tensor:
-        """State of every chunk: that of the backbone, followed by what the head reads itself."""
+        """State of every chunk: the backbone's, followed by the head's own embedding if it has one."""
         inputs_BCD = self.embed_chunks(chunks_BCK, posterior_BCZ)
         states_BCD = read_positions(self.backbone, inputs_BCD, mask, position_ids, cache, thinking)
         extra_BCX = self.head.embed_chunks(chunks_BCK)
         return states_BCD if extra_BCX is None else torch.cat([states_BCD, extra_BCX], dim=-1)
 
     def embed_chunks(self, chunks_BCK: Tensor, posterior_BCZ: DiagonalGaussian | None = None) -> Tensor:
-        """What the backbone reads of each chunk, (B, C, D).
+        """The backbone's input for each chunk, (B, C, D).
 
         Args:
             chunks_BCK: Tokens of the chunks, with any leading axes.
-            posterior_BCZ: Their latents, if they are known already.
+            posterior_BCZ: Their posterior, if already computed.
         """
         parts = []
         if self.config.reads_tokens:
@@ -375,7 +375,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
 
 
 def _check_unused(arguments: dict[str, Any]) -> None:
-    """Raise ValueError for an argument that asks for something."""
+    """Raise ValueError if an unsupported argument is set."""
     asked = [name for name, value in arguments.items() if value is not None and value is not False]
     if "inputs_embeds" in asked:
         raise ValueError(_NO_VECTORS)

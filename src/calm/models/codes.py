@@ -1,7 +1,7 @@
-"""The autoencoder without training: every token has a fixed random code, and a latent is the codes in a row.
+"""The autoencoder without training: every token has a fixed random code, and a latent concatenates codes.
 
-Encoding looks codes up, decoding takes the nearest one. All codes have one length, sqrt(d), so that their
-entries have the spread of standard normal noise and the nearest code has the largest product.
+Encoding looks codes up; decoding takes the nearest one. All codes have norm sqrt(d), so that their entries
+are on the scale of standard normal noise and the nearest code has the largest dot product.
 
 Shapes: P positions (chunks), K tokens per chunk, d size of a code, Z = K·d latent size, V vocabulary.
 """
@@ -14,11 +14,11 @@ from transformers import initialization as init
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.configuration import CalmAutoencoderConfig
 
-_LOG_STD = -10.0  # A code is certain; the logarithm stays finite.
+_LOG_STD = -10.0  # Codes have no variance, but its logarithm must be finite.
 
 
 def draw_codes(embedding: nn.Embedding) -> None:
-    """Random directions of length sqrt(d) as codes; those that were loaded stay."""
+    """Initialize codes as random directions of norm sqrt(d); loaded codes are kept."""
     init.normal_(embedding.weight)
     init.copy_(embedding.weight, F.normalize(embedding.weight, dim=-1) * embedding.embedding_dim**0.5)
 
@@ -31,13 +31,13 @@ class CodeEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, tokens_PK: Tensor) -> DiagonalGaussian:
-        """The posterior of chunks, (P, Z): their codes, without spread."""
+        """Posterior of each chunk, (P, Z): its codes, with negligible variance."""
         latents_PZ = self.embed_tokens(tokens_PK).flatten(-2)
         return DiagonalGaussian(latents_PZ, torch.full_like(latents_PZ, _LOG_STD))
 
 
 class CodeDecoder(nn.Module):
-    """Latents -> one vector for each token, whose products with the codes are the scores."""
+    """Latents -> one vector per token, whose dot products with the codes are the logits."""
 
     def __init__(self, config: CalmAutoencoderConfig) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class CodeDecoder(nn.Module):
         return self.token_vectors(latents_PZ, 0, self.chunk_size)
 
     def chunk_states(self, latents_PZ: Tensor) -> Tensor:
-        """What all tokens of a chunk have in common: the latent itself, (P, Z)."""
+        """The part of decoding that all tokens of a chunk share: the latent itself, (P, Z)."""
         return latents_PZ
 
     def token_vectors(self, states_PZ: Tensor, first: int, last: int) -> Tensor:
-        """The vectors of the tokens at the places first..last-1, (P, last - first, d)."""
+        """Vectors of the tokens at positions first..last-1 of the chunk, (P, last - first, d)."""
         return states_PZ.unflatten(-1, (self.chunk_size, -1))[..., first:last, :]

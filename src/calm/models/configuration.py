@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `CalmAutoencoderConfig` and `CalmConfig`."""
+"""Configurations of checkpoints: `CalmAutoencoderConfig` and `CalmConfig`."""
 
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, get_args
@@ -22,16 +22,16 @@ AUTOENCODER_KINDS = get_args(AutoencoderKind)
 
 
 class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
-    """Configuration of the chunk autoencoder (paper section 2): its hyperparameters, and what follows.
+    """Configuration of the chunk autoencoder (paper section 2): its hyperparameters and the fields below.
 
-    With the kind "codes" each token has a fixed random code of Z / K dimensions, a latent is the codes of its
-    tokens in a row, and nothing is trained (see calm.models.codes). Half of the blocks of the "mlp" encoder
-    and decoder act on tokens, half on chunks.
+    With kind "codes", each token has a fixed random code of Z / K dimensions, a latent concatenates the codes
+    of its tokens, and nothing is trained (see calm.models.codes). In the "mlp" encoder and decoder, half of
+    the blocks act on tokens, half on chunks.
 
     Args:
         vocab_size: Number of token ids V.
         chunk_size: Tokens per chunk K.
-        dropped_token_id: Token id that stands for a dropped token.
+        dropped_token_id: Token id that replaces dropped tokens.
         rms_norm_eps: Epsilon of the norms.
         initializer_range: Standard deviation of new weights.
     """
@@ -68,13 +68,13 @@ class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
 
     @property
     def has_codes(self) -> bool:
-        """Whether latents are fixed codes of tokens in a row."""
+        """Whether latents are concatenated fixed codes of tokens."""
         return self.kind == "codes"
 
 
 BACKBONE_INPUTS = get_args(BackboneInput)
 INPUT_PROJECTIONS = ("mlp", "last")
-# What a `CalmConfig` only repeats, and the part of it that decides. None: it follows from other sizes.
+# Read-only properties of a `CalmConfig`, and the field that sets each; None: derived from other sizes.
 _WHERE = {
     "autoencoder": "autoencoder_config",
     "vocab_size": "autoencoder_config",
@@ -95,10 +95,10 @@ _WHERE = {
 class CalmConfig(PreTrainedConfig, InputHyperparameters):
     """Configuration of a continuous autoregressive language model.
 
-    New token embeddings have a standard deviation of their own, `embedding_initializer_range`: with 1, tokens
-    stay distinct when a large rate moves them all alike; 0.02 is published. `backbone_input` is "tokens" (the
-    backbone's own embeddings of them), "latents" (the mean of the autoencoder's posterior), or "both". The
-    paper compares them and takes tokens.
+    New token embeddings have their own standard deviation, `embedding_initializer_range`: with 1, tokens stay
+    distinct when a large learning rate moves them all alike; the published value is 0.02. `backbone_input` is
+    "tokens" (the backbone's own embeddings), "latents" (the mean of the autoencoder's posterior), or "both".
+    The paper compares them and uses tokens.
 
     Args:
         autoencoder_config: The frozen chunk autoencoder; a `CalmAutoencoderConfig` or its dict.
@@ -107,9 +107,9 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         head_config: The generative head: a dict with `head_type` and the fields of that head.
         initializer_range: Standard deviation of new weights outside the backbone.
         layer_norm_eps: Epsilon of the input projection's norm.
-        thoughts: How the model thinks before it answers (see `calm.models.thoughts`); None for not at all.
-        input_projection: What makes one vector of a chunk's embeddings: "mlp", the paper's, or "last", the
-            last token's embedding plus a linear map of all that starts as zero.
+        thoughts: How the model thinks before it answers (see `calm.models.thoughts`); None if it does not.
+        input_projection: How a chunk's embeddings become one vector: "mlp", as in the paper, or "last", the
+            last token's embedding plus a zero-initialized linear map of all of them.
         final_norm: Whether the backbone ends with a norm.
     """
 
@@ -173,7 +173,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
             raise ValueError(f"final_norm must be true or false, got {shown(self.final_norm)}.")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Also how transformers takes arguments that are no field, from_pretrained's among them.
+        # transformers also sets arguments that are not fields this way, from_pretrained's included.
         if name in _WHERE:
             raise ValueError(_set_elsewhere(name, value))
         super().__setattr__(name, value)
@@ -190,7 +190,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         return parse_head_config(self.head_config)
 
     def change_sampling(self, **changes: Any) -> None:
-        """Change how the trained head is drawn from, such as the steps of its solver.
+        """Change how the trained head samples, such as the number of solver steps.
 
         Args:
             **changes: New values of fields that the head's configuration lists in `sampling_fields`.
@@ -201,7 +201,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
         self.head_config = asdict(with_sampling(self.head, changes))
 
     def change_training(self, **changes: Any) -> None:
-        """Change how the head is trained from now on, such as by which loss.
+        """Change how the head is trained from now on, such as its loss.
 
         Args:
             **changes: New values of fields that the head's configuration lists in `training_fields`.
@@ -213,13 +213,13 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
 
     @property
     def autoencoder(self) -> CalmAutoencoderConfig:
-        """The configuration of the autoencoder, always typed."""
+        """The configuration of the autoencoder, never a dict."""
         assert isinstance(self.autoencoder_config, CalmAutoencoderConfig)
         return self.autoencoder_config
 
     @property
     def backbone(self) -> LlamaConfig:
-        """The configuration of the backbone, always typed."""
+        """The configuration of the backbone, never a dict."""
         assert isinstance(self.backbone_config, LlamaConfig)
         return self.backbone_config
 
@@ -235,7 +235,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the backbone reads embeddings of tokens."""
+        """Whether the backbone reads token embeddings."""
         return self.backbone_input != "latents"
 
     @property
@@ -245,12 +245,12 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
 
     @property
     def has_tied_scores(self) -> bool:
-        """Whether the head computes scores with the backbone's token embeddings."""
+        """Whether the head's output layer is tied to the backbone's token embeddings."""
         return bool(getattr(self.head, "has_tied_scores", False))
 
     @property
     def input_size(self) -> int:
-        """Numbers of a chunk that the input projection takes."""
+        """Size of the input projection's input for one chunk."""
         tokens = self.chunk_size * self.hidden_size if self.reads_tokens else 0
         return tokens + (self.latent_size if self.reads_latents else 0)
 
@@ -266,19 +266,19 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
 
     @property
     def state_size(self) -> int:
-        """Numbers of a chunk's state: those of the backbone, and what the head reads itself."""
+        """Size of a chunk's state: the backbone's, plus the head's own embedding of the chunk."""
         return self.hidden_size + self.head.extra_state_size
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the backbone."""
+        """Number of layers of the backbone."""
         return self.backbone.num_hidden_layers
 
 
 def _with_sizes(
     head: dict[str, Any], autoencoder: CalmAutoencoderConfig, backbone: LlamaConfig
 ) -> dict[str, Any]:
-    """All fields of a head; those that repeat a size of another part are taken from there."""
+    """All fields of a head, with the sizes of other parts filled in."""
     config = parse_head_config(head)
     if config.needs_codes and not autoencoder.has_codes:
         raise ValueError(
@@ -295,7 +295,7 @@ def _with_sizes(
 
 
 def _set_elsewhere(name: str, value: Any) -> str:
-    """The sentence for what a `CalmConfig` only repeats."""
+    """Error message for setting a read-only property of a `CalmConfig`."""
     where, own = _WHERE[name], ", ".join(own_fields(CalmConfig))
     if where is None:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
@@ -319,6 +319,6 @@ def _llama(values: dict[str, Any]) -> LlamaConfig:
         check_fields(config)
         check_heads(config)
         check_functions(config)
-    except Exception as error:  # The library that checks its fields has an exception of its own.
+    except Exception as error:  # The library that validates its fields has its own exception.
         raise ValueError(f"backbone_config: {cause_of(error)}") from error
     return config

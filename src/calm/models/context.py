@@ -1,4 +1,4 @@
-"""How much text a model looks back on. One rule for all that write: a prompt and its new tokens must fit."""
+"""Context lengths of models. One rule for all generation: a prompt and its new tokens must fit."""
 
 from transformers import PreTrainedConfig
 
@@ -7,7 +7,7 @@ from calm.models.configuration import CalmConfig
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest text; None where the configuration names no limit."""
+    """Longest text in tokens; None if the configuration sets no limit."""
     if isinstance(config, CalmConfig):
         return config.backbone.max_position_embeddings * config.chunk_size
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -15,7 +15,7 @@ def longest_context(config: PreTrainedConfig) -> int | None:
 
 
 def check_context(config: PreTrainedConfig, context: int) -> None:
-    """Raise InputError if a model cannot read so many tokens at once."""
+    """Raise InputError if a model cannot read `context` tokens at once."""
     longest = longest_context(config) or context
     window = getattr(config.get_text_config(), "sliding_window", None) or longest
     if context > min(longest, window):
@@ -26,10 +26,10 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
 
 
 def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
-    """Tokens that fit in the context beside so many others; None where there is no limit.
+    """Tokens that fit in the context beside `num_tokens` others; None if there is no limit.
 
-    Beside a prompt, new tokens; beside new tokens, a prompt. For a CALM both take whole chunks, since the
-    padding of a prompt goes in front of it.
+    The others are the prompt or the new tokens. For a CALM both take whole chunks, since a prompt is padded
+    in front.
     """
     longest = longest_context(config)
     if longest is None:
@@ -39,12 +39,12 @@ def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
 
 
 def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, num_thought: int = 0) -> None:
-    """Raise ValueError if so many new tokens do not fit after a prompt of so many, and what is thought.
+    """Raise ValueError if the context cannot hold the prompt, its thoughts and the new tokens.
 
     Args:
-        config: Of the model.
-        num_tokens: Tokens of the prompt.
-        num_new_tokens: Tokens to write.
+        config: The model's configuration.
+        num_tokens: Tokens in the prompt.
+        num_new_tokens: Tokens to generate.
         num_thought: See `calm.models.thoughts.num_tokens_of`.
     """
     room = room_beside(config, num_tokens + num_thought)

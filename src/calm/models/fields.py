@@ -1,4 +1,4 @@
-"""What the fields of configurations may hold: files of them are not trusted."""
+"""Allowed values of configuration fields: configuration files are not trusted."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -20,7 +20,7 @@ from calm.ranges import Range
 
 VOCABULARY = Range(1, 10**7)
 _NUM_BLOCKS = Range(0, 10_000)  # An autoencoder of codes has none.
-# What recipes have as well has the same range there.
+# Fields shared with recipes have the same range there.
 RANGES: dict[str, dict[str, Range]] = {
     "calm_autoencoder": {
         **AUTOENCODER_RANGES,
@@ -51,7 +51,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_dropout": SHARES_BELOW_ONE,
     },
 }
-# Of transformers' own fields, what its models look at while they run.
+# Boolean fields that models of transformers read at run time.
 _SWITCHES = (
     "output_hidden_states", "output_attentions", "return_dict", "use_cache", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript", "do_sample", "output_scores",
@@ -79,11 +79,11 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "dropped_token_id")
 
 
 def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> None:
-    """Raise ValueError if a field is of another type, out of range, or a token that there is not.
+    """Raise ValueError if a field has the wrong type, is out of range, or is not a valid token id.
 
     Args:
         config: A configuration of a CALM, an autoencoder or a Llama.
-        vocab_size: Number of token ids; its own if None.
+        vocab_size: Number of token ids; the configuration's own if None.
     """
     kinds: dict[Any, tuple[Any, str]] = {
         int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
@@ -102,11 +102,11 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
 
 
 def check_generation(settings: Mapping[str, Any], vocab_size: int | None) -> None:
-    """Raise ValueError if a default of writing is of another type, out of range, or no token id.
+    """Raise ValueError if a generation setting has the wrong type or range, or is an invalid token id.
 
     Args:
-        settings: What was read beside a model.
-        vocab_size: Number of token ids of the model; None if some may lie beyond, as in models of others.
+        settings: The model's default generation settings, read from its folder.
+        vocab_size: Number of token ids of the model; None if ids may exceed it, as in third-party models.
     """
     check_tokens(settings, vocab_size)
     for name, allowed in _WRITING.items():
@@ -120,14 +120,14 @@ def check_generation(settings: Mapping[str, Any], vocab_size: int | None) -> Non
 
 
 def check_switches(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if a switch of a configuration is neither true nor false."""
+    """Raise ValueError if a boolean field is set to something other than true or false."""
     for name in _SWITCHES:
         if not isinstance(settings.get(name), bool | None):
             raise ValueError(f"{name} must be true or false, got {shown(settings[name])}.")
 
 
 def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
-    """Raise ValueError if a special token of a configuration is none of `size` token ids; None for any."""
+    """Raise ValueError if a special token is not one of `size` token ids; None allows any id."""
     for name in _TOKENS:
         ids = settings.get(name)
         for token in [] if ids is None else ids if isinstance(ids, list) else [ids]:
@@ -138,7 +138,7 @@ def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
 
 
 def check_heads(config: PreTrainedConfig) -> None:
-    """Raise ValueError if the attention heads of a Llama do not part its width and each other."""
+    """Raise ValueError if a Llama's numbers of heads, head size or rotary settings are invalid."""
     heads = config.num_attention_heads
     of_keys = config.num_key_value_heads or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -159,9 +159,9 @@ def check_heads(config: PreTrainedConfig) -> None:
 def check_names(
     kind: type[PreTrainedConfig], given: Iterable[str], where: str = "", more: Iterable[str] = ()
 ) -> None:
-    """Raise ValueError for a name that is nearly, but not, that of a field.
+    """Raise ValueError for a name that looks like a misspelt field.
 
-    Other names pass: transformers keeps what it does not know, and so do saved configurations.
+    Other unknown names pass: transformers keeps them, and so do saved configurations.
     """
     own = [field.name for field in fields(kind)]
     known = {*own, *more, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
@@ -176,7 +176,7 @@ def check_names(
 
 
 def own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Fields that a configuration does not have from transformers, and their types."""
+    """Fields that a configuration does not inherit from transformers, with their types."""
     names = {field.name for field in fields(kind)}
     own = [base for base in kind.__mro__ if base not in PreTrainedConfig.__mro__]
     return {name: hint for base in own for name, hint in base.__annotations__.items() if name in names}

@@ -1,6 +1,6 @@
-"""What a configuration of layers like Llama's may say: files of others are not trusted.
+"""Checks of third-party configurations of Llama-style models, whose files are not trusted.
 
-What is looked at here is found before a network is built, whose size is whatever the file says.
+They run before a network is built, whose size is whatever the file says.
 """
 
 from typing import cast
@@ -16,15 +16,15 @@ from calm.models.hyperparameters import LAYERS
 from calm.models.token_layers import LIKE_LLAMA
 
 _REALS = ("rms_norm_eps", "initializer_range", "attention_dropout")
-_OPTIONAL = ("head_dim", "num_key_value_heads")  # They follow from others.
+_OPTIONAL = ("head_dim", "num_key_value_heads")  # Derived from others if missing.
 _COUNT = "num_hidden_layers"
 
 
 def check_transformer(config: PreTrainedConfig) -> None:
-    """Raise ValueError if a field of a Transformer of tokens is of another type, or out of range.
+    """Raise ValueError if a field of a token-level Transformer has the wrong type or is out of range.
 
     Args:
-        config: Its configuration. Of one with layers unlike Llama's only their number is looked at.
+        config: Its configuration. If the layers are not Llama-style, only their number is checked.
     """
     text = config.get_text_config()
     if config.model_type not in LIKE_LLAMA:
@@ -42,10 +42,10 @@ def check_transformer(config: PreTrainedConfig) -> None:
 
 
 def check_functions(config: PreTrainedConfig) -> None:
-    """Raise ValueError if transformers has no such activation, or no such positions.
+    """Raise ValueError if transformers does not know the activation or the rotary parameters.
 
     Args:
-        config: A configuration of layers like Llama's.
+        config: A configuration of Llama-style layers.
     """
     activation = config.hidden_act
     if not isinstance(activation, str) or activation not in ACT2FN:
@@ -55,7 +55,7 @@ def check_functions(config: PreTrainedConfig) -> None:
     try:
         with torch.device("meta"):
             LlamaRotaryEmbedding(cast(LlamaConfig, config))
-    except Exception as error:  # Of whichever kind of positions it is.
+    except Exception as error:  # Each RoPE type raises its own.
         raise ValueError(
             "rope_parameters must name positions that transformers knows, got "
             f"{shown(config.rope_parameters)}."

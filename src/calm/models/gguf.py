@@ -1,7 +1,7 @@
-"""What a GGUF file says of a model, before its weights are read: all of it must be known here.
+"""Checks of a GGUF file before its weights are read: everything in it must be known here.
 
-transformers makes the configuration and passes by what it does not know, such as scaled positions. So a file
-with anything else than the layers of these models is refused.
+transformers builds the configuration and ignores what it does not know, such as RoPE scaling. So a file with
+anything but the layers of the supported models is refused.
 """
 
 from collections.abc import Iterator
@@ -21,20 +21,21 @@ _MORE = {
     "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
 }
 _FACTORS = "rope_freqs.weight"
-_LEAST_BYTES = 0.1  # Of a parameter, in the smallest type.
+_LEAST_BYTES = 0.1  # Per parameter, in the smallest data type.
 
 
 def check_gguf(config: PreTrainedConfig, name: str) -> None:
-    """See that a file holds a model of a configuration that was made of it, and nothing else.
+    """Check that a file holds exactly the model that its configuration describes.
 
     Args:
-        config: The configuration.
-        name: The file, here or on the hub.
+        config: The configuration that was read from it.
+        name: The file, local or on the hub.
 
     Raises:
-        InputError: If it is of another kind, holds more, or describes more weights than it has room for.
+        InputError: If the model type is not supported, the file is damaged, scales positions or holds extra
+            tensors, or it describes more weights than fit in it.
     """
-    import gguf  # noqa: PLC0415 (of an extra)
+    import gguf  # noqa: PLC0415 (an optional extra)
 
     if config.model_type not in LIKE_LLAMA:
         raise InputError(
@@ -46,7 +47,7 @@ def check_gguf(config: PreTrainedConfig, name: str) -> None:
         reader: Any = gguf.GGUFReader(file)
         names = {tensor.name for tensor in reader.tensors}
         scaling = [_text(reader, key) for key in reader.fields if key.endswith(".rope.scaling.type")]
-    except Exception as error:  # Of numpy, for whatever the file says.
+    except Exception as error:  # numpy raises various ones on damaged files.
         raise InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).") from error
     layers, weights, size = config.num_hidden_layers, _num_weights(config), file.stat().st_size
     if layers > len(names) or weights * _LEAST_BYTES > size:
@@ -73,7 +74,7 @@ def _text(reader: Any, key: str) -> str:
 
 
 def _names(config: PreTrainedConfig) -> Iterator[str]:
-    """Names of all tensors that a file may hold."""
+    """Names of all tensors that a file may contain."""
     yield from ("token_embd.weight", "output_norm.weight", "output.weight")
     parts = (*(f"{part}.weight" for part in _OF_LAYER), *_MORE.get(config.model_type, ()))
     for layer in range(config.num_hidden_layers):
@@ -81,6 +82,6 @@ def _names(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _num_weights(config: PreTrainedConfig) -> int:
-    """Weights of the largest matrices: those of MLPs, and the embedding."""
+    """Number of weights in the largest matrices: MLPs and the embedding."""
     layers = 3 * config.num_hidden_layers * config.intermediate_size
     return config.hidden_size * (layers + config.vocab_size)

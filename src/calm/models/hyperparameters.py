@@ -1,4 +1,4 @@
-"""Hyperparameters that recipes and configurations of models share, each stated once with its range.
+"""Hyperparameters shared by recipes and model configurations, each defined once with its range.
 
 This file imports neither torch nor transformers: the command line reads it for its help.
 """
@@ -21,20 +21,20 @@ _NOT_NEGATIVE = Range(0)
 
 @dataclass(kw_only=True)
 class AutoencoderHyperparameters:
-    """What the chunk autoencoder is (paper section 2).
+    """Hyperparameters of the chunk autoencoder (paper section 2).
 
     Args:
-        kind: "mlp" for the published autoencoder, "codes" for fixed codes of tokens, which need no training
-            and of what follows only the latent size.
+        kind: "mlp" for the published autoencoder; "codes" for fixed token codes, which need no training and,
+            of the settings below, use only the latent size.
         latent_size: Dimensions of a latent.
         hidden_size: Width.
         intermediate_size: Inner width of the MLPs.
-        num_encoder_layers: Blocks of the encoder, an even number.
-        num_decoder_layers: Blocks of the decoder, an even number.
-        token_dropout: Share of input tokens dropped in training.
-        latent_dropout: Share of latent entries dropped in training.
+        num_encoder_layers: Number of encoder blocks, even.
+        num_decoder_layers: Number of decoder blocks, even.
+        token_dropout: Fraction of input tokens dropped in training.
+        latent_dropout: Fraction of latent entries dropped in training.
         kl_weight: Weight of the KL term.
-        kl_floor: Least KL counted for each latent dimension, in nats.
+        kl_floor: Floor on the KL of each latent dimension, in nats.
     """
 
     kind: AutoencoderKind = "mlp"
@@ -64,16 +64,16 @@ AUTOENCODER_RANGES = {
 
 @dataclass(kw_only=True)
 class DecoderHyperparameters:
-    """What the Llama-style decoder is: the backbone over chunks, or an autoregressive model over tokens.
+    """Hyperparameters of the Llama-style decoder: backbone over chunks, or autoregressive model over tokens.
 
     Args:
         hidden_size: Width of the backbone.
         intermediate_size: Inner width of its MLPs.
-        num_layers: Its layers.
-        num_heads: Attention heads.
-        num_key_value_heads: Heads of keys and values; none for as many as attention heads.
+        num_layers: Number of layers.
+        num_heads: Number of attention heads.
+        num_key_value_heads: Number of key-value heads; none for as many as attention heads.
         max_chunks: Longest sequence in chunks (in tokens for an autoregressive model).
-        rope_theta: Base of the rotary positions.
+        rope_theta: Base of the rotary position embedding.
     """
 
     hidden_size: int = 512
@@ -110,7 +110,7 @@ DECODER_RANGES = {
 
 @dataclass(kw_only=True)
 class InputHyperparameters:
-    """What the backbone reads of a chunk.
+    """Hyperparameters of the backbone's input.
 
     Args:
         embedding_initializer_range: Standard deviation of new token embeddings (see CalmConfig).
@@ -125,5 +125,5 @@ INPUT_RANGES = {"embedding_initializer_range": _NOT_NEGATIVE}
 
 
 def values_of(kind: type, settings: Any) -> dict[str, Any]:
-    """The values that settings have for the fields of a dataclass they extend."""
+    """Values of `settings` for the fields of a dataclass that they extend."""
     return {field.name: getattr(settings, field.name) for field in fields(kind)}

@@ -1,6 +1,6 @@
-"""One view of all language models: a CALM, or any causal language model of transformers.
+"""One interface to all language models: CALMs and any causal language model of transformers.
 
-Nobody outside `models` asks which of the two a network is; `language_model` does, once.
+Code outside `models` never asks which of the two a network is; `language_model` does, once.
 """
 
 import abc
@@ -33,11 +33,11 @@ from calm.models.writing.arguments import num_texts
 from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.ranges import SEEDS
 
-_ALIBI = ("bloom", "mpt")  # Positions are counted from the mask.
+_ALIBI = ("bloom", "mpt")  # They derive positions from the mask.
 
 
 class LanguageModel(abc.ABC):
-    """A language model as those see it who score it or let it write.
+    """A language model, as seen by code that scores it or generates with it.
 
     Args:
         network: The model itself.
@@ -46,11 +46,11 @@ class LanguageModel(abc.ABC):
     kind: ClassVar[str]
     """"CALM" or "autoregressive"."""
     autoencoder: CalmAutoencoder | None = None
-    """The autoencoder inside, if there is one."""
+    """The model's autoencoder, if it has one."""
     head_type: str | None = None
-    """Name of the head; None for a model of tokens."""
+    """Name of the head; None for a token-level model."""
     learns_cross_entropy: bool = True
-    """Whether it is trained by the likelihood that it has."""
+    """Whether its training loss is the cross-entropy of its own likelihood."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network = network
@@ -58,30 +58,30 @@ class LanguageModel(abc.ABC):
     @property
     @abc.abstractmethod
     def chunk_size(self) -> int:
-        """Tokens K of a step; 1 for a model of tokens."""
+        """Tokens per step K; 1 for a token-level model."""
 
     @property
     @abc.abstractmethod
     def has_likelihood(self) -> bool:
-        """Whether it knows the probability of a text."""
+        """Whether it can compute the probability of a text."""
 
     @property
     @abc.abstractmethod
     def parts(self) -> dict[str, list[str]]:
-        """Names of the trained submodules: of the "backbone", and of the "head" where there is one."""
+        """Names of the trained submodules of the "backbone", and of the "head" if there is one."""
 
     @property
     @abc.abstractmethod
     def can_think(self) -> bool:
-        """Whether it can take thoughts; see `calm.models.thoughts`."""
+        """Whether it supports continuous thoughts; see `calm.models.thoughts`."""
 
     @property
     @abc.abstractmethod
     def can_be_taught(self) -> bool:
-        """Whether it can learn the distribution of each token from a teacher; see `calm.models.lessons`."""
+        """Whether it can learn a teacher's token distributions; see `calm.models.lessons`."""
 
     def thoughts(self, number: int | None) -> Thoughts | None:
-        """How it thinks when it is asked for so many thoughts; see `calm.models.thoughts.thoughts_for`.
+        """How it thinks when asked for `number` thoughts; see `calm.models.thoughts.thoughts_for`.
 
         Raises:
             ValueError: If it cannot think, or the number is out of range.
@@ -98,16 +98,16 @@ class LanguageModel(abc.ABC):
     @property
     @abc.abstractmethod
     def input_rms(self) -> float:
-        """Root mean square of what its layers read: of embeddings, or of what the input projection gives."""
+        """Root mean square of its layers' input: the embeddings, or the output of the input projection."""
 
     @property
     def longest_context(self) -> int | None:
-        """Tokens of the longest text; None where there is no limit."""
+        """Longest text in tokens; None if there is no limit."""
         return longest_context(self.network.config)
 
     @abc.abstractmethod
     def count_targets(self, labels: Tensor, position_ids: Tensor | None) -> Tensor:
-        """What the loss of a batch is a mean over.
+        """Number of targets that the loss of a batch is averaged over.
 
         Args:
             labels: Tokens (B, T) with -100 where there is no loss.
@@ -118,25 +118,25 @@ class LanguageModel(abc.ABC):
     def loss(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, int]:
-        """Mean loss of a batch, and over how many targets.
+        """Mean loss of a batch, and the number of targets.
 
         Args:
             input_ids: Tokens (B, T).
             labels: See `count_targets`.
             position_ids: See `count_targets`.
-            generator: Source of the noise, where the loss has any.
+            generator: Source of the noise, if the loss has any.
         """
 
     @abc.abstractmethod
     def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> Reader:
-        """The model as text is scored; a `LikelihoodReader` where the probabilities of its draws are known.
+        """A reader for scoring text; a `LikelihoodReader` if the probabilities of its draws are known.
 
         Args:
-            temperature: Of its draws, by its default sampler.
-            sampler: How it draws instead; of a model of tokens only the temperature counts.
+            temperature: Temperature of its draws, with the default sampler.
+            sampler: Sampler to use instead; a token-level model uses only its temperature.
 
         Raises:
-            ValueError: If a text cannot be read so.
+            ValueError: If the model cannot score text this way.
         """
 
     @abc.abstractmethod
@@ -145,18 +145,18 @@ class LanguageModel(abc.ABC):
     ) -> Tensor:
         """Prompts with their continuations; see `CalmForCausalLM.generate` for the arguments.
 
-        A model of tokens also takes `draft`, a CALM that writes ahead, and `draft_chunks`, how far (see
-        `calm.models.drafting`); prompts are then written one after the other.
+        A token-level model also takes `draft`, a CALM for speculative decoding, and `draft_chunks`, how many
+        chunks it drafts (see `calm.models.drafting`); prompts are then continued one at a time.
 
         Raises:
-            ValueError: If an argument is out of range, or asks for what the model cannot do.
+            ValueError: If an argument is out of range or asks for something that the model cannot do.
         """
 
     def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
-        """What could come next after a text; see `calm.models.writing.alternatives.draw_alternatives`.
+        """Candidates for a text's next chunk; see `calm.models.writing.alternatives.draw_alternatives`.
 
         Raises:
-            InputError: If the model does not write chunks.
+            InputError: If the model does not generate chunks.
         """
         raise InputError("this model writes one token at a time, not chunks.")
 
@@ -247,7 +247,7 @@ class _Tokens(LanguageModel):
 
     @property
     def can_be_taught(self) -> bool:
-        # A Llama of transformers will be one of ours when it is loaded.
+        # Loading turns a Llama of transformers into one of ours.
         return isinstance(self.network, transformers.LlamaForCausalLM)
 
     @property
@@ -310,12 +310,12 @@ class _Tokens(LanguageModel):
             raise ValueError(
                 f"the {sampler} sampler is for models without probabilities; leave out --sampler."
             )
-        inverse_temperature(temperature)  # Raises where it lies outside 0 to 1.
+        inverse_temperature(temperature)  # Raises if it is outside 0 to 1.
         num_texts(arguments.get("num_return_sequences"))
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
         is_greedy = is_likeliest(temperature)
-        # The model's own generation configuration may ask for more than tokens.
+        # The model's own generation configuration may ask for more outputs than tokens.
         arguments |= {"do_sample": not is_greedy, "return_dict_in_generate": False}
         if not is_greedy:
             arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
@@ -326,7 +326,7 @@ class _Tokens(LanguageModel):
             return generate_drafted(self.network, drafting, input_ids, seed=seed, **arguments)
         if seed is not None:
             SEEDS.check("seed", seed := whole_seed(seed))
-        # transformers draws from the global generator: leave that as it was.
+        # transformers samples from the global generator, so restore its state afterwards.
         devices = [self.network.device] if self.network.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
@@ -335,11 +335,11 @@ class _Tokens(LanguageModel):
             try:
                 return network.generate(input_ids, streamer=streamer, **arguments)
             except RuntimeError as error:
-                if "probability tensor contains" not in str(error):  # What torch.multinomial says.
+                if "probability tensor contains" not in str(error):  # torch.multinomial's message.
                     raise
                 raise NotFiniteError(NO_DISTRIBUTION) from error
 
 
 def language_model(network: PreTrainedModel) -> LanguageModel:
-    """The view of a network."""
+    """Wrap a network in the common interface."""
     return _Chunks(network) if isinstance(network, CalmForCausalLM) else _Tokens(network)

@@ -1,8 +1,8 @@
-"""What a teacher, a Transformer of tokens, says of a batch, and how a model of chunks or of tokens hears it.
+"""Distillation: a teacher's predictions for a batch, and the loss of a CALM or token-level model on them.
 
-A teacher reads the tokens of a batch one by one, and knows the distribution of each after those before it in
-its document. A model that predicts tokens by their distributions learns from them at every place of every
-chunk that is a target (docs/uptraining.md).
+The teacher is a token-level Transformer, which gives the distribution of every token given those before it
+in its document. A model with token distributions learns from them at every position of every target chunk
+(docs/uptraining.md).
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, P target chunks, D hidden size of both, Y size of the
 teacher's states, U its vocabulary.
@@ -19,17 +19,17 @@ from calm.models.heads import GenerativeHead, Teachable
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of a batch.
+    """A teacher's predictions for a batch.
 
     Args:
-        states_BTY: Its state at each token, by which it predicts the next one.
-        table_UY: A row for each of its tokens, whose product with a state is the token's score.
-        bias_U: Added to the scores.
+        states_BTY: Its state at each token, which predicts the next one.
+        table_UY: Its output embeddings: a token's logit is the product of its row and the state.
+        bias_U: Added to the logits.
         weight: Its share of the loss, from 0 to 1; the rest is cross-entropy.
-        temperature: What scores of both are divided by.
-        inner_BTD: Its states after the layer with which the learner's backbone ends; None if they are not
-            learned from.
-        inner_weight: What the distance of the backbone's states from those counts in the loss.
+        temperature: Divides the logits of both models.
+        inner_BTD: Its states after the layer at which the learner's backbone ends; None if they are not
+            used.
+        inner_weight: Weight in the loss of the distance between the backbone's states and these.
     """
 
     states_BTY: Tensor
@@ -41,18 +41,18 @@ class Lesson(NamedTuple):
     inner_weight: float = 0.0
 
     def at_tokens(self, is_target: Tensor) -> Teaching:
-        """Of the tokens 1..T-1 that are targets, (B, T - 1)."""
+        """Teaching for the targets among tokens 1..T-1, which `is_target` (B, T - 1) marks."""
         states_MY = self.states_BTY[:, :-1][is_target]
         weights_M = torch.full_like(states_MY[:, 0], self.weight, dtype=torch.float32)
         return Teaching(states_MY, self.table_UY, self.bias_U, weights_M, self.temperature)
 
     def at_chunks(self, is_target_BC: Tensor, labels_BT: Tensor, chunk_size: int) -> Teaching:
-        """Of all tokens of the chunks 1..C-1 that are targets, (P·K).
+        """Teaching for all tokens of the targets among chunks 1..C-1, (P·K).
 
-        What follows the end of a text in its last chunk is padding, of which no teacher knows: there the loss
+        What follows the end of a text in its last chunk is padding, which no teacher predicts: there the loss
         is cross-entropy alone.
         """
-        # The state at a token predicts the next one: those of a chunk are one token earlier.
+        # The state at a token predicts the next one, so the states for a chunk start one token earlier.
         before_BCKY = self.states_BTY[:, chunk_size - 1 : -1].unflatten(1, (-1, chunk_size))
         has_label_BCK = split_into_chunks(labels_BT, chunk_size)[:, 1:] != IGNORED_LABEL
         weights_PK = self.weight * has_label_BCK[is_target_BC].float()
@@ -60,15 +60,15 @@ class Lesson(NamedTuple):
         return Teaching(states_MY, self.table_UY, self.bias_U, weights_PK.flatten(), self.temperature)
 
     def distances(self, states_PD: Tensor, is_target_BC: Tensor, chunk_size: int) -> Tensor:
-        """How far states of the backbone are from the teacher's at the last token of their chunks, (P,).
+        """Distance of the backbone's states from the teacher's at the last token of each chunk, (P,).
 
-        Squared, and relative to the square of the teacher's: 0 for the same state, 1 for none. States grow
-        from layer to layer, and at some tokens a few numbers of them are hundreds of times as large as
-        elsewhere; relative to itself each chunk counts alike, whatever layer is compared and whatever else
-        is in the batch.
+        It is squared, and relative to the teacher's squared norm: 0 for the same state, 1 for a zero state.
+        States grow from layer to layer, and at some tokens a few entries are hundreds of times as large as
+        elsewhere; a relative distance weights all chunks equally, whatever the layer and the rest of the
+        batch.
 
         Args:
-            states_PD: States by which the target chunks are predicted, without what the head reads itself.
+            states_PD: Backbone states that predict the target chunks, without the head's own embedding.
             is_target_BC: Which of the chunks 1..C-1 are targets.
             chunk_size: Tokens per chunk K.
         """
@@ -87,18 +87,18 @@ def taught_losses(
     is_target_BC: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """Loss of a CALM that has a teacher, at each target chunk, (P,): a mean over its tokens.
+    """Loss of a CALM with a teacher at each target chunk, (P,): the mean over its tokens, plus any distance.
 
     Args:
         head: Its head.
-        states_PD: States by which the chunks are predicted.
+        states_PD: States that predict the chunks.
         tokens_PK: The chunks.
-        lesson: What the teacher says of the batch.
+        lesson: The teacher's predictions for the batch.
         is_target_BC: Which of the chunks 1..C-1 are targets.
         labels: Tokens (B, T) with -100 on padding.
 
     Raises:
-        ValueError: If the head has no distributions of tokens.
+        ValueError: If the head has no token distributions.
     """
     if not isinstance(head, Teachable):
         raise ValueError(f"a {head.config.head_type} head has no distributions of tokens to learn.")
@@ -112,16 +112,16 @@ def taught_losses(
 
 
 def token_positions(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: int) -> Tensor | None:
-    """Position of each token in its document, (B, T), as a model of tokens counts them.
+    """Position of each token in its document, (B, T), as a token-level model counts it.
 
-    A document has padding in front, so that it ends on a chunk boundary or begins anywhere in its first
-    chunk; its first token has position 0. So has padding, each a document of its own, so that no token sees
-    it.
+    A document may have padding in front, so that it ends on a chunk boundary or starts anywhere in its first
+    chunk; its first token has position 0. So has every padding token, which makes it a document of its own
+    that no other token sees.
 
     Args:
         labels_BT: Tokens with -100 on padding.
         position_ids_BC: Position of every chunk in its document, 0 at a start; None for one document.
-        chunk_size: Tokens per chunk K; with 1 these are the positions already, whatever has labels.
+        chunk_size: Tokens per chunk K; with 1, `position_ids_BC` is returned as is, whatever the labels.
     """
     if position_ids_BC is None or chunk_size == 1:
         return position_ids_BC

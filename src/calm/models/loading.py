@@ -1,4 +1,4 @@
-"""Opening folders of weights, with plain words about what is wrong with them."""
+"""Loading models and tokenizers, with plain error messages about what is wrong with them."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,13 +42,13 @@ from calm.text.chat import end_of_turn_id
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
 THOUGHTS = "thoughts.json"
-"""How a model thinks with adapters that taught it to; beside them, for they have no configuration of it."""
-# Classes of our own, for models that others know as well.
+"""File next to adapters that says how the adapted model thinks: adapters have no model configuration."""
+# Our own classes, even for model types that transformers knows as well.
 _OWN: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
 
 
 def load_autoencoder(path: Path) -> CalmAutoencoder:
-    """An autoencoder from its own folder or from a model folder that has it inside.
+    """Load an autoencoder from its own folder or from the folder of a model that contains it.
 
     Raises:
         InputError: If there is none, or the folder is damaged.
@@ -62,7 +62,7 @@ def load_autoencoder(path: Path) -> CalmAutoencoder:
 
 
 def load_autoencoder_config(path: Path) -> CalmAutoencoderConfig:
-    """The configuration of an autoencoder, from its own folder or from a model folder that has it inside.
+    """The configuration of an autoencoder, from its own folder or that of a model that contains it.
 
     Raises:
         InputError: If there is none, or it cannot be read.
@@ -79,10 +79,10 @@ def _autoencoder_in(config: PreTrainedConfig, path: Path) -> CalmAutoencoderConf
 
 
 def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
-    """A language model from a folder, of the package, or from the hub.
+    """Load a CALM from a folder, the package or the hub.
 
     Raises:
-        InputError: If there is none, it is of another kind, or the folder is damaged.
+        InputError: If there is none, it is not a CALM, or the folder is damaged.
     """
     name = place_of(name)
     if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
@@ -91,30 +91,30 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
 
 
 def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
-    """A CALM on the best device of this machine, and the tokenizer beside it.
+    """Load a CALM onto this machine's best device, with its tokenizer.
 
     Raises:
         InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
     """
     name = place_of(name)
     model, tokenizer = _with_tokenizer(load_model(name, **kwargs), name)
-    find_steps(model)  # Before the first text waits for it.
+    find_steps(model)  # Now, so that the first text need not wait.
     return model, tokenizer
 
 
 def load_language_model_and_tokenizer(
     name: str, head: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A CALM or any causal language model of transformers, and the tokenizer beside it.
+    """Load a CALM or any causal language model of transformers, with its tokenizer.
 
     Args:
-        name: Folder of a model or of adapters, GGUF file, name of a model of the package, or name on the hub.
-        head: Changes of how the head of a CALM is drawn from.
+        name: Folder of a model or of adapters, GGUF file, name of a shipped model, or hub name.
+        head: Changes to how a CALM's head samples.
         **kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        InputError: If either is missing or damaged, the tokenizer has more tokens than the model, or the head
-            cannot be changed so.
+        InputError: If either is missing or damaged, the tokenizer has no EOS or more tokens than the model,
+            or the head does not allow the changes.
     """
     name = place_of(name)
     if is_adapter(Path(name)):
@@ -128,7 +128,7 @@ def load_language_model_and_tokenizer(
 
 
 def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model of transformers that another is made of: on the processor, and no more than it.
+    """Load a causal language model of transformers to build another from: on the CPU, without tokenizer.
 
     Args:
         name: Folder, GGUF file or hub name.
@@ -142,15 +142,15 @@ def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def check_readable(name: str) -> None:
-    """See that the weights of a model are there and their files whole, as far as headers tell.
+    """Check, from file headers alone, that a model's weights are there and complete.
 
-    Of a model on the hub nothing is seen before it is loaded.
+    A model on the hub is not checked until it is loaded.
 
     Args:
         name: Folder, GGUF file or hub name.
 
     Raises:
-        InputError: If weights are missing, truncated, or not those of the configuration.
+        InputError: If weights are missing, truncated, or do not match the configuration.
     """
     place = place_of(name)
     if Path(place).is_dir():
@@ -160,18 +160,18 @@ def check_readable(name: str) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds low-rank adapters of a model that is elsewhere."""
+    """Whether a folder holds low-rank adapters for a model stored elsewhere."""
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
-    """The model that adapters belong to, with them added to its weights."""
+    """Load the base model of adapters, with the adapters merged into its weights."""
     require(f"'{path}', a folder of adapters,", "peft")
     try:
         base = base_of_adapters(path)
     except InputError:
         raise
-    except Exception as error:  # Of json, peft.
+    except Exception as error:  # From json or peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
     try:
         model, _ = load_language_model_and_tokenizer(base, **kwargs)
@@ -181,10 +181,10 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
         merged: PreTrainedModel = open_adapters(model, path).merge_and_unload()
     except InputError:
         raise
-    except Exception as error:  # Of json, safetensors, peft.
+    except Exception as error:  # From json, safetensors or peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
     check_finite(merged, str(path))
-    merged.requires_grad_(True)  # As weights that are loaded are; peft froze them.
+    merged.requires_grad_(True)  # As in any loaded model; peft froze them.
     if (path / THOUGHTS).is_file():
         merged.config.thoughts = read_settings(path / THOUGHTS) or None
         try:
@@ -197,26 +197,26 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
 def _ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, head: dict[str, Any] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that knows how texts are ended and padded, and draws as it was told."""
+    """Set how a loaded model samples, ends texts and pads them."""
     if head:
         change_head(model, head)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in '{name}' has no token that ends a text; set its eos_token.")
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so a token that means something else will do.
+        # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token_id = tokenizer.eos_token_id
     end_as_told(model, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if isinstance(model, CalmForCausalLM):
-        find_steps(model)  # Before the first text waits for it.
+        find_steps(model)  # Now, so that the first text need not wait.
     return model, tokenizer
 
 
 def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a model's texts end by the tokenizer's EOS, and by what ends an answer in its chat template.
+    """Add the tokenizer's EOS and its chat template's end-of-turn token to the model's EOS ids.
 
-    Text is ended by the tokenizer, so whoever writes or scores must know those ids.
+    The tokenizer decides how texts end, so generation and scoring must know these ids.
     """
     ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
     wanted = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
@@ -230,7 +230,7 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
         tokenizer = open_tokenizer(name)
     except InputError:
         raise
-    except Exception as error:  # Of the tokenizers library, of jinja, of json.
+    except Exception as error:  # From tokenizers, jinja or json.
         raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
     size = model.config.get_text_config().vocab_size
     if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= max(size, len(tokenizer)):
@@ -248,22 +248,22 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of a model in a folder, in a GGUF file, or on the hub; adapters have their model's.
+    """The configuration of a model in a folder, in a GGUF file, or on the hub; for adapters, their model's.
 
     Raises:
         InputError: If there is none, or it cannot be read.
     """
     if Path(place := place_of(name)).is_dir():
-        if is_adapter(Path(place)):  # Merged, they leave its sizes as they are.
+        if is_adapter(Path(place)):  # Merging does not change its sizes.
             return config_of(base_of_adapters(Path(place)))
         return load_config(Path(place))
     look_for(name)
     try:
         config = open_config(place)
-        return config if is_gguf(place) else _checked(config)  # Of a GGUF file `check_gguf` says more.
+        return config if is_gguf(place) else _checked(config)  # GGUF files get the stricter `check_gguf`.
     except InputError:
         raise
-    except Exception as error:  # Of the hub client, or of whichever class the configuration has.
+    except Exception as error:  # From the hub client or the configuration's class.
         raise _not_loaded(place, error) from error
 
 
@@ -285,12 +285,12 @@ def load_config(path: Path) -> PreTrainedConfig:
         return _checked(open_config(str(path)))
     except InputError:
         raise
-    except Exception as error:  # Of whichever class the configuration has.
+    except Exception as error:  # From the configuration's class.
         raise InputError(f"the configuration in '{path}' cannot be read ({cause_of(error)}).") from error
 
 
 def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A configuration, looked at before anything is built of it; ours look at themselves."""
+    """Check a configuration before anything is built from it; our own classes check themselves."""
     if config.model_type not in ("calm", "calm_autoencoder"):
         check_transformer(config)
     return config
@@ -301,7 +301,7 @@ def _model_type(path: Path) -> str:
 
 
 def _model_type_of(name: str) -> str | None:
-    """The type of a model in a file or on the hub; None where loading it will say what is wrong."""
+    """Model type of a GGUF file or a hub name; None on an error, which loading will report."""
     try:
         return open_config(name).model_type
     except Exception:
@@ -331,20 +331,20 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
             model.head.check_loaded()
         except ValueError as error:
             raise InputError(f"the weights in '{name}' cannot be used: {error}") from error
-    settings = read_settings(Path(name) / "generation_config.json")  # transformers passes by what is odd.
+    settings = read_settings(Path(name) / "generation_config.json")  # transformers ignores bad values.
     try:
         check_generation(settings, model.config.vocab_size if isinstance(model, CalmForCausalLM) else None)
     except ValueError as error:
         raise InputError(f"'{name}/generation_config.json': {error}") from error
-    model.config.return_dict = True  # All that reads its outputs does so by name.
+    model.config.return_dict = True  # Everything reads its outputs by name.
     return model.eval()
 
 
 def _check_folder(model_class: Any, folder: Path) -> None:
-    """Look at what a folder says of a model before any memory is taken for it.
+    """Check a model folder before allocating any memory for the model.
 
     Raises:
-        InputError: If its files are not as they were written, or configuration and weights do not fit.
+        InputError: If files changed since they were written, or configuration and weights do not match.
     """
     check_as_written(folder)
     config, headers = load_config(folder), read_headers(folder)
@@ -354,32 +354,32 @@ def _check_folder(model_class: Any, folder: Path) -> None:
         thoughts_of(config)
         with torch.device("meta"):
             network = getattr(model_class, "from_config", model_class)(config)
-    except Exception as error:  # Of whichever class it is.
+    except Exception as error:  # From the model's class.
         raise InputError(f"the configuration in '{folder}' makes no model ({cause_of(error)}).") from error
     check_parameters(network, headers, str(folder))
-    if config.model_type in ("calm", "calm_autoencoder"):  # Others may be packed in ways of their own.
+    if config.model_type in ("calm", "calm_autoencoder"):  # Others may pack weights in their own formats.
         check_headers(network, headers, str(folder))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes in it at full speed, else float32."""
+    """bfloat16 on CUDA devices that support it, else float32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return torch.float32
 
 
 def best_device() -> torch.device:
-    """The accelerator of this machine, or its processor."""
+    """This machine's accelerator, or its CPU."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
 
 
 def change_head(target: PreTrainedModel | PreTrainedConfig, changes: dict[str, Any]) -> None:
-    """Change how the head of a CALM, or of its configuration, is drawn from.
+    """Change how the head of a CALM samples, in the model or in its configuration.
 
     Raises:
-        InputError: If it is no CALM, or its head cannot be changed so.
+        InputError: If it is not a CALM, or its head does not allow the changes.
     """
     if not isinstance(target, CalmForCausalLM | CalmConfig):
         raise InputError("only a CALM has a head to draw from in another way; leave out --head.")

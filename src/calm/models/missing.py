@@ -1,6 +1,6 @@
-"""Where a model of a given name is; or if there is none, which there are, and which was probably meant.
+"""Find a model by name; if there is none, say which models there are and which was probably meant.
 
-This file imports neither torch nor transformers: a mistyped name is answered before they are.
+This file imports neither torch nor transformers, so that a mistyped name is reported at once.
 """
 
 import difflib
@@ -20,14 +20,14 @@ from calm.models.shipped import MODEL_FILES, expanded, folder_of, shipped_models
 
 _MOST_NAMED = 3
 _MOST_ALIKE = 50
-_MOST_FOLDERS = 300  # Searched for models,
-_MOST_ENTRIES = 1000  # in so many of the entries of each,
-_DEPTH = 3  # as deep as runs/NAME/model,
-_PASSED_BY = ("autoencoder", "checkpoints", "data")  # and not in these parts of a run.
+_MOST_FOLDERS = 300  # Most folders to search.
+_MOST_ENTRIES = 1000  # Most entries to look at in each.
+_DEPTH = 3  # Deep enough for runs/NAME/model.
+_PASSED_BY = ("autoencoder", "checkpoints", "data")  # Parts of a run that are not searched.
 
 
 def place_of(name: str) -> str:
-    """The folder of a model, its GGUF file, or a name that the hub may be asked for.
+    """Resolve a name to a model's folder, its GGUF file, or a name to look up on the hub.
 
     Raises:
         InputError: If it is none of these, or GGUF files cannot be read here.
@@ -37,7 +37,7 @@ def place_of(name: str) -> str:
     try:
         place = folder_of(name)
         is_here = Path(place).is_dir()
-    except OSError as error:  # It may not be read, or no file has so long a name.
+    except OSError as error:  # Not readable, or the name is too long.
         raise InputError(f"cannot load '{name}': {error.strerror}.") from error
     if is_here and name.strip():
         return place
@@ -59,10 +59,10 @@ def _place_of_file(name: str) -> str:
 
 
 def look_for(name: str) -> None:
-    """See that there is a model here, or a hub that answers, or a cache that has it.
+    """Check that a model is here, or in the hub's cache, or that the hub can be reached.
 
     Raises:
-        InputError: If there is neither.
+        InputError: If none of these is the case.
     """
     if Path(place_of(name)).exists() or _is_cached(name):
         return
@@ -72,14 +72,14 @@ def look_for(name: str) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether a model of the hub was loaded here before."""
+    """Whether a hub model is in the local cache."""
     place = on_hub(name)
     files = [(name, file) for file in MODEL_FILES] if place is None else [place]
     return any(isinstance(try_to_load_from_cache(*one), str) for one in files)
 
 
 def no_such_folder(name: str) -> str:
-    """The sentence for a name that is no folder here, and none that the hub is asked for."""
+    """Error message for a name that is not a folder here and is not looked up on the hub."""
     if not name.strip():
         return f"the name of the model is empty{models_near(name)}"
     if expanded(name).is_file():
@@ -90,13 +90,13 @@ def no_such_folder(name: str) -> str:
 
 
 def not_given(name: str, reason: str) -> str:
-    """The sentence for a name that is no folder here, and that the hub did not give."""
+    """Error message for a name that is not a folder here and could not be loaded from the hub."""
     missing = "it is no folder here, and the hub did not give it"
     return f"cannot load '{name}': {missing} ({reason.rstrip('.')}){models_near(name)}"
 
 
 def no_model_in(folder: str) -> str:
-    """The sentence for a folder without a model."""
+    """Error message for a folder without a model."""
     if (Path(folder) / "recipe.yaml").is_file():
         return f"'{folder}' is a run whose model is not finished (no model/config.json); go on with --resume."
     inside = [path.as_posix() for path in islice(_model_folders(Path(folder)), _MOST_NAMED)]
@@ -105,11 +105,11 @@ def no_model_in(folder: str) -> str:
 
 
 def models_near(name: str) -> str:
-    """The end of a sentence: models of the package and in folders near, and which has a name like that."""
+    """End of an error message: shipped models, models in nearby folders, and the closest match."""
     near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_ALIKE)]
     shipped = list(shipped_models())
     known = [*(f"{model} (of the package)" for model in shipped), *near[:_MOST_NAMED]]
-    # A run may have been named instead of the model inside.
+    # The user may have named a run instead of the model inside.
     alike = {model.removesuffix("/model"): model for model in near}
     alike |= {model: model for model in shipped + near}
     found = difflib.get_close_matches(Path(name).as_posix(), alike, n=1, cutoff=0.7)
@@ -118,7 +118,7 @@ def models_near(name: str) -> str:
 
 
 def _deepest_folder(name: str) -> Path:
-    """The part of a path that exists; this folder if that is no more than the root."""
+    """Deepest existing parent of a path; the current folder if that is only the root."""
     for parent in expanded(name).parents:
         if parent.is_dir() and parent != Path(parent.anchor):
             return parent
@@ -126,7 +126,7 @@ def _deepest_folder(name: str) -> Path:
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Folders of language models in a folder, the nearest first, as many as a list can hold.
+    """Folders of language models below a folder, nearest first, at most `_MOST_FOLDERS`.
 
     Raises:
         InputError: If there is no such folder.
@@ -137,7 +137,7 @@ def models_in(folder: Path) -> list[Path]:
 
 
 def _model_folders(start: Path) -> Iterator[Path]:
-    """Folders of language models in a folder, the nearest first."""
+    """Folders of language models below a folder, nearest first."""
     level, searched = [start], 0
     for _ in range(_DEPTH):
         deeper = []
@@ -155,7 +155,7 @@ def _folders_in(folder: Path) -> list[Path]:
     try:
         entries = sorted(islice(folder.iterdir(), _MOST_ENTRIES))
         return [e for e in entries if e.is_dir() and e.name not in _PASSED_BY and not e.name.startswith(".")]
-    except OSError:  # It may not be read.
+    except OSError:  # Not readable.
         return []
 
 
@@ -167,11 +167,11 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def settings_of_model(folder: Path) -> dict[str, Any]:
-    """What the configuration of a model or of adapters says; empty if it cannot be read."""
+    """The configuration of a model or of adapters as a dict; empty if it cannot be read."""
     for file in MODEL_FILES:
         try:
             config = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # Of brackets in brackets.
+        except (OSError, ValueError, RecursionError):  # From deeply nested brackets.
             continue
         return config if isinstance(config, dict) else {}
     return {}

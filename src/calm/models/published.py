@@ -1,8 +1,8 @@
 """Released CALM checkpoints -> our model folders.
 
 The released format is two folders, `autoencoder/` and `calm/`, each with a config.json and weights.
-Its autoencoder is repeated inside the language model's weights, its path is recorded as it was on
-the training machine, and the kind of head is told by `architectures` only.
+The language model's weights repeat the autoencoder, whose path is recorded as it was on the training
+machine, and only `architectures` tells the kind of head.
 """
 
 import re
@@ -20,7 +20,7 @@ from calm.models.weights import check_finite, check_size, read_headers, read_wei
 
 _HEADS = {"EnergyTransformer": "energy", "FlowTransformer": "flow", "DiffusionTransformer": "diffusion"}
 
-# Released name -> ours, tried in order; the rest of a name is kept.
+# Released name -> ours: the first matching pattern is replaced, and the rest of the name is kept.
 _AUTOENCODER_NAMES = [
     (r"^(encoder|decoder)\.(?:en|de)coder_layers\.(\d+)\.mlp\.(gate|up|down)_proj\.", r"\1.blocks.\2.\3."),
     (r"^(encoder|decoder)\.(?:en|de)coder_layers\.(\d+)\.layernorm\.", r"\1.blocks.\2.norm."),
@@ -64,7 +64,7 @@ _ADAPTIVE_HEAD_NAMES = [
 
 
 def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
-    """Read a released autoencoder and language model as one of our models.
+    """Load a released autoencoder and language model as one of our models.
 
     Args:
         autoencoder: Folder with the autoencoder's config.json and weights.
@@ -108,7 +108,7 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
 
 
 def _fit(network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path, model: Path) -> None:
-    """Fill a network with weights; one on the meta device only sees whether they fit."""
+    """Load weights into a network; on the meta device, only check that they fit."""
     odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
     try:
         if odd is not None:
@@ -177,7 +177,7 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
 
 
 def _convert_head(head_type: str, lm: dict[str, Any]) -> dict[str, Any]:
-    """The head's fields; what the released code fixes, its checkpoints do not say."""
+    """The head's fields; the constants are hard-coded in the released code, not in its checkpoints."""
     fields = {"head_type": head_type, "num_blocks": lm["num_mlp_layers"], "num_draws": lm["num_samples"]}
     fields["layer_norm_eps"] = 1e-6
     if head_type == "energy":

@@ -1,6 +1,6 @@
-"""Models as whoever scores text reads them: units of K tokens in, one output for each, draws after it.
+"""Models as scoring sees them: units of K tokens in, one output per unit, from which the next unit is drawn.
 
-Shapes: B batch, T tokens, U units (T = U·K), P places, X what stands for a unit, N draws, K tokens of a unit.
+Shapes: B batch, T tokens, U units (T = U·K), P positions, X output size, N draws, K tokens per unit.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ NO_DISTRIBUTION = (
 
 
 class Reader(Protocol):
-    """A model that writes units of K tokens."""
+    """A model that generates units of K tokens."""
 
     unit_size: int
     model: Any
@@ -35,13 +35,13 @@ class Reader(Protocol):
     def read(
         self, tokens_BT: Tensor, mask: Tensor | None, position_BU: Tensor, cache: Cache | None
     ) -> Tensor:
-        """One output a unit, (B, U, X), after those in the cache.
+        """One output per unit, (B, U, X), continuing from the cache.
 
         Args:
             tokens_BT: Tokens.
             mask: Added to attention scores, (B, 1, U, all units); None for a text read from its start.
             position_BU: Position of each unit.
-            cache: Earlier units.
+            cache: Cache of earlier units.
         """
 
     def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
@@ -49,18 +49,18 @@ class Reader(Protocol):
 
     @property
     def mean_draws(self) -> float:
-        """Draws of the model that one such draw has taken in the mean."""
+        """Mean number of the model's draws that each draw has taken so far."""
 
 
 @runtime_checkable
 class LikelihoodReader(Reader, Protocol):
-    """A reader that knows the probabilities of what it draws."""
+    """A reader that knows the probabilities of its draws."""
 
     def losses(self, outputs_PX: Tensor, units_PK: Tensor) -> Tensor:
         """Cross-entropy of each token of a unit given all before it, at T = 1, in nats, (P, K)."""
 
     def probabilities(self, outputs_PX: Tensor, units_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """Probability of each token of a unit given all before it, and that two draws of it agree, (P, K)."""
+        """Probability of each token of a unit given all before it, and of two draws agreeing, (P, K) each."""
 
 
 class ChunkReader:
@@ -68,7 +68,7 @@ class ChunkReader:
 
     Args:
         model: The model.
-        sampler: How chunks are drawn; one draw at T = 1 when None.
+        sampler: How chunks are sampled; one draw at T = 1 when None.
     """
 
     def __init__(self, model: CalmForCausalLM, sampler: Sampler | None = None) -> None:
@@ -103,11 +103,11 @@ class ChunkReader:
 
 
 class LikelihoodChunkReader(ChunkReader):
-    """A CALM whose draws have known probabilities: its head has, at T = 1 or at a temperature of its own."""
+    """A CALM whose draws have known probabilities: at T = 1, or at a temperature that its head takes."""
 
     @staticmethod
     def fits(model: CalmForCausalLM, sampler: Sampler | None) -> bool:
-        """Whether the probabilities of such draws are known."""
+        """Whether the probabilities of the model's draws with this sampler are known."""
         if not isinstance(model.head, Likelihood):
             return False
         is_own = isinstance(sampler, HeadSampler) and sampler.temperature >= MIN_TEMPERATURE
@@ -130,11 +130,11 @@ class LikelihoodChunkReader(ChunkReader):
 
 
 class TokensReader:
-    """A causal language model of tokens; the outputs are its scores of the next token.
+    """A token-level causal language model; the outputs are its logits for the next token.
 
     Args:
         model: The model.
-        temperature: Divides the scores; above 0.
+        temperature: Divides the logits; above 0.
     """
 
     unit_size = 1
@@ -146,7 +146,7 @@ class TokensReader:
 
     def new_cache(self) -> DynamicCache:
         """See `Reader`."""
-        return DynamicCache()  # Without layers of its own kind: all keys stay, for branches to see.
+        return DynamicCache()  # Without sliding windows: branches must see all keys.
 
     def read(
         self, tokens_BT: Tensor, mask: Tensor | None, position_BU: Tensor, cache: Cache | None

@@ -1,4 +1,4 @@
-"""Make the models known to the Auto classes of transformers."""
+"""Register the models with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

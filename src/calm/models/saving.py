@@ -1,4 +1,4 @@
-"""Models that are saved over others."""
+"""Saving models over existing ones."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from calm.storage.checksums import CHECKSUMS
 
 
 class SavedAnew:
-    """Mixin of models whose folder does not keep the checksums of what it replaces."""
+    """Mixin that removes outdated checksums when a model is saved into an existing folder."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """See `transformers.PreTrainedModel.save_pretrained`."""

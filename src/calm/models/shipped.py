@@ -1,6 +1,6 @@
-"""Where a model is that was named: in its folder, in a run, or in the package itself.
+"""Resolve a model name: to its folder, to a run's model, or to a model shipped in the package.
 
-The package comes with a model, so that there is something to write with right after installing.
+The package ships models, so that there is something to generate with right after installing.
 """
 
 from importlib.resources import files
@@ -18,7 +18,7 @@ def shipped_models() -> dict[str, Path]:
 
 
 def folder_of(name: str) -> str:
-    """The folder of a model: its own, that in its run, or that of the package; other names stay."""
+    """A model's folder: its own, the one in its run, or the shipped one; other names stay as they are."""
     path = expanded(name)
     for folder in (path, path / "model"):
         if holds_model(folder):
@@ -27,7 +27,7 @@ def folder_of(name: str) -> str:
 
 
 def expanded(name: str) -> Path:
-    """A path with ~ for the home folder."""
+    """A path with ~ expanded to the home folder."""
     try:
         return Path(name).expanduser()
     except RuntimeError:  # There is no such user.
@@ -35,5 +35,5 @@ def expanded(name: str) -> Path:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder is that of a model, an autoencoder or adapters."""
+    """Whether a folder holds a model, an autoencoder or adapters."""
     return any((folder / file).is_file() for file in MODEL_FILES)

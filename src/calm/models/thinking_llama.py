@@ -1,7 +1,7 @@
-"""How a Llama writes after its thoughts: which arguments of transformers' `generate` go with them, and how.
+"""How a Llama generates after its thoughts: which arguments of transformers' `generate` work, and how.
 
-transformers is given the prompt, a marker, n placeholders, a marker, and a cache that holds the thoughts. So
-with another cache it would write another text, and what counts or reads ids would meet n + 2 too many.
+transformers gets the prompt, a marker, n placeholders, a marker, and a cache that holds the thoughts. So any
+other cache would change the text, and anything that counts or reads ids would see n + 2 too many.
 """
 
 import copy
@@ -40,22 +40,22 @@ _REASONS: dict[str, tuple[str, ...]] = {
            "watermarking_config"),
     _BEAMS: ("num_beams", "num_beam_groups", "constraints", "force_words_ids"),
 }  # fmt: skip
-# At 1 these ask for nothing, and all at what is false.
+# At 1 these have no effect; any argument has none if it is false.
 _NEUTRAL_AT_ONE = {"repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams",
                    "num_beam_groups"}  # fmt: skip
 _NAMES = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 
 class Request:
-    """One call of `generate`: keyword arguments first, then its configuration, then the model's."""
+    """Arguments of one `generate` call: keywords override its configuration, and that the model's."""
 
     def __init__(
         self, default: GenerationConfig, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
-        """Take over what `generate` was given, by order or by name.
+        """Collect the arguments of `generate`, positional or by name.
 
         Raises:
-            ValueError: If some of it does not go with thoughts.
+            ValueError: If one of them does not work with thoughts.
         """
         self.arguments: dict[str, Any] = dict(zip(_NAMES, arguments, strict=False)) | keywords
         self._config: GenerationConfig | None = copy.deepcopy(self.arguments.pop("generation_config", None))
@@ -65,31 +65,31 @@ class Request:
                 if _asks(name, self.setting(name)):
                     raise ValueError(f"{name} cannot be honoured: {reason}; leave it out, or num_thoughts=0.")
         for name in ("past_key_values", "cache"):
-            self.arguments.pop(name, None)  # None, and named anew.
+            self.arguments.pop(name, None)  # None here; we pass our own.
 
     def setting(self, name: str) -> Any:
-        """What an argument is, wherever it is said; None where it is not."""
+        """Value of an argument, wherever it is set; None if it is not."""
         if name in self.arguments:
             return self.arguments[name]
         own = getattr(self._config, name, None)
         return getattr(self._default, name, None) if own is None else own
 
     def change(self, name: str, value: Any) -> None:
-        """Say something else; None counts as well."""
-        # Where it was said: transformers warns of a configuration and keywords together.
+        """Override an argument; None overrides as well."""
+        # Set it where it was set: transformers warns about a configuration combined with keywords.
         if self._config is not None:
             setattr(self._config, name, value)
-        # In a configuration None would mean the model's.
+        # In a configuration, None would mean the model's default.
         if self._config is None or (value is None and getattr(self._default, name, None) is not None):
             self.arguments[name] = value
         else:
             self.arguments.pop(name, None)
 
     def prompts(self, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
-        """Prompts and their mask, (B, T) each, a row for each text that is asked for.
+        """Prompts and their mask, (B, T) each, with one row per requested text.
 
         Raises:
-            ValueError: If there are none, or a model with this configuration could not read them.
+            ValueError: If there are none, or a model with this configuration cannot read them.
         """
         named, first = self.arguments.pop("input_ids", None), self.arguments.pop("inputs", None)
         ids_BT, mask_BT = named if first is None else first, self.arguments.pop("attention_mask", None)
@@ -115,14 +115,14 @@ class Request:
         return ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
 
     def _mask_of(self, ids_BT: Tensor) -> Tensor:
-        """The mask that transformers infers: padding is what has an id of its own for it."""
+        """The mask that transformers infers: padding is masked if its id is not also an EOS id."""
         pad, ends = self.setting("pad_token_id"), self.setting("eos_token_id")
         if pad is None or pad in as_id_tensor(ends, torch.device("cpu")).tolist():
             return torch.ones_like(ids_BT)
         return (ids_BT != pad).long()
 
     def num_new_tokens(self, num_tokens: int) -> int | None:
-        """Most tokens to write after a prompt of so many; None where nothing is said.
+        """Most tokens to generate after a prompt of `num_tokens`; None if no limit is set.
 
         Raises:
             ValueError: If `max_length` leaves no room for any.
@@ -138,7 +138,7 @@ class Request:
         return longest - num_tokens
 
     def show(self, prompt_BT: Tensor, columns: int) -> None:
-        """Let lengths count, and all that reads ids read, the prompt as it is instead of so many columns."""
+        """Make length limits and everything that reads ids see the given prompt instead of `columns` ids."""
         extra, shown = columns - prompt_BT.shape[1], Shown(prompt_BT, columns)
         for name, better in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if self.setting(better) is None and self.setting(name):
@@ -160,16 +160,16 @@ class Request:
             self.arguments["streamer"] = _WithPrompt(streamer, prompt_BT)
 
     def keywords(self) -> dict[str, Any]:
-        """All of it, as `generate` takes it by name."""
+        """All arguments, as keywords of `generate`."""
         return {"generation_config": self._config, **self.arguments}
 
 
 def _asks(name: str, value: Any) -> bool:
-    """Whether an argument asks for anything."""
+    """Whether an argument asks for something."""
     if name in ("past_key_values", "cache", "inputs_embeds", "position_ids"):
-        return value is not None  # An empty cache is false, and tensors are neither.
+        return value is not None  # Empty caches are falsy, and tensors have no truth value.
     if name in ("bad_words_ids", "sequence_bias"):
-        # A single token is kept back, or liked, whatever is before it.
+        # Banning or biasing a single token does not depend on the ids before it, so only longer words count.
         words = [
             word[0] if name == "sequence_bias" and isinstance(value, list) else word for word in value or ()
         ]
@@ -181,18 +181,18 @@ def _asks(name: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is written, as it is shown: behind the prompt, without what stands for thoughts."""
+    """The ids to show: the given prompt and the generated tokens, without markers and placeholders."""
 
     prompt_BT: Tensor
     columns: int
 
     def of(self, ids_BT: Tensor) -> Tensor:
-        """What is shown of all columns."""
+        """The ids to show, out of all columns."""
         return torch.cat([self.prompt_BT, ids_BT[:, self.columns :]], dim=1)
 
     def criterion(self, criterion: Any) -> Any:
-        """A criterion that reads this."""
-        # One of a type that transformers has itself takes the place of its own, so the type stays.
+        """Wrap a stopping criterion so that it reads the ids to show."""
+        # A criterion of a built-in type replaces transformers' own, so it must keep its type.
         if type(criterion) in (EosTokenCriteria, MaxTimeCriteria):
             return criterion
         if type(criterion) is MaxLengthCriteria:
@@ -212,7 +212,7 @@ class _ShownProcessor:
 class _ShownCriterion:
     def __init__(self, criterion: Callable[..., Any], shown: Shown) -> None:
         self._criterion, self._shown = criterion, shown
-        if hasattr(criterion, "eos_token_id"):  # By which transformers knows that rows end apart.
+        if hasattr(criterion, "eos_token_id"):  # Tells transformers that rows end separately.
             self.eos_token_id = criterion.eos_token_id
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -220,16 +220,16 @@ class _ShownCriterion:
 
 
 class _WithPrompt(BaseStreamer):
-    """A streamer that is shown the prompt as it was given, without what stands for thoughts."""
+    """A streamer that passes on the prompt as it was given, without markers and placeholders."""
 
     def __init__(self, streamer: BaseStreamer, prompt_BT: Tensor) -> None:
         self._streamer, self._prompt_BT, self._has_begun = streamer, prompt_BT, False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then new tokens."""
+        """Stream the prompt first, then new tokens."""
         self._streamer.put(value if self._has_begun else self._prompt_BT.cpu())
         self._has_begun = True
 
     def end(self) -> None:
-        """Tell that the text has ended."""
+        """Signal that the text has ended."""
         self._streamer.end()

@@ -1,12 +1,12 @@
-"""Continuous thoughts: a model's last state is its next input (Coconut, Hao et al., arXiv 2412.06769).
+"""Continuous thoughts: the last hidden state is the next input (Coconut, Hao et al., arXiv 2412.06769).
 
-Between a question and its answer the model takes n steps whose input is no token: each reads the state that
-the one before ended with. Nothing is detached, so the loss of the answer trains all of them.
+Between question and answer the model takes n steps whose input is not a token but the previous step's last
+hidden state. Nothing is detached, so the loss on the answer backpropagates through all of them.
 
     question  <begin>  t1 ... tn  <end>  answer
 
-The input at t1 is the state at <begin>, that at t(j + 1) the state at t(j). So n thoughts take n + 1 passes,
-with a cache; those between the first and the last are one position long.
+The input at t1 is the state at <begin>, and the input at t(j + 1) is the state at t(j). So n thoughts take
+n + 1 forward passes with a cache; those between the first and the last are one position long.
 
 Shapes: B batch, C positions (chunks of a CALM, tokens of a Llama), D width.
 """
@@ -28,11 +28,11 @@ from calm.ranges import NUM_THOUGHTS, Range
 
 logger = logging.getLogger(__name__)
 THOUGHT = -1
-"""Stands for the tokens of a thought, where tokens stand in a row."""
+"""Placeholder for the tokens of a thought in a sequence of token ids."""
 THOUGHTS_AT_ONCE = 8
-"""Thoughts, each a pass of its own, that are read before others who share the model have their turn."""
+"""Most thoughts, one forward pass each, to run before other requests on the model get their turn."""
 _SCALES = Range(0, 1e9, has_least=False)
-_SMALLEST = 1e-12  # A mean square of 0 has no direction to keep.
+_SMALLEST = 1e-12  # A zero state has no direction to keep.
 Filling = Literal["state", "pause"]
 
 
@@ -41,12 +41,12 @@ class Thoughts:
     """How a model thinks before it answers; a part of its configuration.
 
     Args:
-        number: Thoughts n that it was trained with, and takes if nobody says otherwise.
-        begin: Id of the token that goes before them; a chunk of a CALM is filled with it.
-        end: Id of the token that goes behind them.
-        filling: What a thought reads: the "state" before it, or in place of that ("pause") `begin` once more,
-            which gives the same time to think, but no thread.
-        scale: Root mean square that a state is brought to before it is read; None leaves it as it is.
+        number: Number of thoughts n that it was trained with, and the default.
+        begin: Id of the token before them; a CALM repeats it to fill a chunk.
+        end: Id of the token after them, likewise.
+        filling: What a thought reads: the previous "state", or ("pause") the token `begin` again, which gives
+            as many steps but carries no state over.
+        scale: Root mean square to which a state is rescaled before it is read; None leaves it unchanged.
     """
 
     number: int
@@ -70,11 +70,11 @@ class Thoughts:
             _SCALES.check("thoughts.scale", self.scale)
 
     def tokens(self, chunk_size: int, number: int | None = None) -> list[int]:
-        """What goes between question and answer: markers, and `THOUGHT` where a state is read.
+        """Token ids between question and answer: markers, and `THOUGHT` where a state is read.
 
         Args:
-            chunk_size: Tokens per chunk K; 1 for a model of tokens.
-            number: Thoughts; as the model was trained when None.
+            chunk_size: Tokens per chunk K; 1 for a token-level model.
+            number: Number of thoughts; as in training when None.
         """
         thought = THOUGHT if self.filling == "state" else self.begin
         number = self.number if number is None else number
@@ -82,7 +82,7 @@ class Thoughts:
         return [one for one in ids for _ in range(chunk_size)]
 
     def as_dict(self) -> dict[str, Any]:
-        """As a configuration keeps it."""
+        """The fields, as stored in a configuration."""
         return asdict(self)
 
 
@@ -90,7 +90,7 @@ def thoughts_of(config: PreTrainedConfig) -> Thoughts | None:
     """How a model was trained to think; None if it was not.
 
     Raises:
-        ValueError: If the configuration does not say it properly.
+        ValueError: If the configuration's entry is malformed.
     """
     noted = getattr(config, "thoughts", None)
     if noted is None:
@@ -106,12 +106,12 @@ def thoughts_of(config: PreTrainedConfig) -> Thoughts | None:
 
 
 def unlearn_thoughts(config: PreTrainedConfig, name: str, how: str) -> None:
-    """Let a model that is trained on without thoughts no longer take any, and log it.
+    """Drop the thoughts of a model that is trained further without them, and log a warning.
 
     Args:
         config: Its configuration.
         name: Its folder or name.
-        how: How it is trained on, for the message.
+        how: How it is trained further, for the message.
     """
     if thoughts_of(config) is not None:
         logger.warning("'%s' was trained to think; %s it unlearns that.", name, how)
@@ -119,15 +119,15 @@ def unlearn_thoughts(config: PreTrainedConfig, name: str, how: str) -> None:
 
 
 def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = False) -> Thoughts | None:
-    """How a model thinks when it is asked for so many thoughts; None if it is not to think.
+    """How a model thinks when asked for `number` thoughts; None if it should not think.
 
     Args:
         config: Its configuration.
-        number: Thoughts; None for as many as it was trained with, which may be none.
-        warns: Whether to log that a number is not one that the model was trained for.
+        number: Number of thoughts; None for as many as in training, which may be none.
+        warns: Whether to log a warning if the model was not trained for so many.
 
     Raises:
-        ValueError: If the number is out of range, or the model has no token that could be a marker.
+        ValueError: If the number is out of range, or the model has no token to use as a marker.
     """
     trained = thoughts_of(config)
     if number is None:
@@ -151,20 +151,20 @@ def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = 
 
 
 def num_tokens_of(thoughts: Thoughts | None, config: PreTrainedConfig) -> int:
-    """Tokens that the context holds for what is thought, markers included."""
+    """Tokens of context that thoughts take up, markers included."""
     return 0 if thoughts is None else len(thoughts.tokens(getattr(config, "chunk_size", 1)))
 
 
 def num_at_once(is_thought_C: Tensor) -> int:
-    """How many of some positions are read at once: those before what would be a thought too many."""
+    """How many leading positions to read at once, so that at most `THOUGHTS_AT_ONCE` are thoughts."""
     return int((is_thought_C.cumsum(0) <= THOUGHTS_AT_ONCE).sum())
 
 
 def default_markers(config: PreTrainedConfig) -> tuple[int, int]:
-    """Tokens that every model knows and no text holds: its beginning and its end of a text.
+    """Default marker ids, which no text contains: BOS (EOS if there is none) and EOS.
 
     Raises:
-        ValueError: If it has no end of a text.
+        ValueError: If the model has no EOS.
     """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not ends or ends[0] is None:
@@ -173,19 +173,19 @@ def default_markers(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def scale_of(config: PreTrainedConfig) -> float | None:
-    """What a model brings its states to before it reads them; see `Thoughts`."""
+    """Root mean square to which a model rescales its states before it reads them; see `Thoughts`."""
     thoughts = thoughts_of(config)
     return None if thoughts is None else thoughts.scale
 
 
 class Thinking(NamedTuple):
-    """Which positions of some rows are thoughts.
+    """Which positions of a batch are thoughts.
 
     Args:
-        is_thought_BC: Those that read the state before them.
+        is_thought_BC: Positions that read the previous state.
         scale: See `Thoughts`.
-        before_BD: States before the first position, for rows that go on with a thought; what is behind their
-            first D numbers is left out.
+        before_BD: States before the first position, for rows that start with a thought; entries beyond the
+            first D are ignored.
     """
 
     is_thought_BC: Tensor
@@ -193,7 +193,7 @@ class Thinking(NamedTuple):
     before_BD: Tensor | None = None
 
     def passes(self) -> Iterator[tuple[int, int]]:
-        """First and end of the positions of each pass: one begins wherever a row thinks."""
+        """Start and end position of each forward pass: a pass starts wherever any row has a thought."""
         thinks_C = self.is_thought_BC.any(0).tolist()
         starts = [place for place, thinks in enumerate(thinks_C) if thinks or place == 0]
         return itertools.pairwise([*starts, len(thinks_C)])
@@ -207,23 +207,23 @@ def read_positions(
     cache: Cache | None = None,
     thinking: Thinking | None = None,
 ) -> Tensor:
-    """States (B, C, D) of some positions: by one pass of a backbone, or one more than there are thoughts.
+    """Backbone states (B, C, D) at all positions: in one pass, or one more than there are thoughts.
 
-    Rows may think at different positions, and any number of times: a row that does not think where another
-    does reads its own input there.
+    Rows may think at different positions, and any number of times: where another row thinks, a row that does
+    not reads its own input.
 
     Args:
-        backbone: The layers.
-        inputs_BCD: What is read at each position; at thoughts it does not matter.
+        backbone: The backbone.
+        inputs_BCD: Input of each position; ignored at thoughts.
         mask: 1 on positions that hold text, those in the cache included, (B, all positions); without thoughts
             also 4D, added to attention scores.
-        position_ids: Number of each position in its text, (B, C).
-        cache: What was read before; these are added.
-        thinking: Which of them are thoughts.
+        position_ids: Position within its text, (B, C).
+        cache: Cache of earlier positions; these are added to it.
+        thinking: Which positions are thoughts; none when None.
 
     Raises:
-        ValueError: If a row begins with a thought and there is no state before it, or gradients are
-            checkpointed, which drops the cache that thoughts need.
+        ValueError: If a row starts with a thought without a state before it, or gradient checkpointing is
+            on, which drops the cache that thoughts need.
     """
 
     def read(inputs: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -255,7 +255,7 @@ def read_positions(
         states.append(read(part_BcD, None if mask is None else mask[:, : earlier + end], of_part_BC, cache))
         reached_BD = states[-1][:, -1]
         if thinking.before_BD is not None and mask is not None:
-            # A row of which there was nothing but padding is still where it was before.
+            # A row with nothing but padding so far keeps its earlier state.
             is_begun_B1 = mask[:, earlier : earlier + end].bool().any(-1, keepdim=True)
             reached_BD = torch.where(is_begun_B1, reached_BD, last_BD[:, : reached_BD.shape[-1]])  # type: ignore[index]
         last_BD = reached_BD
@@ -263,7 +263,7 @@ def read_positions(
 
 
 def scaled(states_PD: Tensor, scale: float | None) -> Tensor:
-    """States as they are read again: as they are, or of this root mean square."""
+    """States as they are fed back: unchanged, or rescaled to this root mean square."""
     if scale is None:
         return states_PD
     wide_PD = states_PD.float() if states_PD.dtype in (torch.float16, torch.bfloat16) else states_PD

@@ -1,11 +1,10 @@
-"""Layers of a Llama over the tokens of a chunk: attention stays inside a window, and sees a sink before it.
+"""Llama layers over the tokens of a chunk: attention is limited to a window and a sink before it.
 
-The layers of a trained Transformer expect a first token to which attention goes where it is not needed
-(Xiao et al., arXiv 2309.17453). Windows of a few tokens have none, so each layer keeps the key and the value
-of one, at position 0; the tokens of a window follow from 1 on. Without it they begin at 0.
+The layers of a trained Transformer expect a first token to attend to when nothing else matters, an attention
+sink (Xiao et al., arXiv 2309.17453). Windows of a few tokens have none, so each layer stores the key and
+value of one, at position 0; the tokens of a window start at position 1. Without a sink they start at 0.
 
-Shapes: M windows, W tokens of a window, X = M·W, D hidden size, G heads of queries, H heads of keys and
-values, d their size.
+Shapes: M windows, W tokens per window, X = M·W, D hidden size, G query heads, H key-value heads, d head size.
 """
 
 import copy
@@ -20,11 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from calm.models.attention import QK_NORM, has_qk_norm, norm_queries_and_keys, projected, rotated
 
 Memory = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer at the earlier tokens of a window, (M, H, W, d)."""
+"""Keys and values of each layer for the earlier tokens of a window, (M, H, W, d)."""
 
 
 class TokenLayer(LlamaDecoderLayer):
-    """A layer of a Llama whose windows all see the same sink, if there is one."""
+    """A Llama layer in which all windows see the same sink, if there is one."""
 
     sink_key: nn.Parameter | None
     sink_value: nn.Parameter | None
@@ -44,15 +43,16 @@ class TokenLayer(LlamaDecoderLayer):
     def forward(  # type: ignore[override]
         self, x_XD: Tensor, cos_1Wd: Tensor, sin_1Wd: Tensor, earlier: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (M·W, D), and keys and values of earlier and these tokens, (M, H, W, d).
+        """Output states (M·W, D), and keys and values of earlier tokens and these, (M, H, W, d).
 
-        Products take the tokens of all windows in a row: those of a single token are compiled only so.
+        The tokens of all windows share one axis: with a single token per window, products with three axes do
+        not compile.
 
         Args:
-            x_XD: States that the layer reads, window after window.
-            cos_1Wd: Of the angles of their positions.
-            sin_1Wd: Likewise.
-            earlier: Keys and values of the tokens before, rotated.
+            x_XD: Input states, window after window.
+            cos_1Wd: Cosines of the rotary angles of their positions.
+            sin_1Wd: Sines of the same angles.
+            earlier: Keys and values of earlier tokens, after rotary embedding.
         """
         attention: Any = self.self_attn
         width = cos_1Wd.shape[1]
@@ -81,14 +81,14 @@ class TokenLayer(LlamaDecoderLayer):
 
 
 def _after(sink: Tensor | None, own_MHWd: Tensor) -> Tensor:
-    """Keys or values of each window, after those of the sink if there is one."""
+    """Keys or values of each window, preceded by those of the sink if there is one."""
     if sink is None:
         return own_MHWd
     return torch.cat([sink.to(own_MHWd.dtype).expand(own_MHWd.shape[0], -1, -1, -1), own_MHWd], dim=2)
 
 
 class TokenLayers(nn.Module):
-    """Such layers one after the other.
+    """A stack of `TokenLayer`s.
 
     Args:
         config: Sizes of the layers.
@@ -103,16 +103,16 @@ class TokenLayers(nn.Module):
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, x_MWD: Tensor) -> Tensor:
-        """All tokens of some windows at once, (M, W, D)."""
+        """Run all tokens of the windows at once, (M, W, D)."""
         return self._run(x_MWD, 0, [None] * len(self.layers))[0]
 
     def step(self, x_MD: Tensor, place: int, memory: Memory) -> tuple[Tensor, Memory]:
-        """The next token of some windows: what `forward` gives at its place, (M, D), and a longer memory.
+        """Run the next token of each window: its output as in `forward`, (M, D), and the extended memory.
 
         Args:
-            x_MD: What the layers read at the place.
-            place: Tokens of each window before it.
-            memory: Of those; not looked at for the first.
+            x_MD: Input at this token.
+            place: Number of earlier tokens in each window.
+            memory: Memory of those tokens; ignored for the first.
         """
         earlier: list[Any] = memory if place else [None] * len(self.layers)
         x_M1D, longer = self._run(x_MD.unsqueeze(1), place, earlier)
@@ -134,15 +134,15 @@ class TokenLayers(nn.Module):
 
     @property
     def memory_size(self) -> int:
-        """Numbers of the memory of one token."""
+        """Size of the memory of one token."""
         return 2 * len(self.layers) * heads_of_keys(self.config) * head_size(self.config)
 
     def pack(self, memory: Memory) -> Tensor:
-        """The memory of windows of one token as a matrix, (M, `memory_size`); there must be layers."""
+        """Flatten the memory of one-token windows to a matrix, (M, `memory_size`); there must be layers."""
         return torch.cat([part.flatten(1) for pair in memory for part in pair], dim=-1)
 
     def unpack(self, packed_MX: Tensor) -> Memory:
-        """The memory that `pack` was given."""
+        """Undo `pack`."""
         if not len(self.layers):
             return []
         shape = (len(self.layers), 2, heads_of_keys(self.config), 1, head_size(self.config))
@@ -154,30 +154,30 @@ LAYER_SIZES = (
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
     "attention_dropout",
 )  # fmt: skip
-"""What a `LlamaConfig` says of a single layer."""
+"""Fields of a `LlamaConfig` that describe a single layer."""
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-"""Types of Transformers with the layers of a Llama, some with biases, or norms of queries and keys."""
+"""Model types with Llama-style layers, some with biases or normalized queries and keys."""
 
 
 def layer_sizes(config: LlamaConfig) -> dict[str, Any]:
-    """The arguments of `LlamaConfig` for layers of the same sizes."""
+    """Arguments of `LlamaConfig` for layers of the same sizes."""
     sizes = {name: copy.deepcopy(getattr(config, name)) for name in LAYER_SIZES}
     return sizes | ({QK_NORM: True} if has_qk_norm(config) else {})
 
 
 def weights_of_layer(config: LlamaConfig) -> int:
-    """Multiply-adds of a layer at one position, attention scores aside."""
+    """Multiply-adds of a layer at one position, excluding attention scores."""
     queries, keys = config.num_attention_heads * head_size(config), heads_of_keys(config) * head_size(config)
     return config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
 
 
 def multiply_adds_of_layer(config: LlamaConfig, num_keys: int) -> int:
-    """Multiply-adds of a layer at one position that sees so many keys."""
+    """Multiply-adds of a layer at one position that attends to `num_keys` keys."""
     return weights_of_layer(config) + 2 * num_keys * config.num_attention_heads * head_size(config)
 
 
 def heads_of_keys(config: LlamaConfig) -> int:
-    """Heads H of keys and values."""
+    """Number of key-value heads H."""
     return config.num_key_value_heads or config.num_attention_heads
 
 

@@ -1,4 +1,4 @@
-"""The model of tokens that CALM is compared with."""
+"""The token-level model that CALMs are compared with."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, sc
 
 
 class LlamaForCausalLM(transformers.LlamaForCausalLM):
-    """A Llama that trains on a CPU without the scores of all tokens in memory, and can think.
+    """A Llama that trains on a CPU without all logits in memory, and supports continuous thoughts.
 
-    It bears the name of its parent, which its folder says and which reads it: the weights are the same.
+    It has the name of its parent class, which is what saved folders record: the parent can load them too.
     """
 
     def forward(
@@ -36,24 +36,26 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         lesson: Lesson | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """See `transformers.LlamaForCausalLM`; with a teacher, and training on a CPU, there is a loss alone.
+        """See `transformers.LlamaForCausalLM`.
+
+        With a teacher, and in training with thoughts or on a CPU, only the loss is returned.
 
         Args:
             input_ids: Tokens (B, T).
             attention_mask: (B, T), 0 on padding.
             position_ids: Position of every token in its document (B, T).
             labels: Tokens (B, T) with -100 where there is no loss.
-            num_items_in_batch: What the sum of the losses is divided by; their number when None.
-            is_thought: Which positions read the state before them instead of a token, (B, T); see
+            num_items_in_batch: Divisor of the summed loss; the number of targets when None.
+            is_thought: Which positions read the previous state instead of a token, (B, T); see
                 `calm.models.thoughts`.
-            lesson: What a teacher says of the tokens; the loss then is that of `calm.models.lessons`.
-            **others: As there.
+            lesson: A teacher's predictions for the batch; the loss is then that of `calm.models.lessons`.
+            **others: As in the parent.
 
         Raises:
-            ValueError: If there are thoughts and gradients are checkpointed, which drops their cache, a row
-                holds several documents, or more is asked for than the loss, the scores and the cache.
+            ValueError: If thoughts are combined with gradient checkpointing (which drops their cache),
+                several documents in a row, `inputs_embeds`, or outputs beyond loss, logits and cache.
         """
-        # Not all of them in `others`: the Trainer hands over the columns that this function names.
+        # Named and not in `others`: the Trainer passes only the columns that this signature names.
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if is_thought is not None and is_thought.any():
             return self._forward_thinking(is_thought, inputs, labels, num_items_in_batch, others)
@@ -66,7 +68,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
                 others["num_items_in_batch"] = num_items_in_batch
             return super().forward(**inputs, labels=labels, **others)
 
-        # More than the loss, or another loss, is the parent's to find.
+        # The parent computes other losses, and anything beyond the loss.
         asked = ("output_hidden_states", "output_attentions", "shift_labels", "logits_to_keep")
         if any(self._is_set(name, others) for name in asked) or not self._is_set("return_dict", others):
             return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, **others)
@@ -90,14 +92,14 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             raise ValueError("rows with thoughts are given as tokens: say input_ids, not inputs_embeds.")
         unknown = others.keys() - {CACHE, "use_cache", "return_dict"}
         for name in ("output_hidden_states", "output_attentions", *sorted(unknown)):
-            # An int of 0 keeps all scores, which is what there is.
+            # logits_to_keep=0 keeps all logits, as this does.
             if self._is_set(name, others) and not (isinstance(others.get(name), int) and others[name] == 0):
                 raise ValueError(f"{name} does not go with thoughts: leave it out.")
         if not self._is_set("return_dict", others):
             raise ValueError("return_dict=False does not go with thoughts: leave it out.")
         positions = inputs["position_ids"]
         if inputs["attention_mask"] is None and positions is not None and (positions[..., 1:] == 0).any():
-            # Beside a cache, which thoughts need, transformers does not keep documents apart.
+            # With a cache, which thoughts need, transformers does not keep documents apart.
             raise ValueError(
                 "rows with thoughts hold one document each: positions must not begin anew in them."
             )
@@ -126,7 +128,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             losses_M = distillation(states_MD, head.weight, targets_M, lesson.at_tokens(is_target_BT))
         elif type(head) is torch.nn.Linear:
             losses_M = cross_entropy(states_MD, head.weight, targets_M, head.bias)
-        else:  # An adapter around it has more to say than a table.
+        else:  # An adapter around it does more than multiply by its weight.
             losses_M = F.cross_entropy(head(states_MD).float(), targets_M, reduction="none")
         count = max(len(losses_M), 1) if num_items_in_batch is None else num_items_in_batch
         return losses_M.sum() / count
@@ -141,7 +143,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     ) -> Tensor:
         """State of every position, (B, T, D), some of which are thoughts.
 
-        The arguments are those of `forward`, and a cache, which is filled.
+        The arguments are those of `forward`, and a cache to fill.
         """
         ids_BT = input_ids.masked_fill(is_thought, self.config.pad_token_id or 0)
         inputs_BTD = self.model.embed_tokens(ids_BT)
@@ -152,22 +154,22 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def generate(
         self, inputs: Tensor | None = None, *args: Any, num_thoughts: int | None = None, **kwargs: Any
     ) -> Any:
-        """See `transformers.GenerationMixin.generate`; before it writes, it thinks.
+        """See `transformers.GenerationMixin.generate`; the model thinks before it generates.
 
         Args:
             inputs: Prompts (B, T).
             *args: As there.
-            num_thoughts: Thoughts after each prompt. None takes as many as the model was trained with, 0 is
-                the ordinary model.
-            **kwargs: As there. Caches of others, drafts, beams and penalties do not go with thoughts (see
-                `calm.models.thinking_llama`); lengths, processors and criteria are those of what is shown.
+            num_thoughts: Number of thoughts after each prompt. None takes as many as in training, 0 is the
+                ordinary model.
+            **kwargs: As there. Caches, drafts, beams and penalties do not work with thoughts (see
+                `calm.models.thinking_llama`); lengths, processors and criteria do not see the thoughts.
 
         Returns:
-            Prompts with their continuations; markers and thoughts are not shown.
+            Prompts with their continuations, without markers and thoughts.
 
         Raises:
-            ValueError: If the number is out of range, thoughts do not go with another argument, or a prompt
-                cannot be read.
+            ValueError: If the number is out of range, another argument does not work with thoughts, or a
+                prompt cannot be read.
         """
         thoughts = thoughts_for(self.config, num_thoughts, warns=True)
         if thoughts is None:
@@ -175,7 +177,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         return self._generate_thinking(thoughts, inputs, *args, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()  # By its type this class could not write.
+        parent: Any = super()  # Type checkers do not see its `generate`.
         return parent.generate(*args, **kwargs)
 
     def _generate_thinking(self, thoughts: Thoughts, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +191,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         check_room(self.config, all_BT.shape[1] - len(tokens_N), num_new, len(tokens_N))
         cache = DynamicCache(config=self.config)
         position_BT = positions_of(mask_BT)
-        # All but the last: its state is what `generate` begins with.
+        # All but the last marker, which `generate` reads itself.
         read_BT = all_BT[:, :-1]
         self.think(read_BT, read_BT == THOUGHT, mask_BT[:, :-1], position_BT[:, :-1], cache)
         request.show(ids_BT, all_BT.shape[1])

@@ -1,11 +1,11 @@
-"""A Transformer of tokens becomes a CALM made of its own layers (docs/uptraining.md).
+"""Convert a token-level Transformer into a CALM made of its layers (docs/uptraining.md).
 
     all but the last layers   the backbone, over chunks; it reads the embedding of each chunk's last token
-    the last layers           the head (calm.models.heads.decoder), which writes a chunk token by token
-    the first layers          once more, in the head: they read the tokens of the chunk that is written
+    the last layers           the head (calm.models.heads.decoder), which generates a chunk token by token
+    the first layers          a copy in the head, which reads the tokens of the chunk being generated
 
-Every weight is that of the source, bit for bit, and what is new begins as zero. With one token per chunk and
-no layers in the head, the CALM is the Transformer.
+Reused weights are those of the source, bit for bit; new ones start at zero. With one token per chunk and no
+layers in the head, the CALM is the Transformer.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from calm.models.heads import DecoderHead, DecoderHeadConfig
 from calm.models.token_layers import LAYER_SIZES, LIKE_LLAMA
 
 CODE_SIZE = 8
-"""Dimensions of a token's code in the autoencoder, which a decoder head never decodes."""
+"""Dimensions of a token's code in the autoencoder; a decoder head never decodes latents."""
 _MARK = "is_new_beside_trained"
 
 
@@ -36,9 +36,9 @@ class Cut:
     """Which layers of a Transformer go where.
 
     Args:
-        first: So many of the first layers read tokens in the head; the backbone has them, too.
-        last: So many of the last layers are in the head, and not in the backbone.
-        layers: Those that are used, by their numbers from 0 on; None for all.
+        first: Number of first layers copied to the head, where they read tokens; the backbone has them too.
+        last: Number of last layers that go to the head instead of the backbone.
+        layers: Layers to use, numbered from 0; None for all.
     """
 
     first: int
@@ -46,13 +46,14 @@ class Cut:
     layers: Sequence[int] | None = None
 
     def of(self, num_layers: int) -> tuple[list[int], list[int], list[int]]:
-        """Numbers of a source's layers: the first ones, those of the backbone, the last ones.
+        """Numbers of the source's layers that are used as first layers, backbone, and last layers.
 
         Args:
-            num_layers: Layers that the source has.
+            num_layers: Number of layers in the source.
 
         Raises:
-            InputError: If it does not have them, or none is left for the backbone.
+            InputError: If the source does not have them, first and last layers overlap, or none is left for
+                the backbone.
         """
         used = list(range(num_layers) if self.layers is None else self.layers)
         if used != sorted(set(used)) or not all(0 <= number < num_layers for number in used):
@@ -70,26 +71,26 @@ class Cut:
 
 
 class SpecialTokens(Protocol):
-    """What a conversion asks of a tokenizer."""
+    """What a conversion needs from a tokenizer."""
 
     @property
     def pad_token_id(self) -> Any:
-        """Id of the token that pads."""
+        """Id of the padding token."""
 
     @property
     def bos_token_id(self) -> Any:
-        """Id of the token that begins a text, if there is one."""
+        """Id of the BOS token, if there is one."""
 
     @property
     def eos_token_id(self) -> Any:
-        """Id of the token that ends a text."""
+        """Id of the EOS token."""
 
     def __len__(self) -> int:
         """Number of tokens."""
 
 
 class TokensOfConfig:
-    """Stands for the tokenizer of a model of which only the configuration is here, to count and to plan.
+    """Stand-in for a tokenizer when only the model's configuration is available, for counting and planning.
 
     Args:
         config: The configuration.
@@ -99,11 +100,11 @@ class TokensOfConfig:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self.eos_token_id = next((end for end in ends if end is not None), 0)
         self.bos_token_id = config.bos_token_id
-        self.pad_token_id = int(self.eos_token_id == 0)  # Any other will do.
+        self.pad_token_id = int(self.eos_token_id == 0)  # Any id but EOS will do.
         self._size = config.vocab_size
 
     def __len__(self) -> int:
-        """As many as the model has."""
+        """The model's vocabulary size."""
         return self._size
 
 
@@ -116,18 +117,18 @@ def uptrained_config(
     sink: bool = True,
     **others: Any,
 ) -> CalmConfig:
-    """The configuration of the CALM that a Transformer becomes.
+    """Configuration of the CALM made from a Transformer.
 
     Args:
-        source: The Transformer's.
-        tokenizer: Its tokenizer, with a token for padding that is not its end of a text.
+        source: The Transformer's configuration.
+        tokenizer: Its tokenizer, with a padding token other than EOS.
         chunk_size: Tokens per chunk K.
         cut: Which layers go where.
-        sink: Whether windows of the head begin with a token for attention to rest on.
+        sink: Whether windows of the head start with an attention sink.
         **others: Further arguments of `CalmConfig`.
 
     Raises:
-        InputError: If the source has another architecture, fewer layers, or a smaller vocabulary than the
+        InputError: If the source is not supported, has too few layers, or has a smaller vocabulary than the
             tokenizer.
     """
     check_source(source, tokenizer, cut)
@@ -169,11 +170,11 @@ def uptrained_config(
 def calm_from_transformer(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cut: Cut, **others: Any
 ) -> CalmForCausalLM:
-    """A CALM of the layers of a Transformer, before any training, in its type and on its device.
+    """A CALM made of a Transformer's layers, before any training, with its dtype and device.
 
     Args:
-        source: A causal language model with the layers of Llama: Llama, Mistral, Qwen2, Qwen3, SmolLM.
-        tokenizer: Its tokenizer, with a token for padding that is not its end of a text.
+        source: A causal language model with Llama-style layers: Llama, Mistral, Qwen2, Qwen3, SmolLM.
+        tokenizer: Its tokenizer, with a padding token other than EOS.
         chunk_size: Tokens per chunk K.
         cut: Which layers go where.
         **others: Further arguments of `uptrained_config`.
@@ -182,7 +183,7 @@ def calm_from_transformer(
         InputError: As `uptrained_config`.
     """
     config = uptrained_config(source.config, tokenizer, chunk_size, cut, **others)
-    # Not converted from another type afterwards, which would round the frequencies of positions.
+    # Created in this dtype: casting afterwards would round the rotary frequencies.
     model: CalmForCausalLM = CalmForCausalLM._from_config(config, dtype=source.dtype)
     head = model.head
     assert isinstance(head, DecoderHead) and isinstance(head.config, DecoderHeadConfig)
@@ -202,9 +203,9 @@ def calm_from_transformer(
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of a model, wrapped or not, that it did not get from the one that it is made of.
+    """Weights of a model, wrapped or not, that were not initialized from another model.
 
-    None where it is not made of another; those of `mark_as_new` where there are any.
+    Empty if the model was not made from another; only those of marked modules if `mark_as_new` marked any.
     """
     parts: list[nn.Module] = [module for module in model.modules() if getattr(module, _MARK, False)]
     for module in model.modules() if not parts else ():
@@ -214,13 +215,13 @@ def new_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def mark_as_new(*modules: nn.Module) -> None:
-    """Tell `new_parameters` which modules of a model are new beside trained ones."""
+    """Mark modules of a model as new next to pretrained ones, for `new_parameters`."""
     for module in modules:
         setattr(module, _MARK, True)
 
 
 def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -> None:
-    """Raise InputError unless a Transformer can become a CALM with a tokenizer.
+    """Raise InputError unless a Transformer can be converted to a CALM with this tokenizer.
 
     Args:
         source: Its configuration.
@@ -259,7 +260,7 @@ def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -
 
 
 def _window_of(source: PreTrainedConfig, cut: Cut) -> int | None:
-    """Tokens that some layer that is used sees, if a text can have more; else None."""
+    """Sliding window of the layers in use, if a text can be longer; else None."""
     window: int | None = getattr(source, "sliding_window", None)
     if window is None or window >= source.max_position_embeddings:
         return None
@@ -269,7 +270,7 @@ def _window_of(source: PreTrainedConfig, cut: Cut) -> int | None:
 
 
 def _layer_sizes_of(source: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments of `LlamaConfig` for the layers of a source; Qwen2 has biases and does not say so."""
+    """Arguments of `LlamaConfig` for the source's layers; Qwen2 has biases that its config does not name."""
     others: dict[str, Any] = {"attention_bias": source.model_type == "qwen2", "mlp_bias": False}
     sizes: dict[str, Any] = {name: getattr(source, name, others.get(name)) for name in LAYER_SIZES}
     if sizes["head_dim"] is None:
@@ -279,7 +280,7 @@ def _layer_sizes_of(source: PreTrainedConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sinks_of(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """Key and value of each layer at the first token of a text, its beginning if there is such a token."""
+    """Key and value of each layer at the first token of a text: BOS, or EOS if there is none."""
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     read = source(torch.tensor([[token]], device=source.device), use_cache=True, return_dict=True)
     return [
@@ -288,6 +289,6 @@ def _sinks_of(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _fill(layer: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill a layer with the weights of the source's; a bias that it does not have is zero."""
+    """Copy a source layer's weights into a layer; biases that the source does not have are zero."""
     biases = {name: one for name, one in layer.state_dict().items() if name.endswith(".bias")}
     layer.load_state_dict({name: torch.zeros_like(one) for name, one in biases.items()} | weights)

@@ -1,4 +1,4 @@
-"""Files of weights, which are not trusted: looked at before anything is built, and after it is filled."""
+"""Weight files, which are not trusted: checked before a model is built and again after it is loaded."""
 
 import math
 import pickle
@@ -19,18 +19,18 @@ from calm.hub.opening import may_run_code, read_settings
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _REALS = ("F64", "F32", "F16", "BF16")
 _NAMES_OF_TORCH = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_LEAST_BYTES = 0.1  # Of a parameter, in weights that are packed most tightly.
-_FEW_LAYERS = 100  # They cost nothing to build, and a model of codes has some that it does not use.
+_LEAST_BYTES = 0.1  # Per parameter, in the most tightly packed weights.
+_FEW_LAYERS = 100  # They cost nothing to build, and a model with codes has unused ones in its configuration.
 _COUNTS_OF_LAYERS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of a tensor.
+    """Description of a tensor in a file.
 
     Args:
         shape: Its shape.
-        dtype: Its type as safetensors calls it, such as F32.
+        dtype: Its dtype, as named by safetensors, such as F32.
         file: The file.
     """
 
@@ -40,10 +40,10 @@ class TensorInfo:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a folder: safetensors before pickles, whole or in shards.
+    """Weight files of a folder: safetensors before pickles, a single file before shards.
 
     Raises:
-        InputError: If there are none, one is missing, or an index names files elsewhere.
+        InputError: If there are none, one is missing, or an index is damaged or names files elsewhere.
     """
     for stem, suffix in _KINDS:
         index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
@@ -68,7 +68,7 @@ def _shards_of(index: Path) -> list[Path]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and types of all tensors of a folder; their values are not read.
+    """Names, shapes and dtypes of all tensors in a folder; their values are not read.
 
     Raises:
         InputError: If there are no weights, or a file is damaged or could run code.
@@ -88,7 +88,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 def _header_of(file: Path) -> dict[str, TensorInfo]:
     with safe_open(file, "pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
         return {
             name: TensorInfo(tuple(one.get_shape()), str(one.get_dtype()), file)
             for name, one in slices.items()
@@ -96,7 +96,7 @@ def _header_of(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, on the CPU.
+    """All tensors in a folder, on the CPU.
 
     Raises:
         InputError: As `read_headers`.
@@ -109,13 +109,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of a pickle; whatever else one could do is refused by torch."""
+    """Tensors of a pickle; torch refuses anything else that a pickle could do."""
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        values = torch.load(file, map_location="cpu", weights_only=True)  # Of the older format.
+        values = torch.load(file, map_location="cpu", weights_only=True)  # The older format cannot be mapped.
     if not isinstance(values, Mapping) or not all(
         isinstance(name, str) and isinstance(one, Tensor) for name, one in values.items()
     ):
@@ -125,7 +125,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _plain_words(file: Path) -> Iterator[None]:
-    """Within, what the libraries say of a file that they cannot read is one sentence."""
+    """Context manager that turns a library's error about an unreadable file into one sentence."""
     try:
         yield
     except InputError:
@@ -140,7 +140,7 @@ def _plain_words(file: Path) -> Iterator[None]:
 
 
 def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], where: str) -> None:
-    """See that a configuration does not describe more layers than the files have tensors.
+    """Check that a configuration does not describe more layers than the files have tensors.
 
     Raises:
         InputError: If it does.
@@ -162,15 +162,15 @@ def _counts_in(values: Mapping[str, object]) -> Iterator[tuple[str, int]]:
 
 
 def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: str) -> None:
-    """See that weights fit a network, which may be on the meta device.
+    """Check that weights fit a network, which may be on the meta device.
 
     Args:
         network: The network.
-        headers: What the files say.
+        headers: Headers of the weight files.
         where: The folder, for messages.
 
     Raises:
-        InputError: If a tensor has another shape, or numbers of another kind.
+        InputError: If a tensor has the wrong shape, or is not floating-point where it should be.
     """
     for name, wanted in network.state_dict().items():
         found = headers.get(name)
@@ -189,7 +189,7 @@ def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: 
 
 
 def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], where: str) -> None:
-    """See that a network on the meta device is not far larger than its weights on the disk.
+    """Check that a network on the meta device is not far larger than its weight files.
 
     Raises:
         InputError: If it is.
@@ -204,7 +204,7 @@ def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], wher
 
 
 def check_finite(network: nn.Module, where: str) -> None:
-    """See that all weights are numbers.
+    """Check that all weights are finite.
 
     Raises:
         InputError: If one is NaN or infinite.
