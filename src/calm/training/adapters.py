@@ -36,15 +36,15 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     Args:
         model: A CALM, or a causal language model of transformers. Adapters are inserted in place.
         settings: The adapters.
-        base: Where the model came from; recorded with the adapters.
+        base: Folder or hub name of the model; recorded with the adapters.
 
     Raises:
         InputError: If peft is not installed, or a setting is out of range.
     """
     check_adapters(model, settings)
-    import peft  # noqa: PLC0415 (of an extra)
+    import peft  # noqa: PLC0415 (it may be missing)
 
-    # An absolute path: the adapters may be loaded from elsewhere.
+    # An absolute path, since the adapters may be loaded from another working directory.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config = peft.LoraConfig(
         r=settings.rank,
@@ -54,8 +54,8 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     )
     with peft_by_old_names():
         adapted: Any = peft.get_peft_model(model, config)
-    # Embeddings have no adapters. To find out whether they have grown, which they never do here, peft would
-    # look for the base by its name on the hub, and warn that it is not there.
+    # Embeddings have no adapters and are never resized here. To check that, peft would look up the base model
+    # on the hub, and warn if it is not there.
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
 

@@ -20,14 +20,14 @@ class Stage:
     """How a network is trained, and where its checkpoints go.
 
     Args:
-        name: What is trained, in words.
+        name: What is trained, for messages.
         settings: The stage's part of a recipe.
         folder: Folder of checkpoints and logs.
         seed: Seed of data order and training noise.
         is_sharded: Whether each of several processes keeps only a part of the network.
-        is_last: Whether it ends the run, so that more steps extend it.
-        tracking: Where it is tracked.
-        teacher: Whom it learns from; None for the text alone.
+        is_last: Whether it is the run's last stage, which more steps extend.
+        tracking: Its experiment trackers.
+        teacher: The teacher, if there is one.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Stage:
 
 
 class RecipeArguments(TrainingArguments):
-    """Arguments of the Trainer that tell trackers the recipe as well."""
+    """Arguments of the Trainer that also log the recipe to trackers."""
 
     recipe: Mapping[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """What is logged as the configuration of a run."""
+        """The arguments and the recipe, which trackers log as a run's configuration."""
         return {**super().to_dict(), "recipe": self.recipe}
 
 
@@ -57,7 +57,7 @@ def training_arguments(
 
     Args:
         stage: The stage.
-        context: Tokens of a block.
+        context: Tokens per block.
         model: The network.
         is_stream: Whether blocks come from a stream.
 
@@ -75,8 +75,8 @@ def training_arguments(
         use_cpu=not torch.accelerator.is_available(),
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
-        ignore_data_skip=is_stream,  # It resumes by itself.
-        ddp_find_unused_parameters=False,  # Every trained weight takes part in every loss.
+        ignore_data_skip=is_stream,  # A stream restores its own position.
+        ddp_find_unused_parameters=False,  # Every trained weight contributes to every loss.
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -86,7 +86,7 @@ def training_arguments(
         save_steps=min(settings.save_every or steps, steps),
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        disable_tqdm=False,  # Otherwise the log level decides.
+        disable_tqdm=False,  # Otherwise it depends on the log level.
         seed=stage.seed,
         **stage.tracking.arguments(),
         **(sharding_arguments(model) if stage.is_sharded else {}),
@@ -94,6 +94,6 @@ def training_arguments(
     arguments.recipe = stage.tracking.recipe
     if stage.is_sharded:
         shard_on_cpu_as_well()
-    if arguments.n_gpu > 1:  # Without a launcher. DataParallel would split noise and multiply the step.
+    if arguments.n_gpu > 1:  # No launcher. DataParallel would split the noise and multiply the step.
         arguments._n_gpu = 1
     return arguments

@@ -1,4 +1,4 @@
-"""Blocks -> batches: their order, what accompanies them, and how many targets each has."""
+"""Blocks -> batches: sampling order, collation, and what chunk-level networks have to provide."""
 
 from collections.abc import Callable, Sequence, Sized
 from functools import partial
@@ -21,36 +21,36 @@ class ChunkNetwork(Protocol):
     """A network that is trained on chunks: the autoencoder, or a CALM."""
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """What the loss of a batch is a mean over."""
+        """Number of targets that the loss of a batch is averaged over."""
 
     def draw_training_noise(
         self, generators: Sequence[torch.Generator], input_ids: Tensor, labels: Tensor, **others: Any
     ) -> Any:
-        """The `noise` of a forward pass, drawn for each row of a batch by itself."""
+        """Draw the `noise` of a forward pass, separately for each row of the batch."""
 
 
 def collate_chunks(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch for a model of chunks, with the number of each block that seeds its noise."""
+    """Collate blocks for a chunk-level model, with a number for each block that seeds its noise."""
     numbers = [number_of_block(block["input_ids"]) for block in blocks]
     return default_data_collator(blocks) | {NUMBERS: torch.tensor(numbers)}
 
 
 def collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch for a model of tokens; the first token of each document is not a target."""
+    """Collate blocks for a token-level model; the first token of each document is not a target."""
     batch = default_data_collator(blocks)
     batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED_LABEL)
-    # transformers separates documents by their positions only without a cache.
+    # transformers only separates documents by their position ids if there is no cache.
     return batch | {"use_cache": False}
 
 
 def whole_steps(blocks: Sized, step: int) -> RandomSampler:
-    """A random order of whole steps; blocks that do not fill one wait for another epoch.
+    """Sample blocks in random order, in whole steps; leftover blocks wait for another epoch.
 
-    So every step has the same number of tokens, however many processes share it.
+    This way, every step has the same number of tokens, however many processes share it.
 
     Args:
         blocks: All blocks.
-        step: Blocks of an optimizer step.
+        step: Blocks per optimizer step.
     """
     return RandomSampler(blocks, num_samples=max(1, len(blocks) // step) * step)
 
@@ -58,13 +58,13 @@ def whole_steps(blocks: Sized, step: int) -> RandomSampler:
 def batches_of_stream(
     stream: BlockStream, size: int, collate: Callable[..., Any], arguments: TrainingArguments
 ) -> DataLoader:
-    """Batches of a stream in its own order, each with the place after its last block.
+    """Batches of a stream in its own order, each with the reader's position after its last block.
 
     Args:
         stream: The stream; it knows what other processes read.
-        size: Blocks of a batch.
-        collate: Blocks -> a batch.
-        arguments: Those of the Trainer.
+        size: Blocks per batch.
+        collate: Collates blocks into a batch.
+        arguments: The Trainer's arguments.
     """
     return DataLoader(
         stream,

@@ -1,4 +1,4 @@
-"""The blocks that a network is trained on, and those that it is scored on."""
+"""The blocks that a network is trained and scored on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from calm.training.runs import Run
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a network is trained on.
+    """Training and held-out blocks.
 
     Args:
-        training: Training blocks of `calm.data.chunking`, or a stream of them.
+        training: Training blocks from `calm.data.chunking`, or a stream of them.
         held_out: Held-out blocks.
-        context: Tokens of a block.
+        context: Tokens per block.
         tokenizer: Their tokenizer, saved with each checkpoint.
-        collate: Blocks -> a batch; None for that of the model.
-        is_in_order: Whether training blocks come in their own order, not in a random one.
+        collate: Collates blocks into a batch; None for the network's default.
+        is_in_order: Whether training blocks are read in order instead of shuffled.
     """
 
     training: Any
@@ -41,9 +41,9 @@ def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chu
 
     Args:
         run: The run.
-        data: Its text.
-        num_workers: Data loading processes.
-        scored_chunk_size: Tokens of a chunk where the network is scored.
+        data: Its prepared text.
+        num_workers: Data-loading workers of each process.
+        scored_chunk_size: Tokens per chunk when the network is scored.
     """
     recipe = run.recipe
     held_out = _laid_out(recipe, data, "validation", scored_chunk_size)
@@ -55,7 +55,7 @@ def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chu
 
 
 def _laid_out(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
-    with processes().main_process_first():  # It fills the cache.
+    with processes().main_process_first():  # The main process fills the cache.
         return data.blocks(
             split,
             chunk_size=chunk_size,

@@ -20,7 +20,7 @@ from calm.models.uptraining import mark_as_new
 from calm.training.continuing import config_to_continue, model_to_continue
 from calm.training.recipe import Recipe
 
-_SMALLEST_CODE = 8  # With fewer, some of a few thousand random codes are too close to each other.
+_SMALLEST_CODE = 8  # With fewer dimensions, some of a few thousand random codes are too similar.
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -51,7 +51,7 @@ def new_language_model(recipe: Recipe, data: PreparedData, autoencoder: CalmAuto
 def language_model_of(
     recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None
 ) -> PreTrainedModel:
-    """The language model of a recipe before training: what it begins with, or a new one.
+    """The language model of a recipe before training: the one that it starts from, or a new one.
 
     Args:
         recipe: The recipe.
@@ -59,7 +59,7 @@ def language_model_of(
         autoencoder: The trained autoencoder; None for an autoregressive model.
 
     Raises:
-        InputError: If the model that it begins with does not fit, or a value is out of range.
+        InputError: If the model that it starts from does not fit, or a value is out of range.
     """
     begun = model_to_continue(recipe, data)
     if begun is None:
@@ -76,13 +76,13 @@ def language_model_of(
 def model_with_new_head(
     recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, begun: Any
 ) -> CalmForCausalLM:
-    """A trained CALM whose head and autoencoder are those of a recipe; the head is new.
+    """A trained CALM with the autoencoder of a recipe and a new head.
 
     Args:
         recipe: The recipe.
         data: The text.
         autoencoder: The trained autoencoder.
-        begun: The CALM: its backbone, embeddings and input projection stay as they are.
+        begun: The trained CALM; its backbone, embeddings and input projection are kept.
 
     Raises:
         InputError: If they do not fit together, or a value is out of range.
@@ -93,14 +93,14 @@ def model_with_new_head(
     model.projection.load_state_dict(begun.projection.state_dict())
     kept = begun.backbone.state_dict()
     new = {name: weight for name, weight in model.backbone.state_dict().items() if name not in kept}
-    model.backbone.load_state_dict(kept | new)  # New is the norm at its end, if it had none.
+    model.backbone.load_state_dict(kept | new)  # New: a final norm, if it had none.
     _init_from_text(model, data)
     mark_as_new(model.head, *([model.backbone.norm] if new else []))
     return model
 
 
 def _init_from_text(model: CalmForCausalLM, data: PreparedData) -> None:
-    """Let a new head start from the statistics of its text."""
+    """Initialize a new head from statistics of the training text."""
     model.head.init_from_neighbours(lambda: torch.from_numpy(data.neighbour_counts()))
     model.head.init_from_counts(lambda: torch.from_numpy(data.token_counts()))
 
@@ -124,7 +124,7 @@ def new_autoregressive_model(recipe: Recipe, data: PreparedData) -> LlamaForCaus
 def autoencoder_config(
     recipe: Recipe, vocab_size: int, special_tokens: dict[str, int | None]
 ) -> CalmAutoencoderConfig:
-    """Configuration of the autoencoder of a recipe; that of the trained one if the recipe names one.
+    """Configuration of a recipe's autoencoder: of the trained one that it names, or of a new one.
 
     Raises:
         InputError: If a value is out of range.
@@ -163,7 +163,7 @@ def language_model_config(
     settings = recipe.language_model
     return _build(
         CalmConfig,
-        # Whoever gets the model need not know where the autoencoder was.
+        # The model may be shared; it should not record where the autoencoder was.
         autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
         backbone_config=settings.as_llama(),
         head_config=settings.head,
@@ -176,13 +176,13 @@ def language_model_config(
 def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAutoencoderConfig) -> CalmConfig:
     """Configuration of a trained CALM with the head of a recipe.
 
-    A backbone without a norm at its end, whose head had one, gets one: other heads expect states of a common
-    size.
+    A backbone without a final norm, whose `decoder` head had one, gets one unless the new head is a `decoder`
+    as well: other heads expect normalized states.
 
     Args:
         recipe: The recipe.
-        begun: The CALM's.
-        autoencoder: That of the autoencoder.
+        begun: The CALM's configuration.
+        autoencoder: The autoencoder's configuration.
 
     Raises:
         InputError: If the autoencoder does not fit the CALM, or a value is out of range.
@@ -241,11 +241,11 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
 
     Args:
         recipe: The recipe.
-        vocab_size: Number of token ids; that of the tokenizer the recipe would train when None. A model that
-            training begins with has its own.
+        vocab_size: Number of token ids; None for that of the tokenizer that the recipe would train. Not used
+            if training starts from a model, which has its own.
 
     Raises:
-        InputError: If the recipe takes a tokenizer that is not here, or a value is out of range.
+        InputError: If the recipe names a tokenizer but `vocab_size` is None, or a value is out of range.
     """
     config = config_to_continue(recipe)
     if recipe.language_model.new_head and isinstance(config, CalmConfig):
@@ -264,7 +264,7 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase | PreTrainedConfig) -> dict[str, int | None]:
-    """Ids of padding, beginning and end of text, as configurations name them."""
+    """Ids of the padding, BOS and EOS tokens, named as in configurations."""
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,

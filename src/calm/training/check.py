@@ -20,11 +20,11 @@ from calm.training.trackers import check_trackers
 
 
 def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
-    """Find the mistakes in a recipe.
+    """Check a recipe.
 
     Raises:
-        InputError: If a setting has another type than its own, or it names no text or a tracker that is
-            missing, or does not make a model.
+        InputError: If a setting has the wrong type, no text is named, a tracker is missing, or the recipe
+            does not make a model.
     """
     check_types(recipe)
     if not recipe.data.source_list:
@@ -62,7 +62,7 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
 
 
 def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) -> None:
-    """Find the mistakes in a recipe for fine-tuning that can be seen without its model.
+    """Check a fine-tuning recipe, as far as this is possible without its model.
 
     Raises:
         InputError: If it names no model or examples, or a setting is out of range.
@@ -80,7 +80,7 @@ def check_finetuning_recipe(recipe: FinetuningRecipe, num_processes: int = 1) ->
 
 
 def check_thoughts(recipe: FinetuningRecipe) -> None:
-    """Raise InputError if the stages of thoughts do not fit in the training, or it cannot train them."""
+    """Raise InputError if the stages do not fit in the training steps, or settings rule out thoughts."""
     if recipe.thoughts.mode == "none":
         return
     settings = recipe.thoughts
@@ -99,25 +99,25 @@ def check_thoughts(recipe: FinetuningRecipe) -> None:
 
 
 def check_training(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
-    """Find the mistakes in the training settings of a stage, and what this machine cannot do of them.
+    """Check the training settings of a stage, and whether this machine supports them.
 
-    The arguments and the errors are those of `check_steps`.
+    Arguments and errors are those of `check_steps`.
     """
     check_steps(training, name, context, num_processes)
     check_compiler(training, name)
 
 
 def check_steps(training: TrainingSettings, name: str, context: int, num_processes: int) -> None:
-    """Find the mistakes in the training settings of a stage, whatever machine it is for.
+    """Check the training settings of a stage, independently of the machine.
 
     Args:
         training: The settings.
-        name: Their dotted name, for the message.
-        context: Tokens of a block.
-        num_processes: Processes that share the work.
+        name: Their dotted name, for messages.
+        context: Tokens per block.
+        num_processes: Processes that share each step.
 
     Raises:
-        InputError: If a value is out of range, or the optimizer is unknown or does not take its settings.
+        InputError: If a value is out of range, or the optimizer is unknown or does not accept its settings.
     """
     check_optimizer(training.optimizer)
     try:
@@ -127,7 +127,7 @@ def check_steps(training: TrainingSettings, name: str, context: int, num_process
 
 
 def check_chunk_size(recipe: Recipe) -> None:
-    """Raise InputError if a model of tokens has chunks of several."""
+    """Raise InputError if an autoregressive model has chunks of several tokens."""
     if recipe.model == "autoregressive" and recipe.chunk_size != 1:
         raise InputError(
             f"an autoregressive model predicts single tokens: set chunk_size to 1, not {recipe.chunk_size}."
@@ -135,13 +135,13 @@ def check_chunk_size(recipe: Recipe) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError if a seed is not one that all random generators take."""
+    """Raise InputError unless all random generators accept a seed."""
     if not 0 <= seed < 2**32:
         raise InputError(f"the seed must lie between 0 and {2**32 - 1}, got {seed}.")
 
 
 def _check_network(recipe: Recipe) -> None:
-    """Build the network of a recipe on the meta device, which takes no memory, to find what it refuses."""
+    """Build the network of a recipe on the meta device, which takes no memory, to see if it can be built."""
     config = model_config(recipe, vocab_size=1)
     try:
         with torch.device("meta"):
@@ -149,6 +149,6 @@ def _check_network(recipe: Recipe) -> None:
         check_memory(network)
     except InputError:
         raise
-    except Exception as error:  # Of whichever class it is.
+    except Exception as error:  # Third-party heads may raise anything.
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
     check_teacher(recipe, network)

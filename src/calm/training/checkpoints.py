@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: written whole, listed, and the newest that is undamaged.
+"""Checkpoints of a stage: write them atomically, list them, and find the newest intact one.
 
 checkpoints/<stage>/checkpoint-STEP/          with checksums.json
 checkpoints/<stage>/damaged-checkpoint-STEP/  moved aside, never read
@@ -23,11 +23,11 @@ from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
 _PREFIX, _STAGING = "checkpoint-", ".partial"
-_ZIPPED = (".pt", ".pth", ".bin")  # torch writes zip archives, with a checksum for each part.
+_ZIPPED = (".pt", ".pth", ".bin")  # torch's files are zip archives, with a checksum for each part.
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints, sorted by step."""
+    """Checkpoint folders, sorted by step."""
     found = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -43,16 +43,16 @@ def step_of(checkpoint: Path) -> int:
 
 @contextlib.contextmanager
 def written_checkpoint(folder: Path, step: int, keep: int, spared: int | None = None) -> Iterator[Path]:
-    """A folder to write a checkpoint in; it gets its name, and old ones go, when the block has succeeded.
+    """Yield a staging folder for a checkpoint; if the block succeeds, rename it and remove old checkpoints.
 
-    A run killed meanwhile leaves no checkpoint that looks whole but is not. All processes call this together,
-    and each may write a part.
+    A run killed in between leaves nothing that looks like a complete checkpoint. All processes call this
+    together, and each may write a part.
 
     Args:
         folder: Folder of the checkpoints.
         step: The step after which it is written.
-        keep: Checkpoints kept, this one included.
-        spared: The step of one that is kept besides.
+        keep: Number of checkpoints to keep, this one included.
+        spared: The step of another checkpoint to keep.
     """
     name, staging = f"{_PREFIX}{step}", folder / _STAGING
     partial, everyone = staging / name, processes()
@@ -77,7 +77,7 @@ def written_checkpoint(folder: Path, step: int, keep: int, spared: int | None = 
 
 
 def remove_checkpoints(checkpoints: list[Path]) -> None:
-    """Remove checkpoints. They are moved away first: a kill meanwhile leaves no half of one."""
+    """Remove checkpoints. Each is moved to staging first, so a kill never leaves half of one."""
     for checkpoint in checkpoints:
         staging = checkpoint.parent / _STAGING
         staging.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def remove_checkpoints(checkpoints: list[Path]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that the files of a folder are on disk before it gets its final name."""
+    """Flush the files of a folder to disk before it gets its final name."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -94,9 +94,9 @@ def _sync(folder: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is undamaged, the same for all processes; None if there is none yet.
+    """The newest intact checkpoint, the same for all processes; None if there is none yet.
 
-    Damaged ones that are newer are reported and moved aside.
+    Newer, damaged ones are reported and moved aside.
 
     Raises:
         InputError: If there are checkpoints, and all are damaged.
@@ -142,7 +142,7 @@ def _set_damaged_aside(folder: Path) -> Path | None:
 def problems_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint.
 
-    One of an earlier version has no checksums: its files must exist and be readable.
+    Those of earlier versions have no checksums: their files must exist and be readable.
     """
     try:
         return find_damage(checkpoint)
@@ -167,7 +167,7 @@ def _unreadable(checkpoint: Path) -> Iterator[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is intact, as far as its format can tell."""
+    """Whether a file is intact, as far as its format allows checking."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))

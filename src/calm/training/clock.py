@@ -1,4 +1,4 @@
-"""How long a stage of training has taken, over all parts of a run that was stopped."""
+"""How long a training stage has taken, summed over all parts of an interrupted run."""
 
 import time
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from transformers.trainer_callback import ExportableState
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds of a stage, held-out evaluations and checkpoints included.
+    """Counts the seconds of a stage, including held-out evaluations and checkpoints.
 
-    They are written with each checkpoint, and a run that resumes goes on from there; the time of steps that
-    were lost, and are taken again, counts once.
+    The count is saved with each checkpoint and restored on resuming, so steps that were lost and are repeated
+    count once.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Clock(TrainerCallback, ExportableState):
         self._start: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training begins, or resumes from a checkpoint; one that tells no time leaves it unknown."""
+        """Start the clock, or restore it; after a checkpoint without a time, it stays unknown."""
         noted = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
             self._before = noted["attributes"]["seconds"] if noted else None
@@ -29,21 +29,21 @@ class Clock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float | None:
-        """Seconds so far; None if they are not known."""
+        """Seconds so far; None if unknown."""
         if self._before is None or self._start is None:
             return self._before
         return self._before + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
-        """What is written with a checkpoint."""
+        """What is saved with a checkpoint."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
 def seconds_of(logs: Iterable[list[dict[str, Any]]]) -> float | None:
-    """Seconds of stages together, from what each has logged; None if they are not known of one.
+    """Total seconds of several stages, from their logs; None if unknown for any of them.
 
     Args:
-        logs: Logged figures of each stage, as the Trainer keeps them.
+        logs: The log of each stage, as the Trainer keeps it.
     """
     last = [next((entry["seconds"] for entry in reversed(log) if "seconds" in entry), None) for log in logs]
     known = [seconds for seconds in last if seconds is not None]

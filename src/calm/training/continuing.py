@@ -1,4 +1,4 @@
-"""Training that begins with the weights of a model instead of new ones: continued pre-training."""
+"""Continued pre-training: training that starts from the weights of an existing model."""
 
 import dataclasses
 import logging
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def completed(recipe: Recipe) -> Recipe:
-    """A recipe with what the model that it begins with brings along: tokenizer and autoencoder.
+    """Add the tokenizer and autoencoder of the model that a recipe starts from, or its teacher's tokenizer.
 
     Raises:
-        InputError: If the recipe names others.
+        InputError: If the recipe names others than those of the model.
     """
     if recipe.language_model.init_from is None:
         return with_tokens_of_teacher(recipe)
@@ -54,13 +54,13 @@ def completed(recipe: Recipe) -> Recipe:
 
 
 def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
-    """The configuration of the model that a recipe begins with, if it does; with the head that it has.
+    """The configuration of the model that a recipe starts from, with its own head; None if there is none.
 
-    How that head is trained is as the recipe says.
+    Settings for training that head come from the recipe.
 
     Raises:
-        InputError: If there is none, it is of another kind than the recipe says, or the recipe's head has a
-            field that is not known or a value out of range.
+        InputError: If the model does not exist, its kind is not the recipe's, or the recipe's head has an
+            unknown field or a value out of range.
     """
     name, has_new_head = recipe.language_model.init_from, recipe.language_model.new_head
     if name is None:
@@ -90,10 +90,10 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
 
 
 def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | None:
-    """The model that a recipe begins with, if it does; with the head that it has.
+    """The model that a recipe starts from, with its own head; None if there is none.
 
     Raises:
-        InputError: If it is damaged, its tokens are not those of the text, or it cannot read a block.
+        InputError: If it is damaged, its tokens are not those of the text, or a block exceeds its context.
     """
     name = recipe.language_model.init_from
     if config_to_continue(recipe) is None or name is None:
@@ -112,11 +112,11 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
 
 
 def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
-    """What a recipe says of how the head of a model is trained on.
+    """The recipe's settings for training a model's existing head.
 
     Raises:
-        InputError: If a field of the recipe's head is not known, or a value is out of range. What is not of
-            training has no effect here, but a misspelt loss must not pass as such a field.
+        InputError: If a field of the recipe's head is unknown, or a value is out of range. Other fields have
+            no effect here, but a misspelled `loss` must not pass for one of them.
     """
     said = recipe.language_model.head
     try:
@@ -129,7 +129,7 @@ def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
 
 
 def tell_beginning(recipe: Recipe) -> None:
-    """Log that the sizes of a recipe are not used where a model brings its own."""
+    """Log which model training starts from, since its sizes replace the recipe's."""
     name = recipe.language_model.init_from
     if name is not None and recipe.language_model.new_head:
         head = recipe.language_model.head.get("head_type", "energy")

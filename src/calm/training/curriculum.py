@@ -1,4 +1,4 @@
-"""Stages of learning to think: at stage k the first k steps of every answer are left out.
+"""The curriculum for continuous thoughts: at stage k, the first k steps of every answer are left out.
 
 This file imports neither torch nor transformers.
 """
@@ -15,12 +15,12 @@ _ALL = 1 << 30  # More steps than any answer has.
 
 @dataclass(frozen=True)
 class Stage:
-    """What becomes of an answer's steps.
+    """How many steps of an answer are left out, and how many thoughts replace them.
 
     Args:
-        number: Which stage.
-        left_out: How many of the first steps are not written.
-        thoughts: What is thought in their place.
+        number: Number of the stage.
+        left_out: How many of the first steps are left out.
+        thoughts: Number of thoughts in their place.
     """
 
     number: int
@@ -30,12 +30,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Which stage comes when.
+    """The schedule of stages.
 
     Args:
         stages: The stages, in order.
-        starts: The optimizer step at which each begins, the first at 0.
-        mix: Chance that an item takes an earlier stage.
+        starts: The optimizer step at which each starts, the first at 0.
+        mix: Probability that an item is trained at an earlier stage.
     """
 
     stages: tuple[Stage, ...]
@@ -48,10 +48,10 @@ class Curriculum:
 
         Args:
             settings: The recipe's section.
-            total_steps: Optimizer steps of the whole training; the last stage takes what the others leave.
+            total_steps: Optimizer steps of the whole run; the last stage takes those that the others leave.
 
         Raises:
-            InputError: If the stages do not fit in the training, or the recipe contradicts itself.
+            InputError: If the stages do not fit in these steps, or settings contradict each other.
         """
         if settings.first_stage > settings.stages:
             raise InputError(
@@ -82,16 +82,16 @@ class Curriculum:
         return self.stages[sum(start <= step for start in self.starts) - 1]
 
     def begins_at(self, step: int) -> bool:
-        """Whether a stage begins here and another ends."""
+        """Whether the stage changes at this step."""
         return step in self.starts[1:]
 
     def of_item(self, step: int, seed: int, place: int) -> Stage:
-        """The stage of an item: that of its step, or, with a chance of `mix`, any of those before.
+        """The stage of an item: that of its step or, with probability `mix`, a random earlier one.
 
         Args:
             step: The optimizer step.
             seed: Seed of the run.
-            place: Which item of the step.
+            place: Index of the item in the step.
         """
         stage = self.at(step)
         earlier = self.stages[: self.stages.index(stage)]

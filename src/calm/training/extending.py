@@ -1,10 +1,10 @@
-"""A run that is given more steps than it began with.
+"""Give a run more steps than it started with.
 
-The model that it made is kept as model-STEPS, and training goes on from a checkpoint. Where the rate was the
-same under both numbers of steps up to that checkpoint, the result is that of a run with all steps from the
-start: always with a constant schedule, and with "warmup_stable_decay" from the checkpoint where the decay
-began, which is kept for this. Other schedules fall from the beginning, and what was trained with the lower
-rate stays trained.
+The existing model is kept as model-STEPS, and training continues from a checkpoint. If the learning rate up
+to that checkpoint is the same for both numbers of steps, the result is that of a run with all steps from the
+start. This holds for "constant", and for "warmup_stable_decay" from the checkpoint where the decay began,
+which is kept for this. Other schedules decay from the start, and steps already taken at the lower learning
+rate cannot be undone.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from calm.training.optimizers import last_step_at_peak
 from calm.training.recipe import Recipe, TrainingSettings
 
 logger = logging.getLogger(__name__)
-# What a larger number of steps extends: the last stage of a run.
+# The setting that extends a run: the steps of its last stage.
 STEPS_OF_LAST_STAGE: dict[type, str] = {
     Recipe: "language_model.training.steps",
     FinetuningRecipe: "training.steps",
@@ -31,12 +31,12 @@ _RESULTS = ("model", "adapter", "report.html")
 
 
 def last_stage(recipe: Recipe | FinetuningRecipe) -> TrainingSettings:
-    """How the last stage of a run trains."""
+    """The training settings of a run's last stage."""
     return recipe.language_model.training if isinstance(recipe, Recipe) else recipe.training
 
 
 def without_last_steps(recipe: Any) -> Any:
-    """A recipe as all those that differ in the steps of the last stage alone: with the default."""
+    """A recipe with the default steps in its last stage, so those that differ only there become equal."""
     training = dataclasses.replace(last_stage(recipe), steps=TrainingSettings().steps)
     if isinstance(recipe, FinetuningRecipe):
         return dataclasses.replace(recipe, training=training)
@@ -45,12 +45,12 @@ def without_last_steps(recipe: Any) -> Any:
 
 
 def checkpoints_of_last_stage(folder: Path, recipe: Any) -> Path:
-    """Where the last stage of a run in a folder keeps its checkpoints."""
+    """Where the last stage of a run keeps its checkpoints."""
     return folder / ("checkpoints/language_model" if isinstance(recipe, Recipe) else "checkpoints")
 
 
 def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
-    """Check that a run can be given the steps of a recipe that differs in nothing else.
+    """Check that a run can be given the steps of a recipe that is otherwise the same.
 
     Args:
         folder: Folder of the run.
@@ -58,7 +58,7 @@ def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
         recipe: The recipe with another number of steps.
 
     Raises:
-        InputError: If they are fewer.
+        InputError: If it has fewer steps.
     """
     before, now = last_stage(noted).steps, last_stage(recipe).steps
     if now < before:
@@ -69,7 +69,7 @@ def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
 
 
 def extend(folder: Path, noted: Any, recipe: Any) -> None:
-    """Make the folder of a run ready for more steps; a kill meanwhile leaves a run that can be resumed.
+    """Prepare the folder of a run for more steps; if killed in between, the run can still be resumed.
 
     Args:
         folder: Folder of the run.
@@ -87,7 +87,7 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
         return
     same = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) <= _last_common_step(training)]
     if same:
-        # Later ones were trained with a rate that had fallen, as it would not have with more steps.
+        # Later ones were trained at a learning rate that would not have decayed yet with more steps.
         remove_checkpoints(checkpoints[len(same) :])
         start = f"{step_of(same[-1]):,}"
         logger.info("going on from step %s, as if there had been %s steps from the start", start, steps)
@@ -103,19 +103,19 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
 
 
 def _last_common_step(training: TrainingSettings) -> int:
-    """The last step up to which a run with more steps would have had the same rates."""
+    """The last step up to which a run with more steps would have had the same learning rates."""
     schedule, steps = training.optimizer, training.steps
     return 0 if schedule.warmup_steps > steps else last_step_at_peak(schedule, steps)
 
 
 def kept_step(training: TrainingSettings) -> int | None:
-    """The step whose checkpoint is kept for runs that are extended: where a decay begins."""
+    """The step whose checkpoint is kept for extending the run: where the decay starts, if it has one."""
     is_stable = training.optimizer.schedule == "warmup_stable_decay"
     return (_last_common_step(training) or None) if is_stable else None
 
 
 class SaveAt(TrainerCallback):
-    """Asks for a checkpoint after a step.
+    """Requests a checkpoint after a step.
 
     Args:
         step: The step; None for no checkpoint.
@@ -125,6 +125,6 @@ class SaveAt(TrainerCallback):
         self._step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask, if this was the step."""
+        """Request it, if this was the step."""
         if state.global_step == self._step:
             control.should_save = True

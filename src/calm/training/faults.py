@@ -16,7 +16,7 @@ from calm.training.processes import processes
 
 
 class LossWatch:
-    """Finds the first step whose loss is not finite, without waiting for the device at every step."""
+    """Finds the first step whose loss is not finite, without synchronizing with the device at every step."""
 
     def __init__(self, device: torch.device) -> None:
         self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
@@ -33,7 +33,7 @@ class LossWatch:
             left: What remains of the run, for the message.
 
         Raises:
-            RunError: If it was not.
+            RunError: If one was not finite.
         """
         bad_step = self._bad_step.clone()
         if processes().num_processes > 1:
@@ -43,10 +43,10 @@ class LossWatch:
 
 
 def diverged(what: str, left: str) -> RunError:
-    """The error of a run in which something is not finite.
+    """The error for a run in which something is not finite.
 
     Args:
-        what: What is not.
+        what: What is not finite.
         left: What remains of the run.
     """
     return RunError(
@@ -56,7 +56,7 @@ def diverged(what: str, left: str) -> RunError:
 
 
 def check_weights(model: nn.Module, step: int, left: str) -> None:
-    """Raise RunError on all processes if a weight that is trained is not finite on any."""
+    """Raise RunError on all processes if a trained weight is not finite on any."""
     weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
     own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
     is_bad = ~torch.stack(torch._foreach_norm(own)).isfinite().all()
@@ -70,7 +70,7 @@ def check_weights(model: nn.Module, step: int, left: str) -> None:
 class LeaveOnSignal(TrainerCallback):
     """On SIGTERM, which schedulers send: finish the step, write a checkpoint, and stop.
 
-    `left` says afterwards whether that has happened.
+    Afterwards, `left` says whether this has happened.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class LeaveOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen inside the block; Python lets only the main thread do so."""
+        """Handle SIGTERM inside the block; does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -90,7 +90,7 @@ class LeaveOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop if any process was asked to."""
+        """Stop if any process has received the signal."""
         asked = self._asked
         if processes().num_processes > 1:
             flag = torch.tensor(int(asked), device=processes().device)

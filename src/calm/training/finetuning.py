@@ -1,13 +1,13 @@
-"""A model and examples -> a model that answers: supervised fine-tuning, whole or by low-rank adapters.
+"""Supervised fine-tuning on prompts and completions, of all weights or with low-rank adapters.
 
 output/
   recipe.yaml    the resolved recipe
-  inputs.json    digests of what the run began with
+  inputs.json    digests of the run's inputs
   checkpoints/   checkpoints
   adapter/       the adapters, if any were trained
   model/         the result: a self-contained model folder, adapters merged
   examples.json  how many examples there were
-  answers.jsonl  held-out prompts with the expected completion, and the answers before and after
+  answers.jsonl  held-out prompts, the expected completions, and the answers before and after training
   history.json   logged losses, held-out scores and times
 """
 
@@ -54,20 +54,20 @@ ANSWERS, COUNTS = "answers.jsonl", "examples.json"
 def finetune(
     recipe: FinetuningRecipe, output: Path, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Fine-tune a model on examples; what is finished is kept.
+    """Fine-tune a model on examples; parts of the run that are finished are skipped.
 
     Args:
         recipe: The recipe.
         output: Folder of the run; see the layout at the top of this file.
         resume: Whether to resume the run in that folder.
-        overwrite: Whether to remove what is in that folder first.
+        overwrite: Whether to replace the contents of that folder.
 
     Returns:
         The model folder.
 
     Raises:
-        InputError: If a setting, the examples or the folder do not fit.
-        RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
+        InputError: If a setting, the examples or the folder are not valid.
+        RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
     check_finetuning_recipe(recipe, processes().num_processes)
     recipe = with_precision(recipe, output, resume)
@@ -123,7 +123,7 @@ def _read(
 
 
 def _warn_without_steps(conversations: list[list[Example]], sources: list[str], mode: str) -> None:
-    """Say it where no record has steps: that is allowed, but mostly a misspelled field."""
+    """Warn if no record has steps: that is allowed, but usually a misspelled field."""
     if processes().is_main_process and not any(one.steps for c in conversations for one in c):
         logger.warning(
             "no record of %s has 'steps', so thoughts.mode %s leaves none out and none are written; give "
@@ -189,14 +189,14 @@ def _train(
         resets = recipe.thoughts.reset_optimizer
         trainer.add_callback(StageChange(thinking, model, new_optimizer if resets else None))
     trainer.train_or_resume()
-    model.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
+    model.config.use_cache = True  # The Trainer turns it off, and that would be saved.
     after = answers_of(model.eval())
     run.save_history(trainer.state.log_history)
     if processes().is_main_process:
         write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
-            # Written where there are none as well: the model that they belong to may think.
+            # Written even if empty, since the base model may have been trained with thoughts.
             thoughts = getattr(model.config, "thoughts", None) or {}
             run.save_model("adapter", adapted, tokenizer, {THOUGHTS: thoughts})
         model = merge_adapters(adapted)
@@ -211,7 +211,7 @@ def _lay_out(
     held_out: list[Example],
     thinking: ThoughtTraining | None,
 ) -> tuple[Blocks, dict[str, int]]:
-    """The blocks of the examples, and how many there are."""
+    """The blocks of the examples, and the number of both."""
     context, settings = recipe.examples.context, recipe.training
     if thinking is not None:
         shortened = thinking.num_shortened([*examples, *held_out])
@@ -232,7 +232,7 @@ def _lay_out(
 
 
 def _tell(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
-    """Print and write how many examples there are."""
+    """Print and record how many examples there are."""
     if not processes().is_main_process:
         return
     settings = run.recipe.training

@@ -1,4 +1,4 @@
-"""What a recipe for fine-tuning says.
+"""The fields of a fine-tuning recipe.
 
 This file imports neither torch nor transformers: the command line reads it for its help.
 """
@@ -19,7 +19,7 @@ class ExampleSettings:
         validation_sources: Held-out examples; none holds out a part of the sources.
         validation_fraction: Share of examples held out.
         context: Tokens per block, a multiple of the chunk size; longer examples are shortened.
-        chat_template: File of a chat template for `messages`; none takes that of the tokenizer, or a plain
+        chat_template: File with a chat template for `messages`; none takes the tokenizer's, or else a plain
             one.
     """
 
@@ -42,14 +42,14 @@ class ExampleSettings:
 
 @dataclass(kw_only=True)
 class LoraSettings:
-    """Low-rank adapters; all weights but the frozen autoencoder are trained where there are none.
+    """Low-rank adapters; without them, all weights but the frozen autoencoder are trained.
 
     Args:
         rank: Rank of the adapters; 0 for none.
-        alpha: What is added is scaled by alpha / rank.
-        dropout: Share of an adapter's inputs that is dropped.
-        layers: Where adapters are put: linear layers of the "backbone" (of a baseline: of its decoder), of
-            the "head", or of "both".
+        alpha: The output of an adapter is scaled by alpha / rank.
+        dropout: Dropout rate on the inputs of the adapters.
+        layers: Where adapters go: linear layers of the "backbone" (for a baseline, its decoder), of the
+            "head", or of "both".
     """
 
     rank: int = 0
@@ -64,8 +64,8 @@ class AnswerSettings:
 
     Args:
         number: Held-out prompts that are answered; 0 for none.
-        temperature: 0 to 1.
-        num_draws: Draws of a pool at temperature 0, where a head cannot decode greedily.
+        temperature: Sampling temperature, 0 to 1.
+        num_draws: Draws in the pool at temperature 0, for heads that cannot decode greedily.
     """
 
     number: int = 64
@@ -75,25 +75,25 @@ class AnswerSettings:
 
 @dataclass(kw_only=True)
 class ThoughtSettings:
-    """Continuous thoughts in the place of written steps (Coconut, arXiv 2412.06769; docs/thoughts.md).
+    """Continuous thoughts in place of written steps (Coconut, arXiv 2412.06769; docs/thoughts.md).
 
-    Records have `steps` beside `prompt` and `completion`. At stage k the first k of them are left out.
+    Records have `steps` next to `prompt` and `completion`. At stage k, the first k steps are left out.
 
     Args:
-        mode: What takes the place of a step that is left out: "state" (thoughts that read the last state),
-            "pause" (as many pause tokens) or "drop" (nothing). "none" reads no steps at all.
-        per_step: Thoughts in the place of a step.
+        mode: What replaces a step that is left out: "state" (thoughts that read the last state), "pause" (as
+            many pause tokens) or "drop" (nothing). "none" ignores the steps altogether.
+        per_step: Thoughts that replace one step.
         stages: The last stage; 0 writes all steps.
-        first_stage: The first stage; the last one for no curriculum.
+        first_stage: The first stage; equal to `stages` for no curriculum.
         steps_per_stage: Optimizer steps of each stage but the last, or a list of them; the last stage takes
-            what is left.
-        drop_rest: Whether another stage follows in which no step is written.
-        mix: Chance that an item takes an earlier stage.
+            the remaining ones.
+        drop_rest: Whether to add a final stage in which no step is written.
+        mix: Probability that an item is trained at an earlier stage.
         supervised: Whether the state before a thought must also predict the step that the thought replaces
-            (SIM-CoT, arXiv 2509.20317): of each step as many chunks as it has thoughts.
-        reset_optimizer: Whether the optimizer forgets its moments where the stage changes.
-        scale: "rms" brings a state to the root mean square of what the model reads; "none" leaves it.
-        markers: The tokens before and behind thoughts; none takes those that begin and end a text.
+            (SIM-CoT, arXiv 2509.20317): of each step, as many chunks as it has thoughts.
+        reset_optimizer: Whether to reset the optimizer's moments when the stage changes.
+        scale: "rms" rescales a state to the root mean square of the model's other inputs; "none" leaves it.
+        markers: The tokens before and after the thoughts; none takes BOS and EOS.
     """
 
     mode: Literal["state", "pause", "drop", "none"] = "none"
@@ -111,16 +111,16 @@ class ThoughtSettings:
 
 @dataclass(kw_only=True)
 class FinetuningRecipe:
-    """Everything that decides a fine-tuning run.
+    """Everything that defines a fine-tuning run.
 
     Args:
         seed: Seed of all randomness.
         model: Folder or hub name of a CALM, or of an autoregressive model.
-        examples: What is learned.
-        lora: Adapters.
-        thoughts: What the model thinks before it answers.
-        training: How it is trained.
-        answers: How it is scored.
+        examples: Prompts and completions.
+        lora: Low-rank adapters.
+        thoughts: Continuous thoughts in place of written steps.
+        training: How the model is trained.
+        answers: How held-out prompts are answered.
         report_to: Trackers of losses and scores: any of tensorboard, wandb, mlflow and trackio.
     """
 
@@ -135,5 +135,5 @@ class FinetuningRecipe:
 
     @property
     def tracker_list(self) -> list[str]:
-        """The trackers, always as a list, each once."""
+        """The trackers, always as a list, without duplicates."""
         return list(dict.fromkeys(as_list(self.report_to)))

@@ -1,4 +1,4 @@
-"""Digests of what a run began with: it resumes with the same inputs or not at all."""
+"""Digests of a run's inputs: it resumes with the same inputs or not at all."""
 
 import dataclasses
 import hashlib
@@ -28,8 +28,8 @@ def check_inputs(
 
     Args:
         output: Folder of the run.
-        inputs: Digests, keyed by what they are of in the words of a message.
-        earlier: What earlier versions would have recorded instead, which will do as well.
+        inputs: Digests; each key describes the input in the words of an error message.
+        earlier: Digests that earlier versions would have recorded instead, which are accepted as well.
 
     Raises:
         InputError: If an input has changed.
@@ -47,7 +47,7 @@ def check_inputs(
 
 
 def inputs_in(folder: Path) -> dict[str, str]:
-    """The inputs on record in a folder; none in one of an earlier version.
+    """The inputs on record in a folder; empty for a run of an earlier version.
 
     Raises:
         InputError: If it is damaged.
@@ -57,7 +57,7 @@ def inputs_in(folder: Path) -> dict[str, str]:
 
 
 def copy_inputs(stage: Path, checkpoint: Path) -> None:
-    """Record in a checkpoint what its run began with.
+    """Copy the record of a run's inputs into a checkpoint.
 
     Args:
         stage: Folder of the stage's checkpoints, inside the run's folder.
@@ -83,21 +83,21 @@ RECIPE_INPUT = "its recipe"
 
 
 def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]) -> None:
-    """`check_inputs` of a recipe, but for its last steps, and of all else that decides what it makes."""
+    """`check_inputs` for a recipe (except the steps of its last stage) and all other inputs of the run."""
     digest = digest_of_recipe(without_last_steps(recipe))
     earlier = [digest_of_recipe(recipe, in_order=in_order) for in_order in (True, False)]
     check_inputs(output, {RECIPE_INPUT: digest, **inputs}, {RECIPE_INPUT: earlier})
 
 
 def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:
-    """A digest of the settings that differ from the defaults, so that a new setting changes no digest.
+    """A digest of the settings that differ from the defaults, so that adding a setting changes no digest.
 
-    Settings that do not change what is made have no part in it.
+    Settings that do not affect the result are left out.
 
     Args:
         recipe: The recipe.
-        in_order: Sort the fields of a head and the like: their order in a file means nothing. Runs that were
-            begun from Python have kept it.
+        in_order: Sort the fields of dictionaries such as the head's, whose order does not matter. Earlier
+            versions kept the order in runs started from Python.
     """
 
     def changed(value: Any, default: Any) -> Any:
@@ -127,7 +127,7 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
-    """A digest of the tokens of prompts, completions and, where there are any, steps."""
+    """A digest of the tokens of prompts, completions and, if there are any, steps."""
     examples = [one for part in parts for one in part]
     return _digest(
         [[[*map(int, ids)] for ids in (one.prompt, one.completion, *one.steps)] for one in examples]
@@ -135,7 +135,7 @@ def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
 
 
 def digest_of_files(sources: Iterable[str]) -> str:
-    """A digest of the names and sizes of files; streamed text is too large to read beforehand."""
+    """A digest of the names and sizes of files; streamed text is too large to read in advance."""
     files = [file for source in sources for file in files_of(source)]
     return _digest([[file.name, file.stat().st_size] for file in files])
 

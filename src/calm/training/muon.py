@@ -15,14 +15,14 @@ from calm.training.recipe import OptimizerSettings
 
 
 class MuonWithAdamW(Muon):
-    """`pytorch_optimizer.Muon` that orthogonalizes in float32 on a CPU, and whose AdamW is fused.
+    """`pytorch_optimizer.Muon`, but with float32 orthogonalization on CPUs, and with fused AdamW.
 
     The library, like torch.optim.Muon, always uses bfloat16. A CPU without bfloat16 instructions multiplies
-    such matrices about 80 times slower than float32; one that has them can be asked for it.
+    such matrices about 80 times slower than float32; for others, call `orthogonalize_in_bf16`.
     """
 
     def orthogonalize_in_bf16(self) -> None:
-        """Do so on a CPU as well. It is part of the state, so a run that is resumed goes on with it."""
+        """Use bfloat16 on CPUs as well. This is part of the state, so a resumed run keeps it."""
         for group in self.param_groups:
             group["orthogonalizes_in_bf16"] = True
 
@@ -37,7 +37,7 @@ class MuonWithAdamW(Muon):
         if group["use_muon"]:
             super()._step_foreach(group, params, grads, state_dict, *corrections)
             return
-        before = torch.tensor(group["step"] - 1.0, device=params[0].device)  # adamw counts further.
+        before = torch.tensor(group["step"] - 1.0, device=params[0].device)  # adamw increments it.
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -76,8 +76,8 @@ class MuonWithAdamW(Muon):
 def muon_with_adamw(model: nn.Module, settings: OptimizerSettings) -> MuonWithAdamW:
     """Muon for matrices that map features to features, AdamW for everything else.
 
-    AdamW gets token embeddings, the output layer, biases, norms, and the layers of a head that meet noise or
-    latents.
+    AdamW gets token embeddings, the output layer, biases, norms, and the layers of a head that handle noise
+    or latents.
     """
     unsuited = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     scores = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

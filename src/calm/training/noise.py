@@ -1,7 +1,6 @@
 """Training noise that depends only on the seed, the step and the block.
 
-So the same blocks give the same loss on one process or many, in one batch or several, and after a run is
-resumed.
+So the same blocks give the same loss on one process or many, in one batch or several, and after resuming.
 """
 
 import torch
@@ -23,7 +22,7 @@ def generators_of_blocks(
     Args:
         seed: Seed of the run.
         step: Optimizer step.
-        numbers: Of the blocks, by `number_of_block`.
-        device: Where the noise is drawn.
+        numbers: `number_of_block` of each block.
+        device: Device on which the noise is drawn.
     """
     return [torch.Generator(device).manual_seed(seed_of(seed, step, number)) for number in numbers]

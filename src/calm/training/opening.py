@@ -1,6 +1,6 @@
-"""Opening a run: everything its recipe names is checked before anything is written, then text is prepared.
+"""Open a run: check everything its recipe names before anything is written, then prepare the text.
 
-A command that is refused leaves the output folder as it was.
+A rejected command leaves the output folder as it was.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from calm.training.teacher import check_tokens_of_teacher, config_of_teacher, te
 
 @contextlib.contextmanager
 def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
-    """The text of a run, whose folder is locked for the block.
+    """Yield the text of a run, whose folder is locked for the block.
 
     Recipe, folder and sources are checked first; then the main process prepares the text.
 
     Raises:
-        InputError: If anything that the recipe names is missing or does not fit.
+        InputError: If anything that the recipe names is missing or not valid.
         RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
     everyone, recipe = processes(), run.recipe
@@ -64,12 +64,13 @@ def _make_ready(run: Run[Recipe]) -> None:
 
 
 def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
-    """Find what can be seen of the models that a recipe names before text is prepared, which may take hours.
+    """Check what can be checked of a recipe's models before the text is prepared, which may take hours.
 
     They are loaded later, when their tokens can be compared with those of the text.
 
     Raises:
-        InputError: If weights are missing or truncated, or a teacher has other tokens than the text will.
+        InputError: If weights are missing or truncated, or a teacher's tokens are not those of the recipe's
+            tokenizer.
     """
     if (name := recipe.language_model.init_from) is not None:
         check_readable(name)
@@ -82,7 +83,7 @@ def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
 
 
 def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
-    """Digests of everything beside a recipe that determines its result."""
+    """Digests of everything besides the recipe that determines the result."""
     inputs = {"its prepared text (with the tokenizer)": data.digest}
     if recipe.data.streaming:
         inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
@@ -96,7 +97,7 @@ def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder 
 
 
 def check_data(settings: DataSettings, output: Path | None = None) -> None:
-    """Find mistakes in the data settings of a recipe, before anything is written.
+    """Check the data settings of a recipe, before anything is written.
 
     Args:
         settings: The data settings.
@@ -104,7 +105,7 @@ def check_data(settings: DataSettings, output: Path | None = None) -> None:
 
     Raises:
         InputError: If a source is missing or of an unknown format, prepared text is damaged, or a setting
-            is bad.
+            is not valid.
     """
     reading_options(settings)
     if (folder := _prepared_source(settings)) is not None:
@@ -116,10 +117,10 @@ def check_data(settings: DataSettings, output: Path | None = None) -> None:
 
 
 def data_folder(recipe: Recipe, output: Path) -> Path:
-    """Where the prepared text of a recipe is: what its sources name, or `output`/data.
+    """Folder of a recipe's prepared text: the one that its sources name, or `output`/data.
 
     Raises:
-        InputError: If the sources name prepared text that is to be streamed.
+        InputError: If the sources name prepared text, which cannot be streamed, and the recipe streams.
     """
     return _prepared_source(recipe.data) or output / DATA
 
@@ -131,7 +132,7 @@ def prepare_text(recipe: Recipe, output: Path) -> Path:
         Its `data_folder`.
 
     Raises:
-        InputError: If a source or setting is bad.
+        InputError: If a source or setting is not valid.
         RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
     settings, folder = recipe.data, data_folder(recipe, output)
@@ -158,10 +159,10 @@ def reading_options(settings: DataSettings) -> ReadingOptions:
 
 
 def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:
-    """The autoencoder that a recipe names, if it names one.
+    """The trained autoencoder that a recipe names; None if it names none.
 
     Raises:
-        InputError: If there is none, it is damaged, or its chunks have another size than the recipe's.
+        InputError: If it does not exist, is damaged, or has another chunk size than the recipe.
     """
     path = recipe.autoencoder.path
     if recipe.model != "calm" or path is None:
@@ -185,7 +186,7 @@ def check_vocabulary(config: CalmAutoencoderConfig, recipe: Recipe, data: Prepar
 
 
 def _prepared_source(settings: DataSettings) -> Path | None:
-    """The prepared folder that a recipe names as its source, if it names one."""
+    """The prepared folder that a recipe names as its source; None if it names none."""
     if len(settings.source_list) != 1 or not is_prepared(Path(settings.source_list[0])):
         return None
     if settings.streaming:
@@ -207,7 +208,7 @@ def _places_of(recipe: Recipe) -> list[str]:
 
 
 def _preparation(settings: DataSettings) -> dict[str, Any]:
-    """Settings that are checked before text is prepared, as arguments of `prepare`."""
+    """Arguments that `check_text` and `prepare` have in common."""
     return {
         "tokenizer": settings.tokenizer,
         "vocab_size": settings.vocab_size,

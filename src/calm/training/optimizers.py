@@ -24,14 +24,14 @@ _ENTRY_POINTS = "calm.optimizers"
 
 
 def register_optimizer(name: str, build: OptimizerBuilder) -> None:
-    """Make an optimizer known under a name.
+    """Register an optimizer under a name.
 
-    An installed package can instead name, as an entry point of the group "calm.optimizers", a module that
-    calls this; it is imported when a recipe asks for an optimizer of the entry point's name.
+    An installed package can instead declare an entry point in the group "calm.optimizers": a module that
+    calls this, which is imported when a recipe asks for an optimizer of the entry point's name.
 
     Args:
         name: The name in recipes.
-        build: Makes the optimizer from the model and the settings, over the parameters that are trained.
+        build: Builds the optimizer from the model and the settings, over the trained parameters.
     """
     _BUILDERS[name] = build
 
@@ -39,12 +39,12 @@ def register_optimizer(name: str, build: OptimizerBuilder) -> None:
 def build_optimizer(
     model: nn.Module, settings: OptimizerSettings, precision: str = "fp32"
 ) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over the parameters that are trained.
+    """The optimizer of a recipe over the trained parameters.
 
     Args:
         model: The model.
-        settings: The recipe's.
-        precision: Of the training: Muon's own products are done in it, too.
+        settings: The recipe's optimizer settings.
+        precision: Precision of training, which Muon's orthogonalization uses as well.
 
     Raises:
         InputError: If the name is unknown.
@@ -61,7 +61,7 @@ def build_optimizer(
 
 
 def _part_rates(optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter], source_rate: float) -> None:
-    """Let all but the new weights of an uptrained model have rates of their own; others have no new ones."""
+    """Scale the learning rates of an uptrained model's source weights; other models have no new weights."""
     if not new:
         return
     ids, groups = {id(parameter) for parameter in new}, []
@@ -75,19 +75,19 @@ def _part_rates(optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter], s
 
 
 def check_optimizer(settings: OptimizerSettings) -> None:
-    """Raise InputError if the optimizer of a recipe is unknown, or does not take its settings."""
+    """Raise InputError if the optimizer of a recipe is unknown, or does not accept its settings."""
     try:
         build_optimizer(nn.Linear(2, 2), settings)
     except InputError:
         raise
-    except Exception as error:  # Each class has its own ways to refuse.
+    except Exception as error:  # Each class rejects settings in its own way.
         raise InputError(
             f"the optimizer '{settings.name}' does not take its settings ({reason_of(error)})."
         ) from error
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of parameters: matrices and embeddings decay, biases and norms do not."""
+    """Two parameter groups: matrices and embeddings with weight decay, biases and norms without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -135,7 +135,7 @@ def build_scheduler(
 
 
 def last_step_at_peak(settings: OptimizerSettings, steps: int) -> int:
-    """The last step before the rate falls: up to there, a longer schedule has the same rates."""
+    """The last step before the learning rate decays: until then, longer schedules have the same rates."""
     warmup = min(settings.warmup_steps, steps)
     if settings.schedule == "constant":
         return steps
@@ -145,9 +145,9 @@ def last_step_at_peak(settings: OptimizerSettings, steps: int) -> int:
 
 
 def follow_schedule(optimizer: Any, schedule: Any) -> None:
-    """Set the rates of an optimizer to those of a schedule at its step.
+    """Set the learning rates of an optimizer to those of a schedule at its current step.
 
-    A checkpoint brings the rates of the schedule that it was written under, which may have had fewer steps.
+    A checkpoint restores those of the schedule it was written under, which may have had fewer steps.
     """
     schedule = getattr(schedule, "scheduler", schedule)  # accelerate wraps it.
     pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

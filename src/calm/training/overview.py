@@ -1,4 +1,4 @@
-"""What a run is about to do, told before it begins: sizes, tokens, FLOPs, and how long it should take."""
+"""What a run is about to do, logged before it starts: sizes, tokens, FLOPs, and how long it should take."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ from calm.training.speed import known_training_flops
 from calm.training.teacher import Teacher, facts_of_teacher, teacher_of
 
 logger = logging.getLogger(__name__)
-_TIMED_STEPS = 2  # The first makes what the others reuse.
+_TIMED_STEPS = 2  # The first is a warm-up.
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Forecast:
 
     Args:
         name: What is trained.
-        parameters: How many parameters are.
-        steps: Optimizer steps, those of an earlier part of the run included.
-        done: Steps that an earlier part of the run has made.
+        parameters: Number of trained parameters.
+        steps: Optimizer steps, including those already done.
+        done: Steps that an earlier part of the run has done.
         tokens: Tokens of all steps.
-        epochs: Times that the text is read; None for a stream.
-        flops: Training FLOPs of all steps; None if they are not known.
-        seconds: How long the steps that are left should take, evaluations aside; None if it was not measured.
-        teacher: Whom it learns from, in words; None for the text alone.
+        epochs: Passes over the text; None for a stream.
+        flops: Training FLOPs of all steps; None if unknown.
+        seconds: Estimated time of the remaining steps, without evaluations; None if not measured.
+        teacher: The teacher, in words; None if there is none.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Forecast:
 
 
 def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
-    """Log what a run is about to do, if anybody listens: two steps of each stage are made to see how long."""
+    """Log what a run is about to do, if INFO is logged: two steps of each stage are run to time them."""
     if not processes().is_main_process or not logger.isEnabledFor(logging.INFO):
         return
     precision = run.recipe.language_model.training.precision
@@ -92,7 +92,7 @@ def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
 
 
 def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
-    """What each stage that is not finished is about to do. Random states are left as they were."""
+    """What each unfinished stage is about to do. torch's random states are left as they were."""
     recipe = run.recipe
     with torch.random.fork_rng():
         autoencoder = None
@@ -143,13 +143,13 @@ def _forecast(
 def seconds_per_step(
     network: PreTrainedModel, training: TrainingSettings, context: int, teacher: Teacher | None = None
 ) -> float | None:
-    """Seconds of an optimizer step on this device, measured on random tokens; None if memory is short.
+    """Seconds per optimizer step on this device, measured on random tokens; None if out of memory.
 
     Args:
         network: The network; its weights are changed.
         training: How it is trained.
-        context: Tokens of a block.
-        teacher: Whom it learns from.
+        context: Tokens per block.
+        teacher: Its teacher, if there is one.
     """
     blocks, accumulation = training.batches(context, processes().num_processes)
     device = processes().device
@@ -171,12 +171,12 @@ def seconds_per_step(
 
         seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:
-        return None  # Training says so itself.
+        return None  # Training will report it.
     return seconds
 
 
 def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the last of a few times."""
+    """Seconds of the last of a few calls."""
     for _ in range(_TIMED_STEPS):
         start = time.perf_counter()
         work()

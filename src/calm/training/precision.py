@@ -1,4 +1,4 @@
-"""`precision: auto`, decided once for a run: by what pays on its device, or as the run that it resumes."""
+"""Resolve `precision: auto`, once per run: by what pays on its device, or as before if it is resumed."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE, AnyRecipe, read_recipe_of
 
 logger = logging.getLogger(__name__)
-_WIDTH = 512  # Of the layers that are timed, for a model whose own is not in the recipe.
+_WIDTH = 512  # Of the timed layers, if the recipe does not have the model's width.
 
 
 def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
@@ -24,7 +24,7 @@ def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
     Args:
         recipe: The recipe.
         folder: The folder of its run.
-        resume: Whether the run there goes on; then it keeps its precision, on whatever machine.
+        resume: Whether the run there is resumed; then it keeps its precision, on any machine.
     """
     if all(settings.precision != "auto" for settings, _ in _stages(recipe)):
         return recipe
@@ -42,7 +42,7 @@ def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
 
 
 def _decided(width: int) -> Any:
-    """What the main process finds, for all."""
+    """The choice of the main process, the same for all processes."""
     found: list[Any] = [None]
     if processes().is_main_process:
         found = ["bf16" if _pays(width) else "fp32"]

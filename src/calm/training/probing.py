@@ -1,4 +1,4 @@
-"""Whether this machine can do what a recipe asks for, found out before hours of work."""
+"""Check that this machine can do what a recipe asks for, before hours of work."""
 
 import os
 from typing import Any
@@ -23,7 +23,7 @@ def check_compiler(training: TrainingSettings, name: str) -> None:
 
 
 def check_attention(settings: LanguageModelSettings) -> None:
-    """Raise InputError if an attention does not train a small model here."""
+    """Raise InputError if the attention implementation cannot train a small model on this machine."""
     if settings.attention in _ALWAYS:
         return
     small = settings.as_llama() | {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -35,7 +35,7 @@ def check_attention(settings: LanguageModelSettings) -> None:
         is_half = settings.training.precision == "bf16"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=is_half):
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    except Exception as error:  # Of whichever package it is.
+    except Exception as error:  # Attention packages may raise anything.
         raise InputError(
             f"language_model.attention '{settings.attention}' does not work here ({reason_of(error)}); "
             "set it to sdpa."
@@ -43,7 +43,7 @@ def check_attention(settings: LanguageModelSettings) -> None:
 
 
 def check_memory(network: nn.Module) -> None:
-    """Raise InputError if the weights of a network alone do not fit in the memory of this machine."""
+    """Raise InputError if the weights of a network alone exceed the memory of this machine."""
     there = _bytes_of_memory()
     needed = _BYTES_OF_A_WEIGHT * sum(weight.numel() for weight in network.parameters())
     if there is not None and needed > there:
@@ -57,5 +57,5 @@ def check_memory(network: nn.Module) -> None:
 def _bytes_of_memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Not on every system.
+    except (AttributeError, ValueError, OSError):  # Not available on every system.
         return None

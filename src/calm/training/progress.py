@@ -1,4 +1,4 @@
-"""The bar of a stage shows loss and speed; each evaluation gets a line of its own."""
+"""Progress bar of a stage, with loss and speed; each evaluation is printed on a line of its own."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from calm.progress import progress_bar, tell
 
 
 class StageProgress(TrainerCallback):
-    """A bar over the steps of a stage, in place of the Trainer's.
+    """A progress bar over the steps of a stage, in place of the Trainer's.
 
     Args:
         name: What is trained.
@@ -21,18 +21,18 @@ class StageProgress(TrainerCallback):
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The bar begins at the step of the checkpoint, if there is one."""
+        """Start the bar, at the checkpoint's step if there is one."""
         self._bar = progress_bar(
             f"training {self._name}", state.max_steps, "step", done=state.global_step, stays=True
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more step."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Show the loss beside the bar, and held-out scores on a line of their own."""
+        """Show the loss next to the bar, and held-out scores on a line of their own."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs and self._bar is not None:
@@ -44,11 +44,11 @@ class StageProgress(TrainerCallback):
             tell(f"{self._name}, step {state.global_step:,}: {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The bar stays on the terminal."""
+        """Close the bar, which stays on the terminal."""
         self.close()
 
     def close(self) -> None:
-        """End the bar, if it has not ended."""
+        """Close the bar, if it is open."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

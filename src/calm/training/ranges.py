@@ -37,7 +37,7 @@ _SHARE = Range(0, 1)
 _PART = Range(0, 1, has_least=False, has_most=False)
 _STAGES = Range(0, 1000)
 _SEED = Range(0, 2**32 - 1)
-# Every number in every group of settings; those that model configurations share are in models/.
+# Every number in every group of settings; ranges shared with model configurations are in models/.
 RANGES: dict[type, dict[str, Range]] = {
     DataSettings: {
         "validation_fraction": _PART,
@@ -93,11 +93,11 @@ RANGES: dict[type, dict[str, Range]] = {
 
 
 def check_ranges(settings: Any, before: str = "") -> None:
-    """Raise InputError for the first number of some settings, or of groups in them, that is out of range.
+    """Raise InputError for the first number in some settings, or in groups of them, that is out of range.
 
     Args:
         settings: A recipe or a group of its settings.
-        before: Dotted name of the group, ending with a dot.
+        before: Dotted name of the group, with a dot at the end.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{before}{field.name}"

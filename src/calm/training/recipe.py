@@ -1,4 +1,4 @@
-"""What a recipe says: data, autoencoder, language model, and how both are trained.
+"""The fields of a recipe: data, autoencoder, language model, and how both are trained.
 
 This file imports neither torch nor transformers: the command line reads it for its help.
 """
@@ -13,7 +13,7 @@ from calm.models.hyperparameters import (
     InputHyperparameters,
 )
 
-# Settings that do not change what a run makes: it may be resumed with other values of them.
+# Settings that do not affect the result: a run may be resumed with other values of them.
 WITHOUT_EFFECT = ("report_to",)
 
 
@@ -27,23 +27,23 @@ class DataSettings:
     """Where the text comes from and how it is cut.
 
     Args:
-        sources: A file, folder (of files, or of save_to_disk) or hub dataset, or a list of them, or a folder
-            of `calm prepare`.
-        validation_sources: Held-out text; none takes the split "validation" of a saved DatasetDict, or a part
+        sources: A file, folder (of files, or from save_to_disk) or hub dataset, or a list of them; or a
+            folder written by `calm prepare`.
+        validation_sources: Held-out text; none takes the "validation" split of a saved DatasetDict, or a part
             of the sources.
-        validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
-        text_field: Field of the text in records; several, such as title,text, are put together.
-        separator: Line that parts the documents of a plain-text file ("" for a blank line).
-        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
+        validation_fraction: Share of the text to hold out, as documents or as parts of long ones.
+        text_field: Field of records that holds the text; several, such as title,text, are joined.
+        separator: Line that separates the documents of a plain-text file ("" for a blank line).
+        max_document_mb: Longest document or line in MB (10^6 bytes), each of which is read into memory whole.
         tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
-        vocab_size: Size of a trained vocabulary.
+        vocab_size: Vocabulary size of a trained tokenizer.
         context: Tokens per block, a multiple of the chunk size.
         layout: "documents" aligns each document to chunks, "packed" concatenates them.
         num_proc: Processes for reading and tokenizing; none takes all cores.
-        streaming: Read and tokenize while training, for text larger than the disk. A sample is prepared first
-            for tokenizer and held-out text.
-        sample_documents: Documents of each file or hub dataset in that sample, at most.
-        window_documents: Documents of a stream that are shuffled among each other.
+        streaming: Read and tokenize while training, for text larger than the disk. A sample is prepared
+            first, for the tokenizer and the held-out text.
+        sample_documents: Maximum number of documents from each file or hub dataset in that sample.
+        window_documents: Documents per shuffling window of a stream.
     """
 
     sources: list[str] | str = field(default_factory=list)
@@ -77,24 +77,24 @@ class OptimizerSettings:
     """The optimizer and its schedule.
 
     Args:
-        name: "muon" (Muon on weight matrices, AdamW on the rest), "adamw", or the name of another
-            optimizer of the pytorch_optimizer library.
-        learning_rate: Peak rate; for muon, that of the weight matrices.
-        adamw_learning_rate: For muon, the peak rate of embeddings, norms, biases, and the first and
+        name: "muon" (Muon on weight matrices, AdamW on the rest), "adamw", a registered optimizer, or one
+            of the pytorch_optimizer library.
+        learning_rate: Peak learning rate; for muon, that of the weight matrices.
+        adamw_learning_rate: For muon, the peak learning rate of embeddings, norms, biases, and the first and
             last layer of the head.
-        weight_decay: Decay of weight matrices.
-        beta1: First moment of AdamW.
-        beta2: Second moment of AdamW.
+        weight_decay: Weight decay of matrices.
+        beta1: Decay rate of AdamW's first moment.
+        beta2: Decay rate of AdamW's second moment.
         epsilon: Epsilon of AdamW.
         momentum: Momentum of muon.
         newton_schulz_steps: Iterations of muon's orthogonalization.
-        schedule: Shape of the rate after warm-up.
-        warmup_steps: Steps of linear rise.
+        schedule: Learning-rate schedule after warm-up.
+        warmup_steps: Steps of linear warm-up.
         decay_fraction: For "warmup_stable_decay", the share of steps at the end that decay to zero.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        source_rate: Rates of weights that a Transformer brought along as it became a CALM, or a CALM to a new
-            head, relative to those of new ones.
-        extra: Further arguments of an optimizer named otherwise.
+        source_rate: Learning rate of pretrained weights relative to that of new ones, in a Transformer
+            converted to a CALM, or in a CALM with a new head.
+        extra: Further arguments of optimizers other than muon and adamw.
     """
 
     name: str = "muon"
@@ -116,23 +116,23 @@ class OptimizerSettings:
 
 @dataclass(kw_only=True)
 class TrainingSettings:
-    """How long one stage trains, and what it writes on the way.
+    """How one stage trains, and what it logs and saves.
 
     Args:
         steps: Optimizer steps.
-        batch_tokens: Tokens of an optimizer step, on all processes together: whole blocks for each.
-        microbatch_tokens: Tokens that a process works on at once, at most; the gradients of several such
-            batches are summed where its share of a step is larger. None for the whole share.
+        batch_tokens: Tokens per optimizer step over all processes: whole blocks for each.
+        microbatch_tokens: Most tokens that a process works on at once; if its share of a step is larger, it
+            accumulates gradients. None for the whole share.
         optimizer: The optimizer and its schedule.
-        precision: "fp32", "bf16" for mixed precision, or "auto", which times both when a run begins.
+        precision: "fp32", "bf16" for mixed precision, or "auto", which takes what is faster on the device.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the model with torch.compile.
         log_every: Steps between logged losses.
-        evaluate_every: Steps between held-out evaluations; 0 evaluates at the end only.
-        evaluation_blocks: Held-out blocks of such an evaluation.
-        save_every: Steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: Checkpoints kept.
-        num_workers: Data loading processes.
+        evaluate_every: Steps between held-out evaluations; 0 evaluates only at the end.
+        evaluation_blocks: Held-out blocks per evaluation.
+        save_every: Steps between checkpoints; 0 saves only at the end.
+        keep_checkpoints: Number of checkpoints to keep.
+        num_workers: Data-loading workers of each process; 0 loads in the process itself.
     """
 
     steps: int = 1000
@@ -155,15 +155,15 @@ class TrainingSettings:
         return self.steps * self.batch_tokens
 
     def batches(self, context: int, num_processes: int = 1) -> tuple[int, int]:
-        """Blocks that a process works on at once, and how often it does so in an optimizer step.
+        """Blocks per microbatch of a process, and its microbatches per optimizer step.
 
         Args:
-            context: Tokens of a block.
+            context: Tokens per block.
             num_processes: Processes that share the step.
 
         Raises:
             InputError: If the step is not a whole number of blocks for each process, or a block is larger
-                than what a process may work on at once.
+                than `microbatch_tokens`.
         """
         shared = context * num_processes
         if self.batch_tokens < 1 or self.batch_tokens % shared:
@@ -185,10 +185,10 @@ class TrainingSettings:
 
 @dataclass(kw_only=True)
 class _Trained:
-    """What need not be trained.
+    """A part that need not be trained.
 
     Args:
-        path: A trained autoencoder folder (or a model folder with one inside) to use; none trains one.
+        path: Folder of a trained autoencoder (or a model folder with one inside) to use; none trains one.
     """
 
     path: str | None = None
@@ -196,13 +196,14 @@ class _Trained:
 
 @dataclass(kw_only=True)
 class UptrainingSettings:
-    """How a Transformer of tokens becomes a CALM, if `init_from` names one (docs/uptraining.md).
+    """How a token-level Transformer becomes a CALM, if `init_from` names one (docs/uptraining.md).
 
     Args:
-        first_layers: So many of its first layers read tokens in the head; the backbone has them, too.
-        last_layers: So many of its last layers are in the head; the backbone has all others.
-        layers: Numbers from 0 on of the layers that are used; none for all.
-        sink: Whether each window of the head begins with the source's first token, for attention to rest on.
+        first_layers: How many of its first layers are copied to the head, to read tokens there; the backbone
+            has them as well.
+        last_layers: How many of its last layers go to the head; the backbone has all others.
+        layers: Indices of the layers to use, from 0; none for all.
+        sink: Whether each window of the head starts with the source's first token, as an attention sink.
     """
 
     first_layers: int = 4
@@ -213,15 +214,15 @@ class UptrainingSettings:
 
 @dataclass(kw_only=True)
 class TeacherSettings:
-    """A Transformer of tokens whose distributions a model learns (docs/uptraining.md#a-teacher).
+    """A token-level Transformer whose distributions a model learns (docs/uptraining.md#a-teacher).
 
     Args:
-        model: Its folder or hub name; it has the model's tokenizer. None for no teacher.
+        model: Folder or hub name of the teacher, whose tokenizer must be the model's. None for no teacher.
         weight: Its share of the loss: weight x temperature^2 x KL(teacher || model) at every token, and
-            cross-entropy for the rest. With 0, and no states, it is not loaded.
-        temperature: What scores of both are divided by.
-        states: What the squared distance of the backbone's states from its own, relative to these, counts in
-            the loss; for a CALM that is made of the teacher's layers.
+            cross-entropy for the rest. With 0, and `states` 0, it is not loaded.
+        temperature: The logits of both are divided by this.
+        states: Weight in the loss of the squared distance between the backbone's states and the teacher's,
+            relative to the latter; for a CALM that is made of the teacher's layers.
     """
 
     model: str | None = None
@@ -231,11 +232,11 @@ class TeacherSettings:
 
     @property
     def takes_part(self) -> bool:
-        """Whether there is a teacher, and the loss depends on it."""
+        """Whether there is a teacher and the loss depends on it."""
         return self.model is not None and (self.weight > 0 or self.states > 0)
 
 
-# Settings of the last base come first: in the help, in recipes that are written, and in their digests.
+# Fields of the last base class come first: in the help, in recipes that are written, and in their digests.
 @dataclass(kw_only=True)
 class AutoencoderSettings(AutoencoderHyperparameters, _Trained):
     """The chunk autoencoder.
@@ -252,16 +253,16 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
     """The backbone over chunks and its head; for an autoregressive model, the decoder over tokens.
 
     Args:
-        init_from: Folder or hub name of a model whose weights training begins with; its tokenizer,
-            autoencoder, sizes and head are taken as well. A CALM may begin with a Transformer of tokens,
-            too. None begins anew.
-        new_head: Of the CALM that training begins with, take all but the head and the autoencoder, which are
-            the recipe's.
-        uptraining: How a Transformer of tokens becomes a CALM.
-        teacher: A Transformer of tokens to learn from.
-        sharded: With several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)
+        init_from: Folder or hub name of a model whose weights training starts from; its tokenizer,
+            autoencoder, sizes and head are used as well. A CALM may also start from a token-level
+            Transformer. None starts from scratch.
+        new_head: Keep all of the CALM that training starts from, except the head and the autoencoder, which
+            come from the recipe.
+        uptraining: How a token-level Transformer becomes a CALM.
+        teacher: A token-level Transformer to learn from.
+        sharded: With several processes, each keeps a shard of weights, gradients and optimizer state (FSDP2)
             instead of all of them (DDP).
-        attention: Implementation; "flash_attention_2" and others need their package.
+        attention: Attention implementation; "flash_attention_2" and others need their package.
         head: The head: `head_type` and its own fields (see calm.models.heads); unused by an
             autoregressive model.
         training: How it is trained.
@@ -279,7 +280,7 @@ class LanguageModelSettings(InputHyperparameters, DecoderHyperparameters):
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Everything that decides a run.
+    """Everything that defines a run.
 
     Args:
         seed: Seed of all randomness.
@@ -302,10 +303,10 @@ class Recipe:
 
     @property
     def tracker_list(self) -> list[str]:
-        """The trackers, always as a list, each once."""
+        """The trackers, always as a list, without duplicates."""
         return list(dict.fromkeys(as_list(self.report_to)))
 
     @property
     def trains_autoencoder(self) -> bool:
-        """Whether there is a first stage."""
+        """Whether the run has an autoencoder stage."""
         return self.model == "calm" and self.autoencoder.path is None and self.autoencoder.kind == "mlp"

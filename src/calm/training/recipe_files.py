@@ -1,4 +1,4 @@
-"""Recipes as YAML: shipped ones by name, others by path; written back with the weights."""
+"""Recipes as YAML: shipped ones by name, others by path; written next to the weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
 
 def read_recipe(name: str) -> Recipe:
-    """`read_recipe_of` a model that is trained."""
+    """`read_recipe_of` for recipes of `calm train`."""
     return read_recipe_of(Recipe, name)
 
 
@@ -58,10 +58,10 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
 
 
 def check_types(recipe: Recipe | FinetuningRecipe) -> None:
-    """Find settings of another type than theirs, which a recipe that was made in Python may have.
+    """Check the types of all settings, which may be wrong in a recipe made in Python.
 
     Raises:
-        InputError: If there is one.
+        InputError: If one is wrong.
     """
     _with_values(type(recipe), dataclasses.asdict(recipe), "recipe")
 
@@ -93,7 +93,7 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
 
 
 def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings that differ between two recipes and change what is made."""
+    """Dotted names of the settings that differ between two recipes and affect the result."""
 
     def walk(a: Any, b: Any, name: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):

@@ -1,11 +1,11 @@
-"""Reads the settings of a recipe, and of the recipes that it extends.
+"""Read the settings of a recipe, and of the recipes that it extends.
 
     extends: demo                 # a shipped recipe, or a path relative to this file, such as ../base.yaml
     language_model: {num_layers: 8}
 
-A recipe that extends another has all of that one's settings, except those that it sets itself. Settings are
-replaced one by one. Only where a setting changes the kind of something (`KINDS`) is that thing replaced as a
-whole, since the fields of one kind mean nothing to another.
+A recipe that extends another inherits all of its settings, except those that it sets itself. Settings are
+replaced one by one, unless one changes the kind of a component (`KINDS`): then that component is replaced as
+a whole, since the fields of one kind mean nothing to another.
 """
 
 import copy
@@ -55,7 +55,7 @@ def shipped_recipes(kind: type = Recipe) -> dict[str, Path]:
 
 
 def about_recipe(path: Path) -> str:
-    """What a recipe says of itself: the comment that it begins with, as one line."""
+    """A recipe's description of itself: the comment at its top, as one line."""
     lines = itertools.takewhile(
         lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
     )
@@ -66,7 +66,7 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
     """The path of a recipe given by path or by shipped name.
 
     Raises:
-        InputError: If there is neither.
+        InputError: If there is no such recipe.
     """
     if Path(name).is_file():
         return name
@@ -80,9 +80,9 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
 
 
 def kind_of_recipe(name: str) -> type:
-    """The kind of a recipe given by path or by shipped name, told by its settings and by what it extends.
+    """The kind of a recipe given by path or by shipped name, inferred from its settings and what it extends.
 
-    `Recipe` where nothing tells; reading it as such says what is wrong.
+    `Recipe` if neither tells: reading it as one will say what is wrong.
 
     Raises:
         InputError: If there is no such recipe, or a file cannot be read.
@@ -104,23 +104,23 @@ def kind_of_recipe(name: str) -> type:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """Settings, equal to others that are written alike."""
+    """Settings that are compared and hashed by their text, as a cache key."""
 
     text: str
     settings: dict[str, Any] = dataclasses.field(compare=False)
 
 
 def recipe_with(kind: type, settings: dict[str, Any]) -> Any:
-    """A recipe of that kind with some settings, in groups, and defaults for the rest.
+    """A recipe of that kind with some settings, in nested groups, and defaults for the rest.
 
     Raises:
-        jsonargparse.ArgumentError: If a setting is unknown or of another type.
+        jsonargparse.ArgumentError: If a setting is unknown or of the wrong type.
     """
     return kind(**vars(_parser(kind).instantiate(_parse(kind, settings))))
 
 
 def _parse(kind: type, settings: dict[str, Any]) -> jsonargparse.Namespace:
-    # That takes a tenth of a second, and a command meets the settings of its run five times.
+    # Cached, since this takes a tenth of a second, and a command parses the settings of its run five times.
     return copy.deepcopy(_parsed(kind, _Written(repr(settings), settings)))
 
 
@@ -138,7 +138,7 @@ def _parser(kind: type) -> jsonargparse.ArgumentParser:
 
 
 def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
-    """The settings of a recipe, including those of the recipes that it extends, in groups.
+    """The settings of a recipe, including those of the recipes that it extends, in nested groups.
 
     Settings that none of the files mention are left out.
 
@@ -151,7 +151,7 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
         InputError: If there is no such recipe, or if one of the files cannot be read, is not YAML, has an
             unknown setting or a value of the wrong type, or extends itself. The message names that file.
     """
-    files: dict[Path, str] = {}  # From the recipe to the last one that it extends -> name for messages.
+    files: dict[Path, str] = {}  # File -> name for messages, the recipe first.
     settings: list[dict[str, Any]] = []
     path, called = Path(find_recipe(name, kind)), name
     while True:
@@ -171,7 +171,7 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
 
 
 def recipe_of_run(folder: Path) -> Path:
-    """The file of the recipe that a run follows.
+    """The recipe file of a run.
 
     Raises:
         InputError: If there is no run in that folder.
@@ -186,8 +186,8 @@ def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dic
     """The settings of a recipe that extends another.
 
     Args:
-        base: The settings of the other recipe, in groups.
-        own: The settings of its own.
+        base: The settings of the other recipe, in nested groups.
+        own: The recipe's own settings.
         kind: The kind of recipe.
     """
     kept = copy.deepcopy(dict(base))
@@ -208,7 +208,7 @@ def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
-    """The value of a dotted name in groups, or `otherwise` if it is not set."""
+    """The value of a dotted name in nested groups, or `otherwise` if it is not set."""
     for part in name.split("."):
         if not isinstance(settings, Mapping) or part not in settings:
             return otherwise
@@ -217,7 +217,7 @@ def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def _remove(settings: dict[str, Any], name: str) -> None:
-    """Remove a dotted name from groups, if it is there."""
+    """Remove a dotted name from nested groups, if it is there."""
     group, _, last = name.rpartition(".")
     inner = _value(settings, group) if group else settings
     if isinstance(inner, dict):
@@ -264,10 +264,10 @@ def _settings_of_file(path: Path) -> dict[str, Any]:
     """The settings in one file, not yet checked."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = jsonargparse.get_loader("yaml")(text)  # Unlike YAML itself, it reads 1e-3 as a number,
-        if not isinstance(values, dict):  # but a mapping in which nothing has a value as text.
+        values = jsonargparse.get_loader("yaml")(text)  # Unlike yaml.safe_load, reads 1e-3 as a number,
+        if not isinstance(values, dict):  # but a mapping without any values as text.
             values = yaml.safe_load(text)
-        json.dumps(values, default=str)  # What names itself as a part of itself has no end.
+        json.dumps(values, default=str)  # Rejects aliases that contain themselves.
     except OSError as error:
         raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:

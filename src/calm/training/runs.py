@@ -1,4 +1,4 @@
-"""A run: a recipe and its folder, locked while it works there, and what it leaves, each piece written whole.
+"""A run: a recipe and its folder, locked while the run works there; each piece is written atomically.
 
 Only the main process writes. The others make the same calls and wait where they must.
 """
@@ -39,7 +39,7 @@ from calm.training.recipe_settings import recipe_of_run
 logger = logging.getLogger(__name__)
 HISTORY = "history.json"
 DATA = "data"  # The prepared text of a run, in its folder.
-_KEPT = (LOCK, work_of(Path(DATA)).name)  # What stays when a folder is emptied for a run.
+_KEPT = (LOCK, work_of(Path(DATA)).name)  # Kept when a folder is emptied for a run.
 _REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
 
 
@@ -50,8 +50,8 @@ class Run(Generic[AnyRecipe]):
     Args:
         recipe: The recipe.
         folder: The folder.
-        resume: Whether a run that is there is resumed.
-        overwrite: Whether what is there may be removed.
+        resume: Whether to resume the run in that folder.
+        overwrite: Whether the contents of that folder may be replaced.
     """
 
     recipe: AnyRecipe
@@ -60,7 +60,7 @@ class Run(Generic[AnyRecipe]):
     overwrite: bool = False
 
     def check_folder(self, needed: Sequence[str] = ()) -> None:
-        """Check that the run can begin in its folder, or resume there; nothing is changed.
+        """Check that the run can start in its folder, or resume there; nothing is changed.
 
         Args:
             needed: Paths and names of what the run reads.
@@ -84,17 +84,17 @@ class Run(Generic[AnyRecipe]):
             )
 
     def _noted(self) -> AnyRecipe:
-        """The recipe in the folder of the run."""
+        """The recipe on record in the run's folder."""
         return read_recipe_of(type(self.recipe), str(recipe_of_run(self.folder)))
 
     @contextlib.contextmanager
     def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
         """Check the folder, and lock it for the block.
 
-        What a killed command has moved aside is put back first.
+        What a killed command has moved aside is restored first.
 
         Raises:
-            InputError: As `check_folder`, or if another process is at work there.
+            InputError: As `check_folder`, or if another process is working there.
             RunError: If the disk is full, or cannot be written.
         """
         with disk_errors(self.folder, "with room on the disk, --resume goes on from what was finished"):
@@ -111,11 +111,11 @@ class Run(Generic[AnyRecipe]):
 
     @contextlib.contextmanager
     def made_ready(self) -> Iterator[None]:
-        """The folder with its recipe, for the block in which the main process makes the run ready.
+        """Set up the folder for the block in which the main process prepares the run.
 
-        The folder of a new run is empty: what was there before is removed when the block has succeeded.
-        Otherwise the folder is as it was, but for text prepared in part, which is kept. A run that is resumed
-        with more steps is extended when the block has succeeded.
+        A new run starts with nothing but its recipe: previous contents are removed once the block succeeds.
+        If it fails, they are restored; text prepared so far is kept. A run that is resumed with more steps is
+        extended once the block succeeds.
         """
         if self.resume:
             yield
@@ -132,12 +132,12 @@ class Run(Generic[AnyRecipe]):
         shutil.rmtree(work_of(self.folder / DATA), ignore_errors=True)
 
     def is_finished(self, name: str) -> bool:
-        """Whether the folder of a model or of adapters exists."""
+        """Whether a model or adapters have been saved under a name."""
         folder = self.folder / name
         return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
 
     def has_model(self, name: str) -> bool:
-        """`is_finished` with the same answer for all processes, which call this together.
+        """`is_finished`, with the same answer for all processes, which call this together.
 
         Raises:
             InputError: If it is damaged.
@@ -145,7 +145,7 @@ class Run(Generic[AnyRecipe]):
         is_there = self.is_finished(name)
         if is_there and processes().is_main_process:
             check_as_written(self.folder / name)
-        processes().wait_for_everyone()  # Else a fast process could write it before a slow one looks.
+        processes().wait_for_everyone()  # Otherwise a fast process could write it before a slow one looks.
         return is_there
 
     def save_model(
@@ -157,7 +157,7 @@ class Run(Generic[AnyRecipe]):
             name: Its name inside the run's folder.
             model: A model, or adapters: anything with `save_pretrained`.
             tokenizer: Its tokenizer.
-            more: Further files of JSON by their names.
+            more: Further JSON files, by name.
         """
         if processes().is_main_process:
             with written_whole(self.folder / name) as partial:
@@ -169,13 +169,13 @@ class Run(Generic[AnyRecipe]):
         processes().wait_for_everyone()
 
     def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:
-        """Write what was logged, for a stage next to what other stages logged."""
+        """Write what was logged; that of a stage goes next to what other stages logged."""
         if processes().is_main_process:
             history = log if stage is None else {**self._logged(), stage: log}
             write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
 
     def _logged(self) -> dict[str, Any]:
-        """What was logged so far. A damaged file is moved aside, for no weights depend on it."""
+        """What was logged so far. A damaged file is moved aside, since no weights depend on it."""
         path = self.folder / HISTORY
         try:
             return read_json(path, dict) if path.exists() else {}

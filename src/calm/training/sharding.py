@@ -17,7 +17,7 @@ from calm.training.recipe import Recipe
 
 
 def check_sharding(recipe: Recipe) -> None:
-    """Raise InputError for what does not go with sharding."""
+    """Raise InputError for settings that do not work with sharding, or if accelerate itself would shard."""
     if recipe.language_model.sharded and recipe.language_model.training.compile:
         raise InputError(
             "a sharded model cannot be compiled yet; set language_model.sharded or "
@@ -34,7 +34,7 @@ def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `TrainingArguments` for a sharded model.
 
     Args:
-        model: The model; each of its `_no_split_modules` is gathered when it runs, the rest for a step.
+        model: The model; its `_no_split_modules` are gathered one at a time, the rest for a whole step.
     """
     return {
         "fsdp": True,
@@ -49,7 +49,7 @@ def sharding_arguments(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def shard_on_cpu_as_well() -> None:
-    """Make accelerate shard over CPU processes as well, where it would replicate; torch can."""
+    """Make accelerate shard over CPU processes, where it would replicate although torch can shard."""
     state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
@@ -61,13 +61,13 @@ def keep_autocast(accelerator: Accelerator) -> None:
 
 
 class KeepTiedEmbedding(TrainerCallback):
-    """Keeps the token embedding whole for a pass, from its first use on, where scores are computed with it.
+    """Keeps the token embedding gathered for the rest of a pass if it is tied to the output scores.
 
-    A head takes the table itself, and not through the layer, which would gather it.
+    A head uses the weight directly instead of calling the layer, which would gather it.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model has just been sharded."""
+        """Change the embedding of the model, which has just been sharded."""
         model = kwargs["model"]
         embedding = model.get_input_embeddings()
         if isinstance(embedding, FSDPModule) and getattr(model.config, "has_tied_scores", False):
@@ -75,7 +75,7 @@ class KeepTiedEmbedding(TrainerCallback):
 
 
 def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
-    """Raise InputError if a checkpoint is sharded and the run is not, or the other way around."""
+    """Raise InputError if a checkpoint is sharded and the run is not, or vice versa."""
     if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() == is_sharded:
         return
     if is_sharded:
@@ -86,7 +86,7 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
 def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model with all weights in each process; the model itself if it is not sharded.
 
-    All processes call it together.
+    All processes call this together.
     """
     if not isinstance(model, FSDPModule):
         return model
@@ -95,5 +95,5 @@ def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
     with no_init_weights():
         whole = unsharded(copy.deepcopy(model.config))
     whole.load_state_dict(weights)
-    del weights  # They are on the device, which need not have room for them twice.
+    del weights  # They are on the device, which may not have room for them twice.
     return whole.to(model.device)

@@ -17,13 +17,13 @@ from calm.training.teacher import Teacher
 
 
 class Speed(TrainerCallback):
-    """Tokens per second and utilization since the last reading, and peak memory of the run so far.
+    """Measures tokens per second and utilization since the last reading, and peak memory so far.
 
     Args:
-        tokens: Tokens of an optimizer step on this device.
+        tokens: Tokens per optimizer step on this device.
         flops: FLOPs per token, if known.
         device: Where training runs.
-        dtype: Type of its matrix products.
+        dtype: Dtype of its matrix products.
     """
 
     def __init__(self, tokens: int, flops: float | None, device: torch.device, dtype: torch.dtype) -> None:
@@ -32,7 +32,7 @@ class Speed(TrainerCallback):
         self._rate: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training begins, or resumes after a step."""
+        """Start measuring, from the step at which training starts or resumes."""
         self._rate = matrix_rate(self._device, self._dtype) if self._flops else None
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -40,9 +40,9 @@ class Speed(TrainerCallback):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out the time spent inside the block."""
+        """Exclude the time spent inside the block."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # Kernels launched before are training.
+            torch.cuda.synchronize(self._device)  # Kernels that were already launched count as training.
         start = time.perf_counter()
         try:
             yield
@@ -50,7 +50,7 @@ class Speed(TrainerCallback):
             self._since += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens per second and device since the last reading, share of `matrix_rate`, peak memory in GiB."""
+        """Tokens per second of this device since the last call, share of `matrix_rate`, peak memory (GiB)."""
         seconds, steps = time.perf_counter() - self._since, step - self._step
         self._step, self._since = step, time.perf_counter()
         if steps < 1:
@@ -65,7 +65,7 @@ class Speed(TrainerCallback):
 def known_training_flops(
     config: PreTrainedConfig, context: int, teacher: Teacher | None = None
 ) -> float | None:
-    """`calm.flops.training_flops`, and those of a teacher; None if unknown."""
+    """`calm.flops.training_flops`, plus those of a teacher; None if unknown."""
     try:
         own = training_flops(config, context)
     except InputError:

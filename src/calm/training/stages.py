@@ -4,15 +4,15 @@ An autoregressive model has no autoencoder; the rest is the same.
 
     output/
       recipe.yaml            the resolved recipe
-      inputs.json            digests of what the run began with
+      inputs.json            digests of the run's inputs
       data/                  the prepared text (unless the recipe names a prepared folder)
       autoencoder/           the trained autoencoder
       model/                 the result: a self-contained model folder
       checkpoints/<stage>/   checkpoints of each stage
-      teacher.json           what is kept of the teacher, if there is one
+      teacher.json           name, size and FLOPs of the teacher, if there is one
       history.json           logged losses, held-out scores and times of both stages
 
-A stage is finished when its folder exists, so a run that was killed resumes where it stopped.
+A stage is finished when its model's folder exists, so a run that was killed resumes where it stopped.
 """
 
 from pathlib import Path
@@ -43,20 +43,20 @@ from calm.training.trainer import ChunkTrainer, Score
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run the stages of a recipe that are not finished yet.
+    """Run the unfinished stages of a recipe.
 
     Args:
         recipe: The recipe.
         output: Folder of the run; see the layout at the top of this file.
         resume: Whether to resume the run in that folder.
-        overwrite: Whether to remove what is in that folder first.
+        overwrite: Whether to replace the contents of that folder.
 
     Returns:
         The model folder.
 
     Raises:
-        InputError: If a setting or the folder does not fit.
-        RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
+        InputError: If a setting or the folder is not valid.
+        RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
     recipe = completed(recipe)
     run = Run(with_precision(recipe, output, resume), output, resume, overwrite)
@@ -77,8 +77,8 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
         The autoencoder's folder.
 
     Raises:
-        InputError: If a setting or the folder does not fit.
-        RunError: If the run cannot go on; see `ChunkTrainer.train_or_resume`.
+        InputError: If a setting or the folder is not valid.
+        RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
     run = Run(with_precision(completed(recipe), output, resume), output, resume)
     with open_run(run) as data:
@@ -95,7 +95,7 @@ def _finish_autoencoder(run: Run[Recipe], data: PreparedData) -> None:
 
 
 def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
-    """The trained autoencoder that the recipe names, or a new one, trained unless it is one of codes."""
+    """The trained autoencoder that the recipe names, or else a new one; fixed codes need no training."""
     recipe, settings = run.recipe, run.recipe.autoencoder.training
     if (trained := trained_autoencoder(recipe)) is not None:
         check_vocabulary(trained.config, recipe, data)
@@ -142,14 +142,14 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
         teacher=teacher,
     )
     whole = _run_stage(run, model, blocks, score, stage)
-    whole.config.use_cache = True  # The Trainer turns it off, and it would stay so in the folder.
+    whole.config.use_cache = True  # The Trainer turns it off, and that would be saved.
     return whole
 
 
 def _run_stage(
     run: Run[Recipe], model: PreTrainedModel, blocks: Blocks, score: Score, stage: Stage
 ) -> PreTrainedModel:
-    """Train a network; returns it, or a copy with all weights if it is sharded."""
+    """Train a network and return it, or an unsharded copy if it is sharded."""
     trainer = ChunkTrainer(model, blocks, score, stage)
     trainer.train_or_resume()
     run.save_history(trainer.state.log_history, stage.folder.name)

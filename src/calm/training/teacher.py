@@ -1,4 +1,4 @@
-"""A teacher: a frozen Transformer of tokens that a language model learns from (docs/uptraining.md)."""
+"""Teachers: frozen token-level Transformers that language models learn from (docs/uptraining.md)."""
 
 import dataclasses
 import json
@@ -25,19 +25,19 @@ from calm.training.recipe import Recipe, TeacherSettings
 from calm.training.uptraining import config_at, cut_of, is_of_tokens, uptrains
 
 FACTS = "teacher.json"
-# How far two ways to the same numbers may be apart, relative to the largest.
+# Tolerance when the same numbers are computed in two ways, relative to the largest.
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2**-4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen Transformer of tokens, and how a model learns from it.
+    """A frozen token-level Transformer, and how a model learns from it.
 
     Args:
         network: The Transformer.
         settings: How the model learns.
         chunk_size: Tokens per chunk K of the model.
-        layer: Number of the layer with which the model's backbone ends; None if its states are not compared.
+        layer: Index of the layer at which the model's backbone ends; None if states are not compared.
     """
 
     network: PreTrainedModel
@@ -49,7 +49,7 @@ class Teacher:
     def lesson(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **_: Any
     ) -> Lesson:
-        """What it says of a batch, whose documents it keeps apart as the model does.
+        """Run the teacher on a batch; like the model, it keeps documents apart.
 
         Args:
             input_ids: Tokens (B, T).
@@ -83,15 +83,16 @@ class Teacher:
 
 
 def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
-    """See whether a model can learn from the teacher of its recipe, if there is one, before it is loaded.
+    """Check that a model can learn from the teacher of its recipe, if there is one, before it is loaded.
 
     Args:
         recipe: The recipe.
-        network: The model that it makes, which need not have memory.
+        network: The recipe's model, which may be on the meta device.
 
     Raises:
-        InputError: If the teacher is missing, of another kind, or cannot read a block; if the model has no
-            distributions of tokens, or another loss; or if states are compared that are not the teacher's.
+        InputError: If the teacher is missing, of another kind, or its context is shorter than a block; if the
+            model does not predict distributions of tokens, or is trained with another loss than
+            cross-entropy; or if states are to be compared, but the model is not made of the teacher's layers.
     """
     settings = recipe.language_model.teacher
     if settings.model is None and settings != TeacherSettings():
@@ -134,10 +135,10 @@ def _is_made_of(recipe: Recipe) -> bool:
 
 
 def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
-    """The configuration of the teacher of a recipe; None where no teacher takes part.
+    """The configuration of the teacher of a recipe; None if no teacher takes part.
 
     Raises:
-        InputError: If there is none, or it is that of another kind of model.
+        InputError: If the teacher does not exist, or is another kind of model.
     """
     settings = recipe.language_model.teacher
     if settings.model is None or not settings.takes_part:
@@ -152,7 +153,7 @@ def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
 
 
 def with_tokens_of_teacher(recipe: Recipe) -> Recipe:
-    """A recipe with its teacher's tokenizer, unless it names one or begins with a model that has one."""
+    """A recipe with its teacher's tokenizer, unless it names one or starts from a model that has one."""
     name = recipe.language_model.teacher.model
     if name is None or recipe.data.tokenizer is not None or recipe.language_model.init_from is not None:
         return recipe
@@ -160,15 +161,15 @@ def with_tokens_of_teacher(recipe: Recipe) -> Recipe:
 
 
 def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
-    """The teacher of a recipe, in the precision of the training; None where none takes part.
+    """The teacher of a recipe, in the precision of training; None if none takes part.
 
     Args:
         recipe: The recipe.
         data: The text.
 
     Raises:
-        InputError: If it is damaged, has other tokens than the text, cannot keep documents apart, or its
-            scores are not the products of states with a table.
+        InputError: If it is damaged, its tokens are not those of the text, it does not keep documents apart,
+            or its logits are not simply its states times the output embeddings.
     """
     settings = recipe.language_model.teacher
     if (config := config_of_teacher(recipe)) is None or (name := settings.model) is None:
@@ -183,7 +184,7 @@ def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
 
 
 def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError if a teacher has other tokens than text that is prepared with a tokenizer."""
+    """Raise InputError if the vocabulary of a teacher is not that of the text's tokenizer."""
     if load_tokenizer(place_of(name)).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"the teacher '{name}' has other tokens than the text: set data.tokenizer to it, or prepare the "
@@ -192,7 +193,7 @@ def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
-    """The teacher's layer with which the backbone of a recipe ends; None if states are not compared."""
+    """The teacher's layer at which the backbone of a recipe ends; None if states are not compared."""
     if not recipe.language_model.teacher.states:
         return None
     _, backbone, _ = cut_of(recipe).of(teacher.num_hidden_layers)
@@ -201,7 +202,7 @@ def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
 
 @torch.no_grad()
 def _check_reading(network: Any, name: str) -> None:
-    """Raise InputError unless a model reads documents in a row apart, and its table gives its scores."""
+    """Raise InputError unless a model keeps documents apart, and its output embeddings give its logits."""
     decoder, table = network.get_decoder(), network.get_output_embeddings()
     ids = torch.arange(1, 7, device=network.device).remainder(network.config.get_text_config().vocab_size)
     positions = torch.arange(3, device=network.device).repeat(2)
@@ -228,12 +229,12 @@ def _are_close(found: Tensor, wanted: Tensor) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFacts:
-    """What a run keeps of its teacher, which need not be there for as long.
+    """What a run records of its teacher, which may later be gone.
 
     Args:
         model: Its folder or hub name.
-        parameters: How many it has.
-        flops_per_token: FLOPs that it takes for each token of training text.
+        parameters: Its number of parameters.
+        flops_per_token: FLOPs that it takes per token of training text.
     """
 
     model: str
@@ -241,7 +242,7 @@ class TeacherFacts:
     flops_per_token: float
 
     def write(self, run: Path) -> None:
-        """Write them into the folder of a run."""
+        """Write them to the folder of a run."""
         write_file_whole(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
@@ -249,7 +250,7 @@ class TeacherFacts:
 
 
 def facts_of_teacher(teacher: Teacher, context: int) -> TeacherFacts:
-    """What a run keeps of its teacher."""
+    """What a run records of its teacher."""
     network, name = teacher.network, teacher.settings.model
     assert name is not None
     parameters = sum(weight.numel() for weight in network.parameters())
@@ -257,7 +258,7 @@ def facts_of_teacher(teacher: Teacher, context: int) -> TeacherFacts:
 
 
 def read_facts_of_teacher(run: Path) -> TeacherFacts | None:
-    """What a run has kept of its teacher; None if it had none.
+    """What a run has recorded of its teacher; None if it had none.
 
     Raises:
         InputError: If the file is damaged.

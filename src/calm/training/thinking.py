@@ -1,4 +1,4 @@
-"""Training to think: rows stage by stage, and what a new stage means to the model and its optimizer."""
+"""Training with continuous thoughts: rows for each stage, and what changes in model and optimizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +25,15 @@ _SCORED_AT_ONCE = 16
 
 @dataclass
 class ThoughtTraining:
-    """How a run learns to think.
+    """How a run trains a model to think.
 
     Args:
         curriculum: Which steps are left out when.
         layout: How rows are laid out.
-        thoughts: What goes in their place; None for nothing.
-        has_noise: Whether the loss has noise that is drawn for each row.
-        now: The stage that the model is at.
-        labels_per_step: Thoughts of a step that are supervised by it; 0 where none is.
+        thoughts: What replaces the steps; None for nothing.
+        has_noise: Whether the loss takes noise, which is drawn for each row.
+        now: The current stage.
+        labels_per_step: Thoughts per step that are supervised with that step; 0 for none.
     """
 
     curriculum: Curriculum
@@ -44,7 +44,7 @@ class ThoughtTraining:
     labels_per_step: int = 0
 
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
-        """A question as it is at a stage."""
+        """The row of an example at a stage."""
         between = self._between(stage)
         if self.labels_per_step:
             labels = self.layout.step_labels(example, between, self.labels_per_step)
@@ -52,27 +52,27 @@ class ThoughtTraining:
         return self.layout.row(example, stage.left_out, between)
 
     def _between(self, stage: Stage) -> list[int]:
-        """What stands between question and answer."""
+        """Tokens of the markers and thoughts between question and answer."""
         return [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
 
     def collate(self, rows: Sequence[ThinkingRow]) -> dict[str, Any]:
-        """A batch, with the numbers that seed its noise if it has any."""
+        """Collate a batch, with the numbers that seed its noise if the loss takes any."""
         batch: dict[str, Any] = self.layout.batch(rows)
         if not batch["is_thought"].any():
-            del batch["is_thought"]  # A single pass does.
+            del batch["is_thought"]  # A single pass is enough.
         if self.has_noise:
             numbers = [number_of_block(torch.tensor([*row.before, *row.after])) for row in rows]
             batch[NUMBERS] = torch.tensor(numbers)
         return batch
 
     def take_up(self, model: PreTrainedModel, stage: Stage) -> None:
-        """Go to a stage, and note in the model's configuration how many thoughts it takes there."""
+        """Switch to a stage, and record its number of thoughts in the model's configuration."""
         self.now = stage
         noted = None if self.thoughts is None else replace(self.thoughts, number=stage.thoughts).as_dict()
         model.config.thoughts = noted
 
     def longest_answer(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest answer that shall be written at this stage."""
+        """Tokens of the longest answer that is to be generated at this stage."""
         return max((self.layout.num_written(one, self.now.left_out) for one in examples), default=0)
 
     def num_shortened(self, examples: Sequence[Example]) -> int:
@@ -96,7 +96,7 @@ class ThoughtTraining:
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, examples: Sequence[Example]) -> float:
-        """Mean loss of the targets of examples as they are at this stage, with the same noise each time."""
+        """Mean loss over the targets of examples at the current stage, with the same noise each time."""
         view, total, count = language_model(model), 0.0, 0
         generator = torch.Generator(model.device).manual_seed(0)
         network: Any = model
@@ -114,10 +114,10 @@ class ThoughtTraining:
 def thinking_of(
     recipe: FinetuningRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> ThoughtTraining | None:
-    """How a recipe lets a model learn to think; None if it has none.
+    """How a recipe trains a model to think; None if it does not.
 
     Raises:
-        InputError: If the model cannot think, or the recipe contradicts itself.
+        InputError: If the model does not support thoughts, or settings contradict each other.
     """
     settings = recipe.thoughts
     if settings.mode == "none":
@@ -145,10 +145,10 @@ def thinking_of(
 def _thoughts(
     settings: ThoughtSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Thoughts:
-    """What a model thinks, before the first stage.
+    """The markers and thoughts of a recipe, with no thoughts yet: a stage sets their number.
 
     Raises:
-        InputError: If a marker is no token of the tokenizer.
+        InputError: If the markers are not two tokens of the tokenizer.
     """
     if settings.markers:
         vocabulary = tokenizer.get_vocab()
@@ -166,14 +166,14 @@ def _thoughts(
 
 
 class ThinkingRows(Dataset):
-    """The rows of a whole run, in order: which they are depends on their place and the seed alone.
+    """The rows of a whole run, in order; each depends only on its index and the seed.
 
-    So a run that is resumed goes on with the same rows, however many processes load them.
+    So a resumed run continues with the same rows, however many processes load them.
 
     Args:
         thinking: How rows are made.
-        examples: The examples, each of which is seen once before any is seen again.
-        rows_per_step: Rows of an optimizer step.
+        examples: The examples; each is seen once before any is repeated.
+        rows_per_step: Rows per optimizer step.
         steps: Optimizer steps.
         seed: Seed of the run.
     """
@@ -206,13 +206,13 @@ class ThinkingRows(Dataset):
 
 
 class StageChange(TrainerCallback):
-    """Tells a model and its optimizer when a stage begins.
+    """Updates a model and its optimizer when a stage starts.
 
     Args:
-        thinking: How the run learns.
+        thinking: How the run trains.
         model: The network.
-        new_optimizer: Makes an optimizer like that of the run, of which it takes the state then; None where
-            it keeps its own.
+        new_optimizer: Builds an optimizer like the run's, which is then reset to its state; None to keep the
+            state.
     """
 
     def __init__(
@@ -224,11 +224,11 @@ class StageChange(TrainerCallback):
         self._thinking, self._model, self._new_optimizer = thinking, model, new_optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A run that is resumed is still at the stage of its last step."""
+        """Take up the stage of the last step, where a resumed run still is."""
         self._thinking.take_up(self._model, self._thinking.curriculum.at(max(0, state.global_step - 1)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """A checkpoint at the end of a stage is from before the change, which a resumed run makes again."""
+        """Change stage as a step starts, so a run resumed from the end of a stage changes it as well."""
         step, curriculum = state.global_step, self._thinking.curriculum
         self._thinking.take_up(self._model, curriculum.at(step))
         if self._new_optimizer is not None and curriculum.begins_at(step):
@@ -236,11 +236,11 @@ class StageChange(TrainerCallback):
 
 
 def reset(optimizer: Any, new: torch.optim.Optimizer) -> None:
-    """Let an optimizer forget all but its rates.
+    """Reset everything in an optimizer except its learning rates.
 
     Args:
         optimizer: The optimizer.
-        new: One like it that has not taken a step: what is forgotten lies in its state or in its groups.
+        new: One like it that has not taken a step, since what is reset may be in its state or in its groups.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it.
     kept = ("lr", "initial_lr")

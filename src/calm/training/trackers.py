@@ -1,7 +1,7 @@
-"""Trackers of experiments: what the Trainer's `report_to` needs around it.
+"""Experiment trackers: what the Trainer's `report_to` needs around it.
 
-The callbacks of transformers do the logging. Here a stage gets a run of its own in each tracker, goes on in
-it when it is resumed, and ends it. What the trackers' own environment variables say is left as it is.
+The callbacks of transformers do the logging. This module starts a run in each tracker for each stage,
+continues it when the stage is resumed, and ends it. Environment variables that are set are left alone.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 NOTE = "trackers.json"
 _PROJECT = "calm"
 _TAG = "calm.id"
-# Unless they are set. Where a server does not answer, the trackers' own waits are minutes, or without end.
+# Set unless they already are. The trackers' own timeouts are minutes or infinite if a server does not answer.
 _ENVIRONMENT = {
     "wandb": {
         "WANDB_PROJECT": _PROJECT,
@@ -44,7 +44,7 @@ _ENVIRONMENT = {
         "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "10",  # At the end, each batch waits for the server.
     },
 }
-End = Callable[[bool], object]  # Ends a tracker's run, which succeeded or not.
+End = Callable[[bool], object]  # Ends a tracker's run, given whether it succeeded.
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -61,14 +61,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a stage is tracked, and as what.
+    """The trackers of a stage, and how they identify it.
 
     Args:
         names: The trackers; empty for none.
-        folder: Folder of the stage's checkpoints, where its id is noted.
-        title: What the stage is called.
-        id: Finds its runs again when it is resumed. A stage that begins anew has another.
-        recipe: Logged beside the arguments of the Trainer and the configuration of the model.
+        folder: Folder of the stage's checkpoints, where its id is recorded.
+        title: Name of the stage.
+        id: Identifies its runs when it is resumed. A stage that starts over gets another.
+        recipe: Logged along with the Trainer's arguments and the model's configuration.
     """
 
     names: Sequence[str] = ()
@@ -79,11 +79,11 @@ class Tracking:
 
     @property
     def run_name(self) -> str:
-        """The name of its runs; trackio finds them by it."""
+        """The name of its runs, by which trackio finds them."""
         return f"{self.title}-{self.id}"
 
     def arguments(self) -> dict[str, Any]:
-        """What the Trainer is told of it."""
+        """The Trainer's arguments for tracking. Sets the environment variables of the trackers."""
         if not self.names:
             return {"report_to": "none"}
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
@@ -94,16 +94,16 @@ class Tracking:
 
 
 def tracking_of(run: Run, stage: str = "") -> Tracking:
-    """How a stage of a run is tracked.
+    """The trackers of a stage of a run.
 
     Args:
         run: The run.
-        stage: The stage, as its folder is called; empty for a run that has only one.
+        stage: Folder name of the stage; empty for a run that has only one.
     """
     folder = run.folder / "checkpoints" / stage
     try:
         noted = read_json(folder / NOTE, dict)
-    except (FileNotFoundError, InputError):  # Nothing but names depends on a damaged one.
+    except (FileNotFoundError, InputError):  # If it is damaged, only names change.
         noted = {}
     return Tracking(
         names=run.recipe.tracker_list,
@@ -116,10 +116,10 @@ def tracking_of(run: Run, stage: str = "") -> Tracking:
 
 @contextlib.contextmanager
 def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
-    """Runs of the trackers for the block; only the main process has them.
+    """Open the trackers' runs for the block, on the main process only.
 
     Raises:
-        RunError: If a tracker cannot begin its run. If one cannot end it, that is only logged.
+        RunError: If a tracker cannot start its run. If one cannot end it, that is only logged.
     """
     if not (tracking.names and trainer.is_world_process_zero()):
         yield
@@ -138,16 +138,16 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
         for name, end in ends.items():
             try:
                 end(has_succeeded)
-            except Exception as error:  # Of any of their libraries.
+            except Exception as error:  # Their libraries may raise anything.
                 logger.warning("%s could not end its run (%s).", name, reason_of(error))
 
 
 @contextlib.contextmanager
 def _beginning(name: str) -> Iterator[None]:
-    """Raise what keeps a tracker from beginning as a RunError."""
+    """Turn any error while a tracker starts into a RunError."""
     try:
         yield
-    except Exception as error:  # Of any of their libraries.
+    except Exception as error:  # Their libraries may raise anything.
         raise RunError(
             f"{name} cannot begin a run ({reason_of(error)}); --resume goes on once it can, or without it "
             "with --report_to '[]'."
@@ -155,7 +155,7 @@ def _beginning(name: str) -> Iterator[None]:
 
 
 def _log_settings(name: str, trainer: Trainer) -> None:
-    """Let the callback of a tracker begin now, where errors are told. (That of TensorBoard has no setup.)"""
+    """Set up a tracker's callback now, where errors are reported. (TensorBoard's has no setup.)"""
     (kind,) = get_reporting_integration_callbacks([name])
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, kind) and hasattr(callback, "setup"):
@@ -188,14 +188,14 @@ def _begin_mlflow(tracking: Tracking) -> End:
 
 
 def _begin_trackio(tracking: Tracking) -> End:
-    """Nothing: its callback begins and ends the run, but an evaluation after that opens it again."""
+    """Start nothing: its callback does, and ends the run. End it again, since an evaluation reopens it."""
     import trackio  # noqa: PLC0415 (it may be missing)
 
     return lambda has_succeeded: trackio.context_vars.current_run.get() and trackio.finish()
 
 
 def _leave_open(has_succeeded: bool) -> None:
-    """The end of what needs none."""
+    """Do nothing: the run is not ours to end, or needs no end."""
 
 
 _BEGINNINGS: dict[str, Callable[[Tracking], End]] = {

@@ -49,7 +49,7 @@ class ChunkTrainer(Trainer):
     Args:
         model: The network.
         blocks: What it is trained and scored on.
-        score: Scores it on the held-out blocks; the figures are logged.
+        score: Scores it on the held-out blocks; the scores are logged.
         stage: How it is trained, and where its checkpoints go.
         adapted: The `peft.PeftModel` around the network, if adapters are trained.
     """
@@ -76,7 +76,7 @@ class ChunkTrainer(Trainer):
             processing_class=blocks.tokenizer,
             data_collator=blocks.collate or (collate_chunks if is_of_chunks else collate_tokens),
         )
-        self.model_accepts_loss_kwargs = True  # It counts what the loss is a mean over.
+        self.model_accepts_loss_kwargs = True  # The loss is a mean over the targets counted here.
         self.remove_callback(ProgressCallback)
         self._progress = StageProgress(stage.name)
         self.add_callback(self._progress)
@@ -99,13 +99,13 @@ class ChunkTrainer(Trainer):
             torch.nn.Module.to(stage.teacher.network, self.args.device)
 
     def train_or_resume(self) -> None:
-        """Train from the last whole checkpoint, or from the start; end with a held-out evaluation.
+        """Train from the last intact checkpoint, or from the start; end with a held-out evaluation.
 
         Raises:
-            InputError: If the checkpoint is sharded and the run is not, or the other way around, or all
-                checkpoints are damaged.
-            RunError: If the loss is not finite, a process that loads data dies, the disk is full, or a
-                tracker cannot begin.
+            InputError: If the checkpoint is sharded and the run is not, or vice versa, it belongs to another
+                run, or all checkpoints are damaged.
+            RunError: If the loss is not finite, a data-loading worker dies, the disk is full, or a tracker
+                cannot start.
             Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
         checkpoint = self._checkpoint()
@@ -121,7 +121,7 @@ class ChunkTrainer(Trainer):
         except (RuntimeError, ConnectionError, EOFError) as error:
             reason = reason_of(error)
             if self.args.dataloader_num_workers and not isinstance(error, RuntimeError):
-                # It died while it handed over a batch, before the DataLoader saw that it was gone.
+                # It died while handing over a batch, before the DataLoader noticed that it was gone.
                 reason = f"A DataLoader worker died ({reason})."
             if "DataLoader worker" not in reason:
                 raise
@@ -133,7 +133,7 @@ class ChunkTrainer(Trainer):
             raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
 
     def whole_network(self) -> PreTrainedModel:
-        """The model with all weights: itself, or a copy where each process has a part of them."""
+        """The model with all weights: itself, or an unsharded copy."""
         return whole_copy(self._network)
 
     # Batches and their loss.
@@ -146,7 +146,7 @@ class ChunkTrainer(Trainer):
         return batches_of_stream(self._stream, self._train_batch_size, collate, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """A random order of whole steps, or that of the blocks if they have one."""
+        """A random order of whole steps, or the blocks' own order if they have one."""
         blocks: Any = train_dataset if train_dataset is not None else self.train_dataset
         if self._is_in_order:
             return SequentialSampler(blocks)
@@ -155,7 +155,7 @@ class ChunkTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor | int | None:
-        """Number of targets of an optimizer step on all processes; the loss is a mean over them."""
+        """Number of targets in an optimizer step over all processes; the loss is a mean over them."""
         if not batch_samples:
             return None
         counts = [self._count_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples]
@@ -189,7 +189,7 @@ class ChunkTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One batch; the first loss that is not finite is recorded."""
+        """Train on one batch, and record the first loss that is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._watch.see(loss, self.state.global_step + 1)
         return loss
@@ -217,7 +217,7 @@ class ChunkTrainer(Trainer):
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both from a checkpoint; a run that was extended follows its new schedule at once."""
+        """Load both from a checkpoint; an extended run follows its new schedule at once."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             follow_schedule(self.optimizer, self.lr_scheduler)
@@ -225,7 +225,7 @@ class ChunkTrainer(Trainer):
     # What is logged.
 
     def _tell_skipped(self) -> None:
-        """Log how many records without text were streamed past, by all processes together."""
+        """Log how many records without text the stream has skipped, over all processes."""
         if self._stream is None:
             return
         counts = self.accelerator.gather(torch.tensor([self._stream.num_skipped()], device=self.args.device))
@@ -234,7 +234,7 @@ class ChunkTrainer(Trainer):
             logger.info("text: skipped %s without text in what was streamed", number(skipped, "record"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values and the seconds so far; along with a training loss, the speed of training."""
+        """Log values and the seconds so far; with a training loss, also the speed of training."""
         if "loss" in logs:
             self._watch.check(self._left())
             logs |= self._speed.read(self.state.global_step)
@@ -251,7 +251,7 @@ class ChunkTrainer(Trainer):
         with self._speed.pause():
             try:
                 scores = self.score(self.whole_network(), self.eval_dataset)
-            except NotFiniteError as error:  # The loss of the next step would have been the first to show it.
+            except NotFiniteError as error:  # Otherwise the next step's loss would be the first to show it.
                 step = self.state.global_step
                 raise diverged(f"what the model gives after step {step}", self._left()) from error
         self._network.train(was_training)
@@ -263,7 +263,7 @@ class ChunkTrainer(Trainer):
     # Checkpoints.
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, found to be one of this run; None to start."""
+        """The checkpoint to resume from, checked to belong to this run; None if there is none."""
         folder = self._stage.folder
         folder.mkdir(parents=True, exist_ok=True)
         if (checkpoint := newest_whole_checkpoint(folder)) is None:
@@ -279,7 +279,7 @@ class ChunkTrainer(Trainer):
         return checkpoint
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint atomically."""
         step, left = self.state.global_step, self._left()
         self._watch.check(left)
         check_weights(self._network, step, left)
@@ -307,7 +307,7 @@ class ChunkTrainer(Trainer):
         return f"position_{processes().process_index}.json"
 
     def _left(self) -> str:
-        """What remains of the run if it ends now."""
+        """What remains of the run if it ends now, for messages."""
         checkpoints = checkpoints_in(self._stage.folder)
         return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
 
@@ -320,7 +320,7 @@ class ChunkTrainer(Trainer):
             keep_autocast(self.accelerator)
 
     def compute_loss_context_manager(self) -> Any:
-        """The context of a loss: accelerate puts autocast around models, but not around sharded ones."""
+        """The context of the loss: accelerate wraps models in autocast, but not sharded ones."""
         if not self._stage.is_sharded or self.settings.precision != "bf16":
             return super().compute_loss_context_manager()
         return torch.autocast(self.args.device.type, torch.bfloat16)

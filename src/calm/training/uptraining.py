@@ -1,4 +1,4 @@
-"""Training that begins with a Transformer of tokens, which becomes a CALM (docs/uptraining.md)."""
+"""Training that starts from a token-level Transformer, which becomes a CALM (docs/uptraining.md)."""
 
 import dataclasses
 from pathlib import Path
@@ -19,28 +19,28 @@ from calm.training.recipe import Recipe
 
 
 def uptrains(recipe: Recipe) -> bool:
-    """Whether a recipe makes a CALM of a Transformer of tokens.
+    """Whether a recipe converts a token-level Transformer into a CALM.
 
     Raises:
-        InputError: If the model that it begins with has no configuration that can be read.
+        InputError: If the model that it starts from has no readable configuration.
     """
     name = recipe.language_model.init_from
     return recipe.model == "calm" and name is not None and is_of_tokens(config_at(name))
 
 
 def is_of_tokens(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of a model of tokens."""
+    """Whether a configuration is that of a token-level model."""
     return config.model_type not in ("calm", "calm_autoencoder")
 
 
 def config_at(name: str) -> PreTrainedConfig:
-    """The configuration of a model that training begins with.
+    """The configuration of a model that training starts from, or of a teacher.
 
     Args:
         name: Folder, GGUF file or hub name.
 
     Raises:
-        InputError: If there is none, or it cannot be read.
+        InputError: If there is none, it cannot be read, or it is that of adapters or of an autoencoder.
     """
     if is_adapter(Path(place_of(name))):
         raise InputError(
@@ -53,7 +53,7 @@ def config_at(name: str) -> PreTrainedConfig:
 
 
 def with_codes(recipe: Recipe) -> Recipe:
-    """A recipe that uptrains with the autoencoder of codes that it needs.
+    """An uptraining recipe with the autoencoder that it needs, of kind "codes".
 
     Raises:
         InputError: If the recipe names a trained one.
@@ -73,7 +73,7 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
 
     Args:
         recipe: The recipe.
-        source: The Transformer's configuration. Without a tokenizer beside it, it is enough to plan.
+        source: The Transformer's configuration; if it is alone, without a tokenizer, this is enough to plan.
 
     Raises:
         InputError: If the Transformer does not fit.
@@ -86,7 +86,7 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
 
 
 def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
-    """Raise InputError if text was prepared with another tokenizer than that of the model it is to train.
+    """Raise InputError if text was prepared with another tokenizer than that of the model to be trained.
 
     Args:
         name: The model's folder or hub name.
@@ -101,18 +101,18 @@ def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
 
 
 def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
-    """The CALM of a recipe before training, made of a Transformer.
+    """The CALM of a recipe before training, converted from a Transformer.
 
     Raises:
-        InputError: If the Transformer is damaged, its tokens are not those of the text, or the CALM cannot
-            read a block.
+        InputError: If the Transformer is damaged, its tokens are not those of the text, or a block exceeds
+            the CALM's context.
     """
     name = recipe.language_model.init_from
     assert name is not None
-    source = load_transformer(name, dtype=torch.float32)  # Beside the CALM it may be too much for a card.
+    source = load_transformer(name, dtype=torch.float32)  # On the CPU: a GPU may not have room for both.
     tokenizer = load_tokenizer(place_of(name))
     check_tokens(name, tokenizer, data)
-    set_seed(recipe.seed)  # The autoencoder's codes are drawn first, and are those of the run's autoencoder.
+    set_seed(recipe.seed)  # Codes are drawn first, so they equal those of the run's autoencoder.
     model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
     check_context(model.config, recipe.data.context)
     return model
