@@ -1,1 +1,1 @@
-"""Several models side by side, at equal cost of training or as they are."""
+"""Several models side by side, at equal training cost or as they are."""

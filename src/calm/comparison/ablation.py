@@ -1,4 +1,4 @@
-"""One question about the method: the same recipe trained with each of several settings, and scored."""
+"""One question about the method: a recipe trained with each of several settings, and scored."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ from calm.training.runs import HISTORY
 from calm.training.stages import train, train_autoencoder
 
 SCORES = "scores.json"
-_PARTS = ("chunk_size", "autoencoder", "language_model")  # What a choice can change.
+_PARTS = ("chunk_size", "autoencoder", "language_model")  # The parts of a recipe that a choice may change.
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,9 +42,9 @@ class Choice:
     """One of the settings that are compared.
 
     Args:
-        name: How it is called in the table; made of it is the folder of its runs.
-        settings: Dotted names of a recipe and their values.
-        published: BrierLM in the paper, if it is there.
+        name: Its name in the table, from which the folder of its runs is derived.
+        settings: Dotted names of recipe fields and their values.
+        published: BrierLM in the paper, if reported there.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Choice:
 
     @property
     def folder(self) -> str:
-        """The name as a folder: M = 16 becomes M_16."""
+        """The name as a folder name: M = 16 becomes M_16."""
         return "_".join("".join(c if c.isalnum() or c in ".-" else " " for c in self.name).split())
 
 
@@ -62,8 +62,8 @@ class Ablation:
     """A question and the settings that answer it.
 
     Args:
-        question: What is asked.
-        choices: What is compared.
+        question: The question to answer.
+        choices: The settings to compare.
     """
 
     question: str
@@ -71,16 +71,16 @@ class Ablation:
 
 
 def shipped_ablations() -> dict[str, Path]:
-    """Name -> file of the ablations inside the package."""
+    """Name -> file of the ablations in the package."""
     folder = Path(str(resources.files("calm") / "ablations"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_ablation(name: str) -> Ablation:
-    """Read an ablation by shipped name or path.
+    """Read an ablation by the name of a shipped one or by path.
 
     Raises:
-        InputError: If there is none, or it has a mistake.
+        InputError: If there is none, or it is invalid.
     """
     shipped = shipped_ablations()
     path = shipped.get(name, Path(name))
@@ -115,19 +115,18 @@ def run_ablation(
     only: Sequence[str] = (),
     num_blocks: int | None = None,
 ) -> AblationTable:
-    """Train what is missing, score it on the same held-out text, and put it side by side.
+    """Train the missing runs, score all on the same held-out text, and collect the results in a table.
 
-    Every choice is trained with every seed for the steps that the recipe says. Choices whose
-    autoencoder has the same settings share it, seed by seed. What is finished is kept, and what was stopped
-    goes on.
+    Every choice is trained with every seed for the recipe's number of steps. Choices whose autoencoders have
+    the same settings share one per seed. Finished runs are kept, and interrupted ones are resumed.
 
     Args:
-        ablation: What is compared.
-        recipe: What is common to all runs; without sources it is trained on the embedded stories.
-        seeds: Seeds of the runs. All take the same text and held-out part.
+        ablation: The settings to compare.
+        recipe: The recipe that all runs share; without sources, it is trained on the embedded stories.
+        seeds: Seeds of the runs. All use the same text and held-out split.
         output: Folder of all runs.
-        only: Names of the choices that are trained; all if none are given.
-        num_blocks: Held-out blocks that are scored; all when None.
+        only: Names of the choices to train; all by default.
+        num_blocks: Number of held-out blocks to score; all if None.
 
     Raises:
         InputError: If a choice does not fit the recipe.
@@ -158,7 +157,7 @@ def run_ablation(
     for seed, (choice, outcome) in tracked(runs, "ablation", "run", stays=True):
         tell(f"training {choice.name}, seed {seed}")
         own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
-        # With the language model of the recipe, so that it is the same run for all choices.
+        # With the recipe's own language model, so that this run is the same for all choices.
         same = dataclasses.replace(own, language_model=recipe.language_model)
         parts = [run]
         if own.language_model.init_from is None or own.language_model.new_head:
@@ -183,7 +182,7 @@ def _recipe_of(choice: Choice, recipe: Recipe, seed: int) -> Recipe:
 
 
 def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
-    """The trained autoencoder of a recipe, which all runs with the same settings and seed share."""
+    """Train the autoencoder of a recipe, shared by all runs with the same settings and seed."""
     settings = {"chunk_size": recipe.chunk_size, **dataclasses.asdict(recipe.autoencoder)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     run = output / f"autoencoder-{digest}" / f"seed{recipe.seed}"
@@ -191,7 +190,7 @@ def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
 
 
 def _seconds(runs: Sequence[Path]) -> float | None:
-    """Time of all stages of several runs; None where one does not tell, for no score depends on it."""
+    """Time of all stages of several runs; None if any is unknown, since no score depends on it."""
     try:
         return seconds_of([log for run in runs for log in read_json(run / HISTORY, dict).values()])
     except (FileNotFoundError, InputError):
@@ -199,7 +198,7 @@ def _seconds(runs: Sequence[Path]) -> float | None:
 
 
 def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:
-    """Held-out figures of a run, kept in its folder."""
+    """Held-out scores of a run, cached in its folder."""
     path, how = run / SCORES, {"context": recipe.data.context, "num_blocks": num_blocks}
     if is_marked(path):
         kept = read_json(path, dict)

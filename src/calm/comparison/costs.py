@@ -1,4 +1,4 @@
-"""What the training of a run takes, counted from its recipe and read from its history."""
+"""Training cost of a run, computed from its recipe and read from its history."""
 
 import dataclasses
 from pathlib import Path
@@ -19,12 +19,12 @@ from calm.training.teacher import config_of_teacher, read_facts_of_teacher
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRecord:
-    """What the training of a run took, and where it stood on the way.
+    """Training cost of a run, and its scores during training.
 
     Args:
-        flops: FLOPs, autoencoder included.
-        seconds: Time of all stages, held-out evaluations included; None if it is not known.
-        checkpoints: Where it stood at the evaluations of the language model.
+        flops: FLOPs, including the autoencoder.
+        seconds: Time of all stages, including held-out evaluations; None if unknown.
+        checkpoints: Cost and scores at each evaluation of the language model.
     """
 
     flops: float
@@ -33,7 +33,7 @@ class TrainingRecord:
 
 
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
-    """What is known of a run's training; nothing for a mere model folder.
+    """The training record of a run; None for a bare model folder.
 
     Args:
         run: Folder of the run.
@@ -71,13 +71,13 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
 
 
 def language_model_flops(recipe: Recipe, vocab_size: int) -> float:
-    """FLOPs of the language model's training, its teacher's included."""
+    """Training FLOPs of the language model, including its teacher's."""
     per_token = _flops_per_token(recipe, vocab_size)
     return per_token * recipe.language_model.training.tokens
 
 
 def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
-    """FLOPs of the autoencoder's training; none where the recipe has none or names a trained one."""
+    """Training FLOPs of the autoencoder; 0 if the recipe has none or uses a trained one."""
     if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
         return 0.0
     per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
@@ -85,7 +85,7 @@ def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
 
 
 def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
-    """Steps of the language model that a budget of FLOPs leaves when the autoencoder is trained."""
+    """Language model steps that a FLOPs budget allows after training the autoencoder."""
     per_token = _flops_per_token(recipe, vocab_size)
     per_step = per_token * recipe.language_model.training.batch_tokens
     return round((flops - autoencoder_flops(recipe, vocab_size)) / per_step)

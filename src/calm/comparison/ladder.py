@@ -1,4 +1,4 @@
-"""A ladder of models that are trained with equal FLOPs."""
+"""A ladder of models trained with equal FLOPs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,31 +25,31 @@ def train_ladder(
 ) -> list[Path]:
     """Train a recipe at several chunk sizes, and the baseline, with equal training FLOPs.
 
-    FLOPs are those of autoencoder and language model together: the autoencoder trains as the recipe
-    says, the language model for as many steps as the rest allows; the baseline, without autoencoder, for
-    more. The latent grows with the chunk: as many dimensions per token as in the recipe. A ladder that
-    was stopped goes on where it was.
+    FLOPs include autoencoder and language model: the autoencoder trains as in the recipe, and the language
+    model for as many steps as the rest allows; the baseline has no autoencoder, so it trains for more.
+    The latent size grows with the chunk size, keeping the recipe's dimensions per token. An interrupted
+    ladder resumes where it stopped.
 
     Args:
-        recipe: The recipe; its own chunk size and steps set the budget. Without sources it is trained on
+        recipe: The recipe; its own chunk size and steps set the budget. Without sources, it is trained on
             the embedded stories.
         chunk_sizes: Chunk sizes K.
         output: Folder of all runs.
-        baseline: Whether the autoregressive model is trained too.
+        baseline: Whether to train the autoregressive model too.
         budget: Share of the recipe's FLOPs that each model gets.
 
     Returns:
         The folders of the runs.
 
     Raises:
-        InputError: If a chunk size is out of range or does not fit the context, or the budget does not train
-            an autoencoder.
+        InputError: If a chunk size is out of range or does not fit the context, or if the budget does not
+            cover an autoencoder.
     """
     if not chunk_sizes and not baseline:
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
         raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
-    check_ranges(recipe)  # First: what follows divides by its chunk size, and by those of the rungs.
+    check_ranges(recipe)  # First, since what follows divides by its chunk size and those of the rungs.
     for size in chunk_sizes:
         RANGES[Recipe]["chunk_size"].require("a chunk size", size)
         check_block_size(recipe.data.context, window_of(size))
@@ -76,7 +76,7 @@ def train_ladder(
 
 
 def at_chunk_size(recipe: Recipe, chunk_size: int) -> Recipe:
-    """The recipe at another chunk size, with as many latent dimensions per token."""
+    """The recipe at another chunk size, with the same latent dimensions per token, but at least 16 in all."""
     latent = max(_SMALLEST_LATENT, round(recipe.autoencoder.latent_size * chunk_size / recipe.chunk_size))
     autoencoder = dataclasses.replace(recipe.autoencoder, latent_size=latent)
     return dataclasses.replace(recipe, chunk_size=chunk_size, autoencoder=autoencoder)
@@ -89,6 +89,6 @@ def _with_training(recipe: Recipe, training: TrainingSettings) -> Recipe:
 
 
 def _stretched(training: TrainingSettings, steps: int) -> TrainingSettings:
-    """Another number of steps, evaluated as often."""
+    """Change the number of steps, keeping the number of evaluations."""
     every = training.evaluate_every * steps / training.steps
     return dataclasses.replace(training, steps=steps, evaluate_every=max(1, round(every)) if every else 0)

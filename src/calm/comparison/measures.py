@@ -1,4 +1,4 @@
-"""Scores, costs and texts of several models on the same held-out text."""
+"""Scores, costs and samples of several models on the same held-out text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,17 +33,17 @@ _TEMPERATURE_SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What is measured of each model.
+    """What to measure for each model.
 
     Args:
-        context: Tokens of a block.
-        num_blocks: Held-out blocks that are scored; all when None.
-        temperatures: Those at which accuracy and collision are measured; 1 is always among them.
-        low: The temperature of the texts and of the cost that is shown.
-        warm_blocks: Held-out blocks for accuracy and collision.
-        num_texts: Held-out beginnings that every model continues.
-        text_tokens: Tokens of a continuation.
-        ngrams: Orders of the floors.
+        context: Tokens per block.
+        num_blocks: Number of held-out blocks to score; all if None.
+        temperatures: Temperatures at which to measure accuracy and collision; 1 is always included.
+        low: Temperature of the continuations and of the reported cost.
+        warm_blocks: Number of held-out blocks for accuracy and collision.
+        num_texts: Number of held-out texts whose beginnings every model continues.
+        text_tokens: Tokens per continuation.
+        ngrams: Orders of the n-gram floors.
     """
 
     context: int = 512
@@ -60,12 +60,12 @@ class Measures:
             raise InputError(f"temperature must lie above 0 and at most at 1, got {self.low:g}.")
         try:
             ExactSampler(temperature=self.low)
-        except ValueError as error:  # Too low for the draws of a chunk.
+        except ValueError as error:  # Too low for the maximum number of draws.
             raise InputError(str(error)) from error
 
     @property
     def all_temperatures(self) -> list[float]:
-        """Temperatures from 1 downwards."""
+        """All temperatures, from 1 down."""
         return sorted({1.0, self.low, *self.temperatures}, reverse=True)
 
 
@@ -74,11 +74,11 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
 
     Args:
         runs: Folders of runs, or model folders (without training costs).
-        data: Prepared text; that of the first run when None.
-        measures: What is measured.
+        data: Prepared text; that of the first run if None.
+        measures: What to measure.
 
     Raises:
-        InputError: If a folder is neither, names repeat, or a model was trained with other tokens.
+        InputError: If a folder is neither, names repeat, or a model has a different tokenizer than the text.
     """
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
@@ -110,7 +110,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
     view = language_model(model)
     size = view.chunk_size
-    cost = cost_of(model.config, Work(measures.context // size))  # Refuses what it cannot count.
+    cost = cost_of(model.config, Work(measures.context // size))  # First: it rejects models it cannot count.
     tell(f"scoring {run.name}")
     card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)

@@ -12,15 +12,15 @@ from calm.training.recipe import Recipe
 
 
 def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
-    """The recipe with its text prepared once, for all runs in a folder.
+    """Prepare a recipe's text once for all runs in a folder, and return the recipe with that text.
 
     Args:
-        recipe: A recipe; without sources it takes the embedded stories.
-        output: Folder of the runs, an absolute path: recipes name the text in it, from wherever they are
-            read again.
+        recipe: A recipe; without sources, it uses the embedded stories.
+        output: Folder of the runs, an absolute path, since the runs' recipes refer to the text in it and may
+            be read from another directory.
 
     Raises:
-        InputError: If the folder holds the text of other sources.
+        InputError: If the recipe streams its text, or the folder contains text from other sources.
     """
     if recipe.data.streaming:
         raise InputError("runs that are compared share prepared text: set data.streaming to false.")

@@ -1,4 +1,4 @@
-"""The most likely token of each decoder output, without all token scores in memory.
+"""The most likely token of each decoder output, without holding all logits in memory.
 
 Shapes: M vectors to decode, D their size, V vocabulary, G groups of W columns.
 """
@@ -10,19 +10,19 @@ from torch import Tensor
 
 _SCORES_AT_ONCE = 2**22  # 16 MiB in float32.
 _SMALLEST_SLICE = 2048
-_GROUP = 64  # Columns that are searched together for a maximum.
+_GROUP = 64  # Columns per group in the two-stage search for a maximum.
 
 
 def argmax_of_scores(vectors_MD: Tensor, weight_VD: Tensor, scores_at_once: int = _SCORES_AT_ONCE) -> Tensor:
     """argmax over v of vectors · weight_v, shape (M,); ties go to the smallest v.
 
-    The vocabulary is passed in slices with a running maximum, so that memory is bounded by
-    `scores_at_once` scores (or 2048 for each vector, if that is more).
+    The vocabulary is processed in slices with a running maximum, so memory is bounded by
+    `scores_at_once` scores (or 2048 per vector, if that is more).
 
     Args:
         vectors_MD: Outputs of the decoder.
         weight_VD: Token embeddings.
-        scores_at_once: Scores held at the same time.
+        scores_at_once: Scores held in memory at once.
     """
     best = _Best.of_none(vectors_MD)
     for start, stop in _slices(len(vectors_MD), len(weight_VD), scores_at_once):
@@ -39,12 +39,12 @@ class _Best(NamedTuple):
 
     @staticmethod
     def of_none(vectors_MD: Tensor) -> "_Best":
-        """Before any token was scored."""
+        """The state before any token has been scored."""
         score_M = vectors_MD.new_full((len(vectors_MD),), -torch.inf)
         return _Best(torch.zeros_like(score_M, dtype=torch.long), score_M)
 
     def improve(self, score_M: Tensor, token_M: Tensor) -> "_Best":
-        """The better of two for each vector; the smaller token where scores are equal."""
+        """Merge in another candidate per vector; ties go to the smaller token id."""
         is_better_M = (score_M > self.score_M) | ((score_M == self.score_M) & (token_M < self.token_M))
         return _Best(
             torch.where(is_better_M, token_M, self.token_M), torch.where(is_better_M, score_M, self.score_M)
@@ -52,10 +52,10 @@ class _Best(NamedTuple):
 
 
 def _max(score_MV: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest score of each row and the first place that has it, as `Tensor.max(dim=-1)`.
+    """Largest score of each row and the first index that attains it, like `Tensor.max(dim=-1)`.
 
-    A maximum without its place is an order of magnitude quicker on a CPU: find the group of columns
-    that has it first, and look for the place in that group alone.
+    On a CPU, a maximum without its index is an order of magnitude faster. So find the first group of
+    columns that attains it, then search for the index in that group only.
     """
     num_whole = score_MV.shape[1] // _GROUP * _GROUP
     if score_MV.device.type != "cpu" or num_whole == 0:

@@ -1,4 +1,4 @@
-"""A draft that may go on in several ways: tokens, each with the place of the one before it.
+"""A draft that may branch: a tree of tokens, each with the index of its parent.
 
 Shapes: G drafted tokens.
 """
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 TEXT = -1
-"""The place of the text's last token, where a draft begins."""
+"""The index that stands for the last token of the text: the root of the tree."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Tokens that may come next. Their places are their numbers, from 0 on.
+    """A tree of drafted tokens. The place of a token is its index in the list.
 
     Args:
         tokens_G: The tokens.
-        parents_G: Place of the token before each, which comes earlier in the list, or `TEXT`.
+        parents_G: Place of each token's parent, which comes earlier in the list, or `TEXT`.
     """
 
     tokens_G: Sequence[int] = ()
@@ -28,7 +28,7 @@ class Branches:
 
     @classmethod
     def line(cls, tokens_G: Sequence[int]) -> "Branches":
-        """A draft that goes on in one way."""
+        """A draft without branches."""
         return cls(tokens_G, range(TEXT, TEXT + len(tokens_G)))
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Branches:
 
     @cached_property
     def children(self) -> Mapping[int, Sequence[int]]:
-        """Places that follow a place, in their order, if there are any."""
+        """Children of each place that has any, in order."""
         found: dict[int, list[int]] = {}
         for place, parent in enumerate(self.parents_G):
             found.setdefault(parent, []).append(place)
@@ -45,7 +45,7 @@ class Branches:
 
     @cached_property
     def depths(self) -> Sequence[int]:
-        """Drafted tokens before each."""
+        """Number of drafted tokens before each token on its path."""
         found: list[int] = []
         for parent in self.parents_G:
             found.append(0 if parent == TEXT else found[parent] + 1)
@@ -53,16 +53,16 @@ class Branches:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest way."""
+        """Number of tokens on the longest path."""
         return max(self.depths, default=-1) + 1
 
     @property
     def is_line(self) -> bool:
-        """Whether each token follows the one before it in the list."""
+        """Whether the draft has no branches, with tokens listed in order."""
         return list(self.parents_G) == list(range(TEXT, TEXT + len(self)))
 
     def tokens_to(self, place: int) -> list[int]:
-        """Drafted tokens from the text to a place, its own included."""
+        """Drafted tokens on the path from the text to a place, inclusive."""
         tokens: list[int] = []
         while place != TEXT:
             tokens.append(self.tokens_G[place])
@@ -70,13 +70,13 @@ class Branches:
         return tokens[::-1]
 
     def part(self, places: Sequence[int]) -> "Branches":
-        """Some of the tokens, each with all that come before it."""
+        """The subtree at some places, which must include the ancestors of each."""
         new = {TEXT: TEXT} | {place: number for number, place in enumerate(places)}
         tokens = [self.tokens_G[place] for place in places]
         return Branches(tokens, [new[self.parents_G[place]] for place in places])
 
     def sees(self) -> Tensor:
-        """Whether a token (row) follows another (column), or is that itself, (G, G)."""
+        """Whether a token (row) is another (column) or a descendant of it: an attention mask, (G, G)."""
         sees_GG = torch.eye(len(self), dtype=torch.bool)
         for place, parent in enumerate(self.parents_G):
             if parent != TEXT:

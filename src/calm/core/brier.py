@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUM_ORDERS = 4  # BrierLM is made of Brier-1 to Brier-4.
+NUM_ORDERS = 4  # BrierLM combines Brier-1 to Brier-4.
 
 
 def window_of(chunk_size: int) -> int:
-    """Tokens of a scored window: whole chunks, and at least as many tokens as BrierLM needs."""
+    """Tokens of a scored window: the fewest whole chunks that hold the four tokens BrierLM needs."""
     return -(-NUM_ORDERS // chunk_size) * chunk_size
 
 
@@ -42,10 +42,10 @@ def brier_scores(draw_1_PK: Tensor, draw_2_PK: Tensor, target_PK: Tensor) -> Ten
 
 
 def brier_scores_of_draws(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
-    """The same from any number of independent draws, shape (P, K): less variance, the same mean.
+    """`brier_scores` from any number of independent draws, shape (P, K): same mean, lower variance.
 
-    U-statistics: 2 P(y) by twice the share of draws that hit, sum_x P(x)^2 by the share of the
-    N(N-1)/2 pairs of draws that agree.
+    These are U-statistics: 2 P(y) is estimated by twice the share of draws that hit, sum_x P(x)^2 by the
+    share of the N(N-1)/2 pairs of draws that agree.
 
     Args:
         draws_NPK: Token ids of N >= 2 draws.
@@ -63,12 +63,12 @@ def brier_scores_of_draws(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
 
 
 def share_of_hits(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
-    """Share of the draws whose first n tokens are those of the text, n = 1..K, shape (P, K)."""
+    """Share of draws whose first n tokens match the text, n = 1..K, shape (P, K)."""
     return matching_prefixes(draws_NPK, target_PK.expand_as(draws_NPK)).float().mean(0)
 
 
 def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
-    """Share of all pairs of draws that agree in their first n tokens, n = 1..K, shape (P, K).
+    """Share of all pairs of draws that agree on their first n tokens, n = 1..K, shape (P, K).
 
     Raises:
         ValueError: If there are fewer than two draws.
@@ -84,32 +84,32 @@ def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
 
 
 def brier_losses(of_token_PK: Tensor, of_pair_PK: Tensor) -> Tensor:
-    """Minus Brier-1..Brier-K of chunks whose tokens are independent of each other, exactly, (P, K).
+    """Exact negative Brier-1..Brier-K of chunks whose tokens are independent of each other, (P, K).
 
-    Probabilities are products then: sum_x P(x)^2 - 2 P(y), x over the outcomes of the first n tokens, is the
-    product of their sums of squares, less twice the product of the probabilities of the true ones. The mean
-    is least where the model's probabilities are the true ones (a strictly proper score).
+    Then probabilities factorize: sum_x P(x)^2 - 2 P(y), with x over the outcomes of the first n tokens, is
+    the product of the tokens' sums of squares, minus twice the product of the true tokens' probabilities.
+    Its expectation is lowest at the true probabilities (a strictly proper score).
 
     Args:
-        of_token_PK: Probability of the true token at each place.
-        of_pair_PK: Sum of the squares of the distribution there.
+        of_token_PK: Probability of the true token at each position.
+        of_pair_PK: Sum of squared probabilities at each position.
     """
     return of_pair_PK.cumprod(-1) - 2 * of_token_PK.cumprod(-1)
 
 
 def windows_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) -> tuple[Tensor, Tensor]:
-    """Hits and collisions of windows that are written in S steps of K tokens, (P, S·K) each.
+    """Hits and collisions of windows that are generated in S steps of K tokens, (P, S·K) each.
 
-    The accuracy term is taken under teacher forcing: every step follows the true text, so a window is
-    hit with the product of the steps' probabilities. The collision term is taken along the path of the
-    first draw: a step goes on from its chunk, and only pairs that agreed so far can still agree
+    The accuracy term uses teacher forcing: every step follows the true text, so the probability of hitting
+    a window is the product over its steps. The collision term follows the path of the first draw: each
+    step is conditioned on that draw's chunks, and only pairs that have agreed so far can still agree
     (paper, appendix on K < 4).
 
     Args:
         hits_SPK: Unbiased estimates of P(first n tokens of the step are the true ones | true text),
             independent over steps.
-        equal_SPK: Of sum_x P(x)^2 over the first n tokens of the step, after the path so far.
-        follows_SP: Of P(the path's chunk of this step | the path so far).
+        equal_SPK: Estimates of sum_x P(x)^2 over the first n tokens of the step, given the path so far.
+        follows_SP: Estimates of P(the path's chunk of this step | the path so far).
 
     Returns:
         Unbiased estimates of P(y) and of sum_x P(x)^2; Brier-n is 2 P(y) - sum_x P(x)^2.
@@ -125,15 +125,15 @@ def windows_of_steps(hits_SPK: Tensor, equal_SPK: Tensor, follows_SP: Tensor) ->
 
 
 def matching_prefixes(first_PK: Tensor, second_PK: Tensor) -> Tensor:
-    """Whether the first n tokens agree, for n = 1..K: boolean, shape (P, K), any leading axes P."""
+    """Whether the first n tokens agree, n = 1..K: boolean, shape (P, K), any leading axes P."""
     return torch.eq(first_PK, second_PK).long().cumprod(-1).bool()
 
 
 def brier_lm(means: Sequence[float] | Tensor) -> float:
     """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4), from the mean of each order.
 
-    Undefined where a mean is not positive (see `undefined_brier_lm`), and 0 then: the product of two negative
-    means would otherwise look like a good score.
+    Undefined if any mean is not positive (see `undefined_brier_lm`); returns 0 then, since the product of two
+    negative means would otherwise look like a good score.
 
     Args:
         means: Means of Brier-1 to Brier-4; further orders are ignored.
@@ -152,10 +152,10 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
 
 
 def undefined_brier_lm(means: Sequence[float] | Tensor) -> str | None:
-    """Why BrierLM is undefined, such as "Brier-4 below 0"; None where it is defined.
+    """Why BrierLM is undefined, such as "Brier-4 below 0"; None if it is defined.
 
-    Weak models have no skill at the higher orders, and an estimate near 0 may fall below it. What tells them
-    apart is Brier-1, or nats.
+    Weak models have no skill at the higher orders, and an estimate near 0 may fall below it. Compare them by
+    Brier-1 or cross-entropy instead.
 
     Args:
         means: Means of Brier-1 to Brier-4; further orders are ignored.
@@ -169,14 +169,14 @@ def undefined_brier_lm(means: Sequence[float] | Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Sums over each document of figures of its positions: what means and standard errors need.
+    """Per-document sums of per-position figures, from which means and standard errors follow.
 
-    Figures of one document depend on each other, so the errors are those of a sample of documents:
+    Figures within a document are dependent, so standard errors treat documents as the sample:
     with s_d the sum of the n_d figures of a document and m = sum s_d / sum n_d, the covariance of m is
-    estimated by D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearised ratio estimator.
+    estimated by D/(D-1) · sum (s_d - m n_d)(s_d - m n_d)^T / (sum n_d)^2, the linearized ratio estimator.
 
     Args:
-        document_D: A number for each document.
+        document_D: A unique number for each document.
         count_D: Positions n_d.
         total_DX: Sums s_d of X figures.
     """
@@ -187,32 +187,32 @@ class DocumentSums:
 
     @staticmethod
     def of_positions(figures_PX: Tensor, document_P: Tensor) -> "DocumentSums":
-        """Sums of some positions.
+        """Sum figures by document.
 
         Args:
             figures_PX: Figures of each position.
-            document_P: The number of its document.
+            document_P: Document number of each position.
         """
         ones_P = torch.ones(len(document_P), dtype=torch.float64)
         return _sum_by_document(document_P.cpu(), ones_P, figures_PX.double().cpu())
 
     @staticmethod
     def joined(parts: Sequence["DocumentSums"]) -> "DocumentSums":
-        """Sums of several parts of a text, in their order; a document may lie in more than one."""
+        """Merge the sums of several parts of a text; a document may span parts."""
         return _sum_by_document(*(torch.cat(fields) for fields in zip(*map(_fields, parts), strict=True)))
 
     def pairs_with(self, other: "DocumentSums") -> bool:
-        """Whether both have the same documents, with as many positions each."""
+        """Whether both cover the same documents, with the same number of positions in each."""
         return torch.equal(self.document_D, other.document_D) and torch.equal(self.count_D, other.count_D)
 
     @property
     def num_positions(self) -> int:
-        """Positions of all documents."""
+        """Number of positions in all documents."""
         return int(self.count_D.sum())
 
     @property
     def means_X(self) -> Tensor:
-        """Mean of every figure over all positions."""
+        """Mean of each figure over all positions."""
         return self.total_DX.sum(0) / self.count_D.sum()
 
     @property
@@ -236,9 +236,9 @@ def _sum_by_document(document_P: Tensor, count_P: Tensor, figures_PX: Tensor) ->
 
 
 def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:
-    """Standard error of BrierLM by the delta method; NaN where BrierLM is undefined or has no error.
+    """Standard error of BrierLM by the delta method; NaN if BrierLM is undefined or its covariance is NaN.
 
-    The gradient of BrierLM in the mean of order n is BrierLM / (4 mean_n).
+    The derivative of BrierLM with respect to the mean of order n is BrierLM / (4 mean_n).
 
     Args:
         means_K: Means of Brier-1 to Brier-4; further orders are ignored.
@@ -251,20 +251,20 @@ def brier_lm_error(means_K: Tensor, covariance_KK: Tensor) -> float:
 
 
 def brier_lm_difference(first: DocumentSums, second: DocumentSums) -> tuple[float, float]:
-    """BrierLM of one model minus that of another on the same text, and the standard error of that.
+    """BrierLM of one model minus that of another on the same text, and its standard error.
 
-    A document that is hard for one model is hard for the other, so the difference is known better than either
-    score. The delta method again, on the joint covariance of both models' means.
+    A document that is hard for one model is usually hard for the other, so the difference is known more
+    precisely than either score. Uses the delta method on the joint covariance of both models' means.
 
     Args:
         first: Sums of Brier-1 to Brier-4 of one model; further orders are ignored.
-        second: Of the other.
+        second: Sums of the other model.
 
     Returns:
-        The difference in 0..100, and its standard error; NaN where one of the scores is undefined.
+        The difference in BrierLM points, and its standard error (NaN if either score is undefined).
 
     Raises:
-        ValueError: If the positions are not those of the same documents.
+        ValueError: If the two do not cover the same positions of the same documents.
     """
     if not first.pairs_with(second):
         raise ValueError("two models can be compared on the same documents only, cut in the same way.")
@@ -283,5 +283,5 @@ def _gradient(means_K: Tensor) -> Tensor:
 
 
 def _root(variance: Tensor) -> float:
-    """Square root, where rounding may have left a little less than 0."""
+    """Square root of a variance that rounding may have left slightly negative."""
     return math.nan if math.isnan(float(variance)) else math.sqrt(max(float(variance), 0.0))

@@ -1,12 +1,12 @@
-"""Flow matching from noise to code words, with the endpoint as a categorical distribution.
+"""Flow matching from noise to code words, with a categorical distribution over endpoints.
 
-Each token v has a fixed code c_v, all of one length. On the straight path x_t = (1 - t) x_0 + t c_v from
-standard normal noise, what a point says about the token is known in closed form,
-    log N(x_t; t c_v, (1 - t)^2 I) = t / (1 - t)^2 <x_t, c_v> + (what is equal for all v),
-so a network has to learn only the distribution of the token given everything else; their product is the
-posterior p(v | x_t), and the velocity of the path is (E[c_v | x_t] - x_t) / (1 - t). Source of the parts:
-score interpolation (Dieleman et al., arXiv 2211.15089), variational flow matching (Eijkelboom et al., arXiv
-2406.04843); see docs/heads.md for the derivation. Shapes: K tokens per chunk, d size of a code, Z = K·d.
+Each token v has a fixed code c_v, all of the same norm. On the straight path x_t = (1 - t) x_0 + t c_v from
+standard normal noise, the evidence that a point gives about the token has a closed form,
+    log N(x_t; t c_v, (1 - t)^2 I) = t / (1 - t)^2 <x_t, c_v> + (terms equal for all v),
+so the network only has to learn the distribution of the token given everything else; their product is the
+posterior p(v | x_t), and the velocity of the path is (E[c_v | x_t] - x_t) / (1 - t). Based on
+score interpolation (Dieleman et al., arXiv 2211.15089) and variational flow matching (Eijkelboom et al.,
+arXiv 2406.04843); derivation in docs/heads.md. Shapes: K tokens per chunk, d size of a code, Z = K·d.
 """
 
 import math
@@ -16,39 +16,39 @@ import torch
 from torch import Tensor
 
 Endpoint = Callable[[Tensor, float], Tensor]
-"""endpoint(x, t): mean of the data at the end of the paths that pass x at time t, of the shape of x."""
+"""endpoint(x, t): mean of the data at the end of the paths through x at time t, in the shape of x."""
 
-_ALL_TOLD_APART = 5.0  # Times log V.
-_LARGEST_WEIGHT = 100.0  # Nothing is in doubt by then, and float32 holds the scores.
+_ALL_TOLD_APART = 5.0  # In units of log V.
+_LARGEST_WEIGHT = 100.0  # By then the token is certain, and the scores still fit in float32.
 
 
 def evidence(points_KD: Tensor, time: Tensor) -> Tensor:
-    """Points scaled so that their products with the codes are log-likelihoods of tokens, up to a constant.
+    """Scale points so that their dot products with the codes are token log-likelihoods, up to a constant.
 
     Args:
         points_KD: x_t of each token, (..., K, d).
-        time: t in [0, 1) of each chunk, (...), or one for all, ().
+        time: t in [0, 1), one per chunk, (...), or one for all, ().
     """
     weight = (time / (1 - time).clamp_min(1e-6).square()).clamp_max(_LARGEST_WEIGHT)
     return points_KD * weight[..., None, None]
 
 
 def last_time(code_size: int, vocab_size: int) -> float:
-    """A time at which hardly any token is in doubt, whatever the network says of it.
+    """A time by which nearly every token is determined, whatever the network predicts.
 
-    Two codes are told apart by d·(t/(1 - t))² nats in the mean; to be told from all V takes a few log V.
+    On average, d·(t/(1 - t))² nats separate two codes; separating one from all V takes a few log V.
     """
     return _time_of(_ALL_TOLD_APART * math.log(vocab_size), code_size)
 
 
 def times_of_steps(num_steps: int, code_size: int, vocab_size: int) -> list[float]:
-    """The times at which the endpoint is asked for, from 0 on.
+    """The times at which the endpoint is evaluated, starting at 0.
 
-    They lie close where tokens are decided, and reach further with more steps; found with an oracle in the
-    network's place (docs/log.md).
+    They are dense where tokens get decided, and extend further with more steps; tuned with an oracle in
+    place of the network (docs/log.md).
 
     Raises:
-        ValueError: If there are fewer than two: a single step ends at the mean of all codes.
+        ValueError: If `num_steps` is below 2: a single step ends at the mean of all codes.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
@@ -58,20 +58,20 @@ def times_of_steps(num_steps: int, code_size: int, vocab_size: int) -> list[floa
 
 
 def _time_of(nats: float, code_size: int) -> float:
-    """The time at which two codes are told apart by so many nats: d·(t/(1 - t))² = nats."""
+    """The time at which this many nats separate two codes: d·(t/(1 - t))² = nats."""
     ratio = math.sqrt(nats / code_size)
     return ratio / (1 + ratio)
 
 
 def follow_endpoints(endpoint: Endpoint, start: Tensor, times: list[float]) -> Tensor:
-    """Go from noise to data with one call of the endpoint at each time; the last call gives the end.
+    """Integrate from noise to data with one endpoint call at each time; the last call gives the result.
 
-    Between two calls the endpoint is taken as constant, for which the path is straight: Euler's step.
+    Between two calls the endpoint is held constant, so the path is straight: an Euler step.
 
     Args:
         endpoint: Mean of the data at the end of the paths through a point.
         start: x_0.
-        times: Rising times, the first 0.
+        times: Increasing times, starting at 0.
     """
     x = start
     for now, after in zip(times, [*times[1:], 1.0], strict=True):

@@ -1,4 +1,4 @@
-"""Tokens grouped in chunks: views, targets, and where text ends.
+"""Tokens grouped into chunks: views, targets, and ends of text.
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks (T = C·K), P positions.
 """
@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, K tokens per chunk, C chunks (T = C·K), P positions.
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100  # The label of tokens without a loss, as in torch and transformers.
+IGNORED_LABEL = -100  # Label of tokens excluded from the loss, as in torch and transformers.
 
 
 def split_into_chunks(tokens_BT: Tensor, chunk_size: int) -> Tensor:
@@ -24,18 +24,18 @@ def split_into_chunks(tokens_BT: Tensor, chunk_size: int) -> Tensor:
 
 
 def have_label(labels_BT: Tensor, chunk_size: int) -> Tensor:
-    """Which chunks hold a token with a label, boolean (B, C)."""
+    """Which chunks contain a token with a label, boolean (B, C)."""
     return (split_into_chunks(labels_BT, chunk_size) != IGNORED_LABEL).any(-1)
 
 
 def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: int) -> Tensor:
-    """Which of the chunks 1..C-1 are predicted from the chunk before, boolean (B, C-1).
+    """Which of chunks 1..C-1 are predicted from the chunk before, boolean (B, C-1).
 
     A chunk is a target if it has a label and does not start a document.
 
     Args:
-        labels_BT: Tokens with -100 on padding.
-        position_ids_BC: Position of every chunk in its document, 0 at a start; None for one document.
+        labels_BT: Tokens, with -100 on padding.
+        position_ids_BC: Position of each chunk in its document, starting at 0; None for a single document.
         chunk_size: Tokens per chunk K.
     """
     is_target = have_label(labels_BT, chunk_size)[:, 1:]
@@ -43,10 +43,10 @@ def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: 
 
 
 def number_documents(position_ids_BC: Tensor) -> Tensor:
-    """A number for the document that each chunk belongs to, (B, C); no number occurs in two rows.
+    """Number of the document that each chunk belongs to, (B, C), unique across rows.
 
     Args:
-        position_ids_BC: Position of every chunk in its document, 0 at a start.
+        position_ids_BC: Position of each chunk in its document, starting at 0.
     """
     in_row_BC = (position_ids_BC == 0).long().cumsum(-1)
     row_B1 = torch.arange(len(position_ids_BC), device=position_ids_BC.device).unsqueeze(-1)
@@ -54,10 +54,10 @@ def number_documents(position_ids_BC: Tensor) -> Tensor:
 
 
 def positions_of(mask_BC: Tensor) -> Tensor:
-    """Position of each chunk, or token, among those that hold text; 0 on padding in front of them.
+    """Position of each chunk (or token) among those that contain text; 0 on the padding in front.
 
     Args:
-        mask_BC: 1 on chunks that hold text.
+        mask_BC: 1 on chunks that contain text.
     """
     return (mask_BC.cumsum(-1) - 1).clamp_min(0)
 
@@ -67,19 +67,19 @@ def is_after_eos(chunk_PK: Tensor, eos_ids: Tensor) -> Tensor:
 
     Args:
         chunk_PK: Token ids, any leading axes P.
-        eos_ids: All ids that end a text, one axis, may be empty.
+        eos_ids: All ids that end a text, 1-D, may be empty.
     """
     is_eos_PK = torch.isin(chunk_PK, eos_ids).long()
     return is_eos_PK.cumsum(-1) - is_eos_PK > 0
 
 
 def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Replace what follows the first EOS of a chunk by padding; also tell which chunks end, (P,).
+    """Replace what follows the first EOS of a chunk with padding; also return which chunks end, (P,).
 
     Args:
         chunk_PK: Token ids, any leading axes P.
-        eos_ids: All ids that end a text, one axis, may be empty.
-        pad_token_id: What to write after the end.
+        eos_ids: All ids that end a text, 1-D, may be empty.
+        pad_token_id: Id to put after the end.
     """
     ended_PK = torch.where(is_after_eos(chunk_PK, eos_ids), pad_token_id, chunk_PK)
     return ended_PK, torch.isin(chunk_PK, eos_ids).any(-1)
@@ -88,7 +88,7 @@ def end_after_eos(chunk_PK: Tensor, eos_ids: Tensor, pad_token_id: int) -> tuple
 def align_to_chunks(
     prompt_BT: Tensor, mask_BT: Tensor, chunk_size: int, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Move the tokens of each prompt to the right end and pad in front to whole chunks.
+    """Right-align the tokens of each prompt and left-pad to whole chunks.
 
     Args:
         prompt_BT: Prompts with padding anywhere.
@@ -97,7 +97,7 @@ def align_to_chunks(
         pad_token_id: Id to pad with.
 
     Returns:
-        Tokens (B, C·K) and the mask of chunks that hold any token (B, C).
+        Tokens (B, C·K), and the mask of chunks that contain any token (B, C).
     """
     length_B = mask_BT.bool().sum(-1)
     num_tokens = -(-int(length_B.max()) // chunk_size) * chunk_size
@@ -109,6 +109,6 @@ def align_to_chunks(
 
 
 def as_id_tensor(ids: int | list[int] | None, device: torch.device) -> Tensor:
-    """Token ids as configurations keep them (one, several or none) -> one axis."""
+    """Token ids as configurations store them (one, several or none) as a 1-D tensor."""
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return torch.tensor(listed, dtype=torch.long, device=device)

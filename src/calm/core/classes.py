@@ -1,11 +1,11 @@
-"""A softmax in two steps: a class of tokens, then a token of that class (Goodman, arXiv cs/0108006).
+"""A two-step softmax: first a class of tokens, then a token of that class (Goodman, arXiv cs/0108006).
 
-The probability of a token is that of its class times that of the token within its class. So its logarithm
-takes the scores of all classes and of the tokens of one, instead of those of the whole vocabulary: with 4,096
+The probability of a token is that of its class times that of the token within its class. So a log-probability
+needs the logits of all classes and of the tokens in one of them, not of the whole vocabulary: with 4,096
 tokens in 64 classes, 128 instead of 4,096.
 
-Classes have the same size G, but for the last. Tokens stand class after class; where a token stands is its
-place.
+All classes have the same size G, except possibly the last. Tokens are ordered by class; the index of a token
+in this order is its place.
 
 Shapes: M rows, X size of their vectors, V vocabulary, C classes, G tokens of a class, N kinds of neighbours.
 """
@@ -17,28 +17,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-_TOKENS_AT_ONCE = 4096  # Of a large vocabulary, in double precision.
-_DIRECTIONS = 48  # Of the space in which tokens with like neighbours are near each other.
+_TOKENS_AT_ONCE = 4096  # Tokens converted to double precision at once, to bound memory.
+_DIRECTIONS = 48  # Dimensions of the space in which tokens with similar neighbours are close.
 
 
 def losses_in_classes(
     vectors_MX: Tensor, table_WX: Tensor, bias_W: Tensor, places_M: Tensor, class_size: int, vocab_size: int
 ) -> Tensor:
-    """Cross-entropy of the token of each row among those of its class, (M,), in nats.
+    """Cross-entropy of each row's target token within its class, (M,), in nats.
 
     Args:
         vectors_MX: A vector for each row.
-        table_WX: A vector for each place; W is C·G, so some at the end may be of no token.
+        table_WX: A vector for each place; W is C·G, so some at the end may belong to no token.
         bias_W: Added to the products.
-        places_M: Place of the token of each row.
+        places_M: Place of each row's target token.
         class_size: G.
-        vocab_size: V, the number of places that are of a token.
+        vocab_size: V, the number of places that hold a token.
     """
     weights = (vectors_MX, table_WX, bias_W)
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
     device = vectors_MX.device.type
-    # Autocast does not look into operators of others. It knows no meta device; torch 2.11 cannot trace
-    # `is_autocast_available`, which would say so.
+    # Autocast does not apply to custom operators, so cast here. It does not support the meta device, and
+    # torch 2.11 cannot trace `is_autocast_available`, which would tell.
     if device != "meta" and torch.is_autocast_enabled(device):
         weights = tuple(part.to(torch.get_autocast_dtype(device)) for part in weights)  # type: ignore[assignment]
     losses: Tensor = _losses_and_gradients(*weights, places_M, class_size, vocab_size, is_trained)[0]
@@ -46,19 +46,19 @@ def losses_in_classes(
 
 
 def places_of(tokens_V: Tensor) -> Tensor:
-    """The place of each token, (V,), from the token at each place."""
+    """Place of each token, (V,): the inverse of the permutation of tokens."""
     places_V = torch.empty_like(tokens_V)
     return places_V.index_copy(0, tokens_V, torch.arange(len(tokens_V), device=tokens_V.device))
 
 
 def classes_by_neighbours(counts_VN: Tensor, class_size: int) -> Tensor:
-    """The tokens class after class, (V,), so that those with like neighbours are in the same class.
+    """Tokens ordered by class, (V,), such that tokens with similar neighbours share a class.
 
-    Neighbours are weighted by their positive pointwise mutual information with the token; along the main
-    direction in which tokens differ these are halved, and the halves again.
+    Each token is described by its positive pointwise mutual information with its neighbours; tokens are split
+    in half along their principal direction, recursively.
 
     Args:
-        counts_VN: How often each token stood beside each kind of neighbour.
+        counts_VN: How often each token occurred next to each kind of neighbour.
         class_size: G.
     """
     points_VD = _points_of(counts_VN)
@@ -76,14 +76,14 @@ def classes_by_neighbours(counts_VN: Tensor, class_size: int) -> Tensor:
 
 
 def _points_of(counts_VN: Tensor) -> Tensor:
-    """A point for each token, of length 1, (V, D)."""
+    """A point of unit length for each token, (V, D)."""
     totals_N = counts_VN.sum(0, dtype=torch.float64)
 
     def information() -> Iterator[Tensor]:
-        """The positive pointwise mutual information of some tokens at a time, (R, N)."""
+        """Yield the positive pointwise mutual information of a few tokens at a time, (R, N)."""
         for counts_RN in counts_VN.split(_TOKENS_AT_ONCE):
             counts_RN = counts_RN.double()
-            # One more of everything: of rare tokens little is known.
+            # Add-one smoothing of the expectation: counts of rare tokens say little.
             expected_RN = (counts_RN.sum(1, keepdim=True) + 1) * (totals_N + 1) / (totals_N.sum() + 1)
             yield (counts_RN / expected_RN).log_().clamp_min_(0)
 
@@ -93,7 +93,7 @@ def _points_of(counts_VN: Tensor) -> Tensor:
     return points_VD / points_VD.norm(dim=1, keepdim=True).clamp_min(1e-9)
 
 
-# Operators rather than an autograd.Function: compilers and fake tensors need not look into them.
+# Operators rather than an autograd.Function, so that compilers and fake tensors need not trace into them.
 
 
 @torch.library.custom_op("calm::losses_in_classes", mutates_args=())
@@ -106,7 +106,7 @@ def _losses_and_gradients(
     vocab_size: int,
     is_trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, (M,), and if they are asked for the gradients of their sum by the vectors, table and bias."""
+    """Losses, (M,), and if `is_trained`, the gradients of their sum w.r.t. vectors, table and bias."""
     return _by_classes(vectors, table, bias, places, class_size, vocab_size, is_trained, None)
 
 
@@ -123,8 +123,8 @@ def _gradients(
     by_table: Tensor,
     by_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a weighted sum of the losses, given those of the plain sum."""
-    if len(weights) and bool((weights == weights[0]).all()):  # Of a mean.
+    """Gradients of a weighted sum of the losses, given those of the unweighted sum."""
+    if len(weights) and bool((weights == weights[0]).all()):  # As for a mean.
         weight = weights[0]
         return by_vectors * weight, by_table * weight, by_bias * weight
     return _by_classes(vectors, table, bias, places, class_size, vocab_size, True, weights)[1:]
@@ -140,7 +140,7 @@ def _by_classes(
     is_trained: bool,
     weights_M: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and gradients, class after class, so that the rows of one meet its tokens in one product."""
+    """Losses and gradients, class by class, with one matrix product for all rows of a class."""
     losses_M, by_vectors_MX, by_table_WX, by_bias_W = _outputs(vectors_MX, table_WX, is_trained)
     by_table_WX.zero_()
     by_bias_W.zero_()
@@ -168,7 +168,7 @@ def _by_classes(
 
 
 def _outputs(vectors: Tensor, table: Tensor, is_trained: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for losses and gradients; for none of the latter if they are not asked for."""
+    """Allocate losses and gradients; the gradients are empty unless `is_trained`."""
     losses = vectors.new_empty(len(vectors), dtype=torch.float32)
     rows, places = (len(vectors), len(table)) if is_trained else (0, 0)
     return (
@@ -220,5 +220,5 @@ def _flops(
     is_trained: bool,
     **_: Any,
 ) -> int:
-    """Of the scores and both gradients, as if all classes were of full size."""
+    """FLOPs of the logits and both gradients, as if all classes had full size."""
     return (6 if is_trained else 2) * vectors[0] * vectors[1] * class_size

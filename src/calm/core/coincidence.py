@@ -1,14 +1,14 @@
-"""The race of the exact sampler, on numbered outcomes: who is the first draw to be accepted?
+"""The coincidence test of the exact sampler, on numbered outcomes: which draw is accepted first?
 
 Shapes: N draws in the order they were made, R rows.
 
-With 1/T = n + a, n whole and 0 <= a < 1, an attempt reads draws until one differs from the first.
-If the first n are equal their outcome x is the candidate, which happens with probability P(x)^n.
-A candidate is then accepted with probability P(x)^a: it is given a lifetime L and must be drawn
-once more within L draws. L has the Sibuya distribution P(L > k) = (1 - a)(1 - a/2)...(1 - a/k), whose
-generating function is E[z^L] = 1 - (1 - z)^a; with z = 1 - P(x) the probability of not being drawn in
-time is 1 - P(x)^a. (It is the Bernoulli factory that gives up after the i-th miss with
-probability a/i, with all its coins thrown beforehand.) A failed attempt leaves all its draws behind.
+With 1/T = n + a, n an integer and 0 <= a < 1, an attempt reads draws until one differs from the first.
+If the first n are equal, their outcome x is the candidate, which happens with probability P(x)^n.
+A candidate is then accepted with probability P(x)^a: it gets a lifetime L and must be drawn
+again within L draws. L has the Sibuya distribution P(L > k) = (1 - a)(1 - a/2)...(1 - a/k), whose
+generating function is E[z^L] = 1 - (1 - z)^a; with z = 1 - P(x), the probability of not being drawn in
+time is 1 - P(x)^a. (This is the Bernoulli factory that gives up after the i-th miss with
+probability a/i, with all its coins flipped in advance.) A failed attempt discards all its draws.
 """
 
 import torch
@@ -16,24 +16,24 @@ from torch import Tensor
 
 
 def sibuya_lifetimes(uniform: Tensor, a: float, longest: int) -> Tensor:
-    """Lifetimes of the Sibuya distribution from uniform numbers; above `longest` they are `longest` + 1."""
+    """Sibuya-distributed lifetimes from uniform numbers, clipped at `longest` + 1."""
     trials = torch.arange(1, longest + 1, dtype=torch.float64, device=uniform.device)
     survival = torch.cumprod(1 - a / trials, dim=0)
     return 1 + torch.searchsorted(-survival, -uniform.double())
 
 
 def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Replay the race from the first draw and say who won.
+    """Run the test from the first draw and find the accepted one.
 
     Args:
-        number_RN: Outcome of every draw, as of `calm.core.pool.Pool.number`.
-        n: Draws that must be equal, the whole part of 1/T.
-        lifetime_RN: Lifetime that a candidate has if its attempt begins at that draw; None if
-            1/T is whole and candidates win at once.
+        number_RN: Outcome of each draw, as numbered by `calm.core.pool.Pool.number`.
+        n: Number of draws that must be equal, the integer part of 1/T.
+        lifetime_RN: Lifetime of a candidate whose attempt starts at that draw; None if
+            1/T is an integer and candidates win at once.
 
     Returns:
-        Index of a draw that shows the winning outcome, and the number of draws that were read to
-        decide, both (R,); both are -1 where the draws end before there is a winner.
+        Index of a draw with the winning outcome, and the number of draws read to decide, both (R,);
+        both are -1 where the draws run out before there is a winner.
     """
     num_rows, num_draws = number_RN.shape
     index_N = torch.arange(num_draws, device=number_RN.device)
@@ -49,8 +49,8 @@ def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) 
         wins_RN = is_candidate_RN & (again_RN <= deadline_RN) & (again_RN < num_draws)
         decided_RN = again_RN + 1
         restart_RN = torch.where(is_candidate_RN, deadline_RN, last_RN + 1) + 1
-    # Attempts form a chain: each draw points to where the next attempt would begin. Winners, and the
-    # end of the draws, point to themselves; doubling the steps walks every chain to its end at once.
+    # Attempts form a chain: each draw points to where the next attempt would start. Winners and the
+    # end of the draws point to themselves; pointer doubling follows all chains to their ends at once.
     restart_RN = torch.where(wins_RN, index_N, restart_RN.clamp_max(num_draws))
     chain = torch.cat([restart_RN, torch.full_like(restart_RN[:, :1], num_draws)], dim=1)
     for _ in range(num_draws.bit_length()):
@@ -62,7 +62,7 @@ def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) 
 
 
 def _end_of_run(number_RN: Tensor) -> Tensor:
-    """Last draw of the unbroken run of equal draws that a draw stands in."""
+    """Index of the last draw in the run of consecutive equal draws that each draw belongs to."""
     num_draws = number_RN.shape[1]
     index_N = torch.arange(num_draws, device=number_RN.device)
     ends_RN = torch.ones_like(number_RN, dtype=torch.bool)
@@ -72,7 +72,7 @@ def _end_of_run(number_RN: Tensor) -> Tensor:
 
 
 def _next_equal(number_RN: Tensor) -> Tensor:
-    """Index of the next draw of the same outcome; N where there is none."""
+    """Index of the next draw with the same outcome; N if there is none."""
     num_draws = number_RN.shape[1]
     sorted_RN, order_RN = number_RN.sort(dim=1, stable=True)
     following_RN = torch.full_like(order_RN, num_draws)

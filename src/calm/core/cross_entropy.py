@@ -1,9 +1,9 @@
-"""Cross-entropy under the softmax of products with a table, without the scores of all rows in memory.
+"""Cross-entropy of a linear layer's logits, without holding the logits (scores) of all rows in memory.
 
-With few features and many tokens, scores are the largest thing in a training step, and each pass over them
-costs more than the products that made them. On a CPU they are made for as many rows as a cache holds, and
-the gradients at once with them: the backward pass has only to scale those. (Known for sums and means on GPUs
-as fused linear cross-entropy, Hsu et al., arXiv 2410.10989. Here each row has its own loss.)
+With few features and many tokens, the scores are the largest tensor of a training step, and each pass over
+them costs more than the matrix product that made them. On a CPU they are computed for as many rows as fit in
+the cache, together with the gradients, so the backward pass only has to scale them. (Known for sums and
+means on GPUs as fused linear cross-entropy, Hsu et al., arXiv 2410.10989. Here each row has its own loss.)
 
 Shapes: M rows, X size of their vectors, V vocabulary; S shares of R rows.
 """
@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 SCORES_AT_ONCE = 2**26
-"""More are computed in parts; those of a loss anew in the backward pass."""
+"""More than this are computed in parts, and those of a loss recomputed in the backward pass."""
 
-_SCORES_IN_CACHE = 2**18  # Of a core. And 64 rows at least: of fewer, products are slow.
-_ROWS_OF_WIDE_VECTORS = 256  # Each part passes over the table's gradient, and the more features, the longer.
-_ROWS_IN_HALF_PRECISION = 1024  # There these passes, in float32, take longer than the products.
+_SCORES_IN_CACHE = 2**18  # Per core; but at least 64 rows, since products of fewer are slow.
+_ROWS_OF_WIDE_VECTORS = 256  # Each part passes over the table's gradient, which grows with the features.
+_ROWS_IN_HALF_PRECISION = 1024  # The same passes, in float32, then take longer than the products.
 
-_ROUNDED = 1e-30  # Below, probabilities come near the smallest numbers.
+_ROUNDED = 1e-30  # Probabilities below this are close to underflow.
 
 
 def cross_entropy(
@@ -34,16 +34,16 @@ def cross_entropy(
     Args:
         vectors_MX: A vector for each row.
         table_VX: A vector for each token.
-        targets_M: The token of each row.
+        targets_M: Target token of each row.
         bias_V: Added to the products.
     """
     weights = [part for part in (vectors_MX, table_VX, bias_V) if part is not None]
     is_trained = torch.is_grad_enabled() and any(part.requires_grad for part in weights)
-    # Scores of fewer rows than features are smaller than the table, and one pass is no quicker than several.
+    # With fewer rows than features, the scores are smaller than the table, and fusing is no faster.
     is_small = len(vectors_MX) < vectors_MX.shape[1]
     if not (is_trained and vectors_MX.is_cpu) or is_small:
         return _of_scores(vectors_MX, table_VX, targets_M, bias_V)
-    if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
+    if torch.is_autocast_enabled("cpu"):  # It does not apply to custom operators.
         dtype = torch.get_autocast_dtype("cpu")
         vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
@@ -52,7 +52,7 @@ def cross_entropy(
 
 
 def rows_at_once(num_scores: int) -> int:
-    """Rows whose scores, so many each, are few enough to be in memory together."""
+    """Number of rows, with `num_scores` scores each, whose scores may be in memory together."""
     return max(1, SCORES_AT_ONCE // num_scores)
 
 
@@ -67,14 +67,14 @@ def _of_scores(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, bias_V: 
     return torch.cat([checkpoint(of_part, part, target, use_reentrant=False) for part, target in parts])
 
 
-# Operators rather than an autograd.Function: compilers and fake tensors need not look into them.
+# Operators rather than an autograd.Function, so that compilers and fake tensors need not trace into them.
 
 
 @torch.library.custom_op("calm::cross_entropy", mutates_args=())
 def _losses_and_gradients(
     vectors: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, (M,), and the gradients of their sum by the vectors, the table and the bias."""
+    """Losses, (M,), and the gradients of their sum w.r.t. the vectors, the table and the bias."""
     return _in_parts(vectors, table, targets, bias)
 
 
@@ -89,11 +89,11 @@ def _gradients(
     by_table: Tensor,
     by_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a weighted sum of the losses, given those of the plain sum.
+    """Gradients of a weighted sum of the losses, given those of the unweighted sum.
 
-    With weights that differ, those by the table and the bias are found anew, for two thirds of the FLOPs.
+    If the weights differ, those of the table and the bias are recomputed, for two thirds of the FLOPs.
     """
-    if len(weights) and bool((weights == weights[0]).all()):  # Of a mean.
+    if len(weights) and bool((weights == weights[0]).all()):  # As for a mean.
         weight = weights[0]
         return by_vectors * weight, by_table * weight, by_bias * weight
     _, _, by_table, by_bias = _in_parts(vectors, table, targets, bias, weights)
@@ -107,27 +107,27 @@ def _in_parts(
     bias_V: Tensor | None,
     weights_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and gradients; with weights the gradients by the table and the bias alone.
+    """Losses and gradients; with weights, only the gradients w.r.t. the table and the bias.
 
-    Beside what it returns there are in memory scores and probabilities of some rows, at most `SCORES_AT_ONCE`
-    each; with a bias a second table and its gradient; in half precision another table, and a part of the
-    gradient. No table is held once for each core.
+    Besides its outputs, memory holds the scores and probabilities of some rows, at most `SCORES_AT_ONCE`
+    each; with a bias, a second table and its gradient; in half precision, another table and a partial
+    gradient. The table is not copied per core.
     """
     losses_M, by_vectors_MX, by_table_VX, by_bias_V = _outputs(vectors_MX, table_VX)
     left_MY, right_VY, by_right_VY = vectors_MX, table_VX, by_table_VX
-    if bias_V is not None:  # One more feature, which is 1 everywhere.
+    if bias_V is not None:  # The bias is the weight of one more feature that is always 1.
         left_MY = F.pad(vectors_MX, (0, 1), value=1)
         right_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
         by_right_VY = torch.empty_like(right_VY, dtype=torch.float32)
     by_right_VY.zero_()
     cores, size, width = torch.get_num_threads(), len(table_VX), vectors_MX.shape[1]
     right_YV, wide = right_VY.t(), min(width, _ROWS_OF_WIDE_VECTORS)
-    if right_YV.dtype != by_right_VY.dtype:  # In half precision products copy it, once for each core.
+    if right_YV.dtype != by_right_VY.dtype:  # In half precision, products would copy it once per core.
         right_YV, wide = right_YV.contiguous(), min(4 * width, _ROWS_IN_HALF_PRECISION)
     rows = max(max(64, _SCORES_IN_CACHE // size) * cores, wide)
     rows = min(rows, SCORES_AT_ONCE // size, len(vectors_MX))
     rows = max(rows // cores, 1) * cores
-    # The same memory for all parts: new memory is slower to write to than all that is done with it.
+    # All parts reuse these buffers: writing to fresh memory is slower than everything else done with it.
     scores_RV = vectors_MX.new_empty(rows, size)
     p_RV = torch.empty_like(scores_RV, dtype=torch.float32)
     for first in range(0, len(vectors_MX), rows):
@@ -163,16 +163,16 @@ def _losses(scores_MV: Tensor, p_MV: Tensor, targets_M1: Tensor) -> Tensor:
     """Cross-entropy of each row, (M,), from scores and their softmax."""
     p_M1 = p_MV.gather(1, targets_M1)
     losses_M1 = -p_M1.log()
-    if bool((p_M1 < _ROUNDED).any()):  # The likeliest token gives the sum of all: its probability is never 0.
+    if bool((p_M1 < _ROUNDED).any()):  # The likeliest token, whose p is never 0, gives the log-sum-exp.
         sums_M1 = scores_MV.amax(-1, keepdim=True).float() - p_MV.amax(-1, keepdim=True).log()
         losses_M1 = torch.where(p_M1 < _ROUNDED, sums_M1 - scores_MV.gather(1, targets_M1), losses_M1)
     return losses_M1.squeeze(-1)
 
 
 def _shared(rows_MX: Tensor, cores: int) -> Tensor:
-    """Rows in equal shares, one for each core, (S, R, X); in a single share if they are not to be had.
+    """Rows split into equal shares, one per core, (S, R, X); a single share if they do not divide evenly.
 
-    Batched products and softmax then work on the same rows with the same core, so scores stay in its cache.
+    Batched products and softmax then process the same rows on the same core, so scores stay in its cache.
     """
     return rows_MX.unflatten(0, (1 if len(rows_MX) % cores else cores, -1))
 
@@ -212,5 +212,5 @@ _losses_and_gradients.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.calm.cross_entropy)
 def _flops(vectors: torch.Size, table: torch.Size, *_: Any, **__: Any) -> int:
-    """Of the scores and both gradients."""
+    """FLOPs of the scores and both gradients."""
     return 6 * vectors[0] * table[0] * table[1]

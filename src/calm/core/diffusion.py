@@ -1,4 +1,4 @@
-"""Diffusion with a cosine schedule, predicted noise and a learned variance (paper section 3.2; Nichol and
+"""Diffusion with a cosine schedule, noise prediction and a learned variance (paper section 3.2; Nichol and
 Dhariwal, "Improved denoising diffusion probabilistic models", 2021).
 
 Step t = 0..T-1 adds noise: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, a_t falling from nearly 1 to nearly 0.
@@ -24,16 +24,16 @@ Number = Any  # A float, or a tensor of them.
 
 
 class Coefficients(NamedTuple):
-    """What a step multiplies with: numbers for one step, or tensors (..., 1) for each of many.
+    """Coefficients of a step: numbers for one step, or tensors (..., 1) for many.
 
     Args:
         signal: sqrt(a_t).
         noise: sqrt(1 - a_t).
         of_data: Weight of x_0 in the mean of x_{t-1} given x_t and x_0.
-        of_point: Weight of x_t in it.
-        least: Logarithm of the least variance, that of x_{t-1} given x_t and x_0 (at t = 0, where it is
+        of_point: Weight of x_t in that mean.
+        least: Logarithm of the smallest variance, that of x_{t-1} given x_t and x_0 (at t = 0, where it is
             zero, that of t = 1).
-        most: Logarithm of the largest variance, that of the step forwards.
+        most: Logarithm of the largest variance, that of the forward step.
     """
 
     signal: Number
@@ -45,7 +45,7 @@ class Coefficients(NamedTuple):
 
     @staticmethod
     def look_up(table: Tensor, steps: Tensor) -> "Coefficients":
-        """The coefficients of each of many steps, (...), from the table of a schedule."""
+        """Look up the coefficients of many steps, (...), in the table of a schedule."""
         return Coefficients(*table.to(steps.device)[steps].unsqueeze(-2).unbind(-1))
 
 
@@ -55,7 +55,7 @@ class NoiseSchedule:
 
     Args:
         signals: a_t of each step.
-        steps: Number of each step among all T, which the network is told.
+        steps: Index of each step among all T, as passed to the network.
     """
 
     signals: tuple[float, ...]
@@ -63,7 +63,7 @@ class NoiseSchedule:
 
     @staticmethod
     def cosine(num_timesteps: int) -> "NoiseSchedule":
-        """a_t = cos²((t/T + s)/(1 + s) · π/2), no step of which loses more than 99.9% of the signal."""
+        """a_t = cos²((t/T + s)/(1 + s) · π/2), where no step loses more than 99.9% of the signal."""
 
         def signal(time: float) -> float:
             return math.cos((time + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
@@ -75,15 +75,15 @@ class NoiseSchedule:
         return NoiseSchedule(tuple(itertools.accumulate(kept, operator.mul)), tuple(range(num_timesteps)))
 
     def with_signal(self, least: float) -> "NoiseSchedule":
-        """The steps with at least so much signal a_t, the first ones."""
+        """The first steps, up to where the signal a_t falls below `least`."""
         count = sum(signal >= least for signal in self.signals)
         return NoiseSchedule(self.signals[:count], self.steps[:count])
 
     def respaced(self, num_steps: int) -> "NoiseSchedule":
-        """The same diffusion in fewer steps, spread evenly from the first to the last.
+        """The same diffusion with fewer steps, evenly spaced from the first to the last.
 
         Raises:
-            ValueError: If there are not so many steps.
+            ValueError: If `num_steps` is not between 1 and the number of steps.
         """
         last = len(self.steps) - 1
         if not 1 <= num_steps <= last + 1:
@@ -96,7 +96,7 @@ class NoiseSchedule:
         now = self.signals[index]
         before = self.signals[index - 1] if index else 1.0
         beta = 1 - now / before
-        # The first step adds no noise backwards; a likelihood needs some, and takes that of the second.
+        # The reverse of the first step has zero variance; a likelihood needs some, so use the second step's.
         least = self._variance(max(index, 1)) if len(self.signals) > 1 else beta
         return Coefficients(
             signal=math.sqrt(now),
@@ -108,8 +108,8 @@ class NoiseSchedule:
         )
 
     def table(self) -> Tensor:
-        """The coefficients of all steps, (S, 6), in their order."""
-        # Of numbers, not of tensors, so that no mode or default device it is made under stays with it.
+        """Coefficients of all steps, in order, (S, 6)."""
+        # Built from Python numbers, so that no ambient mode or default device affects it.
         rows = [list(self.at(index)) for index in range(len(self.signals))]
         with torch.inference_mode(False):
             return torch.tensor(rows, dtype=torch.float32, device="cpu")
@@ -131,21 +131,21 @@ def hybrid_loss(
     *,
     as_image: bool = False,
 ) -> Tensor:
-    """Squared error of the predicted noise, plus a bound on the likelihood that trains the variance, (N, P).
+    """Squared error of the predicted noise, plus a likelihood bound that trains the variance, (N, P).
 
-    Both are means over Z; the bound is in bits, and its gradient reaches the variance alone. It counts as one
-    step's share of the whole bound for any T, as in the released code.
+    Both are means over Z; the bound is in bits, and its gradient only reaches the variance. It is weighted as
+    one step's term of the full bound for any T, as in the released code.
 
     Args:
         step: Coefficients of the steps, (N, P, 1).
-        is_first_NP: Where the step is the first, t = 0, whose term is a likelihood and no divergence.
+        is_first_NP: Whether the step is the first, t = 0, whose term is a likelihood instead of a divergence.
         data_NPZ: x_0.
         noise_NPZ: The noise that was added.
         point_NPZ: x_t.
-        predicted_NPZ: The noise as predicted.
-        fraction_NPZ: The predicted log-variance: -1 is the least, 1 the largest.
-        as_image: Take the likelihood at t = 0 over the bins of an 8-bit image, as the released code does
-            although latents are none. The density of the latent otherwise.
+        predicted_NPZ: The predicted noise.
+        fraction_NPZ: The predicted log-variance: -1 is the smallest, 1 the largest.
+        as_image: At t = 0, use the likelihood of an 8-bit image's bins, as the released code does although
+            latents are not images. Otherwise use the density of the latent.
     """
     squared_NP = (predicted_NPZ - noise_NPZ).square().mean(-1)
     guess_NPZ = data_from_noise(step, point_NPZ, predicted_NPZ.detach())
@@ -169,12 +169,12 @@ def hybrid_loss(
 
 
 def data_from_noise(step: Coefficients, point: Tensor, noise: Tensor) -> Tensor:
-    """x_0 from x_t and the noise in it."""
+    """Recover x_0 from x_t and its noise."""
     return (point - step.noise * noise) / step.signal
 
 
 def log_variance(step: Coefficients, fraction: Tensor) -> Tensor:
-    """The learned log-variance, from the least (fraction -1) to the largest (1)."""
+    """The learned log-variance, from the smallest (fraction -1) to the largest (1)."""
     share = (fraction + 1) / 2
     return share * step.most + (1 - share) * step.least
 
@@ -187,18 +187,19 @@ def sample(
     step_noise: Callable[[int], Tensor],
     bound: float | None = None,
 ) -> Tensor:
-    """From noise to data, one call of the network for each step of the schedule.
+    """Sample data from noise, with one network call per step of the schedule.
 
     Args:
-        schedule: The steps to take, in the end the first.
-        predict: (x_t, number of the step) -> predicted noise and variance fraction, of the shape of x_t.
+        schedule: The steps to take, from the last to the first.
+        predict: (x_t, index of the step) -> predicted noise and variance fraction, in the shape of x_t.
         start: Standard normal noise of any shape.
-        sampler: "ancestral" draws each x_{t-1} with the learned variance; the others are deterministic:
+        sampler: "ancestral" samples each x_{t-1} with the learned variance; the others are deterministic:
             "ddim" (Song et al., arXiv 2010.02502; first order) and "dpm", the second-order multistep
             DPM-Solver++ (Lu et al., arXiv 2211.01095).
-        step_noise: Noise of the s-th step, asked for all but the last, by the ancestral sampler only.
-        bound: Predicted data are clamped to ± bound: at the first steps an error of the predicted noise is
-            divided by nearly zero.
+        step_noise: s -> noise of the s-th step taken; called only by the ancestral sampler, for all steps
+            but the last.
+        bound: Clamp predicted data to ± bound, since at high noise levels the error of the predicted noise
+            is divided by nearly zero.
     """
     x, earlier = start, None
     for taken, index in enumerate(reversed(range(len(schedule.steps)))):
@@ -219,7 +220,7 @@ def sample(
         width = _log_ratio(then) - _log_ratio(now)
         slope = data
         if sampler == "dpm" and earlier is not None and index > 1:
-            # Not in the last step, which is much wider than the one before: that would overshoot.
+            # Stay first-order in the last step, which is much wider than the one before: it would overshoot.
             previous_data, previous_width = earlier
             slope = data + width / (2 * previous_width) * (data - previous_data)
         x = then.noise / now.noise * x - then.signal * math.expm1(-width) * slope

@@ -1,9 +1,10 @@
-"""Learning from the distributions of a teacher, without the scores of all rows in memory.
+"""Knowledge distillation, without holding the logits (scores) of all rows in memory.
 
 The loss of a row is (1 - w) times the cross-entropy of its token plus w·T² times KL(q || p), where q is the
-softmax of the teacher's scores divided by a temperature T and p that of the learner's (Hinton et al., arXiv
-1503.02531: gradients of the second part shrink as 1/T², so it is multiplied by T²). As in
-`calm.core.cross_entropy`, a CPU makes scores of both for a few rows at a time, and the gradients with them.
+softmax of the teacher's scores divided by a temperature T and p that of the student's (Hinton et al., arXiv
+1503.02531: gradients of the second term shrink as 1/T², so it is multiplied by T²). As in
+`calm.core.cross_entropy`, on a CPU the scores of both are computed for a few rows at a time, together with
+the gradients.
 
 Shapes: M rows, X size of their vectors, V vocabulary, Y size of the teacher's states, U its vocabulary; R
 rows of a part.
@@ -18,22 +19,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-_SCORES_IN_PART = 2**23  # Of a CPU: 32 MB, for the learner and for the teacher.
-_FEWEST_ROWS = 64  # Of a part: of fewer, products are slow.
-_SCORES_AT_ONCE = 2**25  # Of other devices, for each of the two.
+_SCORES_IN_PART = 2**23  # On a CPU: 32 MB each for student and teacher.
+_FEWEST_ROWS = 64  # Per part: products of fewer rows are slow.
+_SCORES_AT_ONCE = 2**25  # On other devices, each for student and teacher.
 
 
 class Teaching(NamedTuple):
-    """What a teacher says of the tokens of M rows.
+    """A teacher's predictions for the tokens of M rows.
 
-    Its first tokens are the learner's. Those that the learner does not have are left out, and those that the
-    teacher does not have are impossible to it: embeddings may be padded on either side.
+    Both vocabularies start with the same tokens. Tokens that the student lacks are left out, and tokens that
+    the teacher lacks have probability 0 under it: embeddings may be padded on either side.
 
     Args:
-        states_MY: Its states where the tokens are predicted.
-        table_UY: A row for each of its tokens, whose product with a state is the token's score.
+        states_MY: The teacher's hidden states where the tokens are predicted.
+        table_UY: Its output embeddings, whose products with a state are the scores.
         bias_U: Added to the scores.
-        weights_M: Its share w of each row's loss, from 0 to 1.
+        weights_M: The teacher's share w of each row's loss, from 0 to 1.
         temperature: T, above 0.
     """
 
@@ -44,19 +45,19 @@ class Teaching(NamedTuple):
     temperature: float = 1.0
 
     def of_first(self, size: int) -> "Teaching":
-        """What it says of the first tokens alone."""
+        """The predictions restricted to the first `size` tokens."""
         bias_U = None if self.bias_U is None else self.bias_U[:size]
         return self._replace(table_UY=self.table_UY[:size], bias_U=bias_U)
 
 
 def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teaching: Teaching) -> Tensor:
-    """Loss of each row, (M,), in nats.
+    """Distillation loss of each row, (M,), in nats.
 
     Args:
         vectors_MX: A vector for each row.
         table_VX: A vector for each token; its product with a row's is the token's score.
-        targets_M: The token of each row.
-        teaching: What the teacher says; nothing of it gets a gradient.
+        targets_M: Target token of each row.
+        teaching: The teacher's predictions, which get no gradient.
     """
     size = len(table_VX)
     is_trained = torch.is_grad_enabled() and (vectors_MX.requires_grad or table_VX.requires_grad)
@@ -65,7 +66,7 @@ def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teachi
             lambda rows_RX: F.linear(rows_RX, table_VX), size, vectors_MX, targets_M, teaching
         )
     teaching = teaching.of_first(size)
-    if torch.is_autocast_enabled("cpu"):  # It does not look into operators of others.
+    if torch.is_autocast_enabled("cpu"):  # It does not apply to custom operators.
         dtype = torch.get_autocast_dtype("cpu")
         vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
     losses: Tensor = _losses_and_gradients(vectors_MX, table_VX, targets_M, *teaching)[0]
@@ -79,11 +80,11 @@ def distillation_of_scores(
     targets_M: Tensor,
     teaching: Teaching,
 ) -> Tensor:
-    """`distillation` of a learner whose scores are more than products with a table.
+    """`distillation` for a student whose scores are not just products with a table.
 
     Args:
-        scores_of: Scores of some rows, (R, V), from their vectors.
-        size: V; what the teacher says of further tokens is left out.
+        scores_of: Computes the scores of some rows, (R, V), from their vectors.
+        size: V; the teacher's further tokens are left out.
         vectors_MX: See `distillation`.
         targets_M: See `distillation`.
         teaching: See `distillation`.
@@ -109,17 +110,17 @@ def distillation_of_scores(
 
 
 def _told(states_RY: Tensor, table_UY: Tensor, bias_U: Tensor | None) -> Tensor:
-    """The teacher's scores, in its own precision whatever that of the learner is."""
+    """The teacher's scores, in its own precision whatever the student's."""
     with torch.autocast(states_RY.device.type, enabled=False):
         return _wide(F.linear(states_RY, table_UY, bias_U))
 
 
 def _wide(scores: Tensor) -> Tensor:
-    """Scores in float32 at least."""
+    """Scores in at least float32."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-# Operators rather than an autograd.Function: compilers and fake tensors need not look into them.
+# Operators rather than an autograd.Function, so that compilers and fake tensors need not trace into them.
 
 
 @torch.library.custom_op("calm::distillation", mutates_args=())
@@ -133,7 +134,7 @@ def _losses_and_gradients(
     weights: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, (M,), and the gradients of their sum by the vectors and the table."""
+    """Losses, (M,), and the gradients of their sum w.r.t. the vectors and the table."""
     return _in_parts(vectors, table, targets, Teaching(states, told_table, told_bias, weights, temperature))
 
 
@@ -151,8 +152,8 @@ def _gradients(
     by_vectors: Tensor,
     by_table: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a weighted sum of the losses, given those of the plain sum."""
-    if len(of_losses) and bool((of_losses == of_losses[0]).all()):  # Of a mean.
+    """Gradients of a weighted sum of the losses, given those of the unweighted sum."""
+    if len(of_losses) and bool((of_losses == of_losses[0]).all()):  # As for a mean.
         return by_vectors * of_losses[0].to(by_vectors.dtype), by_table * of_losses[0]
     teaching = Teaching(states, told_table, told_bias, weights, temperature)
     return _in_parts(vectors, table, targets, teaching, of_losses)[1:]
@@ -167,7 +168,7 @@ def _in_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and the gradients of their sum, weighted by `of_losses_M`.
 
-    Beside what it returns, scores of some rows are in memory: of both, their logarithms, and gradients.
+    Besides its outputs, memory holds some rows' scores of both models, log-probabilities and gradients.
     """
     states_MY, told_UY, bias_U, weights_M, temperature = teaching
     losses_M, by_vectors_MX, by_table_VX = _outputs(vectors_MX, table_VX)
@@ -244,5 +245,5 @@ def _flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Of the learner's scores and both gradients, and of the teacher's scores."""
+    """FLOPs of the student's scores and both gradients, and of the teacher's scores."""
     return vectors[0] * (6 * table[0] * table[1] + 2 * told[0] * told[1])

@@ -1,4 +1,4 @@
-"""The energy loss: a strictly proper score that needs samples only (paper section 3.3).
+"""The energy loss: a strictly proper score that only needs samples (paper section 3.3).
 
 Shapes: N head draws, M posterior draws, P positions, Z latent size.
 """
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from calm.core.gaussian import DiagonalGaussian
 
-# Squared distances at or below this count as zero. It keeps the gradient of |d|^alpha finite where
+# Squared distances at or below this count as zero. This keeps the gradient of |d|^alpha finite where
 # two draws coincide, as all draws do at initialization (the head's last layer starts at zero).
 _ZERO_DISTANCE_SQUARED = 1e-12
 
-# Elements of the targets that are handled at once: they stay in the cache of a processor, and fill a GPU.
+# Target elements processed at once: few enough to stay in a CPU's cache, enough to saturate a GPU.
 _AT_ONCE = 2**20
 _AT_ONCE_ON_GPU = 2**26
 
 
 def energy_loss(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tensor:
-    """Monte-Carlo energy loss of every position, shape (P,).
+    """Monte Carlo energy loss of each position, shape (P,).
 
     2/(N·M) · sum_{n,m} |x_n - y_m|^alpha  -  1/(N(N-1)) · sum_{n != k} |x_n - x_k|^alpha
 
@@ -60,12 +60,12 @@ def energy_loss_to_gaussian(draws_NPZ: Tensor, posterior_PZ: DiagonalGaussian, a
 
 
 def expected_distance(points_NPZ: Tensor, gaussian_PZ: DiagonalGaussian, alpha: float = 1.0) -> Tensor:
-    """E|x - y|^alpha over y ~ N(mu, diag v), to second order, shape (N, P).
+    """E|x - y|^alpha for y ~ N(mu, diag v), to second order, shape (N, P).
 
     With Q = |x - y|^2: E Q = S = |x - mu|^2 + sum v, Var Q = 2 sum v^2 + 4 sum v (x - mu)^2, and the
     expansion of Q^(alpha/2) around S gives S^(alpha/2) (1 + alpha (alpha - 2)/8 · Var Q / S^2).
-    With a = alpha/2 and d = max v / S, at most one over the number of dimensions that share the variance
-    evenly, the error is at most 8 (1 - a) (2 - a) (3 - a) d^2 (1 + 4 d) of S^a (derived in docs/maths.md).
+    With a = alpha/2 and d = max v / S, at most 1/Z if all variances are equal, the error relative to S^a is
+    at most 8 (1 - a) (2 - a) (3 - a) d^2 (1 + 4 d) (derived in docs/maths.md).
     For variances spread over a factor of 10 it is 0.5% at Z = 8, 0.03% at Z = 32 and 0.002% at Z = 128.
 
     Args:
@@ -91,8 +91,8 @@ def _check(draws_NPZ: Tensor, alpha: float) -> None:
 
 def _mean_distance_between(draws_NPZ: Tensor, alpha: float) -> Tensor:
     """Mean of |x_n - x_k|^alpha over the pairs n < k, shape (P,)."""
-    # Explicit differences of the few pairs: no self-distances, and no cancellation between draws
-    # that lie close together.
+    # There are few pairs, so take explicit differences: no self-distances, and no cancellation between
+    # draws that are close together.
     first, second = zip(*itertools.combinations(range(draws_NPZ.shape[0]), 2), strict=True)
     differences = draws_NPZ[list(first)] - draws_NPZ[list(second)]
     return _power(differences.square().sum(-1), alpha).mean(0)
@@ -100,8 +100,8 @@ def _mean_distance_between(draws_NPZ: Tensor, alpha: float) -> Tensor:
 
 def _mean_distance_to(x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
     """Mean of |x_n - y_m|^alpha over all n and m, shape (P,)."""
-    # The short way does not know the gradient of the targets, which nobody trains; and its loop would make
-    # torch.compile start anew for every number of positions.
+    # The fused version has no gradient w.r.t. the targets, which are not usually trained, and its loop would
+    # make torch.compile recompile for every number of positions.
     if y_MPZ.requires_grad or torch.compiler.is_compiling():
         return _distances(x_NPZ.transpose(0, 1), y_MPZ.to(x_NPZ.dtype).transpose(0, 1), alpha).mean((1, 2))
     value_P: Tensor = _MeanDistanceTo.apply(x_NPZ, y_MPZ, alpha)
@@ -109,9 +109,9 @@ def _mean_distance_to(x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
 
 
 class _MeanDistanceTo(torch.autograd.Function):
-    """Mean distance and its gradient in x at once, some positions at a time.
+    """Mean distance and its gradient w.r.t. x in one pass, a few positions at a time.
 
-    The (N, M, P, Z) differences are never in memory, and of the targets no more than one part is copied.
+    The (N, M, P, Z) differences are never materialized, and only one part of the targets is copied at a time.
     """
 
     @staticmethod
@@ -140,14 +140,14 @@ class _MeanDistanceTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        if torch.is_grad_enabled():  # With create_graph the slope would pass for a constant.
+        if torch.is_grad_enabled():  # With create_graph the slope would be treated as a constant.
             raise RuntimeError("the energy loss is differentiated once only; use targets with requires_grad.")
         (slope_NPZ,) = ctx.saved_tensors
         return None if slope_NPZ is None else slope_NPZ * gradients[0].unsqueeze(-1), None, None
 
 
 def _centred(x_PNZ: Tensor, y_PMZ: Tensor) -> tuple[Tensor, Tensor]:
-    """Both shifted by the mean of y: distances stay, and the expanded square stays accurate."""
+    """Shift both by the mean of y, which keeps distances and makes the expanded square accurate."""
     y_PMZ = y_PMZ.to(x_PNZ.dtype)
     centre_P1Z = y_PMZ.mean(1, keepdim=True)
     return x_PNZ - centre_P1Z, y_PMZ - centre_P1Z
@@ -159,13 +159,13 @@ def _distances(x_PNZ: Tensor, y_PMZ: Tensor, alpha: float) -> Tensor:
 
 
 def _squared_distances(x_PNZ: Tensor, y_PMZ: Tensor) -> Tensor:
-    """|x - y|^2 by one matrix product, shape (P, N, M)."""
+    """|x - y|^2 with one matrix product, shape (P, N, M)."""
     norms = x_PNZ.square().sum(-1, keepdim=True) + y_PMZ.square().sum(-1).unsqueeze(1)
     return torch.baddbmm(norms, x_PNZ, y_PMZ.transpose(1, 2), alpha=-2)
 
 
 def _power(squared: Tensor, alpha: float) -> Tensor:
-    """|d|^alpha from |d|^2, with value and gradient zero where d is zero."""
+    """|d|^alpha from |d|^2; value and gradient are zero where d is."""
     apart = squared > _ZERO_DISTANCE_SQUARED
     safe = torch.where(apart, squared, torch.ones_like(squared))
     power = safe.sqrt() if alpha == 1 else safe.pow(alpha / 2)

@@ -11,11 +11,11 @@ from torch import Tensor
 Solver = Literal["euler", "midpoint", "heun"]
 
 CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
-"""How often each solver asks for the velocity in one step."""
+"""Velocity evaluations per step of each solver."""
 
 
 def straight_path(noise_NPZ: Tensor, data_NPZ: Tensor, time_NP: Tensor) -> tuple[Tensor, Tensor]:
-    """Points x_t of the paths from noise to data, and their velocity x_1 - x_0, both (N, P, Z)."""
+    """Points x_t on the paths from noise to data, and their velocity x_1 - x_0, both (N, P, Z)."""
     velocity_NPZ = data_NPZ - noise_NPZ
     return noise_NPZ + time_NP.unsqueeze(-1) * velocity_NPZ, velocity_NPZ
 
@@ -23,16 +23,16 @@ def straight_path(noise_NPZ: Tensor, data_NPZ: Tensor, time_NP: Tensor) -> tuple
 def solve(
     velocity: Callable[[Tensor, float], Tensor], start: Tensor, num_steps: int, solver: Solver = "midpoint"
 ) -> Tensor:
-    """Follow dx/dt = velocity(x, t) from t = 0 to t = 1 in equal steps.
+    """Integrate dx/dt = velocity(x, t) from t = 0 to t = 1 in equal steps.
 
     Args:
         velocity: Velocity at a point of any shape and a time in [0, 1].
         start: x_0.
         num_steps: Number of steps.
-        solver: "euler" (first order, one call a step), "midpoint" or "heun" (second order, two calls).
+        solver: "euler" (first order, one call per step), "midpoint" or "heun" (second order, two calls).
 
     Returns:
-        x_1, of the shape of `start`.
+        x_1, in the shape of `start`.
     """
     size, x = 1 / num_steps, start
     for step in range(num_steps):

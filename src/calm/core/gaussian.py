@@ -1,4 +1,4 @@
-"""The diagonal Gaussian that the autoencoder uses as posterior over latents.
+"""The diagonal Gaussian posterior of the autoencoder over latents.
 
 Shapes: P positions (any number of leading axes), Z latent size, M draws.
 """
@@ -35,12 +35,12 @@ class DiagonalGaussian:
     def sample(
         self, num_draws: int, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Draw latents by reparametrisation, shape (M, P, Z).
+        """Sample latents with the reparameterization trick, shape (M, P, Z).
 
         Args:
             num_draws: Number of independent draws M.
-            generator: Source of the noise; the default generator when None.
-            noise: Standard normal noise of shape (M, P, Z) to use instead of drawing it.
+            generator: Source of the noise; the default generator if None.
+            noise: Standard normal noise of shape (M, P, Z) to use instead of sampling it.
         """
         if noise is None:
             noise = torch.randn(
@@ -52,7 +52,7 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def kl_to_standard_normal(self) -> Tensor:
-        """KL(self || N(0, 1)) of every dimension in nats, shape (P, Z)."""
+        """KL(self || N(0, 1)) of each dimension in nats, shape (P, Z)."""
         return 0.5 * (self.mean.square() + self.variance - 1) - self.log_std
 
     def __getitem__(self, index: Any) -> "DiagonalGaussian":
@@ -61,13 +61,13 @@ class DiagonalGaussian:
 
 
 def floored_kl(posterior: DiagonalGaussian, floor: float) -> Tensor:
-    """KL to the standard normal with a floor on every dimension, shape (P,).
+    """KL to the standard normal with a floor on each dimension, summed over dimensions, shape (P,).
 
-    A dimension below the floor has no gradient, so the KL term cannot push it to collapse
+    A dimension below the floor gets no gradient, so the KL term cannot make it collapse
     ("KL clipping", paper section 2.2).
 
     Args:
         posterior: Gaussian of shape (P, Z).
-        floor: Least KL counted for each dimension, in nats.
+        floor: Minimum KL counted for each dimension, in nats.
     """
     return posterior.kl_to_standard_normal().clamp_min(floor).sum(-1)

@@ -1,6 +1,6 @@
-"""Random numbers from one generator, or from a generator of each row.
+"""Random numbers from one generator, or from one generator per row.
 
-With a generator of its own, what a row draws does not depend on the rows beside it, so the same
+If each row has its own generator, its numbers do not depend on the other rows, so the same
 seed gives the same text alone and in a batch. Shapes: N draws, R rows, U numbers.
 """
 
@@ -16,27 +16,27 @@ from calm.core.seeds import whole_seed
 
 
 class DrawsInParts:
-    """The randomness of N draws that are made part by part, and come out as if they were made at once.
+    """Randomness for N draws that are made in parts, with the same result as if made all at once.
 
-    Whatever asks for numbers must ask in the same order for every part.
+    The caller must request numbers in the same order for every part.
 
     Args:
-        num_draws: All draws N.
-        generators: Source of the numbers: one generator for each row.
+        num_draws: Total number of draws N.
+        generators: One generator per row.
     """
 
     def __init__(self, num_draws: int, generators: Sequence[torch.Generator]) -> None:
         self._num_draws, self._generators = num_draws, generators
         self._first, self._asked = 0, 0
-        self._whole: list[Tensor] = []  # (N, R, U) for each time that numbers are asked for.
+        self._whole: list[Tensor] = []  # (N, R, U) for each request of a part.
 
     def begin(self, first: int) -> "DrawsInParts":
-        """What follows is for the draws from this one on."""
+        """Start the part whose first draw is `first`."""
         self._first, self._asked = first, 0
         return self
 
     def next(self, num_draws: int, make: Callable[[int, Sequence[torch.Generator]], Tensor]) -> Tensor:
-        """The numbers of so many draws, of those that `make` gives for all."""
+        """The numbers for the next `num_draws` draws, sliced from those that `make` returns for all."""
         if self._asked == len(self._whole):
             self._whole.append(make(self._num_draws, self._generators))
         self._asked += 1
@@ -44,7 +44,7 @@ class DrawsInParts:
 
 
 class Request(NamedTuple):
-    """Numbers that a draw asks for: (N, R, `size`), made by `torch.rand` or `torch.randn`."""
+    """Random numbers that a draw requests: (N, R, `size`), from `torch.rand` or `torch.randn`."""
 
     numbers: Callable[..., Tensor]
     size: int
@@ -52,30 +52,30 @@ class Request(NamedTuple):
 
 
 class NotedRequests:
-    """Randomness that keeps a list of what it is asked for; the numbers are the default generator's."""
+    """Randomness that records requests; the numbers come from the default generator."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
 
 
 class GivenNumbers:
-    """Numbers that were drawn before, (N, R, U) each, handed out in the order in which they are asked for.
+    """Numbers drawn in advance, (N, R, U) each, returned in the order of requests.
 
     Args:
-        numbers: As many as will be asked for, each of the shape that will be.
+        numbers: One tensor for each future request, in its shape.
     """
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         self._numbers = iter(numbers)
 
     def next(self) -> Tensor:
-        """The next of them."""
+        """The numbers for the next request."""
         return next(self._numbers)
 
 
 Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | NotedRequests | GivenNumbers | None
-"""One generator for all rows, one for each row, draws in parts, or None for the default generator; or numbers
-that are noted or given, see `numbers_for`."""
+"""One generator for all rows, one per row, draws in parts, or None for the default generator; or recorded
+requests and given numbers, see `numbers_for`."""
 
 
 def numbers_for(
@@ -85,9 +85,9 @@ def numbers_for(
     randomness: Randomness,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """The numbers, (N, R, size) each, that a draw with these requests would be given.
+    """The numbers, (N, R, size) each, that a draw making these requests would get.
 
-    So a draw can be split in two: its random numbers, and a function of those (see `NotedRequests` and
+    This splits a draw into its random numbers and a deterministic function of them (see `NotedRequests` and
     `GivenNumbers`).
     """
     return [
@@ -151,33 +151,33 @@ def _of_rows(
 
 
 def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:
-    """The generators of some rows; one generator for all stays what it is."""
+    """The generators of some rows; anything but one generator per row is returned unchanged."""
     if isinstance(randomness, Sequence):
         return [randomness[row] for row in rows_R.tolist()]
     return randomness
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that belongs to some numbers and words, and to them alone."""
+    """Hash numbers and strings to a seed."""
     plain = tuple(whole_seed(part) if isinstance(part, SupportsIndex) else part for part in parts)
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=7).digest()  # torch takes 63 bits.
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=7).digest()  # torch takes at most 63 bits.
     return int.from_bytes(digest, "big")
 
 
 def generators_of_rows(
     seed: int, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
-    """A generator for each row, from the seed, the row's own tokens, and how often they came before.
+    """A generator per row, seeded by the user's seed, the row's tokens, and how many equal rows precede it.
 
-    So a prompt has the same stream in every batch, and equal prompts have different ones.
+    So a prompt has the same random stream in every batch, and equal prompts have different ones.
 
     Args:
         seed: The user's seed.
         rows: Tokens of each row, without padding.
-        device: Where the numbers will be drawn.
+        device: Device of the generators.
 
     Raises:
-        ValueError: If the seed is no whole number.
+        ValueError: If the seed is not an integer.
     """
     seen: dict[tuple[int, ...], int] = {}
     generators = []
@@ -195,13 +195,13 @@ def generator_of_row(
     Args:
         seed: The user's seed.
         row: Its tokens, without padding.
-        copy: How often the same row came before.
-        device: Where the numbers will be drawn.
+        copy: How many equal rows precede it.
+        device: Device of the generator.
 
     Raises:
-        ValueError: If the seed is no whole number.
+        ValueError: If the seed is not an integer.
     """
-    # What is hashed is how it is written, and the numbers of numpy and torch are written in other ways.
+    # The hash is of a repr, and numpy and torch integers have another repr than Python's.
     text = repr((whole_seed(seed), operator.index(copy), _plain(row)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # manual_seed takes at most 63 bits without wrapping.

@@ -1,6 +1,6 @@
-"""Samplers as values: how one chunk is chosen from draws, each with its own settings and no others.
+"""Samplers as values: how a chunk is chosen from draws. Each has only the settings it needs.
 
-A sampler of your own is a frozen dataclass with the members of `Sampler`. Shapes: R rows.
+To write your own, make a frozen dataclass with the members of `Sampler`. Shapes: R rows.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from calm.core.temperature import ChunkSample, check_cuts, choose_from_pool, ord
 
 
 class Draw(Protocol):
-    """Makes independent draws of some rows."""
+    """Makes independent draws for some rows."""
 
     def __call__(self, num_draws: int, rows_R: Tensor, temperature: float = 1.0, /) -> Tensor:
-        """Token ids (N, R, K), or states (N, R, X) that go with a `TokenReader`.
+        """Token ids (N, R, K), or states (N, R, X) for a `TokenReader`.
 
         Args:
             num_draws: Number of draws N.
-            rows_R: Which rows.
-            temperature: Below 1 only for heads that take one.
+            rows_R: Indices of the rows.
+            temperature: Below 1 only for heads that support it.
         """
 
 
@@ -37,29 +37,29 @@ class Sampler(Protocol):
 
     @property
     def most_draws(self) -> int:
-        """Draws of a row that are held at once, at most."""
+        """Maximum number of draws held at once per row."""
 
     def sample(
         self, draw: Draw, num_rows: int, randomness: Randomness = None, reader: TokenReader | None = None
     ) -> ChunkSample:
-        """One chunk for every row.
+        """Choose one chunk for every row.
 
         Args:
             draw: Makes draws.
             num_rows: Number of rows R.
-            randomness: Source of the choices; the draws have their own.
-            reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
+            randomness: Randomness of the choice; the draws have their own.
+            reader: Decodes draws that are not token ids; it affects the cost, not the result.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSampler:
-    """Draws chunks from P^(1/T) wherever `max_draws` suffice, and by the pool rule elsewhere.
+    """Samples chunks exactly from P^(1/T) if `max_draws` suffice, and by the pool rule otherwise.
 
     Args:
         temperature: T in (0, 1].
-        max_draws: Most draws of a row, at least 1/T; then the pool rule chooses among them.
-        first_block: Draws that it begins with; None chooses. It changes cost, not the distribution.
+        max_draws: Maximum draws per row, at least 1/T; after that, the pool rule chooses among them.
+        first_block: Draws in the first block; None for the default. Affects cost, not the distribution.
     """
 
     temperature: float = 1.0
@@ -80,7 +80,7 @@ class ExactSampler:
     def sample(
         self, draw: Draw, num_rows: int, randomness: Randomness = None, reader: TokenReader | None = None
     ) -> ChunkSample:
-        """See `Sampler`; at T = 1 that is a single draw."""
+        """See `Sampler`; at T = 1 this is a single draw."""
         if self.temperature == 1:
             return single_draw(draw, num_rows, 1.0, reader)
         return sample_exact(
@@ -96,13 +96,13 @@ class ExactSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSampler:
-    """Chooses from a pool of draws by how often each chunk occurs; tends to P^(1/T) as the pool grows.
+    """Chooses from a pool of draws by how often each chunk occurs; converges to P^(1/T) as the pool grows.
 
     Args:
-        temperature: T in [0, 1]; 0 takes the most frequent chunk.
+        temperature: T in [0, 1]; 0 picks the most frequent chunk.
         num_draws: Size of the pool, at least 1/T.
         top_p: Keep the most frequent chunks that make up this share of the pool.
-        min_p: Drop chunks less frequent than this share of the most frequent one's.
+        min_p: Drop chunks whose frequency is below this fraction of the most frequent one's.
     """
 
     temperature: float = 1.0
@@ -124,7 +124,7 @@ class PoolSampler:
     def sample(
         self, draw: Draw, num_rows: int, randomness: Randomness = None, reader: TokenReader | None = None
     ) -> ChunkSample:
-        """See `Sampler`; at T = 1, without cuts, that is a single draw."""
+        """See `Sampler`; at T = 1, without top-p or min-p, this is a single draw."""
         if self.most_draws == 1:
             return single_draw(draw, num_rows, 1.0, reader)
         _check_rows(num_rows)
@@ -134,7 +134,7 @@ class PoolSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSampler:
-    """One draw of a head that takes a temperature itself; the distribution is the head's own.
+    """One draw from a head that takes a temperature itself; the head defines the distribution.
 
     Args:
         temperature: From the head's `lowest_temperature` to 1.
@@ -158,12 +158,12 @@ class HeadSampler:
 
 
 def is_plain_draw(sampler: Sampler) -> bool:
-    """Whether what a sampler gives is one draw at temperature 1."""
+    """Whether a sampler returns a single draw at temperature 1."""
     return sampler.temperature == 1 and sampler.most_draws == 1
 
 
 def single_draw(draw: Draw, num_rows: int, temperature: float, reader: TokenReader | None) -> ChunkSample:
-    """A sample that is one draw of each row."""
+    """A sample of one draw per row."""
     _check_rows(num_rows)
     rows_R = torch.arange(num_rows)
     drawn = draw(1, rows_R) if temperature == 1 else draw(1, rows_R, temperature)

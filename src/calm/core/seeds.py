@@ -1,15 +1,15 @@
-"""What a seed may be; no torch, so that what needs no more than a seed stays light."""
+"""Valid seeds; without torch, so that code that only needs a seed stays light."""
 
 import operator
 from typing import Any
 
 
 def whole_seed(seed: Any) -> int:
-    """A seed as a plain number, so that 1 gives the same whether Python, numpy or torch made it.
+    """A seed as a plain int, so that 1 gives the same results whether it is from Python, numpy or torch.
 
     Raises:
-        ValueError: If it is no whole number. Neither are 1.0, "1" and True, which mean something else where
-            they were not a mistake.
+        ValueError: If it is not an integer. 1.0, "1" and True are rejected too: they are mistakes, or mean
+            something else.
     """
     is_truth = isinstance(seed, bool) or str(getattr(seed, "dtype", "")).endswith("bool")
     try:

@@ -1,11 +1,11 @@
-"""Speculative sampling: which drafted tokens a model accepts, so that its text has its own distribution.
+"""Speculative sampling: which drafted tokens to accept, so that the text has the model's own distribution.
 
-After Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), for token trees as well:
-candidates for a place are drawn without replacement, and each that is rejected leaves a residual for the next
+After Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318), and for token trees:
+candidates for a position are drawn without replacement, and each rejected one leaves a residual for the next
 (Chen et al., arXiv 2402.12374, after Miao et al., arXiv 2305.09781).
 
-Both rules walk the tree from its root for as long as they accept a child. They ask for a distribution at
-nodes that they visit, and nowhere else. Shapes: V vocabulary, C candidates.
+Both rules walk down the tree from its root as long as they accept a child. They request distributions only
+at the nodes they visit. Shapes: V vocabulary, C candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ from calm.core.branches import TEXT, Branches
 
 
 class Accepted(NamedTuple):
-    """What a model accepts of a draft.
+    """The part of a draft that the model accepts.
 
     Args:
-        places: The accepted tokens, each of which follows the one before.
+        places: Places of the accepted tokens, along one path from the root.
         next_token: The model's own token after them.
     """
 
@@ -37,12 +37,12 @@ def accept_by_ratio(
 ) -> Accepted:
     """Accept a token with probability min(1, p / q); after a rejection, sample from the residual.
 
-    Then the text has distribution p, whatever q is: see `Residual`.
+    The text then has distribution p, whatever q is: see `Residual`.
 
     Args:
-        draft: Tokens drawn from q, at each place without replacement, in the order of the draws.
+        draft: Tokens sampled from q, siblings without replacement and in the order they were drawn.
         model_at: The model's distribution p after the token at a place, (V,).
-        draft_at: The draft's q of the same token, (V,) or of another number of tokens; asked for only where
+        draft_at: The draft's distribution q there, (V,) or of another vocabulary size; called only where
             a drafted token follows.
         generator: Source of randomness.
     """
@@ -65,14 +65,14 @@ def accept_by_ratio(
 
 
 def accept_by_match(draft: Branches, choice_at: Callable[[int], int]) -> Accepted:
-    """Accept tokens for as long as the model chooses the same itself, and then take its own.
+    """Accept tokens as long as the model chooses the same ones, then take its own.
 
-    The model chooses each token given those before it, so the accepted ones and its own are what it would
-    have written. This needs nothing of the draft but its tokens.
+    The model chooses each token given those before it, so the accepted tokens and its own are what it would
+    have generated alone. This needs only the draft's tokens, not their probabilities.
 
     Args:
-        draft: The tokens.
-        choice_at: What the model chooses after the token at a place, by a draw or as its likeliest.
+        draft: The drafted tokens.
+        choice_at: The model's choice after the token at a place, sampled or greedy.
     """
     accepted: list[int] = []
     while True:
@@ -85,44 +85,44 @@ def accept_by_match(draft: Branches, choice_at: Callable[[int], int]) -> Accepte
 
 
 class Residual:
-    """The residual of a model's distribution p as candidates that were drawn from q are rejected.
+    """The residual of a model's distribution p as candidates sampled from q are rejected.
 
     A candidate x is accepted with probability min(1, p(x) / q(x)). So each token is drawn and accepted with
-    probability min(p, q), and what p still lacks is (p - q)+, which brought to a sum of 1 is p for the next
-    candidate; that one comes from q without x. By induction the first that is accepted, or else a draw from
-    the residual, has the p of the beginning, for any number of candidates.
+    probability min(p, q), and the missing mass is (p - q)+, which, normalized, is p for the next candidate;
+    that one is sampled from q without x. By induction, the first accepted candidate, or else a sample from
+    the residual, has the original distribution p, for any number of candidates.
 
     Args:
         model_V: p.
-        draft_V: q, of the draft's own number of tokens: those that it lacks have no probability.
+        draft_V: q, over the draft's own vocabulary; tokens that it lacks have probability 0.
     """
 
     def __init__(self, model_V: Tensor, draft_V: Tensor) -> None:
         self.model_V, self._draft_V = model_V, draft_V
 
     def acceptance(self, token: int) -> float:
-        """The probability with which a candidate is accepted."""
+        """Probability of accepting a candidate."""
         if token >= len(self.model_V):
             return 0.0
         p, q = float(self.model_V[token]), float(self._draft_V[token])
         return 1.0 if p >= q > 0 else p / q if q > 0 else 0.0
 
     def reject(self, token: int) -> None:
-        """Go on without a candidate."""
+        """Update p and q after a candidate is rejected."""
         size = len(self.model_V)
         draft_V = torch.nn.functional.pad(self._draft_V[:size], (0, max(0, size - len(self._draft_V))))
         missing_V = (self.model_V - draft_V).clamp_min(0)
-        # Equal distributions reject nothing but by rounding, which may leave no residual.
+        # Equal distributions reject only through rounding, which may leave no residual.
         if (missing := missing_V.sum()) > 0:
             self.model_V = missing_V / missing
         others_V = self._draft_V.clone()
         others_V[token] = 0
-        # Nothing is left where all that the draft can say is rejected.
+        # Nothing is left once every token that the draft can sample is rejected.
         self._draft_V = others_V / others_V.sum().clamp_min(torch.finfo(others_V.dtype).tiny)
 
 
 def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> int:
-    """A token with a probability in proportion to its weight.
+    """Sample a token with probability proportional to its weight.
 
     Raises:
         ValueError: If the weights are not finite, or all 0.
@@ -131,18 +131,18 @@ def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> i
     total = float(sums_V[-1])
     if not 0 < total < float("inf"):
         raise ValueError(f"there is no distribution to draw from: the sum of its weights is {total:g}.")
-    # One uniform number and a running sum; `torch.multinomial` draws a number for each token.
+    # One uniform number and a cumulative sum; `torch.multinomial` draws a number for each token.
     point = _uniform(weights_V.device, generator) * total
     found = int(torch.searchsorted(sums_V, point, right=True))
     return min(found, len(sums_V) - 1)
 
 
 def draw_distinct(weights_MV: Tensor, number: int, generator: torch.Generator | None = None) -> Tensor:
-    """Tokens of each row, (M, C), drawn without replacement, in the order of the draws.
+    """Sample tokens of each row without replacement, (M, C), in the order of the draws.
 
     Args:
-        weights_MV: In proportion to these, at each draw among the tokens that are left.
-        number: Number of draws C. Where no more tokens have a weight, what is drawn means nothing.
+        weights_MV: Each draw is proportional to these, among the tokens that are left.
+        number: Number of draws C. Draws after all tokens with a weight are used up are arbitrary.
         generator: Source of randomness.
     """
     left_MV, drawn = weights_MV.clone(), list[Tensor]()
@@ -158,7 +158,7 @@ def draw_distinct(weights_MV: Tensor, number: int, generator: torch.Generator | 
 
 
 def _happens(probability: float, device: torch.device, generator: torch.Generator | None) -> bool:
-    # A uniform number may be 0, which is not less than a probability of 0.
+    # Strictly less: a uniform number may be 0, and a probability of 0 must never happen.
     return _uniform(device, generator) < probability
 
 

@@ -1,8 +1,8 @@
 """Temperature sampling from draws alone (paper section 5; derivations in docs/temperature.md).
 
-The distribution wanted at temperature T is P(x)^(1/T), normalized, over chunks x; all that is given is a way
-to draw from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk,
-A rows that are still open, D rows that are done.
+The target distribution at temperature T is P(x)^(1/T), normalized, over chunks x; all we have is a way to
+sample from P. Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk,
+A rows that are still undecided, D rows that are done.
 """
 
 import math
@@ -17,28 +17,28 @@ from calm.core.pool import Pool, TokenReader
 from calm.core.random import Randomness, select_rows, uniform
 
 Draw = Callable[[int, Tensor], Tensor]
-"""draw(num_draws, rows_R): independent draws of those rows at temperature 1: token ids (N, R, K), or
-states (N, R, X) that go with a `TokenReader`."""
+"""draw(num_draws, rows_R): independent draws for those rows at temperature 1: token ids (N, R, K), or
+states (N, R, X) for a `TokenReader`."""
 
 _ROUNDING = 1e-3
 _LEAST = 1e-300
-_MOST_DRAWS_NAMED = 10**6  # With a temperature that needs more, nobody meant to draw so many.
+_MOST_DRAWS_NAMED = 10**6  # No error message asks for more draws than this: nobody means to make so many.
 _LIKELIEST = 1e-6
 _FIRST_BLOCK = 16
-_FIRST_BLOCK_WITH_READER = 4  # Where tokens are expensive to find, draws that are not needed are too.
-_GROWTH = 3  # Few long blocks: a block costs as much as dozens of draws where rows are few.
+_FIRST_BLOCK_WITH_READER = 4  # If tokens are expensive to decode, so are unneeded draws.
+_GROWTH = 3  # Few long blocks: with few rows, the overhead of a block is that of dozens of draws.
 
 
 class ChunkSample(NamedTuple):
-    """One chunk for every row, and what it took.
+    """One chunk for every row, and the draws it took.
 
     Args:
         chunks_RK: Token ids.
         num_draws_R: Draws that were made.
-        num_needed_R: Draws that the decision rests on; below `num_draws_R` where the last block of
-            draws was longer than need be.
-        fell_back_R: Whether the budget of exact sampling was spent and the pool rule decided.
-        agreement_R: Share of the draws that are equal to the chosen chunk.
+        num_needed_R: Draws that the decision used; fewer than `num_draws_R` if the last block of draws
+            was longer than necessary.
+        fell_back_R: Whether exact sampling ran out of its budget and the pool rule decided.
+        agreement_R: Share of the draws that equal the chosen chunk.
     """
 
     chunks_RK: Tensor
@@ -49,21 +49,21 @@ class ChunkSample(NamedTuple):
 
 
 def is_likeliest(temperature: float) -> bool:
-    """Whether a model of tokens writes its likeliest token: scores divided by so little are no numbers."""
+    """Whether a token-level model decodes greedily: the temperature is too low to divide logits by."""
     return temperature < _LIKELIEST
 
 
 def inverse_temperature(temperature: float) -> float:
-    """The exponent 1/T: infinite at 0, and whole where T is given rounded, as 0.333.
+    """The exponent 1/T: infinite at 0, and an integer if T is a rounded reciprocal such as 0.333.
 
     Raises:
-        ValueError: If T lies outside [0, 1].
+        ValueError: If T lies outside [0, 1], or is so small that 1/T overflows.
     """
     if not 0 <= temperature <= 1:
         raise ValueError(f"temperature must lie between 0 and 1, got {temperature}.")
     if temperature == 0:
         return math.inf
-    if temperature < _LEAST:  # 1/T would not be a number.
+    if temperature < _LEAST:  # 1/T would overflow.
         raise ValueError(f"a temperature above 0 must be at least {_LEAST:g}, got {temperature:g}.")
     order = 1 / temperature
     return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
@@ -77,19 +77,19 @@ def sample_from_pool(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> ChunkSample:
-    """Choose one chunk of each row's pool so that its distribution tends to P^(1/T) as the pool grows.
+    """Choose one chunk from each row's pool; its distribution converges to P^(1/T) as the pool grows.
 
     A chunk that occurs c times has weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c-s+1)), where s is 1/T, or
-    the largest count of the row if that is smaller. For T = 1/n it is the paper's rule: n-fold
-    coincidences, and the largest ones where there are none. At T = 0 the most frequent chunk wins.
+    the largest count of the row if that is smaller. For T = 1/n this is the paper's rule: n-fold
+    coincidences, or the largest ones if there are none. At T = 0 the most frequent chunk wins.
 
     Args:
-        pool_NRK: Token ids of N independent draws of each row.
+        pool_NRK: Token ids of N independent draws for each row.
         temperature: T in [0, 1].
-        randomness: Source of the one uniform number of each row.
-        top_p: Keep the fewest of the most frequent chunks whose shares of the pool sum to at least this;
-            chunks as frequent as the last one kept stay as well.
-        min_p: Drop chunks with fewer draws than this share of the most frequent chunk's.
+        randomness: Source of one uniform number per row.
+        top_p: Keep the smallest set of most frequent chunks whose shares of the pool sum to at least this;
+            chunks tied with the last one kept stay too.
+        min_p: Drop chunks whose frequency is below this fraction of the most frequent one's.
 
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
@@ -101,13 +101,13 @@ def sample_from_pool(
 def distribution_of_pool(
     count_C: Tensor, temperature: float, *, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Probability that `sample_from_pool` chooses each of the different chunks of a pool, (C,).
+    """Probability that `sample_from_pool` chooses each distinct chunk of a pool, (C,).
 
     Args:
         count_C: How often each chunk occurs, at least once.
         temperature: T in [0, 1].
-        top_p: As there.
-        min_p: As there.
+        top_p: See `sample_from_pool`.
+        min_p: See `sample_from_pool`.
 
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
@@ -130,25 +130,25 @@ def sample_exact(
     randomness: Randomness = None,
     reader: TokenReader | None = None,
 ) -> ChunkSample:
-    """Choose one chunk for each row with the distribution P^(1/T), for any T in (0, 1].
+    """Sample one chunk for each row from P^(1/T), for any T in (0, 1].
 
-    Two stages, see `calm.core.coincidence`: as many equal draws as the whole part of 1/T, then a
-    Bernoulli factory for the rest of it. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
+    Two stages, see `calm.core.coincidence`: as many equal draws as the integer part of 1/T, then a
+    Bernoulli factory for the fractional part. With S(q) the sum of P(x)^q over all x and 1/T = n + a, the
     expected number of draws is (1 + S(1) + ... + S(n-1) + [a > 0] S(n+a-1)) / S(n+a).
 
-    Draws are made in blocks, the first of `first_block` (by default 16, or 4 with a reader) and each
-    further one three times as long as all before it together; rows that are decided draw no more. The
-    distribution does not depend on the blocks. Rows that are undecided after `max_draws` take the pool rule
-    over all their draws.
+    Draws are made in blocks: the first has `first_block` draws (by default 16, or 4 with a reader), and each
+    further one is three times as long as all before it together; decided rows draw no more. The
+    distribution does not depend on the blocks. Rows that are undecided after `max_draws` use the pool rule
+    on all their draws.
 
     Args:
-        draw: Makes draws of some rows.
+        draw: Makes draws for some rows.
         num_rows: Number of rows R.
         temperature: T in (0, 1].
-        max_draws: Budget of a row, at least 1/T.
-        first_block: Draws of the first block.
-        randomness: Source of the lifetimes and of the choices by the pool rule.
-        reader: Finds the tokens of draws that are not token ids; it changes cost, not the result.
+        max_draws: Draw budget per row, at least 1/T.
+        first_block: Draws in the first block.
+        randomness: Randomness of the lifetimes and of the pool rule's choices.
+        reader: Decodes draws that are not token ids; it affects the cost, not the result.
 
     Raises:
         ValueError: If the temperature is out of range or the budget smaller than 1/T.
@@ -196,7 +196,7 @@ def sample_exact(
 
 
 def order_for(temperature: float, num_draws: int | None = None, name: str = "") -> float:
-    """The exponent 1/T, after a check that so many draws can serve it; `name` says whose they are."""
+    """The exponent 1/T, after checking that `num_draws` suffice; `name` is their setting in errors."""
     order = inverse_temperature(temperature)
     if num_draws is None:
         return order
@@ -214,7 +214,7 @@ def order_for(temperature: float, num_draws: int | None = None, name: str = "") 
 
 
 def check_cuts(top_p: float, min_p: float) -> None:
-    """Raise ValueError if one of them is out of range."""
+    """Raise ValueError if top_p or min_p is out of range."""
     if not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError(
             f"top_p must lie in (0, 1] and min_p in [0, 1]; got top_p={top_p:g} and min_p={min_p:g}."
@@ -222,7 +222,7 @@ def check_cuts(top_p: float, min_p: float) -> None:
 
 
 def _accepted(pool: Pool, number_AN: Tensor, winner_A: Tensor, needed_A: Tensor) -> ChunkSample:
-    """The sample of the rows that have a winner."""
+    """The sample for the rows that have a winner."""
     done_D = (winner_A >= 0).nonzero().squeeze(1)
     winner_D = winner_A[done_D]
     number_DN = number_AN[done_D]
@@ -244,13 +244,13 @@ def choose_from_pool(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> ChunkSample:
-    """The pool rule, see `sample_from_pool`."""
+    """The pool rule; see `sample_from_pool`."""
     num_draws, num_rows, device = len(pool), pool.num_rows, pool.device
     order = order_for(temperature, num_draws)
     count_RN = torch.bincount(number_RN.flatten())[number_RN]
     log_weight_RN = _log_weights(count_RN, order)
     log_weight_RN = log_weight_RN.masked_fill(_is_cut(count_RN, top_p, min_p), -math.inf)
-    # Every one of the c equal draws carries the c-th part of its chunk's weight.
+    # Each of c equal draws carries 1/c of its chunk's weight.
     log_weight_RN = log_weight_RN - count_RN.double().log()
     cumulative_RN = (log_weight_RN - log_weight_RN.amax(-1, keepdim=True)).exp().cumsum(-1)
     uniform_R1 = uniform(1, num_rows, 1, randomness, device, torch.float64)[0]
@@ -272,14 +272,14 @@ def _log_weights(count_RN: Tensor, order: float) -> Tensor:
     size_R1 = count.amax(-1, keepdim=True).clamp_max(order)
     rest = count - size_R1
     log_weight = torch.lgamma(count + 1) - torch.lgamma(size_R1 + 1) - torch.lgamma(rest.clamp_min(-1) + 1)
-    # C(c, s) is 0 for whole c <= s - 1; below floor(s) no candidate can come from so few draws.
+    # C(c, s) is 0 for integer c <= s - 1: with fewer than floor(s) draws there is no candidate.
     return torch.where(count >= size_R1.floor(), log_weight, -math.inf)
 
 
 def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
-    """Draws whose chunk is not among the most frequent ones."""
+    """Which draws top_p or min_p removes."""
     is_rare_RN = count_RN < min_p * count_RN.amax(-1, keepdim=True)
-    # Share of the draws that stand in strictly commoner chunks.
+    # Share of the draws in strictly more frequent chunks.
     sorted_RN = count_RN.sort(dim=-1).values
     at_most_RN = torch.searchsorted(sorted_RN, count_RN.contiguous(), right=True)
     commoner_RN = 1 - at_most_RN.double() / count_RN.shape[-1]

@@ -1,1 +1,1 @@
-"""Scores on held-out text: BrierLM, reconstruction, and the n-gram floor."""
+"""Scores on held-out text: BrierLM, perplexity, reconstruction, n-gram floors, and answers to prompts."""

@@ -1,4 +1,4 @@
-"""How a fine-tuned model is scored: its loss on held-out examples, and its answers to their prompts."""
+"""Scores of a fine-tuned model: its loss on held-out examples, and its answers to their prompts."""
 
 from collections.abc import Sequence
 
@@ -26,17 +26,17 @@ def answer(
     seed: int,
     max_new_tokens: int | None = None,
 ) -> list[str]:
-    """What a model writes after the prompt of each example.
+    """Generate an answer to the prompt of each example.
 
     Args:
         model: A CALM, or another causal language model.
         tokenizer: Its tokenizer.
         examples: The examples.
         temperature: 0 to 1.
-        num_draws: Draws of a pool at temperature 0, where a head cannot decode greedily.
-        seed: Makes the answers repeatable.
-        max_new_tokens: Most tokens of an answer, fewer where the context has no room for them; as many as the
-            longest completion has when None.
+        num_draws: Size of the pool at temperature 0, for heads that cannot decode greedily.
+        seed: Makes the answers reproducible.
+        max_new_tokens: Maximum tokens of an answer, capped by the room in the context; None for the length of
+            the longest completion.
     """
     answers = []
     if max_new_tokens is None:
@@ -63,7 +63,7 @@ def answer(
 def exact_match(
     answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """Percent of the answers that are the completion, but for white space at the ends."""
+    """Percent of answers that equal the completion, ignoring leading and trailing whitespace."""
     pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
     right = [text.strip() == wanted.strip() for text, wanted in pairs]
     return 100 * sum(right) / len(right)
@@ -72,7 +72,7 @@ def exact_match(
 def ends_with_completion(
     answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """Percent of the answers whose last words are the completion, whatever steps were written before them."""
+    """Percent of answers whose last words are the completion, whatever steps precede them."""
     pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
     words = [(text.split(), wanted.split()) for text, wanted in pairs]
     right = [written[-len(wanted) :] == wanted for written, wanted in words]
@@ -80,18 +80,18 @@ def ends_with_completion(
 
 
 def completions_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The completions of examples as texts."""
+    """The completions of examples as text."""
     return [decode_after(tokenizer, example.prompt, example.completion) for example in examples]
 
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: int) -> float:
-    """Mean loss of the targets, with the same noise each time.
+    """Mean loss per target, with the same noise on every call.
 
     Args:
         model: A CALM, or another causal language model.
         blocks: Blocks of examples.
-        num_blocks: Score this many of them at most.
+        num_blocks: Maximum number of blocks to score.
     """
     view, total, count = language_model(model), 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)

@@ -1,11 +1,11 @@
-"""A text that a model reads once, and branches that leave it at many places at the same time.
+"""A text that a model reads once, and branches that leave it at many positions at the same time.
 
-To score windows that take several steps, a model must go on from its own draws after every place of
-the text. The text is read once into the cache; then all branches take a step together, as further
-queries that see the text up to their place and themselves (a 4D mask), so nothing is computed twice.
+To score windows that take several steps, a model must continue from its own draws after every position of
+the text. The text is read into the cache once; then all branches step together, as additional
+queries that see the text before them and themselves (a 4D mask), so nothing is computed twice.
 
 Shapes: B batch, T tokens, C chunks of a window's size, S units in a chunk, U = C·S units, K tokens per
-unit, Q = C - 1 places where a branch can start, P targets, X what the reader returns for a unit.
+unit, Q = C - 1 positions where a branch can start, P targets, X size of the reader's output for a unit.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from calm.models.readers import Reader
 
 
 class Text(Protocol):
-    """Some blocks that were read."""
+    """Blocks of text that a model has read."""
 
     num_steps: int
 
     def outputs_on_text(self, step: int) -> Tensor:
-        """Output after the unit before a target's unit number `step` in the true text, (P, X)."""
+        """Output that predicts unit `step` of each target, given the true text before it, (P, X)."""
 
     def follow(self, units_PK: Tensor) -> Tensor:
-        """Let every branch take one more step; output after it, (P, X).
+        """Extend every branch by one step and return the output after it, (P, X).
 
         Args:
             units_PK: Tokens of the step, one unit for each target.
@@ -36,13 +36,13 @@ class Text(Protocol):
 
 
 def read_text(reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> Text:
-    """The text of some blocks, ready for branches.
+    """Read blocks of text, ready for branching.
 
     Args:
         reader: The model.
         block: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
-        is_target_BC: Which of the chunks 1..C-1 are targets, (B, Q).
-        chunk_size: Tokens of a target, a multiple of the reader's units.
+        is_target_BC: Which of chunks 1..C-1 are targets, (B, Q).
+        chunk_size: Tokens of a target, a multiple of the reader's unit size.
     """
     if chunk_size == reader.unit_size:
         outputs_BCX = reader.read(block["input_ids"], None, block["position_ids"], None)
@@ -52,7 +52,7 @@ def read_text(reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: in
 
 @dataclass
 class _OneStep:
-    """A text whose targets are single units: no branches, and so no mask that some attentions do not take."""
+    """A text whose targets are single units: no branches, so no 4D mask, which not all attentions support."""
 
     outputs_PX: Tensor
     num_steps: int = 1
@@ -62,12 +62,12 @@ class _OneStep:
         return self.outputs_PX
 
     def follow(self, units_PK: Tensor) -> Tensor:
-        """There is no step to take."""
+        """Raise IndexError: there is no second step."""
         raise IndexError("targets of one unit have no second step.")
 
 
 class BranchedText:
-    """The outputs of a reader on a text, and on branches of it; see `read_text` for the arguments."""
+    """A reader's outputs on a text and on branches of it; see `read_text` for the arguments."""
 
     def __init__(self, reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> None:
         self._reader, self._cache, unit_size = reader, reader.new_cache(), reader.unit_size
@@ -77,7 +77,7 @@ class BranchedText:
         document_BU = number_documents(block["position_ids"]).repeat_interleave(self.num_steps, dim=1)
         self._position_BU = _positions(has_text_BU, document_BU)
         index_U = torch.arange(has_text_BU.shape[1], device=has_text_BU.device)
-        # Padding in front of a document, if it fills units, is not there at all for the decoder.
+        # Units that are only padding, in front of a document, are invisible to the model.
         self._sees_BUU = (
             (document_BU.unsqueeze(2) == document_BU.unsqueeze(1))
             & (index_U.unsqueeze(1) >= index_U)
@@ -111,14 +111,14 @@ class BranchedText:
         return outputs_BQX[self._is_target_BQ]
 
     def _additive(self, sees_BQU: Tensor) -> Tensor:
-        """0 where a query sees, the lowest number where it does not, (B, 1, Q, U)."""
+        """Additive mask: 0 where a query sees a key, the lowest finite number elsewhere, (B, 1, Q, U)."""
         dtype = self._reader.model.dtype
         mask = torch.zeros(sees_BQU.shape, dtype=dtype, device=sees_BQU.device)
         return mask.masked_fill(~sees_BQU, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _positions(has_text_BU: Tensor, document_BU: Tensor) -> Tensor:
-    """Place of each unit among those of its document that hold text."""
+    """Position of each unit among those of its document that contain text."""
     before_BU = has_text_BU.long().cumsum(-1) - has_text_BU.long()
     is_first_BU = torch.ones_like(has_text_BU)
     is_first_BU[:, 1:] = document_BU[:, 1:] != document_BU[:, :-1]

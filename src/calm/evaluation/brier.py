@@ -1,4 +1,4 @@
-"""BrierLM of anything that can draw the next chunk (paper section 4).
+"""BrierLM of anything that can sample the next chunk (paper section 4).
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, P target chunks, N draws.
 """
@@ -27,18 +27,18 @@ from calm.evaluation.processes import Block, gather_from_processes, own_share
 
 
 class ChunkSampler(Protocol):
-    """Draws next chunks given the true chunks before them; `FromDraws` scores it."""
+    """Samples next chunks given the true chunks before them; `FromDraws` scores it."""
 
     chunk_size: int
 
     def draw_next_chunks(
         self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
-        """Independent draws of every target chunk, (N, P, K), in the order of `is_target_BC`.
+        """Independent draws for every target chunk, (N, P, K), in the order of `is_target_BC`.
 
         Args:
             block: Blocks of text, (B, T).
-            is_target_BC: Which of the chunks 1..C-1 to draw.
+            is_target_BC: Which of chunks 1..C-1 to draw.
             num_draws: Number of draws N.
             generator: Source of randomness.
         """
@@ -46,11 +46,11 @@ class ChunkSampler(Protocol):
 
 @dataclass(frozen=True)
 class Targets:
-    """The chunks of some blocks that are scored, and where text ends.
+    """The chunks of a batch of blocks that are scored, and how texts end.
 
     Args:
-        is_target_BC: Which of the chunks 1..C-1 they are.
-        chunks_PK: Their tokens; padding after EOS.
+        is_target_BC: Which of chunks 1..C-1 are scored.
+        chunks_PK: Their tokens, with padding after EOS.
         eos_ids: Ids that end a text.
         pad_token_id: Padding after the end.
     """
@@ -61,13 +61,13 @@ class Targets:
     pad_token_id: int
 
     def end(self, chunk_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks with padding after EOS, and which of them end."""
+        """Chunks with padding after EOS, and which of them contain EOS."""
         return end_after_eos(chunk_PK, self.eos_ids, self.pad_token_id)
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Estimates what Brier scores are made of."""
+    """Estimates the two terms of Brier scores."""
 
     chunk_size: int
 
@@ -78,8 +78,8 @@ class Scorer(Protocol):
 
         Args:
             block: Blocks of text, (B, T).
-            targets: The chunks that are scored.
-            num_draws: Draws of each, where the scorer draws.
+            targets: The chunks to score.
+            num_draws: Draws per target, for scorers that use draws.
             generator: Source of randomness.
         """
 
@@ -88,7 +88,7 @@ class FromDraws:
     """Scores anything that draws chunks.
 
     Args:
-        sampler: What draws.
+        sampler: The sampler to score.
     """
 
     def __init__(self, sampler: ChunkSampler) -> None:
@@ -110,10 +110,10 @@ class BrierResult:
     Args:
         means: Brier-1 to Brier-K, as fractions.
         num_chunks: Number of scored chunks.
-        context: Tokens of a block: scores of other contexts do not compare.
-        errors: Standard errors of the means, for a sample of documents; NaN for a single one.
-        brier_lm_error: Standard error of BrierLM (delta method); NaN where BrierLM is undefined.
-        hits: Means of P(y), the probability to draw the text's own next tokens, for 1..K of them.
+        context: Tokens per block; scores with different contexts are not comparable.
+        errors: Standard errors of the means, with documents as the sample; NaN for a single document.
+        brier_lm_error: Standard error of BrierLM (delta method); NaN if BrierLM is undefined.
+        hits: Means of P(y), the probability of drawing the text's next n tokens, n = 1..K.
         collisions: Means of sum_x P(x)^2, the probability that two draws agree; Brier-n is 2 hit - collision.
         documents: Sums of Brier-1 to Brier-K by document, for `calm.core.brier.brier_lm_difference`.
     """
@@ -129,12 +129,12 @@ class BrierResult:
 
     @property
     def brier_lm(self) -> float:
-        """BrierLM in 0..100; 0 where it is undefined."""
+        """BrierLM in 0..100; 0 if undefined."""
         return brier_lm(self.means)
 
     @property
     def undefined(self) -> str | None:
-        """Why BrierLM is undefined, such as "Brier-4 below 0"; None where it is defined."""
+        """Why BrierLM is undefined, such as "Brier-4 below 0"; None if it is defined."""
         return undefined_brier_lm(self.means)
 
     def as_metrics(self) -> dict[str, float]:
@@ -158,22 +158,22 @@ def evaluate_brier(
     seed: int,
     num_draws: int = 2,
 ) -> BrierResult:
-    """Brier-1..K of a model on every target chunk.
+    """Brier-1..K of a model over all target chunks.
 
-    What follows EOS in a chunk is padding in draws and text alike, so the end of a text is an
-    outcome like any other, and all models meet the same outcomes. In a group of processes each
-    scores its share of the batches and all return the same result, that of a single process.
+    Whatever follows EOS in a chunk is padding, in draws and text alike, so the end of a text is an
+    outcome like any other, and all models are scored on the same outcomes. In a process group, each process
+    scores its share of the batches, and all return the result of a single process.
 
     Args:
-        scorer: What to score: `FromDraws(sampler)` of anything that draws chunks, or another scorer.
+        scorer: What to score: `FromDraws(sampler)` for anything that draws chunks, or another scorer.
         blocks: Held-out blocks, in batches.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
         seed: Seed of the draws; every batch has its own stream.
-        num_draws: Draws of each target, at least 2; more lower the variance, not the mean.
+        num_draws: Draws per target, at least 2; more lower the variance and leave the mean unchanged.
 
     Raises:
-        InputError: If K < 4, there are fewer than two draws, or the blocks hold no target.
+        InputError: If K < 4, there are fewer than two draws, or the blocks contain no target.
     """
     if not isinstance(scorer, Scorer):
         raise InputError(f"a {type(scorer).__name__} has no estimate(); score it as FromDraws(sampler).")
@@ -189,19 +189,19 @@ def evaluate_brier(
     for index, block, targets in targets_of(
         blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
     ):
-        # A stream of its own for every batch: which process scores it, and what came before, do not matter.
+        # A random stream per batch: which process scores it, and what came before, do not matter.
         generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
         hit_PK, equal_PK = scorer.estimate(block, targets, num_draws, generator)
         document_P = _documents_of(block, index)[:, 1:][targets.is_target_BC]
         sums = DocumentSums.of_positions(torch.cat([hit_PK, equal_PK], dim=1), document_P)
         parts.append((index, block["input_ids"].shape[-1], sums))
-    # In the order of the batches, so that the number of processes changes no digit.
+    # In batch order, so that the number of processes does not change a digit.
     parts = sorted(gather_from_processes(parts), key=lambda part: part[0])
     if not parts:
         raise InputError("the held-out text has no chunk to score; give more text.")
     sums = DocumentSums.joined([part[2] for part in parts])
     hit_K, equal_K = sums.means_X.chunk(2)
-    # Brier = 2 hit - collision, and so its covariance.
+    # Brier = 2 hit - collision; the covariance follows by the same linear map.
     combine_KX = torch.cat([2 * torch.eye(size), -torch.eye(size)], dim=1).double()
     means_K, covariance_KK = 2 * hit_K - equal_K, combine_KX @ sums.covariance_XX @ combine_KX.T
     return BrierResult(
@@ -219,7 +219,7 @@ def evaluate_brier(
 def targets_of(
     blocks: Iterable[Block], chunk_size: int, *, eos_token_id: int | list[int] | None, pad_token_id: int
 ) -> Iterator[tuple[int, Block, Targets]]:
-    """This process's share of the batches that have targets, with their numbers."""
+    """This process's share of the batches, those with targets, each with its index."""
     for index, block in own_share(blocks):
         is_target_BC = find_targets(block["labels"], block["position_ids"], chunk_size)
         if bool(is_target_BC.any()):
@@ -231,7 +231,7 @@ def targets_of(
 
 
 def _documents_of(block: Block, index: int) -> Tensor:
-    """A number for the document of every chunk, (B, C); of blocks that do not say, each is its own text."""
+    """Document number of each chunk, (B, C); without `document_ids`, no document spans two blocks."""
     if "document_ids" in block:
         return block["document_ids"]
     return number_documents(block["position_ids"]) + (index << 32)

@@ -1,4 +1,4 @@
-"""All figures of a model on held-out text, with floors and ceilings on the same chunks."""
+"""All scores of a model on held-out text, with floors and ceilings on the same chunks."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -24,23 +24,23 @@ from calm.models.context import check_context
 from calm.models.language_model import language_model
 from calm.progress import tracked
 
-EVALUATION_SEED = 1234  # The same draws at every evaluation, so that checkpoints compare.
+EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
 _BATCH = 8
 _TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
 class Scorecard:
-    """Figures on one held-out text.
+    """Scores on one held-out text.
 
     Args:
-        name: Of the model, "CALM" or "autoregressive".
-        brier: Of the language model.
-        reconstruction: Of the autoencoder, if there is one.
-        perplexity: Where the model has probabilities.
-        floors: Of n-gram models, by name.
-        floor_perplexities: Of the same n-gram models.
-        ceilings: Of what a perfect language model would score, by name.
+        name: Kind of model, "CALM" or "autoregressive".
+        brier: Brier scores of the language model.
+        reconstruction: Reconstruction by the autoencoder, if there is one.
+        perplexity: Perplexity, if the model has a likelihood.
+        floors: Brier scores of n-gram models, by name.
+        floor_perplexities: Perplexities of the same n-gram models.
+        ceilings: Brier scores that a perfect language model would reach, by name.
     """
 
     name: str
@@ -65,19 +65,19 @@ def score_model(
     num_draws: int = 2,
     estimator: Estimator = "best",
 ) -> Scorecard:
-    """All figures of a model on the held-out part of prepared text.
+    """Compute all scores of a model on the held-out part of prepared text.
 
     Args:
         model: A CALM, or any causal language model of transformers.
-        data: Text in the tokens of the model.
-        context: Tokens of a block; part of the protocol.
-        layout: How documents meet chunks.
+        data: Text tokenized for the model.
+        context: Tokens per block; part of the protocol.
+        layout: How documents are laid out in chunks.
         ngrams: Orders of n-gram floors; needs training text.
-        num_blocks: Score this many blocks at most.
+        num_blocks: Maximum number of blocks to score.
         seed: Seed of the draws.
         layout_seed: Seed of the offsets at which documents start in their first chunk.
-        num_draws: Draws of each target.
-        estimator: Whether the probabilities of a model that has them are used.
+        num_draws: Draws per target.
+        estimator: Whether to use the probabilities of a model that has them.
 
     Raises:
         InputError: If there is no text to score, or none to count n-grams in.
@@ -117,13 +117,13 @@ def batches_of(
     *,
     what: str = "scoring",
 ) -> Iterator[Block]:
-    """Blocks in batches on a device; the first `num_blocks` of them, or all.
+    """Yield batches on a device, of the first `num_blocks` blocks or all.
 
     Args:
         blocks: The blocks.
-        num_blocks: How many of them at most.
-        device: Where the batches go.
-        what: What is done with them, for the bar.
+        num_blocks: Maximum number of blocks.
+        device: Device of the batches.
+        what: Label of the progress bar.
     """
     end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
     size = _BATCH
@@ -166,7 +166,7 @@ def score_ceiling(
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
 ) -> BrierResult:
-    """BrierLM of the true next latents of a model, on the same blocks."""
+    """BrierLM of a model's true next latents, decoded, on the same blocks."""
     ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
     return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed, what="scoring the ceiling")
 
@@ -181,7 +181,7 @@ def score_with(
     *,
     what: str = "scoring BrierLM",
 ) -> BrierResult:
-    """BrierLM by any scorer with the tokens of a model, on blocks laid out in the scorer's chunks."""
+    """BrierLM from any scorer, with a model's special tokens, on blocks laid out in the scorer's chunks."""
     return evaluate_brier(
         scorer,
         batches_of(blocks, num_blocks, model.device, what=what),
@@ -192,14 +192,14 @@ def score_with(
 
 
 def ends_of_text(model: PreTrainedModel) -> dict[str, Any]:
-    """Ids that end a text, and padding, as scores take them."""
+    """Ids that end a text, and the padding id, as keyword arguments of the scoring functions."""
     return {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id or 0}
 
 
 def score_perplexity(
     model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: int | None = None
 ) -> PerplexityResult:
-    """Perplexity of a model that has a likelihood on held-out blocks, laid out as for BrierLM."""
+    """Perplexity, on held-out blocks laid out as for BrierLM, of a model with a likelihood."""
     return evaluate_perplexity(
         model,
         batches_of(blocks, num_blocks, model.device, what="scoring perplexity"),
@@ -213,7 +213,7 @@ def ngram_models(
     tokenizer: PreTrainedTokenizerBase,
     chunk_size: int,
 ) -> Iterator[tuple[str, NGramSampler]]:
-    """n-gram models of the training documents with their names; one at a time, since each takes memory."""
+    """Yield n-gram models of the training documents with their names, one at a time to save memory."""
     for order in orders:
         yield (
             f"{order}-gram",
@@ -234,7 +234,7 @@ def score_ngrams_brier(
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
 ) -> BrierResult:
-    """BrierLM of an n-gram model, on the same blocks as a model."""
+    """BrierLM of an n-gram model, on the same blocks as the model's."""
     return evaluate_brier(
         FromDraws(ngrams),
         batches_of(blocks, num_blocks, what=_scoring(ngrams)),
@@ -247,7 +247,7 @@ def score_ngrams_brier(
 def score_ngrams_perplexity(
     ngrams: NGramSampler, blocks: datasets.Dataset, num_blocks: int | None = None
 ) -> PerplexityResult:
-    """Perplexity of an n-gram model, on the same blocks as a model."""
+    """Perplexity of an n-gram model, on the same blocks as the model's."""
     return evaluate_ngram_perplexity(ngrams, batches_of(blocks, num_blocks, what=_scoring(ngrams)))
 
 

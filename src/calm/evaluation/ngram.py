@@ -1,9 +1,9 @@
 """The n-gram floor: a smoothed n-gram model, scored like any other sampler.
 
-Smoothing is Witten-Bell interpolation: a context seen N times before D different tokens is trusted
-with probability N / (N + D), else the next shorter context decides, at last the uniform distribution. Drawing
-from it needs no probabilities: go down the contexts, and pick one of the N occurrences at random. They are
-counted only where the cross-entropy is asked for.
+Smoothing is Witten-Bell interpolation: a context seen N times before D distinct tokens is trusted with
+probability N / (N + D); otherwise the next shorter context decides, and finally the uniform distribution.
+Sampling needs no probabilities: pick one of the N occurrences of the trusted context at random.
+Probabilities are only computed for the cross-entropy.
 
 Shapes: P positions, H tokens of history, K tokens per chunk, N draws.
 """
@@ -19,14 +19,14 @@ from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.evaluation.processes import Block
 from calm.progress import tracked
 
-_NOTHING = -1  # A place of the history before the start of the document.
+_NOTHING = -1  # A history token before the start of the document.
 
 
 @dataclass(frozen=True)
 class _Level:
-    """All contexts of one length; context i was seen at occurrences start[i] .. start[i+1] - 1.
+    """All contexts of one length; context i has occurrences start[i] .. start[i+1] - 1.
 
-    key: (shorter context's id, its further token) packed in one number, sorted.
+    key: (id of the context without its first token, first token) packed into one number, sorted.
     """
 
     key: Tensor
@@ -36,14 +36,14 @@ class _Level:
 
 
 class NGramSampler:
-    """An n-gram model of tokens that draws chunks, and knows the cross-entropy of given ones.
+    """An n-gram model that samples chunks, and computes the cross-entropy of given ones.
 
     Args:
         documents: Token ids of the training documents, without EOS.
         order: n; a token depends on the n - 1 before it.
         vocab_size: Number of token ids.
-        eos_token_id: Id put after each document.
-        pad_token_id: What follows EOS in a chunk.
+        eos_token_id: Id appended to each document.
+        pad_token_id: Padding after EOS in a chunk.
         chunk_size: Tokens per chunk K.
     """
 
@@ -63,8 +63,8 @@ class NGramSampler:
         lengths = torch.tensor([len(document) + 1 for document in documents])
         starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         history = torch.arange(len(stream)) - starts
-        context = torch.zeros_like(stream)  # Ids of the contexts of the level in hand.
-        where = torch.arange(len(stream))  # Places with so much history.
+        context = torch.zeros_like(stream)  # Context ids at the current level.
+        where = torch.arange(len(stream))  # Positions with enough history for it.
         self._levels = [_make_level(context[:1], context, stream, vocab_size)]
         for length in tracked(range(1, order), f"counting {order}-grams", "length"):
             keep = history[where] >= length
@@ -91,19 +91,19 @@ class NGramSampler:
         return torch.stack(chunk, dim=-1).unflatten(0, (num_draws, -1))
 
     def draw_tokens(self, history_PH: Tensor, generator: torch.Generator) -> Tensor:
-        """One next token for each history (H = n - 1, `-1` before a document starts), (P,)."""
+        """Sample a next token for each history (H = n - 1, `-1` before the start of a document), (P,)."""
         shape = history_PH.shape[:1]
         token = torch.randint(self.vocab_size, shape, generator=generator)  # The uniform distribution.
         for level, (ids, known) in zip(self._levels, self._descend(history_PH), strict=True):
             uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
             first, count = level.start[ids], level.start[ids + 1] - level.start[ids]
             pick = level.next_token[first + (uniform[0] * count).long()]
-            # A longer trusted context overrides the shorter ones before it.
+            # A trusted longer context overrides the shorter ones.
             token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
         return token
 
     def losses(self, block: Block, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
-        """Cross-entropy of each token of the target chunks given all before it, in nats, (P, K)."""
+        """Cross-entropy of each token of the target chunks given those before it, in nats, (P, K)."""
         history_PH = self._histories(block)[is_target_BC]
         losses = []
         for token_P in chunks_PK.unbind(-1):
@@ -112,7 +112,7 @@ class NGramSampler:
         return torch.stack(losses, dim=-1)
 
     def probability(self, history_PH: Tensor, token_P: Tensor) -> Tensor:
-        """Probability of a token after each history (see `draw_tokens`), float64, (P,)."""
+        """Probability of a given token after each history (see `draw_tokens`), float64, (P,)."""
         found_P = torch.full(token_P.shape, 1 / self.vocab_size, dtype=torch.float64)
         pairs = self._pairs_of_levels
         for level, pair, (ids, known) in zip(self._levels, pairs, self._descend(history_PH), strict=True):
@@ -124,11 +124,11 @@ class NGramSampler:
         return found_P
 
     def log_probability(self, tokens: list[int], first: int = 0) -> float:
-        """Logarithm of the probability of a document's tokens from a place on, given all before it.
+        """Log-probability of a document's tokens from position `first` on, given those before it.
 
         Args:
-            tokens: Token ids from the beginning of the document.
-            first: The place.
+            tokens: Token ids from the start of the document.
+            first: Position of the first token to score.
         """
         length = self.order - 1
         ids = torch.tensor([_NOTHING] * length + tokens, dtype=torch.long)
@@ -139,7 +139,7 @@ class NGramSampler:
 
     @cached_property
     def _pairs_of_levels(self) -> list[Tensor]:
-        """For each level the occurrences as (context's id, next token) packed in one number, sorted."""
+        """For each level, the occurrences as (context id, next token) packed into one number, sorted."""
         pairs = []
         for level in self._levels:
             context = torch.repeat_interleave(torch.arange(len(level.trust)), level.start.diff())
@@ -147,7 +147,7 @@ class NGramSampler:
         return pairs
 
     def _descend(self, history_PH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """From the shortest context to the longest: its id for each history, and whether it was ever seen."""
+        """Yield, from the shortest context to the longest, its id per history and whether it was seen."""
         ids = torch.zeros(len(history_PH), dtype=torch.long)
         known = torch.ones(len(history_PH), dtype=torch.bool)
         for length, level in enumerate(self._levels):
@@ -159,7 +159,7 @@ class NGramSampler:
             yield ids, known
 
     def _histories(self, block: Block) -> Tensor:
-        """The n - 1 tokens before each of the chunks 1..C-1, (B, C-1, H)."""
+        """The n - 1 tokens before each of chunks 1..C-1, (B, C-1, H)."""
         length = self.order - 1
         tokens = torch.where(block["labels"] == IGNORED_LABEL, _NOTHING, block["input_ids"])
         tokens_BCK = split_into_chunks(tokens, self.chunk_size)
@@ -167,7 +167,7 @@ class NGramSampler:
         pieces = []
         for back in range(reach, 0, -1):
             earlier = torch.roll(tokens_BCK, back, dims=1)
-            # The position in the document tells how far back it reaches.
+            # The position in the document says how far back it extends.
             inside = block["position_ids"] >= back
             pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
         history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]

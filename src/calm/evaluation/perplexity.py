@@ -28,7 +28,7 @@ class PerplexityResult:
 
     Args:
         cross_entropy: Nats per token.
-        num_tokens: Tokens it is a mean of, ends of text included.
+        num_tokens: Number of tokens it is averaged over, including ends of text.
     """
 
     cross_entropy: float
@@ -48,16 +48,16 @@ def evaluate_perplexity(
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
 ) -> PerplexityResult:
-    """Cross-entropy of a model that has a likelihood, on the text as its blocks lay it out.
+    """Cross-entropy of a model with a likelihood, on the text as laid out in blocks.
 
     Args:
         model: The model.
-        blocks: Held-out blocks in chunks of K tokens, or of four, as for BrierLM.
+        blocks: Held-out blocks in chunks of `window_of(K)` tokens, as for BrierLM.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
 
     Raises:
-        InputError: If the model has no likelihood, or the blocks hold no target.
+        InputError: If the model has no likelihood, or the blocks contain no target.
     """
     reader = language_model(model).reader()
     if not isinstance(reader, LikelihoodReader):
@@ -79,10 +79,10 @@ def evaluate_ngram_perplexity(ngrams: NGramSampler, blocks: Iterable[Block]) -> 
 
     Args:
         ngrams: The model.
-        blocks: Held-out blocks in chunks of as many tokens as it draws.
+        blocks: Held-out blocks in chunks of the model's `chunk_size`.
 
     Raises:
-        InputError: If the blocks hold no target.
+        InputError: If the blocks contain no target.
     """
     return _mean_of(
         lambda block, targets: ngrams.losses(block, targets.is_target_BC, targets.chunks_PK),

@@ -1,6 +1,6 @@
-"""Scores in a group of processes: who scores which batch, and sums over all.
+"""Scoring in a process group: which process scores which batch, and reductions over all.
 
-Without a group (torch.distributed not initialized) everything is this process's.
+Without a group (torch.distributed not initialized), this process does everything.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ Thing = TypeVar("Thing")
 
 
 def own_share(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
-    """Every n-th batch and its number, for n processes."""
+    """This process's batches, every n-th of n processes, each with its index."""
     is_group = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if is_group else (0, 1)
     for index, block in enumerate(blocks):
@@ -23,13 +23,13 @@ def own_share(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
 
 
 def add_over_processes(tensors: list[Tensor]) -> list[Tensor]:
-    """Sums over all processes, added in the order of the processes: the same digits for each of them."""
+    """Sum tensors over all processes in rank order, so that all get bitwise the same result."""
     everyones = gather_from_processes([[tensor.cpu() for tensor in tensors]])
     return [torch.stack(parts).sum(0) for parts in zip(*everyones, strict=True)]
 
 
 def gather_from_processes(things: list[Thing]) -> list[Thing]:
-    """What each process has, in the order of the processes."""
+    """Concatenate the lists of all processes in rank order."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return things
     gathered: list[list[Thing]] = [[] for _ in range(distributed.get_world_size())]

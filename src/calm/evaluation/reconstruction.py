@@ -1,4 +1,4 @@
-"""How well the autoencoder gives text back."""
+"""How well the autoencoder reconstructs text."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ReconstructionResult:
     Args:
         token_accuracy: Share of tokens, decoding the posterior mean.
         chunk_accuracy: Share of chunks without a wrong token, decoding the posterior mean.
-        token_accuracy_noisy: Share of tokens, decoding a draw of the posterior.
+        token_accuracy_noisy: Share of tokens, decoding a sample from the posterior.
         posterior_std: Mean standard deviation of the posterior.
     """
 
@@ -28,7 +28,7 @@ class ReconstructionResult:
     posterior_std: float
 
     def as_metrics(self) -> dict[str, float]:
-        """The fields in percent (the deviation as it is)."""
+        """The fields in percent, except the standard deviation."""
         return {
             "token_accuracy": 100 * self.token_accuracy,
             "chunk_accuracy": 100 * self.chunk_accuracy,
@@ -44,7 +44,7 @@ def evaluate_reconstruction(
     """Encode and decode held-out blocks; padding does not count.
 
     Raises:
-        InputError: If there is no token.
+        InputError: If there is no token to score.
     """
     tokens = chunks = right = right_noisy = right_chunks = 0
     std = 0.0

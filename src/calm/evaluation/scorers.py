@@ -1,4 +1,4 @@
-"""How each kind of model is scored, and the ceiling of an autoencoder.
+"""The scorer for each kind of model, and the ceiling of an autoencoder.
 
 Shapes: B batch, C chunks, P targets, K tokens per chunk, N draws.
 """
@@ -22,10 +22,10 @@ Estimator = Literal["best", "draws"]
 
 
 class AutoencoderCeiling:
-    """The best that a language model on this autoencoder can do: the true next latents, decoded.
+    """The best a language model on this autoencoder can do: the true next latents, decoded.
 
-    Draws come from the posterior of the true chunk, the target of training; what it scores below 100 is
-    what the autoencoder loses.
+    Draws come from the posterior of the true chunk, which is the training target; the gap between its score
+    and 100 is what the autoencoder loses.
 
     Args:
         autoencoder: The autoencoder.
@@ -54,14 +54,14 @@ def scorer_of(
     temperature: float = 1.0,
     sampler: Sampler | None = None,
 ) -> DrawScorer | ProbabilityScorer:
-    """The scorer that fits a model; `scorer.reader.mean_draws` tells afterwards what its draws took.
+    """The scorer for a model; afterwards, `scorer.reader.mean_draws` is the mean number of draws per sample.
 
     Args:
         model: A CALM, or any causal language model of transformers.
-        estimator: "best" takes the probabilities of a model that has them; "draws" takes draws of it as
-            of a CALM, which is noisier and has the same mean.
-        temperature: Of the draws, by the model's default sampler.
-        sampler: How a CALM draws instead.
+        estimator: "best" uses the probabilities of a model that has them; "draws" uses draws, as for
+            a CALM, which is noisier and has the same mean.
+        temperature: Temperature of the draws, with the model's default sampler.
+        sampler: A sampler for a CALM to use instead.
 
     Raises:
         InputError: If the model cannot be scored.

@@ -1,6 +1,6 @@
-"""Scorers of models that are read unit by unit: from draws alone, or from the probabilities of draws.
+"""Scorers that step through a window unit by unit, from draws alone or from the model's probabilities.
 
-Shapes: P targets, N draws, S steps of a window, K tokens of a step, X what a reader returns for a unit.
+Shapes: P targets, N draws, S steps of a window, K tokens of a step, X size of the reader's output for a unit.
 """
 
 import abc
@@ -20,14 +20,14 @@ from calm.models.readers import LikelihoodReader, Reader
 
 @dataclass
 class _Step(abc.ABC):
-    """What one step of all targets tells.
+    """Estimates from one step of all targets.
 
     Args:
         reader: The model.
-        outputs_PX: Its output before the step, one for each target.
-        has_ended_P: Where the text has ended: there comes nothing but padding.
+        outputs_PX: Its output before the step, one per target.
+        has_ended_P: Whether the text has ended; only padding follows then.
         targets: The targets.
-        num_draws: Draws of each.
+        num_draws: Draws per target.
         generator: Source of randomness.
     """
 
@@ -39,7 +39,7 @@ class _Step(abc.ABC):
     generator: torch.Generator
 
     def __post_init__(self) -> None:
-        """What is done once for hits and path."""
+        """Do what `hits` and `path` share."""
         return
 
     @abc.abstractmethod
@@ -48,14 +48,14 @@ class _Step(abc.ABC):
 
     @abc.abstractmethod
     def path(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk that the model writes, (P, K), and two estimates.
+        """A chunk that the model generates, (P, K), and two estimates.
 
-        Of sum_x P(x)^2 over the first n tokens, (P, K), and of the probability of the chunk, (P,).
+        Those are of sum_x P(x)^2 over the first n tokens, (P, K), and of the chunk's probability, (P,).
         """
 
 
 class _Drawn(_Step):
-    """From draws alone."""
+    """Estimates from draws alone."""
 
     def __post_init__(self) -> None:
         draws_NPK, _ = self.targets.end(self.reader.draw(self.outputs_PX, self.num_draws, self.generator))
@@ -72,7 +72,7 @@ class _Drawn(_Step):
 
 
 class _Known(_Step):
-    """From the probabilities of what is drawn."""
+    """Estimates from the model's probabilities."""
 
     def hits(self, truth_PK: Tensor) -> Tensor:
         return self._probabilities(truth_PK)[0]
@@ -83,9 +83,9 @@ class _Known(_Step):
         return path_PK, equal_PK, p_PK[:, -1]
 
     def _probabilities(self, units_PK: Tensor) -> tuple[Tensor, Tensor]:
-        """P(first n tokens of the units), and that times the probability that two draws of token n agree.
+        """P(first n tokens), and P(first n - 1) times the probability that two draws of token n agree.
 
-        After the end of a text there is nothing but padding, with certainty. Both (P, K).
+        After the end of a text there is only padding, with probability 1. Both (P, K).
         """
         token_PK, equal_PK = self.reader.probabilities(self.outputs_PX, units_PK)
         over_PK = self.has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self.targets.eos_ids)
@@ -96,7 +96,7 @@ class _Known(_Step):
 
 
 class _StepScorer:
-    """Accuracy under teacher forcing, collisions along one path that the model writes."""
+    """Accuracy under teacher forcing, collisions along one path that the model generates."""
 
     _step: ClassVar[type[_Step]]
 
@@ -118,7 +118,7 @@ class _StepScorer:
             step = self._step(self.reader, text.outputs_on_text(number), truth_ended_P, *how)
             hits.append(step.hits(truth_PK))
             truth_ended_P = truth_ended_P | targets.end(truth_PK)[1]
-            if number > 0:  # From here on the path has left the text.
+            if number > 0:  # From here on, the path has left the text.
                 step = self._step(self.reader, outputs_PX, path_ended_P, *how)
             path_PK, equal_PK, follows_P = step.path()
             equal.append(equal_PK)
@@ -131,7 +131,7 @@ class _StepScorer:
 
 
 class DrawScorer(_StepScorer):
-    """Scores any reader, from draws.
+    """Scores any reader from draws.
 
     Args:
         reader: The model.
@@ -141,11 +141,11 @@ class DrawScorer(_StepScorer):
 
 
 class ProbabilityScorer(_StepScorer):
-    """Scores a reader that knows its probabilities: the same mean, far less variance.
+    """Scores a reader from its probabilities: the same mean, far less variance.
 
-    Sums over tokens replace draws wherever they can (Rao and Blackwell): P(y) is the product of the
-    true tokens' probabilities; sum_x P(x)^2 of order n is the mean, over paths x that the model writes,
-    of P(x_1)...P(x_(n-1)) · sum_v P(v | x_1..x_(n-1))^2. One path is written for each target, whatever the
+    Sums over tokens replace draws wherever possible (Rao-Blackwellization): P(y) is the product of the
+    true tokens' probabilities; sum_x P(x)^2 of order n is the mean, over paths x that the model generates,
+    of P(x_1)...P(x_(n-1)) · sum_v P(v | x_1..x_(n-1))^2. One path is generated per target, whatever the
     number of draws.
 
     Args:

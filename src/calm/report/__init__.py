@@ -1,1 +1,1 @@
-"""Figures and samples: tables on the terminal, self-contained HTML files."""
+"""Scores and samples as tables on the terminal and self-contained HTML files."""

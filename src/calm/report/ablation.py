@@ -1,4 +1,4 @@
-"""An ablation as a table: on the terminal, as Markdown, and as figures."""
+"""An ablation as a table: on the terminal, as Markdown, and as JSON."""
 
 import html
 import math
@@ -17,7 +17,7 @@ from calm.storage.disk import write_file_whole
 
 
 def print_ablation(table: AblationTable) -> None:
-    """Print the table, without what a terminal of 80 columns has no room for."""
+    """Print the table, without the columns that do not fit on an 80-column terminal."""
     console = Console(highlight=False)
     console.print(table.question)
     columns, rows = _cells(table)
@@ -27,7 +27,7 @@ def print_ablation(table: AblationTable) -> None:
 
 
 def write_ablation(table: AblationTable, path: Path) -> None:
-    """Write the table as Markdown, with the recipe folded away, and beside it all figures as .json."""
+    """Write the table as Markdown, with the recipe collapsed, and all figures as .json next to it."""
     columns, rows = _cells(table)
     lines = [columns, [":---", *["---:"] * (len(columns) - 1)], *rows]
     body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
@@ -40,13 +40,13 @@ def write_ablation(table: AblationTable, path: Path) -> None:
     recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"
     parts = [_plain(table.question), words, body, note, recipe]
     write_file_whole(path, "\n\n".join(filter(None, parts)) + "\n")
-    # No date: the figures are the same whenever finished runs are put together.
+    # No date, so that the file is the same whenever finished runs are put together.
     figures = {name: value for name, value in asdict(table).items() if name not in ("recipe", "provenance")}
     write_figures(figures, path.with_suffix(".json"))
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown shows as it is, on one line."""
+    """Escape a text so that Markdown shows it verbatim, on one line."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
@@ -79,13 +79,13 @@ def _knows_nats(outcome: Outcome) -> bool:
 
 
 def _brier_lm(score: dict[str, float]) -> str:
-    """BrierLM of a seed with its error, or why it is undefined."""
+    """BrierLM of one seed with its standard error, or why it is undefined."""
     undefined = undefined_brier_lm([score[f"brier_{order}"] for order in range(1, NUM_ORDERS + 1)])
     return f"undefined: {undefined}" if undefined else with_error(score["brier_lm"], score["error"])
 
 
 def _mean(scores: list[dict[str, float]]) -> str:
-    """Mean over the seeds with its standard error, where BrierLM is defined for all."""
+    """Mean over seeds with its standard error, if BrierLM is defined for all."""
     values = [score["brier_lm"] for score in scores]
     if not min(values) > 0:
         return f"undefined for {sum(not value > 0 for value in values)} of {len(values)}"
@@ -94,6 +94,6 @@ def _mean(scores: list[dict[str, float]]) -> str:
 
 
 def _time(seconds: list[float | None]) -> str:
-    """Mean over the seeds, where it is known of all."""
+    """Mean over seeds, if known for all."""
     known = [one for one in seconds if one is not None]
     return duration(statistics.mean(known)) if known and len(known) == len(seconds) else ""

@@ -1,4 +1,4 @@
-"""Axes of plots: colours and markers of series, what others are measured by, and ticks that have room."""
+"""Axes of plots: colours and markers of series, baseline lines, and ticks that do not overlap."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ _DASHES = ((5, 2), (1, 1.5), (5, 2, 1, 2))
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a legend that the page shows.
+    """A legend entry shown by the page.
 
     Args:
-        name: What is drawn so.
-        mark: The marker of a series, as a character.
-        colour: Its colour, by its name in the palette.
+        name: Name of the series or line.
+        mark: Marker of a series, as a character.
+        colour: Its colour, by name in the palette.
         dashes: Lengths of dashes and gaps of a horizontal line, in pixels.
     """
 
@@ -31,7 +31,7 @@ class Entry:
 
 
 def series_style(number: int) -> dict[str, str]:
-    """Colour and marker of a series; together they repeat only after thirty."""
+    """Colour and marker of a series; the combination repeats only after thirty series."""
     return {
         "color": LIGHT.series[number % len(LIGHT.series)],
         "marker": list(_MARKERS)[number % len(_MARKERS)],
@@ -39,31 +39,31 @@ def series_style(number: int) -> dict[str, str]:
 
 
 def entry_of_series(number: int, name: str) -> Entry:
-    """How a page names a series."""
+    """Legend entry of a series."""
     mark = _MARKERS[series_style(number)["marker"]]
     return Entry(name, mark=mark, colour=f"series-{number % len(LIGHT.series)}")
 
 
 def entry_of_floor(number: int, name: str) -> Entry:
-    """How a page names a horizontal line of `draw_floors`."""
+    """Legend entry of a horizontal line drawn by `draw_floors`."""
     dashes = _DASHES[number % len(_DASHES)]
     return Entry(name, dashes=" ".join(f"{1.2 * length:g}" for length in dashes))
 
 
 def draw_floors(axis: Any, heights: dict[str, float]) -> None:
-    """Horizontal lines of models that others are measured by."""
+    """Draw horizontal lines for models that serve as a baseline."""
     for number, (name, height) in enumerate(heights.items()):
         style = (0, _DASHES[number % len(_DASHES)])
         axis.axhline(height, color=LIGHT.muted, linestyle=style, linewidth=1.2, label=name)
 
 
 def spread_x(axis: Any, label: str, *, from_zero: bool) -> None:
-    """Label a linear axis of x, with few ticks, in short numbers where it begins at 0."""
+    """Label a linear x axis, with few ticks, and with short numbers if it starts at 0."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
-    if from_zero:  # Otherwise neighbours may differ in their fourth digit.
+    if from_zero:  # Otherwise, neighbouring ticks may only differ in their fourth digit.
         axis.set_xlim(0, 1.05 * axis.dataLim.xmax)
         axis.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:,g}" if value < 10_000 else short(value))
@@ -71,18 +71,18 @@ def spread_x(axis: Any, label: str, *, from_zero: bool) -> None:
 
 
 def spread_log_x(axis: Any, label: str, values: Sequence[float]) -> None:
-    """Make the axis of x logarithmic around values, with few ticks at round numbers."""
+    """Make the x axis logarithmic around the values, with few ticks at round numbers."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
     ticks = ticks_around(min(values), max(values))
     axis.set(xlabel=label, xscale="log", xlim=(ticks[0], ticks[-1]))
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_major_formatter(FixedFormatter([short(tick) for tick in ticks]))
-    axis.xaxis.set_minor_locator(NullLocator())  # Their labels would collide where decades are few.
+    axis.xaxis.set_minor_locator(NullLocator())  # With few decades, minor labels would overlap.
 
 
 def ticks_around(low: float, high: float) -> list[float]:
-    """Two to six round numbers; the first lies below a range of positive numbers, the last above it."""
+    """Two to six round numbers, the first below a range of positive numbers and the last above it."""
     low, high = low / 1.2, high * 1.2
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     fine = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]

@@ -1,4 +1,4 @@
-"""Several models side by side: tables, plots against cost, and texts, as one self-contained HTML file."""
+"""Several models side by side: tables, plots against cost, and samples, as one self-contained HTML file."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ from calm.storage.disk import write_file_whole
 
 @dataclass(frozen=True)
 class _Group:
-    """Plots under one heading, and what they show."""
+    """Plots under one heading, with a description."""
 
     title: str
     text: Sequence[str]
@@ -38,7 +38,7 @@ class _Group:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the tables, with models by the names of their runs: a terminal has 80 columns."""
+    """Print the tables, with models named by their runs to fit in 80 columns."""
     console, runs = Console(highlight=False), [result.name for result in comparison.results]
     console.print(comparison.protocol)
     scores = _scores(comparison, runs)
@@ -54,7 +54,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the HTML report, and beside it all figures as .json and the plots as .png.
+    """Write the HTML report, and next to it all figures as .json and the plots as .png.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -84,7 +84,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel]]]:
-    """Name of the file, heading, sentences and panels of each group of plots that has something to show."""
+    """File name, heading, sentences and panels of each nonempty group of plots."""
     ends = [point.temperature for point in comparison.results[0].temperature_points]
     metric = "BrierLM" if metric_of(comparison) == "brier_lm" else "Brier-1 (BrierLM is undefined for some)"
     groups = [
@@ -134,27 +134,27 @@ def _on_page(table: Table) -> Table:
 
 
 def _best(comparison: Comparison) -> ModelResult:
-    """The best of the models whose windows most of the others have too."""
+    """The best model among those that share their windows with the most others."""
 
     def rank(one: ModelResult) -> tuple[int, float, float]:
         brier = one.card.brier
         num_pairs = sum(_are_paired(brier, other.card.brier) for other in comparison.results)
-        return num_pairs, brier.brier_lm, brier.means[0]  # Those without BrierLM by Brier-1.
+        return num_pairs, brier.brier_lm, brier.means[0]  # Brier-1 ranks models whose BrierLM is undefined.
 
     return max(comparison.results, key=rank)
 
 
 def _are_paired(one: BrierResult, other: BrierResult) -> bool:
-    """Whether two scores are of the same windows."""
+    """Whether two scores are on the same windows."""
     if one.documents is None or other.documents is None:
         return False
     return one.documents.pairs_with(other.documents)
 
 
 def _difference(result: BrierResult, best: BrierResult) -> str:
-    """How far BrierLM lies from the best model's, with the error of that; nothing for that model itself.
+    """Difference to the best model's BrierLM, with its standard error; empty for that model itself.
 
-    And nothing where windows differ, as for chunks of eight tokens beside four, or a score is undefined.
+    Also empty if the windows differ, as for chunks of eight and four tokens, or if a score is undefined.
     """
     if result is best or not _are_paired(result, best) or result.undefined or best.undefined:
         return ""
@@ -163,7 +163,7 @@ def _difference(result: BrierResult, best: BrierResult) -> str:
 
 
 def _of_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields for the file of figures: without the sums of single documents, and the recipes of the runs."""
+    """Fields for the JSON file, without per-document sums and recipes."""
     values = {name: value for name, value in items if name not in ("documents", "recipe")}
     if (date := values.get("date")) is not None:
         values["date"] = date.isoformat(timespec="seconds")
@@ -171,7 +171,7 @@ def _of_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:
-    low = f"T\u00a0=\u00a0{comparison.temperature:g}"  # These words stay on a line.
+    low = f"T\u00a0=\u00a0{comparison.temperature:g}"  # Non-breaking spaces keep it on one line.
     columns = ["", "run", "parameters", "reconstruction", "perplexity", "training FLOPs", "training time"]
     columns += ["FLOPs per token, T\u00a0=\u00a01", f"FLOPs per token, {low}", f"draws per chunk, {low}"]
     runs = [result.name for result in comparison.results]
@@ -181,7 +181,7 @@ def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:
 
 
 def _costs(comparison: Comparison) -> list[list[str]]:
-    """Parameters, tokens reconstructed, perplexity, what training took, what writing takes, and draws."""
+    """Per model: parameters, tokens reconstructed, perplexity, costs of training and generation, draws."""
     rows = []
     for result in comparison.results:
         card, cold = result.card, result.at(comparison.temperature)

@@ -10,16 +10,16 @@ from calm.report.facts import AUTOENCODER, LANGUAGE_MODEL
 from calm.report.panels import Panel
 
 History = dict[str, list[dict[str, Any]]]
-"""Logged figures of each stage, as the Trainer keeps them."""
-_Lines = dict[str, list[tuple[float, float]]]  # By what they are called: steps and values.
+"""Logged metrics of each stage, as the Trainer keeps them."""
+_Lines = dict[str, list[tuple[float, float]]]  # Label -> (step, value) points.
 
 
 def panels_of_run(history: History, card: Scorecard, has_loss_in_nats: bool = True) -> list[Panel]:
-    """Panels of what was logged; nothing for a stage that was not.
+    """Panels of the logged metrics; none for stages that were not logged.
 
     Args:
-        history: What was logged.
-        card: The figures at the end.
+        history: The logged metrics.
+        card: The final scores.
         has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.
     """
     first, second = (history.get(stage, []) for stage in (AUTOENCODER, LANGUAGE_MODEL))
@@ -54,7 +54,7 @@ def _draw(label: str, lines: _Lines, floors: Mapping[str, float], axis: Any) -> 
     draw_floors(axis, dict(floors))
     for number, (name, points) in enumerate(lines.items()):
         style = series_style(number)
-        if len(points) > 25:  # Dots would be a band.
+        if len(points) > 25:  # Markers would merge into a band.
             style.pop("marker")
         axis.plot(*zip(*points, strict=True), label=name, **style)
     axis.set_ylabel(label)
@@ -68,7 +68,7 @@ def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 def _scores_on_the_way(
     log: list[dict[str, Any]], card: Scorecard
 ) -> tuple[list[tuple[float, float]], str, dict[str, float]]:
-    """Held-out scores, what they are, and those of n-gram models: BrierLM where it is defined in the end."""
+    """Scores during training, their name, and n-gram scores: BrierLM if defined at the end, else Brier-1."""
     points = _points(log, "eval_brier_lm")
     if card.brier.undefined or not points or not points[-1][1] > 0:
         floors = {name: floor.as_metrics()["brier_1"] for name, floor in card.floors.items()}

@@ -1,4 +1,4 @@
-"""What a page says of a run beside its scores: when, where and with what, and what it took."""
+"""What a page says about a run besides its scores: when, where and with what it was trained, and its cost."""
 
 import datetime
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ class Provenance:
     """When, where and with what something was computed.
 
     Args:
-        date: When; with its time zone.
-        hardware: Name of the processor, or of the accelerators.
-        software: Versions by name.
+        date: Date and time, with time zone.
+        hardware: Name of the CPU or of the accelerators.
+        software: Versions by package name.
     """
 
     date: datetime.datetime | None = None
@@ -33,13 +33,13 @@ class Provenance:
 
     @property
     def words(self) -> list[str]:
-        """What is known, date first, each in a few words."""
+        """The known facts, date first, as short phrases."""
         versions = [f"{name} {version}" for name, version in self.software.items()]
         return [*filter(None, (self.day, self.hardware)), *versions]
 
 
 def here_and_now(num_devices: int = 1) -> Provenance:
-    """The provenance of what is computed by this process, or by several that have a device each."""
+    """The provenance of what this process computes now, or several processes with a device each."""
     return Provenance(
         date=datetime.datetime.now().astimezone(),
         hardware=f"{num_devices} x {device_name()}" if num_devices > 1 else device_name(),
@@ -53,14 +53,14 @@ def here_and_now(num_devices: int = 1) -> Provenance:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What one stage of training took.
+    """The cost of one stage of training.
 
     Args:
-        name: Of the stage, in the history of a run.
+        name: Name of the stage in the history of a run.
         steps: Optimizer steps.
-        tokens: Tokens of all steps.
-        flops: Training FLOPs; None if they are not known.
-        seconds: Time, held-out evaluations included; None if it is not known.
+        tokens: Tokens over all steps.
+        flops: Training FLOPs; None if unknown.
+        seconds: Time, including held-out evaluations; None if unknown.
     """
 
     name: str
@@ -72,15 +72,16 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run.
+    """What is known about a run.
 
     Args:
-        model: What the model is, such as "CALM, K = 4, energy head".
-        parameters: Parameters by part.
-        stages: What its stages took, in their order; those that were trained.
-        has_trained_autoencoder: Whether there is one, here or elsewhere; fixed codes lose nothing.
-        provenance: When, where and with what it was trained; empty where nothing is known.
-        teacher: Whom the language model learned from, in words; None for the text alone.
+        model: Description of the model, such as "CALM, K = 4, energy head".
+        parameters: Number of parameters by part.
+        stages: Costs of the stages that were trained, in order.
+        has_trained_autoencoder: Whether it has a trained autoencoder, from this run or elsewhere; fixed codes
+            are lossless.
+        provenance: When, where and with what it was trained; empty if unknown.
+        teacher: Description of the teacher the language model was distilled from; None without one.
         has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.
     """
 
@@ -94,17 +95,17 @@ class RunFacts:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the language model's training."""
+        """Training tokens of the language model."""
         return sum(stage.tokens for stage in self.stages if stage.name == LANGUAGE_MODEL)
 
     @property
     def flops(self) -> float | None:
-        """FLOPs of all stages, if they are known."""
+        """FLOPs of all stages, if all are known."""
         known = [stage.flops for stage in self.stages if stage.flops is not None]
         return sum(known) if known and len(known) == len(self.stages) else None
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all stages, if they are known."""
+        """Seconds of all stages, if all are known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(known) if known and len(known) == len(self.stages) else None

@@ -14,17 +14,17 @@ from calm.storage.disk import write_file_whole
 
 
 def write_figures(values: dict[str, Any], path: Path) -> None:
-    """Write figures as JSON, with null for what is not a number."""
+    """Write figures as JSON, with null for NaN."""
     write_file_whole(path, as_json(values) + "\n")
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """Figures as JSON, with null for what is not a number."""
+    """Figures as JSON, with null for NaN."""
     return json.dumps(_without_nan(values), indent=1, allow_nan=False)
 
 
 def values_of_scorecard(card: Scorecard) -> dict[str, Any]:
-    """What `print_scorecard` prints: shares and scores in percent, cross-entropy in nats per token."""
+    """The values of `print_scorecard`: shares and scores in percent, cross-entropy in nats per token."""
     reconstruction, perplexity = card.reconstruction, card.perplexity
     return {
         "kind": card.name,
@@ -56,14 +56,14 @@ def _values_of_brier(result: BrierResult) -> dict[str, Any]:
 def values_of_costs(
     one: Cost, many: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
 ) -> dict[str, Any]:
-    """What `print_costs` prints: parameters, and FLOPs per token, by part; FLOPs of thoughts."""
+    """The values of `print_costs`: parameters and FLOPs per token by part, and FLOPs of thoughts."""
     values: dict[str, Any] = {**asdict(one), "draws": draws}
     values |= {} if many is None else {"inference_with_draws": many.inference}
     return values if thoughts is None else {**values, "thoughts": asdict(thoughts)}
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null for errors that are not known, which JSON has no number for."""
+    """Replace NaN, such as unknown errors, with None: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a comparison holds: what is known of each model, and how it was measured."""
+"""The data of a comparison: the results of each model, and how they were measured."""
 
 from dataclasses import dataclass, field
 
@@ -9,13 +9,13 @@ from calm.report.facts import Provenance
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on its way.
+    """A model during training.
 
     Args:
-        flops: FLOPs spent so far, those of the autoencoder included.
-        brier_lm: Its BrierLM on the held-out blocks that are scored during training; None where undefined.
-        brier_1: Its Brier-1 there, in percent.
-        cross_entropy: Nats per token on the same blocks, where the model has probabilities.
+        flops: FLOPs spent so far, including the autoencoder's.
+        brier_lm: BrierLM on the held-out blocks scored during training; None if undefined.
+        brier_1: Brier-1 on the same blocks, in percent.
+        cross_entropy: Nats per token on the same blocks, if the model has a likelihood.
     """
 
     flops: float
@@ -30,10 +30,10 @@ class TemperaturePoint:
 
     Args:
         temperature: T.
-        hits: Probability to draw the text's own next 1..4 tokens.
-        collisions: Probability that two samples agree in their next 1..4 tokens.
-        draws: Draws that one sample of a chunk takes in the mean; 1 for a model with probabilities.
-        flops: FLOPs per token that is written, draws included.
+        hits: Probability of sampling the text's next n tokens, n = 1..4.
+        collisions: Probability that two samples agree on the next n tokens, n = 1..4.
+        draws: Mean number of draws per sampled chunk; 1 for a model with probabilities.
+        flops: FLOPs per generated token, including all draws.
     """
 
     temperature: float
@@ -45,20 +45,20 @@ class TemperaturePoint:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What is known of one model.
+    """The results of one model.
 
     Args:
-        name: Of its run.
-        chunk_size: Tokens per chunk K; 1 for a model of tokens.
-        head: `head_type` of a CALM; None for a model of tokens.
-        parameters: Of all parts.
-        card: Held-out figures.
-        training_flops: FLOPs of its training, autoencoder included; None if it is not known.
-        seconds: Time its training took; None if it is not known.
-        checkpoints: Where it stood during training.
-        temperature_points: At several temperatures, T = 1 first.
-        texts: How it continues the prompts.
-        recipe: The resolved recipe of its run as text; None for a mere model folder.
+        name: Name of its run.
+        chunk_size: Tokens per chunk K; 1 for a token-level model.
+        head: `head_type` of a CALM; None for a token-level model.
+        parameters: Total number of parameters.
+        card: Held-out scores.
+        training_flops: Training FLOPs, including the autoencoder; None if unknown.
+        seconds: Training time; None if unknown.
+        checkpoints: Cost and scores during training.
+        temperature_points: Results at several temperatures, T = 1 first.
+        texts: Its continuations of the prompts.
+        recipe: The resolved recipe of its run as text; None for a bare model folder.
     """
 
     name: str
@@ -74,11 +74,11 @@ class ModelResult:
     recipe: str | None = None
 
     def at(self, temperature: float) -> TemperaturePoint:
-        """Its figures at one of the temperatures."""
+        """Its results at one of the temperatures."""
         return next(point for point in self.temperature_points if point.temperature == temperature)
 
     def flops_at(self, temperature: float) -> float:
-        """FLOPs per token that is written at one of the temperatures."""
+        """FLOPs per generated token at one of the temperatures."""
         return self.at(temperature).flops
 
 
@@ -87,12 +87,12 @@ class Comparison:
     """Models that were scored on the same text.
 
     Args:
-        results: The models.
-        floors: N-gram models.
-        temperature: The low temperature at which texts were written and costs are shown.
-        prompts: What the texts continue.
-        protocol: One line that says how it was scored.
-        provenance: When, where and with what it was scored.
+        results: Results of the models.
+        floors: Scores of n-gram models, by name.
+        temperature: The low temperature of the continuations and of the reported costs.
+        prompts: The prompts that the texts continue.
+        protocol: The scoring protocol, in one line.
+        provenance: When, where and with what the models were scored.
     """
 
     results: list[ModelResult]
@@ -104,22 +104,22 @@ class Comparison:
 
 
 NATS = "cross_entropy"
-"""The figure of a likelihood, in the scores of an ablation."""
+"""Key of the cross-entropy in the scores of an ablation, for models with a likelihood."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one of the settings that an ablation compares.
+    """The results of one setting of an ablation.
 
     Args:
-        name: Of the setting.
-        training_flops: FLOPs of its training, autoencoder included.
-        parameters: Of all parts.
-        published: BrierLM in the paper, if it is there.
-        scores: For each seed BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
+        name: Name of the setting.
+        training_flops: Training FLOPs, including the autoencoder.
+        parameters: Total number of parameters.
+        published: BrierLM in the paper, if reported there.
+        scores: Per seed, BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
             to Brier-4 in percent, the share of tokens that the autoencoder reconstructs, and for models with
-            a likelihood their nats a token (`NATS`).
-        seconds: For each seed the time its training took, autoencoder included; None if it is not known.
+            a likelihood their nats per token (`NATS`).
+        seconds: Per seed, training time including the autoencoder; None if unknown.
     """
 
     name: str
@@ -132,15 +132,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class AblationTable:
-    """An ablation as it was run.
+    """The results of an ablation.
 
     Args:
-        question: What was asked.
+        question: The question it answers.
         seeds: Seeds of the runs.
-        context: Tokens of a held-out block.
-        outcomes: One for each setting.
-        recipe: What is common to all runs, as text.
-        provenance: When, where and with what it was put together.
+        context: Tokens per held-out block.
+        outcomes: Results of each setting.
+        recipe: The recipe that all runs share, as text.
+        provenance: When, where and with what the table was made.
     """
 
     question: str

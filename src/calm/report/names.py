@@ -1,4 +1,4 @@
-"""What models are called in reports: what they are, and where that is not enough, which run they are of."""
+"""Names of models in reports: what they are and, if that is ambiguous, their run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from calm.report.measured import Comparison, ModelResult
 
 
 def model_name(chunk_size: int, head: str | None, *, with_head: bool = True) -> str:
-    """Such as "CALM, K = 4, energy head", or "Transformer".
+    """A name such as "CALM, K = 4, energy head" or "Transformer".
 
     Args:
         chunk_size: Tokens per chunk K.
-        head: `head_type` of a CALM; None for a model of tokens.
-        with_head: Whether the head is named.
+        head: `head_type` of a CALM; None for a token-level model.
+        with_head: Whether to name the head.
     """
     if head is None:
         return "Transformer"
@@ -21,7 +21,7 @@ def model_name(chunk_size: int, head: str | None, *, with_head: bool = True) -> 
 
 
 def names_of(results: Sequence[ModelResult]) -> list[str]:
-    """Names that differ: heads are named where there are several, runs where models are alike."""
+    """Unique names: with the head if there are several, and the run if names would otherwise be equal."""
     several = len({result.head for result in results if result.head is not None}) > 1
     names = [model_name(result.chunk_size, result.head, with_head=several) for result in results]
     count = Counter(names)
@@ -32,5 +32,5 @@ def names_of(results: Sequence[ModelResult]) -> list[str]:
 
 
 def named(comparison: Comparison) -> list[tuple[str, ModelResult]]:
-    """The models of a comparison with their names."""
+    """The models of a comparison, with their names."""
     return list(zip(names_of(comparison.results), comparison.results, strict=True))

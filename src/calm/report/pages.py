@@ -1,4 +1,4 @@
-"""Self-contained HTML pages, from the templates beside this file."""
+"""Self-contained HTML pages, from the templates in this folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from calm.report.palette import DARK, LIGHT
 
 _TEMPLATES = Environment(
     loader=PackageLoader("calm.report"),
-    autoescape=True,  # Texts of models and names of folders are plain text, whatever they look like.
+    autoescape=True,  # Generated texts and folder names are plain text, whatever they look like.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -19,13 +19,13 @@ _TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure, as it stands at the top of a page.
+    """A key figure at the top of a page.
 
     Args:
-        name: What it is.
-        value: The figure, with its unit.
+        name: Its name.
+        value: Its value, with the unit.
         error: Its standard error.
-        note: What it is measured by, or why there is none.
+        note: A remark, such as a reference value or why there is no figure.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: columns of names, which are aligned to the left, then columns of numbers.
+    """A table: left-aligned columns of names, then columns of numbers.
 
     Args:
-        caption: What it shows.
-        columns: Headings, those of the names included.
-        rows: Texts of the cells.
-        num_names: Columns of names.
+        caption: Its caption.
+        columns: Headings of all columns.
+        rows: Cells of each row, as text.
+        num_names: Number of name columns.
     """
 
     caption: str
@@ -51,7 +51,7 @@ class Table:
     num_names: int = 1
 
     def without_empty_columns(self) -> "Table":
-        """The table without numbers that are known of no row."""
+        """The table without number columns that are empty in every row."""
         kept = [
             place
             for place in range(len(self.columns))
@@ -62,10 +62,10 @@ class Table:
 
 
 def page_of(template: str, **values: Any) -> str:
-    """A page.
+    """Render a page.
 
     Args:
-        template: File name of its template.
-        **values: What the template shows; strings are plain text.
+        template: File name of the template.
+        **values: Values for the template; strings are plain text.
     """
     return _TEMPLATES.get_template(template).render(light=LIGHT, dark=DARK, **values)

@@ -1,7 +1,7 @@
-"""Colours of pages and plots, for readers who prefer a light page and for those who prefer a dark one.
+"""Colours of pages and plots, in a light and a dark scheme.
 
-Text has a contrast of at least 4.5 with what is behind it, lines of plots at least 3 (WCAG 2.2, AA). The
-colours of series can be told apart with protanopia and deuteranopia as well (tests/report/test_palette.py).
+Text has a contrast of at least 4.5 with its background, plot lines at least 3 (WCAG 2.2, AA). The
+colours of series are also distinguishable with protanopia and deuteranopia (tests/report/test_palette.py).
 """
 
 import re
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours by what they are for, as #rrggbb.
+    """Colours by purpose, as #rrggbb.
 
     Args:
-        paper: Behind everything.
-        surface: Behind figures and code.
+        paper: Background of the page.
+        surface: Background of figures and code.
         ink: Text.
-        muted: Captions, labels of axes, and floors.
+        muted: Captions, axis labels, and floors.
         line: Rules and grids.
-        accent: Links, and what has the focus.
-        series: Lines of plots.
+        accent: Links and focused elements.
+        series: Plot lines.
     """
 
     paper: str
@@ -59,6 +59,6 @@ DARK = Palette(
 
 
 def darkened(drawing: str) -> str:
-    """A drawing in the colours of `LIGHT`, in those of `DARK`."""
+    """Replace the colours of `LIGHT` in a drawing with those of `DARK`."""
     dark_of = dict(zip(LIGHT.colours.values(), DARK.colours.values(), strict=True))
     return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark_of.get(match[0], match[0]), drawing)

@@ -1,4 +1,4 @@
-"""Panels: plots of one question each, small enough for a phone, as SVG for both colour schemes and as PNG."""
+"""Panels: small plots that fit on a phone, as SVG in both colour schemes and as PNG."""
 
 import base64
 import io
@@ -13,11 +13,11 @@ from typing import Any
 from calm.extras import require
 from calm.report.palette import LIGHT, darkened
 
-_WIDTH, _HEIGHT = 4.2, 2.9  # Inches of a panel; on a phone it is shown at about its own size.
+_WIDTH, _HEIGHT = 4.2, 2.9  # Inches per panel, which is about its size on a phone.
 _STYLE: Any = {
     "font.size": 9,
     "text.color": LIGHT.ink,
-    "text.parse_math": False,  # Names may hold dollars.
+    "text.parse_math": False,  # Names may contain dollar signs.
     "axes.edgecolor": LIGHT.muted,
     "axes.labelcolor": LIGHT.muted,
     "axes.facecolor": "none",
@@ -37,18 +37,18 @@ _STYLE: Any = {
     "lines.linewidth": 1.7,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "svg.fonttype": "path",  # The same widths everywhere: what fits here fits on any device.
+    "svg.fonttype": "path",  # The same text widths on every device, so what fits here fits everywhere.
     "svg.hashsalt": "calm",
 }
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot of one question.
+    """A single plot.
 
     Args:
-        title: What it shows.
-        draw: Draws it into axes of matplotlib; lines with a label get a legend.
+        title: Its title.
+        draw: Draws it into matplotlib axes; lines with a label get a legend.
     """
 
     title: str
@@ -57,14 +57,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """A panel as images that a page can hold.
+    """A panel as images to embed in a page.
 
     Args:
-        title: What it shows.
+        title: Its title.
         light: SVG as a data URI, for a light page.
-        dark: The same for a dark one.
-        width: Width in pixels of CSS.
-        height: Height in pixels of CSS.
+        dark: SVG as a data URI, for a dark page.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Picture:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of matplotlib, in inches.
+    """An empty matplotlib figure, with its size in inches.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -94,7 +94,7 @@ def picture_of(panel: Panel, *, legend: bool = True) -> Picture:
 
     Args:
         panel: The panel.
-        legend: Whether its legend is in the picture, or the page has it.
+        legend: Whether the picture includes the legend; otherwise the page shows it.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -111,7 +111,7 @@ def picture_of(panel: Panel, *, legend: bool = True) -> Picture:
 
 
 def write_png(panels: Sequence[Panel], path: Path) -> None:
-    """Write panels side by side as one light image.
+    """Write panels side by side as one image in the light scheme.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -122,7 +122,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
 
 
 def figure_of(panels: Sequence[Panel], columns: int, *, titled: bool = False, legend: bool = True) -> Any:
-    """A figure of matplotlib, with one legend for all panels above them.
+    """A matplotlib figure of several panels, with one legend above them.
 
     Raises:
         InputError: If matplotlib is missing.
@@ -143,7 +143,7 @@ def figure_of(panels: Sequence[Panel], columns: int, *, titled: bool = False, le
 
 
 def _add_legend(figure: Any, columns: int) -> None:
-    """A legend of all that has a label, above the axes, for which the figure grows."""
+    """Add a legend of everything labelled above the axes, and grow the figure to fit it."""
     pairs = [pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
     handle_of = {label: handle for handle, label in pairs}
     if len(handle_of) < 2:

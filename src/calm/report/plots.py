@@ -23,25 +23,25 @@ from calm.report.palette import LIGHT
 from calm.report.panels import Panel
 
 _FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
-_LONG = 7200  # Seconds from which on time is shown in hours.
+_LONG = 7200  # Times above this many seconds are shown in hours.
 
 
 def metric_of(comparison: Comparison) -> str:
-    """What models are shown by: BrierLM, or Brier-1 where one of them has none."""
+    """The metric to plot: BrierLM, or Brier-1 if any model's BrierLM is undefined."""
     results = [*comparison.floors.values(), *(result.card.brier for result in comparison.results)]
     return "brier_1" if any(result.undefined for result in results) else "brier_lm"
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """A cost that models are shown by.
+    """A cost to plot scores against.
 
     Args:
-        title: What is paid for.
+        title: Its name.
         label: Its unit.
-        of: What a model costs; None where it is not known.
-        is_linear: Whether it is shown from 0 on, and not on a logarithmic axis.
-        on_the_way: Whether models are shown where they stood during training as well.
+        of: The cost of a model; None if unknown.
+        is_linear: Whether its axis is linear from 0 instead of logarithmic.
+        on_the_way: Whether to also plot the checkpoints of each model.
     """
 
     title: str
@@ -52,9 +52,9 @@ class _Cost:
 
 
 def cost_panels(comparison: Comparison) -> list[Panel]:
-    """Held-out scores against training FLOPs and time, and against FLOPs of a token that is written.
+    """Held-out scores against training FLOPs, training time, and FLOPs per generated token.
 
-    What is known of no model, as the training of mere model folders, is left out.
+    Costs that are unknown for all models, such as the training of bare model folders, are left out.
     """
     longest = max((result.seconds or 0 for result in comparison.results), default=0)
     unit, length = ("hours", 3600) if longest > _LONG else ("minutes", 60)
@@ -103,7 +103,7 @@ def _draw_cost(comparison: Comparison, cost: _Cost, axis: Any) -> None:
 
 
 def collision_panels(comparison: Comparison) -> list[Panel]:
-    """Probability to be right against the probability that two samples agree, from T = 1 downwards."""
+    """Probability of being right against the probability that two samples agree, from T = 1 down."""
     return [
         Panel(
             "The next token" if order == 1 else f"The next {order} tokens",
@@ -124,20 +124,20 @@ def _draw_collisions(comparison: Comparison, order: int, axis: Any) -> None:
 
 
 def legend_of(comparison: Comparison) -> list[Entry]:
-    """The legend of all panels of a comparison."""
+    """The legend shared by all panels of a comparison."""
     models = enumerate(name for name, _ in named(comparison))
     floors = enumerate(comparison.floors)
     return [*(entry_of_series(*model) for model in models), *(entry_of_floor(*floor) for floor in floors)]
 
 
 def cross_entropy_panels(comparison: Comparison) -> list[Panel]:
-    """BrierLM against cross-entropy over the checkpoints of runs that have both."""
+    """BrierLM against cross-entropy over the checkpoints of each run that has both."""
     known = any(_cross_entropies(result) for result in comparison.results)
     return [Panel("Checkpoints of each run", partial(_draw_cross_entropies, comparison))] if known else []
 
 
 def correlations(comparison: Comparison) -> list[str]:
-    """How BrierLM and cross-entropy correlate over the checkpoints of each run that has both."""
+    """A sentence per run on how BrierLM and cross-entropy correlate over checkpoints, if it has both."""
     sentences = []
     for name, result in named(comparison):
         if points := _cross_entropies(result):
@@ -161,6 +161,6 @@ def _cross_entropies(result: ModelResult) -> list[tuple[float, float]]:
         for point in result.checkpoints
         if point.cross_entropy is not None and point.brier_lm is not None
     ]
-    # A correlation needs figures that differ.
+    # A correlation needs values that differ.
     enough = len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS and len({y for _, y in points}) > 1
     return points if enough else []

@@ -1,4 +1,4 @@
-"""Figures as tables on the terminal."""
+"""Scores and costs as tables on the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ BRIER_COLUMNS = ("BrierLM", *(f"Brier-{n}" for n in range(1, NUM_ORDERS + 1)))
 
 
 def print_scorecard(card: Scorecard) -> None:
-    """Print the figures of a model on held-out text."""
+    """Print the scores of a model on held-out text."""
     console = Console()
     if card.reconstruction is not None:
         rec = card.reconstruction
@@ -40,17 +40,17 @@ def print_scorecard(card: Scorecard) -> None:
 
 
 def perplexities_of(floors: Mapping[str, PerplexityResult]) -> str:
-    """Those of n-gram models, to be put behind that of a model; nothing if there are none."""
+    """Perplexities of n-gram models, to append to a model's; empty if there are none."""
     return "".join(f"; {name} model: {floor.perplexity:.3f}" for name, floor in floors.items())
 
 
 def print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a `narrow_table`; what the terminal has no room for goes on in its next line, and is not lost."""
+    """Print a `narrow_table`; what does not fit the terminal wraps instead of being cropped."""
     console.print(narrow_table(columns, rows), crop=False)
 
 
 def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for a terminal of 80 columns: cells are broken between words, and no word is cut short."""
+    """A table for an 80-column terminal: cells wrap between words, and no word is truncated."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         words = [word for cell in (column, *(row[number] for row in rows)) for word in cell.split()]
@@ -66,11 +66,11 @@ def print_costs(
     """Print what a model costs, by part.
 
     Args:
-        title: What is counted.
-        one: With one draw a chunk.
-        many: With the draws of low temperature; None for a model that needs no more than one.
-        draws: How many those are.
-        thoughts: What thoughts add to an answer; None for nothing.
+        title: Heading of the table.
+        one: Cost with one draw per chunk.
+        many: Cost with the draws of low temperature; None for a model that never needs more than one.
+        draws: Number of draws at low temperature.
+        thoughts: Cost that thoughts add to an answer; None without thoughts.
     """
     columns: dict[str, Mapping[str, float]] = {
         "parameters": one.parameters,
@@ -97,7 +97,7 @@ def print_costs(
 
 
 def caption_of(result: BrierResult) -> str:
-    """The protocol of a score."""
+    """The protocol of a score, in one line."""
     return (
         f"T = 1, {result.num_chunks:,} held-out chunks, blocks of {result.context} tokens, "
         "in percent ± standard error"
@@ -105,7 +105,7 @@ def caption_of(result: BrierResult) -> str:
 
 
 def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:
-    """Floors, the model, and ceilings."""
+    """Rows of a scorecard: floors, the model, and ceilings."""
     return [
         *card.floors.items(),
         (card.name, card.brier),
@@ -114,18 +114,18 @@ def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:
 
 
 def cells_of(result: BrierResult) -> list[str]:
-    """BrierLM and Brier-1..4 with their standard errors, where there are any; BrierLM may be undefined."""
+    """BrierLM (or why it is undefined) and Brier-1..4, with their standard errors if known."""
     pairs = zip(result.as_metrics().values(), result.as_errors().values(), strict=True)
     cells = [with_error(value, error).replace(" ", "") for value, error in pairs]
-    # No spaces: a terminal has 80 columns.
+    # No spaces, to fit in 80 columns.
     return [f"undefined: {result.undefined}", *cells[1:]] if result.undefined else cells
 
 
 def spaced(cell: str) -> str:
-    """A cell of a terminal's table as a page shows it, which has room for spaces."""
+    """A cell of a terminal table with spaces around ±, for pages, which have room for them."""
     return cell.replace("±", " ± ")
 
 
 def with_error(value: float, error: float, sign: str = "") -> str:
-    """A number and its standard error, if it has one; the sign "+" shows that of the number always."""
+    """A number and its standard error, if it has one; with sign "+", the number always shows its sign."""
     return f"{value:{sign}.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")

@@ -1,1 +1,1 @@
-"""Text <-> token ids: one reading and one spelling for training, prompts, scores and the server."""
+"""Text <-> token ids: the same encoding and decoding for training, prompts, scores and the server."""

@@ -1,6 +1,6 @@
 """Conversations -> token ids, by the chat template of a tokenizer.
 
-Control tokens are those that the template writes. What somebody said is words, whatever it looks like.
+Only the template produces control tokens. The content of messages is plain text, whatever it looks like.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from calm.text.encoding import control_tokens_of, encode_rendering, marks_of
 from calm.text.marks import split_at
 
 ASSISTANT = "assistant"
-_PLACE = "\ue0f4"  # Where an answer would stand, to see what a template writes after one.
+_PLACE = "\ue0f4"  # Stands in for an answer, to see what a template puts after one.
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, to_answer: bool) -> str:
-    """A conversation as the template writes it, in which words are marked (see `calm.text.encoding`).
+    """Render a conversation with the template, marking the plain text in it (see `calm.text.encoding`).
 
     Args:
         tokenizer: The tokenizer, with a chat template.
-        messages: Each with its `role` and `content`.
-        to_answer: Whether an answer of the assistant is to follow.
+        messages: Messages, each with `role` and `content`.
+        to_answer: Whether to add the prompt for an answer of the assistant.
 
     Raises:
-        InputError: If the template does not take the messages.
+        InputError: If the template rejects the messages.
     """
     try:
         text = tokenizer.apply_chat_template(
@@ -41,20 +41,20 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Tokens of a conversation that the assistant is to go on with.
+    """Tokens of a conversation, up to the start of the assistant's answer.
 
     Raises:
-        InputError: If the template does not take the messages.
+        InputError: If the template rejects the messages.
     """
     return encode_rendering(tokenizer, render(tokenizer, messages, to_answer=True))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = ()) -> str:
-    """What the template writes after an answer of the assistant; "" where that cannot be told.
+    """What the template puts after an answer of the assistant; "" if unknown.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.
-        messages: What was said before the answer; a short question if nothing is given.
+        messages: The messages before the answer; by default, a short question.
     """
     asked = list(messages) or [{"role": "user", "content": "?"}]
     if tokenizer.chat_template is None:
@@ -67,7 +67,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The control token by which the template ends an answer, if it does so by one."""
+    """The control token with which the template ends an answer, if it uses one."""
     control = control_tokens_of(tokenizer)
     parts = split_at(end_of_turn(tokenizer).lstrip(), control)
     return control.get(parts[0]) if parts else None

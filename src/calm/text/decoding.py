@@ -1,7 +1,7 @@
-"""Token ids -> text. New tokens are spelled after what stands before them, never alone.
+"""Token ids -> text. New tokens are decoded after the tokens before them, never alone.
 
-Alone, the first new token of a SentencePiece-like tokenizer loses its space, and the first bytes of a
-character are no text yet.
+Decoded alone, the first new token of a SentencePiece-like tokenizer loses its space, and the first bytes of a
+character are not yet text.
 """
 
 import re
@@ -11,24 +11,24 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.text.encoding import encode_words
 
-_INCOMPLETE = "\ufffd"  # What a tokenizer makes of the first bytes of a character.
+_INCOMPLETE = "\ufffd"  # What a tokenizer decodes an incomplete character to.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-_CONTEXT = 16  # So many tokens of the prompt decide how what follows is spelled.
+_CONTEXT = 16  # Prompt tokens that new tokens are decoded after.
 
 
 def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text that tokens add to a prompt, control tokens left out.
+    """The text that tokens add to a prompt, without control tokens.
 
     Args:
         tokenizer: The tokenizer.
-        prompt: Tokens of what stands before; may be empty.
-        tokens: The tokens.
+        prompt: Tokens before them; may be empty.
+        tokens: The tokens to decode.
     """
     return _decode_behind(tokenizer, _context_of(tokenizer, prompt), tokens)
 
 
 def _context_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
-    """The last words of a prompt."""
+    """The last plain-text tokens of a prompt."""
     control = set(tokenizer.all_special_ids)
     return [token for token in prompt[-2 * _CONTEXT :] if token not in control][-_CONTEXT:]
 
@@ -37,13 +37,13 @@ def _decode_behind(tokenizer: PreTrainedTokenizerBase, context: list[int], token
     before, whole = tokenizer.batch_decode([context, [*context, *tokens]], skip_special_tokens=True)
     if whole.startswith(before):
         return whole[len(before) :]
-    # Half a character at the end of the prompt became a whole one.
+    # An incomplete character at the end of the prompt was completed.
     pairs = enumerate(zip(before, whole, strict=False))
     return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
 def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """Each token by itself, with the space in front that it has; control tokens by their names."""
+    """Text of each token by itself, including its leading space; control tokens by name."""
     control, before = set(tokenizer.all_special_ids), encode_words(tokenizer, ["a"])[0]
     return [
         str(tokenizer.convert_ids_to_tokens(token))
@@ -54,14 +54,14 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> l
 
 
 class TextBuilder:
-    """The text of one answer as its tokens arrive.
+    """Decodes one answer incrementally, as its tokens arrive.
 
-    The parts together are what `decode_after` makes of all tokens at once, cut before the first stop.
+    The concatenated parts equal `decode_after` of all tokens at once, cut before the first stop string.
 
     Args:
         tokenizer: The tokenizer.
-        stops: Where the text ends, if one of them comes up in it.
-        prompt: Tokens of what the answer stands after.
+        stops: Stop strings; the text ends before the first that occurs.
+        prompt: Tokens before the answer.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class TextBuilder:
         self._shown = 0
 
     def add(self, tokens: Sequence[int], is_last: bool = False) -> str:
-        """Take tokens, and give the text that has become certain.
+        """Add tokens and return the new text that can no longer change.
 
         Args:
             tokens: New tokens.
-            is_last: Whether no more will come: then nothing is held back.
+            is_last: Whether these are the last tokens; then all remaining text is returned.
         """
         if self.is_stopped:
             return ""
@@ -96,7 +96,7 @@ class TextBuilder:
         return new
 
     def _certain(self, text: str) -> int:
-        """How much of the text stays whatever follows: no half character, no beginning of a stop."""
+        """Length of the text that cannot change: no incomplete character, no prefix of a stop string."""
         end = len(text.rstrip(_INCOMPLETE))
         settled = len(self._tokens)
         while settled and self._is_byte(self._tokens[settled - 1]):
@@ -108,10 +108,10 @@ class TextBuilder:
         return end - held
 
     def _is_byte(self, token: int) -> bool:
-        """Whether a token is a byte as SentencePiece has them, which are text or not as a whole run."""
+        """Whether a token is a SentencePiece byte token; a run of these is only valid text as a whole."""
         return _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of the stop."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

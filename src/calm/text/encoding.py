@@ -1,13 +1,13 @@
-"""Text -> token ids. What a text says never becomes a control token.
+"""Text -> token ids. Plain text never becomes a control token.
 
-"<|eos|>" in somebody's words is seven letters, not the end of a text. Only the tokenizer itself (the tokens
-that begin a text), a chat template, or an explicit token id puts a control token in place.
+"<|eos|>" in a user's text is seven characters, not the end of a text. Control tokens come only from
+the tokenizer itself (the tokens it starts a text with), a chat template, or explicit token ids.
 
-Text comes in three kinds:
-  a document    begins as the tokenizer begins texts, and has no end yet (`encode_documents`)
-  words         go on after other text (`encode_words`)
-  a rendering   is what a chat template wrote (`encode_rendering`): its control tokens are such, and the words
-                that it was given are words, because they were marked (`marks_of`) before it saw them
+There are three kinds of text:
+  a document    starts with the tokenizer's initial tokens and has no end yet (`encode_documents`)
+  words         continue other text (`encode_words`)
+  a rendering   is the output of a chat template (`encode_rendering`): its own control tokens count, and the
+                messages stay plain text, because they were marked (`marks_of`) before rendering
 """
 
 import secrets
@@ -20,23 +20,23 @@ from transformers import PreTrainedTokenizerBase
 from calm.text.marks import Marks, is_marked, replace_all, split_at
 from calm.text.twin import puts_space_in_front, twin_of
 
-_PROBES = ("a", "0", ".", "é", "的")  # A tokenizer knows at least one of these.
+_PROBES = ("a", "0", ".", "é", "的")  # Every tokenizer knows at least one of these.
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that begin here: the tokenizer's own beginning, the words, and nothing behind them.
+    """Token ids of texts from their start: the tokenizer's initial tokens and the text, nothing after it.
 
-    A tokenizer that ends every text (`<s> $A </s>`) does not end these: a prompt goes on, and documents get
-    their end where they are laid out in blocks.
+    A tokenizer that ends every text (`<s> $A </s>`) does not end these: a prompt will be continued, and
+    documents get their EOS when they are laid out in blocks.
     """
     begin = beginning_of(tokenizer)
     return [[*begin, *ids] for ids in _encode(tokenizer, texts)]
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that each go on after other text.
+    """Token ids of texts that each continue other text.
 
-    Tokenizers in the manner of SentencePiece put a space in front of all they read; these words get none.
+    SentencePiece-like tokenizers put a space in front of their input; these texts get none.
     """
     control = _control_of(tokenizer)
     if not control.puts_space_in_front:
@@ -45,12 +45,12 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: bool = False) -> list[int]:
-    """Token ids of what a chat template wrote from marked words.
+    """Token ids of a chat template's output for marked text.
 
     Args:
         tokenizer: The tokenizer.
         text: The rendering, or a part of it.
-        goes_on: Whether it goes on after other text.
+        goes_on: Whether it continues other text.
     """
     control = _control_of(tokenizer)
     if is_marked(text) or (goes_on and control.puts_space_in_front):
@@ -60,12 +60,12 @@ def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: 
 
 
 def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
-    """The marks that keep words from becoming control tokens in a chat template."""
+    """The marks that keep plain text in a chat template from becoming control tokens."""
     return _control_of(tokenizer).marks
 
 
 def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts in front of a text."""
+    """The special token ids that the tokenizer puts in front of a text."""
     for probe in _PROBES:
         read = tokenizer(probe, return_special_tokens_mask=True)
         if 0 in read["special_tokens_mask"]:
@@ -75,9 +75,9 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def control_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the control tokens by their spelling.
+    """Ids of the control tokens by their text.
 
-    The token for what a tokenizer does not know is none of them: any text may hold it.
+    The unknown token is not one of them unless it has another role: any text may contain it.
     """
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -87,12 +87,12 @@ def control_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the words of each text, which begins here."""
+    """Token ids of texts from their start, without the tokenizer's initial tokens."""
     if not texts:
         return []
     control = _control_of(tokenizer)
-    # `split_special_tokens` is about tokens that are looked for in a text. Unigram and WordLevel models have
-    # the control tokens among their words as well.
+    # `split_special_tokens` only affects added tokens, which are matched in the text. Unigram and WordLevel
+    # models also have the control tokens in their vocabulary.
     return [
         ids if control.ids.isdisjoint(ids) else control.encode_words(tokenizer, text, begins=True)
         for text, ids in zip(texts, _plain(tokenizer, texts), strict=True)
@@ -111,28 +111,28 @@ def _plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 class _Control:
-    """The control tokens of a tokenizer, and ways to read text in spite of them."""
+    """The control tokens of a tokenizer, and encoders for text that looks like them."""
 
     def __init__(self, tokens: dict[str, int], backend: Tokenizer | None) -> None:
         self.ids = frozenset(tokens.values())
         self.marks = Marks(list(tokens))
         self.puts_space_in_front = backend is not None and puts_space_in_front(backend)
         self.tokens, self._backend = tokens, backend
-        secret = secrets.token_hex(8)  # So no text can hold a name.
+        secret = secrets.token_hex(8)  # So that no text can contain a name.
         self._names = {token: f"\ue0f2{secret}.{i}\ue0f3" for token, i in tokens.items()}
         self._twins: dict[bool, Tokenizer] = {}
 
     def encode_words(self, tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
-        """Token ids of words that hold the spelling of a control token, or go on after other text."""
+        """Token ids of plain text that contains a control token's text, or continues other text."""
         if self._backend is not None:
             return self._by_twin(text, begins)
-        # A tokenizer without a fast backend reads the spellings in two halves.
+        # Without a fast backend, split each control token's text in two, so that it is not recognized.
         parts = split_at(text, self.tokens)
         halves = [(part[:1], part[1:]) if part in self.tokens else (part,) for part in parts]
         return [i for pair in halves for half in pair for i in _plain(tokenizer, [half])[0]]
 
     def encode_rendering(self, tokenizer: PreTrainedTokenizerBase, text: str, begins: bool) -> list[int]:
-        """Token ids of a rendering of marked words."""
+        """Token ids of a rendering of marked text."""
         if self._backend is not None:
             return self._by_twin(self.marks.unmark(replace_all(text, self._names)), begins)
         ids: list[int] = []
@@ -152,7 +152,7 @@ _CONTROLS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Control] = weakre
 
 
 def _control_of(tokenizer: PreTrainedTokenizerBase) -> _Control:
-    """What is known of a tokenizer, made once; anew if it got further tokens."""
+    """The cached `_Control` of a tokenizer, rebuilt if its control tokens changed."""
     known, tokens = _CONTROLS.get(tokenizer), control_tokens_of(tokenizer)
     if known is None or known.tokens != tokens:
         known = _Control(tokens, tokenizer.backend_tokenizer if tokenizer.is_fast else None)

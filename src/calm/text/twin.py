@@ -1,4 +1,4 @@
-"""A twin of a tokenizer, in which control tokens have names that no text can spell."""
+"""A twin of a tokenizer, in which control tokens have names that no text can contain."""
 
 import json
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from tokenizers import Tokenizer
 
 
 def twin_of(backend: Tokenizer, names: Mapping[str, str], begins: bool) -> Tokenizer:
-    """The same tokenizer, ids included, but for the spelling of some tokens.
+    """A copy of a tokenizer with the same ids, in which some tokens are renamed.
 
     Args:
         backend: The tokenizer.
-        names: New spellings by old ones.
-        begins: Whether what it reads begins a text. Elsewhere no space is put in front of it.
+        names: Old name -> new name.
+        begins: Whether its input starts a text; if not, no space is put in front of it.
     """
     state = json.loads(backend.to_str())
     state |= {"post_processor": None, "truncation": None, "padding": None}
@@ -36,14 +36,14 @@ def twin_of(backend: Tokenizer, names: Mapping[str, str], begins: bool) -> Token
 
 
 def puts_space_in_front(backend: Tokenizer) -> bool:
-    """Whether the tokenizer puts a space in front of what it reads."""
+    """Whether the tokenizer puts a space in front of its input."""
     parts = (backend.normalizer, backend.pre_tokenizer)
     states = [json.loads(part.__getstate__()) for part in parts if part is not None]
     return any(state != _without_prefix(state) for state in states)
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no space in front."""
+    """The state of a normalizer or pre-tokenizer, changed to put no space in front."""
     if not isinstance(part, dict):
         return part
     for several in ("normalizers", "pretokenizers"):
@@ -58,6 +58,6 @@ def _without_prefix(part: Any) -> Any:
 
 
 def _makes_any(merge: Any, names: Mapping[str, str]) -> bool:
-    """Whether a merge makes a token with a new name, or takes one."""
+    """Whether a merge produces or consumes a renamed token."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return not names.keys().isdisjoint((left, right, left + right))

@@ -1,12 +1,12 @@
-"""Whether two tokenizers mean the same by a token id."""
+"""Whether two tokenizers agree on the meaning of token ids."""
 
 from transformers import PreTrainedTokenizerBase
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
-    """The lowest id that stands for another token in each; None where all that both have are the same.
+    """The lowest id that means different tokens in the two; None if they agree on all shared ids.
 
-    One may have more tokens than the other: those behind the last that both have are not compared.
+    One may have more ids than the other: ids that only one of them has are not compared.
     """
     names, others = ({token: name for name, token in each.get_vocab().items()} for each in (one, other))
     both = sorted(names.keys() & others.keys())
