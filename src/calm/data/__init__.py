@@ -1,1 +1,1 @@
-"""Text -> tokens -> chunks, and the embedded corpus."""
+"""Text -> tokens -> blocks of chunks, and the embedded corpus."""

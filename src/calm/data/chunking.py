@@ -1,14 +1,14 @@
 """Documents of token ids -> blocks of whole chunks: the one function that every stage uses.
 
 Two layouts:
-  documents  each document gets padding in front (a random offset inside its first chunk), its tokens,
+  documents  each document is laid out as padding (a random offset inside its first chunk), its tokens,
              one EOS, and padding to a chunk boundary; documents in one block do not see each other.
   packed     documents with their EOS are simply concatenated and cut, as in the published
              evaluation; chunks may span documents, and a block is one long context.
 
 A block has four features: `input_ids` (T), `labels` (T, -100 on padding), `position_ids` (C), the
-position of each chunk in its document, which starts again from 0 with a new document, and
-`document_ids` (C), the number of the document in which each chunk begins.
+position of each chunk in its document, restarting from 0 with each document, and `document_ids` (C), the
+number of the document in which each chunk starts.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ def make_blocks(
     layout: Layout = "documents",
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Lay documents out in blocks; only the last block of the batch is filled up with padding.
+    """Lay documents out in blocks; only the last block of the batch is padded to full length.
 
     Args:
         documents: Token ids of each document, without EOS.
-        indices: Number of each document in its dataset; with the seed it decides the offset.
+        indices: Number of each document in its dataset; with the seed, it determines the random offset.
         chunk_size: Tokens per chunk K.
         block_size: Tokens per block T, a multiple of K.
         eos_token_id: Id that ends each document.
         pad_token_id: Id of padding.
-        layout: How documents meet chunks.
-        seed: Changes the random offsets.
+        layout: How documents are aligned to chunks.
+        seed: Seed of the random offsets.
 
     Returns:
         `input_ids` and `labels` (blocks, T), `position_ids` and `document_ids` (blocks, C); int64.
@@ -67,7 +67,7 @@ def make_blocks(
     chunks_per_block = block_size // chunk_size
     if layout == "documents":
         position_ids = _to_rows(positions, chunks_per_block, 0)
-        # A document cut by the edge of a block goes on as if it began there.
+        # A document that continues from the block before gets positions as if it started here.
         cut = _leading_run(position_ids)
         position_ids = np.where(cut, np.arange(chunks_per_block), position_ids)
     else:
@@ -90,7 +90,7 @@ def check_block_size(block_size: int, chunk_size: int) -> None:
 
 
 def _offset(seed: int, index: int, chunk_size: int) -> int:
-    """Tokens of padding in front of a document: uniform over 0..K-1, fixed by seed and index."""
+    """Padding tokens in front of a document: uniform over 0..K-1, determined by seed and index."""
     digest = hashlib.blake2b(f"{whole_seed(seed)}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % chunk_size
 

@@ -1,4 +1,4 @@
-"""Files that are compressed: by which suffix they are known, and how they are opened."""
+"""Compressed files: their suffixes, and how to open them."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 
 
 def name_without_compression(path: Path) -> str:
-    """The name of a file in lower case, without the suffix of its compression."""
+    """The name of a file in lower case, without its compression suffix."""
     name = path.name.lower()
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
@@ -33,6 +33,6 @@ def name_without_compression(path: Path) -> str:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A file to read in binary; one that is compressed is decompressed on the way."""
+    """Open a file for reading bytes; a compressed file is decompressed on the fly."""
     opener = COMPRESSIONS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb")

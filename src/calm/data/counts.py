@@ -1,4 +1,4 @@
-"""How much text is trained on and held out: told before training, and on the model card."""
+"""How much text is trained on and held out: logged before training, and shown on the model card."""
 
 import logging
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ import datasets
 import pyarrow.compute
 
 logger = logging.getLogger(__name__)
-_FAR = 1.5  # The factor between the shares held out and asked for that is worth a warning.
+_FAR = 1.5  # Factor between the shares held out and asked for beyond which a warning is logged.
 _FEW_TOKENS = 3000
 _DOCUMENTS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Documents and tokens of the text to train on and of the text held out.
+    """Number of documents and tokens of the training text and the held-out text.
 
     Args:
-        documents: Of both parts, "train" and "validation"; stretches of a document that was cut count singly.
-        tokens: The same.
+        documents: Documents of "train" and "validation"; of one that was cut, each stretch counts.
+        tokens: Tokens of both.
     """
 
     documents: dict[str, int]
@@ -37,11 +37,11 @@ class Counts:
         return f"{train} to train on; {held_out} ({_percent(self.share)}) held out"
 
     def tell(self, asked: float | None, *, is_sample: bool = False) -> None:
-        """Log both parts, and warn where the held-out part is not what was asked for, or too small.
+        """Log the counts, and warn if the held-out text is not the share asked for, or too little.
 
         Args:
-            asked: Share of the text that was to be held out; None if held-out text was given.
-            is_sample: Whether these are the counts of a sample of text that is streamed.
+            asked: Share of the text to hold out; None if held-out text was given.
+            is_sample: Whether these are the counts of a sample of streamed text.
         """
         logger.info("text%s: %s", " (a sample of what is streamed)" if is_sample else "", self)
         if asked is not None and not asked / _FAR <= self.share <= asked * _FAR:
@@ -63,7 +63,7 @@ class Counts:
 
 
 def count(train: datasets.Dataset, validation: datasets.Dataset) -> Counts:
-    """Counts of documents with the column `input_ids`."""
+    """Count the documents and tokens of datasets with the column `input_ids`."""
     parts = {"train": train, "validation": validation}
     return Counts(
         {name: len(part) for name, part in parts.items()},
@@ -79,11 +79,11 @@ def _tokens_of(documents: datasets.Dataset) -> int:
 
 
 def number(count: int, what: str) -> str:
-    """A number of things, in the plural where there are several."""
+    """A count with its noun, in the plural unless it is 1."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _percent(share: float) -> str:
-    """Two digits, and one behind the point from 1% on: 0.012%, 2.0%, 33.3%."""
+    """A percentage: two significant digits below 1%, one decimal from there on: 0.012%, 2.0%, 33.3%."""
     percent = 100 * share
     return f"{percent:.1f}%" if percent >= 1 else f"{percent:.2g}%"

@@ -1,9 +1,9 @@
-"""Long documents -> parts, cut at borders of paragraphs where there are any.
+"""Long documents -> parts, cut between paragraphs where there are any.
 
-A text that is one paragraph from end to end is cut at the ends of lines instead, else of sentences, else at
-spaces, and as a last resort anywhere. Parts put together again are the text, to the last space.
+A text that is a single paragraph is cut at the ends of lines, failing that at the ends of sentences, then at
+spaces, and as a last resort anywhere. Joined again, the parts are exactly the text.
 
-Where a part ends depends on the text just there, so that two versions of a text are mostly cut into the same
+Where a part ends depends on the text at that point, so two versions of a text are mostly cut into the same
 parts.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 _END_OF_LINE = r"(?:\r\n|\n|\r(?!\n))"
 _REST_OF_LINE = r"[^\S\r\n]*"
-# From coarse to fine. A border lies after what a pattern finds, and white space belongs to what it follows.
+# From coarse to fine. A border lies after a pattern's match, so whitespace belongs to the text before it.
 _BORDERS = (
     re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})+"),  # Blank lines.
     re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})*"),
@@ -23,19 +23,19 @@ _BORDERS = (
     re.compile(r"(?<=\S)\s+"),
 )
 _LINES = _BORDERS[1]
-# Bytes. What is longer than the second, or than the first and half of the text, is not taken for a paragraph
-# but for text without blank lines.
+# Bytes. A unit longer than the second, or longer than both the first and half of the text, is not taken for a
+# paragraph but for text without blank lines.
 _PARAGRAPH, _LONGEST_PARAGRAPH = 4000, 20_000
 
 
 def parts_of(text: str, size: int) -> list[str]:
-    """Cut a text into parts of about `size` bytes; a text that is not longer is one part.
+    """Cut a text into parts of about `size` bytes; a shorter text is one part.
 
-    No paragraph is cut in a text that mainly consists of paragraphs, even if it is longer than a part.
+    If the text consists mainly of paragraphs, none is cut, even if it is longer than a part.
 
     Args:
         text: A document.
-        size: Bytes of a part, at most, unless one paragraph alone is longer.
+        size: Maximum bytes of a part, unless a single paragraph is longer.
     """
     total = len(text.encode())
     if total <= size:
@@ -61,12 +61,12 @@ def parts_of(text: str, size: int) -> list[str]:
 
 
 def longest_part(size: int) -> int:
-    """Bytes of the longest part that may be held out, where parts have about `size` bytes."""
+    """Bytes of the longest part that may be held out, if parts have about `size` bytes."""
     return max(2 * size, _PARAGRAPH)
 
 
 def _units(text: str, size: int, most: int, borders: Sequence[re.Pattern[str]]) -> list[str]:
-    """The coarsest units of a text of which at least half is in units of at most so many bytes."""
+    """Split a text into the coarsest units that put at least half of it in units of at most `most` bytes."""
     if not borders:
         return list(_slices(text, max(1, size // 4)))
     units = _cut(text, borders[0])
@@ -80,7 +80,7 @@ def _units(text: str, size: int, most: int, borders: Sequence[re.Pattern[str]]) 
 
 
 def _cut(text: str, border: re.Pattern[str]) -> list[str]:
-    """A text cut after each border."""
+    """Cut a text after each border."""
     ends = [match.end() for match in border.finditer(text)]
     if not ends or ends[-1] < len(text):
         ends.append(len(text))
@@ -88,7 +88,7 @@ def _cut(text: str, border: re.Pattern[str]) -> list[str]:
 
 
 def _is_landmark(unit: str, share: float) -> bool:
-    """Whether a unit, by its text alone, is among such a share of all."""
+    """Whether a hash of the unit's text selects it; about a `share` of all units is selected."""
     return zlib.crc32(unit.encode()) < share * 2**32
 
 

@@ -1,8 +1,8 @@
-"""Pieces of work that are done ahead, by the workers of an engine: Ray Data, on this machine or on many.
+"""Run pieces of work ahead of time on the workers of an engine: Ray Data, on one machine or many.
 
-Pieces write files that are kept under names made of what they depend on. So an engine only has to run them,
-in any order, and whoever needs them afterwards takes what is there. The result is that of a single process,
-and work that was stopped goes on.
+Pieces write files whose names are digests of what they depend on. So an engine only has to run them, in any
+order, and later steps find the files. The result is the same as with a single process, and interrupted work
+resumes.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ Ahead = Callable[[Sequence[Piece]], None]
 
 
 def nothing_ahead(pieces: Sequence[Piece]) -> None:
-    """Leaves each piece to whoever needs it."""
+    """Run nothing ahead: each piece runs when it is needed."""
 
 
 @contextlib.contextmanager
 def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
-    """What runs pieces ahead, for the block.
+    """Provide a function that runs pieces ahead of time, for the duration of the block.
 
     Args:
-        engine: "ray" takes the cluster that RAY_ADDRESS names, or else one of this machine alone. All its
-            machines see the same files under the same paths.
-        num_workers: Pieces that a cluster works on at once; as many as it has cores when None.
+        engine: "ray" uses the cluster that RAY_ADDRESS names, or starts a local one. All its machines must
+            see the same files under the same paths.
+        num_workers: Pieces that the cluster runs at once; None sets no limit but its cores.
 
     Raises:
         InputError: If Ray Data is not installed, or the cluster cannot be reached.
@@ -45,7 +45,7 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
         yield nothing_ahead
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # It would ask a wrong address for twelve minutes.
+    # By default, it retries a wrong address for twelve minutes.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     if not is_installed("ray"):
         raise not_installed("the engine 'ray'", "ray[data]")
@@ -66,11 +66,11 @@ def working_ahead(engine: Engine, num_workers: int | None) -> Iterator[Ahead]:
         if is_ours:
             ray.shutdown()
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it.
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler.
 
 
 def _run_in_ray(pieces: Sequence[Piece], *, num_workers: int | None) -> None:
-    """Run pieces on the cluster; a worker that dies is replaced, and its piece run again."""
+    """Run pieces on the cluster; if a worker dies, it is replaced and its piece is run again."""
     import ray.data
     from ray import cloudpickle
 
@@ -91,11 +91,11 @@ def _run_in_ray(pieces: Sequence[Piece], *, num_workers: int | None) -> None:
 
 
 def _run(row: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Run a piece in a worker; what was wrong is told as a value, since Ray wraps exceptions in its own."""
+    """Run a piece in a worker. Errors are returned as values, since Ray wraps exceptions in its own."""
     from ray import cloudpickle
 
     datasets.disable_progress_bars()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # A worker is one of many on its machine.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its machine runs many workers.
     told = {"mistake": "", "failure": ""}
     try:
         os.chdir(folder)

@@ -1,10 +1,10 @@
 """Prompts with completions -> blocks in which only completions are targets.
 
-Records of .jsonl or .parquet files, or of hub datasets, hold either `prompt` and `completion`, or `messages`
-(a list of {"role", "content"}). A conversation gives an example for each answer of the assistant: what was
-said before is its prompt, written by the chat template of the tokenizer.
+Records of .jsonl or .parquet files, or of hub datasets, have either `prompt` and `completion`, or `messages`
+(a list of {"role", "content"}). A conversation becomes one example per answer of the assistant: its prompt is
+the conversation so far, rendered by the tokenizer's chat template.
 
-A prompt has padding in front, so that the completion starts on a chunk boundary, as in generation:
+Prompts are padded in front, so that the completion starts on a chunk boundary, as in generation:
 
     [pad pad p1 p2] [p3 p4 p5 p6] | [c1 c2 c3 c4] [EOS pad pad pad]        K = 4
 """
@@ -29,24 +29,24 @@ from calm.text.chat import ASSISTANT, end_of_turn, render
 from calm.text.encoding import control_tokens_of, encode_documents, encode_rendering, encode_words
 from calm.text.marks import split_at
 
-# For tokenizers without a template of their own. A turn ends with EOS, which no text can spell: whatever is
-# said in a turn, it makes up no other.
+# For tokenizers without a template of their own. A turn ends with EOS, which no text can spell, so a turn
+# cannot fake another one.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
     "{{ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-_BATCH = 1000  # Records whose texts are encoded together.
+_BATCH = 1000  # Records encoded together.
 _ROLE = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model shall write after what.
+    """A prompt and the completion to learn.
 
     Args:
-        prompt: Tokens of the prompt, with a beginning of text where the tokenizer has one.
-        completion: Tokens of the completion, ended by EOS.
-        steps: Tokens of the steps that lead from one to the other, if they are known.
+        prompt: Tokens of the prompt, with BOS if the tokenizer has one.
+        completion: Tokens of the completion, ending with an end-of-text token.
+        steps: Tokens of the reasoning steps between prompt and completion, if given.
         where: Its file and line, or the like, for messages.
     """
 
@@ -59,16 +59,16 @@ class Example:
 def read_examples(
     sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, with_steps: bool = False
 ) -> list[list[Example]]:
-    """The examples of each record of files, folders or hub datasets.
+    """Read the examples of each record of files, folders or hub datasets.
 
     Args:
         sources: The files, folders or datasets.
         tokenizer: The tokenizer.
-        with_steps: Whether records have `steps`, a list of texts; a missing one, and null, are an empty list.
-            Steps, and a completion after them, are parted by a space.
+        with_steps: Whether records have `steps`, a list of texts; missing or null means an empty list. Steps,
+            and a completion after steps, are separated from what precedes them by a space.
 
     Raises:
-        InputError: If a source is missing, or a record is not of either form.
+        InputError: If a source is missing, or a record has neither form.
     """
     conversations = list[list[Example]]()
     for batch in _batches(load_records(sources)):
@@ -81,10 +81,10 @@ def read_examples(
 def split_examples(
     conversations: list[list[Example]], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; conversations that begin alike are on the same side.
+    """Split into training and held-out examples; conversations with the same first prompt stay together.
 
     Raises:
-        InputError: If there is nothing to split.
+        InputError: If there are fewer than two different prompts, or `fraction` is not between 0 and 1.
     """
     ranks = [rank_of(str(conversation[0].prompt), seed) for conversation in conversations]
     distinct = sorted(set(ranks))
@@ -111,7 +111,7 @@ class _Pair(NamedTuple):
 def _read_batch(
     batch: Iterable[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, with_steps: bool
 ) -> Iterator[list[Example]]:
-    """The examples of each of some records, whose texts are encoded together, up to the first mistake."""
+    """Yield the examples of each record of a batch, encoded together, up to the first mistake."""
     read: list[tuple[str, _Pair | list[Example]]] = []
     mistake = None
     for where, record in batch:
@@ -141,16 +141,16 @@ def _read_batch(
 
 
 def _batches(records: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Some records at a time: a tokenizer reads many texts in far less time than one text many times.
+    """Batch records: tokenizers are much faster on many texts at once than on one at a time.
 
-    Records before one that cannot be read are given first, so that the first mistake is the one that is told.
+    Records before an unreadable one are yielded first, so that the first mistake is the one reported.
     """
     is_over = False
     while not is_over:
         batch, mistake = list[tuple[str, dict[str, Any]]](), None
         try:
             for one in itertools.islice(records, _BATCH):
-                batch.append(one)  # One by one: those before a mistake are kept.
+                batch.append(one)  # One by one, so that those before a mistake are kept.
         except InputError as error:
             mistake = error
         yield batch
@@ -161,7 +161,7 @@ def _batches(records: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tup
 
 @contextlib.contextmanager
 def _told_where(where: str) -> Iterator[None]:
-    """Errors within name the record."""
+    """Prefix errors raised inside with the location of the record."""
     try:
         yield
     except InputError as error:
@@ -178,9 +178,9 @@ def _pair_of(record: dict[str, Any], steps: list[str]) -> _Pair:
 
 
 def _steps_of(record: dict[str, Any]) -> list[str]:
-    """The steps of a record, each parted by a space from what is before it."""
+    """The steps of a record, each separated by a space from what precedes it."""
     steps = record.get("steps")
-    steps = [] if steps is None else steps  # An empty text, 0 and the like are mistakes.
+    steps = [] if steps is None else steps  # But an empty string, 0 and the like are mistakes.
     if not isinstance(steps, list) or not all(isinstance(step, str) and step for step in steps):
         raise InputError("'steps' must be a list of texts, none of them empty.")
     if steps and "messages" in record:
@@ -189,7 +189,7 @@ def _steps_of(record: dict[str, Any]) -> list[str]:
 
 
 def _parted(words: str) -> str:
-    """Words that go on after others, with a space in front."""
+    """Text that continues other text, with whitespace in front."""
     return words if not words or words[0].isspace() else f" {words}"
 
 
@@ -209,7 +209,7 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def _text_of(content: Any, where: str) -> str:
-    """The content of a message: a text, or parts of one as the OpenAI API has them."""
+    """The content of a message: a string, or a list of text parts as in the OpenAI API."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -234,7 +234,7 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
             )
         answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
         words = encode_rendering(tokenizer, answer, goes_on=True)
-        if end is None:  # What the template writes after an answer cannot be told from it.
+        if end is None:  # What the template adds after an answer cannot be told apart from it.
             end = tokenizer.eos_token_id
             words = words[: words.index(end)] if end in words else words
         yield _example(encode_rendering(tokenizer, before), [*words, end])
@@ -243,15 +243,18 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 def _words_and_end(
     written: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, int | None]:
-    """The words of an answer as the template wrote it, and the id that ends it.
+    """Separate the text of a rendered answer from the token id that ends it.
 
-    A control token that the template puts there is the end. Any other sign is for the turns that follow; the
-    answer ends with EOS instead, so that nobody is shown the sign.
+    If the template closes the turn with a control token, that token ends the answer. If it closes the turn
+    with plain text, the answer ends with EOS instead, so that users never see the marker.
 
     Args:
-        written: What the template wrote for the answer.
-        messages: What was said before.
+        written: The answer as rendered by the template.
+        messages: The conversation before it.
         tokenizer: The tokenizer.
+
+    Returns:
+        The text and the id; the rendered answer and None if the two cannot be separated.
     """
     behind = end_of_turn(tokenizer, messages)
     if not behind or not written.endswith(behind):
@@ -273,16 +276,19 @@ def _example(prompt: list[int], completion: list[int]) -> Example:
 def lay_out(
     examples: Iterable[Example], *, chunk_size: int, block_size: int, pad_token_id: int
 ) -> tuple[datasets.Dataset, int]:
-    """Blocks with the features of `calm.data.chunking`, and how many examples were shortened.
+    """Lay examples out in blocks with the features of `calm.data.chunking`.
 
-    Examples that are together in a block do not see each other; none is cut by the edge of one. Of a long
-    prompt the end is kept, and of a completion that alone is too long the beginning.
+    Examples in the same block do not see each other, and none spans two blocks. Long prompts keep their end;
+    completions too long for a block keep their beginning.
 
     Args:
         examples: The examples, in the order in which they are laid out.
         chunk_size: Tokens per chunk K.
         block_size: Tokens per block T, a multiple of K.
         pad_token_id: Id of padding.
+
+    Returns:
+        The blocks, and how many examples were shortened.
     """
     rows: dict[str, list[np.ndarray]] = {"tokens": [], "labels": [], "positions": [], "owners": []}
     room = shortened = 0
@@ -319,14 +325,18 @@ def _start_row(
 
 
 def _fitting(example: Example, chunk_size: int, block_size: int) -> tuple[list[int], list[int]]:
-    """Prompt and completion that fit in a block, both in whole chunks."""
+    """Prompt and completion, shortened to fit in a block when both are padded to whole chunks."""
     completion = example.completion[: block_size - chunk_size]
     room = block_size - len(completion) - (-len(completion) % chunk_size)
     return example.prompt[-room:], completion
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
-    """Give a tokenizer the chat template of a file; without one, the plain one if it has none.
+    """Set a tokenizer's chat template from a file.
+
+    Args:
+        tokenizer: The tokenizer.
+        path: The file; None keeps the tokenizer's own template, or sets `PLAIN_TEMPLATE` if it has none.
 
     Raises:
         InputError: If the file cannot be read.

@@ -1,9 +1,9 @@
 """The files of a source: known formats, compressed or not, and what is left out below a folder.
 
-Below a folder these are not read: other formats, hidden files and folders, those of systems and tools (waste
-baskets, caches, installed packages), what calm itself wrote (runs, prepared text, models), datasets of
-`save_to_disk`, links that lead nowhere, folders that cannot be opened, and files that are read already under
-another name. What a user names directly is read, as plain text if its name tells nothing else.
+Left out below a folder are: other formats, hidden files and folders, those of systems and tools (trash,
+caches, installed packages), what calm itself wrote (runs, prepared text, models), datasets written by
+`save_to_disk`, broken links, folders that cannot be opened, and files already read under another name. A file
+that the user names directly is read, as plain text if its format is unknown.
 """
 
 import logging
@@ -43,10 +43,10 @@ _ENDS_OF_TOOLS = (".dist-info", ".egg-info")
 
 
 def is_here(source: str) -> bool:
-    """Whether a source is a file or folder of this machine.
+    """Whether a source is a file or folder on this machine.
 
     Raises:
-        InputError: If the name is empty, or what it names cannot be looked at.
+        InputError: If the name is empty, or the path cannot be accessed.
     """
     if not source.strip():
         raise InputError("a source of text has an empty name; give a file, a folder or a hub dataset.")
@@ -57,16 +57,16 @@ def is_here(source: str) -> bool:
 
 
 def find_files(path: Path, *, tell: bool = False) -> list[Path]:
-    """The file itself, or all files of known formats below a folder that are read, in sorted order.
+    """The file itself, or the files of known formats below a folder, sorted.
 
-    Links are followed. A file with several names (by links) is read once.
+    Links are followed. A file with several names (links) is listed once.
 
     Args:
         path: A file or folder.
-        tell: Whether to log how many files of a folder are read and left out, where any are left out.
+        tell: Whether to log how many files of a folder are read and left out, if any are left out.
 
     Raises:
-        InputError: If the format is unknown or the folder holds nothing that can be read.
+        InputError: If the format is unknown or the folder contains nothing that can be read.
     """
     if path.is_file():
         if format_of(path) is None:
@@ -89,7 +89,7 @@ def find_files(path: Path, *, tell: bool = False) -> list[Path]:
 
 @dataclass
 class _Listing:
-    """What lies below a folder.
+    """The files below a folder that are read, and counts of those left out.
 
     Args:
         root: The folder.
@@ -105,14 +105,14 @@ class _Listing:
 
     def __post_init__(self) -> None:
         self._seen: set[tuple[int, int | str]] = set()
-        # Links come last, so that a link to what is read anyway changes nothing.
+        # Links come last, so that a file that is also found without a link keeps its own name.
         self._links = [self.root]
-        for link in self._links:  # It grows meanwhile.
+        for link in self._links:  # The list grows during the loop.
             self._walk(link)
         self.files.sort()
 
     def told(self) -> str:
-        """What is left out, and how often; of other formats the suffixes that are most frequent."""
+        """What was left out, with counts, and the most frequent suffixes among other formats."""
         counts = {reason: str(count) for reason, count in sorted(self.left_out.items())}
         if self.suffixes:
             shown = self.suffixes.most_common(_SUFFIXES_TOLD)
@@ -122,7 +122,7 @@ class _Listing:
         return ", ".join(f"{reason} ({count})" for reason, count in counts.items())
 
     def _walk(self, start: Path) -> None:
-        """Take note of a file, or of all below a folder, in the order of names."""
+        """Add a file, or everything below a folder, in order of names."""
         waiting = [start]
         while waiting:
             path = waiting.pop()
@@ -151,12 +151,12 @@ class _Listing:
                 waiting += [path / name for name in reversed(names) if self._is_wanted(path / name)]
 
     def _is_wanted(self, path: Path) -> bool:
-        """Whether a name below a folder is not that of something hidden or of a tool."""
+        """Whether a name below a folder is neither hidden nor one that a system or tool uses."""
         name = path.name.lower()
         if name in _OF_TOOLS or name.endswith(_ENDS_OF_TOOLS):
             self.left_out["of systems and tools"] += 1
         elif name.startswith((".", "~$")):
-            if format_of(path) or path.is_dir():  # Other hidden files are not worth a word.
+            if format_of(path) or path.is_dir():  # Other hidden files are not worth reporting.
                 self.left_out["hidden"] += 1
         else:
             return True
@@ -164,12 +164,12 @@ class _Listing:
 
 
 def _identity_of(path: Path, status: os.stat_result) -> tuple[int, int | str]:
-    """The same for all names of a file or folder."""
-    return status.st_dev, status.st_ino or str(path.resolve())  # Some file systems number nothing.
+    """An identity that all names (links) of a file or folder share."""
+    return status.st_dev, status.st_ino or str(path.resolve())  # Some file systems have no inode numbers.
 
 
 def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) -> str | None:
-    """Why something with an ordinary name is not read, if it is not."""
+    """Why a file or folder with an ordinary name is left out; None if it is not."""
     if stat.S_ISDIR(status.st_mode):
         if "pyvenv.cfg" in names:
             return "of systems and tools"
@@ -180,7 +180,7 @@ def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) 
 
 
 def _suffix_of(path: Path) -> str:
-    """The suffix of a file, without that of a compression, if it is one that can be shown."""
+    """The suffix of a file, ignoring compression, if it is fit to be shown."""
     suffix = Path(name_without_compression(path)).suffix
     return suffix if suffix[1:].isalnum() and len(suffix) <= _LONGEST_SUFFIX else "without a suffix"
 

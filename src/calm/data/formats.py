@@ -1,12 +1,12 @@
-"""The file formats that text and examples are read from: one table, which other packages can add to.
+"""The file formats that text and examples are read from: one table, which other packages can extend.
 
-A format is recognized by the suffix of a file, which the suffix of a compression may follow (`a.jsonl.gz`).
+A format is recognized by the file suffix, which a compression suffix may follow (`a.jsonl.gz`).
 
     from calm import register_format
 
     register_format(".srt", documents=read_subtitles)
 
-`examples/a_data_source_of_your_own.py` shows a whole one.
+`examples/a_data_source_of_your_own.py` is a complete example.
 """
 
 import functools
@@ -37,19 +37,19 @@ _ENTRY_POINTS = "calm.formats"
 
 @dataclass(frozen=True)
 class Format:
-    """How the files of a suffix are read.
+    """How files of a suffix are read.
 
     Args:
         documents: Path and options -> the documents of a file, for training; None for a record without text.
-        records: Path -> the place of each record (for messages) and its fields, for fine-tuning; None if such
-            files hold no records.
+        records: Path -> the location of each record (for messages) and its fields, for fine-tuning; None if
+            such files have no records.
     """
 
     documents: DocumentReader
     records: RecordReader | None = None
 
 
-# Of prose. Log files and code may lie about in any folder; they are read where they are named.
+# Prose only. Logs and code may be in any folder; they are read only if the user names them.
 PLAIN_TEXT = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex")
 FORMATS = dict.fromkeys(PLAIN_TEXT, Format(documents_of_text)) | {
     ".jsonl": Format(documents_of_json_lines, records_of_json_lines),
@@ -58,22 +58,22 @@ FORMATS = dict.fromkeys(PLAIN_TEXT, Format(documents_of_text)) | {
 
 
 def register_format(suffix: str, documents: DocumentReader, records: RecordReader | None = None) -> None:
-    """Teach calm to read files with a suffix, wherever it takes a source of text: files, folders, streams.
+    """Register a reader for files with a suffix, wherever calm takes text: files, folders, streams.
 
-    An installed package can instead name a module that calls this as an entry point of the group
+    An installed package can instead declare a module that calls this as an entry point of the group
     "calm.formats". Then the `calm` command knows the format too.
 
     Args:
-        suffix: The suffix in lower case, such as ".srt". A format that exists is replaced.
+        suffix: The suffix in lower case, such as ".srt". An existing format is replaced.
         documents: Path and options -> the documents of a file; None for a record without text.
             `calm.data.compression.open_file` opens a file that may be compressed,
             `calm.data.reading.numbered_lines` reads its lines as UTF-8. Raise `calm.errors.InputError` to
             report a bad file in one sentence.
-        records: Path -> the place of each record (for messages) and its fields; None if such files hold no
-            records.
+        records: Path -> the location of each record (for messages) and its fields; None if such files have
+            no records.
 
     Raises:
-        ValueError: If the suffix cannot be one of a format.
+        ValueError: If the suffix is not valid for a format.
     """
     if not suffix.startswith(".") or suffix != suffix.lower() or suffix in (".", *COMPRESSIONS):
         raise ValueError(
@@ -84,7 +84,7 @@ def register_format(suffix: str, documents: DocumentReader, records: RecordReade
 
 
 def format_of(path: Path) -> Format | None:
-    """The format of a file by its name; None if it is unknown."""
+    """The format of a file, judged by its name; None if unknown."""
     name = name_without_compression(path)
     fitting = [suffix for suffix in known_suffixes() if name.endswith(suffix)]
     return FORMATS[max(fitting, key=len)] if fitting else None
@@ -97,10 +97,10 @@ def known_suffixes() -> list[str]:
 
 
 def read_documents(path: Path, options: ReadingOptions) -> Iterator[str | None]:
-    """Documents of one file, without those that are blank; None for each record without text.
+    """Yield the documents of a file, except blank ones; None for each record without text.
 
     Raises:
-        InputError: If the file is damaged, not UTF-8, or a record holds something else than text.
+        InputError: If the file is damaged or not UTF-8, or the text of a record is not a string.
     """
     found = format_of(path) or FORMATS[".txt"]
     try:
@@ -114,7 +114,7 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str | None]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place of each record of a file, and the record.
+    """Yield the location of each record of a file, and the record.
 
     Raises:
         InputError: If the file is damaged, or its format has no records.
@@ -131,11 +131,11 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @functools.cache
 def _load_installed() -> None:
-    """Import, once, the modules of installed packages that register formats."""
+    """Import the modules of installed packages that register formats, once."""
     for entry_point in entry_points(group=_ENTRY_POINTS):
         try:
             entry_point.load()
-        except Exception as error:  # Whatever went wrong there, the other formats can be read.
+        except Exception as error:  # Whatever goes wrong there, the other formats can be read.
             logger.warning(
                 "the format '%s' of %s is left out: %s", entry_point.name, entry_point.value, error
             )

@@ -1,4 +1,4 @@
-"""Datasets that lie on the disk from before: taken if they are as they were written, else made again."""
+"""Datasets cached on disk: reused if their files are intact, else made again."""
 
 import logging
 import shutil
@@ -16,16 +16,15 @@ logger = logging.getLogger(__name__)
 def made_or_kept(
     make: Callable[[], datasets.Dataset], below: Path, what: str, *, has_folders: bool = False
 ) -> datasets.Dataset:
-    """What a function of `datasets` makes in files, or has made there before.
+    """Make a dataset with a function that caches it in files, or load it from there.
 
-    Files that were damaged meanwhile, or whose writer was killed, are removed, and the function is called
-    again.
+    Files that have been damaged, or whose writer was killed, are removed, and the function is called again.
 
     Args:
-        make: Makes the dataset, or takes it from its files.
-        below: Folder of all these files.
-        what: What it is, for the message.
-        has_folders: Whether each dataset has a folder of its own.
+        make: Makes the dataset, or loads it from its files.
+        below: Folder that contains all these files.
+        what: What the dataset is, for the message.
+        has_folders: Whether each dataset has its own folder.
     """
     before = set(below.rglob("*.arrow"))
     try:
@@ -33,7 +32,7 @@ def made_or_kept(
         taken = _files_of(dataset) & before
         damaged = {file for file in taken if not is_marked(file)}
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Of the disk, not of a damaged file.
+        if isinstance(error, OSError) and error.errno is not None:  # The disk failed; no file is damaged.
             raise
         damaged = {file for file in before if not is_marked(file)}
         if not damaged:

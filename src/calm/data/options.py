@@ -1,4 +1,4 @@
-"""How documents are found in what is read, and which text a record holds."""
+"""How to find documents in what is read, and the text of a record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ _BETWEEN_FIELDS = "\n\n"
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """How documents are found in what is read.
+    """How to find documents in what is read.
 
     Args:
-        text_field: Field of the text in records (JSON lines, parquet files, datasets); several, as a sequence
-            or parted by commas, are put together with a blank line between them.
-        separator: A line that parts the documents of a plain-text file ("" for a blank line); None if
+        text_field: Field with the text of a record (JSON Lines, Parquet files, datasets). Several, as a
+            sequence or separated by commas, are joined with a blank line between them.
+        separator: A line that separates the documents of a plain-text file ("" for a blank line); None if
             each file is one document.
-        max_document_mb: Longest document or line, and longest parquet file that is compressed, in MB (10^6
-            bytes): they are read into memory whole.
+        max_document_mb: Maximum size of a document or line, and of a compressed Parquet file after
+            decompression, in MB (10^6 bytes): they are read into memory whole.
 
     Raises:
-        InputError: If `text_field` names no field, or one twice.
+        InputError: If `text_field` names no field, or the same field twice.
     """
 
     text_field: str | Sequence[str] = "text"
@@ -41,27 +41,27 @@ class ReadingOptions:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """The fields of the text, in their order."""
+        """The text fields, in order."""
         if isinstance(self.text_field, str):
             return tuple(name.strip() for name in self.text_field.split(","))
         return tuple(self.text_field)
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of a document at most."""
+        """Maximum bytes of a document."""
         return self.max_document_mb * 10**6
 
 
 def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> str | None:
-    """The text of a record: its fields that hold any, with a blank line between them; None if none does.
+    """The text of a record: its text fields that are not blank, joined by blank lines; None if all are blank.
 
     Args:
         record: Field -> value.
-        options: Which fields hold the text, and how long it may be.
-        where: Where the record stands, for messages.
+        options: Which fields contain the text, and how long it may be.
+        where: Location of the record, for messages.
 
     Raises:
-        InputError: If a field holds something else than text, or the text is too long.
+        InputError: If a field is not text, or the text is too long or cannot be encoded as UTF-8.
     """
     parts = []
     for name in options.text_fields:
@@ -89,12 +89,12 @@ def _kind_of(value: Any) -> str:
 
 
 def no_such_field(what: str, missing: str, fields: Sequence[str]) -> InputError:
-    """The mistake of a field that no record has.
+    """The error for a field that no record has.
 
     Args:
-        what: What the records are in.
-        missing: The field.
-        fields: Those that there are.
+        what: What contains the records.
+        missing: The missing field.
+        fields: The fields that exist.
     """
     shown = [" ".join(name.split())[:_LETTERS_TOLD] for name in fields[:_FIELDS_TOLD]]
     more = ", ..." if len(fields) > _FIELDS_TOLD else ""
@@ -105,13 +105,13 @@ def no_such_field(what: str, missing: str, fields: Sequence[str]) -> InputError:
 
 
 def is_text(column: pyarrow.DataType) -> bool:
-    """Whether a column holds text, or nothing but nulls."""
+    """Whether a column contains text, or only nulls."""
     types = pyarrow.types
     return types.is_string(column) or types.is_large_string(column) or types.is_null(column)
 
 
 def too_long(what: str, most_bytes: int, instead: str = "part it") -> InputError:
-    """The mistake of a text that is longer than what is read into memory."""
+    """The error for a text that is longer than `max_document_mb` allows."""
     return InputError(
         f"{what} is longer than {most_bytes // 10**6} MB; {instead}, or raise --max_document_mb (in a "
         "recipe: data.max_document_mb)."

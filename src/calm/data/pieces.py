@@ -1,11 +1,11 @@
-"""Long work on text, done piece by piece in a folder that outlives a kill: the same command goes on there.
+"""Long work on text, done piece by piece in a folder that survives a kill: the same command resumes there.
 
     .NAME.work/            beside the prepared folder NAME, until that is complete
-      generator/           documents that were read, a group of files each (datasets' own cache)
+      generator/           documents that were read, one group of files each (datasets' own cache)
       tokenizer-DIGEST/    a trained tokenizer
       tokens-DIGEST/       tokens of some documents
 
-Every piece appears whole, under a name made of what it depends on, so nothing stale is ever taken.
+Pieces are named by a digest of what they depend on, so a stale one is never used; nor is an unfinished one.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ _DOCUMENTS_FOR_TOKENIZER = 200_000
 
 @contextlib.contextmanager
 def kept_work(output: Path) -> Iterator[Path]:
-    """The folder of the work for `output`; removed at the end, kept after an error with some pieces done.
+    """The work folder for `output`: removed at the end, kept after an error if at least two pieces are done.
 
     Raises:
-        RunError: If the disk is full, or cannot be written.
+        RunError: If the disk is full or cannot be written.
     """
     folder = work_of(output)
     with (
@@ -65,12 +65,12 @@ def _num_pieces(folder: Path) -> int:
 
 
 def ranks_of(documents: datasets.Dataset, seed: int) -> np.ndarray:
-    """A number of 64 bits for each document, by its text and the seed."""
+    """The rank of each document, an unsigned 64-bit number computed from its text and the seed."""
     return np.fromiter((rank_of(row["text"], seed) for row in documents), np.uint64, len(documents))
 
 
 def rank_of(text: str, seed: int) -> int:
-    """A number of 64 bits for a document; those with the lowest are held out."""
+    """The rank of a document, an unsigned 64-bit number; documents with the lowest ranks are held out."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big")
 
@@ -78,7 +78,7 @@ def rank_of(text: str, seed: int) -> int:
 def trained_tokenizer(
     documents: datasets.Dataset, ranks: np.ndarray, vocab_size: int, work: Path
 ) -> PreTrainedTokenizerBase:
-    """A BPE of the first documents, trained once.
+    """Train a BPE on the first 200,000 documents, or load it if it has been trained before.
 
     Raises:
         InputError: If the vocabulary cannot hold all bytes.
@@ -100,14 +100,14 @@ def tokens_of(
     num_proc: int,
     ahead: Ahead = nothing_ahead,
 ) -> dict[str, datasets.Dataset]:
-    """Documents as the column `input_ids`; pieces that are there are taken.
+    """Tokenize splits into the column `input_ids`, reusing finished pieces.
 
     Args:
-        splits: By name, documents in a column `text` and the rank of each.
+        splits: Name -> documents with the column `text`, and the rank of each.
         tokenizer: The tokenizer.
         work: Folder of pieces.
         num_proc: Processes.
-        ahead: Where pieces are made before they are needed (`calm.data.engines`).
+        ahead: Makes pieces before they are needed (`calm.data.engines`).
 
     Raises:
         RunError: If a process dies.
@@ -127,7 +127,7 @@ def _pieces(
     work: Path,
     num_proc: int,
 ) -> Iterator[Callable[[], datasets.Dataset]]:
-    """What makes the tokens of a split, some documents at a time, or takes them from its file."""
+    """Yield functions that tokenize a split, some documents each, or load the tokens if they exist."""
     by = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     starts = range(0, max(1, len(documents)), _DOCUMENTS_OF_A_PIECE)
     for number, start in enumerate(starts, 1):
@@ -152,12 +152,12 @@ def tokenized(
     name: str,
     file: Path,
 ) -> datasets.Dataset:
-    """Documents as the column `input_ids` in a file, which is taken as it is if it is there.
+    """Tokenize documents into the column `input_ids` of a file; an existing file is used as it is.
 
     Raises:
         RunError: If a process dies.
     """
-    # A process costs more than it brings for a few documents.
+    # For a few documents, starting processes takes longer than they save.
     enough = len(documents) > 1000 * num_proc
     try:
         return documents.map(

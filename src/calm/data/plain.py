@@ -1,4 +1,4 @@
-"""Files whose names tell no format: read as plain text if that is what they hold."""
+"""Files of no known format: read as plain text if that is what they contain."""
 
 import codecs
 from pathlib import Path
@@ -9,18 +9,18 @@ from calm.data.reading import DAMAGE
 from calm.errors import InputError
 
 _BYTES_LOOKED_AT = 2**16
-# Text, but of records: whoever names one hardly means its brackets and commas.
+# Text, but records: a user who names one hardly wants to train on its brackets and commas.
 _OF_RECORDS = (".json", ".csv", ".tsv", ".arrow")
 
 
 def check_plain_text(path: Path) -> None:
-    """See whether a file of no known format can be read as plain text.
+    """Check that a file of no known format can be read as plain text.
 
     Args:
         path: The file, compressed or not.
 
     Raises:
-        InputError: If it does not begin as UTF-8 text, or holds records of another form.
+        InputError: If it does not start as UTF-8 text, or contains records in an unsupported format.
     """
     if name_without_compression(path).endswith(_OF_RECORDS):
         raise InputError(

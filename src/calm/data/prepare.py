@@ -1,4 +1,4 @@
-"""Text -> a prepared folder (`calm.data.prepared`): read, split, tokenized.
+"""Text -> a prepared folder (`calm.data.prepared`): read, split and tokenized.
 
 Chunking happens later (`calm.data.chunking`), so one prepared folder serves every chunk size.
 """
@@ -50,27 +50,27 @@ def prepare(
 ) -> PreparedData:
     """Read, split and tokenize text, and write a prepared folder.
 
-    The held-out split goes by whole documents, or by parts of long ones where documents are too coarse
-    (`calm.data.splitting`). Work that was stopped is taken up again (`calm.data.pieces`).
+    The split holds out whole documents, or parts of long ones if whole documents are too coarse
+    (`calm.data.splitting`). Interrupted work resumes (`calm.data.pieces`).
 
     Args:
         sources: Files, folders, hub datasets, or datasets of the library `datasets`; see `calm.data.sources`.
         output: The prepared folder; appears only when it is complete.
-        options: How documents are found in the sources.
+        options: How to find documents in the sources.
         tokenizer: Folder, file or hub name of a tokenizer; None trains a BPE on the training split.
         vocab_size: Size of a trained vocabulary.
-        validation_sources: Where held-out documents come from; none takes the split `validation` of a
-            `DatasetDict` among the sources, or else splits `sources`.
-        validation_fraction: Share of the text held out where `sources` is split.
-        seed: Changes which documents are held out.
-        num_proc: Processes, of this machine or of the engine's; all cores when None.
-        engine: Who reads and tokenizes: processes of this machine, or Ray Data (`calm.data.engines`). The
-            folder is the same.
-        most: Documents of each file or dataset that are read at most: a sample of text that is streamed.
+        validation_sources: Where held-out documents come from; if empty, the split `validation` of a
+            `DatasetDict` among the sources is used, or else `sources` is split.
+        validation_fraction: Share of the text to hold out if `sources` is split.
+        seed: Seed that decides which documents are held out.
+        num_proc: Processes on this machine, or workers of the engine; None uses all cores.
+        engine: What reads and tokenizes: processes on this machine, or Ray Data (`calm.data.engines`). The
+            result is the same.
+        most: Maximum number of documents read from each file or dataset, as a sample of streamed text.
         overwrite: Whether an existing output folder is replaced.
 
     Raises:
-        InputError: If a source or setting is bad, or there is too little text to split.
+        InputError: If a source or setting is invalid, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
     options, seed = options or ReadingOptions(), whole_seed(seed)
@@ -91,7 +91,7 @@ def prepare(
         validation_fraction=validation_fraction,
     )
     with working_ahead(engine, num_proc) as ahead, kept_work(output) as work:
-        # What is done ahead is done one piece to a worker.
+        # Ray's workers run one piece each.
         num_proc = 1 if engine == "ray" else num_proc or os.cpu_count() or 1
         read = partial(
             load_documents,
@@ -145,13 +145,13 @@ def check_text(
     validation_sources: Sequence[Source],
     validation_fraction: float,
 ) -> PreTrainedTokenizerBase | None:
-    """Find the mistakes of what is to be prepared before anything is written; the arguments of `prepare`.
+    """Check arguments of `prepare` before anything is written.
 
     Returns:
         The tokenizer, if one is named.
 
     Raises:
-        InputError: If a source is missing or of an unknown format, or a setting is bad.
+        InputError: If a source is missing or of an unknown format, or a setting is invalid.
     """
     if named := [*sources, *validation_sources]:
         check_sources(named)
@@ -164,14 +164,14 @@ def check_text(
 
 
 def _save(documents: datasets.Dataset, folder: Path, num_tokens: int, fingerprint: str) -> None:
-    """Write tokens: the same bytes for the same tokens, in however many pieces they were made."""
+    """Write tokens: the same bytes for the same tokens, whatever pieces they were made in."""
     num_files = 1 + _BYTES_OF_A_TOKEN * num_tokens // _BYTES_OF_A_FILE
     documents = datasets.Dataset(documents.data, fingerprint=fingerprint)
     documents.save_to_disk(folder, num_shards=min(num_files, len(documents)))
 
 
 def tell_counts(path: Path, data: PreparedData) -> None:
-    """Log how much text of a prepared folder is trained on and held out."""
+    """Log how much of a prepared folder's text is trained on and held out."""
     info = read_info(path)
     is_sample = info.get("sample_documents") is not None
     data.counts().tell(info.get("validation_fraction"), is_sample=is_sample)

@@ -1,11 +1,11 @@
-"""A prepared folder, open for reading: tokenizer, documents, and the blocks that are made of them.
+"""A prepared folder, open for reading: tokenizer, documents, and the blocks built from them.
 
 folder/
-  train/ validation/   datasets with one column, `input_ids`: the tokens of a document, no EOS
+  train/ validation/   datasets with one column, `input_ids`: the tokens of a document, without EOS
   tokenizer/           a tokenizer folder of transformers
   prepared.json        what was prepared, from what
   checksums.json       of all these files
-  blocks/              blocks that were made of the documents, kept
+  blocks/              a cache of the blocks built from the documents
 """
 
 import hashlib
@@ -41,9 +41,9 @@ from calm.storage.folders import temporary_folder
 logger = logging.getLogger(__name__)
 INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
-_FREQUENT = 500  # Tokens that others are told apart by.
+_FREQUENT = 500  # Tokens whose neighbours are counted.
 _MOST_COUNTED, _COUNTED_AT_ONCE, _DIGESTED_AT_ONCE = 10_000_000, 1000, 1000
-# Raised whenever `make_blocks` gives other arrays: blocks are kept by its arguments, not by its code.
+# Increment whenever `make_blocks` returns different arrays: blocks are cached by its arguments, not its code.
 _FORMAT_OF_BLOCKS = 2
 
 
@@ -52,11 +52,11 @@ class PreparedData:
     """A prepared folder, open for reading.
 
     Args:
-        train: Documents to train on.
-        validation: Documents held out.
+        train: Training documents.
+        validation: Held-out documents.
         tokenizer: The tokenizer of both.
-        digest: Of tokens and tokenizer: the same wherever the folder lies.
-        folder: Where blocks are kept.
+        digest: Digest of tokens and tokenizer, independent of where the folder is.
+        folder: Where blocks are cached.
     """
 
     train: datasets.Dataset
@@ -80,7 +80,7 @@ class PreparedData:
         seed: int = 0,
         num_proc: int = 1,
     ) -> datasets.Dataset:
-        """A split as blocks of `block_size` tokens with the features of `calm.data.chunking`."""
+        """Lay out a split in blocks of `block_size` tokens with the features of `calm.data.chunking`."""
         documents = {"train": self.train, "validation": self.validation}[split]
         check_block_size(block_size, chunk_size)
         settings = {
@@ -109,13 +109,13 @@ class PreparedData:
         return made_or_kept(make, kept, f"blocks of {split}").with_format("torch")
 
     def counts(self) -> Counts:
-        """Documents and tokens of both parts."""
+        """Number of documents and tokens in both splits."""
         return count(self.train, self.validation)
 
     def token_counts(self) -> np.ndarray:
-        """How often each token id occurs in the training text, ends of text included, (V,).
+        """How often each token id occurs in the training text, EOS included, (V,).
 
-        Of a long text only the first millions of tokens are counted.
+        Only the first 10 million tokens are counted.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for tokens in self._first_tokens():
@@ -123,9 +123,9 @@ class PreparedData:
         return counts
 
     def neighbour_counts(self) -> np.ndarray:
-        """How often each token stands behind, and before, each of the most frequent ones, (V, 2 N), float32.
+        """How often each token follows, and precedes, each of the N most frequent ones, (V, 2 N), float32.
 
-        Counted as `token_counts`; an end of a text is a token like others.
+        Counted over the same tokens as `token_counts`; EOS is a token like any other.
         """
         frequent = np.argsort(-self.token_counts(), kind="stable")[:_FREQUENT]
         columns = np.full(self.vocab_size, -1)
@@ -140,7 +140,7 @@ class PreparedData:
         return counts.reshape(-1, width)
 
     def _first_tokens(self) -> Iterator[np.ndarray]:
-        """The first millions of tokens of the training text, those of many documents at a time."""
+        """The first 10 million tokens of the training text, those of many documents at a time."""
         total = 0
         for batch in self.train.with_format("numpy").iter(_COUNTED_AT_ONCE):  # Documents may be very short.
             documents = batch["input_ids"]
@@ -153,7 +153,7 @@ class PreparedData:
                 break
 
     def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
-        """First words of the first held-out documents, and how each goes on."""
+        """The first words of the first held-out documents, and how each continues."""
         few = self.validation.select(range(min(number, len(self.validation))))
         texts = self.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
         beginnings = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
@@ -164,13 +164,13 @@ def load_prepared(path: Path) -> PreparedData:
     """Open a prepared folder.
 
     Raises:
-        InputError: If it is not one, or is damaged.
+        InputError: If it is not a prepared folder, or is damaged.
     """
     if not (path / INFO).is_file():
         raise InputError(f"'{path}' is not a prepared folder (it has no {INFO}); run `calm prepare` first.")
     try:
         problems = find_damage(path)
-    except FileNotFoundError:  # Of an earlier version.
+    except FileNotFoundError:  # Written by an earlier version.
         _check_sizes(path)
     else:
         if problems:
@@ -187,7 +187,7 @@ def load_prepared(path: Path) -> PreparedData:
 
 
 def _check_sizes(path: Path) -> None:
-    """Raise InputError if a file has not the size that it was written with: reading it could go astray."""
+    """Raise InputError if a file differs in size from what was written: reading it could return garbage."""
     try:
         sizes = json.loads((path / INFO).read_text(encoding="utf-8"))["bytes"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -206,13 +206,13 @@ def _check_sizes(path: Path) -> None:
 def held_out_data(
     sources: list[str], tokenizer: PreTrainedTokenizerBase, options: ReadingOptions
 ) -> PreparedData:
-    """Text to score with a model's own tokenizer.
+    """Held-out text for scoring, tokenized with a model's own tokenizer.
 
     Args:
-        sources: A prepared folder of the same tokenizer or saved splits, whose held-out part is scored,
-            or files, folders or hub datasets, of which all is.
+        sources: A folder prepared with the same tokenizer, or saved splits, of which the held-out part is
+            scored; or files, folders or hub datasets, which are scored whole.
         tokenizer: The model's tokenizer.
-        options: How documents are found in sources.
+        options: How to find documents in the sources.
 
     Raises:
         InputError: If a source is bad, or a folder was prepared with another tokenizer.
@@ -236,7 +236,7 @@ def held_out_data(
 def digest_of(
     train: datasets.Dataset, validation: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """A digest of the tokens of documents and of their tokenizer, whatever files they lie in."""
+    """A digest of the documents' tokens and their tokenizer, however they are divided into files."""
     by = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
@@ -254,7 +254,7 @@ def digest_of(
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, or another one that ends with this process if it cannot be written."""
+    """The folder if it is writable, else a temporary one that is removed when this process ends."""
     if os.access(folder, os.W_OK):
         return folder
     other = temporary_folder()
@@ -268,18 +268,18 @@ def is_prepared(path: Path) -> bool:
 
 
 def split_of(path: Path) -> Split:
-    """What is held out of the text that a folder was prepared from, and of more text of that kind."""
+    """The split that a folder was prepared with; it also applies to further text of that kind."""
     info = read_info(path)
     return Split(info.get("seed", 0), info["held_out_below"], info.get("part_bytes"))
 
 
 def sources_of(path: Path) -> list[str]:
-    """What a prepared folder was prepared from."""
+    """The sources that a folder was prepared from."""
     return read_info(path)["sources"]
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What `calm prepare` noted in a prepared folder."""
+    """What `calm prepare` recorded in the folder's `prepared.json`."""
     return read_json(path / INFO, dict)
 
 

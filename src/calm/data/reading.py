@@ -1,7 +1,7 @@
-"""What text, JSON lines and parquet files hold, compressed or not: documents, and records with their places.
+"""Readers of text, JSON Lines and Parquet files, compressed or not: documents, and records with locations.
 
-`calm.data.formats` says which file is read by which of these. A record without text counts as None among the
-documents, so that whoever reads can tell how many there were.
+`calm.data.formats` says which reader is used for which file. A record without text is yielded as None, so
+callers can count such records.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from calm.errors import InputError, reason_of
 
 _DOCUMENTS_AT_ONCE = 100
 _RECORDS_AT_ONCE = 1000
-# What the libraries raise for files that are damaged or something else than they say.
+# What the libraries raise for files that are damaged or not what their name says.
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
 def numbered_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends.
+    """Yield the lines of a file, line ends included, numbered from 1.
 
     Raises:
         InputError: If a line is longer than `most_bytes`, or not UTF-8.
@@ -45,7 +45,7 @@ def numbered_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) ->
 
 
 def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """The documents of a text file: the whole of it, or what lies between separators.
+    """Yield the documents of a text file: the whole file, or what lies between separator lines.
 
     Raises:
         InputError: If it is not UTF-8, or a document is too long.
@@ -58,17 +58,17 @@ def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
             lines, room = [], options.most_bytes
         else:
             lines.append(line)
-            room -= len(line)  # Of characters, which are bytes or more.
+            room -= len(line)  # In characters, each at least one byte.
             if room < 0:
                 raise too_long(f"the document of '{path}' that goes on in line {number}", options.most_bytes)
     yield "".join(lines).strip("\r\n")
 
 
 def _json_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> Iterator[tuple[int, Any]]:
-    """What each line that is not blank holds, with its number.
+    """Yield the number and the JSON value of each line that is not blank.
 
     Raises:
-        InputError: As `numbered_lines`, or if a line is not JSON.
+        InputError: As for `numbered_lines`, or if a line is not JSON.
     """
     for number, line in numbered_lines(path, most_bytes):
         if not line.strip():
@@ -83,10 +83,10 @@ def _json_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> It
 
 
 def documents_of_json_lines(path: Path, options: ReadingOptions) -> Iterator[str | None]:
-    """The text of each line; None for a line without any.
+    """Yield the text of each line; None for a line without text.
 
     Raises:
-        InputError: If a line is no record, its text is something else or too long, or no line has a field.
+        InputError: If a line is not a record, its text is too long or not a string, or a field is in no line.
     """
     missing, fields = list(options.text_fields), list[str]()
     for number, record in _json_lines(path, options.most_bytes):
@@ -101,10 +101,10 @@ def documents_of_json_lines(path: Path, options: ReadingOptions) -> Iterator[str
 
 
 def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record of JSON lines stands, and the record.
+    """Yield the location of each record of a JSON Lines file, and the record.
 
     Raises:
-        InputError: If a line is not JSON, or no object.
+        InputError: If a line is not a JSON object, or has half a surrogate pair in a text.
     """
     for number, record in _json_lines(path):
         if not isinstance(record, dict):
@@ -115,7 +115,7 @@ def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _has_half_a_pair(text: str) -> bool:
-    """Whether a text holds half a surrogate pair, which JSON can name and UTF-8 cannot write."""
+    """Whether a text has an unpaired surrogate, which JSON can express but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -128,10 +128,10 @@ def _no_record(where: str) -> InputError:
 
 
 def documents_of_parquet(path: Path, options: ReadingOptions) -> Iterator[str | None]:
-    """The text of each row; None for a row without any.
+    """Yield the text of each row; None for a row without text.
 
     Raises:
-        InputError: If a column is missing or holds no text, or a document is too long.
+        InputError: If a column is missing or is not text, or a document is too long.
     """
     with open_parquet(path, options.most_bytes) as table:
         _check_columns(path, table.schema_arrow, options.text_fields)
@@ -163,10 +163,10 @@ def _size_of(text: pyarrow.Scalar) -> int:
 
 
 def records_of_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a parquet file stands, and the row.
+    """Yield the location of each row of a Parquet file, and the row.
 
     Raises:
-        InputError: If columns have the same name, or a text is not UTF-8.
+        InputError: If two columns have the same name, or a text is not UTF-8.
     """
     with open_parquet(path) as table:
         number = 0
@@ -193,10 +193,10 @@ def _decoded(text: pyarrow.Scalar, path: Path) -> str | None:
 def open_parquet(
     path: Path, most_bytes: int = ReadingOptions().most_bytes
 ) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A parquet file; one that is compressed is decompressed in memory.
+    """Open a Parquet file; a compressed file is decompressed in memory.
 
     Raises:
-        InputError: If it is compressed, and decompresses to more than `most_bytes`.
+        InputError: If a compressed file decompresses to more than `most_bytes`.
     """
     with open_file(path) as file:
         if path.suffix.lower() not in COMPRESSIONS:

@@ -1,7 +1,7 @@
-"""Questions with steps -> rows in which the first steps are left out, and thoughts are in their place.
+"""Questions with steps -> rows in which thoughts replace the first steps.
 
-Prompts have padding in front, as in `calm.data.examples`. Markers and thoughts are whole chunks, and every
-step begins a chunk, so that leaving one out moves no other:
+Prompts are padded in front, as in `calm.data.examples`. Markers and thoughts are whole chunks, and every step
+starts a chunk, so leaving one out does not shift the others against chunk boundaries:
 
     [pad pad p1 p2] [begin x 4] [thought] [thought] [end x 4] | [s1 s2 s3 s4] [s5 pad pad pad] [c1 EOS ..]
 """
@@ -19,12 +19,12 @@ from calm.errors import InputError
 
 @dataclass(frozen=True)
 class ThinkingRow:
-    """A question with what is thought and written.
+    """A question with its thoughts, written steps and answer.
 
     Args:
-        before: Tokens of the prompt and of what is thought, in whole chunks.
-        after: Tokens that are written, in whole chunks.
-        labels: Labels of both: of what is written, and of thoughts that are supervised.
+        before: Tokens of the prompt, markers and thoughts, in whole chunks.
+        after: Tokens of the written steps and the answer, in whole chunks.
+        labels: Labels of both: of `after`, and of supervised thoughts.
     """
 
     before: list[int]
@@ -38,9 +38,9 @@ class Layout:
 
     Args:
         chunk_size: Tokens per chunk K.
-        context: Tokens of a row at most.
+        context: Maximum tokens of a row.
         pad_token_id: Id of padding.
-        thought: What stands for a thought, see `calm.models.thoughts.THOUGHT`.
+        thought: Placeholder id of a thought, see `calm.models.thoughts.THOUGHT`.
     """
 
     chunk_size: int
@@ -51,16 +51,16 @@ class Layout:
     def row(
         self, example: Example, left_out: int, thoughts: Sequence[int], step_labels: Sequence[int] = ()
     ) -> ThinkingRow:
-        """A row; of a long prompt the end is kept.
+        """Lay out a row; a long prompt keeps its end.
 
         Args:
             example: The question.
             left_out: How many of its first steps are left out.
-            thoughts: What goes before the answer: markers and thoughts, in whole chunks.
-            step_labels: Labels of the same (see `step_labels`); none where they are not given.
+            thoughts: Markers and thoughts that precede the written steps and the answer, in whole chunks.
+            step_labels: Labels of `thoughts` (see the method `step_labels`); empty without supervision.
 
         Raises:
-            InputError: If there is no room for the prompt beside what is thought and written.
+            InputError: If there is no room for the prompt.
         """
         after, labels = self.answer(example, left_out)
         prompt = example.prompt[-self.room(len(after), len(thoughts)) :]
@@ -70,15 +70,15 @@ class Layout:
         return ThinkingRow(before, after, [*unlabelled, *step_labels, *labels])
 
     def step_labels(self, example: Example, thoughts: Sequence[int], per_step: int) -> list[int]:
-        """Labels of markers and thoughts: the steps in whose place the thoughts are.
+        """Labels of markers and thoughts: each thought is labelled with the step that it replaces.
 
         Args:
             example: The question.
             thoughts: See `row`.
-            per_step: Thoughts in the place of a step; of one that has more chunks, so many are labels.
+            per_step: Thoughts per step; only that many chunks of a longer step become labels.
         """
         size, labels = self.chunk_size, [IGNORED_LABEL] * len(thoughts)
-        number = len(thoughts) // size - 2  # But for the markers.
+        number = len(thoughts) // size - 2  # Without the two markers.
         for step, tokens in enumerate(example.steps[: number // per_step]):
             first = (1 + step * per_step) * size
             part = tokens[: per_step * size]
@@ -86,10 +86,10 @@ class Layout:
         return labels
 
     def room(self, num_written: int, num_thought: int) -> int:
-        """Tokens of a prompt that fit beside so many that are written and thought.
+        """Tokens of a prompt that fit beside the given numbers of written and thought tokens.
 
         Raises:
-            InputError: If there is no room for any.
+            InputError: If not even one chunk fits.
         """
         room = self.context - num_written - num_thought
         if room < self.chunk_size:
@@ -100,14 +100,14 @@ class Layout:
         return room // self.chunk_size * self.chunk_size
 
     def num_written(self, example: Example, left_out: int) -> int:
-        """Tokens of `answer`."""
+        """Number of tokens that `answer` returns."""
         chunks = [
             -(-len(part) // self.chunk_size) for part in (*example.steps[left_out:], example.completion)
         ]
         return sum(chunks) * self.chunk_size
 
     def answer(self, example: Example, left_out: int) -> tuple[list[int], list[int]]:
-        """Tokens of the steps that are left and of the completion, and their labels."""
+        """Tokens of the remaining steps and the completion, and their labels."""
         after, labels = [], []
         for part in (*example.steps[left_out:], example.completion):
             padding = -len(part) % self.chunk_size
@@ -116,10 +116,10 @@ class Layout:
         return after, labels
 
     def batch(self, rows: Sequence[ThinkingRow]) -> dict[str, Tensor]:
-        """Rows side by side, so that what is written begins in the same column of all.
+        """Collate rows into a batch, padded so that `after` starts in the same column in all of them.
 
         Returns:
-            Of R rows of C chunks: `input_ids`, `labels` and `attention_mask`, (R, C·K), `position_ids` and
+            For R rows of C chunks: `input_ids`, `labels` and `attention_mask`, (R, C·K), `position_ids` and
             `is_thought`, (R, C).
         """
         size, longest = self.chunk_size, max(len(row.before) for row in rows)

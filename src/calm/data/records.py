@@ -1,4 +1,4 @@
-"""Records of .jsonl and .parquet files, of saved and of hub datasets, each with where it stands."""
+"""Records of .jsonl and .parquet files, saved datasets and hub datasets, each with its location."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +11,11 @@ from calm.data.shards import check_sources
 
 
 def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a record stands, and the record.
+    """Yield the location of each record (for messages) and the record.
 
     Args:
-        sources: Files, folders (of files, or of `save_to_disk`), or hub datasets; of splits `train`.
+        sources: Files, folders (of files, or written by `save_to_disk`), or hub datasets. Of datasets with
+            splits, `train` is read.
 
     Raises:
         InputError: If a source is missing, damaged, or has no records.

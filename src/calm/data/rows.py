@@ -1,6 +1,6 @@
 """Datasets of the `datasets` library: in memory, in folders of `save_to_disk`, and on the hub.
 
-The split `train` is read. A split `validation` of a `DatasetDict`, in memory or saved, is held-out text.
+The split `train` is read. The split `validation` of a `DatasetDict`, in memory or saved, is held-out text.
 """
 
 import re
@@ -26,10 +26,10 @@ _TRAIN, _VALIDATION = "train", "validation"
 
 
 def as_sources(given: Source | Sequence[Source]) -> list[Source]:
-    """Sources as a list: names as text, datasets as they are.
+    """Sources as a list: names as strings, datasets as they are.
 
     Raises:
-        InputError: If one is neither.
+        InputError: If a source is neither.
     """
     sources = list(given) if isinstance(given, list | tuple) else [given]
     for source in sources:
@@ -42,7 +42,7 @@ def as_sources(given: Source | Sequence[Source]) -> list[Source]:
 
 
 def name_of(source: Source) -> str:
-    """The name of a source, for messages and for what is noted with prepared text."""
+    """The name of a source, for messages and for `prepared.json`."""
     if isinstance(source, str | Path):
         return str(source)
     if isinstance(source, datasets.Dataset):
@@ -56,16 +56,16 @@ def is_saved(path: Path) -> bool:
 
 
 def files_of_saved(path: Path) -> list[Path]:
-    """The files of a folder of `save_to_disk` that hold what `train_rows` gives."""
+    """The files that `train_rows` reads from a folder of `save_to_disk`."""
     folder = path / _TRAIN if (path / _OF_SPLITS).is_file() else path
     return sorted(file for file in folder.iterdir() if file.suffix in (".arrow", ".json"))
 
 
 def train_rows(source: str | Rows | Splits) -> Rows:
-    """The rows of a dataset in memory or a folder of `save_to_disk`: all, or those of its split `train`.
+    """The rows of a dataset in memory or a folder of `save_to_disk`; of its split `train` if it has splits.
 
     Raises:
-        InputError: If there is no such split, or the folder is damaged.
+        InputError: If it has splits but no `train`, or the folder is damaged.
     """
     found = _saved(Path(source)) if isinstance(source, str) else source
     if isinstance(found, Rows):
@@ -79,7 +79,7 @@ def train_rows(source: str | Rows | Splits) -> Rows:
 
 
 def validation_rows(sources: Iterable[Source]) -> list[Source]:
-    """The splits `validation` that come with sources."""
+    """The `validation` splits of the sources."""
     found: list[Source] = []
     for source in sources:
         if isinstance(source, Splits) and _VALIDATION in source:
@@ -91,44 +91,44 @@ def validation_rows(sources: Iterable[Source]) -> list[Source]:
 
 
 def load_hub_dataset(source: str, streaming: bool = False) -> Any:
-    """The train split of "owner/name" or "owner/name:config", whole or as it arrives.
+    """Load or stream the train split of "owner/name" or "owner/name:config".
 
     Raises:
-        InputError: If it is no name, or the hub does not give it.
+        InputError: If it is not a hub name, or the hub does not return the dataset.
     """
     check_hub_name(source)
     name, _, config = source.partition(":")
     try:
         with hub_or_cache():
             dataset = datasets.load_dataset(name, config or None, split=_TRAIN, streaming=streaming)
-            # A stream looks at its first record.
+            # A stream without column names infers them from its first records.
             return dataset._resolve_features() if dataset.column_names is None else dataset
     except Exception as error:
         raise not_given(source, error) from error
 
 
 def check_hub_name(source: str) -> None:
-    """Raise InputError if a source is neither here nor can be a hub dataset."""
+    """Raise InputError if a source that is not on this machine cannot be a hub dataset either."""
     name = source.partition(":")[0]
     if not _HUB_NAME.fullmatch(source) or format_of(Path(source)) is not None or not may_be_on_hub(name):
         raise InputError(f"there is no file or folder '{source}'; check the path.")
 
 
 def not_given(source: str, error: Exception) -> InputError:
-    """The mistake of a name that the hub does not know, or an answer that does not come."""
+    """The error for a name that the hub does not know, or a hub that does not answer."""
     return InputError(
         f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason_of(error)})."
     )
 
 
 def with_text_only(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
-    """The fields of the text alone.
+    """Drop all columns except the text fields.
 
     Raises:
-        InputError: If there is no such field, or it holds something else than text.
+        InputError: If such a field is missing, or is not text.
     """
     names = rows.column_names
-    if names is None:  # A stream that does not know; each record is looked at.
+    if names is None:  # A stream that does not know its columns; each record is checked instead.
         return rows
     for name in options.text_fields:
         if name not in names:
@@ -141,16 +141,16 @@ def with_text_only(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
 def texts_of(
     rows: Iterable[dict[str, Any]], options: ReadingOptions, where: str, first: int = 0
 ) -> Iterator[str | None]:
-    """The text of each row; None for a row without any.
+    """Yield the text of each row; None for a row without text.
 
     Args:
         rows: The rows.
-        options: Which fields hold the text.
-        where: What the rows are of, for messages.
-        first: The number of the first of them.
+        options: Which fields contain the text.
+        where: What the rows belong to, for messages.
+        first: Number of the first row.
 
     Raises:
-        InputError: If a text is too long or something else, or no row has a field.
+        InputError: If a text is too long or not a string, or a field is in no row.
     """
     missing, fields = list(options.text_fields), list[str]()
     for number, row in enumerate(rows, first):
@@ -162,7 +162,7 @@ def texts_of(
 
 
 def quoted(source: Source) -> str:
-    """A source in a message."""
+    """A source, as shown in a message."""
     return f"'{source}'" if isinstance(source, str) else name_of(source)
 
 
@@ -172,7 +172,7 @@ def _saved(path: Path) -> Rows | Splits:
         return datasets.load_from_disk(str(path))
     except InputError:
         raise
-    except Exception as error:  # Whatever its files may say.
+    except Exception as error:  # Damaged files can raise anything.
         raise InputError(
             f"cannot read '{path}': the saved dataset is damaged ({reason_of(error)})."
         ) from error

@@ -1,4 +1,4 @@
-"""Sources -> shards: files and parts of datasets, each read from its beginning to its end."""
+"""Sources -> shards: files and parts of datasets, each read from start to end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ Use = Literal["whole", "sample", "stream"]
 
 @dataclass(frozen=True)
 class Shard:
-    """Documents that are read one after the other.
+    """Documents that are read one after another.
 
     Args:
-        read: Gives its documents; None for each record without text.
-        num_bytes: About how many are read.
-        stamp: Equal for equal documents; None if nothing tells.
-        is_in_memory: Whether this process alone can read it.
+        read: Yields its documents; None for each record without text.
+        num_bytes: Approximately how many bytes are read.
+        stamp: Changes whenever the documents may have changed; None if that cannot be known.
+        is_in_memory: Whether only this process can read it.
     """
 
     read: Callable[[], Iterator[str | None]]
@@ -50,10 +50,10 @@ class Shard:
 
 
 def check_sources(sources: Sequence[Source]) -> None:
-    """Find mistakes in the names of sources before any work is done; hub datasets are not asked for.
+    """Check the names of sources before any work is done; the hub is not asked for datasets.
 
     Raises:
-        InputError: If there are none, or one is missing or of an unknown format.
+        InputError: If there are no sources, or one is missing or of an unknown format.
     """
     if not sources:
         raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
@@ -73,21 +73,21 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 
 def files_of(source: str) -> list[Path]:
-    """The files that a source consists of; none if it is a hub dataset."""
+    """The files of a source; empty for a hub dataset."""
     if not is_here(source):
         return []
     return files_of_saved(Path(source)) if is_saved(Path(source)) else find_files(Path(source))
 
 
 def find_shards(sources: Sequence[Source], options: ReadingOptions) -> list[Shard]:
-    """What the sources consist of, without reading it; hub datasets are read as they arrive, and not stored.
+    """The shards of the sources, for streaming: nothing is read yet, and hub datasets are not stored.
 
     Args:
         sources: As for `calm.data.sources.load_documents`.
-        options: How documents are found.
+        options: How to find documents.
 
     Raises:
-        InputError: If a source is missing or of an unknown format, or has no such field.
+        InputError: If a source is missing or of an unknown format, or lacks a text field.
     """
     check_sources(sources)
     return [shard for source in sources for shard in shards_of(source, options, "stream")]
@@ -98,10 +98,10 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
 
     Args:
         source: The source.
-        options: How documents are found.
-        use: What for. A hub dataset is stored if it is read whole, and else read as it arrives; for a sample
-            a dataset is a single shard.
-        tell: Whether to log what of a folder is left out.
+        options: How to find documents.
+        use: What the shards are for. A hub dataset is downloaded for "whole" and streamed otherwise; for
+            "sample", a dataset is a single shard.
+        tell: Whether to log what is left out of a folder.
 
     Raises:
         InputError: As for `find_shards`.
@@ -109,7 +109,7 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
     if isinstance(source, str) and is_here(source) and not is_saved(Path(source)):
         for file in find_files(Path(source), tell=tell):
             status = file.stat()
-            # A file that has changed since is another one.
+            # A modified file must get another stamp.
             stamp = (str(file), status.st_size, status.st_mtime_ns)
             yield Shard(partial(read_documents, file, options), status.st_size, stamp)
         return
@@ -123,7 +123,7 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
 
 
 def _parts_of(rows: Rows, use: Use, name: str) -> Iterator[tuple[Rows, str, int]]:
-    """Parts for several readers, how messages name each, and the number of its first row."""
+    """Yield parts for several readers, each with its name in messages and the number of its first row."""
     if use == "sample":
         number = 1
     elif isinstance(rows, datasets.IterableDataset):
@@ -139,7 +139,7 @@ def _parts_of(rows: Rows, use: Use, name: str) -> Iterator[tuple[Rows, str, int]
         if isinstance(part, datasets.Dataset):
             yield part, name, first
             first += len(part)
-        else:  # How many rows are before it is not known.
+        else:  # The number of rows before it is not known.
             yield part, f"{name}, part {index}", 0
 
 
@@ -157,7 +157,7 @@ def _read_rows(
 ) -> Iterator[str | None]:
     try:
         if isinstance(source, str) and isinstance(rows, datasets.Dataset):
-            rows.data.table.validate(full=True)  # Arrow trusts the lengths in a file that it maps.
+            rows.data.table.validate(full=True)  # Arrow trusts the lengths in memory-mapped files.
         yield from texts_of(rows, options, where, first)
     except InputError:
         raise

@@ -1,7 +1,7 @@
 """Sources -> documents, one string each, in a memory-mapped dataset.
 
-`calm.data.formats` says which formats of files there are, `calm.data.rows` which datasets, and
-`calm.data.shards` how either is parted.
+`calm.data.formats` defines the file formats, `calm.data.rows` the kinds of datasets, and `calm.data.shards`
+how both are divided into shards.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from calm.data.shards import Shard, Use, check_sources, shards_of
 from calm.errors import InputError
 
 logger = logging.getLogger(__name__)
-_BYTES_AT_ONCE = 2**28  # Of files, for each process.
-# Raised whenever `_generate` gives other rows: they are kept by their arguments, not by its code.
+_BYTES_AT_ONCE = 2**28  # Of files, per process.
+# Increment whenever `_generate` yields different rows: they are cached by its arguments, not its code.
 _FORMAT_OF_ROWS = 1
 _FEATURES = datasets.Features(
     {
         "text": datasets.Value("large_string"),
-        "rank": datasets.Value("int64"),  # `datasets` cannot write one of 64 bits without a sign.
+        "rank": datasets.Value("int64"),  # `datasets` cannot write uint64.
         "skipped": datasets.Value("int64"),
     }
 )
@@ -46,8 +46,8 @@ class Documents:
 
     Args:
         texts: Column `text`, memory-mapped.
-        ranks: Of each document (`calm.data.pieces.rank_of`).
-        num_skipped: Records without text, which are no documents.
+        ranks: Rank of each document (`calm.data.pieces.rank_of`).
+        num_skipped: Records without text, which are not documents.
     """
 
     texts: datasets.Dataset
@@ -65,17 +65,17 @@ def load_documents(
     most: int | None = None,
     ahead: Ahead = nothing_ahead,
 ) -> Documents:
-    """All documents of the sources, in their order. Records without text are skipped, and their number told.
+    """Load all documents of the sources, in order. Records without text are skipped and counted.
 
     Args:
         sources: Files, folders (searched for all known formats, or written by `save_to_disk`), names of hub
             datasets ("owner/name" or "owner/name:config", the train split), or datasets of `datasets`.
-        options: How documents are found.
+        options: How to find documents.
         seed: Seed of the ranks.
-        cache_dir: Where the documents are written; the cache of `datasets` when None.
-        num_proc: Processes that read at the same time.
-        most: Documents of each file, or part of a dataset, that are read at most.
-        ahead: Where groups of files are read before they are needed (`calm.data.engines`).
+        cache_dir: Where the documents are written; None for the cache of `datasets`.
+        num_proc: Processes that read in parallel.
+        most: Maximum number of documents read from each file or dataset; None reads all.
+        ahead: Reads groups of files before they are needed (`calm.data.engines`).
 
     Raises:
         InputError: If a source is missing, empty, damaged or of an unknown format.
@@ -94,7 +94,7 @@ def load_documents(
 
 
 def _documents_of(rows: datasets.Dataset, sources: Sequence[Source]) -> Documents:
-    """What rows of `_generate` tell."""
+    """Turn the rows of `_generate` into documents, and log how many records were skipped."""
     texts, ranks = rows.data.column("text"), rows.data.column("rank").to_numpy().view(np.uint64)
     num_skipped = pyarrow.compute.sum(rows.data.column("skipped")).as_py()
     if texts.null_count:
@@ -108,7 +108,7 @@ def _documents_of(rows: datasets.Dataset, sources: Sequence[Source]) -> Document
 
 
 def _groups(shards: Iterable[Shard], num_proc: int) -> Iterator[list[Shard]]:
-    """Shards that are read together: enough work for all processes, and not too much to lose."""
+    """Group shards that are read together: enough work for all processes, and not too much to lose."""
     group: list[Shard] = []
     num_bytes = 0
     for shard in shards:
@@ -125,7 +125,7 @@ def _groups(shards: Iterable[Shard], num_proc: int) -> Iterator[list[Shard]]:
 def _read_group(
     group: list[Shard], settings: str, *, seed: int, most: int | None, cache_dir: str | None, num_proc: int
 ) -> datasets.Dataset:
-    """The rows of shards, which are kept under a name made of all that they depend on."""
+    """Read the rows of shards, cached under a digest of everything that they depend on."""
     stamps = [shard.stamp or uuid.uuid4().hex for shard in group]
     name = hashlib.blake2b(json.dumps([stamps, settings]).encode(), digest_size=12).hexdigest()
     below = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "generator"
@@ -139,7 +139,7 @@ def _read_group(
         fingerprint=name,
     )
     try:
-        # What others write beside it at the same time is their own.
+        # Only this group's folder: other processes may be writing beside it.
         return made_or_kept(make, below / f"default-fingerprint={name}", "documents", has_folders=True)
     except datasets.exceptions.DatasetGenerationError as error:
         cause: BaseException | None = error
@@ -151,10 +151,10 @@ def _read_group(
 
 
 def _generate(shards: list[Shard], seed: int, most: int | None) -> Iterator[dict[str, Any]]:
-    """A row for each document, which says how many records without text were skipped before it.
+    """Yield a row for each document, with the number of records without text skipped just before it.
 
-    There is at least one row, because `datasets` cannot open a file of none: the last one has no text where
-    records were skipped at the end, or where there is no document at all.
+    There is at least one row, because `datasets` cannot open a file without rows. If records were skipped at
+    the end, or there are no documents, the last row has no text.
     """
     skipped, is_empty = 0, True
     for shard in shards:

@@ -1,8 +1,8 @@
-"""Which text is held out: whole documents, or parts of long ones where whole documents are too coarse.
+"""Which text is held out: whole documents, or parts of long ones if whole documents are too coarse.
 
-Documents and parts have ranks, numbers of 64 bits that depend on their text and the seed alone, and those
-with the lowest are held out. So a document read later, from a stream, falls on the same side without a list
-of all, and equal ones are on one side.
+Documents and parts have ranks, 64-bit numbers that depend only on their text and the seed, and those with the
+lowest ranks are held out. So the side of a document read later, from a stream, is known without a list of all
+documents, and equal documents are on the same side.
 """
 
 import itertools
@@ -22,9 +22,9 @@ from calm.data.pieces import rank_of, ranks_of
 from calm.errors import InputError
 
 logger = logging.getLogger(__name__)
-_NEAR = 0.25  # Deviation from the share asked for, relative to it, that needs no parts.
-_PARTS_HELD_OUT = 6  # About as many, if parts of long documents are held out.
-_SHORT = 1000  # Bytes of a document that stays whole among others.
+_NEAR = 0.25  # Relative deviation from the share asked for up to which documents stay whole.
+_PARTS_HELD_OUT = 6  # Approximate number, if parts of long documents are held out.
+_SHORT = 1000  # Bytes up to which one document among several stays whole.
 _FEWEST_PARTS = 50  # Of a single document.
 _DOCUMENTS_AT_ONCE = 100  # They may be long.
 
@@ -36,7 +36,7 @@ class Split:
     Args:
         seed: Seed of the ranks.
         highest: The highest rank that is held out; None if nothing is.
-        part_bytes: Documents longer than this are cut into parts of about that size; None if none is.
+        part_bytes: Documents longer than this are cut into parts of about this size; None never cuts one.
     """
 
     seed: int = 0
@@ -44,7 +44,7 @@ class Split:
     part_bytes: int | None = None
 
     def runs(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Whether a document is held out, and the document; or the same of its stretches on either side."""
+        """Yield whether a document is held out, and the document; if it is cut, the same for each stretch."""
         if self.part_bytes is None:
             yield self._is_held_out(text), text
             return
@@ -54,28 +54,28 @@ class Split:
     def _is_held_out(self, text: str) -> bool:
         if self.highest is None or rank_of(text, self.seed) > self.highest:
             return False
-        # A part that could not be made small would be more than was asked for.
+        # A part that could not be cut small enough would hold out more than was asked for.
         return self.part_bytes is None or len(text.encode()) <= longest_part(self.part_bytes)
 
 
 def choose_split(
     documents: datasets.Dataset, ranks: np.ndarray, fraction: float, seed: int, sources: list[str]
 ) -> Split:
-    """The split that holds out a share of the text.
+    """Choose the split that holds out a share of the text.
 
-    That share of the documents is held out, in the order of their ranks, where it is near the share of the
-    text, or no document is long. Else long documents are cut into parts, and documents and parts are held
-    out up to the share of the text.
+    It holds out that share of the documents, lowest ranks first, if this gives nearly that share of the text
+    or if no document is long. Otherwise long documents are cut into parts, and documents and parts are held
+    out until the share is reached; whichever of the two splits comes closer to the share is taken.
 
     Args:
-        documents: Column `text`.
-        ranks: Of each document.
-        fraction: Share that is held out, above 0 and below 1.
+        documents: Documents with the column `text`.
+        ranks: Rank of each document.
+        fraction: Share to hold out, above 0 and below 1.
         seed: Seed of the ranks.
         sources: Where the documents come from, for the message.
 
     Raises:
-        InputError: If there is one document only, of one paragraph.
+        InputError: If there is only one document, and it is a single paragraph.
     """
     sizes = _bytes_of(documents)
     whole = _by_documents(ranks, sizes, fraction, seed)
@@ -106,12 +106,12 @@ def choose_split(
 def split_documents(
     documents: datasets.Dataset, ranks: np.ndarray, split: Split, work: Path
 ) -> dict[str, tuple[datasets.Dataset, np.ndarray]]:
-    """Training and held-out documents, in their order, each with their ranks.
+    """Split into training and held-out documents, in order, each with their ranks.
 
     Args:
-        documents: Column `text`.
-        ranks: Of each document.
-        split: Tells one from the other.
+        documents: Documents with the column `text`.
+        ranks: Rank of each document.
+        split: The split.
         work: Folder for the text of documents that are cut.
     """
     if split.part_bytes is None:
@@ -151,7 +151,7 @@ def _bytes_of(documents: datasets.Dataset) -> np.ndarray:
 
 
 def _part_bytes(total: int, fraction: float, *, is_single: bool) -> int:
-    """Bytes of the parts of long documents: a few of them make up the smaller side."""
+    """Bytes of the parts of long documents, such that about six of them make up the smaller side."""
     least = min(_SHORT, total // _FEWEST_PARTS) if is_single else _SHORT
     return max(1, least, int(min(fraction, 1 - fraction) * total) // _PARTS_HELD_OUT)
 
@@ -159,7 +159,7 @@ def _part_bytes(total: int, fraction: float, *, is_single: bool) -> int:
 def _by_documents(
     ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int
 ) -> tuple[Split, float] | None:
-    """The split that holds out a share of the distinct documents, and its share of the text."""
+    """The split that holds out this share of the distinct documents, and the share of the text it gets."""
     distinct = np.unique(ranks)
     if len(distinct) < 2:
         return None
@@ -171,7 +171,7 @@ def _by_documents(
 def _parts(
     documents: datasets.Dataset, ranks: np.ndarray, sizes: np.ndarray, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks and bytes of documents, of the parts instead where they are long."""
+    """Ranks and bytes of short documents and of the parts of long ones."""
     is_long = sizes > size
     part_ranks, part_sizes = [ranks[~is_long]], [sizes[~is_long]]
     for row in documents.select(np.flatnonzero(is_long)):
@@ -184,10 +184,10 @@ def _parts(
 def _by_parts(
     ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int, size: int
 ) -> tuple[Split, float] | None:
-    """The split that holds out documents and parts up to a share of the text, and that share."""
+    """The split whose held-out documents and parts come closest to a share of the text, and their share."""
     may_be = sizes <= longest_part(size)
     distinct, where = np.unique(ranks[may_be], return_inverse=True)
-    at_most = len(distinct) - bool(may_be.all())  # Something is left to train on.
+    at_most = len(distinct) - bool(may_be.all())  # Leaves something to train on.
     if at_most < 1:
         return None
     shares = np.cumsum(np.bincount(where, sizes[may_be]))[:at_most] / sizes.sum()

@@ -1,8 +1,7 @@
-"""The embedded corpus: small stories made from a seed, each with its own plot, people and things.
+"""The embedded corpus: short stories generated from a seed, each with its own plot, people and things.
 
-A story fixes its names, places and objects at the start and keeps them to the end, so a model must
-carry them along; which plot, sentences and words are used is random. The generator is the same on
-every machine and Python version.
+A story picks its names, places and objects at the start and keeps them to the end, so a model must track
+them; plot, sentences and words are random. A seed gives the same stories on every machine and Python version.
 """
 
 import bisect
@@ -24,18 +23,18 @@ _PRONOUNS = {
     "girl": {"he": "she", "him": "her", "his": "her"},
     "boy": {"he": "he", "him": "him", "his": "his"},
 }
-NUM_STORIES = 3_300  # The corpus of the demo and of ladders.
+NUM_STORIES = 3_300  # In the corpus of the demo and of ladders.
 _RANDOM_BITS = 53
-_RAREST = 1e-3  # So that a few thousand stories hold every word often enough to learn it.
+_RAREST = 1e-3  # So that every word occurs often enough in a few thousand stories to be learned.
 _VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest", "hour")
 
 
 def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
-    """Write stories without end, or `num_stories` of them.
+    """Generate stories.
 
     Args:
-        seed: Names the sequence; story i of a seed is always the same text.
-        num_stories: How many; None for no end.
+        seed: Seed of the sequence; story i of a seed is always the same text.
+        num_stories: How many; None for an endless sequence.
 
     Yields:
         Stories of 12 to 14 beats, each on one line.
@@ -47,14 +46,14 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
 
 
 def write_stories(path: Path, seed: int, num_stories: int) -> None:
-    """Write stories to a file of JSON lines."""
+    """Write stories to a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": story}) + "\n" for story in stories(seed, num_stories))
 
 
 def write_story(rng: random.Random) -> str:
-    """One story from a random generator."""
+    """Generate one story."""
     slots = _cast(rng)
     (openings,), (endings,), *plots = _plots()
     beats = [openings, *_choose(rng, plots, skew=False), endings]
@@ -63,7 +62,7 @@ def write_story(rng: random.Random) -> str:
 
 
 def _cast(rng: random.Random) -> dict[str, str]:
-    """Choose people, places and things; all keys that the plots use."""
+    """Choose people, places and things: a value for every slot that the plots use."""
     child, friend_child = _choose(rng, ["girl", "boy"], skew=False), _choose(rng, ["girl", "boy"], skew=False)
     names = {"girl": lexicon.GIRLS, "boy": lexicon.BOYS}
     hero = _choose(rng, names[child])
@@ -109,7 +108,7 @@ def _cast(rng: random.Random) -> dict[str, str]:
 
 
 def _sentence(text: str) -> str:
-    """Mend "a apple", "a honest" and a small first letter."""
+    """Fix "a apple", "a honest", and a lower-case first letter."""
     words = text.split(" ")
     for i, word in enumerate(words[:-1]):
         if word.strip('"') in ("a", "A") and words[i + 1].lower().startswith(_VOWEL_SOUNDS):
@@ -125,8 +124,8 @@ def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
 
 
 def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
-    """One item; with skew the r-th has weight 1/(r + 1)^2 + 1/1000: a few common, many rare."""
-    # getrandbits is the one source whose stream Python promises to keep between versions.
+    """Choose an item. With skew, the r-th has weight 1/(r + 1)^2 + 1/1000: few are common, many rare."""
+    # Python guarantees the same stream in every version only for getrandbits.
     uniform = rng.getrandbits(_RANDOM_BITS) / 2**_RANDOM_BITS
     if not skew:
         return items[int(uniform * len(items))]
@@ -136,7 +135,7 @@ def _choose(rng: random.Random, items: list[T], skew: bool = True) -> T:
 
 @cache
 def _plots() -> list[list[list[str]]]:
-    """Openings, endings, and the plots: lists of beats, a beat being sentences to choose from."""
+    """Openings, endings, and the plots: lists of beats, each a list of sentences to choose from."""
     text = resources.files("calm.data").joinpath("plots.txt").read_text(encoding="utf-8")
     _, *sections = text.split("== ")
     return [

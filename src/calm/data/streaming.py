@@ -1,8 +1,8 @@
-"""Text without end -> blocks: read, tokenized and laid out while training goes on.
+"""Streamed text -> endless blocks: read, tokenized and laid out during training.
 
-Documents are taken in windows. Those of a window are shuffled among each other and laid out in blocks
-together; the order of files is shuffled anew for each epoch. So a window is a function of the sources, the
-seed and its place alone, and a stream goes on exactly where it was stopped without keeping what it has read.
+Documents are read in windows. The documents of a window are shuffled and laid out in blocks together; the
+order of files is reshuffled for each epoch. So a window depends only on the sources, the seed and its place,
+and a stream resumes exactly where it stopped without storing what it has read.
 """
 
 import itertools
@@ -26,20 +26,21 @@ from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents
 
-PLACE = "place"  # Feature of a block: what `Position.note` takes.
+PLACE = "place"  # Feature of a block: the arguments of `Position.note`.
 _MOST_EMPTY_EPOCHS = 100
 _FEATURES = ("input_ids", "labels", "position_ids")
 
 
 class Place(NamedTuple):
-    """Where a reader stands: before a block of a window that begins at a document of a shard.
+    """Where a reader is: before a block of a window that starts at a document of a shard.
 
     Args:
         epoch: How often all shards have been read.
-        shard: Number in this epoch's order of the reader's shards.
-        document: Of the shard, counted before any is left out; stretches of one that is cut count singly.
-        window: Windows of this epoch before it.
-        block: Blocks of the window before it.
+        shard: Index in this epoch's order of the reader's shards.
+        document: Index in the shard, counting held-out documents; each stretch of a document that is cut
+            counts as one.
+        window: Windows of this epoch before this one.
+        block: Blocks of this window before this place.
     """
 
     epoch: int = 0
@@ -55,16 +56,16 @@ class StreamSettings:
 
     Args:
         sources: Files, folders, or hub datasets.
-        options: How documents are found in them.
+        options: How to find documents in them.
         chunk_size: Tokens per chunk K.
         block_size: Tokens per block T.
-        layout: How documents meet chunks.
-        seed: Of the order, and of the offsets of documents in their chunks.
-        window: Documents that are shuffled among each other.
-        held_out_below: Documents whose rank (`calm.data.pieces.rank_of`) is at most this are held out; none
-            if it is None.
+        layout: How documents are aligned to chunks.
+        seed: Seed of the order, and of the documents' offsets in their first chunks.
+        window: Documents that are shuffled together.
+        held_out_below: Documents whose rank (`calm.data.pieces.rank_of`) is at most this are held out; None
+            holds out none.
         held_out_seed: Seed of those ranks.
-        part_bytes: Longer documents are held out in parts of about this size; None if none are
+        part_bytes: Longer documents are held out in parts of about this size; None never cuts a document
             (`calm.data.splitting`).
     """
 
@@ -86,10 +87,10 @@ class Position:
 
     Args:
         num_processes: Processes of the run.
-        num_workers: Workers of each that read.
-        next_worker: Whose turn it is.
-        places: Where each worker goes on.
-        skipped: Records without text that each worker has met in the first epoch.
+        num_workers: Workers per process that read.
+        next_worker: The worker that delivers the next batch.
+        places: Where each worker resumes.
+        skipped: Records without text that each worker skipped in the first epoch.
     """
 
     num_processes: int
@@ -99,7 +100,7 @@ class Position:
     skipped: dict[int, int] = field(default_factory=dict)
 
     def note(self, worker: int, *place_and_skipped: int) -> None:
-        """Take note that a batch of a worker has been used: where it goes on, and what it had skipped."""
+        """Record that a worker's batch has been used: where the worker resumes, and how many it skipped."""
         *place, skipped = place_and_skipped
         self.places[worker], self.skipped[worker] = Place(*place), skipped
         self.next_worker = (worker + 1) % self.num_workers
@@ -109,10 +110,10 @@ class Position:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Go to where another one was saved.
+        """Load a saved position.
 
         Raises:
-            InputError: If there is none, or another number of readers had parted the text.
+            InputError: If there is none, or the text was divided among another number of readers.
         """
         if not path.is_file():
             raise InputError(f"there is no '{path}': streamed text goes on with as many processes as before.")
@@ -129,19 +130,19 @@ class Position:
 
 @dataclass
 class _Skipped:
-    """How many records without text a reader has met.
+    """Counts the records without text that a reader skips.
 
     Args:
-        number: So many.
-        is_counting: Whether further ones count: in the first epoch, and not those that are read a second time
-            because the window that a run goes on in is read again.
+        number: The count so far.
+        is_counting: Whether further ones count: only in the first epoch, and not while a resumed run reads
+            its window a second time.
     """
 
     number: int
     is_counting: bool
 
     def count(self, texts: Iterable[str | None]) -> Iterator[str]:
-        """The texts that are there."""
+        """Yield the texts, and count the records without one."""
         for text in texts:
             if text is not None:
                 yield text
@@ -150,16 +151,16 @@ class _Skipped:
 
 
 class BlockStream(IterableDataset):
-    """Blocks without end, with the features of `calm.data.chunking` that training needs, and `PLACE`.
+    """Endless blocks with the features of `calm.data.chunking` that training needs, and `PLACE`.
 
-    Readers are the workers of all processes. With as many shards as readers or more, each reads shards of its
-    own; else all read everything and lay out windows in turn.
+    The readers are the workers of all processes. If there are at least as many shards as readers, each reads
+    its own shards; otherwise all read everything and take turns at laying out windows.
 
     Args:
         settings: How text becomes blocks.
         tokenizer: Its tokenizer.
-        position: Where to begin; training notes there how far it has come.
-        process: Number of this process.
+        position: Where to start; training records its progress there.
+        process: Index of this process.
 
     Raises:
         InputError: If a source is missing or of an unknown format.
@@ -179,21 +180,22 @@ class BlockStream(IterableDataset):
         self._split = Split(settings.held_out_seed, settings.held_out_below, settings.part_bytes)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Blocks from the position on."""
+        """Yield blocks, starting at the position."""
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
-        worker = (number + self.position.next_worker) % workers  # torch takes the first batch from number 0.
+        # torch always takes the first batch from worker 0.
+        worker = (number + self.position.next_worker) % workers
         reader = self._process * workers + worker
         return self._read(reader, self.position.num_processes * workers, worker)
 
     def num_skipped(self) -> int:
-        """Records without text that this process has met, each counted once."""
+        """Records without text that this process has skipped, each counted once."""
         counts = self.position.skipped.values()
         return sum(counts) if self.has_own_shards else max(counts, default=0)
 
     @property
     def has_own_shards(self) -> bool:
-        """Whether each reader reads shards of its own."""
+        """Whether each reader has its own shards."""
         return len(self._shards) >= self.position.num_processes * self.position.num_workers
 
     def _read(self, reader: int, readers: int, worker: int) -> Iterator[dict[str, Tensor]]:
@@ -203,7 +205,7 @@ class BlockStream(IterableDataset):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
             own_shards = self.has_own_shards
             windows = self._windows(shards[reader::readers] if own_shards else shards, start, skipped)
-            has_any = start != Place(epoch)  # What is after a place inside an epoch may be nothing.
+            has_any = start != Place(epoch)  # The rest of an epoch resumed midway may be empty.
             for place, documents in windows:
                 skipped.is_counting = epoch == 0
                 if not own_shards and place.window % readers != reader:
@@ -217,7 +219,7 @@ class BlockStream(IterableDataset):
                     yield block | {PLACE: torch.tensor([worker, *after, skipped.number])}
             skipped.is_counting = False
             empty = 0 if has_any else empty + 1
-            # A share of files without text is no end of it: another epoch deals them otherwise.
+            # A reader whose files had no text gets other files in the next epoch.
             if empty > (_MOST_EMPTY_EPOCHS if own_shards and len(shards) > 1 else 0):
                 raise InputError(
                     f"one of {readers} readers finds no text in {', '.join(self.settings.sources)}; give "
@@ -229,7 +231,7 @@ class BlockStream(IterableDataset):
     def _windows(
         self, shards: list[Shard], start: Place, skipped: _Skipped
     ) -> Iterator[tuple[Place, list[str]]]:
-        """Windows of documents from a place on, and where each begins."""
+        """Yield windows of documents, starting at a place, and where each window starts."""
         place, documents = start._replace(block=0), list[str]()
         for number in range(start.shard, len(shards)):
             texts = skipped.count(shards[number].read())
@@ -248,7 +250,7 @@ class BlockStream(IterableDataset):
 
     def _lay_out(self, place: Place, documents: list[str]) -> dict[str, np.ndarray]:
         settings = self.settings
-        # Shards of its own: two readers have windows of the same place.
+        # If readers have their own shards, two windows can have the same place; the text tells them apart.
         seed = seed_of(settings.seed, *place, documents[0])
         order = np.random.default_rng(seed).permutation(len(documents))
         return make_blocks(

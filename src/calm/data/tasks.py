@@ -1,9 +1,9 @@
-"""Questions that take several steps to answer, without end and without shortcuts.
+"""Endless questions that take several steps to answer, and have no shortcuts.
 
-Three tasks, small enough to be learned on two processor cores, for models that reason: in words, or in
-continuous thoughts (Hao et al., arXiv 2412.06769, whose own questions about graphs, ProsQA, can be guessed in
-part from how often a node is named). Each fact, step and question is four words, so that chunks of one, two
-and four tokens fit them if the tokenizer has a token for each word.
+Three tasks, small enough to learn on two CPU cores, for models that reason: in words, or in continuous
+thoughts (Hao et al., arXiv 2412.06769, whose own questions about graphs, ProsQA, can partly be guessed from
+how often a node is named). Each fact, step and question is four words, so chunks of one, two and four tokens
+align with them if the tokenizer has a token for each word.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from calm.ranges import Range
 from calm.storage.disk import disk_errors, write_lines_whole
 
 MODULUS = 7
-_HELD_OUT = 16  # One group of facts in so many is kept for scoring, whatever the seed.
+_HELD_OUT = 16  # One group of facts in 16 is held out for scoring, whatever the seed.
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Item:
     """A question.
 
     Args:
-        facts: What is given, in a random order.
+        facts: What is given, in random order.
         question: What is asked.
-        steps: How the answer is found, one hop each.
+        steps: The steps to the answer, one hop each.
         answer: The answer, one word.
     """
 
@@ -43,7 +43,7 @@ class Item:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As `calm finetune` reads it, with the steps beside."""
+        """The record that `calm finetune` reads, with steps and number of hops."""
         return {
             "prompt": " ".join([*self.facts, self.question]),
             "steps": list(self.steps),
@@ -53,17 +53,17 @@ class Item:
 
 
 def chain(rng: random.Random, hops: int) -> list[Item]:
-    """What a name is worth modulo 7, at the end of a chain of products and sums.
+    """Ask for the value of a variable modulo 7, at the end of a chain of products and sums.
 
-    `a = 5 .` begins a chain, `b a * 3` and `b a + 3` go on with it. A second chain of the same kind lies
-    among it. The question names both ends of the chain, so each step is found by looking up a single fact,
-    and the answer by as many of them as there are hops, one after another. At least one hop adds a number
-    that is 0 to 6 with equal chances: without its fact the answer is as likely to be any number, so chance is
-    1/7. (Who misses a factor only, which is 2 to 6, knows a little more.)
+    `a = 5 .` starts a chain, `b a * 3` and `b a + 3` continue it. The facts of a second chain of the same
+    kind are mixed in. The question names both ends of the chain, so each step means looking up a single fact,
+    and the answer takes one step per hop, in sequence. At least one hop adds a number uniform over 0 to 6:
+    without its fact, all seven answers are equally likely, so chance is 1/7. (Missing only a factor, which is
+    2 to 6, leaves a little more information.)
 
     Args:
         rng: Source of randomness.
-        hops: Facts between what is known and what is asked.
+        hops: Facts between the known value and the one asked for.
     """
     names = iter(rng.sample(ascii_lowercase, 2 * (hops + 1)))
     asked, other = (_chain(rng, [next(names) for _ in range(hops + 1)]) for _ in range(2))
@@ -75,7 +75,7 @@ def chain(rng: random.Random, hops: int) -> list[Item]:
 
 
 def _chain(rng: random.Random, names: list[str]) -> tuple[list[str], list[tuple[str, int]]]:
-    """Facts, and what each name is worth."""
+    """The facts, and the value of each name."""
     hops = len(names) - 1
     adds = {rng.randrange(hops)} | {hop for hop in range(hops) if rng.random() < 0.5}
     value = rng.randrange(MODULUS)
@@ -89,15 +89,15 @@ def _chain(rng: random.Random, names: list[str]) -> tuple[list[str], list[tuple[
 
 
 def graph(rng: random.Random, hops: int) -> list[Item]:
-    """Which of two nodes can be reached from a root: two items, one for each root of the same graph.
+    """Ask which of two nodes can be reached from a root: two items, one for each root of the same graph.
 
-    `a > b .` is an edge. The graph has two halves that are equal but for their names, each with a root and a
-    node that is `hops` edges away from it. Both roots are asked for the same two nodes, so whatever does not
-    look at the root is right once and wrong once: chance is exactly 1/2.
+    `a > b .` is an edge. The graph has two halves that are identical up to names, each with a root and a
+    target node `hops` edges away from it. Both roots are asked about the same two targets, so a strategy that
+    ignores the root is right once and wrong once: chance is exactly 1/2.
 
     Args:
         rng: Source of randomness.
-        hops: Edges between the root and the node.
+        hops: Edges between the root and its target.
     """
     size = rng.randint(max(4, hops + 2), max(8, hops + 2))
     edges = _shape(rng, hops, size)
@@ -116,11 +116,11 @@ def graph(rng: random.Random, hops: int) -> list[Item]:
 
 
 def _shape(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
-    """Edges of a half: the path from 0 to `hops`, and other nodes that hang on to it and to each other."""
+    """Edges of a half: the path from 0 to `hops`, and other nodes attached to it and to each other."""
     edges = {(hop, hop + 1) for hop in range(hops)}
     for node in range(hops + 1, size):
         edges.add((rng.randrange(node), node))
-    for _ in range(rng.randint(0, 2)):  # Later nodes only, off the path: none of these is a way to its end.
+    for _ in range(rng.randint(0, 2)):  # Only to nodes off the path, so none is a shortcut to its end.
         start, end = sorted(rng.sample(range(size), 2))
         if end > hops:
             edges.add((start, end))
@@ -131,9 +131,9 @@ _PATHS = 4
 
 
 def path(rng: random.Random, hops: int) -> list[Item]:
-    """Where a path ends: one item for each of four paths of the same length.
+    """Ask where a path ends: one item for each of four paths of the same length.
 
-    `a > b .` is a step of a path; no two paths meet. What does not look at where the path begins is right
+    `a > b .` is a step of a path; no two paths meet. A strategy that ignores the start of the path is right
     once in four times: chance is exactly 1/4.
 
     Args:
@@ -156,8 +156,8 @@ class Task:
     """A kind of question.
 
     Args:
-        make: Makes the items of a group of facts.
-        hops: How many steps they may take.
+        make: Generates a group of items that share their facts.
+        hops: How many steps an item may take.
     """
 
     make: Callable[[random.Random, int], list[Item]]
@@ -174,17 +174,18 @@ TASKS = {
 def items(
     name: str, hops: int, seed: int = 0, number: int | None = None, held_out: bool = False
 ) -> Iterator[Item]:
-    """Items without end, or so many.
+    """Generate items.
 
     Args:
         name: "chain", "graph" or "path".
         hops: Steps to the answer.
-        seed: Names the sequence; the same on every machine and Python version.
-        number: How many; None for no end.
-        held_out: Those kept for scoring: their facts, in whatever order, are in no sequence of the others.
+        seed: Seed of the sequence, which is the same on every machine and Python version.
+        number: How many; None for an endless sequence.
+        held_out: Whether to generate the items held out for scoring. Their facts, in whatever order, never
+            occur together in the other items, whatever the seed.
 
     Raises:
-        InputError: If there is no such task, or it does not have so many hops.
+        InputError: If there is no such task, or it does not allow that many hops.
     """
     if name not in TASKS:
         raise InputError(f"there is no task '{name}'; there are {', '.join(TASKS)}.")
@@ -205,7 +206,7 @@ def _is_held_out(facts: tuple[str, ...]) -> bool:
 
 
 def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_out: bool) -> None:
-    """Write items to a file of JSON lines, whole or not at all."""
+    """Write items to a JSON Lines file, whole or not at all."""
     lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):

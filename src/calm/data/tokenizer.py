@@ -14,8 +14,8 @@ from calm.hub.opening import open_tokenizer
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
 _SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
-_NO_LIMIT = int(1e12)  # Documents are cut into blocks later; no length is too long.
-# The time to learn merges grows with the square of a piece's length. Words of ordinary text are far shorter.
+_NO_LIMIT = int(1e12)  # Documents are cut into blocks later, so no length is too long.
+# Learning merges takes time quadratic in the length of a piece. Words of ordinary text are far shorter.
 _LONGEST_PIECE = 1000
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _SPEAKERS = ("system", "user", "assistant", "tool", "end")
@@ -31,14 +31,15 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that puts a beginning-of-text token in front of every text.
+    """Train a byte-level BPE that prepends BOS to every text.
 
-    BPE learns merges inside pieces of text (words, numbers, runs of white space). For training only, pieces
-    longer than 1000 bytes are cut to that length.
+    BPE learns merges within pieces of text (words, numbers, runs of whitespace). For training only, longer
+    pieces are split every 1000 bytes.
 
     Args:
-        texts: What to train on.
-        vocab_size: Size of the vocabulary, special tokens included; fewer if the text is small.
+        texts: Training text.
+        vocab_size: Size of the vocabulary, special tokens included; it comes out smaller if there is little
+            text.
 
     Raises:
         InputError: If the vocabulary cannot hold all bytes.
@@ -70,11 +71,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A control token that no text holds, to pad with; so a vocabulary does not outgrow the model it is of.
+    """An unused control token to pad with, so that the vocabulary does not outgrow the model's embeddings.
 
-    One that is named for padding or kept in reserve, else the last that is no other's: not of texts' ends, of
-    unknown words, or of the chat template. Else the token of unknown words, if bytes stand for those (as in
-    Llama 2 and Mistral). None where there is none.
+    Preferably one named as padding, reserved or unused, else the last one without another role: not BOS, EOS,
+    UNK or mask, and not used by the chat template. Else UNK, if the tokenizer falls back to bytes and never
+    emits it (as in Llama 2 and Mistral). None if there is none.
     """
     template = tokenizer.chat_template
     templates = list(template.values()) if isinstance(template, dict) else [template or ""]
@@ -85,7 +86,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if token.special
         and str(token) not in roles
         and not any(str(token) in one for one in templates)
-        # Templates also put marks together from the names of those who speak.
+        # Templates also build marks from the names of roles.
         and str(token).strip("<|>[]/ ").lower() not in _SPEAKERS
     ]
     for word in ("pad", "reserved", "unused"):
@@ -97,19 +98,22 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _knows_all_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a token of each byte stands for what a tokenizer does not know, so that nothing is unknown."""
+    """Whether a tokenizer falls back to byte tokens and has all 256, so that it never emits UNK."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     words = tokenizer.get_vocab()
     return bool(getattr(model, "byte_fallback", False)) and all(f"<0x{i:02X}>" in words for i in range(256))
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer in a folder."""
+    """Whether a folder contains tokenizer files."""
     return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, a `tokenizer.json` or GGUF file, or the hub, with padding of its own.
+    """Load a tokenizer and give it a padding token other than EOS.
+
+    Args:
+        name: A folder, a `tokenizer.json` or GGUF file, or a name on the hub.
 
     Raises:
         InputError: If there is none, or it has no end-of-text token.
@@ -135,7 +139,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise InputError(f"the tokenizer '{name}' has no end-of-text token; set its eos_token.")
         tokenizer.eos_token = known[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # EOS must stay apart from padding: it is a token to predict.
+        # Padding must differ from EOS, which is predicted.
         if (spare := _spare_token(tokenizer)) is not None:
             tokenizer.pad_token = spare
         else:

@@ -1,1 +1,1 @@
-"""The Hugging Face hub, and folders in its form: what is loaded from either."""
+"""Loading from the Hugging Face hub, and from folders in its format."""

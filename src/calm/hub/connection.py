@@ -1,6 +1,6 @@
-"""The Hugging Face hub, where it may not be reached: ask once and briefly, then do with the local cache.
+"""The Hugging Face hub, which may be unreachable: ask once and briefly, then fall back to the local cache.
 
-The libraries that load from the hub try again for most of a minute where there is no network.
+Without a network, the libraries that load from the hub would retry for most of a minute.
 """
 
 import os
@@ -18,12 +18,12 @@ from huggingface_hub.utils import HFValidationError, get_session, validate_repo_
 
 _SECONDS_TO_ANSWER = 2.0
 _SECONDS_REMEMBERED = 60.0
-_GATEWAY_ERRORS = (502, 503, 504)  # Of a proxy, or a mirror that cannot reach the hub itself.
-_remembered: dict[str, tuple[float, str | None]] = {}  # Endpoint -> when it was asked, and what was wrong.
+_GATEWAY_ERRORS = (502, 503, 504)  # From a proxy or a mirror that cannot reach the hub itself.
+_remembered: dict[str, tuple[float, str | None]] = {}  # Endpoint -> when it was asked, and any problem.
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is one that the hub could have: "name" or "owner/name"."""
+    """Whether a name is a valid repository name: "name" or "owner/name"."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -32,16 +32,16 @@ def is_hub_name(name: str) -> bool:
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Whether the hub is worth asking: for a hub name that does not begin with a folder here."""
+    """Whether to ask the hub about a name: if it is valid there and does not start with a local folder."""
     return is_hub_name(name) and ("/" not in name or not Path(name.partition("/")[0]).exists())
 
 
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """Within, libraries load from the hub if it answers, and otherwise only what they loaded before.
+    """Let libraries load from the hub inside the block if it answers, and otherwise only from their caches.
 
     Raises:
-        ConnectionError: If the hub does not answer and the cache has not what was asked for.
+        ConnectionError: If the hub does not answer and the cache lacks what was asked for.
     """
     reason = unreachable()
     if reason is None:
@@ -49,13 +49,13 @@ def hub_or_cache() -> Iterator[None]:
         return
     places: list[ModuleType] = [constants]
     if "datasets.config" in sys.modules:
-        places.append(sys.modules["datasets.config"])  # It has a copy.
+        places.append(sys.modules["datasets.config"])  # It has its own copy.
     before = [vars(place)["HF_HUB_OFFLINE"] for place in places]
     for place in places:
         vars(place)["HF_HUB_OFFLINE"] = True
     try:
         yield
-    except OSError as error:  # What all of these libraries raise for a file that is not in the cache.
+    except OSError as error:  # All these libraries raise it for a file that is not in the cache.
         raise ConnectionError(reason) from error
     finally:
         for place, value in zip(places, before, strict=True):
@@ -63,10 +63,10 @@ def hub_or_cache() -> Iterator[None]:
 
 
 def unreachable() -> str | None:
-    """Why the hub (or the mirror in HF_ENDPOINT) cannot be reached, or None if it can.
+    """Why the hub (or the mirror in HF_ENDPOINT) cannot be reached; None if it can.
 
-    Where HF_HUB_OFFLINE is set, nothing asks the hub, and nothing is asked here. HF_HUB_ETAG_TIMEOUT sets
-    how many seconds it may take to answer.
+    If HF_HUB_OFFLINE is set, the libraries never ask the hub; it is not asked here either, and the result is
+    None. HF_HUB_ETAG_TIMEOUT sets how many seconds it may take to answer.
     """
     if constants.HF_HUB_OFFLINE:
         return None
@@ -81,7 +81,7 @@ def unreachable() -> str | None:
 def _ask(endpoint: str) -> str | None:
     host = urlsplit(endpoint).netloc or endpoint
     seconds = _seconds_to_answer()
-    # Only a thread can be left behind: a name server that is silent obeys no timeout.
+    # In a thread, because only that can be abandoned: DNS lookups ignore the timeout.
     found: list[str | None] = []
     thread = threading.Thread(target=lambda: found.append(_try_once(endpoint, seconds)), daemon=True)
     thread.start()
@@ -99,9 +99,9 @@ def _seconds_to_answer() -> float:
 
 
 def _try_once(endpoint: str, seconds: float) -> str | None:
-    """What is wrong with one request through the hub's own client, which knows proxies and certificates."""
+    """What goes wrong with one request by the hub's own client, which handles proxies and certificates."""
     try:
         answer = get_session().head(endpoint, timeout=seconds, follow_redirects=False)
-    except Exception as error:  # Of the client, whichever it is.
+    except Exception as error:  # The type depends on the HTTP client.
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return f"status {answer.status_code}" if answer.status_code in _GATEWAY_ERRORS else None

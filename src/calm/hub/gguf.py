@@ -1,6 +1,6 @@
-"""Models in GGUF files, here or on the hub: FOLDER/model.gguf, or owner/name/model.gguf.
+"""Models in GGUF files, local or on the hub: FOLDER/model.gguf, or owner/name/model.gguf.
 
-This file imports neither torch nor transformers: names are looked at before they are.
+This module imports neither torch nor transformers, because names are checked before those are imported.
 """
 
 from pathlib import Path
@@ -27,12 +27,12 @@ class OnHub(NamedTuple):
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a name is that of a GGUF file, wherever that may be."""
+    """Whether a name is that of a GGUF file, local or on the hub."""
     return name.lower().endswith(_SUFFIX)
 
 
 def on_hub(name: str) -> OnHub | None:
-    """What a name of a GGUF file means on the hub; None if it is no such name."""
+    """The hub file that a GGUF name refers to; None if it cannot be one on the hub."""
     owner, *rest = name.split("/")
     if not is_gguf(name) or len(rest) < _OF_REPOSITORY or not all([owner, *rest]):
         return None
@@ -40,10 +40,10 @@ def on_hub(name: str) -> OnHub | None:
 
 
 def local_file(name: str) -> Path:
-    """Where a GGUF file is on this machine; one of the hub is loaded, if it is not in the cache.
+    """The local path of a GGUF file; one on the hub is downloaded if it is not in the cache.
 
     Raises:
-        Exception: Of the hub's client, if there is none.
+        Exception: Any error of the hub's client, if there is no such file.
     """
     place = on_hub(name)
     if Path(name).is_file() or place is None:

@@ -1,7 +1,7 @@
-"""The one door to models, tokenizers and adapters of others: their weights are read, their code is not run.
+"""The only place that opens third-party models, tokenizers and adapters: reads their weights, not their code.
 
-A folder, or a repository of the hub, can name code of its own, packages to import, and kernels to fetch.
-Whatever needs one of these is refused; the libraries would ask, or run it.
+A folder or hub repository can name code of its own, packages to import, and kernels to download. Anything
+that needs one of these is refused; the libraries would ask, or run it.
 """
 
 import copy
@@ -28,21 +28,21 @@ from calm.errors import InputError, reason_of
 from calm.hub.connection import hub_or_cache
 from calm.hub.gguf import is_gguf, local_file
 
-_MOST_BYTES = 10_000_000  # Of a file of settings; those of large models have some thousands.
+_MOST_BYTES = 10_000_000  # Of a settings file; those of large models have a few thousand.
 _WORDS_OF_CODE = ("custom code", "trust_remote_code", "custom generation code")
-# Arguments of `from_pretrained` that say which files are meant.
+# Arguments of `from_pretrained` that select the files.
 _WHERE = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "force_download")
 _GENERATE = "custom_generate"
-_READS_GGUF = (5, 23)  # Before it texts had no beginning, or an end of another kind.
+_READS_GGUF = (5, 23)  # Earlier versions misread the BOS and EOS of GGUF tokenizers.
 _LOADS_UNSAFELY = "weights_only"
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder, a file (tokenizer.json or GGUF), or the hub.
+    """Open a tokenizer from a folder, a file (tokenizer.json or GGUF), or the hub.
 
     Raises:
-        InputError: If it needs code of its own.
-        Exception: Of the libraries, for what is missing or damaged.
+        InputError: If it needs custom code.
+        Exception: Any error of the libraries, if something is missing or damaged.
     """
     with _without_code(name):
         tokenizer: PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Use a tokenizer once: settings of the wrong kind are found by who reads them, not when they are set."""
+    """Use a tokenizer once: the libraries notice settings of the wrong type only when they use them."""
     ids = tokenizer(["A word.", ""])["input_ids"]
     tokenizer.decode(ids[0], skip_special_tokens=True)
     if any(isinstance(token, bool) or token < 0 for token in tokenizer.get_vocab().values()):
@@ -66,15 +66,15 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model, from a folder, a GGUF file or the hub.
+    """Open the configuration of a model from a folder, a GGUF file or the hub.
 
     Args:
         name: Folder, GGUF file or hub name.
-        **kwargs: Which version of it, as `from_pretrained` takes them.
+        **kwargs: Arguments of `from_pretrained` that select a version.
 
     Raises:
-        InputError: If it needs code of its own, or kernels from elsewhere.
-        Exception: Of the libraries, for what is missing or damaged.
+        InputError: If it needs custom code, or kernels from the hub.
+        Exception: Any error of the libraries, if something is missing or damaged.
     """
     with _without_code(name):
         if is_gguf(name):
@@ -86,7 +86,7 @@ def open_config(name: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """A model, and what the library says of its loading.
+    """Open a model; also returns the library's loading info.
 
     Args:
         kind: A class with `from_pretrained`.
@@ -94,8 +94,8 @@ def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, An
         **kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        InputError: If it needs code of its own, or kernels from elsewhere.
-        Exception: Of the libraries, for what is missing or damaged.
+        InputError: If it needs custom code, or kernels from the hub.
+        Exception: Any error of the libraries, if something is missing or damaged.
     """
     if is_gguf(name):
         return _open_gguf(kind, name, **kwargs)
@@ -122,7 +122,7 @@ def _config_of_gguf(name: str) -> PreTrainedConfig:
 
 @functools.lru_cache(maxsize=4)
 def _read_gguf(file: Path, changed: int) -> PreTrainedConfig:
-    """The configuration in a file; it takes seconds, as all tokens are read with it."""
+    """The configuration in a GGUF file; reading takes seconds, since it includes all tokens."""
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     return AutoConfig.from_pretrained(**where, trust_remote_code=False)
 
@@ -134,7 +134,7 @@ def _tokenizer_of_gguf(name: str) -> PreTrainedTokenizerBase:
     )
     if len(tokenizer) <= size:
         return tokenizer
-    # The class that it is made with adds a token for unknown words, which the model does not have.
+    # Its class adds an unknown token, which is not in the model's vocabulary.
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < size]
     return PreTrainedTokenizerFast(
@@ -151,7 +151,7 @@ def _open_gguf(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]
             str(file.parent),
             gguf_file=file.name,
             config=_config_of_gguf(name),
-            # Else weights may be left packed, and computed with by kernels from the hub.
+            # Otherwise weights may stay quantized, and be computed with by kernels from the hub.
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
             output_loading_info=True,
@@ -161,13 +161,13 @@ def _open_gguf(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]
 
 
 def base_of_adapters(path: Path) -> str:
-    """Name of the model that the adapters in a folder belong to.
+    """The name of the base model of the adapters in a folder.
 
     Raises:
         InputError: If the folder names packages to import.
-        Exception: Of peft, for what is damaged.
+        Exception: Any error of peft, if something is damaged.
     """
-    import peft  # noqa: PLC0415 (of an extra)
+    import peft  # noqa: PLC0415 (optional dependency)
 
     settings = read_settings(path / "adapter_config.json")
     if settings.get("megatron_config"):  # With it peft imports whatever megatron_core names.
@@ -176,21 +176,21 @@ def base_of_adapters(path: Path) -> str:
 
 
 def open_adapters(model: Any, path: Path) -> Any:
-    """A model with the adapters of a folder around it, a `peft.PeftModel`.
+    """Wrap a model with the adapters in a folder, as a `peft.PeftModel`.
 
     Raises:
-        InputError: If they do not fill what they put into the model.
-        Exception: Of peft, for what is damaged or does not fit.
+        InputError: If the folder lacks tensors of the adapters that it declares.
+        Exception: Any error of peft, if something is damaged or does not fit.
     """
-    import peft  # noqa: PLC0415 (of an extra)
+    import peft  # noqa: PLC0415 (optional dependency)
 
     with _without_code(str(path)):
         with peft_by_old_names():
             adapted = peft.PeftModel.from_pretrained(model, str(path))
-        # Whether peft would save embeddings as well does not matter, and to know it peft asks the hub.
+        # Whether peft would save embeddings does not matter here, and by default it would ask the hub.
         wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         found = peft.load_peft_weights(str(path))
-    if missing := sorted(wanted.keys() - found.keys()):  # peft warns of it at most.
+    if missing := sorted(wanted.keys() - found.keys()):  # peft warns at most.
         raise InputError(
             f"the adapters in '{path}' do not fit the model: {len(missing)} of their tensors are missing, "
             f"the first is {missing[0]}."
@@ -200,7 +200,7 @@ def open_adapters(model: Any, path: Path) -> Any:
 
 @contextmanager
 def peft_by_old_names() -> Iterator[None]:
-    """Within, transformers does not warn that peft reads a property of models by its old name."""
+    """Silence transformers' warning that peft uses the old name of a model property."""
     with warnings.catch_warnings():
         old = "`is_gradient_checkpointing` is deprecated"
         warnings.filterwarnings("ignore", message=old, category=FutureWarning)
@@ -208,10 +208,10 @@ def peft_by_old_names() -> Iterator[None]:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """What a JSON file of settings holds; nothing if there is none.
+    """Read a JSON file of settings; empty if there is no such file.
 
     Raises:
-        InputError: If it is too long, cannot be read, or holds something else.
+        InputError: If it is too long, cannot be read, or is not a JSON object.
     """
     try:
         if not file.is_file():
@@ -229,19 +229,19 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def may_run_code(error: BaseException) -> bool:
-    """Whether torch refused to read a pickle because of what it would do."""
+    """Whether torch refused to load a pickle that could run code."""
     text = str(error)
     return _LOADS_UNSAFELY in text and ("Unsupported" in text or "unsupported" in text)
 
 
 def _asking_hub(name: str) -> AbstractContextManager[None]:
-    """Within, something is loaded from its folder, from the hub, or from its cache if there is no network."""
+    """Load inside the block from a folder, from the hub, or, without a network, from the hub's cache."""
     return nullcontext() if Path(name).exists() else hub_or_cache()
 
 
 @contextmanager
 def _without_code(name: str) -> Iterator[None]:
-    """Within, the hub is asked at most briefly, and errors that offer to run code are one sentence."""
+    """Ask the hub only briefly inside the block, and turn errors that offer to run code into one sentence."""
     try:
         with _asking_hub(name):
             yield
@@ -253,7 +253,7 @@ def _without_code(name: str) -> Iterator[None]:
         if may_run_code(error):
             raise _is_code(name) from error
         raise
-    except BaseException as error:  # A panic of the tokenizers library is no Exception.
+    except BaseException as error:  # A panic of the tokenizers library is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(reason_of(error)) from error
@@ -273,7 +273,7 @@ def _is_code(name: str) -> InputError:
 
 
 def _check_kernels(config: PreTrainedConfig, name: str) -> None:
-    """Raise InputError if a configuration, or one in it, names an attention that is fetched from the hub."""
+    """Raise InputError if a configuration, or one nested in it, names an attention kernel from the hub."""
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     for part in parts:
         chosen = getattr(part, "_attn_implementation", None)

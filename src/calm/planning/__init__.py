@@ -1,10 +1,10 @@
-"""What a run would take: memory by part, time, energy, and what serving its model can reach.
+"""What a run would cost: memory by part, time, energy, and how fast its model could be served.
 
-devices.py          cards, by name or in numbers
-stages.py           recipe -> the networks that it trains, as tensors without memory
-alive.py, as_gpu.py what is alive while a network runs on such tensors, as it would be on a GPU
-memory.py           bytes of a device by part, and the largest microbatch that fits
-pace.py             FLOPs, bytes sent, time, energy, and what bounds them
-serving.py          cache, rows at once, tokens per second
-plan.py             all of it for a recipe; tables.py shows it on a terminal
+devices.py          cards, by name or by their figures
+stages.py           recipe -> the networks that it trains, as fake tensors
+alive.py, as_gpu.py live memory of a network that runs on fake tensors, as it would be on a GPU
+memory.py           bytes per device by part, and the largest microbatch that fits
+pace.py             FLOPs, communication, time, energy, and what bounds the speed
+serving.py          KV cache, batch size, tokens per second
+plan.py             all of it for a recipe; tables.py prints it to a terminal
 """

@@ -1,4 +1,4 @@
-"""What is alive while a network runs: bytes of tensors by label, and where they are the most."""
+"""Live memory of a running network: bytes of tensors by label, at their peak."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ _INDEX, _DEVICE = torch.ops.aten.index.Tensor, torch.ops.prim.device.default
 
 
 class EveryPosition(TorchDispatchMode):
-    """Answers `x[mask]` for a mask of fake tensors, whose values nobody knows, as if all of it were true."""
+    """Evaluates `x[mask]` as if the mask were all true, since the values of fake tensors are unknown."""
 
     def __torch_dispatch__(
         self,
@@ -26,7 +26,7 @@ class EveryPosition(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation."""
-        if func is _DEVICE and isinstance(args[0], FakeTensor):  # Two thirds of all that is asked.
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # A shortcut for two thirds of all calls.
             return args[0].fake_device
         if func is _INDEX:
             args = (args[0], [place for index in args[1] for place in _places(index)])
@@ -41,7 +41,7 @@ def _places(index: Tensor | None) -> list[Tensor | None]:
 
 @dataclass
 class _Block:
-    """Memory of one tensor, and of the views of it."""
+    """Memory shared by a tensor and its views."""
 
     size: int
     label: str
@@ -49,7 +49,7 @@ class _Block:
 
 
 class _High:
-    """The most bytes that were alive, and what was."""
+    """The peak of live bytes, and the blocks alive at that moment."""
 
     def __init__(self) -> None:
         self._size = 0
@@ -62,16 +62,17 @@ class _High:
     def by_label(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for block, then in self._blocks:
-            # What is kept is known after the forward pass only; but a gradient was none until it was whole.
+            # Which tensors are kept for the backward pass is only known after the forward pass, so the latest
+            # label counts; but a gradient was workspace until it was complete.
             label = then if block.label == GRADIENTS else block.label
             sizes[label] = sizes.get(label, 0) + block.size
         return sizes
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the memory of every tensor that operations make inside the block, until it is freed.
+    """Tracks the memory of every tensor that operations create inside the block, until it is freed.
 
-    What was made before is not counted. A tensor is `WORKSPACE` until it gets another label.
+    Tensors created before the block are not counted. A tensor is `WORKSPACE` until it gets another label.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class AliveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation and note what it makes."""
+        """Run an operation and record the tensors that it creates."""
         result = func(*args, **(kwargs or {}))
         made = [result] if isinstance(result, Tensor) else tree_leaves(result)
         storages = [leaf.untyped_storage() for leaf in made if isinstance(leaf, Tensor)]
@@ -101,7 +102,7 @@ class AliveBytes(TorchDispatchMode):
         return result
 
     def label(self, tensors: Any, label: str) -> None:
-        """Give tensors, in any containers, a label."""
+        """Label tensors, in any nested containers."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -109,18 +110,18 @@ class AliveBytes(TorchDispatchMode):
                 self._relabel(self._blocks[id(storage)], label)
 
     def label_rest(self, label: str) -> None:
-        """Give all that is alive and has no label one."""
+        """Label all live tensors that have no label yet."""
         for block in self._blocks.values():
             if block.label == WORKSPACE:
                 self._relabel(block, label)
 
     def most(self) -> dict[str, int]:
-        """Bytes by label where the most were alive."""
+        """Bytes by label at the peak."""
         self._note()
         return self._all.by_label()
 
     def most_beside_gradients(self) -> dict[str, int]:
-        """Bytes by label, gradients included, where the most were alive if gradients do not count."""
+        """Bytes by label, gradients included, at the moment when everything but gradients peaks."""
         self._note()
         return self._beside.by_label()
 

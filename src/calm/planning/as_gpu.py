@@ -1,4 +1,4 @@
-"""Running on a GPU's behalf: what torch does otherwise there than on a CPU, and memory depends on."""
+"""Emulating on the CPU what torch does differently on a GPU, as far as it affects memory."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-# "CUDA Ops that can autocast to float32" in https://docs.pytorch.org/docs/stable/amp.html; a CPU has fewer.
+# "CUDA Ops that can autocast to float32" in https://docs.pytorch.org/docs/stable/amp.html; fewer on a CPU.
 _IN_FLOAT32 = frozenset(
     "__pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cosh cdist "
     "cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1 group_norm "
@@ -24,12 +24,12 @@ _PLACE: dict[Any, bool] = {
 
 
 class AsGpu(TorchFunctionMode):
-    """Tensors on the CPU are treated as on a GPU: they say that they lie there, and autocast is CUDA's.
+    """Treats CPU tensors as if on a GPU: they report being on one, and autocast follows CUDA's rules.
 
-    torch without CUDA has no tensors there, not even fake ones.
+    Needed because torch without CUDA has no CUDA tensors, not even fake ones.
 
     Args:
-        is_gpu: Whether it does anything at all.
+        is_gpu: Whether to do this; False changes nothing.
     """
 
     def __init__(self, *, is_gpu: bool = True) -> None:

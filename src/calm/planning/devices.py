@@ -1,4 +1,4 @@
-"""Cards, by name or in numbers."""
+"""Accelerator cards, by name or by their figures."""
 
 import dataclasses
 import difflib
@@ -10,8 +10,8 @@ from calm.errors import InputError, shown
 from calm.ranges import Range
 
 USABLE = 0.92
-"""Share of a card's memory that a run can count on: the rest is for CUDA's context, the buffers of NCCL and
-cuBLAS, and gaps between blocks of torch's allocator. An assumption."""
+"""Share of a card's memory that a run can use: the rest is for the CUDA context, buffers of NCCL and cuBLAS,
+and fragmentation of torch's allocator. An assumption."""
 COUNTS = Range(1, 100_000)
 FIGURES = Range(0, 10**9, has_least=False)
 
@@ -21,11 +21,11 @@ class Device:
     """One card.
 
     Args:
-        name: What it is called.
+        name: Its name.
         memory: Its memory in bytes.
-        half_flops: FLOPs per second of dense bfloat16 matrix products, summed in float32.
-        single_flops: The same for float32 (not TF32, which torch does not use unless told).
-        bandwidth: Bytes per second between memory and processor.
+        half_flops: FLOPs per second of dense bfloat16 matrix products, accumulated in float32.
+        single_flops: The same for float32 (not TF32, which torch does not use by default).
+        bandwidth: Memory bandwidth in bytes per second.
         watts: Power at full load.
     """
 
@@ -38,21 +38,21 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that a run can count on."""
+        """Bytes of memory that a run can use."""
         return USABLE * self.memory
 
     def flops(self, precision: str) -> float:
-        """FLOPs per second in the precision of a recipe, "fp32" or "bf16"."""
+        """FLOPs per second in a recipe's precision, "fp32" or "bf16"."""
         return self.half_flops if precision == "bf16" else self.single_flops
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Several cards of one kind, each with a process of its own.
+    """Several identical cards, with one process each.
 
     Args:
-        count: How many.
-        device: The kind.
+        count: Number of cards.
+        device: The card.
     """
 
     count: int
@@ -65,12 +65,12 @@ class Devices:
 def _card(
     name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, watts: float
 ) -> tuple[str, Device]:
-    """A row of the table: GB (10^9 bytes), TFLOP/s twice, GB/s, W."""
+    """A row of the table, from GB (10^9 bytes), TFLOP/s in bf16 and fp32, GB/s, and W."""
     return name, Device(name, gigabytes * 1e9, bf16 * 1e12, fp32 * 1e12, bandwidth * 1e9, watts)
 
 
-# Of the variants in SXM or OAM form where there are several. Makers that print only FLOP/s "with sparsity"
-# are halved: the figures are dense. A maker's GB are taken as 10^9 bytes; drivers show a little more.
+# If there are several variants, SXM or OAM. FLOP/s are dense; figures published only "with sparsity" are
+# halved. A maker's GB are taken as 10^9 bytes; drivers show a little more.
 CARDS: dict[str, Device] = dict(
     [
         # NVIDIA A100 Tensor Core GPU, datasheet (2022).
@@ -98,13 +98,13 @@ CARDS: dict[str, Device] = dict(
 
 @dataclass(frozen=True)
 class Numbers:
-    """A card in numbers, or numbers that replace those of the table; None for what is not given.
+    """The figures of a card, or those that override the table's; None for those not given.
 
     Args:
-        memory: GiB.
+        memory: Memory in GiB.
         flops: TFLOP/s in the recipe's precision.
-        bandwidth: GB/s between memory and processor.
-        watts: W.
+        bandwidth: Memory bandwidth in GB/s.
+        watts: Power in W.
     """
 
     memory: float | None = None
@@ -117,11 +117,11 @@ class Numbers:
             FIGURES.require(name, value)
 
     def given(self) -> dict[str, float]:
-        """Those that are given."""
+        """The figures that are given."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def of(self, device: Device) -> Device:
-        """A card with these numbers in place of its own."""
+        """A card with these figures in place of its own."""
         given = self.given()
         flops = {"half_flops": 1e12, "single_flops": 1e12} if self.flops is not None else {}
         sizes = {"memory": 2**30, "bandwidth": 1e9, "watts": 1}
@@ -131,14 +131,14 @@ class Numbers:
 
 
 def devices_of(text: str, numbers: Numbers) -> Devices:
-    """The devices that a user means.
+    """Parse the devices that the user names.
 
     Args:
-        text: "8xH100", "H100", or a count of cards whose numbers are given.
-        numbers: Those numbers; beside a name they replace its own.
+        text: "8xH100", "H100", or a count of cards whose figures are given.
+        numbers: Those figures; with a named card, they override its own.
 
     Raises:
-        InputError: If there is no such card, or numbers are missing.
+        InputError: If there is no such card, or figures are missing.
     """
     found = re.fullmatch(r"\s*(?:(-?\d+)\s*(?:[x*]\s*|$))?(.*?)\s*", text, re.IGNORECASE)
     count, name = (found[1], found[2]) if found else (None, text)
@@ -172,5 +172,5 @@ def _card_called(name: str) -> Device:
 
 
 def _plain(name: str) -> str:
-    """A name without what people write differently: RTX 4090, rtx-4090; A100-80GB, A100 80."""
+    """Normalize spellings of a name: RTX 4090, rtx-4090; A100-80GB, A100 80."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")

@@ -1,4 +1,4 @@
-"""Bytes of a device by part, counted by running the real network and its optimizer on fake tensors."""
+"""Memory per device by part, measured by running the real network and its optimizer on fake tensors."""
 
 import functools
 import math
@@ -26,20 +26,20 @@ BUCKETS, GATHERED, ACTIVATIONS, BATCH = "buckets", "gathered weights", "activati
 PARTS = (WEIGHTS, FROZEN, STATE, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, BATCH, WORKSPACE)
 """Parts of a device's memory.
 
-Buckets are DDP's copy of the gradients, which it sums over processes; gathered weights are whole copies of
-what FSDP shards, while they are needed. Activations are all that is kept for the backward pass, autocast's
-bfloat16 copies of weights included. Workspace is what lives within a pass or an optimizer step.
+Buckets are DDP's copy of the gradients, which it all-reduces; gathered weights are the unsharded copies of
+what FSDP shards, while they are needed. Activations are everything kept for the backward pass, including
+autocast's bfloat16 copies of weights. Workspace is temporary memory within a pass or an optimizer step.
 """
 Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward and a backward pass take beside weights and optimizer state, in bytes by part.
+    """Bytes by part that a forward and backward pass take in addition to weights and optimizer state.
 
     Args:
-        alone: At the moment when it is the most, if there were no gradients before.
-        beside: At the moment when it is the most if gradients do not count.
+        alone: At the peak, if there are no gradients before the pass.
+        beside: At the moment when everything but gradients peaks.
     """
 
     alone: Parts
@@ -48,13 +48,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step of the optimizer takes.
+    """What an optimizer step takes.
 
     Args:
-        state: Tensors of its state, each with the weight that it belongs to.
-        workspace: Bytes that it needs meanwhile.
+        state: Tensors of the optimizer state, each with the weight that it belongs to.
+        workspace: Bytes of temporary memory.
         flops: FLOPs of its matrix products.
-        whole: Bytes of the weights that it updates as whole matrices, sharded or not.
+        whole: Bytes of the weights that are updated as whole matrices, sharded or not.
     """
 
     state: list[tuple[Tensor, Tensor]]
@@ -64,11 +64,11 @@ class Update:
 
 
 class Footprint:
-    """What training a stage takes of a device.
+    """The memory that training a stage takes on a device.
 
     Args:
         stage: The stage.
-        is_gpu: Whether the device is a GPU; else it is a CPU.
+        is_gpu: Whether the device is a GPU; otherwise a CPU.
     """
 
     def __init__(self, stage: PlannedStage, *, is_gpu: bool = True) -> None:
@@ -87,14 +87,14 @@ class Footprint:
         is_summed: bool = False,
         checkpointing: bool | None = None,
     ) -> Parts:
-        """Bytes of a device by part, at the moment when it holds the most.
+        """Bytes per device by part, at the peak.
 
         Args:
-            blocks: Blocks of a microbatch.
-            sharing: What devices share.
-            devices: How many there are.
-            is_summed: Whether gradients of several microbatches are summed in a step.
-            checkpointing: Whether activations are computed anew; as the recipe says when None.
+            blocks: Blocks per microbatch.
+            sharing: How the devices share the stage.
+            devices: Number of devices.
+            is_summed: Whether gradients of several microbatches are accumulated in a step.
+            checkpointing: Whether activations are recomputed; None for the recipe's setting.
         """
         if checkpointing is None:
             checkpointing = self.stage.settings.gradient_checkpointing
@@ -104,7 +104,7 @@ class Footprint:
         return {part: most[part] for part in PARTS if most.get(part)}
 
     def _kept(self, sharing: Sharing, devices: int) -> Parts:
-        """What is there at all times."""
+        """Bytes by part that are held at all times."""
         cut = functools.partial(shard_bytes, devices=devices if sharing == "FSDP" else 1)
         kept = {
             WEIGHTS: sum(map(cut, self.trained)),
@@ -117,14 +117,14 @@ class Footprint:
         return kept | {BUCKETS: bytes_of(self.trained)} if sharing == "DDP" else kept
 
     def _of_teacher(self) -> int:
-        """Bytes of a teacher, which no sharding divides."""
+        """Bytes of the teacher, which is never sharded."""
         if self.stage.teacher is None:
             return 0
         network = self.stage.teacher.network
         return bytes_of(network.parameters()) + bytes_of(network.buffers())
 
     def _moments(self, one: Pass, sharing: Sharing, devices: int, is_summed: bool) -> list[Parts]:
-        """What is there beside at the moments that may hold the most."""
+        """Further bytes by part, at each moment that may be the peak."""
         workspace, whole = self.update.workspace, bytes_of(self.trained)
         if sharing != "FSDP":
             passing = one.beside | {GRADIENTS: whole} if is_summed else one.alone
@@ -132,10 +132,10 @@ class Footprint:
         groups = self.groups
         cut = sum(shard_bytes(weight, devices) for weight in self.trained)
         root = bytes_of(groups.root)
-        # What is gathered for a whole pass has whole gradients until its end. Where gradients of several
-        # microbatches are summed, all have: they are sent to their owners with the last one.
+        # Weights gathered for a whole pass have unsharded gradients until its end. If gradients of several
+        # microbatches accumulate, all weights do: they are reduce-scattered with the last microbatch.
         most = whole if is_summed else cut + bytes_of(w for w in groups.root if w.requires_grad)
-        # The layer at work, and the next one on its way.
+        # The current layer, and the next one, which is prefetched.
         gathered = root + 2 * bytes_of(groups.layer)
         passes: list[Parts] = []
         for moment in (one.alone, one.beside):
@@ -146,7 +146,7 @@ class Footprint:
             GRADIENTS: most,
             GATHERED: root + 2 * embedding,
             BATCH: one.beside.get(BATCH, 0),
-            WORKSPACE: 2 * embedding,  # Its gradient, and the buffer that it is sent from.
+            WORKSPACE: 2 * embedding,  # Its gradient, and the reduce-scatter buffer.
         }
         if not self.update.whole:
             workspace = math.ceil(workspace / devices)
@@ -159,10 +159,10 @@ class Footprint:
 
     @functools.cached_property
     def update(self) -> Update:
-        """What the optimizer takes, from its second step on.
+        """What an optimizer step takes, from the second one on.
 
         Raises:
-            InputError: If it looks at values, which fake tensors do not have.
+            InputError: If the optimizer depends on values, which fake tensors do not have.
         """
         training = self.stage.settings
         settings = training.optimizer
@@ -192,7 +192,7 @@ class Footprint:
 
     def _run(self, blocks: int, is_checkpointed: bool) -> Pass:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What is slow or deprecated is told to those who train.
+            warnings.simplefilter("ignore")  # What is slow or deprecated matters in training, not in a plan.
             return self._pass(blocks, is_checkpointed)
 
     def _pass(self, blocks: int, is_checkpointed: bool) -> Pass:
@@ -228,9 +228,9 @@ class Groups:
     """The groups in which FSDP gathers weights.
 
     Args:
-        layers: Layers, one at a time.
-        embedding: The input embedding, when it is used.
-        root: All else, for a whole pass.
+        layers: Layers, gathered one at a time.
+        embedding: The input embedding, gathered when it is used.
+        root: Everything else, gathered for a whole pass.
     """
 
     layers: list[list[nn.Parameter]]
@@ -244,7 +244,7 @@ class Groups:
 
 
 def has_tied_scores(config: PreTrainedConfig) -> bool:
-    """Whether a CALM or a model of tokens computes scores with its token embeddings."""
+    """Whether a CALM or a token-level model computes logits with its input embeddings."""
     return bool(getattr(config, "has_tied_scores", config.tie_word_embeddings))
 
 
@@ -256,31 +256,31 @@ def groups_of(stage: PlannedStage) -> Groups:
         for module in network.modules()
         if any(kind.__name__ in names for kind in type(module).__mro__)
     ]
-    # With scores that are computed with it, the embedding is needed until the end.
+    # If logits are computed with the embedding, it is needed until the end of the pass.
     embedding = [] if has_tied_scores(stage.config) else list(network.get_input_embeddings().parameters())
     inside = {id(weight) for group in (*layers, embedding) for weight in group}
     return Groups(layers, embedding, [w for w in network.parameters() if id(w) not in inside])
 
 
 def shard_bytes(tensor: Tensor, devices: int = 1) -> int:
-    """Bytes of the largest part of a tensor whose first axis is divided among devices."""
+    """Bytes of the largest shard of a tensor whose first axis is divided among devices."""
     if not tensor.ndim:
         return tensor.nbytes
     return tensor.nbytes // len(tensor) * math.ceil(len(tensor) / devices)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
+    """Total bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def largest_that_fits(bytes_for: Callable[[int], int], limit: float, most: int) -> int:
-    """The largest number up to `most` for which no more than `limit` bytes are needed; 0 if there is none.
+    """The largest number up to `most` that needs at most `limit` bytes; 0 if there is none.
 
     Args:
-        bytes_for: Bytes for a number; it rises, nearly in a straight line.
-        limit: Bytes that there are.
-        most: The largest number that is of use.
+        bytes_for: Bytes that a number needs; increasing and nearly linear.
+        limit: Available bytes.
+        most: The largest useful number.
     """
     if bytes_for(1) > limit:
         return 0

@@ -1,4 +1,4 @@
-"""Time and energy of a stage, and what bounds them."""
+"""Time and energy of a stage, and what bounds its speed."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ COMPUTE, COMMUNICATION, OPTIMIZER = "compute", "communication", "optimizer"
 
 @dataclass(frozen=True)
 class Speed:
-    """What is assumed of the machine.
+    """Assumptions about the machine.
 
     Args:
         utilisation: Share of a card's FLOP/s that training reaches.
-        link: Bytes per second that a device sends and receives.
+        link: Bytes per second that a device can send and receive.
     """
 
     utilisation: float
@@ -24,14 +24,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Pace:
-    """What the steps of a stage take.
+    """The cost of a stage's steps.
 
     Args:
         flops: FLOPs of a step on all devices, as `calm.flops` counts them.
         sent: Bytes that a device sends in a step.
-        seconds: Of a step: "compute"; "communication", which overlaps with it; "optimizer", which does not.
+        seconds: Seconds per step of "compute", of "communication", which overlaps with it, and of
+            "optimizer", which does not.
         step_tokens: Tokens of a step on all devices.
-        steps: How many steps there are.
+        steps: Number of steps.
         watts: Power of all cards.
     """
 
@@ -44,12 +45,12 @@ class Pace:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step: communication is hidden behind computing where it is shorter."""
+        """Seconds of a step: compute and communication overlap, and the longer of the two counts."""
         return max(self.seconds[COMPUTE], self.seconds[COMMUNICATION]) + self.seconds[OPTIMIZER]
 
     @property
     def bound(self) -> str:
-        """What takes the longest."""
+        """What takes longest."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
@@ -59,23 +60,23 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that all devices train on in a second, which must be read as fast."""
+        """Training tokens per second on all devices; data loading must keep up with it."""
         return self.step_tokens / self.step_seconds
 
     @property
     def kilowatt_hours(self) -> float:
-        """Energy of the cards at full power, in kWh; that of hosts and cooling comes on top."""
+        """Energy of the cards at full power, in kWh, without hosts and cooling."""
         return self.watts * self.total_seconds / 3.6e6
 
 
 def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> Pace:
-    """What the steps of a stage take.
+    """The cost of a stage's steps.
 
     Args:
-        footprint: Its memory, which knows weights, groups and optimizer.
-        sharing: What devices share.
+        footprint: Its memory footprint, which knows weights, FSDP groups and optimizer.
+        sharing: How the devices share it.
         devices: The devices.
-        speed: What is assumed of them.
+        speed: Assumptions about them.
 
     Raises:
         InputError: If its FLOPs are not known.
@@ -84,7 +85,7 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
     settings = stage.settings
     tokens = settings.batch_tokens
     flops = training_flops(stage.config, stage.context) * tokens
-    # What checkpointing computes anew is one of the three passes that training is counted as.
+    # Training counts as three forward passes; checkpointing recomputes one more.
     done = flops * (4 / 3 if settings.gradient_checkpointing else 1)
     if stage.teacher is not None:
         taught = teaching_flops(stage.teacher.network.config, stage.context) * tokens
@@ -102,7 +103,7 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
         seconds={
             COMPUTE: done / (count * rate),
             COMMUNICATION: sent / speed.link,
-            # Every process works on all matrices, sharded or not.
+            # Every process computes the updates of all matrices, sharded or not.
             OPTIMIZER: moved / card.bandwidth + footprint.update.flops / rate,
         },
         step_tokens=tokens,
@@ -112,17 +113,17 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
 
 
 def bytes_sent(footprint: Footprint, sharing: Sharing, devices: int, passes: int) -> float:
-    """Bytes that a device sends in an optimizer step, as ring algorithms do.
+    """Bytes that a device sends in an optimizer step with ring algorithms.
 
-    DDP sums gradients (twice their bytes, in as many parts as there are devices). FSDP gathers weights
-    for each pass, layers and embedding for the backward pass anew, and scatters the sums of gradients once;
-    Muon gathers its updates as well.
+    DDP all-reduces gradients (twice their bytes, times (devices - 1)/devices). FSDP all-gathers weights for
+    each microbatch, layers and embedding again for the backward pass, and reduce-scatters gradients once per
+    step; Muon gathers its updates as well.
 
     Args:
-        footprint: Weights and groups.
-        sharing: What devices share.
-        devices: How many there are.
-        passes: Microbatches of a step.
+        footprint: Weights and FSDP groups.
+        sharing: How the devices share the stage.
+        devices: Number of devices.
+        passes: Microbatches per step.
     """
     share, gradients = (devices - 1) / devices, bytes_of(footprint.trained)
     if sharing != "FSDP":

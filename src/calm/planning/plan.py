@@ -1,4 +1,4 @@
-"""Recipe and devices -> a plan: will it fit, how long will it take, on what?"""
+"""Recipe and devices -> a plan: does it fit, how long does it take, and how much energy?"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,14 +14,14 @@ from calm.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Way:
-    """A way to share a stage among devices: whether it fits, and what it takes.
+    """A way to share a stage among devices: whether it fits, and what it costs.
 
     Args:
-        parts: Bytes of a device by part, with the microbatch of the recipe.
-        fits: Whether that is less than what a device has.
-        largest: Tokens of the largest microbatch that fits, up to the share of a step that a device has; 0 if
-            not even one block does.
-        largest_checkpointed: The same with gradient checkpointing; None for what has none.
+        parts: Bytes per device by part, with the recipe's microbatch.
+        fits: Whether a device has that much usable memory.
+        largest: Tokens of the largest microbatch that fits, up to a device's share of a step; 0 if not even
+            one block fits.
+        largest_checkpointed: The same with gradient checkpointing; None if the network does not support it.
         pace: Time and energy.
     """
 
@@ -34,17 +34,17 @@ class Way:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage takes.
+    """What a stage costs.
 
     Args:
         name: What is trained.
-        parameters: Weights that are trained.
-        microbatch: Tokens that a device works on at once.
-        passes: Microbatches of a step on each device.
+        parameters: Number of trained parameters.
+        microbatch: Tokens per device and pass.
+        passes: Microbatches per step on each device.
         precision: "fp32" or "bf16".
-        is_checkpointed: Whether activations are computed anew in the backward pass.
-        sharing: The way in which the recipe shares it.
-        ways: All ways.
+        is_checkpointed: Whether activations are recomputed in the backward pass.
+        sharing: How the recipe shares the stage among devices.
+        ways: All possible ways to share it.
     """
 
     name: str
@@ -58,19 +58,19 @@ class StagePlan:
 
     @property
     def pace(self) -> Pace:
-        """Time and energy, shared as the recipe says."""
+        """Time and energy when shared as in the recipe."""
         return self.ways[self.sharing].pace
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes.
+    """What a recipe costs.
 
     Args:
-        devices: On what.
-        speed: What is assumed of them.
-        stages: What each stage takes.
-        serving: What its model can reach on one card.
+        devices: The devices.
+        speed: Assumptions about them.
+        stages: The plan of each stage.
+        serving: How fast one card could serve the model.
     """
 
     devices: Devices
@@ -145,12 +145,12 @@ def make_plan(
 
     Args:
         recipe: The recipe.
-        devices: On what.
-        speed: What is assumed of them.
-        vocab_size: Token ids of a recipe whose tokenizer is not here.
+        devices: The devices.
+        speed: Assumptions about them.
+        vocab_size: Vocabulary size, if the recipe's tokenizer is not available here.
 
     Raises:
-        InputError: If the recipe has a mistake, or cannot be planned.
+        InputError: If the recipe is invalid or cannot be planned.
     """
     stages = stages_of(recipe, devices.count, vocab_size)
     planned = [_plan_stage(stage, devices, speed) for stage in stages]
@@ -174,7 +174,7 @@ def _plan_stage(stage: PlannedStage, devices: Devices, speed: Speed) -> StagePla
 
 
 def _ways(stage: PlannedStage, count: int) -> list[Sharing]:
-    """The ways in which a stage can be shared among devices."""
+    """The possible ways to share a stage among devices."""
     if count == 1:
         return ["one process"]
     return ["DDP", "FSDP"] if stage.can_be_sharded else ["DDP"]

@@ -1,4 +1,4 @@
-"""What serving the model of a recipe can reach on one card: bounds, not forecasts."""
+"""How fast one card could serve the model of a recipe: upper bounds, not forecasts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,18 @@ from calm.planning.devices import Device
 from calm.planning.memory import bytes_of, has_tied_scores
 
 POOL = 200
-"""Draws of a chunk at low temperature, for heads that take no temperature themselves."""
+"""Draws per chunk at low temperature, for heads that have no temperature of their own."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """The most that a number of rows can reach.
+    """The upper bound for a batch size.
 
     Args:
-        rows: Texts that are written at once, each with a full context.
-        memory_seconds: Seconds of a step in which weights and cache are read once.
-        compute_seconds: Seconds of its FLOPs at full speed.
-        chunk_size: Tokens that a step writes for each row.
+        rows: Texts generated at once, each with a full context.
+        memory_seconds: Seconds per step to read weights and KV cache once.
+        compute_seconds: Seconds per step for its FLOPs at peak speed.
+        chunk_size: Tokens that a step generates per row.
     """
 
     rows: int
@@ -39,7 +39,7 @@ class Rate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all rows."""
+        """Tokens per second of all rows together."""
         return self.rows * self.chunk_size / max(self.memory_seconds, self.compute_seconds)
 
 
@@ -49,10 +49,10 @@ class Serving:
 
     Args:
         weights: Bytes of all weights.
-        cache_per_token: Bytes of keys and values for each token of a text.
+        cache_per_token: Bytes of keys and values per token of a text.
         context: Tokens of the longest text.
-        draws: Draws of a chunk.
-        rates: With one row, and with as many as fit; empty if the weights do not fit.
+        draws: Draws per chunk.
+        rates: With one row, and with as many as fit; empty if not even one row fits.
     """
 
     weights: int
@@ -63,7 +63,7 @@ class Serving:
 
 
 def serving_of(config: PreTrainedConfig, device: Device) -> Serving:
-    """What a model can reach on a card.
+    """How fast a card could serve a model.
 
     Args:
         config: Its configuration.
@@ -91,9 +91,9 @@ def serving_of(config: PreTrainedConfig, device: Device) -> Serving:
 
 
 def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int, float]:
-    """Bytes of weights, of those that are read in a step, and of the cache for each token.
+    """Bytes of all weights, of the weights read in a step, and of the KV cache per token.
 
-    Of the embedding only a few rows are read, unless scores are computed with it.
+    Only a few rows of the embedding are read, unless it is tied to the output layer.
     """
     with torch.no_grad(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

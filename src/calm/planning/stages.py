@@ -36,8 +36,8 @@ from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.sharding import check_sharding
 from calm.training.teacher import Teacher, check_teacher, config_of_teacher, layer_of
 
-# Where blocks are documents in a row, transformers looks at the positions and leaves out the mask. Fake
-# positions tell nothing, so this attention has none.
+# For packed blocks, transformers inspects the positions and skips the mask. The values of fake positions are
+# unknown, so this attention never has a mask.
 _WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(_WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(_WITHOUT_MASK, lambda **_: None)
@@ -45,19 +45,19 @@ AttentionMaskInterface.register(_WITHOUT_MASK, lambda **_: None)
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a recipe, whose network gets fake tensors: shapes and types without memory.
+    """A stage of a recipe, whose network is converted to fake tensors: shapes and dtypes without memory.
 
     Args:
         name: What is trained.
         network: The network, on the meta device.
         settings: How it is trained.
         context: Tokens of a block.
-        is_packed: Whether blocks are documents in a row, so that attention needs no mask of its own.
+        is_packed: Whether blocks are packed, so that attention needs no mask beyond the causal one.
         can_be_sharded: Whether it can be sharded over processes.
-        is_sharded: Whether the recipe asks for it.
+        is_sharded: Whether the recipe asks for sharding.
         adapted: The `peft.PeftModel` around the network, if adapters are trained.
-        teacher: Whom the network learns from; replicated on every device.
-        fakes: The mode of its tensors; whatever is done with it is done inside.
+        teacher: The teacher to distill from, if any; replicated on every device.
+        fakes: The `FakeTensorMode` of its tensors; all work on them must run inside it.
     """
 
     name: str
@@ -84,14 +84,14 @@ class PlannedStage:
 
     @property
     def chunk_size(self) -> int:
-        """Tokens of a position."""
+        """Tokens per position."""
         return getattr(self.config, "chunk_size", 1)
 
     def batch(self, blocks: int) -> dict[str, Any]:
-        """What the network is called with in training: a batch of blocks in which every chunk is a target.
+        """The network's inputs in training: a batch of blocks in which every chunk is a target.
 
         Args:
-            blocks: Blocks of the batch.
+            blocks: Number of blocks in the batch.
         """
         tokens, chunks = (blocks, self.context), self.context // self.chunk_size
         batch: dict[str, Any] = {
@@ -123,12 +123,13 @@ def stages_of(
     """The stages of a recipe.
 
     Args:
-        recipe: The recipe. It need not name its text.
-        devices: Processes that share a step.
-        vocab_size: Token ids of a recipe whose tokenizer is not here.
+        recipe: The recipe. It need not name any text.
+        devices: Number of processes that share a step.
+        vocab_size: Vocabulary size, if the recipe's tokenizer is not available here.
 
     Raises:
-        InputError: If it has a mistake, does not make a model, or its steps cannot be shared so.
+        InputError: If the recipe is invalid or does not make a model, or if its steps cannot be divided among
+            the devices.
     """
     check_ranges(recipe)
     if isinstance(recipe, FinetuningRecipe):
@@ -158,7 +159,7 @@ def stages_of(
 
 
 def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSettings) -> Teacher | None:
-    """The teacher of a recipe on the meta device, if there is one."""
+    """The recipe's teacher, on the meta device, if it has one."""
     check_teacher(recipe, network)
     if (config := config_of_teacher(recipe)) is None:
         return None
@@ -188,29 +189,30 @@ def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
 
 
 def network_of(config: PreTrainedConfig, *, is_new: bool = False) -> PreTrainedModel:
-    """A network on the meta device.
+    """Build a network on the meta device.
 
     Args:
         config: Its configuration.
-        is_new: Whether it is made for the training, and not loaded.
+        is_new: Whether training creates it rather than loading it.
 
     Raises:
-        InputError: If the configuration makes none.
+        InputError: If the configuration is not valid for a model.
     """
     try:
         with torch.device("meta"):
             if is_new and isinstance(config, LlamaConfig):
                 return LlamaForCausalLM(config)
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # Of whichever class it is.
+    except Exception as error:  # Model classes can raise anything.
         raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
     return network
 
 
 def to_fakes(network: nn.Module, fakes: FakeTensorMode) -> None:
-    """Replace the tensors of a network on the meta device by fake ones that say that they lie on a CPU.
+    """Replace the meta tensors of a network by fake tensors that report being on a CPU.
 
-    On the meta device attention would run, and keep, what it does on none that computes.
+    On the meta device, attention would run different operations, and keep different tensors, than on any real
+    device.
     """
     made: dict[int, Any] = {}
 
@@ -228,7 +230,7 @@ def to_fakes(network: nn.Module, fakes: FakeTensorMode) -> None:
 
 
 def _with_known_attention(recipe: Recipe) -> Recipe:
-    """With sdpa in place of attention of other packages, which keeps as much and need not be here."""
+    """Replace attention of other, perhaps missing, packages by sdpa, which uses as much memory."""
     if recipe.language_model.attention == "eager":
         return recipe
     return dataclasses.replace(
@@ -237,6 +239,6 @@ def _with_known_attention(recipe: Recipe) -> Recipe:
 
 
 def _settled(settings: TrainingSettings, name: str, context: int, devices: int) -> TrainingSettings:
-    """Settings of training without a mistake, in which the precision is decided as it would be on a GPU."""
+    """Check the training settings, and replace precision "auto" by what it would be on a GPU."""
     check_steps(settings, name, context, devices)
     return dataclasses.replace(settings, precision="bf16") if settings.precision == "auto" else settings

@@ -98,10 +98,10 @@ def _print_serving(console: Console, serving: Serving) -> None:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in GB (10^9 bytes), two digits at least."""
+    """Bytes in GB (10^9 bytes): one decimal from 1 GB on, two significant digits below."""
     return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"
 
 
 def long_time(seconds: float) -> str:
-    """A time, in days where it takes some."""
+    """A duration, in days from two days on."""
     return duration(seconds) if seconds < 2 * _DAY else f"{seconds / _DAY:,.1f} days"

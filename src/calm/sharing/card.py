@@ -1,4 +1,4 @@
-"""What the cards of all runs have in common: their form, and what is told of a model."""
+"""What the model cards of all runs have in common: the format, and the facts about the model."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from calm.training.recipe_files import RECIPE
 
 CARD = "README.md"
 MARK = "<!-- Written by `calm share`; it is written anew each time. -->"
-# Settings of recipes that may be folders or files of whoever trained.
+# Settings of recipes that may name local folders or files.
 _PLACES = (
     "data.sources", "data.validation_sources", "data.tokenizer", "autoencoder.path",
     "language_model.init_from", "language_model.teacher.model",
@@ -30,12 +30,12 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class Words:
-    """What whoever shares a model says of it.
+    """What the person sharing a model says about it.
 
     Args:
-        name: Of the model.
-        license_name: Identifier of its licence, if one was named.
-        about: A paragraph of its makers.
+        name: Name of the model.
+        license_name: Identifier of its license, if given.
+        about: A paragraph about the model, if given.
     """
 
     name: str
@@ -59,12 +59,12 @@ def card_of(
     Args:
         run: Folder of the run.
         model: Its language model.
-        words: Name, licence, and a paragraph.
-        sections: Their titles and texts.
-        results: Figures for the metadata.
-        prompt: What the example of its use begins with.
-        tags: Further words to find it by.
-        base_model: Name on the hub of the model that it was made from.
+        words: Name, license, and a paragraph.
+        sections: Title -> text.
+        results: Evaluation results for the metadata.
+        prompt: Prompt of the usage example.
+        tags: Additional tags.
+        base_model: Hub name of the base model.
     """
     is_calm = language_model(model).kind == "CALM"
     metadata = ModelCardData(
@@ -89,7 +89,7 @@ def card_of(
 
 
 def recipe_text(path: Path) -> str:
-    """A recipe without the folders of whoever trained."""
+    """A recipe as YAML, without local folder names."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     for place in _PLACES:
         *groups, last = place.split(".")
@@ -105,9 +105,9 @@ def recipe_text(path: Path) -> str:
 
 
 def shown(source: str) -> str:
-    """A source as others may read it: the last part of a path here, or a name on the hub.
+    """A source as shown to others: the last component of a local path, or a hub name.
 
-    The model of a run has the name of the run.
+    A run's model is shown by the name of the run.
     """
     path = Path(source)
     if not path.exists() and not path.is_absolute():
@@ -117,7 +117,7 @@ def shown(source: str) -> str:
 
 
 def repository_of(name: str) -> str | None:
-    """The repository on the hub that the name of a model means; None if the model is here."""
+    """The hub repository that a model name refers to; None if the model is local or not a hub name."""
     if Path(name).exists() or name in shipped_models():
         return None
     file = on_hub(name)
@@ -144,7 +144,7 @@ def _what_it_is(config: PreTrainedConfig) -> str:
 
 def _how_to_use(is_calm: bool, name: str, prompt: str) -> str:
     sampling = "temperature=0.5, seed=1" if is_calm else "do_sample=True"
-    folder = name if "/" in name else f"path/to/{name}"  # A name on the hub has an owner.
+    folder = name if "/" in name else f"path/to/{name}"  # Hub names have an owner.
     begin = "import calm  # of the package calm-lm; no remote code\n" if is_calm else ""
     limits = (
         "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."

@@ -1,4 +1,4 @@
-"""A finished run -> the card in its model folder."""
+"""A finished run -> the model card in its model folder."""
 
 from pathlib import Path
 
@@ -21,22 +21,21 @@ def write_card(
     ngrams: list[int] | None = None,
     num_blocks: int | None = None,
 ) -> Path:
-    """Write the model card of a finished run into its model folder, from what it knows and scores.
+    """Write the model card of a finished run into its model folder, from the run's records and its scores.
 
     Args:
         run: Folder of `calm train` or `calm finetune`.
-        name: Of the model on the card; that of the run's folder if none is given.
+        name: Name of the model on the card; None for that of the run's folder.
         license_name: An identifier that the hub knows, such as "mit".
         about: A paragraph in your own words.
-        ngrams: Orders of n-gram floors on the card of a trained model.
-        num_blocks: Held-out blocks that are scored at most, for a trained model.
+        ngrams: Orders of the n-gram floors on the card of a trained model.
+        num_blocks: Maximum number of held-out blocks to score, for a trained model.
 
     Returns:
-        The card.
+        The path of the card.
 
     Raises:
-        InputError: If the run is not finished, an argument does not apply, or there is a card of somebody's
-            own.
+        InputError: If the run is not finished, an argument does not apply, or somebody else wrote a card.
     """
     folder = run / "model"
     if not (run / RECIPE).is_file() or not (folder / "config.json").is_file():

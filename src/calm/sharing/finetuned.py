@@ -1,4 +1,4 @@
-"""The card of a run of `calm finetune`: what the model was, what it was shown, and what it answers."""
+"""The model card of a run of `calm finetune`: base model, examples, and answers."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,18 @@ from calm.training.recipe_files import RECIPE, read_recipe_of
 from calm.training.runs import HISTORY
 
 _SAMPLES = 3
-_LONGEST_SAMPLE = 600  # Characters of a prompt that are shown: its end.
+_LONGEST_SAMPLE = 600  # Characters shown of a prompt, from its end.
 
 
 def card_of_finetuning(run: Path, words: Words) -> str:
-    """The card of a fine-tuned model, with the scores that its run has left.
+    """The model card of a fine-tuned model, with the scores that its run recorded.
 
     Args:
         run: Folder of the run.
-        words: Name, licence, and a paragraph.
+        words: Name, license, and a paragraph.
 
     Raises:
-        InputError: If what the run has left is damaged.
+        InputError: If a file of the run is damaged.
     """
     recipe = read_recipe_of(FinetuningRecipe, str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
@@ -126,7 +126,7 @@ def _evaluation(
 
 
 def _exact_match(answers: list[dict[str, str]], when: str) -> float:
-    """Percent of the answers that are the completion."""
+    """Percentage of answers that equal the completion."""
     return 100 * sum(row[when].strip() == row["completion"].strip() for row in answers) / len(answers)
 
 

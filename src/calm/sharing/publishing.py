@@ -1,4 +1,4 @@
-"""A model folder -> a copy in fewer bytes, or a repository on the hub."""
+"""A model folder -> a smaller copy, or a repository on the hub."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ from calm.training.recipe_files import RECIPE
 
 
 def check_export(target: Path | None, dtype: str) -> None:
-    """Find out before the work whether a model could be copied.
+    """Check in advance whether a model can be copied.
 
     Args:
-        target: Folder to write; None where the type alone is looked at.
-        dtype: Type of the weights.
+        target: Folder to write; None checks only the dtype.
+        dtype: Dtype of the weights.
 
     Raises:
-        InputError: If there is something at the target, it cannot be a folder, or there is no such type.
+        InputError: If the target exists or cannot be a folder, or the dtype is not supported.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, got '{dtype}'.")
@@ -37,9 +37,9 @@ def check_export(target: Path | None, dtype: str) -> None:
 
 
 def export(folder: Path, target: Path, dtype: str) -> None:
-    """Copy a model folder with its card, the weights in another type.
+    """Copy a model folder with its card, converting the weights to another dtype.
 
-    The copy is loaded in float32 all the same: the type is that of the file, not of the computation.
+    The copy still loads in float32: the dtype is that of the file, not of the computation.
 
     Args:
         folder: The model folder.
@@ -47,7 +47,7 @@ def export(folder: Path, target: Path, dtype: str) -> None:
         dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        InputError: If there is something at the target, or the type is not one of these.
+        InputError: If the target exists, or the dtype is not one of these.
     """
     check_export(target, dtype)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
@@ -62,7 +62,7 @@ def export(folder: Path, target: Path, dtype: str) -> None:
 
 
 def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, and those in it, that asks for float32 and names no folder of this machine."""
+    """A configuration, and those nested in it, with dtype float32 and without local folder names."""
     nested = {
         name: _in_float32(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -72,13 +72,13 @@ def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_push(repository: str) -> None:
-    """Find out before the work whether a model could be uploaded.
+    """Check in advance whether a model can be uploaded.
 
     Args:
         repository: "owner/name".
 
     Raises:
-        InputError: If it is no such name.
+        InputError: If it is not such a name.
         RunError: If the hub cannot be reached.
     """
     if "/" not in repository or not is_hub_name(repository):
@@ -92,15 +92,15 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
 
     Args:
         folder: The model folder, with its card.
-        repository: "owner/name"; it is made if there is none.
+        repository: "owner/name"; created if it does not exist.
         is_private: Whether a new repository is private.
 
     Returns:
-        The address of the model.
+        The URL of the model.
 
     Raises:
-        InputError: If it is no such name.
-        RunError: If the hub cannot be reached or refuses.
+        InputError: If it is not such a name.
+        RunError: If the hub cannot be reached or refuses the upload.
     """
     check_push(repository)
     hub = HfApi()
@@ -114,7 +114,7 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
         hub.upload_file(
             path_or_fileobj=recipe, path_in_repo=RECIPE, repo_id=repository, commit_message=message
         )
-    except Exception as error:  # Of the network, the hub, or the name.
+    except Exception as error:  # From the network, the hub, or the name.
         raise RunError(
             f"'{repository}' could not be uploaded ({reason_of(error)}); "
             "log in with `hf auth login`, and the same command goes on."

@@ -1,4 +1,4 @@
-"""The card of a run of `calm train`: its text, its training, and its scores on held-out text."""
+"""The model card of a run of `calm train`: its text, training, and scores on held-out text."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from calm.training.teacher import read_facts_of_teacher
 
 
 def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int | None) -> str:
-    """Score the model of a run on its held-out text, and write its card.
+    """Score the model of a run on its held-out text, and return its model card.
 
     Args:
         run: Folder of the run.
-        words: Name, licence, and a paragraph.
-        ngrams: Orders of n-gram floors.
-        num_blocks: Held-out blocks that are scored at most.
+        words: Name, license, and a paragraph.
+        ngrams: Orders of the n-gram floors.
+        num_blocks: Maximum number of held-out blocks to score.
     """
     recipe = read_recipe(str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))

@@ -1,1 +1,1 @@
-"""What lies on a disk: folders that appear whole, checksums, locks."""
+"""Files and folders on disk: atomic writes, checksums, locks."""

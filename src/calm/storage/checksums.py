@@ -1,6 +1,6 @@
-"""Checksums of the files of a folder, written with them, so that damage is noticed and named.
+"""Checksums of the files in a folder, written along with them, so that damage is detected and named.
 
-BLAKE2b of the standard library, about 1 GB a second and core; against accidents, not against forgery.
+BLAKE2b of the standard library, about 1 GB per second and core. Protects against accidents, not forgery.
 """
 
 import functools
@@ -14,12 +14,12 @@ from calm.errors import InputError
 
 CHECKSUMS = "checksums.json"
 _BYTES_AT_ONCE = 1 << 20
-_FILES_AT_ONCE = 4  # Hashing and reading leave Python's lock.
-_FOR_PEOPLE = (".md", ".yaml", ".html")  # They may be edited, and decide nothing.
+_FILES_AT_ONCE = 4  # Hashing and reading release the GIL.
+_FOR_PEOPLE = (".md", ".yaml", ".html")  # The user may edit these; no result depends on them.
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the size and checksum of every file below a folder into the folder, but for texts for people."""
+    """Write sizes and checksums of all files below a folder into it, except files meant for people."""
     files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         sums = dict(zip(files, threads.map(_describe, files.values()), strict=True))
@@ -28,9 +28,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> list[str]:
-    """What is not as it was written, such as "optimizer.pt has 0 bytes instead of 4096"; nothing if all is.
+    """Describe damaged files, such as "optimizer.pt has 0 bytes instead of 4096"; empty if all are intact.
 
-    Files that came later do not matter.
+    Files added later are ignored.
 
     Raises:
         FileNotFoundError: If the folder has no checksums.
@@ -48,10 +48,10 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def check_as_written(folder: Path) -> None:
-    """See that the files of a folder are as they were written; a folder without checksums passes.
+    """Check that the files of a folder are as they were written; a folder without checksums passes.
 
     Raises:
-        InputError: If one is not.
+        InputError: If a file is not.
     """
     try:
         problems = find_damage(folder)
@@ -65,12 +65,12 @@ def check_as_written(folder: Path) -> None:
 
 
 def mark(file: Path) -> None:
-    """Write the checksum of a file beside it, for `is_marked`."""
+    """Write a file's checksum beside it, for `is_marked`."""
     _mark_of(file).write_text(json.dumps(_describe(file)) + "\n", encoding="utf-8")
 
 
 def is_marked(file: Path) -> bool:
-    """Whether a file is as it was when it was marked; False for one that was not."""
+    """Whether a file is unchanged since it was marked; False if it never was."""
     try:
         written = json.loads(_mark_of(file).read_text(encoding="utf-8"))
         return bool(written == _describe(file))
@@ -111,7 +111,7 @@ def _checksum(path: Path) -> str:
     return _checksum_at(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(4096)  # A folder is opened several times by one command.
+@functools.lru_cache(4096)  # One command opens the same folder several times.
 def _checksum_at(path: Path, *_: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a disk does to a program: full, failing, read-only; and files that are written whole."""
+"""Errors of full, failing and read-only disks; and files that are written atomically."""
 
 import contextlib
 import errno
@@ -15,21 +15,21 @@ from calm.errors import InputError, RunError, reason_of
 
 _ERRORS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 _WORDS_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
-_MOST_OF_A_NAME = 50  # Characters, of up to 4 bytes; a file system takes 255 bytes.
+_MOST_OF_A_NAME = 50  # Characters, of up to 4 bytes each; file systems allow 255 bytes.
 
 Value = TypeVar("Value", dict, list)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path, left: str = "nothing that was there is lost") -> Iterator[None]:
-    """Turn what a full or failing disk raises inside the block into one sentence.
+    """Turn errors of a full or failing disk inside the block into one sentence.
 
     Args:
         path: What is being written.
-        left: What is left, for the message.
+        left: What remains, for the message.
 
     Raises:
-        RunError: If the disk is full, or cannot be written.
+        RunError: If the disk is full or cannot be written.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def disk_errors(path: Path, left: str = "nothing that was there is lost") -> Ite
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether an error, or one behind it, tells of a disk; writers of weights have errors of their own."""
+    """Whether an error, or one of its causes, comes from the disk; safetensors and torch raise their own."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in _ERRORS_OF_THE_DISK:
@@ -56,15 +56,15 @@ def _is_of_the_disk(error: BaseException) -> bool:
 
 
 def read_json(path: Path, kind: type[Value]) -> Value:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         path: The file.
-        kind: What that must be: dict or list.
+        kind: Required type of its value: dict or list.
 
     Raises:
-        InputError: If it cannot be read, is no JSON, or holds something else.
-        FileNotFoundError: If there is none.
+        InputError: If it cannot be read, is not JSON, or has a value of another type.
+        FileNotFoundError: If there is no such file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -78,18 +78,18 @@ def read_json(path: Path, kind: type[Value]) -> Value:
 
 
 def write_file_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one whole; of a link, what it leads to."""
+    """Write a file (of a link, its target) so that a kill leaves either the old or the new one whole."""
     write_lines_whole(path, [text])
 
 
 def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
-    """`write_file_whole` of lines as they come, which need not fit in memory together.
+    """Like `write_file_whole`, for lines that need not fit in memory together.
 
-    Until it is whole the file has a name that nothing else has, for what lies beside it may be the user's.
+    Until it is complete, the file has a unique name, so that no file of the user's beside it is overwritten.
 
     Args:
         path: The file.
-        lines: The lines, each with its end.
+        lines: The lines, line ends included.
     """
     path = path.resolve()
     partial = path.with_name(unfinished_name(path.name, secrets.token_hex(4)))
@@ -105,10 +105,10 @@ def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
 
 
 def unfinished_name(name: str, mark: str) -> str:
-    """The name of a file until it is whole.
+    """The temporary name of a file until it is complete.
 
     Args:
-        name: Its own name; of a long one the beginning, since names have a greatest length.
-        mark: What tells this writing from others; "*" gives the pattern of what stopped ones left.
+        name: Its final name, of which only the beginning is used, since file systems limit the length.
+        mark: Distinguishes this write from others; "*" gives a pattern that matches all leftovers.
     """
     return f".{name[:_MOST_OF_A_NAME]}.{mark}.partial"

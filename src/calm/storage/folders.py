@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, and never replace what a user would miss."""
+"""Output folders that appear complete or not at all, and never replace anything a user would miss."""
 
 import atexit
 import contextlib
@@ -18,12 +18,12 @@ _LEAVING, _ASIDE, _GONE = ".replacing", ".replaced", ".gone"
 
 
 def check_output(path: Path, replaces: FolderKind | None, kept: Collection[str] = ()) -> None:
-    """Raise InputError if the folder cannot be made, or holds anything that may not be replaced.
+    """Raise InputError if the folder cannot be created, or contains anything that may not be replaced.
 
     Args:
         path: The folder.
         replaces: Kind of folder that may be replaced; None if the folder must be new or empty.
-        kept: Names in it that are no matter.
+        kept: Names in it that are ignored.
     """
     if not path.name:
         raise InputError(f"the output folder '{path}' has no name of its own; give another.")
@@ -41,11 +41,11 @@ def check_output(path: Path, replaces: FolderKind | None, kept: Collection[str] 
 
 
 def check_spared(output: Path, needed: Sequence[str]) -> None:
-    """Raise InputError if what a command reads lies in the folder that it replaces.
+    """Raise InputError if anything that a command reads is inside the folder that it replaces.
 
     Args:
         output: The folder.
-        needed: Paths; names that are none are passed by.
+        needed: Paths; names that are not existing paths are ignored.
     """
     for name in needed:
         path = Path(name).resolve()
@@ -57,7 +57,7 @@ def check_spared(output: Path, needed: Sequence[str]) -> None:
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raise InputError if the file cannot be made, or is there and may not be overwritten."""
+    """Raise InputError if the file cannot be created, or exists and may not be overwritten."""
     if file := next((part for part in path.parents if part.is_file()), None):
         raise InputError(f"the output '{path}' cannot be a file: '{file}' is one, and no folder.")
     if path.is_dir():
@@ -74,12 +74,12 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def work_of(output: Path) -> Path:
-    """Where work for a prepared folder is kept."""
+    """The folder that keeps unfinished work for a prepared folder."""
     return output.with_name(f".{output.name}.work")
 
 
 def temporary_folder() -> Path:
-    """A new folder (see TMPDIR) that ends with this process."""
+    """Create a temporary folder (see TMPDIR) that is removed when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="calm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -87,13 +87,13 @@ def temporary_folder() -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
-    """Make a folder, and those above it; after an error, those that were made and are empty are removed."""
+    """Create a folder and its parents; after an error, remove those that were created and are empty."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for folder in made:  # From the inside out.
+        for folder in made:  # Innermost first.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
@@ -101,20 +101,20 @@ def new_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def emptied(path: Path, kept: Collection[str] = ()) -> Iterator[None]:
-    """Empty a folder for the block, and for good when that has ended well; else the folder is as it was.
+    """Empty a folder for the block: for good if the block succeeds, otherwise the contents are restored.
 
-    After a kill in the block what was there lies in `.replaced`, until `restore` or `discard_replaced`.
+    After a kill in the block, the old contents are in `.replaced` until `restore` or `discard_replaced`.
 
     Args:
         path: The folder.
-        kept: Names in it that are not touched, neither before nor after.
+        kept: Names in it that are never touched.
     """
     restore(path, kept)
     leaving = path / _LEAVING
     leaving.mkdir()
     for entry in _entries(path, kept):
         entry.rename(leaving / entry.name)
-    leaving.rename(path / _ASIDE)  # From here on all that was there lies in one place.
+    leaving.rename(path / _ASIDE)  # From here on, the old contents are complete in one place.
     try:
         yield
     except BaseException:
@@ -124,7 +124,7 @@ def emptied(path: Path, kept: Collection[str] = ()) -> Iterator[None]:
 
 
 def restore(path: Path, kept: Collection[str] = ()) -> None:
-    """Put back what a stopped command has moved aside; nothing happens where there was none.
+    """Put back what a stopped command had moved aside, if anything.
 
     Args:
         path: The folder that was emptied.
@@ -143,10 +143,11 @@ def restore(path: Path, kept: Collection[str] = ()) -> None:
 
 
 def discard_replaced(path: Path) -> None:
-    """Remove what was moved aside in a folder, if anything was."""
+    """Remove what was moved aside in a folder, if anything."""
     shutil.rmtree(path / _GONE, ignore_errors=True)
     if (path / _ASIDE).is_dir():
-        (path / _ASIDE).rename(path / _GONE)  # At once: what is half removed cannot be put back.
+        # Renamed first, since contents that are half removed must not be restored.
+        (path / _ASIDE).rename(path / _GONE)
         shutil.rmtree(path / _GONE, ignore_errors=True)
 
 
@@ -164,7 +165,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Path]:
-    """A folder to write in that becomes `path` when the block ends without an error.
+    """Provide a folder to write in, which becomes `path` when the block ends without an error.
 
     Until then nothing at `path` is touched, and after an error nothing is left behind.
 
@@ -173,14 +174,14 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
         replaces: Kind of folder that may be replaced; None if `path` must be new or empty.
 
     Raises:
-        InputError: If there is anything at `path` that may not be replaced, or another process writes it.
-        RunError: If the disk is full, or cannot be written.
+        InputError: If there is anything at `path` that may not be replaced, or another process writes there.
+        RunError: If the disk is full or cannot be written.
     """
     path = path.resolve() if path.is_symlink() else path
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     lock = path.with_name(f".{path.name}.lock")
     _check_left_behind(lock, partial, replaced)
-    if replaced.is_dir() and not path.exists():  # A kill between two renames.
+    if replaced.is_dir() and not path.exists():  # A process was killed between two renames.
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
     check_output(path, replaces)
@@ -193,7 +194,7 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
         partial.mkdir()
         try:
             yield partial
-            check_output(path, replaces)  # It took a while.
+            check_output(path, replaces)  # Again: something may have appeared meanwhile.
             write_checksums(partial)
             _put_in_place(partial, path, replaced)
         finally:
@@ -201,9 +202,9 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
 
 
 def _check_left_behind(lock: Path, *left: Path) -> None:
-    """Raise InputError if what a stopped command would have left is there, and none has left it.
+    """Raise InputError if leftovers of a stopped command seem to exist, but were not left by one.
 
-    A lock outlives the process that is killed, so what lies there without one is not ours to remove.
+    A killed process leaves its lock file behind, so anything there without one is not ours to remove.
     """
     if lock.exists():
         return
@@ -215,7 +216,7 @@ def _check_left_behind(lock: Path, *left: Path) -> None:
 
 
 def _put_in_place(partial: Path, path: Path, replaced: Path) -> None:
-    """Rename a finished folder; what was at the path goes."""
+    """Move a finished folder to its path, and remove what was there."""
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
@@ -229,6 +230,6 @@ def _put_in_place(partial: Path, path: Path, replaced: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path if nothing is there, else the first of NAME-2, NAME-3 and so on that is free."""
+    """The path if nothing exists there, else the first free one of NAME-2, NAME-3 and so on."""
     others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], others) if not name.exists())

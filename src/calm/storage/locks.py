@@ -1,4 +1,4 @@
-"""Locks that keep a second process out of a folder, and end with the process that holds them."""
+"""Locks that keep a second process out of a folder, released when the holding process ends."""
 
 import contextlib
 import errno
@@ -15,12 +15,12 @@ _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 @contextlib.contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold a lock for the block; its file is there meanwhile.
+    """Hold a lock for the duration of the block; its file exists meanwhile.
 
-    Where nothing can be written nothing can be spoilt, and there is no lock.
+    If the file cannot be written, neither can the folder, so no lock is needed and none is taken.
 
     Args:
-        file: The file; its folder exists.
+        file: The lock file, in an existing folder.
         what: What only one process may work on, for the message.
 
     Raises:
@@ -44,14 +44,14 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def nobody_at_work(run: Path) -> None:
-    """Raise InputError if a process is at work in a folder; not to be called by that process."""
+    """Raise InputError if another process is at work in a folder. Not to be called while holding its lock."""
     if (run / LOCK).is_file():
         with locked(run / LOCK, f"the run '{run}'"):
             pass
 
 
 def _give_back(file: Path, descriptor: int) -> None:
-    """Remove the file, then end the lock."""
+    """Remove the file, then release the lock."""
     for _ in range(10):
         try:
             with contextlib.suppress(OSError):
@@ -59,18 +59,18 @@ def _give_back(file: Path, descriptor: int) -> None:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
             return
-        except RuntimeError:  # torch tells of a worker that died wherever the program stands.
+        except RuntimeError:  # torch's signal handler raises at any point when a data worker has died.
             continue
 
 
 def _take(file: Path) -> int | None:
-    """A descriptor that holds the lock; None if another process has it."""
+    """Acquire the lock and return its file descriptor; None if another process holds it."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         if not _lock(descriptor):
             os.close(descriptor)
             return None
-        # Whoever held it before may have removed the file meanwhile.
+        # The previous holder may have removed the file meanwhile.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 os.ftruncate(descriptor, 0)
@@ -80,7 +80,7 @@ def _take(file: Path) -> int | None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take a lock that belongs to this process alone: those that it forks and leaves behind have no part."""
+    """Try to lock a file for this process alone: forked children that outlive it do not keep the lock."""
     try:
         if os.name == "nt":
             import msvcrt  # noqa: PLC0415 (of this system only)

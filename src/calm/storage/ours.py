@@ -1,4 +1,4 @@
-"""Which folders a command may replace: those that one of ours made, with nothing else in them."""
+"""Which folders a command may replace: those that a calm command wrote, with nothing else in them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from calm.errors import InputError
 from calm.storage.disk import unfinished_name
 from calm.storage.locks import LOCK
 
-_ANYTHING: dict[str, Any] = {"**": None}  # What was moved aside or not finished; it was looked at before.
+_ANYTHING: dict[str, Any] = {"**": None}  # For contents moved aside or unfinished, which were checked before.
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def _written(*names: str) -> dict[str, None]:
-    """Files that are written whole, and what stopped writings left; earlier versions named that otherwise."""
+    """Files that are written whole, and leftovers of stopped writes, also as earlier versions named them."""
     left = (name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial"))
     return dict.fromkeys((*names, *left))
 
 
-# Patterns of names. A file has None, a folder what may be in it.
+# Name pattern -> None for a file; for a folder, what may be in it.
 _TOKENIZER = dict.fromkeys(
     ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
      "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "checksums.json")
@@ -37,7 +37,7 @@ _PREPARED = dict.fromkeys(("prepared.json", "checksums.json")) | {
     "tokenizer": _TOKENIZER,
     "blocks": dict.fromkeys(("train-*.arrow", "validation-*.arrow", "*.arrow.sum", "tmp*")),
 }
-_SHARDS = dict.fromkeys(("*.distcp", ".metadata"))  # As torch parts a model among processes.
+_SHARDS = dict.fromkeys(("*.distcp", ".metadata"))  # torch's distributed checkpoints.
 _CHECKPOINT = _MODEL | dict.fromkeys(
     ("optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json",
      "training_args.bin", "position_*.json", "inputs.json", "pytorch_model*.bin")
@@ -77,13 +77,13 @@ _FINETUNED = (
 
 @dataclass(frozen=True)
 class FolderKind:
-    """Folders of which a command may replace one by another.
+    """A kind of folder that a command may replace by another of that kind.
 
     Args:
-        name: What such a folder holds, for messages.
-        sign: The file that tells one.
-        words: What that file says in every such folder.
-        parts: What may be in it.
+        name: What such a folder contains, for messages.
+        sign: The file by which such a folder is recognized.
+        words: Text that this file always contains.
+        parts: What may be in such a folder.
     """
 
     name: str
@@ -92,7 +92,7 @@ class FolderKind:
     parts: Mapping[str, Any]
 
     def is_made(self, folder: Path) -> bool:
-        """Whether the file that tells such a folder is there, and is one that we wrote."""
+        """Whether the folder has the file `sign`, as written by calm."""
         try:
             text = (folder / self.sign).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -109,15 +109,15 @@ MODEL = FolderKind("a model of calm", "config.json", ('"model_type": "calm',), _
 
 
 def check_replaceable(path: Path, kind: FolderKind) -> None:
-    """See that nothing is lost that a user would miss if a folder goes.
+    """Check that removing a folder loses nothing that the user would miss.
 
     Args:
         path: The folder.
-        kind: What the command makes.
+        kind: The kind of folder that the command writes.
 
     Raises:
-        InputError: If it is the current folder, a home, or above one of them; if it is of another kind; or if
-            it holds anything that is not part of that kind.
+        InputError: If it is or contains the current folder or the home folder; if it is of another kind; or
+            if it contains anything that is not part of that kind.
     """
     place = path.resolve()
     for kept, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
@@ -136,7 +136,7 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
 
 
 def _foreign(folder: Path, parts: Mapping[str, Any]) -> Iterator[Path]:
-    """What is in a folder and is not among its parts. Links are: what they lead to stays."""
+    """Yield what is in a folder but not among its parts. Links pass: removing one leaves its target alone."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name in _OF_DESKTOPS:
             continue
