@@ -1,1 +1,1 @@
-"""A CALM writes ahead, and another language model decides: its text, in fewer steps (docs/drafting.md)."""
+"""Speculative decoding: a CALM drafts and another model verifies, in fewer steps (docs/drafting.md)."""

@@ -1,6 +1,6 @@
-"""Texts of a model with a draft that come and go, each written in rounds of its own.
+"""A batch of texts generated with a draft: they join and leave at any time, and each has its own rounds.
 
-The interface is that of `calm.models.writing.batching.ChunkBatch`, so a server can have either.
+The interface is that of `calm.models.writing.batching.ChunkBatch`, so a server can use either.
 """
 
 from collections import deque
@@ -25,12 +25,12 @@ from calm.models.writing.rows import Failed, Row, Written
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSampler:
-    """How a model of tokens is drawn from.
+    """How a token-level model is sampled from.
 
     Args:
-        temperature: T from 0 on; 0 takes the likeliest token.
+        temperature: T from 0 to 2; 0 is greedy decoding.
         top_p: Keep the likeliest tokens that make up this probability.
-        min_p: Drop tokens less likely than this share of the likeliest.
+        min_p: Drop tokens whose probability is below this fraction of the likeliest token's.
     """
 
     temperature: float = 1.0
@@ -44,13 +44,13 @@ class TokenSampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether decoding is greedy."""
         return is_likeliest(self.temperature)
 
     def processors(self, model: PreTrainedModel, ids_1T: Tensor, budget: int) -> LogitsProcessorList:
-        """What becomes of a model's scores, as `generate` of transformers has it with these settings.
+        """The logits processors that transformers' `generate` uses with these settings.
 
-        That includes what the model's own generation configuration asks for, such as a repetition penalty.
+        They include those of the model's own generation configuration, such as a repetition penalty.
         """
         how: dict[str, Any] = {"do_sample": not self.is_greedy}
         if not self.is_greedy:
@@ -72,7 +72,7 @@ class TokenSampler:
 
 @dataclass(eq=False)
 class _Open:
-    """A row, and its text as soon as it is its turn."""
+    """A row, and its text once its first turn has come."""
 
     row: Row
     prompt: Sequence[int]
@@ -80,16 +80,16 @@ class _Open:
 
 
 class DraftedBatch:
-    """Writes its rows in turns, a round of one row at each step: passes of one text have the size of a few.
+    """Generates in turns, one round of one row per step: a pass for one text is as wide as a small batch.
 
-    With the same seed a row gets the same text in any company.
+    With the same seed, a row's text does not depend on the other rows.
 
     Args:
-        model: The model that decides.
+        model: The target model.
         draft: The CALM that drafts.
-        num_chunks: Chunks of a draft.
-        max_rows: Rows that are written in turns; others wait.
-        tokens_at_once: Tokens of a prompt that are read in one step.
+        num_chunks: Chunks per draft.
+        max_rows: Rows that take turns; others wait.
+        tokens_at_once: Prompt tokens that are read in one step.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class DraftedBatch:
     ) -> None:
         self._model, self._draft, self._num_chunks = model, draft, num_chunks
         self._max_rows, self._tokens_at_once = max_rows, tokens_at_once
-        self._rows: deque[_Open] = deque()  # In the order of their turns.
+        self._rows: deque[_Open] = deque()  # In order of their turns.
         self._waiting: deque[_Open] = deque()
         self._ends = ends_of_model(model)
 
@@ -118,15 +118,15 @@ class DraftedBatch:
         copy: int = 0,
         thoughts: Thoughts | None = None,
     ) -> Row:
-        """Take a row in.
+        """Add a row.
 
         Args:
             prompt: Its tokens, at least one.
             sampler: A `TokenSampler`.
-            budget: Most new tokens, at least 1.
-            seed: With the prompt and the copy it decides the text.
-            copy: Which of several texts of the same prompt and seed.
-            thoughts: None: they do not go with drafts.
+            budget: Maximum number of new tokens, at least 1.
+            seed: Determines the text, together with the prompt and the copy.
+            copy: Which of several texts with the same prompt and seed.
+            thoughts: Must be None: drafts do not support them.
         """
         assert thoughts is None and isinstance(sampler, TokenSampler)
         row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
@@ -134,7 +134,7 @@ class DraftedBatch:
         return row
 
     def step(self) -> list[Written | Failed]:
-        """Write the next row a round further; if it ends or fails it leaves."""
+        """Run a round of the next row, which leaves if it ends or fails."""
         while self._waiting and len(self._rows) < self._max_rows:
             self._rows.append(self._waiting.popleft())
         if not self._rows:
@@ -150,13 +150,13 @@ class DraftedBatch:
         return [] if written is None else [written]
 
     def drop(self, row: Row) -> None:
-        """Take a row out before its end; one that has left already is no matter."""
+        """Remove a row before its end; it may have left already."""
         row.has_ended = True
         self._rows = deque(one for one in self._rows if one.row is not row)
         self._waiting = deque(one for one in self._waiting if one.row is not row)
 
     def _advance(self, one: _Open) -> Written | None:
-        """What a round has written; None where it has read a piece of the prompt."""
+        """Run a round, or read a piece of the prompt and return None."""
         row, text = one.row, one.text
         if text is None:
             text = one.text = self._begun(one)
@@ -189,6 +189,6 @@ class DraftedBatch:
 
 
 def ends_of_model(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end a text of a model of tokens."""
+    """Tokens that end a token-level model's text."""
     own = model.generation_config
     return frozenset([*ends_of(model.config), *([] if own is None else ends_of(own))])

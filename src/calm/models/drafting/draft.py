@@ -1,4 +1,4 @@
-"""What a CALM drafts behind a text, which ends anywhere.
+"""Drafts of a CALM for a text, which may end inside a chunk.
 
 Shapes: G drafted tokens, K tokens per chunk, C chunks, D state size, V vocabulary.
 """
@@ -24,9 +24,9 @@ from calm.models.writing.slots import SlotCache
 from calm.models.writing.steps import SlotSteps
 
 TREE_TOKENS = 8
-"""More tokens are kept of a larger tree, and to read them takes longer (docs/log.md)."""
+"""More tokens of a larger tree are accepted, but reading it takes longer (docs/log.md)."""
 
-_FEW = 4  # So many chunks are read one after the other: a step costs less than a pass.
+_FEW = 4  # Up to this many chunks are read one by one: a step costs less than a pass.
 
 
 class Draft(NamedTuple):
@@ -34,8 +34,8 @@ class Draft(NamedTuple):
 
     Args:
         branches: The tokens.
-        distribution_at: Gives the distribution, (V,), that those behind the token at a place were drawn from,
-            without replacement; None if the head cannot tell, or had no say.
+        distribution_at: Returns the distribution, (V,), from which the children of a node were drawn without
+            replacement; None if the head cannot tell, or was not used.
     """
 
     branches: Branches = Branches()
@@ -51,22 +51,22 @@ class _Reading:
 
 
 class ChunkDrafter:
-    """Drafts what comes next in one text.
+    """Drafts the continuation of one text.
 
-    A CALM predicts whole chunks, and the text that is kept of a draft ends anywhere. So the text is read in
-    up to K alignments, each with padding of its own in front, as the model has seen it in training. Each has
-    its own cache, and is read on only when the text ends with one of its chunks.
+    A CALM predicts whole chunks, but accepted text may end inside a chunk. So the text is read in up to K
+    alignments, each with its own left padding, as the model has seen in training, and its own cache. An
+    alignment is read further only when the text ends on one of its chunk boundaries.
 
     Args:
         model: The CALM.
-        temperature: Of its draws. Any is right; that of the model that decides agrees with it most often.
-        num_chunks: Chunks of a draft.
-        num_draws: Draws that the most frequent chunk is taken from, for heads that take no temperature; at 1
-            a single one does.
-        lookup: Tokens at the end of the text that must have stood in it before, for a draft to be copied from
+        temperature: Sampling temperature. Any is valid; that of the target model is accepted most often.
+        num_chunks: Chunks per draft.
+        num_draws: Draws from which the most frequent chunk is taken, for heads that take no temperature; at
+            temperature 1, a single draw is enough.
+        lookup: Tokens at the end of the text that must have occurred before, for a draft to be copied from
             there (see `calm.models.drafting.lookup`); 0 copies nothing.
-        tree_tokens: Tokens of the first chunk's draft if it goes on in several ways, as heads draft it that
-            know their probabilities; 0 has one way.
+        tree_tokens: Tokens in the draft tree of the first chunk, for heads that know their probabilities; 0
+            drafts a single path.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class ChunkDrafter:
         generator: torch.Generator | None = None,
         in_branches: bool = False,
     ) -> Draft:
-        """What may come next; nothing where the draft's context is full.
+        """Draft what may come next; empty if the draft's context is full.
 
         Args:
-            text: All tokens so far. Of a text that was seen before, all but the tokens behind its end stay.
-            most: Tokens of the longest way, at most.
+            text: All tokens so far; between calls, tokens may only be appended.
+            most: Maximum length of a path.
             generator: Source of randomness, on the model's device.
-            in_branches: Whether the draft may go on in several ways.
+            in_branches: Whether the draft may be a tree.
         """
         if most > 0 and (copied := self._lookup.draft(text, most)):
             return Draft(Branches.line(copied))
@@ -114,14 +114,14 @@ class ChunkDrafter:
         if most < 1 or not self._has_room(text, num_chunks):
             return Draft()
         reading = self._read(text)
-        # What is drafted is written behind the text, where the next text overwrites it.
+        # Drafted chunks are written to the cache after the text, where later text overwrites them.
         state_1D, cache = reading.state_1D, reading.cache.shared()
         if not isinstance(self._model.head, TokenDistributions):
             return Draft(Branches.line(self._line(state_1D, cache, num_chunks, generator)[:most]))
         line = line_shape(size)
         shape = best_shape(self._tree_tokens, size) if in_branches and self._tree_tokens else line
         if num_chunks > 1:
-            shape = {**line, **shape}  # The next chunk follows a whole one.
+            shape = {**line, **shape}  # The next chunk needs a complete one before it.
         growing = Growing(self._model.head, self._sampler.temperature, self._ends, generator)
         for number in range(num_chunks):
             chunk_K = growing.add_chunk(state_1D, size, shape, most - number * size)
@@ -132,11 +132,11 @@ class ChunkDrafter:
 
     @torch.no_grad()
     def read_ahead(self, text: Sequence[int], most: int) -> bool:
-        """Read a piece of a text if it is long; whether the rest is short enough for a draft.
+        """Read a piece of a text if it is long; returns whether the rest is short enough for a draft.
 
         Args:
             text: All tokens so far.
-            most: Tokens of a piece.
+            most: Tokens per piece.
         """
         if not self._has_room(text, 1):
             return True  # Nothing will be drafted.
@@ -148,7 +148,7 @@ class ChunkDrafter:
         return False
 
     def _has_room(self, text: Sequence[int], num_chunks: int) -> bool:
-        """Whether so many chunks can be drafted behind a text; the last of them is not read."""
+        """Whether this many chunks can be drafted after a text; the last of them is not read."""
         size = self._model.config.chunk_size
         whole = -(-len(text) // size) * size
         return self._longest is None or whole + size * (num_chunks - 1) <= self._longest
@@ -156,7 +156,7 @@ class ChunkDrafter:
     def _line(
         self, state_1D: Tensor, cache: SlotCache, num_chunks: int, generator: torch.Generator | None
     ) -> list[int]:
-        """The next chunks as the head draws them, up to an end."""
+        """The next chunks as the sampler draws them, up to an end-of-text token."""
         tokens: list[int] = []
         while True:
             sample = self._model.sample_chunks(state_1D, self._sampler, generator, self._steps.compiled)
@@ -167,7 +167,7 @@ class ChunkDrafter:
             state_1D = self._steps.advance(sample.chunks_RK, cache)
 
     def _read(self, text: Sequence[int]) -> _Reading:
-        """Read on in the alignment in which the text ends with a chunk."""
+        """Read on in the alignment in which the text ends on a chunk boundary."""
         reading = self._reading_of(text)
         left_CK = self._unread(text, reading)
         if reading is not None and len(left_CK) <= _FEW:
@@ -177,33 +177,33 @@ class ChunkDrafter:
         return self._read_piece(text, reading, left_CK)
 
     def _read_piece(self, text: Sequence[int], reading: _Reading | None, piece_CK: Tensor) -> _Reading:
-        """Read chunks on in one pass."""
+        """Read more chunks in one pass."""
         cache = None if reading is None else reading.cache
         state_1D, cache = read_on(self._model, [piece_CK], [cache])
         reading = self._readings[-len(text) % self._model.config.chunk_size] = _Reading(cache, state_1D)
         return reading
 
     def _reading_of(self, text: Sequence[int]) -> _Reading | None:
-        """What has been read in the alignment in which the text ends with a chunk."""
+        """What has been read in the alignment in which the text ends on a chunk boundary."""
         return self._readings.get(-len(text) % self._model.config.chunk_size)
 
     def _unread(self, text: Sequence[int], reading: _Reading | None) -> Tensor:
-        """The chunks (C, K) that are left to read in an alignment."""
+        """The chunks (C, K) still to be read in an alignment."""
         config = self._model.config
         size, pad = config.chunk_size, config.pad_token_id or 0
         padding = -len(text) % size
-        # Only what is left is copied: a round costs the same however long the text is.
+        # Only what is left is copied, so a round costs the same however long the text is.
         if reading is None:
             left = [pad] * padding + list(text)
         else:
             left = list(text[reading.cache.lengths[0] * size - padding :])
         left_CK = torch.tensor(left, dtype=torch.long, device=self._model.device).unflatten(0, (-1, size))
-        # The model that decides may write tokens that the draft does not have.
+        # The target model may generate tokens outside the draft's vocabulary.
         return left_CK.masked_fill(left_CK >= config.vocab_size, pad)
 
 
 def _sampler_for(model: CalmForCausalLM, temperature: float, num_draws: int) -> Sampler:
-    """As the head draws, or where it takes no temperature, the most frequent chunk of some draws."""
+    """The head's own sampler, or if it takes no temperature, the most frequent chunk of several draws."""
     lowest, temperature = model.head.config.lowest_temperature, min(temperature, 1.0)
     if lowest < 1:
         is_likeliest = temperature < MIN_TEMPERATURE and lowest == 0

@@ -1,4 +1,4 @@
-"""Drafts in `generate` of transformers, with its processors, criteria and lengths.
+"""Drafts inside transformers' `generate`, with its logits processors, stopping criteria and length limits.
 
 Shapes: T tokens.
 """
@@ -22,7 +22,7 @@ from calm.models.drafting.text import DraftedText
 from calm.models.writing.alternatives import ends_of
 from calm.models.writing.arguments import num_texts
 
-# What `generate` takes that a draft does not go with, and what asks for nothing.
+# Arguments of `generate` that do not work with a draft, and their neutral values.
 _REFUSED = {
     "num_beams": (None, 1),
     "guidance_scale": (None, 1, 1.0),
@@ -36,7 +36,7 @@ _REFUSED = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
-# What transformers hands on itself; a text has a cache of its own whatever `use_cache` says.
+# Passed on by transformers itself; a text has its own cache whatever `use_cache` says.
 _OF_TRANSFORMERS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep", "use_cache")
 )
@@ -48,8 +48,8 @@ class DraftedOutput(ModelOutput):
 
     Args:
         sequences: The prompt with its continuation, shape (1, T + new).
-        num_rounds: Passes of the model that decided.
-        num_drafted: Tokens that were drafted, of each draft those of its longest way.
+        num_rounds: Forward passes of the target model.
+        num_drafted: Drafted tokens; of a tree, those of its longest path.
         num_accepted: Drafted tokens that were accepted.
     """
 
@@ -61,19 +61,19 @@ class DraftedOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Drafting:
-    """Lets a CALM draft what another model writes: `model.generate(ids, custom_generate=Drafting(calm))`.
+    """Lets a CALM draft for another model: `model.generate(ids, custom_generate=Drafting(calm))`.
 
-    The text has the distribution that the model gives it without a draft; written greedily, it is the same
-    text. Only the time differs, and with a seed the draws. One prompt at a time.
+    The text has the same distribution as without a draft; with greedy decoding, it is the same text. Only the
+    time differs and, for a given seed, the samples. One prompt at a time.
 
     Args:
-        draft: A CALM with the tokens of the model that writes.
-        num_chunks: Chunks of a draft.
+        draft: A CALM with the target model's tokens.
+        num_chunks: Chunks per draft.
         num_draws: See `ChunkDrafter`.
         lookup: See `ChunkDrafter`.
         tree_tokens: See `ChunkDrafter`.
-        streamer: Gets the prompt and the tokens. The one that `generate` is given does not come through.
-        generator: Source of randomness, on the model's device; torch's own where None.
+        streamer: Receives the prompt and the tokens; transformers does not pass on its own `streamer`.
+        generator: Source of randomness, on the model's device; torch's default generator if None.
     """
 
     draft: CalmForCausalLM
@@ -107,10 +107,10 @@ class Drafting:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | DraftedOutput:
-        """Write a text; transformers calls this with what it has made of the arguments of `generate`.
+        """Generate a text; transformers calls this after processing the arguments of `generate`.
 
         Raises:
-            ValueError: If the model or an argument does not go with drafts.
+            ValueError: If the model or an argument does not work with drafts.
         """
         check_model(model)
         self._check(model, input_ids, generation_config, model_kwargs)
@@ -139,7 +139,7 @@ class Drafting:
         return DraftedOutput(sequences, counts.rounds, counts.drafted, counts.accepted)
 
     def _write(self, text: DraftedText, criteria: StoppingCriteriaList, longest: int) -> int:
-        """Round after round, until a criterion is met; tokens up to there."""
+        """Run rounds until a stopping criterion is met; returns the text's length up to there."""
         while True:
             before = text.ids_1T.shape[1]
             new = text.round(longest - before)
@@ -185,19 +185,20 @@ def generate_drafted(
     seed: int | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Prompts with their continuations (B · copies, T + new), written one after the other.
+    """Prompts with their continuations (B · copies, T + new), generated one after another.
 
     Args:
-        model: The model that writes.
-        drafting: How it is drafted for.
+        model: The target model.
+        drafting: How to draft for it.
         input_ids: Prompts (B, T).
         attention_mask: (B, T), 1 on their tokens.
-        num_return_sequences: Texts of each prompt.
-        seed: With a prompt and its copies before it decides the text, in any batch; None is `drafting`'s own.
-        **arguments: Further ones of `generate` of transformers.
+        num_return_sequences: Texts per prompt.
+        seed: With a prompt and its earlier copies, determines the text in any batch; None uses
+            `drafting.generator`.
+        **arguments: Further arguments of transformers' `generate`.
 
     Raises:
-        ValueError: If the seed is no whole number, or `drafting` has a generator of its own beside it.
+        ValueError: If the seed is not a whole number, or `drafting` already has a generator.
     """
     if seed is not None and drafting.generator is not None:
         raise ValueError("a seed and a generator are two sources of randomness: give one of them.")

@@ -1,6 +1,6 @@
-"""A draft that goes on in several ways, as it grows token by token.
+"""A draft tree, as it grows token by token.
 
-Shapes: M places with candidates, C candidates, K tokens per chunk, D state size, V vocabulary.
+Shapes: M nodes with candidates, C candidates, K tokens per chunk, D state size, V vocabulary.
 """
 
 import heapq
@@ -17,27 +17,27 @@ from calm.models.heads import TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE, require_finite
 
 Way = tuple[int, ...]
-"""From where a chunk begins to a place in it: which of the candidates each token is, from 0 on."""
+"""A path from the start of a chunk to a node in it: which of the candidates each token is, from 0."""
 
-# How often the first, second, ... candidate at a place is the one that is kept (docs/log.md).
+# How often the first, second, ... candidate at a node is the accepted one (docs/log.md).
 _KEPT = (0.42, 0.11, 0.06, 0.04, 0.025, 0.02, 0.015, 0.01)
 
 
 def line_shape(depth: int) -> dict[Way, int]:
-    """A candidate at each place."""
+    """One candidate per node: a single path."""
     return {(0,) * number: 1 for number in range(depth)}
 
 
 @cache
 def best_shape(number: int, depth: int) -> Mapping[Way, int]:
-    """Numbers of candidates by place with which most tokens are kept, if they are as often as was measured.
+    """The tree with the most accepted tokens at the measured rates, as a number of candidates per node.
 
-    A way is then kept with the product of the probabilities of its tokens, and the best shape has the ways of
-    which that is highest (Chen et al., arXiv 2402.12374).
+    A path is accepted with the product of its tokens' rates, and the best tree consists of the paths with the
+    highest products (Chen et al., arXiv 2402.12374).
 
     Args:
-        number: Tokens in all.
-        depth: Tokens of the longest way, at most.
+        number: Tokens in total.
+        depth: Maximum length of a path.
     """
     shape: dict[Way, int] = {}
     ways: list[tuple[float, Way]] = [(-_KEPT[0], (0,))]
@@ -52,19 +52,19 @@ def best_shape(number: int, depth: int) -> Mapping[Way, int]:
 
 
 class _Tip(NamedTuple):
-    """A place behind which a draft may go on, and the tokens of its chunk so far."""
+    """A node where the draft may continue, and the tokens of its chunk so far."""
 
     place: int
     tokens: Sequence[int]
 
 
 class Growing:
-    """A draft as it grows.
+    """A growing draft tree.
 
     Args:
-        head: Tells distributions.
-        temperature: Of the draws; below 0.01 candidates are the likeliest.
-        ends: Nothing follows these tokens.
+        head: Provides the distributions.
+        temperature: Sampling temperature; below 0.01 the candidates are the likeliest tokens.
+        ends: Tokens that end a path.
         generator: Source of randomness.
     """
 
@@ -84,24 +84,24 @@ class Growing:
 
     @property
     def branches(self) -> Branches:
-        """What has grown."""
+        """The tree so far."""
         return Branches(self._tokens, self._parents)
 
     def distribution_at(self, place: int) -> Tensor:
-        """The distribution, (V,), that the tokens behind a place were drawn from."""
+        """The distribution, (V,), from which the children of a node were drawn."""
         return self._distributions[place]
 
     def add_chunk(self, state_1D: Tensor, size: int, shape: Mapping[Way, int], most: int) -> Tensor | None:
-        """Let a chunk grow behind the first candidates of the one before.
+        """Grow a chunk after the first candidates of the previous one.
 
         Args:
-            state_1D: State of the chunk before.
+            state_1D: State of the previous chunk.
             size: Tokens per chunk K.
-            shape: Numbers of candidates by place.
-            most: Tokens of the longest way, at most.
+            shape: Number of candidates at each node.
+            most: Maximum length of a path.
 
         Returns:
-            Its first candidates, (K,), if these are a chunk that another may follow.
+            Its first candidates, (K,), if they form a chunk that another may follow.
         """
         level: dict[Way, _Tip] = {(): _Tip(self._last, ())}
         for _ in range(min(size, most)):
@@ -132,10 +132,10 @@ class Growing:
         return _Tip(len(self._tokens) - 1, [*tip.tokens, token])
 
     def _distributions_of(self, state_1D: Tensor, tokens: Sequence[Sequence[int]], size: int) -> Tensor:
-        """Of the tokens behind the first ones of a chunk, (M, V)."""
+        """Distributions of the tokens after the first ones of a chunk, (M, V)."""
         place = len(tokens[0])
         chunks_MK = torch.tensor([[*one, *[0] * (size - place)] for one in tokens], device=state_1D.device)
-        # The likeliest tokens are so at any temperature.
+        # Temperature does not change which tokens are likeliest.
         temperature = self._temperature if self._temperature >= MIN_TEMPERATURE else 1.0
         states_MD = state_1D.expand(len(tokens), -1)
         of_tips_MV = self._head.token_distribution(states_MD, chunks_MK, place, temperature)

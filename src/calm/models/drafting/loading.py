@@ -1,4 +1,4 @@
-"""The CALM that drafts, with a look at whether it has the tokens of the model that decides."""
+"""Loads the draft, and checks that its tokens are those of the target model."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,15 +11,15 @@ from calm.text.vocabulary import first_difference
 
 
 def load_draft(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CalmForCausalLM:
-    """A CALM on the device of a model that it may draft for.
+    """Load a CALM as the draft for a model, onto its device.
 
     Args:
         name: Folder or hub name of the CALM.
-        model: The model that decides.
+        model: The target model.
         tokenizer: Its tokenizer.
 
     Raises:
-        InputError: If the draft is missing or no CALM, has other tokens, or the model goes with no draft.
+        InputError: If the draft is missing, not a CALM or has other tokens, or the model supports no drafts.
     """
     if isinstance(model, CalmForCausalLM):
         raise InputError("a CALM writes whole chunks itself; a draft is for models of tokens.")

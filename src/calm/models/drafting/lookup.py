@@ -1,35 +1,35 @@
-"""Drafts copied from the text itself: what came after the same tokens before.
+"""Prompt lookup: drafts copied from the text itself, from what followed the same tokens earlier.
 
-Known as prompt lookup (Saxena, github.com/apoorvumang/prompt-lookup-decoding). Texts that repeat themselves,
-and prompts that are quoted, are drafted for nothing.
+After Saxena (github.com/apoorvumang/prompt-lookup-decoding). Repetitive text, and quotations from the prompt,
+are drafted at no cost.
 """
 
 from collections.abc import Sequence
 
 MOST, LONGEST = 10, 40
-"""Tokens that are copied, at most; twice as many after a copy that was kept whole, up to the longest."""
+"""Maximum number of copied tokens. It doubles after a copy that was accepted in full, up to the longest."""
 
 
 class Lookup:
-    """Finds where the end of one text stood before.
+    """Finds earlier occurrences of the end of one text.
 
     Args:
-        length: Tokens at the end that must be the same; 0 finds nothing.
+        length: Tokens at the end that must match; 0 finds nothing.
     """
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._ends: dict[tuple[int, ...], int] = {}  # Of tokens that something followed: where that began.
+        self._ends: dict[tuple[int, ...], int] = {}  # Last tokens -> index of what followed them.
         self._seen = length
-        self._copied: tuple[int, list[int]] = (0, [])  # Where the last copy was put, and what it was.
+        self._copied: tuple[int, list[int]] = (0, [])  # Index and tokens of the last copy.
         self._most = MOST
 
     def draft(self, text: Sequence[int], most: int) -> Sequence[int]:
-        """What followed the last tokens where they stood last, again and again; nothing if they are new.
+        """What followed the last tokens at their latest earlier occurrence, repeated; empty if they are new.
 
         Args:
-            text: All tokens so far. Of a text that was seen before, tokens are only added.
-            most: Tokens of the draft, at most.
+            text: All tokens so far; between calls, tokens may only be appended.
+            most: Maximum number of draft tokens.
         """
         if self._length == 0 or len(text) < self._length:
             return ()
@@ -42,7 +42,7 @@ class Lookup:
         first, copied = self._copied
         is_kept = len(copied) == self._most and list(text[first : first + len(copied)]) == copied
         self._most = min(2 * self._most, LONGEST) if is_kept else MOST
-        # What repeats itself may be shorter than the copy, which then repeats it again.
+        # The period may be shorter than the copy, which then repeats it.
         period = len(text) - begin
         self._copied = len(text), [text[begin + number % period] for number in range(min(most, self._most))]
         return self._copied[1]

@@ -1,6 +1,6 @@
-"""Passes of the model that decides over one text and what is drafted behind it, of which some is taken back.
+"""Forward passes of the target model over one text and a draft, and rollback of rejected tokens.
 
-Shapes: G drafted tokens, S places that are read, T tokens, V vocabulary.
+Shapes: G drafted tokens, S positions that are read, T tokens, V vocabulary.
 """
 
 import inspect
@@ -22,7 +22,7 @@ class TextPasses:
     """What a model has read of one text.
 
     Args:
-        model: A causal language model of transformers for which `check_model` raises nothing.
+        model: A causal language model of transformers that passes `check_model`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,24 +34,24 @@ class TextPasses:
         self.takes_branches = takes_branches(model)
 
     def __len__(self) -> int:
-        """Tokens that have been read."""
+        """Number of tokens that have been read."""
         return self._cache.get_seq_length()
 
     def read(self, tokens: Sequence[int], branches: Branches = _NO_BRANCHES) -> Tensor:
-        """Read tokens on, and what is drafted behind them.
+        """Read more tokens, and a draft after them.
 
         Args:
             tokens: At least one.
-            branches: A line, unless the model takes branches.
+            branches: The draft; a single path, unless the model takes trees.
 
         Returns:
-            Scores (1 + G, V) of the token behind the last one, and behind each that is drafted.
+            Logits (1 + G, V) of the token after the last one, and after each drafted token.
         """
         device, first, last = self._model.device, len(self), len(self) + len(tokens)
         ids_1S = torch.tensor([[*tokens, *branches.tokens_G]], device=device)
         num_places = 1 + len(branches)
         more: dict[str, Any] = {"logits_to_keep": num_places} if self._takes_last else {}
-        if self._takes_positions:  # As `generate` gives them, whatever a model's own would be.
+        if self._takes_positions:  # As `generate` passes them, whatever a model's default would be.
             position_S = [*range(first, last), *(last + depth for depth in branches.depths)]
             more["position_ids"] = torch.tensor([position_S], device=device)
         if not branches.is_line:
@@ -60,11 +60,11 @@ class TextPasses:
         return scores_1SV[0, -num_places:]
 
     def roll_back(self, number: int, but: Sequence[int] = ()) -> None:
-        """Take back what was read last.
+        """Remove the last positions from the cache.
 
         Args:
-            number: Places, of these the last that were read.
-            but: Which of those stay, counted from 0; each of them follows the one before.
+            number: How many positions.
+            but: Which of these to keep, counted from 0; each follows the one before, as on a path.
         """
         if list(but) != list(range(len(but))):
             first = len(self) - number
@@ -76,23 +76,23 @@ class TextPasses:
             self._cache.crop(len(but) - number)
 
     def _mask(self, number: int, branches: Branches) -> Tensor:
-        """Who sees whom, (1, 1, S, T + S): what came before, and of branches what each token follows.
+        """Attention mask (1, 1, S, T + S): causal, and inside the draft each token sees its ancestors.
 
         Args:
-            number: Tokens before the branches.
-            branches: The branches.
+            number: Tokens before the draft.
+            branches: The draft.
         """
         first, size = len(self), number + len(branches)
         sees = torch.ones(size, first + size, dtype=torch.bool).tril(first)
         sees[number:, first + number :] = branches.sees()
         if self._attention == "sdpa":
             return sees[None, None]
-        dtype = self._model.dtype  # "eager" adds a mask to its scores.
+        dtype = self._model.dtype  # "eager" adds the mask to its scores.
         return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose cache cannot be cut back to what is kept of a draft."""
+    """Raise ValueError for a model whose cache cannot be rolled back to the accepted tokens."""
     name = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate() or model._is_stateful:
         raise ValueError(f"a draft is for causal language models with attention, not for a {name}.")
@@ -106,15 +106,15 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def takes_branches(model: PreTrainedModel) -> bool:
-    """Whether a model reads drafts that go on in several ways as it would read each of them."""
+    """Whether a model reads a draft tree as it would read each of its paths."""
     config = model.config.get_text_config(decoder=True)
-    # Attention behind transformers' interface looks at the mask and the positions that it is given; others
-    # may count places themselves, as local attention and linear biases do. Flash attention takes no mask.
+    # Attention behind transformers' interface uses the mask and positions that it is given; other kinds may
+    # count positions themselves, as local attention and linear biases do. Flash attention takes no mask.
     is_plain = model._supports_attention_backend and config._attn_implementation in ("eager", "sdpa")
     return is_plain and "position_ids" in _arguments(model)
 
 
 def _arguments(model: PreTrainedModel) -> set[str]:
-    """What a pass of a model takes by name; what a class hands on to its parent included."""
+    """Argument names of a model's forward pass, including those that a class passes on to its parent."""
     passes = [vars(one)["forward"] for one in type(model).__mro__ if "forward" in vars(one)]
     return {name for one in passes for name in inspect.signature(one).parameters}

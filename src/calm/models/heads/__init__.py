@@ -1,7 +1,7 @@
-"""Generative heads: a state of the backbone -> draws of the next chunk.
+"""Generative heads: backbone state -> draws of the next chunk.
 
-A head is one file with a configuration dataclass and a module, joined in the registry under the name that
-`head_type` carries in a checkpoint. docs/heads.md shows how to add one.
+A head is one file with a configuration dataclass and a module, registered under the name that checkpoints
+store as `head_type`. docs/heads.md shows how to add one.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ register_head("decoder", DecoderHeadConfig, DecoderHead)
 register_head("coarse_to_fine", CoarseToFineHeadConfig, CoarseToFineHead)
 register_head("parallel", ParallelHeadConfig, ParallelHead)
 
-# Names of version 0.1, for one version.
+# Names from version 0.1; the hints stay for one version.
 _RENAMED = {
     "HeadWork": "HeadFlops, which counts FLOPs, two for each multiply-add",
     "TokenChances": "TokenProbabilities",

@@ -1,9 +1,9 @@
-"""The categorical flow head: flow matching to codes of tokens, trained by cross-entropy (docs/heads.md).
+"""The categorical flow head: flow matching to token codes, trained by cross-entropy (docs/heads.md).
 
-It predicts no velocity but the distribution of each token at the end of the path; the velocity follows from
-it. What the point itself says of its token is known in closed form and added (see `calm.core.categorical`),
-so that the network learns the distribution of a token given the hidden state and the noisy tokens beside it,
-and nothing else.
+Instead of a velocity it predicts the distribution of each token at the end of the path, from which the
+velocity follows. The evidence that a point itself gives about its token is known in closed form and added
+(see `calm.core.categorical`), so the network only has to learn the distribution of a token given the hidden
+state and the noisy codes of the other tokens.
 
 Shapes: N draws, P positions, K tokens per chunk, D hidden size, Z latent size, V vocabulary, r rank.
 """
@@ -34,12 +34,12 @@ class CategoricalFlowHeadConfig(TokenHeadConfig, StepHeadConfig):
     Args:
         head_type: Always "categorical_flow".
         num_blocks: Residual blocks.
-        num_draws: Points N of a position in the loss, each with a time and noise of its own.
-        num_steps: Network calls of a draw, at least 2.
-        frequency_size: Sines and cosines of a time.
+        num_draws: Points N per position in the loss, each with its own time and noise.
+        num_steps: Network calls per draw, at least 2.
+        frequency_size: Number of sines and cosines in the time embedding.
         layer_norm_eps: Epsilon of the norms.
 
-    The others are those of `TokenHeadConfig`.
+    For the other fields, see `TokenHeadConfig`.
     """
 
     head_type: str = "categorical_flow"
@@ -50,15 +50,15 @@ class CategoricalFlowHeadConfig(TokenHeadConfig, StepHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_steps < 2:  # A single one ends at the mean of all codes.
+        if self.num_steps < 2:  # A single step would end at the mean of the codes.
             raise ValueError(f"num_steps must be at least 2, got {self.num_steps}.")
 
     def output_size(self, latent_size: int) -> int:
-        """See `StepHeadConfig`: a vector for each token."""
+        """See `StepHeadConfig`: a vector per token."""
         return self.chunk_size * self.rank
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; with the scores of the vocabulary, and the mean code that they give."""
+        """See `HeadConfig`; includes the vocabulary logits, and the mean code computed from them."""
         network = super().flops(hidden_size, latent_size)
         code = latent_size // self.chunk_size
         direct = 2 * hidden_size * self.output_size(latent_size)
@@ -73,30 +73,30 @@ class CategoricalFlowHeadConfig(TokenHeadConfig, StepHeadConfig):
 
 
 class CategoricalFlowNoise(NamedTuple):
-    """All randomness of one loss: starting points (N, P, Z), times as shares of the last one (N, P)."""
+    """All randomness of one loss: starting points (N, P, Z), times as fractions of the last one (N, P)."""
 
     start: Tensor
     time: Tensor
 
 
 class CategoricalFlowHead(TokenHead, StepHead):
-    """Sampler that follows the mean code of the tokens a point may lead to."""
+    """Sampler that follows the expected codes of the tokens, given the current point."""
 
     config: CategoricalFlowHeadConfig
 
     def __init__(self, config: CategoricalFlowHeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
-        # Straight from the hidden state: the network meets it only as a scale and shift of its norms.
+        # A direct path: otherwise the hidden state only scales and shifts the network's norms.
         self.direct = ZeroLinear(hidden_size, config.output_size(latent_size))
         self.scores = PartedLinear(config.rank, config.vocab_size)
         self.code_size = latent_size // config.chunk_size
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """The hidden state as the network takes it, and its direct part of tokens' vectors, (P, D + K·r)."""
+        """The network's condition, and the state's direct contribution to token vectors, (P, D + K·r)."""
         return torch.cat([super().prepare(states_PD), self.direct(states_PD)], dim=-1)
 
     def _loss(self, states_PD: Tensor, target: Target, noise: CategoricalFlowNoise) -> Tensor:
-        """Mean cross-entropy of the chunk's tokens at N points of every position, in nats, shape (P,)."""
+        """Mean cross-entropy of the chunk's tokens at N points per position, in nats, shape (P,)."""
         codes_PZ = target.posterior_PZ.mean
         time_NP = last_time(self.code_size, self.config.vocab_size) * noise.time
         points_NPZ = torch.lerp(noise.start, codes_PZ.to(noise.start.dtype), time_NP.unsqueeze(-1))
@@ -108,12 +108,12 @@ class CategoricalFlowHead(TokenHead, StepHead):
     def draw_noise(
         self, num_positions: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> CategoricalFlowNoise:
-        """See `GenerativeHead`. Times are spread evenly from a random beginning, which lowers variance."""
+        """See `GenerativeHead`. Times are evenly spread from a random offset, which lowers the variance."""
         shape = (self.config.num_draws, num_positions)
         start_NPZ = torch.randn((*shape, self.latent_size), generator=generator, device=device)
         beginning = torch.rand((), generator=generator, device=device).cpu().double()
         number_NP = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
-        time_NP = (beginning + _GOLDEN_RATIO * number_NP) % 1  # In double: some devices have none.
+        time_NP = (beginning + _GOLDEN_RATIO * number_NP) % 1  # On the CPU: some devices lack float64.
         return CategoricalFlowNoise(start_NPZ, time_NP.float().to(device))
 
     def draw_latents(
@@ -126,8 +126,8 @@ class CategoricalFlowHead(TokenHead, StepHead):
     ) -> Tensor:
         """See `LatentHead`; recorded noise is standard normal, of shape (N, P, Z).
 
-        Below T = 1 each token's distribution, given what its neighbors have become so far, is sharpened. As
-        with a model of tokens this is not the distribution of whole chunks to the power 1/T.
+        Below T = 1, each token's distribution given the current state of its neighbors is sharpened. As in a
+        token-level model, this is not the distribution of whole chunks to the power 1/T.
         """
         table_VX, codes_VC = self._table(), self._codes()
 
@@ -143,11 +143,11 @@ class CategoricalFlowHead(TokenHead, StepHead):
         return follow_endpoints(endpoint, start_NPZ, times)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet codes, times or the vocabulary."""
+        """The layers that touch codes, times or the vocabulary."""
         return [*super().boundary_layers(), self.direct, self.scores]
 
     def _features(self, points_NPZ: Tensor, time: Tensor, prepared_P: Tensor, temperature: float) -> Tensor:
-        """What the rows of `_table` are multiplied with to give scores of tokens, (N, P, K, r + d + 1)."""
+        """Vectors whose products with the rows of `_table` are the logits, (N, P, K, r + 1 + d)."""
         size = self.config.chunk_size
         split = prepared_P.shape[-1] - self.direct.out_features
         condition_PD, direct_PX = prepared_P[:, :split], prepared_P[:, split:]
@@ -155,15 +155,15 @@ class CategoricalFlowHead(TokenHead, StepHead):
         vectors_NPKR = vectors_NPX.unflatten(-1, (size, -1))
         evidence_NPKC = evidence(points_NPZ.unflatten(-1, (size, -1)), time)
         one_NPK1 = torch.ones_like(vectors_NPKR[..., :1])
-        learned = torch.cat([vectors_NPKR, one_NPK1], dim=-1) / temperature  # Evidence has no temperature.
+        learned = torch.cat([vectors_NPKR, one_NPK1], dim=-1) / temperature  # Not the evidence.
         return torch.cat([learned, evidence_NPKC], dim=-1).to(self.scores.weight.dtype)
 
     def _table(self) -> Tensor:
-        """A row for each token: its learned vector and bias, and its code, (V, r + 1 + d)."""
+        """One row per token: its learned vector and bias, and its code, (V, r + 1 + d)."""
         weight_VR, bias_V = self.scores.weight, self.scores.bias
         return torch.cat([weight_VR, bias_V.unsqueeze(-1), self._codes()], dim=-1)
 
     def _codes(self) -> Tensor:
-        """The codes, (V, d), where the head is and in its type: it may be a copy without the autoencoder."""
+        """The codes, (V, d), with the head's dtype and device, which may differ from the autoencoder's."""
         (autoencoder,) = self._autoencoder
         return autoencoder.get_input_embeddings().weight.to(self.scores.weight)  # type: ignore[operator]

@@ -1,13 +1,14 @@
 """The coarse-to-fine head: the classes of all tokens of a chunk, then all tokens at once.
 
-Tokens are in classes (`calm.core.classes`). A network reads the state and the chunk before once, and gives a
-vector for each place. By these the classes are drawn one after another: what the classes so far add is from
-a table, so a step is a sum and the scores of C classes. A second network then reads all K classes, and every
-token is drawn from its class, all of them at the same time. So a chunk takes two calls of a network whatever
-K is, and -log P(chunk) is known exactly; the distribution of a token given only those before it is not.
+Tokens are grouped in classes (`calm.core.classes`). A network reads the state and the previous chunk once,
+and outputs a vector per token. From these the classes are drawn one after another: what the classes drawn so
+far contribute comes from a table, so a step is a sum and the logits of C classes. A second network then reads
+all K classes, and each token is drawn from its class, all at the same time. So a chunk takes two network
+calls whatever K is, and -log P(chunk) is exact; the distribution of a token given only those before it is not
+available.
 
-Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token's embedding, F of a
-class's, H size of what meets the classes, r rank, C classes, G tokens of a class.
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token embedding, F size of a
+class embedding, H size of the vector before the class logits, r rank, C classes, G tokens per class.
 """
 
 from dataclasses import dataclass
@@ -32,12 +33,12 @@ class CoarseToFineHeadConfig(TokenClassesConfig):
 
     Args:
         head_type: Always "coarse_to_fine".
-        num_classes: Classes of tokens, at least 2.
-        num_fine_blocks: Residual blocks of the network after them.
-        class_embedding_size: Size of the embedding of a class.
-        class_rank: Size of what meets the classes H.
+        num_classes: Number of token classes, at least 2.
+        num_fine_blocks: Residual blocks of the second network.
+        class_embedding_size: Size of a class embedding.
+        class_rank: Size H of the vector before the class logits.
 
-    The others are those of `TokenClassesConfig`; `num_blocks` are those of the network before the classes.
+    For the other fields, see `TokenClassesConfig`; `num_blocks` is for the first network.
     """
 
     head_type: str = "coarse_to_fine"
@@ -56,11 +57,11 @@ class CoarseToFineHeadConfig(TokenClassesConfig):
 
     @property
     def fine_size(self) -> int:
-        """What the second network reads: the chunk before, and all classes."""
+        """Input size of the second network: the previous chunk, and all classes."""
         return self.chunk_size * (self.token_size + self.class_embedding_size)
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
+        """See `HeadConfig`; training has one draw: the true chunk, all of its tokens at once."""
         size = self.chunk_size
         coarse = multiply_adds(hidden_size, self.extra_state_size, self.class_rank, size, self.num_blocks)
         shared, fine = multiply_adds(hidden_size, self.fine_size, self.rank, size, self.num_fine_blocks)
@@ -72,7 +73,7 @@ class CoarseToFineHeadConfig(TokenClassesConfig):
 class CoarseToFineHead(TokenClassesHead):
     """Draws the classes of a chunk, then its tokens.
 
-    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+    Its states are the backbone's, followed by its own embeddings of the previous chunk, (P, D + K·E).
 
     Args:
         config: Fields of the head.
@@ -86,7 +87,7 @@ class CoarseToFineHead(TokenClassesHead):
         super().__init__(config, hidden_size, latent_size)
         size, eps = config.chunk_size, config.layer_norm_eps
         self.embed_classes = nn.Embedding(config.num_filled_classes, config.class_embedding_size)
-        # What a class adds at each distance behind it; distances of K and more do not occur.
+        # What a class adds at each distance after it, which is less than K.
         self.embed_earlier = nn.Embedding(max(1, size - 1) * config.num_filled_classes, config.class_rank)
         self.coarse = PlaceNetwork(
             hidden_size, config.extra_state_size, config.class_rank, size, config.num_blocks, eps
@@ -97,11 +98,11 @@ class CoarseToFineHead(TokenClassesHead):
         self._add_scores(config.class_rank)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet embeddings or the vocabulary."""
+        """The layers that touch embeddings or the vocabulary."""
         return [*self.coarse.boundary_layers(), *self.fine.boundary_layers(), *self._score_layers()]
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """The first network's vectors, what the second one shares, and the chunk before, as one row."""
+        """The first network's vectors, the second's shared part, and the previous chunk, concatenated."""
         state_PD, before_PX = self._parts(states_PD)
         vectors_PKH = self.coarse(state_PD, before_PX)
         return torch.cat([vectors_PKH.flatten(1), self.fine.prepare(state_PD), before_PX], dim=-1)
@@ -127,7 +128,7 @@ class CoarseToFineHead(TokenClassesHead):
         return tokens_M.view_as(classes_NPK)
 
     def _draw_classes(self, vectors_PKH: Tensor, uniform_NPK: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes of all places, (N, P, K), each given those before it, and numbers that must be finite."""
+        """Classes of all tokens, (N, P, K), each given those before it, and numbers that must be finite."""
         classes, checked = list[Tensor](), list[Tensor]()
         for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
             vectors_NPH = vectors_PKH[:, place].expand(*uniform_NP.shape, -1)
@@ -160,10 +161,10 @@ class CoarseToFineHead(TokenClassesHead):
         return (of_class_M + of_token_M).view_as(places_PK).mean(-1)
 
     def _earlier(self, classes: Tensor, distance: int) -> Tensor:
-        """What classes add to the vectors of the places so much further behind them."""
+        """What classes add to the vectors at a distance after them; 0 is the next token."""
         return self.embed_earlier(distance * self.config.num_filled_classes + classes)
 
     def _fine_inputs(self, before_PX: Tensor, classes: Tensor) -> Tensor:
-        """The chunk before, and all classes, (..., P, K·(E + F))."""
+        """The previous chunk, and all classes, (..., P, K·(E + F))."""
         before = before_PX.expand(*classes.shape[:-1], -1)
         return torch.cat([before, self.embed_classes(classes).flatten(-2)], dim=-1)

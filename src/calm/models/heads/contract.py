@@ -1,7 +1,7 @@
-"""The contract of a generative head: states of the backbone -> draws of the next chunk, and a training loss.
+"""The contract of a generative head: backbone states -> draws of the next chunk, and a training loss.
 
-A head draws latents, which the autoencoder decodes (`LatentHead`), or tokens (`GenerativeHead` itself). It
-has a likelihood if it fulfils `Likelihood` as well.
+A head draws latents, which the autoencoder decodes (`LatentHead`), or tokens (`GenerativeHead` itself). A
+head with a likelihood also implements `Likelihood`.
 
 Shapes: B batch, C chunks, K tokens per chunk, P positions, D state size, Z latent size, N draws.
 """
@@ -22,14 +22,14 @@ from calm.errors import NotFiniteError
 from calm.models.heads.fields import HeadConfig, refuse_old_names
 
 MIN_TEMPERATURE = 0.01
-"""The lowest temperature at which probabilities are asked for: scores are divided by it."""
+"""The lowest temperature at which probabilities are computed: logits are divided by it."""
 
 
 class Target(NamedTuple):
-    """What a loss compares with, at P positions.
+    """Training targets at P positions.
 
     Args:
-        posterior_PZ: Distribution of the next latent under the frozen autoencoder.
+        posterior_PZ: The frozen autoencoder's posterior of the next latent.
         tokens_PK: Tokens of the next chunk.
     """
 
@@ -38,10 +38,10 @@ class Target(NamedTuple):
 
 
 class GenerativeHead(nn.Module, abc.ABC):
-    """Turns states into draws of the next chunk, and knows its own training loss.
+    """Turns states into draws of the next chunk, and computes its own training loss.
 
-    Layers start as normal matrices with zero biases, norms as the identity; for a layer that starts with
-    zero weights there is `calm.models.blocks.ZeroLinear`.
+    Layers are initialized with normally distributed weights and zero biases, norms to the identity; for a
+    layer that starts at zero, use `calm.models.blocks.ZeroLinear`.
 
     Args:
         config: Fields of the head.
@@ -70,7 +70,7 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """What all draws of a position share, computed once: any tensor with a first axis P."""
+        """Compute what all draws of a position share, once: any tensor with a first axis P."""
 
     @abc.abstractmethod
     def draw_chunks(
@@ -79,29 +79,29 @@ class GenerativeHead(nn.Module, abc.ABC):
         """Independent draws of the next chunk, token ids (N, P, K).
 
         Args:
-            prepared_P: Positions as `prepare` gives them, or some of them.
+            prepared_P: Output of `prepare`, or some of its rows.
             num_draws: Number of draws N.
-            randomness: Source of the noise: one generator, or one for each position.
-            temperature: From the configuration's `lowest_temperature` to 1, at the cost of a draw at 1.
+            randomness: Source of the noise: one generator, or one per position.
+            temperature: From the configuration's `lowest_temperature` to 1; a draw costs the same at each.
 
         Raises:
-            ValueError: If the head does not take the temperature, or its weights are damaged.
+            ValueError: If the head does not support the temperature, or its weights are damaged.
         """
 
     @abc.abstractmethod
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
-        """Training loss of every position, (P,), with the noise of `draw_noise`."""
+        """Training loss of each position, (P,), given the noise from `draw_noise`."""
 
     def loss(
         self, states_PD: Tensor, target: Target, noise: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Training loss of every position, (P,).
+        """Training loss of each position, (P,).
 
         Args:
-            states_PD: States of the chunks before.
-            target: What is predicted.
-            noise: All randomness, as `draw_noise` gives it; fresh when None.
-            generator: Source of fresh noise; the default generator when None.
+            states_PD: States of the preceding chunks.
+            target: What to predict.
+            noise: All the randomness, from `draw_noise`; sampled here if None.
+            generator: Source of noise sampled here; the default generator if None.
         """
         if noise is None:
             noise = self.draw_noise(len(states_PD), generator, states_PD.device)
@@ -110,51 +110,52 @@ class GenerativeHead(nn.Module, abc.ABC):
     def draw_noise(
         self, num_positions: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Any:
-        """All randomness of one loss: a named tuple of tensors with the positions as second axis, or of None.
+        """Sample all the randomness of one loss; None if the loss has none.
 
-        Training draws it for each block by itself, so that it does not depend on the blocks beside it. None
-        where the loss has no randomness.
+        The result is a named tuple of tensors whose second axis is the positions; a field may be None.
+        Training samples it separately for each block, so it does not depend on the other blocks of a batch.
         """
         return None
 
     def attach(self, autoencoder: nn.Module) -> None:
-        """Get to know the frozen autoencoder of the model, once, before its weights are loaded."""
+        """Receive the model's frozen autoencoder; called once, before its weights are loaded."""
         return
 
     def attach_backbone(self, backbone: nn.Module) -> None:
-        """Get to know the model's backbone, whose `embed_tokens` may be shared, as `attach` does."""
+        """Receive the model's backbone, as with `attach`; the head may share its `embed_tokens`."""
         return
 
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
-        """Start from how often each token occurs in the training text; a new model's head is asked once.
+        """Initialize from token frequencies in the training text; called once, for a new model.
 
         Args:
-            count_tokens: Counts them, (V,); V may be less than the head's vocabulary, if that is another's.
+            count_tokens: Returns the counts, (V,); V may be smaller than the head's vocabulary, if that is
+                another model's.
         """
         return
 
     def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:
-        """Start from what stands beside each token in the training text; asked before `init_from_counts`.
+        """Initialize from each token's neighbours in the training text; called before `init_from_counts`.
 
         Args:
-            count_neighbours: Counts how often each token stood before and behind the most frequent ones,
-                (V, N); V may be less than the head's vocabulary, if that is another's.
+            count_neighbours: Returns how often each token came before and after the most frequent ones,
+                (V, N); V may be smaller than the head's vocabulary, if that is another model's.
         """
         return
 
     def check_loaded(self) -> None:
-        """Raise ValueError if what was loaded cannot be used; that all numbers are finite is known."""
+        """Raise ValueError if the loaded weights are unusable; they are already known to be finite."""
         return
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor | None:
-        """What the head reads of each chunk itself, (B, C, `extra_state_size`).
+        """The head's own embedding of each chunk, (B, C, `extra_state_size`), if it has one.
 
         It is appended to the backbone's states: the D of all methods is hidden size + `extra_state_size`.
         """
         return None
 
     def boundary_layers(self) -> list[nn.Module]:
-        """Layers that meet noise, latents, token embeddings or the vocabulary; Muon leaves them to AdamW."""
+        """Layers that touch noise, latents, token embeddings or the vocabulary; Muon leaves them to AdamW."""
         return []
 
     def check_temperature(self, temperature: float, is_asked: bool = False) -> None:
@@ -162,7 +163,8 @@ class GenerativeHead(nn.Module, abc.ABC):
 
         Args:
             temperature: The temperature.
-            is_asked: Whether the head is asked for one by name, which it then must take even at 1.
+            is_asked: Whether the head's own sampler was requested; it then must support temperatures, even
+                if this one is 1.
         """
         lowest, name = self.config.lowest_temperature, self.config.head_type
         if lowest <= temperature <= 1 and not (is_asked and lowest == 1):
@@ -189,24 +191,24 @@ class LatentHead(GenerativeHead):
         noise: Any = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Independent draws of the next latent, (N, P, Z), of any float type.
+        """Independent draws of the next latent, (N, P, Z), in any float dtype.
 
         Args:
-            prepared_P: Positions as `prepare` gives them, or some of them.
+            prepared_P: Output of `prepare`, or some of its rows.
             num_draws: Number of draws N.
-            randomness: Source of the noise: one generator, or one for each position.
+            randomness: Source of the noise: one generator, or one per position.
             noise: Recorded noise to use instead, in the form that the head documents.
-            temperature: Always 1 unless the configuration's `lowest_temperature` is less.
+            temperature: Always 1 unless the configuration's `lowest_temperature` is lower.
         """
 
     def attach(self, autoencoder: nn.Module) -> None:
         """See `GenerativeHead`."""
-        self._autoencoder = (autoencoder,)  # In a tuple, so that it is not taken for a part of the head.
+        self._autoencoder = (autoencoder,)  # The tuple keeps it from being registered as a submodule.
 
     def draw_chunks(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
     ) -> Tensor:
-        """See `GenerativeHead`: latents, decoded by the autoencoder."""
+        """See `GenerativeHead`; the autoencoder decodes the latents."""
         self.check_temperature(temperature)
         latents_NPZ = self.draw_latents(prepared_P, num_draws, randomness, temperature=temperature)
         require_finite(latents_NPZ)
@@ -221,11 +223,11 @@ class LatentHead(GenerativeHead):
 
 
 class TokenProbabilities(NamedTuple):
-    """What the distribution of each token of some chunks, given all tokens before it, says.
+    """Statistics of each token's distribution given all tokens before it, for the tokens of some chunks.
 
     Args:
         of_token_PK: Probability of the token.
-        of_pair_PK: Probability that two draws of the token agree: the sum of the distribution's squares.
+        of_pair_PK: Probability that two draws of the token agree: the sum of squared probabilities.
         highest_PK: Probability of the likeliest token.
     """
 
@@ -236,51 +238,51 @@ class TokenProbabilities(NamedTuple):
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """A head that knows the probability of every chunk."""
+    """A head that can compute the probability of any chunk."""
 
     def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """Cross-entropy of each token of the chunks given all before it, in nats, (P, K)."""
+        """Cross-entropy of each token of the chunks given all tokens before it, in nats, (P, K)."""
 
     def token_probabilities(
         self, states_PD: Tensor, tokens_PK: Tensor, temperature: float = 1.0
     ) -> TokenProbabilities:
-        """What the distribution of each token given all before it says, (P, K) each.
+        """Statistics of each token's distribution given all tokens before it, (P, K) each.
 
         Args:
-            states_PD: States of the chunks before.
+            states_PD: States of the preceding chunks.
             tokens_PK: The chunks.
-            temperature: Of the draws, from `MIN_TEMPERATURE` to 1, for heads that take one.
+            temperature: Sampling temperature, from `MIN_TEMPERATURE` to 1, for heads that take one.
         """
 
 
 @runtime_checkable
 class TokenDistributions(Protocol):
-    """A head that can tell the whole distribution of a token, as drafts need it."""
+    """A head that can return the full distribution of a token, which drafts need."""
 
     def token_distribution(
         self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
     ) -> Tensor:
-        """The distribution of the token at a place of each chunk, given those before it, (P, V).
+        """Distribution of the token at one position of each chunk, given the tokens before it, (P, V).
 
         Args:
-            states_PD: States of the chunks before.
-            tokens_PK: The chunks; those from the place on do not matter.
-            place: Which token, from 0 on.
+            states_PD: States of the preceding chunks.
+            tokens_PK: The chunks; tokens from that position on are ignored.
+            place: Position inside the chunk, from 0.
             temperature: As in `Likelihood.token_probabilities`.
         """
 
 
 @runtime_checkable
 class Teachable(Protocol):
-    """A head that can learn the distribution of each token from a teacher (docs/uptraining.md)."""
+    """A head that can be distilled from a teacher's token distributions (docs/uptraining.md)."""
 
     def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
-        """Loss of each token of the chunks, (P, K); see `calm.core.distillation`.
+        """Distillation loss of each token of the chunks, (P, K); see `calm.core.distillation`.
 
         Args:
-            states_PD: States of the chunks before.
+            states_PD: States of the preceding chunks.
             tokens_PK: The chunks.
-            teaching: What the teacher says of their P·K tokens, each given all before it.
+            teaching: The teacher's predictions of the P·K tokens, each given all tokens before it.
         """
 
 
@@ -289,7 +291,7 @@ _traced: ContextVar[list[Tensor] | None] = ContextVar("traced", default=None)
 
 @contextmanager
 def traced_checks() -> Iterator[list[Tensor]]:
-    """Gather the answers to `require_finite`, a tensor each, of a draw that is traced."""
+    """Collect the results of `require_finite` as tensors, while a draw is traced."""
     checks: list[Tensor] = []
     token = _traced.set(checks)
     try:
@@ -299,7 +301,7 @@ def traced_checks() -> Iterator[list[Tensor]]:
 
 
 def require_finite(drawn: Tensor) -> None:
-    """Raise NotFiniteError if latents or scores of a draw are not finite (see `traced_checks`)."""
+    """Raise NotFiniteError if drawn latents or logits are not finite; see `traced_checks` for tracing."""
     is_finite = drawn.isfinite().all()
     if (checks := _traced.get()) is not None:
         checks.append(is_finite)
@@ -308,7 +310,7 @@ def require_finite(drawn: Tensor) -> None:
 
 
 def refuse_damaged(dtype: torch.dtype) -> NoReturn:
-    """Raise the error of a draw that is not finite."""
+    """Raise the error for a draw that is not finite."""
     raise NotFiniteError(
         f"the head drew a latent or score that is not finite (in {dtype}); "
         "the weights may be damaged, or the dtype too narrow for them."

@@ -1,13 +1,13 @@
-"""The decoder head: a model of tokens inside the chunk, made of the last layers of a Llama.
+"""The decoder head: a token-level model inside the chunk, made of the last layers of a Llama.
 
-A window of K positions begins with the last token of the chunk before, and position p predicts token p of
-the next chunk. First layers read the tokens of the window. Position 0 goes on with the backbone's state s,
-position p > 0 with the state of token p - 1 after the first layers, plus a map of the update that the
-backbone made to position 0: s less the state of the last token after the first layers. The map is the
-identity at the start. Last layers, a norm and the scores of all tokens follow. Attention in both kinds of
-layers is causal inside the window (`calm.models.token_layers`).
+A window of K positions starts with the last token of the previous chunk, and position p predicts token p of
+the next chunk. The first layers read the tokens of the window. Then position 0 continues from the backbone's
+state s, and position p > 0 from the state of token p - 1 after the first layers, plus a map of the backbone's
+update at position 0: s minus the state after the first layers there. The map is initialized to the identity.
+The last layers, a norm and the logits follow. Attention in both groups of layers is causal inside the window
+(`calm.models.token_layers`).
 
-So a Transformer of tokens can be cut into a CALM (docs/uptraining.md). A decoder of tokens inside blocks is
+So a token-level Transformer can be split into a CALM (docs/uptraining.md). A token decoder inside blocks is
 that of the Block Transformer (Ho et al., arXiv 2406.02657).
 
 Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, M rows.
@@ -36,13 +36,13 @@ class DecoderHeadConfig(HeadConfig):
     Args:
         head_type: Always "decoder".
         first_layers: Layers that read tokens.
-        last_layers: Layers between the backbone's state and the scores.
-        has_tied_scores: Whether a token's embedding is also what its score is computed with.
-        sink: Whether each window has a first token for attention to rest on.
-        vocab_size: Tokens; the model fills it in.
+        last_layers: Layers between the backbone's state and the logits.
+        has_tied_scores: Whether the output projection is tied to the token embeddings.
+        sink: Whether each window starts with an attention sink.
+        vocab_size: Size of the vocabulary; the model fills it in.
         chunk_size: Tokens per chunk; the model fills it in.
-        layer_sizes: Arguments of `LlamaConfig` for the layers, those of the backbone; the model fills
-            it in.
+        layer_sizes: Arguments of `LlamaConfig` for the layers, the same as for the backbone; the model
+            fills it in.
     """
 
     head_type: str = "decoder"
@@ -67,17 +67,17 @@ class DecoderHeadConfig(HeadConfig):
 
     @property
     def extra_state_size(self) -> int:
-        """See `HeadConfig`: the embedding of the last token of a chunk."""
+        """See `HeadConfig`: the embedding of a chunk's last token."""
         return self.as_llama().hidden_size
 
     def as_llama(self) -> LlamaConfig:
-        """The sizes of the layers."""
+        """The layers' configuration."""
         return LlamaConfig(**self.layer_sizes)
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once."""
+        """See `HeadConfig`; training has one draw: the true chunk, all of its tokens at once."""
         llama, layers = self.as_llama(), self.first_layers + self.last_layers
-        # A place sees the sink, those before it, and itself.
+        # Each position attends to the sink, the positions before it, and itself.
         first, *later = (
             layers * multiply_adds_of_layer(llama, self.sink + place + 1) for place in range(self.chunk_size)
         )
@@ -87,9 +87,9 @@ class DecoderHeadConfig(HeadConfig):
 
 
 class DecoderHead(LikelihoodHead):
-    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
+    """Draws one token after another; implements `Likelihood` and `TokenDistributions`.
 
-    Its states are those of the backbone followed by the embedding of the chunk's last token, (P, 2·D).
+    Its states are the backbone's, followed by the embedding of the chunk's last token, (P, 2·D).
 
     Args:
         config: Fields of the head.
@@ -106,7 +106,7 @@ class DecoderHead(LikelihoodHead):
         self.first = TokenLayers(llama, config.first_layers, config.sink)
         self.last = TokenLayers(llama, config.last_layers, config.sink)
         self.norm = LlamaRMSNorm(hidden_size, eps=llama.rms_norm_eps)
-        # What the map of the update at each later place adds to the identity.
+        # What the map of the update adds to the identity, at each later position.
         later = (config.chunk_size - 1) * hidden_size
         self.inject = ZeroLinear(hidden_size, later, bias=False) if later else nn.Identity()
         self.scores = (
@@ -114,23 +114,23 @@ class DecoderHead(LikelihoodHead):
         )
 
     def attach_backbone(self, backbone: nn.Module) -> None:
-        """See `GenerativeHead`: its token embeddings are the head's as well."""
-        self._backbone = (backbone,)  # In a tuple, so that it is not taken for a part of the head.
+        """See `GenerativeHead`; the head shares its token embeddings."""
+        self._backbone = (backbone,)  # The tuple keeps it from being registered as a submodule.
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
         """See `GenerativeHead`: the embedding of the chunk's last token."""
         return self._embed(chunks_BCK[..., -1])
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layer that meets the vocabulary, if it is not the embedding."""
+        """The output projection, unless it is tied to the embeddings."""
         return [] if self.scores is None else [self.scores]
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """What all draws of a position share: all of the first token but its choice.
+        """What all draws of a position share: everything about the first token except sampling it.
 
         Returns:
-            (P, D + (K - 1)·D + numbers of memory): what the first token is chosen by, what is added at each
-            later place, and the memory of the first place.
+            (P, D + (K - 1)·D + memory sizes): the vector that gives the first token's logits, what is added
+            at each later position, and the keys and values of position 0.
         """
         state_PD, last_PD = self._parts(states_PD)
         before_PD, of_first = self.first.step(last_PD, 0, [])
@@ -142,7 +142,7 @@ class DecoderHead(LikelihoodHead):
         return torch.cat([self.norm(x_PD), later_PX, *memory_parts], dim=-1)
 
     def _later(self, update_PD: Tensor) -> Tensor:
-        """What the backbone's update adds at the places after the first, (P, K - 1, D)."""
+        """What the backbone's update adds at the positions after the first, (P, K - 1, D)."""
         if self.config.chunk_size == 1:
             return update_PD.unsqueeze(1)[:, :0]
         moved_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
@@ -165,7 +165,7 @@ class DecoderHead(LikelihoodHead):
             tokens_M, sums_M = vocabulary.choose(vectors_MD, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M)
             checked_M = checked_M + sums_M
-        require_finite(checked_M)  # Once for all places: it waits for the device.
+        require_finite(checked_M)  # Once for all tokens: it waits for the device.
         return torch.stack(tokens, dim=-1).view_as(uniform_NPK)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The diffusion head: removes noise step by step to reach the next latent (paper section 3.2).
+"""The diffusion head: denoises step by step to reach the next latent (paper section 3.2).
 
 Shapes: N draws, P positions, D hidden size, Z latent size.
 """
@@ -15,8 +15,8 @@ from calm.core.random import Randomness
 from calm.models.heads.contract import Target
 from calm.models.heads.step_network import StepHead, StepHeadConfig
 
-# The deterministic samplers leave out steps with less signal: there the foreseen latent is an error of the
-# network divided by nearly zero, and nothing later makes up for a wrong start.
+# The deterministic samplers skip steps with less signal: there the predicted latent is the network's error
+# divided by nearly zero, and later steps cannot correct a wrong start.
 _LEAST_SIGNAL = 2.5e-3
 
 
@@ -27,15 +27,15 @@ class DiffusionHeadConfig(StepHeadConfig):
     Args:
         head_type: Always "diffusion".
         num_blocks: Residual blocks.
-        num_draws: Targets N of a position in the loss, each with a step and noise of its own.
+        num_draws: Targets N per position in the loss, each with its own step and noise.
         num_timesteps: Steps T of the diffusion.
         sampler: "ancestral", or the deterministic "ddim" and "dpm" (see calm.core.diffusion).
-        num_steps: Steps that a draw takes, spread over the T.
-        data_bound: Latents that the network foresees are clamped to ± this while drawing; 0 for no
-            bound, as in released checkpoints.
+        num_steps: Steps per draw, spread over the T.
+        data_bound: Predicted latents are clamped to ± this while sampling; 0 for no clamp, as in released
+            checkpoints.
         image_likelihood: Train the variance of the first step as if latents were 8-bit pixels, as the
             released code does.
-        frequency_size: Sines and cosines of a time.
+        frequency_size: Number of sines and cosines in the time embedding.
         layer_norm_eps: Epsilon of the norms.
     """
 
@@ -49,7 +49,7 @@ class DiffusionHeadConfig(StepHeadConfig):
     sampling_fields: ClassVar[tuple[str, ...]] = ("sampler", "num_steps", "data_bound")
 
     def output_size(self, latent_size: int) -> int:
-        """See `StepHeadConfig`: the noise of a point, and its variance."""
+        """See `StepHeadConfig`: the noise in a point, and its variance."""
         return 2 * latent_size
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class DiffusionNoise(NamedTuple):
 
 
 class DiffusionHead(StepHead):
-    """Sampler that removes noise, trained to predict it and its variance."""
+    """Sampler that denoises, trained to predict the noise and its variance."""
 
     config: DiffusionHeadConfig
 
@@ -84,7 +84,7 @@ class DiffusionHead(StepHead):
         self._coefficients = NoiseSchedule.cosine(config.num_timesteps).table()
 
     def _loss(self, states_PD: Tensor, target: Target, noise: DiffusionNoise) -> Tensor:
-        """Hybrid loss at N steps of every position, shape (P,); see `calm.core.diffusion`."""
+        """Hybrid loss at N steps per position, shape (P,); see `calm.core.diffusion`."""
         data_NPZ = target.posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         step = Coefficients.look_up(self._coefficients, noise.step)
         x_NPZ = step.signal * data_NPZ + step.noise * noise.added
@@ -112,8 +112,8 @@ class DiffusionHead(StepHead):
     ) -> Tensor:
         """See `LatentHead`.
 
-        Recorded noise is standard normal, (S, N, P, Z): the start, then that of each step but the last (which
-        the deterministic samplers do not need).
+        Recorded noise is standard normal, (S, N, P, Z): the start, then the noise of each step but the last
+        (the deterministic samplers need only the start).
         """
         config = self.config
 
@@ -149,6 +149,6 @@ class DiffusionHead(StepHead):
 
 @functools.cache
 def _usable_steps(num_timesteps: int, sampler: DiffusionSampler) -> NoiseSchedule:
-    """The steps among which a sampler's are spread."""
+    """The steps that a sampler may choose from."""
     whole = NoiseSchedule.cosine(num_timesteps)
     return whole if sampler == "ancestral" else whole.with_signal(_LEAST_SIGNAL)

@@ -26,8 +26,8 @@ class EnergyHeadConfig(HeadConfig):
         head_type: Always "energy".
         noise_size: Dimensions of the uniform noise.
         num_blocks: Residual blocks; the paper uses a quarter of the backbone's layers.
-        num_draws: Draws N of the head in the loss.
-        num_posterior_draws: Draws M of the posterior in the loss (the paper: 100); 0 integrates
+        num_draws: Draws N from the head in the loss.
+        num_posterior_draws: Draws M from the posterior in the loss (the paper: 100); 0 integrates
             the posterior out in closed form.
         alpha: Exponent of the distance, in (0, 2).
         layer_norm_eps: Epsilon of the norms.
@@ -71,7 +71,7 @@ class EnergyNoise(NamedTuple):
 
 
 class _Block(GradientCheckpointingLayer):
-    """x + down(silu(g) * u), (g, u) from a three-layer network of the draw and the condition."""
+    """x + down(silu(g) * u), where a three-layer network of the draw and the condition outputs (g, u)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Block(GradientCheckpointingLayer):
 
 
 class EnergyHead(LatentHead):
-    """Single-step sampler trained by the energy loss.
+    """Single-step sampler trained with the energy loss.
 
     Args:
         config: Fields of the head.
@@ -113,10 +113,10 @@ class EnergyHead(LatentHead):
         self.blocks = nn.ModuleList(_Block(hidden_size, eps) for _ in range(config.num_blocks))
         self.out_norm = nn.LayerNorm(hidden_size, eps=eps)
         self.out_hidden = nn.Linear(hidden_size, hidden_size)
-        self.out = ZeroLinear(hidden_size, latent_size)  # All draws start at one point.
+        self.out = ZeroLinear(hidden_size, latent_size)  # At initialization, all draws are equal.
 
     def _loss(self, states_PD: Tensor, target: Target, noise: EnergyNoise) -> Tensor:
-        """Energy loss of every position, (P,); see `calm.core.energy`."""
+        """Energy loss of each position, (P,); see `calm.core.energy`."""
         config = self.config
         draws_NPZ = self.sample_latents(states_PD, config.num_draws, noise=noise.head)
         if config.num_posterior_draws == 0:
@@ -135,7 +135,7 @@ class EnergyHead(LatentHead):
         return EnergyNoise(head_NPU, posterior_MPZ)
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """The condition's part of every block, (P, blocks, D)."""
+        """The condition's contribution to each block, (P, blocks, D)."""
         condition_PD = self.condition_norm(self.condition_in(states_PD))
         return torch.stack([cast(_Block, block).share(condition_PD) for block in self.blocks], dim=1)
 

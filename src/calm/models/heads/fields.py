@@ -1,4 +1,4 @@
-"""What the configuration of every head has: its fields, the checks of their values, what it costs."""
+"""What every head's configuration has: fields, checks of their values, FLOPs."""
 
 import dataclasses
 import math
@@ -7,18 +7,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 from calm.errors import shown
 
-_LARGEST, _MOST_BLOCKS = 10**7, 10_000  # Files of configurations are not trusted.
+_LARGEST, _MOST_BLOCKS = 10**7, 10_000  # Configuration files are untrusted.
 
 
 class HeadFlops(NamedTuple):
-    """FLOPs of a head at one position, two for each multiply-add.
+    """FLOPs of a head at one position, two per multiply-add.
 
     Args:
-        shared: Of sampling, whatever the number of draws.
-        per_draw: Of sampling, for each draw; all steps of a solver.
-        training_shared: Of training, forward and backward, whatever the number of draws.
-        training_per_draw: Of training, for each draw.
-        training_draws: Draws, or targets, of a position in training.
+        shared: For sampling, whatever the number of draws.
+        per_draw: For sampling, per draw, over all steps of a solver.
+        training_shared: For training, forward and backward, whatever the number of draws.
+        training_per_draw: For training, forward and backward, per draw.
+        training_draws: Draws, or targets, per position in training.
     """
 
     shared: int
@@ -29,12 +29,12 @@ class HeadFlops(NamedTuple):
 
     @classmethod
     def of_forward_pass(cls, shared: int, per_draw: int, training_draws: int) -> "HeadFlops":
-        """Those of a head that trains on what it samples with; a backward pass costs two forward passes.
+        """FLOPs of a head with the same forward pass for loss and draws; a backward pass costs two of them.
 
         Args:
-            shared: Multiply-adds of a position, whatever the number of draws.
-            per_draw: Multiply-adds of each draw.
-            training_draws: Draws of a position in training.
+            shared: Multiply-adds per position, whatever the number of draws.
+            per_draw: Multiply-adds per draw.
+            training_draws: Draws per position in training.
         """
         return cls(2 * shared, 2 * per_draw, 6 * shared, 6 * per_draw, training_draws)
 
@@ -50,32 +50,32 @@ class HeadConfig:
     head_type: str
 
     sampling_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that only affect how a trained head is drawn from. They may change after training, by
-    replacing the head's `config`: read them at every draw."""
+    """Fields that only affect sampling from a trained head. They may change after training, by replacing
+    the head's `config`: read them at every draw."""
 
     training_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that only affect how the head is trained. A run that begins with a model takes them from its
-    recipe: read them at every loss."""
+    """Fields that only affect training. A run that starts from an existing model takes them from its
+    recipe: read them whenever the loss is computed."""
 
     lowest_temperature: ClassVar[float] = 1.0
-    """The lowest temperature of a single draw; below 1, the sampler "head" can use it."""
+    """The lowest temperature of a single draw; if below 1, the sampler "head" can use this head."""
 
     needs_codes: ClassVar[bool] = False
-    """Whether the head learns tokens, so that no autoencoder is to be trained: the model's is then of kind
-    "codes", where the latent of a chunk is made of fixed codes of its tokens."""
+    """Whether the head learns tokens, so that no autoencoder is trained: the model's is then of kind "codes",
+    where a chunk's latent consists of fixed codes of its tokens."""
 
     decodes_latents: ClassVar[bool] = True
-    """Whether the autoencoder decodes each draw; not where the head draws tokens itself."""
+    """Whether the autoencoder decodes each draw; False if the head draws tokens itself."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         refuse_old_names(cls, {"work": "flops", "own_size": "extra_state_size"})
 
     def __post_init__(self) -> None:
-        """Refuse values of other types than the fields have; heads add their ranges.
+        """Check the types of the values; heads add range checks.
 
         Raises:
-            ValueError: If a value does not fit.
+            ValueError: If a value is invalid.
         """
         kinds = get_type_hints(type(self))
         for field in dataclasses.fields(self):
@@ -83,24 +83,24 @@ class HeadConfig:
 
     @property
     def extra_state_size(self) -> int:
-        """Numbers that the head appends to the state of every chunk; see `GenerativeHead.embed_chunks`."""
+        """How many numbers the head appends to each chunk's state; see `GenerativeHead.embed_chunks`."""
         return 0
 
     @property
     def learns_cross_entropy(self) -> bool:
-        """Whether a head that has a likelihood is trained by it: its loss is in nats a token then, and it can
+        """Whether a head with a likelihood is trained by it: its loss is then in nats per token, and it can
         have a teacher."""
         return True
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """What the head costs, for `calm flops` and equal budgets.
+        """FLOPs of the head, for `calm flops` and equal budgets.
 
         Args:
             hidden_size: Width of the backbone D.
             latent_size: Dimensions of a latent Z.
 
         Raises:
-            NotImplementedError: If the head does not say.
+            NotImplementedError: If the head does not define it.
         """
         raise NotImplementedError(f"the FLOPs of a '{self.head_type}' head are not known.")
 
@@ -113,7 +113,7 @@ def check_counts(config: HeadConfig, *names: str) -> None:
 
 
 def refuse_old_names(cls: type, renamed: dict[str, str]) -> None:
-    """Raise TypeError if a head written for version 0.1 defines a member that has another name now."""
+    """Raise TypeError if a head written for version 0.1 defines a member that has since been renamed."""
     for old, new in renamed.items():
         if old in vars(cls):
             raise TypeError(f"{cls.__name__}.{old} is now {new}; see docs/heads.md.")
@@ -131,7 +131,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         expected = f"a whole number of at most {most:,}"
     elif kind in (bool, str):
         fits, expected = isinstance(value, kind), {bool: "true or false", str: "a text"}[kind]
-    else:  # Only the head itself knows.
+    else:  # Only the head itself can check other types.
         return
     if not fits:
         raise ValueError(f"{name} must be {expected}, got {shown(value)}.")

@@ -1,4 +1,4 @@
-"""The flow-matching head: follows a learned velocity from noise to the next latent (paper section 3.2).
+"""The flow-matching head: integrates a learned velocity from noise to the next latent (paper section 3.2).
 
 Shapes: N draws, P positions, D hidden size, Z latent size.
 """
@@ -22,12 +22,12 @@ class FlowHeadConfig(StepHeadConfig):
     Args:
         head_type: Always "flow".
         num_blocks: Residual blocks.
-        num_draws: Targets N of a position in the loss, each with a time and noise of its own.
+        num_draws: Targets N per position in the loss, each with its own time and noise.
         solver: "euler", "midpoint" or "heun".
-        num_steps: Steps of the solver; midpoint and Heun call the network twice a step.
-        time_bins: Whole steps to which the network's time is cut, as in released checkpoints (1000);
+        num_steps: Solver steps; midpoint and Heun call the network twice per step.
+        time_bins: Number of bins that time is rounded down to, as in released checkpoints (1000);
             0 for continuous time.
-        frequency_size: Sines and cosines of a time.
+        frequency_size: Number of sines and cosines in the time embedding.
         layer_norm_eps: Epsilon of the norms.
     """
 
@@ -45,7 +45,7 @@ class FlowHeadConfig(StepHeadConfig):
 
     @property
     def calls(self) -> int:
-        """Network calls of a draw."""
+        """Network calls per draw."""
         return self.num_steps * CALLS_PER_STEP[self.solver]
 
 
@@ -58,12 +58,12 @@ class FlowNoise(NamedTuple):
 
 
 class FlowHead(StepHead):
-    """Sampler that integrates a velocity field, trained by squared error."""
+    """Sampler that integrates a velocity field, trained with squared error."""
 
     config: FlowHeadConfig
 
     def _loss(self, states_PD: Tensor, target: Target, noise: FlowNoise) -> Tensor:
-        """Mean squared error of the velocity at N points of every position, shape (P,)."""
+        """Mean squared error of the velocity at N points per position, shape (P,)."""
         targets_NPZ = target.posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
         predicted_NPZ = self.network(x_NPZ, self._in_units(noise.time), self.prepare(states_PD))
@@ -88,7 +88,7 @@ class FlowHead(StepHead):
 
     def _in_units(self, time: Tensor) -> Tensor:
         bins = self.config.time_bins
-        # Heun's solver asks for the time 1 too, which is in no bin.
+        # Heun's solver also evaluates time 1, which is in no bin.
         return (bins * time).floor().clamp_max(bins - 1) if bins else UNITS_OF_TIME * time
 
     def draw_noise(

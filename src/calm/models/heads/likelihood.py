@@ -1,4 +1,4 @@
-"""What heads with token probabilities have in common: likelihoods, and tokens chosen by uniform numbers.
+"""What heads with token probabilities share: likelihoods, and sampling tokens from uniform numbers.
 
 Shapes: N draws, P positions, K tokens per chunk, D state size, V vocabulary, X size of vectors, M rows.
 """
@@ -16,22 +16,22 @@ from calm.models.heads.vocabulary import Vocabulary
 
 
 class LikelihoodHead(GenerativeHead):
-    """Knows the distribution of each token; fulfils `Likelihood`, `TokenDistributions` and `Teachable`."""
+    """Knows the distribution of each token; implements `Likelihood`, `TokenDistributions` and `Teachable`."""
 
     @abc.abstractmethod
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """What says which token is next at every place, given the true tokens before it, (P·K, X)."""
+        """The vectors that give each token's logits, given the true tokens before it, (P·K, X)."""
 
     @abc.abstractmethod
     def _vocabulary(self) -> Vocabulary:
-        """How these vectors say it."""
+        """The vocabulary that turns these vectors into distributions."""
 
     @abc.abstractmethod
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
-        """Tokens (N, P, K), each chosen by a uniform number in [0, 1)."""
+        """Tokens (N, P, K), each sampled from a uniform number in [0, 1)."""
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
-        """Mean cross-entropy of the chunk's tokens, each given all before it, in nats, (P,)."""
+        """Mean cross-entropy of the chunk's tokens, each given all tokens before it, in nats, (P,)."""
         return self.token_losses(states_PD, target.tokens_PK).mean(-1)
 
     def token_losses(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class LikelihoodHead(GenerativeHead):
     def draw_chunks(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0
     ) -> Tensor:
-        """See `GenerativeHead`: each token's distribution is sharpened, as in a model of tokens.
+        """See `GenerativeHead`: each token's distribution is sharpened, as in a token-level model.
 
-        Below T = 0.01 it is the likeliest token.
+        Below T = 0.01, decoding is greedy.
         """
         self.check_temperature(temperature)
         size = self.config.chunk_size  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ class LikelihoodHead(GenerativeHead):
 
 
 def _check_for_probabilities(temperature: float) -> None:
-    """Raise ValueError where there are no probabilities."""
+    """Raise ValueError at temperatures without probabilities."""
     if not MIN_TEMPERATURE <= temperature <= 1:
         raise ValueError(
             f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."

@@ -1,11 +1,11 @@
-"""The parallel head: distributions of all K tokens of a chunk in one pass, each drawn by itself.
+"""The parallel head: distributions of all K tokens of a chunk in one pass, drawn independently.
 
-It is the cheapest head, and says nothing of how the tokens of a chunk depend on each other. Since all
-probabilities of chunks are products, Brier-1 to Brier-K have a closed form: it can be trained by them, as a
-second stage after cross-entropy (docs/heads.md).
+It is the cheapest head, and ignores how the tokens of a chunk depend on each other. Since chunk probabilities
+are products, Brier-1 to Brier-K have a closed form: it can be trained on them, as a second stage after
+cross-entropy (docs/heads.md).
 
-Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token's embedding, R size of what
-says which token it is: the rank r, or 2 r with classes.
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, E size of a token embedding, R size of the
+vectors that give the logits: the rank r, or 2 r with classes.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class ParallelHeadConfig(TokenClassesConfig):
         head_type: Always "parallel".
         loss: "cross_entropy", or "brier": minus the mean of Brier-1 to Brier-K.
 
-    The others are those of `TokenClassesConfig`.
+    For the other fields, see `TokenClassesConfig`.
     """
 
     head_type: str = "parallel"
@@ -45,9 +45,9 @@ class ParallelHeadConfig(TokenClassesConfig):
         return self.loss == "cross_entropy"
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; the network is shared by all draws, the scores are not.
+        """See `HeadConfig`; all draws share the network, but not the logits.
 
-        A Brier score takes the whole distribution of each token, so classes save it nothing.
+        A Brier score needs the full distribution of each token, so classes save it nothing.
         """
         network = multiply_adds(
             hidden_size, self.extra_state_size, self.vector_size, self.chunk_size, self.num_blocks
@@ -60,9 +60,9 @@ class ParallelHeadConfig(TokenClassesConfig):
 
 
 class ParallelHead(LikelihoodHead, TokenClassesHead):
-    """Draws all tokens at once; fulfils `Likelihood` and `TokenDistributions`.
+    """Draws all tokens at once; implements `Likelihood` and `TokenDistributions`.
 
-    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+    Its states are the backbone's, followed by its own embeddings of the previous chunk, (P, D + K·E).
 
     Args:
         config: Fields of the head.
@@ -79,12 +79,12 @@ class ParallelHead(LikelihoodHead, TokenClassesHead):
         self._add_scores(config.rank)
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """What says which tokens come, (P, K·R)."""
+        """The vectors that give the logits, (P, K·R)."""
         vectors_PKR: Tensor = self.network(*self._parts(states_PD))
         return vectors_PKR.flatten(1)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet embeddings or the vocabulary."""
+        """The layers that touch embeddings or the vocabulary."""
         return [*self.network.boundary_layers(), *self._score_layers()]
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
@@ -95,7 +95,7 @@ class ParallelHead(LikelihoodHead, TokenClassesHead):
         return brier_losses(known.of_token_PK, known.of_pair_PK).mean(-1)
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
-        """Tokens (N, P, K), each chosen by a uniform number in [0, 1)."""
+        """Tokens (N, P, K), each sampled from a uniform number in [0, 1)."""
         vectors_PKR = prepared_P.unflatten(-1, (self.config.chunk_size, -1))
         vectors_MR = vectors_PKR.expand(*uniform_NPK.shape, -1).flatten(0, 2)
         tokens_M, sums_M = self._vocabulary().choose(vectors_MR, uniform_NPK.flatten(), temperature)
@@ -103,7 +103,7 @@ class ParallelHead(LikelihoodHead, TokenClassesHead):
         return tokens_M.view_as(uniform_NPK)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """What says which token comes at every place, (P·K, R), whatever the tokens."""
+        """The vectors that give each token's logits, (P·K, R), whatever the other tokens are."""
         vectors_PKR: Tensor = self.network(*self._parts(states_PD))
         return vectors_PKR.flatten(0, 1)
 

@@ -1,6 +1,6 @@
-"""A residual MLP for each place of a chunk, whose norms the backbone's state shifts and scales.
+"""A residual MLP for the K tokens of a chunk, whose norms are shifted and scaled by the backbone's state.
 
-Shapes: P positions, K places, D hidden size, X size of an input, Y size of an output, S blocks.
+Shapes: P positions, K tokens per chunk, D hidden size, X size of an input, Y size of an output, S blocks.
 """
 
 import torch
@@ -11,7 +11,7 @@ from calm.models.blocks import RecomputedBlock, ZeroLinear
 
 
 class PlaceNetwork(nn.Module):
-    """States and an input for all places -> an output for each place; the weights are those of all places.
+    """States and one input per position -> K outputs, from blocks that all K share.
 
     Args:
         hidden_size: Width of the backbone D.
@@ -42,7 +42,7 @@ class PlaceNetwork(nn.Module):
         self.direct = ZeroLinear(hidden_size, num_places * output_size)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet inputs and outputs."""
+        """The layers that touch inputs or outputs."""
         return [self.inp, self.out, self.direct]
 
     def forward(self, states_PD: Tensor, inputs_PX: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class PlaceNetwork(nn.Module):
         return torch.cat([*modulations, self.direct(states_PD)], dim=-1)
 
     def after(self, prepared_PY: Tensor, inputs_NPX: Tensor) -> Tensor:
-        """Outputs (N, P, K, Y) from what `prepare` gave, for N inputs of each position."""
+        """Outputs (N, P, K, Y) given the output of `prepare`, for N inputs per position."""
         width = 3 * self.inp.out_features
         *modulations, direct_PY = prepared_PY.split(
             [width] * len(self.blocks) + [self.direct.out_features], dim=-1
@@ -74,7 +74,7 @@ class PlaceNetwork(nn.Module):
 def multiply_adds(
     hidden_size: int, input_size: int, output_size: int, num_places: int, num_blocks: int
 ) -> tuple[int, int]:
-    """Multiply-adds of `PlaceNetwork.prepare` at one position, and of `after` for one input."""
+    """Multiply-adds of `PlaceNetwork.prepare` per position, and of `after` per input."""
     square = hidden_size * hidden_size
     prepared = square + 3 * num_blocks * square + hidden_size * num_places * output_size
     of_places = num_places * (2 * num_blocks * hidden_size + output_size) * hidden_size

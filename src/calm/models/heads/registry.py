@@ -1,4 +1,4 @@
-"""Heads by name: the name is what `head_type` carries in a checkpoint or recipe."""
+"""Registry of heads by name: the `head_type` of a checkpoint or recipe."""
 
 import dataclasses
 import difflib
@@ -14,10 +14,10 @@ _MOVED_OUT = {"mean_flow": "examples/a_head_of_your_own.py"}
 
 
 def register_head(head_type: str, config: type[HeadConfig], head: type[GenerativeHead]) -> None:
-    """Make a head known under a name.
+    """Register a head under a name.
 
-    An installed package can instead name, as an entry point of the group "calm.heads", a module that calls
-    this; it is imported when a model or recipe asks for a head of the entry point's name.
+    An installed package can instead declare a module that calls this as an entry point in the group
+    "calm.heads"; it is imported when a model or recipe asks for a head with the entry point's name.
 
     Args:
         head_type: The name, saved in checkpoints.
@@ -25,7 +25,7 @@ def register_head(head_type: str, config: type[HeadConfig], head: type[Generativ
         head: Module built as `head(config, hidden_size, latent_size)`.
 
     Raises:
-        TypeError: If the configuration is no dataclass.
+        TypeError: If the configuration is not a dataclass.
     """
     if "__dataclass_fields__" not in vars(config):
         raise TypeError(f"{config.__name__} must be a dataclass: decorate it with @dataclass(kw_only=True).")
@@ -33,7 +33,7 @@ def register_head(head_type: str, config: type[HeadConfig], head: type[Generativ
 
 
 def parse_head_config(values: dict[str, Any]) -> HeadConfig:
-    """Typed configuration from the dict of a checkpoint.
+    """Build the typed configuration from a checkpoint's dict.
 
     Raises:
         ValueError: If the head or one of its fields is unknown, or a value is out of range.
@@ -47,7 +47,7 @@ def parse_head_config(values: dict[str, Any]) -> HeadConfig:
 
 
 def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
-    """The same head, drawn from in another way.
+    """The configuration with other sampling fields.
 
     Raises:
         ValueError: If a field is not one of `sampling_fields`, or a value is out of range.
@@ -56,7 +56,7 @@ def with_sampling(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
 
 
 def with_training(config: HeadConfig, changes: dict[str, Any]) -> HeadConfig:
-    """The same head, trained on in another way.
+    """The configuration with other training fields.
 
     Raises:
         ValueError: If a field is not one of `training_fields`, or a value is out of range.
@@ -76,7 +76,7 @@ def _changed(config: HeadConfig, changes: dict[str, Any], changeable: tuple[str,
 
 
 def build_head(config: HeadConfig, hidden_size: int, latent_size: int) -> GenerativeHead:
-    """The module that belongs to a configuration."""
+    """Build the module for a configuration."""
     _, head_class = _find_head(config.head_type)
     return head_class(config, hidden_size, latent_size)
 

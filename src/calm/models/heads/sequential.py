@@ -1,13 +1,14 @@
 """The sequential head: the tokens of a chunk one after another, each given those before it (docs/heads.md).
 
-Every head that draws a chunk at once has to be measured against it. A small network, the same for all
-places, reads the tokens of the chunk so far and the hidden state, and predicts the distribution of the next
-token: exact likelihood, exact draws, K small steps for one of the backbone. It predicts tokens, not latents;
-what it keeps of CALM is the backbone over chunks. The split into a backbone over blocks and a decoder of
-tokens inside them is that of the Block Transformer (Ho et al., arXiv 2406.02657).
+It is the baseline for every head that draws a chunk at once. A small network, the same for all tokens of a
+chunk, reads the last K tokens and the hidden state, and predicts the distribution of the next token: exact
+likelihood, exact draws, K small steps per backbone step. It predicts tokens, not latents; what it keeps of
+CALM is the backbone over chunks. The split into a backbone over blocks and a token decoder inside them is
+that of the Block Transformer (Ho et al., arXiv 2406.02657).
 
-Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, E size of a token's embedding,
-r rank, S blocks, R size of what says which token is next: r, or 2 r with classes; W places of classes.
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, E size of a token embedding,
+r rank, S blocks, R size of the vectors that give the logits: r, or 2 r with classes; W = K·E size of a window
+of tokens.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class SequentialHeadConfig(TokenClassesConfig):
     Args:
         head_type: Always "sequential".
 
-    The others are those of `TokenClassesConfig`.
+    For the other fields, see `TokenClassesConfig`.
     """
 
     head_type: str = "sequential"
@@ -40,9 +41,9 @@ class SequentialHeadConfig(TokenClassesConfig):
     lowest_temperature: ClassVar[float] = 0.0
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; there is one draw in training: the true chunk, all of its tokens at once.
+        """See `HeadConfig`; training has one draw: the true chunk, all of its tokens at once.
 
-        With classes draws are those at temperature 1; at others all tokens are scored.
+        With classes, draws are counted at temperature 1; other temperatures need the logits of all tokens.
         """
         square, blocks, size = hidden_size * hidden_size, self.num_blocks, self.vector_size
         shared = square + 3 * blocks * square + hidden_size * self.chunk_size * size
@@ -52,10 +53,10 @@ class SequentialHeadConfig(TokenClassesConfig):
 
 
 class SequentialHead(LikelihoodHead, TokenClassesHead):
-    """Draws one token after another; fulfils `Likelihood` and `TokenDistributions`.
+    """Draws one token after another; implements `Likelihood` and `TokenDistributions`.
 
-    Before each place it reads the last K tokens, those of the chunk before included. So its states are those
-    of the backbone followed by its own embeddings of that chunk, (P, D + K·E).
+    For each token it reads the K tokens before it, some of them in the previous chunk. So its states are the
+    backbone's, followed by its own embeddings of that chunk, (P, D + K·E).
 
     Args:
         config: Fields of the head.
@@ -85,11 +86,11 @@ class SequentialHead(LikelihoodHead, TokenClassesHead):
         return torch.cat([*modulations, self.direct(state_PD), before_PX], dim=-1)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet embeddings or the vocabulary."""
+        """The layers that touch embeddings or the vocabulary."""
         return [self.inp, self.out, self.direct, *self._score_layers()]
 
     def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
-        """Tokens (N, P, K), one place after the other, each chosen by a uniform number in [0, 1)."""
+        """Tokens (N, P, K), sampled one after another, each from a uniform number in [0, 1)."""
         config, size = self.config, self.config.chunk_size
         widths = [3 * self.hidden_size] * config.num_blocks
         widths += [size * config.vector_size, config.extra_state_size]
@@ -108,11 +109,11 @@ class SequentialHead(LikelihoodHead, TokenClassesHead):
             tokens.append(tokens_M.view_as(uniform_NP))
             checked_M = checked_M + sums_M
             known.append(self.embed_tokens(tokens[-1]))
-        require_finite(checked_M)  # Once for all places: it waits for the device.
+        require_finite(checked_M)  # Once for all tokens: it waits for the device.
         return torch.stack(tokens, dim=-1)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        """What meets the tokens' vectors at every place, given the true tokens before it, (P·K, R)."""
+        """The vectors that give each token's logits, given the true tokens before it, (P·K, R)."""
         state_PD, before_PX = self._parts(states_PD)
         size = self.config.chunk_size
         before_PKE = before_PX.unflatten(-1, (size, -1))

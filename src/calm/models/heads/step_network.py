@@ -1,5 +1,7 @@
-"""What the heads that take several steps share: a residual MLP whose norms time and hidden state shift and
-scale (adaptive layer norm; paper section 3.2), and what follows from having one.
+"""The network of the multi-step heads, and their base class.
+
+The network is a residual MLP whose norms are shifted and scaled by time and hidden state (adaptive layer
+norm; paper section 3.2).
 
 Shapes: N draws, P positions, D hidden size, Z latent size.
 """
@@ -18,19 +20,19 @@ from calm.models.heads.contract import LatentHead
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 
 UNITS_OF_TIME = 1000
-"""From noise to data, in what the sines of the network are made for."""
+"""The time from noise to data, in the units of the network's time embedding."""
 _LONGEST_PERIOD = 10000.0
 
 
 @dataclass(kw_only=True)
 class StepHeadConfig(HeadConfig):
-    """Fields of every head that takes steps.
+    """Fields of every multi-step head.
 
     Args:
         num_blocks: Residual blocks.
-        num_draws: Targets N of a position in the loss, each with times and noise of its own.
-        num_steps: Steps of a draw.
-        frequency_size: Sines and cosines of a time.
+        num_draws: Targets N per position in the loss, each with its own time and noise.
+        num_steps: Steps per draw.
+        frequency_size: Number of sines and cosines in the time embedding.
         layer_norm_eps: Epsilon of the norms.
     """
 
@@ -50,15 +52,15 @@ class StepHeadConfig(HeadConfig):
 
     @property
     def calls(self) -> int:
-        """Network calls of a draw."""
+        """Network calls per draw."""
         return self.num_steps
 
     def output_size(self, latent_size: int) -> int:
-        """Numbers that the network gives for a point."""
+        """Size of the network's output for a point."""
         return latent_size
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; all steps of a draw are counted, and drawing all at once is assumed."""
+        """See `HeadConfig`; counts all steps of a draw, and assumes that all draws are made in one call."""
         square, blocks = hidden_size * hidden_size, self.num_blocks
         of_time = self.frequency_size * hidden_size + square
         of_norms = 3 * blocks * square + 2 * square
@@ -74,7 +76,7 @@ class StepHeadConfig(HeadConfig):
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of a time -> a vector."""
+    """Times -> vectors, through sines and cosines."""
 
     def __init__(self, frequency_size: int, size: int) -> None:
         super().__init__()
@@ -92,13 +94,13 @@ class TimeEmbedding(nn.Module):
 
 
 class StepNetwork(nn.Module):
-    """Points on the way from noise to latents, their times, and a condition -> what is predicted there.
+    """Points on the path from noise to latents, their times, and a condition -> predictions there.
 
     Args:
         config: Fields of the head.
         hidden_size: Width of the backbone D.
         latent_size: Dimensions of a latent Z.
-        block: Kind of its blocks.
+        block: Class of its blocks.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class StepNetwork(nn.Module):
     ) -> None:
         super().__init__()
         eps = config.layer_norm_eps
-        # A list of one, which is how released checkpoints name it.
+        # A list of one, to match the names in released checkpoints.
         self.times = nn.ModuleList([TimeEmbedding(config.frequency_size, hidden_size)])
         self.condition_in = nn.Linear(hidden_size, hidden_size)
         self.inp = nn.Linear(latent_size, hidden_size)
@@ -120,13 +122,13 @@ class StepNetwork(nn.Module):
         self.out = ZeroLinear(hidden_size, config.output_size(latent_size))
 
     def forward(self, x_NPZ: Tensor, time: Tensor, condition_PD: Tensor) -> Tensor:
-        """What is predicted at every point, (N, P, `output_size`), in the type of the points.
+        """Predictions at all points, (N, P, `output_size`), in the points' dtype.
 
         Args:
             x_NPZ: Points.
-            time: Of each point, (N, P), or one for all, (); in the latter case what time and condition make
-                of the norms is computed once for all draws of a position.
-            condition_PD: What `condition_in` makes of the hidden states.
+            time: Time of each point, (N, P), or one for all, (); with a single time, the modulation of the
+                norms is computed once for all draws of a position.
+            condition_PD: Output of `condition_in` for the hidden states.
         """
         condition = F.silu(self.times[0](time) + condition_PD)
         hidden_NPD = self.inp(x_NPZ.to(self.inp.weight.dtype))
@@ -137,7 +139,7 @@ class StepNetwork(nn.Module):
 
 
 class StepHead(LatentHead):
-    """A head with such a network.
+    """A head with a `StepNetwork`.
 
     Args:
         config: Fields of the head.
@@ -152,19 +154,19 @@ class StepHead(LatentHead):
         self.network = StepNetwork(config, hidden_size, latent_size)
 
     def prepare(self, states_PD: Tensor) -> Tensor:
-        """The hidden state as the network takes it, (P, D)."""
+        """The network's condition, (P, D)."""
         return self.network.condition_in(states_PD)
 
     def boundary_layers(self) -> list[nn.Module]:
-        """The layers that meet latents or times."""
+        """The layers that touch latents or times."""
         network = self.network
         return [network.inp, network.out, cast(TimeEmbedding, network.times[0]).inp]
 
     def noise_of_points(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness, recorded: Tensor | None
     ) -> Tensor:
-        """Standard normal noise, (N, P, Z): what was recorded, or fresh."""
-        # At least float32, whatever the weights are: many small steps are added up.
+        """Standard normal noise, (N, P, Z): recorded or fresh."""
+        # At least float32, whatever the weights' dtype: many small steps are added up.
         dtype = torch.promote_types(prepared_P.dtype, torch.float32)
         if recorded is not None:
             return recorded.to(dtype)

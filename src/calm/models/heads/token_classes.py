@@ -1,9 +1,9 @@
-"""What heads have in common that read the tokens of the chunk before, and may choose a token by its class.
+"""Base of the heads that read the tokens of the previous chunk, with a one- or two-step softmax.
 
-A class first, then a token of it: see `calm.core.classes`.
+Two steps choose a class, then a token of that class: see `calm.core.classes`.
 
-Shapes: P positions, K tokens per chunk, D hidden size, E size of a token's embedding, V vocabulary, C
-classes, G tokens of a class, W places, N kinds of neighbours.
+Shapes: P positions, K tokens per chunk, D hidden size, E size of a token embedding, V vocabulary, C classes,
+G tokens per class, N kinds of neighbours.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from calm.models.heads.fields import check_counts
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 from calm.models.heads.vocabulary import ClassedTokens, OneSoftmax, TwoSoftmaxes, Vocabulary
 
-_NEVER = -100.0  # The logarithm of what is never seen.
+_NEVER = -100.0  # Log-probability of what is never seen.
 
 
 @dataclass(kw_only=True)
 class TokenClassesConfig(TokenHeadConfig):
-    """Fields of such heads.
+    """Fields that these heads share.
 
     Args:
-        num_classes: Classes of tokens; 1 is a single softmax over the vocabulary.
+        num_classes: Number of token classes; 1 is a single softmax over the vocabulary.
         num_blocks: Residual blocks.
-        token_size: Size of the embedding of a token of the chunk.
+        token_size: Size of the head's own token embeddings.
         layer_norm_eps: Epsilon of the norms.
 
-    The others are those of `TokenHeadConfig`.
+    For the other fields, see `TokenHeadConfig`.
     """
 
     num_classes: int = 1
@@ -56,54 +56,54 @@ class TokenClassesConfig(TokenHeadConfig):
 
     @property
     def class_size(self) -> int:
-        """Tokens of a class; the last may have fewer."""
+        """Tokens per class; the last may have fewer."""
         return -(-self.vocab_size // self.num_classes)
 
     @property
     def num_filled_classes(self) -> int:
-        """Classes that have a token: of equal size, fewer than were asked for may hold all."""
+        """Classes that contain a token; at equal sizes, fewer than `num_classes` may hold all tokens."""
         return -(-self.vocab_size // self.class_size)
 
     @property
     def vector_size(self) -> int:
-        """Size of what says which token comes: a part for the token, and with classes one for its class."""
+        """Size of the vector that gives the logits; with classes, one half is for the class logits."""
         return self.rank if self.num_classes == 1 else 2 * self.rank
 
     @property
     def num_scores(self) -> int:
-        """Scores that a token takes at temperature 1."""
+        """Logits computed per token at temperature 1."""
         return self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
 
     @property
     def num_all_scores(self) -> int:
-        """Scores that the whole distribution of a token takes: of all classes and of all places."""
+        """Logits in a token's full distribution: those of all classes, and of all tokens with padding."""
         if self.num_classes == 1:
             return self.vocab_size
         return self.num_filled_classes * (1 + self.class_size)
 
 
 class TokenClassesHead(TokenHead):
-    """A head whose last layers score classes, and the tokens of a class.
+    """A head whose last layers output logits of classes, and of the tokens in a class.
 
-    Its states are those of the backbone followed by its own embeddings of the chunk before, (P, D + K·E).
+    Its states are the backbone's, followed by its own embeddings of the previous chunk, (P, D + K·E).
     """
 
     config: TokenClassesConfig
     class_scores: PartedLinear
-    """Vectors -> scores of classes, if there are classes. `scores` are then those of places."""
+    """Vectors -> class logits, if there are classes. `scores` is then in class order."""
     tokens_by_class: Tensor
-    """Tokens class after class, (V,), if there are classes."""
+    """Tokens in class order, (V,), if there are classes."""
 
     def __init__(self, config: TokenClassesConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__(config, hidden_size, latent_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.token_size)
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
-        """See `GenerativeHead`: the embeddings of the chunk's tokens in a row."""
+        """See `GenerativeHead`: the concatenated embeddings of the chunk's tokens."""
         return self.embed_tokens(chunks_BCK).flatten(-2)
 
     def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's state, (P, D), and the embeddings of the chunk before, (P, K·E)."""
+        """The backbone's state, (P, D), and the embeddings of the previous chunk, (P, K·E)."""
         state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
         return state_PD, before_PX
 
@@ -111,14 +111,14 @@ class TokenClassesHead(TokenHead):
         """Add the last layers.
 
         Args:
-            class_rank: Size of the vector that meets the classes.
+            class_rank: Size of the vector before the class logits.
         """
         config = self.config
         if config.num_classes == 1:
             self.scores = PartedLinear(config.rank, config.vocab_size)
             return
         self.class_scores = PartedLinear(class_rank, config.num_filled_classes)
-        # Of places; those at the end may be of no token.
+        # In class order; the last class may be padded.
         self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
         self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
 
@@ -127,18 +127,18 @@ class TokenClassesHead(TokenHead):
         return [self.scores] if self.config.num_classes == 1 else [self.class_scores, self.scores]
 
     def _classed_tokens(self) -> ClassedTokens:
-        """The tokens of the classes, if there are classes."""
+        """The tokens in their classes, if there are classes."""
         scores, size = self.scores, self.config.class_size
         return ClassedTokens(scores.weight, scores.bias, self.tokens_by_class, size)
 
     def _of_vectors(self) -> Vocabulary:
-        """How vectors of `vector_size` say which token comes; with classes, the first half says its class."""
+        """The vocabulary for vectors of `vector_size`; with classes, their first half gives the class."""
         if self.config.num_classes == 1:
             return OneSoftmax(self.scores.weight, self.scores.bias)
         return TwoSoftmaxes(self.class_scores.weight, self.class_scores.bias, self._classed_tokens())
 
     def check_loaded(self) -> None:
-        """See `GenerativeHead`: every token has a place in a class."""
+        """See `GenerativeHead`: every token must be in a class, once."""
         if self.config.num_classes == 1:
             return
         expected_V = torch.arange(self.config.vocab_size, device=self.tokens_by_class.device)
@@ -147,7 +147,7 @@ class TokenClassesHead(TokenHead):
 
     @torch.no_grad()
     def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:
-        """See `GenerativeHead`: tokens with like neighbours come into the same class."""
+        """See `GenerativeHead`: tokens with similar neighbours go into the same class."""
         if self.config.num_classes == 1:
             return
         counts_VN = count_neighbours()
@@ -156,7 +156,7 @@ class TokenClassesHead(TokenHead):
 
     @torch.no_grad()
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
-        """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
+        """See `GenerativeHead`: every predicted distribution starts as the unigram distribution."""
         if self.config.num_classes == 1 or not self.config.bias_from_text:
             super().init_from_counts(count_tokens)
             return

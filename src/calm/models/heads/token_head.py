@@ -1,4 +1,4 @@
-"""What heads that learn tokens by cross-entropy have in common: scores of the whole vocabulary.
+"""What heads that learn tokens by cross-entropy share: logits over the whole vocabulary.
 
 Shapes: V vocabulary.
 """
@@ -18,12 +18,12 @@ from calm.models.heads.fields import HeadConfig, check_counts
 
 @dataclass(kw_only=True)
 class TokenHeadConfig(HeadConfig):
-    """Fields of heads that score tokens.
+    """Fields of heads with vocabulary logits.
 
     Args:
-        rank: Size of a token's vector before the scores of the vocabulary.
-        bias_from_text: Whether a new model's scores start from how often each token occurs in its text.
-        vocab_size: Tokens; the model fills it in.
+        rank: Size of a token's vector before the vocabulary logits.
+        bias_from_text: Whether a new model's output bias is initialized from token frequencies in its text.
+        vocab_size: Size of the vocabulary; the model fills it in.
         chunk_size: Tokens per chunk; the model fills it in.
     """
 
@@ -41,20 +41,20 @@ class TokenHeadConfig(HeadConfig):
 
 
 class TokenHead(GenerativeHead):
-    """A head whose last layer scores the vocabulary."""
+    """A head whose last layer outputs vocabulary logits."""
 
     config: TokenHeadConfig
     scores: PartedLinear
-    """The last layer: vectors of tokens -> scores of the vocabulary."""
+    """The last layer: token vectors -> vocabulary logits."""
 
     @torch.no_grad()
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
-        """See `GenerativeHead`: every token's distribution starts as that of single tokens."""
+        """See `GenerativeHead`: every predicted distribution starts as the unigram distribution."""
         if self.config.bias_from_text:
             seen_V = self._seen(count_tokens)
             self.scores.bias.copy_((seen_V / seen_V.sum()).log())
 
     def _seen(self, count_tokens: Callable[[], Tensor]) -> Tensor:
-        """How often each token of the head's vocabulary was seen, (V,), and half a time more."""
+        """Count of each token of the head's vocabulary, plus one half, (V,)."""
         counts_V = count_tokens().double()
-        return F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # No logarithm of 0.
+        return F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # Avoids log(0).

@@ -1,6 +1,7 @@
 """The last step of heads that draw token by token: a vector -> the distribution of a token.
 
-Shapes: M rows, R of a part, X size of their vectors, V vocabulary, C classes, G tokens of a class.
+Shapes: M rows, R rows of a part, X size of their vectors, V vocabulary, C classes, G tokens per class,
+W = C·G places in class order, of which those after the V-th have no token.
 """
 
 import abc
@@ -25,36 +26,36 @@ from calm.models.heads.scores import (
     token_distributions,
 )
 
-_TABLES_AT_ONCE = 4  # Of scores: by place, with those of classes, by token, and their exponentials.
+_TABLES_AT_ONCE = 4  # Logits in class order, with class logits added, in token order, exponentiated.
 
 
 class Vocabulary(abc.ABC):
-    """How a vector says which token is next."""
+    """Turns vectors into distributions over the vocabulary."""
 
     @property
     @abc.abstractmethod
     def numbers_of_row(self) -> int:
-        """How many numbers the distribution of a row takes while it is made; see `in_parts`."""
+        """How many numbers it takes to compute the distribution of a row; see `in_parts`."""
 
     @abc.abstractmethod
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
-        """Cross-entropy of a token in each row, (M,), in nats."""
+        """Cross-entropy of one token per row, (M,), in nats."""
 
     @abc.abstractmethod
     def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
-        """Loss of a token in each row with a teacher, (M,); see `calm.core.distillation`."""
+        """Distillation loss of one token per row, (M,); see `calm.core.distillation`."""
 
     @abc.abstractmethod
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
-        """The distribution of each row, (m, V), for some rows at a time."""
+        """The distribution of each row, (m, V), a few rows at a time."""
 
     @abc.abstractmethod
     def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """A token of each row, (M,), by a uniform number in [0, 1), and a number that is finite where its
-        scores are, (M,)."""
+        """Sample one token per row, (M,), from a uniform number in [0, 1); also returns a number that is
+        finite if the row's logits are, (M,)."""
 
     def choose(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """`draw`, or the likeliest token where the temperature is too low to draw at."""
+        """`draw`, or `likeliest` if the temperature is too low to sample at."""
         if temperature < MIN_TEMPERATURE:
             return self.likeliest(vectors_MX)
         return self.draw(vectors_MX, uniform_M, temperature)
@@ -67,7 +68,7 @@ class Vocabulary(abc.ABC):
     def probabilities(self, vectors_MX: Tensor, tokens_M: Tensor, temperature: float) -> Tensor:
         """Of each row's distribution: probability of a token, sum of all squares, and the highest, (3, M).
 
-        Where they are trained and there is more than one part, a part is computed anew in the backward pass.
+        If there is more than one part, each is recomputed in the backward pass.
         """
 
         def of_part(part_RX: Tensor, tokens_R: Tensor) -> Tensor:
@@ -85,11 +86,11 @@ class Vocabulary(abc.ABC):
 
 @dataclass(frozen=True)
 class OneSoftmax(Vocabulary):
-    """A softmax over the scores of all tokens.
+    """A softmax over the logits of all tokens.
 
     Args:
-        table_VX: A vector for each token, whose product with a vector is its score.
-        bias_V: Added to the scores.
+        table_VX: One vector per token, whose product with a vector is its logit.
+        bias_V: Added to the logits.
     """
 
     table_VX: Tensor
@@ -107,7 +108,7 @@ class OneSoftmax(Vocabulary):
     def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
         """See `Vocabulary`."""
         table_VX = self.table_VX
-        if self.bias_V is not None:  # One more column, which is multiplied with 1.
+        if self.bias_V is not None:  # It becomes one more column, which is multiplied by 1.
             vectors_MX = torch.cat([vectors_MX, torch.ones_like(vectors_MX[:, :1])], dim=-1)
             table_VX = torch.cat([table_VX, self.bias_V.unsqueeze(-1)], dim=-1)
         return distillation(vectors_MX, table_VX, tokens_M, teaching)
@@ -130,13 +131,13 @@ class OneSoftmax(Vocabulary):
 
 @dataclass(frozen=True)
 class ClassedTokens:
-    """The scores of tokens that are in classes (see `calm.core.classes`).
+    """The logits of tokens that are grouped in classes (see `calm.core.classes`).
 
     Args:
-        table_WX: A vector for each place; W is C·G, so some at the end may be of no token.
-        bias_W: Added to their scores.
+        table_WX: One vector per place in class order.
+        bias_W: Added to the logits.
         tokens_V: The token at each place.
-        class_size: Tokens of a class G; the last may have fewer.
+        class_size: Tokens per class G; the last may have fewer.
     """
 
     table_WX: Tensor
@@ -145,7 +146,7 @@ class ClassedTokens:
     class_size: int
 
     def places(self, tokens: Tensor) -> Tensor:
-        """The places of tokens; that of a class is this by its size, rounded down."""
+        """The places of tokens; divided by `class_size` and rounded down, they give the classes."""
         return places_of(self.tokens_V)[tokens]
 
     def losses(self, vectors_MX: Tensor, places_M: Tensor) -> Tensor:
@@ -154,18 +155,18 @@ class ClassedTokens:
         return losses_in_classes(vectors_MX, *table, places_M, size, len(self.tokens_V))
 
     def log_distributions(self, vectors_MX: Tensor) -> Tensor:
-        """Logarithms of the distribution of each class, by place, (M, C, G)."""
+        """Log-probabilities within each class, in class order, (M, C, G)."""
         scores_MW = _wide(F.linear(vectors_MX, self.table_WX, self.bias_W))
         is_none_W = torch.arange(len(self.table_WX), device=scores_MW.device) >= len(self.tokens_V)
         scores_MCG = scores_MW.masked_fill(is_none_W, -torch.inf).unflatten(-1, (-1, self.class_size))
         return scores_MCG.log_softmax(-1)
 
     def draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-        """A token of a class in each row, (M,), by a uniform number, and a number as from `Vocabulary.draw`.
+        """Sample a token of a given class per row, (M,); also returns a number as `Vocabulary.draw` does.
 
         Args:
-            class_M: The class.
-            vectors_MX: What meets the tokens.
+            class_M: The classes.
+            vectors_MX: The vectors that give the token logits.
             uniform_M: Uniform numbers in [0, 1).
         """
         numbers = self.class_size * self.table_WX.shape[1]
@@ -187,13 +188,13 @@ class ClassedTokens:
 class TwoSoftmaxes(Vocabulary):
     """A softmax over classes, and one over the tokens of a class (see `calm.core.classes`).
 
-    The first half of a vector meets the classes, the second the tokens. At temperature 1 a loss and a draw
-    take the scores of C classes and G tokens; other temperatures take those of all tokens.
+    The first half of a vector gives the class logits, the second the token logits. At temperature 1, a loss
+    or a draw needs the logits of C classes and G tokens; other temperatures need those of all tokens.
 
     Args:
-        class_table_CX: A vector for each class.
-        class_bias_C: Added to their scores.
-        tokens: The tokens of the classes.
+        class_table_CX: One vector per class.
+        class_bias_C: Added to the class logits.
+        tokens: The tokens in their classes.
     """
 
     class_table_CX: Tensor
@@ -230,7 +231,7 @@ class TwoSoftmaxes(Vocabulary):
             return draw_in_two_steps(self._log_distribution(vectors_MX) / temperature, uniform_M)
         if temperature != 1:
             return draw_by_sums(self.distributions(vectors_MX, temperature), uniform_M)
-        # A class by the uniform number, and a token by where the number lies among those of the class.
+        # The uniform number picks the class, and its position within the class's interval picks the token.
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
         scores_MC = F.linear(of_class_MX, self.class_table_CX, self.class_bias_C).float()
         class_M, rest_M, total_M = choose_by_sums(scores_MC, uniform_M)
@@ -238,7 +239,7 @@ class TwoSoftmaxes(Vocabulary):
         return tokens_M, total_M + of_class_M
 
     def _log_distribution(self, vectors_MX: Tensor) -> Tensor:
-        """Logarithm of the distribution of each row, (M, V)."""
+        """Log-probabilities of each row, (M, V)."""
         of_class_MX, of_token_MX = vectors_MX.chunk(2, dim=-1)
         classes_MC = _wide(F.linear(of_class_MX, self.class_table_CX, self.class_bias_C)).log_softmax(-1)
         log_p_MW = (classes_MC.unsqueeze(-1) + self.tokens.log_distributions(of_token_MX)).flatten(1)
@@ -246,11 +247,11 @@ class TwoSoftmaxes(Vocabulary):
 
 
 def choose_by_sums(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of some scores a uniform number chooses by their softmax, each (M,).
+    """Sample from the softmax of each row's logits, given a uniform number in [0, 1).
 
     Returns:
-        The choice; where the number lies in the part of [0, 1) that is the choice's, as a uniform number of
-        its own; and a number that is finite where the scores are.
+        The choice; where the number lies in the choice's part of [0, 1), as a new uniform number; and a
+        number that is finite if the logits are. Each has shape (M,).
     """
     weights_MX = (scores_MX - scores_MX.amax(-1, keepdim=True)).exp()
     sums_MX = weights_MX.cumsum(-1)
@@ -261,12 +262,12 @@ def choose_by_sums(scores_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor
     chosen_M1 = (sums_MX <= point_M1).sum(-1, keepdim=True).minimum(last_M1)
     before_M1 = torch.where(chosen_M1 > 0, sums_MX.gather(1, (chosen_M1 - 1).clamp_min(0)), 0)
     width_M1 = sums_MX.gather(1, chosen_M1) - before_M1
-    # A number on the lower edge stands for all that round to it: it is never 0, which would choose the first
-    # of what follows even if that has no probability.
+    # A number on the lower edge stands for all that round to it. The result is never 0, which would choose
+    # the first item of the next step even if that has probability 0.
     rest_M1 = torch.where(width_M1 > 0, (point_M1 - before_M1) / width_M1, 0.5).clamp(2**-25, 1 - 2**-24)
     return chosen_M1.squeeze(-1), rest_M1.squeeze(-1), total_M1.squeeze(-1)
 
 
 def _wide(scores: Tensor) -> Tensor:
-    """Scores in float32 at least."""
+    """Logits in float32 or wider."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

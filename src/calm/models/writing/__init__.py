@@ -1,1 +1,1 @@
-"""Writing text: prompts, the backbone step by step, draws of the next chunk, `generate`, batches."""
+"""Generation: prompts, backbone steps, sampling of the next chunk, `generate`, continuous batching."""

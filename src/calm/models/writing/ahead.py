@@ -1,8 +1,8 @@
-"""Steps of writing compiled ahead of time: once for a model on a processor, then loaded in milliseconds.
+"""Generation steps compiled ahead of time: once per model and processor, then loaded in milliseconds.
 
-Two functions are compiled, each for a single row and for any number of them: `advance`, a chunk further
-through embedding and backbone; and `draw`, through head and decoder. Random numbers are drawn outside and
-handed in, so a seed gives the text that it gives without.
+Two functions are compiled, each for a single row and for any number of them: `advance`, one more chunk
+through embedding and backbone; and `draw`, through head and decoder. Random numbers are generated outside
+and passed in, so a seed gives the same text as without compilation.
 
 Shapes: R rows, K tokens per chunk, N draws, M = N · R, U numbers of a request.
 """
@@ -29,17 +29,17 @@ from calm.models.writing.lean import can_step
 from calm.models.writing.tracing import compile_function, function_name, functions_to_trace, requests_of_draw
 
 logger = logging.getLogger(__name__)
-_SCORES_AT_ONCE = 2**24  # Draws whose token scores are held at once: 64 MiB in float32.
-_ATTRIBUTE = "_compiled_steps"  # Where a model keeps what was found for it.
+_SCORES_AT_ONCE = 2**24  # Token logits held at once: 64 MiB in float32.
+_ATTRIBUTE = "_compiled_steps"  # Where a model keeps what `find_steps` found.
 
 
 @dataclass
 class CompiledSteps:
-    """What has been compiled of a model.
+    """The compiled functions of a model.
 
     Args:
         model: The model.
-        functions: By name, as of `function_name`.
+        functions: The functions, by `function_name`.
     """
 
     model: Any
@@ -52,7 +52,7 @@ class CompiledSteps:
         self._prepared: tuple[Tensor, Tensor] | None = None
 
     def advance(self, chunks_RK: Tensor, length_R: Tensor, cache: list[Tensor]) -> Tensor | None:
-        """States that predict the next chunk of each row, as of `ChunkStep`; None if that is not compiled."""
+        """States that predict each row's next chunk, as from `ChunkStep`; None if that is not compiled."""
         function = self.functions.get(function_name("advance", len(chunks_RK)))
         if function is None:
             return None
@@ -61,7 +61,7 @@ class CompiledSteps:
         return states_RD
 
     def prepare(self, states_RD: Tensor) -> Tensor:
-        """What the head prepares for some states; for those of the last `advance` that is done already."""
+        """Output of the head's `prepare`; for the states of the last `advance`, it is already computed."""
         if self._prepared is not None and self._prepared[0] is states_RD:
             return self._prepared[1]
         prepared_R: Tensor = self.model.head.prepare(states_RD)
@@ -70,7 +70,7 @@ class CompiledSteps:
     def draw(
         self, prepared_R: Tensor, num_draws: int, randomness: Randomness, temperature: float
     ) -> Tensor | None:
-        """Draws of the next chunk, (N, R, K), as `draw_chunks` has them; None if that is not compiled."""
+        """Draws of the next chunk, (N, R, K), as from `draw_chunks`; None if that is not compiled."""
         num_rows = len(prepared_R)
         number = num_draws * num_rows
         requests = self._requests_for(number, temperature, prepared_R)
@@ -91,8 +91,8 @@ class CompiledSteps:
         return chunks_MK.unflatten(0, (num_draws, num_rows))
 
     def _requests_for(self, number: int, temperature: float, prepared_R: Tensor) -> list[Request] | None:
-        """What so many draws ask for; None if they are not compiled."""
-        # The last part of many may be a single one.
+        """The random numbers that this many draws request; None if the draws are not compiled."""
+        # The last of several parts may be a single draw.
         sizes = {min(number, self._at_once), number % self._at_once or self._at_once}
         if any(function_name("draw", size, temperature) not in self.functions for size in sizes):
             return None
@@ -103,7 +103,7 @@ class CompiledSteps:
 
     def _draw(self, prepared_M: Tensor, numbers_1MU: list[Tensor], temperature: float) -> Tensor:
         function = self.functions[function_name("draw", len(prepared_M), temperature)]
-        # Compiled code takes strides for granted.
+        # Compiled code assumes contiguous strides.
         chunks_MK, is_finite = function(prepared_M.contiguous(), *(one.contiguous() for one in numbers_1MU))
         if not bool(is_finite):
             refuse_damaged(prepared_M.dtype)
@@ -111,7 +111,7 @@ class CompiledSteps:
 
 
 def find_steps(model: Any) -> CompiledSteps | None:
-    """What has been compiled of a model as it is now, here or in an earlier process; None if nothing was."""
+    """What was compiled for a model's current weights, in this process or an earlier one; None if nothing."""
     root = folder_of_kind(model)
     if root is None or not root.is_dir():
         return None
@@ -131,17 +131,17 @@ def compile_steps(
     temperatures: Sequence[float] = (1.0,),
     tell: Callable[[str], None] = lambda name: None,
 ) -> CompiledSteps:
-    """Compile what has not been compiled yet; each part takes ten to twenty seconds on two cores.
+    """Compile what is not compiled yet; each part takes ten to twenty seconds on two cores.
 
     Args:
-        model: A `CalmForCausalLM` on a processor.
+        model: A `CalmForCausalLM` on a CPU.
         rows: 1 for a single row, 2 for any larger number of them.
-        temperatures: Of the head's draws; 1 but for heads that take one.
+        temperatures: Temperatures of the head's draws; only 1, unless the head takes others.
         tell: Called with the name of each part before it is compiled.
 
     Raises:
-        ValueError: If the model is on another device, has other layers than Llama's, or cannot be traced,
-            or if what was compiled is not what the model says.
+        ValueError: If the model is on another device, has layers other than Llama's, or cannot be traced,
+            or if the compiled code disagrees with the model.
     """
     folder = folder_of_steps(model)
     if not can_step(model):
@@ -163,10 +163,10 @@ def compile_steps(
 
 
 def folder_of_steps(model: Any) -> Path:
-    """Where what is compiled of a model is kept.
+    """Folder of a model's compiled functions.
 
     Raises:
-        ValueError: If the model is on another device than a processor.
+        ValueError: If the model is not on a CPU.
     """
     root = folder_of_kind(model, anew=True)
     if root is None:
@@ -177,7 +177,7 @@ def folder_of_steps(model: Any) -> Path:
 
 
 def _functions_in(folder: Path) -> dict[str, Callable[..., Any]]:
-    """What is compiled, by name; what cannot be loaded is removed, and made again when it is asked for."""
+    """Compiled functions by name; files that cannot be loaded are removed, and recompiled on request."""
     functions = {}
     for file in sorted(folder.glob("*.pt2")):
         try:

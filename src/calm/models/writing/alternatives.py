@@ -1,4 +1,4 @@
-"""What could have come next: draws of a chunk, how often each, and what temperature makes of them.
+"""Alternatives for the next chunk: draws, their counts, and their probabilities at several temperatures.
 
 Shapes: D hidden size, N draws, K tokens of a chunk, C candidates, T temperatures.
 """
@@ -27,14 +27,14 @@ _DRAWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """A chunk that could come, up to the token that ends a text; the rest is padding, whatever was drawn.
+    """A possible next chunk, up to the token that ends a text; what was drawn after that does not count.
 
     Args:
         tokens: Its tokens.
         count: How often it was drawn.
-        chances: What the pool rule makes of all draws, at each temperature.
-        probabilities: What the head itself gives it at each, None at those that it does not take; None
-            for a head that cannot tell.
+        chances: Its probability under the pool rule over all draws, at each temperature.
+        probabilities: Its probability under the head at each temperature, None at those that the head does
+            not support; None for a head without a likelihood.
     """
 
     tokens: Chunk
@@ -45,11 +45,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """What could come next.
+    """Alternatives for the next chunk.
 
     Args:
         told: Candidates, the most frequent first.
-        num_different: How many there are, those that are not told included.
+        num_different: How many different ones there are, including those not in `told`.
     """
 
     told: list[Candidate]
@@ -69,20 +69,20 @@ def draw_alternatives(
     thoughts: Thoughts | None = None,
     written: Sequence[int] = (),
 ) -> Generator[None, None, Alternatives]:
-    """Draw the chunk after a text at temperature 1: first the text is read, then some draws at a time.
+    """Draw the chunk after a text at temperature 1: reads the text, then makes a few draws at a time.
 
-    Between two yields there is little work, so that a server can do other work in between.
+    There is little work between two yields, so that a server can do other work in between.
 
     Args:
         model: The model.
         ids: Tokens of the text, or of a prompt.
         num_draws: How many draws.
-        temperatures: Temperatures at which the pool rule weighs them.
-        most: How many candidates are told, the most frequent first.
+        temperatures: Temperatures at which the pool rule weights them.
+        most: How many candidates to return, the most frequent first.
         seed: Seed of the draws.
-        chunk: A chunk that is told in any case, up to the token that ends a text.
-        thoughts: What is thought after the prompt.
-        written: Tokens that were written then, in whole chunks.
+        chunk: A chunk to return in any case, up to the token that ends a text.
+        thoughts: Thoughts after the prompt.
+        written: Tokens that were generated after that, in whole chunks.
     """
     size = model.config.chunk_size
     state_1D = yield from _state_after(
@@ -106,7 +106,7 @@ def draw_alternatives(
 
 
 def outcome_of(drawing: Generator[None, None, Alternatives]) -> Alternatives:
-    """What `draw_alternatives` comes to, without other work in between."""
+    """Run `draw_alternatives` to its result, without other work in between."""
     while True:
         try:
             next(drawing)
@@ -116,7 +116,7 @@ def outcome_of(drawing: Generator[None, None, Alternatives]) -> Alternatives:
 
 
 def _state_after(model: ChunkModel, prompt: Prompt) -> Generator[None, None, Tensor]:
-    """The state that a prompt ends with, (1, D), after a few of its thoughts at a time."""
+    """The state at the end of a prompt, (1, D), reading a few of its thoughts at a time."""
     if not prompt.thinks:
         return prompt.read(model)[:, -1]
     size, cache = model.config.chunk_size, DynamicCache(config=model.config.backbone)
@@ -142,7 +142,7 @@ def _state_after(model: ChunkModel, prompt: Prompt) -> Generator[None, None, Ten
 def _with_probabilities(
     model: ChunkModel, state_1D: Tensor, candidates: list[Candidate], temperatures: Sequence[float]
 ) -> Generator[None, None, list[Candidate]]:
-    """Candidates with what the head gives them, some at a time."""
+    """Candidates with the head's probabilities, a few at a time."""
     found: list[Candidate] = []
     while len(found) < len(candidates):
         part, shares_T = candidates[len(found) : len(found) + _DRAWS_AT_ONCE], []
@@ -157,7 +157,7 @@ def _with_probabilities(
 def _candidates(
     draws: Sequence[Chunk], temperatures: Sequence[float], eos_ids: Sequence[int]
 ) -> list[Candidate]:
-    """All that was drawn, the most frequent first."""
+    """All candidates that were drawn, the most frequent first."""
     counted = Counter(draws)
     counts = torch.tensor(list(counted.values()))
     distributions = [distribution_of_pool(counts, temperature).tolist() for temperature in temperatures]
@@ -176,13 +176,13 @@ def _candidates(
 def _probabilities(
     model: ChunkModel, state_1D: Tensor, candidates: Sequence[Candidate], temperature: float
 ) -> Sequence[float | None]:
-    """What a head with a likelihood gives each candidate at a temperature."""
+    """Probability of each candidate at a temperature, under a head with a likelihood."""
     head, size = model.head, model.config.chunk_size
     if not head.config.lowest_temperature <= temperature <= 1:
         return [None] * len(candidates)
     padded = [[*one.tokens, *(size - len(one.tokens)) * [0]] for one in candidates]
     chunks_CK = torch.tensor(padded, device=model.device)
-    if temperature < MIN_TEMPERATURE:  # The head writes its likeliest tokens.
+    if temperature < MIN_TEMPERATURE:  # The head decodes greedily.
         written_11K = head.draw_chunks(head.prepare(state_1D), 1, temperature=temperature)
         of_token_CK = (chunks_CK == written_11K[0]).double()
     else:
@@ -194,7 +194,7 @@ def _probabilities(
 
 
 def up_to_end(tokens: Sequence[int], eos_ids: Collection[int]) -> Chunk:
-    """Tokens up to the first that ends a text."""
+    """Tokens up to and including the first that ends a text."""
     end = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return tuple(tokens[: end + 1])
 

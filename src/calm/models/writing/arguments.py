@@ -1,6 +1,6 @@
-"""Arguments that transformers' `generate` has and chunks give no meaning to: what each may be, and why.
+"""Arguments of transformers' `generate` that have no meaning for chunks: what each may be, and why.
 
-An argument that would change the text and cannot is refused. At its default it asks for nothing, and passes.
+An argument that would change the text, but cannot, is refused. At its default it has no effect, and passes.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     _STATES: ("output_attentions", "output_hidden_states"),
     _CACHES: ("cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
 }  # fmt: skip
-# What asks for nothing, beside None, False and what is empty.
+# Values without an effect, besides None, False and empty ones.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (0,),
     "top_h": (1.0,),
@@ -55,17 +55,17 @@ REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() fo
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first argument that asks for what cannot be honoured."""
+    """Raise ValueError for the first argument that asks for something unsupported."""
     for name, value in given.items():
         if name in REFUSED and not _asks_for_nothing(name, value):
             raise ValueError(f"{name}={value!r} cannot be honoured: {REFUSED[name]}. Leave it out.")
 
 
 def num_texts(asked: Any) -> int:
-    """How many texts of each prompt `num_return_sequences` asks for; one where it is None.
+    """Number of texts per prompt that `num_return_sequences` asks for; 1 if it is None.
 
     Raises:
-        ValueError: If it is no number of texts.
+        ValueError: If it is not a whole number of at least 1.
     """
     if asked is None:
         return 1

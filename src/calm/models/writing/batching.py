@@ -1,4 +1,4 @@
-"""Rows that are written together, join and leave at any chunk, and know nothing of each other.
+"""Continuous batching: rows are generated together, join and leave at any chunk, and are independent.
 
 Shapes: R rows, K tokens per chunk, A rows that are sampled together, D state size.
 """
@@ -25,7 +25,7 @@ from calm.models.writing.rows import Failed, OpenRows, Row, Written
 from calm.models.writing.steps import SlotSteps
 
 logger = logging.getLogger(__name__)
-_ALONE = 16  # A piece of prompts is so many times as large while nobody waits for the next chunk.
+_ALONE = 16  # Prompts are read in pieces this many times larger while no row is being generated.
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class BatchLimits:
     """How much is held in memory and done at once.
 
     Args:
-        max_rows: Rows that are written at the same time; others wait, and their prompts are read ahead.
-        draws_at_once: Draws of all rows together; rows that may make more take turns.
+        max_rows: Rows that are generated at the same time; others wait, possibly with prompts already read.
+        draws_at_once: Draws over all rows; rows that may exceed this are sampled in turns.
         chunks_at_once: Chunks of prompts that are read between two steps of the rows.
-        prefix_bytes: Memory for beginnings of prompts that may come again.
+        prefix_bytes: Memory for the prefix cache.
     """
 
     max_rows: int = 64
@@ -46,18 +46,18 @@ class BatchLimits:
 
 
 class ChunkBatch:
-    """Writes all its rows one chunk further at each step.
+    """Generates one chunk for every row at each step.
 
-    Prompts are read by the steps, too, in pieces; see `PromptReader`. Where rows wait for a place, several
-    prompts are read together once there is one. With the same seed a row gets the text that `generate` gives
-    its prompt alone, but for rounding, which differs between the shapes of a batch.
+    Steps also read the prompts, in pieces; see `PromptReader`. If rows wait for a slot, several prompts are
+    read together once one is free. With the same seed, a row gets the text that `generate` gives for its
+    prompt alone, up to rounding, which differs between batch shapes.
 
-    A step that fails leaves every row and its randomness as they were. Then the rows that fail alone leave,
-    and the others go on without them; where none fails alone, as when memory is short, they go on by halves.
-    A row that cannot take its place leaves alone, too.
+    A step that fails leaves every row and its randomness unchanged. Then the rows that fail alone leave, and
+    the others continue without them; if none fails alone, as when memory is short, they continue in halves.
+    A row that fails to join leaves alone, too.
 
     Args:
-        model: The model, whose layers and weights stay as they are.
+        model: The model, whose layers and weights must not change.
         limits: How much is done at once; None for the default.
     """
 
@@ -67,7 +67,7 @@ class ChunkBatch:
         self._steps = SlotSteps(model)
         self._reader = PromptReader(model, PrefixStore(limits.prefix_bytes))
         self._open: OpenRows | None = None
-        self._ready: list[OpenRows] = []  # Prompts that have been read, whose rows wait for a place.
+        self._ready: list[OpenRows] = []  # Prompts that have been read, whose rows wait for a slot.
         self._eos_ids = as_id_tensor(model.config.eos_token_id, model.device)
         self._ends = set(self._eos_ids.tolist())
         self._pad = model.config.pad_token_id or 0
@@ -77,7 +77,7 @@ class ChunkBatch:
 
     @property
     def _rows(self) -> Sequence[Row]:
-        """Rows that are written, not those that wait."""
+        """Rows that are being generated, without those that wait."""
         return () if self._open is None else [row for row in self._open.rows if not row.has_ended]
 
     @property
@@ -93,15 +93,15 @@ class ChunkBatch:
         copy: int = 0,
         thoughts: Thoughts | None = None,
     ) -> Row:
-        """Take a row in; the next steps read its prompt, and then it is written as soon as there is a place.
+        """Add a row; the next steps read its prompt, and generate its text as soon as a slot is free.
 
         Args:
             prompt: Its tokens, at least one.
             sampler: How chunks are sampled.
-            budget: Most new tokens, at least 1.
-            seed: With the prompt and the copy it decides the text.
-            copy: Which of several texts of the same prompt and seed, as of `num_return_sequences`.
-            thoughts: What is thought after the prompt.
+            budget: Maximum number of new tokens, at least 1.
+            seed: Determines the text, together with the prompt and the copy.
+            copy: Which of several texts with the same prompt and seed, as of `num_return_sequences`.
+            thoughts: Thoughts after the prompt.
         """
         row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
         self._reader.add(row, prompt, thoughts)
@@ -109,19 +109,19 @@ class ChunkBatch:
 
     @torch.no_grad()
     def step(self) -> list[Written | Failed]:
-        """Read a piece of the prompts, and write a chunk of every row; those that ended or failed leave."""
+        """Read a piece of the prompts, and generate a chunk for every row; those that end or fail leave."""
         return [*self._read(), *self._write()]
 
     @torch.no_grad()
     def drop(self, row: Row) -> None:
-        """Take a row out before its end; one that has left already is no matter."""
+        """Remove a row before its end; it may have left already."""
         self._reader.drop(row)
-        row.has_ended = True  # It keeps its place until that is wanted, or nobody else is left.
+        row.has_ended = True  # It keeps its slot until another row needs it, or no other is left.
         self._ready = [part for part in self._ready if _going(part)]
         self._open = self._open if self._rows else None
 
     def _read(self) -> list[Failed]:
-        """Read a piece if there is a place for a row, and let in those that are ready."""
+        """Read a piece if there is a free slot, and let in rows that are ready."""
         failed: list[Failed] = []
         if len(self._reader) and len(self._rows) + self._num_ready < self._limits.max_rows:
             ready, failed = self._reader.read(self._limits.chunks_at_once * (1 if self._rows else _ALONE))
@@ -129,7 +129,7 @@ class ChunkBatch:
         return [*failed, *self._let_in()]
 
     def _let_in(self) -> list[Failed]:
-        """Give rows that are ready the places of those that have ended, then those that are free."""
+        """Give rows that are ready the slots of those that have ended, then free ones."""
         failed: list[Failed] = []
         for place, row in enumerate(() if self._open is None else self._open.rows):
             if row.has_ended and self._ready:
@@ -146,7 +146,7 @@ class ChunkBatch:
         return [*failed, *self._join(let_in)]
 
     def _take_next(self, most: int, take: Callable[[OpenRows], None]) -> list[Failed]:
-        """Let the next rows in that are ready, those of one prompt. If that fails, they alone leave."""
+        """Let in the next rows that are ready, those of one prompt; if that fails, they alone leave."""
         part = self._ready[0]
         places = _going(part)
         try:
@@ -164,7 +164,7 @@ class ChunkBatch:
         self._open = self._open.replaced(place, part)
 
     def _join(self, parts: Sequence[OpenRows]) -> list[Failed]:
-        """Let rows in beside those that are written; those of prompts for which that fails leave."""
+        """Let rows in beside those being generated; if that fails for a prompt, its rows leave."""
         try:
             if parts:
                 self._open = OpenRows.joined([*([] if self._open is None else [self._open]), *parts])
@@ -194,7 +194,7 @@ class ChunkBatch:
         return [*failed, *self._write()]
 
     def _advance(self) -> list[Written]:
-        """A step that changes nothing if it fails."""
+        """Run a step that changes nothing if it fails."""
         assert self._open is not None
         rows, before = self._open, _Counts.of(self._open.rows)
         try:
@@ -203,7 +203,7 @@ class ChunkBatch:
             places = _going(rows)
             ended = [place for place in written_to if rows.rows[place].has_ended]
             if len(ended) <= self._num_ready and all(rows.cache.has_room(place) for place in ended):
-                chunks_RK[ended] = self._pad  # They keep their places for the next, and are not read.
+                chunks_RK[ended] = self._pad  # They keep their slots for others, and are read as padding.
                 places = written_to
             if self._rows:
                 self._open = self._read_chunks(rows.part(places), chunks_RK[places])
@@ -215,7 +215,7 @@ class ChunkBatch:
         return written
 
     def _try_alone(self, place: int) -> Failed | None:
-        """Whether a row fails by itself; nothing is written."""
+        """Run a step of one row and undo it; returns the failure, if any."""
         whole = self._open
         assert whole is not None
         before = _Counts.of(whole.rows)
@@ -253,13 +253,13 @@ class ChunkBatch:
         return results
 
     def _read_chunks(self, rows: OpenRows, chunks_RK: Tensor) -> OpenRows:
-        """The same rows behind their new chunks."""
+        """The same rows after reading their new chunks."""
         cache = rows.cache.shared()
         states_RD = self._steps.advance(chunks_RK, cache)
         return OpenRows(rows.rows, states_RD, cache)
 
     def _sample(self, rows: OpenRows) -> tuple[Tensor, list[Written]]:
-        """The next chunk of every row that has not ended (R, K), by rows of equal samplers."""
+        """Sample the next chunk of every row that has not ended, (R, K), in groups of equal samplers."""
         size = self._model.config.chunk_size
         chunks_RK = torch.full((len(rows.rows), size), self._pad, device=self._model.device)
         written: list[Written | None] = [None] * len(rows.rows)
@@ -279,7 +279,7 @@ class ChunkBatch:
         return chunks_RK, [one for one in written if one is not None]
 
     def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[Sampler, list[int]]]:
-        """Places of rows that are sampled together: by equal samplers, and not too many draws."""
+        """Indices of rows to sample together: with equal samplers, and not too many draws."""
         going = [place for place, row in enumerate(rows) if not row.has_ended]
         for sampler in dict.fromkeys(rows[place].sampler for place in going):
             places = [place for place in going if rows[place].sampler == sampler]
@@ -289,7 +289,7 @@ class ChunkBatch:
     def _note(
         self, row: Row, tokens: list[int], ends: bool, num_draws: int, agreement: float, fell_back: bool
     ) -> Written:
-        """Count a chunk of a row, and tell what of it is text."""
+        """Count a chunk of a row, and return what of it is text."""
         if ends:
             tokens = tokens[: next(place for place, token in enumerate(tokens, 1) if token in self._ends)]
         by_eos = ends and len(tokens) <= row.budget
@@ -301,7 +301,7 @@ class ChunkBatch:
 
 
 def _going(rows: OpenRows) -> list[int]:
-    """Places of the rows that have not ended."""
+    """Indices of the rows that have not ended."""
     return [place for place, row in enumerate(rows.rows) if not row.has_ended]
 
 
@@ -310,31 +310,31 @@ def _count(parts: Sequence[OpenRows]) -> int:
 
 
 def _leave(rows: Sequence[Row], error: Exception) -> list[Failed]:
-    """Let rows go for an error."""
+    """Mark rows as ended because of an error."""
     for row in rows:
         row.has_ended = True
     return [Failed(row, error) for row in rows]
 
 
 class _Counts(NamedTuple):
-    """What a step changes of its rows, to go back to."""
+    """The state of the rows that a step changes, to restore if it fails."""
 
     rows: Sequence[Row]
     counts: list[tuple[int, bool, Tensor]]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "_Counts":
-        """As they are now."""
+        """The current state."""
         return cls(rows, [(row.budget, row.has_ended, row.generator.get_state()) for row in rows])
 
     def restore(self) -> None:
-        """Go back."""
+        """Restore the rows to this state."""
         for row, (budget, has_ended, state) in zip(self.rows, self.counts, strict=True):
             row.budget, row.has_ended = budget, has_ended
             row.generator.set_state(state)
 
 
 def _listed(chunk_AK: Tensor, ends_A: Tensor, sample: ChunkSample) -> list[list]:
-    """What is told of each row, as numbers."""
+    """What is reported of each row, as Python numbers."""
     tensors = (chunk_AK, ends_A, sample.num_draws_R, sample.agreement_R, sample.fell_back_R)
     return [values_A.tolist() for values_A in tensors]

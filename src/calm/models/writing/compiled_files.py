@@ -1,4 +1,4 @@
-"""Where compiled functions are kept: in the user's cache, under a name made of all that they depend on."""
+"""Where compiled functions are kept: in the user's cache, under a hash of all that they depend on."""
 
 import functools
 import hashlib
@@ -23,11 +23,11 @@ _NOT_OF_LAYERS = {
     "_name_or_path",
     "architectures",
 }
-_WORDS = 1024  # Of 8 bytes, in a row of a digest.
+_WORDS = 1024  # Words of 8 bytes per row, for digests of weights.
 
 
 def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
-    """The folder of all models of the same configuration on this processor; None where there can be none."""
+    """The folder for all models of the same configuration on this processor; None if there can be none."""
     if model.device.type != "cpu" or not (anew or cache_root().is_dir()):
         return None
     kind = (
@@ -42,14 +42,14 @@ def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
 
 
 def _without_names(settings: Any) -> Any:
-    """Settings of a model without those that no layer looks at."""
+    """Settings of a model without those that no layer uses."""
     if not isinstance(settings, dict):
         return settings
     return {name: _without_names(value) for name, value in settings.items() if name not in _NOT_OF_LAYERS}
 
 
 def cache_root() -> Path:
-    """Where compiled steps are kept: in `CALM_CACHE`, or the user's cache."""
+    """The folder of compiled steps: in `CALM_CACHE`, or the user's cache."""
     if chosen := os.environ.get("CALM_CACHE"):
         return Path(chosen).expanduser() / "compiled"
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -57,9 +57,9 @@ def cache_root() -> Path:
 
 
 def load_function(file: Path) -> Callable[..., Any]:
-    """A compiled function of tensors.
+    """Load a compiled function of tensors.
 
-    It is called without what torch puts around it, which takes as long as a small model's step.
+    It is called without torch's wrapper, which takes as long as a small model's step.
     """
     loader = _loader_of(str(file))
 
@@ -71,22 +71,22 @@ def load_function(file: Path) -> Callable[..., Any]:
 
 
 def _loader_of(file: str) -> Any:
-    """What `torch._inductor.aoti_load_package` makes of a file; to import that takes a second."""
+    """The loader from `torch._inductor.aoti_load_package`, without importing that, which takes a second."""
     try:
         return torch._C._aoti.AOTIModelPackageLoader(file, "model", False, 1, -1)
-    except (AttributeError, TypeError):  # Of another release of torch.
+    except (AttributeError, TypeError):  # Another release of torch.
         from torch._inductor import aoti_load_package  # noqa: PLC0415 (slow)
 
         return aoti_load_package(file).loader
 
 
 def weights_of(model: Any) -> list[Tensor]:
-    """All that a model's text depends on."""
+    """All tensors that a model's text depends on."""
     return [*model.parameters(), *model.buffers()]
 
 
 def digest_of_weights(model: Any) -> str:
-    """A name for the values of all weights, at the speed of memory: rows of words times random numbers."""
+    """Hash all weights, at the speed of memory: sums of rows of words times random factors."""
     digest = hashlib.blake2b(digest_size=12)
     generator = torch.Generator().manual_seed(0)
     factor_W = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator) * 2 + 1
@@ -102,7 +102,7 @@ def digest_of_weights(model: Any) -> str:
 
 @functools.cache
 def _digest_of_code(of_head: str | None) -> str:
-    """A name for the code that is compiled: all of `calm.core` and `calm.models`, and an outside head's."""
+    """Hash the code that is compiled: all of `calm.core` and `calm.models`, and the head's own file."""
     package = Path(str(importlib.resources.files("calm")))
     files = sorted([*(package / "core").rglob("*.py"), *(package / "models").rglob("*.py")])
     digest = hashlib.blake2b(digest_size=12)
@@ -113,7 +113,7 @@ def _digest_of_code(of_head: str | None) -> str:
 
 @functools.cache
 def _digest_of_processor() -> str:
-    """A name for what the processor can do: homes are shared by machines that run each other's code badly."""
+    """Hash the processor's features: machines that share a home may run each other's code badly."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
     names = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

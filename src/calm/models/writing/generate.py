@@ -1,4 +1,4 @@
-"""Writing text chunk by chunk, in the manner of `GenerationMixin.generate`.
+"""Generation chunk by chunk, modeled on `GenerationMixin.generate`.
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, D hidden size, S steps.
 """
@@ -54,13 +54,13 @@ _USED = {
 
 @dataclass
 class CalmGenerateOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns; one column for each chunk written.
+    """What `generate(..., return_dict_in_generate=True)` returns; one column per generated chunk.
 
     Args:
         sequences: Prompts with their continuations, shape (B, T + new).
         num_draws: Draws made, shape (B, S); 0 for rows that had ended.
-        num_needed: Draws that the decision rests on, shape (B, S).
-        fell_back: Whether the budget of the exact sampler was spent, shape (B, S).
+        num_needed: Draws that the decision is based on, shape (B, S).
+        fell_back: Whether the budget of the exact sampler was used up, shape (B, S).
         agreement: Share of the draws equal to the chosen chunk, shape (B, S).
     """
 
@@ -71,9 +71,9 @@ class CalmGenerateOutput(ModelOutput):
     agreement: Tensor | None = None
 
 
-# transformers believes that a model writes if a base class has a name that ends in this word.
+# transformers considers a model generative if "GenerationMixin" is in the name of a base class.
 class ChunkGenerationMixin:
-    """`generate` for models that predict chunks, and the draws that it rests on."""
+    """`generate` for models that predict chunks, and the sampling methods behind it."""
 
     @torch.no_grad()
     def generate(
@@ -93,40 +93,40 @@ class ChunkGenerationMixin:
         stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
     ) -> Tensor | CalmGenerateOutput:
-        """Continue each prompt by chunks until EOS or `max_new_tokens`.
+        """Continue each prompt chunk by chunk until EOS or `max_new_tokens`.
 
-        Padding of a prompt goes in front of it, so that it ends on a chunk boundary; the model has
-        seen this in training, where documents start at a random offset inside their first chunk.
+        A prompt is padded in front, so that it ends on a chunk boundary; the model has seen this in
+        training, where documents start at a random offset inside their first chunk.
 
         Args:
             input_ids: Prompts (B, T), padded on either side where `attention_mask` is 0; one
-                beginning-of-text token when None.
+                beginning-of-text token if None.
             attention_mask: (B, T), 1 on tokens of the prompt.
-            generation_config: Defaults to the model's; keyword arguments override it. Used are
+            generation_config: Defaults to the model's; keyword arguments override it. Supported are
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
                 sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
                 `cache_implementation` and `compile_config` (see `calm.models.writing.steps`), `eos_token_id`,
-                `pad_token_id` and `return_dict_in_generate`. Others pass at their defaults and are errors
-                otherwise (see `calm.models.writing.arguments`).
-                `do_sample=False` asks for greedy decoding, which there is not for chunks, and is an error:
-                say `temperature=0` for the mode of a pool.
-            streamer: Receives the new tokens as they are written (batch of one).
-            sampler: "exact", "pool" or "head", or a sampler with settings of its own (see
-                `calm.core.samplers`), whose temperature then counts; by default "pool" with `top_p` or
-                `min_p`, "head" where the head takes the temperature, "exact" elsewhere.
+                `pad_token_id` and `return_dict_in_generate`. Others are accepted at their defaults and are
+                errors otherwise (see `calm.models.writing.arguments`).
+                `do_sample=False` asks for greedy decoding, which does not exist for chunks, and is an error:
+                use `temperature=0` for the mode of a pool.
+            streamer: Receives the new tokens as they are generated (batch of one).
+            sampler: "exact", "pool" or "head", or a sampler object (see `calm.core.samplers`), whose own
+                temperature then applies; by default "pool" with `top_p` or `min_p`, otherwise "head" if the
+                head takes the temperature, otherwise "exact".
             num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
-            max_draws: Most draws a chunk of the exact sampler.
-            num_thoughts: Thoughts after each prompt (see `calm.models.thoughts`), which are not shown. None
-                takes as many as the model was trained with, 0 is the ordinary model.
-            seed: Makes the text repeatable: a prompt's text then depends on the seed, the prompt
-                and its earlier copies in the batch, not on the other rows (up to rounding, which
-                differs between shapes of a batch).
+            max_draws: Maximum number of draws per chunk of the exact sampler.
+            num_thoughts: Thoughts after each prompt (see `calm.models.thoughts`), which are not returned.
+                None takes as many as the model was trained with, 0 takes none.
+            seed: Makes the text reproducible: a prompt's text then depends on the seed, the prompt and its
+                earlier copies in the batch, not on the other rows (up to rounding, which differs between
+                batch shapes).
             generator: One source of randomness for all rows, on the model's device; alternative to
                 `seed`.
             tokenizer: The model's tokenizer; `stop_strings` need it.
-            stopping_criteria: Criteria of transformers. They are asked after every token of a chunk, and see
-                no scores.
-            **kwargs: Changes of the generation config.
+            stopping_criteria: Stopping criteria of transformers, checked after every token of a chunk; they
+                get no scores.
+            **kwargs: Overrides of the generation config.
 
         Returns:
             Prompts with their continuations (B, T + new); rows that ended are filled with padding.
@@ -179,7 +179,7 @@ class ChunkGenerationMixin:
         randomness: Randomness = None,
         compiled: CompiledSteps | None = None,
     ) -> ChunkSample:
-        """One next chunk for every state; see `calm.models.writing.sampling.sample_chunks`."""
+        """Sample one next chunk per state; see `calm.models.writing.sampling.sample_chunks`."""
         return sample_chunks(self, states_PD, sampler, randomness, compiled)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ def _generation_settings(
     config = copy.deepcopy(config or model.generation_config)
     if overrides.get("max_new_tokens") is None and "max_length" in overrides:
         config.max_new_tokens = None
-    config.do_sample = True  # Else transformers warns about every temperature.
+    config.do_sample = True  # Otherwise transformers warns about every temperature.
     config.update(**overrides)
     check_arguments(vars(config) | overrides)
     known = _USED | REFUSED.keys()
@@ -268,7 +268,7 @@ class _Writing:
         self._ends = frozenset(self._eos_ids.tolist())
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """New tokens of each row, (B, new) with new <= budget, and the statistics of every step if wanted."""
+        """New tokens of each row, (B, new) with new <= budget, and statistics of all steps if requested."""
         size, (num_rows, first) = self.model.config.chunk_size, self.prompt_BT.shape
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
         prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad).followed_by(
@@ -289,7 +289,7 @@ class _Writing:
                 samples.append((open_A, sample))
             behind = first + step * size
             chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, text_BT[:, :behind], open_A, pad)
-            # All rows at once by a view: an index is several times as slow.
+            # A view if these are all rows: indexing is several times slower.
             text_BT[open_A if len(open_A) < num_rows else slice(None), behind : behind + size] = chunk_AK
             if self.streamer is not None:
                 kept = min(size if kept_A is None else int(kept_A[0]), self.budget - step * size)
@@ -311,10 +311,10 @@ class _Writing:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,).
 
-        The last two are None where it is plain that none ends.
+        The last two are None if it is clear that none ends.
         """
         size, eos_ids = chunk_AK.shape[1], self._eos_ids
-        # A set of numbers is faster to ask than a tensor.
+        # Looking up numbers in a set is faster than comparing tensors.
         if not self.stopping.is_needed and self._ends.isdisjoint(chunk_AK.flatten().tolist()):
             return chunk_AK, None, None
         kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
@@ -341,7 +341,7 @@ def _stream(streamer: BaseStreamer, tokens: Tensor) -> None:
 
 
 def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[str, Tensor]:
-    """Fields of `CalmGenerateOutput`, 0 where a row had ended; none of no step."""
+    """Fields of `CalmGenerateOutput`, 0 where a row had ended; empty without steps."""
     if not steps:
         return {}
     table: dict[str, list[Tensor]] = {"num_draws": [], "num_needed": [], "fell_back": [], "agreement": []}
@@ -353,7 +353,7 @@ def _statistics(steps: list[tuple[Tensor, ChunkSample]], num_rows: int) -> dict[
 
 
 def _num_new_tokens(config: GenerationConfig, prompt_length: int, room: int) -> int:
-    """Most new tokens: what is asked for, or where nothing is, as many as usual if they fit."""
+    """Maximum number of new tokens: as requested, or else the default, reduced to what fits."""
     if config.max_new_tokens is not None:
         budget = config.max_new_tokens
     elif config.max_length is not None:

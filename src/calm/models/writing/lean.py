@@ -1,11 +1,10 @@
-"""The backbone one chunk further: what a decoder layer does for a single position, and nothing else.
+"""A lean backbone step: what a decoder layer does for a single position, and nothing else.
 
-The forward pass of transformers serves any number of positions, masks and caches, and spends more time on
-those than on the products of a small model. Here the layers' own modules are called, so adapters and
-quantized weights take part; around them are a rotation, a write into the cache in place, and attention.
+The forward pass of transformers handles any number of positions, masks and caches, and spends more time on
+that than on the matrix products of a small model. Here the layers' own modules are called, so adapters and
+quantized weights work; around them are a rotation, an in-place write into the cache, and attention.
 
-Shapes: R rows, K tokens per chunk, C chunks, G heads of queries, H heads of keys and values, d their size,
-D hidden size.
+Shapes: R rows, K tokens per chunk, C chunks, G query heads, H key/value heads, d head size, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from calm.models.attention import NormedAttention, projected, rotated
 
-# Rotations whose frequencies do not depend on the length of a text.
+# Rotary embeddings whose frequencies do not depend on the length of a text.
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 _ATTENTION = (LlamaAttention, NormedAttention)
 
 
 class ChunkStep(nn.Module):
-    """States of the next positions of some rows, from their last chunks and a cache.
+    """Computes the next state of each row from its last chunk and a cache.
 
     Args:
         model: A `CalmForCausalLM` for which `can_step` holds.
@@ -35,11 +34,11 @@ class ChunkStep(nn.Module):
         self.model = model
 
     def forward(self, chunks_RK: Tensor, length_R: Tensor, cache: Sequence[Tensor]) -> Tensor:
-        """States (R, D + what the head reads itself); keys and values are written behind each row.
+        """States (R, D + `extra_state_size`); keys and values are written after the end of each row.
 
         Args:
-            chunks_RK: The last chunk of every row.
-            length_R: Chunks of each row before it.
+            chunks_RK: The last chunk of each row.
+            length_R: Number of chunks before it.
             cache: Keys and values (R, H, C, d) of each layer in turn.
         """
         model, (_, num_heads, num_chunks, _) = self.model, cache[0].shape
@@ -53,7 +52,7 @@ class ChunkStep(nn.Module):
             normed_RD = layer.input_layernorm(x_RD)
             query_RGd, key_RHd, value_RHd = projected(attention, normed_RD)
             query_RGd, key_RHd = rotated(query_RGd, cos_R1d, sin_R1d), rotated(key_RHd, cos_R1d, sin_R1d)
-            # Under autocast the cache has the type that it chose for the prompt.
+            # Under autocast, the cache has the dtype that autocast chose for the prompt.
             keys_RHCd.index_put_(slot, key_RHd.to(keys_RHCd.dtype))
             values_RHCd.index_put_(slot, value_RHd.to(values_RHCd.dtype))
             query_RGd = query_RGd.to(keys_RHCd.dtype)
@@ -65,7 +64,7 @@ class ChunkStep(nn.Module):
         return states_RD if extra_RX is None else torch.cat([states_RD, extra_RX], dim=-1)
 
     def _rotation(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the angles of each row's position, (R, 1, d)."""
+        """Cosine and sine of the rotation at each row's position, (R, 1, d)."""
         rotary = self.model.backbone.rotary_emb
         angles_Rh = position_R.unsqueeze(-1) * rotary.inv_freq
         angles_R1d = torch.cat([angles_Rh, angles_Rh], dim=-1).unsqueeze(1)
@@ -74,7 +73,7 @@ class ChunkStep(nn.Module):
 
 
 def can_step(model: Any) -> bool:
-    """Whether a model's layers are those of Llama, with nothing hung on to them that a step would pass by."""
+    """Whether a model's layers are plain Llama layers, without hooks that a lean step would bypass."""
     if model.backbone.rotary_emb.rope_type not in _FIXED_ROTATIONS:
         return False
     parts = [model.backbone, model.backbone.norm]
@@ -88,16 +87,16 @@ def can_step(model: Any) -> bool:
 
 
 def _is_dispatched(module: nn.Module) -> bool:
-    """Whether accelerate moves a module's inputs from device to device."""
+    """Whether accelerate moves a module's inputs between devices."""
     return hasattr(module, "_hf_hook")
 
 
 def _attend(
     query_RGd: Tensor, keys_RHCd: Tensor, values_RHCd: Tensor, is_seen_RC: Tensor, scaling: float
 ) -> Tensor:
-    """What each row's query finds among its chunks, (R, G·d)."""
+    """Attention of each row's query over its chunks, (R, G·d)."""
     if torch.compiler.is_compiling() and query_RGd.shape[0] == 1:
-        # Fused loops beat a kernel for many queries.
+        # Fused loops are faster than a kernel made for many queries.
         query_RHgd = query_RGd.unflatten(1, (keys_RHCd.shape[1], -1)) * scaling
         scores_RHCg = (query_RHgd.unsqueeze(2) * keys_RHCd.unsqueeze(3)).sum(-1)
         scores_RHCg = scores_RHCg.masked_fill(~is_seen_RC[:, None, :, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""What writing needs to know of a model."""
+"""What generation needs to know about a model."""
 
 from typing import Any, Protocol
 
@@ -23,18 +23,18 @@ class ChunkModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """States of chunks; see `CalmForCausalLM.forward`."""
 
     def get_compiled_call(self, config: Any, /) -> Any:
-        """The same, compiled."""
+        """`__call__`, compiled."""
 
     def draw_chunks(self, states_PD: Tensor, num_draws: int, randomness: Randomness = None) -> Tensor:
-        """Draws of the next chunk for every state, (N, P, K)."""
+        """Draws of the next chunk for each state, (N, P, K)."""
 
     def sample_chunks(
         self, states_PD: Tensor, sampler: Sampler, randomness: Randomness = None, compiled: Any = None
     ) -> ChunkSample:
-        """One next chunk for every state, and what it took."""
+        """Sample one next chunk per state, with statistics."""

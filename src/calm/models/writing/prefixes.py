@@ -1,4 +1,4 @@
-"""Beginnings that prompts have in common are read once.
+"""Prefix cache: prefixes that prompts share are read once.
 
 Shapes: C chunks, K tokens per chunk.
 """
@@ -16,19 +16,19 @@ from calm.errors import reason_of
 from calm.models.writing.slots import SlotCache
 
 logger = logging.getLogger(__name__)
-_BLOCK = 8  # Chunks that are kept or forgotten together.
+_BLOCK = 8  # Chunks that are cached or evicted together.
 _Layers = list[tuple[Tensor, Tensor]]
 
 
 class PrefixStore:
-    """Keys and values of beginnings, in blocks of eight chunks; those not used for the longest leave first.
+    """Keys and values of prompt prefixes in blocks of eight chunks; the least recently used are evicted.
 
-    A prompt ends with a whole chunk, so two have chunks in common only if their lengths differ by a multiple
-    of K: of a beginning that many share, up to K versions are kept. A prompt larger than all memory leaves
-    the others in: what fits beside them is kept of it. An error here is logged, and costs no text.
+    A prompt ends with a whole chunk, so two share chunks only if their lengths differ by a multiple of K: of
+    a common prefix, up to K versions are kept. A prompt larger than the whole memory evicts no others: only
+    what fits beside them is kept. Errors here are logged, and do not affect generation.
 
     Args:
-        max_bytes: Memory for all blocks together; 0 keeps nothing.
+        max_bytes: Memory for all blocks together; 0 caches nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -36,11 +36,11 @@ class PrefixStore:
         self._blocks: OrderedDict[bytes, _Layers] = OrderedDict()
 
     def known(self, names: Sequence[bytes]) -> int:
-        """Chunks that are kept of a beginning, by the names of its blocks."""
+        """Number of cached chunks of a prefix, given the names of its blocks."""
         return _BLOCK * sum(1 for _ in takewhile(self._blocks.__contains__, names))
 
     def find(self, chunks_CK: Tensor) -> SlotCache | None:
-        """The longest beginning that is kept, but for the last chunk, whose state is needed.
+        """The longest cached prefix, without the last chunk, whose state is needed.
 
         Args:
             chunks_CK: A prompt.
@@ -71,11 +71,11 @@ class PrefixStore:
         return SlotCache(layers, [len(names) * _BLOCK])
 
     def keep(self, chunks_CK: Tensor, cache: SlotCache) -> None:
-        """Keep the whole blocks of a prompt.
+        """Cache the complete blocks of a prompt.
 
         Args:
             chunks_CK: The prompt.
-            cache: What was read of it, a single row.
+            cache: Its keys and values, a single row.
         """
         try:
             self._keep(list(names_of(chunks_CK)), cache)
@@ -92,20 +92,20 @@ class PrefixStore:
             if len(names) * size > self._max_bytes < self._bytes + size:
                 break
             while self._bytes + size > self._max_bytes:
-                _, oldest = self._blocks.popitem(last=False)  # None of this prompt: those were just touched.
+                _, oldest = self._blocks.popitem(last=False)  # Not of this prompt: those were just touched.
                 self._bytes -= _size(oldest)
             self._blocks[name] = [(keys.clone(), values.clone()) for keys, values in block]
             self._bytes += size
         self._touch([name for name in names if name in self._blocks])
 
     def _touch(self, names: list[bytes]) -> None:
-        """The first block is the last to be forgotten: without it those behind it are not found."""
+        """Mark blocks as used; the first is evicted last, since without it those after it are not found."""
         for name in reversed(names):
             self._blocks.move_to_end(name)
 
 
 def names_of(chunks_CK: Tensor) -> Iterator[bytes]:
-    """A name for each whole block, which stands for all that comes before it, too."""
+    """A name for each complete block, a hash of it and everything before it."""
     name, tokens_CK = b"", chunks_CK.cpu().numpy()
     for end in range(_BLOCK, len(tokens_CK) + 1, _BLOCK):
         name = hashlib.sha256(name + tokens_CK[end - _BLOCK : end].tobytes()).digest()

@@ -1,4 +1,4 @@
-"""Prompts as the backbone reads them: whole chunks, with the padding in front, and thoughts behind.
+"""Prompts as the backbone reads them: whole chunks, padded in front, with thoughts after them.
 
 Shapes: B batch, T tokens, K tokens per chunk, C chunks, D state size.
 """
@@ -20,7 +20,7 @@ class Prompt(NamedTuple):
 
     Args:
         ids_BT: Tokens, T a multiple of K; `THOUGHT` where a chunk is a thought.
-        mask_BC: 1 on chunks that hold any token of the prompt.
+        mask_BC: 1 on chunks that contain any token of the prompt.
         position_BC: Position of each chunk.
         thinks: Whether there are thoughts.
     """
@@ -34,13 +34,13 @@ class Prompt(NamedTuple):
     def aligned(
         cls, model: ChunkModel, ids_BT: Tensor, mask_BT: Tensor, pad_token_id: int | None = None
     ) -> "Prompt":
-        """Prompts with padding anywhere, where the mask is 0.
+        """Align prompts to chunks.
 
         Args:
             model: The model.
-            ids_BT: Prompts with padding anywhere.
+            ids_BT: Prompts with padding anywhere, where the mask is 0.
             mask_BT: 1 on their tokens.
-            pad_token_id: What fills their first chunks; the model's when None.
+            pad_token_id: What fills up their first chunks; the model's padding token if None.
         """
         pad = (model.config.pad_token_id or 0) if pad_token_id is None else pad_token_id
         aligned_BT, mask_BC = align_to_chunks(ids_BT, mask_BT, model.config.chunk_size, pad)
@@ -53,11 +53,11 @@ class Prompt(NamedTuple):
         return cls.aligned(model, ids_1T, torch.ones_like(ids_1T))
 
     def followed_by(self, thoughts: Thoughts | None, chunk_size: int) -> "Prompt":
-        """The same with what is thought after each, if anything is."""
+        """Append thoughts to each prompt, if there are any."""
         return self if thoughts is None else self.with_chunks(thoughts.tokens(chunk_size), chunk_size)
 
     def with_chunks(self, tokens: Sequence[int], chunk_size: int) -> "Prompt":
-        """The same with the same chunks behind each.
+        """Append the same chunks to each prompt.
 
         Args:
             tokens: Tokens of the chunks, or `THOUGHT` where a chunk is a thought.
@@ -71,7 +71,7 @@ class Prompt(NamedTuple):
         return Prompt(ids_BT, mask_BC, positions_of(mask_BC), thinks=self.thinks or THOUGHT in tokens)
 
     def read(self, model: ChunkModel, cache: Cache | None = None) -> Tensor:
-        """State of every chunk, (B, C, D); with a cache, that is filled.
+        """State of every chunk, (B, C, D); fills the cache, if one is given.
 
         Args:
             model: The model.
@@ -95,12 +95,12 @@ def read_chunks(
     Args:
         model: The model.
         ids_BT: Their tokens.
-        mask_BC: Of all chunks, those in the cache included.
+        mask_BC: Mask of all chunks, including those in the cache.
         position_BC: Their positions.
-        cache: Chunks before them; these are added.
-        forward: What to call in the model's place, such as the compiled model.
+        cache: The chunks before them; these are appended.
+        forward: What to call instead of the model, such as its compiled version.
         may_think: Whether any of them may be thoughts.
-        state_before: States before them, where a row may begin with a thought.
+        state_before: The states before them, if a row may start with a thought.
     """
     size, thinking = model.config.chunk_size, {}
     if may_think and bool((is_thought_BC := ids_BT[:, ::size] == THOUGHT).any()):

@@ -1,4 +1,4 @@
-"""Prompts of rows that join are read together and in pieces, so that nobody waits long for a long one.
+"""Prefill: prompts of rows that join are read together and in pieces, so that a long one blocks nobody.
 
 Shapes: R rows, C chunks, K tokens per chunk, D state size.
 """
@@ -30,11 +30,11 @@ class _Reading:
     """A prompt, and how far it has been read.
 
     Args:
-        tokens: The prompt as it was given.
+        tokens: The prompt as it was given, and its thoughts.
         chunks_CK: The same in chunks.
-        rows: Those that it is read for.
+        rows: The rows that it is read for.
         cache: What has been read, a single row; None for nothing.
-        hidden_1D: The state behind it.
+        hidden_1D: The state after that.
     """
 
     tokens: tuple[int, ...]
@@ -52,18 +52,18 @@ class _Reading:
 
     @cached_property
     def names(self) -> list[bytes]:
-        """Names of the blocks that may be known."""
+        """Names of the blocks that may be in the prefix cache."""
         return [*names_of(self.plain_CK[:-1])]
 
     @property
     def num_left(self) -> int:
-        """Chunks that have not been read."""
+        """Chunks still to be read."""
         return len(self.chunks_CK) - (0 if self.cache is None else self.cache.lengths[0])
 
     def piece(self, most: int) -> Tensor:
-        """The next chunks, at most so many, with few thoughts among them: each is a pass of its own.
+        """The next chunks, up to `most`, with few thoughts among them: each thought takes a separate pass.
 
-        The thoughts of a prompt stand at the end of a piece, or just before the marker there. So those of
+        A prompt's thoughts are at the end of a piece, or just before the marker there. So the thoughts of
         several prompts that are read side by side take hardly more passes than those of one.
         """
         left_CK = self.chunks_CK[len(self.chunks_CK) - self.num_left :][:most]
@@ -71,18 +71,18 @@ class _Reading:
 
 
 class PromptReader:
-    """Prompts that wait to be read, in the order in which they came.
+    """Prompts that wait to be read, in order of arrival.
 
-    A piece begins with the prompt of which least is left: short ones overtake, and those begun are finished.
-    Every fourth piece begins with the prompt that has waited longest, so a long one of n pieces waits for no
-    more than 4n from then on. At most four lie partly read in memory, that one among them: where three others
-    are begun, more are read only if they fit into a piece as a whole.
+    A piece starts with the prompt that has the least left: short ones overtake, and those in progress are
+    finished. Every fourth piece starts with the prompt that has waited longest, so a long one of n pieces
+    waits for at most 4n from then on. At most four are partly read in memory, including that one: while three
+    others are in progress, more are read only if they fit into one piece.
 
-    Equal prompts that wait at the same time are read once, and so are beginnings that were read before.
+    Equal prompts that wait at the same time are read once, and so are prefixes that were read before.
 
     Args:
         model: The model.
-        prefixes: Beginnings that are kept.
+        prefixes: The prefix cache.
     """
 
     def __init__(self, model: ChunkModel, prefixes: PrefixStore) -> None:
@@ -95,7 +95,7 @@ class PromptReader:
         return sum(len(reading.rows) for reading in self._queue)
 
     def add(self, row: Row, prompt: Sequence[int], thoughts: Thoughts | None = None) -> None:
-        """Take a prompt in, at least one token, and what is thought after it."""
+        """Add a prompt of at least one token, and its thoughts."""
         size = self._model.config.chunk_size
         tokens = (*prompt, *(() if thoughts is None else thoughts.tokens(size)))
         for reading in self._queue:
@@ -106,16 +106,16 @@ class PromptReader:
         self._queue.append(_Reading(tokens, split_into_chunks(ids_T, size), [row]))
 
     def drop(self, row: Row) -> None:
-        """Let a row go, if it waits here."""
+        """Remove a row, if it waits here."""
         for reading in self._queue:
             reading.rows = [other for other in reading.rows if other is not row]
         self._queue = deque(reading for reading in self._queue if reading.rows)
 
     def read(self, chunks_at_once: int) -> tuple[list[OpenRows], list[Failed]]:
-        """Read a piece; rows whose prompts are at their end, and those that could not be read.
+        """Read a piece; returns rows whose prompts are complete, and those that could not be read.
 
         Args:
-            chunks_at_once: Chunks of all prompts of the piece together, padding included.
+            chunks_at_once: Chunks of all prompts in the piece together, including padding.
         """
         chosen, failed = self._next(chunks_at_once), []
         try:
@@ -139,7 +139,7 @@ class PromptReader:
         return ready, failed
 
     def _next(self, chunks_at_once: int) -> list[_Reading]:
-        """The first whose turn it is and as many of the next as fit beside it, in the order of the queue."""
+        """The first prompt in turn, and as many of the next as fit beside it, in the order of the queue."""
         chosen: list[_Reading] = []
         longest = 0
         for num_left, reading in self._in_turn(chunks_at_once):
@@ -153,7 +153,7 @@ class PromptReader:
         return [reading for reading in self._queue if reading in chosen]
 
     def _in_turn(self, chunks_at_once: int) -> list[tuple[int, _Reading]]:
-        """Prompts that may be read now, each behind the number of chunks that have to be."""
+        """Prompts that may be read now, in turn, each with the number of chunks it has left."""
         oldest, *others = (
             (one.num_left - (self._prefixes.known(one.names) if one.cache is None else 0), one)
             for one in self._queue
@@ -170,7 +170,7 @@ class PromptReader:
         return sorted([oldest, *others], key=itemgetter(0))
 
     def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
-        """Why a prompt cannot be read; None if it can, and was."""
+        """Read a prompt alone; returns the error if it cannot be read."""
         if error is None and reading.num_left:
             try:
                 self._read([reading], most)
@@ -184,13 +184,13 @@ class PromptReader:
         think = any(reading.num_thoughts for reading in readings)
         before = [reading.hidden_1D for reading in readings] if think else None
         states_RD, cache = read_on(self._model, pieces, caches, before)
-        # All of them before any is stored: what fails is read again, and nothing is to be read twice.
+        # All parts before any is stored: after a failure they are read again, and nothing may be read twice.
         parts = [cache.part([place]) for place in range(len(readings))]
         for place, reading in enumerate(readings):
             reading.cache, reading.hidden_1D = parts[place], states_RD[place : place + 1]
 
     def _opened(self, reading: _Reading) -> OpenRows:
-        """Rows whose prompt has been read, of which the beginning is kept for others."""
+        """Open the rows of a prompt that has been read, and cache its prefix for others."""
         assert reading.cache is not None and reading.hidden_1D is not None
         if bool(reading.hidden_1D.isfinite().all()):
             self._prefixes.keep(reading.plain_CK, reading.cache)
@@ -204,13 +204,13 @@ def read_on(
     caches: Sequence[SlotCache | None],
     before: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, SlotCache]:
-    """States (R, D) behind pieces (C, K) of several prompts, and all that has been read of them.
+    """Read pieces (C, K) of several prompts; returns the states (R, D) after them, and the joint cache.
 
     Args:
         model: The model.
         pieces: The pieces.
         caches: What has been read of each prompt before.
-        before: The state that each has come to, (1, D), if there may be thoughts.
+        before: The last state of each, (1, D), if there may be thoughts.
     """
     longest, device = max(len(piece) for piece in pieces), pieces[0].device
     # Padding in front: the last state of every row is in the last column.

@@ -1,4 +1,4 @@
-"""Texts that are written together, and where each of them stands.
+"""Texts that are generated together, and the state of each.
 
 Shapes: R rows, D state size, K tokens per chunk.
 """
@@ -15,11 +15,11 @@ from calm.models.writing.slots import SlotCache
 
 @dataclass(eq=False)
 class Row:
-    """A text that is being written.
+    """A text that is being generated.
 
     Args:
-        sampler: How it is drawn: a `Sampler` of chunks, or what another batch than `ChunkBatch` takes.
-        budget: Tokens that may still be written.
+        sampler: How it is sampled: a `Sampler` of chunks, or what a batch other than `ChunkBatch` takes.
+        budget: Tokens that may still be generated.
         generator: Source of its randomness.
         has_ended: Whether it has left.
     """
@@ -32,15 +32,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Written:
-    """What a step wrote for a row.
+    """What a step generated for a row.
 
     Args:
         row: The row.
-        tokens: Its new tokens, EOS included, at most K.
+        tokens: Its new tokens, EOS included; at most K in a `ChunkBatch`.
         ended_by: "eos" or "budget" with the last chunk of the row.
         num_draws: Draws that were made.
         agreement: Share of the draws that are equal to the chunk.
-        fell_back: Whether the budget of draws was spent.
+        fell_back: Whether the budget of draws was used up.
     """
 
     row: Row
@@ -53,7 +53,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Failed:
-    """A row that could not be read or written, and has been let go.
+    """A row that could not be read or generated, and has been removed.
 
     Args:
         row: The row.
@@ -66,12 +66,12 @@ class Failed:
 
 @dataclass(frozen=True)
 class OpenRows:
-    """Rows whose next chunk can be sampled. What comes next is another of these; this stays as it is.
+    """Rows whose next chunk can be sampled. Methods return a new one and leave this one unchanged.
 
     Args:
         rows: The rows, at least one.
         hidden_RD: The state that predicts the next chunk of each.
-        cache: What each row has read.
+        cache: The keys and values of each.
     """
 
     rows: Sequence[Row]
@@ -80,7 +80,7 @@ class OpenRows:
 
     @classmethod
     def joined(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
-        """The rows of several, in turn."""
+        """Concatenate the rows of several."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -90,11 +90,11 @@ class OpenRows:
         )
 
     def replaced(self, place: int, other: "OpenRows") -> "OpenRows":
-        """A single row in the place of one that has ended, whose memory it takes over.
+        """Put a single row in the slot of one that has ended, whose memory it takes over.
 
         Args:
             place: Which row has ended.
-            other: The row that begins.
+            other: The new row.
         """
         hidden_RD, cache = self.hidden_RD.clone(), self.cache.shared()
         hidden_RD[place] = other.hidden_RD[0]

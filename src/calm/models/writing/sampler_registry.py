@@ -1,4 +1,4 @@
-"""Samplers by name, chosen at the edges: the command line, the server, arguments of `generate`."""
+"""Samplers by name, resolved at the edges: the command line, the server, arguments of `generate`."""
 
 import dataclasses
 from importlib.metadata import entry_points
@@ -14,15 +14,15 @@ _SAMPLERS: dict[str, type] = {"exact": ExactSampler, "pool": PoolSampler, "head"
 
 
 def register_sampler(name: str, sampler: type) -> None:
-    """Make a sampler known under a name, for the command line, the server and `generate`.
+    """Register a sampler under a name, for the command line, the server and `generate`.
 
-    An installed package can instead name, as an entry point of the group "calm.samplers", a module that calls
-    this. Without a name, a sampler can be passed to `generate` as it is.
+    An installed package can instead declare a module that calls this as an entry point in the group
+    "calm.samplers". Without a name, a sampler can be passed to `generate` as an object.
 
     Args:
         name: The name.
-        sampler: A frozen dataclass with the members of `Sampler` and `temperature` among its fields. By
-            name it gets those of its fields that `sampler_from` has; the others keep their defaults.
+        sampler: A frozen dataclass with the members of `Sampler` and `temperature` among its fields. Built by
+            name, it gets the fields that are arguments of `sampler_from`; the others keep their defaults.
     """
     _SAMPLERS[name] = sampler
 
@@ -37,10 +37,10 @@ def sampler_from(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Sampler:
-    """The sampler of a command line, a request or the arguments of `generate`.
+    """The sampler for a command line, a request or the arguments of `generate`.
 
-    A setting that the sampler does not have is ignored, but for `top_p` and `min_p`, which would change the
-    text. At temperature 0 "exact" means the limit of the pool rule.
+    A setting that the sampler does not have is ignored, except `top_p` and `min_p`, which would change the
+    text. At temperature 0, "exact" means the limit of the pool rule.
 
     Args:
         sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is.
@@ -70,7 +70,7 @@ def sampler_from(
 
 
 def check_name(name: str) -> None:
-    """Raise InputError unless there is a sampler of that name."""
+    """Raise InputError unless a sampler of that name exists."""
     try:
         _find(name)
     except ValueError as error:
@@ -80,9 +80,9 @@ def check_name(name: str) -> None:
 def default_sampler(
     head: HeadConfig, temperature: float, top_p: float | None = None, min_p: float | None = None
 ) -> str:
-    """The sampler where none is named.
+    """The sampler if none is named.
 
-    The pool where it is to be cut, else the head's own where it takes the temperature, else the exact one.
+    The pool sampler with truncation, else the head's own if it takes the temperature, else the exact one.
     """
     if _truncates(top_p, min_p):
         return "pool"

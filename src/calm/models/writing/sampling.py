@@ -1,6 +1,6 @@
-"""States of the backbone -> next chunks, at any temperature.
+"""Backbone states -> next chunks, at any temperature.
 
-Shapes: P positions, N draws, K tokens per chunk, D state size, M draws that are read together.
+Shapes: P positions, N draws, K tokens per chunk, D state size, M draws that are decoded together.
 """
 
 import torch
@@ -16,11 +16,11 @@ from calm.models.heads.contract import require_finite
 from calm.models.writing.ahead import CompiledSteps
 from calm.models.writing.model import ChunkModel
 
-# From so many weights of the vocabulary projection on, tokens are read only where they matter. With
-# fewer, reading all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).
+# If the vocabulary projection has at least this many weights, tokens are decoded only where they matter. With
+# fewer, decoding all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).
 _LARGE_PROJECTION = 2**22
-# So few draws are read whole even then: for fewer vectors than about 20, a pass over a large matrix costs
-# what reading the matrix costs.
+# Even then, up to this many draws are decoded in full: for fewer than about 20 vectors, a product with a
+# large matrix costs what reading the matrix costs.
 _FEW_DRAWS = 16
 
 
@@ -32,23 +32,23 @@ def sample_chunks(
     randomness: Randomness = None,
     compiled: CompiledSteps | None = None,
 ) -> ChunkSample:
-    """One next chunk for every state, and what it took.
+    """Sample one next chunk per state, with statistics.
 
     Args:
         model: The model.
         states_PD: States of the last chunk.
         sampler: How a chunk is chosen from draws.
-        randomness: Source of the draws and choices: one generator, or one for each position.
-        compiled: What is compiled of the model, for the draws.
+        randomness: Source of the draws and choices: one generator, or one per position.
+        compiled: Compiled functions of the model, for the draws.
 
     Raises:
         ValueError: If there is no position, the weights are damaged, or the head is asked for a temperature
-            that it does not take.
+            that it does not support.
     """
     head = model.head
     check_sampler(head, sampler)
     prepared_P = head.prepare(states_PD) if compiled is None else compiled.prepare(states_PD)
-    # A single draw is read whole.
+    # A single draw is decoded in full.
     lazily = isinstance(head, LatentHead) and sampler.most_draws > 1 and _is_large(model.autoencoder)
     reader = _DecoderReader(model.autoencoder) if lazily else None
 
@@ -67,7 +67,7 @@ def sample_chunks(
 
 
 def check_sampler(head: GenerativeHead, sampler: Sampler) -> None:
-    """Raise ValueError if the head is asked for a temperature that it does not take."""
+    """Raise ValueError if the sampler asks the head for a temperature that it does not support."""
     if isinstance(sampler, HeadSampler):
         head.check_temperature(sampler.temperature, is_asked=True)
 
@@ -77,7 +77,7 @@ def _is_large(autoencoder: CalmAutoencoder) -> bool:
 
 
 class _DecoderReader(TokenReader):
-    """Reads tokens of the autoencoder's chunk states."""
+    """Decodes tokens from the autoencoder's chunk states."""
 
     def __init__(self, autoencoder: CalmAutoencoder) -> None:
         self.chunk_size = autoencoder.config.chunk_size

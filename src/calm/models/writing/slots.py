@@ -1,6 +1,6 @@
-"""Keys and values of all chunks so far, written in place: nothing is copied as a text grows.
+"""A KV cache that is written in place: it is copied only when it runs out of room.
 
-Shapes: R rows, C chunks, H heads of keys and values, d their size.
+Shapes: R rows, C chunks, H key/value heads, d head size.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-# Attention reads all the room there is, so little is made at a time; an eighth of a long text, for more room
-# is a copy of what is there.
+# Attention reads the whole capacity, so it grows in small steps; for long texts by an eighth, since growing
+# copies the cache.
 _STEP, _SHARE = 16, 8
 
 
 class SlotCache:
-    """A cache in which every row begins at the front and has a length of its own.
+    """A cache in which every row starts at slot 0 and has its own length.
 
     Args:
         layers: Keys and values of each layer, (R, H, C, d).
-        lengths: Chunks of each row.
+        lengths: Chunks in each row.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> None:
@@ -30,15 +30,15 @@ class SlotCache:
 
     @classmethod
     def of(cls, cache: DynamicCache, mask_RC: Tensor) -> "SlotCache":
-        """What a forward pass has left in a cache of transformers.
+        """Convert a cache of transformers that a forward pass has filled.
 
         Args:
-            cache: Its cache.
+            cache: The cache.
             mask_RC: 1 on chunks of the text; padding may be anywhere.
         """
         width = mask_RC.shape[1]
-        # Row by row, the chunks of the text, and nothing behind them: attention gives that no weight, but no
-        # weight of what is not finite is not a number.
+        # Each row's chunks move to the front, with zeros after them: attention gives the rest zero weight,
+        # but zero times a non-finite value is NaN.
         index_RC = mask_RC.argsort(dim=-1, descending=True, stable=True)
         is_empty_RC = mask_RC.gather(1, index_RC) == 0
         room = _rounded(width + 1) - width
@@ -70,7 +70,7 @@ class SlotCache:
         return cls(layers, lengths)
 
     def empty_row(self) -> "SlotCache":
-        """A row of which nothing has been read, for the same layers."""
+        """An empty row for the same layers."""
         nothing = [tuple(torch.zeros_like(states[:1, :, :1]) for states in layer) for layer in self._layers]
         return SlotCache([(keys, values) for keys, values in nothing], [0])
 
@@ -79,11 +79,11 @@ class SlotCache:
         return len(self.lengths)
 
     def has_room(self, place: int) -> bool:
-        """Whether a chunk more of a row fits into the memory that there is."""
+        """Whether one more chunk of a row fits into the allocated memory."""
         return self.lengths[place] < self._layers[0][0].shape[2]
 
     def window(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, (R, H, C, d), with room for one more."""
+        """Keys and values of each layer in turn, (R, H, C, d), with room for one more chunk."""
         self._make_room(max(self.lengths) + 1)
         return [states for layer in self._layers for states in layer]
 
@@ -91,24 +91,24 @@ class SlotCache:
         capacity = self._layers[0][0].shape[2]
         if needed > capacity:
             more = _rounded(max(needed, capacity + capacity // _SHARE)) - capacity
-            # One after the other: no more than one of them is in memory twice.
+            # One layer at a time, so that only one is in memory twice.
             for number, (keys, values) in enumerate(self._layers):
                 self._layers[number] = (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
 
     def grow(self) -> None:
-        """Count a chunk that was written behind every row."""
+        """Count a chunk that was written after the end of every row."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def replace(self, other: "SlotCache") -> None:
-        """Become what another is."""
+        """Take over the contents of another."""
         self._layers, self.lengths = other._layers, other.lengths
 
     def shared(self) -> "SlotCache":
-        """The same memory with other lengths: what one writes behind its rows, the other does not read."""
+        """The same memory with separate lengths: what one writes after its rows, the other does not read."""
         return SlotCache(list(self._layers), self.lengths)
 
     def put(self, place: int, other: "SlotCache") -> None:
-        """Overwrite a row by a single one, and by nothing behind that: see `of`."""
+        """Overwrite a row with a single-row cache, and the rest with zeros: see `of`."""
         [length] = other.lengths
         self._make_room(length + 1)
         for layer, of_other in zip(self._layers, other._layers, strict=True):
@@ -118,9 +118,9 @@ class SlotCache:
         self.lengths[place] = length
 
     def part(self, places: Sequence[int]) -> "SlotCache":
-        """Some rows, which may be taken more than once, without room that none of them needs.
+        """Some rows, which may be repeated, without capacity that none of them needs.
 
-        They are copied, unless these are all rows.
+        They are copied, unless these are all rows in order.
         """
         if list(places) == list(range(len(self))):
             return self.shared()
@@ -134,14 +134,14 @@ class SlotCache:
         return SlotCache([(chosen(keys), chosen(values)) for keys, values in self._layers], lengths)
 
     def chunks(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of some chunks of each layer, (R, H, end - first, d), where they are."""
+        """Views of the keys and values of some chunks of each layer, (R, H, end - first, d)."""
         return [(keys[:, :, first:end], values[:, :, first:end]) for keys, values in self._layers]
 
     def to_transformers(self, config: PreTrainedConfig) -> tuple[DynamicCache, Tensor]:
-        """The same as a cache of transformers, and its mask (R, C), 0 behind the shorter rows.
+        """Convert to a cache of transformers, and its mask (R, C), 0 after the end of shorter rows.
 
         Args:
-            config: Of the backbone.
+            config: The backbone's configuration.
         """
         width, cache = max(self.lengths), DynamicCache(config=config)
         for number, (keys, values) in enumerate(self._layers):

@@ -1,4 +1,4 @@
-"""The backbone as text is written: the whole prompt first, then chunk after chunk.
+"""Backbone steps of generation: first the whole prompt, then chunk by chunk.
 
 Shapes: B rows of the batch, T tokens, K tokens per chunk, C chunks, A rows that have not ended.
 """
@@ -18,36 +18,36 @@ from calm.models.writing.model import ChunkModel
 from calm.models.writing.prompts import Prompt, read_chunks
 from calm.models.writing.slots import SlotCache
 
-# Lengths of static caches are powers of two from here on: texts of many lengths share a compiled step.
+# Lengths of static caches are powers of two from here on, so texts of many lengths share a compiled step.
 _SHORTEST_STATIC = 64
 
 
 class Steps(Protocol):
-    """States (A, D) that predict the next chunk of each row, for prompts and what is written after them."""
+    """Computes the states (A, D) that predict each row's next chunk, for prompts and what follows them."""
 
     @property
     def compiled(self) -> CompiledSteps | None:
-        """What is compiled of the model, if that may be used."""
+        """Compiled functions of the model, if they may be used."""
 
     def read(self) -> Tensor:
         """Read the prompts."""
 
     def advance(self, chunks_AK: Tensor) -> Tensor:
-        """Read a chunk more of every row that is left."""
+        """Read one more chunk of every remaining row."""
 
     def keep(self, places: Sequence[int]) -> None:
-        """Let the other rows go, of those that are left."""
+        """Keep only these of the remaining rows."""
 
 
 def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: GenerationConfig) -> Steps:
-    """How a text is written: by lean steps, unless settings or the model ask for those of transformers.
+    """Choose the kind of steps: lean ones, unless settings or the model require those of transformers.
 
     Args:
         model: The model.
         prompt: The prompts.
-        num_steps: Chunks that will be written at most.
-        config: Used are `use_cache`, `cache_implementation`, `compile_config` and `disable_compile`; the last
-            leaves aside what was compiled ahead of time as well.
+        num_steps: Maximum number of chunks to generate.
+        config: `use_cache`, `cache_implementation`, `compile_config` and `disable_compile` are used; the last
+            also disables what was compiled ahead of time.
 
     Raises:
         ValueError: If the cache is of another kind, or a step cannot be compiled with it.
@@ -55,19 +55,19 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
     asks = config.use_cache is False or config.cache_implementation or config.compile_config
     if asks or not can_step(model):
         return TransformersSteps(model, prompt, num_steps, config)
-    # What is compiled knows nothing of autocast.
+    # Compiled functions ignore autocast.
     is_plain = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
     return LeanSteps(model, prompt, is_plain)
 
 
 class SlotSteps:
-    """A chunk further for rows in slots: compiled, or by lean steps, or by the model's own forward pass.
+    """Steps for the rows of a `SlotCache`: compiled, or lean, or with the model's own forward pass.
 
-    The last is for layers that a lean step would pass by; see `can_step`.
+    The last is for layers that lean steps do not support; see `can_step`.
 
     Args:
-        model: The model, whose layers stay as they are.
-        may_be_compiled: Whether what is compiled of the model is used where it serves.
+        model: The model, whose layers must not change.
+        may_be_compiled: Whether to use compiled functions of the model where they apply.
     """
 
     def __init__(self, model: ChunkModel, may_be_compiled: bool = True) -> None:
@@ -75,7 +75,7 @@ class SlotSteps:
         self.compiled = find_steps(model) if may_be_compiled and self._step is not None else None
 
     def advance(self, chunks_RK: Tensor, cache: SlotCache) -> Tensor:
-        """States (R, D) that predict the next chunk of each row; the cache takes these chunks in."""
+        """States (R, D) that predict each row's next chunk; these chunks are added to the cache."""
         if self._step is None:
             return self._forward(chunks_RK, cache)
         window = cache.window()
@@ -101,7 +101,7 @@ class LeanSteps:
     Args:
         model: The model.
         prompt: The prompts.
-        may_be_compiled: Whether what is compiled of the model is used where it serves.
+        may_be_compiled: Whether to use compiled functions of the model where they apply.
     """
 
     def __init__(self, model: ChunkModel, prompt: Prompt, may_be_compiled: bool) -> None:
@@ -133,15 +133,15 @@ class LeanSteps:
 
 
 class TransformersSteps:
-    """Steps through the model's forward pass, with the caches of transformers or none.
+    """Steps through the model's forward pass, with a cache of transformers or none.
 
     Args:
         model: The model.
         prompt: The prompts.
-        num_steps: Chunks that will be written at most.
-        config: Used are `use_cache`, `cache_implementation` ("dynamic" or "static"), `compile_config` and
-            `disable_compile`. With a compile config, steps after the prompt run compiled; it needs the
-            static cache, whose shapes do not change.
+        num_steps: Maximum number of chunks to generate.
+        config: `use_cache`, `cache_implementation` ("dynamic" or "static"), `compile_config` and
+            `disable_compile` are used. With a compile config, steps after the prompt run compiled; it needs
+            the static cache, whose shapes do not change.
 
     Raises:
         ValueError: If the cache is of another kind, or a step cannot be compiled with it.
@@ -169,7 +169,7 @@ class TransformersSteps:
         return self._read(self._prompt.ids_BT)
 
     def advance(self, chunks_AK: Tensor) -> Tensor:
-        """See `Steps`; rows that have been let go are read with the others."""
+        """See `Steps`; rows that have been dropped are still read with the others."""
         chunks_BK = chunks_AK.new_full((len(self._mask_BC), chunks_AK.shape[1]), self._pad)
         return self._read(chunks_BK.index_copy(0, self._left_A, chunks_AK))
 
@@ -178,7 +178,7 @@ class TransformersSteps:
         self._left_A = self._left_A[torch.tensor(places, dtype=torch.long, device=self._left_A.device)]
 
     def _read(self, tokens_BT: Tensor) -> Tensor:
-        """States of the rows that are left, after these tokens of all."""
+        """States of the remaining rows, after these tokens of all rows."""
         earlier_BT = self._seen_BT
         if earlier_BT is not None:
             self._length += 1
@@ -187,12 +187,12 @@ class TransformersSteps:
         self._seen_BT = tokens_BT
         size = self._model.config.chunk_size
         position_BC = self._position_BC[:, : self._length]
-        # A static cache has one shape for all steps; attention does not look ahead.
+        # A static cache has the same shape at all steps; attention is causal.
         length = None if isinstance(self._cache, StaticCache) else self._length
         forward: Any = None
         if self._compile_config is not None and earlier_BT is not None:
             forward = self._model.get_compiled_call(self._compile_config)
-        # Copied: the strides of a part differ from step to step, and each would be compiled anew.
+        # Copied: the strides of a slice differ from step to step, and each would trigger a recompilation.
         own_BC = position_BC[:, -(tokens_BT.shape[1] // size) :].clone(memory_format=torch.contiguous_format)
         states_BCD = read_chunks(
             self._model,

@@ -1,6 +1,6 @@
-"""Ends of a text besides EOS: stop strings, a limit of time, and the stopping criteria of transformers.
+"""Ends of a text besides EOS: stop strings, a time limit, and the stopping criteria of transformers.
 
-Shapes: A rows that are still open, T tokens, K tokens per chunk.
+Shapes: A rows that have not ended, T tokens, K tokens per chunk.
 """
 
 import time
@@ -14,19 +14,19 @@ from calm.text.decoding import TextBuilder
 
 
 class Stopping:
-    """Looks at each chunk that is written, token by token, and cuts it where a text ends.
+    """Checks each new chunk, token by token, and cuts it where its text ends.
 
-    As in transformers, a stop string is the last that is written.
+    As in transformers, the text includes the stop string that ends it.
 
     Args:
-        config: Used are `stop_strings` and `max_time`.
-        criteria: Stopping criteria of transformers; they see no scores.
-        tokenizer: Of the model; stop strings need it.
+        config: `stop_strings` and `max_time` are used.
+        criteria: Stopping criteria of transformers; they get no scores.
+        tokenizer: The model's tokenizer; stop strings need it.
         prompt_BT: Prompts.
         mask_BT: 1 on their tokens.
 
     Raises:
-        ValueError: If there are stop strings and no tokenizer, or one is empty.
+        ValueError: If there are stop strings but no tokenizer, or one is empty.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Stopping:
         return bool(self._criteria or self._builders) or self._deadline is not None
 
     def lengths(self, before_AT: Tensor, chunk_AK: Tensor, rows: Sequence[int]) -> Tensor:
-        """Tokens of each chunk up to where its text ends, (A,); K + 1 where the text goes on.
+        """Tokens of each chunk up to the end of its text, (A,); K + 1 if the text continues.
 
         Args:
-            before_AT: Prompts and what is written already.
+            before_AT: Prompts and what was generated so far.
             chunk_AK: The new chunks.
-            rows: Number of each row in the batch.
+            rows: Index of each row in the batch.
         """
         size = chunk_AK.shape[1]
         chunks = zip(rows, chunk_AK.tolist(), strict=True)
@@ -74,7 +74,7 @@ class Stopping:
         return length_A.clamp_max(size) if is_late else length_A
 
     def _until_stop(self, row: int, tokens: list[int]) -> int:
-        """Tokens up to the one that completes a stop string; more than there are if none does."""
+        """Tokens up to the one that completes a stop string; one more than there are if none does."""
         for number, token in enumerate(tokens if self._builders else [], 1):
             self._builders[row].add([token])
             if self._builders[row].is_stopped:

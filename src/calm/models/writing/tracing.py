@@ -1,4 +1,4 @@
-"""The functions of writing as they are traced and compiled into native code, with the weights packed inside.
+"""Tracing the generation functions, and compiling them into native code with the weights packed inside.
 
 Shapes: R rows, K tokens per chunk, M draws, U numbers of a request.
 """
@@ -21,8 +21,8 @@ from calm.models.writing.lean import ChunkStep
 
 _ROWS = torch.export.Dim("rows", min=2, max=2**16)
 _CHUNKS = torch.export.Dim("chunks", min=2, max=2**24)
-_SOME_ROWS = 8  # In the example of many.
-_TOLERANCE = 1e-2  # Of what is compiled: a wrong loop is further off, and bfloat16 is not.
+_SOME_ROWS = 8  # In the example input for many rows.
+_TOLERANCE = 1e-2  # For compiled code: a wrong loop is further off than this, bfloat16 rounding is not.
 
 
 def function_name(part: str, rows: int, temperature: float | None = None) -> str:
@@ -32,7 +32,7 @@ def function_name(part: str, rows: int, temperature: float | None = None) -> str
 
 
 def requests_of_draw(model: Any, prepared_1: Tensor, temperature: float) -> list[Request]:
-    """The random numbers that a draw of the model's head asks for."""
+    """The random numbers that a draw from the model's head requests."""
     noted = NotedRequests()
     state = torch.get_rng_state()
     model.head.draw_chunks(prepared_1, 1, noted, temperature)
@@ -68,10 +68,10 @@ class Traced:
     """A function to compile.
 
     Args:
-        module: What it does.
-        arguments: An example, tensors.
+        module: The function.
+        arguments: Example tensors.
         dynamic: Which axes of the arguments may have any length.
-        is_small: Whether it is for a single row, where reading weights takes all the time.
+        is_small: Whether it is for a single row, where nearly all the time goes into reading weights.
     """
 
     module: nn.Module
@@ -83,12 +83,12 @@ class Traced:
 def functions_to_trace(
     model: Any, rows: Sequence[int], temperatures: Sequence[float]
 ) -> Iterator[tuple[str, Callable[[], Traced]]]:
-    """Names of functions, and what makes each ready to be compiled.
+    """Names of functions, each with a callable that prepares it for compilation.
 
     Args:
         model: The model.
         rows: 1 for a single row, more for any number of them.
-        temperatures: Of draws.
+        temperatures: Temperatures of draws.
     """
     for number in rows:
         yield function_name("advance", number), partial(_advance, model, number)
@@ -122,16 +122,16 @@ def _draw(model: Any, rows: int, temperature: float) -> Traced:
 
 
 def compile_function(traced: Traced, file: Path) -> None:
-    """Compile a function into a file, which is written whole.
+    """Compile a function into a file, which is written atomically.
 
     Raises:
-        ValueError: If it cannot be traced or compiled, makes random numbers of its own, or says something
-            else than the model once it is compiled.
+        ValueError: If it cannot be traced or compiled, generates random numbers itself, or disagrees with the
+            model once it is compiled.
     """
     from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 (it loads a compiler)
 
     options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
-    if traced.is_small:  # Loops of its own read weights several times faster than a library's products.
+    if traced.is_small:  # Generated loops read weights several times faster than a library's matmuls.
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
     unfinished = file.with_suffix(f".{os.getpid()}.pt2")
     try:
@@ -139,7 +139,7 @@ def compile_function(traced: Traced, file: Path) -> None:
         _refuse_randomness(program)
         try:
             aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
-        except Exception as error:  # Of the compiler, or of torch before it.
+        except Exception as error:  # From the compiler, or from torch before it.
             raise ValueError(f"torch {torch.__version__} cannot compile it ({reason_of(error)}).") from error
         _check_same(traced, load_function(unfinished))
         unfinished.replace(file)
@@ -150,7 +150,7 @@ def compile_function(traced: Traced, file: Path) -> None:
 def _exported(traced: Traced) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
-    except Exception as error:  # Whatever the code that is traced does not bear.
+    except Exception as error:  # Traced code may fail in any way.
         raise ValueError(
             f"a step cannot be traced ({reason_of(error)}); a head of your own must not look at values, "
             "and has to take the number of its rows from prepared_P.shape[0], not from len()."
@@ -170,7 +170,7 @@ def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
 def _check_same(traced: Traced, compiled: Callable[..., Any]) -> None:
     results = []
     for function in (traced.module, compiled):
-        copies = [argument.clone() for argument in traced.arguments]  # A cache is written into.
+        copies = [argument.clone() for argument in traced.arguments]  # Caches are written in place.
         results.append([*function(*copies), *copies])
     for one, other in zip(*results, strict=True):
         if one.is_floating_point() and not torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE):
