@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.chat import Conversation
 from calm.cli import main
+from calm.commands.chatting import print_chunks
 from calm.data.examples import give_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
@@ -142,6 +143,15 @@ def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
     for chunk, alternatives in found:
         assert sum(one.count for one in alternatives.told) <= 300
         assert chunk in [list(one.tokens) for one in alternatives.told]
+    cut = Conversation(calm, tokenizer, seed=1, max_new_tokens=6)
+    cut.answer("Hello", lambda _: None)
+    (whole, of_whole), (part, of_part) = cut.alternatives([1.0], num_draws=20, most=1000)
+    assert whole in [list(one.tokens) for one in of_whole.told] and len(part) == 2
+    assert all(one.count for one in of_part.told)  # A part of a chunk is none that was never drawn.
+    capsys.readouterr()
+    print_chunks(cut)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert sum(bool(row[2].strip()) for row in rows) == 1
     monkeypatch.setenv("COLUMNS", "200")
     out = talk(monkeypatch, capsys, folder, ["Hello", "/chunks"]).out
     assert "T = 1" in out and "T = 0.5" in out and out.count("│") >= 3 * 5

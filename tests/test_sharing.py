@@ -15,7 +15,7 @@ from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.sharing import write_card
-from calm.sharing.card import repository_of
+from calm.sharing.card import repository_of, shown
 from calm.training import stages
 from calm.training.recipe_files import read_recipe, with_settings
 
@@ -90,6 +90,22 @@ def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
     named = with_settings(read_recipe(str(runs / "made/recipe.yaml")), {"language_model.init_from": "a/b"})
     monkeypatch.setattr("calm.sharing.trained.read_recipe", lambda _: named)
     assert ModelCard.load(write_card(runs / "made")).data.base_model == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    {
+        "/secret-place/run": "run",
+        "~/secret-place/run/model": "run",  # Paths that are not here any more, or not seen from here.
+        "../secret-place/text.jsonl": "text.jsonl",
+        "secret-place/of/text.jsonl": "text.jsonl",
+        "owner/name": "owner/name",
+        "owner/name:config": "owner/name:config",
+        "owner/name/file.gguf": "owner/name/file.gguf",
+    }.items(),
+)
+def test_a_path_is_shown_by_its_last_part_wherever_it_leads(source, name):
+    assert shown(source) == name
 
 
 def test_the_card_counts_the_text_that_there_was(runs):

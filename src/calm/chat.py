@@ -121,6 +121,9 @@ class Conversation:
     ) -> list[tuple[list[int], Alternatives]]:
         """The chunks of the last answer, and what each could have been.
 
+        A last chunk that the answer had room for a part of only is none of the candidates: nobody knows how
+        it was drawn.
+
         Args:
             temperatures: See `calm.models.writing.alternatives.draw_alternatives`; and so on.
             num_draws: Draws of each chunk.
@@ -143,7 +146,7 @@ class Conversation:
                 temperatures=temperatures,
                 most=most,
                 seed=0,
-                chunk=chunk,
+                chunk=chunk if len(chunk) == size or chunk[-1] in ends else (),
             )
             found.append((chunk, alternatives))
         return found

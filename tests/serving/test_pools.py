@@ -63,6 +63,12 @@ def test_the_distribution_of_a_pool_is_that_of_its_sampler():
         assert (shares - distribution).abs().max() < 0.015
 
 
+@pytest.mark.parametrize(("limits", "number"), [({}, 200), ({"max_draws": 50}, 50), ({"draws": 30}, 30)])
+def test_as_many_draws_as_the_server_makes_where_a_request_says_none(limits, number, model, tokenizer):
+    with serving(model, tokenizer, **limits) as (_, _, url):
+        assert pool_of(url, num_draws=None).json()["num_draws"] == number
+
+
 BAD = {
     "draws": ({"num_draws": 5000}, "may be 1000 at most"),
     "few draws": ({"num_draws": 1, "temperatures": [0.5]}, "needs at least 2 draws"),

@@ -217,7 +217,7 @@ def test_the_current_folder_the_home_and_those_above_them_are_never_replaced(kin
             check_replaceable(path, kind)
 
 
-def test_what_is_read_is_spared_by_whatever_name(tmp_path):
+def test_what_is_read_is_spared_by_whatever_name(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "text.txt").write_text("")
@@ -226,7 +226,10 @@ def test_what_is_read_is_spared_by_whatever_name(tmp_path):
                            (run, tmp_path / "link/text.txt"), (run / ".." / "run", run)):  # fmt: skip
         with pytest.raises(InputError, match="lies in the output folder"):
             check_spared(output, [str(source)])
-    check_spared(run, [str(tmp_path), "owner/name"])
+    check_spared(run, [str(tmp_path), "owner/name", "~nobody-of-that-name/run"])
+    monkeypatch.setenv("HOME", str(tmp_path))  # Names of models may begin with it.
+    with pytest.raises(InputError, match="'~/run' lies in the output folder"):
+        check_spared(run, ["~/run"])
 
 
 def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):

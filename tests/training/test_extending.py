@@ -11,7 +11,7 @@ from toy import failure, interrupt, toy_recipe
 from calm.cli import main
 from calm.data.stories import stories
 from calm.training import extending, runs, stages
-from calm.training.checkpoints import checkpoints_in
+from calm.training.checkpoints import checkpoints_in, step_of
 from calm.training.recipe import OptimizerSettings, Recipe
 from calm.training.recipe_files import read_recipe, with_settings
 
@@ -76,6 +76,19 @@ def test_a_schedule_that_falls_from_the_start_is_told(text, tmp_path, caplog, sc
     newest = checkpoints_in(run / "checkpoints/language_model")[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
     assert state["max_steps"] == 12
+
+
+def test_a_schedule_that_falls_from_the_start_goes_on_from_its_end(text, tmp_path, caplog):
+    """And not from a checkpoint of the warm-up, although more steps would have had its rates, too."""
+    run = tmp_path / "run"
+    how = {"schedule": "cosine", "warmup_steps": 2}
+    kept = {"language_model.training.save_every": 2, "language_model.training.keep_checkpoints": 9}
+    stages.train(with_settings(recipe_of(text, 8, **how), kept), run)
+    with caplog.at_level("INFO", logger="calm"):
+        stages.train(with_settings(recipe_of(text, 12, **how), kept), run, resume=True)
+    assert "going on from step 8 by a schedule of 12 steps" in caplog.text
+    steps = [step_of(one) for one in checkpoints_in(run / "checkpoints/language_model")]
+    assert steps == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_warm_up_that_was_cut_short_is_told(text, tmp_path, caplog):

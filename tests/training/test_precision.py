@@ -46,6 +46,8 @@ def test_a_run_that_goes_on_keeps_its_own(monkeypatch, tmp_path):
     write_recipe(recipe_of("bf16", "fp32"), tmp_path / RECIPE)
     assert precisions(with_precision(recipe_of("auto", "auto"), tmp_path, True)) == ("bf16", "fp32")
     assert precisions(with_precision(recipe_of("auto", "auto"), tmp_path, False)) == ("bf16", "bf16")
+    # What is asked for instead is not passed over in silence.
+    assert precisions(with_precision(recipe_of("auto", "bf16"), tmp_path, True)) == ("bf16", "bf16")
 
 
 def test_an_accelerator_is_not_timed(monkeypatch, tmp_path):

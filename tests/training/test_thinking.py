@@ -22,6 +22,8 @@ from calm.evaluation.answers import ends_with_completion
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import THOUGHT, Thoughts, thoughts_of
 from calm.models.tokens import LlamaForCausalLM
+from calm.sharing.card import Words
+from calm.sharing.finetuned import card_of_finetuning
 from calm.text.decoding import decode_after
 from calm.texts import continue_texts
 from calm.training.finetuning import finetune
@@ -353,6 +355,18 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
     with pytest.raises(InputError, match="looks back on 128 tokens"):
         finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
+    """Steps that are written before the completion make no answer wrong."""
+    run = tmp_path / "run"
+    finetune(recipe_for(base), run)
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    right = [row | {"before": "no", "after": f"a = 3 . {row['completion']}"} for row in rows]
+    (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    card = card_of_finetuning(run, Words("thinker"))
+    assert "Of 4 held-out prompts, 0% were answered with words that end with the expected" in card
+    assert "100% after" in card and "value: 100.0" in card
 
 
 def test_the_command_line(base, tmp_path, capsys):

@@ -64,19 +64,31 @@ def exact_match(
     answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """Percent of answers that equal the completion, ignoring leading and trailing whitespace."""
-    pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
-    right = [text.strip() == wanted.strip() for text, wanted in pairs]
-    return 100 * sum(right) / len(right)
+    return percent_right(answers, completions_of(examples, tokenizer), may_begin_with_steps=False)
 
 
 def ends_with_completion(
     answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """Percent of answers whose last words are the completion, whatever steps precede them."""
-    pairs = zip(answers, completions_of(examples, tokenizer), strict=True)
-    words = [(text.split(), wanted.split()) for text, wanted in pairs]
-    right = [written[-len(wanted) :] == wanted for written, wanted in words]
-    return 100 * sum(right) / len(right)
+    return percent_right(answers, completions_of(examples, tokenizer), may_begin_with_steps=True)
+
+
+def percent_right(answers: Sequence[str], completions: Sequence[str], *, may_begin_with_steps: bool) -> float:
+    """Percent of answers that are right.
+
+    Args:
+        answers: What a model generated.
+        completions: The right answers.
+        may_begin_with_steps: Whether only the last words count, because steps may precede them.
+    """
+    right = 0
+    for text, wanted in zip(answers, completions, strict=True):
+        words = wanted.split()
+        right += (
+            text.split()[-len(words) :] == words if may_begin_with_steps else text.strip() == wanted.strip()
+        )
+    return 100 * right / len(answers)
 
 
 def completions_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:

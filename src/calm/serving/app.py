@@ -115,7 +115,7 @@ def create_app(
     async def pool(request: Request) -> Response:
         body = await read_body(request, PoolRequest, settings.max_body, endpoint.readers)
         is_gone = request.is_disconnected
-        found = await describe_pool(endpoint, body, settings.max_draws, settings.seconds, is_gone)
+        found = await describe_pool(endpoint, body, settings, is_gone)
         return await endpoint.readers.run(lambda: JSONResponse(found), is_gone)
 
     add_playground(app, model.config, tokenizer.chat_template is not None, settings)

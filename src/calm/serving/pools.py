@@ -14,27 +14,29 @@ from calm.serving.errors import ApiError
 from calm.serving.protocol import PoolRequest
 from calm.serving.readers import IsGone, unless_gone
 from calm.serving.request_texts import of_queue
+from calm.serving.settings import ServerSettings
 from calm.text.decoding import spell_tokens
 
 
 async def describe_pool(
-    endpoint: Endpoint, request: PoolRequest, most_draws: int, seconds: float, is_gone: IsGone
+    endpoint: Endpoint, request: PoolRequest, settings: ServerSettings, is_gone: IsGone
 ) -> dict[str, Any]:
     """The most frequent draws of the chunk after a prompt and what was written after it.
 
     Args:
         endpoint: Whose model and tokenizer.
         request: What is asked.
-        most_draws: Draws that the server allows.
-        seconds: How long it may take.
+        settings: What the server allows, and draws where the request says no number.
         is_gone: Whether whoever asked has left.
 
     Raises:
         ApiError: If the request cannot be honoured, or takes too long.
     """
     endpoint.check_name(request.model)
-    if request.num_draws > most_draws:
-        raise ApiError(f"'num_draws' may be {most_draws} at most.", param="num_draws")
+    num_draws = request.num_draws or min(settings.draws, settings.max_draws)
+    if num_draws > settings.max_draws:
+        raise ApiError(f"'num_draws' may be {settings.max_draws} at most.", param="num_draws")
+    _check_temperatures(request.temperatures, num_draws)
     thoughts = endpoint.thoughts_for(request.num_thoughts)
     prompt, written = await endpoint.readers.run(lambda: _read(endpoint, request, thoughts), is_gone)
     seed = secrets.randbits(31) if request.seed is None else request.seed
@@ -43,7 +45,7 @@ async def describe_pool(
             lambda model: draw_alternatives(
                 model,
                 prompt,
-                num_draws=request.num_draws,
+                num_draws=num_draws,
                 temperatures=request.temperatures,
                 most=request.most,
                 chunk=request.chunk,
@@ -51,23 +53,27 @@ async def describe_pool(
                 thoughts=thoughts,
                 written=written,
             ),
-            seconds,
+            settings.seconds,
         )
         pool = await unless_gone(asked, is_gone)
     except QueueFullError as error:
         raise of_queue(error) from error
     except TimeoutError as error:
         raise ApiError(f"{error}; ask for fewer draws.", 504, "server_error", code="timeout") from error
-    return await endpoint.readers.run(lambda: _describe(endpoint, request, pool), is_gone)
+    return await endpoint.readers.run(lambda: _describe(endpoint, request, num_draws, pool), is_gone)
+
+
+def _check_temperatures(temperatures: list[float], num_draws: int) -> None:
+    """Raise ApiError for a temperature that so many draws are too few for, or that is out of range."""
+    try:  # With any counts it would raise the same.
+        for temperature in temperatures:
+            distribution_of_pool(torch.tensor([num_draws]), temperature)
+    except ValueError as error:
+        raise ApiError(str(error), param="temperatures") from error
 
 
 def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -> tuple[list[int], list[int]]:
     """Tokens of the prompt, and of what was written after it, after all checks."""
-    try:  # With any counts it would raise the same.
-        for temperature in request.temperatures:
-            distribution_of_pool(torch.tensor([request.num_draws]), temperature)
-    except ValueError as error:
-        raise ApiError(str(error), param="temperatures") from error
     if request.messages is not None and request.prompt is None:
         prompt, place = endpoint.tokens_of_chat(request.messages), "messages"
     elif request.prompt is not None and request.messages is None:
@@ -100,7 +106,7 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     endpoint.tokens_of(chunk, "chunk")
 
 
-def _describe(endpoint: Endpoint, request: PoolRequest, pool: Alternatives) -> dict[str, Any]:
+def _describe(endpoint: Endpoint, request: PoolRequest, num_draws: int, pool: Alternatives) -> dict[str, Any]:
     candidates = [
         {
             "token_ids": list(one.tokens),
@@ -114,7 +120,7 @@ def _describe(endpoint: Endpoint, request: PoolRequest, pool: Alternatives) -> d
     return {
         "object": "calm.pool",
         "model": request.model,
-        "num_draws": request.num_draws,
+        "num_draws": num_draws,
         "num_different": pool.num_different,
         "temperatures": request.temperatures,
         "candidates": candidates,

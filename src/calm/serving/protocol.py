@@ -137,7 +137,7 @@ class PoolRequest(_Body):
     messages: Messages | None = None  # or a chat.
     written: Written = Field(default_factory=list)  # Tokens after it, whole chunks.
     chunk: Chunk = Field(default_factory=list)  # What is told even if it is rare, or not drawn at all.
-    num_draws: Count = 200
+    num_draws: Count | None = None  # None for as many as the server makes of a chunk.
     num_thoughts: ThoughtCount | None = None  # Between the prompt and what was written.
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)

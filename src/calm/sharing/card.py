@@ -14,7 +14,7 @@ from calm.hub.connection import is_hub_name
 from calm.hub.gguf import on_hub
 from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
-from calm.models.shipped import shipped_models
+from calm.models.shipped import expanded, shipped_models
 from calm.quantities import short
 from calm.training.recipe_files import RECIPE
 
@@ -109,8 +109,8 @@ def shown(source: str) -> str:
 
     A run's model is shown by the name of the run.
     """
-    path = Path(source)
-    if not path.exists() and not path.is_absolute():
+    path = expanded(source)
+    if not path.exists() and (is_hub_name(source.partition(":")[0]) or on_hub(source) is not None):
         return source
     path = path.resolve()
     return path.parent.name if path.name == "model" and path.parent.name else path.name

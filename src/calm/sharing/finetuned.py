@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from calm.errors import InputError, reason_of
+from calm.evaluation.answers import percent_right
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
 from calm.sharing.card import Words, card_of, repository_of, shown
@@ -43,7 +44,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
                 dataset_name=sources,
                 metric_type="exact_match",
                 metric_name="Exact match",
-                metric_value=round(_exact_match(answers, "after"), 2),
+                metric_value=round(_percent_right(answers, "after", recipe), 2),
             )
         )
     sections = {
@@ -110,9 +111,10 @@ def _evaluation(
     losses = [entry["eval_held_out_loss"] for entry in history if "eval_held_out_loss" in entry]
     parts = [f"Loss on held-out completions: {losses[-1]:.4g}."] if losses else []
     if answers:
-        before, after = (_exact_match(answers, when) for when in ("before", "after"))
+        before, after = (_percent_right(answers, when, recipe) for when in ("before", "after"))
+        what = "with words that end with" if _writes_steps(recipe) else "with"
         parts.append(
-            f"Of {len(answers)} held-out prompts, {before:.0f}% were answered with the expected completion "
+            f"Of {len(answers)} held-out prompts, {before:.0f}% were answered {what} the expected completion "
             f"before, {after:.0f}% after (temperature {recipe.answers.temperature:g}, seed {recipe.seed}; "
             "white space at the ends does not count)."
         )
@@ -125,9 +127,15 @@ def _evaluation(
     return "\n\n".join([*parts, *samples]) or "The run was not scored."
 
 
-def _exact_match(answers: list[dict[str, str]], when: str) -> float:
-    """Percentage of answers that equal the completion."""
-    return 100 * sum(row[when].strip() == row["completion"].strip() for row in answers) / len(answers)
+def _percent_right(answers: list[dict[str, str]], when: str, recipe: FinetuningRecipe) -> float:
+    """Percent of answers that are right, counted as the run counted them."""
+    texts, completions = ([row[name] for row in answers] for name in (when, "completion"))
+    return percent_right(texts, completions, may_begin_with_steps=_writes_steps(recipe))
+
+
+def _writes_steps(recipe: FinetuningRecipe) -> bool:
+    """Whether steps may precede the completion of an answer."""
+    return recipe.thoughts.mode != "none"
 
 
 def _quoted(text: str) -> str:

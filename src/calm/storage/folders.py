@@ -45,11 +45,14 @@ def check_spared(output: Path, needed: Sequence[str]) -> None:
 
     Args:
         output: The folder.
-        needed: Paths; names that are not existing paths are ignored.
+        needed: Paths, where ~ is the home folder; names that are not existing paths are ignored.
     """
     for name in needed:
-        path = Path(name).resolve()
-        if path.exists() and output.resolve() in (path, *path.parents):
+        places = [Path(name)]
+        with contextlib.suppress(RuntimeError):  # There is no such user.
+            places.append(places[0].expanduser())
+        paths = [place.resolve() for place in places if place.exists()]
+        if any(output.resolve() in (path, *path.parents) for path in paths):
             raise InputError(
                 f"'{name}' lies in the output folder '{output}', where it would be replaced; choose another "
                 "output."

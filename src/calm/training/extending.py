@@ -86,7 +86,8 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
     if not checkpoints:
         return
     same = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) <= _last_common_step(training)]
-    if same:
+    # Only a decay is worth going back for: before one that spans the whole run lies no more than the warm-up.
+    if same and (same == checkpoints or kept_step(training) is not None):
         # Later ones were trained at a learning rate that would not have decayed yet with more steps.
         remove_checkpoints(checkpoints[len(same) :])
         start = f"{step_of(same[-1]):,}"

@@ -33,7 +33,8 @@ def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
     if resume and noted.is_file():
         earlier = _stages(read_recipe_of(type(recipe), str(noted)))
         for (settings, _), (before, _) in zip(_stages(recipe), earlier, strict=True):
-            settings.precision = before.precision
+            if settings.precision == "auto":
+                settings.precision = before.precision
         return recipe
     for settings, width in _stages(recipe):
         if settings.precision == "auto":
