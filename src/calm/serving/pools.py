@@ -1,4 +1,4 @@
-"""What could come next: draws of the next chunk, how often each, and what temperature makes of them."""
+"""Candidates for the next chunk: draws, their counts, and their probabilities at several temperatures."""
 
 import secrets
 from typing import Any
@@ -20,17 +20,17 @@ from calm.text.decoding import spell_tokens
 async def describe_pool(
     endpoint: Endpoint, request: PoolRequest, most_draws: int, seconds: float, is_gone: IsGone
 ) -> dict[str, Any]:
-    """The most frequent draws of the chunk after a prompt and what was written after it.
+    """The most frequent draws of the chunk after a prompt and the tokens generated after it.
 
     Args:
-        endpoint: Whose model and tokenizer.
-        request: What is asked.
-        most_draws: Draws that the server allows.
-        seconds: How long it may take.
-        is_gone: Whether whoever asked has left.
+        endpoint: The endpoint, for its model and tokenizer.
+        request: The request.
+        most_draws: Maximum draws that the server allows.
+        seconds: Time limit.
+        is_gone: Whether the client has left.
 
     Raises:
-        ApiError: If the request cannot be honoured, or takes too long.
+        ApiError: If the request cannot be served, or takes too long.
     """
     endpoint.check_name(request.model)
     if request.num_draws > most_draws:
@@ -62,8 +62,8 @@ async def describe_pool(
 
 
 def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, and of what was written after it, after all checks."""
-    try:  # With any counts it would raise the same.
+    """Check a request, and return the token ids of its prompt and those generated after it."""
+    try:  # Any counts would do: this only checks the temperatures.
         for temperature in request.temperatures:
             distribution_of_pool(torch.tensor([request.num_draws]), temperature)
     except ValueError as error:
@@ -85,7 +85,7 @@ def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -
 
 
 def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
-    """Raise ApiError unless a chunk is a whole one, or ends a text."""
+    """Raise ApiError unless a chunk is complete or ends a text."""
     if not chunk:
         return
     config = endpoint.config
