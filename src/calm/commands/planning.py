@@ -33,7 +33,7 @@ def plan(
         watts: Power per device in W.
         utilisation: Share of these FLOP/s that training reaches. An assumption: measure it (a run logs it).
         link: GB/s that each device sends to others. An assumption: 50 is one 400 Gbit/s port per device.
-        vocab_size: Vocabulary size, for a recipe whose tokenizer is not here.
+        vocab_size: Vocabulary size, for a recipe whose tokenizer is not available here.
         settings: Recipe settings to change, such as '{"language_model.sharded": true}'.
         json: Print the numbers as one JSON object, in bytes, seconds, tokens and FLOPs.
     """

@@ -204,7 +204,7 @@ def flops(
         positions: Positions of the context that attention sees.
         thoughts: Also show what this many thoughts add to an answer; by default as many as the model was
             trained with.
-        vocab_size: Vocabulary size, for a recipe whose tokenizer is not here.
+        vocab_size: Vocabulary size, for a recipe whose tokenizer is not available here.
         published: Count the head's work on the hidden state for every draw, as the paper does.
         head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
         json: Print the numbers as one JSON object.
