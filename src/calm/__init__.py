@@ -1,8 +1,8 @@
-"""CALM: language models that predict one vector for several tokens (arXiv 2510.27688).
+"""CALM: language models that predict one vector for a chunk of several tokens (arXiv 2510.27688).
 
-`import calm` makes the models known to the Auto classes of transformers. The console script `calm` is the
-exception: it says so (`calm_command`) before it imports the package, and `calm.models.loading`, which opens
-models, registers them there.
+`import calm` registers the models with the Auto classes of transformers. The console script `calm` is the
+exception: `calm_command` sets a flag before it imports the package, and the models are registered when
+`calm.models.loading` is imported to open one.
 """
 
 import sys
@@ -75,7 +75,7 @@ __all__ = [
     "sample_from_pool",
     "sampler_from",
 ]
-# Names of version 0.1 that are called otherwise now, for one version.
+# Names of version 0.1 that have been renamed; kept for one version.
 _RENAMED = {"TemperatureSettings": "sampler_from"}
 
 

@@ -1,4 +1,4 @@
-"""`python -m calm` does what `calm` does. Its help takes longer, since the package is imported whole."""
+"""`python -m calm` is the same as `calm`. Its help takes longer, since it imports the whole package."""
 
 from calm.cli import main
 

@@ -16,24 +16,24 @@ from calm.text.chat import ASSISTANT, encode_chat
 from calm.text.decoding import spell_tokens
 from calm.texts import TextListener, continue_tokens
 
-_LEAST_ROOM = 64  # Tokens that an answer should have, before old turns make room.
+_LEAST_ROOM = 64  # Old turns are dropped until an answer has room for this many tokens.
 Message = dict[str, str]
 
 
 class Conversation:
-    """What was said so far, and a model that answers.
+    """The turns so far, and a model that answers.
 
     Args:
         model: A CALM, or another causal language model.
         tokenizer: Its tokenizer, with a chat template.
-        system: What the model is told before the first turn; "" for nothing.
-        seed: Makes the answers repeatable: each turn has a seed of its own that is made from it.
-        max_new_tokens: Most tokens of an answer; fewer where the context ends before.
+        system: System message; "" for none.
+        seed: Makes the answers reproducible: each turn derives its own seed from it.
+        max_new_tokens: Maximum tokens of an answer; fewer if the context ends first.
         num_thoughts: Thoughts before each answer; None for as many as the model was trained with.
 
     Raises:
         InputError: If the model has no chat template, the template takes no system message, or the model
-            cannot take so many thoughts.
+            cannot take that many thoughts.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Conversation:
         self._num_thought = num_tokens_of(self._thoughts, model.config)
         self.messages: list[Message] = []
         self.last: tuple[list[int], list[int]] | None = None
-        """Token ids before the last answer, and of the answer."""
+        """Token ids of the last prompt and of its answer; None if there is no answer yet."""
         self.set_system(system)
 
     def set_system(self, system: str) -> None:
-        """Begin anew, with another system message.
+        """Start over with another system message.
 
         Raises:
             InputError: If the template takes none.
@@ -75,22 +75,22 @@ class Conversation:
         self.messages, self.last = said, None
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
+        """Drop all turns but the system message."""
         self.messages, self.last = [one for one in self.messages if one["role"] == "system"], None
 
     def answer(self, text: str, show: Callable[[str], None], **sampling: Any) -> int:
-        """Let the model answer; what it has written stays if it is interrupted.
+        """Have the model answer. If it is interrupted, the answer so far is kept.
 
         Args:
-            text: What is said to it.
-            show: Called with each part of the answer as it is written.
+            text: The user's message.
+            show: Called with each part of the answer as it is generated.
             **sampling: Further arguments of `calm.texts.continue_tokens`, such as `temperature`.
 
         Returns:
-            How many old messages were forgotten to make room.
+            How many old messages were dropped to make room.
 
         Raises:
-            InputError: If the text has no room in the context, or an argument is out of range.
+            InputError: If the text does not fit in the context, or an argument is out of range.
         """
         turns = [*self.messages, {"role": "user", "content": text}]
         turns, prompt = self._fitting(turns)
@@ -125,12 +125,12 @@ class Conversation:
         it was drawn.
 
         Args:
-            temperatures: See `calm.models.writing.alternatives.draw_alternatives`; and so on.
-            num_draws: Draws of each chunk.
-            most: Candidates that are told of each.
+            temperatures: See `calm.models.writing.alternatives.draw_alternatives`, also for the others.
+            num_draws: Draws per chunk.
+            most: Maximum number of candidates per chunk.
 
         Raises:
-            InputError: If there is no answer yet, or the model writes tokens one by one.
+            InputError: If there is no answer yet, or the model generates token by token.
         """
         if self.last is None:
             raise InputError("there is no answer yet.")
@@ -152,11 +152,11 @@ class Conversation:
         return found
 
     def spell(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, control tokens by their names."""
+        """Tokens as text, with control tokens by name."""
         return "".join(spell_tokens(self._tokenizer, tokens))
 
     def _fitting(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
-        """As many of the last turns as leave room for an answer, and their token ids."""
+        """As many of the latest turns as leave room for an answer, and their token ids."""
         system = [one for one in turns if one["role"] == "system"]
         said = turns[len(system) :]
         while True:
@@ -177,5 +177,5 @@ class Conversation:
         return self._max_new_tokens if room is None else min(self._max_new_tokens, room)
 
     def _room_after(self, prompt: Sequence[int]) -> int | None:
-        """Tokens that fit after a prompt and what is thought; None where there is no limit."""
+        """Tokens that fit after a prompt and its thoughts; None if there is no limit."""
         return room_beside(self._model.config, len(prompt) + self._num_thought)

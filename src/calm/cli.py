@@ -1,4 +1,4 @@
-"""The command line: the arguments of the commands (calm.commands), and mistakes as one sentence."""
+"""The command line: arguments of the commands (`calm.commands`), and user errors as one sentence."""
 
 import argparse
 import dataclasses
@@ -30,26 +30,26 @@ _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question", "task")
 _SHORT = {"samples": "-n", "file": "-f"}
 _QUIET = "Print results, warnings and errors only."
-_FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}  # Printed recipes lack it.
+_FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}  # Not in printed recipes.
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
 
 
 def fail(message: str) -> NoReturn:
-    """Print a mistake of the user and leave with exit code 2."""
+    """Print a user error and exit with code 2."""
     _print_error(message)
     sys.exit(2)
 
 
 def _print_error(message: str) -> None:
-    """Print one line, even if a name in it has several."""
+    """Print an error on one line, even if a name in it has line breaks."""
     print(f"calm: error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser:
-    """The parser of some commands, or of all. It raises what is wrong instead of leaving the process.
+    """The parser of some or all commands. It raises errors instead of exiting.
 
     Args:
-        names: The commands: to run one, the options of the others need not be collected.
+        names: The commands; to run one, the options of the others need not be collected.
     """
     said = "Continuous autoregressive language models."
     parser = jsonargparse.ArgumentParser(
@@ -74,7 +74,7 @@ def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser
 
 
 def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> None:
-    """Arguments of a command: the chief ones by position, flags without a value, the rest as options."""
+    """Add the arguments of a command: the main ones are positional, booleans are flags, the rest options."""
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     by_hand: set[str | int] = set()
     for name, parameter in inspect.signature(function).parameters.items():
@@ -97,13 +97,13 @@ def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[...,
 
 
 def _positional_of(function: Callable[..., None]) -> list[str]:
-    """Parameters of a command that are given by position."""
+    """The positional parameters of a command."""
     names = [name for name in inspect.signature(function).parameters if name in _POSITIONAL]
     return [name for name in names if (function, name) not in _NOT_POSITIONAL]
 
 
 def _options_of(command: str, arguments: list[str]) -> Options:
-    """What a command takes, to say what is wrong with its arguments."""
+    """The options of a command, to explain errors in its arguments."""
     hints = get_type_hints(COMMANDS[command])
     hints |= {"quiet": bool, "help_all": bool} if command in _RECIPES else {"quiet": bool}
     hints.pop("return")
@@ -117,7 +117,7 @@ def _summary(function: Callable[..., None]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. A mistake of the user ends in one sentence and exit code 2, a failed run in 1."""
+    """Run a command. A user error prints one sentence and exits with code 2, a failed run with 1."""
     make_output_sturdy()
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -143,17 +143,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # At the end of the interpreter, a closed pipe would be a traceback.
+            stream.flush()  # At interpreter exit, a closed pipe would print a traceback.
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: torch has errors of its own for it."""
+    """Whether an error means out of memory; torch has its own errors for that."""
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _run(arguments: list[str]) -> None:
-    """Run the command that the arguments begin with. Without one, there is help."""
+    """Run the command named by the first argument; without arguments, print help."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(build_parser().format_help().rstrip())
         return
@@ -171,7 +171,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _answer_option(arguments: list[str]) -> None:
-    """Print help, the version or a completion; anything else is no command."""
+    """Print help, the version or a completion script; anything else is an unknown command."""
     option = arguments[0]
     if option.split("=")[0] == "--completion":
         shell = _value_of("--completion", arguments)
@@ -186,7 +186,7 @@ def _answer_option(arguments: list[str]) -> None:
 
 
 def _answer_help(command: str, arguments: list[str]) -> bool:
-    """Print the help of a command with many options, brief or whole, if it is asked for."""
+    """If asked for, print the brief or full help of a command with a recipe; return whether it was."""
     asked = {"-h", "--help", "--help_all"} & set(arguments)
     if not asked:
         return False
@@ -199,7 +199,7 @@ def _answer_help(command: str, arguments: list[str]) -> bool:
 
 
 def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
-    """The parameters of a command from the command line."""
+    """Parse the parameters of a command."""
     options = _options_of(command, arguments[1:])
     if command in _RECIPES:
         arguments = _with_recipe_of_run(arguments)
@@ -215,13 +215,13 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     if (mistake := mistake_in({name: given[name] for name in recipe_fields}, options)) is not None:
         raise InputError(mistake)
     settings = dict(vars(parser.instantiate(values)[command]))
-    del settings["recipe"]  # The file: it has done its work.
+    del settings["recipe"]  # The file, which has been read.
     settings["recipe"] = kind(**{name: settings.pop(name) for name in recipe_fields})
     return settings
 
 
 def _set_up_progress(is_quiet: bool) -> None:
-    """Show bars and notes as the user wishes, without the bars of every file that is read or written."""
+    """Show progress bars unless quiet, without those that libraries show for every file."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -236,15 +236,15 @@ def _set_up_progress(is_quiet: bool) -> None:
 
 
 class _Notes(logging.Handler):
-    """Prints what the package has to say to standard error, wherever that leads at the moment."""
+    """Prints the package's log messages to whatever standard error is at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one note."""
+        """Print one message."""
         write(f"calm: {self.format(record)}")
 
 
 def _tell_notes(is_quiet: bool) -> None:
-    """Print notes (the package's loggers), once for all processes of a run; a quiet one has warnings only."""
+    """Print the package's log messages, once for all processes of a run; if quiet, only warnings."""
     logger = logging.getLogger("calm")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -254,7 +254,7 @@ def _tell_notes(is_quiet: bool) -> None:
 
 
 def _with_recipe_of_run(arguments: list[str]) -> list[str]:
-    """With --resume and no --recipe, the recipe is the one in the folder of the run."""
+    """With --resume and no --recipe, use the recipe in the run folder."""
     from calm.training.recipe_settings import recipe_of_run
 
     if "--resume" not in arguments or _value_of("--recipe", arguments) is not None:
@@ -265,17 +265,17 @@ def _with_recipe_of_run(arguments: list[str]) -> list[str]:
 
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:
-    """Replace the names of recipes after --recipe by what they say, in ASCII."""
+    """Replace recipe names after --recipe with the text of the recipes, in ASCII."""
     from calm.training.recipe_settings import extended, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
         return arguments
-    # What a recipe printed by --print_config has beside the recipe.
+    # What --print_config prints besides the recipe.
     others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
     head_type = _value_of("--language_model.head.head_type", arguments)
-    # Another head does not take over the fields of the recipe's.
+    # A head of another type does not inherit the fields of the recipe's head.
     own = {} if head_type is None else {"language_model": {"head": {"head_type": head_type}}}
 
     def text_of(name: str) -> str:
@@ -292,7 +292,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value that is given to an option last, if it is given."""
+    """The last value given to an option; None if there is none."""
     given = None
     for argument, after in itertools.pairwise([*arguments, ""]):
         if argument == option:

@@ -1,4 +1,4 @@
-"""Help that fits on a screen for the commands that follow a recipe, and completion for shells."""
+"""Help that fits on one screen for commands with a recipe, and shell completion."""
 
 import argparse
 import shutil
@@ -9,7 +9,7 @@ import docstring_parser
 import jsonargparse
 
 SHELLS = ("bash", "zsh", "fish")
-# The options that most runs need; --help_all prints those of the whole recipe.
+# The options that most runs need; --help_all prints all of them.
 _CHIEF = {
     "train": (
         "--recipe", "--data.sources", "--output", "--resume", "--overwrite", "--seed", "--chunk_size",
@@ -23,12 +23,12 @@ _CHIEF = {
 
 
 def brief_help(command: str, parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> str:
-    """What a command does, examples, and its chief options.
+    """What a command does, with examples and its main options.
 
     Args:
         command: Its name.
         parser: Its parser.
-        function: What it runs; the docstring has the examples.
+        function: Its function; the docstring has the examples.
     """
     documented = docstring_parser.parse(function.__doc__ or "")
     formatter = argparse.RawDescriptionHelpFormatter(prog=f"calm {command}", max_help_position=34)
@@ -47,7 +47,7 @@ def brief_help(command: str, parser: jsonargparse.ArgumentParser, function: Call
 
 
 def _plain(name: str, option: argparse.Action) -> argparse.Action:
-    """An option as argparse shows it, with its default if that says something."""
+    """An option as argparse shows it, with its default if that is informative."""
     help_text = " ".join((option.help or "").split())
     says_something = option.default not in (None, False, argparse.SUPPRESS, [], "")
     default = f" (default: {option.default})" if says_something else ""
@@ -62,7 +62,7 @@ def _plain(name: str, option: argparse.Action) -> argparse.Action:
 
 
 def completion(shell: str, parser: jsonargparse.ArgumentParser) -> str:
-    """The script that completes commands and options in a shell, which has to evaluate it.
+    """The completion script for commands and options, which the shell has to evaluate.
 
     Args:
         shell: One of `SHELLS`.

@@ -1,4 +1,4 @@
-"""A model's steps of writing, compiled ahead of time and timed beside what they replace."""
+"""A model's generation steps, compiled ahead of time and timed against eager execution."""
 
 import statistics
 import time
@@ -13,15 +13,15 @@ from calm.errors import InputError
 from calm.extras import require_compiler
 from calm.models.writing.ahead import compile_steps, folder_of_steps
 
-_CHUNKS = 32  # Of each text that is timed,
-_ROUNDS = 5  # and how often.
+_CHUNKS = 32  # Per timed text.
+_ROUNDS = 5  # Timed runs, with and without compiled steps.
 MANY = 8
-"""Texts at once that stand for any number of them."""
+"""Batch size that stands for any number of texts above 1."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of a model that writes at T = 1 (or at the temperature that was compiled).
+    """Tokens per second of a model at T = 1, or at the temperature that it was compiled for.
 
     Args:
         rows: Texts at once.
@@ -40,16 +40,16 @@ def compile_model(
     temperatures: Sequence[float] = (1.0,),
     tell: Callable[[str], None] = lambda name: None,
 ) -> tuple[Path, list[Speed]]:
-    """Compile a model's steps, and time texts with and without them in turns.
+    """Compile a model's generation steps, and time generation with and without them in alternation.
 
     Args:
         model: A `CalmForCausalLM`.
         rows: 1 for a single text, more for any number of them.
-        temperatures: Of the head's draws; 1 but for heads that take one.
+        temperatures: Temperatures of the head's draws; 1 unless the head takes one.
         tell: Called with the name of each part before it is compiled.
 
     Returns:
-        The folder of what was compiled, and the speeds for each of `rows`.
+        The folder of the compiled steps, and the speed for each of `rows`.
 
     Raises:
         InputError: If the model cannot be compiled here.
@@ -89,7 +89,7 @@ def _speed(model: Any, rows: int, temperature: float) -> Speed:
         assert text.shape[1] == (_CHUNKS + 1) * size
         return time.perf_counter() - start
 
-    rounds = [(seconds(True), seconds(False)) for _ in range(_ROUNDS + 1)][1:]  # The first is to warm up.
+    rounds = [(seconds(True), seconds(False)) for _ in range(_ROUNDS + 1)][1:]  # The first is a warm-up.
     eager, compiled = (
         rows * _CHUNKS * size / statistics.median(times) for times in zip(*rounds, strict=True)
     )

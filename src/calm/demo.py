@@ -1,4 +1,4 @@
-"""`calm demo`: the main job from end to end on the embedded corpus."""
+"""`calm demo`: from training to generation on the embedded corpus."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,17 @@ from calm.training.stages import train
 def run_demo(
     output: Path, *, recipe_name: str = "demo", num_stories: int = NUM_STORIES, overwrite: bool = False
 ) -> Scorecard:
-    """Write stories, train on them, score the model on stories it has not seen, and let it write.
+    """Generate stories, train on them, score the model on held-out ones, and have it continue some.
 
     Args:
         output: Folder of the run; report.html and model/ are inside.
-        recipe_name: Recipe to follow.
-        num_stories: Stories to write; a share of them, which the recipe names, is held out.
-        overwrite: Whether to remove what is in that folder first.
+        recipe_name: Recipe to train.
+        num_stories: Stories to generate; the recipe says which share of them is held out.
+        overwrite: Whether to replace what is in that folder.
 
     Raises:
-        InputError: If the folder is not empty, matplotlib is missing or there are too few stories.
+        InputError: If the folder is not empty, matplotlib is missing, the recipe does not train a CALM, or
+            there are too few stories.
     """
     require("the demo", "matplotlib")
     console, start = Console(highlight=False), time.monotonic()
@@ -61,7 +62,7 @@ def run_demo(
 
 
 def _check_stories(path: Path, seed: int) -> None:
-    """Raise InputError if a file is there that the demo has not written."""
+    """Raise InputError if the file exists, but was not written by the demo."""
     try:
         with path.open(encoding="utf-8") as file:
             first = file.readline(100_000)
@@ -78,7 +79,7 @@ def _check_stories(path: Path, seed: int) -> None:
 
 @contextlib.contextmanager
 def _stories_in(path: Path, seed: int, number: int) -> Iterator[None]:
-    """A file of stories; if the block refuses its input, a file that was not there before goes again."""
+    """Write a file of stories; if the block raises InputError, delete the file unless it existed before."""
     was_there = path.exists()
     with new_folder(path.parent):
         write_stories(path, seed, number)

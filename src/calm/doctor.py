@@ -20,14 +20,14 @@ from calm.hardware import (
 )
 from calm.models.loading import best_device, best_dtype
 
-_WIDTH = 512  # Of the layers that are timed.
-_SHARED = 0.6  # Of what so many cores of their own would give.
+_WIDTH = 512  # Of the timed layers.
+_SHARED = 0.6  # Share of the ideal speedup below which cores seem to be shared.
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PACKAGES = ("calm-lm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "pytorch_optimizer")
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """What was found, by name, in two groups: "versions" and "hardware"."""
+    """Findings by name, in two groups: "versions" and "hardware"."""
     device = best_device()
     return {
         "versions": {

@@ -2,13 +2,13 @@
 
 _LONGEST_SENTENCE = 2000
 _MOST_OF_A_VALUE = 100
-_MOST_CHARACTERS = 400  # Of what another library says: it may repeat the whole of its input.
+_MOST_CHARACTERS = 400  # Of another library's message, which may repeat its whole input.
 
 
 class InputError(ValueError):
-    """Bad input: says what is wrong, which value, and what to do, in one sentence.
+    """Bad input. The message is one sentence: what is wrong, which value, and what to do.
 
-    Of a long one the middle is left out: names and values in it come from files that are not trusted.
+    The middle of a long message is cut out, since names and values in it come from untrusted files.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -19,30 +19,30 @@ class InputError(ValueError):
 
 
 class NotFiniteError(InputError):
-    """Numbers of a model are not finite: its weights are damaged, diverged, or too large for the dtype."""
+    """A model gave NaN or infinity: its weights are damaged, diverged, or too large for the dtype."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on through no mistake of its input: says why, and what is left of it."""
+    """A run failed though its input is valid. The message says why, and what is left of the run."""
 
 
 class Terminated(RunError):
-    """A run that was asked to end (SIGTERM) and has kept its state."""
+    """A run was asked to stop (SIGTERM) and has saved its state."""
 
 
 def shown(value: object) -> str:
-    """A value as a message repeats it: not all of a long one."""
+    """A value as messages quote it, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _MOST_OF_A_VALUE else f"{text[:_MOST_OF_A_VALUE]}..."
 
 
 def cause_of(error: BaseException) -> str:
-    """The last line of what an exception says: where libraries that validate put the cause."""
+    """The last line of an exception's message, where validation libraries put the cause."""
     return _line_of(error, -1)
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, or its name if it says nothing."""
+    """The first line of an exception's message, or the name of its class if it has none."""
     return _line_of(error, 0)
 
 

@@ -44,10 +44,10 @@ def require_compiler(what: str, otherwise: str) -> None:
 def is_installed(package: str) -> bool:
     """Whether a package whose module has the same name can be imported."""
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    return spec is not None and spec.origin is not None  # A folder has none, such as one of wandb's logs.
+    return spec is not None and spec.origin is not None  # A folder has none, such as wandb's logs.
 
 
 def not_installed(what: str, *packages: str) -> InputError:
-    """The error for packages that are missing. It names them, not our extras: those have no index entry."""
+    """The error for missing packages. It names them, not our extras, which are not in the package index."""
     names, verb = " and ".join(packages), "is" if len(packages) == 1 else "are"
     return InputError(f"{what} needs {names}, which {verb} not installed: pip install {' '.join(packages)}")

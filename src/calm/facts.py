@@ -1,4 +1,4 @@
-"""What is known of a run of `calm train` when it has ended, as its report shows it."""
+"""Facts about a finished run of `calm train`, as its report shows them."""
 
 from dataclasses import replace
 
@@ -19,13 +19,13 @@ from calm.training.teacher import TeacherFacts
 def facts_of(
     recipe: Recipe, model: PreTrainedModel, history: History, teacher: TeacherFacts | None = None
 ) -> RunFacts:
-    """The facts of a run that was trained here and has ended now.
+    """The facts of a run that was trained on this machine and has just finished.
 
     Args:
         recipe: Its recipe.
         model: Its language model.
-        history: What its stages have logged; times that are not in it are not known.
-        teacher: What it has kept of its teacher, if it had one.
+        history: Logs of its stages; times missing from it are unknown.
+        teacher: Facts about its teacher, if it had one.
     """
     view = language_model(model)
 

@@ -1,4 +1,4 @@
-"""Where `calm.texts` was in version 0.1; this name goes with the next."""
+"""The name of `calm.texts` in version 0.1, which the next version removes."""
 
 import warnings
 

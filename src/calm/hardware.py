@@ -1,4 +1,4 @@
-"""What this machine is called, its processor or its accelerator, and what it can do in a second."""
+"""The name of this machine's processor or accelerator, and how fast it is."""
 
 import functools
 import platform
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from calm.models.loading import best_device
 
 MIXED_PRECISION_PAYS = 1.1
-"""Times as fast as float32 that bfloat16 has to be; below, rounding would be paid for nothing."""
+"""Minimum speedup over float32 to use bfloat16; below it, the rounding is not worth it."""
 
-_EMULATED = 2e9  # FLOPs per second: so slow is arithmetic that a processor does not have.
+_EMULATED = 2e9  # FLOP/s below which a processor must be emulating a dtype.
 
 
 def device_name() -> str:
-    """The device that work runs on, such as "NVIDIA H100" or "AMD EPYC 7763 (8 threads)"."""
+    """The device that models run on, such as "NVIDIA H100" or "AMD EPYC 7763 (8 threads)"."""
     device = best_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -32,7 +32,7 @@ def device_name() -> str:
 
 
 def processor_name() -> str:
-    """The name of the processor, as its maker calls it where the system tells; else its architecture."""
+    """The processor's model name if the system tells it, else its architecture."""
     name = ""
     if platform.system() == "Darwin":
         name = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
@@ -51,12 +51,12 @@ def _output_of(*command: str) -> str:
 
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs per second of a large square matrix product on a device: the most that training can reach.
+    """FLOP/s of a large square matrix product on a device: the most that training can reach.
 
-    None where a GPU has no room for the matrices beside the model. Of a type that a processor only emulates
-    it is that of a small product.
+    None if a GPU has no room for the matrices besides the model. For a dtype that a processor only emulates,
+    this is the rate of a small product.
     """
-    # Its own generator: training must draw the same numbers with or without this.
+    # Its own generator, so that training draws the same random numbers with or without this.
     generator = torch.Generator(device).manual_seed(0)
 
     def rate(size: int, times: int) -> float:
@@ -75,7 +75,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def thread_gain() -> float:
-    """How many times as fast a matrix product is with all of torch's threads as with one."""
+    """Speedup of a matrix product from one thread to all of torch's threads."""
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
     seconds = {}
     try:
@@ -89,16 +89,17 @@ def thread_gain() -> float:
 
 @functools.cache
 def read_rate(device: torch.device) -> float:
-    """Bytes per second at which memory is read: what bounds text that is written one row at a time."""
-    numbers = torch.ones(2**26, device=device)  # 256 MiB, more than caches hold.
+    """Memory read bandwidth in bytes per second, which bounds the generation of a single text."""
+    numbers = torch.ones(2**26, device=device)  # 256 MiB, more than fits in caches.
     return 4 * len(numbers) / _quickest(lambda: numbers.sum().item(), 3)
 
 
 @functools.cache
 def mixed_precision_gain(device: torch.device, width: int) -> float:
-    """How many times as fast layers of a width train in bfloat16 autocast as in float32, in turns.
+    """Speedup of training layers of a width in bfloat16 autocast over float32.
 
-    The median of five rounds of forward and backward passes over 1,024 positions, after one to warm up.
+    The median over five rounds, each with a forward and backward pass over 1,024 positions in both, after a
+    warm-up round.
     """
     with torch.random.fork_rng(), torch.enable_grad():
         layers = nn.Sequential(nn.Linear(width, 3 * width), nn.SiLU(), nn.Linear(3 * width, width)).to(device)
@@ -119,7 +120,7 @@ def mixed_precision_gain(device: torch.device, width: int) -> float:
 
 
 def _quickest(run: Callable[[], Any], times: int) -> float:
-    """Seconds of the quickest of several calls."""
+    """Seconds that the fastest of several calls takes."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()

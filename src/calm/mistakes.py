@@ -1,7 +1,7 @@
 """Mistakes in options and recipes, each as one plain sentence: what is wrong, which value, what was meant.
 
-What jsonargparse says is for programmers. Here it is read for the kind of mistake and the place of it, and
-said anew with the names and types that the command at hand has.
+jsonargparse's messages are for programmers. Here the kind and the place of a mistake are parsed from them,
+and restated with the names and types of the command at hand.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-_NEAR = 0.75  # Of difflib: from here on, another name is worth a suggestion.
+_NEAR = 0.75  # difflib ratio from which on a name is suggested.
 _MOST_CHARACTERS = 60  # Of a value that is shown.
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LISTS = {int: "a list of whole numbers, such as [1,2]", str: "a list of texts, such as [a,b]"}
@@ -20,13 +20,13 @@ _LISTS = {int: "a list of whole numbers, such as [1,2]", str: "a list of texts, 
 
 @dataclass(frozen=True)
 class Options:
-    """What a command or a recipe takes.
+    """The options of a command, or the settings of a recipe.
 
     Args:
         types: Dotted names and their types.
-        positional: Those that are given by their place.
+        positional: Names of positional arguments.
         command: The command; empty for a recipe.
-        arguments: What was given to the command.
+        arguments: The arguments that the command was given.
     """
 
     types: Mapping[str, Any]
@@ -35,16 +35,16 @@ class Options:
     arguments: Sequence[str] = ()
 
     def shown(self, name: str) -> str:
-        """A name as the user wrote it: an option with its dashes, a place of the usage line, or a key."""
+        """A name as the user wrote it: an option with dashes, a positional argument, or a key."""
         option = f"--{name}"
         written = [argument.split("=")[0] for argument in self.arguments if argument.startswith("--")]
-        # An option may be cut short, or go on with a key of a mapping.
+        # An option may be abbreviated, or followed by a key of a mapping.
         is_option = any(option.startswith(one) or one.startswith(f"{option}.") for one in written)
         return option if is_option and name not in self.positional else name
 
 
 def types_of(kind: type, before: str = "") -> dict[str, Any]:
-    """Dotted names and types of the settings of a recipe and of their groups."""
+    """Dotted names and types of a recipe's settings and of their groups."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         found[before + name] = hint
@@ -54,7 +54,7 @@ def types_of(kind: type, before: str = "") -> dict[str, Any]:
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:
-    """The sentence for a command that there is not, or an option in the place of one."""
+    """The message for a command that does not exist, or an option in its place."""
     if name.startswith("-"):
         return f"unrecognized option {name}; options come after a command, as in: calm train {name}"
     near = difflib.get_close_matches(name, list(commands), n=1)
@@ -63,12 +63,12 @@ def unknown_command(name: str, commands: Iterable[str]) -> str:
 
 
 def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") -> str | None:
-    """The sentence for the first setting that there is not, is no group but should be, or has no value.
+    """The message for the first setting that does not exist, is not a group but should be, or has no value.
 
     Args:
         values: Settings in groups, as in a recipe.
-        options: Which there are.
-        before: Dotted name of the group that they are of, with a dot at its end.
+        options: The settings that exist.
+        before: Dotted name of the group that they are in, with a trailing dot.
     """
     for key, value in values.items():
         name = f"{before}{key}"
@@ -85,7 +85,7 @@ def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") ->
 
 
 def sentence(message: str, options: Options) -> str:
-    """What jsonargparse says about arguments or a recipe, as one sentence."""
+    """jsonargparse's message about arguments or a recipe, as one plain sentence."""
     text = " ".join(message.split()).removeprefix('Parser key "recipe": ')
     for pattern, say in _SAYINGS:
         if found := re.search(pattern, text):
@@ -94,9 +94,9 @@ def sentence(message: str, options: Options) -> str:
 
 
 def wrong_value(options: Options, name: str, value: str) -> str:
-    """The sentence for a value of a kind that a setting does not take."""
+    """The message for a value of a type that a setting does not take."""
     hint = options.types.get(name)
-    if nested := re.match(r"NestedArg\(key='([^']*)'", value):  # A key of what is no mapping.
+    if nested := re.match(r"NestedArg\(key='([^']*)'", value):  # A key of something that is not a mapping.
         return unknown(options, f"--{name}.{nested[1]}")
     value = value if len(value) <= _MOST_CHARACTERS else value[:_MOST_CHARACTERS] + "..."
     got = {"": "nothing", "None": "null", "null": "null"}.get(value, f"'{value}'")
@@ -104,7 +104,7 @@ def wrong_value(options: Options, name: str, value: str) -> str:
 
 
 def unknown(options: Options, name: str) -> str:
-    """The sentence for a setting that there is not, with its dashes if it was given as an option."""
+    """The message for a setting that does not exist, with dashes if it was given as an option."""
     dashes = "--" if name.startswith("-") else ""
     what = f"unrecognized option {name}" if dashes else f"there is no setting '{name}'"
     near = _near(name.lstrip("-"), options.types)
@@ -118,7 +118,7 @@ def unknown(options: Options, name: str) -> str:
 
 
 def _near(name: str, known: Iterable[str]) -> list[str]:
-    """Names that are most alike: in their last part, and as a whole or in as many parts as were given."""
+    """The most similar names: in their last part, and as a whole or in as many parts as were given."""
     parts = name.split(".")
 
     def likeness(other: str) -> float:
@@ -136,7 +136,7 @@ def _ratio(first: str, second: str) -> float:
 
 
 def _in_words(hint: Any) -> str:
-    """What a setting of a type takes, such as "a whole number"."""
+    """The values of a type in words, such as "a whole number"."""
     inner = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         longest_last = sorted((_in_words(one) for one in inner if one is not type(None)), key=len)
@@ -162,7 +162,7 @@ def _may_be_null(hint: Any) -> bool:
 
 
 def _is_in_mapping(name: str, options: Options) -> bool:
-    """Whether a dotted name leads into a setting that is a mapping of its own."""
+    """Whether a dotted name is a key inside a setting that is a mapping."""
     groups = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
     return any(get_origin(options.types.get(group)) is dict for group in groups)
 
@@ -203,7 +203,7 @@ _SAYINGS: tuple[tuple[str, Callable[..., str]], ...] = (
         r'^Invalid option "(.*)" for (--\S+)$',
         lambda _, value, name: f"{name} cannot be '{value}'; it takes skip_default or skip_unset.",
     ),
-    # A group that is given as a mapping, with a value in it that does not fit.
+    # A group that is given as a mapping with an invalid value.
     (
         r'^Parser key "[^"]+": Unable to load config \'.*?\' - Parser key "([^"]+)": '
         r"(?!Unable to load).*(?:Got|Given) value: ?(.*)$",

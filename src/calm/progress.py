@@ -1,6 +1,6 @@
-"""Progress of what takes long: bars on a terminal, a line now and then in a log.
+"""Progress of long work: bars on a terminal, occasional lines in a log.
 
-A bar appears after a second, on standard error, so that quick work shows none. In a group of processes only
+A bar appears on standard error after a second, so that quick work shows none. In a group of processes, only
 the first shows bars.
 """
 
@@ -19,19 +19,19 @@ _is_shown = True
 
 
 def show_progress(is_shown: bool = True) -> None:
-    """Show bars, as is the default, or none at all."""
+    """Turn progress bars on (the default) or off."""
     global _is_shown
     _is_shown = is_shown
 
 
 def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stays: bool = False) -> tqdm:
-    """A bar to update and close by hand.
+    """A progress bar to update and close by hand.
 
     Args:
-        what: What takes long.
-        total: How many units it takes; None if nobody knows.
-        unit: What is counted, in the singular.
-        done: Units that are done already, by an earlier run: the time that is left does not count them in.
+        what: Description of the work.
+        total: Total number of units; None if unknown.
+        unit: Name of the unit, in the singular.
+        done: Units already done by an earlier run; the estimate of the time left does not include them.
         stays: Whether the bar stays on the terminal when it is closed.
     """
     return tqdm(
@@ -49,13 +49,13 @@ def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stay
 def tracked(
     things: Iterable[Thing], what: str, unit: str, *, total: int | None = None, stays: bool = False
 ) -> Iterator[Thing]:
-    """The same things, with a bar while they are worked on.
+    """Iterate over things with a progress bar.
 
     Args:
-        things: What is iterated over.
-        what: See `progress_bar`; and so on.
-        unit: What one thing is.
-        total: How many there are; not needed if they have a length.
+        things: The things.
+        what: See `progress_bar`.
+        unit: Name of one thing.
+        total: Number of things; not needed if they have a length.
         stays: Whether the bar stays on the terminal.
     """
     if total is None and isinstance(things, Sized):
@@ -67,30 +67,30 @@ def tracked(
 
 
 def tell(text: str) -> None:
-    """Print a line on standard error, above the bars that are there; nothing where there are no bars."""
+    """Print a line on standard error, above any bars; print nothing if bars are turned off."""
     if _is_shown and is_first():
         write(text)
 
 
 def write(text: str) -> None:
-    """Print a line on standard error, above the bars that are there."""
+    """Print a line on standard error, above any bars."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
 def is_first() -> bool:
-    """Whether this is the first process of a group, or alone."""
+    """Whether this is the first process of a group, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _Lines(tqdm):
-    """How bars behave in a log: no carriage returns, a line every half minute, and one at the end."""
+    """Bars in a log: no carriage returns, a line every half minute, and one at the end."""
 
     fp: TextIO
     disable: bool
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Print the bar, if the last line was long ago."""
+        """Print the bar, if the last line is half a minute old."""
         now = time.monotonic()
         if now - self.__dict__.setdefault("line_at", now) < SECONDS_BETWEEN_LINES:
             return False
@@ -99,13 +99,13 @@ class _Lines(tqdm):
         return True
 
     def clear(self, nolock: bool = False) -> None:
-        """Nothing is overwritten."""
+        """Do nothing: nothing is overwritten."""
 
     def moveto(self, n: int) -> None:
-        """Bars below each other take turns."""
+        """Do nothing: several bars take turns."""
 
     def close(self) -> None:
-        """End the bar; if it had lines, with one more."""
+        """Close the bar, with a last line if it had any."""
         if self.disable:
             return
         self.disable = True
@@ -115,6 +115,6 @@ class _Lines(tqdm):
 
 
 def write_lines_for_bars() -> None:
-    """Let every bar of this process, those of other libraries too, be lines of a log."""
+    """Turn every bar of this process, also those of other libraries, into lines of a log."""
     for name in ("display", "clear", "moveto", "close"):
         setattr(tqdm, name, vars(_Lines)[name])

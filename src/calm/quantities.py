@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Human-readable numbers."""
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: 2.91e8 is 291 M."""
+    """A number with three digits and a unit prefix: 2.91e8 is 291 M."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -10,7 +10,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it: 45 s, 12 min, 3 h 20 min."""
+    """A duration in suitable units: 45 s, 12 min, 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

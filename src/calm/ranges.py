@@ -11,10 +11,10 @@ class Range:
     """Numbers from `least` to `most`.
 
     Args:
-        least: The least, or what all are above.
-        most: The most, or what all are below.
-        has_least: Whether the least is one of them.
-        has_most: Whether the most is one of them.
+        least: Lower bound.
+        most: Upper bound.
+        has_least: Whether the lower bound is included.
+        has_most: Whether the upper bound is included.
     """
 
     least: float
@@ -37,14 +37,14 @@ class Range:
         """Raise ValueError if a value is out of range.
 
         Args:
-            name: What it is of, for the message.
+            name: What the value is, for the message.
             value: The value.
         """
         if value not in self:
             raise ValueError(f"{name} must be {self}, got {shown(value)}.")
 
     def require(self, name: str, value: float) -> None:
-        """`check` for what a user has given: raises InputError."""
+        """`check` for user input: raises InputError."""
         try:
             self.check(name, value)
         except ValueError as error:
@@ -52,16 +52,16 @@ class Range:
 
 
 SEEDS = Range(-(2**63), 2**63 - 1)
-"""Seeds that all generators take."""
+"""Seeds that all random generators accept."""
 BLOCKS = Range(1, 10**9)
-"""Numbers of blocks, or tokens of one."""
+"""Numbers of blocks, or of tokens in one."""
 ORDERS = Range(1, 64)
 """Orders of n-gram models."""
 DRAFT_CHUNKS = Range(1, 64)
-"""Chunks of a draft."""
+"""Numbers of chunks per draft."""
 DOCUMENT_MB = Range(1, 10**6)
-"""Lengths that may be asked for as the longest of a document, in MB."""
+"""Maximum lengths of a document, in MB."""
 SAMPLES = Range(1, 4096)
-"""Numbers of texts for one prompt."""
+"""Numbers of texts per prompt."""
 NUM_THOUGHTS = Range(0, 10_000)
 """Numbers of continuous thoughts (`calm.models.thoughts`)."""

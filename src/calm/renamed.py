@@ -1,4 +1,4 @@
-"""Where modules of version 0.1 are now: who imports one is told, for one version."""
+"""Modules of version 0.1 that have moved: for one version, importing one names its new place."""
 
 import importlib.abc
 import importlib.machinery
@@ -36,5 +36,5 @@ class _Moved(importlib.abc.MetaPathFinder):
 
 
 def tell() -> None:
-    """Answer imports of modules that have moved with where they are."""
-    sys.meta_path.insert(0, _Moved())  # First, lest an empty folder of old be taken for the module.
+    """Make the import of a moved module fail with its new place."""
+    sys.meta_path.insert(0, _Moved())  # First, or an empty folder left behind would be imported.

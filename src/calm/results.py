@@ -1,4 +1,4 @@
-"""What a finished run shows: its scores, what it writes, a report, and what to type next."""
+"""What a finished run shows: its scores, samples, a report, and which commands to try next."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ NUM_SAMPLES, NUM_ANSWERS = 6, 3
 _ANSWERS = {"completion": "expected:", "before": "before:", "after": "now:"}
 _FLOORS = (3, 5)
 _TEMPERATURE = 0.5  # Of the samples.
-_MOST_COUNTED = 20_000_000  # Training tokens of n-gram floors: counting takes memory for each.
+_MOST_COUNTED = 20_000_000  # Maximum training tokens for n-gram floors: counts take memory per token.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Showing:
 
     Args:
         title: Heading of the report.
-        num_blocks: Held-out blocks that are scored; all when None.
-        sample_tokens: Most tokens of a sample.
+        num_blocks: Held-out blocks to score; None for all.
+        sample_tokens: Maximum tokens of a sample.
     """
 
     title: str
@@ -53,13 +53,13 @@ class Showing:
 
 
 def show_results(folder: Path, showing: Showing) -> Scorecard:
-    """Score the model of a run on its held-out text, let it write, and write the report.
+    """Score the model of a run on its held-out text, generate samples, and write the report.
 
     All processes of a run call this together; the first prints and writes.
 
     Args:
         folder: Folder of the run.
-        showing: How much is shown.
+        showing: How much to show.
 
     Raises:
         InputError: If the held-out text is too short to score, or a file of the run is damaged.
@@ -91,7 +91,7 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
 
 
 def _floors(recipe: Recipe, data: PreparedData) -> list[int]:
-    """Orders of the n-gram floors; none where not all of the text is at hand, or there is too much of it."""
+    """Orders of the n-gram floors; none if the training text is streamed or too long."""
     reason = None
     if recipe.data.streaming:
         reason = "the training text is streamed"
@@ -145,7 +145,7 @@ def _print_next(*commands: str) -> None:
 
 
 def show_results_once(folder: Path) -> None:
-    """`show_results` of a run that has no report yet; that there is too little text to score is told."""
+    """`show_results` for a run that has no report yet; if it cannot be scored, log why."""
     if (folder / REPORT).is_file():
         return
     try:
@@ -155,7 +155,7 @@ def show_results_once(folder: Path) -> None:
 
 
 def show_answers(folder: Path) -> None:
-    """Print a few held-out prompts of a fine-tuning run with its answers, and what to type next.
+    """Print a few held-out prompts of a fine-tuning run with its answers, and which commands to try next.
 
     Args:
         folder: Folder of the run.

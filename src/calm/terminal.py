@@ -1,4 +1,4 @@
-"""What comes from the command line and goes to it, whatever its encoding and wherever its output leads."""
+"""Text from and to the command line, whatever its encoding and wherever its output goes."""
 
 import errno
 import io
@@ -9,18 +9,18 @@ from typing import NoReturn
 
 from calm.errors import InputError
 
-CLOSED_PIPE = 141  # As shells report a process that SIGPIPE ended.
+CLOSED_PIPE = 141  # As shells report a process killed by SIGPIPE.
 _PIPE_ERRORS = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
 
 
 def make_output_sturdy() -> None:
-    """Let the standard streams of this process take whatever is printed.
+    """Make the standard streams of this process accept whatever is printed.
 
-    Characters that their encoding lacks are replaced, and streams that are closed lead nowhere. When nobody
-    reads the output any more (`calm ... | head -1`), the process ends without a word and with exit code 141.
+    Characters that their encoding lacks are replaced, and closed streams become the null device. When nobody
+    reads the output any more (`calm ... | head -1`), the process ends silently with exit code 141.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # Else the next file that is opened would take its place.
+        if getattr(sys, name) is None:  # Else the next file that is opened would take its descriptor.
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     if sys.stdout is sys.__stdout__ and type(sys.stdout) is io.TextIOWrapper:
         sys.stdout = _Output.of(sys.stdout)
@@ -29,11 +29,11 @@ def make_output_sturdy() -> None:
 
 
 class _Output(io.TextIOWrapper):
-    """A standard stream that ends the process where it cannot be written: nothing can be told any more."""
+    """A standard stream that ends the process when it cannot be written to."""
 
     @classmethod
     def of(cls, stream: io.TextIOWrapper) -> "_Output":
-        """The same stream; it stays open as long as the other."""
+        """Wrap a stream; the result stays open as long as that stream."""
         stream.flush()
         return cls(
             stream.buffer,
@@ -56,7 +56,7 @@ class _Output(io.TextIOWrapper):
             self._leave(error)
 
     def _leave(self, error: OSError) -> NoReturn:
-        # What is left in the buffer is written when the interpreter ends.
+        # The rest of the buffer is written at interpreter exit, and has to go somewhere.
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), self.fileno())
         if error.errno in _PIPE_ERRORS:
@@ -66,7 +66,7 @@ class _Output(io.TextIOWrapper):
 
 
 def as_text(argument: str) -> str:
-    """A text from the command line; where the terminal says that it has no more than ASCII, it is UTF-8.
+    """A text from the command line, read as UTF-8 even if the locale says ASCII.
 
     Raises:
         InputError: If it is not UTF-8.

@@ -1,4 +1,4 @@
-"""Prompts -> text with a model folder."""
+"""Prompts -> text, with any language model."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,18 +30,18 @@ def continue_texts(
     stream: bool = False,
     **arguments: Any,
 ) -> list[str]:
-    """The continuations of each prompt, without the prompt, those of one prompt side by side.
+    """The continuations of each prompt, without the prompt; those of the same prompt are adjacent.
 
     Args:
-        model: A CALM, or another causal language model, which writes with its probabilities.
+        model: A CALM, or another causal language model, which samples from its probabilities.
         tokenizer: Its tokenizer.
-        prompts: Texts to continue, of any lengths; they are written as one batch.
-        num_return_sequences: Continuations of each prompt.
-        stream: Print prompts and continuations as they are written, one after another.
-        **arguments: As `continue_tokens` takes them.
+        prompts: Texts to continue, of any lengths; they are generated as one batch.
+        num_return_sequences: Continuations per prompt.
+        stream: Print prompts and continuations as they are generated, one after another.
+        **arguments: Arguments of `continue_tokens`.
 
     Raises:
-        InputError: If an argument is out of range, or a prompt has no token or is too long.
+        InputError: If an argument is out of range, or a prompt has no tokens or is too long.
     """
     try:
         num_texts(num_return_sequences)
@@ -97,21 +97,21 @@ def continue_tokens(
     """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
 
     Args:
-        model: A CALM, or another causal language model, which writes with its probabilities.
+        model: A CALM, or another causal language model, which samples from its probabilities.
         tokenizer: Its tokenizer.
         prompts: Token ids to continue.
-        max_new_tokens: Most tokens of a continuation, which must fit in the context.
-        at_most: Most tokens if `max_new_tokens` is not given; fewer where the context ends before.
+        max_new_tokens: Maximum tokens of a continuation, which must fit in the context.
+        at_most: Maximum tokens if `max_new_tokens` is not given; fewer if the context ends first.
         temperature: 0 to 1.
-        seed: Makes the texts repeatable.
-        streamer: Gets the prompt, then new tokens as they are written (one prompt).
-        crop: Keep the end of a prompt that is too long for the context; without it that is an error.
+        seed: Makes the texts reproducible.
+        streamer: Gets the prompt, then new tokens as they are generated (one prompt only).
+        crop: Keep the end of a prompt that is too long for the context; without this, it is an error.
         num_thoughts: Thoughts after each prompt; None for as many as the model was trained with.
-        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these
-            another model uses `top_p` and `min_p` only.
+        **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these,
+            other models use only `top_p` and `min_p`; they also take `draft` and `draft_chunks`.
 
     Raises:
-        InputError: If an argument is out of range, or a prompt has no token or is too long.
+        InputError: If an argument is out of range, or a prompt has no tokens or is too long.
     """
     if not all(prompts):
         raise InputError("a prompt has no token, and the tokenizer none that begins a text; give a text.")
@@ -123,7 +123,7 @@ def continue_tokens(
     if crop:
         prompts = crop_prompts(model, prompts, max_new_tokens + thought)
         longest = max(map(len, prompts))
-    # Padding goes in front: a model of tokens goes on from the last column.
+    # Padding goes in front: a token-level model continues from the last column.
     batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
     try:
@@ -153,10 +153,10 @@ def _tokens_of_thoughts(model: PreTrainedModel, number: int | None) -> int:
 
 
 def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: int) -> list[list[int]]:
-    """The end of each prompt, as much as the context holds beside so many new tokens; says what was cropped.
+    """The end of each prompt, as much as fits in the context with `budget` more tokens; log what is cropped.
 
     Raises:
-        InputError: If the context has no room for a prompt beside them.
+        InputError: If the context has no room for a prompt besides them.
     """
     room = room_beside(model.config, budget)
     if room is None:
@@ -178,12 +178,12 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
 
 
 class TextListener(BaseStreamer):
-    """Hears the tokens of one text as they are written, and shows the text that has become certain.
+    """Streamer that shows one text as it is generated, each part once it can no longer change.
 
     Args:
         tokenizer: The tokenizer.
         show: Called with each part of the text.
-        prompt: Shown first, when the model has taken it.
+        prompt: Shown first, once the streamer has received the prompt's tokens.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class TextListener(BaseStreamer):
             self._take(self._builder.add(tokens))
 
     def end(self) -> None:
-        """Show what was held back."""
+        """Show the rest of the text."""
         assert self._builder is not None
         self._take(self._builder.add([], is_last=True))
 
@@ -216,4 +216,4 @@ class TextListener(BaseStreamer):
 
 
 show_at_once: Callable[[str], None] = partial(print, end="", flush=True)
-"""Prints a part of a text, without waiting for the end of its line."""
+"""Prints a part of a text at once, not only when its line ends."""

@@ -1,4 +1,4 @@
-"""The command that talks with a model in the terminal."""
+"""The command that chats with a model in the terminal."""
 
 import contextlib
 import io
@@ -37,17 +37,17 @@ def chat(
     head: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> None:
-    """Talk with a model that has a chat template, in the terminal.
+    """Chat with a model in the terminal; it needs a chat template.
 
     Args:
-        model: Folder or hub name of a CALM or of any causal language model of transformers.
-        system: What the model is told before the first turn.
+        model: Folder or hub name of a CALM or of any causal language model in transformers.
+        system: System message.
         temperature: From 0 to 1; lower is more fluent and less varied.
         sampler: See calm generate.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Maximum tokens of an answer.
         num_thoughts: Thoughts before each answer, which are not shown; see calm generate.
-        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
-        seed: Makes the answers repeatable.
+        head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
+        seed: Makes the answers reproducible.
     """
     if seed is not None:
         SEEDS.require("seed", seed)
@@ -73,12 +73,12 @@ def chat(
 
 
 class _Session:
-    """Lines of the user, and what is answered.
+    """Reads lines from the user and answers them.
 
     Args:
         conversation: The conversation.
-        temperature: Of the answers.
-        sampler: Of the answers.
+        temperature: Temperature of the answers.
+        sampler: Sampler of the answers.
     """
 
     def __init__(self, conversation: "Conversation", temperature: float, sampler: str | None) -> None:
@@ -92,7 +92,7 @@ class _Session:
         }
 
     def run(self) -> None:
-        """Answer every line until the last."""
+        """Answer every line until the input ends."""
         if sys.stdin.isatty():
             print("/help lists the commands; Ctrl+D leaves.")
         for line in _lines():
@@ -161,18 +161,18 @@ def print_chunks(conversation: "Conversation") -> None:
 
 
 def _weights(candidate: "Candidate") -> Sequence[float]:
-    """Probabilities at the temperatures shown: of the head if it tells them, else those of the pool rule."""
+    """Probabilities at the temperatures shown: the head's if it has them all, else those of the pool rule."""
     known = candidate.probabilities or []
     return [p for p in known if p is not None] if known and None not in known else candidate.chances
 
 
 def _lines() -> Iterator[str]:
-    """Lines that the user types, or those of a file; blank ones are passed by."""
+    """Lines that the user types or that a file contains, without blank ones."""
     prompt = "> " if sys.stdin.isatty() else ""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # A line that is not UTF-8 is refused, and no other.
+        sys.stdin.reconfigure(errors="surrogateescape")  # So that only lines that are not UTF-8 are refused.
     if prompt:
-        with contextlib.suppress(ImportError):  # It is not on every system.
+        with contextlib.suppress(ImportError):  # Not every system has it.
             import readline  # noqa: F401 (it lets `input` edit a line, and recall earlier ones)
     while True:
         try:

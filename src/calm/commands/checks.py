@@ -1,18 +1,18 @@
-"""What several commands look at before torch is imported."""
+"""Checks that several commands make before torch is imported."""
 
 from calm.errors import InputError
 from calm.ranges import BLOCKS, DRAFT_CHUNKS, NUM_THOUGHTS, ORDERS
 
 
 def look_for(model: str) -> None:
-    """Raise InputError for a model that is not there, before torch is imported."""
+    """Raise InputError for a model that does not exist, before torch is imported."""
     from calm.models import missing
 
     missing.look_for(model)
 
 
 def check_sampler(name: str | None) -> None:
-    """Raise InputError for a sampler that is neither one of ours nor installed."""
+    """Raise InputError for a sampler that is neither built in nor installed."""
     if name not in (None, "exact", "pool", "head"):
         from calm.models.writing.sampler_registry import check_name
 
@@ -20,7 +20,7 @@ def check_sampler(name: str | None) -> None:
 
 
 def check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
-    """Raise InputError for an order of n-grams, or another number, that is out of range."""
+    """Raise InputError for an n-gram order, or another number, that is out of range."""
     for order in [ngrams] if isinstance(ngrams, int) else ngrams or []:
         ORDERS.require("ngrams", order)
     for name, number in counts.items():
@@ -29,14 +29,14 @@ def check_counts(ngrams: list[int] | int | None, **counts: int | None) -> None:
 
 
 def check_thoughts(**numbers: int | None) -> None:
-    """Raise InputError for a number of thoughts that is out of range; None is the model's own."""
+    """Raise InputError for a number of thoughts that is out of range; None stands for the model's own."""
     for name, number in numbers.items():
         if number is not None:
             NUM_THOUGHTS.require(name, number)
 
 
 def check_draft(draft: str | None, num_chunks: int | None) -> None:
-    """Raise InputError for a number of chunks that is out of range, or that no draft has."""
+    """Raise InputError for a number of chunks that is out of range, or is given without a draft."""
     if num_chunks is not None:
         DRAFT_CHUNKS.require("draft_chunks", num_chunks)
         if draft is None:

@@ -1,4 +1,4 @@
-"""The commands that list what there is. They answer at once: neither torch nor transformers is imported."""
+"""Commands that list recipes and models. They answer at once: neither torch nor transformers is imported."""
 
 import json as json_format
 from pathlib import Path
@@ -13,10 +13,10 @@ _OF_THE_PAPER = ("calm_", "transformer_")
 
 
 def recipes(json: bool = False) -> None:
-    """List the recipes of the package: what each is for, how large its model is, and what it needs.
+    """List the shipped recipes: what each is for, how large its model is, and what it needs.
 
     Args:
-        json: Print them as one JSON object: command -> name -> what it is.
+        json: Print one JSON object: command -> name -> description.
     """
     from calm.training.finetuning_recipe import FinetuningRecipe
     from calm.training.recipe import Recipe
@@ -34,16 +34,16 @@ def recipes(json: bool = False) -> None:
 
 
 def _rank(recipe: tuple[str, Path]) -> tuple[bool, str]:
-    """The recipes of the paper, which need many GPUs, come last."""
+    """Sort key: the recipes of the paper, which need many GPUs, come last."""
     return recipe[0].startswith(_OF_THE_PAPER), recipe[0]
 
 
 def models(folder: str = ".", json: bool = False) -> None:
-    """List the models of the package, and those in a folder.
+    """List the shipped models, and those in a folder.
 
     Args:
-        folder: Where to look, three folders deep.
-        json: Print them as one JSON object: name or folder -> type, head and K.
+        folder: Folder to search, three levels deep.
+        json: Print one JSON object: name or folder -> type, head and K.
     """
     from calm.models.missing import models_in
     from calm.models.shipped import shipped_models
@@ -60,7 +60,7 @@ def models(folder: str = ".", json: bool = False) -> None:
 
 
 def _about_model(folder: Path) -> dict[str, Any]:
-    """What the configuration of a language model says; None for what it does not."""
+    """Type, head and K from the configuration of a language model; None for what it lacks."""
     from calm.models.missing import settings_of_model
 
     config = settings_of_model(folder)

@@ -1,6 +1,6 @@
-"""The commands that make models: each a typed function whose docstring is its help.
+"""Commands that train and compare models: typed functions whose docstrings are their help.
 
-Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once.
+torch and transformers are imported inside the commands, so that `calm --help` answers at once.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 def demo(
     output: str = "runs/demo", overwrite: bool = False, recipe: str = "demo", stories: int = NUM_STORIES
 ) -> None:
-    """Train on the embedded stories, score the model, and let it write.
+    """Train on the embedded stories, score the model, and generate.
 
     Args:
         output: Folder of the run.
-        overwrite: Remove what is in that folder first.
-        recipe: Recipe to follow.
-        stories: How many to write.
+        overwrite: Replace what is in that folder.
+        recipe: Recipe to train.
+        stories: Number of stories to generate for training and scoring.
     """
     from calm.demo import run_demo
 
@@ -54,19 +54,19 @@ def prepare(
 
     Args:
         sources: Files (.jsonl, .parquet, plain text such as .txt and .md; also .gz, .xz, .zst, .bz2), folders
-            of them or of save_to_disk, or hub datasets.
-        output: Folder to write.
-        tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
-        vocab_size: Size of a trained vocabulary.
-        text_field: Field of the text in records; several, such as title,text, are put together.
-        separator: Line that parts the documents of a plain-text file ("" for a blank line).
-        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
-        validation: Sources of held-out text; none takes the split "validation" of a saved DatasetDict, or a
-            part of the sources.
-        validation_fraction: Share of the text held out: of its documents, or of parts of long ones.
-        seed: Changes what is held out.
-        num_proc: Processes; none takes all cores.
-        engine: Who reads and tokenizes: processes here, or Ray Data, on one machine or many.
+            of these, folders from save_to_disk, or hub datasets.
+        output: Output folder.
+        tokenizer: Folder, tokenizer.json or hub name; by default, a byte-level BPE is trained on the text.
+        vocab_size: Vocabulary size of a trained tokenizer.
+        text_field: Record field that contains the text; several, such as title,text, are joined.
+        separator: Line that separates the documents of a plain-text file ("" for a blank line).
+        max_document_mb: Maximum length of a document or line in MB (10^6 bytes); each is read into memory.
+        validation: Sources of held-out text; by default, the split "validation" of a saved DatasetDict, or
+            else a part of the sources.
+        validation_fraction: Share of the text to hold out: of its documents, or of parts of long ones.
+        seed: Seed of the held-out split.
+        num_proc: Number of processes; one per core by default.
+        engine: What reads and tokenizes: processes here, or Ray Data, on one machine or many.
         overwrite: Replace the output folder.
     """
     SEEDS.require("seed", seed)
@@ -106,15 +106,15 @@ def tasks(
     held_out: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write questions that take several steps to answer, with the steps, for finetune.
+    """Generate multi-step questions with their steps and answers, to fine-tune on.
 
     Args:
-        task: chain (what a name is worth modulo 7), graph (what can be reached) or path (where it ends).
+        task: chain (the value of a variable modulo 7), graph (which node is reachable) or path (its end).
         hops: Steps to the answer.
-        number: Questions to write.
-        output: File of JSON lines.
-        seed: Another one gives other questions.
-        held_out: Write those kept for scoring: no seed gives them without this.
+        number: Number of questions.
+        output: Output file, in JSON lines.
+        seed: Seed of the questions.
+        held_out: Generate questions reserved for scoring; without this, no seed gives them.
         overwrite: Replace the file.
     """
     SEEDS.require("seed", seed)
@@ -129,13 +129,13 @@ def tasks(
 
 
 def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
-    """Follow a recipe: prepare the text, train the autoencoder, then the language model.
+    """Train a recipe: prepare the text, train the autoencoder, then the language model.
 
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder, whose recipe is there; with more steps, extend it.
-        overwrite: Remove what is in that folder first.
+        resume: Resume the run in that folder with the recipe there; with more steps, extend it.
+        overwrite: Replace what is in that folder.
 
     Examples:
         calm train --recipe laptop_quick --data.sources texts/ --output runs/a
@@ -150,13 +150,13 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
 
 
 def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
-    """Fine-tune a model on prompts with completions, or on conversations, whole or by low-rank adapters.
+    """Fine-tune a model on prompts with completions, or on conversations, in full or with LoRA.
 
     Args:
         recipe: The recipe.
         output: Folder of the run.
-        resume: Go on with the run in that folder, whose recipe is there; with more steps, extend it.
-        overwrite: Remove what is in that folder first.
+        resume: Resume the run in that folder with the recipe there; with more steps, extend it.
+        overwrite: Replace what is in that folder.
 
     Examples:
         calm finetune --model runs/a --examples.sources qa.jsonl --output runs/c
@@ -178,7 +178,7 @@ def _follow(
     run: Callable[..., Path],
     show: Callable[[Path], None],
 ) -> None:
-    """Run a recipe and show what came of it. If the run stops, the command that resumes it is printed."""
+    """Run a recipe and show its results. If the run stops, print the command that resumes it."""
     from calm.training.continuing import completed
     from calm.training.processes import processes
     from calm.training.recipe_files import differences, read_recipe_of
@@ -211,21 +211,21 @@ def compare(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Score models on the same text, and set quality against cost: a table and an HTML report.
+    """Score models on the same text, and compare quality and cost in a table and an HTML report.
 
     Args:
-        runs: Folders of runs, or model folders, to compare.
-        output: Folder of report.html and report.json, and of the runs that are trained here.
+        runs: Run folders or model folders to compare.
+        output: Folder for report.html, report.json, and the runs that are trained.
         recipe: Train this recipe first, at several chunk sizes with equal FLOPs.
-        chunk_sizes: Those chunk sizes; 1, 2, 4 and 8 if none are given.
-        no_baseline: Train no autoregressive model beside them.
-        budget: Share of the recipe's FLOPs that each of them gets.
-        data: Prepared folder whose held-out part is scored; that of the first run if none is given.
-        context: Tokens per block; that of the recipe, or 512.
-        max_blocks: Score this many blocks at most.
-        temperature: Low temperature of the texts and of the cost that is shown.
-        overwrite: Replace a report that is there. Runs are never replaced; unfinished ones go on.
-        json: Print the figures, those of report.json, instead of the table.
+        chunk_sizes: These chunk sizes; 1, 2, 4 and 8 by default.
+        no_baseline: Train no autoregressive baseline as well.
+        budget: Share of the recipe's FLOPs that each of these runs gets.
+        data: Prepared folder whose held-out part is scored; that of the first run by default.
+        context: Tokens per block; those of the recipe, or 512.
+        max_blocks: Maximum number of blocks to score.
+        temperature: Low temperature, at which texts are generated and the cost is shown.
+        overwrite: Replace an existing report. Runs are never replaced; unfinished ones are resumed.
+        json: Print the numbers in report.json instead of the table.
     """
     from calm.comparison.ladder import train_ladder
     from calm.comparison.measures import Measures, compare
@@ -241,7 +241,7 @@ def compare(
     report = Path(output) / "report.html"
     for file in (report, report.with_suffix(".json")):
         check_file(file, overwrite)
-    new_figure(1, 1)  # Fails now, not after hours, where matplotlib is missing.
+    new_figure(1, 1)  # If matplotlib is missing, fail now, not after hours.
     Measures(low=temperature)
     if recipe is not None:
         ladder = read_recipe(recipe)
@@ -269,15 +269,15 @@ def ablate(
     only: list[str] | None = None,
     max_blocks: int | None = None,
 ) -> None:
-    """Train a recipe with each of several settings, over several seeds, and write the table.
+    """Train a recipe with each of several settings, over several seeds, and tabulate the scores.
 
     Args:
         question: Shipped name or .yaml file of an ablation: a question, and the settings that answer it.
-        output: Folder of the runs and their table. Finished runs are kept, stopped ones go on.
-        recipe: What is common to all runs; one that names no text takes the embedded stories.
-        seeds: Seeds of the runs, such as [1,2,3]; 1 and 2 if none are given.
-        only: Names of the settings that are compared; all if none are given.
-        max_blocks: Score this many held-out blocks at most.
+        output: Folder for the runs and the table. Finished runs are kept, stopped ones are resumed.
+        recipe: Base recipe of all runs; if it names no text, the embedded stories are used.
+        seeds: Seeds of the runs, such as [1,2,3]; 1 and 2 by default.
+        only: Names of the settings to compare; all by default.
+        max_blocks: Maximum number of held-out blocks to score.
     """
     from calm.comparison.ablation import read_ablation, run_ablation
     from calm.report.ablation import print_ablation, write_ablation

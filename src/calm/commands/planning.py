@@ -1,4 +1,4 @@
-"""`calm plan`. Imports of torch and transformers happen inside it."""
+"""`calm plan`. torch and transformers are imported inside the function."""
 
 from typing import Any
 
@@ -22,19 +22,19 @@ def plan(
     settings: dict[str, Any] | None = None,
     json: bool = False,
 ) -> None:
-    """Tell before a run whether it fits, how long it takes, and on what: memory, time, energy, serving.
+    """Predict whether a run fits, how long it takes and what bounds it: memory, time, energy, serving.
 
     Args:
         target: A recipe of train or finetune (shipped name or .yaml file).
-        devices: Cards, such as 8xH100; or a count, such as 4, of a card in numbers.
-        memory: GiB of a card.
-        flops: Its TFLOP/s in dense matrix products, in the precision of the recipe.
-        bandwidth: Its GB/s between memory and processor.
-        watts: Its power in W.
-        utilisation: Share of the FLOP/s that training reaches. An assumption: measure yours (a run logs it).
-        link: GB/s that each device sends to others. An assumption: 50 is one port of 400 Gbit/s a device.
-        vocab_size: Token ids of a recipe whose tokenizer is not here.
-        settings: Settings of the recipe to change, such as '{"language_model.sharded": true}'.
+        devices: Devices, such as 8xH100; or a count, such as 4, with their numbers in the next four options.
+        memory: Memory per device in GiB.
+        flops: Dense matrix products per device in TFLOP/s, in the recipe's precision.
+        bandwidth: Memory bandwidth per device in GB/s.
+        watts: Power per device in W.
+        utilisation: Share of these FLOP/s that training reaches. An assumption: measure it (a run logs it).
+        link: GB/s that each device sends to others. An assumption: 50 is one 400 Gbit/s port per device.
+        vocab_size: Vocabulary size, for a recipe whose tokenizer is not available here.
+        settings: Recipe settings to change, such as '{"language_model.sharded": true}'.
         json: Print the numbers as one JSON object, in bytes, seconds, tokens and FLOPs.
     """
     from calm.planning.devices import Numbers, devices_of

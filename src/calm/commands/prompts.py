@@ -1,4 +1,4 @@
-"""The prompts that a command is given: as arguments, in a file, or on standard input."""
+"""The prompts of a command: from its arguments, a file, or standard input."""
 
 import json
 import sys
@@ -12,15 +12,16 @@ STANDARD_INPUT = "-"
 
 
 def prompts_of(arguments: Sequence[str], file: str | None) -> list[str]:
-    """Prompts from the command line, and after them those of a file.
+    """Prompts from the command line, followed by those from a file.
 
     Args:
         arguments: Prompts.
-        file: A text file with one prompt on each line that is not blank; or a .jsonl file whose lines are
-            strings, or objects with a "prompt"; or "-" for lines of text on standard input.
+        file: A text file with one prompt per non-blank line; or a .jsonl file whose lines are strings, or
+            objects with a "prompt"; or "-" for lines of text on standard input.
 
     Raises:
-        InputError: If there is no prompt, the file cannot be read, or one of its lines is no prompt.
+        InputError: If there is no prompt, the file is not UTF-8, or one of its lines is not a prompt.
+        OSError: If the file cannot be read.
     """
     prompts = [as_text(text) for text in arguments]
     if file is not None:
@@ -32,7 +33,7 @@ def prompts_of(arguments: Sequence[str], file: str | None) -> list[str]:
 
 def _prompts_in(file: str) -> list[str]:
     is_jsonl = Path(file).suffix == ".jsonl"
-    # Not splitlines, which also parts at characters that may stand inside a prompt.
+    # Not splitlines, which also splits at characters that may occur inside a prompt.
     lines = [line.removesuffix("\r") for line in _text_of(file).split("\n")]
     return [
         _prompt_of(line, f"'{file}', line {number}") if is_jsonl else line
@@ -57,4 +58,4 @@ def _prompt_of(line: str, where: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise InputError(f'{where} must be a string, or an object with a "prompt" that is one.')
-    return as_text(prompt)  # JSON can spell halves of characters.
+    return as_text(prompt)  # JSON can escape lone surrogates.

@@ -1,6 +1,6 @@
-"""The commands that import, share and serve models: each a typed function whose docstring is its help.
+"""Commands that import, share and serve models: typed functions whose docstrings are their help.
 
-Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once.
+torch and transformers are imported inside the commands, so that `calm --help` answers at once.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ from calm.terminal import as_text
 def import_published(
     autoencoder: str, model: str, out: str, tokenizer: str | None = None, overwrite: bool = False
 ) -> None:
-    """Turn a released checkpoint into a model folder.
+    """Convert a released checkpoint to a model folder.
 
     Args:
         autoencoder: Folder of the released autoencoder.
         model: Folder of the released language model.
-        out: Folder to write.
-        tokenizer: Folder, tokenizer.json or hub name of its tokenizer, to put inside.
+        out: Output folder.
+        tokenizer: Folder, tokenizer.json or hub name of its tokenizer, to include in the model folder.
         overwrite: Replace the output folder.
     """
     from calm.data.tokenizer import load_tokenizer
@@ -57,19 +57,19 @@ def share(
     export: str | None = None,
     dtype: str = "bfloat16",
 ) -> None:
-    """Write the model card of a run from what it knows and scores, and upload its model if asked to.
+    """Write the model card of a run, with its facts and scores, and upload its model if asked to.
 
     Args:
         run: Folder of a run of `calm train` or `calm finetune`.
         push: Name on the hub, "owner/name", to upload the model folder to.
         private: Make a new repository there private.
-        name: Of the model on its card; that on the hub, or that of the run's folder if none is given.
-        license: Identifier of a licence that the hub knows, such as mit.
+        name: The model's name on the card; by default its name on the hub, or that of the run folder.
+        license: Identifier of a license that the hub knows, such as mit.
         about: A paragraph of your own for the card.
         ngrams: Orders of n-gram floors on the card of a trained model, such as [3,5].
-        max_blocks: Score this many held-out blocks at most, for a trained model.
-        export: Folder for a copy of the model with its card, in fewer bytes.
-        dtype: Type of the weights in that copy: float32, bfloat16 or float16.
+        max_blocks: Maximum number of held-out blocks to score, for a trained model.
+        export: Folder for a smaller copy of the model, with its card.
+        dtype: Dtype of the weights in that copy: float32, bfloat16 or float16.
     """
     check_counts(ngrams, max_blocks=max_blocks)
     if private and push is None:
@@ -79,7 +79,7 @@ def share(
     from calm.sharing import export as copy
     from calm.sharing import push as upload
 
-    # Before the model is scored, which may take long, and before its card is written.
+    # Check before the model is scored, which may take long, and before its card is written.
     check_export(None if export is None else Path(export), dtype)
     if push is not None:
         check_push(push)
@@ -130,40 +130,40 @@ def serve(
     draft: str | None = None,
     draft_chunks: int | None = None,
 ) -> None:
-    """Answer requests of the OpenAI API with a CALM, or with another model that a CALM drafts for.
+    """Serve the OpenAI API with a CALM, or with another model that a CALM drafts for.
 
     Args:
-        model: Folder of a model or of adapters, or hub name.
-        host: Address to listen at; the default is reached from this machine only.
-        port: Port to listen at; 0 takes a free one.
-        name: The model's name in requests; that of its folder if none is given.
-        api_key_file: File with the key that requests must show; the environment variable CALM_API_KEY is
-            another way.
-        temperature: Where a request says none.
-        max_rows: Texts that are written at the same time.
-        max_waiting: Texts that wait for their turn; more are refused.
-        max_tokens: Most new tokens of a text.
-        max_request_tokens: Most tokens of all texts of a request together: prompts, thoughts, new ones.
-        max_draws: Most draws of a chunk.
-        max_thoughts: Most thoughts before a text, of a model that was trained to think.
-        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
-        chunks_at_once: Chunks of prompts that are read between two chunks of the texts.
-        prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
-        max_body: Most bytes of a request.
-        max_bytes: Most bytes of all requests that are not answered yet.
+        model: Model folder, adapter folder or hub name.
+        host: Address to listen on; the default is reachable from this machine only.
+        port: Port to listen on; 0 picks a free one.
+        name: The model's name in requests; that of its folder by default.
+        api_key_file: File with the key that requests must send; alternatively, set the environment variable
+            CALM_API_KEY.
+        temperature: Default temperature of requests.
+        max_rows: Texts generated at once.
+        max_waiting: Texts that may wait in the queue; more are refused.
+        max_tokens: Maximum new tokens per text.
+        max_request_tokens: Maximum total tokens of a request: prompts, thoughts and new tokens.
+        max_draws: Maximum draws per chunk.
+        max_thoughts: Maximum thoughts before a text, for a model that was trained to think.
+        draws_at_once: Draws of all texts held in memory at once; beyond that, texts take turns.
+        chunks_at_once: Prompt chunks prefilled between two generation steps.
+        prefix_bytes: Memory of the prefix cache; 0 turns it off.
+        max_body: Maximum bytes of a request.
+        max_bytes: Maximum bytes of all unanswered requests.
         max_client_bytes: The same for one address.
-        max_connections: Most connections; fewer where the system does not allow as many open files.
-        max_client_connections: The same for one address, which behind a proxy is the proxy's.
-        seconds: How long a request may take.
-        header_seconds: How long the head of a request may take.
-        body_seconds: How long its body may take.
-        write_seconds: How long a client may leave what has been sent to it.
-        template_seconds: How long the chat template of the model may take.
-        allowed_hosts: Name or names that the server may be called by, such as '[a.org, b.org]', beside
-            addresses, localhost and this machine's own name; '*' is any.
-        head: Draw from the head in another way, such as '{"num_steps": 2}' (docs/heads.md).
-        draft: Folder or hub name of a CALM that writes ahead for a model of tokens (docs/drafting.md).
-        draft_chunks: Chunks that it writes ahead; 1 if none is given.
+        max_connections: Maximum connections; fewer if the system allows fewer open files.
+        max_client_connections: The same for one address; behind a proxy, all come from the proxy.
+        seconds: Seconds that a request may take.
+        header_seconds: Seconds that the headers of a request may take.
+        body_seconds: Seconds that its body may take.
+        write_seconds: Seconds that a client may leave a response unread.
+        template_seconds: Seconds that rendering the model's chat template may take.
+        allowed_hosts: Host name or names that the server answers to, such as '[a.org, b.org]', besides IP
+            addresses, localhost and this machine's own name; '*' allows any.
+        head: Sampling settings of the head to change, such as '{"num_steps": 2}' (docs/heads.md).
+        draft: Folder or hub name of a CALM that drafts for a token-level model (docs/drafting.md).
+        draft_chunks: Chunks per draft; 1 by default.
     """
     check_draft(draft, draft_chunks)
     look_for(model)

@@ -1,7 +1,7 @@
-"""The commands that use models: each a typed function whose docstring is its help.
+"""Commands that use models: typed functions whose docstrings are their help.
 
-Imports of torch and transformers happen inside the commands, so that `calm --help` answers at once. Names of
-models are looked at before them: a mistyped one is answered in two seconds.
+torch and transformers are imported inside the commands, so that `calm --help` answers at once. Model names
+are checked before these imports, so that a typo is reported within two seconds.
 """
 
 from pathlib import Path
@@ -35,22 +35,22 @@ def evaluate(
     """Score a model on held-out text: BrierLM, Brier-1 to Brier-4, reconstruction or perplexity.
 
     Args:
-        model: Folder or hub name of a CALM or of any causal language model of transformers.
-        data: A prepared folder (its held-out part is scored), or sources that are scored whole.
-        context: Tokens per block; part of the protocol, scores of other contexts do not compare.
+        model: Folder or hub name of a CALM or of any causal language model in transformers.
+        data: A prepared folder, whose held-out part is scored, or sources, which are scored in full.
+        context: Tokens per block. Part of the protocol: scores with different contexts are not comparable.
         layout: "documents", or "packed" as in the published evaluation.
-        max_blocks: Score this many blocks at most.
-        ngrams: Orders of n-gram floors to print beside, such as [3,5] (needs a prepared folder).
-        num_draws: Draws of each chunk, at least 2; more give smaller errors.
-        estimator: best uses probabilities where a model has them; draws scores it as a CALM is scored.
-        protocol: published is the paper's, whatever context and layout say: packed documents, blocks of
+        max_blocks: Maximum number of blocks to score.
+        ngrams: Orders of n-gram floors to print as well, such as [3,5] (needs a prepared folder).
+        num_draws: Draws per chunk, at least 2; more give smaller standard errors.
+        estimator: best uses probabilities if the model has them; draws scores it from draws only.
+        protocol: published is the paper's, and overrides context and layout: packed documents, blocks of
             2048 positions (8192 tokens for K = 4).
-        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
-        text_field: Field of the text in records; several, such as title,text, are put together.
-        separator: Line that parts the documents of a plain-text file ("" for a blank line).
-        max_document_mb: Longest document or line in MB (10^6 bytes): they are read into memory whole.
+        head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
+        text_field: Record field that contains the text; several, such as title,text, are joined.
+        separator: Line that separates the documents of a plain-text file ("" for a blank line).
+        max_document_mb: Maximum length of a document or line in MB (10^6 bytes); each is read into memory.
         seed: Seed of the draws.
-        json: Print the figures as one JSON object.
+        json: Print the scores as one JSON object.
     """
     SEEDS.require("seed", seed)
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
@@ -109,31 +109,31 @@ def generate(
     """Continue prompts.
 
     Args:
-        model: Folder or hub name of a CALM or of any causal language model of transformers.
-        prompt: Texts to continue; more than one are written as a batch.
-        file: File with more of them, one on each line; in a .jsonl file a string, or an object with a
-            "prompt", on each line; - reads lines from standard input.
-        samples: Continuations of each prompt.
-        max_new_tokens: Most tokens of a continuation; 128, or as many as fit, if none is given.
-        temperature: From 0 to 1; lower is more fluent and less varied; 0 is the most frequent chunk of a
-            pool, or greedy decoding where a head can.
-        sampler: exact follows the tempered distribution wherever max_draws suffice; pool approximates it;
-            head is one draw of a head that takes a temperature itself; or the name of an installed one. None
-            for pool with top_p or min_p, else head where there is one, else exact.
-        num_draws: Pool of draws of the pool sampler, and of the exact one at temperature 0.
-        max_draws: Most draws a chunk of the exact sampler.
+        model: Folder or hub name of a CALM or of any causal language model in transformers.
+        prompt: Texts to continue; several are generated as one batch.
+        file: File with more prompts, one per line; in a .jsonl file, each line is a string, or an object with
+            a "prompt"; - reads lines from standard input.
+        samples: Continuations per prompt.
+        max_new_tokens: Maximum tokens of a continuation; by default 128, or fewer if the context ends first.
+        temperature: From 0 to 1; lower is more fluent and less varied; 0 takes the most frequent chunk of a
+            pool, or decodes greedily if the head can.
+        sampler: exact follows the tempered distribution as long as max_draws suffice; pool approximates it;
+            head is one draw from a head that takes a temperature itself; or the name of an installed sampler.
+            By default pool with top_p or min_p, else head if possible, else exact.
+        num_draws: Pool size of the pool sampler, and of the exact one at temperature 0.
+        max_draws: Maximum draws per chunk of the exact sampler.
         top_p: Pool only: keep the most frequent chunks that make up this share of the pool.
-        min_p: Pool only: drop chunks less frequent than this share of the most frequent.
-        num_thoughts: Thoughts after each prompt, which are not shown; as many as the model was trained with
-            if none is given, and 0 for none.
-        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
-        seed: Makes the text repeatable.
-        draft: Folder or hub name of a CALM that writes ahead, where another model decides: the same
-            distribution, and at temperature 0 the same text, in fewer steps (docs/drafting.md).
-        draft_chunks: Chunks that it writes ahead; 1 if none is given.
-        stream: Print the text as it is written, one prompt after another.
-        crop: Keep the end of a prompt that is too long for the context; without it that is an error.
-        json: Print one JSON object: model, seed, and for each sample its prompt and its text.
+        min_p: Pool only: drop chunks with less than this share of the most frequent chunk's draws.
+        num_thoughts: Thoughts after each prompt, which are not shown; by default as many as the model was
+            trained with; 0 for none.
+        head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
+        seed: Makes the text reproducible.
+        draft: Folder or hub name of a CALM to use as draft model for another model: the same distribution,
+            and at temperature 0 the same text, in fewer steps (docs/drafting.md).
+        draft_chunks: Chunks per draft; 1 by default.
+        stream: Print the text as it is generated, one prompt after another.
+        crop: Keep the end of a prompt that is too long for the context; without this, it is an error.
+        json: Print one JSON object: model, temperature, seed, and the prompt and text of each sample.
     """
     if seed is not None:
         SEEDS.require("seed", seed)
@@ -198,16 +198,15 @@ def flops(
     """Count parameters, training FLOPs and the true cost of a token, by part.
 
     Args:
-        target: Model folder or GGUF file, name of a model of the package, or a recipe (shipped name or .yaml
-            file).
-        draws: Draws of a chunk at low temperature: the size of the pool, or the mean of what the exact
-            sampler makes (generate counts them). 200, or 1 for a head that takes a temperature itself.
+        target: Model folder, GGUF file, name of a shipped model, or a recipe (shipped name or .yaml file).
+        draws: Draws per chunk at low temperature: the pool size, or the mean number of draws of the exact
+            sampler (generate counts them). By default 200, or 1 for a head that takes a temperature itself.
         positions: Positions of the context that attention sees.
-        thoughts: Tell also what so many thoughts add to an answer; as many as the model was trained with if
-            none is given.
-        vocab_size: Token ids of a recipe whose tokenizer is not here.
-        published: Count the head's work on the hidden state with every draw, as the paper does.
-        head: Draw from the head of a CALM in another way, such as '{"num_steps": 2}' (docs/heads.md).
+        thoughts: Also show what this many thoughts add to an answer; by default as many as the model was
+            trained with.
+        vocab_size: Vocabulary size, for a recipe whose tokenizer is not available here.
+        published: Count the head's work on the hidden state for every draw, as the paper does.
+        head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
         json: Print the numbers as one JSON object.
     """
     check_thoughts(thoughts=thoughts)
@@ -263,16 +262,17 @@ def compile_steps(
     temperature: float = 1.0,
     json: bool = False,
 ) -> None:
-    """Compile a CALM's steps of writing for this processor; from then on they are used wherever it writes.
+    """Compile a CALM's generation steps for this processor; they are used from then on.
 
-    The text stays the same. Takes about a minute, needs a C++ compiler, and keeps what it makes, which holds
+    The text stays the same. Takes about a minute, needs a C++ compiler, and keeps the result, which contains
     the weights, in CALM_CACHE or the user's cache (docs/guides/compile.md).
 
     Args:
         model: Folder or hub name of a CALM.
-        rows: one for a single text at a time, many for batches, or all of these.
-        temperature: Of draws of a head that takes one itself; all samplers of other heads draw at 1.
-        json: Print folder and speeds as one JSON object.
+        rows: one for a single text at a time, many for batches, or all for both.
+        temperature: Temperature of draws from a head that takes one itself; all samplers of other heads draw
+            at 1.
+        json: Print the folder and the speeds as one JSON object.
 
     Examples:
         calm compile stories
@@ -303,7 +303,7 @@ def compile_steps(
 
 
 def doctor(json: bool = False) -> None:
-    """Tell which hardware, dtype and attention would be used here, and why.
+    """Show which hardware, dtype and attention would be used here, and why.
 
     Args:
         json: Print it as one JSON object.

@@ -1,4 +1,4 @@
-"""The HTTP side: routes of the OpenAI API, errors as it words them, keys, health and metrics."""
+"""The HTTP application: routes of the OpenAI API, errors in its format, keys, health and metrics."""
 
 import contextlib
 import json
@@ -33,9 +33,9 @@ from calm.serving.watch import Watch
 from calm.serving.writers import ChunkWriter, DraftedWriter
 
 logger = logging.getLogger(__name__)
-_NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says where no path fits.
-_MANY_TOKENS = 10_000  # From so many on, an answer is put in words off the event loop.
-# Parts go out as they come, through proxies too.
+_NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says if no path matches.
+_MANY_TOKENS = 10_000  # From this many on, an answer is serialized off the event loop.
+# Keeps proxies from buffering the stream.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -45,9 +45,9 @@ def create_app(
     """The application, for any ASGI server (in one process).
 
     Args:
-        model: A CALM, or a model of tokens with the CALM that drafts for it; nobody else may use them.
+        model: A CALM, or a token-level model with a CALM that drafts for it; nothing else may use them.
         tokenizer: Its tokenizer.
-        settings: What is allowed.
+        settings: Settings and limits.
     """
     writer = model if isinstance(model, DraftedWriter) else ChunkWriter(model)
     limits = BatchLimits(
@@ -67,7 +67,7 @@ def create_app(
         endpoint.readers.stop()
         engine.stop()
 
-    # Its own pages of documentation would load scripts from elsewhere.
+    # FastAPI's own documentation pages would load scripts from elsewhere.
     app = FastAPI(title="calm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine, app.state.intake = engine, intake
     _add_errors(app)
@@ -108,7 +108,7 @@ def create_app(
         answer = await endpoint.chat(body, request.is_disconnected)
         return await _respond(endpoint, answer, body.stream, request)
 
-    if isinstance(model, DraftedWriter):  # Pools, and the page that shows them, are of chunks.
+    if isinstance(model, DraftedWriter):  # Pools, and the page that shows them, need chunks.
         return app
 
     @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
@@ -123,15 +123,15 @@ def create_app(
 
 
 def _body_of(model: type[BaseModel]) -> dict[str, Any]:
-    """What the description of the API says of a body."""
-    schema = {"$id": model.__name__, **model.model_json_schema()}  # Its references begin there.
+    """The OpenAPI description of a body."""
+    schema = {"$id": model.__name__, **model.model_json_schema()}  # Its references are relative to this.
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
 async def _respond(
     endpoint: Endpoint, answer: CompletionFormat | ChatFormat, is_stream: bool, request: Request
 ) -> Response:
-    """What was written, as one object or as server-sent events."""
+    """The response, as one object or as server-sent events."""
     if not is_stream:
         whole = await answer.whole(request.is_disconnected)
         if whole is None:
@@ -144,7 +144,7 @@ async def _respond(
 
 
 async def _events(answer: CompletionFormat | ChatFormat, request_id: str) -> AsyncIterator[str]:
-    """Each part as an event; an error in the middle is an event too."""
+    """Each part as an event; so is an error in the middle."""
     try:
         async for piece in answer.pieces():
             yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON objects, whatever content type is named, that fit a model."""
+"""Request bodies: JSON objects that fit a pydantic model, whatever their content type."""
 
 import codecs
 import json
@@ -13,20 +13,20 @@ from calm.serving.errors import ApiError, json_type, of_validation
 from calm.serving.readers import Readers
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_LONG = 1 << 15  # Bytes from which on a body is read off the event loop.
+_LONG = 1 << 15  # Bytes from which on a body is parsed off the event loop.
 
 
 async def read_body(request: Request, model: type[_Model], most_bytes: int, readers: Readers) -> _Model:
-    """The body of a request.
+    """Read and validate the body of a request.
 
     Args:
         request: The request.
-        model: What the body must fit.
-        most_bytes: Length that is allowed.
-        readers: Who reads long ones.
+        model: The pydantic model that the body must fit.
+        most_bytes: Maximum length.
+        readers: Their thread parses long bodies.
 
     Raises:
-        ApiError: If it is from a page of another origin, too long, no JSON object, or does not fit.
+        ApiError: If it is from a page of another origin, too long, not a JSON object, or does not fit.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_origin(request, content_type)
@@ -46,13 +46,13 @@ def _fit(raw: bytes, model: type[_Model]) -> _Model:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Args:
         raw: Its bytes, in UTF-8, with or without a byte order mark.
 
     Raises:
-        ApiError: If it is none.
+        ApiError: If it is not one.
     """
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw.strip():
@@ -82,10 +82,10 @@ def _why_no_json(said: str) -> str:
 
 
 def _check_origin(request: Request, content_type: str) -> None:
-    """Refuse what a page of another origin can send without the browser asking first.
+    """Refuse what a page of another origin can send without a preflight request.
 
-    Browsers ask (by a preflight, which is not granted here) before they send JSON elsewhere, but not before
-    they send a form or plain text, and name the page's origin with it. Other clients name none.
+    Browsers send a preflight request (which is not granted here) before JSON for another origin, but not
+    before a form or plain text. They send the page's origin along; other clients send none.
     """
     origin = request.headers.get("origin")
     if origin is None or content_type == "application/json":

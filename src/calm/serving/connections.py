@@ -1,7 +1,8 @@
-"""Connections: how many, how long each may take, and errors of HTTP in the form of the API.
+"""Connections: how many, how long each may take, and HTTP errors in the API's format.
 
-uvicorn waits for heads and bodies for ever, and for clients that do not take their answers. Here a connection
-that waits too long is told so and closed, and descriptors are left for the rest of the process.
+uvicorn waits forever for headers, for bodies, and for clients that do not read their responses. Here
+connections that are too slow are closed, if possible with an error, and file descriptors are reserved for the
+rest of the process.
 """
 
 import asyncio
@@ -26,23 +27,23 @@ from calm.serving.errors import ApiError, quoted
 from calm.serving.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
-_SPARE = 100  # Connections that may be accepted at once before any is refused; and again, that are told why.
+_SPARE = 100  # Reserved twice: for the listen backlog, and for connections that are refused with a reason.
 _OTHER_FILES = 32
-_SECONDS_TO_FINISH = 30  # What is being written when the server is asked to end may end first.
-_SECONDS_TO_READ = 2.0  # For a client that still sends, to see why it is refused.
+_SECONDS_TO_FINISH = 30  # For running texts when the server is asked to stop.
+_SECONDS_TO_READ = 2.0  # For a client that is still sending to read why it is refused.
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What a connection may take.
+    """Limits of connections.
 
     Args:
-        header_seconds: For the head of a request.
-        body_seconds: For its body.
-        write_seconds: For a client to take what has been sent.
-        most: Connections at the same time.
-        spare: Connections beyond those that are told why they are closed.
-        most_of_client: Connections of one address at the same time.
+        header_seconds: Time limit for the headers of a request.
+        body_seconds: Time limit for its body.
+        write_seconds: How long a client may leave a response unread.
+        most: Maximum connections.
+        spare: Further connections that are told why they are closed.
+        most_of_client: Maximum connections from one address.
     """
 
     header_seconds: float
@@ -54,11 +55,11 @@ class ConnectionLimits:
 
 
 def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves the application.
+    """The configuration of uvicorn for an application.
 
     Args:
         app: The application.
-        settings: What is allowed.
+        settings: Settings and limits.
         **options: Further arguments of `uvicorn.Config`.
     """
     most, spare = affordable_connections(settings.max_connections)
@@ -76,9 +77,10 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uv
 
 
 def affordable_connections(wanted: int) -> tuple[int, int]:
-    """As many connections as descriptors allow, whose limit is raised if it can be, and a few to spare.
+    """As many of the wanted connections as file descriptors allow, and how many more to accept and refuse.
 
-    The system's queue of connections is as long, since all in it may be accepted before one can be refused.
+    The limit on descriptors is raised if possible. The listen backlog is as long as the second number, since
+    all of it may be accepted before one can be refused.
     """
     try:
         import resource  # noqa: PLC0415 (not on Windows)
@@ -115,18 +117,18 @@ def _open_files() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that has no time to lose."""
+    """A connection with time limits."""
 
     limits: ConnectionLimits
-    _clock: asyncio.TimerHandle | None = None  # Of the request that is being read.
+    _clock: asyncio.TimerHandle | None = None  # For the request that is being read.
     _clock_of: str | None = None
     _write_clock: asyncio.TimerHandle | None = None
     _is_refused = _has_begun = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it, or say why not."""
+        """Accept the connection, or refuse it with the reason."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # What the system does not take waits in the answer.
+        transport.set_write_buffer_limits(high=0)  # Pause as soon as the system's buffers are full.
         if len(self.connections) > self.limits.most + self.limits.spare:
             transport.abort()
         elif len(self.connections) > self.limits.most:
@@ -137,14 +139,14 @@ class Connection(H11Protocol):
             self._time("head", self.limits.header_seconds, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Stop all timers."""
         self._time(None)
         self._stop_write_clock()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request."""
+        """Receive a part of a request."""
         if self._is_refused:
             return
         self._has_begun = True
@@ -152,13 +154,13 @@ class Connection(H11Protocol):
         self._look_at_request()
 
     def on_response_complete(self) -> None:
-        """The next request may begin."""
+        """Get ready for the next request."""
         self._has_begun = False
         super().on_response_complete()
         self._look_at_request(is_idle=True)
 
     def _look_at_request(self, is_idle: bool = False) -> None:
-        """Give what is being read its time."""
+        """Start the timer for what is being read."""
         state = self.conn.their_state
         if self._is_refused or self.transport.is_closing():
             return
@@ -170,7 +172,7 @@ class Connection(H11Protocol):
             self._time(None)
 
     def _time(self, what: str | None, seconds: float = 0, late: Callable[[], None] | None = None) -> None:
-        """Begin to wait for something, unless that has begun."""
+        """Start the timer for something, unless it is running, and stop any other."""
         if what == self._clock_of:
             return
         if self._clock is not None:
@@ -193,18 +195,18 @@ class Connection(H11Protocol):
         self.cycle.message_event.set()
 
     def pause_writing(self) -> None:
-        """The client takes less than it is sent."""
+        """The client reads more slowly than we send: start the write timer."""
         super().pause_writing()
         if self._write_clock is None:
             self._write_clock = self.loop.call_later(self.limits.write_seconds, self._reset)
 
     def resume_writing(self) -> None:
-        """The client has taken all."""
+        """The client has caught up: stop the write timer."""
         super().resume_writing()
         self._stop_write_clock()
 
     def _reset(self) -> None:
-        """Hang up at once. A mere end would wait in the system behind what the client does not take."""
+        """Reset the connection. A normal close would wait behind the data that the client does not read."""
         with contextlib.suppress(OSError):
             no_lingering = struct.pack("ii", 1, 0)
             self.transport.get_extra_info("socket").setsockopt(
@@ -218,7 +220,7 @@ class Connection(H11Protocol):
             self._write_clock = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; uvicorn calls this while it handles the error."""
+        """Respond to invalid HTTP; uvicorn calls this while it handles the error."""
         self._refuse(self._why_no_http(sys.exc_info()[1]))
 
     def _why_no_http(self, error: BaseException | None) -> ApiError:
@@ -230,13 +232,13 @@ class Connection(H11Protocol):
         return ApiError(f"this is no HTTP/1.1 that can be read ({quoted(str(error))}).", status)
 
     def _refuse(self, error: ApiError) -> None:
-        """Send an error and hang up, after a while in which the client may still be sending."""
+        """Send an error and close, after a while in which the client may still be sending."""
         self._is_refused = True
         self._time(None)
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             return
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # In the middle of an answer.
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # In the middle of a response.
             self.transport.abort()
             return
         response = error.response()
@@ -264,7 +266,7 @@ class Connection(H11Protocol):
         return sum(_address(other) == own for other in self.connections)
 
     def shutdown(self) -> None:
-        """The server ends."""
+        """Close the connection when the server stops."""
         if self._is_refused:
             self.transport.abort()
         else:
@@ -272,7 +274,7 @@ class Connection(H11Protocol):
 
 
 def _address(connection: Any) -> str:
-    """Who is at the other end: an address, or the network of an IPv6 one, whose owner has all of it."""
+    """The client: its IPv4 address, or its IPv6 /64 network, since all of that has one owner."""
     host = connection.client[0] if connection.client else ""
     try:
         address = ipaddress.ip_address(host)

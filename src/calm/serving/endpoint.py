@@ -1,4 +1,4 @@
-"""Requests of the OpenAI API -> texts to write. What is wrong with a request is found before any work."""
+"""Requests of the OpenAI API -> texts to generate. A request is checked before any work on it starts."""
 
 from collections.abc import Sequence
 
@@ -22,20 +22,20 @@ from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
 
-_LONGEST_RENDERING = 1 << 22  # Characters that a chat template may write,
-_RENDERING = 4  # and so many times those of the context, for marks and what is written around the words.
-_TOKENS_OF_A_COMPLETION = 16  # Where a request says nothing, as the API has it.
+_LONGEST_RENDERING = 1 << 22  # Maximum characters of a rendered chat,
+_RENDERING = 4  # and this many times those of the context, which leaves room for the markup around messages.
+_TOKENS_OF_A_COMPLETION = 16  # The API's default.
 
 
 class Endpoint:
-    """Checks requests, has their texts written, and gives them in the form that was asked for.
+    """Checks requests, submits their texts to the engine, and returns them in the requested format.
 
     Args:
-        engine: Whose thread writes.
-        writer: Who writes.
-        tokenizer: The tokenizer of its model.
-        settings: What is allowed.
-        metrics: What is counted.
+        engine: The engine that generates.
+        writer: The model that it generates with.
+        tokenizer: The model's tokenizer.
+        settings: Settings and limits.
+        metrics: Counts prompt tokens.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Endpoint:
         if tokenizer.chat_template is not None:
             most = min(_LONGEST_RENDERING, _RENDERING * (self._most_characters or _LONGEST_RENDERING))
             render_elsewhere(reader, most, settings.template_seconds)
-        # Where a template ends what the assistant says by words, a model may have learned to write them.
+        # If the template ends assistant turns with plain words, the model may have learned to generate them.
         by_words = end_of_turn(reader).strip() if end_of_turn_id(reader) is None else ""
         self._ends_of_turn = [by_words] if by_words else []
 
     def check_name(self, name: str) -> None:
-        """Raise ApiError for a model that is not served."""
+        """Raise ApiError for a model that is not served here."""
         if name != self._settings.name:
             raise ApiError(
                 f"there is no model '{quoted(name)}' here; this server has '{self._settings.name}'.",
@@ -70,14 +70,14 @@ class Endpoint:
             )
 
     async def complete(self, request: CompletionRequest, is_gone: IsGone) -> CompletionFormat:
-        """The answer to a completion request, submitted.
+        """Submit the texts of a completion request, and return its answer.
 
         Args:
-            request: What is asked.
-            is_gone: Whether whoever asked has left.
+            request: The request.
+            is_gone: Whether the client has left.
 
         Raises:
-            ApiError: If the request cannot be honoured.
+            ApiError: If the request cannot be served.
         """
         asked: Sequence[str | list[int]] = request.prompt
         budget = request.max_tokens or min(_TOKENS_OF_A_COMPLETION, self._settings.max_tokens)
@@ -102,14 +102,14 @@ class Endpoint:
         return CompletionFormat(texts, request, self._settings.name, echoes)
 
     async def chat(self, request: ChatRequest, is_gone: IsGone) -> ChatFormat:
-        """The answer to a chat request, submitted.
+        """Submit the texts of a chat request, and return its answer.
 
         Args:
-            request: What is asked.
-            is_gone: Whether whoever asked has left.
+            request: The request.
+            is_gone: Whether the client has left.
 
         Raises:
-            ApiError: If the request cannot be honoured.
+            ApiError: If the request cannot be served.
         """
         self._check_messages(request.messages)
         budget = request.max_completion_tokens or request.max_tokens
@@ -117,7 +117,9 @@ class Endpoint:
 
         def read() -> tuple[list[int], int]:
             prompt = self.tokens_of_chat(request.messages)
-            room = min(max(1, self.room_after(prompt, thoughts)), self._settings.max_tokens)
+            room = self._settings.max_tokens
+            if (left := self.room_after(prompt, thoughts)) is not None:
+                room = min(max(1, left), room)
             self._check_size(request, [prompt], budget or room, thoughts)
             return prompt, budget or room
 
@@ -128,10 +130,10 @@ class Endpoint:
     def _check(
         self, request: CompletionRequest | ChatRequest, num_prompts: int, budget: int
     ) -> tuple[HowToDraw, Thoughts | None]:
-        """Look at all that can be wrong before anything is made of the prompts.
+        """Check everything that can be checked before prompts are tokenized.
 
         Returns:
-            How texts are drawn, and what is thought.
+            How texts are sampled, and their thoughts.
         """
         self.check_name(request.model)
         request.check(self._settings.max_draws)
@@ -154,11 +156,11 @@ class Endpoint:
         return self._writer.sampler_for(request, self._settings), thoughts
 
     def thoughts_for(self, number: int | None) -> Thoughts | None:
-        """What is thought after a prompt; see `calm.serving.thoughts.thoughts_of_request`."""
+        """The thoughts after a prompt; see `calm.serving.thoughts.thoughts_of_request`."""
         return thoughts_of_request(self.config, number, self._settings.max_thoughts)
 
     def _check_length(self, length: int, is_text: bool, place: str) -> None:
-        """Raise ApiError for what is longer than any context, before it is read."""
+        """Raise ApiError for a prompt that can never fit in the context, before it is tokenized."""
         most = self._most_characters if is_text else longest_context(self.config)
         if most is not None and length > most:
             raise ApiError(
@@ -175,7 +177,7 @@ class Endpoint:
         budget: int,
         thoughts: Thoughts | None,
     ) -> None:
-        """Raise ApiError if a text does not fit in the context, or all together are too much."""
+        """Raise ApiError if a text does not fit in the context, or all together have too many tokens."""
         thought = num_tokens_of(thoughts, self.config)
         try:
             check_room(self.config, max(map(len, prompts)), budget, thought)
@@ -221,16 +223,16 @@ class Endpoint:
         return texts
 
     def tokens_of(self, prompt: str | list[int], place: str = "prompt") -> list[int]:
-        """Token ids of a prompt, in the thread of the readers.
+        """Token ids of a prompt. Called in the readers' thread.
 
         Args:
             prompt: A text or token ids.
-            place: Where it stands in the request.
+            place: Its place in the request, for messages.
 
         Raises:
-            ApiError: If there are none, or the model does not know them.
+            ApiError: If there are none or too many, or some are not in the model's vocabulary.
         """
-        # A tokenizer may have more than its model: padding, added where there was none.
+        # A tokenizer may have more tokens than its model: a padding token is added where there was none.
         size = min(len(self.tokenizer), self.config.get_text_config(decoder=True).vocab_size)
         self._check_length(len(prompt), isinstance(prompt, str), place)
         ids = encode_documents(self.readers.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
@@ -242,13 +244,13 @@ class Endpoint:
         return ids
 
     def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat that the assistant is to go on with, in the thread of the readers.
+        """Token ids of a chat that the assistant is to continue. Called in the readers' thread.
 
         Args:
-            messages: What was said.
+            messages: The messages.
 
         Raises:
-            ApiError: If the model has no chat template, or it does not take them.
+            ApiError: If the model has no chat template, it rejects the messages, or they are too long.
         """
         self._check_messages(messages)
         try:
@@ -257,7 +259,7 @@ class Endpoint:
             raise ApiError(str(error), param="messages") from error
 
     def _check_messages(self, messages: list[dict[str, str]]) -> None:
-        """Raise ApiError for a chat with a model without a template, or a longer one than any context."""
+        """Raise ApiError if the model has no chat template, or the chat can never fit in the context."""
         if self.tokenizer.chat_template is None:
             raise ApiError(
                 "this model has no chat template, so it was not made for chats; use /v1/completions.",
@@ -265,13 +267,13 @@ class Endpoint:
             )
         self._check_length(sum(len(message["content"]) for message in messages), True, "messages")
 
-    def room_after(self, prompt: Sequence[int], thoughts: Thoughts | None) -> int:
-        """New tokens that fit after a prompt and what is thought."""
+    def room_after(self, prompt: Sequence[int], thoughts: Thoughts | None) -> int | None:
+        """New tokens that fit after a prompt and its thoughts; None if there is no limit."""
         config = self.config
-        return room_beside(config, len(prompt) + num_tokens_of(thoughts, config)) or 0
+        return room_beside(config, len(prompt) + num_tokens_of(thoughts, config))
 
 
 def _most_characters(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Characters of the longest text that can fit in the context."""
+    """Characters of the longest text that can fit in the context; None if there is no limit."""
     longest = longest_context(config)
     return None if longest is None else longest * max(map(len, tokenizer.get_vocab()))

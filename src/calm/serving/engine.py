@@ -1,4 +1,4 @@
-"""One thread that writes for all: texts wait in a queue, join the batch, and are delivered chunk by chunk."""
+"""One thread generates all texts: they wait in a queue, join the batch, and are delivered chunk by chunk."""
 
 import logging
 import threading
@@ -19,26 +19,26 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
-    """So many texts are waiting that no more are taken."""
+    """The queue is full."""
 
 
 class StoppingError(QueueFullError):
-    """The server is shutting down, so nothing is taken any more."""
+    """The server is shutting down and accepts no more work."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A text to write.
+    """A text to generate.
 
     Args:
-        prompt: Its tokens.
-        sampler: How it is drawn.
-        budget: Most new tokens.
-        seed: With the prompt and the copy it decides the text.
+        prompt: Token ids of the prompt.
+        sampler: How it is sampled.
+        budget: Maximum new tokens.
+        seed: Determines the text, together with the prompt and the copy.
         deliver: Called in the engine's thread with every chunk, or with the error that ended the text.
-        copy: Which of several texts of the same prompt and seed.
-        deadline: `time.monotonic()` after which it is given up.
-        thoughts: What is thought after the prompt.
+        copy: Index among several texts with the same prompt and seed.
+        deadline: `time.monotonic()` after which the text is given up.
+        thoughts: Thoughts after the prompt, if any.
     """
 
     prompt: Sequence[int]
@@ -54,19 +54,19 @@ class Job:
 
 @dataclass(eq=False)
 class Question:
-    """Something that is found out with the model in pieces, between the steps of the texts.
+    """Other work with the model, done in pieces between generation steps.
 
     Args:
-        pieces: Does a piece of the work each time, and returns what was found.
-        deadline: `time.monotonic()` after which it is given up.
+        pieces: Generator that does a piece of the work at each step, and returns the result.
+        deadline: `time.monotonic()` after which the work is given up.
     """
 
     pieces: Generator[None, None, Any]
     deadline: float = float("inf")
-    answer: Future = field(default_factory=Future, init=False)  # Cancelled by whoever does not wait for it.
+    answer: Future = field(default_factory=Future, init=False)  # Cancelled by whoever stops waiting for it.
 
     def go_on(self) -> bool:
-        """Do a piece, unless nobody waits any more; whether there is more to do."""
+        """Do a piece, unless the answer was cancelled; return whether there is more to do."""
         if self.answer.cancelled():
             self.pieces.close()
             return False
@@ -84,7 +84,7 @@ class Question:
         return False
 
     def fail(self, error: Exception) -> None:
-        """End without an answer."""
+        """End with an error instead of an answer."""
         self.pieces.close()
         self._settle(lambda: self.answer.set_exception(error))
 
@@ -105,12 +105,12 @@ class EngineStatistics:
 
 
 class Engine:
-    """Writes texts of a model.
+    """Generates texts in a thread of its own.
 
     Args:
-        writer: Who writes; nobody else may use its models meanwhile.
-        limits: How much is done at once for all texts together.
-        max_waiting: Texts that wait for their turn.
+        writer: The model to generate with; nothing else may use its models meanwhile.
+        limits: How much is held in memory and done at once, for all texts together.
+        max_waiting: Maximum number of texts in the queue.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="calm-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Give up all texts and end the thread."""
+        """Give up all texts and stop the thread."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
@@ -143,29 +143,29 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether texts are written."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
-        """Texts that wait for their turn."""
+        """Texts waiting for a place in the batch."""
         return len(self._waiting) + len(self._rows) - self.num_rows
 
     @property
     def num_asked(self) -> int:
-        """Questions that are not answered yet."""
+        """Unanswered questions."""
         return len(self._asked)
 
     @property
     def num_rows(self) -> int:
-        """Texts that are being written."""
+        """Texts being generated."""
         return min(len(self._rows), self._limits.max_rows)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take texts in, all or none.
+        """Queue texts, all or none.
 
         Raises:
-            QueueFullError: If too many are waiting.
+            QueueFullError: If the queue has no room for all of them.
             StoppingError: If the server is shutting down.
         """
         with self._changed:
@@ -179,35 +179,36 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Give texts up, whether they wait or are being written; ended ones are no matter."""
+        """Cancel texts, whether queued or running; those that have ended are ignored."""
         with self._changed:
             for job in jobs:
                 job.is_cancelled = True
-            # Those in the queue make room at once.
+            # Free their places in the queue at once.
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             self._changed.notify()
 
     def ask(
         self, pieces: Callable[[Any], Generator[None, None, Any]], seconds: float = float("inf")
     ) -> Future:
-        """Have something found out with the model, piece by piece between the steps.
+        """Have other work done with the model, piece by piece between generation steps.
 
         Args:
-            pieces: Makes a generator that does a piece of the work each time, and returns what was found.
-            seconds: How long it may take.
+            pieces: Takes the model, and returns a generator that does a piece of the work at each step and
+                returns the result.
+            seconds: Time limit.
 
         Returns:
-            What was found; cancelling it ends the work at the next piece.
+            A future of the result; cancelling it ends the work at the next piece.
 
         Raises:
-            QueueFullError: If too much is waiting.
+            QueueFullError: If too many questions are waiting.
             StoppingError: If the server is shutting down.
         """
         question = Question(pieces(self._writer.model), time.monotonic() + seconds)
         with self._changed:
             if self._is_stopping:
                 raise StoppingError("the server is shutting down.")
-            # Those that nobody waits for make room at once.
+            # Drop those that nobody waits for, which frees their places at once.
             self._asked = deque(one for one in self._asked if not one.answer.cancelled())
             if len(self._asked) >= self._max_waiting:
                 raise QueueFullError("too much is being asked; try later.")
@@ -220,7 +221,7 @@ class Engine:
             self._work()
         except Exception:
             logger.exception("the engine has failed for good")
-        finally:  # Nobody waits for what will not come.
+        finally:  # Nobody may wait for what will not come.
             with self._changed:
                 self._is_stopping = True
             end = StoppingError("the server is shutting down.")
@@ -256,13 +257,13 @@ class Engine:
             _deliver(job, one)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False if that is to end."""
+        """Wait until there is something to do; return False if the engine is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows or self._asked)
             return not self._is_stopping
 
     def _answer(self) -> None:
-        """One piece of one question a step, so that texts go on."""
+        """Do one piece of one question per step, so that texts keep advancing."""
         with self._changed:
             question = self._asked[0] if self._asked else None
         if question is not None and not question.go_on():
@@ -279,7 +280,7 @@ class Engine:
                     _deliver(job, TimeoutError("the text took too long"))
 
     def _let_in(self) -> None:
-        # As many again as are written: their prompts are read together, ahead of their turn.
+        # Twice as many as are generated at once: the others' prompts are prefilled together, ahead of time.
         while len(self._rows) < 2 * self._limits.max_rows:
             with self._changed:
                 if not self._waiting:
@@ -319,7 +320,7 @@ class Engine:
 
 
 def _deliver(job: Job, what: Written | Exception) -> None:
-    """Whoever asked may be gone, which is no matter to the others."""
+    """Deliver a chunk or an error. The client may be gone, which must not affect other texts."""
     try:
         job.deliver(what)
     except Exception as error:

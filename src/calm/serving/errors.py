@@ -1,11 +1,11 @@
-"""Errors in the form of the OpenAI API."""
+"""Errors in the OpenAI API's format."""
 
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-_SECONDS_TO_WAIT = "1"  # A place in the queue may be free by then.
+_SECONDS_TO_WAIT = "1"  # The queue may have room by then.
 _HEADERS = {
     401: {"www-authenticate": "Bearer"},
     429: {"retry-after": _SECONDS_TO_WAIT},
@@ -16,14 +16,14 @@ _LONGEST_QUOTE = 80
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         message: What is wrong, and what to do.
         status: HTTP status.
-        kind: The error type of the API.
-        param: The field that is wrong.
-        code: A word for programs.
+        kind: Error type of the API.
+        param: The field at fault.
+        code: Machine-readable error code.
     """
 
     def __init__(
@@ -39,24 +39,24 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        """The answer, with the headers that belong to its status."""
+        """The HTTP response, with the headers for its status."""
         return JSONResponse(self.body, self.status, headers=_HEADERS.get(self.status))
 
 
 def own_mistake(request_id: str) -> ApiError:
-    """The error for what no request should bring about."""
+    """The error for a bug in the server."""
     return ApiError(
         f"the server made a mistake; its log has more, at {request_id}.", 500, kind="server_error"
     )
 
 
 def at(place: str, message: str) -> ApiError:
-    """The error of a place in the body, such as `messages[2].content`."""
+    """An error at a place in the body, such as `messages[2].content`."""
     return ApiError(f"{place}: {message}", param=place)
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """The first fault of a body that does not fit its model, as one sentence."""
+    """The first validation error of a body, as one sentence."""
     first = error.errors(include_url=False)[0]
     place = ""
     for part in first["loc"]:
@@ -73,11 +73,11 @@ def of_validation(error: ValidationError) -> ApiError:
 
 
 def quoted(text: str) -> str:
-    """A text as an error message may repeat it: on one line, and not all of a long one."""
+    """A text as error messages quote it: on one line, and truncated if it is long."""
     shown = repr(text[:_LONGEST_QUOTE])[1:-1]
     return shown if len(text) <= _LONGEST_QUOTE else f"{shown}..."
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls a value, with its article."""
+    """The name of a value's JSON type, with an article."""
     return "null" if value is None else _JSON_TYPES.get(type(value), "an object")

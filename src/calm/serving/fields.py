@@ -1,4 +1,4 @@
-"""Every field of the OpenAI API, and what becomes of it. Null asks for the default and is always accepted."""
+"""Every field of the OpenAI API, and how it is treated. Null means the default and is always accepted."""
 
 import json
 from collections.abc import Mapping
@@ -13,28 +13,28 @@ COMPLETIONS, CHATS = BOTH
 
 @dataclass(frozen=True)
 class Honoured:
-    """Does what the API says, at these paths."""
+    """Does what the API says, on these paths."""
 
     paths: tuple[str, ...] = BOTH
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """May hold any value of a type, because it does not bear on the text."""
+    """Accepts any value of a type, since it does not affect the text."""
 
     type: type
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Cannot be honoured, for a reason, so only the default is accepted."""
+    """Not supported, for a reason, so only its defaults are accepted."""
 
     reason: str
     defaults: tuple[Any, ...] = ()
 
     @property
     def accepted(self) -> str:
-        """The values that ask for nothing."""
+        """The accepted values, in words."""
         return " or ".join([*map(json.dumps, self.defaults), "null"])
 
 
@@ -63,7 +63,7 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "prompt_cache_options": Ignored(dict),
     "prompt_cache_retention": Ignored(str),
     "parallel_tool_calls": Ignored(bool),
-    # Neither here nor there where text is drawn by the chunk.
+    # What needs token probabilities, and features that do not exist here.
     "logprobs": Refused(_NO_SCORES, (False,)),
     "top_logprobs": Refused(_NO_SCORES, (0,)),
     "logit_bias": Refused(_NO_SCORES, ({},)),
@@ -89,13 +89,13 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
 
 
 def check_fields(given: Mapping[str, Any]) -> None:
-    """Look at what the request's own model does not read.
+    """Check the fields that the request's pydantic model does not have.
 
     Args:
-        given: Those fields and their values.
+        given: These fields and their values.
 
     Raises:
-        ApiError: If a field does not exist, or asks for what cannot be done.
+        ApiError: If a field does not exist, or asks for something unsupported.
     """
     for name, value in given.items():
         if name not in FIELDS:
@@ -123,7 +123,7 @@ def _check_type(name: str, value: Any, expected: type) -> None:
 
 
 def _check_metadata(pairs: dict[str, Any]) -> None:
-    """As long as the API allows."""
+    """Apply the limits of the API."""
     if len(pairs) > 16:
         raise ApiError(f"'metadata' may hold 16 pairs at most, got {len(pairs)}.", param="metadata")
     for key, value in pairs.items():
@@ -137,5 +137,5 @@ def _check_metadata(pairs: dict[str, Any]) -> None:
 
 
 def _is_same(value: Any, default: Any) -> bool:
-    """Equality in which 0 is not false: `logprobs=0` asks for something."""
+    """Equality in which 0 is not False: `logprobs=0` asks for log probabilities."""
     return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)

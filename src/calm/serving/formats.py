@@ -1,4 +1,4 @@
-"""The texts of a request in the form of the OpenAI API: as one object, or as events."""
+"""The texts of a request in the OpenAI API's format: as one object, or as events."""
 
 import secrets
 import time
@@ -14,9 +14,9 @@ class _Format:
     """The texts of one request, whole or in pieces.
 
     Args:
-        texts: The texts, submitted.
-        request: What was asked.
-        name: Of the model.
+        texts: The texts, already submitted.
+        request: The request.
+        name: The model's name.
     """
 
     def __init__(self, texts: RequestTexts, request: CompletionRequest | ChatRequest, name: str) -> None:
@@ -30,7 +30,7 @@ class _Format:
     prefix = object_name = piece_name = ""
 
     async def whole(self, is_gone: IsGone) -> dict[str, Any] | None:
-        """All of it at once; None if whoever asked has left."""
+        """The whole response; None if the client has left."""
         number = len(self._texts.prompts) * self._texts.copies
         said, reasons = [self._opening(index) for index in range(number)], [""] * number
         chunks: list[list[dict[str, Any]]] = [[] for _ in range(number)]
@@ -47,7 +47,7 @@ class _Format:
         return {**self._head, "object": self.object_name, "choices": choices, "usage": self._texts.usage}
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
-        """Part after part."""
+        """The objects of a stream, one by one."""
         try:
             usage = self._request.stream_options is not None and self._request.stream_options.include_usage
             more = {"usage": None} if usage else {}
@@ -59,7 +59,7 @@ class _Format:
                     yield self._piece(part.index, self._more(part), part.finish_reason, part) | more
             if usage:
                 yield {**self._head, "object": self.piece_name, "choices": [], "usage": self._texts.usage}
-        finally:  # Whoever asked may leave before the first part.
+        finally:  # The client may leave before the first part.
             self._texts.cancel()
 
     def _piece(
@@ -84,7 +84,7 @@ class _Format:
 
 
 class CompletionFormat(_Format):
-    """Of /v1/completions."""
+    """The format of /v1/completions."""
 
     prefix, object_name, piece_name = "cmpl", "text_completion", "text_completion"
 
@@ -108,7 +108,7 @@ class CompletionFormat(_Format):
 
 
 class ChatFormat(_Format):
-    """Of /v1/chat/completions."""
+    """The format of /v1/chat/completions."""
 
     prefix, object_name, piece_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

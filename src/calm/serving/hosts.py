@@ -1,8 +1,8 @@
-"""By which names a server may be called.
+"""The host names that a server answers to.
 
-A web page can have its own name resolve to any address (DNS rebinding); the browser then takes the server
-there for a part of the page's site, and the page reads all answers. The Host header still has the page's
-name. An attack needs such a name, so addresses are always good.
+A web page can make its own host name resolve to any address (DNS rebinding). The browser then takes the
+server at that address for a part of the page's site, and the page can read all responses. But the Host header
+still has the page's name. The attack needs a host name, so IP addresses are always allowed.
 """
 
 import ipaddress
@@ -18,14 +18,14 @@ _NAME = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?\.?", re.ASCII)
 
 
 class Hosts:
-    """The names of a server.
+    """The host names of a server.
 
     Args:
-        names: Names beside `localhost` and that of this machine; "*.name" for all below a name, and "*" for
-            any.
+        names: Names besides `localhost` and that of this machine; "*.name" for all subdomains of a name, and
+            "*" for any name.
 
     Raises:
-        ValueError: If one is no name of a host.
+        ValueError: If one is not a valid host name.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -44,7 +44,7 @@ class Hosts:
         """Raise ApiError for a Host header that is not this server's.
 
         Args:
-            host: The header; None if there is none, as no browser would have it.
+            host: The header; None if it is missing, though browsers always send it.
         """
         if self._takes_any or host is None:
             return
@@ -63,7 +63,7 @@ class Hosts:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text is the name or the address of a host, or a pattern of names."""
+    """Whether a text is a host name, an IP address, or a pattern of host names."""
     return _is_address(text) or _NAME.fullmatch(text.lower()) is not None
 
 

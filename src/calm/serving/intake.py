@@ -1,4 +1,4 @@
-"""Bytes of requests in flight: what is kept of all bodies has a ceiling, and so has that of each client."""
+"""Limits on the bytes of requests in flight, of all clients together and of each one."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from calm.serving.errors import ApiError
 
 
 class Intake:
-    """Counts bodies from their first byte to the end of the answer.
+    """Counts the bytes of each body, from when they arrive to the end of the response.
 
     Args:
-        most: Bytes of all requests together.
-        most_of_client: Bytes of the requests of one address.
+        most: Maximum bytes of all requests together.
+        most_of_client: Maximum bytes of the requests from one address.
     """
 
     def __init__(self, most: int, most_of_client: int) -> None:
@@ -23,19 +23,19 @@ class Intake:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the requests that are not answered yet."""
+        """Bytes of all unanswered requests."""
         return self._of_clients.total()
 
     @contextmanager
     def counted(self, scope: Scope, receive: Receive) -> Iterator[Receive]:
-        """Count what a request receives.
+        """Count the bytes that a request receives.
 
         Args:
-            scope: The request's.
-            receive: Gives its messages.
+            scope: ASGI scope of the request.
+            receive: Returns its messages.
 
         Yields:
-            Gives them too, or raises ApiError where they are too much.
+            A `receive` that counts them, and raises ApiError above a limit.
         """
         client, taken = (scope.get("client") or ("",))[0], 0
 

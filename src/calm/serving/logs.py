@@ -1,4 +1,4 @@
-"""Log lines that repeat are folded, so that no client can fill a disk."""
+"""Repeated log lines are collapsed, so that no client can fill a disk."""
 
 import logging
 import threading
@@ -14,16 +14,16 @@ _LOGGERS = (
     "calm.serving.engine",
     "calm.serving.watch",
 )
-_MOST_KINDS = 100  # Of lines in a period; all others count as one kind.
+_MOST_KINDS = 100  # Kinds of lines per period; all others count as one kind.
 
 
 class FoldRepeats(logging.Filter):
-    """Lets some lines of each kind pass in every period; the first of the next one tells how many did not.
+    """Passes a few lines of each kind per period; the next line that passes tells how many were dropped.
 
     Args:
-        most: Lines of a kind in a period.
+        most: Lines of a kind per period.
         seconds: Length of a period.
-        clock: Tells the time.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FoldRepeats(logging.Filter):
         self._folded: dict[tuple[object, ...], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line passes."""
+        """Whether to let a line pass."""
         error = record.exc_info[0] if record.exc_info else None
         kind: tuple[object, ...] = (record.name, record.levelno, str(record.msg), error)
         with self._lock:
@@ -61,6 +61,6 @@ _FOLD = FoldRepeats()
 
 
 def fold_repeats() -> None:
-    """Fold what a server's loggers repeat."""
+    """Collapse the repeated lines of a server's loggers."""
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_FOLD)

@@ -1,4 +1,4 @@
-"""The messages of a chat: roles and texts. Whatever is wrong names its place."""
+"""Parse the messages of a chat: roles and texts. Errors say where the fault is."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ _MAY_BE_NULL = (_ASSISTANT, "function")
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """Role and text of each message, as chat templates take them.
+    """Role and text of each message, as chat templates expect them.
 
     Args:
-        value: What the request has as `messages`.
+        value: The request's `messages`.
 
     Raises:
-        ApiError: If it is not a list of messages of text.
+        ApiError: If it is not a list of text messages.
     """
     if not isinstance(value, list):
         raise at("messages", f"must be an array of messages, got {json_type(value)}.")

@@ -1,4 +1,4 @@
-"""What Prometheus may ask for."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,10 @@ from calm.serving.engine import Engine
 
 
 class Metrics:
-    """Counts of one server.
+    """Counters of one server.
 
     Args:
-        engine: Its engine, which is asked when Prometheus asks.
+        engine: Its engine, whose counts are read at each scrape.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -33,7 +33,7 @@ class _OfEngine(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's counts now."""
+        """The engine's current counts."""
         counts = self._engine.statistics
         yield GaugeMetricFamily("calm_texts_writing", "Texts in the batch.", self._engine.num_rows)
         yield GaugeMetricFamily("calm_texts_waiting", "Texts in the queue.", self._engine.num_waiting)

@@ -1,4 +1,4 @@
-"""The page at /, of small files that lie in `page`, and what it must know of the model."""
+"""The page at /, made of the small files in `page`, and what it needs to know about the model."""
 
 from importlib import resources
 from typing import Any
@@ -22,8 +22,8 @@ _PARTS = {
     if part.name.endswith(suffix)
 }
 PAGE_PATHS = ("/", "/page", *(f"/page/{name}" for name in _PARTS))
-"""Paths that are answered without a key."""
-# The page takes nothing from elsewhere, and text that the model wrote cannot make it.
+"""Paths that need no key."""
+# The page loads nothing from elsewhere, and generated text cannot make it do so.
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "cache-control": "no-cache",
@@ -31,13 +31,13 @@ _HEADERS = {
 
 
 def add_playground(app: FastAPI, config: CalmConfig, has_chat: bool, settings: ServerSettings) -> None:
-    """Add the page and its parts to an application.
+    """Add the page and its files to an application.
 
     Args:
         app: The application.
-        config: Of the model.
+        config: The model's configuration.
         has_chat: Whether the model's tokenizer has a chat template.
-        settings: What the server allows.
+        settings: Settings and limits.
     """
     about = _describe(config, has_chat, settings)
 
@@ -58,7 +58,7 @@ def add_playground(app: FastAPI, config: CalmConfig, has_chat: bool, settings: S
 
 
 def _describe(config: CalmConfig, has_chat: bool, settings: ServerSettings) -> dict[str, Any]:
-    """What the page must know before it has a key."""
+    """What the page needs to know before it has a key."""
     head, thoughts = config.head, thoughts_of(config)
     return {
         "model": settings.name,

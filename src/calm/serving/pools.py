@@ -1,4 +1,4 @@
-"""What could come next: draws of the next chunk, how often each, and what temperature makes of them."""
+"""Candidates for the next chunk: draws, their counts, and their probabilities at several temperatures."""
 
 import secrets
 from typing import Any
@@ -21,16 +21,16 @@ from calm.text.decoding import spell_tokens
 async def describe_pool(
     endpoint: Endpoint, request: PoolRequest, settings: ServerSettings, is_gone: IsGone
 ) -> dict[str, Any]:
-    """The most frequent draws of the chunk after a prompt and what was written after it.
+    """The most frequent draws of the chunk after a prompt and the tokens generated after it.
 
     Args:
-        endpoint: Whose model and tokenizer.
-        request: What is asked.
-        settings: What the server allows, and draws where the request says no number.
-        is_gone: Whether whoever asked has left.
+        endpoint: The endpoint, for its model and tokenizer.
+        request: The request.
+        settings: What the server allows, and the draws of a request that sets no number.
+        is_gone: Whether the client has left.
 
     Raises:
-        ApiError: If the request cannot be honoured, or takes too long.
+        ApiError: If the request cannot be served, or takes too long.
     """
     endpoint.check_name(request.model)
     num_draws = request.num_draws or min(settings.draws, settings.max_draws)
@@ -73,7 +73,7 @@ def _check_temperatures(temperatures: list[float], num_draws: int) -> None:
 
 
 def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, and of what was written after it, after all checks."""
+    """Check a request, and return the token ids of its prompt and those generated after it."""
     if request.messages is not None and request.prompt is None:
         prompt, place = endpoint.tokens_of_chat(request.messages), "messages"
     elif request.prompt is not None and request.messages is None:
@@ -85,13 +85,14 @@ def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -
         raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
     _check_chunk(endpoint, request.chunk)
     written = endpoint.tokens_of(request.written, "written") if request.written else []
-    if endpoint.room_after([*prompt, *written], thoughts) < size:
+    room = endpoint.room_after([*prompt, *written], thoughts)
+    if room is not None and room < size:
         raise ApiError("there is no room after the text.", param=place, code="context_length_exceeded")
     return prompt, written
 
 
 def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
-    """Raise ApiError unless a chunk is a whole one, or ends a text."""
+    """Raise ApiError unless a chunk is complete or ends a text."""
     if not chunk:
         return
     config = endpoint.config

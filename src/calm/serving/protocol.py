@@ -1,4 +1,4 @@
-"""What requests may hold, in the words of the OpenAI API, and what of it a CALM can honour."""
+"""Request bodies of the OpenAI API, and checks of what a CALM supports."""
 
 import secrets
 from typing import Annotated, Any, ClassVar
@@ -30,7 +30,7 @@ Messages = Annotated[
 
 
 class _Body(BaseModel):
-    """A JSON object in which null asks for the default, as if the field were not there."""
+    """A JSON object in which null means the default, as if the field were missing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,23 +41,23 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream holds beside text."""
+    """What a stream contains besides text."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: StrictBool = False
-    include_obfuscation: StrictBool = False  # Padding against eavesdroppers, which is not made here.
+    include_obfuscation: StrictBool = False  # Padding against eavesdroppers: accepted, but not added.
 
 
 def of_setting(error: ValueError) -> ApiError:
-    """A setting of the draws that cannot be honoured, as an answer that names it."""
+    """The ApiError for an unsupported sampling setting; it names the field."""
     names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
     return ApiError(str(error), param=next((name for name in names if name in str(error)), None))
 
 
 class SamplingRequest(_Body):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
-    model_config = ConfigDict(extra="allow")  # Looked at by `check`, which says more than pydantic would.
+    model_config = ConfigDict(extra="allow")  # `check` refuses them with better messages than pydantic's.
     prompt_name: ClassVar[str]
     model: str
     n: Whole = Field(1, ge=1, le=128)
@@ -67,7 +67,7 @@ class SamplingRequest(_Body):
     seed: Seed | None = None
     temperature: Number | None = Field(None, ge=0)
     top_p: Number | None = Field(None, gt=0, le=1)
-    # Ours.
+    # Our extensions.
     min_p: Number | None = Field(None, ge=0, le=1)
     sampler: StrictStr | None = None
     num_draws: Count | None = None
@@ -76,10 +76,10 @@ class SamplingRequest(_Body):
     return_chunks: StrictBool = False
 
     def check(self, most_draws: int) -> None:
-        """Raise ApiError for what cannot be honoured.
+        """Raise ApiError for unsupported fields and values.
 
         Args:
-            most_draws: Draws of a chunk that the server allows.
+            most_draws: Maximum draws per chunk that the server allows.
         """
         check_fields(self.model_extra or {})
         for name in ("num_draws", "max_draws"):
@@ -87,16 +87,16 @@ class SamplingRequest(_Body):
                 raise ApiError(f"'{name}' may be {most_draws} at most.", param=name)
 
     def chosen_seed(self) -> int:
-        """The seed that was given, or a random one."""
+        """The seed of the request, or a random one if it has none."""
         return secrets.randbits(31) if self.seed is None else self.seed
 
     def sampler_for(self, head: HeadConfig, temperature: float, draws: int) -> Sampler:
-        """How chunks are sampled.
+        """The sampler of the request.
 
         Args:
-            head: The model's head.
-            temperature: Where the request says none.
-            draws: Draws of a chunk where the request says none.
+            head: Configuration of the model's head.
+            temperature: Default temperature.
+            draws: Default number of draws per chunk.
 
         Raises:
             ApiError: If a value is out of range.
@@ -123,22 +123,22 @@ class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     prompt_name = "prompt"
-    prompt: Prompts = Field(default_factory=lambda: [""])  # The beginning of a text.
+    prompt: Prompts = Field(default_factory=lambda: [""])  # "" starts a new text.
     max_tokens: Count | None = None
     echo: StrictBool = False
 
 
 class PoolRequest(_Body):
-    """POST /v1/calm/pool: what could come next."""
+    """POST /v1/calm/pool: candidates for the next chunk."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
     prompt: Prompt | None = None  # Either this
     messages: Messages | None = None  # or a chat.
-    written: Written = Field(default_factory=list)  # Tokens after it, whole chunks.
-    chunk: Chunk = Field(default_factory=list)  # What is told even if it is rare, or not drawn at all.
-    num_draws: Count | None = None  # None for as many as the server makes of a chunk.
-    num_thoughts: ThoughtCount | None = None  # Between the prompt and what was written.
+    written: Written = Field(default_factory=list)  # Token ids generated after it, in whole chunks.
+    chunk: Chunk = Field(default_factory=list)  # Returned in any case, even if it is never drawn.
+    num_draws: Count | None = None  # None for as many as the server makes per chunk.
+    num_thoughts: ThoughtCount | None = None  # Between the prompt and `written`.
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
     most: Whole = Field(12, ge=1, le=1000)
     seed: Seed | None = None

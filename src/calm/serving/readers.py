@@ -1,4 +1,4 @@
-"""Work that would hold the event loop up, in threads of its own, for as long as somebody waits for it."""
+"""Threads for work that would block the event loop; it is cancelled when nobody waits for it any more."""
 
 import asyncio
 import copy
@@ -12,22 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from calm.serving.errors import ApiError
 
 IsGone = Callable[[], Awaitable[bool]]
-"""Whether whoever asked has left."""
+"""Whether the client has left."""
 
-SECONDS_BETWEEN_LOOKS = 0.5  # At whether whoever asked is still there.
+SECONDS_BETWEEN_LOOKS = 0.5  # Between checks that the client is still there.
 _Result = TypeVar("_Result")
 
 
 async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float = float("inf")) -> _Result:
-    """What comes of some work, which is cancelled if nobody waits for it any more.
+    """Wait for the result of some work, and cancel the work if nobody waits for it any more.
 
     Args:
         work: The work.
-        is_gone: Awaited now and then.
-        seconds: How long it may take, about.
+        is_gone: Awaited every half second: whether the client has left.
+        seconds: Approximate time limit.
 
     Raises:
-        ApiError: If whoever asked has left, or it takes too long.
+        ApiError: If the client has left, or the work takes too long.
     """
     result, deadline = asyncio.wrap_future(work), time.monotonic() + seconds
     try:
@@ -44,15 +44,15 @@ async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float =
 
 
 class Readers:
-    """A thread that reads texts, one request after the other, and one that spells what is written.
+    """A thread that parses and tokenizes requests, one after the other, and one that decodes long texts.
 
-    The first has a tokenizer to itself: what a tokenizer takes for a control token is a setting of it, which
+    The first has its own copy of the tokenizer: whether a tokenizer parses control tokens is a setting that
     each call changes.
 
     Args:
-        tokenizer: Copied.
-        max_waiting: Requests that wait for their turn; more are refused.
-        seconds: How long each may take, with its wait.
+        tokenizer: The tokenizer, which is copied.
+        max_waiting: Requests that may wait for their turn; more are refused.
+        seconds: Time limit of each, including its wait.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_waiting: int, seconds: float) -> None:
@@ -62,14 +62,15 @@ class Readers:
         self._spelling = ThreadPoolExecutor(1, thread_name_prefix="calm-speller")
 
     async def run(self, work: Callable[[], _Result], is_gone: IsGone) -> _Result:
-        """Do something in the thread.
+        """Run a function in the first thread.
 
         Args:
-            work: What to do.
-            is_gone: Whether whoever asked has left; then it is not begun.
+            work: The function.
+            is_gone: Whether the client has left; then the function is not started.
 
         Raises:
-            ApiError: If too much is waiting, it takes too long, or whoever asked has left.
+            ApiError: If too many requests wait, it takes too long, the client has left, or the server is
+                shutting down.
         """
         if self._num_waiting >= self._max_waiting:
             raise ApiError(
@@ -77,7 +78,7 @@ class Readers:
             )
         try:
             begun = self._reading.submit(work)
-        except RuntimeError as error:  # It has been stopped.
+        except RuntimeError as error:  # The thread has been stopped.
             raise ApiError(
                 "the server is shutting down.", 503, "server_error", code="shutting_down"
             ) from error
@@ -88,10 +89,10 @@ class Readers:
             self._num_waiting -= 1
 
     async def spell(self, work: Callable[[], _Result]) -> _Result:
-        """Do something in the other thread, for a text that is being written."""
+        """Run a function in the other thread, for a text that is being generated."""
         return await asyncio.wrap_future(self._spelling.submit(work))
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Start no more work."""
         self._reading.shutdown(wait=False, cancel_futures=True)
         self._spelling.shutdown(wait=False, cancel_futures=True)

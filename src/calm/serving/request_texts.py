@@ -1,4 +1,4 @@
-"""The texts of one request: submitted together, delivered as they are written, given up when nobody waits."""
+"""The texts of one request: submitted together, delivered as generated, cancelled when the client leaves."""
 
 import asyncio
 import time
@@ -19,24 +19,24 @@ from calm.text.decoding import TextBuilder, spell_tokens
 
 
 def of_queue(error: QueueFullError) -> ApiError:
-    """Why the engine takes nothing, as an answer; whoever asked may try again later."""
+    """The ApiError for work that the engine did not accept; the client may try again later."""
     if isinstance(error, StoppingError):
         return ApiError(str(error), 503, "server_error", code="shutting_down")
     return ApiError(str(error), 429, "rate_limit_error", code="queue_full")
 
 
-_LONG_TEXT = 2000  # From so many tokens on, or characters of stops, a text is spelled off the event loop.
+_LONG_TEXT = 2000  # From this many tokens plus characters of stops on, a text is decoded off the event loop.
 
 
 @dataclass(frozen=True)
 class Part:
-    """What became certain of a text.
+    """A part of a text that can no longer change.
 
     Args:
         index: Which text of the request.
-        text: What is new.
-        finish_reason: "stop" or "length" with the last part.
-        chunks: What was drawn, for those who want to see.
+        text: The new text.
+        finish_reason: "stop" or "length" in the last part.
+        chunks: What was sampled, if the request asks for it.
     """
 
     index: int
@@ -50,18 +50,18 @@ class RequestTexts:
     """All texts of one request.
 
     Args:
-        engine: Who writes.
-        tokenizer: Of the model.
-        prompts: Tokens of each text's prompt.
-        copies: Texts of each prompt.
-        sampler: How they are drawn.
-        budget: Most tokens of a text.
-        seed: Seed of all.
-        stops: Where a text ends.
-        seconds: How long all may take.
-        readers: Who spells long texts.
-        with_chunks: Whether parts tell what was drawn.
-        thoughts: What is thought after each prompt.
+        engine: The engine that generates them.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt.
+        copies: Texts per prompt.
+        sampler: How they are sampled.
+        budget: Maximum new tokens of a text.
+        seed: Seed of the request.
+        stops: Stop strings.
+        seconds: Time limit for all of them.
+        readers: Their thread decodes long texts.
+        with_chunks: Whether parts include what was sampled.
+        thoughts: Thoughts after each prompt, if any.
     """
 
     engine: Engine
@@ -88,7 +88,7 @@ class RequestTexts:
         self._is_woken = False
         self._deadline = time.monotonic() + self.seconds
         self._stop_length = sum(map(len, self.stops))
-        written: Counter[tuple[int, ...]] = Counter()  # Equal prompts get different texts.
+        written: Counter[tuple[int, ...]] = Counter()  # So that equal prompts get different texts.
         self._jobs: list[Job] = []
         for prompt in self.prompts:
             words = tuple(prompt)
@@ -110,7 +110,7 @@ class RequestTexts:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens so far, as the API counts them: a thought counts as one of the completion."""
+        """Token counts so far, in the API's format; a thought counts as a completion token."""
         read, made = sum(map(len, self.prompts)), sum(text.num_tokens for text in self._texts)
         thought = len(self._texts) * (0 if self.thoughts is None else self.thoughts.number)
         made += thought
@@ -118,7 +118,7 @@ class RequestTexts:
         return usage | ({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {})
 
     def submit(self) -> None:
-        """Ask the engine.
+        """Submit all texts to the engine.
 
         Raises:
             ApiError: If too many texts are waiting, or the server is shutting down.
@@ -129,16 +129,16 @@ class RequestTexts:
             raise of_queue(error) from error
 
     def cancel(self) -> None:
-        """Give all texts up."""
+        """Cancel all texts."""
         self.engine.cancel(self._jobs)
 
     async def parts(self, is_gone: IsGone | None = None, as_it_comes: bool = True) -> AsyncIterator[Part]:
-        """What is written; whatever ends this, nothing goes on being written.
+        """Yield parts as they are generated; however this generator ends, the texts are cancelled.
 
         Args:
-            is_gone: Awaited now and then: whether whoever asked has left.
-            as_it_comes: Whether to wake for every chunk. That takes time from the thread that writes, so
-                whoever wants the whole text only sleeps until its end.
+            is_gone: Awaited every half second: whether the client has left.
+            as_it_comes: Whether to wake up for every chunk. That takes time from the generating thread, so
+                a request for whole texts sleeps until one ends.
 
         Raises:
             ApiError: If a text fails or takes too long.
@@ -151,11 +151,11 @@ class RequestTexts:
                     if await is_gone():
                         return
                     looked = time.monotonic()
-                if time.monotonic() > self._deadline + SECONDS_BETWEEN_LOOKS:  # It is read too slowly.
+                if time.monotonic() > self._deadline + SECONDS_BETWEEN_LOOKS:  # The client reads too slowly.
                     raise _took_too_long("the answer took too long")
                 try:
                     await asyncio.wait_for(self._is_awake.wait(), SECONDS_BETWEEN_LOOKS)
-                except asyncio.TimeoutError:  # Another class before Python 3.11.
+                except asyncio.TimeoutError:  # Not the built-in TimeoutError before Python 3.11.
                     continue
                 for index, piece in self._take():
                     if index in open_texts:
@@ -167,8 +167,8 @@ class RequestTexts:
             self.cancel()
 
     def _take(self) -> list[tuple[int, list[Written | Exception]]]:
-        """What has arrived: chunks of a text together, unless each counts by itself."""
-        # First: what arrives from here on wakes again.
+        """What has arrived; the chunks of a text are merged, unless each one is needed separately."""
+        # Clear these first: whatever arrives from here on must set them again.
         self._is_awake.clear()
         self._is_woken = False
         pieces: list[tuple[int, list[Written | Exception]]] = []
@@ -183,10 +183,10 @@ class RequestTexts:
         return pieces
 
     async def _part(self, index: int, piece: list[Written | Exception]) -> Part:
-        """What some chunks add to a text.
+        """The part that some chunks add to a text.
 
         Raises:
-            ApiError: If it has failed.
+            ApiError: If the text has failed.
         """
         chunks = [_checked(what) for what in piece]
         builder, end = self._texts[index], chunks[-1].ended_by
@@ -224,7 +224,7 @@ class RequestTexts:
 
 
 def _checked(what: Written | Exception) -> Written:
-    """A chunk; the error that came in its place is raised in the form of the API."""
+    """Return a chunk, or raise the error that came in its place as an ApiError."""
     if isinstance(what, TimeoutError):
         raise _took_too_long(str(what))
     if isinstance(what, QueueFullError):

@@ -1,4 +1,4 @@
-"""`calm serve`: a model folder, a port, and a clean end."""
+"""`calm serve`: load a model, listen on a port, and shut down cleanly."""
 
 import codecs
 import ipaddress
@@ -22,7 +22,7 @@ from calm.serving.logs import fold_repeats
 KEY_VARIABLE = "CALM_API_KEY"
 
 
-_MAY_BE_NONE = ("prefix_bytes",)  # Limits that 0 turns off.
+_MAY_BE_NONE = ("prefix_bytes",)  # Where 0 is a valid limit.
 
 
 def run_server(
@@ -43,19 +43,19 @@ def run_server(
 
     Args:
         model: Folder or hub name.
-        host: Address to listen at.
-        port: Port to listen at; 0 takes a free one.
-        head: Changes of how the head is drawn from.
+        host: Address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        head: Sampling settings of the head to change.
         name: The model's name in requests.
         api_key_file: File with the key.
-        temperature: Where a request says none.
-        allowed_hosts: Names that it may be called by, beside `host` and its own.
-        draft: Folder or hub name of a CALM that drafts for a model of tokens.
-        draft_chunks: Chunks of a draft; 1 where None.
+        temperature: Default temperature.
+        allowed_hosts: Host names that the server answers to, besides `host` and the machine's own.
+        draft: Folder or hub name of a CALM that drafts for a token-level model.
+        draft_chunks: Chunks per draft; 1 if None.
         **limits: Further fields of `calm.serving.settings.ServerSettings`.
 
     Raises:
-        InputError: If a value or the model is bad, or the address cannot be used.
+        InputError: If a value or the model is invalid, or the address cannot be used.
     """
     require("the server", "fastapi", "prometheus-client", "pydantic", "uvicorn")
     import uvicorn  # noqa: PLC0415 (of an extra)
@@ -67,7 +67,7 @@ def run_server(
     from calm.serving.writers import DraftedWriter  # noqa: PLC0415
 
     for limit, value in limits.items():
-        if not (value > 0 or (value == 0 and limit in _MAY_BE_NONE)):  # Or it is no number.
+        if not (value > 0 or (value == 0 and limit in _MAY_BE_NONE)):  # Written so that NaN fails too.
             raise InputError(f"{limit} must be above 0, got {value}.")
     draws = min(ExactSampler.max_draws, limits.get("max_draws", ExactSampler.max_draws))
     try:
@@ -115,13 +115,13 @@ def run_server(
 
 
 def _key(file: str | None) -> str | None:
-    """The key that requests must show, from a file or the environment."""
+    """The key that requests must send, from a file or the environment."""
     if file is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
         raw = Path(file).read_bytes()
         utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        # Other bytes than UTF-8 are kept as they are, as those of the environment.
+        # Bytes that are not UTF-8 become surrogates, as in environment variables.
         key = raw.decode("utf-16") if utf16 else raw.decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as error:
         raise InputError(f"the API key file '{file}' cannot be read ({error}).") from error
@@ -136,7 +136,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _reachable(host: str) -> str:
-    """What a browser on this machine can open: the address that stands for all of them is none."""
+    """A host that a browser on this machine can open, in place of a wildcard address."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a server allows."""
+"""Settings and limits of a server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server allows.
+    """Settings and limits of a server.
 
     Args:
         name: The model's name in requests.
-        api_key: What requests must show; None for no key.
-        temperature: Of requests that say none.
-        draws: Draws of a chunk for requests that say none.
-        max_rows: Texts that are written at the same time.
-        max_waiting: Texts that wait; more are refused with 429.
-        max_tokens: Most new tokens of a text.
-        max_request_tokens: Most tokens of all texts of a request together: prompts, thoughts, new ones.
-        max_draws: Most draws of a chunk.
-        max_thoughts: Most thoughts before a text (`calm.models.thoughts`).
-        draws_at_once: Draws of all texts together that are held in memory; with more, texts take turns.
-        chunks_at_once: Chunks of prompts that are read between two steps of the texts.
-        prefix_bytes: Memory for beginnings of prompts that may come again; 0 keeps none.
-        max_body: Bytes of a request.
-        max_bytes: Bytes of all requests that are not answered yet, at least those of one.
+        api_key: Key that requests must send; None for no key.
+        temperature: Default temperature.
+        draws: Default number of draws per chunk.
+        max_rows: Texts generated at once.
+        max_waiting: Texts that may wait in the queue; more are refused with 429.
+        max_tokens: Maximum new tokens per text.
+        max_request_tokens: Maximum total tokens of a request: prompts, thoughts and new tokens.
+        max_draws: Maximum draws per chunk.
+        max_thoughts: Maximum thoughts before a text (`calm.models.thoughts`).
+        draws_at_once: Draws of all texts held in memory at once; beyond that, texts take turns.
+        chunks_at_once: Prompt chunks prefilled between two generation steps.
+        prefix_bytes: Memory of the prefix cache; 0 turns it off.
+        max_body: Maximum bytes of a request.
+        max_bytes: Maximum bytes of all unanswered requests; raised to `max_body` if it is lower.
         max_client_bytes: The same for one address.
-        max_connections: Connections at the same time; fewer where the system does not allow as many files.
-        max_client_connections: Connections of one address at the same time.
-        header_seconds: How long the head of a request may take.
-        body_seconds: How long its body may take.
-        write_seconds: How long a client may leave what has been sent to it.
-        template_seconds: How long the chat template may take.
-        seconds: How long a request may take.
-        allowed_hosts: Names that it may be called by, beside addresses, `localhost` and the machine's own;
-            "*" for any.
+        max_connections: Maximum connections; fewer if the system allows fewer open files.
+        max_client_connections: Maximum connections from one address.
+        header_seconds: Time limit for the headers of a request.
+        body_seconds: Time limit for its body.
+        write_seconds: How long a client may leave a response unread.
+        template_seconds: Time limit for rendering the chat template.
+        seconds: Time limit for a request.
+        allowed_hosts: Host names that the server answers to, besides IP addresses, `localhost` and the
+            machine's own name; "*" for any.
     """
 
     name: str

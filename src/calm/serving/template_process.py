@@ -1,6 +1,6 @@
-"""Renders chat templates as a process of its own: `python template_process.py`, a JSON object a line.
+"""Renders chat templates in a process of its own: `python template_process.py`, one JSON object per line.
 
-It imports nothing of this package, whose own imports would take seconds.
+It imports nothing from this package, which would take seconds.
 """
 
 import json
@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_MEMORY = 1 << 29  # Bytes beside what the process has when it is ready.
+_MEMORY = 1 << 29  # Bytes beyond what the process uses when it is ready.
 
 
 def main() -> None:
-    """Answer line after line until there are no more."""
+    """Answer each line until the input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    sys.stdout = sys.stderr  # Nothing else goes there.
+    sys.stdout = sys.stderr  # Nothing but answers may go to standard output.
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
 
     _limit_memory()
@@ -37,7 +37,7 @@ def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
 
 
 def _limit_memory() -> None:
-    """What takes more fails with a MemoryError, on systems that tell how much there is."""
+    """Make larger allocations fail with a MemoryError, on systems that tell how much memory is in use."""
     try:
         import resource  # noqa: PLC0415 (not on Windows)
 

@@ -1,7 +1,7 @@
-"""Chat templates, which come with a model and are programs: rendered in a process that can be stopped.
+"""Chat templates are programs that come with a model; they are rendered in a process that can be killed.
 
-In a thread of this one, a template that loops could not be stopped, and one that multiplies large numbers
-would hold all threads up.
+In a thread of this process, a template that loops could not be stopped, and one that multiplies huge numbers
+would block all threads.
 """
 
 import json
@@ -22,21 +22,21 @@ _SECRETS = ("CALM_API_KEY", "HF_TOKEN")
 
 
 class TemplateProcess:
-    """The process, which is started when it is needed."""
+    """The process, started when it is needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def render(self, asked: dict[str, Any], seconds: float) -> str:
-        """A conversation as a template writes it.
+        """Render a conversation.
 
         Args:
-            asked: As the process takes it.
-            seconds: How long the template may take.
+            asked: What the process is sent.
+            seconds: Time limit for the template.
 
         Raises:
-            ValueError: If it takes longer, or fails.
+            ValueError: If the template takes longer, or fails.
         """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -58,13 +58,13 @@ class TemplateProcess:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the server, at whose end this one's input ends.
+            start_new_session=True,  # Ctrl-C is for the server; when that ends, so does this input.
         )
         if self._exchange(None, _SECONDS_TO_START) is None:
             raise RuntimeError("the process that renders chat templates does not start.")
 
     def _exchange(self, line: str | None, seconds: float) -> dict[str, Any] | None:
-        """Send a line and wait for one; None if the process was stopped, or ended itself."""
+        """Send a line and wait for one; None if the process was killed or has ended."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         clock = threading.Timer(seconds, process.kill)
@@ -76,7 +76,7 @@ class TemplateProcess:
                 process.stdin.flush()
             said = process.stdout.readline()
             answer: dict[str, Any] = json.loads(said)
-        except (OSError, ValueError):  # It has ended.
+        except (OSError, ValueError):  # The process has ended.
             process.kill()
             process.wait()
             self._process = None
@@ -90,12 +90,12 @@ _PROCESS = TemplateProcess()  # One for all servers of this process.
 
 
 def render_elsewhere(tokenizer: PreTrainedTokenizerBase, most_characters: int, seconds: float) -> None:
-    """Have the chat template of a tokenizer rendered by the other process.
+    """Make a tokenizer render its chat template in the other process.
 
     Args:
-        tokenizer: Changed.
-        most_characters: Longest text that a template may write.
-        seconds: How long it may take.
+        tokenizer: The tokenizer, which is modified.
+        most_characters: Maximum length of the rendered text.
+        seconds: Time limit.
     """
 
     def apply_chat_template(

@@ -1,4 +1,4 @@
-"""What requests may ask of a model's thoughts (`calm.models.thoughts`)."""
+"""The thoughts that requests may ask for (`calm.models.thoughts`)."""
 
 from transformers import PreTrainedConfig
 
@@ -7,15 +7,15 @@ from calm.serving.errors import ApiError
 
 
 def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int) -> Thoughts | None:
-    """What is thought after a prompt.
+    """The thoughts after a prompt, if any.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
         number: Thoughts that a request asks for; None for as many as the model was trained with.
-        most: Thoughts that the server allows.
+        most: Maximum thoughts that the server allows.
 
     Raises:
-        ApiError: If they are too many, or the model was not trained to think.
+        ApiError: If there are too many, or the model was not trained to think.
     """
     trained = thoughts_of(config)
     if trained is None:
@@ -30,16 +30,16 @@ def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int)
         raise ApiError(f"'num_thoughts' may be {most} at most.", param="num_thoughts")
     try:
         return thoughts_for(config, number)
-    except ValueError as error:  # The server allows more than any model may take.
+    except ValueError as error:  # The server allows more than any model can take.
         raise ApiError(str(error), param="num_thoughts") from error
 
 
 def check_effort(asked: object, thoughts: Thoughts | None) -> None:
-    """Raise ApiError where 'reasoning_effort' asks a model for no thoughts that takes some all the same.
+    """Raise ApiError if 'reasoning_effort' asks for no thoughts, but the model takes some.
 
     Args:
         asked: The value of the field.
-        thoughts: What is thought.
+        thoughts: The thoughts after the prompt, if any.
     """
     if asked == "none" and thoughts is not None:
         raise ApiError(

@@ -1,4 +1,4 @@
-"""Types of a request's values, as JSON has them: nothing is guessed from another type."""
+"""Types of a request's values. No other type is converted to them, except that 16.0 counts as 16."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ _LONGEST_STOP = 1000
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one type of numbers: 16.0 is 16."""
+    """Turn 16.0 into 16: JSON has only one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -27,18 +27,18 @@ def _is_token(value: Any) -> bool:
 
 
 def read_tokens(value: Any, place: str) -> list[int]:
-    """Token ids.
+    """A list of token ids.
 
     Args:
-        value: A list.
-        place: Where it stands in the request.
+        value: The list.
+        place: Its place in the request, for the message.
 
     Raises:
-        ApiError: If it is none, or holds anything but whole numbers.
+        ApiError: If it is not a list, or contains anything but whole numbers.
     """
     if not isinstance(value, list):
         raise at(place, f"must be an array of token ids, got {json_type(value)}.")
-    if all(type(one) is int for one in value):  # The common case, and fast.
+    if all(type(one) is int for one in value):  # The common case, checked fast.
         return value
     ids = [_whole(one) for one in value]
     wrong = next((index for index, one in enumerate(ids) if not _is_token(one)), None)
@@ -49,7 +49,7 @@ def read_tokens(value: Any, place: str) -> list[int]:
 
 
 def read_prompts(value: Any) -> list[str] | list[list[int]]:
-    """The prompts of a completion as a list.
+    """The prompts of a completion request, as a list.
 
     Args:
         value: A text, token ids, or a list of either.
@@ -78,7 +78,7 @@ def read_prompt(value: Any) -> str | list[int]:
     """One prompt: a text or token ids.
 
     Raises:
-        ApiError: If it is none.
+        ApiError: If it is neither.
     """
     if isinstance(value, str):
         return value
@@ -88,13 +88,13 @@ def read_prompt(value: Any) -> str | list[int]:
 
 
 def read_stops(value: Any) -> list[str]:
-    """Where a text ends, as a list.
+    """The stop strings of a request, as a list.
 
     Args:
-        value: A text or several.
+        value: A string or a list of strings.
 
     Raises:
-        ApiError: If it is none of these, or texts are too many, too long or empty.
+        ApiError: If it is neither, there are too many strings, or one is too long or empty.
     """
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list):

@@ -1,4 +1,4 @@
-"""What every request passes: its Host, the key, an id, counts, and the answer to what nobody caught."""
+"""Middleware for every request: Host and key checks, an id, metrics, and a response to uncaught errors."""
 
 import contextlib
 import logging
@@ -20,14 +20,14 @@ _OPEN_PATHS = ("/health", *PAGE_PATHS)
 
 
 class Watch:
-    """Checks host and key, names requests, and counts them when their answers have ended.
+    """Checks host and key, gives each request an id, and counts it once its response has ended.
 
     Args:
-        app: What answers.
-        key: What requests must show; None for no key.
-        hosts: Names that the server may be called by.
-        intake: Counts bodies.
-        metrics: What is counted.
+        app: The application.
+        key: API key that requests must send; None for no key.
+        hosts: Host names that the server answers to.
+        intake: Counts the bytes of bodies.
+        metrics: Counts requests.
     """
 
     def __init__(self, app: ASGIApp, key: str | None, hosts: Hosts, intake: Intake, metrics: Metrics) -> None:
@@ -36,11 +36,11 @@ class Watch:
         self._keys = None if key is None else _spellings(key.strip())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499  # Gone before there was an answer.
+        started, status = time.perf_counter(), 499  # For a client that leaves before any response.
         request_id, is_answered = f"req_{secrets.token_hex(12)}", False
         scope = {**_as_routes_know_it(scope), "request_id": request_id}
 
@@ -67,7 +67,7 @@ class Watch:
                 raise
             await own_mistake(request_id).response()(scope, receive, note)
         finally:
-            # Never what was asked for: labels must be few.
+            # The route, never the requested path, since the number of labels must stay small.
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - started)
@@ -76,8 +76,8 @@ class Watch:
         if self._keys is None or scope["path"] in _OPEN_PATHS:
             return
         scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Headers are decoded as Latin-1, which gives the bytes back; other white space than ASCII's may be
-        # half of a UTF-8 character.
+        # Headers are decoded as Latin-1, so encoding restores the bytes. Only ASCII white space is stripped:
+        # other white space may be part of a UTF-8 character.
         sent = shown.strip(" \t").encode("latin-1")
         is_right = [secrets.compare_digest(sent, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(is_right):
@@ -90,7 +90,7 @@ class Watch:
 
 
 def _spellings(key: str) -> set[bytes]:
-    """A key in the bytes that clients send: UTF-8, and Latin-1 where it can be."""
+    """The bytes that clients may send for a key: UTF-8, and Latin-1 if it can encode the key."""
     spellings = {key.encode("utf-8", "surrogateescape")}
     with contextlib.suppress(UnicodeEncodeError):
         spellings.add(key.encode("latin-1"))
@@ -98,7 +98,7 @@ def _spellings(key: str) -> set[bytes]:
 
 
 def _as_routes_know_it(scope: Scope) -> Scope:
-    """HEAD is GET, whose body the server leaves out, and a path does not end in '/'."""
+    """Treat HEAD as GET, since the server omits the body, and drop a trailing '/' from the path."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     path = scope["path"]
     return {**scope, "method": method, "path": path[:-1] if len(path) > 2 and path.endswith("/") else path}

@@ -1,4 +1,4 @@
-"""Who writes behind the API: a CALM, or a model of tokens that a CALM drafts for."""
+"""The models behind the API: a CALM, or a token-level model that a CALM drafts for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ HowToDraw = Sampler | TokenSampler
 
 
 class Batch(Protocol):
-    """Texts that are written together; see `ChunkBatch`."""
+    """Texts that are generated together; see `ChunkBatch`."""
 
     def join(
         self,
@@ -32,30 +32,30 @@ class Batch(Protocol):
         copy: int = 0,
         thoughts: Thoughts | None = None,
     ) -> Row:
-        """Take a row in."""
+        """Add a row."""
 
     def step(self) -> list[Written | Failed]:
-        """Write some rows further."""
+        """Advance some rows by one step."""
 
     def drop(self, row: Row) -> None:
-        """Take a row out before its end."""
+        """Remove a row before it has ended."""
 
 
 class Writer(Protocol):
-    """A model, and how texts of it are written."""
+    """A model, and how to generate with it."""
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model whose texts these are."""
+        """The model that texts are sampled from."""
 
     def new_batch(self, limits: BatchLimits) -> Batch:
-        """A batch without rows."""
+        """An empty batch."""
 
     def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> HowToDraw:
-        """How a request is drawn.
+        """The sampler for a request.
 
         Raises:
-            ApiError: If it asks for what cannot be done.
+            ApiError: If the request asks for something unsupported.
         """
 
 
@@ -86,12 +86,12 @@ class ChunkWriter:
 
 @dataclass(frozen=True)
 class DraftedWriter:
-    """A model of tokens, and a CALM that drafts for it.
+    """A token-level model, and a CALM that drafts for it.
 
     Args:
-        model: The model.
-        draft: The CALM.
-        num_chunks: Chunks of a draft.
+        model: The target model.
+        draft: The draft model.
+        num_chunks: Chunks per draft.
     """
 
     model: PreTrainedModel
