@@ -78,6 +78,16 @@ def test_tokens_of_all_texts_together(body, field, model, tokenizer):
         assert post(url, prompt=[[5] * 50], max_tokens=50).status_code == 200
 
 
+def test_a_context_without_a_limit_leaves_room(model, tokenizer, monkeypatch):
+    for name in ("longest_context", "room_beside"):
+        monkeypatch.setattr(endpoint, name, lambda *_: None)
+    with serving(model, tokenizer, max_tokens=12) as (_, _, url):
+        chat = {"messages": [{"role": "user", "content": "a"}], "seed": 1, "temperature": 1}
+        answer = post(url, "chat/completions", **chat)
+        assert answer.json()["usage"]["completion_tokens"] == 12
+        assert post(url, "calm/pool", prompt="a", num_draws=8).status_code == 200
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Texts are read as soon as this is set; what was read."""
