@@ -62,7 +62,7 @@ WRONG = [
         "finetune --output o --recipe demo",
         "there is no recipe 'demo'; give a .yaml file or one of: full, lora, thoughts.",
     ),
-    ("share x --push small", "'small' is no name on the hub; give OWNER/NAME."),
+    ("share x --push small", "'small' is not a repository name on the hub; give OWNER/NAME."),
 ]
 JARGON = (
     "Parser key",
@@ -123,7 +123,7 @@ ODD_RECIPES = [
 def test_odd_recipes_are_one_sentence(text, capsys, tmp_path):
     (tmp_path / "odd.yaml").write_text(text)
     told = failure(capsys, "train", "--recipe", tmp_path / "odd.yaml", "--output", tmp_path / "run")
-    assert "odd.yaml' is no YAML" in told or "seed must be a whole number" in told
+    assert "odd.yaml' is not valid YAML" in told or "seed must be a whole number" in told
 
 
 def test_a_name_of_several_lines_is_told_in_one(capsys, tmp_path):

@@ -137,7 +137,7 @@ def test_a_card_of_ones_own_is_kept(runs, capsys):
         write_card(runs / "run")
     assert path.read_text() == "mine"
     path.unlink()
-    assert "is no finished run" in failure(capsys, "share", runs)
+    assert "is not a finished run" in failure(capsys, "share", runs)
 
 
 def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
@@ -193,7 +193,7 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     for name, weight in copied.state_dict().items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, model.state_dict()[name].bfloat16().float()), name
-    assert "is there already" in failure(capsys, "share", runs / "run", "--export", copy)
+    assert "already exists" in failure(capsys, "share", runs / "run", "--export", copy)
     message = failure(capsys, "share", runs / "run", "--export", tmp_path / "b", "--dtype", "int4")
     assert "dtype must be float32, bfloat16 or float16, got 'int4'" in message
 
@@ -205,11 +205,11 @@ def test_bad_options_are_found_before_the_work(runs, capsys, tmp_path, monkeypat
     for options, words in {
         ("--dtype", "int8"): "dtype must be float32, bfloat16 or float16, got 'int8'",
         ("--dtype", "int8", "--export", tmp_path / "new"): "got 'int8'",
-        ("--export", tmp_path): "is there already; choose another --export",
-        ("--export", tmp_path / "file"): "is there already; choose another --export",
+        ("--export", tmp_path): "already exists; choose another --export",
+        ("--export", tmp_path / "file"): "already exists; choose another --export",
         ("--export", tmp_path / "file/copy"): f"cannot be a folder: '{tmp_path}/file' is a file",
         ("--private",): "name it with --push",
-        ("--push", "small"): "'small' is no name on the hub; give OWNER/NAME",
+        ("--push", "small"): "'small' is not a repository name on the hub; give OWNER/NAME",
         ("--push", "me/small", "--dtype", "int8"): "got 'int8'",  # And the hub is not asked.
         ("--ngrams", "[0]"): "ngrams must be",
         ("--about", "\udce9"): "UTF-8",
@@ -274,7 +274,7 @@ def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
 
 def test_what_is_no_run_to_share(answering, capsys, tmp_path):
     for folder in (answering / "run/model", answering, tmp_path):
-        assert "is no finished run of `calm train` or `calm finetune`" in failure(capsys, "share", folder)
+        assert "is not a finished run of `calm train` or `calm finetune`" in failure(capsys, "share", folder)
     message = failure(capsys, "share", answering / "asked", "--ngrams", "[3]")
     assert "leave out --ngrams and --max_blocks" in message
     answers = answering / "asked/answers.jsonl"

@@ -105,7 +105,7 @@ def test_a_mistake_that_a_worker_finds_is_a_sentence(cluster, text, tmp_path, sm
     good = (text / "2.jsonl").read_text()
     (text / "2.jsonl").write_text(f"{good}{{\n")
     before = sorted(text.iterdir())
-    with pytest.raises(InputError, match=r"2\.jsonl', line 40, is not JSON .*; mend that line\."):
+    with pytest.raises(InputError, match=r"2\.jsonl', line 40, is not JSON .*; fix that line\."):
         prepared(text, tmp_path / "two/out", engine="ray", num_proc=2)
     assert not (tmp_path / "two/out").exists() and sorted(text.iterdir()) == before
     (text / "2.jsonl").write_text(good)
@@ -115,7 +115,7 @@ def test_a_mistake_that_a_worker_finds_is_a_sentence(cluster, text, tmp_path, sm
 def test_a_machine_that_does_not_see_the_files_is_a_sentence(cluster, tmp_path):
     with (
         working_ahead("ray", 2) as ahead,
-        pytest.raises(RunError, match=r"cannot do its part .*No such file.* All machines have to see"),
+        pytest.raises(RunError, match=r"a worker failed .*No such file.* All machines must see"),
     ):
         ahead([partial(open, tmp_path / "nowhere")])
 

@@ -230,20 +230,20 @@ BAD = {
     "empty": ({"prompt": "a", "completion": ""}, "the completion is empty"),
     "no answer": ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     "no list": ({"messages": "a"}, "must be a list"),
-    "answer first": ({"messages": [{"role": "assistant", "content": "a"}]}, "does not take these messages"),
+    "answer first": ({"messages": [{"role": "assistant", "content": "a"}]}, "does not accept these messages"),
     "a role that says more": (
         {"messages": [{"role": "user: a\nassistant", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        r"a role is one word, such as user or assistant, not 'user: a\\nassistant'",
+        r"a role must be one word, such as user or assistant, not 'user: a\\nassistant'",
     ),
-    "no role": ({"messages": [{"role": "", "content": "a"}]}, "a role is one word"),
-    "no content": ({"messages": [{"role": "assistant"}]}, r"content of messages\[0\] must be a text"),
+    "no role": ({"messages": [{"role": "", "content": "a"}]}, "a role must be one word"),
+    "no content": ({"messages": [{"role": "assistant"}]}, r"content of messages\[0\] must be text"),
     "empty content": (
         {"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]},
-        r"content of messages\[0\] must be a text",
+        r"content of messages\[0\] must be text",
     ),
     "picture": (
         {"messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}]},
-        r"content of messages\[0\] must be a text",
+        r"content of messages\[0\] must be text",
     ),
 }
 
@@ -282,10 +282,10 @@ def test_bad_files(tokenizer, tmp_path):
     (tmp_path / "e.parquet").write_text("no")
     for name, message in {
         "a.txt": "has no records",
-        "b.jsonl": "line 1, is no record",
+        "b.jsonl": "line 1, is not a JSON object",
         "c.jsonl": "line 1, is not JSON",
-        "d.jsonl": "there is no example",
-        "f.jsonl": "line 1, has half a surrogate pair",
+        "d.jsonl": "there are no examples",
+        "f.jsonl": "line 1, has an unpaired surrogate",
         "e.parquet": "is damaged",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -296,7 +296,7 @@ def test_a_template_that_takes_no_such_roles(tokenizer, tmp_path):
     other = train_tokenizer(stories(0, 20), 400)
     other.chat_template = "{{ raise_exception('only users') }}"
     record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-    with pytest.raises(InputError, match=r"does not take these messages \(only users\)"):
+    with pytest.raises(InputError, match=r"does not accept these messages \(only users\)"):
         read_examples(written(tmp_path / "a.jsonl", record), other)
 
 

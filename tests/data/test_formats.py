@@ -112,7 +112,7 @@ def test_a_format_that_cannot_be_imported_leaves_the_others(installed, tmp_path,
     installed("broken", "import a_module_that_is_not_there", "srt")
     (tmp_path / "a.txt").write_text("a")
     assert list(read_documents(tmp_path / "a.txt", ReadingOptions())) == ["a"]
-    assert "the format 'srt' of broken is left out: No module named 'a_module_that_is_not_" in caplog.text
+    assert "skipping the format 'srt' of broken: No module named 'a_module_that_is_not_" in caplog.text
 
 
 def test_records_come_from_outside_too(tmp_path):
@@ -137,5 +137,5 @@ def test_the_longest_suffix_counts():
 
 @pytest.mark.parametrize("suffix", ["srt", ".SRT", ".", "", ".gz"])
 def test_what_cannot_be_a_suffix_is_refused(suffix):
-    with pytest.raises(ValueError, match=f"begins with a dot, .* got {suffix!r}"):
+    with pytest.raises(ValueError, match=f"begin with a dot, .* got {suffix!r}"):
         calm.register_format(suffix, lambda path, options: [])

@@ -110,7 +110,7 @@ def test_a_bad_file_costs_itself_only(text, tmp_path, small_pieces, monkeypatch)
 
 def test_nothing_done_leaves_nothing(text, tmp_path, small_pieces):
     (text / "0.jsonl").write_text('{"text": "good"}\n{\n')
-    with pytest.raises(InputError, match=r"mend that line\.$"):
+    with pytest.raises(InputError, match=r"fix that line\.$"):
         prepared(text, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
@@ -157,7 +157,7 @@ def test_a_damaged_piece_is_made_anew(damage, pieces_of, text, tmp_path, small_p
     for piece in sorted((tmp_path / ".out.work").glob(pieces_of))[1:3]:
         damage(piece)
     assert tokens(prepared(text, tmp_path / "out")) == whole
-    assert "that are damaged or were not finished; they are made again" in caplog.text
+    assert "that are damaged or incomplete; rebuilding them" in caplog.text
 
 
 def test_what_no_damaged_piece_explains_is_raised(tmp_path):

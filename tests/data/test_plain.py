@@ -48,16 +48,14 @@ def test_a_character_on_the_border_of_what_is_looked_at(tmp_path):
 )
 def test_what_is_no_plain_text(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        InputError, match=r"no plain text in UTF-8, and its name does not end in \.txt, .*\.xz"
-    ):
+    with pytest.raises(InputError, match=r"not UTF-8 plain text, and its name does not end in \.txt, .*\.xz"):
         find_files(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.json", "A.JSON.gz", "a.csv", "a.tsv", "a.arrow"])
 def test_records_of_another_form_are_not_taken_for_text(name, tmp_path):
     (tmp_path / name).write_bytes(b'[{"text": "a"}]')
-    with pytest.raises(InputError, match=r"holds records; turn it into \.jsonl or \.parquet first"):
+    with pytest.raises(InputError, match=r"holds records; convert it to \.jsonl or \.parquet first"):
         find_files(tmp_path / name)
 
 

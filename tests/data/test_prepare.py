@@ -157,7 +157,7 @@ def test_given_tokenizer(source, tmp_path):
 @pytest.mark.parametrize("documents", [["only one"], ["the same"] * 4])
 def test_one_document_cannot_be_split(documents, tmp_path):
     path = write_source(tmp_path / "a.jsonl", documents)
-    with pytest.raises(InputError, match=r"a\.jsonl holds one document.*--separator.*--validation"):
+    with pytest.raises(InputError, match=r"a\.jsonl holds a single document.*--separator.*--validation"):
         prepare_here(path, tmp_path / "out")
 
 
@@ -304,5 +304,5 @@ def test_held_out_part_of_a_prepared_folder(source, tmp_path):
 def test_held_out_folder_of_another_tokenizer(source, tmp_path):
     prepare_here(source, tmp_path / "out")
     other = train_tokenizer(stories(5, 20), 320)
-    with pytest.raises(InputError, match=r"out' was prepared with another tokenizer than the model's"):
+    with pytest.raises(InputError, match=r"out' was prepared with a different tokenizer from the model's"):
         held_out_data([str(tmp_path / "out")], other, ReadingOptions())

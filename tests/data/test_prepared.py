@@ -70,7 +70,7 @@ def test_blocks_are_made_once_and_again_if_they_are_damaged(folder, monkeypatch,
     ):  # fmt: skip
         damage(file)
         assert (rows(load_prepared(folder)), len(calls)) == (good, number)
-    assert "holds blocks of train that are damaged or were not finished" in caplog.text
+    assert "holds blocks of train that are damaged or incomplete" in caplog.text
 
 
 def test_blocks_of_other_text_or_settings_are_others(folder, tmp_path):

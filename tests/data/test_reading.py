@@ -27,12 +27,12 @@ TOO_LONG = {
     "a line of text": (
         "a.txt",
         LONG,
-        r"line 1 of '.*a\.txt' is longer than 1 MB; part it, or raise --max",
+        r"line 1 of '.*a\.txt' is longer than 1 MB; split it, or raise --max",
     ),
     "a packed line": ("a.txt.gz", gzip.compress(LONG), "line 1 of"),
     "a record": ("a.jsonl", b'{"text": "a"}\n' + json.dumps({"text": LONG.decode()}).encode(), "line 2 of"),
-    "a document of many lines": ("a.txt", MANY, "the document of .* that goes on in line 200001"),
-    "blank lines": ("a.txt", b"\n" * 1_000_001, "that goes on in line"),
+    "a document of many lines": ("a.txt", MANY, "the document in .* that includes line 200001"),
+    "blank lines": ("a.txt", b"\n" * 1_000_001, "that includes line"),
 }
 
 
@@ -71,7 +71,9 @@ def test_long_documents_in_parquet(tmp_path):
     packed = tmp_path / "b.parquet.gz"
     unpacked = parquet(tmp_path / "c.parquet", [os.urandom(900_000).hex()])
     packed.write_bytes(gzip.compress(unpacked.read_bytes()))
-    with pytest.raises(InputError, match=r"'.*b\.parquet\.gz', unpacked, is longer .*unpack it on the disk"):
+    with pytest.raises(
+        InputError, match=r"'.*b\.parquet\.gz', decompressed, is longer .*decompress it on disk"
+    ):
         list(read_documents(packed, SMALL))
     with open_parquet(packed, 10**7) as table:
         assert table.metadata.num_rows == 1

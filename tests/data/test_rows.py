@@ -164,7 +164,7 @@ def test_several_fields(form, fields, tmp_path):
 @in_every_form
 @pytest.mark.parametrize("fields", ["body", "text,body"])
 def test_a_field_that_no_record_has(form, fields, tmp_path):
-    with pytest.raises(InputError, match=r"has no field 'body'; its fields are n, text\. Name another by"):
+    with pytest.raises(InputError, match=r"has no field 'body'; its fields are n, text\. Name another with"):
         texts_in(form(tmp_path, records(TEXTS)), tmp_path / "cache", text_field=fields)
 
 
@@ -192,13 +192,15 @@ def test_nothing_but_nulls(form, tmp_path):
 
 @in_every_form
 def test_a_text_that_is_too_long(form, tmp_path):
-    with pytest.raises(InputError, match=r"is longer than 1 MB; part it, or raise --max_document_mb"):
+    with pytest.raises(InputError, match=r"is longer than 1 MB; split it, or raise --max_document_mb"):
         texts_in(form(tmp_path, records(["a" * 10**6, "b" * (10**6 + 1)])), tmp_path / "c", max_document_mb=1)
 
 
 @pytest.mark.parametrize("names", ["", " ", ",", "a,,b", "a,a", [], [""], ["a", "a"]])
 def test_names_of_fields(names):
-    with pytest.raises(InputError, match=r"text_field names one field, or several such as title,text; got"):
+    with pytest.raises(
+        InputError, match=r"text_field must name one field, or several such as title,text; got"
+    ):
         ReadingOptions(text_field=names)
 
 
@@ -243,7 +245,7 @@ def test_a_split_for_validation_is_held_out(is_saved, tmp_path, caplog):
         data = prepare(source, tmp_path / "out", vocab_size=300, num_proc=1)
     told = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in data.validation["input_ids"]]
     assert told == TEXTS[8:] and len(data.train) == 8
-    assert "the split 'validation' that comes with it is held out" in caplog.text
+    assert "its own split 'validation' is held out" in caplog.text
     other = prepare(source, tmp_path / "other", vocab_size=300, num_proc=1, validation_sources=splits["test"])
     assert len(other.validation) == 1
     if is_saved:
@@ -262,7 +264,9 @@ def test_splits_of_which_none_is_to_train_on(tmp_path):
 
 def test_prepared_text_is_no_source_of_text(tmp_path, capsys):
     prepare(in_memory(tmp_path, records(TEXTS)), tmp_path / "out", vocab_size=300, num_proc=1)
-    with pytest.raises(InputError, match=r"out' is prepared text, which a recipe takes as its only source"):
+    with pytest.raises(
+        InputError, match=r"out' is prepared text, which a recipe accepts only as its sole source"
+    ):
         prepare([tmp_path / "out"], tmp_path / "again")
     with pytest.raises(InputError, match=r"has no field 'text'; its fields are input_ids"):
         prepare(tmp_path / "out/train", tmp_path / "again", num_proc=1)
@@ -270,9 +274,9 @@ def test_prepared_text_is_no_source_of_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("source", [["a", "b"], 3, None, {"train": ["a"]}, iter("ab")])
 def test_what_is_no_source(source, tmp_path):
-    with pytest.raises(InputError, match=r"a source is a name or a dataset of .*\.from_dict"):
+    with pytest.raises(InputError, match=r"a source must be a name or a dataset of .*\.from_dict"):
         prepare([source], tmp_path / "out")
-    with pytest.raises(InputError, match=r"a source is a name or a dataset of"):
+    with pytest.raises(InputError, match=r"a source must be a name or a dataset of"):
         prepare(in_memory(tmp_path, records(TEXTS)), tmp_path / "out", validation_sources=[source])
     assert list(tmp_path.iterdir()) == []
 

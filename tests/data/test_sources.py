@@ -235,8 +235,8 @@ def test_a_record_without_text_is_skipped_and_counted(record, write, load, caplo
         ('{"text": ["a"]}', "has a list in its field 'text', not text"),
         ('{"text": {"a": "b"}}', "has an object in its field 'text', not text"),
         ('{"text": false}', "has true or false in its field 'text', not text"),
-        ('["text"]', "is no record"),
-        ('"text"', "is no record"),
+        ('["text"]', "is not a JSON object"),
+        ('"text"', "is not a JSON object"),
     ],
 )
 def test_what_is_no_text_is_named_by_its_line(record, kind, write, load):
@@ -284,7 +284,7 @@ def test_a_hub_name_without_network_is_one_sentence(name, load, offline, tmp_pat
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
     with pytest.raises(
-        InputError, match=f"'{name}' is neither a file or folder here nor a dataset"
+        InputError, match=f"'{name}' is neither a local file or folder nor a dataset"
     ) as caught:
         load(name)
     assert time.monotonic() - start < 20

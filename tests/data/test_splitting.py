@@ -161,7 +161,7 @@ def test_paragraphs_longer_than_a_part_are_kept_whole():
     "documents", [["one"], ["the same"] * 3, ["one line. Two sentences."], ["again\n\nagain\n\nagain\n\n"]]
 )
 def test_what_cannot_be_split_is_one_sentence(documents):
-    with pytest.raises(InputError, match=r"x\.txt holds one document without two different paragraphs"):
+    with pytest.raises(InputError, match=r"x\.txt holds a single document without two different paragraphs"):
         split_for(documents, 0.02)
 
 
@@ -282,7 +282,7 @@ def test_a_share_far_from_what_was_asked_for_is_warned_of(tmp_path, caplog):
         option in far
         for option in ("--separator", "--validation ", "--validation_fraction", "data.separator")
     )
-    assert "tokens held out are too few for a reliable score (3,000 or more are)" in few
+    assert "tokens held out are too few for a reliable score (at least 3,000 are needed)" in few
 
 
 def test_given_held_out_text_is_counted_and_not_compared_with_a_share(tmp_path, caplog):

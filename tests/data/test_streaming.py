@@ -178,7 +178,7 @@ def test_what_cannot_be_streamed(text, tmp_path):
     position.save(tmp_path / "position.json")
     with pytest.raises(InputError, match=r"by 2 process\(es\) with 1 worker\(s\) .* not 1 with 3"):
         Position(1, 3).load(tmp_path / "position.json")
-    with pytest.raises(InputError, match="as many processes as before"):
+    with pytest.raises(InputError, match="must resume with the same number of processes"):
         Position(2, 1).load(tmp_path / "position_1.json")
 
 

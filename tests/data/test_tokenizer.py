@@ -153,7 +153,7 @@ def test_smallest_vocabulary():
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     word_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no end-of-text token; set its eos_token"):
+    with pytest.raises(InputError, match="no EOS token; set its eos_token"):
         load_tokenizer(str(tmp_path))
 
 

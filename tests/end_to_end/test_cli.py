@@ -213,8 +213,8 @@ def test_doctor(capsys):
         ("odd.jsonl", b'{"text": "good"}\n{"text": ["bad"]}\n', "line 2"),
         ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "line 2, is not JSON"),
         ("torn.jsonl.xz", lzma.compress(b'{"text": "good"}\n' * 9000)[:-40], "damaged"),
-        ("one.txt", b"a single document", "holds one document"),
-        ("text.pdf", b"%PDF-1.7\n\0", "it is no plain text in UTF-8"),
+        ("one.txt", b"a single document", "holds a single document"),
+        ("text.pdf", b"%PDF-1.7\n\0", "it is not UTF-8 plain text"),
     ],
 )
 def test_bad_text(tmp_path, capsys, name, content, message):
@@ -295,7 +295,7 @@ def test_damaged_model_folders(room, tmp_path, capsys):
     torn = tmp_path / "torn"
     shutil.copytree(room / "run/model", torn)
     weights = torn / "model.safetensors"
-    assert "is not as it was written" in failure(capsys, "generate", _changed(torn), "Once")
+    assert "is damaged or was modified" in failure(capsys, "generate", _changed(torn), "Once")
     (torn / "checksums.json").unlink()
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -317,7 +317,7 @@ def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     told = failure(capsys, "generate", folder, "Once")
-    assert "tokenizer.json has" in told and "if the change was meant, remove '" in told
+    assert "tokenizer.json has" in told and "if the change was intended, remove '" in told
     (folder / "checksums.json").unlink()
     assert "has 301 tokens, more than the model's 300" in failure(capsys, "generate", folder, "Once")
 

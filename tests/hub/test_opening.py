@@ -108,7 +108,7 @@ def test_no_command_runs_it(change, arguments, hostile, run, tmp_path, capsys):
     if arguments[0] == "import":
         filled += ["--out", str(tmp_path / "out")]
     told = failure(capsys, *filled)
-    assert "needs code of its own" in told and "trust_remote_code" not in told, told
+    assert "needs custom code" in told and "trust_remote_code" not in told, told
     assert not (tmp_path / "out").exists()
 
 
@@ -127,17 +127,17 @@ def test_a_configuration_alone_runs_none(name, hostile, run, tmp_path, capsys):
             tmp_path / "out",
         ],
     }[name]
-    assert "needs code of its own (auto_map), which is never run here" in failure(capsys, *arguments)
+    assert "needs custom code (auto_map), which calm never runs" in failure(capsys, *arguments)
 
 
 def test_what_is_needed_is_said(hostile):
-    with pytest.raises(InputError, match=r"needs code of its own \(custom_generate/generate\.py\)"):
+    with pytest.raises(InputError, match=r"needs custom code \(custom_generate/generate\.py\)"):
         load_model(str(hostile))
-    with pytest.raises(InputError, match=r"needs code of its own \(auto_map\)"):
+    with pytest.raises(InputError, match=r"needs custom code \(auto_map\)"):
         load_tokenizer(str(hostile))
     shutil.rmtree(hostile / "custom_generate")
     changed(hostile / "config.json", attn_implementation="evil/kernels")
-    with pytest.raises(InputError, match=r"needs code of its own .the attention 'evil/kernels'"):
+    with pytest.raises(InputError, match=r"needs custom code .the attention 'evil/kernels'"):
         load_model(str(hostile))
 
 
@@ -160,7 +160,7 @@ def test_adapters_import_nothing(field, tmp_path, monkeypatch):
     if field == "auto_mapping":  # It names the class of the model, which is known without.
         assert base_of_adapters(tmp_path) == "x"
     else:
-        with pytest.raises(InputError, match=r"needs code of its own .megatron_config in adapter_config"):
+        with pytest.raises(InputError, match=r"needs custom code .megatron_config in adapter_config"):
             base_of_adapters(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -241,7 +241,7 @@ def test_settings_that_are_damaged(content, tmp_path):
 
 def test_settings_that_are_too_long(tmp_path):
     (tmp_path / "config.json").write_text('{"a": "' + "x" * 10_000_000 + '"}')
-    with pytest.raises(InputError, match=r"too long for settings \(10,000,009 bytes\)"):
+    with pytest.raises(InputError, match=r"too large for a settings file \(10,000,009 bytes\)"):
         read_settings(tmp_path / "config.json")
 
 

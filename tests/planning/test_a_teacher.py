@@ -72,5 +72,5 @@ def test_an_uptrained_model_and_its_source(source):
 
 
 def test_what_cannot_learn_is_refused(source):
-    with pytest.raises(InputError, match="head of the kind 'energy' cannot learn"):
+    with pytest.raises(InputError, match="head of type 'energy' cannot learn"):
         planned(source, "demo", language_model__teacher__model=str(source))

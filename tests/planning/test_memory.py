@@ -60,7 +60,7 @@ def test_muon_has_one_state_and_adamw_two():
 
 def test_an_optimizer_that_looks_at_values_is_refused():
     planned = footprint(language_model__training__optimizer__name="dadaptadam")
-    with pytest.raises(InputError, match="'dadaptadam' decides by values"):
+    with pytest.raises(InputError, match="'dadaptadam' depends on tensor values"):
         planned.parts(1)
 
 

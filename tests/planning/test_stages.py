@@ -75,10 +75,10 @@ def test_a_batch_is_what_the_network_is_called_with():
         ),
         ({"data.context": 63}, 1, "multiple of the chunk size 4"),
         ({"language_model.num_layers": -1}, 1, "num_layers must be at least 1"),
-        ({"language_model.num_heads": 7}, 1, "does not make a model"),
+        ({"language_model.num_heads": 7}, 1, "does not define a valid model"),
         ({"language_model.training.optimizer.name": "nadamn"}, 1, "there is no optimizer 'nadamn'"),
         ({"model": "autoregressive"}, 1, "set chunk_size to 1"),
-        ({"data.tokenizer": "there/is/none"}, 1, "pass --vocab_size"),
+        ({"data.tokenizer": "there/is/none"}, 1, "with --vocab_size"),
         (
             {"language_model.sharded": True, "language_model.training.compile": True},
             1,

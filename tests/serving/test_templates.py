@@ -63,7 +63,7 @@ def test_what_loops_or_explodes_stops(template, model, tokenizer):
             beats += 1
             time.sleep(0.05)
         assert beats and answers[0].status_code == 400
-        assert "the chat template does not take these messages" in answers[0].json()["error"]["message"]
+        assert "the chat template does not accept these messages" in answers[0].json()["error"]["message"]
         assert len(answers[0].content) < 2000
         assert client.completions.create(model="tiny", prompt="a", max_tokens=4).choices[0].text
     assert time.monotonic() - began < 60

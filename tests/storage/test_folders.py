@@ -181,7 +181,7 @@ def test_what_no_command_made_is_not_replaced(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(SIGNS[name] if text is None else text)
-    with pytest.raises(InputError, match="is not replaced") as error:
+    with pytest.raises(InputError, match="cannot be replaced") as error:
         check_replaceable(tmp_path, TRAINED)
     assert message in str(error.value)
 
@@ -237,7 +237,7 @@ def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a folder"):
         check_file(tmp_path / "report.html", overwrite=True)
-    with pytest.raises(InputError, match="is one, and no folder"):
+    with pytest.raises(InputError, match="is a file, not a folder"):
         check_file(tmp_path / "file/report.html", overwrite=True)
 
 
@@ -246,7 +246,7 @@ def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"is a link to '.*nowhere', which is not there"):
+        with pytest.raises(InputError, match=r"is a link to '.*nowhere', which does not exist"):
             check_file(tmp_path / "empty", overwrite)
         for name in ("pipe", "to pipe"):
             with pytest.raises(InputError, match="is a device or a pipe"):

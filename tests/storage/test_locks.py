@@ -40,7 +40,7 @@ def holder(tmp_path, request):
 
 @pytest.mark.parametrize("holder", [hold], indirect=True)
 def test_a_second_process_is_told_which_holds_it(holder, tmp_path):
-    told = rf"another process is at work on it \(process {holder.pid}\)"
+    told = rf"another process is working on it \(process {holder.pid}\)"
     with pytest.raises(InputError, match=told), locked(tmp_path / "lock", "it"):
         raise AssertionError
     assert (tmp_path / "lock").is_file()

@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(kind, stopped, tmp_path,
     resumed = stages.train(recipe, tmp_path / "run", resume=True)
     first, second = (load_file(path / "model.safetensors") for path in (whole / "model", resumed))
     assert all((first[name] == second[name]).all() for name in first)
-    assert "checkpoint-6' is damaged" in caplog.text and "going on from 'checkpoint-3'" in caplog.text
+    assert "checkpoint-6' is damaged" in caplog.text and "continuing from 'checkpoint-3'" in caplog.text
     assert (folder / "damaged-checkpoint-6").is_dir()
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-6", "checkpoint-8"]
     assert all(problems_of(path) == [] for path in checkpoints_in(folder))
@@ -122,7 +122,7 @@ def test_nothing_is_thrown_away_where_all_are_damaged(stopped, tmp_path):
     for name in ("checkpoint-3", "checkpoint-6"):
         DAMAGE["optimizer emptied"][0](folder / name)
     before = sorted(path.name for path in folder.rglob("*"))
-    with pytest.raises(InputError, match=r"no checkpoint in .* is whole: 'checkpoint-6' is damaged \(opt"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact: 'checkpoint-6' is damaged \(opt"):
         stages.train(recipe, tmp_path / "run", resume=True)
     assert sorted(path.name for path in folder.rglob("*")) == before
 

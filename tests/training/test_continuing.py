@@ -184,7 +184,7 @@ def test_text_that_was_prepared_for_other_tokens_is_refused(base, tmp_path, caps
         recipe_for(base, "calm", **{"data.sources": str(tmp_path / "data")}), tmp_path / "recipe.yaml"
     )
     said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert "was prepared with another tokenizer" in said and not (tmp_path / "run").exists()
+    assert "was prepared with a different tokenizer" in said and not (tmp_path / "run").exists()
 
 
 def test_another_model_in_its_place_is_noticed(base, tmp_path, monkeypatch, capsys):
@@ -203,4 +203,4 @@ def test_another_model_in_its_place_is_noticed(base, tmp_path, monkeypatch, caps
     shutil.rmtree(model)
     shutil.copytree(other, model)
     said = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
-    assert "changed since the run began" in said or "is not the same" in said
+    assert "changed since the run began" in said or "belongs to another run" in said

@@ -49,7 +49,7 @@ def test_dropped_steps_have_no_thoughts():
     [
         ({"first_stage": 4}, "first_stage must be at most"),
         ({"steps_per_stage": 40}, "would begin at step 120 of 100"),
-        ({"steps_per_stage": [10, 10]}, "must name the steps of 3 stages"),
+        ({"steps_per_stage": [10, 10]}, "must list the steps of 3 stages"),
         ({"steps_per_stage": [10, 0, 10]}, "each at least 1"),
     ],
 )

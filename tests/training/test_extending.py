@@ -70,7 +70,7 @@ def test_a_schedule_that_falls_from_the_start_is_told(text, tmp_path, caplog, sc
     stages.train(recipe_of(text, 8, schedule=schedule), run)
     with caplog.at_level("WARNING", logger="calm"):
         stages.train(recipe_of(text, 12, schedule=schedule), run, resume=True)
-    assert "going on from step 8 by a schedule of 12 steps" in caplog.text
+    assert "continuing from step 8 on a schedule of 12 steps" in caplog.text
     log = json.loads((run / "history.json").read_text())["language_model"]
     assert max(entry["step"] for entry in log) == 12
     newest = checkpoints_in(run / "checkpoints/language_model")[-1]
@@ -86,7 +86,7 @@ def test_a_schedule_that_falls_from_the_start_goes_on_from_its_end(text, tmp_pat
     stages.train(with_settings(recipe_of(text, 8, **how), kept), run)
     with caplog.at_level("INFO", logger="calm"):
         stages.train(with_settings(recipe_of(text, 12, **how), kept), run, resume=True)
-    assert "going on from step 8 by a schedule of 12 steps" in caplog.text
+    assert "continuing from step 8 on a schedule of 12 steps" in caplog.text
     steps = [step_of(one) for one in checkpoints_in(run / "checkpoints/language_model")]
     assert steps == [2, 4, 6, 8, 10, 12]
 
@@ -96,7 +96,7 @@ def test_a_warm_up_that_was_cut_short_is_told(text, tmp_path, caplog):
     stages.train(recipe_of(text, 4, schedule="constant", warmup_steps=6), run)
     with caplog.at_level("WARNING", logger="calm"):
         stages.train(recipe_of(text, 8, schedule="constant", warmup_steps=6), run, resume=True)
-    assert "going on from step 4 by a schedule of 8 steps" in caplog.text
+    assert "continuing from step 4 on a schedule of 8 steps" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["extend", "write_recipe"])
@@ -124,7 +124,7 @@ def test_only_more_steps_of_the_last_stage_extend_a_run(text, tmp_path, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     resume = ["train", "--resume", "--output", run]
     said = failure(capsys, *resume, f"--{STEPS}", 7)
-    assert "has 8 steps and can be given more, not fewer" in said
+    assert "has 8 steps, and the number can only be raised" in said
     assert "differs in autoencoder.training.steps" in failure(
         capsys, *resume, "--autoencoder.training.steps", 50
     )

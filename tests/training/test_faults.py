@@ -95,7 +95,7 @@ def test_sigterm_leaves_a_checkpoint(whole):
     (checkpoint,) = (output / "checkpoints/autoencoder").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert 1 <= step < 400
-    assert f"calm: asked to end after step {step}; --resume goes on from '{checkpoint}'." in text
+    assert f"calm: stopped by SIGTERM after step {step}; --resume continues from '{checkpoint}'." in text
     assert "Traceback" not in text
 
 
@@ -112,7 +112,7 @@ def test_sigterm_in_the_last_step_of_a_stage(whole, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ChunkTrainer, "training_step", signalled)
-        with pytest.raises(Terminated, match="after step 12; --resume goes on from"):
+        with pytest.raises(Terminated, match="after step 12; --resume continues from"):
             stages.train(recipe, output)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     stages.train(recipe, output, resume=True)
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, monkeypatch, capsys):
     assert raised.value.code == 1
     said = capsys.readouterr().err
     last = output / "checkpoints/language_model/checkpoint-4"
-    assert f"calm: error: the loss of step 5 is not finite; --resume goes on from '{last}'." in said
+    assert f"calm: error: the loss of step 5 is not finite; --resume continues from '{last}'." in said
     assert sorted(path.name for path in last.parent.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     stages.train(recipe, output, resume=True)
     assert same_weights(folder / "whole", output)
@@ -153,7 +153,11 @@ def test_scores_that_are_not_finite_stop_the_run_as_a_loss_does(whole, capsys):
         main(["train", "--recipe", str(folder / "fast.yaml"), "--output", str(folder / "fast")])
     assert raised.value.code == 1
     said = capsys.readouterr().err
-    assert " is not finite; " in said and "A lower learning rate" in said and "Traceback" not in said
+    assert (
+        " is not finite; " in said
+        and "A new run with a lower learning rate" in said
+        and "Traceback" not in said
+    )
 
 
 def test_weights_that_are_not_finite_are_never_saved():
@@ -202,7 +206,9 @@ def test_a_worker_that_dies(whole, monkeypatch, capsys):
         with pytest.raises(SystemExit) as raised:
             main(["train", "--recipe", str(folder / "loading.yaml"), "--output", str(folder / "orphan")])
     assert raised.value.code == 1
-    assert re.search(r"error: .*DataLoader worker .*num_workers lower.*goes on from", capsys.readouterr().err)
+    assert re.search(
+        r"error: .*DataLoader worker .*Lower num_workers.*continues from", capsys.readouterr().err
+    )
     stages.train(loading, folder / "orphan", resume=True)
     assert same_weights(folder / "whole", folder / "orphan")
 
@@ -216,7 +222,7 @@ def test_a_worker_that_dies_as_it_hands_over_a_batch(whole, tmp_path, monkeypatc
 
     monkeypatch.setattr(ChunkTrainer, "get_batch_samples", lost)
     loading = with_settings(recipe, in_both({"num_workers": 1}))
-    with pytest.raises(RunError, match=r"A DataLoader worker died \(.+\)\. Set num_workers lower"):
+    with pytest.raises(RunError, match=r"A DataLoader worker died \(.+\)\. Lower num_workers"):
         stages.train(loading, tmp_path / "with_worker")
     with pytest.raises(type(error)):  # No worker could have died: this is something else.
         stages.train(recipe, tmp_path / "without")

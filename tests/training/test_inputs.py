@@ -153,9 +153,7 @@ def test_the_checkpoints_of_another_run(stopped, another):
     recipe, run = stopped()
     shutil.rmtree(run / "checkpoints/language_model")
     shutil.copytree(another() / "checkpoints/language_model", run / "checkpoints/language_model")
-    with pytest.raises(
-        InputError, match=r"checkpoint-\d+' belongs to another run: its recipe is not the same"
-    ):
+    with pytest.raises(InputError, match=r"checkpoint-\d+' belongs to another run: its recipe changed"):
         stages.train(recipe, run, resume=True)
 
 
@@ -167,7 +165,7 @@ def test_a_finished_part_that_is_damaged_is_not_called_finished(part, stopped):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{part}' is not as it was written: model\.safetensors"):
+    with pytest.raises(InputError, match=rf"{part}' is damaged or was modified: model\.safetensors"):
         stages.train(recipe, run, resume=True)
 
 
@@ -203,7 +201,7 @@ def test_a_damaged_history_is_set_aside(content, stopped, caplog):
     stages.train(recipe, run, resume=True)
     assert json.loads((run / "history.json").read_text()).keys() == {"language_model"}
     assert (run / "damaged-history.json").read_text() == content
-    assert "It is now 'damaged-history.json'" in caplog.text
+    assert "It was renamed to 'damaged-history.json'" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -135,14 +135,14 @@ def test_trained_parts_have_rates_of_their_own(base):
 
 
 REFUSED = {
-    "of nothing": ("sequential", {INIT: None}, "name it in language_model.init_from"),
-    "of a Transformer": ("sequential", {INIT: "source"}, "is for a CALM, and '"),
+    "of nothing": ("sequential", {INIT: None}, "name one in language_model.init_from"),
+    "of a Transformer": ("sequential", {INIT: "source"}, "requires a CALM, but '"),
     "other chunks": ("sequential", {"chunk_size": 8, "data.context": 64}, "and chunk_size to 4"),
     "a head of codes": ("sequential", {"language_model.head": SEQUENTIAL}, "autoencoder's kind to 'codes'"),
     "another vocabulary": (
         "uptrained",
         {"autoencoder.path": "latents"},
-        "has 304 token ids, and the autoencoder 'latents' 300",
+        "has 304 token ids, but the autoencoder 'latents' has 300",
     ),
     "other latents": ("latents", {}, "reads the latents of its own autoencoder: set autoencoder.path to"),
     "a bad head": ("sequential", {"language_model.head": {"head_type": "energy", "alpha": 3}}, "alpha"),

@@ -36,16 +36,24 @@ def everything_below(folder: Path):
 
 REFUSED = {
     "a mistyped source": ("--data.sources", "nofile.txt", "there is no file or folder 'nofile.txt'"),
-    "a hub dataset": ("--data.sources", "nobody/nothing", "nor a dataset that the hub gave"),
+    "a hub dataset": ("--data.sources", "nobody/nothing", "nor a dataset on the hub"),
     "one of several sources": ("--data.sources", '["{text}", "no.jsonl"]', "no file or folder 'no.jsonl'"),
-    "an unknown format": ("--data.sources", "{folder}/of_two/autoencoder/model.safetensors", "no plain text"),
+    "an unknown format": (
+        "--data.sources",
+        "{folder}/of_two/autoencoder/model.safetensors",
+        "not UTF-8 plain text",
+    ),
     "a folder without text": ("--data.sources", "{empty}", "holds no .txt"),
     "validation sources": ("--data.validation_sources", "no.txt", "no file or folder 'no.txt'"),
     "a tokenizer": ("--data.tokenizer", "no/such", "cannot load a tokenizer from 'no/such'"),
     "a tokenizer file": ("--data.tokenizer", "no.json", "there is no tokenizer file 'no.json'"),
     "the vocabulary": ("--data.vocab_size", "10", "vocab_size must be at least 259"),
     "the fraction": ("--data.validation_fraction", "1.5", "must be above 0 and below 1, got 1.5"),
-    "no field": ("--data.text_field", "a,,b", "text_field names one field, or several such as title,text"),
+    "no field": (
+        "--data.text_field",
+        "a,,b",
+        "text_field must name one field, or several such as title,text",
+    ),
     "a field": ("--data.text_field", "body", "has no field 'body'; its fields are text"),
     "an autoencoder": ("--autoencoder.path", "nowhere", "there is no model in 'nowhere'"),
     "an autoencoder of other chunks": (
@@ -59,7 +67,7 @@ REFUSED = {
         "-1",
         "at most 4,096, got -1",
     ),
-    "the attention": ("--language_model.attention", "none", "the recipe does not make a model"),
+    "the attention": ("--language_model.attention", "none", "the recipe does not define a valid model"),
     "the optimizer": ("--autoencoder.training.optimizer.name", "none", "there is no optimizer 'none'"),
 }
 
@@ -136,7 +144,7 @@ def test_the_optimizer_is_told_what_it_does_not_take(runs, tmp_path, capsys):
     changes = {"name": "lion", "extra": '{"betas": [2, 2]}'}
     more = [f"--language_model.training.optimizer.{name}={value}" for name, value in changes.items()]
     arguments = ["train", "--recipe", runs / "toy.yaml", "--output", tmp_path / "run", *more]
-    assert "the optimizer 'lion' does not take its settings" in failure(capsys, *arguments)
+    assert "the optimizer 'lion' does not accept its settings" in failure(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 

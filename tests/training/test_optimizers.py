@@ -150,9 +150,11 @@ def test_one_that_does_not_take_its_settings_is_told_before_any_work():
 
     register_optimizer("refusing", build)
     try:
-        with pytest.raises(InputError, match=r"'refusing' does not take its settings .*no_such_argument"):
+        with pytest.raises(InputError, match=r"'refusing' does not accept its settings .*no_such_argument"):
             check_optimizer(OptimizerSettings(name="refusing", extra={"no_such_argument": 1}))
-        with pytest.raises(InputError, match="use muon, adamw, refusing or a name of pytorch_optimizer"):
+        with pytest.raises(
+            InputError, match="use muon, adamw, refusing or the name of one in pytorch_optimizer"
+        ):
             check_optimizer(OptimizerSettings(name="adamm"))
     finally:
         del optimizers._BUILDERS["refusing"]

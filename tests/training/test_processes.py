@@ -128,7 +128,7 @@ def test_a_sharded_model(alone):
 
     shutil.rmtree(run / "model")
     shutil.rmtree(last)
-    with pytest.raises(InputError, match="written by a sharded run; resume with two processes"):
+    with pytest.raises(InputError, match="written by a sharded run; resume with two or more processes"):
         stages.train(sharded, run, resume=True)
     result = launch(4, *arguments, "--resume")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -182,7 +182,7 @@ def test_one_process_is_asked_to_leave(alone, tmp_path):
     leaving = program(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
     result = torchrun(2, *arguments, program=leaving)
     assert result.returncode != 0
-    assert result.stderr.count("calm: asked to end after step 5; --resume goes on from") == 2
+    assert result.stderr.count("calm: stopped by SIGTERM after step 5; --resume continues from") == 2
     result = launch(2, *arguments, "--resume")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(folder / "alone", tmp_path / "run")
@@ -193,7 +193,7 @@ def test_one_process_has_a_loss_that_is_not_finite(alone, tmp_path):
     arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
     result = launch(2, *arguments, program=program(tmp_path, "loss = loss * float('nan')"))
     assert result.returncode != 0
-    assert result.stderr.count("the loss of step 5 is not finite; --resume goes on from") >= 1
+    assert result.stderr.count("the loss of step 5 is not finite; --resume continues from") >= 1
     assert "checkpoint-3" in result.stderr
 
 

@@ -322,7 +322,9 @@ def test_mistakes_are_found_before_any_work():
         )
     flash = dataclasses.replace(recipe.language_model, attention="flash_attention_2")
     if not is_flash_attn_2_available():
-        with pytest.raises(InputError, match="does not make a model: FlashAttention2 has been toggled on"):
+        with pytest.raises(
+            InputError, match="does not define a valid model: FlashAttention2 has been toggled on"
+        ):
             check_recipe(dataclasses.replace(recipe, language_model=flash))
     with pytest.raises(InputError, match="attention to sdpa"):
         check_recipe(dataclasses.replace(recipe, chunk_size=2, language_model=flash))

@@ -147,7 +147,7 @@ def test_a_given_autoencoder_is_used_and_must_fit(text, tmp_path):
     a, b = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert all((a[name] == b[name]).all() for name in a if name.startswith("autoencoder."))
     other = dataclasses.replace(recipe, autoencoder=reused, chunk_size=2)
-    with pytest.raises(InputError, match="chunks of 4 tokens, the recipe of 2"):
+    with pytest.raises(InputError, match="chunks of 4 tokens, but the recipe has 2"):
         stages.train(other, tmp_path / "third")
     small = dataclasses.replace(
         recipe, autoencoder=reused, data=dataclasses.replace(recipe.data, vocab_size=400)

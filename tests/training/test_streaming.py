@@ -80,7 +80,7 @@ def test_records_without_text_are_told_of(text, tmp_path, caplog):
     messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert messages == [
         "text: skipped 24 records without text",  # In front of six documents of each file: the sample.
-        "text: skipped 40 records without text in what was streamed",  # Once each, in two epochs.
+        "text: skipped 40 records without text while streaming",  # Once each, in two epochs.
     ]
 
 
@@ -92,7 +92,7 @@ def test_two_processes_read_text_of_their_own(text, tmp_path):
     positions = [json.loads((checkpoint / f"position_{rank}.json").read_text()) for rank in (0, 1)]
     assert all(position["num_processes"] == 2 and len(position["places"]) == 2 for position in positions)
     # Of all processes together, once for each stage.
-    assert len(re.findall(r"text: skipped \d+ records without text in what was str", result.stderr)) == 2
+    assert len(re.findall(r"text: skipped \d+ records without text while streaming", result.stderr)) == 2
 
 
 def test_what_cannot_be_streamed(text, tmp_path, capsys):
@@ -100,5 +100,5 @@ def test_what_cannot_be_streamed(text, tmp_path, capsys):
     stages.train(recipe_of(text), tmp_path / "run")
     again = ["train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "again"]
     data = tmp_path / "run/data"
-    assert "is prepared text; streaming takes the text" in failure(capsys, *again, "--data.sources", data)
+    assert "is prepared text; streaming needs the raw text" in failure(capsys, *again, "--data.sources", data)
     assert "at least 2 sample_documents" in failure(capsys, *again, "--data.sample_documents", "1")

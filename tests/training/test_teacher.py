@@ -230,24 +230,24 @@ REFUSED = {
     "other tokens": (
         "new",
         {"data.vocab_size": 290, "data.tokenizer": "other"},
-        "has other tokens than the text",
+        "has a different vocabulary from the text",
     ),
     "another loss": (
         "new",
         {"language_model.head": {"head_type": "parallel", "loss": "brier"}},
         "set language_model.head.loss to cross_entropy",
     ),
-    "states of another": ("new", {"language_model.teacher.states": 1.0}, "let language_model.init_from name"),
+    "states of another": ("new", {"language_model.teacher.states": 1.0}, "set language_model.init_from to"),
     "a head of latents": (
         "new",
         {"language_model.head": {"head_type": "energy"}},
-        "head of the kind 'energy' cannot learn from a teacher",
+        "head of type 'energy' cannot learn from a teacher",
     ),
-    "a CALM": ("new", {TEACHER: "stories"}, "a teacher is a Transformer of tokens, and 'stories' is"),
+    "a CALM": ("new", {TEACHER: "stories"}, "a teacher must be a token-level Transformer, but 'stories' is"),
     "long blocks": (
         "new",
         {"data.context": 256, "language_model.training.batch_tokens": 256},
-        "reads at most 128 tokens at once, less than data.context, which is 256",
+        "has a context length of 128 tokens, less than data.context, which is 256",
     ),
     "no temperature": ("new", {"language_model.teacher.temperature": 0.0}, "teacher.temperature must be"),
     "too much weight": ("new", {"language_model.teacher.weight": 1.5}, "teacher.weight must be"),
@@ -273,9 +273,9 @@ SIZES = {"vocab_size": 300, "hidden_size": 16, "num_attention_heads": 2, "bos_to
          "pad_token_id": 0}  # fmt: skip
 STRANGE = {
     "scaled scores": (CohereConfig(**SIZES, intermediate_size=24, num_hidden_layers=1, logit_scale=0.5),
-                      "more than products of its states"),
+                      "not simply its states times its output embeddings"),
     "a state that runs on": (MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1),
-                             "does not keep documents of a block apart"),
+                             "does not keep the documents of a block apart"),
 }  # fmt: skip
 
 

@@ -298,8 +298,8 @@ BAD = {
     "too many stages": ({"steps_per_stage": 5}, {}, "would begin at step 10 of 9"),
     "markers": ({"markers": ["<bot>", "<eot>"]}, {}, "must be two tokens of the tokenizer, got <bot>, <eot>"),
     "one marker": ({"markers": ["<|eos|>"]}, {}, "must be two tokens"),
-    "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not go with"),
-    "compile": ({}, {"compile": True}, "compile does not go with"),
+    "checkpointing": ({}, {"gradient_checkpointing": True}, "gradient_checkpointing does not work with"),
+    "compile": ({}, {"compile": True}, "compile does not work with"),
     "mix": ({"mix": 1.5}, {}, "thoughts.mix must be at least 0 and at most 1"),
     "thoughts": (
         {"per_step": 50},
@@ -352,7 +352,7 @@ def test_records_without_any_steps_are_told(side, base, tmp_path, caplog, monkey
 def test_a_context_beyond_the_model_is_refused(base, tmp_path):
     recipe = recipe_for(base, "calm", batch_tokens=256)
     recipe.examples.context = 256  # The tiny model has 64 chunks of two.
-    with pytest.raises(InputError, match="looks back on 128 tokens"):
+    with pytest.raises(InputError, match="the model's context is 128 tokens"):
         finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

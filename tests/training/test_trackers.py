@@ -115,7 +115,7 @@ def test_a_run_of_the_caller_is_used_and_left_open(recipe, trackers, tmp_path):
 def test_one_that_cannot_begin_stops_the_run(recipe, trackers, tmp_path, monkeypatch):
     recipe = with_settings(recipe, {"report_to": ["mlflow", "wandb"]})
     monkeypatch.setattr(trackers["wandb"], "fault", RuntimeError("there is no key\n(see elsewhere)"))
-    said = "wandb cannot begin a run (there is no key); --resume goes on once it can, or without it"
+    said = "wandb cannot start a run (there is no key); --resume continues once it can, or without it"
     with pytest.raises(RunError, match=re.escape(said)):
         stages.train(recipe, tmp_path / "run")
     (begun,) = trackers["mlflow"].runs.values()
@@ -128,7 +128,7 @@ def test_one_that_cannot_begin_stops_the_run(recipe, trackers, tmp_path, monkeyp
 def test_one_that_cannot_end_costs_nothing(recipe, trackers, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trackers["mlflow"], "end_fault", RuntimeError("the server is gone"))
     stages.train(with_settings(recipe, {"report_to": "mlflow"}), tmp_path / "run")
-    assert caplog.text.count("mlflow could not end its run (the server is gone).") == 2
+    assert caplog.text.count("mlflow could not finish its run (the server is gone).") == 2
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 

@@ -46,8 +46,8 @@ class Counts:
         logger.info("text%s: %s", " (a sample of what is streamed)" if is_sample else "", self)
         if asked is not None and not asked / _FAR <= self.share <= asked * _FAR:
             logger.warning(
-                "%s of the text is held out, not the %s asked for: its documents and paragraphs are too long "
-                "or too much alike. Use --separator to part it into documents, --validation to name "
+                "%s of the text is held out, not the %s asked for: its documents and paragraphs are too "
+                "long or too similar. Use --separator to split it into documents, --validation to name "
                 "held-out text, or another --validation_fraction (in a recipe: data.separator, "
                 "data.validation_sources, data.validation_fraction).",
                 _percent(self.share),
@@ -55,8 +55,8 @@ class Counts:
             )
         if self.tokens["validation"] < _FEW_TOKENS:
             logger.warning(
-                "%s held out are too few for a reliable score (%s or more are): give more text, or hold out "
-                "more of it.",
+                "%s held out are too few for a reliable score (at least %s are needed): give more text, or "
+                "hold out more of it.",
                 number(self.tokens["validation"], "token"),
                 f"{_FEW_TOKENS:,}",
             )

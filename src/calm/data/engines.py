@@ -106,7 +106,7 @@ def _run(row: dict[str, Any], folder: Path) -> dict[str, str]:
         told["failure"] = str(error)
     except OSError as error:
         told["failure"] = (
-            f"a worker cannot do its part ({reason_of(error)}). All machines have to see the current folder, "
-            "the sources, the output and the cache of datasets under the same paths."
+            f"a worker failed ({reason_of(error)}). All machines must see the current folder, the sources, "
+            "the output and the cache of datasets at the same paths."
         )
     return told

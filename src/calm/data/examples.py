@@ -74,7 +74,7 @@ def read_examples(
     for batch in _batches(load_records(sources)):
         conversations += _read_batch(batch, tokenizer, with_steps)
     if not conversations:
-        raise InputError(f"there is no example in {', '.join(sources)}; give a file with records.")
+        raise InputError(f"there are no examples in {', '.join(sources)}; give a file with records.")
     return conversations
 
 
@@ -198,13 +198,13 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
     if not is_list or not all(isinstance(message.get("role"), str) for message in messages):
         raise InputError("'messages' must be a list of {'role': text, 'content': text}.")
     if odd := [m["role"] for m in messages if not _ROLE.fullmatch(m["role"])]:
-        raise InputError(f"a role is one word, such as user or assistant, not {odd[0][:40]!r}.")
+        raise InputError(f"a role must be one word, such as user or assistant, not {odd[0][:40]!r}.")
     checked = [
         message | {"content": _text_of(message.get("content"), f"messages[{place}]")}
         for place, message in enumerate(messages)
     ]
     if not any(message["role"] == ASSISTANT for message in checked):
-        raise InputError(f"no message is of the role '{ASSISTANT}', so there is nothing to learn.")
+        raise InputError(f"no message has the role '{ASSISTANT}', so there is nothing to learn.")
     return checked
 
 
@@ -216,7 +216,7 @@ def _text_of(content: Any, where: str) -> str:
     texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if not texts or len(texts) < len(parts):
         raise InputError(
-            f"the content of {where} must be a text, or a list of parts {{'type': 'text', 'text': text}}."
+            f"the content of {where} must be text, or a list of parts {{'type': 'text', 'text': text}}."
         )
     return "".join(texts)
 
@@ -229,8 +229,8 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
         after = render(tokenizer, messages[: place + 1], to_answer=False)
         if not after.startswith(before):
             raise InputError(
-                "the chat template writes a conversation otherwise once there is an answer, so the answer "
-                "cannot be told from the prompt; give another template."
+                "the chat template renders the prompt differently once an answer follows, so the two cannot "
+                "be separated; use another template."
             )
         answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
         words = encode_rendering(tokenizer, answer, goes_on=True)
@@ -269,7 +269,7 @@ def _words_and_end(
 
 def _example(prompt: list[int], completion: list[int]) -> Example:
     if not prompt:
-        raise InputError("the prompt has no token, and the tokenizer none that begins a text.")
+        raise InputError("the prompt is empty, and the tokenizer has no BOS token.")
     return Example(prompt, completion)
 
 

@@ -49,11 +49,11 @@ def is_here(source: str) -> bool:
         InputError: If the name is empty, or the path cannot be accessed.
     """
     if not source.strip():
-        raise InputError("a source of text has an empty name; give a file, a folder or a hub dataset.")
+        raise InputError("a text source has an empty name; give a file, a folder or a hub dataset.")
     try:
         return Path(source).exists()
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot look at '{source}' ({reason_of(error)}); check the path.") from error
+        raise InputError(f"cannot access '{source}' ({reason_of(error)}); check the path.") from error
 
 
 def find_files(path: Path, *, tell: bool = False) -> list[Path]:
@@ -143,7 +143,7 @@ class _Listing:
                 if reason == _OTHERS:
                     self.suffixes[_suffix_of(path)] += 1
             elif (identity := _identity_of(path, status)) in self._seen:
-                self.left_out["read already under another name"] += 1
+                self.left_out["already read under another name"] += 1
             else:
                 self._seen.add(identity)
                 if not is_folder:

@@ -77,8 +77,8 @@ def register_format(suffix: str, documents: DocumentReader, records: RecordReade
     """
     if not suffix.startswith(".") or suffix != suffix.lower() or suffix in (".", *COMPRESSIONS):
         raise ValueError(
-            "the suffix of a format begins with a dot, is in lower case and is not that of a compression; "
-            f"got {suffix!r}."
+            "the suffix of a format must begin with a dot, be in lower case and not be that of a "
+            f"compression format; got {suffix!r}."
         )
     FORMATS[suffix] = Format(documents, records)
 
@@ -136,6 +136,4 @@ def _load_installed() -> None:
         try:
             entry_point.load()
         except Exception as error:  # Whatever goes wrong there, the other formats can be read.
-            logger.warning(
-                "the format '%s' of %s is left out: %s", entry_point.name, entry_point.value, error
-            )
+            logger.warning("skipping the format '%s' of %s: %s", entry_point.name, entry_point.value, error)

@@ -38,9 +38,7 @@ def made_or_kept(
         if not damaged:
             raise
     if damaged:
-        logger.warning(
-            "'%s' holds %s that are damaged or were not finished; they are made again.", below, what
-        )
+        logger.warning("'%s' holds %s that are damaged or incomplete; rebuilding them.", below, what)
         for file in damaged:
             if has_folders:
                 shutil.rmtree(file.parent, ignore_errors=True)

@@ -36,7 +36,7 @@ class ReadingOptions:
         names = self.text_fields
         if not names or not all(names) or len(set(names)) < len(names):
             raise InputError(
-                f"text_field names one field, or several such as title,text; got {self.text_field!r}."
+                f"text_field must name one field, or several such as title,text; got {self.text_field!r}."
             )
 
     @property
@@ -68,8 +68,8 @@ def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> s
         part = record.get(name)
         if part is not None and not isinstance(part, str):
             raise InputError(
-                f"{where}, has {_kind_of(part)} in its field '{name}', not text; mend it, or name another "
-                "field by --text_field (in a recipe: data.text_field)."
+                f"{where}, has {_kind_of(part)} in its field '{name}', not text; fix it, or name another "
+                "field with --text_field (in a recipe: data.text_field)."
             )
         if part and part.strip():
             parts.append(part)
@@ -77,7 +77,7 @@ def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> s
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise InputError(f"{where}, has half a surrogate pair in its text; mend it.") from None
+        raise InputError(f"{where}, has an unpaired surrogate in its text; fix it.") from None
     if size > options.most_bytes:
         raise too_long(f"the text of {where},", options.most_bytes)
     return text or None
@@ -99,7 +99,7 @@ def no_such_field(what: str, missing: str, fields: Sequence[str]) -> InputError:
     shown = [" ".join(name.split())[:_LETTERS_TOLD] for name in fields[:_FIELDS_TOLD]]
     more = ", ..." if len(fields) > _FIELDS_TOLD else ""
     return InputError(
-        f"{what} has no field '{missing}'; its fields are {', '.join(shown)}{more}. Name another by "
+        f"{what} has no field '{missing}'; its fields are {', '.join(shown)}{more}. Name another with "
         "--text_field (in a recipe: data.text_field)."
     )
 
@@ -110,7 +110,7 @@ def is_text(column: pyarrow.DataType) -> bool:
     return types.is_string(column) or types.is_large_string(column) or types.is_null(column)
 
 
-def too_long(what: str, most_bytes: int, instead: str = "part it") -> InputError:
+def too_long(what: str, most_bytes: int, instead: str = "split it") -> InputError:
     """The error for a text that is longer than `max_document_mb` allows."""
     return InputError(
         f"{what} is longer than {most_bytes // 10**6} MB; {instead}, or raise --max_document_mb (in a "

@@ -54,7 +54,7 @@ def kept_work(output: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             raise type(error)(
-                f"{error} What is done is kept in '{folder}', and the same command goes on from it."
+                f"{error} The work already done is kept in '{folder}'; run the same command again to resume."
             ) from error
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -174,8 +174,7 @@ def tokenized(
         if "abruptly died" not in str(error):
             raise
         raise RunError(
-            "a process that tokenizes died (out of memory?); try a smaller num_proc. "
-            "Nothing that was there is lost."
+            "a tokenizing process died (out of memory?); try a smaller num_proc. No existing data was lost."
         ) from error
 
 

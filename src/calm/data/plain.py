@@ -24,8 +24,8 @@ def check_plain_text(path: Path) -> None:
     """
     if name_without_compression(path).endswith(_OF_RECORDS):
         raise InputError(
-            f"'{path}' holds records; turn it into .jsonl or .parquet first (datasets.load_dataset reads it, "
-            "and to_json and to_parquet write them)."
+            f"'{path}' holds records; convert it to .jsonl or .parquet first (datasets.load_dataset reads "
+            "it, and to_json and to_parquet write them)."
         )
     try:
         with open_file(path) as file:
@@ -36,6 +36,6 @@ def check_plain_text(path: Path) -> None:
         beginning = b"\0"
     if b"\0" in beginning:
         raise InputError(
-            f"cannot read '{path}': it is no plain text in UTF-8, and its name does not end in "
+            f"cannot read '{path}': it is not UTF-8 plain text, and its name does not end in "
             f"{', '.join(known_suffixes())}, perhaps followed by {', '.join(COMPRESSIONS)}."
         )

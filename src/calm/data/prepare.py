@@ -78,7 +78,7 @@ def prepare(
     names = [name_of(source) for source in sources]
     validation_sources = as_sources(validation_sources)
     if not validation_sources and (validation_sources := validation_rows(sources)):
-        logger.info("text: the split 'validation' that comes with it is held out")
+        logger.info("text: its own split 'validation' is held out")
     replaces = PREPARED if overwrite else None
     named = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
     check_spared(output, named)

@@ -221,8 +221,8 @@ def held_out_data(
         data = load_prepared(Path(sources[0]))
         if data.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise InputError(
-                f"'{sources[0]}' was prepared with another tokenizer than the model's; "
-                "give the text itself, or prepare it with --tokenizer MODEL."
+                f"'{sources[0]}' was prepared with a different tokenizer from the model's; give the raw "
+                "text, or prepare it with --tokenizer MODEL."
             )
         return data
     folder = temporary_folder()

@@ -60,7 +60,7 @@ def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
             lines.append(line)
             room -= len(line)  # In characters, each at least one byte.
             if room < 0:
-                raise too_long(f"the document of '{path}' that goes on in line {number}", options.most_bytes)
+                raise too_long(f"the document in '{path}' that includes line {number}", options.most_bytes)
     yield "".join(lines).strip("\r\n")
 
 
@@ -77,7 +77,7 @@ def _json_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) -> It
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"'{path}', line {number}, is not JSON ({reason_of(error)}); mend that line."
+                f"'{path}', line {number}, is not JSON ({reason_of(error)}); fix that line."
             ) from None
         yield number, value
 
@@ -110,7 +110,7 @@ def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise _no_record(f"'{path}', line {number}")
         if _has_half_a_pair(json.dumps(record, ensure_ascii=False)):
-            raise InputError(f"'{path}', line {number}, has half a surrogate pair in a text; mend that line.")
+            raise InputError(f"'{path}', line {number}, has an unpaired surrogate in a text; fix that line.")
         yield f"'{path}', line {number}", record
 
 
@@ -124,7 +124,7 @@ def _has_half_a_pair(text: str) -> bool:
 
 
 def _no_record(where: str) -> InputError:
-    return InputError(f"{where}, is no record ({{...}}); mend that line.")
+    return InputError(f"{where}, is not a JSON object ({{...}}); fix that line.")
 
 
 def documents_of_parquet(path: Path, options: ReadingOptions) -> Iterator[str | None]:
@@ -204,5 +204,5 @@ def open_parquet(
             return
         content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
-            raise too_long(f"'{path}', unpacked,", most_bytes, "unpack it on the disk")
+            raise too_long(f"'{path}', decompressed,", most_bytes, "decompress it on disk")
         yield pyarrow.parquet.ParquetFile(io.BytesIO(content))

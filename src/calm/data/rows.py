@@ -35,8 +35,9 @@ def as_sources(given: Source | Sequence[Source]) -> list[Source]:
     for source in sources:
         if not isinstance(source, Source):
             raise InputError(
-                f"a source is a name or a dataset of the library `datasets`, not {type(source).__name__}; "
-                "make texts a dataset with datasets.Dataset.from_dict({'text': texts})."
+                "a source must be a name or a dataset of the library `datasets`, not "
+                f"{type(source).__name__}; turn texts into one with datasets.Dataset.from_dict({{'text': "
+                "texts})."
             )
     return [str(source) if isinstance(source, Path) else source for source in sources]
 
@@ -117,7 +118,7 @@ def check_hub_name(source: str) -> None:
 def not_given(source: str, error: Exception) -> InputError:
     """The error for a name that the hub does not know, or a hub that does not answer."""
     return InputError(
-        f"'{source}' is neither a file or folder here nor a dataset that the hub gave ({reason_of(error)})."
+        f"'{source}' is neither a local file or folder nor a dataset on the hub ({reason_of(error)})."
     )
 
 

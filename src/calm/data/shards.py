@@ -56,7 +56,7 @@ def check_sources(sources: Sequence[Source]) -> None:
         InputError: If there are no sources, or one is missing or of an unknown format.
     """
     if not sources:
-        raise InputError("there is no source of text; give a file, a folder or a hub dataset.")
+        raise InputError("no text source is given; give a file, a folder or a hub dataset.")
     for source in sources:
         if not isinstance(source, str):
             train_rows(source)
@@ -66,7 +66,8 @@ def check_sources(sources: Sequence[Source]) -> None:
             train_rows(source)
         elif (Path(source) / PREPARED.sign).is_file():
             raise InputError(
-                f"'{source}' is prepared text, which a recipe takes as its only source; give the text itself."
+                f"'{source}' is prepared text, which a recipe accepts only as its sole source; give the raw "
+                "text."
             )
         else:
             find_files(Path(source))

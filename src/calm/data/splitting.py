@@ -90,8 +90,8 @@ def choose_split(
     found = [choice for choice in (whole, in_parts) if choice is not None]
     if not found:
         raise InputError(
-            f"{', '.join(sources)} holds one document without two different paragraphs or lines, which "
-            "cannot be split into training and held-out text; give more text, pass --separator to part it, "
+            f"{', '.join(sources)} holds a single document without two different paragraphs or lines, which "
+            "cannot be split into training and held-out text; give more text, pass --separator to split it, "
             "or --validation with other text."
         )
     split, _ = min(found, key=lambda choice: abs(choice[1] - fraction))

@@ -116,12 +116,15 @@ class Position:
             InputError: If there is none, or the text was divided among another number of readers.
         """
         if not path.is_file():
-            raise InputError(f"there is no '{path}': streamed text goes on with as many processes as before.")
+            raise InputError(
+                f"there is no '{path}': streamed text must resume with the same number of processes."
+            )
         saved = json.loads(path.read_text(encoding="utf-8"))
         if (saved["num_processes"], saved["num_workers"]) != (self.num_processes, self.num_workers):
             raise InputError(
                 f"streamed text was read by {saved['num_processes']} process(es) with {saved['num_workers']} "
-                f"worker(s) each and goes on with as many, not {self.num_processes} with {self.num_workers}."
+                f"worker(s) each and must resume with as many, not {self.num_processes} with "
+                f"{self.num_workers}."
             )
         self.next_worker = saved["next_worker"]
         self.places = {int(worker): Place(*place) for worker, place in saved["places"].items()}

@@ -188,7 +188,7 @@ def items(
         InputError: If there is no such task, or it does not allow that many hops.
     """
     if name not in TASKS:
-        raise InputError(f"there is no task '{name}'; there are {', '.join(TASKS)}.")
+        raise InputError(f"there is no task '{name}'; use one of: {', '.join(TASKS)}.")
     TASKS[name].hops.require("hops", hops)
     return itertools.islice(_items(name, hops, whole_seed(seed), held_out), number)
 

@@ -136,7 +136,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         known = [token for token in ("</s>", "<|endoftext|>", EOS) if token in tokenizer.get_vocab()]
         if not known:
-            raise InputError(f"the tokenizer '{name}' has no end-of-text token; set its eos_token.")
+            raise InputError(f"the tokenizer '{name}' has no EOS token; set its eos_token.")
         tokenizer.eos_token = known[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Padding must differ from EOS, which is predicted.

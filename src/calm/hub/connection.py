@@ -87,7 +87,7 @@ def _ask(endpoint: str) -> str | None:
     thread.start()
     thread.join(seconds)
     if not found:
-        return f"{host} did not answer within {seconds:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
+        return f"{host} did not answer within {seconds:g} s; set HF_HUB_ETAG_TIMEOUT to wait longer"
     return None if found[0] is None else f"{host} cannot be reached: {found[0]}"
 
 

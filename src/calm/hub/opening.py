@@ -217,7 +217,9 @@ def read_settings(file: Path) -> dict[str, Any]:
         if not file.is_file():
             return {}
         if (size := file.stat().st_size) > _MOST_BYTES:
-            raise InputError(f"'{file}' is too long for settings ({size:,} bytes); restore it from a copy.")
+            raise InputError(
+                f"'{file}' is too large for a settings file ({size:,} bytes); restore it from a copy."
+            )
         values = json.loads(file.read_text(encoding="utf-8"))
     except InputError:
         raise
@@ -261,14 +263,14 @@ def _without_code(name: str) -> Iterator[None]:
 
 def _needs_code(name: str, what: str) -> InputError:
     return InputError(
-        f"'{name}' needs code of its own ({what}), which is never run here; ask for a version that the "
-        "libraries can load by themselves."
+        f"'{name}' needs custom code ({what}), which calm never runs; use a version that the libraries can "
+        "load without it."
     )
 
 
 def _is_code(name: str) -> InputError:
     return InputError(
-        f"'{name}' holds a pickle that could run code, so it is not read; ask for safetensors instead."
+        f"'{name}' contains a pickle, which could run code, so it is not loaded; use safetensors instead."
     )
 
 

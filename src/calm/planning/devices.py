@@ -166,8 +166,8 @@ def _card_called(name: str) -> Device:
     near = difflib.get_close_matches(_plain(name), plain, n=1)
     hint = f"; did you mean '{plain[near[0]].name}'?" if near else "."
     raise InputError(
-        f"there is no card {shown(name)}; known are {', '.join(CARDS)}, and others by --memory, --flops, "
-        f"--bandwidth and --watts{hint}"
+        f"there is no card {shown(name)}; use one of {', '.join(CARDS)}, or describe it with --memory, "
+        f"--flops, --bandwidth and --watts{hint}"
     )
 
 

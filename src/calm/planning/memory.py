@@ -177,8 +177,8 @@ class Footprint:
                     optimizer.step()
             except (DataDependentOutputException, NotImplementedError) as error:
                 raise InputError(
-                    f"the optimizer '{settings.name}' decides by values of its tensors, which a plan "
-                    "does not have; plan with muon or adamw."
+                    f"the optimizer '{settings.name}' depends on tensor values, which a plan does not have; "
+                    "plan with muon or adamw."
                 ) from error
             self.stage.network.zero_grad()
         state = [

@@ -204,7 +204,7 @@ def network_of(config: PreTrainedConfig, *, is_new: bool = False) -> PreTrainedM
                 return LlamaForCausalLM(config)
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # Model classes can raise anything.
-        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
+        raise InputError(f"the recipe does not define a valid model: {reason_of(error)}") from error
     return network
 
 

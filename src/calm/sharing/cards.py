@@ -40,7 +40,8 @@ def write_card(
     folder = run / "model"
     if not (run / RECIPE).is_file() or not (folder / "config.json").is_file():
         raise InputError(
-            f"'{run}' is no finished run of `calm train` or `calm finetune` (it needs {RECIPE} and model/)."
+            f"'{run}' is not a finished run of `calm train` or `calm finetune` (it needs {RECIPE} and "
+            "model/)."
         )
     path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):

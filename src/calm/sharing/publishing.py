@@ -32,7 +32,7 @@ def check_export(target: Path | None, dtype: str) -> None:
     if target is None:
         return
     if target.exists():
-        raise InputError(f"'{target}' is there already; choose another --export or move it away.")
+        raise InputError(f"'{target}' already exists; choose another --export or move it away.")
     check_output(target, None)
 
 
@@ -82,9 +82,9 @@ def check_push(repository: str) -> None:
         RunError: If the hub cannot be reached.
     """
     if "/" not in repository or not is_hub_name(repository):
-        raise InputError(f"'{repository}' is no name on the hub; give OWNER/NAME.")
+        raise InputError(f"'{repository}' is not a repository name on the hub; give OWNER/NAME.")
     if (reason := unreachable()) is not None:
-        raise RunError(f"'{repository}' could not be uploaded ({reason}); try again with a network.")
+        raise RunError(f"'{repository}' could not be uploaded ({reason}); check the network and try again.")
 
 
 def push(folder: Path, repository: str, *, is_private: bool) -> str:
@@ -116,7 +116,7 @@ def push(folder: Path, repository: str, *, is_private: bool) -> str:
         )
     except Exception as error:  # From the network, the hub, or the name.
         raise RunError(
-            f"'{repository}' could not be uploaded ({reason_of(error)}); "
-            "log in with `hf auth login`, and the same command goes on."
+            f"'{repository}' could not be uploaded ({reason_of(error)}); log in with `hf auth login` and run "
+            "the same command again to resume."
         ) from error
     return str(address)

@@ -59,8 +59,8 @@ def check_as_written(folder: Path) -> None:
         return
     if problems:
         raise InputError(
-            f"'{folder}' is not as it was written: {problems[0]}. Restore it from a copy; if the change was "
-            f"meant, remove '{folder / CHECKSUMS}'."
+            f"'{folder}' is damaged or was modified: {problems[0]}. Restore it from a copy; if the change "
+            f"was intended, remove '{folder / CHECKSUMS}'."
         )
 
 

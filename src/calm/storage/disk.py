@@ -21,7 +21,7 @@ Value = TypeVar("Value", dict, list)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, left: str = "nothing that was there is lost") -> Iterator[None]:
+def disk_errors(path: Path, left: str = "no existing data was lost") -> Iterator[None]:
     """Turn errors of a full or failing disk inside the block into one sentence.
 
     Args:

@@ -62,13 +62,13 @@ def check_spared(output: Path, needed: Sequence[str]) -> None:
 def check_file(path: Path, overwrite: bool) -> None:
     """Raise InputError if the file cannot be created, or exists and may not be overwritten."""
     if file := next((part for part in path.parents if part.is_file()), None):
-        raise InputError(f"the output '{path}' cannot be a file: '{file}' is one, and no folder.")
+        raise InputError(f"the output '{path}' cannot be a file: '{file}' is a file, not a folder.")
     if path.is_dir():
         raise InputError(f"the output '{path}' is a folder; choose another --output.")
     if path.is_symlink() and not path.exists():
         raise InputError(
-            f"the output '{path}' is a link to '{path.readlink()}', which is not there; remove it, or choose "
-            "another --output."
+            f"the output '{path}' is a link to '{path.readlink()}', which does not exist; remove it, or "
+            "choose another --output."
         )
     if path.exists() and not path.is_file():
         raise InputError(f"the output '{path}' is a device or a pipe, not a file; choose another --output.")
@@ -213,7 +213,7 @@ def _check_left_behind(lock: Path, *left: Path) -> None:
         return
     if found := next((path for path in left if path.is_symlink() or path.exists()), None):
         raise InputError(
-            f"'{found}' is in the way, where a folder is kept until it is whole; move it away, or choose "
+            f"'{found}' is in the way: calm needs that name for a temporary folder; move it away, or choose "
             "another output."
         )
 

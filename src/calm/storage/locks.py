@@ -34,7 +34,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
         descriptor = -1
     if descriptor is None:
         raise InputError(
-            f"another process is at work on {what}{_whose(file)}; wait until it has ended, or stop it."
+            f"another process is working on {what}{_whose(file)}; wait until it ends, or stop it."
         )
     try:
         yield

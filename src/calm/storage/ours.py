@@ -122,15 +122,17 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
     place = path.resolve()
     for kept, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
         if place in (kept.resolve(), *kept.resolve().parents):
-            raise InputError(f"'{path}' is or holds {name}, which is never replaced; choose another output.")
+            raise InputError(
+                f"'{path}' is or contains {name}, which is never replaced; choose another output."
+            )
     if not kind.is_made(path):
         raise InputError(
-            f"'{path}' is not replaced: it does not hold {kind.name} (which has a {kind.sign} of its own). "
+            f"'{path}' cannot be replaced: it does not hold {kind.name} (which has its own {kind.sign}). "
             "Choose another output, or remove it yourself."
         )
     if foreign := next(_foreign(path, kind.parts), None):
         raise InputError(
-            f"'{path}' is not replaced: it holds '{foreign.relative_to(path)}', which is not part of "
+            f"'{path}' cannot be replaced: it holds '{foreign.relative_to(path)}', which is not part of "
             f"{kind.name}. Move that away, or choose another output."
         )
 

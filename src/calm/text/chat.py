@@ -35,7 +35,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
             add_generation_prompt=to_answer,
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise InputError(f"the chat template does not take these messages ({reason_of(error)}).") from error
+        raise InputError(f"the chat template does not accept these messages ({reason_of(error)}).") from error
     assert isinstance(text, str)
     return text
 

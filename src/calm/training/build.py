@@ -138,9 +138,9 @@ def autoencoder_config(
         vocab_size = begun.vocab_size  # Its embeddings may be padded.
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
-            f"codes of tokens need at least {_SMALLEST_CODE} dimensions to be told apart: set "
-            f"autoencoder.latent_size to at least {_SMALLEST_CODE * recipe.chunk_size}, "
-            f"not {settings.latent_size}."
+            f"token codes need at least {_SMALLEST_CODE} dimensions to be distinct: set "
+            f"autoencoder.latent_size to at least {_SMALLEST_CODE * recipe.chunk_size}, not "
+            f"{settings.latent_size}."
         )
     return _build(
         CalmAutoencoderConfig,
@@ -194,7 +194,7 @@ def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAut
     ):
         if has != needs:
             raise InputError(
-                f"'{name}' has {needs} {what}, and the autoencoder '{path}' {has}: take another, or leave "
+                f"'{name}' has {needs} {what}, but the autoencoder '{path}' has {has}: use another, or leave "
                 "out autoencoder.path to train one."
             )
     if begun.reads_latents and (path is None or place_of(path) != place_of(str(name))):
@@ -254,8 +254,8 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
         return config
     if vocab_size is None and recipe.data.tokenizer is not None:
         raise InputError(
-            f"the recipe takes the tokenizer '{recipe.data.tokenizer}'; "
-            "pass --vocab_size, its number of tokens."
+            f"the recipe uses the tokenizer '{recipe.data.tokenizer}'; pass its number of tokens with "
+            "--vocab_size."
         )
     size = vocab_size or recipe.data.vocab_size
     if recipe.model == "autoregressive":
@@ -276,4 +276,4 @@ def _build(config_class: type[Config], **values: Any) -> Config:
     try:
         return config_class(**values)
     except (ValueError, TypeError) as error:
-        raise InputError(f"the recipe does not make a model: {cause_of(error)}") from error
+        raise InputError(f"the recipe does not define a valid model: {cause_of(error)}") from error

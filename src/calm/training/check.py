@@ -48,8 +48,8 @@ def check_model(recipe: Recipe, num_processes: int = 1) -> None:
     check_block_size(recipe.data.context, window_of(recipe.chunk_size))
     if recipe.chunk_size < NUM_ORDERS and recipe.language_model.attention.startswith("flash"):
         raise InputError(
-            f"{recipe.language_model.attention} takes no mask of the kind that scores of chunks below "
-            f"{NUM_ORDERS} tokens need; set language_model.attention to sdpa."
+            f"{recipe.language_model.attention} does not support the attention mask needed to score chunks "
+            f"of fewer than {NUM_ORDERS} tokens; set language_model.attention to sdpa."
         )
     check_chunk_size(recipe)
     _check_network(recipe)
@@ -93,8 +93,8 @@ def check_thoughts(recipe: FinetuningRecipe) -> None:
     for name in ("gradient_checkpointing", "compile"):
         if recipe.thoughts.mode == "state" and getattr(recipe.training, name):
             raise InputError(
-                f"training.{name} does not go with thoughts, each of which is a pass of its own: set it to "
-                "false."
+                f"training.{name} does not work with thoughts, each of which takes its own forward pass: set "
+                "it to false."
             )
 
 
@@ -150,5 +150,5 @@ def _check_network(recipe: Recipe) -> None:
     except InputError:
         raise
     except Exception as error:  # Third-party heads may raise anything.
-        raise InputError(f"the recipe does not make a model: {reason_of(error)}") from error
+        raise InputError(f"the recipe does not define a valid model: {reason_of(error)}") from error
     check_teacher(recipe, network)

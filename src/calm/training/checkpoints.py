@@ -124,8 +124,8 @@ def _set_damaged_aside(folder: Path) -> Path | None:
                 aside = free_name(bad.with_name(f"damaged-{bad.name}"))
                 bad.rename(aside)
                 logger.warning(
-                    "the checkpoint '%s' is damaged (%s); going on from '%s', the newest that is whole. "
-                    "The damaged one is now '%s'.",
+                    "the checkpoint '%s' is damaged (%s); continuing from '%s', the newest intact one. The "
+                    "damaged one was renamed to '%s'.",
                     bad, what, checkpoint.name, aside.name,
                 )  # fmt: skip
             return checkpoint
@@ -133,8 +133,8 @@ def _set_damaged_aside(folder: Path) -> Path | None:
     if damaged:
         newest, what = next(iter(damaged.items()))
         raise InputError(
-            f"no checkpoint in '{folder}' is whole: '{newest.name}' is damaged ({what}). Restore it from a "
-            "copy, or move that folder away and --resume starts this stage from its beginning."
+            f"no checkpoint in '{folder}' is intact: '{newest.name}' is damaged ({what}). Restore it from a "
+            "copy, or move that folder away, and --resume will start this stage from the beginning."
         )
     return None
 
@@ -154,7 +154,7 @@ def _missing(checkpoint: Path) -> Iterator[str]:
     names = [path.name for path in checkpoint.iterdir()]
     if not any("model" in name for name in names):
         yield "the weights are missing"
-    for part, what in (("trainer_state.json", "the state of the training"), ("optimizer", "the optimizer"),
+    for part, what in (("trainer_state.json", "the training state"), ("optimizer", "the optimizer"),
                        ("scheduler.pt", "the schedule"), ("rng_state", "the random states")):  # fmt: skip
         if not any(name.startswith(part) for name in names):
             yield f"{what} is missing ({part})"

@@ -66,22 +66,24 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
     if name is None:
         if has_new_head:
             raise InputError(
-                "language_model.new_head is for a CALM that training begins with: name it in "
-                "language_model.init_from, or set it to false."
+                "language_model.new_head needs a CALM to start from: name one in language_model.init_from, "
+                "or set language_model.new_head to false."
             )
         return None
     config = config_at(name)
     if has_new_head and not isinstance(config, CalmConfig):
         raise InputError(
-            f"language_model.new_head is for a CALM, and '{name}' is a model of type '{config.model_type}': "
-            "set it to false."
+            f"language_model.new_head requires a CALM, but '{name}' is a model of type "
+            f"'{config.model_type}': set it to false."
         )
     if recipe.model == "calm" and is_of_tokens(config):
         return config_to_uptrain(recipe, config)
     kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
     if (recipe.model, recipe.chunk_size) != (kind, size):
         what = (
-            f"a CALM with chunks of {size} tokens" if kind == "calm" else f"a {config.model_type} of tokens"
+            f"a CALM with chunks of {size} tokens"
+            if kind == "calm"
+            else f"a token-level {config.model_type} model"
         )
         raise InputError(f"'{name}' is {what}: set model to {kind} and chunk_size to {size}.")
     if isinstance(config, CalmConfig) and not has_new_head:  # Costs may depend on how a head is trained.
@@ -122,7 +124,9 @@ def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
     try:
         parse_head_config(said)
     except (ValueError, TypeError) as error:
-        raise InputError(f"language_model.head of the recipe is no head: {cause_of(error)}") from error
+        raise InputError(
+            f"language_model.head of the recipe is not a valid head: {cause_of(error)}"
+        ) from error
     if said.get("head_type") != config.head.head_type:
         return {}
     return {name: said[name] for name in config.head.training_fields if name in said}
@@ -133,6 +137,6 @@ def tell_beginning(recipe: Recipe) -> None:
     name = recipe.language_model.init_from
     if name is not None and recipe.language_model.new_head:
         head = recipe.language_model.head.get("head_type", "energy")
-        logger.info("training begins with the backbone of '%s' and a new head, %s", name, head)
+        logger.info("training starts from the backbone of '%s' with a new head, %s", name, head)
     elif name is not None:
-        logger.info("training begins with the weights of '%s', whatever sizes and head the recipe has", name)
+        logger.info("training starts from the weights of '%s'; the recipe's sizes and head are ignored", name)

@@ -66,8 +66,8 @@ class Curriculum:
             lengths = [lengths] * (len(stages) - 1)
         if len(lengths) != len(stages) - 1 or any(length < 1 for length in lengths):
             raise InputError(
-                f"thoughts.steps_per_stage must name the steps of {len(stages) - 1} stages, all but the "
-                f"last, each at least 1, got {settings.steps_per_stage}."
+                f"thoughts.steps_per_stage must list the steps of {len(stages) - 1} stages (all but the "
+                f"last), each at least 1, got {settings.steps_per_stage}."
             )
         starts = tuple(accumulate(lengths, initial=0))
         if starts[-1] >= total_steps:

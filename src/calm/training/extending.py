@@ -63,7 +63,7 @@ def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
     before, now = last_stage(noted).steps, last_stage(recipe).steps
     if now < before:
         raise InputError(
-            f"the run in '{folder}' has {before:,} steps and can be given more, not fewer: set "
+            f"the run in '{folder}' has {before:,} steps, and the number can only be raised: set "
             f"{STEPS_OF_LAST_STAGE[type(recipe)]} above {before}, or choose another output folder."
         )
 
@@ -91,11 +91,11 @@ def extend(folder: Path, noted: Any, recipe: Any) -> None:
         # Later ones were trained at a learning rate that would not have decayed yet with more steps.
         remove_checkpoints(checkpoints[len(same) :])
         start = f"{step_of(same[-1]):,}"
-        logger.info("going on from step %s, as if there had been %s steps from the start", start, steps)
+        logger.info("continuing from step %s, as if there had been %s steps from the start", start, steps)
         return
     logger.warning(
-        "going on from step %s by a schedule of %s steps. It had another rate before, by one of %s: the "
-        "result is not that of a run with %s steps from the start.",
+        "continuing from step %s on a schedule of %s steps. Its learning rate so far followed one of %s, "
+        "so the result is not that of a run with %s steps from the start.",
         f"{step_of(checkpoints[-1]):,}",
         steps,
         f"{training.steps:,}",

@@ -50,8 +50,8 @@ def diverged(what: str, left: str) -> RunError:
         left: What remains of the run.
     """
     return RunError(
-        f"{what} is not finite; {left}. A lower learning rate or clipping (max_grad_norm) may help, in a new "
-        "run."
+        f"{what} is not finite; {left}. A new run with a lower learning rate or gradient clipping "
+        "(max_grad_norm) may help."
     )
 
 

@@ -126,8 +126,8 @@ def _warn_without_steps(conversations: list[list[Example]], sources: list[str], 
     """Warn if no record has steps: that is allowed, but usually a misspelled field."""
     if processes().is_main_process and not any(one.steps for c in conversations for one in c):
         logger.warning(
-            "no record of %s has 'steps', so thoughts.mode %s leaves none out and none are written; give "
-            "each record a list 'steps', or set thoughts.mode to none.",
+            "no record of %s has 'steps', so thoughts.mode %s has no steps to leave out or to train on; "
+            "give each record a list 'steps', or set thoughts.mode to none.",
             ", ".join(sources),
             mode,
         )

@@ -39,7 +39,7 @@ def check_inputs(
     for what, digest in inputs.items():
         if noted.get(what, digest) not in (digest, *(earlier or {}).get(what, ())):
             raise InputError(
-                f"cannot resume '{output}': {what} changed since the run began. Put back what it was, or "
+                f"cannot resume '{output}': {what} changed since the run began. Restore the original, or "
                 "choose another output folder."
             )
     if inputs.keys() - noted.keys():

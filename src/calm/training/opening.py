@@ -170,8 +170,8 @@ def trained_autoencoder(recipe: Recipe) -> CalmAutoencoder | None:
     autoencoder = load_autoencoder(Path(path))
     if autoencoder.config.chunk_size != recipe.chunk_size:
         raise InputError(
-            f"the autoencoder '{path}' has chunks of {autoencoder.config.chunk_size} tokens, the recipe of "
-            f"{recipe.chunk_size}; set chunk_size to {autoencoder.config.chunk_size}."
+            f"the autoencoder '{path}' has chunks of {autoencoder.config.chunk_size} tokens, but the recipe "
+            f"has {recipe.chunk_size}; set chunk_size to {autoencoder.config.chunk_size}."
         )
     return autoencoder
 
@@ -190,7 +190,7 @@ def _prepared_source(settings: DataSettings) -> Path | None:
     if len(settings.source_list) != 1 or not is_prepared(Path(settings.source_list[0])):
         return None
     if settings.streaming:
-        raise InputError(f"'{settings.source_list[0]}' is prepared text; streaming takes the text itself.")
+        raise InputError(f"'{settings.source_list[0]}' is prepared text; streaming needs the raw text.")
     return Path(settings.source_list[0])
 
 

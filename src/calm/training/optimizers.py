@@ -82,7 +82,7 @@ def check_optimizer(settings: OptimizerSettings) -> None:
         raise
     except Exception as error:  # Each class rejects settings in its own way.
         raise InputError(
-            f"the optimizer '{settings.name}' does not take its settings ({reason_of(error)})."
+            f"the optimizer '{settings.name}' does not accept its settings ({reason_of(error)})."
         ) from error
 
 
@@ -111,7 +111,7 @@ def _of_pytorch_optimizer(model: nn.Module, settings: OptimizerSettings) -> torc
     except (NotImplementedError, ValueError, ImportError) as error:
         known = ", ".join(_BUILDERS)
         raise InputError(
-            f"there is no optimizer '{settings.name}'; use {known} or a name of pytorch_optimizer."
+            f"there is no optimizer '{settings.name}'; use {known} or the name of one in pytorch_optimizer."
         ) from error
     groups = decay_groups(model, settings.weight_decay)
     return build(groups, lr=settings.learning_rate, **settings.extra)

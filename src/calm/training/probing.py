@@ -48,9 +48,9 @@ def check_memory(network: nn.Module) -> None:
     needed = _BYTES_OF_A_WEIGHT * sum(weight.numel() for weight in network.parameters())
     if there is not None and needed > there:
         raise InputError(
-            f"the recipe makes a model of {needed // _BYTES_OF_A_WEIGHT:,} parameters, which need "
-            f"{needed / 1e9:,.0f} GB for the weights alone; this machine has {there / 1e9:,.0f}; "
-            "make it smaller."
+            f"the recipe defines a model of {needed // _BYTES_OF_A_WEIGHT:,} parameters, whose weights alone "
+            f"need {needed / 1e9:,.0f} GB, but this machine has {there / 1e9:,.0f} GB; make the model "
+            "smaller."
         )
 
 

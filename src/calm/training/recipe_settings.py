@@ -271,11 +271,11 @@ def _settings_of_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"the recipe '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the recipe '{path}' is not UTF-8; save it as such.") from error
+        raise InputError(f"the recipe '{path}' is not UTF-8; save it as UTF-8.") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"the recipe '{path}' is no YAML{_place_and_problem(error)}.") from error
+        raise InputError(f"the recipe '{path}' is not valid YAML{_place_and_problem(error)}.") from error
     if not isinstance(values, dict):
-        raise InputError(f"the recipe '{path}' holds no settings; write them as 'name: value'.")
+        raise InputError(f"the recipe '{path}' contains no settings; write them as 'name: value'.")
     return _in_groups(values)
 
 

@@ -97,7 +97,9 @@ class Run(Generic[AnyRecipe]):
             InputError: As `check_folder`, or if another process is working there.
             RunError: If the disk is full, or cannot be written.
         """
-        with disk_errors(self.folder, "with room on the disk, --resume goes on from what was finished"):
+        with disk_errors(
+            self.folder, "once there is room on the disk, --resume continues from the work already done"
+        ):
             if not processes().is_main_process:
                 yield
                 return
@@ -182,5 +184,9 @@ class Run(Generic[AnyRecipe]):
         except InputError as error:
             aside = path.with_name(f"damaged-{path.name}")
             path.replace(aside)
-            logger.warning("%s It is now '%s'; what was logged before is missing.", error, aside.name)
+            logger.warning(
+                "%s It was renamed to '%s'; what was logged before is missing from the new log.",
+                error,
+                aside.name,
+            )
             return {}

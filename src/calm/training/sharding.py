@@ -25,8 +25,8 @@ def check_sharding(recipe: Recipe) -> None:
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise InputError(
-            "the configuration of accelerate asks for FSDP, which would shard the autoencoder as well; "
-            "launch without it and set language_model.sharded to true."
+            "the accelerate configuration enables FSDP, which would shard the autoencoder as well; launch "
+            "without it and set language_model.sharded to true."
         )
 
 
@@ -80,7 +80,7 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
         return
     if is_sharded:
         raise InputError(f"'{checkpoint}' was not written by a sharded run; resume with one process.")
-    raise InputError(f"'{checkpoint}' was written by a sharded run; resume with two processes or more.")
+    raise InputError(f"'{checkpoint}' was written by a sharded run; resume with two or more processes.")
 
 
 def whole_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -103,25 +103,25 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
     if not view.can_be_taught:
         what = f"a model of type '{network.config.model_type}'"
         if view.head_type is not None:
-            what = f"a head of the kind '{view.head_type}'"
+            what = f"a head of type '{view.head_type}'"
         raise InputError(
-            f"{what} cannot learn from a teacher, who tells the distribution of every token: take a head of "
-            "the kind sequential, parallel or decoder, or a Llama, or leave out language_model.teacher."
+            f"{what} cannot learn from a teacher, which gives a distribution for every token: use a head of "
+            "type sequential, parallel or decoder, or a Llama, or leave out language_model.teacher."
         )
     if not view.learns_cross_entropy:
         raise InputError(
-            "a teacher has a share in the cross-entropy of tokens, and the head is trained by another loss: "
-            "set language_model.head.loss to cross_entropy, or leave out language_model.teacher."
+            "a teacher needs a head trained with cross-entropy, and this one uses another loss: set "
+            "language_model.head.loss to cross_entropy, or leave out language_model.teacher."
         )
     if longest is not None and context > longest:
         raise InputError(
-            f"the teacher '{settings.model}' reads at most {longest} tokens at once, less than data.context, "
-            f"which is {context}."
+            f"the teacher '{settings.model}' has a context length of {longest} tokens, less than "
+            f"data.context, which is {context}."
         )
     if settings.states and not _is_made_of(recipe):
         raise InputError(
-            "language_model.teacher.states is for a CALM that is made of the teacher's own layers: let "
-            "language_model.init_from name the teacher as well, or set states to 0."
+            "language_model.teacher.states requires a CALM built from the teacher's own layers: set "
+            "language_model.init_from to the teacher as well, or set states to 0."
         )
 
 
@@ -146,7 +146,7 @@ def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
     config = config_at(settings.model)
     if not is_of_tokens(config):
         raise InputError(
-            f"a teacher is a Transformer of tokens, and '{settings.model}' is a model of type "
+            f"a teacher must be a token-level Transformer, but '{settings.model}' is a model of type "
             f"'{config.model_type}'."
         )
     return config
@@ -187,8 +187,8 @@ def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> No
     """Raise InputError if the vocabulary of a teacher is not that of the text's tokenizer."""
     if load_tokenizer(place_of(name)).get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"the teacher '{name}' has other tokens than the text: set data.tokenizer to it, or prepare the "
-            f"text with --tokenizer {name}."
+            f"the teacher '{name}' has a different vocabulary from the text: set data.tokenizer to it, or "
+            f"prepare the text with --tokenizer {name}."
         )
 
 
@@ -211,14 +211,14 @@ def _check_reading(network: Any, name: str) -> None:
     both, alone = (decoder(**part, use_cache=False).last_hidden_state for part in (row, second))
     if not _are_close(both[:, 3:], alone):
         raise InputError(
-            f"the teacher '{name}' does not keep documents of a block apart; take a Transformer whose "
+            f"the teacher '{name}' does not keep the documents of a block apart; use a Transformer whose "
             "attention does."
         )
     scores = network(**second, use_cache=False).logits
     if table is None or not _are_close(F.linear(alone, table.weight, getattr(table, "bias", None)), scores):
         raise InputError(
-            f"the scores of the teacher '{name}' are more than products of its states with a table; take a "
-            "Transformer that does not scale or cap them."
+            f"the logits of the teacher '{name}' are not simply its states times its output embeddings; use "
+            "a Transformer that does not scale or cap them."
         )
 
 
@@ -269,4 +269,4 @@ def read_facts_of_teacher(run: Path) -> TeacherFacts | None:
     try:
         return TeacherFacts(**read_json(path, dict))
     except TypeError as error:
-        raise InputError(f"'{path}' is damaged; --resume writes it anew.") from error
+        raise InputError(f"'{path}' is damaged; --resume will recreate it.") from error

@@ -125,13 +125,13 @@ def thinking_of(
     view = language_model(model)
     if not view.can_think:
         raise InputError(
-            f"thoughts are for CALM and Llama models, not for a {type(model).__name__}; set thoughts.mode "
-            "to none."
+            f"thoughts work only with CALM and Llama models, not with a {type(model).__name__}; set "
+            "thoughts.mode to none."
         )
     context, longest = recipe.examples.context, longest_context(model.config)
     if longest is not None and context > longest:
         raise InputError(
-            f"examples.context is {context}, and the model looks back on {longest} tokens; set it lower."
+            f"examples.context is {context}, but the model's context is {longest} tokens; set it lower."
         )
     layout = Layout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
     thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)

@@ -139,7 +139,7 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
             try:
                 end(has_succeeded)
             except Exception as error:  # Their libraries may raise anything.
-                logger.warning("%s could not end its run (%s).", name, reason_of(error))
+                logger.warning("%s could not finish its run (%s).", name, reason_of(error))
 
 
 @contextlib.contextmanager
@@ -149,8 +149,8 @@ def _beginning(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # Their libraries may raise anything.
         raise RunError(
-            f"{name} cannot begin a run ({reason_of(error)}); --resume goes on once it can, or without it "
-            "with --report_to '[]'."
+            f"{name} cannot start a run ({reason_of(error)}); --resume continues once it can, or without it "
+            "given --report_to '[]'."
         ) from error
 
 

@@ -125,12 +125,12 @@ class ChunkTrainer(Trainer):
                 reason = f"A DataLoader worker died ({reason})."
             if "DataLoader worker" not in reason:
                 raise
-            raise RunError(f"{reason} Set num_workers lower or to 0; {self._left()}.") from error
+            raise RunError(f"{reason} Lower num_workers or set it to 0; {self._left()}.") from error
         finally:
             self._progress.close()
         self._tell_skipped()
         if self._signals.left:
-            raise Terminated(f"asked to end after step {self.state.global_step}; {self._left()}.")
+            raise Terminated(f"stopped by SIGTERM after step {self.state.global_step}; {self._left()}.")
 
     def whole_network(self) -> PreTrainedModel:
         """The model with all weights: itself, or an unsharded copy."""
@@ -231,7 +231,7 @@ class ChunkTrainer(Trainer):
         counts = self.accelerator.gather(torch.tensor([self._stream.num_skipped()], device=self.args.device))
         skipped = int(counts.sum() if self._stream.has_own_shards else counts.max())
         if skipped and self.is_world_process_zero():
-            logger.info("text: skipped %s without text in what was streamed", number(skipped, "record"))
+            logger.info("text: skipped %s without text while streaming", number(skipped, "record"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values and the seconds so far; with a training loss, also the speed of training."""
@@ -253,7 +253,7 @@ class ChunkTrainer(Trainer):
                 scores = self.score(self.whole_network(), self.eval_dataset)
             except NotFiniteError as error:  # Otherwise the next step's loss would be the first to show it.
                 step = self.state.global_step
-                raise diverged(f"what the model gives after step {step}", self._left()) from error
+                raise diverged(f"the model's output after step {step}", self._left()) from error
         self._network.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -271,8 +271,8 @@ class ChunkTrainer(Trainer):
         check_checkpoint(checkpoint, self._stage.is_sharded)
         if (what := other_input(folder, checkpoint)) is not None:
             raise InputError(
-                f"'{checkpoint}' belongs to another run: {what} is not the same. "
-                "Put back the checkpoints of this run."
+                f"'{checkpoint}' belongs to another run: {what} changed. Put back the checkpoints of this "
+                "run."
             )
         if self._stream is not None:
             self._stream.position.load(checkpoint / self._position_file)
@@ -309,7 +309,7 @@ class ChunkTrainer(Trainer):
     def _left(self) -> str:
         """What remains of the run if it ends now, for messages."""
         checkpoints = checkpoints_in(self._stage.folder)
-        return f"--resume goes on from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
+        return f"--resume continues from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
 
     # Sharded networks.
 

@@ -43,9 +43,7 @@ def config_at(name: str) -> PreTrainedConfig:
         InputError: If there is none, it cannot be read, or it is that of adapters or of an autoencoder.
     """
     if is_adapter(Path(place_of(name))):
-        raise InputError(
-            f"'{name}' holds adapters; give the folder of the model into which they were merged."
-        )
+        raise InputError(f"'{name}' holds adapters; give the folder of the merged model.")
     config = config_of(name)
     if config.model_type == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
@@ -61,8 +59,8 @@ def with_codes(recipe: Recipe) -> Recipe:
     autoencoder = recipe.autoencoder
     if autoencoder.path is not None:
         raise InputError(
-            "a CALM that begins with a Transformer learns tokens and needs no trained autoencoder: leave out "
-            f"autoencoder.path; it is '{autoencoder.path}'."
+            "a CALM initialized from a Transformer learns tokens and needs no trained autoencoder: leave "
+            f"out autoencoder.path, which is '{autoencoder.path}'."
         )
     codes = dataclasses.replace(autoencoder, kind="codes", latent_size=CODE_SIZE * recipe.chunk_size)
     return dataclasses.replace(recipe, autoencoder=codes)
@@ -95,7 +93,7 @@ def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
     """
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise InputError(
-            f"the text was prepared with another tokenizer than that of '{name}'; give the text itself, or "
+            f"the text was prepared with a different tokenizer from that of '{name}'; give the raw text, or "
             f"prepare it with --tokenizer {name}."
         )
 
