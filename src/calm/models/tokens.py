@@ -15,11 +15,12 @@ from calm.core.distillation import distillation
 from calm.models.caches import CACHE
 from calm.models.context import check_room
 from calm.models.lessons import Lesson
+from calm.models.saving import SavedAnew
 from calm.models.thinking_llama import Request
 from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, scale_of, thoughts_for
 
 
-class LlamaForCausalLM(transformers.LlamaForCausalLM):
+class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
     """A Llama that trains on a CPU without the scores of all tokens in memory, and can think.
 
     It bears the name of its parent, which its folder says and which reads it: the weights are the same.
