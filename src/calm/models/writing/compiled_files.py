@@ -24,6 +24,7 @@ _NOT_OF_LAYERS = {
     "architectures",
 }
 _WORDS = 1024  # Of 8 bytes, in a row of a digest.
+_OCTETS_OF_EACH = 64
 
 
 def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
@@ -98,6 +99,19 @@ def digest_of_weights(model: Any) -> str:
         digest.update((words_LW * factor_W).sum(-1).numpy().tobytes())
         digest.update(octets[whole:].numpy().tobytes())
     return digest.hexdigest()
+
+
+def state_of_weights(model: Any) -> tuple[Any, ...]:
+    """What changes when weights do, as far as a look at a few octets of each can tell.
+
+    Torch counts changes in place, but not those through `.data`, by which peft merges adapters.
+    """
+    weights = weights_of(model)
+    counts = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights]
+    octets = [one.detach().contiguous().flatten().view(torch.uint8) for one in weights]
+    # An odd number of octets apart, so that all parts of a number are met.
+    few = torch.cat([one[:: len(one) // _OCTETS_OF_EACH | 1] for one in octets])
+    return *counts, few.numpy().tobytes()
 
 
 @functools.cache
