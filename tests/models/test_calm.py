@@ -63,6 +63,9 @@ def test_a_cache_goes_by_both_of_its_names(model, name):
         rest = model(ids[:, 8:], use_cache=True, **{name: first.cache})
     assert rest.cache is first.cache and rest.cache.get_seq_length() == 4
     assert_close(rest.last_hidden_state, model(ids).last_hidden_state[:, 2:])
+    # One that is given is read on, whether another would be made or not.
+    first = model(ids[:, :8], use_cache=True)
+    assert_close(model(ids[:, 8:], **{name: first.cache}).last_hidden_state, rest.last_hidden_state)
 
 
 def test_an_unknown_input_of_the_backbone_is_refused():

@@ -212,8 +212,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             attention_mask: (B, T), 0 on padding; a chunk is masked only if all its tokens are.
             position_ids: Position of every chunk in its document (B, C). Each 0 starts a new
                 document, which does not see the previous one.
-            cache: Cache of earlier chunks.
-            use_cache: Whether to return a cache.
+            cache: Cache of earlier chunks, to which these are added.
+            use_cache: Whether to return a cache if none is given.
             num_items_in_batch: Target chunks in the whole optimizer step; the summed loss is
                 divided by it (the mean over this batch when None).
             generator: Source of the head's training noise; the default generator when None.
@@ -243,7 +243,6 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.backbone)
-        cache = cache if use_cache else None
         states_BCD = self._states(
             chunks_BCK, self._chunk_mask(attention_mask), position_ids, cache, posterior_BCZ, thinking
         )

@@ -35,7 +35,7 @@ from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
-from calm.models.writing.ahead import find_steps
+from calm.models.writing.ahead import find_steps, forget_steps
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
 
@@ -183,6 +183,7 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
         raise
     except Exception as error:  # From json, safetensors or peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
+    forget_steps(merged)  # What was compiled is the base's.
     check_finite(merged, str(path))
     merged.requires_grad_(True)  # As in any loaded model; peft froze them.
     if (path / THOUGHTS).is_file():

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from tiny import HEADS, tiny_model
+from transformers import AutoTokenizer
 
 from calm.core.random import numbers_for
 from calm.core.samplers import HeadSampler
+from calm.models.loading import load_language_model_and_tokenizer
+from calm.models.shipped import folder_of
 from calm.models.writing import ahead, tracing
 from calm.models.writing.ahead import compile_steps, find_steps
 from calm.models.writing.batching import ChunkBatch
@@ -109,6 +113,64 @@ def test_what_changed_is_another_model(compiled, steps, monkeypatch):
     assert find_steps(tiny_model()) is None
     torch.set_num_threads(2)  # The loops are made for a number of threads.
     assert find_steps(model) is None
+
+
+@pytest.fixture
+def folder_of_loaded(monkeypatch, tmp_path):
+    """Where to put a file, so that `find_steps` takes it for what is compiled: its folder's name."""
+    monkeypatch.setenv("CALM_CACHE", str(tmp_path))
+    monkeypatch.setattr(ahead, "load_function", lambda file: file.parent)
+
+    def folder_of(model):
+        folder = ahead.folder_of_steps(model)
+        folder.mkdir(parents=True)
+        (folder / "advance-one.pt2").touch()
+        return folder
+
+    return folder_of
+
+
+def test_another_way_of_drawing_is_another_model(folder_of_loaded):
+    model, folders = tiny_model(head_config={"head_type": "flow"}), {}
+    for num_steps in (3, 4):
+        model.change_sampling(num_steps=num_steps)
+        folders[num_steps] = folder_of_loaded(model)
+    for num_steps in (3, 4, 3):
+        model.change_sampling(num_steps=num_steps)
+        assert find_steps(model).functions == {"advance-one": folders[num_steps]}
+
+
+def test_changes_that_torch_does_not_count_are_seen(folder_of_loaded):
+    model = tiny_model()
+    folder_of_loaded(model)
+    assert find_steps(model) is not None
+    weight = model.backbone.layers[0].self_attn.q_proj.weight
+    version = weight._version
+    weight.data += 1e-3  # As peft merges adapters.
+    assert weight._version == version and find_steps(model) is None
+
+
+def test_adapters_are_not_written_with_what_was_compiled_of_their_model(folder_of_loaded, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("stories"))
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, _ = load_language_model_and_tokenizer(str(tmp_path / "base"))
+    folder_of_loaded(base)
+    assert find_steps(base) is not None
+    layers = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, layers).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    adapted, _ = load_language_model_and_tokenizer(str(tmp_path / "adapter"))
+    assert find_steps(adapted) is None
+
+
+def test_weights_of_inference_mode_are_told_apart(folder_of_loaded):
+    with torch.inference_mode():
+        model = tiny_model()
+        folder_of_loaded(model)
+        assert find_steps(model) is not None
+        model.backbone.norm.weight.add_(0.5)
+        assert find_steps(model) is None
 
 
 def test_draws_that_are_not_finite_are_refused(compiled, steps):

@@ -13,6 +13,7 @@ import calm.models.writing.sampling as sampling_module
 from calm.core.chunks import align_to_chunks
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
+from calm.models.writing.lean import ChunkStep
 from calm.models.writing.sampler_registry import sampler_from
 
 
@@ -34,6 +35,16 @@ def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
         assert cached.shape == (2, length + 9)
         assert (cached == plain).all()
         assert (cached[:, :length] == prompt).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_model_of_another_type_knows_far_positions_as_well(dtype):
+    model = tiny_model(backbone_config={"max_position_embeddings": 2048}).to(dtype)  # And its rotations.
+    position = torch.tensor([3, 300, 2001])
+    own = ChunkStep(model)._rotation(position)
+    expected = model.backbone.rotary_emb(torch.zeros(3, 1, 1, dtype=dtype), position.unsqueeze(-1))
+    assert_close(own, expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -291,6 +302,16 @@ def test_generation_config_and_overrides():
     prompt = torch.tensor([[5, 6]])
     assert model.generate(prompt, generation_config=config, num_draws=4).shape == (1, 7)
     assert model.generate(prompt, generation_config=config, num_draws=4, max_new_tokens=3).shape == (1, 5)
+
+
+def test_what_a_generation_config_leaves_open_is_the_models_own():
+    model, prompt = without_eos(tiny_model()), torch.tensor([[5, 6]])
+    model.generation_config.update(temperature=0.5, max_new_tokens=9, return_dict_in_generate=True)
+    written = model.generate(prompt, generation_config=GenerationConfig(max_time=900.0), num_draws=8)
+    assert written.sequences.shape == (1, 11)
+    assert int(written.num_draws.min()) > 1  # As a temperature below 1 takes.
+    written = model.generate(prompt, generation_config=GenerationConfig(max_length=6), num_draws=8)
+    assert written.sequences.shape == (1, 6)
 
 
 class Listener:

@@ -23,7 +23,7 @@ from calm.models.writing.compiled_files import (
     digest_of_weights,
     folder_of_kind,
     load_function,
-    weights_of,
+    state_of_weights,
 )
 from calm.models.writing.lean import can_step
 from calm.models.writing.tracing import compile_function, function_name, functions_to_trace, requests_of_draw
@@ -115,7 +115,7 @@ def find_steps(model: Any) -> CompiledSteps | None:
     root = folder_of_kind(model)
     if root is None or not root.is_dir():
         return None
-    state = tuple((weight.data_ptr(), weight._version) for weight in weights_of(model))
+    state = root, state_of_weights(model)  # The same weights may be drawn from in several ways.
     seen, steps = getattr(model, _ATTRIBUTE, (None, None))
     if seen != state:
         folder = root / digest_of_weights(model)
@@ -123,6 +123,12 @@ def find_steps(model: Any) -> CompiledSteps | None:
         steps = CompiledSteps(model, functions) if functions else None
         object.__setattr__(model, _ATTRIBUTE, (state, steps))
     return steps
+
+
+def forget_steps(model: Any) -> None:
+    """Let `find_steps` look at all weights of a model again, whatever it found before."""
+    if hasattr(model, _ATTRIBUTE):
+        object.__delattr__(model, _ATTRIBUTE)
 
 
 def compile_steps(
@@ -155,8 +161,7 @@ def compile_steps(
             if not (folder / f"{name}.pt2").exists():
                 tell(name)
                 compile_function(build(), folder / f"{name}.pt2")
-    if hasattr(model, _ATTRIBUTE):
-        object.__delattr__(model, _ATTRIBUTE)
+    forget_steps(model)
     steps = find_steps(model)
     assert steps is not None
     return steps

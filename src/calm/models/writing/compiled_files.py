@@ -24,6 +24,7 @@ _NOT_OF_LAYERS = {
     "architectures",
 }
 _WORDS = 1024  # Words of 8 bytes per row, for digests of weights.
+_BYTES_SAMPLED = 64  # Bytes per tensor that are compared between calls.
 
 
 def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
@@ -98,6 +99,19 @@ def digest_of_weights(model: Any) -> str:
         digest.update((words_LW * factor_W).sum(-1).numpy().tobytes())
         digest.update(octets[whole:].numpy().tobytes())
     return digest.hexdigest()
+
+
+def state_of_weights(model: Any) -> tuple[Any, ...]:
+    """A value that changes when the weights do: torch's version counters and a sample of the bytes.
+
+    The counters miss changes through `.data`, by which peft merges adapters.
+    """
+    weights = weights_of(model)
+    counts = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights]
+    octets = [one.detach().contiguous().flatten().view(torch.uint8) for one in weights]
+    # An odd stride, so that the sample includes every byte of a number.
+    few = torch.cat([one[:: len(one) // _BYTES_SAMPLED | 1] for one in octets])
+    return *counts, few.numpy().tobytes()
 
 
 @functools.cache

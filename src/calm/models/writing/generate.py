@@ -102,7 +102,8 @@ class ChunkGenerationMixin:
             input_ids: Prompts (B, T), padded on either side where `attention_mask` is 0; one
                 beginning-of-text token if None.
             attention_mask: (B, T), 1 on tokens of the prompt.
-            generation_config: Defaults to the model's; keyword arguments override it. Supported are
+            generation_config: Defaults to the model's, which also supplies what another one leaves open;
+                keyword arguments override it. Supported are
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
                 sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
                 `cache_implementation` and `compile_config` (see `calm.models.writing.steps`), `eos_token_id`,
@@ -194,6 +195,7 @@ def _generation_settings(
     model: ChunkModel, config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> GenerationConfig:
     config = copy.deepcopy(config or model.generation_config)
+    _fill(config, model.generation_config)
     if overrides.get("max_new_tokens") is None and "max_length" in overrides:
         config.max_new_tokens = None
     config.do_sample = True  # Otherwise transformers warns about every temperature.
@@ -210,6 +212,15 @@ def _generation_settings(
     if config.pad_token_id is None:
         config.pad_token_id = model.config.pad_token_id
     return config
+
+
+def _fill(config: GenerationConfig, own: GenerationConfig) -> None:
+    """Let what a configuration leaves open be the model's own, as transformers does."""
+    lengths = ("max_new_tokens", "max_length")
+    limits = any(getattr(config, name) is not None for name in lengths)
+    for name, value in vars(own).items():
+        if getattr(config, name, None) is None and not (limits and name in lengths):
+            setattr(config, name, value)
 
 
 def _prompts(

@@ -66,7 +66,8 @@ class ChunkStep(nn.Module):
     def _rotation(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotation at each row's position, (R, 1, d)."""
         rotary = self.model.backbone.rotary_emb
-        angles_Rh = position_R.unsqueeze(-1) * rotary.inv_freq
+        # Single precision whatever type the model was converted to: in half of it far positions are one.
+        angles_Rh = position_R.unsqueeze(-1) * rotary.inv_freq.float()
         angles_R1d = torch.cat([angles_Rh, angles_Rh], dim=-1).unsqueeze(1)
         dtype, scaling = self.model.backbone.embed_tokens.weight.dtype, rotary.attention_scaling
         return (angles_R1d.cos() * scaling).to(dtype), (angles_R1d.sin() * scaling).to(dtype)
