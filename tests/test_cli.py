@@ -14,7 +14,7 @@ WRONG = [
     ("--seed 1 train", "unrecognized option --seed; options come after a command, as in: calm train --seed"),
     ("--print_shtab bash", "unrecognized option --print_shtab"),
     ("--print_config", "unrecognized option --print_config"),
-    ("generate", "missing model; calm generate --help tells what it takes."),
+    ("generate", "missing model; see calm generate --help."),
     ("generate stories", "there is no prompt; give a text, or --file FILE ('-' for standard input)."),
     ("generate stories x -n 0", "samples must be at least 1"),
     ("generate stories x -n many", "samples must be a whole number, got 'many'."),
@@ -25,13 +25,13 @@ WRONG = [
     ("train", "missing --output; calm train --help"),
     ("flops a b", "unexpected argument 'b'; calm flops --help"),
     ("doctor x", "unexpected argument 'x'; calm doctor --help"),
-    ("train --foo", "unrecognized option --foo; calm train --help_all lists them all."),
+    ("train --foo", "unrecognized option --foo; see calm train --help_all."),
     ("generate a b --tempurature 1", "unrecognized option --tempurature; did you mean --temperature?"),
     ("generate a b --tempurature=1", "unrecognized option --tempurature; did you mean --temperature?"),
-    ("generate a b --prompt x", "prompt is given without a name, as in: calm generate model prompt"),
+    ("generate a b --prompt x", "prompt is a positional argument, as in: calm generate model prompt"),
     ("generate a -x", "unrecognized option -x; put -- before text that begins with a dash."),
     ("generate a -hi", "unrecognized option -hi; put -- before text that begins with a dash."),
-    ("train --training.x 1", "unrecognized option --training.x; calm train --help_all lists them all."),
+    ("train --training.x 1", "unrecognized option --training.x; see calm train --help_all."),
     (
         "train --training.steps 1",
         "did you mean --autoencoder.training.steps or --language_model.training.steps?",
@@ -138,7 +138,7 @@ def test_too_little_memory_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     assert raised.value.code == 1
-    assert "there is not enough memory (" in capsys.readouterr().err
+    assert "out of memory (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
