@@ -199,7 +199,7 @@ def test_models_that_cannot_be_drafted_for_are_refused(tmp_path, tokenizer, caps
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
     assert "'model' is not a CALM" in failure(capsys, "serve", "model")
-    assert "'thinker' was trained to think, which --draft does" in failure(
+    assert "'thinker' was trained to think, which --draft does not support" in failure(
         capsys, "serve", "thinker", "--draft", "draft"
     )
     assert "a CALM writes whole chunks itself" in failure(capsys, "serve", "draft", "--draft", "draft")

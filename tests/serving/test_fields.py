@@ -166,11 +166,7 @@ WRONG = {
         "prompt[1]: token ids must be whole numbers, got a string",
     ),
     "a half": ({"prompt": [1, 2.5]}, "prompt[1]", "prompt[1]: token ids must be whole numbers, got 2.5."),
-    "ids in ids": (
-        {"prompt": [[1], [2, True]]},
-        "prompt[1][1]",
-        "token ids must be whole numbers",
-    ),
+    "ids in ids": ({"prompt": [[1], [2, True]]}, "prompt[1][1]", "token ids must be whole numbers"),
     "null in prompts": (
         {"prompt": ["a", None]},
         "prompt[1]",
@@ -203,11 +199,7 @@ WRONG = {
         "metadata",
         "'metadata' may have at most 16 pairs, got 17.",
     ),
-    "a long key": (
-        {"metadata": {"a" * 65: "b"}},
-        "metadata",
-        "may have at most 64 characters",
-    ),
+    "a long key": ({"metadata": {"a" * 65: "b"}}, "metadata", "may have at most 64 characters"),
     "a long value": ({"metadata": {"a": "b" * 513}}, "metadata", "and values at most 512"),
     "nearly cold": ({"temperature": 1e-310}, "temperature", "a temperature above 0 must be at least"),
     "few draws": (
