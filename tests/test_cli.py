@@ -21,10 +21,10 @@ WRONG = [
     ("generate stories x -n 2 --stream", "--stream prints one text at a time; leave out --samples."),
     ("generate stories x --json --stream", "--stream prints one text at a time; leave out --json."),
     ("generate stories -f nowhere.txt", "'nowhere.txt': No such file or directory."),
-    ("import --model m", "missing --autoencoder and --out; calm import --help"),
-    ("train", "missing --output; calm train --help"),
-    ("flops a b", "unexpected argument 'b'; calm flops --help"),
-    ("doctor x", "unexpected argument 'x'; calm doctor --help"),
+    ("import --model m", "missing --autoencoder and --out; see calm import --help"),
+    ("train", "missing --output; see calm train --help"),
+    ("flops a b", "unexpected argument 'b'; see calm flops --help"),
+    ("doctor x", "unexpected argument 'x'; see calm doctor --help"),
     ("train --foo", "unrecognized option --foo; see calm train --help_all."),
     ("generate a b --tempurature 1", "unrecognized option --tempurature; did you mean --temperature?"),
     ("generate a b --tempurature=1", "unrecognized option --tempurature; did you mean --temperature?"),
@@ -86,7 +86,9 @@ def test_wrong_arguments(capsys, arguments, message):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_lacks_or_does_not_know(capsys, command):
-    assert f"unrecognized option --nonsense; calm {command} --help" in failure(capsys, command, "--nonsense")
+    assert f"unrecognized option --nonsense; see calm {command} --help" in failure(
+        capsys, command, "--nonsense"
+    )
     assert failure(capsys, command, "a", "b", "c", "--nonsense=3") != ""
 
 
