@@ -46,7 +46,7 @@ def set_up(page: Page, url: str, seed: int) -> None:
     page.goto(url)
     page.wait_for_selector("#model:not(:empty)")
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Most tokens").fill("160")
+    page.get_by_label("Max tokens").fill("160")
     page.get_by_label("Seed").fill(str(seed))
     page.get_by_role("button", name="Settings").click()
 

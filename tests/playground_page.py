@@ -13,8 +13,8 @@ def set_fields(page, temperature=None, **fields):
     if temperature is not None:
         page.get_by_label("Temperature").fill(str(temperature))
     names = {
-        "tokens": "Most tokens",
-        "draws": "Most draws a chunk",
+        "tokens": "Max tokens",
+        "draws": "Max draws per chunk",
         "thoughts": "Thoughts",
         "seed": "Seed",
         "key": "Key",

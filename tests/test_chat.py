@@ -220,7 +220,7 @@ def test_thoughts_take_room_in_a_chat(tokenizer):
 
     assert (forgotten(0), forgotten(20)) == ([0, 0], [0, 2])
     conversation = Conversation(thinker, tokenizer, num_thoughts=60)
-    with pytest.raises(InputError, match=r"tokens and 248 of thoughts leave no room for an answer"):
+    with pytest.raises(InputError, match=r"tokens and 248 for thoughts leave no room for an answer"):
         conversation.answer("Hello", lambda _: None)
 
 

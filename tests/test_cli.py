@@ -14,24 +14,24 @@ WRONG = [
     ("--seed 1 train", "unrecognized option --seed; options come after a command, as in: calm train --seed"),
     ("--print_shtab bash", "unrecognized option --print_shtab"),
     ("--print_config", "unrecognized option --print_config"),
-    ("generate", "missing model; calm generate --help tells what it takes."),
+    ("generate", "missing model; see calm generate --help."),
     ("generate stories", "there is no prompt; give a text, or --file FILE ('-' for standard input)."),
     ("generate stories x -n 0", "samples must be at least 1"),
     ("generate stories x -n many", "samples must be a whole number, got 'many'."),
     ("generate stories x -n 2 --stream", "--stream prints one text at a time; leave out --samples."),
     ("generate stories x --json --stream", "--stream prints one text at a time; leave out --json."),
     ("generate stories -f nowhere.txt", "'nowhere.txt': No such file or directory."),
-    ("import --model m", "missing --autoencoder and --out; calm import --help"),
-    ("train", "missing --output; calm train --help"),
-    ("flops a b", "unexpected argument 'b'; calm flops --help"),
-    ("doctor x", "unexpected argument 'x'; calm doctor --help"),
-    ("train --foo", "unrecognized option --foo; calm train --help_all lists them all."),
+    ("import --model m", "missing --autoencoder and --out; see calm import --help"),
+    ("train", "missing --output; see calm train --help"),
+    ("flops a b", "unexpected argument 'b'; see calm flops --help"),
+    ("doctor x", "unexpected argument 'x'; see calm doctor --help"),
+    ("train --foo", "unrecognized option --foo; see calm train --help_all."),
     ("generate a b --tempurature 1", "unrecognized option --tempurature; did you mean --temperature?"),
     ("generate a b --tempurature=1", "unrecognized option --tempurature; did you mean --temperature?"),
-    ("generate a b --prompt x", "prompt is given without a name, as in: calm generate model prompt"),
+    ("generate a b --prompt x", "prompt is a positional argument, as in: calm generate model prompt"),
     ("generate a -x", "unrecognized option -x; put -- before text that begins with a dash."),
     ("generate a -hi", "unrecognized option -hi; put -- before text that begins with a dash."),
-    ("train --training.x 1", "unrecognized option --training.x; calm train --help_all lists them all."),
+    ("train --training.x 1", "unrecognized option --training.x; see calm train --help_all."),
     (
         "train --training.steps 1",
         "did you mean --autoencoder.training.steps or --language_model.training.steps?",
@@ -86,7 +86,9 @@ def test_wrong_arguments(capsys, arguments, message):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_lacks_or_does_not_know(capsys, command):
-    assert f"unrecognized option --nonsense; calm {command} --help" in failure(capsys, command, "--nonsense")
+    assert f"unrecognized option --nonsense; see calm {command} --help" in failure(
+        capsys, command, "--nonsense"
+    )
     assert failure(capsys, command, "a", "b", "c", "--nonsense=3") != ""
 
 
@@ -138,7 +140,7 @@ def test_too_little_memory_is_one_sentence(capsys):
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     assert raised.value.code == 1
-    assert "there is not enough memory (" in capsys.readouterr().err
+    assert "out of memory (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

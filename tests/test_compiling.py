@@ -40,7 +40,7 @@ def test_models_of_tokens_are_refused():
 
 def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match=r"needs a C\+\+ compiler, and there is none \(no-such-compiler\)"):
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler, but none was found \(no-such-compiler\)"):
         compile_model(tiny_model())
 
 
@@ -49,7 +49,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(compiling, "compile_steps", lambda *own: own[3]("advance-one"))
     main(["compile", "stories", "--rows", "one"])
     printed = capsys.readouterr()
-    assert "1 text at once:" in printed.out and f"kept in {tmp_path}" in printed.out
+    assert "1 text at once:" in printed.out and f"saved in {tmp_path}" in printed.out
     main(["compile", "stories", "--rows", "one", "--json"])
     [figures] = json.loads(capsys.readouterr().out)["tokens_per_second"]
     assert figures["rows"] == 1 and figures["compiled"] > 0

@@ -208,7 +208,7 @@ def test_bad_options_are_found_before_the_work(runs, capsys, tmp_path, monkeypat
         ("--export", tmp_path): "already exists; choose another --export",
         ("--export", tmp_path / "file"): "already exists; choose another --export",
         ("--export", tmp_path / "file/copy"): f"cannot be a folder: '{tmp_path}/file' is a file",
-        ("--private",): "name it with --push",
+        ("--private",): "name one with --push",
         ("--push", "small"): "'small' is not a repository name on the hub; give OWNER/NAME",
         ("--push", "me/small", "--dtype", "int8"): "got 'int8'",  # And the hub is not asked.
         ("--ngrams", "[0]"): "ngrams must be",

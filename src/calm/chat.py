@@ -48,8 +48,8 @@ class Conversation:
     ) -> None:
         if tokenizer.chat_template is None:
             raise InputError(
-                "this model has no chat template, so it was not made for chats; fine-tune it on "
-                "conversations, or let it continue texts (calm generate)."
+                "this model has no chat template, so it is not a chat model; fine-tune it on "
+                "conversations, or use it to continue texts (calm generate)."
             )
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._num_thoughts = max_new_tokens, num_thoughts
@@ -166,9 +166,9 @@ class Conversation:
             if room is None or room >= (1 if is_last else min(_LEAST_ROOM, self._max_new_tokens)):
                 return [*system, *said], prompt
             if is_last:
-                thought = f" and {self._num_thought} of thoughts" if self._num_thought else ""
+                thought = f" and {self._num_thought} for thoughts" if self._num_thought else ""
                 raise InputError(
-                    f"that is too long: {len(prompt)} tokens{thought} leave no room for an answer."
+                    f"the message is too long: {len(prompt)} tokens{thought} leave no room for an answer."
                 )
             said = said[2:]  # A question and its answer.
 

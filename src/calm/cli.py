@@ -63,7 +63,7 @@ def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser
         command = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
             command.add_argument(
-                "--recipe", action="config", help="Shipped name or .yaml file; options after it win."
+                "--recipe", action="config", help="Shipped name or .yaml file; options after it override it."
             )
             command.add_class_arguments(_RECIPES[name], sub_configs=False)
             command.add_argument("--help_all", help="Print every option.", **_FLAG)
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
-        _print_error(f"there is not enough memory ({reason_of(error)}); ask for less at once.")
+        _print_error(f"out of memory ({reason_of(error)}); reduce the batch size or the context length.")
         sys.exit(1)
     except OSError as error:
         if error.filename is None:

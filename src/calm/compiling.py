@@ -63,7 +63,7 @@ def compile_model(
             model.head.check_temperature(temperature)
         except ValueError as error:
             raise InputError(str(error)) from error
-    require_compiler("compiling", "write without")
+    require_compiler("compiling", "generate without compiling")
     try:
         compile_steps(model, rows, temperatures, tell)
     except ValueError as error:

@@ -72,7 +72,7 @@ def _check_stories(path: Path, seed: int) -> None:
         first = ""
     if first != json.dumps({"text": next(stories(seed))}) + "\n":
         raise InputError(
-            f"the demo writes its stories to '{path}', which is there and holds something else; choose "
+            f"the demo writes its stories to '{path}', which already exists with other contents; choose "
             "another --output, or move that file away."
         )
 

@@ -42,7 +42,7 @@ def examine() -> dict[str, dict[str, str]]:
             "device": _device(device),
             "threads": _threads(),
             "matrices": _matrices(device),
-            "memory": f"read at {read_rate(device) / 1e9:,.0f} GB/s: what bounds a single text",
+            "memory": f"read at {read_rate(device) / 1e9:,.0f} GB/s, which bounds single-text generation",
             "dtype": _dtype(device),
             "attention": _attention(device),
             "compile": _compile(device),
@@ -64,24 +64,24 @@ def _device(device: torch.device) -> str:
 def _threads() -> str:
     number = torch.get_num_threads()
     if number == 1:
-        return "1; OMP_NUM_THREADS sets more"
+        return "1; set OMP_NUM_THREADS for more"
     gain = thread_gain()
-    said = f"{number} multiply {gain:.1f} times as fast as one"
+    said = f"{number} multiply matrices {gain:.1f} times as fast as one"
     if gain > _SHARED * number:
         return said
     least = max(1, round(gain))
-    return f"{said}: other work is on this machine, or cores are shared; try OMP_NUM_THREADS={least}"
+    return f"{said}: the machine is busy or its cores are shared; try OMP_NUM_THREADS={least}"
 
 
 def _matrices(device: torch.device) -> str:
     rates = {name: matrix_rate(device, dtype) for name, dtype in _TYPES.items()}
     known = [f"{name} {rate / 1e9:,.3g} GFLOP/s" for name, rate in rates.items() if rate is not None]
-    return ", ".join(known) or "no room to measure"
+    return ", ".join(known) or "not enough memory to measure"
 
 
 def _dtype(device: torch.device) -> str:
     if best_dtype(device) is torch.bfloat16:
-        return "bfloat16 mixed precision pays here (training.precision: bf16); weights stay float32"
+        return "bfloat16 mixed precision is worthwhile here (training.precision: bf16); weights stay float32"
     if device.type == "cpu":
         gain = mixed_precision_gain(device, _WIDTH)
         better = "bf16" if gain >= MIXED_PRECISION_PAYS else "fp32"

@@ -36,7 +36,7 @@ def require_compiler(what: str, otherwise: str) -> None:
     compiler = os.environ.get("CXX")
     if not any(map(shutil.which, [compiler] if compiler else _COMPILERS)):
         raise InputError(
-            f"{what} needs a C++ compiler, and there is none ({compiler or ', '.join(_COMPILERS)}); "
+            f"{what} needs a C++ compiler, but none was found ({compiler or ', '.join(_COMPILERS)}); "
             f"install one, or {otherwise}."
         )
 

@@ -110,11 +110,11 @@ def unknown(options: Options, name: str) -> str:
     near = _near(name.lstrip("-"), options.types)
     if dashes and near and near[0] in options.positional:
         by_place = f"calm {options.command} {' '.join(options.positional)}"
-        return f"{what}; {near[0]} is given without a name, as in: {by_place}"
+        return f"{what}; {near[0]} is a positional argument, as in: {by_place}"
     if near:
         return f"{what}; did you mean {_listed([dashes + one for one in near], 'or')}?"
     all_of_them = "--help_all" if "help_all" in options.types else "--help"
-    return f"{what}; calm {options.command} {all_of_them} lists them all." if dashes else f"{what}."
+    return f"{what}; see calm {options.command} {all_of_them}." if dashes else f"{what}."
 
 
 def _near(name: str, known: Iterable[str]) -> list[str]:
@@ -149,7 +149,7 @@ def _in_words(hint: Any) -> str:
         return """a mapping, such as '{"num_steps": 2}'"""
     if dataclasses.is_dataclass(hint):
         return "a mapping of settings"
-    return _WORDS.get(hint, "of another kind")
+    return _WORDS.get(hint, "of another type")
 
 
 def _listed(names: Sequence[str], word: str) -> str:
@@ -170,7 +170,7 @@ def _is_in_mapping(name: str, options: Options) -> bool:
 def _unrecognized(options: Options, text: str) -> str:
     given = max((a for a in options.arguments if f"{text} ".startswith(f"{a} ")), key=len, default=text)
     if not given.startswith("-"):
-        return f"unexpected argument '{given}'; calm {options.command} --help tells what it takes."
+        return f"unexpected argument '{given}'; see calm {options.command} --help."
     if not given.startswith("--"):
         return f"unrecognized option {given}; put -- before text that begins with a dash."
     return unknown(options, given.split("=")[0])
@@ -179,7 +179,7 @@ def _unrecognized(options: Options, text: str) -> str:
 def _missing(options: Options, names: str) -> str:
     bare = [name.removeprefix(f"{options.command}.").lstrip("-") for name in names.split(", ")]
     shown = _listed([name if name in options.positional else f"--{name}" for name in bare], "and")
-    return f"missing {shown}; calm {options.command} --help tells what it takes."
+    return f"missing {shown}; see calm {options.command} --help."
 
 
 def _ignored_value(options: Options, name: str, value: str) -> str:

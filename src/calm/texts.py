@@ -67,7 +67,7 @@ def _stream_texts(
     arguments: dict[str, Any],
 ) -> list[str]:
     if num_return_sequences > 1:
-        raise InputError("a stream shows one text at a time; ask for one sample of each prompt.")
+        raise InputError("streaming shows one text at a time; ask for one sample per prompt.")
     texts = []
     for number, prompt in enumerate(prompts):
         if number:
@@ -114,7 +114,7 @@ def continue_tokens(
         InputError: If an argument is out of range, or a prompt has no tokens or is too long.
     """
     if not all(prompts):
-        raise InputError("a prompt has no token, and the tokenizer none that begins a text; give a text.")
+        raise InputError("a prompt is empty, and the tokenizer has no BOS token; give a text.")
     thought = _tokens_of_thoughts(model, num_thoughts)
     longest = max(map(len, prompts))
     if max_new_tokens is None:
@@ -163,8 +163,8 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
         return list(prompts)
     if room < 1:
         raise InputError(
-            f"{budget} tokens do not fit after a prompt in the context of {longest_context(model.config)}; "
-            "ask for fewer."
+            f"{budget} new tokens leave no room for a prompt in the context of "
+            f"{longest_context(model.config)} tokens; ask for fewer."
         )
     if cropped := sum(len(prompt) > room for prompt in prompts):
         logger.warning(

@@ -55,7 +55,7 @@ def test_draws_are_repeatable_and_can_be_streamed(folders, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model x --draft_chunks 2", "--draft_chunks are the chunks of a draft; name one with --draft."),
+        ("model x --draft_chunks 2", "--draft_chunks requires a draft model; name one with --draft."),
         ("model x --draft draft --draft_chunks 0", "draft_chunks must be at least 1 and at most 64, got 0."),
         ("model x --draft nowhere", "nowhere"),
         ("model x --draft model", "a draft is written by a CALM, and 'model' holds a LlamaForCausalLM"),

@@ -382,5 +382,5 @@ def test_demo(room, tmp_path, capsys):
     assert "is not empty" in failure(capsys, *demo)
     (tmp_path / "other-stories.jsonl").write_text("mine")
     told = failure(capsys, *demo[:-1], str(tmp_path / "other"), "--stories", "30", "--overwrite")
-    assert "other-stories.jsonl', which is there and holds something else" in told
+    assert "other-stories.jsonl', which already exists with other contents" in told
     assert (tmp_path / "other-stories.jsonl").read_text() == "mine"

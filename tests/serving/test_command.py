@@ -76,7 +76,7 @@ def test_the_url_of_the_page_can_be_opened(host, url):
 def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"cannot listen at 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
+        assert f"cannot listen on 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
     assert "port 99999" in failure(capsys, "serve", folder, "--port", 99999)
     assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
     assert "must be above 0, got -1" in failure(capsys, "serve", folder, "--header_seconds=-1")

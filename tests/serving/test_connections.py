@@ -200,8 +200,8 @@ def test_what_is_no_http(raw, status, server):
 
 def test_too_many_connections_and_those_of_one_client(model, tokenizer):
     for limits, whose in (
-        ({"max_connections": 3}, b"3 connections of all clients"),
-        ({"max_client_connections": 3}, b"3 connections of one client"),
+        ({"max_connections": 3}, b"3 connections from all clients"),
+        ({"max_client_connections": 3}, b"3 connections from one client"),
     ):
         with serving(model, tokenizer, **limits) as (_, _, url), ExitStack() as stack:
             kept = [stack.enter_context(connected(url)) for _ in range(3)]

@@ -82,7 +82,7 @@ def test_tokens_that_the_tokenizer_has_and_the_model_has_not_are_refused(tokeniz
     with serving(DraftedWriter(deciding_model(300, max_position_embeddings=256), DRAFT), tokenizer) as server:
         answer = post(server, prompt=[5, 310], max_tokens=2)
     assert len(tokenizer) > 310 and answer.status_code == 400
-    assert "lie between 0 and 299" in answer.json()["error"]["message"]
+    assert "must be between 0 and 299" in answer.json()["error"]["message"]
 
 
 def test_copies_of_a_prompt_differ(running, tokenizer):
@@ -109,8 +109,8 @@ def test_streams_and_rounds_are_told(running):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": "pool"}, "'sampler' is for models that write chunks"),
-        ({"num_draws": 5}, "'num_draws' is for models that write chunks"),
+        ({"sampler": "pool"}, "'sampler' applies only to models that generate chunks"),
+        ({"num_draws": 5}, "'num_draws' applies only to models that generate chunks"),
         ({"temperature": 2.5}, "temperature must lie between 0 and 2, got 2.5"),
         ({"num_thoughts": 2}, "not trained to think"),
         ({"prompt": "a " * 400}, "shorten the prompt"),
@@ -198,7 +198,9 @@ def test_models_that_cannot_be_drafted_for_are_refused(tmp_path, tokenizer, caps
     for name, model in (("model", MODEL), ("thinker", thinker), ("draft", DRAFT)):
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
-    assert "'model' is no CALM" in failure(capsys, "serve", "model")
-    assert "'thinker' thinks, and a draft does not" in failure(capsys, "serve", "thinker", "--draft", "draft")
+    assert "'model' is not a CALM" in failure(capsys, "serve", "model")
+    assert "'thinker' was trained to think, which --draft does not support" in failure(
+        capsys, "serve", "thinker", "--draft", "draft"
+    )
     assert "a CALM writes whole chunks itself" in failure(capsys, "serve", "draft", "--draft", "draft")
     assert "name one with --draft" in failure(capsys, "serve", "model", "--draft_chunks", "2")

@@ -35,7 +35,7 @@ def test_own_names_and_addresses(host):
 
 @pytest.mark.parametrize("host", NOT_SAFE, ids=lambda host: repr(host)[:30])
 def test_other_names(host):
-    with pytest.raises(ApiError, match="does not answer by the name") as raised:
+    with pytest.raises(ApiError, match="does not accept the host name") as raised:
         Hosts().check(host)
     assert raised.value.status == 403 and len(str(raised.value)) < 500
     Hosts(["*"]).check(host)
@@ -54,11 +54,11 @@ def test_names_that_are_given():
     "name", ["http://a.org", "a.org:80", "a.org/x", "", "a b", "*.*", "**", "a*", "caf\u00e9"]
 )
 def test_what_is_no_name(name, capsys):
-    with pytest.raises(ValueError, match="is no name of a host"):
+    with pytest.raises(ValueError, match="is not a host name"):
         Hosts([name])
-    assert "is no name of a host" in failure(capsys, "serve", "stories", f"--allowed_hosts={[name]}")
+    assert "is not a host name" in failure(capsys, "serve", "stories", f"--allowed_hosts={[name]}")
     if name == "http://a.org":  # One name needs no brackets.
-        assert "is no name of a host" in failure(capsys, "serve", "stories", "--allowed_hosts", name)
+        assert "is not a host name" in failure(capsys, "serve", "stories", "--allowed_hosts", name)
 
 
 PATHS = (

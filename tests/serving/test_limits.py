@@ -55,8 +55,8 @@ def test_what_fits_in_no_context_is_not_even_read(path, body, server, monkeypatc
 
 def test_the_longest_text_that_can_fit_is_read(server, tokenizer):
     word = max(tokenizer.get_vocab(), key=len)
-    assert "never fit" not in post(server[2], prompt="a" * (256 * len(word)), max_tokens=1).text
-    assert "never fit" in post(server[2], prompt="a" * (256 * len(word) + 1), max_tokens=1).text
+    assert "cannot fit" not in post(server[2], prompt="a" * (256 * len(word)), max_tokens=1).text
+    assert "cannot fit" in post(server[2], prompt="a" * (256 * len(word) + 1), max_tokens=1).text
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_bytes_of_a_client_and_of_all():
 
     async def story():
         end = await take("a", 30, 30)
-        with pytest.raises(ApiError, match="of this client"):
+        with pytest.raises(ApiError, match="from this client"):
             await take("a", 1)
         ends = [await take("b", 40), await take("a", 0)]
-        with pytest.raises(ApiError, match="of all clients") as raised:
+        with pytest.raises(ApiError, match="from all clients") as raised:
             await take("c", 1)
         assert raised.value.status == 429 and intake.num_bytes == 100
         end()

@@ -14,12 +14,24 @@ def user(content):
 TEXT = {"type": "text", "text": "a"}
 BEFORE = [user("a"), {"role": "assistant", "content": "b"}]
 WRONG = {
-    "no parts": (user([]), ".content", "must hold at least one"),
-    "null": (user(None), ".content", "only an assistant's may be null"),
+    "no parts": (user([]), ".content", "must contain at least one"),
+    "null": (user(None), ".content", "null only in assistant and function"),
     "missing": ({"role": "user"}, ".content", "it is missing"),
-    "null of a system": ({"role": "system", "content": None}, ".content", "only an assistant's may be null"),
-    "null of a tool": ({"role": "tool", "content": None}, ".content", "only an assistant's may be null"),
-    "no parts of an assistant": ({"role": "assistant", "content": []}, ".content", "must hold at least one"),
+    "null of a system": (
+        {"role": "system", "content": None},
+        ".content",
+        "null only in assistant and function",
+    ),
+    "null of a tool": (
+        {"role": "tool", "content": None},
+        ".content",
+        "null only in assistant and function",
+    ),
+    "no parts of an assistant": (
+        {"role": "assistant", "content": []},
+        ".content",
+        "must contain at least one",
+    ),
     "a number": (user(3), ".content", "got a number"),
     "an object": (user({"text": "a"}), ".content", "got an object"),
     "a string as a part": (user([TEXT, "a"]), ".content[1]", "must be an object such as"),
@@ -39,7 +51,7 @@ WRONG = {
     "a role that is no string": ({"role": 3, "content": "a"}, ".role", "got a number"),
     "an unknown role": ({"role": "robot", "content": "a"}, ".role", "must be one of developer, system, user"),
     "capitals": ({"role": "User", "content": "a"}, ".role", "got 'User'"),
-    "a string": ("hello", "", "must be an object with a role and a content, got a string"),
+    "a string": ("hello", "", "must be an object with a role and content, got a string"),
 }
 
 
@@ -56,7 +68,7 @@ def test_a_fault_names_its_place(message, place, said):
 def test_there_must_be_messages(value):
     with pytest.raises(ApiError, match="messages: must"):
         read_messages(value)
-    with pytest.raises(ApiError, match="4096 messages at most"):
+    with pytest.raises(ApiError, match="at most 4096 messages"):
         read_messages([user("a")] * 4097)
 
 

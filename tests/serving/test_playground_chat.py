@@ -49,7 +49,7 @@ def test_a_chat_that_fails_or_is_stopped_loses_nothing(model, tokenizer, visit, 
         expect(page.locator("#message-wrong")).to_have_text("Write a message first.")
         page.get_by_label("Message").fill("a" * 10_000)
         page.keyboard.press("Control+Enter")
-        expect(page.locator("#chat .failure")).to_contain_text("never fit in the context")
+        expect(page.locator("#chat .failure")).to_contain_text("cannot fit in the context")
         expect(page.get_by_label("Message")).to_have_value("a" * 10_000)
         expect(page.locator("#turns li")).to_have_count(0)
         slowed(monkeypatch, 0.1)

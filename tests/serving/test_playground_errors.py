@@ -14,7 +14,7 @@ WRONG = {
     "half a token": ("tokens", 1.5, "A whole number from 1 to 4,096."),
     "nothing": ("tokens", "", "A whole number from 1 to 4,096."),
     "many draws": ("draws", 1001, "A whole number from 1 to 1,000."),
-    "half a seed": ("seed", 0.5, "A whole number of up to 15 digits, or nothing for a random one."),
+    "half a seed": ("seed", 0.5, "A whole number of up to 15 digits, or empty for a random one."),
     "too few draws": ("draws", 2, "A temperature of 0.3 needs at least 4 draws, got max_draws=2."),
 }
 
@@ -42,7 +42,7 @@ def test_a_prompt_that_is_too_long(server, visit):
     page = visit(url)
     page.get_by_label("Prompt", exact=True).fill("a" * 10_000)
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#prompt-wrong")).to_contain_text("never fit in the context")
+    expect(page.locator("#prompt-wrong")).to_contain_text("cannot fit in the context")
     expect(page.get_by_text("Nothing written yet")).to_be_visible()
 
 
@@ -79,7 +79,7 @@ def test_a_server_that_went_away(model, tokenizer, visit):
     event += '"tokens": ["a", "b", "c", "d"], "num_draws": 1, "agreement": 1, "fell_back": false}]}]}\n\n'
     page.route("**/v1/completions", lambda route: route.fulfill(body=event, content_type="text/event-stream"))
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#continue .failure")).to_contain_text("went away in the middle of the text")
+    expect(page.locator("#continue .failure")).to_contain_text("broke in the middle of the text")
     expect(page.locator("#text")).to_contain_text("Half")
 
 
@@ -94,8 +94,8 @@ def test_what_fails_in_the_middle_is_said_below_the_text(model, tokenizer, visit
     with serving(model, tokenizer, temperature=1.0) as (_, _, url):
         page = visit(url)
         page.get_by_role("button", name="Write").click()
-        expect(page.locator("#continue .failure")).to_contain_text("The text could not be written")
+        expect(page.locator("#continue .failure")).to_contain_text("The generation of the text failed")
         assert page.locator("#text [role=button]").count() == 3
         monkeypatch.setattr(CalmForCausalLM, "draw_chunks", lambda *_: 1 / 0)
         page.locator("#text [role=button]").first.click()
-        expect(page.locator("#pool-failure")).to_contain_text("The server made a mistake; its log has more")
+        expect(page.locator("#pool-failure")).to_contain_text("Internal server error; see req_")

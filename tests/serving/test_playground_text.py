@@ -98,7 +98,7 @@ WORDS = {
         r"Decided at T = 0\.95 after \d+ draws?; \d+ of them (was|were) this chunk\.", OF_DRAWS),
     "energy, draws spent": (
         "energy", 4, 0.5, {"draws": 3},
-        r"3 draws brought no decision at T = 0\.5, so the most frequent ones decided; "
+        r"3 draws gave no decision at T = 0\.5, so the most frequent ones decided; "
         r"1 of them was this chunk\.",
         OF_DRAWS),
     "energy at zero": (
@@ -106,7 +106,7 @@ WORDS = {
         r"The most frequent chunk of 2 draws: \d of them (was|were) this chunk\.",
         OF_DRAWS),
     "energy, one draw": (
-        "energy", 4, 0, {"draws": 1}, r"The only draw that was made: with one, .*", OF_DRAWS),
+        "energy", 4, 0, {"draws": 1}, r"The only draw: with just one, .*", OF_DRAWS),
     "sequential": ("sequential", 4, 1, {}, r"Drawn token by token at T = 1\.", EXACT),
     "sequential at low temperature": (
         "sequential", 4, 0.5, {},
@@ -117,7 +117,7 @@ WORDS = {
     "one token a chunk": ("sequential", 1, 1, {}, r"Drawn at T = 1\.", EXACT),
     "categorical flow": (
         "categorical_flow", 4, 0.5, {}, r"A single draw of the head, at T = 0\.5\.",
-        "tempers its draws in its own way"),
+        "applies the temperature in its own way"),
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_words_fit_the_head_and_the_number(head, size, temperature, fields, chun
         assert ("draws ·" in page.locator("#continue .done").text_content()) == (
             not is_single and fields.get("draws") != 1
         )
-        assert page.get_by_label("Most draws").is_disabled() == is_single
+        assert page.get_by_label("Max draws").is_disabled() == is_single
 
 
 @pytest.mark.parametrize("temperature", [1, 0.7, 0.5, 0.3, 0, 0.85])

@@ -89,7 +89,7 @@ def test_what_the_server_refuses_is_told_at_the_field(running, visit):
     page.evaluate("document.getElementById('thoughts').max = 1000")
     set_fields(page, thoughts=30)
     page.get_by_role("button", name="Write").click()
-    expect(page.locator("#thoughts-wrong")).to_have_text("'num_thoughts' may be 20 at most.")
+    expect(page.locator("#thoughts-wrong")).to_have_text("'num_thoughts' must be at most 20.")
     assert page.locator("#thoughts").get_attribute("aria-invalid") == "true"
 
 

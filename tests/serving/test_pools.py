@@ -75,18 +75,18 @@ BAD = {
     "no end of draws": ({"temperatures": [1e-300]}, "of 1e-300 needs 1e+300 draws, got 64"),
     "temperature": ({"temperatures": [2.0]}, "between 0 and 1"),
     "written": ({"written": [5]}, "whole chunks of 4"),
-    "ids": ({"prompt": [999]}, "token ids of 'prompt'"),
-    "ids after": ({"written": [5, 6, 7, 999]}, "token ids of 'written'"),
-    "not whole": ({"written": [5, 6.5]}, "written[1]: a token id is a whole number, got 6.5"),
-    "many temperatures": ({"temperatures": [1] * 17}, "may hold 16 values at most"),
-    "long": ({"prompt": [5] * 256}, "no room after"),
+    "ids": ({"prompt": [999]}, "token ids in 'prompt'"),
+    "ids after": ({"written": [5, 6, 7, 999]}, "token ids in 'written'"),
+    "not whole": ({"written": [5, 6.5]}, "written[1]: token ids must be whole numbers, got 6.5"),
+    "many temperatures": ({"temperatures": [1] * 17}, "may have at most 16 values"),
+    "long": ({"prompt": [5] * 256}, "no room for another chunk"),
     "nothing to follow": ({"prompt": None}, "either a 'prompt' or 'messages'"),
     "two to follow": ({"messages": MESSAGES}, "either a 'prompt' or 'messages'"),
     "no messages": ({"prompt": None, "messages": []}, "messages"),
-    "half a chunk": ({"chunk": [5, 6]}, "'chunk' holds 4 tokens, or fewer if the last one ends a text"),
-    "tokens behind the end": ({"chunk": [5, EOS, 6, 7]}, "none stand behind the end"),
-    "two chunks": ({"chunk": [5] * 8}, "'chunk' holds 4 tokens"),
-    "ids of the chunk": ({"chunk": [5, 6, 7, 999]}, "token ids of 'chunk'"),
+    "half a chunk": ({"chunk": [5, 6]}, "'chunk' must have 4 tokens, or fewer if it ends with an EOS token"),
+    "tokens behind the end": ({"chunk": [5, EOS, 6, 7]}, "no tokens may follow the end"),
+    "two chunks": ({"chunk": [5] * 8}, "'chunk' must have 4 tokens"),
+    "ids of the chunk": ({"chunk": [5, 6, 7, 999]}, "token ids in 'chunk'"),
     "words for a chunk": ({"chunk": "a"}, "chunk: must be an array of token ids"),
     "unknown": ({"color": 1}, "there is no argument 'color'"),
 }
@@ -183,7 +183,7 @@ def test_a_pool_that_fails_is_nobody_elses_matter(model, tokenizer, monkeypatch)
             model="tiny", prompt=PROMPT, max_tokens=40, seed=1, temperature=1, stream=True
         )
         answer = httpx.post(f"{url}/v1/calm/pool", json=POOL, timeout=30)
-        assert answer.status_code == 500 and "its log has more" in answer.json()["error"]["message"]
+        assert answer.status_code == 500 and "in the server log" in answer.json()["error"]["message"]
         expected = alone(model, tokenizer, PROMPT, max_new_tokens=40, seed=1, temperature=1.0)
         assert "".join(event.choices[0].text for event in stream) == expected
         assert engine.num_asked == 0
@@ -202,7 +202,7 @@ def test_a_pool_after_messages_follows_what_the_template_writes(server, tokenize
 def test_messages_that_are_too_long_or_have_no_template(model, tokenizer):
     long = [{"role": "user", "content": "a" * 10**5}]
     with serving(model, tokenizer) as (_, _, url):
-        assert "never fit" in pool_of(url, prompt=None, messages=long).json()["error"]["message"]
+        assert "cannot fit" in pool_of(url, prompt=None, messages=long).json()["error"]["message"]
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with serving(model, bare) as (_, _, url):

@@ -107,5 +107,5 @@ def test_an_error_of_a_text_that_has_stopped_is_no_matter():
     fault = ValueError("not finite")
     parts, _ = texts_of(Scripted(None, fault), stops=(" a time",))
     assert [part.finish_reason for part in parts if part.finish_reason] == ["stop", "stop"]
-    with pytest.raises(ApiError, match="could not be written"):
+    with pytest.raises(ApiError, match="the generation of the text failed"):
         texts_of(Scripted(None, fault))

@@ -124,7 +124,7 @@ def test_bad_numbers(path, running):
     assert error["message"] == "num_thoughts: Input should be greater than or equal to 0."
     for many in (65, 10**30):
         error = post(running, path, num_thoughts=many).json()["error"]
-        assert (error["message"], error["param"]) == ("'num_thoughts' may be 64 at most.", "num_thoughts")
+        assert (error["message"], error["param"]) == ("'num_thoughts' must be at most 64.", "num_thoughts")
     for fine in (None, 2.0, 0):
         assert post(running, path, num_thoughts=fine).status_code == 200
 
@@ -152,7 +152,7 @@ def test_a_server_that_allows_fewer_thoughts_than_its_model_takes(tmp_path, toke
     thinking_model(TRAINED, vocab_size=320).float().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     said = failure(capsys, "serve", tmp_path, "--max_thoughts", "2", "--port", "0")
-    assert "takes 3 thoughts before a text, and max_thoughts is 2; raise it" in said
+    assert "uses 3 thoughts per text, but max_thoughts is 2; raise it" in said
     assert "max_thoughts must be above 0" in failure(capsys, "serve", tmp_path, "--max_thoughts", "0")
 
 
@@ -169,7 +169,7 @@ def test_thoughts_take_room(running, monkeypatch):
     usage = post(running, "/v1/chat/completions", num_thoughts=55).json()["usage"]
     assert usage["completion_tokens"] - 55 <= 256 - 4 * 57 - usage["prompt_tokens"]
     pool = {"prompt": [5] * 4, "written": [5] * 80, "num_thoughts": 41}
-    assert "no room after" in post(running, "/v1/calm/pool", **pool).json()["error"]["message"]
+    assert "no room for another chunk" in post(running, "/v1/calm/pool", **pool).json()["error"]["message"]
     assert post(running, "/v1/calm/pool", **pool | {"num_thoughts": 40}).status_code == 200
 
 
@@ -179,7 +179,7 @@ def test_thoughts_of_all_texts_together(thinker, tokenizer, monkeypatch):
         assert post(server, prompt=[5, 6], n=2, max_tokens=8, num_thoughts=20).status_code == 200
         monkeypatch.setattr(endpoint, "encode_documents", lambda *_: asyncio.sleep(None))
         answer = post(server, n=2, max_tokens=8, num_thoughts=22)
-        assert "have up to 208 tokens together, and at most 200" in answer.json()["error"]["message"]
+        assert "total up to 208 tokens, but at most 200" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -187,7 +187,7 @@ def test_effort_is_a_number_of_thoughts_here(path, running):
     def refused(**asked):
         return post(running, path, max_tokens=4, **asked).json()["error"]["message"]
 
-    assert "is a number of thoughts, 'num_thoughts'." in refused(reasoning_effort="low")
+    assert "the number of thoughts is set by 'num_thoughts'." in refused(reasoning_effort="low")
     said = refused(reasoning_effort="none")
     assert said == "'reasoning_effort' is \"none\", but this model thinks; send 'num_thoughts': 0 as well."
     answer = post(running, path, reasoning_effort="none", num_thoughts=0, max_tokens=4)

@@ -62,7 +62,7 @@ def test_a_stopped_run_prints_the_command_that_goes_on(text, tmp_path, monkeypat
         with pytest.raises(SystemExit) as raised:
             main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(output)])
     assert raised.value.code == 130
-    (command,) = re.findall(r"go on with: calm (.+)", capsys.readouterr().err)
+    (command,) = re.findall(r"to resume, run: calm (.+)", capsys.readouterr().err)
     with pytest.raises(SystemExit):  # Options are compared with the recipe of the run.
         main([*shlex.split(command), "--seed", "77"])
     assert "the recipe differs in seed" in capsys.readouterr().err

@@ -19,12 +19,12 @@ _SHOWN_TEMPERATURES = (1.0, 0.5)
 _DRAWS_OF_A_CHUNK, _MOST_SHOWN = 200, 3
 _TEMPERATURES = Range(0, 1)
 _HELP = """\
-/reset             forget what was said
-/system TEXT       begin anew, with another system message (nothing for none)
-/temperature T     from 0 to 1
-/chunks            what each chunk of the last answer could have been
-/help              this list
-/exit              leave, as Ctrl+D does; Ctrl+C stops an answer"""
+/reset             clear the conversation
+/system TEXT       start over with this system message, or none if TEXT is empty
+/temperature T     set the temperature, from 0 to 1
+/chunks            show what each chunk of the last answer could have been
+/help              show this list
+/exit              exit, as Ctrl+D does; Ctrl+C stops an answer"""
 
 
 def chat(
@@ -94,7 +94,7 @@ class _Session:
     def run(self) -> None:
         """Answer every line until the input ends."""
         if sys.stdin.isatty():
-            print("/help lists the commands; Ctrl+D leaves.")
+            print("/help lists the commands; Ctrl+D exits.")
         for line in _lines():
             if line.partition(" ")[0] in ("/exit", "/quit"):
                 return
@@ -133,7 +133,7 @@ class _Session:
         try:
             temperature = float(text)
         except ValueError:
-            raise InputError(f"a temperature is a number from 0 to 1, got '{text}'.") from None
+            raise InputError(f"the temperature must be a number from 0 to 1, got '{text}'.") from None
         _TEMPERATURES.require("temperature", temperature)
         self._temperature = temperature
 

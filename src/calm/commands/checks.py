@@ -40,4 +40,4 @@ def check_draft(draft: str | None, num_chunks: int | None) -> None:
     if num_chunks is not None:
         DRAFT_CHUNKS.require("draft_chunks", num_chunks)
         if draft is None:
-            raise InputError("--draft_chunks are the chunks of a draft; name one with --draft.")
+            raise InputError("--draft_chunks requires a draft model; name one with --draft.")

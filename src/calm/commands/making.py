@@ -193,7 +193,7 @@ def _follow(
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
             noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
             if not differences(noted, completed(recipe) if isinstance(recipe, Recipe) else recipe):
-                logger.warning("go on with: calm %s --resume --output %s", command, shlex.quote(output))
+                logger.warning("to resume, run: calm %s --resume --output %s", command, shlex.quote(output))
         raise
 
 

@@ -73,7 +73,7 @@ def share(
     """
     check_counts(ngrams, max_blocks=max_blocks)
     if private and push is None:
-        raise InputError("--private is for a repository on the hub; name it with --push or leave it out.")
+        raise InputError("--private requires a hub repository; name one with --push, or leave --private out.")
     name, license, about = (None if one is None else as_text(one) for one in (name, license, about))
     from calm.sharing import check_export, check_push, write_card
     from calm.sharing import export as copy

@@ -299,7 +299,7 @@ def compile_steps(
             f"{speed.rows} text{'s' * (speed.rows > 1)} at once: {speed.compiled:,.0f} tokens/s compiled, "
             f"{speed.eager:,.0f} before"
         )
-    print(f"kept in {folder}")
+    print(f"saved in {folder}")
 
 
 def doctor(json: bool = False) -> None:

@@ -151,7 +151,7 @@ async def _events(answer: CompletionFormat | ChatFormat, request_id: str) -> Asy
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
     except Exception:
-        logger.exception("the answer to %s failed", request_id)
+        logger.exception("request %s failed", request_id)
         yield f"data: {json.dumps(own_mistake(request_id).body)}\n\n"
     yield "data: [DONE]\n\n"
 
@@ -173,5 +173,5 @@ def _add_errors(app: FastAPI) -> None:
         allowed = {"allow": ", ".join(sorted(methods))}
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=allowed)
-        said = ApiError(f"'{path}' does not take {quoted(request.method)}; use {allowed['allow']}.", 405)
+        said = ApiError(f"'{path}' does not accept {quoted(request.method)}; use {allowed['allow']}.", 405)
         return JSONResponse(said.body, said.status, headers=allowed)

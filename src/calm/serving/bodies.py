@@ -31,7 +31,7 @@ async def read_body(request: Request, model: type[_Model], most_bytes: int, read
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_origin(request, content_type)
     if content_type.startswith("multipart/"):
-        raise ApiError("the body is a form in several parts; send a JSON object.")
+        raise ApiError("the body is multipart form data; send a JSON object.")
     raw = await _read(request, most_bytes)
     if len(raw) < _LONG:
         return _fit(raw, model)
@@ -75,7 +75,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def _why_no_json(said: str) -> str:
     if "hex escape" in said:
-        return "the request has half a surrogate pair, or half an escape, in a text; leave it out."
+        return "a string in the body has a lone surrogate or an incomplete escape; remove it."
     if "recursion" in said:
         return "the body is nested too deeply; send a flat JSON object."
     return f"the body is not valid JSON ({said}); send a JSON object."
@@ -93,7 +93,7 @@ def _check_origin(request: Request, content_type: str) -> None:
     own = f"{request.scope['scheme']}://{request.headers.get('host', '')}"
     if origin.lower() != own.lower():
         raise ApiError(
-            "requests of pages of another origin must have the content type application/json.",
+            "cross-origin requests must have the content type application/json.",
             403,
             code="origin_not_allowed",
         )
@@ -101,8 +101,8 @@ def _check_origin(request: Request, content_type: str) -> None:
 
 async def _read(request: Request, most_bytes: int) -> bytes:
     if (request.headers.get("content-encoding") or "identity").lower() != "identity":
-        raise ApiError("the body is compressed; send it as it is, without content-encoding.", 415)
-    too_long = ApiError(f"the body is longer than the {most_bytes} bytes that are allowed; shorten it.", 413)
+        raise ApiError("the body is compressed; send it uncompressed, without content-encoding.", 415)
+    too_long = ApiError(f"the body exceeds the limit of {most_bytes} bytes; shorten it.", 413)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > most_bytes:
         raise too_long
@@ -114,5 +114,5 @@ async def _read(request: Request, most_bytes: int) -> bytes:
                 raise too_long
             parts.append(part)
     except ClientDisconnect as error:
-        raise ApiError("the client left before the end of the body.", 499) from error
+        raise ApiError("the client disconnected before the end of the body.", 499) from error
     return b"".join(parts)

@@ -94,14 +94,14 @@ def affordable_connections(wanted: int) -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
         except (ValueError, OSError):
-            logger.debug("the limit of descriptors cannot be raised")
+            logger.debug("the file descriptor limit cannot be raised")
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted, _SPARE
     free = wanted + 2 * _SPARE - (needed - soft)
     affordable = max(1, free // 2, free - 2 * _SPARE)
     spare = max(1, (free - affordable) // 2)
     logger.warning(
-        "%d open files are allowed, so at most %d connections are taken; raise 'ulimit -n' for %d.",
+        "the limit is %d open files, so at most %d connections are accepted; raise 'ulimit -n' for %d.",
         soft,
         affordable,
         wanted,
@@ -229,7 +229,7 @@ class Connection(H11Protocol):
             return ApiError("the URL is too long; shorten it.", 414)
         if status == 431:
             return ApiError("the headers are too long; send fewer or shorter ones.", 431)
-        return ApiError(f"this is no HTTP/1.1 that can be read ({quoted(str(error))}).", status)
+        return ApiError(f"not a valid HTTP/1.1 request ({quoted(str(error))}).", status)
 
     def _refuse(self, error: ApiError) -> None:
         """Send an error and close, after a while in which the client may still be sending."""
@@ -290,7 +290,7 @@ def _too_slow(what: str, seconds: float) -> ApiError:
 
 def _too_many(whose: str, most: int) -> ApiError:
     return ApiError(
-        f"there are {most} connections of {whose}, and no more are taken; try later.",
+        f"the limit of {most} connections from {whose} is reached; try again later.",
         503,
         "server_error",
         code="too_many_connections",

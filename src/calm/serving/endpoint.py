@@ -142,15 +142,15 @@ class Endpoint:
         most = self._settings.max_waiting
         if num_prompts * request.n > most:
             raise ApiError(
-                f"the request asks for {num_prompts * request.n} texts, and at most {most} may wait; ask for "
-                "fewer at once.",
+                f"the request asks for {num_prompts * request.n} texts, but at most {most} can be queued; "
+                "ask for fewer at once.",
                 param="prompt" if num_prompts > most else "n",
             )
         if budget > self._settings.max_tokens:
             name = (
                 "max_completion_tokens" if getattr(request, "max_completion_tokens", None) else "max_tokens"
             )
-            raise ApiError(f"'{name}' may be {self._settings.max_tokens} at most.", param=name)
+            raise ApiError(f"'{name}' must be at most {self._settings.max_tokens}.", param=name)
         thought = num_tokens_of(thoughts, self.config)
         self._check_total(request, num_prompts * request.n * (thought + budget))
         return self._writer.sampler_for(request, self._settings), thoughts
@@ -164,7 +164,7 @@ class Endpoint:
         most = self._most_characters if is_text else longest_context(self.config)
         if most is not None and length > most:
             raise ApiError(
-                f"{place}: {length} {'characters' if is_text else 'tokens'} never fit in the context of "
+                f"{place}: {length} {'characters' if is_text else 'tokens'} cannot fit in the context of "
                 f"{longest_context(self.config)} tokens; shorten it.",
                 param=place,
                 code="context_length_exceeded",
@@ -190,8 +190,8 @@ class Endpoint:
         most = self._settings.max_request_tokens
         if num_tokens > most:
             raise ApiError(
-                f"the texts of the request have up to {num_tokens} tokens together, and at most {most} are "
-                "allowed; ask for fewer or shorter ones.",
+                f"the texts of the request total up to {num_tokens} tokens, but at most {most} are "
+                "allowed; ask for fewer or shorter texts.",
                 param="n" if request.n > 1 else request.prompt_name,
             )
 
@@ -237,10 +237,10 @@ class Endpoint:
         self._check_length(len(prompt), isinstance(prompt, str), place)
         ids = encode_documents(self.readers.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
         if not ids:
-            why = ", and this model's tokenizer has no token that begins a text" if prompt == "" else ""
-            raise at(place, f"a prompt has no token{why}; give a text.")
+            why = ", and this model's tokenizer has no BOS token" if prompt == "" else ""
+            raise at(place, f"a prompt is empty{why}; give a text.")
         if any(not 0 <= token < size for token in ids):
-            raise ApiError(f"token ids of '{place}' lie between 0 and {size - 1}.", param=place)
+            raise ApiError(f"token ids in '{place}' must be between 0 and {size - 1}.", param=place)
         return ids
 
     def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -262,7 +262,7 @@ class Endpoint:
         """Raise ApiError if the model has no chat template, or the chat can never fit in the context."""
         if self.tokenizer.chat_template is None:
             raise ApiError(
-                "this model has no chat template, so it was not made for chats; use /v1/completions.",
+                "this model has no chat template, so it is not a chat model; use /v1/completions.",
                 param="messages",
             )
         self._check_length(sum(len(message["content"]) for message in messages), True, "messages")

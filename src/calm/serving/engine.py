@@ -173,7 +173,7 @@ class Engine:
                 raise StoppingError("the server is shutting down.")
             if self.num_waiting + len(jobs) > self._max_waiting:
                 raise QueueFullError(
-                    f"{self.num_waiting} texts are waiting, and at most {self._max_waiting} may; try later."
+                    f"{self.num_waiting} of at most {self._max_waiting} texts are queued; try again later."
                 )
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -211,7 +211,7 @@ class Engine:
             # Drop those that nobody waits for, which frees their places at once.
             self._asked = deque(one for one in self._asked if not one.answer.cancelled())
             if len(self._asked) >= self._max_waiting:
-                raise QueueFullError("too much is being asked; try later.")
+                raise QueueFullError("too many requests are queued; try again later.")
             self._asked.append(question)
             self._changed.notify()
         return question.answer
@@ -220,7 +220,7 @@ class Engine:
         try:
             self._work()
         except Exception:
-            logger.exception("the engine has failed for good")
+            logger.exception("the engine has failed and stopped")
         finally:  # Nobody may wait for what will not come.
             with self._changed:
                 self._is_stopping = True
@@ -239,7 +239,7 @@ class Engine:
                 self._let_in()
                 written = self._batch.step()
             except Exception as error:
-                logger.exception("a step failed")
+                logger.exception("a generation step failed")
                 self._fail_all(error)
                 continue
             self._count(written, time.perf_counter() - started)
@@ -251,7 +251,7 @@ class Engine:
         if isinstance(one, Failed) or one.ended_by is not None:
             del self._rows[one.row]
         if isinstance(one, Failed):
-            logger.error("a text could not be written", exc_info=one.error)
+            logger.error("the generation of a text failed", exc_info=one.error)
             _deliver(job, one.error)
         else:
             _deliver(job, one)
@@ -289,12 +289,12 @@ class Engine:
             if job.is_cancelled:
                 continue
             if job.deadline < time.monotonic():
-                _deliver(job, TimeoutError("the text waited too long"))
+                _deliver(job, TimeoutError("the text was queued for too long"))
                 continue
             try:
                 row = self._batch.join(job.prompt, job.sampler, job.budget, job.seed, job.copy, job.thoughts)
             except Exception as error:
-                logger.exception("a prompt could not be read")
+                logger.exception("a prompt could not be added to the batch")
                 _deliver(job, error)
             else:
                 self._rows[row] = job

@@ -45,9 +45,7 @@ class ApiError(Exception):
 
 def own_mistake(request_id: str) -> ApiError:
     """The error for a bug in the server."""
-    return ApiError(
-        f"the server made a mistake; its log has more, at {request_id}.", 500, kind="server_error"
-    )
+    return ApiError(f"internal server error; see {request_id} in the server log.", 500, kind="server_error")
 
 
 def at(place: str, message: str) -> ApiError:
@@ -68,7 +66,7 @@ def of_validation(error: ValidationError) -> ApiError:
     if first["type"] == "model_type":
         return at(place, f"must be an object, got {json_type(first['input'])}.")
     if first["type"] == "too_long":
-        return at(place, f"may hold {first['ctx']['max_length']} values at most.")
+        return at(place, f"may have at most {first['ctx']['max_length']} values.")
     return at(place, f"{first['msg']}.")
 
 

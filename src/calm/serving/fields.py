@@ -38,8 +38,8 @@ class Refused:
         return " or ".join([*map(json.dumps, self.defaults), "null"])
 
 
-_NO_SCORES = "this model draws text by the chunk, without scores of tokens"
-_NO_TOOLS = "there are no tools"
+_NO_SCORES = "this model generates text in chunks, without token probabilities"
+_NO_TOOLS = "this server has no tool calling"
 
 FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "model": Honoured(),
@@ -70,7 +70,7 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "presence_penalty": Refused(_NO_SCORES, (0,)),
     "frequency_penalty": Refused(_NO_SCORES, (0,)),
     "best_of": Refused(_NO_SCORES, (1,)),
-    "suffix": Refused("text is written forwards only", ("",)),
+    "suffix": Refused("text is only generated left to right", ("",)),
     "tools": Refused(_NO_TOOLS, ([],)),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
     "functions": Refused(_NO_TOOLS, ([],)),
@@ -79,12 +79,12 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "modalities": Refused("answers are text", (["text"],)),
     "audio": Refused("answers are text"),
     "store": Refused("nothing is stored", (False,)),
-    "service_tier": Refused("there is one tier of service", ("auto", "default")),
-    "reasoning_effort": Refused("how much a model thinks is a number of thoughts, 'num_thoughts'", ("none",)),
-    "verbosity": Refused("how much is written is up to the model and 'max_tokens'", ("medium",)),
-    "prediction": Refused("predicted text is of no use to this model"),
-    "moderation": Refused("nothing is moderated"),
-    "web_search_options": Refused("the web is not searched"),
+    "service_tier": Refused("there is only one service tier", ("auto", "default")),
+    "reasoning_effort": Refused("the number of thoughts is set by 'num_thoughts'", ("none",)),
+    "verbosity": Refused("the length is up to the model and 'max_tokens'", ("medium",)),
+    "prediction": Refused("this model cannot use predicted outputs"),
+    "moderation": Refused("there is no moderation"),
+    "web_search_options": Refused("there is no web search"),
 }
 
 
@@ -109,7 +109,7 @@ def check_fields(given: Mapping[str, Any]) -> None:
             _check_type(name, value, rule.type)
         elif not any(_is_same(value, default) for default in rule.defaults):
             raise ApiError(
-                f"'{name}' cannot be honoured: {rule.reason}. Leave it out or send {rule.accepted}.",
+                f"'{name}' is not supported: {rule.reason}. Leave it out or send {rule.accepted}.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -125,13 +125,13 @@ def _check_type(name: str, value: Any, expected: type) -> None:
 def _check_metadata(pairs: dict[str, Any]) -> None:
     """Apply the limits of the API."""
     if len(pairs) > 16:
-        raise ApiError(f"'metadata' may hold 16 pairs at most, got {len(pairs)}.", param="metadata")
+        raise ApiError(f"'metadata' may have at most 16 pairs, got {len(pairs)}.", param="metadata")
     for key, value in pairs.items():
         if not isinstance(value, str):
             raise ApiError("the values of 'metadata' must be strings.", param="metadata")
         if len(key) > 64 or len(value) > 512:
             raise ApiError(
-                "the keys of 'metadata' may have 64 characters, and its values 512, at most.",
+                "keys of 'metadata' may have at most 64 characters, and values at most 512.",
                 param="metadata",
             )
 

@@ -33,7 +33,7 @@ class Hosts:
         for name in given:
             if name != ANY and not is_name(name):
                 raise ValueError(
-                    f"'{name}' is no name of a host; give a name without scheme, port or path, such as "
+                    f"'{name}' is not a host name; give a name without scheme, port or path, such as "
                     "'example.org' or '*.example.org'."
                 )
         self._takes_any = ANY in given
@@ -55,7 +55,7 @@ class Hosts:
         )
         if not is_own:
             raise ApiError(
-                f"this server does not answer by the name '{quoted(host)}'; call it by its address, or start "
+                f"this server does not accept the host name '{quoted(host)}'; use its IP address, or start "
                 "it with --allowed_hosts.",
                 403,
                 code="host_not_allowed",

@@ -44,13 +44,13 @@ class Intake:
             message = await receive()
             size = len(message.get("body", b""))
             for whose, kept, most in (
-                ("of this client", self._of_clients[client], self._most_of_client),
-                ("of all clients", self.num_bytes, self._most),
+                ("from this client", self._of_clients[client], self._most_of_client),
+                ("from all clients", self.num_bytes, self._most),
             ):
                 if size and kept + size > most:
                     raise ApiError(
-                        f"the requests {whose} that are not answered yet have {kept} bytes, and at most "
-                        f"{most} are allowed; try later.",
+                        f"unanswered requests {whose} total {kept} bytes, and at most "
+                        f"{most} are allowed; try again later.",
                         429,
                         "rate_limit_error",
                         code="too_many_bytes",

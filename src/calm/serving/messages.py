@@ -22,15 +22,15 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise at("messages", f"must be an array of messages, got {json_type(value)}.")
     if not value:
-        raise at("messages", "must hold at least one message.")
+        raise at("messages", "must contain at least one message.")
     if len(value) > _MOST_MESSAGES:
-        raise at("messages", f"may hold {_MOST_MESSAGES} messages at most, got {len(value)}.")
+        raise at("messages", f"may contain at most {_MOST_MESSAGES} messages, got {len(value)}.")
     return [_read_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
 def _read_message(message: Any, place: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise at(place, f"must be an object with a role and a content, got {json_type(message)}.")
+        raise at(place, f"must be an object with a role and content, got {json_type(message)}.")
     role = message.get("role")
     if not isinstance(role, str):
         found = f"got {json_type(role)}" if "role" in message else "it is missing"
@@ -49,10 +49,10 @@ def _read_content(message: dict[str, Any], role: str, place: str) -> str:
         return refusal if isinstance(refusal, str) else ""
     if isinstance(content, list):
         if not content:
-            raise at(place, 'an array of parts must hold at least one; for no text, give "".')
+            raise at(place, 'an array of parts must contain at least one; for no text, give "".')
         return "".join(_read_part(part, role, f"{place}[{index}]") for index, part in enumerate(content))
     found = "it is missing" if "content" not in message else f"got {json_type(content)}"
-    more = "; only an assistant's may be null, or a function's" if content is None else ""
+    more = "; it may be null only in assistant and function messages" if content is None else ""
     raise at(place, f"must be a string or an array of text parts, but {found}{more}.")
 
 
@@ -64,7 +64,7 @@ def _read_part(part: Any, role: str, place: str) -> str:
     kind = part.get("type")
     if kind != "text" and not (kind == "refusal" and role == _ASSISTANT):
         said = f"of type '{quoted(kind)}'" if isinstance(kind, str) else "without a type"
-        raise at(place, f"a part {said} is not understood; this model reads text parts only.")
+        raise at(place, f"a part {said} is not supported; this model reads text parts only.")
     if not isinstance(part.get(kind), str):
         raise at(f"{place}.{kind}", f"must be a string, got {json_type(part.get(kind))}.")
     text: str = part[kind]

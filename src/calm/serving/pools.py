@@ -35,7 +35,7 @@ async def describe_pool(
     endpoint.check_name(request.model)
     num_draws = request.num_draws or min(settings.draws, settings.max_draws)
     if num_draws > settings.max_draws:
-        raise ApiError(f"'num_draws' may be {settings.max_draws} at most.", param="num_draws")
+        raise ApiError(f"'num_draws' must be at most {settings.max_draws}.", param="num_draws")
     _check_temperatures(request.temperatures, num_draws)
     thoughts = endpoint.thoughts_for(request.num_thoughts)
     prompt, written = await endpoint.readers.run(lambda: _read(endpoint, request, thoughts), is_gone)
@@ -79,15 +79,21 @@ def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -
     elif request.prompt is not None and request.messages is None:
         prompt, place = endpoint.tokens_of(request.prompt), "prompt"
     else:
-        raise ApiError("a pool follows either a 'prompt' or 'messages'; give one of them.", param="prompt")
+        raise ApiError(
+            "a pool needs either 'prompt' or 'messages'; give exactly one of them.", param="prompt"
+        )
     size = endpoint.config.chunk_size
     if len(request.written) % size:
-        raise ApiError(f"'written' holds whole chunks of {size} tokens.", param="written")
+        raise ApiError(f"'written' must consist of whole chunks of {size} tokens.", param="written")
     _check_chunk(endpoint, request.chunk)
     written = endpoint.tokens_of(request.written, "written") if request.written else []
     room = endpoint.room_after([*prompt, *written], thoughts)
     if room is not None and room < size:
-        raise ApiError("there is no room after the text.", param=place, code="context_length_exceeded")
+        raise ApiError(
+            "the text leaves no room for another chunk in the context; shorten it.",
+            param=place,
+            code="context_length_exceeded",
+        )
     return prompt, written
 
 
@@ -100,8 +106,8 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
     is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
     if not is_whole or len(chunk) > config.chunk_size or up_to_end(chunk, eos_ids) != tuple(chunk):
         raise ApiError(
-            f"'chunk' holds {config.chunk_size} tokens, or fewer if the last one ends a text; none stand "
-            "behind the end.",
+            f"'chunk' must have {config.chunk_size} tokens, or fewer if it ends with an EOS token; no tokens "
+            "may follow the end.",
             param="chunk",
         )
     endpoint.tokens_of(chunk, "chunk")

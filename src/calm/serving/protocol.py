@@ -84,7 +84,7 @@ class SamplingRequest(_Body):
         check_fields(self.model_extra or {})
         for name in ("num_draws", "max_draws"):
             if (getattr(self, name) or 0) > most_draws:
-                raise ApiError(f"'{name}' may be {most_draws} at most.", param=name)
+                raise ApiError(f"'{name}' must be at most {most_draws}.", param=name)
 
     def chosen_seed(self) -> int:
         """The seed of the request, or a random one if it has none."""
@@ -104,7 +104,7 @@ class SamplingRequest(_Body):
         chosen = temperature if self.temperature is None else self.temperature
         if chosen > 1:
             raise ApiError(
-                f"'temperature' lies between 0 and 1 for a CALM, got {chosen:g}.", param="temperature"
+                f"'temperature' must be between 0 and 1 for a CALM, got {chosen:g}.", param="temperature"
             )
         try:
             return sampler_from(

@@ -34,10 +34,10 @@ async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float =
         while not (await asyncio.wait({result}, timeout=SECONDS_BETWEEN_LOOKS))[0]:
             if time.monotonic() > deadline:
                 raise ApiError(
-                    "the request took too long to read; try later.", 504, "server_error", code="timeout"
+                    "the request took too long to read; try again later.", 504, "server_error", code="timeout"
                 )
             if await is_gone():
-                raise ApiError("the client left before its answer.", 499)
+                raise ApiError("the client disconnected before the response.", 499)
         return result.result()
     finally:
         result.cancel()
@@ -74,7 +74,7 @@ class Readers:
         """
         if self._num_waiting >= self._max_waiting:
             raise ApiError(
-                "too many requests wait to be read; try later.", 429, "rate_limit_error", code="queue_full"
+                "too many requests are queued; try again later.", 429, "rate_limit_error", code="queue_full"
             )
         try:
             begun = self._reading.submit(work)

@@ -230,7 +230,7 @@ def _checked(what: Written | Exception) -> Written:
     if isinstance(what, QueueFullError):
         raise of_queue(what)
     if isinstance(what, Exception):
-        raise ApiError(f"the text could not be written ({what}).", 500, "server_error")
+        raise ApiError(f"the generation of the text failed ({what}).", 500, "server_error")
     return what
 
 

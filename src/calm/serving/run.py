@@ -80,19 +80,20 @@ def run_server(
     writer: CalmForCausalLM | DraftedWriter
     if draft is not None:
         if thoughts_of(network.config) is not None:
-            raise InputError(f"'{model}' thinks, and a draft does not go with thoughts; leave it out.")
+            raise InputError(
+                f"'{model}' was trained to think, which --draft does not support; leave --draft out."
+            )
         writer = DraftedWriter(network, load_draft(draft, network, tokenizer), draft_chunks or 1)
     elif isinstance(network, CalmForCausalLM):
         writer = network
     else:
         raise InputError(
-            f"'{model}' is no CALM; servers for models of tokens exist, such as vLLM. With a CALM that "
-            "drafts for it (--draft) it is served here."
+            f"'{model}' is not a CALM. Add --draft CALM to serve it here, or use a server such as vLLM."
         )
     thoughts, most = thoughts_of(network.config), limits.get("max_thoughts", ServerSettings.max_thoughts)
     if thoughts is not None and thoughts.number > most:
         raise InputError(
-            f"'{model}' takes {thoughts.number} thoughts before a text, and max_thoughts is {most}; raise it."
+            f"'{model}' uses {thoughts.number} thoughts per text, but max_thoughts is {most}; raise it."
         )
     settings = ServerSettings(
         name=name or Path(model).resolve().name,
@@ -105,7 +106,7 @@ def run_server(
     with _listening(host, port) as listener:
         app = create_app(writer, tokenizer, settings)
         where = _url(host, listener.getsockname()[1])
-        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without a key"))
+        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without an API key"))
         if draft is None:
             print(f"playground: {_url(_reachable(host), listener.getsockname()[1])}/")
         sys.stdout.flush()
@@ -152,5 +153,5 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"cannot listen at {host}, port {port} ({error}); choose another --port or --host."
+            f"cannot listen on {host}, port {port} ({error}); choose another --port or --host."
         ) from error

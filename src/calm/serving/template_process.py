@@ -32,7 +32,7 @@ def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
     texts, _ = render(**asked["arguments"], **asked["special_tokens"])
     if len(texts[0]) > asked["most_characters"]:
         most = asked["most_characters"]
-        return {"error": f"it wrote {len(texts[0])} characters, and at most {most} are read"}
+        return {"error": f"its output has {len(texts[0])} characters, and at most {most} are allowed"}
     return {"text": texts[0]}
 
 

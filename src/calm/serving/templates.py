@@ -43,7 +43,7 @@ class TemplateProcess:
                 self._start()
             answer = self._exchange(json.dumps(asked), seconds)
         if answer is None:
-            raise ValueError(f"it took longer than {seconds:g} seconds, or too much memory, and was stopped")
+            raise ValueError(f"it took more than {seconds:g} seconds or too much memory, and was stopped")
         if "error" in answer:
             raise ValueError(answer["error"])
         return str(answer["text"])
@@ -61,7 +61,7 @@ class TemplateProcess:
             start_new_session=True,  # Ctrl-C is for the server; when that ends, so does this input.
         )
         if self._exchange(None, _SECONDS_TO_START) is None:
-            raise RuntimeError("the process that renders chat templates does not start.")
+            raise RuntimeError("the process that renders chat templates did not start.")
 
     def _exchange(self, line: str | None, seconds: float) -> dict[str, Any] | None:
         """Send a line and wait for one; None if the process was killed or has ended."""

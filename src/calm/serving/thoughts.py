@@ -27,7 +27,7 @@ def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int)
             )
         return None
     if (trained.number if number is None else number) > most:
-        raise ApiError(f"'num_thoughts' may be {most} at most.", param="num_thoughts")
+        raise ApiError(f"'num_thoughts' must be at most {most}.", param="num_thoughts")
     try:
         return thoughts_for(config, number)
     except ValueError as error:  # The server allows more than any model can take.

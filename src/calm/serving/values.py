@@ -44,7 +44,7 @@ def read_tokens(value: Any, place: str) -> list[int]:
     wrong = next((index for index, one in enumerate(ids) if not _is_token(one)), None)
     if wrong is not None:
         found = str(ids[wrong]) if isinstance(ids[wrong], float) else json_type(ids[wrong])
-        raise at(f"{place}[{wrong}]", f"a token id is a whole number, got {found}.")
+        raise at(f"{place}[{wrong}]", f"token ids must be whole numbers, got {found}.")
     return ids
 
 

@@ -61,7 +61,7 @@ class Watch:
                 with self._intake.counted(scope, receive) as counted:
                     await self._app(scope, counted, note)
         except Exception:
-            logger.exception("the answer to %s failed", request_id)
+            logger.exception("request %s failed", request_id)
             if is_answered:
                 status = 500
                 raise

@@ -108,8 +108,8 @@ class DraftedWriter:
         for name in ("sampler", "num_draws", "max_draws"):
             if getattr(request, name) is not None:
                 raise ApiError(
-                    f"'{name}' is for models that write chunks, and this one writes tokens with their "
-                    "probabilities; leave it out.",
+                    f"'{name}' applies only to models that generate chunks, and this one generates "
+                    "tokens; leave it out.",
                     param=name,
                 )
         chosen = settings.temperature if request.temperature is None else request.temperature

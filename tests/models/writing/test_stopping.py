@@ -136,7 +136,7 @@ def test_what_is_cropped_is_said(model, tokenizer, caplog):
     assert "1 of 2 prompts cropped from the left to their last 248 tokens" in caplog.text
     alone = continue_tokens(model, tokenizer, [long[-248:], long[:3]], max_new_tokens=8, seed=1)
     assert new.tolist() == alone.tolist()
-    with pytest.raises(InputError, match="256 tokens do not fit after a prompt in the context of 256"):
+    with pytest.raises(InputError, match="256 new tokens leave no room for a prompt in the context of 256"):
         continue_tokens(model, tokenizer, [long], max_new_tokens=256, crop=True)
 
 

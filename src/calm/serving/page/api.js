@@ -9,7 +9,7 @@ export class Refusal extends Error {
 }
 
 const GONE = "The server does not answer. Is calm serve still running?";
-const BROKEN_OFF = "The server went away in the middle of the text. Is calm serve still running?";
+const BROKEN_OFF = "The connection broke in the middle of the text. Is calm serve still running?";
 
 export async function describe() {
   return (await request("/page", {})).json();

@@ -9,7 +9,7 @@ export class Chat {
   constructor(about, settings, inspector) {
     Object.assign(this, { about, settings, inspector, section: at("chat"), said: [] });
     this.writer = new Writer(this.#part("form"));
-    this.guide = "Say something to begin. The model answers " + ofChunks(about) + ", which can be opened as in a text.";
+    this.guide = "Say something to begin. The model answers " + ofChunks(about) + "; open any chunk to see what else could have come.";
     tell(this.#part(".guide"), this.guide);
     this.#part("form").addEventListener("submit", (event) => {
       event.preventDefault();

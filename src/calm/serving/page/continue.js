@@ -9,8 +9,8 @@ export class Continue {
   constructor(about, settings, inspector) {
     Object.assign(this, { about, settings, inspector, section: at("continue") });
     this.writer = new Writer(this.#part("form"));
-    this.#part(".guide p").textContent = `The model goes on from your prompt ${ofChunks(about)}. Each can then be `
-      + "opened, to see what else could have come in its place, and how temperature changes the odds.";
+    this.#part(".guide p").textContent = `The model continues your prompt ${ofChunks(about)}. Open any `
+      + "chunk to see what else could have come in its place, and how temperature changes the odds.";
     this.#part("form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();

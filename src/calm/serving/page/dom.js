@@ -31,7 +31,7 @@ export async function copy(text, button) {
     else copyBySelection(text);
     button.textContent = "Copied";
   } catch {
-    button.textContent = "Not copied";
+    button.textContent = "Copy failed";
   }
   announce(button.textContent);
   setTimeout(() => { button.textContent = label; }, 1500);

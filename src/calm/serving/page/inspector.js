@@ -60,7 +60,7 @@ export class Inspector {
     at("chunk-facts").textContent = ofChunk(chunk, text.how, this.about);
     at("pool").hidden = true;
     tell(at("pool-failure"));
-    tell(at("pool-facts"), "Drawing what else could have come …");
+    tell(at("pool-facts"), "Drawing alternatives …");
   }
 
   async #askForPool() {

@@ -12,7 +12,7 @@ async function begin() {
   const about = await describe();
   at("model").textContent = about.model;
   at("facts").textContent = ofModel(about);
-  at("legend-text").textContent = `The model writes ${ofChunks(about)}. Below the text, each is underlined.`;
+  at("legend-text").textContent = `The model writes ${ofChunks(about)}. Each chunk is underlined in the text.`;
   at("legend-spent").hidden = about.lowest_temperature < 1;
   const shortcut = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   for (const key of document.querySelectorAll("kbd")) key.textContent = shortcut;

@@ -65,7 +65,7 @@ export class Settings {
       const field = at(name);
       if (field.disabled || field.validity.valid) continue;
       const range = `A whole number from ${field.min} to ${Number(field.max).toLocaleString("en")}.`;
-      this.#blame(name, name === "seed" ? "A whole number of up to 15 digits, or nothing for a random one." : range);
+      this.#blame(name, name === "seed" ? "A whole number of up to 15 digits, or empty for a random one." : range);
       return false;
     }
     return true;

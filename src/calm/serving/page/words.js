@@ -14,7 +14,7 @@ export function samplerOf(about, chosen, temperature) {
 }
 
 export function ofModel(about) {
-  return `${about.head.replaceAll("_", " ")} head, ${count(about.chunk_size, "token")} a chunk`;
+  return `${about.head.replaceAll("_", " ")} head, ${count(about.chunk_size, "token")} per chunk`;
 }
 
 export function ofChunks(about) {
@@ -33,11 +33,11 @@ export function ofChunk(chunk, how, about) {
     return temperature === 1 ? `${drawn} at ${at}.` : `${drawn} at ${at}: each token’s distribution is sharpened.`;
   }
   if (temperature === 1) return `A single draw of the head, at ${at}.`;
-  if (chunk.num_draws === 1) return "The only draw that was made: with one, there is nothing to choose from.";
+  if (chunk.num_draws === 1) return "The only draw: with just one, there is nothing to choose from.";
   const same = Math.round(chunk.agreement * chunk.num_draws);
   const share = `${same} of them ${same === 1 ? "was" : "were"} this chunk`;
   if (chunk.fell_back) {
-    return `${count(chunk.num_draws, "draw")} brought no decision at ${at}, so the most frequent ones decided; ${share}.`;
+    return `${count(chunk.num_draws, "draw")} gave no decision at ${at}, so the most frequent ones decided; ${share}.`;
   }
   if (sampler === "pool" && temperature === 0) {
     return `The most frequent chunk of ${count(chunk.num_draws, "draw")}: ${share}.`;
@@ -53,10 +53,10 @@ export function isExact(pool, how) {
 export function ofPool(pool, how) {
   const drawn = `${count(pool.num_draws, "fresh draw")} at T = 1 gave ${count(pool.num_different, "different chunk")}.`;
   if (isExact(pool, how)) {
-    return `${drawn} The probabilities are exact: the head computes them, and tempers each token by itself.`;
+    return `${drawn} The probabilities are exact: the head computes them, and applies the temperature to each token.`;
   }
   if (how.sampler === "head") {
-    return `${drawn} The probabilities are those of the pool rule; this head tempers its draws in its own way.`;
+    return `${drawn} The probabilities are those of the pool rule; this head applies the temperature in its own way.`;
   }
   return `${drawn} The probabilities are estimated from how often each was drawn.`;
 }
@@ -67,7 +67,7 @@ export function ofText(chunks, reason, seconds, how) {
   if (how.thoughts) parts.unshift(count(how.thoughts, "thought"));
   if (how.sampler !== "head" && draws > chunks.length) parts.push(count(draws, "draw"));
   parts.push(seconds < 0.1 ? "<0.1 s" : `${seconds.toFixed(1)} s`);
-  const why = { stop: "the model ended it", length: "as many tokens as allowed", stopped: "stopped" }[reason];
+  const why = { stop: "the model ended it", length: "token limit reached", stopped: "stopped" }[reason];
   return parts.concat(why ? [why] : []).join(" · ");
 }
 
