@@ -10,9 +10,11 @@ from calm.comparison.costs import (
     language_model_flops,
     record_of,
 )
+from calm.comparison.measures import _open_data
 from calm.errors import InputError
 from calm.flops import training_flops
 from calm.training.build import model_config
+from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
 VOCABULARY = 300
@@ -91,3 +93,11 @@ def test_a_damaged_history_is_one_sentence(entry, recipe, tmp_path):
     config = write_run(tmp_path, recipe, [entry])
     with pytest.raises(InputError, match=r"history.json' is damaged .*give '.*model' to do without"):
         record_of(tmp_path, config)
+
+
+def test_what_a_model_took_before_it_was_fine_tuned_is_not_known(recipe, tmp_path):
+    write_recipe(FinetuningRecipe(model="stories"), tmp_path / "recipe.yaml")
+    (tmp_path / "history.json").write_text("[]")
+    assert record_of(tmp_path, model_config(recipe, VOCABULARY)) is None
+    with pytest.raises(InputError, match="say which with --data"):  # And no text to score it on.
+        _open_data(tmp_path, None)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from transformers import LlamaConfig
 
 from calm.comparison.ladder import _stretched, at_chunk_size, train_ladder
 from calm.errors import InputError
@@ -46,3 +47,18 @@ def test_what_is_refused_before_anything_is_trained(changes, sizes, settings, me
     with pytest.raises(InputError, match=message):
         train_ladder(recipe, sizes, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_text_has_the_tokens_of_a_teacher(monkeypatch, tmp_path):
+    """As in `calm train`: each of its runs would refuse others, after the text was prepared with them."""
+    LlamaConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "teacher")
+    recipe = with_settings(
+        read_recipe("demo_sequential"), {"language_model.teacher.model": str(tmp_path / "teacher")}
+    )
+    monkeypatch.setattr("calm.comparison.ladder.with_shared_text", lambda recipe, _: tokens_of(recipe))
+
+    def tokens_of(recipe):
+        raise InputError(f"{recipe.data.tokenizer} it is")
+
+    with pytest.raises(InputError, match="teacher it is"):
+        train_ladder(recipe, [2], tmp_path / "out")

@@ -118,3 +118,15 @@ def test_held_out_text_that_is_scored_whole_leaves_nothing_behind(folder, tmp_pa
     data = opening.held_out_data([str(tmp_path / "held_out.txt")], tokenizer, opening.ReadingOptions())
     assert len(data.blocks("validation", **SETTINGS)) > 5
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_beginning_is_short_in_text_without_spaces(tmp_path):
+    """Else it would be the whole document, which no context may hold."""
+    text = "".join(chr(0x4E00 + 7 * place % 400) for place in range(3000))
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text[place:]}) + "\n" for place in range(9))
+    )
+    how = {"vocab_size": 300, "num_proc": 1, "validation_fraction": 0.2}
+    data = prepare([str(tmp_path / "text.jsonl")], tmp_path / "out", **how)
+    [(start, rest)] = data.held_out_beginnings(1)
+    assert 0 < len(start) < 500 and start + rest in [text[place:] for place in range(9)]

@@ -251,6 +251,9 @@ def test_a_split_for_validation_is_held_out(is_saved, tmp_path, caplog):
     if is_saved:
         scored = held_out_data([source], data.tokenizer, ReadingOptions())
         assert len(scored.validation) == 4
+        (tmp_path / "more.txt").write_text("And this.")
+        both = held_out_data([source, str(tmp_path / "more.txt")], data.tokenizer, ReadingOptions())
+        assert len(both.validation) == 5
 
 
 def test_splits_of_which_none_is_to_train_on(tmp_path):

@@ -107,3 +107,20 @@ def test_what_cannot_be_asked(room, tmp_path, capsys):
     assert "a recipe of a CALM" in failure(
         capsys, "ablate", "alpha", "--recipe", "demo_baseline", "--output", tmp_path / "out"
     )
+
+
+def test_a_run_with_more_steps_is_scored_anew(room):
+    """The last test here: it extends a run."""
+    kept, run = (room / "toy.yaml").read_text(), room / "out/blocks/One_block/seed3"
+
+    def scores():
+        answer(room, "[3]", "--only", '["One block"]')
+        (outcome,) = json.loads((room / "out/blocks/ablation.json").read_text())["outcomes"]
+        return outcome["scores"]
+
+    before = scores()
+    (room / "toy.yaml").write_text(kept.replace("steps: 20", "steps: 40"))
+    after = scores()
+    assert (run / "model-20").is_dir() and after != before
+    (run / "scores.json").unlink()
+    assert scores() == after

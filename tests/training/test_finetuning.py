@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tiny import HEADS, tiny_model
 from torch.testing import assert_close
 from toy import failure, toy_recipe
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
-from calm.data.stories import write_stories
+from calm.data.stories import stories, write_stories
+from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.models.loading import config_of, load_language_model_and_tokenizer
 from calm.texts import continue_texts
@@ -268,6 +270,35 @@ def test_adapters_whose_model_is_gone(base, tmp_path):
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(InputError, match=r"the model that the adapters in '.*' belong to: cannot load"):
         load_language_model_and_tokenizer(str(tmp_path / "run/adapter"))
+
+
+def test_a_model_that_does_not_keep_examples_apart_is_refused(tmp_path):
+    (tmp_path / "examples.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    tokenizer, sizes = train_tokenizer(stories(0, 20), 300), {"vocab_size": 300, "hidden_size": 16}
+    for name, model in {
+        "mamba": MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=1)),
+        "bloom": BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=2)),
+    }.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        examples = ExampleSettings(sources=str(tmp_path / "examples.jsonl"))
+        recipe = FinetuningRecipe(model=str(tmp_path / name), examples=examples)
+        with pytest.raises(InputError, match=f"'{name}' models cannot be scored"):
+            finetune(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_model_that_adapters_belong_to_is_not_replaced(tmp_path):
+    """Nor through adapters of adapters."""
+    (tmp_path / "run/model").mkdir(parents=True)
+    for name, of in (("adapter", "run/model"), ("another", "adapter")):
+        (tmp_path / name).mkdir()
+        settings = json.dumps({"base_model_name_or_path": str(tmp_path / of)})
+        (tmp_path / name / "adapter_config.json").write_text(settings)
+        recipe = FinetuningRecipe(model=str(tmp_path / name), examples=ExampleSettings(sources="there.jsonl"))
+        with pytest.raises(InputError, match=r"model' lies in the output folder"):
+            finetune(recipe, tmp_path / "run", overwrite=True)
+        assert (tmp_path / "run/model").is_dir()
 
 
 def test_without_peft(base, monkeypatch):

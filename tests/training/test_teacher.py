@@ -23,6 +23,7 @@ from transformers import (
 from calm.cli import main
 from calm.comparison.costs import language_model_flops, record_of
 from calm.data.prepared import load_prepared
+from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.facts import facts_of
 from calm.flops import Work, cost_of, teaching_flops, training_flops
@@ -209,6 +210,14 @@ def test_the_flops_of_a_recipe_have_a_part_for_the_teacher(base, tmp_path, capsy
     told = json.loads(capsys.readouterr().out)
     config = AutoConfig.from_pretrained(base / "source")
     assert told["training"]["teacher"] == teaching_flops(config, 32)
+
+
+def test_the_flops_of_a_recipe_are_those_of_the_tokens_that_it_is_trained_with(base, tmp_path, capsys):
+    """The teacher's, where it names no others."""
+    write_recipe(recipe_for(base, "new", **{"data.vocab_size": 999}), tmp_path / "recipe.yaml")
+    main(["flops", str(tmp_path / "recipe.yaml"), "--json"])
+    size = len(load_tokenizer(str(base / "source")))
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == size != 999
 
 
 def test_flops_of_a_teacher_of_another_kind_are_counted():

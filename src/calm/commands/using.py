@@ -219,6 +219,7 @@ def flops(
     from calm.report.figures import as_json, values_of_costs
     from calm.report.tables import print_costs
     from calm.training.build import model_config
+    from calm.training.continuing import completed
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
     from calm.training.teacher import config_of_teacher
@@ -234,7 +235,7 @@ def flops(
             find_recipe(target)
         except InputError as error:
             raise InputError(str(error).rstrip(".?") + models_near(target)) from error
-        recipe = read_recipe(target)
+        recipe = completed(read_recipe(target))
         config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
     if head:
         change_head(config, head)

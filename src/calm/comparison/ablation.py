@@ -21,7 +21,7 @@ from calm.models.loading import load_model_and_tokenizer
 from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import NATS, AblationTable, Outcome
-from calm.storage.checksums import is_marked, mark
+from calm.storage.checksums import CHECKSUMS, is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.build import model_config
 from calm.training.check import check_model
@@ -198,9 +198,17 @@ def _seconds(runs: Sequence[Path]) -> float | None:
 
 
 def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:
-    """Held-out scores of a run, cached in its folder."""
-    path, how = run / SCORES, {"context": recipe.data.context, "num_blocks": num_blocks}
-    if is_marked(path):
+    """Held-out scores of a run, cached in its folder for as long as it has the same model.
+
+    A run that was given more steps has another one.
+    """
+    path, sums = run / SCORES, run / "model" / CHECKSUMS
+    how = {
+        "context": recipe.data.context,
+        "num_blocks": num_blocks,
+        "model": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
+    }
+    if how["model"] is not None and is_marked(path):
         kept = read_json(path, dict)
         if kept["how"] == how:
             figures: dict[str, float] = kept["figures"]

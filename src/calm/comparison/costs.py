@@ -13,6 +13,7 @@ from calm.training.build import autoencoder_config, model_config
 from calm.training.clock import seconds_of
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.recipe_settings import kind_of_recipe
 from calm.training.runs import HISTORY
 from calm.training.teacher import config_of_teacher, read_facts_of_teacher
 
@@ -33,13 +34,17 @@ class TrainingRecord:
 
 
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
-    """The training record of a run; None for a bare model folder.
+    """The training record of a run; None for a bare model folder, or for a run of `calm finetune`.
+
+    The training of the model that `calm finetune` started from is not in its folder.
 
     Args:
         run: Folder of the run.
         config: Configuration of its language model.
     """
     if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
+        return None
+    if kind_of_recipe(str(run / RECIPE)) is not Recipe:
         return None
     recipe = read_recipe(str(run / RECIPE))
     history = read_json(run / HISTORY, dict)

@@ -12,6 +12,7 @@ from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.progress import tell, tracked
 from calm.training.check import check_model, check_recipe
+from calm.training.continuing import completed
 from calm.training.ranges import RANGES, check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE
@@ -57,7 +58,7 @@ def train_ladder(
     if not budget > 0:
         raise InputError(f"the budget must be above 0, got {budget:g}.")
     output = output.resolve()
-    recipe = with_shared_text(recipe, output)
+    recipe = with_shared_text(completed(recipe), output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     flops = budget * (language_model_flops(recipe, vocab_size) + autoencoder_flops(recipe, vocab_size))
     rungs = {f"K{size}": at_chunk_size(recipe, size) for size in chunk_sizes}

@@ -26,7 +26,9 @@ from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
+from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
+from calm.training.recipe_settings import kind_of_recipe
 
 _TEMPERATURE_SEED = 7
 
@@ -133,6 +135,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
             at_most=measures.text_tokens,
             temperature=measures.low,
             seed=EVALUATION_SEED,
+            crop=True,
         ),
         recipe=(run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).is_file() else None,
     )
@@ -158,7 +161,7 @@ def _open_data(run: Path, data: Path | None) -> PreparedData:
         return load_prepared(data)
     if is_prepared(run / "data"):
         return load_prepared(run / "data")
-    if (run / RECIPE).is_file():
+    if (run / RECIPE).is_file() and kind_of_recipe(str(run / RECIPE)) is Recipe:
         sources = read_recipe(str(run / RECIPE)).data.source_list
         if len(sources) == 1 and is_prepared(Path(sources[0])):
             return load_prepared(Path(sources[0]))

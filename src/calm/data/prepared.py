@@ -41,6 +41,7 @@ from calm.storage.folders import temporary_folder
 logger = logging.getLogger(__name__)
 INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
+_LONGEST_BEGINNING = 240  # Characters: not all text has spaces between its words.
 _FREQUENT = 500  # Tokens whose neighbours are counted.
 _MOST_COUNTED, _COUNTED_AT_ONCE, _DIGESTED_AT_ONCE = 10_000_000, 1000, 1000
 # Increment whenever `make_blocks` returns different arrays: blocks are cached by its arguments, not its code.
@@ -156,7 +157,8 @@ class PreparedData:
         """The first words of the first held-out documents, and how each continues."""
         few = self.validation.select(range(min(number, len(self.validation))))
         texts = self.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
-        beginnings = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
+        words = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
+        beginnings = [start[:_LONGEST_BEGINNING] for start in words]
         return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
 
 
@@ -209,8 +211,8 @@ def held_out_data(
     """Held-out text for scoring, tokenized with a model's own tokenizer.
 
     Args:
-        sources: A folder prepared with the same tokenizer, or saved splits, of which the held-out part is
-            scored; or files, folders or hub datasets, which are scored whole.
+        sources: A folder prepared with the same tokenizer; or saved splits, of which the held-out part is
+            scored, and files, folders or hub datasets, which are scored whole.
         tokenizer: The model's tokenizer.
         options: How to find documents in the sources.
 
@@ -226,7 +228,8 @@ def held_out_data(
             )
         return data
     folder = temporary_folder()
-    read = load_documents(validation_rows(sources) or sources, options, cache_dir=str(folder))
+    scored = [part for source in sources for part in validation_rows([source]) or [source]]
+    read = load_documents(scored, options, cache_dir=str(folder))
     documents = tokenized(read.texts, tokenizer, 1, "held-out text", folder / "tokens.arrow")
     nothing = documents.select([])
     digest = digest_of(nothing, documents, tokenizer)

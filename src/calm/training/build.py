@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.prepared import PreparedData
+from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError, cause_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
@@ -241,8 +242,8 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
 
     Args:
         recipe: The recipe.
-        vocab_size: Number of token ids; None for that of the tokenizer that the recipe would train. Not used
-            if training starts from a model, which has its own.
+        vocab_size: Number of token ids; None for that of the tokenizer that the recipe uses or would train.
+            Not used if training starts from a model, which has its own.
 
     Raises:
         InputError: If the recipe names a tokenizer but `vocab_size` is None, or a value is out of range.
@@ -252,15 +253,19 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedCon
         return config_with_new_head(recipe, config, autoencoder_config(recipe, config.vocab_size, {}))
     if config is not None:
         return config
-    if vocab_size is None and recipe.data.tokenizer is not None:
-        raise InputError(
-            f"the recipe uses the tokenizer '{recipe.data.tokenizer}'; pass its number of tokens with "
-            "--vocab_size."
-        )
-    size = vocab_size or recipe.data.vocab_size
+    size = vocab_size or _num_tokens(recipe)
     if recipe.model == "autoregressive":
         return autoregressive_config(recipe, size, {})
     return language_model_config(recipe, autoencoder_config(recipe, size, {}), {})
+
+
+def _num_tokens(recipe: Recipe) -> int:
+    """Token ids of the tokenizer that a recipe takes, if it is here, or would train."""
+    if (name := recipe.data.tokenizer) is None:
+        return recipe.data.vocab_size
+    if not Path(name).exists():
+        raise InputError(f"the recipe takes the tokenizer '{name}'; pass --vocab_size, its number of tokens.")
+    return len(load_tokenizer(name))
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase | PreTrainedConfig) -> dict[str, int | None]:

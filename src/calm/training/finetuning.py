@@ -28,8 +28,11 @@ from calm.evaluation.answers import (
     exact_match,
     held_out_loss,
 )
+from calm.evaluation.scorers import scorer_of
+from calm.hub.opening import read_settings
 from calm.models.language_model import language_model
-from calm.models.loading import THOUGHTS, end_as_told, load_language_model_and_tokenizer
+from calm.models.loading import THOUGHTS, end_as_told, is_adapter, load_language_model_and_tokenizer
+from calm.models.shipped import folder_of
 from calm.models.thoughts import unlearn_thoughts
 from calm.storage.disk import write_file_whole
 from calm.text.decoding import decode_after
@@ -94,6 +97,7 @@ def finetune(
 def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, checked against the recipe."""
     model, tokenizer = load_language_model_and_tokenizer(recipe.model, dtype=torch.float32)
+    scorer_of(model)  # Examples share blocks as held-out text does, which not every model keeps apart.
     if recipe.thoughts.mode == "none":
         unlearn_thoughts(model.config, recipe.model, "with thoughts.mode none")
     give_template(tokenizer, recipe.examples.chat_template)
@@ -136,8 +140,18 @@ def _warn_without_steps(conversations: list[list[Example]], sources: list[str], 
 def _places_of(recipe: FinetuningRecipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
     examples = recipe.examples
-    named = [recipe.model, *examples.source_list, *examples.validation_source_list]
+    named = [*_models_of(recipe.model), *examples.source_list, *examples.validation_source_list]
     return [*named, *([examples.chat_template] if examples.chat_template else [])]
+
+
+def _models_of(name: str) -> list[str]:
+    """A model, and what it is read with: adapters belong to another, and that may be adapters as well."""
+    names: list[str] = []
+    while name not in names:
+        names.append(name)
+        if is_adapter(folder := Path(folder_of(name))):
+            name = str(read_settings(folder / "adapter_config.json").get("base_model_name_or_path") or name)
+    return names
 
 
 def _train(
