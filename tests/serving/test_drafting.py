@@ -200,5 +200,5 @@ def test_models_that_cannot_be_drafted_for_are_refused(tmp_path, tokenizer, caps
         tokenizer.save_pretrained(name)
     assert "'model' is no CALM" in failure(capsys, "serve", "model")
     assert "'thinker' thinks, and a draft does not" in failure(capsys, "serve", "thinker", "--draft", "draft")
-    assert "a CALM writes whole chunks itself" in failure(capsys, "serve", "draft", "--draft", "draft")
+    assert "a CALM already generates whole chunks" in failure(capsys, "serve", "draft", "--draft", "draft")
     assert "name one with --draft" in failure(capsys, "serve", "model", "--draft_chunks", "2")
