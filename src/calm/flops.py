@@ -219,8 +219,8 @@ def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     if config.model_type in LIKE_LLAMA:  # Biases and norms do not count.
         return _of_layers(config, work)
     raise InputError(
-        f"FLOPs are counted for CALMs and models of type {', '.join(LIKE_LLAMA)}, "
-        f"not '{config.model_type}'; torch.utils.flop_counter counts any model that runs here."
+        f"FLOPs can only be counted for CALMs and models of type {', '.join(LIKE_LLAMA)}, "
+        f"not '{config.model_type}'; use torch.utils.flop_counter for any other model that runs here."
     )
 
 
@@ -326,7 +326,7 @@ def _outline(config: PreTrainedConfig) -> nn.Module:
             network: nn.Module = AutoModelForCausalLM.from_config(config)
             return network
     except Exception as error:  # From the model's class.
-        raise InputError(f"the configuration makes no model ({cause_of(error)}).") from error
+        raise InputError(f"no model can be built from the configuration ({cause_of(error)}).") from error
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

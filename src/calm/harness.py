@@ -81,7 +81,9 @@ class HarnessModel(LM):
             raise InputError(f"choices must be refuse, agreement or energy, got '{choices}'.")
         model, self._tokenizer = load_language_model_and_tokenizer(pretrained)
         if not isinstance(model, CalmForCausalLM):
-            raise InputError(f"'{pretrained}' is no CALM; the harness has model classes for others (hf).")
+            raise InputError(
+                f"'{pretrained}' is not a CALM; use the harness's own model class (hf) for other models."
+            )
         self._model, self._choices, self._seed = model, choices, whole_seed(seed)
         self._temperature, self._num_draws = temperature, num_draws
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
@@ -136,9 +138,9 @@ class HarnessModel(LM):
             if isinstance(head := self._model.head, Likelihood):
                 return [self._likelihood(head, *request.args) for request in requests]
             raise InputError(
-                "this task asks for log-likelihoods, which this CALM does not have. Run tasks that ask for "
-                "text (output_type: generate_until), or, as an experiment, say choices=agreement or "
-                "choices=energy in the model's arguments."
+                "this task asks for log-likelihoods, which this CALM does not have. Run tasks that generate "
+                "text (output_type: generate_until), or, as an experiment, set choices=agreement or "
+                "choices=energy in the model arguments."
             )
         return [(self._score(*request.args), False) for request in requests]
 
@@ -149,8 +151,8 @@ class HarnessModel(LM):
             InputError: Always.
         """
         raise InputError(
-            "this task asks for perplexities of whole documents; a CALM predicts nothing before its second "
-            "chunk. `calm evaluate` scores it."
+            "this task asks for perplexities of whole documents, but a CALM predicts nothing before its "
+            "second chunk; score it with `calm evaluate` instead."
         )
 
     def _alike(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
@@ -171,7 +173,7 @@ class HarnessModel(LM):
     def _cropped(self, contexts: list[list[int]], budget: int) -> list[list[int]]:
         """Contexts cut on the left, as is usual there, to leave room for thoughts and `budget` tokens."""
         if not all(contexts):
-            raise InputError("a context is empty, and the tokenizer has no token that begins a text.")
+            raise InputError("a context is empty, and the tokenizer has no BOS token.")
         return crop_prompts(self._model, contexts, budget + num_tokens_of(self._thoughts, self._model.config))
 
     def _encode(self, context: str, continuation: str = "") -> list[int]:
@@ -200,7 +202,7 @@ class HarnessModel(LM):
             else encode_words(self._tokenizer, [context[len(begun) :] + continuation])[0]
         )
         if not ids:
-            raise InputError("a continuation is empty; the task cannot be scored by choices.")
+            raise InputError("a continuation is empty, so the task cannot be scored by its choices.")
         [prompt] = self._cropped([prompt], len(ids))
         filled = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
         text = Prompt.of(self._model, prompt).followed_by(self._thoughts, size).with_chunks(filled, size)
@@ -249,7 +251,7 @@ def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[
     """Arguments of `continue_tokens` for a task's settings, plus `until` and `max_gen_toks`."""
     unknown = [name for name in asked if name not in _KNOWN]
     if unknown:
-        raise InputError(f"a CALM cannot honour '{unknown[0]}' of this task's generation_kwargs.")
+        raise InputError(f"a CALM does not support '{unknown[0]}' from this task's generation_kwargs.")
     until = asked.get("until") or []
     settings: dict[str, Any] = {
         "until": [until] if isinstance(until, str) else list(until),

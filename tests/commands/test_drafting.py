@@ -58,11 +58,17 @@ def test_draws_are_repeatable_and_can_be_streamed(folders, capsys):
         ("model x --draft_chunks 2", "--draft_chunks requires a draft model; name one with --draft."),
         ("model x --draft draft --draft_chunks 0", "draft_chunks must be at least 1 and at most 64, got 0."),
         ("model x --draft nowhere", "nowhere"),
-        ("model x --draft model", "a draft is written by a CALM, and 'model' holds a LlamaForCausalLM"),
-        ("draft x --draft draft", "a CALM writes whole chunks itself; a draft is for models of tokens."),
-        ("model x --draft foreign", "'foreign' cannot draft for this model, as its tokens are others: id"),
-        ("forgetful x --draft draft", "forgets old tokens, so it cannot take back a draft"),
-        ("model x --draft draft --sampler pool", "the pool sampler is for models without probabilities"),
+        ("model x --draft model", "the draft must be a CALM, but 'model' is a LlamaForCausalLM"),
+        (
+            "draft x --draft draft",
+            "a CALM already generates whole chunks; a draft is only for token-level models.",
+        ),
+        (
+            "model x --draft foreign",
+            "'foreign' cannot draft for this model: their vocabularies differ, as id",
+        ),
+        ("forgetful x --draft draft", "discards old tokens, so its cache cannot be rolled back"),
+        ("model x --draft draft --sampler pool", "the pool sampler is only for models without probabilities"),
     ],
 )
 def test_what_cannot_be_drafted_is_said_in_one_sentence(folders, arguments, message, capsys, monkeypatch):

@@ -73,9 +73,15 @@ def test_a_question_of_ones_own_is_a_file(tmp_path):
         ("[]", "its choices need names that differ"),
         ("[{name: a, settings: {}}, {name: a, settings: {}}]", "its choices need names that differ"),
         ("[{name: '=', settings: {}}]", "its choices need names that differ"),
-        ("[{name: a, settings: {seed: 2}}]", "all its runs share 'seed'; leave it out"),
-        ("[{name: a, settings: {data.context: 64}}]", "all its runs share 'data.context'"),
-        ("[{name: a, settings: {autoencoder.path: x}}]", "all its runs share 'autoencoder.path'"),
+        ("[{name: a, settings: {seed: 2}}]", "a choice cannot set 'seed', which all runs share; remove it"),
+        (
+            "[{name: a, settings: {data.context: 64}}]",
+            "a choice cannot set 'data.context', which all runs share",
+        ),
+        (
+            "[{name: a, settings: {autoencoder.path: x}}]",
+            "a choice cannot set 'autoencoder.path', which all runs share",
+        ),
     ],
 )
 def test_what_is_no_question(choices, message, tmp_path):
@@ -87,9 +93,9 @@ def test_what_is_no_question(choices, message, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "seeds", "only", "message"),
     [
-        ("demo", [], [], "needs seeds, and choices out of: alpha = 0.5, alpha = 0.75"),
-        ("demo", [1], ["alpha = 3"], "needs seeds, and choices out of: alpha = 0.5"),
-        ("demo_baseline", [1], [], "takes a recipe of a CALM that trains its own autoencoder"),
+        ("demo", [], [], "needs at least one seed, and choices from: alpha = 0.5, alpha = 0.75"),
+        ("demo", [1], ["alpha = 3"], "needs at least one seed, and choices from: alpha = 0.5"),
+        ("demo_baseline", [1], [], "needs a recipe for a CALM that trains its own autoencoder"),
     ],
 )
 def test_what_is_refused_before_anything_is_trained(recipe, seeds, only, message, tmp_path):

@@ -91,7 +91,9 @@ def test_a_mere_model_folder_has_no_record(recipe, tmp_path):
 @pytest.mark.parametrize("entry", [3, {"eval_brier_lm": 1.0}, {"eval_brier_lm": 1.0, "step": "x"}])
 def test_a_damaged_history_is_one_sentence(entry, recipe, tmp_path):
     config = write_run(tmp_path, recipe, [entry])
-    with pytest.raises(InputError, match=r"history.json' is damaged .*give '.*model' to do without"):
+    with pytest.raises(
+        InputError, match=r"history.json' is damaged .*give '.*model' to leave out training costs"
+    ):
         record_of(tmp_path, config)
 
 

@@ -30,7 +30,7 @@ def test_a_longer_training_is_evaluated_as_often():
     ("changes", "sizes", "settings", "message"),
     [
         ({}, [], {"baseline": False}, "there is nothing to train"),
-        ({"model": "autoregressive", "chunk_size": 1}, [4], {}, "takes a recipe of a CALM"),
+        ({"model": "autoregressive", "chunk_size": 1}, [4], {}, "needs a recipe for a CALM"),
         ({"autoencoder.path": "somewhere"}, [4], {}, "that trains its own autoencoder"),
         ({}, [0], {}, "a chunk size must be at least 1 and at most [0-9,]+, got 0"),
         ({}, [4, -4], {}, "a chunk size must be at least 1 and at most [0-9,]+, got -4"),

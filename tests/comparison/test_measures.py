@@ -44,5 +44,5 @@ def test_the_text_is_what_is_named_or_in_the_run_or_what_the_run_was_trained_on(
 
 def test_a_run_whose_text_is_not_prepared_needs_one_named(tmp_path):
     write_recipe(with_settings(read_recipe("demo"), {"data.sources": "a.txt"}), tmp_path / "recipe.yaml")
-    with pytest.raises(InputError, match="holds no prepared text; say which with --data"):
+    with pytest.raises(InputError, match="contains no prepared text; pass it with --data"):
         _open_data(tmp_path, None)

@@ -29,7 +29,7 @@ def test_a_folder_with_the_text_of_other_sources_is_refused(recipe, tmp_path):
     for name in ("a", "b"):
         write_stories(tmp_path / f"{name}.jsonl", 0, 20)
     with_shared_text(with_settings(recipe, {"data.sources": [str(tmp_path / "a.jsonl")]}), tmp_path / "out")
-    with pytest.raises(InputError, match="was prepared from other sources than the recipe's"):
+    with pytest.raises(InputError, match="was prepared from different sources than the recipe's"):
         with_shared_text(
             with_settings(recipe, {"data.sources": [str(tmp_path / "b.jsonl")]}), tmp_path / "out"
         )

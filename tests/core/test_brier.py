@@ -41,7 +41,7 @@ def test_expectation_is_the_brier_score():
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         brier_scores(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 3))
 
 

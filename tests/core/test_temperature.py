@@ -230,7 +230,8 @@ def test_too_small_a_pool_is_refused():
 def test_a_temperature_that_needs_no_end_of_draws_is_refused_in_few_words(settings):
     [name] = settings.keys() - {"sampler"}
     said = (
-        rf"^a temperature of 1e-300 needs 1e\+300 draws, got {name}=7, with which the lowest above 0 is 0\.1"
+        rf"^a temperature of 1e-300 needs 1e\+300 draws, got {name}=7; "
+        r"the lowest temperature above 0 with that many is 0\.1"
     )
     with pytest.raises(ValueError, match=said) as raised:
         sampler_from(temperature=1e-300, **settings)

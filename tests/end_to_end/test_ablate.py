@@ -93,18 +93,18 @@ def test_what_cannot_be_asked(room, tmp_path, capsys):
     one = "question: a\nchoices: [{name: a, settings: {%s: 1}}]"
     assert "has no setting 'autoencoder.at.all'" in fail(one % "autoencoder.at.all")
     for setting in ("data.context", "seed", "autoencoder.path"):
-        assert f"all its runs share '{setting}'" in fail(one % setting)
+        assert f"a choice cannot set '{setting}', which all runs share" in fail(one % setting)
     assert "num_blcks" in fail(QUESTION.replace("num_blocks: 2", "num_blcks: 2"))
     assert "num_blocks must be" in fail(QUESTION.replace("num_blocks: 2", "num_blocks: 0"))
     assert "latent_size" in fail(QUESTION.replace("latent_size: 12", "latent_size: many"))
     assert "names that differ" in fail(
         QUESTION.replace("Two blocks", "One-block").replace("One block", "One-block")
     )
-    assert "choices out of: One block, Two blocks" in fail(QUESTION, "--only", '["Three"]')
-    assert "q.yaml': only recipes have 'extends'; remove it" in fail(f"extends: alpha\n{QUESTION}")
+    assert "choices from: One block, Two blocks" in fail(QUESTION, "--only", '["Three"]')
+    assert "q.yaml': only recipes can use 'extends'; remove it" in fail(f"extends: alpha\n{QUESTION}")
     assert "quest" in fail(QUESTION.replace("question", "quest"))
     assert not (tmp_path / "out").exists()
-    assert "a recipe of a CALM" in failure(
+    assert "a recipe for a CALM" in failure(
         capsys, "ablate", "alpha", "--recipe", "demo_baseline", "--output", tmp_path / "out"
     )
 

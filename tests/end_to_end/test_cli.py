@@ -165,7 +165,7 @@ def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
     message = failure(
         capsys, "import", "--autoencoder", k2 / "autoencoder", "--model", k4 / "calm", "--out", out
     )
-    assert "the autoencoder has 2 tokens per chunk and the language model 4" in message
+    assert "the autoencoder has 2 tokens per chunk but the language model has 4" in message
     shutil.copytree(k4, tmp_path / "torn")
     weights = tmp_path / "torn/calm/pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:5000])

@@ -104,7 +104,7 @@ def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
     assert "different names" in failure(capsys, "compare", ladder / "K2", ladder / "K2", *out)
     shutil.copytree(ladder / "K2/model", tmp_path / "alone")
     (tmp_path / "alone/recipe.yaml").unlink()
-    assert "holds no prepared text" in failure(capsys, "compare", tmp_path / "alone", *out)
+    assert "contains no prepared text" in failure(capsys, "compare", tmp_path / "alone", *out)
     assert "no config.json" in failure(capsys, "compare", ladder / "data", "--data", ladder / "data", *out)
     for temperature in ("1.5", "0", "0.004"):
         assert "temperature" in failure(capsys, "compare", ladder / "K2", "--temperature", temperature, *out)
@@ -112,17 +112,17 @@ def test_what_cannot_be_compared(ladder, room, tmp_path, capsys):
     assert "multiple of the chunk size 6" in failure(
         capsys, "compare", *recipe, "--chunk_sizes", "[2,3]", *out
     )
-    assert "a recipe of a CALM" in failure(capsys, "compare", "--recipe", "demo_baseline", *out)
+    assert "a recipe for a CALM" in failure(capsys, "compare", "--recipe", "demo_baseline", *out)
     main(["prepare", str(room / "text.jsonl"), "--output", str(tmp_path / "other"), "--vocab_size", "280"])
-    assert "trained with other tokens" in failure(
+    assert "has a different tokenizer than the text" in failure(
         capsys, "compare", ladder / "K2", "--data", tmp_path / "other", *out
     )
-    assert "is spent by the autoencoder" in failure(
+    assert "is used up by the autoencoder" in failure(
         capsys, "compare", "--recipe", room / "toy.yaml", "--budget", "0.01", *out
     )
     assert not (tmp_path / "out/report.html").exists()
     (room / "other.yaml").write_text(TOY.replace("data: {", f"data: {{sources: [{room / 'text.jsonl'}], "))
-    assert "prepared from other sources" in failure(
+    assert "prepared from different sources" in failure(
         capsys, "compare", "--recipe", room / "other.yaml", "--output", ladder, "--overwrite"
     )
 

@@ -81,7 +81,7 @@ def test_what_cannot_change(run, capsys, tmp_path):
     model = run / "model"
     for command in (["generate", model, "Once"], ["evaluate", model, run / "data"], ["flops", model]):
         message = failure(capsys, *command, "--head", '{"num_blocks": 3}')
-        assert f"'num_blocks' of a trained {run.name} head cannot be changed; what can: " in message
+        assert f"'num_blocks' of a trained {run.name} head cannot be changed; these can: " in message
         assert "num_steps" in message
         assert "num_steps must be at least 1, got 0" in failure(
             capsys, *command, "--head", '{"num_steps": 0}'

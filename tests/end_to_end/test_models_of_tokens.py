@@ -92,5 +92,5 @@ def test_generate_with_a_baseline(baseline, capsys):
         first = capsys.readouterr().out
         main([*arguments, *further])
         assert capsys.readouterr().out == first and first.startswith("Once upon a time")
-    assert "pool sampler is for models without" in failure(capsys, *arguments, "--sampler", "pool")
+    assert "pool sampler is only for models without" in failure(capsys, *arguments, "--sampler", "pool")
     assert "temperature must lie between 0 and 1" in failure(capsys, *arguments, "--temperature", "7")

@@ -191,7 +191,9 @@ def test_a_batch_without_targets_is_passed_by():
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_short_chunks_are_refused(chunk_size):
-    with pytest.raises(InputError, match=f"at least 4 tokens, and this sampler draws {chunk_size} at once"):
+    with pytest.raises(
+        InputError, match=f"at least 4 tokens, but this sampler draws only {chunk_size} at a time"
+    ):
         evaluate(Sampler(perfect, chunk_size), block_of([5] * 12, chunk_size=chunk_size))
 
 

@@ -211,7 +211,7 @@ def test_a_pickle_that_could_run_code_is_called_that(form, run, tmp_path):
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     else:
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "torch")
-    with pytest.raises(InputError, match=r"is a pickle that could run code, so it is not read") as told:
+    with pytest.raises(InputError, match=r"is a pickle that could run code, so it was not loaded") as told:
         load_autoencoder(folder)
     assert "weights_only" not in str(told.value)
     assert not (tmp_path / "ran").exists()

@@ -130,10 +130,10 @@ def test_a_damaged_file_is_one_sentence(damage, tokenizer, tmp_path, capsys):
 
 
 REFUSED = {
-    "scaled positions": ({"scaling": "yarn"}, "scales its positions"),
-    "factors": ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "scales its positions"),
-    "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, "holds blk.0.attn_q.bias, which"),
-    "another kind": ({"architecture": "gpt2"}, "type 'gpt2', which is not read from GGUF"),
+    "scaled positions": ({"scaling": "yarn"}, "uses RoPE scaling"),
+    "factors": ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "uses RoPE scaling"),
+    "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, "contains blk.0.attn_q.bias, which"),
+    "another kind": ({"architecture": "gpt2"}, "type 'gpt2', which cannot be read from GGUF"),
     "unheard of": ({"architecture": "nobody"}, "nobody"),
     "a missing tensor": ({"leave_out": "1.mlp.up_proj"}, "incomplete: 1 tensors are missing"),
     "a wrong width": ({"width": 64}, "damaged"),
@@ -171,7 +171,7 @@ def test_places_that_there_are_not(tmp_path, monkeypatch, capsys):
             load_tokenizer(name)
     monkeypatch.setattr(missing.constants, "HF_HUB_OFFLINE", True)
     said = failure(capsys, "generate", "owner/name/sub/model.gguf", "Once")
-    assert "it is no folder here, and the hub did not give it (HF_HUB_OFFLINE is set)" in said
+    assert "it is not a local folder, and it could not be loaded from the hub (HF_HUB_OFFLINE is set)" in said
 
 
 def test_one_of_the_hub_is_taken_from_its_cache(tokenizer, tmp_path, monkeypatch):

@@ -183,5 +183,5 @@ def test_heads_without_distributions_of_tokens_cannot_learn():
     batch = batch_of(SIZE)
     lesson = teacher_for(SIZE).lesson(**batch)
     assert isinstance(lesson, Lesson)
-    with pytest.raises(ValueError, match="energy head has no distributions of tokens"):
+    with pytest.raises(ValueError, match="energy head has no token distributions"):
         tiny_model(SIZE)(**batch, lesson=lesson)

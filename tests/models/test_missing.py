@@ -13,7 +13,7 @@ from calm.models.loading import load_autoencoder, load_language_model_and_tokeni
 from calm.models.missing import place_of
 from calm.models.shipped import folder_of
 
-SHIPPED = "classics (of the package), stories (of the package)"
+SHIPPED = "classics (in the package), stories (in the package)"
 
 
 @pytest.fixture
@@ -44,24 +44,24 @@ def test_a_run_stands_for_its_model(here, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "end"),
     [
-        ("stoires", f"models near: {SHIPPED}, runs/demo/model; did you mean 'stories'?"),
-        ("nobody/nothing", f"models near: {SHIPPED}, runs/demo/model."),
+        ("stoires", f"models nearby: {SHIPPED}, runs/demo/model; did you mean 'stories'?"),
+        ("nobody/nothing", f"models nearby: {SHIPPED}, runs/demo/model."),
         (
             "runs/dmeo",
-            "there is no such folder (the hub was not asked, since 'runs' is a folder here); "
-            f"models near: {SHIPPED}, runs/demo/model; did you mean 'runs/demo/model'?",
+            "there is no such folder (the hub was not queried, as 'runs' is a local folder); "
+            f"models nearby: {SHIPPED}, runs/demo/model; did you mean 'runs/demo/model'?",
         ),
         (
             "runs/demo/modle",
-            f"there is no such folder; models near: {SHIPPED}, runs/demo/model; "
+            f"there is no such folder; models nearby: {SHIPPED}, runs/demo/model; "
             "did you mean 'runs/demo/model'?",
         ),
-        ("./none", f"there is no such folder; models near: {SHIPPED}, runs/demo/model."),
-        ("runs/demo/model/config.json", "it is a file; give the folder that it is in."),
-        ("runs/begun", "is a run whose model is not finished (no model/config.json); go on with --resume."),
+        ("./none", f"there is no such folder; models nearby: {SHIPPED}, runs/demo/model."),
+        ("runs/demo/model/config.json", "it is a file; give the folder it is in."),
+        ("runs/begun", "is a run with an unfinished model (no model/config.json); continue with --resume."),
         ("runs", "there is no model in 'runs' (no config.json); there is one in runs/demo/model."),
-        (" ", f"the name of the model is empty; models near: {SHIPPED}, runs/demo/model."),
-        ("", f"the name of the model is empty; models near: {SHIPPED}, runs/demo/model."),
+        (" ", f"the model name is empty; models nearby: {SHIPPED}, runs/demo/model."),
+        ("", f"the model name is empty; models nearby: {SHIPPED}, runs/demo/model."),
         ("m" * 300, "File name too long."),
     ],
 )

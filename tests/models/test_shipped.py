@@ -13,7 +13,7 @@ from calm.models.loading import load_config, load_language_model_and_tokenizer, 
 def test_no_models_are_no_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
     assert shipped.shipped_models() == {} and shipped.folder_of("small") == "small"
-    with pytest.raises(InputError, match="the hub did not give it"):
+    with pytest.raises(InputError, match="it could not be loaded from the hub"):
         load_model("small")
 
 

@@ -86,7 +86,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_thoughts_do_not_go_with_is_refused(name):
     """In keywords, in a configuration, and in that of the model."""
-    said = f"{name} cannot be honoured: .*; leave it out, or num_thoughts=0"
+    said = f"{name} is not supported: .*; leave it out, or set num_thoughts=0"
     with pytest.raises(ValueError, match=said):
         thinker().generate(PROMPT, max_new_tokens=2, **{name: REFUSED[name]})
     if name in vars(transformers.GenerationConfig()):
@@ -106,7 +106,7 @@ def test_a_number_of_texts_that_there_cannot_be_is_refused(number):
 
 
 def test_what_is_passed_by_place_is_refused_as_well():
-    with pytest.raises(ValueError, match="assistant_model cannot be honoured"):
+    with pytest.raises(ValueError, match="assistant_model is not supported"):
         thinker().generate(PROMPT, None, None, None, None, None, tiny_llama(), max_new_tokens=2)
 
 
@@ -167,7 +167,7 @@ def test_lengths_count_what_is_shown(number, longest, tmp_path):
 
 
 def test_a_length_that_the_prompt_fills_is_refused():
-    with pytest.raises(ValueError, match="max_length is 5 and the prompt has 5 tokens; say max_new_tokens"):
+    with pytest.raises(ValueError, match="max_length is 5, but the prompt has 5 tokens; set max_new_tokens"):
         thinker().generate(PROMPT, max_length=5)
     with pytest.raises(ValueError, match="more than the context of 16"):
         tiny_llama(max_position_embeddings=16).generate(PROMPT, max_length=14, num_thoughts=6)
@@ -245,9 +245,9 @@ def test_padding_is_seen_without_a_mask():
     [
         ([[1, 5, -1]], None, "between 0 and 39, got -1 to 5; is this the model's own tokenizer"),
         ([[1, 40]], None, "between 0 and 39, got 1 to 40"),
-        ([1, 5], None, "must be .batch, tokens., not empty"),
+        ([1, 5], None, "must have a non-empty shape .batch, tokens."),
         ([[1, 5]], [[1]], "attention_mask has shape .1, 1., input_ids .1, 2."),
-        ([[1, 5], [0, 0]], None, "a prompt has no token"),
+        ([[1, 5], [0, 0]], None, "a prompt is empty"),
     ],
 )
 def test_prompts_that_cannot_be_read(ids, mask, said):
@@ -307,7 +307,7 @@ def test_what_wrappers_leave_open_is_not_refused():
 
 def test_rows_with_thoughts_hold_one_document():
     model, packed = tiny_llama(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
-    with pytest.raises(ValueError, match="rows with thoughts hold one document each"):
+    with pytest.raises(ValueError, match="rows with thoughts must hold one document each"):
         model(ROW, position_ids=packed, is_thought=IS_THOUGHT)
     model(ROW, position_ids=torch.arange(8)[None], is_thought=IS_THOUGHT)
     model(ROW, position_ids=POSITIONS, attention_mask=MASK, is_thought=IS_THOUGHT)

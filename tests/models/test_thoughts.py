@@ -336,7 +336,7 @@ def test_positions_are_read_up_to_the_ninth_thought(before, thoughts, behind, re
 def test_words_about_untrained_thoughts(caplog):
     config = tiny_llama().config
     thoughts_for(config, 2, warns=True)
-    assert "not trained to think" in caplog.text
+    assert "not trained with thoughts" in caplog.text
     config.thoughts = Thoughts(2, 1, 2).as_dict()
     caplog.clear()
     assert thoughts_for(config, 2, warns=True).number == 2 and not caplog.text
@@ -346,7 +346,10 @@ def test_words_about_untrained_thoughts(caplog):
 
 def test_thoughts_take_room():
     model = tiny_llama(max_position_embeddings=16)
-    said = "has 3 tokens, thoughts and their markers take 8 and 8 are asked for, more than the context of 16"
+    said = (
+        "has 3 tokens, thoughts and their markers take 8, and 8 new tokens are requested, more than the "
+        "context of 16"
+    )
     with pytest.raises(ValueError, match=said):
         model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=8, num_thoughts=6)
     model = calm()

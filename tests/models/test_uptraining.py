@@ -256,8 +256,8 @@ def test_chunks_of_one_token_have_nothing_for_first_layers():
 
 
 REFUSED = {
-    "another architecture": (GPT2Config(), {}, "a model of type 'gpt2' cannot become a CALM"),
-    "an image model": (CLIPConfig(), {}, "a model of type 'clip' cannot become a CALM"),
+    "another architecture": (GPT2Config(), {}, "a model of type 'gpt2' cannot be converted to a CALM"),
+    "an image model": (CLIPConfig(), {}, "a model of type 'clip' cannot be converted to a CALM"),
     "a window": (MistralConfig(**SIZES, sliding_window=8), {}, "sees only 8 tokens"),
     "quantized": (
         LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -270,8 +270,8 @@ REFUSED = {
         "partial_rotary_factor 0.5",
     ),
     "too many tokens": (SOURCES["mistral"], {"size": 41}, "41 tokens, more than the 40"),
-    "no padding": (SOURCES["mistral"], {"pad": None}, "another one for padding"),
-    "padding that ends": (SOURCES["mistral"], {"pad": 2}, "another one for padding"),
+    "no padding": (SOURCES["mistral"], {"pad": None}, "a different token for padding"),
+    "padding that ends": (SOURCES["mistral"], {"pad": 2}, "a different token for padding"),
 }
 
 
@@ -288,8 +288,11 @@ def test_cuts_that_cannot_be_are_refused(cut):
 
 
 ODD = {
-    "an activation": ({"hidden_act": "evil"}, "hidden_act must be an activation of transformers.*'evil'"),
-    "positions": ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "rope_parameters must name"),
+    "an activation": ({"hidden_act": "evil"}, "hidden_act must name a transformers activation.*'evil'"),
+    "positions": (
+        {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}},
+        "rope_parameters must be rotary settings",
+    ),
     "a base": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta must be above 0"),
     "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers must be .*, got 1000000000"),
     "layers below 0": ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1"),
@@ -330,7 +333,7 @@ def test_a_cut_and_costs_refuse_what_was_made_by_hand(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         check_source(config, Tokenizer(), Cut(1, 1))
     if "hidden_act" in changes:
-        with pytest.raises(InputError, match="the configuration makes no model"):
+        with pytest.raises(InputError, match="no model can be built from the configuration"):
             cost_of(config)
 
 

@@ -45,19 +45,22 @@ def set_in(file, name, value):
 
 CONFIGURATIONS = {
     "backbone_config.num_hidden_layers": (10**12, "num_hidden_layers must be at least 1 and at most 10,000"),
-    "backbone_config.num_hidden_layers ": (9_999, r"num_hidden_layers = 9,999, and the weights \d+ tensors"),
-    "backbone_config.hidden_size": (10**6, "describes .* parameters, and the weights have .* bytes"),
-    "autoencoder_config.intermediate_size": (7, r"the shape .* instead of \[7, "),
+    "backbone_config.num_hidden_layers ": (
+        9_999,
+        r"num_hidden_layers = 9,999, but the weights have only \d+ tensors",
+    ),
+    "backbone_config.hidden_size": (10**6, "describes .* parameters, but the weights have only .* bytes"),
+    "autoencoder_config.intermediate_size": (7, r"has shape .* instead of \[7, "),
     "backbone_config.num_key_value_heads": (3, "must be a multiple of num_key_value_heads 3"),
     "backbone_config.rms_norm_eps": (-1.0, "rms_norm_eps must be above 0"),
     "backbone_config.rope_parameters.rope_theta": (-1.0, "rope_theta must be above 0"),
     "autoencoder_config.vocab_size": (10**9, "vocab_size must be at least 1 and at most 10,000,000"),
     "autoencoder_config.latent_size": ("8", "latent_size"),
     "autoencoder_config.latent_dropout": (1.0, "latent_dropout must be at least 0 and below 1"),
-    "autoencoder_config.dropped_token_id": (10**6, "dropped_token_id must be a token id from 0 to below"),
+    "autoencoder_config.dropped_token_id": (10**6, "dropped_token_id must be a token id between 0 and"),
     "head_config.num_blocks": (10**6, "num_blocks must be a whole number of at most 10,000"),
     "head_config.alpha": (float("nan"), "alpha must be a finite number"),
-    "eos_token_id": ([1, 10**6], "eos_token_id must be a token id from 0 to below"),
+    "eos_token_id": ([1, 10**6], "eos_token_id must be a token id between 0 and"),
     "pad_token_id": (-1, "pad_token_id must be a token id"),
     "bos_token_id": (True, "bos_token_id must be a token id"),
     "backbone_config.output_hidden_states": ("x", "output_hidden_states.*(must be true or false|match)"),
@@ -108,9 +111,15 @@ def _lying(folder):
 WEIGHTS = {
     "NaN": (_changed(lambda weight: weight * float("nan")), "holds NaN or infinity"),
     "infinity": (_changed(lambda weight: weight + float("inf")), "holds NaN or infinity"),
-    "complex": (_changed(lambda weight: weight.to(torch.complex64)), "numbers of type C64, not real ones"),
-    "whole numbers": (_changed(lambda weight: weight.to(torch.int64)), "numbers of type I64, not real ones"),
-    "truth values": (_changed(lambda weight: weight > 0), "numbers of type BOOL, not real ones"),
+    "complex": (
+        _changed(lambda weight: weight.to(torch.complex64)),
+        "has dtype C64, which is not floating point",
+    ),
+    "whole numbers": (
+        _changed(lambda weight: weight.to(torch.int64)),
+        "has dtype I64, which is not floating point",
+    ),
+    "truth values": (_changed(lambda weight: weight > 0), "has dtype BOOL, which is not floating point"),
     "another shape": (_changed(lambda weight: weight[:-1].contiguous()), "instead of"),
     "a lying header": (_lying, "is truncated or damaged"),
     "nothing": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is truncated or damaged"),
@@ -176,13 +185,13 @@ BESIDE = {
         "temperature": (float("nan"), "temperature must be at least 0 and finite"),
         "top_k": ("many", "top_k must be a number, got 'many'"),
         "do_sample": (2, "do_sample must be true or false"),
-        "eos_token_id": ([1, None], "eos_token_id must be a token id from 0 to below 320, got None"),
+        "eos_token_id": ([1, None], "eos_token_id must be a token id between 0 and 319, got None"),
         "pad_token_id": ("x" * 1000, r"pad_token_id must be a token id .*, got 'x+\.\.\."),
         "output_hidden_states": ([None], "output_hidden_states must be true or false"),
     },
     "tokenizer_config.json": {
-        "model_max_length": ([], "has no tokenizer that can be loaded"),
-        "eos_token": ([1], "has no tokenizer that can be loaded"),
+        "model_max_length": ([], "cannot load the tokenizer in "),
+        "eos_token": ([1], "cannot load the tokenizer in "),
     },
 }
 

@@ -40,13 +40,17 @@ def test_low_rank_adapters_by_peft(head_type, targets, tmp_path):
 
 def test_what_a_model_cannot_take_is_one_sentence():
     """Prompt tuning would put vectors in the place of tokens."""
-    with pytest.raises(ValueError, match="a CALM takes no inputs_embeds: it reads tokens, in whole chunks"):
+    with pytest.raises(
+        ValueError, match="a CALM does not accept inputs_embeds, because it reads whole chunks"
+    ):
         tiny_model()(None, inputs_embeds=torch.zeros(1, 8, 32))
     sizes = {"num_virtual_tokens": 4, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
     for kind in (peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig):
-        with pytest.raises(ValueError, match="prompt and prefix tuning do not work; low-rank adapters do"):
+        with pytest.raises(
+            ValueError, match="Prompt and prefix tuning therefore do not work, but low-rank adapters do"
+        ):
             peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", **sizes))
-    with pytest.raises(ValueError, match=r"forward\(\) does not know the argument\(s\): color"):
+    with pytest.raises(ValueError, match=r"forward\(\) does not support the argument\(s\): color"):
         tiny_model()(TOKENS, color="red")
 
 
@@ -56,7 +60,7 @@ def test_the_vocabulary_has_the_size_of_the_autoencoders():
         assert model.resize_token_embeddings(size) is model.get_input_embeddings()
     assert model.resize_token_embeddings(40, pad_to_multiple_of=8) is model.get_input_embeddings()
     for arguments in ((50,), (30,), (40, 64)):
-        with pytest.raises(ValueError, match="the vocabulary cannot grow or shrink from 40 to"):
+        with pytest.raises(ValueError, match="the vocabulary cannot be resized from 40 to"):
             model.resize_token_embeddings(*arguments)
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 40
     assert model.get_output_embeddings() is None

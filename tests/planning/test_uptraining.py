@@ -131,5 +131,5 @@ def test_it_is_not_enough_to_train(tmp_path, capsys):
 
 def test_a_cut_that_cannot_be_is_refused_in_a_plan(tmp_path):
     recipe = with_settings(small(tmp_path), {"language_model.uptraining.last_layers": 5})
-    with pytest.raises(InputError, match="cannot be cut"):
+    with pytest.raises(InputError, match="must not overlap"):
         stages_of(recipe)

@@ -202,5 +202,5 @@ def test_models_that_cannot_be_drafted_for_are_refused(tmp_path, tokenizer, caps
     assert "'thinker' was trained to think, which --draft does not support" in failure(
         capsys, "serve", "thinker", "--draft", "draft"
     )
-    assert "a CALM writes whole chunks itself" in failure(capsys, "serve", "draft", "--draft", "draft")
+    assert "a CALM already generates whole chunks" in failure(capsys, "serve", "draft", "--draft", "draft")
     assert "name one with --draft" in failure(capsys, "serve", "model", "--draft_chunks", "2")

@@ -163,8 +163,8 @@ def test_thoughts_take_room(running, monkeypatch):
     error = post(running, max_tokens=81, **asked).json()["error"]
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     assert error["message"] == (
-        "the prompt has 4 tokens, thoughts and their markers take 172 and 81 are asked for, more than the "
-        "context of 256; ask for 80 at most, or shorten the prompt, or take fewer thoughts."
+        "the prompt has 4 tokens, thoughts and their markers take 172, and 81 new tokens are requested, more "
+        "than the context of 256; request at most 80, or shorten the prompt, or use fewer thoughts."
     )
     usage = post(running, "/v1/chat/completions", num_thoughts=55).json()["usage"]
     assert usage["completion_tokens"] - 55 <= 256 - 4 * 57 - usage["prompt_tokens"]

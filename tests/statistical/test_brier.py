@@ -161,7 +161,7 @@ def test_a_difference_of_nothing_and_of_other_documents():
     nothing = DocumentSums.of_positions(-scores, document)
     difference, error = brier_lm_difference(sums, nothing)
     assert difference == pytest.approx(brier_lm(sums.means_X)) and math.isnan(error)
-    with pytest.raises(ValueError, match="same documents only"):
+    with pytest.raises(ValueError, match="only be compared on the same documents"):
         brier_lm_difference(sums, DocumentSums.of_positions(scores[:-1], document[:-1]))
 
 

@@ -78,7 +78,7 @@ def test_a_model_that_thinks_unlearns_it(kind, base, tmp_path, caplog):
     (thinks / "checksums.json").unlink()
     folder = stages.train(recipe_for(base, kind, **{INIT: str(thinks)}), tmp_path / "run")
     assert json.loads((folder / "config.json").read_text()).get("thoughts") is None
-    assert "trained on text it unlearns that" in caplog.text
+    assert "trained on text, it will no longer use them" in caplog.text
 
 
 def test_a_model_of_the_package_goes_on(base, tmp_path):

@@ -268,7 +268,7 @@ def test_adapters_whose_model_is_gone(base, tmp_path):
     recipe = with_settings(recipe_for(base, rank=2, steps=1), {"model": str(tmp_path / "model")})
     finetune(recipe, tmp_path / "run")
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(InputError, match=r"the model that the adapters in '.*' belong to: cannot load"):
+    with pytest.raises(InputError, match=r"the base model of the adapters in '.*': cannot load"):
         load_language_model_and_tokenizer(str(tmp_path / "run/adapter"))
 
 

@@ -262,7 +262,7 @@ def test_a_model_that_is_trained_on_without_thoughts_no_longer_thinks(mode, base
     finetune(recipe, tmp_path / "run")
     loaded, _ = load_language_model_and_tokenizer(str(tmp_path / "run"))
     assert thoughts_of(loaded.config) is None
-    assert ("unlearns that" in caplog.text) == (mode == "none")
+    assert ("it will no longer use them" in caplog.text) == (mode == "none")
 
 
 @pytest.mark.parametrize("backbone_input", ["tokens", "both"])

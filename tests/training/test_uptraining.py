@@ -149,8 +149,8 @@ REFUSED = {
         {"chunk_size": 1, "language_model.uptraining.last_layers": 0},
         "set first_layers to 0, not 1",
     ),
-    "too few layers": ({"language_model.uptraining.last_layers": 4}, "cannot be cut"),
-    "no such layer": ({"language_model.uptraining.layers": [0, 1, 2, 9]}, "from 0 to at most 3"),
+    "too few layers": ({"language_model.uptraining.last_layers": 4}, "must not overlap"),
+    "no such layer": ({"language_model.uptraining.layers": [0, 1, 2, 9]}, "between 0 and 3"),
     "other tokenizer": ({"data.tokenizer": "other"}, "has its own tokenizer"),
     "an autoencoder": ({"autoencoder.path": "other"}, "needs no trained autoencoder"),
     "long blocks": ({"data.context": 1024, "language_model.training.batch_tokens": 1024}, "context"),
@@ -179,7 +179,7 @@ def test_another_architecture_is_refused_before_anything_is_written(base, tmp_pa
     recipe = recipe_for(base, **{INIT: str(tmp_path / "source")})
     write_recipe(recipe, tmp_path / "recipe.yaml")
     said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert "'gpt2' cannot become a CALM" in said and not (tmp_path / "run").exists()
+    assert "'gpt2' cannot be converted to a CALM" in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "Lion"])

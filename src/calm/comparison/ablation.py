@@ -93,13 +93,15 @@ def read_ablation(name: str) -> Ablation:
     except jsonargparse.ArgumentError as error:
         if EXTENDS in str(error):
             raise InputError(
-                f"ablation '{name}': only recipes have '{EXTENDS}'; remove it, and name with --recipe the "
-                "recipe that all runs share, which may extend another."
+                f"ablation '{name}': only recipes can use '{EXTENDS}'; remove it, and pass the recipe that "
+                "all runs share, which may extend another, with --recipe."
             ) from error
         raise InputError(f"ablation '{name}': {error}") from error
     for setting in (setting for choice in ablation.choices for setting in choice.settings):
         if setting.split(".")[0] not in _PARTS or setting == "autoencoder.path":
-            raise InputError(f"ablation '{name}': all its runs share '{setting}'; leave it out.")
+            raise InputError(
+                f"ablation '{name}': a choice cannot set '{setting}', which all runs share; remove it."
+            )
     folders = [choice.folder for choice in ablation.choices]
     if not folders or "" in folders or len(set(folders)) < len(folders):
         raise InputError(f"ablation '{name}': its choices need names that differ in letters or digits.")
@@ -134,9 +136,9 @@ def run_ablation(
     chosen = [choice for choice in ablation.choices if not only or choice.name in only]
     if not seeds or not chosen or len(chosen) < len(only):
         names = ", ".join(choice.name for choice in ablation.choices)
-        raise InputError(f"an ablation needs seeds, and choices out of: {names}.")
+        raise InputError(f"an ablation needs at least one seed, and choices from: {names}.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
-        raise InputError("an ablation takes a recipe of a CALM that trains its own autoencoder.")
+        raise InputError("an ablation needs a recipe for a CALM that trains its own autoencoder.")
     for choice, seed in itertools.product(chosen, seeds):
         check_model(_recipe_of(choice, recipe, seed))
     output = output.resolve()

@@ -70,8 +70,8 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"'{run / HISTORY}' is damaged ({reason_of(error)}); restore it, or give '{run / 'model'}' to do "
-            "without what training cost."
+            f"'{run / HISTORY}' is damaged ({reason_of(error)}); restore it, or give '{run / 'model'}' to "
+            "leave out training costs."
         ) from error
 
 

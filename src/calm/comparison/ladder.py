@@ -49,7 +49,7 @@ def train_ladder(
     if not chunk_sizes and not baseline:
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
-        raise InputError("a ladder takes a recipe of a CALM that trains its own autoencoder.")
+        raise InputError("a ladder needs a recipe for a CALM that trains its own autoencoder.")
     check_ranges(recipe)  # First, since what follows divides by its chunk size and those of the rungs.
     for size in chunk_sizes:
         RANGES[Recipe]["chunk_size"].require("a chunk size", size)
@@ -67,7 +67,7 @@ def train_ladder(
     for name, rung in rungs.items():
         steps = affordable_steps(rung, vocab_size, flops)
         if steps < 1:
-            raise InputError(f"a budget of {budget:g} is spent by the autoencoder of {name}; give more.")
+            raise InputError(f"a budget of {budget:g} is used up by the autoencoder of {name}; increase it.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
         check_recipe(rungs[name])
     for name, rung in tracked(rungs.items(), "ladder", "run", total=len(rungs), stays=True):

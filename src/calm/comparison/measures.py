@@ -59,7 +59,7 @@ class Measures:
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= 1:
-            raise InputError(f"temperature must lie above 0 and at most at 1, got {self.low:g}.")
+            raise InputError(f"temperature must be above 0 and at most 1, got {self.low:g}.")
         try:
             ExactSampler(temperature=self.low)
         except ValueError as error:  # Too low for the maximum number of draws.
@@ -109,7 +109,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     folder = run / "model" if (run / "model").is_dir() else run
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
-        raise InputError(f"'{run}' was trained with other tokens than the text has; compare within one text.")
+        raise InputError(f"'{run}' has a different tokenizer than the text; compare models that share one.")
     view = language_model(model)
     size = view.chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # First: it rejects models it cannot count.
@@ -165,4 +165,4 @@ def _open_data(run: Path, data: Path | None) -> PreparedData:
         sources = read_recipe(str(run / RECIPE)).data.source_list
         if len(sources) == 1 and is_prepared(Path(sources[0])):
             return load_prepared(Path(sources[0]))
-    raise InputError(f"'{run}' holds no prepared text; say which with --data.")
+    raise InputError(f"'{run}' contains no prepared text; pass it with --data.")

@@ -23,7 +23,9 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
         InputError: If the recipe streams its text, or the folder contains text from other sources.
     """
     if recipe.data.streaming:
-        raise InputError("runs that are compared share prepared text: set data.streaming to false.")
+        raise InputError(
+            "a comparison needs prepared text, which is not streamed: set data.streaming to false."
+        )
     check_data(recipe.data, output)
     with new_folder(output):
         if not recipe.data.source_list:
@@ -36,6 +38,6 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
         folder = prepare_text(recipe, output)
     if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
         raise InputError(
-            f"'{folder}' was prepared from other sources than the recipe's; choose another --output."
+            f"'{folder}' was prepared from different sources than the recipe's; choose another --output."
         )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(folder)]))

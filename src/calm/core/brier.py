@@ -35,7 +35,7 @@ def brier_scores(draw_1_PK: Tensor, draw_2_PK: Tensor, target_PK: Tensor) -> Ten
     """
     if not draw_1_PK.shape == draw_2_PK.shape == target_PK.shape:
         raise ValueError(
-            "draws and target must have one shape, got "
+            "draws and target must have the same shape, got "
             f"{tuple(draw_1_PK.shape)}, {tuple(draw_2_PK.shape)} and {tuple(target_PK.shape)}."
         )
     return brier_scores_of_draws(torch.stack([draw_1_PK, draw_2_PK]), target_PK)
@@ -56,7 +56,7 @@ def brier_scores_of_draws(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
     """
     if draws_NPK.ndim != 3 or draws_NPK.shape[1:] != target_PK.shape:
         raise ValueError(
-            f"draws must be (N, P, K) beside a target (P, K), got {tuple(draws_NPK.shape)} and "
+            f"draws must be (N, P, K) with a target (P, K), got {tuple(draws_NPK.shape)} and "
             f"{tuple(target_PK.shape)}."
         )
     return 2 * share_of_hits(draws_NPK, target_PK) - share_of_equal_pairs(draws_NPK)
@@ -267,7 +267,9 @@ def brier_lm_difference(first: DocumentSums, second: DocumentSums) -> tuple[floa
         ValueError: If the two do not cover the same positions of the same documents.
     """
     if not first.pairs_with(second):
-        raise ValueError("two models can be compared on the same documents only, cut in the same way.")
+        raise ValueError(
+            "two models can only be compared on the same documents, split into the same windows."
+        )
     totals = [sums.total_DX[:, :NUM_ORDERS] for sums in (first, second)]
     joint = DocumentSums(first.document_D, first.count_D, torch.cat(totals, dim=1))
     means_K, others_K = joint.means_X.chunk(2)

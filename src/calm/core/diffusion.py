@@ -87,7 +87,7 @@ class NoiseSchedule:
         """
         last = len(self.steps) - 1
         if not 1 <= num_steps <= last + 1:
-            raise ValueError(f"the number of steps must lie in 1..{last + 1}, got {num_steps}.")
+            raise ValueError(f"the number of steps must be between 1 and {last + 1}, got {num_steps}.")
         chosen = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
         return NoiseSchedule(tuple(self.signals[i] for i in chosen), tuple(self.steps[i] for i in chosen))
 

@@ -141,7 +141,9 @@ class _MeanDistanceTo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         if torch.is_grad_enabled():  # With create_graph the slope would be treated as a constant.
-            raise RuntimeError("the energy loss is differentiated once only; use targets with requires_grad.")
+            raise RuntimeError(
+                "the energy loss can only be differentiated once; use targets with requires_grad."
+            )
         (slope_NPZ,) = ctx.saved_tensors
         return None if slope_NPZ is None else slope_NPZ * gradients[0].unsqueeze(-1), None, None
 

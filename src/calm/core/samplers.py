@@ -70,7 +70,7 @@ class ExactSampler:
         order_for(self.temperature, self.max_draws, "max_draws=")
         check_counts(max_draws=self.max_draws, first_block=self.first_block)
         if self.temperature == 0:
-            raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
+            raise ValueError("exact sampling needs a temperature above 0; the pool rule also supports 0.")
 
     @property
     def most_draws(self) -> int:

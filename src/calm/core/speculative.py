@@ -130,7 +130,7 @@ def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> i
     sums_V = weights_V.cumsum(-1)
     total = float(sums_V[-1])
     if not 0 < total < float("inf"):
-        raise ValueError(f"there is no distribution to draw from: the sum of its weights is {total:g}.")
+        raise ValueError(f"there is no distribution to draw from: its weights sum to {total:g}.")
     # One uniform number and a cumulative sum; `torch.multinomial` draws a number for each token.
     point = _uniform(weights_V.device, generator) * total
     found = int(torch.searchsorted(sums_V, point, right=True))

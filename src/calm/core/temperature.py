@@ -155,7 +155,7 @@ def sample_exact(
     """
     order = order_for(temperature, max_draws, "max_draws=")
     if math.isinf(order):
-        raise ValueError("exact sampling needs a temperature above 0; the pool rule has a limit at 0.")
+        raise ValueError("exact sampling needs a temperature above 0; the pool rule also supports 0.")
     if first_block is None:
         first_block = _FIRST_BLOCK if reader is None else _FIRST_BLOCK_WITH_READER
     n, a = math.floor(order), order - math.floor(order)
@@ -203,8 +203,8 @@ def order_for(temperature: float, num_draws: int | None = None, name: str = "") 
     needed = 1 if math.isinf(order) else math.ceil(order)
     if num_draws < needed and needed > _MOST_DRAWS_NAMED and num_draws > 0:
         raise ValueError(
-            f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}, with which "
-            f"the lowest above 0 is {1 / num_draws:g}."
+            f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}; the "
+            f"lowest temperature above 0 with that many is {1 / num_draws:g}."
         )
     if num_draws < needed:
         raise ValueError(

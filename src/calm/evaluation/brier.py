@@ -176,12 +176,14 @@ def evaluate_brier(
         InputError: If K < 4, there are fewer than two draws, or the blocks contain no target.
     """
     if not isinstance(scorer, Scorer):
-        raise InputError(f"a {type(scorer).__name__} has no estimate(); score it as FromDraws(sampler).")
+        raise InputError(
+            f"a {type(scorer).__name__} has no estimate() method; wrap it in FromDraws(sampler)."
+        )
     size = scorer.chunk_size
     if size < NUM_ORDERS:
         raise InputError(
-            f"BrierLM needs outcomes of at least {NUM_ORDERS} tokens, and this sampler draws {size} at once; "
-            "score it step by step, with calm.evaluation.steps.DrawScorer."
+            f"BrierLM needs outcomes of at least {NUM_ORDERS} tokens, but this sampler draws only {size} at "
+            "a time; score it step by step, with calm.evaluation.steps.DrawScorer."
         )
     if num_draws < 2:
         raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")

@@ -83,7 +83,7 @@ def score_model(
         InputError: If there is no text to score, or none to count n-grams in.
     """
     if ngrams and len(data.train) == 0:
-        raise InputError("n-gram floors need training text; give a folder of `calm prepare` as data.")
+        raise InputError("n-gram floors need training text; give a folder made by `calm prepare` as data.")
     view, size = language_model(model), scorer_of(model).chunk_size
     check_context(model.config, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)

@@ -28,8 +28,8 @@ from calm.models.token_layers import TokenLayer
 from calm.models.writing.generate import ChunkGenerationMixin
 
 _NO_VECTORS = (
-    "a CALM takes no inputs_embeds: it reads tokens, in whole chunks. So prompt and prefix tuning do not "
-    "work; low-rank adapters do."
+    "a CALM does not accept inputs_embeds, because it reads whole chunks of tokens. Prompt and prefix tuning "
+    "therefore do not work, but low-rank adapters do."
 )
 
 
@@ -166,8 +166,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         size = -(-size // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
         if size != self.config.vocab_size:
             raise ValueError(
-                f"the vocabulary cannot grow or shrink from {self.config.vocab_size} to {size} tokens: the "
-                "autoencoder inside was trained with it. Train both with a tokenizer that has the new tokens."
+                f"the vocabulary cannot be resized from {self.config.vocab_size} to {size} tokens: the "
+                "model's autoencoder was trained with it. Retrain both with a tokenizer that has them."
             )
         return self.get_input_embeddings()
 
@@ -236,7 +236,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         thinking = None
         if is_thought is not None and bool(is_thought.any()):
             if attention_mask is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any()):
-                raise ValueError("a row with thoughts holds one document, as thoughts need a cache.")
+                raise ValueError(
+                    "a row with thoughts must hold one document, because thoughts need a KV cache."
+                )
             chunks_BCK = chunks_BCK.masked_fill(is_thought.unsqueeze(-1), self.config.pad_token_id or 0)
             thinking = Thinking(is_thought, scale_of(self.config), state_before)
         posterior_BCZ = self._encode(chunks_BCK) if self.config.reads_latents else None
@@ -379,4 +381,4 @@ def _check_unused(arguments: dict[str, Any]) -> None:
     if "inputs_embeds" in asked:
         raise ValueError(_NO_VECTORS)
     if asked:
-        raise ValueError(f"forward() does not know the argument(s): {', '.join(asked)}.")
+        raise ValueError(f"forward() does not support the argument(s): {', '.join(asked)}.")

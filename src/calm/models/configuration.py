@@ -167,7 +167,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
             )
         if self.input_projection == "last" and self.backbone_input != "tokens":
             raise ValueError(
-                f"the input projection 'last' reads tokens, and backbone_input is '{self.backbone_input}'."
+                f"input_projection 'last' requires backbone_input 'tokens', got '{self.backbone_input}'."
             )
         if not isinstance(self.final_norm, bool):
             raise ValueError(f"final_norm must be true or false, got {shown(self.final_norm)}.")

@@ -50,10 +50,10 @@ def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, n
     room = room_beside(config, num_tokens + num_thought)
     if room is None or num_new_tokens <= room:
         return
-    less = "shorten the prompt, or take fewer thoughts" if num_thought else "shorten the prompt"
-    advice = f"ask for {room} at most, or {less}" if room else less
+    less = "shorten the prompt, or use fewer thoughts" if num_thought else "shorten the prompt"
+    advice = f"request at most {room}, or {less}" if room else less
     thought = f", thoughts and their markers take {num_thought}" if num_thought else ""
     raise ValueError(
-        f"the prompt has {num_tokens} tokens{thought} and {num_new_tokens} are asked for, more than the "
-        f"context of {longest_context(config)}; {advice}."
+        f"the prompt has {num_tokens} tokens{thought}, and {num_new_tokens} new tokens are requested, more "
+        f"than the context of {longest_context(config)}; {advice}."
     )

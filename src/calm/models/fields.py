@@ -86,7 +86,7 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         vocab_size: Number of token ids; the configuration's own if None.
     """
     kinds: dict[Any, tuple[Any, str]] = {
-        int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text"),
+        int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a string"),
     }  # fmt: skip
     for name, hint in own_fields(type(config)).items():
         kind, said = kinds.get(str if get_origin(hint) is Literal else hint, (object, ""))
@@ -133,7 +133,7 @@ def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
         for token in [] if ids is None else ids if isinstance(ids, list) else [ids]:
             is_id = isinstance(token, int) and not isinstance(token, bool)
             if not (is_id and 0 <= token < (2**31 if size is None else size)):
-                below = "" if size is None else f" from 0 to below {size}"
+                below = "" if size is None else f" between 0 and {size - 1}"
                 raise ValueError(f"{name} must be a token id{below}, got {shown(token)}.")
 
 

@@ -50,14 +50,14 @@ def check_functions(config: PreTrainedConfig) -> None:
     activation = config.hidden_act
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise ValueError(
-            f"hidden_act must be an activation of transformers, such as silu, got {shown(activation)}."
+            f"hidden_act must name a transformers activation, such as silu, got {shown(activation)}."
         )
     try:
         with torch.device("meta"):
             LlamaRotaryEmbedding(cast(LlamaConfig, config))
     except Exception as error:  # Each RoPE type raises its own.
         raise ValueError(
-            "rope_parameters must name positions that transformers knows, got "
+            "rope_parameters must be rotary settings that transformers supports, got "
             f"{shown(config.rope_parameters)}."
         ) from error
 

@@ -39,8 +39,8 @@ def check_gguf(config: PreTrainedConfig, name: str) -> None:
 
     if config.model_type not in LIKE_LLAMA:
         raise InputError(
-            f"'{name}' holds a model of type '{config.model_type}', which is not read from GGUF; "
-            f"{', '.join(LIKE_LLAMA)} are."
+            f"'{name}' is a model of type '{config.model_type}', which cannot be read from GGUF; "
+            f"supported: {', '.join(LIKE_LLAMA)}."
         )
     file = local_file(name)
     try:
@@ -52,19 +52,19 @@ def check_gguf(config: PreTrainedConfig, name: str) -> None:
     layers, weights, size = config.num_hidden_layers, _num_weights(config), file.stat().st_size
     if layers > len(names) or weights * _LEAST_BYTES > size:
         raise InputError(
-            f"'{name}' describes {layers:,} layers and {weights:,} weights, and has {len(names):,} tensors "
+            f"'{name}' describes {layers:,} layers and {weights:,} weights, but has {len(names):,} tensors "
             f"and {size:,} bytes; it is damaged."
         )
     more = sorted(names - set(_names(config)))
     if any(one != "none" for one in scaling) or _FACTORS in more:
         raise InputError(
-            f"'{name}' scales its positions, which transformers does not read from GGUF; take the model's "
-            "folder with safetensors."
+            f"'{name}' uses RoPE scaling, which transformers does not read from GGUF; use the model's folder "
+            "with safetensors instead."
         )
     if more:
         raise InputError(
-            f"'{name}' holds {more[0]}, which is no part of a {config.model_type} here; take the model's "
-            "folder with safetensors."
+            f"'{name}' contains {more[0]}, which is not supported for {config.model_type} models; use the "
+            "model's folder with safetensors instead."
         )
 
 

@@ -90,8 +90,8 @@ class LanguageModel(abc.ABC):
             return thoughts_for(self.network.config, number)
         if number:
             raise ValueError(
-                f"thoughts are for CALM and Llama models, not for a {type(self.network).__name__}; leave out "
-                "num_thoughts."
+                f"only CALM and Llama models support thoughts, not a {type(self.network).__name__}; leave "
+                "out num_thoughts."
             )
         return None
 
@@ -158,7 +158,7 @@ class LanguageModel(abc.ABC):
         Raises:
             InputError: If the model does not generate chunks.
         """
-        raise InputError("this model writes one token at a time, not chunks.")
+        raise InputError("this model generates one token at a time, not chunks.")
 
 
 class _Chunks(LanguageModel):
@@ -222,7 +222,7 @@ class _Chunks(LanguageModel):
         self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any
     ) -> Tensor:
         if arguments.pop("draft", None) is not None or arguments.pop("draft_chunks", None) is not None:
-            raise ValueError("a CALM writes whole chunks itself; a draft is for models of tokens.")
+            raise ValueError("a CALM already generates whole chunks; a draft is only for token-level models.")
         output = self.network.generate(
             input_ids, temperature=temperature, seed=seed, return_dict_in_generate=False, **arguments
         )
@@ -269,20 +269,18 @@ class _Tokens(LanguageModel):
         self._check_readable()
         chosen = temperature if sampler is None else sampler.temperature
         if chosen == 0:
-            raise ValueError("accuracy and collision are measured at temperatures above 0.")
+            raise ValueError("accuracy and collision can only be measured at temperatures above 0.")
         return TokensReader(self.network, chosen)
 
     def _check_readable(self) -> None:
         model = self.network
         if not model.can_generate():
-            raise ValueError(
-                f"a {type(model).__name__} is no causal language model; there is nothing to score."
-            )
+            raise ValueError(f"a {type(model).__name__} is not a causal language model and cannot be scored.")
         config = model.config.get_text_config()
         if not hasattr(config, "num_attention_heads") or model._is_stateful or config.model_type in _ALIBI:
             raise ValueError(
-                f"'{config.model_type}' models cannot be scored: a text is read once and left everywhere, "
-                "which takes attention alone, with positions that are given to it."
+                f"'{config.model_type}' models cannot be scored: scoring branches off a cached text, which "
+                "needs a pure attention model that accepts position_ids."
             )
 
     def generate(
@@ -303,12 +301,12 @@ class _Tokens(LanguageModel):
         thinks = self.thoughts(num_thoughts) is not None
         arguments |= {"num_thoughts": num_thoughts} if self.can_think else {}
         if draft is None and draft_chunks is not None:
-            raise ValueError("draft_chunks are the chunks of a draft: give a draft as well.")
+            raise ValueError("draft_chunks requires a draft: give one as well.")
         if draft is not None and thinks:
-            raise ValueError("a draft does not go with thoughts: leave it out, or say num_thoughts=0.")
+            raise ValueError("a draft is not supported with thoughts: leave it out, or set num_thoughts=0.")
         if sampler not in (None, "exact"):
             raise ValueError(
-                f"the {sampler} sampler is for models without probabilities; leave out --sampler."
+                f"the {sampler} sampler is only for models without probabilities; leave out --sampler."
             )
         inverse_temperature(temperature)  # Raises if it is outside 0 to 1.
         num_texts(arguments.get("num_return_sequences"))

@@ -101,7 +101,7 @@ def taught_losses(
         ValueError: If the head has no token distributions.
     """
     if not isinstance(head, Teachable):
-        raise ValueError(f"a {head.config.head_type} head has no distributions of tokens to learn.")
+        raise ValueError(f"a {head.config.head_type} head has no token distributions to learn.")
     chunk_size = tokens_PK.shape[-1]
     teaching = lesson.at_chunks(is_target_BC, labels, chunk_size)
     losses_P = head.taught_losses(states_PD, tokens_PK, teaching).mean(-1)

@@ -176,7 +176,7 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     try:
         model, _ = load_language_model_and_tokenizer(base, **kwargs)
     except InputError as error:
-        raise InputError(f"the model that the adapters in '{path}' belong to: {error}") from error
+        raise InputError(f"the base model of the adapters in '{path}': {error}") from error
     try:
         merged: PreTrainedModel = open_adapters(model, path).merge_and_unload()
     except InputError:
@@ -202,7 +202,7 @@ def _ready(
     if head:
         change_head(model, head)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer in '{name}' has no token that ends a text; set its eos_token.")
+        raise InputError(f"the tokenizer in '{name}' has no EOS token; set its eos_token.")
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token_id = tokenizer.eos_token_id
@@ -232,17 +232,17 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
     except InputError:
         raise
     except Exception as error:  # From tokenizers, jinja or json.
-        raise InputError(f"'{name}' has no tokenizer that can be loaded ({reason_of(error)}).") from error
+        raise InputError(f"cannot load the tokenizer in '{name}' ({reason_of(error)}).") from error
     size = model.config.get_text_config().vocab_size
     if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= max(size, len(tokenizer)):
         raise InputError(
-            f"the tokenizer in '{name}' has the token id {highest}, and the model {size} ids; put the "
-            "model's own tokenizer there."
+            f"the tokenizer in '{name}' has token id {highest}, but the model has only {size} ids; use "
+            "the model's own tokenizer."
         )
     if len(tokenizer) > size:
         raise InputError(
             f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
-            f"{size}; put the model's own tokenizer there."
+            f"{size}; use the model's own tokenizer."
         )
     torch.nn.Module.to(model, best_device())
     return model, tokenizer
@@ -356,7 +356,9 @@ def _check_folder(model_class: Any, folder: Path) -> None:
         with torch.device("meta"):
             network = getattr(model_class, "from_config", model_class)(config)
     except Exception as error:  # From the model's class.
-        raise InputError(f"the configuration in '{folder}' makes no model ({cause_of(error)}).") from error
+        raise InputError(
+            f"no model can be built from the configuration in '{folder}' ({cause_of(error)})."
+        ) from error
     check_parameters(network, headers, str(folder))
     if config.model_type in ("calm", "calm_autoencoder"):  # Others may pack weights in their own formats.
         check_headers(network, headers, str(folder))
@@ -383,7 +385,7 @@ def change_head(target: PreTrainedModel | PreTrainedConfig, changes: dict[str, A
         InputError: If it is not a CALM, or its head does not allow the changes.
     """
     if not isinstance(target, CalmForCausalLM | CalmConfig):
-        raise InputError("only a CALM has a head to draw from in another way; leave out --head.")
+        raise InputError("only a CALM has a head with sampling settings; leave out --head.")
     try:
         target.change_sampling(**changes)
     except ValueError as error:

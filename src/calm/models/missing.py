@@ -54,7 +54,7 @@ def _place_of_file(name: str) -> str:
     if place is not None and may_be_on_hub(place.repository):
         return name
     raise InputError(
-        f"cannot load '{name}': there is no such file; one on the hub is named owner/name/file.gguf."
+        f"cannot load '{name}': there is no such file; name a file on the hub as owner/name/file.gguf."
     )
 
 
@@ -81,24 +81,24 @@ def _is_cached(name: str) -> bool:
 def no_such_folder(name: str) -> str:
     """Error message for a name that is not a folder here and is not looked up on the hub."""
     if not name.strip():
-        return f"the name of the model is empty{models_near(name)}"
+        return f"the model name is empty{models_near(name)}"
     if expanded(name).is_file():
-        return f"cannot load '{name}': it is a file; give the folder that it is in."
+        return f"cannot load '{name}': it is a file; give the folder it is in."
     owner = name.partition("/")[0]
-    why = f" (the hub was not asked, since '{owner}' is a folder here)" if is_hub_name(name) else ""
+    why = f" (the hub was not queried, as '{owner}' is a local folder)" if is_hub_name(name) else ""
     return f"cannot load '{name}': there is no such folder{why}{models_near(name)}"
 
 
 def not_given(name: str, reason: str) -> str:
     """Error message for a name that is not a folder here and could not be loaded from the hub."""
-    missing = "it is no folder here, and the hub did not give it"
+    missing = "it is not a local folder, and it could not be loaded from the hub"
     return f"cannot load '{name}': {missing} ({reason.rstrip('.')}){models_near(name)}"
 
 
 def no_model_in(folder: str) -> str:
     """Error message for a folder without a model."""
     if (Path(folder) / "recipe.yaml").is_file():
-        return f"'{folder}' is a run whose model is not finished (no model/config.json); go on with --resume."
+        return f"'{folder}' is a run with an unfinished model (no model/config.json); continue with --resume."
     inside = [path.as_posix() for path in islice(_model_folders(Path(folder)), _MOST_NAMED)]
     hint = f"there is one in {' and '.join(inside)}" if inside else "check the path"
     return f"there is no model in '{folder}' (no config.json); {hint}."
@@ -108,12 +108,12 @@ def models_near(name: str) -> str:
     """End of an error message: shipped models, models in nearby folders, and the closest match."""
     near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_ALIKE)]
     shipped = list(shipped_models())
-    known = [*(f"{model} (of the package)" for model in shipped), *near[:_MOST_NAMED]]
+    known = [*(f"{model} (in the package)" for model in shipped), *near[:_MOST_NAMED]]
     # The user may have named a run instead of the model inside.
     alike = {model.removesuffix("/model"): model for model in near}
     alike |= {model: model for model in shipped + near}
     found = difflib.get_close_matches(Path(name).as_posix(), alike, n=1, cutoff=0.7)
-    models = f"; models near: {', '.join(known)}" if known else ""
+    models = f"; models nearby: {', '.join(known)}" if known else ""
     return f"{models}; did you mean '{alike[found[0]]}'?" if found else f"{models}."
 
 

@@ -81,12 +81,12 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
     except KeyError as error:
         raise InputError(
             f"the configurations in '{autoencoder}' and '{model}' lack the field {error}; "
-            "give the two folders as they were released."
+            "use the two folders as they were released."
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the configurations in '{autoencoder}' and '{model}' do not make a model ({cause_of(error)}); "
-            "give the two folders as they were released."
+            f"no model can be built from the configurations in '{autoencoder}' and '{model}' "
+            f"({cause_of(error)}); use the two folders as they were released."
         ) from error
     for folder, part in ((autoencoder, config.autoencoder), (model, config)):
         check_size(part, read_headers(folder), str(folder))
@@ -112,7 +112,7 @@ def _fit(network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path
     odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
     try:
         if odd is not None:
-            raise ValueError(f"{odd} has numbers of type {weights[odd].dtype}, not real ones.")
+            raise ValueError(f"{odd} has dtype {weights[odd].dtype}, which is not floating point.")
         network.load_state_dict(weights, strict=True, assign=next(network.parameters()).is_meta)
     except (RuntimeError, ValueError) as error:
         problem = str(error).strip().splitlines()[min(1, str(error).strip().count("\n"))].strip()
@@ -131,8 +131,8 @@ def _convert_config(ae: dict[str, Any], lm: dict[str, Any], model: Path) -> Calm
     for field, meaning in (("patch_size", "tokens per chunk"), ("latent_size", "latent dimensions")):
         if ae[field] != lm[field]:
             raise InputError(
-                f"the autoencoder has {ae[field]} {meaning} and the language model {lm[field]}; "
-                "give the two folders that were released together."
+                f"the autoencoder has {ae[field]} {meaning} but the language model has {lm[field]}; "
+                "use two folders that were released together."
             )
     special: dict[str, Any] = {
         name: lm.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")

@@ -25,11 +25,11 @@ from transformers.generation.streamers import BaseStreamer
 from calm.core.chunks import as_id_tensor
 from calm.models.writing.arguments import num_texts
 
-_CACHES = "thoughts are in a cache that generate makes itself"
-_DRAFTS = "what drafts or compares tokens would write without the thoughts"
-_PROMPTS = "a prompt that thinks is given as tokens, and numbered by its mask"
-_IDS = "it would read the places of the thoughts as if they were text"
-_BEAMS = "beams do not go with thoughts"
+_CACHES = "with thoughts, generate creates its own cache"
+_DRAFTS = "drafting and contrastive methods would ignore the thoughts"
+_PROMPTS = "with thoughts, prompts must be token ids, and positions come from the mask"
+_IDS = "it would treat the thought placeholders as text"
+_BEAMS = "beam search does not work with thoughts"
 _REASONS: dict[str, tuple[str, ...]] = {
     _CACHES: ("past_key_values", "cache", "cache_implementation", "prefill_chunk_size"),
     _DRAFTS: ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers",
@@ -63,7 +63,9 @@ class Request:
         for reason, names in _REASONS.items():
             for name in names:
                 if _asks(name, self.setting(name)):
-                    raise ValueError(f"{name} cannot be honoured: {reason}; leave it out, or num_thoughts=0.")
+                    raise ValueError(
+                        f"{name} is not supported: {reason}; leave it out, or set num_thoughts=0."
+                    )
         for name in ("past_key_values", "cache"):
             self.arguments.pop(name, None)  # None here; we pass our own.
 
@@ -94,13 +96,15 @@ class Request:
         named, first = self.arguments.pop("input_ids", None), self.arguments.pop("inputs", None)
         ids_BT, mask_BT = named if first is None else first, self.arguments.pop("attention_mask", None)
         if ids_BT is None:
-            raise ValueError("a model that thinks needs a prompt of tokens: give input_ids.")
+            raise ValueError("with thoughts, prompts must be token ids: give input_ids.")
         if ids_BT.ndim != 2 or 0 in ids_BT.shape:
-            raise ValueError(f"input_ids must be (batch, tokens), not empty; got {tuple(ids_BT.shape)}.")
+            raise ValueError(
+                f"input_ids must have a non-empty shape (batch, tokens), got {tuple(ids_BT.shape)}."
+            )
         least, most, size = int(ids_BT.min()), int(ids_BT.max()), config.get_text_config().vocab_size
         if least < 0 or most >= size:
             raise ValueError(
-                f"token ids lie between 0 and {size - 1}, got {least} to {most}; is this the model's own "
+                f"token ids must be between 0 and {size - 1}, got {least} to {most}; is this the model's own "
                 "tokenizer?"
             )
         mask_BT = self._mask_of(ids_BT) if mask_BT is None else mask_BT
@@ -109,7 +113,7 @@ class Request:
                 f"attention_mask has shape {tuple(mask_BT.shape)}, input_ids {tuple(ids_BT.shape)}."
             )
         if not mask_BT.bool().any(-1).all():
-            raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+            raise ValueError("a prompt is empty: start it with the BOS token.")
         copies = num_texts(self.setting("num_return_sequences"))
         self.change("num_return_sequences", 1)
         return ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
@@ -133,7 +137,8 @@ class Request:
             return number
         if longest <= num_tokens:
             raise ValueError(
-                f"max_length is {longest} and the prompt has {num_tokens} tokens; say max_new_tokens instead."
+                f"max_length is {longest}, but the prompt has {num_tokens} tokens; set "
+                "max_new_tokens instead."
             )
         return longest - num_tokens
 

@@ -61,7 +61,7 @@ class Thoughts:
                 raise ValueError(f"thoughts.{name} must be a whole number, got {shown(getattr(self, name))}.")
         NUM_THOUGHTS.check("thoughts.number", self.number)
         if min(self.begin, self.end) < 0:
-            raise ValueError("thoughts.begin and thoughts.end are ids of tokens, 0 and above.")
+            raise ValueError("thoughts.begin and thoughts.end must be token ids, 0 or above.")
         if self.filling not in get_args(Filling):
             raise ValueError(f"thoughts.filling must be state or pause, got {shown(self.filling)}.")
         if self.scale is not None:
@@ -101,7 +101,7 @@ def thoughts_of(config: PreTrainedConfig) -> Thoughts | None:
     thoughts = Thoughts(**noted)
     size = config.get_text_config().vocab_size
     if max(thoughts.begin, thoughts.end) >= size:
-        raise ValueError(f"thoughts.begin and thoughts.end must be below the vocabulary's size {size}.")
+        raise ValueError(f"thoughts.begin and thoughts.end must be below the vocabulary size {size}.")
     return thoughts
 
 
@@ -114,7 +114,7 @@ def unlearn_thoughts(config: PreTrainedConfig, name: str, how: str) -> None:
         how: How it is trained further, for the message.
     """
     if thoughts_of(config) is not None:
-        logger.warning("'%s' was trained to think; %s it unlearns that.", name, how)
+        logger.warning("'%s' was trained with thoughts; %s, it will no longer use them.", name, how)
         config.thoughts = None
 
 
@@ -139,11 +139,11 @@ def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = 
         return None
     if trained is None:
         if warns:
-            logger.warning("This model was not trained to think (docs/thoughts.md).")
+            logger.warning("This model was not trained with thoughts (docs/thoughts.md).")
         return Thoughts(number, *default_markers(config))
     if warns and number > trained.number:
         logger.warning(
-            "%d thoughts are more than the %d that the model was trained with, which mostly makes it worse.",
+            "%d thoughts are more than the %d that the model was trained with, which usually makes it worse.",
             number,
             trained.number,
         )
@@ -168,7 +168,7 @@ def default_markers(config: PreTrainedConfig) -> tuple[int, int]:
     """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not ends or ends[0] is None:
-        raise ValueError("the model has no end-of-text token to mark its thoughts with; name the markers.")
+        raise ValueError("the model has no EOS token to mark its thoughts with; specify the markers.")
     return ends[0] if config.bos_token_id is None else config.bos_token_id, ends[0]
 
 
@@ -240,14 +240,14 @@ def read_positions(
     if thinking is None:
         return read(inputs_BCD, mask, position_ids, cache)
     if backbone.training and getattr(backbone, "gradient_checkpointing", False):
-        raise ValueError("thoughts need the cache that gradient checkpointing drops; turn that off.")
+        raise ValueError("thoughts need the KV cache, which gradient checkpointing drops; turn it off.")
     cache = DynamicCache(config=backbone.config) if cache is None else cache
     earlier, last_BD, states = cache.get_seq_length(), thinking.before_BD, list[Tensor]()
     for first, end in thinking.passes():
         part_BcD = inputs_BCD[:, first:end]
         if thinking.is_thought_BC[:, first].any():
             if last_BD is None:
-                raise ValueError("a row cannot begin with a thought: there is no state that it could read.")
+                raise ValueError("a row cannot begin with a thought: there is no earlier state to read.")
             thought_BD = scaled(last_BD[:, : part_BcD.shape[-1]], thinking.scale).to(part_BcD.dtype)
             own_BD = torch.where(thinking.is_thought_BC[:, first, None], thought_BD, part_BcD[:, 0])
             part_BcD = torch.cat([own_BD.unsqueeze(1), part_BcD[:, 1:]], dim=1)

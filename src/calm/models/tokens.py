@@ -90,19 +90,19 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         others: dict[str, Any],
     ) -> CausalLMOutputWithPast:
         if inputs["input_ids"] is None or others.get("inputs_embeds") is not None:
-            raise ValueError("rows with thoughts are given as tokens: say input_ids, not inputs_embeds.")
+            raise ValueError("rows with thoughts must be token ids: pass input_ids, not inputs_embeds.")
         unknown = others.keys() - {CACHE, "use_cache", "return_dict"}
         for name in ("output_hidden_states", "output_attentions", *sorted(unknown)):
             # logits_to_keep=0 keeps all logits, as this does.
             if self._is_set(name, others) and not (isinstance(others.get(name), int) and others[name] == 0):
-                raise ValueError(f"{name} does not go with thoughts: leave it out.")
+                raise ValueError(f"{name} is not supported with thoughts: leave it out.")
         if not self._is_set("return_dict", others):
-            raise ValueError("return_dict=False does not go with thoughts: leave it out.")
+            raise ValueError("return_dict=False is not supported with thoughts: leave it out.")
         positions = inputs["position_ids"]
         if inputs["attention_mask"] is None and positions is not None and (positions[..., 1:] == 0).any():
             # With a cache, which thoughts need, transformers does not keep documents apart.
             raise ValueError(
-                "rows with thoughts hold one document each: positions must not begin anew in them."
+                "rows with thoughts must hold one document each: position_ids must not restart within a row."
             )
         is_loss_alone = labels is not None and self.training
         cache, use_cache = others.get(CACHE), others.get("use_cache")

@@ -58,14 +58,14 @@ class Cut:
         used = list(range(num_layers) if self.layers is None else self.layers)
         if used != sorted(set(used)) or not all(0 <= number < num_layers for number in used):
             raise InputError(
-                f"the layers to use must rise from 0 to at most {num_layers - 1}, the source's last one; "
+                f"layers must be in increasing order, between 0 and {num_layers - 1}, the source's last; "
                 f"got {used}."
             )
         end = len(used) - self.last
         if min(self.first, self.last) < 0 or self.first > end or end < 1:
             raise InputError(
-                f"{len(used)} layers cannot be cut so that the first {self.first} and the last {self.last} "
-                "are apart and the backbone has one; take fewer."
+                f"the first {self.first} and the last {self.last} of {len(used)} layers must not overlap, "
+                "and must leave at least one for the backbone; use fewer."
             )
         return used[: self.first], used[:end], used[end:]
 
@@ -135,7 +135,7 @@ def uptrained_config(
     first, backbone, last = cut.of(source.num_hidden_layers)
     if chunk_size == 1 and first:
         raise InputError(
-            "the first layers read the earlier tokens of a chunk, and chunks of one token have none: set "
+            "the first layers read the earlier tokens of a chunk, but chunks of one token have none: set "
             f"first_layers to 0, not {cut.first}."
         )
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -164,7 +164,7 @@ def uptrained_config(
             **others,
         )
     except (ValueError, TypeError) as error:
-        raise InputError(f"the source does not make a CALM: {cause_of(error)}") from error
+        raise InputError(f"the source cannot be converted to a CALM: {cause_of(error)}") from error
 
 
 def calm_from_transformer(
@@ -230,31 +230,35 @@ def check_source(source: PreTrainedConfig, tokenizer: SpecialTokens, cut: Cut) -
     """
     kind = source.model_type
     if kind not in LIKE_LLAMA:
-        raise InputError(f"a model of type '{kind}' cannot become a CALM; {', '.join(LIKE_LLAMA)} can.")
+        raise InputError(
+            f"a model of type '{kind}' cannot be converted to a CALM; supported: {', '.join(LIKE_LLAMA)}."
+        )
     try:
         check_transformer(source)
     except ValueError as error:
-        raise InputError(f"the source does not make a CALM: {error}") from error
+        raise InputError(f"the source cannot be converted to a CALM: {error}") from error
     if getattr(source, "quantization_config", None) is not None:
-        raise InputError("a quantized model cannot become a CALM, which is trained; take the original.")
+        raise InputError(
+            "a quantized model cannot be converted to a CALM, which needs training; use the original."
+        )
     if (window := _window_of(source, cut)) is not None:
         raise InputError(
-            f"a model whose attention sees only {window} tokens cannot become a CALM; take one with full "
-            "attention, or set its max_position_embeddings to as many tokens."
+            f"a model whose attention sees only {window} tokens cannot be converted to a CALM; use one with "
+            "full attention, or set its max_position_embeddings to that number."
         )
     if (share := (source.rope_parameters or {}).get("partial_rotary_factor") or 1) != 1:
         raise InputError(
-            f"a model that rotates a part of each head only (partial_rotary_factor {share}) cannot become a "
-            "CALM."
+            f"a model that rotates only part of each head (partial_rotary_factor {share}) cannot be "
+            "converted to a CALM."
         )
     if len(tokenizer) > source.vocab_size:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the {source.vocab_size} of the model that "
-            "is to become a CALM, whose vocabulary cannot grow; name one of its control tokens as padding."
+            f"the tokenizer has {len(tokenizer)} tokens, more than the {source.vocab_size} of the model to "
+            "convert, whose vocabulary cannot grow; use one of its control tokens as padding."
         )
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise InputError(
-            "the tokenizer needs an end-of-text token and another one for padding; set its eos_token and "
+            "the tokenizer needs an EOS token and a different token for padding; set its eos_token and "
             "pad_token."
         )
 

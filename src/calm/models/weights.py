@@ -119,7 +119,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(values, Mapping) or not all(
         isinstance(name, str) and isinstance(one, Tensor) for name, one in values.items()
     ):
-        raise ValueError("it holds something else than tensors")
+        raise ValueError("it contains something other than tensors")
     return dict(values)
 
 
@@ -133,9 +133,9 @@ def _plain_words(file: Path) -> Iterator[None]:
     except Exception as error:
         if may_run_code(error):
             raise InputError(
-                f"'{file}' is a pickle that could run code, so it is not read; ask for safetensors instead."
+                f"'{file}' is a pickle that could run code, so it was not loaded; use safetensors instead."
             ) from error
-        reason = "it is no file of weights" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
+        reason = "it is not a weights file" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
         raise InputError(f"cannot read '{file}': it is truncated or damaged ({reason}).") from error
 
 
@@ -148,8 +148,8 @@ def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], wher
     for name, value in _counts_in(config.to_dict()):
         if value > max(_FEW_LAYERS, len(headers)):
             raise InputError(
-                f"the configuration in '{where}' has {name} = {value:,}, and the weights {len(headers)} "
-                "tensors; they do not belong together."
+                f"the configuration in '{where}' has {name} = {value:,}, but the weights have only "
+                f"{len(headers)} tensors; they do not belong together."
             )
 
 
@@ -178,13 +178,13 @@ def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: 
             continue
         if found.shape != tuple(wanted.shape):
             raise InputError(
-                f"the weights in '{where}' do not fit their configuration: {name} has the shape "
+                f"the weights in '{where}' do not fit their configuration: {name} has shape "
                 f"{list(found.shape)} instead of {list(wanted.shape)}."
             )
         if wanted.is_floating_point() and found.dtype not in _REALS:
             raise InputError(
-                f"the weights in '{where}' do not fit their configuration: {name} has numbers of type "
-                f"{found.dtype}, not real ones ({', '.join(_REALS)})."
+                f"the weights in '{where}' do not fit their configuration: {name} has dtype "
+                f"{found.dtype}, which is not floating point ({', '.join(_REALS)})."
             )
 
 
@@ -198,7 +198,7 @@ def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], wher
     there = sum(file.stat().st_size for file in {one.file for one in headers.values()})
     if described * _LEAST_BYTES > there:
         raise InputError(
-            f"the configuration in '{where}' describes {described:,} parameters, and the weights have "
+            f"the configuration in '{where}' describes {described:,} parameters, but the weights have only "
             f"{there:,} bytes; they do not belong together."
         )
 

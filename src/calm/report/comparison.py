@@ -44,8 +44,8 @@ def print_comparison(comparison: Comparison) -> None:
     scores = _scores(comparison, runs)
     print_narrow(console, scores.columns, scores.rows)
     console.print(
-        "parameters, tokens that the autoencoder reconstructs, perplexity, FLOPs and time of training, "
-        "FLOPs per token that is written at two temperatures, draws a chunk at the lower"
+        "parameters, tokens reconstructed by the autoencoder, perplexity, training FLOPs and time, "
+        "FLOPs per generated token at two temperatures, draws per chunk at the lower"
     )
     low = f"T = {comparison.temperature:g}"
     columns = ["", "size", "exact", "ppl", "training", "time", "T = 1", low, "draws"]
@@ -92,8 +92,8 @@ def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel
             "cost",
             "Quality against cost",
             [
-                f"{metric} on held-out text at T = 1, with its standard error. A line shows where a model "
-                "stood during training."
+                f"{metric} on held-out text at T = 1, with its standard error. A line shows a model's "
+                "scores during training."
             ],
             cost_panels(comparison),
         ),
@@ -176,7 +176,7 @@ def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:
     columns += ["FLOPs per token, T\u00a0=\u00a01", f"FLOPs per token, {low}", f"draws per chunk, {low}"]
     runs = [result.name for result in comparison.results]
     rows = [[name, run, *row] for name, run, row in zip(names, runs, _costs(comparison), strict=True)]
-    caption = "Parameters are those of all parts, FLOPs and time those of all stages of training."
+    caption = "Parameters include all parts; FLOPs and time include all stages of training."
     return Table(caption, columns, rows, num_names=2).without_empty_columns()
 
 

@@ -131,7 +131,7 @@ def _notes(card: Scorecard) -> list[str]:
     if card.floors:
         notes.append("The n-gram models were counted on the same training text.")
     if card.ceilings:
-        notes.append("The ceiling is what the true next latents score when they are decoded.")
+        notes.append("The ceiling is the score of the true next latents, decoded.")
     if (back := card.reconstruction) is not None:
         notes.append(
             f"The autoencoder reconstructs {back.token_accuracy:.3%} of tokens and {back.chunk_accuracy:.3%} "
@@ -154,7 +154,7 @@ def _stages(facts: RunFacts) -> Table:
         for stage in facts.stages
     ]
     has_times = any(stage.seconds is not None for stage in facts.stages)
-    caption = "Held-out evaluations are part of the time." if has_times else ""
+    caption = "Times include held-out evaluations." if has_times else ""
     return Table(caption, ["", "steps", "tokens", "FLOPs", "time"], rows).without_empty_columns()
 
 

@@ -136,7 +136,7 @@ def test_a_seed_is_one_whole_number_and_the_only_source():
         with pytest.raises(ValueError, match="a seed must be a whole number"):
             generate_drafted(model, drafting, prompt_1T, seed=seed, **how)
     with_generator = Drafting(drafting.draft, generator=torch.Generator())
-    with pytest.raises(ValueError, match="two sources of randomness: give one of them"):
+    with pytest.raises(ValueError, match="give either a seed or a generator, not both"):
         generate_drafted(model, with_generator, prompt_1T, seed=1, **how)
 
 
@@ -182,11 +182,11 @@ def test_the_view_of_a_model_of_tokens_takes_a_draft(temperature):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"num_beams": 2}, "num_beams=2 does not go with a draft"),
-        ({"cache_implementation": "static"}, "cache_implementation='static' does not go with a draft"),
+        ({"num_beams": 2}, "num_beams=2 is not supported with a draft"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported with a draft"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
-        ({"num_return_sequences": 2, "do_sample": True}, "one text is written at a time; got 2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "generation takes one prompt at a time; got 2"),
     ],
 )
 def test_what_does_not_go_with_a_draft_is_refused(arguments, why):
@@ -198,7 +198,7 @@ def test_what_does_not_go_with_a_draft_is_refused(arguments, why):
 def test_what_a_model_reads_beside_tokens_is_refused():
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     model, [prompt_1T] = GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes)).double(), some_prompts([6])
-    with pytest.raises(ValueError, match="token_type_ids does not go with a draft"):
+    with pytest.raises(ValueError, match="token_type_ids is not supported with a draft"):
         model.generate(
             prompt_1T, custom_generate=Drafting(drafting_model()), token_type_ids=torch.ones_like(prompt_1T)
         )
@@ -249,13 +249,13 @@ def test_a_temperature_of_next_to_nothing_is_none():
 
 def test_drafts_that_cannot_be_are_refused():
     model, draft, [prompt_1T] = deciding_model(), drafting_model(), some_prompts([6])
-    with pytest.raises(ValueError, match="a draft is written by a CALM, not by a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="the draft must be a CALM, not a LlamaForCausalLM"):
         Drafting(model)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 16"):
         Drafting(draft, num_chunks=0)
-    with pytest.raises(ValueError, match="a CALM writes whole chunks itself"):
+    with pytest.raises(ValueError, match="a CALM already generates whole chunks"):
         language_model(draft).generate(prompt_1T, temperature=1.0, seed=1, draft=draft)
-    with pytest.raises(ValueError, match="give a draft as well"):
+    with pytest.raises(ValueError, match="draft_chunks requires a draft: give one as well"):
         language_model(model).generate(prompt_1T, temperature=1.0, seed=1, draft_chunks=2)
 
 
@@ -263,7 +263,7 @@ def test_a_model_that_thinks_takes_a_draft_only_without_thoughts():
     model, [prompt_1T] = deciding_model(), some_prompts([6])
     model.config.thoughts = Thoughts(2, 1, 2, scale=1.0).as_dict()
     how = {"temperature": 1.0, "seed": 1, "max_new_tokens": 4, "draft": drafting_model()}
-    with pytest.raises(ValueError, match="a draft does not go with thoughts"):
+    with pytest.raises(ValueError, match="a draft is not supported with thoughts"):
         language_model(model).generate(prompt_1T, **how)
     assert language_model(model).generate(prompt_1T, num_thoughts=0, **how).shape == (1, 10)
 

@@ -118,14 +118,14 @@ def test_models_that_forget_are_refused():
     check_model(
         MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=None, **sizes))
     )
-    with pytest.raises(ValueError, match="forgets old tokens"):
+    with pytest.raises(ValueError, match="discards old tokens"):
         check_model(
             MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=8, **sizes))
         )
-    with pytest.raises(ValueError, match="remembers nothing"):
+    with pytest.raises(ValueError, match="has no KV cache"):
         check_model(OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=40, n_embd=16, n_layer=1, n_head=2)))
     encoder_decoder = T5ForConditionalGeneration(
         T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     )
-    with pytest.raises(ValueError, match="causal language models"):
+    with pytest.raises(ValueError, match="causal language model"):
         check_model(encoder_decoder)

@@ -127,7 +127,7 @@ def test_layers_may_be_missing(first, last):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="last_layers must be from 0"):
         tiny_config(head_config={**HEAD, "last_layers": -1})
-    with pytest.raises(ValueError, match="input projection 'last' reads tokens"):
+    with pytest.raises(ValueError, match="input_projection 'last' requires backbone_input 'tokens'"):
         tiny_config(head_config=HEAD, backbone_input="both")
     with pytest.raises(ValueError, match="input_projection must be one of mlp, last"):
         tiny_config(head_config=HEAD, input_projection="one")

@@ -271,7 +271,7 @@ def test_classes_that_are_no_order_of_the_tokens_are_told(tmp_path):
     for damaged in (torch.zeros(40).long(), torch.arange(40) - 1, torch.arange(40) + 1):
         model.head.tokens_by_class.copy_(damaged)
         model.save_pretrained(tmp_path / "damaged")
-        with pytest.raises(InputError, match=r"head\.tokens_by_class .* every token once"):
+        with pytest.raises(InputError, match=r"head\.tokens_by_class .* every token exactly once"):
             load_language_model_and_tokenizer(str(tmp_path / "damaged"))
 
 

@@ -116,14 +116,16 @@ def test_prompt_and_new_tokens_must_fit(model, tokenizer):
     ]
     long = list(range(3, 63)) * 5
     with pytest.raises(
-        ValueError, match="300 tokens and 1 are asked for, more than the context of 256; shorten"
+        ValueError, match="300 tokens, and 1 new tokens are requested, more than the context of 256; shorten"
     ):
         model.generate(torch.tensor([long]))
     with pytest.raises(
-        InputError, match="300 tokens and 8 are asked for, more than the context of 256; shorten"
+        InputError, match="300 tokens, and 8 new tokens are requested, more than the context of 256; shorten"
     ):
         continue_tokens(model, tokenizer, [long[:3], long], max_new_tokens=8)
-    with pytest.raises(InputError, match=r"3 tokens and 254 are asked for, .* ask for 252 at most"):
+    with pytest.raises(
+        InputError, match=r"3 tokens, and 254 new tokens are requested, .* request at most 252"
+    ):
         continue_tokens(model, tokenizer, [long[:3]], max_new_tokens=254)
     assert model.generate(torch.tensor([long[:250]]), eos_token_id=[]).shape == (1, 254)  # As many as fit.
     assert continue_tokens(model, tokenizer, [long[:250]]).shape[1] <= 4
@@ -146,7 +148,7 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
         num_attention_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    with pytest.raises(InputError, match="asked for, more than the context of 32; shorten the prompt"):
+    with pytest.raises(InputError, match="requested, more than the context of 32; shorten the prompt"):
         continue_texts(model, tokenizer, ["one two three four " * 20])
     for number, stream in ((0, False), (-1, False), (0, True), (-1, True)):
         with pytest.raises(InputError, match=f"num_return_sequences must be .* at least 1, got {number}"):
@@ -157,7 +159,7 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
 
 @pytest.mark.parametrize("ids", [[[5, -1]], [[5, 10**6]]])
 def test_ids_that_no_token_has(ids, model):
-    with pytest.raises(ValueError, match="token ids lie between 0 and"):
+    with pytest.raises(ValueError, match="token ids must be between 0 and"):
         model.generate(torch.tensor(ids))
 
 
@@ -168,4 +170,4 @@ def test_prompts_that_a_tokenizer_has_ended_are_told(model, caplog):
         assert not caplog.text
         mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         model.generate(torch.tensor([[5, 6, 1], [7, 1, 9]]), attention_mask=mask, max_new_tokens=4)
-    assert "Every prompt ends with an end-of-text token" in caplog.text
+    assert "Every prompt ends with an EOS token" in caplog.text

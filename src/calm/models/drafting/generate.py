@@ -87,8 +87,8 @@ class Drafting:
     def __post_init__(self) -> None:
         if not isinstance(self.draft, CalmForCausalLM):
             raise ValueError(
-                f"a draft is written by a CALM, not by a {type(self.draft).__name__}; for a smaller model of "
-                "tokens transformers has assistant_model."
+                f"the draft must be a CALM, not a {type(self.draft).__name__}; for a smaller token-level "
+                "model, use transformers' assistant_model."
             )
         for name in ("lookup", "tree_tokens"):
             if (value := getattr(self, name)) < 0:
@@ -156,17 +156,19 @@ class Drafting:
     ) -> None:
         for name, neutral in _REFUSED.items():
             if (value := getattr(config, name, None)) not in neutral:
-                raise ValueError(f"{name}={value!r} does not go with a draft; leave it out.")
+                raise ValueError(f"{name}={value!r} is not supported with a draft; leave it out.")
         if len(input_ids) > 1:
-            raise ValueError(f"with a draft one text is written at a time; got {len(input_ids)}.")
+            raise ValueError(f"with a draft, generation takes one prompt at a time; got {len(input_ids)}.")
         if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("a draft needs a prompt of tokens: give input_ids instead of inputs_embeds.")
+            raise ValueError("with a draft, prompts must be token ids: pass input_ids, not inputs_embeds.")
         for name in ("past_key_values", "cache"):
             if (cache := kwargs.get(name)) is not None and cache.get_seq_length() > 0:
-                raise ValueError(f"{name} does not go with a draft: the prompt is read by both models.")
+                raise ValueError(f"{name} is not supported with a draft: both models must read the prompt.")
         given = {name for name, value in kwargs.items() if value is not None}
         if others := sorted(given - _OF_TRANSFORMERS - _REFUSED.keys()):
-            raise ValueError(f"{others[0]} does not go with a draft, which reads tokens only; leave it out.")
+            raise ValueError(
+                f"{others[0]} is not supported with a draft, which reads only tokens; leave it out."
+            )
         mask_BT = kwargs.get("attention_mask")
         if not (input_ids.numel() if mask_BT is None else mask_BT.any()):
             raise ValueError("a draft needs a prompt of at least one token.")
@@ -201,7 +203,7 @@ def generate_drafted(
         ValueError: If the seed is not a whole number, or `drafting` already has a generator.
     """
     if seed is not None and drafting.generator is not None:
-        raise ValueError("a seed and a generator are two sources of randomness: give one of them.")
+        raise ValueError("give either a seed or a generator, not both.")
     writer: Any = model
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     order = torch.arange(len(input_ids)).repeat_interleave(num_texts(num_return_sequences)).tolist()

@@ -22,21 +22,19 @@ def load_draft(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         InputError: If the draft is missing, not a CALM or has other tokens, or the model supports no drafts.
     """
     if isinstance(model, CalmForCausalLM):
-        raise InputError("a CALM writes whole chunks itself; a draft is for models of tokens.")
+        raise InputError("a CALM already generates whole chunks; a draft is only for token-level models.")
     try:
         check_model(model)
     except ValueError as error:
         raise InputError(str(error)) from error
     draft, of_draft = load_language_model_and_tokenizer(name)
     if not isinstance(draft, CalmForCausalLM):
-        raise InputError(
-            f"a draft is written by a CALM, and '{name}' holds a {type(draft).__name__}; name a CALM."
-        )
+        raise InputError(f"the draft must be a CALM, but '{name}' is a {type(draft).__name__}.")
     if (token := first_difference(tokenizer, of_draft)) is not None:
         mine, other = (one.convert_ids_to_tokens(token) for one in (tokenizer, of_draft))
         raise InputError(
-            f"'{name}' cannot draft for this model, as its tokens are others: id {token} is {mine!r} for the "
-            f"model and {other!r} for the draft. Train it with the model's tokenizer (docs/drafting.md)."
+            f"'{name}' cannot draft for this model: their vocabularies differ, as id {token} is {mine!r} in "
+            f"the model and {other!r} in the draft. Train it with the model's tokenizer (docs/drafting.md)."
         )
     torch.nn.Module.to(draft, model.device)
     return draft

@@ -95,13 +95,14 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose cache cannot be rolled back to the accepted tokens."""
     name = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate() or model._is_stateful:
-        raise ValueError(f"a draft is for causal language models with attention, not for a {name}.")
+        raise ValueError(f"a draft needs a causal language model with attention, not a {name}.")
     if CACHE not in _arguments(model):
-        raise ValueError(f"a {name} remembers nothing of what it has read, so a draft does not go with it.")
+        raise ValueError(f"a {name} has no KV cache, so it cannot be used with a draft.")
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         raise ValueError(
-            f"a {name} with these settings forgets old tokens, so it cannot take back a draft; leave it out."
+            f"a {name} with these settings discards old tokens, so its cache cannot be rolled back; use it "
+            "without a draft."
         )
 
 

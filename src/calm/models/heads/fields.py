@@ -130,7 +130,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         fits = isinstance(value, int) and not isinstance(value, bool) and value <= most
         expected = f"a whole number of at most {most:,}"
     elif kind in (bool, str):
-        fits, expected = isinstance(value, kind), {bool: "true or false", str: "a text"}[kind]
+        fits, expected = isinstance(value, kind), {bool: "true or false", str: "a string"}[kind]
     else:  # Only the head itself can check other types.
         return
     if not fits:

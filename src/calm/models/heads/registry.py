@@ -70,7 +70,7 @@ def _changed(config: HeadConfig, changes: dict[str, Any], changeable: tuple[str,
         if name not in changeable:
             known = ", ".join(changeable) or "none"
             raise ValueError(
-                f"'{name}' of a trained {config.head_type} head cannot be changed; what can: {known}."
+                f"'{name}' of a trained {config.head_type} head cannot be changed; these can: {known}."
             )
     return dataclasses.replace(config, **changes)
 

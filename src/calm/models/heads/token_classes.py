@@ -143,7 +143,9 @@ class TokenClassesHead(TokenHead):
             return
         expected_V = torch.arange(self.config.vocab_size, device=self.tokens_by_class.device)
         if not torch.equal(self.tokens_by_class.sort().values, expected_V):
-            raise ValueError("head.tokens_by_class must hold every token once; the file is damaged.")
+            raise ValueError(
+                "head.tokens_by_class must contain every token exactly once; the file is damaged."
+            )
 
     @torch.no_grad()
     def init_from_neighbours(self, count_neighbours: Callable[[], Tensor]) -> None:

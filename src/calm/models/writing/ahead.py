@@ -152,8 +152,8 @@ def compile_steps(
     folder = folder_of_steps(model)
     if not can_step(model):
         raise ValueError(
-            "steps are compiled for plain Llama layers with rotations that do not depend on the length; this "
-            "model's have hooks, or are of another kind."
+            "only plain Llama layers whose rotary embeddings do not depend on the length can be compiled; "
+            "this model's layers have hooks, or are of another type."
         )
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def folder_of_steps(model: Any) -> Path:
     root = folder_of_kind(model, anew=True)
     if root is None:
         raise ValueError(
-            f"steps are compiled ahead of time for processors, and this model is on {model.device}."
+            f"steps can only be compiled ahead of time for CPUs, but this model is on {model.device}."
         )
     return root / digest_of_weights(model)
 
@@ -188,6 +188,6 @@ def _functions_in(folder: Path) -> dict[str, Callable[..., Any]]:
         try:
             functions[file.stem] = load_function(file)
         except (RuntimeError, OSError) as error:
-            logger.warning("'%s' cannot be loaded and was removed (%s).", file, reason_of(error))
+            logger.warning("'%s' could not be loaded and was removed (%s).", file, reason_of(error))
             file.unlink(missing_ok=True)
     return functions

@@ -6,12 +6,12 @@ An argument that would change the text, but cannot, is refused. At its default i
 from collections.abc import Mapping
 from typing import Any
 
-_SCORES = "a chunk is drawn whole, so there are no scores of tokens to change or return"
-_LENGTH = "the end of a text is drawn with the chunk that it lies in and cannot be put off"
+_SCORES = "chunks are drawn as a whole, so there are no token scores to change or return"
+_LENGTH = "the end of a text is drawn as part of its chunk and cannot be delayed"
 _BEAMS = "there is no beam search over chunks"
-_DRAFTS = "nothing drafts chunks ahead of the model"
-_STATES = "generate returns tokens and counts of draws; call the model itself for its states"
-_CACHES = "the cache takes no such setting"
+_DRAFTS = "there is no draft model for chunks"
+_STATES = "generate returns only tokens and draw counts; call the model itself for its states"
+_CACHES = "the cache has no such setting"
 
 _REASONS: dict[str, tuple[str, ...]] = {
     _SCORES: (
@@ -58,7 +58,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise ValueError for the first argument that asks for something unsupported."""
     for name, value in given.items():
         if name in REFUSED and not _asks_for_nothing(name, value):
-            raise ValueError(f"{name}={value!r} cannot be honoured: {REFUSED[name]}. Leave it out.")
+            raise ValueError(f"{name}={value!r} is not supported: {REFUSED[name]}. Leave it out.")
 
 
 def num_texts(asked: Any) -> int:

@@ -139,7 +139,7 @@ class ChunkBatch:
                 self._open.part(_going(self._open)) if self._open is not None and self._rows else None
             )
         except Exception as error:
-            logger.debug("rows that have ended stay in memory (%s)", reason_of(error))
+            logger.debug("finished rows stay in memory (%s)", reason_of(error))
         let_in: list[OpenRows] = []
         while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(let_in)) > 0:
             failed += self._take_next(free, let_in.append)
@@ -248,7 +248,7 @@ class ChunkBatch:
         try:
             self._open = OpenRows.joined(left) if left else None
         except Exception as error:
-            logger.debug("half of the rows wait for memory (%s)", reason_of(error))
+            logger.debug("half of the rows are waiting for memory (%s)", reason_of(error))
             self._ready[:0] = left[1:]
         return results
 
@@ -266,7 +266,7 @@ class ChunkBatch:
         going = _going(rows)
         hidden_RD = rows.hidden_RD if len(going) == len(rows.rows) else rows.hidden_RD[going]
         if not bool(hidden_RD.isfinite().all()):  # Not every head would notice.
-            raise ValueError("the state of the model is not finite; its weights may be damaged.")
+            raise ValueError("the model's hidden state is not finite; its weights may be damaged.")
         for sampler, places in self._turns(rows.rows):
             generators = [rows.rows[place].generator for place in places]
             is_whole = len(places) == len(rows.rows)

@@ -148,7 +148,7 @@ class ChunkGenerationMixin:
         )
         prompt_BT, mask_BT = _prompts(self, input_ids, attention_mask, config)
         if generator is not None and seed is not None:
-            raise ValueError("a seed and a generator are two sources of randomness: give one of them.")
+            raise ValueError("give either a seed or a generator, not both.")
         randomness: Randomness = generator
         if seed is not None:
             rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
@@ -161,7 +161,7 @@ class ChunkGenerationMixin:
         stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)
         if streamer is not None:
             if prompt_BT.shape[0] > 1:
-                raise ValueError("a streamer takes one prompt at a time.")
+                raise ValueError("a streamer supports only one prompt at a time.")
             streamer.put(prompt_BT.cpu())
         new_BT, statistics = _Writing(
             self, prompt_BT, mask_BT, budget, config, chosen, randomness, streamer, stopping, thoughts
@@ -203,9 +203,12 @@ def _generation_settings(
     check_arguments(vars(config) | overrides)
     known = _USED | REFUSED.keys()
     if unused := [name for name, value in overrides.items() if name not in known and value is not None]:
-        raise ValueError(f"generate() does not know the argument(s): {', '.join(sorted(unused))}.")
+        raise ValueError(f"generate() does not support the argument(s): {', '.join(sorted(unused))}.")
     if config.do_sample is False and "do_sample" in overrides:
-        raise ValueError("chunks are not decoded greedily: temperature=0 takes the most frequent of a pool.")
+        raise ValueError(
+            "greedy decoding is not available for chunks; use temperature=0 for the most frequent chunk of a "
+            "pool."
+        )
     config.temperature = 1.0 if config.temperature is None else config.temperature
     if config.eos_token_id is None:
         config.eos_token_id = model.config.eos_token_id
@@ -233,10 +236,12 @@ def _prompts(
     if input_ids is None:
         begin = model.config.bos_token_id if config.bos_token_id is None else config.bos_token_id
         if begin is None:
-            raise ValueError("give a prompt: this model has no beginning-of-text token.")
+            raise ValueError("give a prompt: this model has no BOS token.")
         input_ids = torch.tensor([[begin]], device=model.device)
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be (batch, tokens), not empty; got {tuple(input_ids.shape)}.")
+        raise ValueError(
+            f"input_ids must have a non-empty shape (batch, tokens), got {tuple(input_ids.shape)}."
+        )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
@@ -244,16 +249,16 @@ def _prompts(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
         )
     if not attention_mask.bool().any(-1).all():
-        raise ValueError("a prompt has no token: begin it with the beginning-of-text token.")
+        raise ValueError("a prompt is empty: start it with the BOS token.")
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= model.config.vocab_size:
         raise ValueError(
-            f"token ids lie between 0 and {model.config.vocab_size - 1}, got {int(input_ids.min())} to "
+            f"token ids must be between 0 and {model.config.vocab_size - 1}, got {int(input_ids.min())} to "
             f"{int(input_ids.max())}; is this the model's own tokenizer?"
         )
     if input_ids.shape[1] > 1 and _all_end(input_ids, attention_mask, config):
         logger.warning(
-            "Every prompt ends with an end-of-text token; what is written after it is another text. "
-            "calm.text.encoding.encode_documents reads prompts without the one that a tokenizer appends."
+            "Every prompt ends with an EOS token, so the model starts a new text after it. Encode prompts "
+            "with calm.text.encoding.encode_documents, which omits the EOS token that a tokenizer appends."
         )
     copies = num_texts(config.num_return_sequences)
     return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)

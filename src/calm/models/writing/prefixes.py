@@ -48,7 +48,7 @@ class PrefixStore:
         try:
             return self._find(chunks_CK)
         except Exception as error:
-            logger.warning("the beginning of a prompt is read again (%s)", reason_of(error))
+            logger.warning("prefix cache lookup failed; reading the whole prompt (%s)", reason_of(error))
             return None
 
     def _find(self, chunks_CK: Tensor) -> SlotCache | None:
@@ -80,7 +80,7 @@ class PrefixStore:
         try:
             self._keep(list(names_of(chunks_CK)), cache)
         except Exception as error:
-            logger.warning("the beginning of a prompt is not kept (%s)", reason_of(error))
+            logger.warning("prefix was not cached (%s)", reason_of(error))
 
     def _keep(self, names: list[bytes], cache: SlotCache) -> None:
         self._touch([name for name in names if name in self._blocks])

@@ -65,7 +65,7 @@ def sampler_from(
     given |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
     own = {field.name for field in dataclasses.fields(kind)}
     if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
-        raise ValueError("top_p and min_p cut a pool of draws: use them with sampler='pool'.")
+        raise ValueError("top_p and min_p truncate a pool of draws: use them with sampler='pool'.")
     return kind(**{name: value for name, value in given.items() if value is not None and name in own})
 
 

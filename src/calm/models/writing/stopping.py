@@ -46,7 +46,7 @@ class Stopping:
         if tokenizer is None:
             raise ValueError("stop_strings need the model's tokenizer; pass it as tokenizer.")
         if not all(stops):
-            raise ValueError(f"stop_strings must not hold an empty text, got {stops!r}.")
+            raise ValueError(f"stop_strings must not contain an empty string, got {stops!r}.")
         for row, mask in zip(prompt_BT, mask_BT.bool(), strict=True):
             self._builders.append(TextBuilder(tokenizer, stops, row[mask].tolist()))
 

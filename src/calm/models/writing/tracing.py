@@ -140,7 +140,9 @@ def compile_function(traced: Traced, file: Path) -> None:
         try:
             aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
         except Exception as error:  # From the compiler, or from torch before it.
-            raise ValueError(f"torch {torch.__version__} cannot compile it ({reason_of(error)}).") from error
+            raise ValueError(
+                f"torch {torch.__version__} cannot compile the step ({reason_of(error)})."
+            ) from error
         _check_same(traced, load_function(unfinished))
         unfinished.replace(file)
     finally:
@@ -152,8 +154,8 @@ def _exported(traced: Traced) -> torch.export.ExportedProgram:
         return torch.export.export(traced.module, traced.arguments, dynamic_shapes=traced.dynamic)
     except Exception as error:  # Traced code may fail in any way.
         raise ValueError(
-            f"a step cannot be traced ({reason_of(error)}); a head of your own must not look at values, "
-            "and has to take the number of its rows from prepared_P.shape[0], not from len()."
+            f"a step cannot be traced ({reason_of(error)}); a custom head must not branch on tensor "
+            "values, and must take the number of its rows from prepared_P.shape[0], not from len()."
         ) from error
 
 
@@ -162,8 +164,8 @@ def _refuse_randomness(program: torch.export.ExportedProgram) -> None:
         is_seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if is_seeded and "dot_product" not in str(node.target):  # Attention has the tag for its dropout.
             raise ValueError(
-                f"a draw that makes random numbers of its own ({node.target}) cannot be compiled: its head "
-                "has to ask calm.core.random for them."
+                f"a draw that generates its own random numbers ({node.target}) cannot be compiled: its head "
+                "must get them from calm.core.random."
             )
 
 
@@ -175,6 +177,6 @@ def _check_same(traced: Traced, compiled: Callable[..., Any]) -> None:
     for one, other in zip(*results, strict=True):
         if one.is_floating_point() and not torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ValueError(
-                "the compiled step is not what the model says (largest difference "
-                f"{float((one - other).abs().max()):g}); this version of torch compiles it wrongly."
+                "the compiled step disagrees with the model (largest difference "
+                f"{float((one - other).abs().max()):g}); this version of torch miscompiles it."
             )
