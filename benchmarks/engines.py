@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from calm.models.generation.compiled_files import load_function
+from calm.models.generation.tracing import Traced, compile_function
 from calm.models.heads.scores import draw_tokens
-from calm.models.writing.compiled_files import load_function
-from calm.models.writing.tracing import Traced, compile_function
 
 GREEDY = 1e5
 """An inverse temperature at which the likeliest token is drawn, by any number."""
@@ -127,7 +127,9 @@ class TokenStep(nn.Module):
         keys.index_copy_(2, position_T, key)
         values.index_copy_(2, position_T, value)
         is_seen_TC = torch.arange(keys.shape[2]) <= position_T.unsqueeze(-1)
-        if query.shape[0] == 1:  # Fused loops beat a kernel for many queries, as in calm.models.writing.lean.
+        if (
+            query.shape[0] == 1
+        ):  # Fused loops beat a kernel for many queries, as in calm.models.generation.lean.
             scores_HC = (query[0] * query.shape[-1] ** -0.5 * keys[0]).sum(-1)
             weights_HC = scores_HC.masked_fill(~is_seen_TC, -torch.inf).softmax(-1)
             return (weights_HC.unsqueeze(-1) * values[0]).sum(1)[None, :, None], []

@@ -26,8 +26,8 @@ from engines import GREEDY, MOST_ROWS, Compiled, Engine, Generate, OnnxGenai, On
 from measure import in_turns, machine, ratios
 from torch import Tensor
 
+from calm.models.generation.ahead import compile_steps
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.models.writing.ahead import compile_steps
 
 PROMPT, CHECKED = 32, 32  # Tokens of a prompt, and of the texts that must be the same.
 MOST_THAT_DIFFER = 0.1  # Texts; rounding moves the border between two tokens, in one draw of a few thousand.

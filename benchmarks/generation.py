@@ -23,8 +23,8 @@ from transformers.cache_utils import DynamicCache
 from calm.models.caches import CACHE
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+from calm.models.generation.ahead import compile_steps
 from calm.models.heads import LatentHead
-from calm.models.writing.ahead import compile_steps
 
 # Width, inner width, layers, heads, vocabulary, width of the autoencoder, latent size.
 SIZES = {

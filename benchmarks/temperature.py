@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
-import calm.models.writing.sampling as sampling
+import calm.models.generation.sampling as sampling
 from calm.core.chunks import find_targets
 from calm.core.samplers import ExactSampler, PoolSampler, Sampler
 from calm.core.temperature import ChunkSample

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import openai
 import uvicorn
 
-from calm.models.writing.batching import ChunkBatch
+from calm.models.generation.batching import ChunkBatch
 from calm.serving.app import create_app
 from calm.serving.connections import uvicorn_config
 from calm.serving.settings import ServerSettings

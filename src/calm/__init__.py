@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from calm.models.autoencoder import CalmAutoencoder
     from calm.models.calm import CalmForCausalLM
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
+    from calm.models.generation.sampler_registry import register_sampler, sampler_from
     from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, register_head
-    from calm.models.writing.sampler_registry import register_sampler, sampler_from
     from calm.training.optimizers import register_optimizer
 
 __version__ = "0.1.0"
@@ -44,8 +44,8 @@ _HOMES = {
     "LatentHead": "calm.models.heads",
     "PoolSampler": "calm.core.samplers",
     "register_optimizer": "calm.training.optimizers",
-    "register_sampler": "calm.models.writing.sampler_registry",
-    "sampler_from": "calm.models.writing.sampler_registry",
+    "register_sampler": "calm.models.generation.sampler_registry",
+    "sampler_from": "calm.models.generation.sampler_registry",
     "sample_exact": "calm.core.temperature",
     "sample_from_pool": "calm.core.temperature",
 }

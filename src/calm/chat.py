@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.models.context import room_beside
+from calm.models.generation.alternatives import Alternatives, ends_of, up_to_end
 from calm.models.language_model import language_model
 from calm.models.thoughts import num_tokens_of
-from calm.models.writing.alternatives import Alternatives, ends_of, up_to_end
 from calm.progress import tracked
 from calm.text.chat import ASSISTANT, encode_chat
 from calm.text.decoding import spell_tokens
@@ -125,7 +125,7 @@ class Conversation:
         it was drawn.
 
         Args:
-            temperatures: See `calm.models.writing.alternatives.draw_alternatives`, also for the others.
+            temperatures: See `calm.models.generation.alternatives.draw_alternatives`, also for the others.
             num_draws: Draws per chunk.
             most: Maximum number of candidates per chunk.
 

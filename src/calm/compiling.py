@@ -11,7 +11,7 @@ import torch
 
 from calm.errors import InputError
 from calm.extras import require_compiler
-from calm.models.writing.ahead import compile_steps, folder_of_steps
+from calm.models.generation.ahead import compile_steps, folder_of_steps
 
 _CHUNKS = 32  # Per timed text.
 _ROUNDS = 5  # Timed runs, with and without compiled steps.

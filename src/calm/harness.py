@@ -23,10 +23,10 @@ from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.extras import not_installed
 from calm.models.calm import CalmForCausalLM
+from calm.models.generation.prompts import Prompt
 from calm.models.heads import LatentHead, Likelihood
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import num_tokens_of, thoughts_of
-from calm.models.writing.prompts import Prompt
 from calm.text.chat import render
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents, encode_rendering, encode_words, marks_of

@@ -11,10 +11,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.errors import InputError
 from calm.models.context import check_room, longest_context, room_beside
+from calm.models.generation.arguments import num_texts
+from calm.models.generation.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.models.language_model import language_model
 from calm.models.thoughts import num_tokens_of
-from calm.models.writing.arguments import num_texts
-from calm.models.writing.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.text.decoding import TextBuilder, decode_after
 from calm.text.encoding import encode_documents
 

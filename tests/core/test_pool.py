@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calm.core.pool import Pool
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation.sampler_registry import sampler_from
 
 
 class Reader:

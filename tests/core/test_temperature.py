@@ -12,7 +12,7 @@ from calm.core.temperature import (
     sample_exact,
     sample_from_pool,
 )
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation.sampler_registry import sampler_from
 
 
 def seeded(seed=0):

@@ -8,9 +8,9 @@ from docs_pages import PAGES, examples_of, name_of
 from serving_client import serving
 
 from calm.data import formats
+from calm.models.generation import sampler_registry
 from calm.models.heads import registry
 from calm.models.loading import load_model_and_tokenizer
-from calm.models.writing import sampler_registry
 from calm.training import optimizers
 
 REGISTRIES = [

@@ -14,8 +14,8 @@ from calm.evaluation.brier import FromDraws, Targets, evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
 from calm.evaluation.scorers import AutoencoderCeiling, scorer_of
 from calm.evaluation.steps import DrawScorer, ProbabilityScorer
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.readers import ChunkReader, TokensReader
-from calm.models.writing.sampler_registry import sampler_from
 
 VOCAB = 12
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from calm.models.writing import sampler_registry
-from calm.models.writing.batching import ChunkBatch
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation import sampler_registry
+from calm.models.generation.batching import ChunkBatch
+from calm.models.generation.sampler_registry import sampler_from
 
 FILE = Path(__file__).parents[2] / "examples/a_sampler_of_your_own.py"
 

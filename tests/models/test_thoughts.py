@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.random import generator_of_row
 from calm.models.calm import CalmForCausalLM
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.thoughts import (
     THOUGHT,
     Thinking,
@@ -22,7 +23,6 @@ from calm.models.thoughts import (
     thoughts_of,
 )
 from calm.models.tokens import LlamaForCausalLM
-from calm.models.writing.sampler_registry import sampler_from
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 # Two rows that think at different positions, the second less often and behind padding.

@@ -22,9 +22,9 @@ from calm.errors import InputError
 from calm.flops import cost_of
 from calm.models.blocks import ZeroLinear
 from calm.models.configuration import CalmConfig
+from calm.models.generation.lean import can_step
 from calm.models.loading import config_of, load_config
 from calm.models.uptraining import Cut, calm_from_transformer, check_source, new_parameters
-from calm.models.writing.lean import can_step
 
 SIZES = {
     "vocab_size": 40,

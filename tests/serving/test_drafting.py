@@ -12,8 +12,8 @@ from toy import failure
 
 from calm.models.drafting.batching import DraftedBatch, TokenSampler
 from calm.models.drafting.draft import ChunkDrafter
+from calm.models.generation.rows import Failed
 from calm.models.thoughts import Thoughts
-from calm.models.writing.rows import Failed
 from calm.serving.writers import DraftedWriter
 
 MODEL = deciding_model(320, max_position_embeddings=256)

@@ -9,7 +9,7 @@ import openai
 import pytest
 from serving_client import PROMPT, alone, serving, slowed, wait_until
 
-from calm.models.writing.batching import ChunkBatch
+from calm.models.generation.batching import ChunkBatch
 
 
 def test_a_full_queue(model, tokenizer, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_text_that_takes_too_long(model, tokenizer, monkeypatch):
 
 
 def test_an_error_ends_its_texts_and_not_the_server(model, tokenizer, monkeypatch):
-    from calm.models.writing.batching import ChunkBatch
+    from calm.models.generation.batching import ChunkBatch
 
     with serving(model, tokenizer) as (_, client, _):
         with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ import openai
 import pytest
 from serving_client import PROMPT, serving, slowed, wait_until
 
-from calm.models.writing.batching import ChunkBatch
+from calm.models.generation.batching import ChunkBatch
 from calm.serving import endpoint, formats
 
 HTTP = httpx.Client(timeout=30)  # Quicker than one for each request.

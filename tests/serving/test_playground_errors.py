@@ -6,7 +6,7 @@ from playwright.sync_api import expect
 from serving_client import serving, slowed, wait_until
 
 from calm.models.calm import CalmForCausalLM
-from calm.models.writing.batching import ChunkBatch
+from calm.models.generation.batching import ChunkBatch
 
 WRONG = {
     "no tokens": ("tokens", 0, "A whole number from 1 to 4,096."),

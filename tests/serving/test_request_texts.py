@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from other_tokenizers import KINDS
 
-from calm.models.writing.rows import Written
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation.rows import Written
+from calm.models.generation.sampler_registry import sampler_from
 from calm.serving.errors import ApiError
 from calm.serving.readers import Readers
 from calm.serving.request_texts import RequestTexts

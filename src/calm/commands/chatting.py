@@ -13,7 +13,7 @@ from calm.terminal import as_text
 
 if TYPE_CHECKING:
     from calm.chat import Conversation
-    from calm.models.writing.alternatives import Candidate
+    from calm.models.generation.alternatives import Candidate
 
 _SHOWN_TEMPERATURES = (1.0, 0.5)
 _DRAWS_OF_A_CHUNK, _MOST_SHOWN = 200, 3

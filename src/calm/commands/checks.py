@@ -14,7 +14,7 @@ def look_for(model: str) -> None:
 def check_sampler(name: str | None) -> None:
     """Raise InputError for a sampler that is neither built in nor installed."""
     if name not in (None, "exact", "pool", "head"):
-        from calm.models.writing.sampler_registry import check_name
+        from calm.models.generation.sampler_registry import check_name
 
         check_name(name)
 

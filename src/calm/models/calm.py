@@ -20,12 +20,12 @@ from calm.models.attention import norm_queries_and_keys
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
+from calm.models.generation.generate import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, Target, build_head
 from calm.models.lessons import Lesson, taught_losses
 from calm.models.saving import SavedAnew
 from calm.models.thoughts import Thinking, read_positions, scale_of
 from calm.models.token_layers import TokenLayer
-from calm.models.writing.generate import ChunkGenerationMixin
 
 _NO_VECTORS = (
     "a CALM does not accept inputs_embeds, because it reads whole chunks of tokens. Prompt and prefix tuning "

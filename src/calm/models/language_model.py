@@ -24,13 +24,13 @@ from calm.models.blocks import LastTokenProjection
 from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.drafting.generate import Drafting, generate_drafted
+from calm.models.generation.alternatives import Alternatives, draw_alternatives, outcome_of
+from calm.models.generation.arguments import num_texts
+from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import Likelihood, Teachable
 from calm.models.readers import NO_DISTRIBUTION, ChunkReader, LikelihoodChunkReader, Reader, TokensReader
 from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
-from calm.models.writing.alternatives import Alternatives, draw_alternatives, outcome_of
-from calm.models.writing.arguments import num_texts
-from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.ranges import SEEDS
 
 _ALIBI = ("bloom", "mpt")  # They derive positions from the mask.
@@ -153,7 +153,7 @@ class LanguageModel(abc.ABC):
         """
 
     def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
-        """Candidates for a text's next chunk; see `calm.models.writing.alternatives.draw_alternatives`.
+        """Candidates for a text's next chunk; see `calm.models.generation.alternatives.draw_alternatives`.
 
         Raises:
             InputError: If the model does not generate chunks.

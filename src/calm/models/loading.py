@@ -28,6 +28,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.fields import check_generation, check_switches
 from calm.models.foreign import check_transformer
+from calm.models.generation.ahead import find_steps, forget_steps
 from calm.models.gguf import check_gguf
 from calm.models.missing import look_for, no_model_in, not_given, place_of
 from calm.models.registration import register
@@ -35,7 +36,6 @@ from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
-from calm.models.writing.ahead import find_steps, forget_steps
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
 

@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import as_id_tensor
-from calm.models.writing.arguments import num_texts
+from calm.models.generation.arguments import num_texts
 
 _CACHES = "with thoughts, generate creates its own cache"
 _DRAFTS = "drafting and contrastive methods would ignore the thoughts"

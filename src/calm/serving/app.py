@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from calm.models.calm import CalmForCausalLM
-from calm.models.writing.batching import BatchLimits
+from calm.models.generation.batching import BatchLimits
 from calm.serving.bodies import read_body
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import Engine

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calm.errors import reason_of
+from calm.models.generation.batching import BatchLimits
+from calm.models.generation.rows import Failed, Row, Written
 from calm.models.thoughts import Thoughts
-from calm.models.writing.batching import BatchLimits
-from calm.models.writing.rows import Failed, Row, Written
 from calm.serving.writers import HowToDraw, Writer
 
 logger = logging.getLogger(__name__)

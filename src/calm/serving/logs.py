@@ -8,7 +8,7 @@ from collections.abc import Callable
 _LOGGERS = (
     "asyncio",
     "uvicorn.error",
-    "calm.models.writing.batching",
+    "calm.models.generation.batching",
     "calm.serving.app",
     "calm.serving.connections",
     "calm.serving.engine",

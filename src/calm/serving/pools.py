@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from calm.core.temperature import distribution_of_pool
+from calm.models.generation.alternatives import Alternatives, draw_alternatives, ends_of, up_to_end
 from calm.models.thoughts import Thoughts
-from calm.models.writing.alternatives import Alternatives, draw_alternatives, ends_of, up_to_end
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictStr, model_validator
 
 from calm.core.samplers import Sampler
+from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import HeadConfig
-from calm.models.writing.sampler_registry import default_sampler, sampler_from
 from calm.serving.errors import ApiError
 from calm.serving.fields import check_fields
 from calm.serving.messages import read_messages

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calm.models.generation.rows import Written
 from calm.models.thoughts import Thoughts
-from calm.models.writing.rows import Written
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
 from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers

@@ -14,9 +14,9 @@ from calm.errors import InputError
 from calm.extras import require
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.loading import load_draft
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
-from calm.models.writing.sampler_registry import sampler_from
 from calm.serving.logs import fold_repeats
 
 KEY_VARIABLE = "CALM_API_KEY"

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from calm.core.samplers import Sampler
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.batching import DraftedBatch, TokenSampler
+from calm.models.generation.batching import BatchLimits, ChunkBatch
+from calm.models.generation.rows import Failed, Row, Written
+from calm.models.generation.sampling import check_sampler
 from calm.models.thoughts import Thoughts
-from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.rows import Failed, Row, Written
-from calm.models.writing.sampling import check_sampler
 from calm.serving.errors import ApiError
 from calm.serving.protocol import SamplingRequest, of_setting
 from calm.serving.settings import ServerSettings

@@ -12,7 +12,7 @@ from calm.core.branches import TEXT
 from calm.models.drafting import growing
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.growing import best_shape, line_shape
-from calm.models.writing.prompts import Prompt
+from calm.models.generation.prompts import Prompt
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 BEFORE = [1, 5, 6, 12, 9, 30, 4]

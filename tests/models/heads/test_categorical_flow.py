@@ -10,8 +10,8 @@ from calm import CalmAutoencoder, CalmAutoencoderConfig, CalmConfig, CalmForCaus
 from calm.core.categorical import last_time
 from calm.evaluation.reconstruction import evaluate_reconstruction
 from calm.flops import autoencoder_training_flops
+from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import Target
-from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 HEAD = {"head_type": "categorical_flow"}
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))

@@ -16,9 +16,9 @@ from calm.core.gaussian import DiagonalGaussian
 from calm.errors import InputError
 from calm.flops import Work, cost_of
 from calm.models.blocks import ZeroLinear
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, Target, parse_head_config, register_head
 from calm.models.heads.step_network import StepHeadConfig
-from calm.models.writing.sampler_registry import sampler_from
 
 every_head = pytest.mark.parametrize("head_type", HEADS)
 ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(5))

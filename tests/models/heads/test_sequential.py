@@ -11,12 +11,12 @@ from torch.testing import assert_close
 from calm import CalmForCausalLM
 from calm.core.distillation import Teaching
 from calm.errors import InputError
+from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import Likelihood, Target
 from calm.models.heads.registry import build_head
 from calm.models.heads.scores import draw_tokens
 from calm.models.heads.vocabulary import ClassedTokens, TwoSoftmaxes
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.models.writing.sampler_registry import default_sampler, sampler_from
 
 HEAD = {"head_type": "sequential"}
 KINDS = {"one softmax": HEAD, "classes": HEAD | {"num_classes": 2}, "a class each": HEAD | {"num_classes": 9}}

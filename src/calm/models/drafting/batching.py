@@ -1,6 +1,6 @@
 """A batch of texts generated with a draft: they join and leave at any time, and each has its own rounds.
 
-The interface is that of `calm.models.writing.batching.ChunkBatch`, so a server can use either.
+The interface is that of `calm.models.generation.batching.ChunkBatch`, so a server can use either.
 """
 
 from collections import deque
@@ -18,9 +18,9 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.generate import Drafting
 from calm.models.drafting.text import DraftedText
+from calm.models.generation.alternatives import ends_of, up_to_end
+from calm.models.generation.rows import Failed, Row, Written
 from calm.models.thoughts import Thoughts
-from calm.models.writing.alternatives import ends_of, up_to_end
-from calm.models.writing.rows import Failed, Row, Written
 
 
 @dataclass(frozen=True, kw_only=True)

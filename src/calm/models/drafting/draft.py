@@ -16,12 +16,12 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.context import longest_context
 from calm.models.drafting.growing import Growing, best_shape, line_shape
 from calm.models.drafting.lookup import Lookup
+from calm.models.generation.alternatives import ends_of, up_to_end
+from calm.models.generation.reading import read_on
+from calm.models.generation.slots import SlotCache
+from calm.models.generation.steps import SlotSteps
 from calm.models.heads import TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE
-from calm.models.writing.alternatives import ends_of, up_to_end
-from calm.models.writing.reading import read_on
-from calm.models.writing.slots import SlotCache
-from calm.models.writing.steps import SlotSteps
 
 TREE_TOKENS = 8
 """More tokens of a larger tree are accepted, but reading it takes longer (docs/log.md)."""

@@ -19,8 +19,8 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import TREE_TOKENS, ChunkDrafter
 from calm.models.drafting.passes import check_model
 from calm.models.drafting.text import DraftedText
-from calm.models.writing.alternatives import ends_of
-from calm.models.writing.arguments import num_texts
+from calm.models.generation.alternatives import ends_of
+from calm.models.generation.arguments import num_texts
 
 # Arguments of `generate` that do not work with a draft, and their neutral values.
 _REFUSED = {

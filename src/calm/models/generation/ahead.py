@@ -18,15 +18,20 @@ from torch import Tensor
 
 from calm.core.random import Randomness, Request, numbers_for
 from calm.errors import reason_of
-from calm.models.heads.contract import refuse_damaged
-from calm.models.writing.compiled_files import (
+from calm.models.generation.compiled_files import (
     digest_of_weights,
     folder_of_kind,
     load_function,
     state_of_weights,
 )
-from calm.models.writing.lean import can_step
-from calm.models.writing.tracing import compile_function, function_name, functions_to_trace, requests_of_draw
+from calm.models.generation.lean import can_step
+from calm.models.generation.tracing import (
+    compile_function,
+    function_name,
+    functions_to_trace,
+    requests_of_draw,
+)
+from calm.models.heads.contract import refuse_damaged
 
 logger = logging.getLogger(__name__)
 _SCORES_AT_ONCE = 2**24  # Token logits held at once: 64 MiB in float32.

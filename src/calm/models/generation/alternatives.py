@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache
 from calm.core.chunks import as_id_tensor
 from calm.core.random import DrawsInParts, generators_of_rows
 from calm.core.temperature import distribution_of_pool
+from calm.models.generation.model import ChunkModel
+from calm.models.generation.prompts import Prompt, read_chunks
 from calm.models.heads import Likelihood
 from calm.models.heads.contract import MIN_TEMPERATURE
 from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
-from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt, read_chunks
 
 Chunk = tuple[int, ...]
 _DRAWS_AT_ONCE = 64

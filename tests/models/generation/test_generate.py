@@ -9,12 +9,12 @@ from torch.testing import assert_close
 from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer
 
 import calm.core.temperature as temperature_module
-import calm.models.writing.sampling as sampling_module
+import calm.models.generation.sampling as sampling_module
 from calm.core.chunks import align_to_chunks
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
-from calm.models.writing.lean import ChunkStep
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation.lean import ChunkStep
+from calm.models.generation.sampler_registry import sampler_from
 
 
 def without_eos(model):

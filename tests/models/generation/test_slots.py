@@ -5,9 +5,9 @@ import torch
 from tiny import tiny_model
 from transformers.cache_utils import DynamicCache
 
-from calm.models.writing.lean import ChunkStep, can_step
-from calm.models.writing.prompts import Prompt, positions_of, read_chunks
-from calm.models.writing.slots import SlotCache
+from calm.models.generation.lean import ChunkStep, can_step
+from calm.models.generation.prompts import Prompt, positions_of, read_chunks
+from calm.models.generation.slots import SlotCache
 
 LENGTHS = (24, 9, 17)
 

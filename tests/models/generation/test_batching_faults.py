@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from calm.models.writing import lean
-from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.rows import Failed, OpenRows
-from calm.models.writing.sampler_registry import sampler_from
-from calm.models.writing.slots import SlotCache
+from calm.models.generation import lean
+from calm.models.generation.batching import BatchLimits, ChunkBatch
+from calm.models.generation.rows import Failed, OpenRows
+from calm.models.generation.sampler_registry import sampler_from
+from calm.models.generation.slots import SlotCache
 
 SETTINGS = (
     sampler_from(),

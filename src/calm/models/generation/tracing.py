@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from calm.core.random import GivenNumbers, NotedRequests, Request, numbers_for
 from calm.errors import reason_of
+from calm.models.generation.compiled_files import load_function
+from calm.models.generation.lean import ChunkStep
 from calm.models.heads.contract import traced_checks
-from calm.models.writing.compiled_files import load_function
-from calm.models.writing.lean import ChunkStep
 
 _ROWS = torch.export.Dim("rows", min=2, max=2**16)
 _CHUNKS = torch.export.Dim("chunks", min=2, max=2**24)

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import positions_of, split_into_chunks
+from calm.models.generation.model import ChunkModel
+from calm.models.generation.prefixes import PrefixStore, names_of
+from calm.models.generation.prompts import Prompt, read_chunks
+from calm.models.generation.rows import Failed, OpenRows, Row
+from calm.models.generation.slots import SlotCache
 from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
-from calm.models.writing.model import ChunkModel
-from calm.models.writing.prefixes import PrefixStore, names_of
-from calm.models.writing.prompts import Prompt, read_chunks
-from calm.models.writing.rows import Failed, OpenRows, Row
-from calm.models.writing.slots import SlotCache
 
 _MOST_BEGUN, _TURN_OF_OLDEST = 4, 4
 

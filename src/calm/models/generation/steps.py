@@ -12,11 +12,11 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from calm.core.chunks import positions_of
-from calm.models.writing.ahead import CompiledSteps, find_steps
-from calm.models.writing.lean import ChunkStep, can_step
-from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt, read_chunks
-from calm.models.writing.slots import SlotCache
+from calm.models.generation.ahead import CompiledSteps, find_steps
+from calm.models.generation.lean import ChunkStep, can_step
+from calm.models.generation.model import ChunkModel
+from calm.models.generation.prompts import Prompt, read_chunks
+from calm.models.generation.slots import SlotCache
 
 # Lengths of static caches are powers of two from here on, so texts of many lengths share a compiled step.
 _SHORTEST_STATIC = 64
@@ -96,7 +96,7 @@ class SlotSteps:
 
 
 class LeanSteps:
-    """Steps that do no more than a chunk needs; see `calm.models.writing.lean`.
+    """Steps that do no more than a chunk needs; see `calm.models.generation.lean`.
 
     Args:
         model: The model.

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calm.core.chunks import align_to_chunks, positions_of
+from calm.models.generation.model import ChunkModel
 from calm.models.thoughts import THOUGHT, Thoughts
-from calm.models.writing.model import ChunkModel
 
 
 class Prompt(NamedTuple):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import EOS, tiny_model
 
-from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.sampler_registry import sampler_from
+from calm.models.generation.batching import BatchLimits, ChunkBatch
+from calm.models.generation.sampler_registry import sampler_from
 
 SETTINGS = (
     sampler_from(temperature=1.0),
@@ -128,7 +128,9 @@ def test_a_row_that_cannot_join_leaves_nothing_behind(place, monkeypatch):
     written = {first: batch.step()[0].tokens}
     without_memory = batch.join([9, 10, 11, 12, 13], settings, 8, 2)
     with monkeypatch.context() as patched:
-        patched.setattr(f"calm.models.writing.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr(
+            f"calm.models.generation.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError())
+        )
         failed, one = batch.step()
     assert (failed.row, type(failed.error)) == (without_memory, MemoryError)
     written[first] += one.tokens

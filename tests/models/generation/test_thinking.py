@@ -8,10 +8,10 @@ import torch
 from tiny import BOS, EOS, thinking_model, tiny_model
 
 from calm.core.random import generators_of_rows
+from calm.models.generation.alternatives import draw_alternatives, outcome_of, up_to_end
+from calm.models.generation.batching import BatchLimits, ChunkBatch
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.thoughts import THOUGHT, Thoughts
-from calm.models.writing.alternatives import draw_alternatives, outcome_of, up_to_end
-from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.sampler_registry import sampler_from
 
 SAMPLER = sampler_from(temperature=1.0)
 

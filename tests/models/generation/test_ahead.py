@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from calm.core.random import numbers_for
 from calm.core.samplers import HeadSampler
+from calm.models.generation import ahead, tracing
+from calm.models.generation.ahead import compile_steps, find_steps
+from calm.models.generation.batching import ChunkBatch
+from calm.models.generation.sampler_registry import sampler_from
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import folder_of
-from calm.models.writing import ahead, tracing
-from calm.models.writing.ahead import compile_steps, find_steps
-from calm.models.writing.batching import ChunkBatch
-from calm.models.writing.sampler_registry import sampler_from
 
 pytestmark = pytest.mark.timeout(900)  # A compiler is at work.
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from calm.models.writing.batching import BatchLimits, ChunkBatch
-from calm.models.writing.prefixes import PrefixStore
-from calm.models.writing.prompts import Prompt
-from calm.models.writing.reading import PromptReader
-from calm.models.writing.rows import Row
-from calm.models.writing.sampler_registry import sampler_from
-from calm.models.writing.slots import SlotCache
+from calm.models.generation.batching import BatchLimits, ChunkBatch
+from calm.models.generation.prefixes import PrefixStore
+from calm.models.generation.prompts import Prompt
+from calm.models.generation.reading import PromptReader
+from calm.models.generation.rows import Row
+from calm.models.generation.sampler_registry import sampler_from
+from calm.models.generation.slots import SlotCache
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from calm.core.random import generator_of_row
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.errors import reason_of
+from calm.models.generation.model import ChunkModel
+from calm.models.generation.prefixes import PrefixStore
+from calm.models.generation.reading import PromptReader
+from calm.models.generation.rows import Failed, OpenRows, Row, Written
+from calm.models.generation.steps import SlotSteps
 from calm.models.thoughts import Thoughts
-from calm.models.writing.model import ChunkModel
-from calm.models.writing.prefixes import PrefixStore
-from calm.models.writing.reading import PromptReader
-from calm.models.writing.rows import Failed, OpenRows, Row, Written
-from calm.models.writing.steps import SlotSteps
 
 logger = logging.getLogger(__name__)
 _ALONE = 16  # Prompts are read in pieces this many times larger while no row is being generated.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from calm.models.writing.slots import SlotCache
+from calm.models.generation.slots import SlotCache
 
 
 @dataclass(eq=False)

@@ -11,10 +11,10 @@ from calm.core.random import Randomness, select_rows
 from calm.core.samplers import HeadSampler, Sampler
 from calm.core.temperature import ChunkSample
 from calm.models.autoencoder import CalmAutoencoder
+from calm.models.generation.ahead import CompiledSteps
+from calm.models.generation.model import ChunkModel
 from calm.models.heads import GenerativeHead, LatentHead
 from calm.models.heads.contract import require_finite
-from calm.models.writing.ahead import CompiledSteps
-from calm.models.writing.model import ChunkModel
 
 # If the vocabulary projection has at least this many weights, tokens are decoded only where they matter. With
 # fewer, decoding all K of every draw is cheaper than finding out which are needed (docs/benchmarks.md).

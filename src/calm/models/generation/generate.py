@@ -19,15 +19,15 @@ from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
 from calm.models.context import check_room, room_beside
+from calm.models.generation.ahead import CompiledSteps
+from calm.models.generation.arguments import REFUSED, check_arguments, num_texts
+from calm.models.generation.model import ChunkModel
+from calm.models.generation.prompts import Prompt
+from calm.models.generation.sampler_registry import default_sampler, sampler_from
+from calm.models.generation.sampling import sample_chunks
+from calm.models.generation.steps import steps_of
+from calm.models.generation.stopping import Stopping
 from calm.models.thoughts import Thoughts, num_tokens_of, thoughts_for
-from calm.models.writing.ahead import CompiledSteps
-from calm.models.writing.arguments import REFUSED, check_arguments, num_texts
-from calm.models.writing.model import ChunkModel
-from calm.models.writing.prompts import Prompt
-from calm.models.writing.sampler_registry import default_sampler, sampler_from
-from calm.models.writing.sampling import sample_chunks
-from calm.models.writing.steps import steps_of
-from calm.models.writing.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -106,9 +106,9 @@ class ChunkGenerationMixin:
                 keyword arguments override it. Supported are
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
                 sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
-                `cache_implementation` and `compile_config` (see `calm.models.writing.steps`), `eos_token_id`,
-                `pad_token_id` and `return_dict_in_generate`. Others are accepted at their defaults and are
-                errors otherwise (see `calm.models.writing.arguments`).
+                `cache_implementation` and `compile_config` (see `calm.models.generation.steps`),
+                `eos_token_id`, `pad_token_id` and `return_dict_in_generate`. Others are accepted at their defaults and are
+                errors otherwise (see `calm.models.generation.arguments`).
                 `do_sample=False` asks for greedy decoding, which does not exist for chunks, and is an error:
                 use `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are generated (batch of one).
@@ -180,7 +180,7 @@ class ChunkGenerationMixin:
         randomness: Randomness = None,
         compiled: CompiledSteps | None = None,
     ) -> ChunkSample:
-        """Sample one next chunk per state; see `calm.models.writing.sampling.sample_chunks`."""
+        """Sample one next chunk per state; see `calm.models.generation.sampling.sample_chunks`."""
         return sample_chunks(self, states_PD, sampler, randomness, compiled)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calm.errors import reason_of
-from calm.models.writing.slots import SlotCache
+from calm.models.generation.slots import SlotCache
 
 logger = logging.getLogger(__name__)
 _BLOCK = 8  # Chunks that are cached or evicted together.
