@@ -107,8 +107,8 @@ class ChunkGenerationMixin:
                 `max_new_tokens` (or `max_length`), `temperature` (0 to 1), `top_p` and `min_p` (pool
                 sampler), `num_return_sequences`, `stop_strings`, `max_time`, `use_cache`,
                 `cache_implementation` and `compile_config` (see `calm.models.generation.steps`),
-                `eos_token_id`, `pad_token_id` and `return_dict_in_generate`. Others are accepted at their defaults and are
-                errors otherwise (see `calm.models.generation.arguments`).
+                `eos_token_id`, `pad_token_id` and `return_dict_in_generate`. Others are accepted at their
+                defaults and are errors otherwise (see `calm.models.generation.arguments`).
                 `do_sample=False` asks for greedy decoding, which does not exist for chunks, and is an error:
                 use `temperature=0` for the mode of a pool.
             streamer: Receives the new tokens as they are generated (batch of one).
