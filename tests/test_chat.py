@@ -227,7 +227,7 @@ def test_thoughts_take_room_in_a_chat(tokenizer):
 def test_thoughts_that_a_model_cannot_take(tokenizer):
     with pytest.raises(InputError, match="at most 10,000, got 10001"):
         Conversation(tiny_model(4, vocab_size=320), tokenizer, num_thoughts=10_001)
-    with pytest.raises(InputError, match="not for a LlamaForCausalLM; leave out num_thoughts"):
+    with pytest.raises(InputError, match="not a transformers LlamaForCausalLM; leave out num_thoughts"):
         Conversation(baseline(), tokenizer, num_thoughts=3)
 
 

@@ -112,7 +112,7 @@ def test_long_contexts_lose_their_beginning(folder):
     harness = HarnessModel(str(folder))
     [text] = harness.generate_until([instance("word " * 500, {"max_gen_toks": 8})])
     assert isinstance(text, str)
-    with pytest.raises(InputError, match="300 tokens do not fit"):
+    with pytest.raises(InputError, match="300 new tokens leave no room"):
         harness.generate_until([instance("word", {"max_gen_toks": 300})])
     with pytest.raises(InputError, match="does not support 'num_beams'"):
         harness.generate_until([instance("word", {"num_beams": 3})])

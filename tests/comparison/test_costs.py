@@ -101,5 +101,5 @@ def test_what_a_model_took_before_it_was_fine_tuned_is_not_known(recipe, tmp_pat
     write_recipe(FinetuningRecipe(model="stories"), tmp_path / "recipe.yaml")
     (tmp_path / "history.json").write_text("[]")
     assert record_of(tmp_path, model_config(recipe, VOCABULARY)) is None
-    with pytest.raises(InputError, match="say which with --data"):  # And no text to score it on.
+    with pytest.raises(InputError, match="pass it with --data"):  # And no text to score it on.
         _open_data(tmp_path, None)

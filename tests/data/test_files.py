@@ -105,7 +105,7 @@ def test_links_are_followed_once(folder, tmp_path, caplog):
     os.link(folder / "a.txt", folder / "z.txt")
     assert names(folder) == ["a.txt", "blob.jsonl", "d.txt", "link/deep/b.txt"]
     [message] = told(folder, caplog)
-    assert message == f"read 4 files of '{folder}'; left out: hidden (1), already read under another name (3)"
+    assert message == f"read 4 files of '{folder}'; left out: already read under another name (3), hidden (1)"
 
 
 def test_a_link_to_what_is_read_anyway_changes_nothing(folder):
@@ -195,5 +195,5 @@ def test_text_records_and_streams_leave_out_the_same(folder, tmp_path, caplog):
     assert list(shard.read()) == ["a"]
     messages = {record.getMessage() for record in caplog.records if record.name == "calm.data.files"}
     assert messages == {
-        f"read 1 file of '{folder}'; left out: hidden (1), already read under another name (1)"
+        f"read 1 file of '{folder}'; left out: already read under another name (1), hidden (1)"
     }

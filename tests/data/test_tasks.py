@@ -241,7 +241,7 @@ def test_mistakes(tmp_path, capsys):
     assert file.read_text() != "mine"
     assert "number must be at least 1" in failure(capsys, *command, "--overwrite", "--number", "0")
     assert "hops" in failure(capsys, *command, "--overwrite", "--hops", "99")
-    assert "no task 'tree'; there are chain, graph, path" in failure(
+    assert "no task 'tree'; use one of: chain, graph, path" in failure(
         capsys, "tasks", "tree", *command[2:], "--overwrite"
     )
     assert file.read_text().startswith('{"prompt": ')

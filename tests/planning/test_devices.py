@@ -36,8 +36,8 @@ def test_numbers():
 @pytest.mark.parametrize(
     ("text", "numbers", "said"),
     [
-        ("8xH10", NONE, "no card 'H10'.*known are A100-40.*did you mean 'H100'"),
-        ("toaster", NONE, "no card 'toaster'; known are A100-40, .*MI300X"),
+        ("8xH10", NONE, "no card 'H10'.*use one of A100-40.*did you mean 'H100'"),
+        ("toaster", NONE, "no card 'toaster'; use one of A100-40, .*MI300X"),
         ("4090", NONE, r"--devices 4090 names no card: add --memory, --flops, --bandwidth, --watts"),
         ("4", Numbers(memory=24, watts=1), "--devices 4 names no card: add --flops, --bandwidth"),
         ("0xH100", NONE, "the number of devices must be at least 1 .* got 0"),

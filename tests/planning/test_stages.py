@@ -78,7 +78,7 @@ def test_a_batch_is_what_the_network_is_called_with():
         ({"language_model.num_heads": 7}, 1, "does not define a valid model"),
         ({"language_model.training.optimizer.name": "nadamn"}, 1, "there is no optimizer 'nadamn'"),
         ({"model": "autoregressive"}, 1, "set chunk_size to 1"),
-        ({"data.tokenizer": "there/is/none"}, 1, "with --vocab_size"),
+        ({"data.tokenizer": "there/is/none"}, 1, "pass --vocab_size"),
         (
             {"language_model.sharded": True, "language_model.training.compile": True},
             1,

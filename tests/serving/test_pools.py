@@ -70,7 +70,7 @@ def test_as_many_draws_as_the_server_makes_where_a_request_says_none(limits, num
 
 
 BAD = {
-    "draws": ({"num_draws": 5000}, "may be 1000 at most"),
+    "draws": ({"num_draws": 5000}, "must be at most 1000"),
     "few draws": ({"num_draws": 1, "temperatures": [0.5]}, "needs at least 2 draws"),
     "no end of draws": ({"temperatures": [1e-300]}, "of 1e-300 needs 1e+300 draws, got 64"),
     "temperature": ({"temperatures": [2.0]}, "between 0 and 1"),
@@ -80,8 +80,8 @@ BAD = {
     "not whole": ({"written": [5, 6.5]}, "written[1]: token ids must be whole numbers, got 6.5"),
     "many temperatures": ({"temperatures": [1] * 17}, "may have at most 16 values"),
     "long": ({"prompt": [5] * 256}, "no room for another chunk"),
-    "nothing to follow": ({"prompt": None}, "either a 'prompt' or 'messages'"),
-    "two to follow": ({"messages": MESSAGES}, "either a 'prompt' or 'messages'"),
+    "nothing to follow": ({"prompt": None}, "either 'prompt' or 'messages'"),
+    "two to follow": ({"messages": MESSAGES}, "either 'prompt' or 'messages'"),
     "no messages": ({"prompt": None, "messages": []}, "messages"),
     "half a chunk": ({"chunk": [5, 6]}, "'chunk' must have 4 tokens, or fewer if it ends with an EOS token"),
     "tokens behind the end": ({"chunk": [5, EOS, 6, 7]}, "no tokens may follow the end"),

@@ -160,9 +160,9 @@ BAD = {
     "cold": ({"temperature": -1}, "greater than or equal to 0", "temperature"),
     "top_p": ({"top_p": 0}, "greater than 0", "top_p"),
     "no tokens": ({"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
-    "many tokens": ({"max_tokens": 5000}, "may be 4096 at most", "max_tokens"),
+    "many tokens": ({"max_tokens": 5000}, "must be at most 4096", "max_tokens"),
     "long": ({"max_tokens": 300}, "more than the context of 256", "prompt"),
-    "draws": ({"extra_body": {"max_draws": 10**6}}, "may be 1000 at most", "max_draws"),
+    "draws": ({"extra_body": {"max_draws": 10**6}}, "must be at most 1000", "max_draws"),
     "sampler": (
         {"extra_body": {"sampler": "greedy"}},
         "sampler must be one of exact, pool, head; got 'greedy'",

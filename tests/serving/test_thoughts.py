@@ -143,7 +143,7 @@ def test_a_model_that_was_not_trained_to_think(path, server):
 def test_a_limit_of_its_own(thinker, tokenizer):
     with serving(thinker, tokenizer, max_thoughts=5) as server:
         assert post(server, num_thoughts=5, max_tokens=4).status_code == 200
-        assert "may be 5 at most" in post(server, num_thoughts=6).json()["error"]["message"]
+        assert "must be at most 5" in post(server, num_thoughts=6).json()["error"]["message"]
     with serving(thinker, tokenizer, max_thoughts=20_000) as server:
         assert "at most 10,000, got 15000" in post(server, num_thoughts=15_000).json()["error"]["message"]
 

@@ -185,7 +185,7 @@ def test_arguments_of_one_optimizer_are_not_those_of_another():
         ("extends: above.yaml", "^recipe 'typo.yaml': there is no setting 'data.contxt'"),
         ("extends: type.yaml\nseed: 1", "^recipe 'type.yaml': seed must be a whole number, got 'one'."),
         ("extends: type.yaml\nseed: two", "^recipe 'r.yaml': seed must be a whole number, got 'two'."),
-        ("extends: broken.yaml", r"^the recipe 'broken.yaml' is no YAML \(line 1"),
+        ("extends: broken.yaml", r"^the recipe 'broken.yaml' is not valid YAML \(line 1"),
         ("extends: empty.yaml", "^the recipe 'empty.yaml' contains no settings"),
         ("data: {extends: demo}", "there is no setting 'data.extends'"),
         ('extends: "a\\0b"', "extends 'a\0b', but there is no file"),

@@ -90,8 +90,8 @@ class LanguageModel(abc.ABC):
             return thoughts_for(self.network.config, number)
         if number:
             raise ValueError(
-                f"only CALM and Llama models support thoughts, not a {type(self.network).__name__}; leave "
-                "out num_thoughts."
+                "thoughts need a CALM or a Llama loaded by calm, not a transformers "
+                f"{type(self.network).__name__}; leave out num_thoughts."
             )
         return None
 

@@ -363,7 +363,7 @@ def test_bad_arguments(model, arguments, message):
 
 
 def test_bad_prompts(model):
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="non-empty"):
         model.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="a prompt is empty"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.zeros(1, 2))

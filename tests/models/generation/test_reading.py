@@ -303,7 +303,7 @@ def test_a_text_is_written_where_its_beginning_cannot_be_kept_or_found(
     [expected] = other.step()
     monkeypatch.setattr(owner, name, fail)
     [written] = batch.step()
-    assert (written.row, written.tokens) == (rows[0], expected.tokens) and "beginning" in caplog.text
+    assert (written.row, written.tokens) == (rows[0], expected.tokens) and "prefix" in caplog.text
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
