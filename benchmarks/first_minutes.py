@@ -2,8 +2,8 @@
 
     python benchmarks/first_minutes.py --output docs/first_minutes.md
 
-It clones this repository into an empty folder, and types what the page shows. The output is that of the
-commands, as a log has it; long ones are cut in the middle, and said to be.
+It clones this repository into an empty folder and runs the commands that the page shows. Their output is as in
+a log; long output is cut in the middle, and marked as cut.
 """
 
 import argparse
@@ -20,36 +20,41 @@ from measure import machine
 ROOT = Path(__file__).parents[1]
 _INTRODUCTION = """# The first ten minutes
 
-What a new user types and sees, from a clone to a model of the user's own, recorded by
-`benchmarks/first_minutes.py`. Times are those of whole commands. On a terminal, bars move in place; this is
-how a log has them.
+What you type and see as a new user, from a clone to a model of your own, recorded by
+`benchmarks/first_minutes.py`. Times are for whole commands. In a terminal, progress bars update in place;
+here they look as in a log.
 
 {machine}
 """
-# What is said before a command, the command, and after how many seconds Ctrl+C stops it.
+# Words before a command, the command, and after how many seconds Ctrl+C stops it.
 _STEPS: tuple[tuple[str, str, int | None], ...] = (
-    ("Everything goes into `.venv`; most of this is downloads.", "make install", None),
-    ("A small model comes with the package.", "calm generate stories 'Once upon a time' --seed 1", None),
-    ("What could each recipe do, and what does it need?", "calm recipes", None),
+    ("Everything goes into `.venv`; most of the time is downloads.", "make install", None),
     (
-        "The smallest recipe trains on the embedded stories from end to end.",
+        "Two small models come with the package, one trained on synthetic stories and one on old books.",
+        "calm generate stories 'Once upon a time' --seed 1",
+        None,
+    ),
+    ("The other one:", "calm generate classics 'It was a dark and stormy night' --seed 1", None),
+    ("What is each recipe for, and what does it need?", "calm recipes", None),
+    (
+        "The smallest recipe runs the whole pipeline on the embedded stories.",
         "calm demo --recipe cpu_tiny --output runs/first",
         None,
     ),
     (
-        "A text of one's own is a file or a folder; here it is the file that the demo has written. After a "
-        "while somebody presses Ctrl+C.",
+        "To train on your own text, name a file or a folder; here, the file that the demo wrote. After a "
+        "while, press Ctrl+C.",
         "calm train --recipe laptop_quick --data.sources runs/first-stories.jsonl --output runs/mine "
         "--language_model.training.steps 600 --language_model.training.save_every 100",
         50,
     ),
-    ("It goes on where it was.", "calm train --resume --output runs/mine", None),
+    ("Training resumes where it stopped.", "calm train --resume --output runs/mine", None),
     (
-        "The folder of a run is the name of its model.",
+        "A run's folder is the name of its model.",
         "calm generate runs/mine 'Once there lived a cat' -n 2 --seed 3",
         None,
     ),
-    ("As JSON, for other programs.", "calm generate runs/mine 'Once' --json --seed 3", None),
+    ("The same as JSON, for other programs:", "calm generate runs/mine 'Once' --json --seed 3", None),
 )
 _LINES, _COLUMNS = 40, 118
 
