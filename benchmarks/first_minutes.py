@@ -2,8 +2,8 @@
 
     python benchmarks/first_minutes.py --output docs/first_minutes.md
 
-It clones this repository into an empty folder and runs the commands that the page shows. Their output is as in
-a log; long output is cut in the middle, and marked as cut.
+It clones this repository into an empty folder and runs the commands that the page shows. Their output is as
+in a log; long output is cut in the middle, and marked as cut.
 """
 
 import argparse
