@@ -11,6 +11,7 @@ from transformers import CompileConfig, GenerationConfig, TextIteratorStreamer
 import calm.core.temperature as temperature_module
 import calm.models.generation.sampling as sampling_module
 from calm.core.chunks import align_to_chunks
+from calm.core.samplers import PoolSampler
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
 from calm.models.generation.lean import ChunkStep
@@ -250,6 +251,17 @@ def test_statistics_on_request():
     assert out.num_draws.tolist() == [[4, 0], [4, 4]]
     assert out.agreement.tolist() == [[1, 0], [1, 1]]
     assert not out.fell_back.any() and out.sequences.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "more", [{"num_draws": 8}, {"max_draws": 8}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
+)
+def test_a_sampler_brings_its_own_settings(more):
+    prompt_BT, model = torch.arange(8)[None], tiny_model(4)
+    text = model.generate(prompt_BT, sampler=PoolSampler(0.5, num_draws=8), seed=1, max_new_tokens=8)
+    assert text.shape[1] > 8
+    with pytest.raises(ValueError, match="a sampler object brings its own settings"):
+        model.generate(prompt_BT, sampler=PoolSampler(0.5), seed=1, max_new_tokens=8, **more)
 
 
 def test_statistics_of_both_samplers():

@@ -43,7 +43,8 @@ def sampler_from(
     text. At temperature 0, "exact" means the limit of the pool rule.
 
     Args:
-        sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is.
+        sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is
+            and takes no other setting from here but `temperature`, which is ignored.
         temperature: T in [0, 1].
         num_draws: See `PoolSampler`.
         max_draws: See `ExactSampler`.
@@ -52,21 +53,26 @@ def sampler_from(
         min_p: See `PoolSampler`.
 
     Raises:
-        ValueError: If the name is unknown or a value is out of range.
+        ValueError: If the name is unknown, a value is out of range, or a sampler object comes with settings.
     """
     if not isinstance(sampler, str):
+        counts = {"num_draws": num_draws, "max_draws": max_draws, "first_block": first_block}
+        given = [name for name, value in counts.items() if value is not None]
+        given += ["top_p and min_p"] * _truncates(top_p, min_p)
+        if given:
+            raise ValueError(f"a sampler object brings its own settings: set {given[0]} on the object.")
         return sampler
     check_cuts(1.0 if top_p is None else top_p, min_p or 0.0)
     check_counts(num_draws=num_draws, max_draws=max_draws, first_block=first_block)
     kind = _find(sampler)
     if kind is ExactSampler and temperature == 0:
         kind = PoolSampler
-    given: dict[str, Any] = {"temperature": temperature, "num_draws": num_draws, "max_draws": max_draws}
-    given |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
+    settings: dict[str, Any] = {"temperature": temperature, "num_draws": num_draws, "max_draws": max_draws}
+    settings |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
     own = {field.name for field in dataclasses.fields(kind)}
     if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
         raise ValueError("top_p and min_p truncate a pool of draws: use them with sampler='pool'.")
-    return kind(**{name: value for name, value in given.items() if value is not None and name in own})
+    return kind(**{name: value for name, value in settings.items() if value is not None and name in own})
 
 
 def check_name(name: str) -> None:
