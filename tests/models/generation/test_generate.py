@@ -257,11 +257,13 @@ def test_statistics_on_request():
     "more", [{"num_draws": 8}, {"max_draws": 8}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
 )
 def test_a_sampler_brings_its_own_settings(more):
-    prompt_BT, model = torch.arange(8)[None], tiny_model(4)
-    text = model.generate(prompt_BT, sampler=PoolSampler(0.5, num_draws=8), seed=1, max_new_tokens=8)
-    assert text.shape[1] > 8
+    model, prompt = without_eos(tiny_model()), torch.tensor([[5, 6, 7, 8]])
+    sampler = PoolSampler(temperature=0.5, num_draws=8)
+    text = model.generate(prompt, sampler=sampler, seed=1, max_new_tokens=8)
+    named = {"sampler": "pool", "temperature": 0.5, "num_draws": 8}
+    assert torch.equal(text, model.generate(prompt, **named, seed=1, max_new_tokens=8))
     with pytest.raises(ValueError, match="a sampler object brings its own settings"):
-        model.generate(prompt_BT, sampler=PoolSampler(0.5), seed=1, max_new_tokens=8, **more)
+        model.generate(prompt, sampler=sampler, seed=1, max_new_tokens=8, **more)
 
 
 def test_statistics_of_both_samplers():
