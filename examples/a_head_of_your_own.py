@@ -45,10 +45,10 @@ class MeanFlowHeadConfig(StepHeadConfig):
     Args:
         head_type: Always "mean_flow".
         num_blocks: Residual blocks.
-        num_draws: Targets N of a position in the loss, each with times and noise of its own.
+        num_draws: Targets N per position in the loss, each with its own times and noise.
         num_steps: Equal steps from noise to data; one is what it is trained for.
         instant_fraction: Share of targets with t = s, where the average velocity is the velocity.
-        frequency_size: Sines and cosines of a time.
+        frequency_size: Number of sines and cosines in the time embedding.
         layer_norm_eps: Epsilon of the norms.
     """
 
