@@ -78,6 +78,8 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
     assert "port 99999" in failure(capsys, "serve", folder, "--port", 99999)
+    for host in ("bad..name", f"{'a' * 70}.b"):  # Python refuses to encode these.
+        assert f"cannot listen on {host}, port" in failure(capsys, "serve", folder, "--host", host)
     assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
     assert "must be above 0, got -1" in failure(capsys, "serve", folder, "--header_seconds=-1")
     assert "prefix_bytes must be above 0, got -1" in failure(capsys, "serve", folder, "--prefix_bytes=-1")

@@ -151,7 +151,7 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # The last for names such as "a..b".
         raise InputError(
             f"cannot listen on {host}, port {port} ({error}); choose another --port or --host."
         ) from error
