@@ -223,10 +223,9 @@ def score_floor(output: Path) -> Result:
     floors = {}
     for name, ngrams in ngram_models([2, 3, 4], data.train["input_ids"], data.tokenizer, 4):
         one = score_ngrams_brier(ngrams, blocks)
-        floors[name] = brier_scores(one)
-        floors[name] |= {"nats": score_ngrams_perplexity(ngrams, blocks).cross_entropy}
-        if not one.brier_lm:
-            floors[name]["error"] = None
+        error = one.brier_lm_error if one.brier_lm else None
+        nats = score_ngrams_perplexity(ngrams, blocks).cross_entropy
+        floors[name] = brier_scores(one) | {"error": error, "nats": nats}
     return floors
 
 

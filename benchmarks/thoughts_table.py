@@ -78,10 +78,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
     kinds = [kind for kind in NAMES if any(row["kind"] == kind for row in rows)]
     most = list(rows[0]["hops"])[-1]
     text = [f"| {most} hops | {' | '.join(NAMES[kind] for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    lines_of_kinds = [lines_of([row for row in rows if row["kind"] == kind]) for kind in kinds]
     for shown in lines_of(rows):
         cells = []
-        for kind in kinds:
-            of_way, name = lines_of([row for row in rows if row["kind"] == kind]).get(shown, ([], ""))
+        for lines in lines_of_kinds:
+            of_way, name = lines.get(shown, ([], ""))
             cells.append(with_error([share(row["hops"][most]["answers"][name]) for row in of_way]))
         text.append(f"| {shown} | {' | '.join(cells)} |")
     return "\n".join(text)

@@ -33,6 +33,14 @@ class TrainingRecord:
     checkpoints: list[Checkpoint]
 
 
+def recipe_of_run(run: Path) -> Recipe | None:
+    """The recipe that a run was trained by; None for a bare model folder, or for a run of `calm finetune`."""
+    file = run / RECIPE
+    if not file.is_file() or kind_of_recipe(str(file)) is not Recipe:
+        return None
+    return read_recipe(str(file))
+
+
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     """The training record of a run; None for a bare model folder, or for a run of `calm finetune`.
 
@@ -42,11 +50,9 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
         run: Folder of the run.
         config: Configuration of its language model.
     """
-    if not (run / RECIPE).is_file() or not (run / HISTORY).is_file():
+    recipe = recipe_of_run(run)
+    if recipe is None or not (run / HISTORY).is_file():
         return None
-    if kind_of_recipe(str(run / RECIPE)) is not Recipe:
-        return None
-    recipe = read_recipe(str(run / RECIPE))
     history = read_json(run / HISTORY, dict)
     total = _of_language_model(recipe, config)
     if (teacher := read_facts_of_teacher(run)) is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from calm.comparison.costs import record_of
+from calm.comparison.costs import recipe_of_run, record_of
 from calm.core.brier import NUM_ORDERS
 from calm.core.samplers import ExactSampler
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
@@ -26,9 +26,7 @@ from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
-from calm.training.recipe import Recipe
-from calm.training.recipe_files import RECIPE, read_recipe
-from calm.training.recipe_settings import kind_of_recipe
+from calm.training.recipe_files import RECIPE
 
 _TEMPERATURE_SEED = 7
 
@@ -161,8 +159,8 @@ def _open_data(run: Path, data: Path | None) -> PreparedData:
         return load_prepared(data)
     if is_prepared(run / "data"):
         return load_prepared(run / "data")
-    if (run / RECIPE).is_file() and kind_of_recipe(str(run / RECIPE)) is Recipe:
-        sources = read_recipe(str(run / RECIPE)).data.source_list
+    if (recipe := recipe_of_run(run)) is not None:
+        sources = recipe.data.source_list
         if len(sources) == 1 and is_prepared(Path(sources[0])):
             return load_prepared(Path(sources[0]))
     raise InputError(f"'{run}' contains no prepared text; pass it with --data.")

@@ -16,7 +16,8 @@ from calm.errors import InputError
 from calm.extras import require
 from calm.hub.connection import is_hub_name, may_be_on_hub, unreachable
 from calm.hub.gguf import is_gguf, on_hub
-from calm.models.shipped import MODEL_FILES, expanded, folder_of, shipped_models
+from calm.models.shipped import MODEL_FILES, folder_of, shipped_models
+from calm.storage.disk import expanded
 
 _MOST_NAMED = 3
 _MOST_ALIKE = 50

@@ -6,6 +6,8 @@ The package ships models, so that there is something to generate with right afte
 from importlib.resources import files
 from pathlib import Path
 
+from calm.storage.disk import expanded
+
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -24,14 +26,6 @@ def folder_of(name: str) -> str:
         if holds_model(folder):
             return str(folder)
     return str(shipped_models().get(name, path))
-
-
-def expanded(name: str) -> Path:
-    """A path with ~ expanded to the home folder."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # There is no such user.
-        return Path(name)
 
 
 def holds_model(folder: Path) -> bool:

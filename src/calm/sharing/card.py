@@ -14,8 +14,9 @@ from calm.hub.connection import is_hub_name
 from calm.hub.gguf import on_hub
 from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
-from calm.models.shipped import expanded, shipped_models
+from calm.models.shipped import shipped_models
 from calm.quantities import short
+from calm.storage.disk import expanded
 from calm.training.recipe_files import RECIPE
 
 CARD = "README.md"

@@ -20,6 +20,14 @@ _MOST_OF_A_NAME = 50  # Characters, of up to 4 bytes each; file systems allow 25
 Value = TypeVar("Value", dict, list)
 
 
+def expanded(name: str) -> Path:
+    """A path with ~ expanded to the home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # There is no such user.
+        return Path(name)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path, left: str = "no existing data was lost") -> Iterator[None]:
     """Turn errors of a full or failing disk inside the block into one sentence.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calm.errors import InputError
 from calm.storage.checksums import write_checksums
-from calm.storage.disk import disk_errors
+from calm.storage.disk import disk_errors, expanded
 from calm.storage.locks import locked
 from calm.storage.ours import FolderKind, check_replaceable
 
@@ -48,10 +48,7 @@ def check_spared(output: Path, needed: Sequence[str]) -> None:
         needed: Paths, where ~ is the home folder; names that are not existing paths are ignored.
     """
     for name in needed:
-        places = [Path(name)]
-        with contextlib.suppress(RuntimeError):  # There is no such user.
-            places.append(places[0].expanduser())
-        paths = [place.resolve() for place in places if place.exists()]
+        paths = [place.resolve() for place in (Path(name), expanded(name)) if place.exists()]
         if any(output.resolve() in (path, *path.parents) for path in paths):
             raise InputError(
                 f"'{name}' lies in the output folder '{output}', where it would be replaced; choose another "

@@ -46,10 +46,9 @@ class ThoughtTraining:
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
         """The row of an example at a stage."""
         between = self._between(stage)
-        if self.labels_per_step:
-            labels = self.layout.step_labels(example, between, self.labels_per_step)
-            return self.layout.row(example, stage.left_out, between, labels)
-        return self.layout.row(example, stage.left_out, between)
+        per_step = self.labels_per_step
+        labels = self.layout.step_labels(example, between, per_step) if per_step else []
+        return self.layout.row(example, stage.left_out, between, labels)
 
     def _between(self, stage: Stage) -> list[int]:
         """Tokens of the markers and thoughts between question and answer."""

@@ -58,7 +58,8 @@ def sampler_from(
     if not isinstance(sampler, str):
         counts = {"num_draws": num_draws, "max_draws": max_draws, "first_block": first_block}
         given = [name for name, value in counts.items() if value is not None]
-        given += ["top_p and min_p"] * _truncates(top_p, min_p)
+        if _truncates(top_p, min_p):
+            given.append("top_p and min_p")
         if given:
             raise ValueError(f"a sampler object brings its own settings: set {given[0]} on the object.")
         return sampler
