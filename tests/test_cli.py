@@ -38,6 +38,8 @@ WRONG = [
     ),
     ("train --output o --data.sources.x 1", "unrecognized option --data.sources.x"),
     ("finetune --steps 1", "did you mean --training.steps?"),
+    ("train --resum --output nowhere", "there is no run to resume in 'nowhere'"),
+    ("train --rec=cpu_tiny --outp o --data.sourc ./nowhere", "there is no file or folder './nowhere'"),
     ("generate a b --max 3", "--max could be --max_new_tokens or --max_draws; write it in full."),
     ("generate a b --temperature", "--temperature needs a value."),
     ("train --recipe", "--recipe needs a value."),

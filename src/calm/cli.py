@@ -109,7 +109,8 @@ def _options_of(command: str, arguments: list[str]) -> Options:
     hints.pop("return")
     if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
-    return Options(hints, _positional_of(COMMANDS[command]), command, arguments)
+    options = Options(hints, _positional_of(COMMANDS[command]), command)
+    return dataclasses.replace(options, arguments=options.in_full(arguments))
 
 
 def _summary(function: Callable[..., None]) -> str:
@@ -201,6 +202,7 @@ def _answer_help(command: str, arguments: list[str]) -> bool:
 def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     """Parse the parameters of a command."""
     options = _options_of(command, arguments[1:])
+    arguments = [command, *options.arguments]
     if command in _RECIPES:
         arguments = _with_recipe_of_run(arguments)
     parser = build_parser([command])

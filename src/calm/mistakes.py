@@ -6,6 +6,7 @@ and restated with the names and types of the command at hand.
 
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,11 +35,22 @@ class Options:
     command: str = ""
     arguments: Sequence[str] = ()
 
+    def in_full(self, arguments: Sequence[str]) -> list[str]:
+        """Arguments with abbreviated options written in full; ambiguous ones stay as they are."""
+        known = [f"--{name}" for name in self.types if name not in self.positional]
+        result = list(arguments)
+        for i, argument in enumerate(itertools.takewhile(lambda one: one != "--", arguments)):
+            given, equals, value = argument.partition("=")
+            meant = [option for option in known if option.startswith(given)]
+            if given.startswith("--") and given not in known and len(meant) == 1:
+                result[i] = meant[0] + equals + value
+        return result
+
     def shown(self, name: str) -> str:
         """A name as the user wrote it: an option with dashes, a positional argument, or a key."""
         option = f"--{name}"
         written = [argument.split("=")[0] for argument in self.arguments if argument.startswith("--")]
-        # An option may be abbreviated, or followed by a key of a mapping.
+        # It may have been given with its group, or followed by a key of a mapping.
         is_option = any(option.startswith(one) or one.startswith(f"{option}.") for one in written)
         return option if is_option and name not in self.positional else name
 

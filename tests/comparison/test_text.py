@@ -4,7 +4,7 @@ import pytest
 
 from calm.comparison import text as text_module
 from calm.comparison.text import with_shared_text
-from calm.data.prepared import load_prepared, sources_of
+from calm.data.prepared import load_prepared, settings_of
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.training.recipe_files import read_recipe, with_settings
@@ -20,19 +20,33 @@ def test_a_recipe_without_sources_takes_the_embedded_stories(recipe, tmp_path, m
     shared = with_shared_text(recipe, tmp_path / "out")
     assert shared.data.sources == [str(tmp_path / "out/data")]
     assert load_prepared(tmp_path / "out/data").vocab_size == 300
-    assert sources_of(tmp_path / "out/data") == [str(tmp_path / "out/stories.jsonl")]
+    assert settings_of(tmp_path / "out/data")["sources"] == [str(tmp_path / "out/stories.jsonl")]
     (tmp_path / "out/stories.jsonl").unlink()  # Prepared once: it is not read again.
     assert with_shared_text(recipe, tmp_path / "out") == shared
 
 
-def test_a_folder_with_the_text_of_other_sources_is_refused(recipe, tmp_path):
-    for name in ("a", "b"):
-        write_stories(tmp_path / f"{name}.jsonl", 0, 20)
-    with_shared_text(with_settings(recipe, {"data.sources": [str(tmp_path / "a.jsonl")]}), tmp_path / "out")
-    with pytest.raises(InputError, match="was prepared from different sources than the recipe's"):
-        with_shared_text(
-            with_settings(recipe, {"data.sources": [str(tmp_path / "b.jsonl")]}), tmp_path / "out"
-        )
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data.sources", ["b.jsonl"]),
+        ("data.vocab_size", 400),
+        ("data.validation_sources", ["b.jsonl"]),
+        ("data.validation_fraction", 0.3),
+        ("data.text_field", "story"),
+        ("seed", 5),
+    ],
+)
+def test_text_that_was_prepared_with_other_settings_is_refused(recipe, tmp_path, monkeypatch, setting, value):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write_stories(tmp_path / name, 0, 20)
+    recipe = with_settings(recipe, {"data.sources": ["a.jsonl"], "data.validation_fraction": 0.2})
+    shared = with_shared_text(recipe, tmp_path / "out")
+    assert with_shared_text(with_settings(recipe, {"data.num_proc": 2}), tmp_path / "out").data.sources == (
+        shared.data.sources
+    )
+    with pytest.raises(InputError, match=rf"was prepared with {setting} .*, not .*; choose another --output"):
+        with_shared_text(with_settings(recipe, {setting: value}), tmp_path / "out")
 
 
 def test_streamed_text_is_not_shared(recipe, tmp_path):

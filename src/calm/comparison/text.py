@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from calm.data.prepared import is_prepared, sources_of
+from calm.data.prepared import is_prepared, settings_of
 from calm.data.stories import NUM_STORIES, write_stories
 from calm.errors import InputError
 from calm.storage.folders import new_folder
@@ -20,7 +20,7 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
             be read from another directory.
 
     Raises:
-        InputError: If the recipe streams its text, or the folder contains text from other sources.
+        InputError: If the recipe streams its text, or the folder's text was prepared with other settings.
     """
     if recipe.data.streaming:
         raise InputError(
@@ -36,8 +36,20 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
                 recipe, data=dataclasses.replace(recipe.data, sources=[str(stories)])
             )
         folder = prepare_text(recipe, output)
-    if folder == output / "data" and sources_of(folder) != recipe.data.source_list:
-        raise InputError(
-            f"'{folder}' was prepared from different sources than the recipe's; choose another --output."
-        )
+    if folder == output / "data":
+        _check_settings(recipe, folder)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=[str(folder)]))
+
+
+def _check_settings(recipe: Recipe, folder: Path) -> None:
+    """Raise InputError if a folder's text was prepared with other settings than a recipe's."""
+    data = recipe.data
+    lists = {"sources": data.source_list, "validation_sources": data.validation_source_list}
+    wanted = {"seed": recipe.seed, **dataclasses.asdict(data), **lists}
+    for name, before in settings_of(folder).items():
+        if before != wanted[name]:
+            option = name if name == "seed" else f"data.{name}"
+            raise InputError(
+                f"the text in '{folder}' was prepared with {option} {before!r}, not {wanted[name]!r}; choose "
+                "another --output."
+            )

@@ -130,6 +130,15 @@ def prepare(
                 "part_bytes": split.part_bytes,
                 "sample_documents": most,
                 "digest": digest,
+                "settings": {
+                    **asdict(options),
+                    "sources": names,
+                    "validation_sources": [name_of(source) for source in validation_sources],
+                    "validation_fraction": validation_fraction,
+                    "seed": seed,
+                    "tokenizer": tokenizer,
+                    "vocab_size": vocab_size,
+                },
             }
             (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     data = load_prepared(output)

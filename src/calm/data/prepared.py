@@ -276,9 +276,10 @@ def split_of(path: Path) -> Split:
     return Split(info.get("seed", 0), info["held_out_below"], info.get("part_bytes"))
 
 
-def sources_of(path: Path) -> list[str]:
-    """The sources that a folder was prepared from."""
-    return read_info(path)["sources"]
+def settings_of(path: Path) -> dict[str, Any]:
+    """The arguments of `prepare` that decide what text a folder has; of an earlier version, its sources."""
+    info = read_info(path)
+    return info.get("settings", {"sources": info["sources"]})
 
 
 def read_info(path: Path) -> dict[str, Any]:
