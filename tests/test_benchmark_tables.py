@@ -1,4 +1,4 @@
-"""Tables of benchmarks are drawn from the results in the repository, as docs/benchmarks.md says."""
+"""Tables of benchmarks are drawn from the results in the repository, as docs/benchmarks says."""
 
 import subprocess
 import sys
