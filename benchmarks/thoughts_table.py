@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from measure import error_of_mean
 
 from calm.report.panels import new_figure
@@ -122,37 +123,45 @@ CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
 
 
 def draw(rows: list[dict[str, Any]], figure: Path) -> None:
-    """Accuracy against hops, a panel for each task and kind of model."""
-    order = list(itertools.product(("path", "chain", "graph"), NAMES))
-    places = sorted({(row["task"], row["kind"]) for row in rows}, key=order.index)
-    columns = min(3, len(places))
-    lines = -(-len(places) // columns)
-    drawing = new_figure(3.4 * columns + 2.4, 3.2 * lines)
-    panels = drawing.subplots(lines, columns, squeeze=False).flatten()
-    for axes in panels[len(places) :]:
-        axes.set_axis_off()
+    """Accuracy against hops: a row of panels for each task, a column for each kind of model."""
+    tasks = [task for task in CHANCE if any(row["task"] == task for row in rows)]
+    drawing = new_figure(2.7 * len(NAMES), 2.3 * len(tasks) + 0.7)
+    panels = drawing.subplots(len(tasks), len(NAMES), squeeze=False, sharey=True)
     labels: dict[str, Any] = {}
-    for axes, (task, kind) in zip(panels, places, strict=False):
+    for (line, task), (column, kind) in itertools.product(enumerate(tasks), enumerate(NAMES)):
+        axes = panels[line][column]
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
-        for number, way in enumerate(DRAWN):
-            of_way = [row for row in chosen if row["way"] == way]
-            if not of_way:
-                continue
-            hops = [int(one) for one in of_way[0]["hops"]]
-            shares = [
-                [share(row["hops"][str(one)]["answers"]["as trained"]) for row in of_way] for one in hops
-            ]
-            means = [statistics.mean(one) for one in shares]
-            errors = [error_of_mean(one) for one in shares]
-            apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
-            look = {"marker": "osD^v<>PX*"[number], "color": COLORS[number], "capsize": 2}
-            labels[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)
+        if not chosen:
+            axes.set_axis_off()
+            continue
+        labels |= draw_panel(axes, chosen)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
-        axes.set(title=f"{task}, {NAMES[kind]}", xlabel="hops", ylabel="right answers, %", ylim=(-3, 103))
-        axes.set_xticks(hops)
+        axes.set(title=f"{task}, {NAMES[kind]}", ylim=(-3, 104))
+        if line == len(tasks) - 1:
+            axes.set_xlabel("hops")
+        if column == 0:
+            axes.set_ylabel("right answers, %")
     shown_ways = [shown for shown in SHOWN.values() if shown in labels]
     drawing.legend(
-        [labels[one] for one in shown_ways], shown_ways, loc="outside right center", frameon=False, fontsize=8
+        [labels[one] for one in shown_ways], shown_ways, loc="outside lower center", ncols=4, frameon=False
     )
     figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure.with_suffix(".png"), dpi=160, facecolor="white")
+    drawing.savefig(figure.with_suffix(".png"), dpi=140, facecolor="white")
+
+
+def draw_panel(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw one line per way, and return the lines by what their ways are called."""
+    lines: dict[str, Any] = {}
+    for number, way in enumerate(DRAWN):
+        of_way = [row for row in rows if row["way"] == way]
+        if not of_way:
+            continue
+        hops = [int(one) for one in of_way[0]["hops"]]
+        shares = [[share(row["hops"][str(one)]["answers"]["as trained"]) for row in of_way] for one in hops]
+        means = [statistics.mean(one) for one in shares]
+        errors = [error_of_mean(one) for one in shares]
+        apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
+        look = {"marker": "osD^v<>PX*"[number], "color": COLORS[number], "capsize": 2, "markersize": 5}
+        lines[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)
+        axes.set_xticks(hops)
+    return lines
