@@ -101,6 +101,15 @@ def test_truncation_keeps_the_commonest(cuts, weights):
     assert_weights(frequencies([6, 3, 3, 1], 1.0, **cuts), weights)
 
 
+@pytest.mark.parametrize("first", range(1, 30))
+def test_a_share_equal_to_a_limit_is_within_it(first):
+    """Whatever shares are in binary: top_p that one chunk reaches is reached, min_p that one has is had."""
+    others = 30 - first
+    assert (frequencies([first, *[1] * others], 1.0, 40, top_p=first / 30)[1:] > 0).any() == (first == 1)
+    if first % 10 == 0:
+        assert (frequencies([first, first // 10], 1.0, 400, min_p=0.1) > 0).all()
+
+
 def test_chunks_are_compared_by_all_ids():
     # The same first token everywhere; only the last differs: no two draws are equal but the pair.
     pool = torch.tensor([[5, 1], [5, 2], [5, 3], [5, 3]]).unsqueeze(1)

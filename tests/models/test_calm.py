@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import HEADS, tiny_config, tiny_model
+from tiny import HEADS, tiny_config, tiny_llama, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -163,7 +163,11 @@ def test_only_targets_carry_loss(model):
 
 def test_a_batch_without_targets_has_zero_loss(model):
     ids = torch.zeros(1, 8, dtype=torch.long)
-    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+    labels = torch.full_like(ids, -100)
+    assert model(ids, labels=labels).loss == 0
+    assert model(ids, labels=labels, num_items_in_batch=model.count_targets(labels)).loss == 0
+    assert model.autoencoder.train()(ids, labels=labels).loss == 0
+    assert tiny_llama().train()(ids, labels=labels).loss == 0
 
 
 def test_padding_in_front_is_masked(model):

@@ -185,3 +185,13 @@ def test_heads_without_distributions_of_tokens_cannot_learn():
     assert isinstance(lesson, Lesson)
     with pytest.raises(ValueError, match="energy head has no token distributions"):
         tiny_model(SIZE)(**batch, lesson=lesson)
+
+
+def test_a_teacher_and_thoughts_do_not_go_together():
+    batch = batch_of(1)
+    is_thought = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    is_thought[:, 3] = True
+    with pytest.raises(ValueError, match="a teacher is not supported with thoughts"):
+        tiny_llama(vocab_size=40).train()(
+            **batch, is_thought=is_thought, lesson=teacher_for(1).lesson(**batch)
+        )

@@ -42,6 +42,17 @@ def find_targets(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: 
     return is_target if position_ids_BC is None else is_target & (position_ids_BC[:, 1:] > 0)
 
 
+def mean_over(losses: Tensor, count: Tensor | int | None) -> Tensor:
+    """Sum of losses over a number of targets, (); 0 for a batch without a target, not 0 / 0.
+
+    Args:
+        losses: Losses, or their sum.
+        count: Number of targets that the mean is over; that of the losses if None.
+    """
+    count = torch.as_tensor(losses.numel() if count is None else count, device=losses.device)
+    return losses.sum() / count.masked_fill(count == 0, 1)
+
+
 def number_documents(position_ids_BC: Tensor) -> Tensor:
     """Number of the document that each chunk belongs to, (B, C), unique across rows.
 

@@ -188,7 +188,7 @@ def sample_exact(
             choice = choose_from_pool(
                 pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A)
             )
-            parts.append((rows_A, choice._replace(fell_back_R=~choice.fell_back_R)))
+            parts.append((rows_A, choice._replace(fell_back_R=torch.ones_like(choice.fell_back_R))))
             break
     place_R = torch.cat([rows for rows, _ in parts]).argsort()
     columns = zip(*(part for _, part in parts), strict=True)
@@ -278,9 +278,11 @@ def _log_weights(count_RN: Tensor, order: float) -> Tensor:
 
 def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
     """Which draws top_p or min_p removes."""
-    is_rare_RN = count_RN < min_p * count_RN.amax(-1, keepdim=True)
+    # Shares are single divisions in float64, so one that equals a limit is found equal to it.
+    is_rare_RN = count_RN.double() / count_RN.amax(-1, keepdim=True) < min_p
     # Share of the draws in strictly more frequent chunks.
     sorted_RN = count_RN.sort(dim=-1).values
     at_most_RN = torch.searchsorted(sorted_RN, count_RN.contiguous(), right=True)
-    commoner_RN = 1 - at_most_RN.double() / count_RN.shape[-1]
+    num_draws = count_RN.shape[-1]
+    commoner_RN = (num_draws - at_most_RN).double() / num_draws
     return is_rare_RN | (commoner_RN >= top_p)

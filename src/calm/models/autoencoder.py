@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from calm.core.argmax import argmax_of_scores
-from calm.core.chunks import IGNORED_LABEL, have_label, split_into_chunks
+from calm.core.chunks import IGNORED_LABEL, have_label, mean_over, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.codes import CodeDecoder, CodeEncoder, draw_codes
@@ -259,7 +259,7 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
         num_tokens, num_chunks = (
             self.count_targets(labels) if num_items_in_batch is None else num_items_in_batch
         )
-        cross_entropy, kl = cross_entropy / num_tokens, kl / num_chunks
+        cross_entropy, kl = mean_over(cross_entropy, num_tokens), mean_over(kl, num_chunks)
         loss = config.chunk_size * cross_entropy + config.kl_weight * kl
         return AutoencoderOutput(loss=loss, cross_entropy=cross_entropy.detach(), kl=kl.detach())
 

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
-from calm.core.chunks import IGNORED_LABEL, find_targets, split_into_chunks
+from calm.core.chunks import IGNORED_LABEL, find_targets, mean_over, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
 from calm.models.attention import norm_queries_and_keys
 from calm.models.autoencoder import CalmAutoencoder
@@ -105,7 +105,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         self.head.attach(self.autoencoder)
         self.head.attach_backbone(self.backbone)
         self.post_init()
-        self._freeze_autoencoder()
+        self._freeze_unused()
         self.generation_config = GenerationConfig(
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
@@ -122,15 +122,15 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             for sink in module.sinks:
                 init.zeros_(sink)
 
-    def _freeze_autoencoder(self) -> None:
+    def _freeze_unused(self) -> None:
         self.autoencoder.requires_grad_(False).eval()
-        if not self.config.reads_tokens:
+        if not (self.config.reads_tokens or self.head.shares_embeddings):
             self.backbone.embed_tokens.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "CalmForCausalLM":
         """Set the mode of backbone and head; the autoencoder stays frozen and in eval mode."""
         super().train(mode)
-        self._freeze_autoencoder()
+        self._freeze_unused()
         return self
 
     def change_sampling(self, **changes: Any) -> None:
@@ -263,9 +263,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             loss_P = self.head.loss(states_PD, Target(posterior_PZ, tokens_PK), noise, generator)
         else:
             loss_P = taught_losses(self.head, states_PD, tokens_PK, lesson, is_target_BC, labels)
-        count = loss_P.numel() if num_items_in_batch is None else num_items_in_batch
-        # An all-padding batch has no target: the loss is zero, not 0 / 0.
-        output.loss = loss_P.sum() / (count if isinstance(count, Tensor) else max(count, 1))
+        output.loss = mean_over(loss_P, num_items_in_batch)
         return output
 
     def _targets(self, chunks_BCK: Tensor, labels_BT: Tensor) -> Tensor:

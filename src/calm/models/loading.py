@@ -94,11 +94,12 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
     """Load a CALM onto this machine's best device, with its tokenizer.
 
     Raises:
-        InputError: If either is missing or damaged, or the tokenizer has more tokens than the model.
+        InputError: As `load_language_model_and_tokenizer`, or if the model is not a CALM.
     """
-    name = place_of(name)
-    model, tokenizer = _with_tokenizer(load_model(name, **kwargs), name)
-    find_steps(model)  # Now, so that the first text need not wait.
+    model, tokenizer = load_language_model_and_tokenizer(name, **kwargs)
+    if not isinstance(model, CalmForCausalLM):
+        kind = model.config.model_type
+        raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
     return model, tokenizer
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from calm.core.chunks import IGNORED_LABEL, align_to_chunks, positions_of
+from calm.core.chunks import IGNORED_LABEL, align_to_chunks, mean_over, positions_of
 from calm.core.cross_entropy import cross_entropy
 from calm.core.distillation import distillation
 from calm.models.caches import CACHE
@@ -59,6 +59,8 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         # Named and not in `others`: the Trainer passes only the columns that this signature names.
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if is_thought is not None and is_thought.any():
+            if lesson is not None:
+                raise ValueError("a teacher is not supported with thoughts: leave out the lesson.")
             return self._forward_thinking(is_thought, inputs, labels, num_items_in_batch, others)
         if labels is not None and lesson is not None:
             states_BTD = self.model(**inputs, **others).last_hidden_state
@@ -131,8 +133,7 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             losses_M = cross_entropy(states_MD, head.weight, targets_M, head.bias)
         else:  # An adapter around it does more than multiply by its weight.
             losses_M = F.cross_entropy(head(states_MD).float(), targets_M, reduction="none")
-        count = max(len(losses_M), 1) if num_items_in_batch is None else num_items_in_batch
-        return losses_M.sum() / count
+        return mean_over(losses_M, num_items_in_batch)
 
     def think(
         self,

@@ -321,6 +321,13 @@ def test_generation_config_and_overrides():
     assert model.generate(prompt, generation_config=config, num_draws=4, max_new_tokens=3).shape == (1, 5)
 
 
+def test_a_generation_config_cannot_ask_for_greedy_decoding(model):
+    config = GenerationConfig(max_new_tokens=5, do_sample=False)
+    with pytest.raises(ValueError, match="greedy decoding is not available for chunks"):
+        model.generate(torch.tensor([[5, 6]]), generation_config=config)
+    assert model.generate(torch.tensor([[5, 6]]), generation_config=config, do_sample=True).shape[1] <= 7
+
+
 def test_what_a_generation_config_leaves_open_is_the_models_own():
     model, prompt = without_eos(tiny_model()), torch.tensor([[5, 6]])
     model.generation_config.update(temperature=0.5, max_new_tokens=9, return_dict_in_generate=True)

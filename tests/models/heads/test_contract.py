@@ -301,6 +301,7 @@ def test_the_diffusion_head_draws_with_every_sampler():
             "num_steps must be a whole number of at most .*, got 2.5",
         ),
         ({"head_type": "flow", "layer_norm_eps": -1.0}, "layer_norm_eps must be above 0"),
+        ({"head_type": "energy", "layer_norm_eps": 0.0}, "layer_norm_eps must be above 0"),
         ({"head_type": "diffusion", "data_bound": float("nan")}, "data_bound must be a finite number"),
         ({"head_type": "diffusion", "image_likelihood": 1}, "image_likelihood must be true or false"),
         ({"head_type": "diffusion", "num_timesteps": 1}, "num_timesteps must be at least 2"),

@@ -124,6 +124,13 @@ def test_layers_may_be_missing(first, last):
     assert torch.equal(second.argmax(-1), drawn[:, 1])
 
 
+@pytest.mark.parametrize("reads", ["tokens", "latents", "both"])
+def test_the_shared_embeddings_are_trained_whatever_the_backbone_reads(reads):
+    model = tiny_model(2, head_config=HEAD, backbone_input=reads, input_projection="mlp").train()
+    model(ids, labels=ids).loss.backward()
+    assert model.backbone.embed_tokens.weight.grad.abs().sum() > 0
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="last_layers must be from 0"):
         tiny_config(head_config={**HEAD, "last_layers": -1})

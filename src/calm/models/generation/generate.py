@@ -195,6 +195,11 @@ def _generation_settings(
     model: ChunkModel, config: GenerationConfig | None, overrides: dict[str, Any]
 ) -> GenerationConfig:
     config = copy.deepcopy(config or model.generation_config)
+    if overrides.get("do_sample", config.do_sample) is False:
+        raise ValueError(
+            "greedy decoding is not available for chunks; use temperature=0 for the most frequent chunk of a "
+            "pool."
+        )
     _fill(config, model.generation_config)
     if overrides.get("max_new_tokens") is None and "max_length" in overrides:
         config.max_new_tokens = None
@@ -204,11 +209,6 @@ def _generation_settings(
     known = _USED | REFUSED.keys()
     if unused := [name for name, value in overrides.items() if name not in known and value is not None]:
         raise ValueError(f"generate() does not support the argument(s): {', '.join(sorted(unused))}.")
-    if config.do_sample is False and "do_sample" in overrides:
-        raise ValueError(
-            "greedy decoding is not available for chunks; use temperature=0 for the most frequent chunk of a "
-            "pool."
-        )
     config.temperature = 1.0 if config.temperature is None else config.temperature
     if config.eos_token_id is None:
         config.eos_token_id = model.config.eos_token_id

@@ -53,8 +53,9 @@ def sample_chunks(
     reader = _DecoderReader(model.autoencoder) if lazily else None
 
     def draw(num_draws: int, rows_R: Tensor, temperature: float = 1.0) -> Tensor:
+        head.check_temperature(temperature)
         chosen, own = prepared_P, randomness
-        if len(rows_R) < len(prepared_P):
+        if not torch.equal(rows_R.cpu(), torch.arange(len(prepared_P))):
             chosen, own = prepared_P[rows_R.to(prepared_P.device)], select_rows(randomness, rows_R)
         if reader is None or not isinstance(head, LatentHead):
             drawn = None if compiled is None else compiled.draw(chosen, num_draws, own, temperature)

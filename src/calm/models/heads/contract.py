@@ -10,7 +10,7 @@ import abc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class GenerativeHead(nn.Module, abc.ABC):
     """
 
     config: HeadConfig
+    shares_embeddings: ClassVar[bool] = False
+    """Whether the head uses the backbone's token embeddings, which are then trained in any case."""
 
     def __init__(self, config: HeadConfig, hidden_size: int, latent_size: int) -> None:
         super().__init__()

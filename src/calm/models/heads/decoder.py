@@ -98,6 +98,7 @@ class DecoderHead(LikelihoodHead):
     """
 
     config: DecoderHeadConfig
+    shares_embeddings = True
     _backbone: tuple[nn.Module, ...] = ()
 
     def __init__(self, config: DecoderHeadConfig, hidden_size: int, latent_size: int) -> None:

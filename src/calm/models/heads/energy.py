@@ -47,6 +47,8 @@ class EnergyHeadConfig(HeadConfig):
             raise ValueError(f"alpha must lie in (0, 2), got {self.alpha}.")
         if self.num_draws < 2:
             raise ValueError(f"num_draws must be at least 2, got {self.num_draws}.")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
         if self.noise_size < 1 or self.num_blocks < 1 or self.num_posterior_draws < 0:
             raise ValueError(
                 "noise_size and num_blocks must be at least 1 and num_posterior_draws at least 0, "
