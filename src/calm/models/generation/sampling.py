@@ -17,7 +17,7 @@ from calm.models.heads import GenerativeHead, LatentHead
 from calm.models.heads.contract import require_finite
 
 # If the vocabulary projection has at least this many weights, tokens are decoded only where they matter. With
-# fewer, decoding all K of every draw is cheaper than finding out which are needed (docs/benchmarks/sampling.md).
+# fewer, decoding all K of every draw is cheaper than finding out which (docs/benchmarks/sampling.md).
 _LARGE_PROJECTION = 2**22
 # Even then, up to this many draws are decoded in full: for fewer than about 20 vectors, a product with a
 # large matrix costs what reading the matrix costs.
