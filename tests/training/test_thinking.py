@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from toy import failure, interrupt
 from transformers import LlamaConfig
 
+from calm.core.chunks import IGNORED_LABEL
 from calm.data.examples import Example, read_examples
-from calm.data.reasoning import Layout
+from calm.data.reasoning import Layout, ThinkingRow
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -26,6 +27,7 @@ from calm.sharing.card import Words
 from calm.sharing.finetuned import card_of_finetuning
 from calm.text.decoding import decode_after
 from calm.texts import continue_texts
+from calm.training.batches import NUMBERS
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import (
     AnswerSettings,
@@ -33,10 +35,9 @@ from calm.training.finetuning_recipe import (
     FinetuningRecipe,
     ThoughtSettings,
 )
-from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings, TrainingSettings
 from calm.training.recipe_files import with_settings, write_recipe
-from calm.training.thinking import StageChange, reset, thinking_of
+from calm.training.thinking import StageChange, thinking_of
 
 MARKERS = (2, 1)  # BOS and EOS.
 
@@ -151,31 +152,12 @@ def test_parts_of_a_step_are_summed(base, tmp_path):
 def test_an_energy_head_has_noise_of_its_own_for_each_row(base, tmp_path):
     finetune(recipe_for(base, "energy"), tmp_path / "whole")
     finetune(recipe_for(base, "energy", microbatch_tokens=64), tmp_path / "parts")
+    model, tokenizer = load_language_model_and_tokenizer(str(base / "energy"))
+    thinking = thinking_of(recipe_for(base, "energy"), model, tokenizer)
+    rows = [ThinkingRow([2, word], [5, 1], [-100, -100, 5, 1]) for word in (7, 8, 7)]
+    numbers = thinking.collate(rows)[NUMBERS].tolist()
+    assert numbers[0] == numbers[2] != numbers[1]
     assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "stablespam", "schedulefreeadamw"])
-def test_an_optimizer_that_was_reset_is_a_new_one(name, base):
-    def trained(steps_before):
-        torch.manual_seed(1)
-        layer = torch.nn.Linear(4, 4)
-        settings = OptimizerSettings(name=name, learning_rate=1e-2)
-        optimizer = build_optimizer(layer, settings)
-        start = [weight.detach().clone() for weight in layer.parameters()]
-        for step in range(steps_before + 3):
-            if step == steps_before:
-                with torch.no_grad():
-                    for weight, old in zip(layer.parameters(), start, strict=True):
-                        weight.copy_(old)
-                if steps_before:
-                    reset(optimizer, build_optimizer(layer, settings))
-            generator = torch.Generator().manual_seed(step - steps_before)
-            optimizer.zero_grad()
-            layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()
-            optimizer.step()
-        return torch.cat([weight.flatten() for weight in layer.parameters()])
-
-    assert torch.equal(trained(0), trained(5))
 
 
 def test_the_optimizer_is_reset_where_a_stage_begins_and_nowhere_else(base, tmp_path, monkeypatch):
@@ -204,6 +186,27 @@ def test_scales(base):
     model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
     thinking = thinking_of(recipe_for(base, "calm", {"scale": "rms"}), model, tokenizer)
     assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
+
+
+@pytest.mark.parametrize(("mode", "supervised"), [("state", True), ("pause", True), ("state", False)])
+def test_supervised_thoughts_are_labelled_with_their_steps(mode, supervised, base):
+    """In the batches of training, at the stage of each item."""
+    model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
+    settings = {"mode": mode, "supervised": supervised, "per_step": 2, "mix": 0.0}
+    thinking = thinking_of(recipe_for(base, "calm", settings), model, tokenizer)
+    [example] = read_examples([str(base / "items.jsonl")], tokenizer, with_steps=True)[0]
+    for stage in thinking.curriculum.stages:
+        batch = thinking.collate([thinking.row(example, stage)])
+        labels = batch["labels"].view(-1, 2).tolist()
+        first = -(-len(example.prompt) // 2) + 1  # After the marker.
+        expected = []
+        for step in example.steps[: stage.left_out]:
+            padded = step[:4] + [IGNORED_LABEL] * (4 - len(step))
+            expected += [padded[:2], padded[2:]]
+        nothing = [[IGNORED_LABEL] * 2] * (2 * stage.left_out)
+        assert labels[first : first + len(expected)] == (expected if supervised else nothing)
+        thinks = [place for [place] in batch["is_thought"][0].nonzero()] if "is_thought" in batch else []
+        assert thinks == (list(range(first, first + len(nothing))) if mode == "state" else [])
 
 
 def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
