@@ -37,6 +37,7 @@ from calm.training.finetuning_recipe import (
 )
 from calm.training.recipe import OptimizerSettings, TrainingSettings
 from calm.training.recipe_files import with_settings, write_recipe
+from calm.training.runs import Run
 from calm.training.thinking import StageChange, thinking_of
 
 MARKERS = (2, 1)  # BOS and EOS.
@@ -127,6 +128,23 @@ def test_resumed_equals_uninterrupted(killed_at, model, optimizer, base, tmp_pat
     for name, weight in weights_of(tmp_path / "whole").items():
         assert torch.equal(weight, weights_of(tmp_path / "run")[name]), name
     assert (tmp_path / "run/answers.jsonl").read_text() == (tmp_path / "whole/answers.jsonl").read_text()
+
+
+def test_a_run_killed_after_its_last_step_still_thinks(base, tmp_path, monkeypatch):
+    """It resumes without a step, and answers and saves as the last stage does."""
+    finetune(recipe_for(base), tmp_path / "whole")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe_for(base), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/checkpoint-9").is_dir()
+    finetune(recipe_for(base), tmp_path / "run", resume=True)
+    for part in ("model/config.json", "answers.jsonl"):
+        assert (tmp_path / "run" / part).read_text() == (tmp_path / "whole" / part).read_text()
 
 
 def test_two_processes_learn_the_same(base, tmp_path):
