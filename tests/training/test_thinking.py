@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from toy import failure, interrupt
 from transformers import LlamaConfig
 
-from calm.core.chunks import IGNORED_LABEL
 from calm.data.examples import Example, read_examples
 from calm.data.reasoning import Layout, ThinkingRow
 from calm.data.tasks import write_items
@@ -204,27 +203,6 @@ def test_scales(base):
     model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
     thinking = thinking_of(recipe_for(base, "calm", {"scale": "rms"}), model, tokenizer)
     assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
-
-
-@pytest.mark.parametrize(("mode", "supervised"), [("state", True), ("pause", True), ("state", False)])
-def test_supervised_thoughts_are_labelled_with_their_steps(mode, supervised, base):
-    """In the batches of training, at the stage of each item."""
-    model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
-    settings = {"mode": mode, "supervised": supervised, "per_step": 2, "mix": 0.0}
-    thinking = thinking_of(recipe_for(base, "calm", settings), model, tokenizer)
-    [example] = read_examples([str(base / "items.jsonl")], tokenizer, with_steps=True)[0]
-    for stage in thinking.curriculum.stages:
-        batch = thinking.collate([thinking.row(example, stage)])
-        labels = batch["labels"].view(-1, 2).tolist()
-        first = -(-len(example.prompt) // 2) + 1  # After the marker.
-        expected = []
-        for step in example.steps[: stage.left_out]:
-            padded = step[:4] + [IGNORED_LABEL] * (4 - len(step))
-            expected += [padded[:2], padded[2:]]
-        nothing = [[IGNORED_LABEL] * 2] * (2 * stage.left_out)
-        assert labels[first : first + len(expected)] == (expected if supervised else nothing)
-        thinks = [place for [place] in batch["is_thought"][0].nonzero()] if "is_thought" in batch else []
-        assert thinks == (list(range(first, first + len(nothing))) if mode == "state" else [])
 
 
 def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
