@@ -246,6 +246,10 @@ def test_mistakes(tmp_path, capsys):
     )
     assert file.read_text().startswith('{"prompt": ')
     assert "is a folder" in failure(capsys, *command[:-1], str(tmp_path), "--overwrite")
+    for name in ("chain.jsonl.gz", "chain.txt", "chain"):  # Which calm finetune would not read.
+        said = failure(capsys, *command[:-1], str(tmp_path / name))
+        assert f"the output must be a .jsonl file, got '{tmp_path / name}'" in said
+        assert not (tmp_path / name).exists()
 
 
 def test_a_seed_is_a_number_whatever_has_made_it():

@@ -18,7 +18,7 @@ from calm.data.reasoning import Layout, ThinkingRow
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.evaluation.answers import ends_with_completion
+from calm.evaluation.answers import completions_of, ends_with_completion
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import THOUGHT, Thoughts, thoughts_of
 from calm.models.tokens import LlamaForCausalLM
@@ -354,6 +354,19 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
     with pytest.raises(InputError, match="the model's context is 128 tokens"):
         finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("mode", "percent"), [("state", 100), ("none", 0)])
+def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained(
+    mode, percent, base, tmp_path, monkeypatch
+):
+    def answers(model, tokenizer, asked, **_):
+        return [f"b = 5 .{text}" for text in completions_of(asked, tokenizer)]
+
+    monkeypatch.setattr("calm.training.finetuning.answer", answers)
+    finetune(recipe_for(base, thoughts={"mode": mode}), tmp_path / "run")
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert {one["eval_exact_match"] for one in history if "eval_exact_match" in one} == {percent}
 
 
 def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
