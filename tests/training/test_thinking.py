@@ -360,13 +360,20 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
 def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained(
     mode, percent, base, tmp_path, monkeypatch
 ):
-    def answers(model, tokenizer, asked, **_):
+    room = []
+
+    def answers(model, tokenizer, asked, *, max_new_tokens, **_):
+        room.append(max_new_tokens)
         return [f"b = 5 .{text}" for text in completions_of(asked, tokenizer)]
 
     monkeypatch.setattr("calm.training.finetuning.answer", answers)
     finetune(recipe_for(base, thoughts={"mode": mode}), tmp_path / "run")
     history = json.loads((tmp_path / "run/history.json").read_text())
     assert {one["eval_exact_match"] for one in history if "eval_exact_match" in one} == {percent}
+    # Before, after three steps of each stage, and after all: two steps, one and none are written.
+    both, _, one_step, none, _ = room
+    assert room == [both, both, one_step, none, none]
+    assert both is None if mode == "none" else both > one_step > none
 
 
 def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
