@@ -52,7 +52,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
 from calm.storage.disk import write_file_whole
-from calm.training.curriculum import Curriculum
+from calm.training.curriculum import Curriculum, Stage
 
 
 @contextlib.contextmanager
@@ -157,18 +157,20 @@ def training_flops(
     if cell.way == "one_hop":
         examples = [one for one in examples if len(one.steps) == 1]
     curriculum, total = Curriculum.of(settings, steps), 0.0
-    markers = 0 if settings.mode == "drop" else 2
+
+    def flops_of(one: Example, stage: Stage) -> float:
+        def chunks(tokens: Sequence[int]) -> int:
+            return -(-len(tokens) // size)
+
+        written = sum(map(chunks, (*one.steps[stage.left_out :], one.completion)))
+        replaced = one.steps[: stage.thoughts // settings.per_step] if settings.supervised else ()
+        labels = sum(min(settings.per_step, chunks(step)) for step in replaced)
+        thoughts = None if settings.mode == "drop" else stage.thoughts
+        return thinking_flops(model.config, chunks(one.prompt), thoughts, written, labels)
+
     ends = [*curriculum.starts[1:], steps]
     for stage, start, end in zip(curriculum.stages, curriculum.starts, ends, strict=True):
-        flops = [
-            thinking_flops(
-                model.config,
-                -(-len(one.prompt) // size) + (0 if stage.thoughts else markers),
-                stage.thoughts,
-                sum(-(-len(part) // size) for part in (*one.steps[stage.left_out :], one.completion)),
-            )
-            for one in examples[:200]
-        ]
+        flops = [flops_of(one, stage) for one in examples[:200]]
         total += (end - start) * ROWS * statistics.mean(flops)
     before = cell.before
     return total + (0.0 if before is None else training_flops(before, model, tokenizer, examples))

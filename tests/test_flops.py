@@ -239,9 +239,9 @@ def test_no_head_works_on_a_thought():
     assert none.flops == thoughts.flops - layers
 
 
-@pytest.mark.parametrize("thoughts", [None, 0, 8])
+@pytest.mark.parametrize(("thoughts", "supervised"), [(None, 0), (0, 0), (8, 0), (8, 8)])
 @pytest.mark.parametrize("kind", MODELS)
-def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts):
+def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts, supervised):
     """But for what a pass does not see, what is read in vain at thoughts, and layers without gradients."""
     model = MODELS[kind]().train()
     size = getattr(model.config, "chunk_size", 1)
@@ -251,10 +251,11 @@ def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts):
     labels = ids.masked_fill(torch.arange(number * size) < (prompt + between) * size, -100)
     is_thought = torch.zeros(1, number, dtype=torch.bool)
     is_thought[:, prompt + 1 : prompt + 1 + (thoughts or 0)] = True
+    labels[:, (prompt + 1) * size : (prompt + 1 + supervised) * size] = 39
     arguments = {"is_thought": is_thought} if thoughts else {}
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=labels, **arguments).loss.backward()
-    expected = thinking_flops(model.config, prompt, thoughts, written)
+    expected = thinking_flops(model.config, prompt, thoughts, written, supervised)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.08)
 
 
@@ -263,6 +264,7 @@ def test_rows_of_training_that_there_are_not():
         ((0, 1, 1), "prompt must be"),
         ((1, 1, 0), "written must"),
         ((1, -1, 1), "thoughts"),
+        ((1, 2, 1, 3), "supervised must be at least 0 and at most 2, got 3"),
     ):
         with pytest.raises(InputError, match=message):
             thinking_flops(calm("M"), *row)

@@ -22,7 +22,7 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
 from calm.models.thoughts import thoughts_of
 from calm.models.token_layers import LIKE_LLAMA, head_size, weights_of_layer
-from calm.ranges import BLOCKS, NUM_THOUGHTS
+from calm.ranges import BLOCKS, NUM_THOUGHTS, Range
 
 POSITIONS = 2048
 """Context length that the paper's figures assume, in positions (chunks for a CALM)."""
@@ -158,20 +158,23 @@ def cost_of_thoughts(config: PreTrainedConfig, number: int, positions: int = POS
     return CostOfThoughts(number, one, number * one + 2 * marker)
 
 
-def thinking_flops(config: PreTrainedConfig, prompt: int, thoughts: int | None, written: int) -> float:
+def thinking_flops(
+    config: PreTrainedConfig, prompt: int, thoughts: int | None, written: int, supervised: int = 0
+) -> float:
     """FLOPs of training a model on one row: a prompt, thoughts, and the text after them.
 
     Three forward passes of the trained parts, plus one of the frozen encoder. The layers process every
     position once, however many passes that takes. Attention is counted as if every query saw the whole row.
     All positions except thoughts that read a state are projected from their tokens. The head, or a Llama's
-    vocabulary projection, runs only where text after the thoughts is predicted. Padding is not counted, so a
-    batch of rows of different lengths costs more.
+    vocabulary projection, runs only where text after the thoughts, or the label of a supervised thought, is
+    predicted. Padding is not counted, so a batch of rows of different lengths costs more.
 
     Args:
         config: Configuration of a CALM or a token-level Llama.
         prompt: Positions of the prompt: chunks of a CALM, tokens of a Llama.
         thoughts: Number of thoughts, between two markers; None for neither.
         written: Positions of the remaining steps and of the answer.
+        supervised: How many of the thoughts have a label.
 
     Raises:
         InputError: If a number is out of range, or the architecture is not supported.
@@ -179,16 +182,20 @@ def thinking_flops(config: PreTrainedConfig, prompt: int, thoughts: int | None, 
     for name, number in (("prompt", prompt), ("written", written)):
         BLOCKS.require(name, number)
     NUM_THOUGHTS.require("thoughts", thoughts or 0)
+    Range(0, thoughts or 0).require("supervised", supervised)
     positions = prompt + written + (0 if thoughts is None else thoughts + 2)
     work = Work(positions)
     projected = positions - ((thoughts or 0) if _thinks_in_states(config) else 0)
     parts, training = _reading(config, work), _training(config, work)
     layers, encoder = _layers(parts), training.get("encoder", 0.0)
-    is_encoded_once = "encoder" in parts  # Latents that the backbone reads are also the targets.
+    targets = written + supervised
+    encoded = projected if "encoder" in parts else 0
+    if not encoded or supervised:  # Otherwise latents that the backbone reads are also the targets.
+        encoded += targets
     return (
         3 * (positions * layers + projected * parts.get("input", 0.0))
-        + written * (training["head"] if "head" in training else training["vocabulary"])
-        + (projected if is_encoded_once else written) * encoder
+        + targets * (training["head"] if "head" in training else training["vocabulary"])
+        + encoded * encoder
     )
 
 

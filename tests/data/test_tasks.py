@@ -160,6 +160,25 @@ def test_no_shortcut_through_graphs(hops):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_no_shortcut_through_the_order_of_facts(name):
+    """The fact of each hop may be anywhere, before that of the next as often as behind it."""
+    places = []
+    for item in itertools.islice(items(name, 3, seed=1), 0, 8000, 4):  # One of each group, so independent.
+        hops = [
+            next(
+                place
+                for place, fact in enumerate(item.facts)
+                if (fact == step if name != "chain" else fact[0] == step[0])
+            )
+            for step in item.steps
+        ]
+        middle = (len(item.facts) - 1) / 2
+        places.append([np.sign(place - middle) for place in hops] + list(np.sign(np.diff(hops))))
+    error = np.std(places, axis=0) / len(places) ** 0.5
+    assert (np.abs(np.mean(places, axis=0)) < 4 * error).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_what_is_held_out_is_never_trained_on(name):
     def facts(seed, held_out, number):
         return {frozenset(item.facts) for item in items(name, 1, seed, number, held_out)}
@@ -246,6 +265,10 @@ def test_mistakes(tmp_path, capsys):
     )
     assert file.read_text().startswith('{"prompt": ')
     assert "is a folder" in failure(capsys, *command[:-1], str(tmp_path), "--overwrite")
+    for name in ("chain.jsonl.gz", "chain.txt", "chain"):  # Which calm finetune would not read.
+        said = failure(capsys, *command[:-1], str(tmp_path / name))
+        assert f"the output must be a .jsonl file, got '{tmp_path / name}'" in said
+        assert not (tmp_path / name).exists()
 
 
 def test_a_seed_is_a_number_whatever_has_made_it():

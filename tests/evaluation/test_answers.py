@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.data.examples import Example, lay_out
 from calm.data.tokenizer import train_tokenizer
-from calm.evaluation.answers import answer, completions_of, exact_match, held_out_loss
+from calm.evaluation.answers import answer, completions_of, ends_with_completion, exact_match, held_out_loss
 from calm.text.decoding import decode_after
 
 
@@ -34,6 +34,27 @@ def test_matches_are_counted_whatever_the_white_space_at_the_ends(examples, toke
     assert completions_of(three, tokenizer) == [" two", " four five six", " seven"]
     assert exact_match(["two\n", " four five six", "eight"], three, tokenizer) == pytest.approx(200 / 3)
     assert exact_match(["Two", "four  five six", ""], three, tokenizer) == 0
+
+
+def test_an_answer_after_steps_is_right_if_its_last_words_are_the_completion(examples, tokenizer):
+    [two, four_five_six] = examples[:2]
+    right = {
+        "two": two,
+        "b = 5 . two\n": two,
+        "four  five\nsix": four_five_six,
+        "six four five six": four_five_six,
+    }
+    wrong = {
+        "two .": two,
+        "onetwo": two,
+        "": two,
+        "Two": two,
+        "five six": four_five_six,
+        "two four five": four_five_six,
+    }
+    for answers, percent in ((right, 100), (wrong, 0)):
+        for text, example in answers.items():
+            assert ends_with_completion([text], [example], tokenizer) == percent, text
 
 
 def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_alone(examples, tokenizer):

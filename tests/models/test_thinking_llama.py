@@ -240,6 +240,18 @@ def test_padding_is_seen_without_a_mask():
     assert torch.equal(text[:, :9], whole[:, :9]) and not torch.equal(whole[:, 5:], alone)
 
 
+def test_a_row_among_others_has_the_scores_of_the_row_alone():
+    """Padded in front, behind and between."""
+    rows = torch.tensor([[1, 5, 7, 9, 11], [0, 0, 1, 5, 7], [1, 0, 30, 0, 8]])
+    model, how = thinker(), {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    model.generation_config.eos_token_id = None
+    together = model.generate(rows, attention_mask=(rows > 0).long(), **how)
+    for place, row in enumerate(rows):
+        alone = model.generate(row[row > 0].unsqueeze(0), **how)
+        for logits, own in zip(together.logits, alone.logits, strict=True):
+            assert_close(logits[place], own[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("ids", "mask", "said"),
     [

@@ -1,11 +1,9 @@
 """Thoughts against passes without a cache, closed forms and central differences."""
 
-import json
-
 import pytest
 import torch
 import transformers
-from tiny import tiny_config, tiny_llama, tiny_model
+from tiny import tiny_llama, tiny_model
 from torch.testing import assert_close
 
 from calm.core.chunks import IGNORED_LABEL
@@ -16,10 +14,8 @@ from calm.models.thoughts import (
     THOUGHT,
     Thinking,
     Thoughts,
-    num_at_once,
     read_positions,
     scaled,
-    thoughts_for,
     thoughts_of,
 )
 from calm.models.tokens import LlamaForCausalLM
@@ -69,6 +65,15 @@ def test_cached_passes_are_uncached_passes(scale):
         )
     for cached, uncached in zip(*gradients, strict=True):
         assert_close(cached, uncached, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16, torch.float16])
+def test_states_are_rescaled_to_a_root_mean_square(dtype):
+    """Computed in more than half precision, where the squares of large states are infinite."""
+    states = (torch.randn(3, 64, dtype=torch.double) * torch.tensor([[0.01], [1.0], [400.0]])).to(dtype)
+    rms = states.double().pow(2).mean(-1, keepdim=True).sqrt()
+    assert_close(scaled(states, 0.7), (states.double() * 0.7 / rms).to(dtype), rtol=1e-7, atol=0)
+    assert torch.equal(scaled(torch.zeros(1, 4, dtype=dtype), 0.7), torch.zeros(1, 4, dtype=dtype))
 
 
 class Stub(torch.nn.Module):
@@ -166,7 +171,7 @@ HEADS = ["sequential", "energy", "flow", "categorical_flow"]
 
 def write(model, ids, **arguments):
     how = {"do_sample": False} if isinstance(model, LlamaForCausalLM) else {"temperature": 1.0, "seed": 3}
-    return model.generate(ids, max_new_tokens=8, **how, **arguments)
+    return model.generate(ids, max_new_tokens=8, **how | arguments)
 
 
 @pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
@@ -267,6 +272,38 @@ def test_pauses_in_several_passes_are_a_single_pass():
     assert_close(torch.cat(parts, dim=1)[MASK.bool()], single[MASK.bool()])
 
 
+@pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
+def test_states_are_fed_back_as_the_configuration_says(model):
+    model = model()
+    model.config.thoughts = Thoughts(3, 1, 2, scale=0.7).as_dict()
+    ids = torch.arange(5, 21).view(2, 8)
+    if isinstance(model, LlamaForCausalLM):
+        states = model.think(ids, IS_THOUGHT, MASK, POSITIONS)
+        backbone, inputs = model.model, model.model.embed_tokens(ids)
+    else:
+        ids, mask = ids.repeat_interleave(2, 1), MASK.repeat_interleave(2, 1)
+        states = model(ids, attention_mask=mask, position_ids=POSITIONS, is_thought=IS_THOUGHT)
+        states = states.last_hidden_state[..., : model.config.hidden_size]
+        backbone, inputs = model.backbone, model.embed_chunks(ids.unflatten(1, (8, 2)))
+    expected = uncached_states(backbone, inputs, 0.7)
+    assert_close(states[MASK.bool()], expected[MASK.bool()], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
+def test_pauses_are_the_first_marker_again(model):
+    model, ids = model(), torch.tensor([[1, 5, 6, 7]])
+    thoughts = Thoughts(3, 1, 2, "pause")
+    size = getattr(model.config, "chunk_size", 1)
+    assert thoughts.tokens(size) == [1] * 4 * size + [2] * size
+    spelled = torch.tensor([ids[0].tolist() + thoughts.tokens(size)])
+    texts = []
+    for prompt, noted in ((ids, thoughts.as_dict()), (spelled, None)):
+        model.config.thoughts = noted
+        draws = {} if size == 1 else {"seed": None, "generator": torch.Generator().manual_seed(5)}
+        texts.append(write(model, prompt, **draws)[0, prompt.shape[1] :])
+    assert torch.equal(*texts)
+
+
 # What a configuration says.
 
 
@@ -292,56 +329,6 @@ def test_a_calm_takes_as_many_thoughts_as_it_was_trained_with(tmp_path):
     ids = torch.tensor([[1, 7, 8, 9]])
     assert torch.equal(write(loaded, ids), write(model, ids, num_thoughts=2))
     assert torch.equal(write(loaded, ids, num_thoughts=0), write(calm(), ids))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"number": -1},
-        {"number": 2.5},
-        {"number": True},
-        {"begin": 40},
-        {"end": -3},
-        {"filling": "dream"},
-        {"scale": 0},
-        {"scale": "rms"},
-        {"scale": float("nan")},
-        {"more": 1},
-    ],
-)
-def test_forged_configurations(tmp_path, damage):
-    model = tiny_llama()
-    model.config.thoughts = {**Thoughts(2, 1, 2).as_dict(), **damage}
-    with pytest.raises(ValueError, match="thoughts"):
-        thoughts_of(model.config)
-    noted = json.loads(json.dumps({**Thoughts(2, 1, 2).as_dict(), **damage}))
-    with pytest.raises(ValueError, match="thoughts"):
-        tiny_config(2, thoughts=noted)
-
-
-@pytest.mark.parametrize("number", [-1, 10_001, 1.5, True, "3"])
-def test_numbers_out_of_range(number):
-    with pytest.raises(ValueError, match="num_thoughts"):
-        thoughts_for(tiny_llama().config, number)
-
-
-@pytest.mark.parametrize(
-    ("before", "thoughts", "behind", "read"), [(0, 3, 2, 5), (5, 8, 2, 15), (1, 9, 1, 9)]
-)
-def test_positions_are_read_up_to_the_ninth_thought(before, thoughts, behind, read):
-    is_thought = torch.tensor([False] * before + [True] * thoughts + [False] * behind)
-    assert num_at_once(is_thought) == read
-
-
-def test_words_about_untrained_thoughts(caplog):
-    config = tiny_llama().config
-    thoughts_for(config, 2, warns=True)
-    assert "not trained with thoughts" in caplog.text
-    config.thoughts = Thoughts(2, 1, 2).as_dict()
-    caplog.clear()
-    assert thoughts_for(config, 2, warns=True).number == 2 and not caplog.text
-    thoughts_for(config, 3, warns=True)
-    assert "3 thoughts are more than the 2" in caplog.text
 
 
 def test_thoughts_take_room():

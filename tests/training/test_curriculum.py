@@ -1,12 +1,15 @@
 """Which steps are left out when, and by what chance."""
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from calm.errors import InputError
 from calm.training.curriculum import Curriculum
 from calm.training.finetuning_recipe import ThoughtSettings
+from calm.training.thinking import ThinkingRows
 
 
 def curriculum(total=100, **settings):
@@ -75,3 +78,22 @@ def test_mixing_is_a_matter_of_seed_and_place():
     assert first == [made.of_item(70, 1, place).number for place in range(200)]
     assert first != [made.of_item(70, 2, place).number for place in range(200)]
     assert first != [made.of_item(71, 1, place).number for place in range(200)]
+
+
+def test_rows_are_in_a_random_order_of_each_epoch():
+    """Each depends only on its place and the seed, and has the stage of its step."""
+    made = curriculum(stages=3, mix=0.5)
+    thinking: Any = SimpleNamespace(curriculum=made, row=lambda example, stage: (example, stage))
+
+    def rows(seed):
+        made_rows = ThinkingRows(thinking, range(30), rows_per_step=4, steps=100, seed=seed)
+        assert len(made_rows) == 400
+        backwards = [made_rows[place] for place in reversed(range(400))]
+        assert [made_rows[place] for place in range(400)] == backwards[::-1]
+        return backwards[::-1]
+
+    order = [example for example, _ in rows(1)]
+    epochs = [tuple(order[first : first + 30]) for first in range(0, 390, 30)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs) and len(set(epochs)) == 13
+    assert [stage for _, stage in rows(1)] == [made.of_item(n // 4, 1, n % 4) for n in range(400)]
+    assert order != [example for example, _ in rows(2)]

@@ -16,6 +16,7 @@ from calm.training.optimizers import build_optimizer, build_scheduler, check_opt
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings
 from calm.training.stages import train_autoencoder
+from calm.training.thinking import reset
 
 
 def test_muon_steps_along_nearly_orthogonal_matrices():
@@ -181,3 +182,27 @@ def test_schedules(schedule, expected):
         scheduler.step()
     for step, rate in expected.items():
         assert rates[step] == pytest.approx(rate), f"step {step} of {rates}"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "stablespam", "schedulefreeadamw"])
+def test_an_optimizer_that_was_reset_is_a_new_one(name):
+    def trained(steps_before):
+        torch.manual_seed(1)
+        layer = nn.Linear(4, 4)
+        settings = OptimizerSettings(name=name, learning_rate=1e-2)
+        optimizer = build_optimizer(layer, settings)
+        start = [weight.detach().clone() for weight in layer.parameters()]
+        for step in range(steps_before + 3):
+            if step == steps_before:
+                with torch.no_grad():
+                    for weight, old in zip(layer.parameters(), start, strict=True):
+                        weight.copy_(old)
+                if steps_before:
+                    reset(optimizer, build_optimizer(layer, settings))
+            generator = torch.Generator().manual_seed(step - steps_before)
+            optimizer.zero_grad()
+            layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()
+            optimizer.step()
+        return torch.cat([weight.flatten() for weight in layer.parameters()])
+
+    assert torch.equal(trained(0), trained(5))

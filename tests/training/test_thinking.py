@@ -14,11 +14,11 @@ from toy import failure, interrupt
 from transformers import LlamaConfig
 
 from calm.data.examples import Example, read_examples
-from calm.data.reasoning import Layout
+from calm.data.reasoning import Layout, ThinkingRow
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.evaluation.answers import ends_with_completion
+from calm.evaluation.answers import completions_of, ends_with_completion
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import THOUGHT, Thoughts, thoughts_of
 from calm.models.tokens import LlamaForCausalLM
@@ -26,6 +26,7 @@ from calm.sharing.card import Words
 from calm.sharing.finetuned import card_of_finetuning
 from calm.text.decoding import decode_after
 from calm.texts import continue_texts
+from calm.training.batches import NUMBERS
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import (
     AnswerSettings,
@@ -33,10 +34,10 @@ from calm.training.finetuning_recipe import (
     FinetuningRecipe,
     ThoughtSettings,
 )
-from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings, TrainingSettings
 from calm.training.recipe_files import with_settings, write_recipe
-from calm.training.thinking import StageChange, reset, thinking_of
+from calm.training.runs import Run
+from calm.training.thinking import StageChange, thinking_of
 
 MARKERS = (2, 1)  # BOS and EOS.
 
@@ -128,6 +129,23 @@ def test_resumed_equals_uninterrupted(killed_at, model, optimizer, base, tmp_pat
     assert (tmp_path / "run/answers.jsonl").read_text() == (tmp_path / "whole/answers.jsonl").read_text()
 
 
+def test_a_run_killed_after_its_last_step_still_thinks(base, tmp_path, monkeypatch):
+    """It resumes without a step, and answers and saves as the last stage does."""
+    finetune(recipe_for(base), tmp_path / "whole")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe_for(base), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/checkpoint-9").is_dir()
+    finetune(recipe_for(base), tmp_path / "run", resume=True)
+    for part in ("model/config.json", "answers.jsonl"):
+        assert (tmp_path / "run" / part).read_text() == (tmp_path / "whole" / part).read_text()
+
+
 def test_two_processes_learn_the_same(base, tmp_path):
     # Where gradients are rounding errors, AdamW would make steps of them.
     optimizer = OptimizerSettings(name="adamw", learning_rate=1e-2, warmup_steps=2, epsilon=1e-3)
@@ -151,31 +169,12 @@ def test_parts_of_a_step_are_summed(base, tmp_path):
 def test_an_energy_head_has_noise_of_its_own_for_each_row(base, tmp_path):
     finetune(recipe_for(base, "energy"), tmp_path / "whole")
     finetune(recipe_for(base, "energy", microbatch_tokens=64), tmp_path / "parts")
+    model, tokenizer = load_language_model_and_tokenizer(str(base / "energy"))
+    thinking = thinking_of(recipe_for(base, "energy"), model, tokenizer)
+    rows = [ThinkingRow([2, word], [5, 1], [-100, -100, 5, 1]) for word in (7, 8, 7)]
+    numbers = thinking.collate(rows)[NUMBERS].tolist()
+    assert numbers[0] == numbers[2] != numbers[1]
     assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "stablespam", "schedulefreeadamw"])
-def test_an_optimizer_that_was_reset_is_a_new_one(name, base):
-    def trained(steps_before):
-        torch.manual_seed(1)
-        layer = torch.nn.Linear(4, 4)
-        settings = OptimizerSettings(name=name, learning_rate=1e-2)
-        optimizer = build_optimizer(layer, settings)
-        start = [weight.detach().clone() for weight in layer.parameters()]
-        for step in range(steps_before + 3):
-            if step == steps_before:
-                with torch.no_grad():
-                    for weight, old in zip(layer.parameters(), start, strict=True):
-                        weight.copy_(old)
-                if steps_before:
-                    reset(optimizer, build_optimizer(layer, settings))
-            generator = torch.Generator().manual_seed(step - steps_before)
-            optimizer.zero_grad()
-            layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()
-            optimizer.step()
-        return torch.cat([weight.flatten() for weight in layer.parameters()])
-
-    assert torch.equal(trained(0), trained(5))
 
 
 def test_the_optimizer_is_reset_where_a_stage_begins_and_nowhere_else(base, tmp_path, monkeypatch):
@@ -355,6 +354,26 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
     with pytest.raises(InputError, match="the model's context is 128 tokens"):
         finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("mode", "percent"), [("state", 100), ("none", 0)])
+def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained(
+    mode, percent, base, tmp_path, monkeypatch
+):
+    room = []
+
+    def answers(model, tokenizer, asked, *, max_new_tokens, **_):
+        room.append(max_new_tokens)
+        return [f"b = 5 .{text}" for text in completions_of(asked, tokenizer)]
+
+    monkeypatch.setattr("calm.training.finetuning.answer", answers)
+    finetune(recipe_for(base, thoughts={"mode": mode}), tmp_path / "run")
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert {one["eval_exact_match"] for one in history if "eval_exact_match" in one} == {percent}
+    # Before, after three steps of each stage, and after all: two steps, one and none are written.
+    both, _, one_step, none, _ = room
+    assert room == [both, both, one_step, none, none]
+    assert both is None if mode == "none" else both > one_step > none
 
 
 def test_the_card_counts_answers_as_the_run_does(base, tmp_path):

@@ -112,7 +112,7 @@ def tasks(
         task: chain (the value of a variable modulo 7), graph (which node is reachable) or path (its end).
         hops: Steps to the answer.
         number: Number of questions.
-        output: Output file, in JSON lines.
+        output: Output file, .jsonl.
         seed: Seed of the questions.
         held_out: Generate questions reserved for scoring; without this, no seed gives them.
         overwrite: Replace the file.
@@ -124,6 +124,8 @@ def tasks(
 
     path = Path(output)
     check_file(path, overwrite)
+    if path.suffix.lower() != ".jsonl":  # What finetune would read as something else.
+        raise InputError(f"the output must be a .jsonl file, got '{output}'.")
     write_items(path, task, hops, seed, number, held_out)
     print(f"{number:,} items: {path}")
 
