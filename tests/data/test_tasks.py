@@ -189,7 +189,7 @@ def test_what_is_held_out_is_never_trained_on(name):
 
 def test_the_same_seed_gives_the_same_items():
     assert list(items("chain", 3, 5, 20)) == list(items("chain", 3, 5, 40))[:20]
-    assert list(items("chain", 3, 5, 20)) != list(items("chain", 3, 6, 20))
+    assert not set(items("chain", 3, 5, 20)) & set(items("chain", 3, 6, 20))
     assert next(items("graph", 2, 5)).record == {
         "prompt": next(items("graph", 2, 5)).record["prompt"],
         "steps": list(next(items("graph", 2, 5)).steps),
