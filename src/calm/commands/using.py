@@ -254,6 +254,7 @@ def flops(
         print(as_json({**counted, **values_of_costs(one, many, draws, thinking)}))
     else:
         title = f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions"
+        title += f" ({positions * size:,} tokens)" if size > 1 else ""
         print_costs(title, one, many, draws, thinking)
 
 
