@@ -1,7 +1,7 @@
 """Recipes as YAML: shipped ones by name, others by path; written next to the weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.recipe import WITHOUT_EFFECT, Recipe
+from calm.training.recipe import Effect, Recipe, effect_of
 from calm.training.recipe_settings import RECIPE as RECIPE
 from calm.training.recipe_settings import recipe_with, settings_in
 
@@ -92,16 +92,20 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     write_file_whole(path, recipe_text(recipe))
 
 
-def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings that differ between two recipes and affect the result."""
+def differences(first: AnyRecipe, second: AnyRecipe, effect: Effect = "full") -> list[str]:
+    """Dotted names of the settings that differ between two recipes and have that effect on the result."""
 
-    def walk(a: Any, b: Any, name: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return [
-                d
-                for key in sorted(a.keys() | b.keys())
-                for d in walk(a.get(key), b.get(key), f"{name}.{key}")
-            ]
-        return [] if a == b or name.lstrip(".") in WITHOUT_EFFECT else [name.lstrip(".")]
+    def settings_of(value: Any, name: str, own: Effect) -> Iterator[tuple[str, Any]]:
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from settings_of(
+                    getattr(value, field.name), f"{name}.{field.name}", effect_of(field, second)
+                )
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                yield from settings_of(one, f"{name}.{key}", own)
+        elif own == effect:
+            yield name.lstrip("."), value
 
-    return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")
+    a, b = (dict(settings_of(recipe, "", "full")) for recipe in (first, second))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
