@@ -14,7 +14,7 @@ from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Effect, Recipe, effect_of
 from calm.training.recipe_settings import RECIPE as RECIPE
-from calm.training.recipe_settings import recipe_with, settings_in
+from calm.training.recipe_settings import extended, recipe_with, settings_in
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
@@ -36,25 +36,25 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
-    """A recipe with some settings changed.
+    """A recipe with some settings changed, as by a recipe that extends it.
 
     Args:
         recipe: The recipe.
-        settings: Dotted names and their values, such as {"language_model.head.alpha": 0.5}.
+        settings: Dotted names and their values, such as {"language_model.head.alpha": 0.5}. If they change
+            the kind of a component, its other settings are dropped (`calm.training.recipe_settings.KINDS`).
 
     Raises:
         InputError: If there is no such setting, or it cannot have that value.
     """
     values = dataclasses.asdict(recipe)
-    for name, value in settings.items():
-        *path, last = name.split(".")
+    for name in settings:
         place: Any = values
-        for part in path:
+        for part in name.split(".")[:-1]:
             place = place.get(part) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
-        place[last] = value
-    return _with_values(type(recipe), values, f"settings {', '.join(settings)}")
+    kind = type(recipe)
+    return _with_values(kind, extended(values, settings, kind), f"settings {', '.join(settings)}")
 
 
 def check_types(recipe: Recipe | FinetuningRecipe) -> None:
