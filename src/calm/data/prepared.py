@@ -79,7 +79,6 @@ class PreparedData:
         block_size: int,
         layout: Layout = "documents",
         seed: int = 0,
-        num_proc: int = 1,
     ) -> datasets.Dataset:
         """Lay out a split in blocks of `block_size` tokens with the features of `calm.data.chunking`."""
         documents = {"train": self.train, "validation": self.validation}[split]
@@ -92,7 +91,8 @@ class PreparedData:
             "layout": layout,
             "seed": whole_seed(seed),
         }
-        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, num_proc]).encode()
+        # The 1 is for one process: several would lay out other batches of documents, in other blocks.
+        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, 1]).encode()
         kept = _writable(self.folder) / "blocks"
         kept.mkdir(exist_ok=True)
         file = kept / f"{split}-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.arrow"
@@ -102,7 +102,6 @@ class PreparedData:
             with_indices=True,
             batched=True,
             remove_columns=documents.column_names,
-            num_proc=num_proc if num_proc > 1 else None,
             cache_file_name=str(file),
             load_from_cache_file=True,
             desc=f"chunking {split}",
