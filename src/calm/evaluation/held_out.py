@@ -17,7 +17,7 @@ from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, FromDraws, Scorer, evaluate_brier
 from calm.evaluation.ngram import NGramCounts, NGramSampler
 from calm.evaluation.perplexity import PerplexityResult, evaluate_ngram_perplexity, evaluate_perplexity
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
@@ -118,7 +118,7 @@ def batches_of(
     device: torch.device | str = "cpu",
     *,
     what: str = "scoring",
-) -> Iterator[Block]:
+) -> Iterator[Batch]:
     """Yield batches on a device, of the first `num_blocks` blocks or all.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.progress import tracked
 
 _NOTHING = -1  # A history token before the start of the document.
@@ -89,10 +89,10 @@ class NGramSampler:
         self._counts, self._levels = counts, counts.levels[:order]
 
     def draw_next_chunks(
-        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+        self, batch: Batch, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
         """See `calm.evaluation.brier.ChunkSampler`."""
-        history_PH = self._histories(block)[is_target_BC]
+        history_PH = self._histories(batch)[is_target_BC]
         history = history_PH.repeat(num_draws, 1)
         chunk: list[Tensor] = []
         ended = torch.zeros(len(history), dtype=torch.bool)
@@ -115,9 +115,9 @@ class NGramSampler:
             token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
         return token
 
-    def losses(self, block: Block, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
+    def losses(self, batch: Batch, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
         """Cross-entropy of each token of the target chunks given those before it, in nats, (P, K)."""
-        history_PH = self._histories(block)[is_target_BC]
+        history_PH = self._histories(batch)[is_target_BC]
         losses = []
         for token_P in chunks_PK.unbind(-1):
             losses.append(-self.probability(history_PH, token_P).log())
@@ -162,17 +162,17 @@ class NGramSampler:
                 known = known & (further != _NOTHING) & (level.key[ids] == key)
             yield ids, known
 
-    def _histories(self, block: Block) -> Tensor:
+    def _histories(self, batch: Batch) -> Tensor:
         """The n - 1 tokens before each of chunks 1..C-1, (B, C-1, H)."""
         length = self.order - 1
-        tokens = torch.where(block["labels"] == IGNORED_LABEL, _NOTHING, block["input_ids"])
+        tokens = torch.where(batch["labels"] == IGNORED_LABEL, _NOTHING, batch["input_ids"])
         tokens_BCK = split_into_chunks(tokens, self.chunk_size)
         reach = -(-length // self.chunk_size)  # Chunks that the history spans.
         pieces = []
         for back in range(reach, 0, -1):
             earlier = torch.roll(tokens_BCK, back, dims=1)
             # The position in the document says how far back it extends.
-            inside = block["position_ids"] >= back
+            inside = batch["position_ids"] >= back
             pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
         history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]
         return history[:, 1:, history.shape[-1] - length :]
