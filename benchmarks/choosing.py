@@ -129,7 +129,7 @@ def by_harness(model: LM) -> Scores:
 def ngrams_of(folder: Path) -> Iterator[tuple[str, Scores]]:
     """Log-likelihoods of n-gram models."""
     data = load_prepared(folder)
-    for name, model in ngram_models(ORDERS, data.train["input_ids"], data.tokenizer, chunk_size=1):
+    for name, model in ngram_models(ORDERS, data, chunk_size=1):
 
         def scores(pairs: list[tuple[str, str]], model: NGramSampler = model) -> list[float]:
             return [log_likelihood(model, data.tokenizer, *pair) for pair in pairs]

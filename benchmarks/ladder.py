@@ -221,7 +221,7 @@ def score_floor(output: Path) -> Result:
     data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
     blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
     floors = {}
-    for name, ngrams in ngram_models([2, 3, 4], data.train["input_ids"], data.tokenizer, 4):
+    for name, ngrams in ngram_models([2, 3, 4], data, 4):
         one = score_ngrams_brier(ngrams, blocks)
         error = one.brier_lm_error if one.brier_lm else None
         nats = score_ngrams_perplexity(ngrams, blocks).cross_entropy

@@ -234,7 +234,7 @@ def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
     """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
-    [(_, trigrams)] = ngram_models([3], data.train["input_ids"], data.tokenizer, 4)
+    [(_, trigrams)] = ngram_models([3], data, 4)
     floor = score_ngrams_brier(trigrams, blocks, num_blocks)
     prompts, truth = zip(*prompts_of(data), strict=True)
     words = share_of_words(data.tokenizer, prompts, truth, known_words(data))

@@ -267,8 +267,11 @@ def _with_recipe_of_run(arguments: list[str]) -> list[str]:
 
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:
-    """Replace recipe names after --recipe with the text of the recipes, in ASCII."""
-    from calm.training.recipe_settings import extended, settings_in
+    """Replace recipe names after --recipe with the text of the recipes, in ASCII.
+
+    Settings that mean nothing to a kind of head or other component chosen by an option are left out.
+    """
+    from calm.training.recipe_settings import KINDS, kept_by, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
@@ -276,12 +279,10 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     # What --print_config prints besides the recipe.
     others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
-    head_type = _value_of("--language_model.head.head_type", arguments)
-    # A head of another type does not inherit the fields of the recipe's head.
-    own = {} if head_type is None else {"language_model": {"head": {"head_type": head_type}}}
+    kinds = {name: _value_of(f"--{name}", arguments) for name in KINDS}
 
     def text_of(name: str) -> str:
-        settings = extended(settings_in(name, kind, options), own, kind)
+        settings = kept_by(settings_in(name, kind, options), kinds, kind)
         return yaml.safe_dump(settings, sort_keys=False)
 
     result = list(arguments)

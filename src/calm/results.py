@@ -34,7 +34,6 @@ NUM_SAMPLES, NUM_ANSWERS = 6, 3
 _ANSWERS = {"completion": "expected:", "before": "before:", "after": "now:"}
 _FLOORS = (3, 5)
 _TEMPERATURE = 0.5  # Of the samples.
-_MOST_COUNTED = 20_000_000  # Maximum training tokens for n-gram floors: counts take memory per token.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
         data,
         context=recipe.data.context,
         layout=recipe.data.layout,
-        ngrams=_floors(recipe, data),
+        ngrams=_floors(recipe),
         num_blocks=showing.num_blocks,
         layout_seed=recipe.seed,
     )
@@ -90,15 +89,10 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     return card
 
 
-def _floors(recipe: Recipe, data: PreparedData) -> list[int]:
-    """Orders of the n-gram floors; none if the training text is streamed or too long."""
-    reason = None
+def _floors(recipe: Recipe) -> list[int]:
+    """Orders of the n-gram floors; none if the training text is streamed."""
     if recipe.data.streaming:
-        reason = "the training text is streamed"
-    elif data.counts().tokens["train"] > _MOST_COUNTED:
-        reason = f"the training text has more than {_MOST_COUNTED:,} tokens"
-    if reason is not None:
-        logger.info("no n-gram floors: %s", reason)
+        logger.info("no n-gram floors: the training text is streamed")
         return []
     return list(_FLOORS)
 

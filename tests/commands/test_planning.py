@@ -46,6 +46,10 @@ def test_settings_change_the_recipe(toy, capsys):
     assert stage["steps"] == 7 and stage["sharing"] == "FSDP"
 
 
+def test_another_head_drops_the_fields_of_the_first(toy, capsys):
+    planned(capsys, toy, "--devices", "L4", "--settings", '{"language_model.head.head_type": "flow"}')
+
+
 def test_fine_tuning(tmp_path, capsys):
     own = tmp_path / "mine.yaml"
     own.write_text("extends: lora\ntraining: {steps: 3}\nmodel: stories\n")

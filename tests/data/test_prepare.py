@@ -1,5 +1,6 @@
 """Prepared folders: the split goes by document, the folder appears whole or not at all."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_tokens_of_a_long_text_are_counted_in_its_first_part(source, tmp_path, m
     monkeypatch.setattr(opening, "_MOST_COUNTED", len(documents[0]) + 1)
     part = Counter(documents[0] + documents[1])
     assert data.token_counts().tolist() == [part[token] for token in range(data.vocab_size)]
+
+
+def test_the_training_text_as_one_stream(source, tmp_path, monkeypatch):
+    """However many documents are read at once; one without tokens is only its end."""
+    data = prepare_here(source, tmp_path / "data")
+    empty = datasets.Dataset.from_dict({"input_ids": [[], []]}, features=data.train.features)
+    train = datasets.concatenate_datasets([empty, data.train, empty])
+    end = data.tokenizer.eos_token_id
+    expected = [[*tokens, end] for tokens in train["input_ids"]]
+    for at_once in (1000, 3):
+        monkeypatch.setattr(opening, "_READ_AT_ONCE", at_once)
+        stream, lengths = dataclasses.replace(data, train=train).training_stream()
+        assert stream.tolist() == [token for tokens in expected for token in tokens]
+        assert lengths.tolist() == [len(tokens) for tokens in expected]
+    stream, lengths = dataclasses.replace(data, train=train.select([])).training_stream()
+    assert stream.tolist() == lengths.tolist() == []
 
 
 def test_the_vocabulary_is_trained_on_the_training_documents_only(tmp_path):

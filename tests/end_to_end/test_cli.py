@@ -20,6 +20,7 @@ from transformers import (
 
 from calm.cli import main
 from calm.data.prepared import load_prepared
+from calm.evaluation import held_out
 from calm.models.calm import CalmForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -63,6 +64,19 @@ def test_evaluate_with_floors(room, capsys):
     out = capsys.readouterr().out
     for word in ("reconstruction", "2-gram", "3-gram", "CALM", "Brier-4", "blocks of 64 tokens"):
         assert word in out
+
+
+def test_evaluate_without_floors_of_a_long_text(room, capsys, monkeypatch):
+    """A model is scored all the same."""
+    tokens = load_prepared(room / "run/data").counts().tokens["train"]
+    monkeypatch.setattr(held_out, "_MOST_COUNTED", tokens - 1)
+    arguments = ["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64"]
+    main([*arguments, "--ngrams", "[2,3]"])
+    said = capsys.readouterr()
+    assert "CALM" in said.out and "2-gram" not in said.out
+    assert f"no n-gram floors: the training text has {tokens:,} tokens; n-grams are" in said.err
+    main(arguments)
+    assert "n-gram" not in capsys.readouterr().err
 
 
 def test_evaluate_text_files(room, capsys):

@@ -113,7 +113,7 @@ def test_codes_take_no_training(head, tmp_path, capsys):
     )
     assert wanted in message
     codes = ["--autoencoder.kind", "codes"]
-    message = failure(capsys, *train, *codes)
+    message = failure(capsys, *train, *codes, "--autoencoder.latent_size", 8)
     assert "set autoencoder.latent_size to at least 32, not 8" in message
     main([*map(str, train), *codes, "--autoencoder.latent_size", "32"])
     assert list(json.loads((run / "history.json").read_text())) == ["language_model"]

@@ -9,7 +9,7 @@ import torch
 from calm.core.chunks import IGNORED_LABEL
 from calm.data.chunking import make_blocks
 from calm.evaluation.brier import FromDraws, evaluate_brier
-from calm.evaluation.ngram import NGramSampler
+from calm.evaluation.ngram import NGramCounts, NGramSampler
 from calm.evaluation.perplexity import evaluate_ngram_perplexity
 
 EOS, A, B, C, PAD = range(5)
@@ -29,11 +29,13 @@ AFTER_AB = 2 / 3 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 3 * 
 AFTER_AC = 1 / 2 * torch.tensor([1, 0, 0, 0, 0], dtype=torch.float64) + 1 / 2 * AFTER_C  # $ once.
 
 
-def sampler_of(documents=None, order=3, chunk_size=4, vocab_size=5):
+def sampler_of(documents=None, order=3, chunk_size=4, vocab_size=5, counted=None):
+    ended = [[*document, EOS] for document in (DOCUMENTS if documents is None else documents)]
+    stream = torch.tensor([token for document in ended for token in document])
+    lengths = torch.tensor([len(document) for document in ended])
     return NGramSampler(
-        DOCUMENTS if documents is None else documents,
+        NGramCounts(stream, lengths, order=order if counted is None else counted, vocab_size=vocab_size),
         order=order,
-        vocab_size=vocab_size,
         eos_token_id=EOS,
         pad_token_id=PAD,
         chunk_size=chunk_size,
@@ -98,6 +100,16 @@ def test_probabilities_are_those_of_the_distribution(order, history, distributio
     history_PH = torch.tensor(history, dtype=torch.long).repeat(5, 1)
     found = sampler_of(order=order).probability(history_PH, torch.arange(5))
     torch.testing.assert_close(found, distribution, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_higher_order_may_share_the_counts(order):
+    history_PH = torch.tensor([[A, B], [B, A], [NOTHING, A]])[:, 3 - order :]
+    models = sampler_of(order=order), sampler_of(order=order, counted=5)
+    first, second = (model.probability(history_PH, torch.tensor([EOS, B, C])) for model in models)
+    assert first.tolist() == second.tolist()
+    first, second = (model.draw_tokens(history_PH.repeat(50, 1), generator()) for model in models)
+    assert first.tolist() == second.tolist()
 
 
 @pytest.mark.parametrize("order", [1, 2, 5])

@@ -240,6 +240,23 @@ def test_fine_tuning_of_another_model_or_of_other_examples(base, tmp_path, monke
     finetune(dataclasses.replace(recipe), tmp_path / "run", resume=True)
 
 
+BEFORE = ["2f8d5374a84835e5a4aa5adee95338a1", "905d9bc69d5184c855e2aeaf4d2a944c"]
+
+
+def test_a_run_of_before_goes_on_although_all_its_settings_are_on_record(tmp_path):
+    """Also those that do not change its weights, whose digests are these."""
+    recipe = with_settings(
+        Recipe(report_to="wandb"),
+        {"data.num_proc": 2, "language_model.training.save_every": 50, "language_model.training.steps": 77},
+    )
+    for number, noted in enumerate(BEFORE):
+        (tmp_path / str(number)).mkdir()
+        write_file_whole(tmp_path / f"{number}/inputs.json", json.dumps({"its recipe": noted}))
+        check_recipe_and_inputs(tmp_path / str(number), recipe, {})
+        with pytest.raises(InputError, match="its recipe changed since the run began"):
+            check_recipe_and_inputs(tmp_path / str(number), with_settings(recipe, {"seed": 1}), {})
+
+
 def test_the_order_of_the_fields_of_a_head_means_nothing(tmp_path):
     """And a run of before, whose record kept an order, goes on with that order or with the sorted one."""
     one = {"head_type": "flow", "num_blocks": 1, "frequency_size": 16}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from calm.cli import main
 from calm.errors import InputError
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
-from calm.training.recipe_files import differences, read_recipe, read_recipe_of, write_recipe
+from calm.training.recipe_files import differences, read_recipe, read_recipe_of, with_settings, write_recipe
 from calm.training.recipe_settings import extended, kind_of_recipe, shipped_recipes
 
 # What someone would write who has text of their own, more time than `laptop_quick` takes.
@@ -151,6 +152,52 @@ def test_settings_are_replaced_one_by_one_but_kinds_are_not_mixed(base, own, res
     before = json.dumps(base)
     assert extended(base, own, Recipe) == result
     assert json.dumps(base) == before
+
+
+HEAD, OPTIMIZER = "language_model.head", "language_model.training.optimizer"
+OVERRIDDEN = """
+autoencoder: {kind: codes, latent_size: 40, hidden_size: 24}
+language_model:
+  head: {head_type: sequential, rank: 48}
+  training: {optimizer: {name: lion, extra: {use_gc: true}}}
+"""
+OVERRIDES = {
+    "another head": (
+        {f"{HEAD}.num_blocks": 3, f"{HEAD}.head_type": "flow"},
+        {HEAD: {"num_blocks": 3, "head_type": "flow"}},
+    ),
+    "the same head": (
+        {f"{HEAD}.head_type": "sequential", f"{HEAD}.num_blocks": 3},
+        {HEAD: {"head_type": "sequential", "rank": 48, "num_blocks": 3}},
+    ),
+    "another autoencoder": (
+        {"autoencoder.latent_size": 64, "autoencoder.kind": "mlp"},
+        {"autoencoder.latent_size": 64, "autoencoder.hidden_size": Recipe().autoencoder.hidden_size},
+    ),
+    "another model": (
+        {"model": "autoregressive", "chunk_size": 1},
+        {"autoencoder.latent_size": Recipe().autoencoder.latent_size, HEAD: Recipe().language_model.head},
+    ),
+    "another optimizer": (
+        {f"{OPTIMIZER}.name": "adamw"},
+        {f"{OPTIMIZER}.extra": {}, HEAD: {"head_type": "sequential", "rank": 48}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), OVERRIDES.values(), ids=OVERRIDES)
+def test_a_recipe_is_overridden_in_three_ways_with_one_rule(settings, expected, tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text(OVERRIDDEN)
+    (tmp_path / "own.yaml").write_text(json.dumps({"extends": "base.yaml", **settings}))
+    by_file = read_recipe(str(tmp_path / "own.yaml"))
+    for name, value in expected.items():
+        assert operator.attrgetter(name)(by_file) == value
+    assert with_settings(read_recipe(str(tmp_path / "base.yaml")), settings) == by_file
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", str(tmp_path / "base.yaml"), *options, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {name: printed[name] for name in dataclasses.asdict(by_file)} == dataclasses.asdict(by_file)
 
 
 def test_arguments_of_one_optimizer_are_not_those_of_another():

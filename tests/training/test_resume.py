@@ -4,9 +4,11 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from toy import interrupt, toy_recipe
 
@@ -14,7 +16,9 @@ from calm.cli import main
 from calm.data.stories import stories
 from calm.errors import InputError
 from calm.training import stages
-from calm.training.recipe_files import write_recipe
+from calm.training.finetuning_recipe import FinetuningRecipe
+from calm.training.recipe import Recipe, effect_of
+from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 from calm.training.trainer import ChunkTrainer
 
 
@@ -51,6 +55,88 @@ def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, st
     ]
     assert scores[0] == scores[1]
     assert [step for step, _ in scores[0]] == [3, 6, 8]
+
+
+FREE = {
+    "data.num_proc": 2,
+    **{
+        f"{stage}.training.{name}": value
+        for stage in ("autoencoder", "language_model")
+        for name, value in {"log_every": 1, "save_every": 2, "keep_checkpoints": 1, "num_workers": 1}.items()
+    },
+}
+
+
+def test_every_setting_that_does_not_change_the_weights_is_tried():
+    def names_in(group, recipe, name=""):
+        for field in dataclasses.fields(group):
+            value, inner = getattr(group, field.name), f"{name}{field.name}"
+            if dataclasses.is_dataclass(value):
+                yield from names_in(value, recipe, f"{inner}.")
+            elif effect_of(field, recipe) == "none":
+                yield inner
+
+    assert {*names_in(Recipe(), Recipe())} == {*FREE, "report_to"}  # Trackers have tests of their own.
+    of_training = {name.removeprefix("language_model.") for name in FREE if name.startswith("language")}
+    assert {*names_in(FinetuningRecipe(), FinetuningRecipe())} == {*of_training, "report_to"}
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory) -> Path:
+    return stages.train(toy_recipe(text), tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("changes", [*({name: value} for name, value in FREE.items()), FREE], ids=str)
+def test_settings_that_do_not_change_the_weights(text, whole, tmp_path, monkeypatch, changes):
+    """The run stops in that stage, goes on with other values, stops again, and goes on as it was."""
+    stage = next(iter(changes)).split(".")[0]
+    recipe, run = toy_recipe(text), tmp_path / "run"
+    for given, step in ((recipe, 4), (with_settings(recipe, changes), 7)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, "language_model" if stage == "data" else stage, step)
+            with pytest.raises(KeyboardInterrupt):
+                stages.train(given, run, resume=given != recipe)
+    assert read_recipe(str(run / "recipe.yaml")) == with_settings(recipe, changes)
+    resumed = stages.train(recipe, run, resume=True)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_text_that_is_prepared_again_by_more_processes(text, whole, tmp_path, monkeypatch):
+    recipe, run = toy_recipe(text), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, "autoencoder", 4)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, run)
+    shutil.rmtree(run / "data")
+    resumed = stages.train(with_settings(recipe, {"data.num_proc": 2}), run, resume=True)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "language_model"])
+def test_a_smaller_microbatch_changes_the_rounding(text, whole, tmp_path, monkeypatch, caplog, stage):
+    recipe, run = toy_recipe(text), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, stage, 5)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, run)
+    setting = f"{stage}.training.microbatch_tokens"
+    with caplog.at_level("WARNING", logger="calm"):
+        resumed = stages.train(with_settings(recipe, {setting: 32}), run, resume=True)
+    assert f"{setting} changed: the weights will differ by rounding" in caplog.text
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
+
+
+def test_readers_of_streamed_text_stay_the_same(text, tmp_path):
+    """How many they are and how much they read at once decides which blocks come together."""
+    recipe = with_settings(toy_recipe(text), {"data.streaming": True})
+    (tmp_path / "run").mkdir()
+    write_recipe(recipe, tmp_path / "run/recipe.yaml")
+    for setting, value in (("num_workers", 2), ("microbatch_tokens", 32)):
+        name = f"language_model.training.{setting}"
+        with pytest.raises(InputError, match=f"the recipe differs in {name};"):
+            stages.train(with_settings(recipe, {name: value}), tmp_path / "run", resume=True)
 
 
 def test_a_stopped_run_prints_the_command_that_goes_on(text, tmp_path, monkeypatch, capsys):

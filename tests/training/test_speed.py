@@ -1,5 +1,6 @@
 """What training logs of its speed."""
 
+import sys
 import time
 from types import SimpleNamespace
 
@@ -26,6 +27,14 @@ def test_tokens_per_second_without_pauses():
     assert 1000 / 0.3 < figures["tokens_per_second"] <= 1000 / 0.05
     assert "utilisation" not in figures  # The FLOPs are not known.
     assert speed.read(15) == {}
+
+
+def test_no_peak_memory_where_the_system_does_not_tell(monkeypatch):
+    """As on Windows, which has no module `resource`."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    speed = started(None)
+    time.sleep(0.01)
+    assert speed.read(6).keys() == {"tokens_per_second"}
 
 
 def test_utilisation_is_a_share_of_the_matrix_rate():

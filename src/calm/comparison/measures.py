@@ -89,10 +89,9 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         _measure(run, prepared, prompts, measures) for run in tracked(runs, "comparing", "model", stays=True)
     ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
-    documents = prepared.train["input_ids"] if measures.ngrams else []
     floors = {
         name: score_ngrams_brier(ngrams, blocks, measures.num_blocks)
-        for name, ngrams in ngram_models(measures.ngrams, documents, prepared.tokenizer, NUM_ORDERS)
+        for name, ngrams in ngram_models(measures.ngrams, prepared, NUM_ORDERS)
     }
     counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"

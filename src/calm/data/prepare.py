@@ -83,7 +83,7 @@ def prepare(
     named = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
     check_spared(output, named)
     check_output(output, replaces)
-    given = check_text(
+    named_tokenizer = check_text(
         sources,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -111,17 +111,19 @@ def prepare(
             split = Split(seed)
             sides = {"train": documents, "validation": held_out}
             splits = {name: (side.texts, side.ranks) for name, side in sides.items()}
-        tokens = given or trained_tokenizer(*splits["train"], vocab_size, work)
-        parts = tokens_of(splits, tokens, work, num_proc=num_proc, ahead=ahead)
-        counts, digest = count(**parts), digest_of(**parts, tokenizer=tokens)
+        used_tokenizer = named_tokenizer
+        if used_tokenizer is None:
+            used_tokenizer = trained_tokenizer(*splits["train"], vocab_size, work)
+        parts = tokens_of(splits, used_tokenizer, work, num_proc=num_proc, ahead=ahead)
+        counts, digest = count(**parts), digest_of(**parts, tokenizer=used_tokenizer)
         with written_whole(output, replaces) as folder:
             for name, part in parts.items():
                 _save(part, folder / name, counts.tokens[name], f"{digest}-{name}")
-            tokens.save_pretrained(folder / "tokenizer")
+            used_tokenizer.save_pretrained(folder / "tokenizer")
             info = {
                 "sources": names,
                 "options": asdict(options),
-                "vocab_size": len(tokens),
+                "vocab_size": len(used_tokenizer),
                 **asdict(counts),
                 "records_without_text": documents.num_skipped + (held_out.num_skipped if held_out else 0),
                 "seed": seed,

@@ -43,7 +43,7 @@ INFO = "prepared.json"
 _WORDS_OF_BEGINNING = 24
 _LONGEST_BEGINNING = 240  # Characters: not all text has spaces between its words.
 _FREQUENT = 500  # Tokens whose neighbours are counted.
-_MOST_COUNTED, _COUNTED_AT_ONCE, _DIGESTED_AT_ONCE = 10_000_000, 1000, 1000
+_MOST_COUNTED, _COUNTED_AT_ONCE, _READ_AT_ONCE = 10_000_000, 1000, 1000
 # Increment whenever `make_blocks` returns different arrays: blocks are cached by its arguments, not its code.
 _FORMAT_OF_BLOCKS = 2
 
@@ -79,7 +79,6 @@ class PreparedData:
         block_size: int,
         layout: Layout = "documents",
         seed: int = 0,
-        num_proc: int = 1,
     ) -> datasets.Dataset:
         """Lay out a split in blocks of `block_size` tokens with the features of `calm.data.chunking`."""
         documents = {"train": self.train, "validation": self.validation}[split]
@@ -92,7 +91,8 @@ class PreparedData:
             "layout": layout,
             "seed": whole_seed(seed),
         }
-        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, num_proc]).encode()
+        # The 1 is for one process: several would lay out other batches of documents, in other blocks.
+        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, 1]).encode()
         kept = _writable(self.folder) / "blocks"
         kept.mkdir(exist_ok=True)
         file = kept / f"{split}-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.arrow"
@@ -102,7 +102,6 @@ class PreparedData:
             with_indices=True,
             batched=True,
             remove_columns=documents.column_names,
-            num_proc=num_proc if num_proc > 1 else None,
             cache_file_name=str(file),
             load_from_cache_file=True,
             desc=f"chunking {split}",
@@ -139,6 +138,14 @@ class PreparedData:
                 places = columns[beside[is_counted]] + offset * len(frequent)
                 np.add.at(counts, of[is_counted] * width + places, np.float32(1))
         return counts.reshape(-1, width)
+
+    def training_stream(self) -> tuple[np.ndarray, np.ndarray]:
+        """The training documents one after another, with EOS after each, and their lengths, EOS included."""
+        stream, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for sizes, tokens in _arrays_of(self.train):
+            stream.append(np.insert(tokens, sizes.cumsum(), self.tokenizer.eos_token_id))
+            lengths.append(sizes + 1)
+        return np.concatenate(stream), np.concatenate(lengths)
 
     def _first_tokens(self) -> Iterator[np.ndarray]:
         """The first 10 million tokens of the training text, those of many documents at a time."""
@@ -248,12 +255,18 @@ def digest_of(
     whole = hashlib.blake2b(by.encode(), digest_size=16)
     for part in (train, validation):
         lengths, tokens = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-        for table in part.with_format("arrow").iter(_DIGESTED_AT_ONCE):
-            for documents in table["input_ids"].chunks:
-                lengths.update(documents.value_lengths().to_numpy().astype("<i8").tobytes())
-                tokens.update(documents.flatten().to_numpy().astype("<i4").tobytes())
+        for some_lengths, some_tokens in _arrays_of(part):
+            lengths.update(some_lengths.astype("<i8").tobytes())
+            tokens.update(some_tokens.astype("<i4").tobytes())
         whole.update(lengths.digest() + tokens.digest())
     return whole.hexdigest()
+
+
+def _arrays_of(part: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the lengths of some documents, and their tokens one after another, until all were read."""
+    for table in part.with_format("arrow").iter(_READ_AT_ONCE):
+        for documents in table["input_ids"].chunks:
+            yield documents.value_lengths().to_numpy(), documents.flatten().to_numpy()
 
 
 def _writable(folder: Path) -> Path:

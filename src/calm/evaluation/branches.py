@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import have_label, number_documents
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.models.readers import Reader
 
 
@@ -35,19 +35,19 @@ class Text(Protocol):
         """
 
 
-def read_text(reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> Text:
+def read_text(reader: Reader, batch: Batch, is_target_BC: Tensor, chunk_size: int) -> Text:
     """Read blocks of text, ready for branching.
 
     Args:
         reader: The model.
-        block: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
+        batch: Blocks of text whose `position_ids` count chunks of `chunk_size` tokens.
         is_target_BC: Which of chunks 1..C-1 are targets, (B, Q).
         chunk_size: Tokens of a target, a multiple of the reader's unit size.
     """
     if chunk_size == reader.unit_size:
-        outputs_BCX = reader.read(block["input_ids"], None, block["position_ids"], None)
+        outputs_BCX = reader.read(batch["input_ids"], None, batch["position_ids"], None)
         return _OneStep(outputs_BCX[:, :-1][is_target_BC])
-    return BranchedText(reader, block, is_target_BC, chunk_size)
+    return BranchedText(reader, batch, is_target_BC, chunk_size)
 
 
 @dataclass
@@ -69,12 +69,12 @@ class _OneStep:
 class BranchedText:
     """A reader's outputs on a text and on branches of it; see `read_text` for the arguments."""
 
-    def __init__(self, reader: Reader, block: Block, is_target_BC: Tensor, chunk_size: int) -> None:
+    def __init__(self, reader: Reader, batch: Batch, is_target_BC: Tensor, chunk_size: int) -> None:
         self._reader, self._cache, unit_size = reader, reader.new_cache(), reader.unit_size
         self._is_target_BQ = is_target_BC
         self.num_steps = chunk_size // unit_size
-        has_text_BU = have_label(block["labels"], unit_size)
-        document_BU = number_documents(block["position_ids"]).repeat_interleave(self.num_steps, dim=1)
+        has_text_BU = have_label(batch["labels"], unit_size)
+        document_BU = number_documents(batch["position_ids"]).repeat_interleave(self.num_steps, dim=1)
         self._position_BU = _positions(has_text_BU, document_BU)
         index_U = torch.arange(has_text_BU.shape[1], device=has_text_BU.device)
         # Units that are only padding, in front of a document, are invisible to the model.
@@ -87,7 +87,7 @@ class BranchedText:
         self._start_Q = self._start_Q * self.num_steps - 1  # The unit before each chunk.
         self._steps_taken = 0
         self._outputs_BUX = reader.read(
-            block["input_ids"], self._additive(self._sees_BUU), self._position_BU, self._cache
+            batch["input_ids"], self._additive(self._sees_BUU), self._position_BU, self._cache
         )
 
     def outputs_on_text(self, step: int) -> Tensor:

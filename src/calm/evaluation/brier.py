@@ -23,7 +23,7 @@ from calm.core.brier import (
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.core.seeds import whole_seed
 from calm.errors import InputError
-from calm.evaluation.processes import Block, gather_from_processes, own_share
+from calm.evaluation.processes import Batch, gather_from_processes, own_share
 
 
 class ChunkSampler(Protocol):
@@ -32,12 +32,12 @@ class ChunkSampler(Protocol):
     chunk_size: int
 
     def draw_next_chunks(
-        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+        self, batch: Batch, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
         """Independent draws for every target chunk, (N, P, K), in the order of `is_target_BC`.
 
         Args:
-            block: Blocks of text, (B, T).
+            batch: Blocks of text, (B, T).
             is_target_BC: Which of chunks 1..C-1 to draw.
             num_draws: Number of draws N.
             generator: Source of randomness.
@@ -72,12 +72,12 @@ class Scorer(Protocol):
     chunk_size: int
 
     def estimate(
-        self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
+        self, batch: Batch, targets: Targets, num_draws: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Unbiased estimates of P(y) and sum_x P(x)^2 for the first 1..K tokens of every target, (P, K).
 
         Args:
-            block: Blocks of text, (B, T).
+            batch: Blocks of text, (B, T).
             targets: The chunks to score.
             num_draws: Draws per target, for scorers that use draws.
             generator: Source of randomness.
@@ -95,10 +95,10 @@ class FromDraws:
         self.sampler, self.chunk_size = sampler, sampler.chunk_size
 
     def estimate(
-        self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
+        self, batch: Batch, targets: Targets, num_draws: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """See `Scorer`."""
-        draws_NPK = self.sampler.draw_next_chunks(block, targets.is_target_BC, num_draws, generator)
+        draws_NPK = self.sampler.draw_next_chunks(batch, targets.is_target_BC, num_draws, generator)
         draws_NPK, _ = targets.end(draws_NPK)
         return share_of_hits(draws_NPK, targets.chunks_PK), share_of_equal_pairs(draws_NPK)
 
@@ -151,7 +151,7 @@ class BrierResult:
 @torch.no_grad()
 def evaluate_brier(
     scorer: Scorer,
-    blocks: Iterable[Block],
+    batches: Iterable[Batch],
     *,
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
@@ -166,7 +166,7 @@ def evaluate_brier(
 
     Args:
         scorer: What to score: `FromDraws(sampler)` for anything that draws chunks, or another scorer.
-        blocks: Held-out blocks, in batches.
+        batches: Held-out blocks, in batches.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
         seed: Seed of the draws; every batch has its own stream.
@@ -188,15 +188,15 @@ def evaluate_brier(
     if num_draws < 2:
         raise InputError(f"a Brier score needs at least two draws, got num_draws={num_draws}.")
     parts: list[tuple[int, int, DocumentSums]] = []
-    for index, block, targets in targets_of(
-        blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+    for index, batch, targets in targets_of(
+        batches, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id
     ):
         # A random stream per batch: which process scores it, and what came before, do not matter.
         generator = torch.Generator(targets.chunks_PK.device).manual_seed(_seed_of_batch(seed, index))
-        hit_PK, equal_PK = scorer.estimate(block, targets, num_draws, generator)
-        document_P = _documents_of(block, index)[:, 1:][targets.is_target_BC]
+        hit_PK, equal_PK = scorer.estimate(batch, targets, num_draws, generator)
+        document_P = _documents_of(batch, index)[:, 1:][targets.is_target_BC]
         sums = DocumentSums.of_positions(torch.cat([hit_PK, equal_PK], dim=1), document_P)
-        parts.append((index, block["input_ids"].shape[-1], sums))
+        parts.append((index, batch["input_ids"].shape[-1], sums))
     # In batch order, so that the number of processes does not change a digit.
     parts = sorted(gather_from_processes(parts), key=lambda part: part[0])
     if not parts:
@@ -219,24 +219,24 @@ def evaluate_brier(
 
 
 def targets_of(
-    blocks: Iterable[Block], chunk_size: int, *, eos_token_id: int | list[int] | None, pad_token_id: int
-) -> Iterator[tuple[int, Block, Targets]]:
+    batches: Iterable[Batch], chunk_size: int, *, eos_token_id: int | list[int] | None, pad_token_id: int
+) -> Iterator[tuple[int, Batch, Targets]]:
     """This process's share of the batches, those with targets, each with its index."""
-    for index, block in own_share(blocks):
-        is_target_BC = find_targets(block["labels"], block["position_ids"], chunk_size)
+    for index, batch in own_share(batches):
+        is_target_BC = find_targets(batch["labels"], batch["position_ids"], chunk_size)
         if bool(is_target_BC.any()):
-            tokens = block["input_ids"]
+            tokens = batch["input_ids"]
             eos_ids = as_id_tensor(eos_token_id, tokens.device)
             chunks_PK = split_into_chunks(tokens, chunk_size)[:, 1:][is_target_BC]
             chunks_PK, _ = end_after_eos(chunks_PK, eos_ids, pad_token_id)
-            yield index, block, Targets(is_target_BC, chunks_PK, eos_ids, pad_token_id)
+            yield index, batch, Targets(is_target_BC, chunks_PK, eos_ids, pad_token_id)
 
 
-def _documents_of(block: Block, index: int) -> Tensor:
+def _documents_of(batch: Batch, index: int) -> Tensor:
     """Document number of each chunk, (B, C); without `document_ids`, no document spans two blocks."""
-    if "document_ids" in block:
-        return block["document_ids"]
-    return number_documents(block["position_ids"]) + (index << 32)
+    if "document_ids" in batch:
+        return batch["document_ids"]
+    return number_documents(batch["position_ids"]) + (index << 32)
 
 
 def _seed_of_batch(seed: int, index: int) -> int:

@@ -1,22 +1,23 @@
 """All scores of a model on held-out text, with floors and ceilings on the same chunks."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from calm.core.seeds import whole_seed
 from calm.data.chunking import Layout
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, FromDraws, Scorer, evaluate_brier
-from calm.evaluation.ngram import NGramSampler
+from calm.evaluation.ngram import NGramCounts, NGramSampler
 from calm.evaluation.perplexity import PerplexityResult, evaluate_ngram_perplexity, evaluate_perplexity
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
 from calm.models.autoencoder import CalmAutoencoder
@@ -24,9 +25,11 @@ from calm.models.context import check_context
 from calm.models.language_model import language_model
 from calm.progress import tracked
 
+logger = logging.getLogger(__name__)
 EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
 _BATCH = 8
 _TOKENS_AT_ONCE = 8192
+_MOST_COUNTED = 20_000_000  # Maximum training tokens for n-gram floors: counts take memory per token.
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def score_model(
         data: Text tokenized for the model.
         context: Tokens per block; part of the protocol.
         layout: How documents are laid out in chunks.
-        ngrams: Orders of n-gram floors; needs training text.
+        ngrams: Orders of n-gram floors; needs training text, of at most 20 million tokens.
         num_blocks: Maximum number of blocks to score.
         seed: Seed of the draws.
         layout_seed: Seed of the offsets at which documents start in their first chunk.
@@ -87,9 +90,8 @@ def score_model(
     view, size = language_model(model), scorer_of(model).chunk_size
     check_context(model.config, context)
     blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
-    documents = data.train["input_ids"] if ngrams else []
     floors, floor_perplexities = dict[str, BrierResult](), dict[str, PerplexityResult]()
-    for name, counted in ngram_models(ngrams or [], documents, data.tokenizer, size):
+    for name, counted in ngram_models(ngrams or [], data, size):
         floors[name] = score_ngrams_brier(counted, blocks, num_blocks, seed)
         floor_perplexities[name] = score_ngrams_perplexity(counted, blocks, num_blocks)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
@@ -116,7 +118,7 @@ def batches_of(
     device: torch.device | str = "cpu",
     *,
     what: str = "scoring",
-) -> Iterator[Block]:
+) -> Iterator[Batch]:
     """Yield batches on a device, of the first `num_blocks` blocks or all.
 
     Args:
@@ -208,24 +210,25 @@ def score_perplexity(
 
 
 def ngram_models(
-    orders: Iterable[int],
-    training_documents: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    chunk_size: int,
-) -> Iterator[tuple[str, NGramSampler]]:
-    """Yield n-gram models of the training documents with their names, one at a time to save memory."""
-    for order in orders:
-        yield (
-            f"{order}-gram",
-            NGramSampler(
-                training_documents,
-                order=order,
-                vocab_size=len(tokenizer),
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                chunk_size=chunk_size,
-            ),
+    orders: Sequence[int], data: PreparedData, chunk_size: int
+) -> list[tuple[str, NGramSampler]]:
+    """N-gram models of the training text with their names; none if it has more than 20 million tokens."""
+    if not orders:
+        return []
+    if (num_tokens := data.counts().tokens["train"]) > _MOST_COUNTED:
+        logger.warning(
+            "no n-gram floors: the training text has %s tokens; n-grams are counted in at most %s",
+            f"{num_tokens:,}",
+            f"{_MOST_COUNTED:,}",
         )
+        return []
+    stream, lengths = map(torch.from_numpy, data.training_stream())
+    counts = NGramCounts(stream, lengths, order=max(orders), vocab_size=data.vocab_size)
+    ends = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.tokenizer.pad_token_id}
+    return [
+        (f"{order}-gram", NGramSampler(counts, order=order, chunk_size=chunk_size, **ends))
+        for order in orders
+    ]
 
 
 def score_ngrams_brier(

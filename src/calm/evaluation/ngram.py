@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.progress import tracked
 
 _NOTHING = -1  # A history token before the start of the document.
@@ -35,37 +35,22 @@ class _Level:
     trust: Tensor
 
 
-class NGramSampler:
-    """An n-gram model that samples chunks, and computes the cross-entropy of given ones.
+class NGramCounts:
+    """The n-grams of a text, up to some order.
 
     Args:
-        documents: Token ids of the training documents, without EOS.
-        order: n; a token depends on the n - 1 before it.
+        stream: Token ids of the documents, one after another, with EOS after each.
+        lengths: Length of each document, EOS included.
+        order: The longest n.
         vocab_size: Number of token ids.
-        eos_token_id: Id appended to each document.
-        pad_token_id: Padding after EOS in a chunk.
-        chunk_size: Tokens per chunk K.
     """
 
-    def __init__(
-        self,
-        documents: list[list[int]],
-        *,
-        order: int,
-        vocab_size: int,
-        eos_token_id: int,
-        pad_token_id: int,
-        chunk_size: int,
-    ) -> None:
-        self.order, self.vocab_size, self.chunk_size = order, vocab_size, chunk_size
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
-        stream = torch.tensor([token for document in documents for token in (*document, eos_token_id)])
-        lengths = torch.tensor([len(document) + 1 for document in documents])
-        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        history = torch.arange(len(stream)) - starts
+    def __init__(self, stream: Tensor, lengths: Tensor, *, order: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        history = torch.arange(len(stream)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         context = torch.zeros_like(stream)  # Context ids at the current level.
         where = torch.arange(len(stream))  # Positions with enough history for it.
-        self._levels = [_make_level(context[:1], context, stream, vocab_size)]
+        self.levels = [_make_level(context[:1], context, stream, vocab_size)]
         for length in tracked(range(1, order), f"counting {order}-grams", "length"):
             keep = history[where] >= length
             where, context = where[keep], context[keep]
@@ -73,13 +58,41 @@ class NGramSampler:
             unique, context = torch.unique(key, return_inverse=True)
             if not len(unique):
                 break  # No document is that long.
-            self._levels.append(_make_level(unique, context, stream[where], vocab_size))
+            self.levels.append(_make_level(unique, context, stream[where], vocab_size))
+
+    @cached_property
+    def pairs_of_levels(self) -> list[Tensor]:
+        """For each level, the occurrences as (context id, next token) packed into one number, sorted."""
+        pairs = []
+        for level in self.levels:
+            context = torch.repeat_interleave(torch.arange(len(level.trust)), level.start.diff())
+            pairs.append((context * self.vocab_size + level.next_token).sort().values)
+        return pairs
+
+
+class NGramSampler:
+    """An n-gram model that samples chunks, and computes the cross-entropy of given ones.
+
+    Args:
+        counts: The n-grams of the training text, up to this order or a higher one.
+        order: n; a token depends on the n - 1 before it.
+        eos_token_id: Id that ends each document.
+        pad_token_id: Padding after EOS in a chunk.
+        chunk_size: Tokens per chunk K.
+    """
+
+    def __init__(
+        self, counts: NGramCounts, *, order: int, eos_token_id: int, pad_token_id: int, chunk_size: int
+    ) -> None:
+        self.order, self.vocab_size, self.chunk_size = order, counts.vocab_size, chunk_size
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self._counts, self._levels = counts, counts.levels[:order]
 
     def draw_next_chunks(
-        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+        self, batch: Batch, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
         """See `calm.evaluation.brier.ChunkSampler`."""
-        history_PH = self._histories(block)[is_target_BC]
+        history_PH = self._histories(batch)[is_target_BC]
         history = history_PH.repeat(num_draws, 1)
         chunk: list[Tensor] = []
         ended = torch.zeros(len(history), dtype=torch.bool)
@@ -102,9 +115,9 @@ class NGramSampler:
             token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
         return token
 
-    def losses(self, block: Block, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
+    def losses(self, batch: Batch, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
         """Cross-entropy of each token of the target chunks given those before it, in nats, (P, K)."""
-        history_PH = self._histories(block)[is_target_BC]
+        history_PH = self._histories(batch)[is_target_BC]
         losses = []
         for token_P in chunks_PK.unbind(-1):
             losses.append(-self.probability(history_PH, token_P).log())
@@ -114,7 +127,7 @@ class NGramSampler:
     def probability(self, history_PH: Tensor, token_P: Tensor) -> Tensor:
         """Probability of a given token after each history (see `draw_tokens`), float64, (P,)."""
         found_P = torch.full(token_P.shape, 1 / self.vocab_size, dtype=torch.float64)
-        pairs = self._pairs_of_levels
+        pairs = self._counts.pairs_of_levels[: self.order]
         for level, pair, (ids, known) in zip(self._levels, pairs, self._descend(history_PH), strict=True):
             key = ids * self.vocab_size + token_P
             seen = torch.searchsorted(pair, key, right=True) - torch.searchsorted(pair, key)
@@ -137,15 +150,6 @@ class NGramSampler:
             return 0.0
         return float(self.probability(torch.stack(history_P), ids[length + first :]).log().sum())
 
-    @cached_property
-    def _pairs_of_levels(self) -> list[Tensor]:
-        """For each level, the occurrences as (context id, next token) packed into one number, sorted."""
-        pairs = []
-        for level in self._levels:
-            context = torch.repeat_interleave(torch.arange(len(level.trust)), level.start.diff())
-            pairs.append((context * self.vocab_size + level.next_token).sort().values)
-        return pairs
-
     def _descend(self, history_PH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, from the shortest context to the longest, its id per history and whether it was seen."""
         ids = torch.zeros(len(history_PH), dtype=torch.long)
@@ -158,17 +162,17 @@ class NGramSampler:
                 known = known & (further != _NOTHING) & (level.key[ids] == key)
             yield ids, known
 
-    def _histories(self, block: Block) -> Tensor:
+    def _histories(self, batch: Batch) -> Tensor:
         """The n - 1 tokens before each of chunks 1..C-1, (B, C-1, H)."""
         length = self.order - 1
-        tokens = torch.where(block["labels"] == IGNORED_LABEL, _NOTHING, block["input_ids"])
+        tokens = torch.where(batch["labels"] == IGNORED_LABEL, _NOTHING, batch["input_ids"])
         tokens_BCK = split_into_chunks(tokens, self.chunk_size)
         reach = -(-length // self.chunk_size)  # Chunks that the history spans.
         pieces = []
         for back in range(reach, 0, -1):
             earlier = torch.roll(tokens_BCK, back, dims=1)
             # The position in the document says how far back it extends.
-            inside = block["position_ids"] >= back
+            inside = batch["position_ids"] >= back
             pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
         history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]
         return history[:, 1:, history.shape[-1] - length :]

@@ -17,7 +17,7 @@ from calm.errors import InputError
 from calm.evaluation.branches import read_text
 from calm.evaluation.brier import Targets, targets_of
 from calm.evaluation.ngram import NGramSampler
-from calm.evaluation.processes import Block, add_over_processes
+from calm.evaluation.processes import Batch, add_over_processes
 from calm.models.language_model import language_model
 from calm.models.readers import LikelihoodReader
 
@@ -43,7 +43,7 @@ class PerplexityResult:
 @torch.no_grad()
 def evaluate_perplexity(
     model: PreTrainedModel,
-    blocks: Iterable[Block],
+    batches: Iterable[Batch],
     *,
     eos_token_id: int | list[int] | None,
     pad_token_id: int,
@@ -52,7 +52,7 @@ def evaluate_perplexity(
 
     Args:
         model: The model.
-        blocks: Held-out blocks in chunks of `window_of(K)` tokens, as for BrierLM.
+        batches: Held-out blocks in chunks of `window_of(K)` tokens, as for BrierLM.
         eos_token_id: Ids that end a text.
         pad_token_id: Padding after the end.
 
@@ -64,30 +64,32 @@ def evaluate_perplexity(
         raise InputError(f"a {type(model).__name__} with this head has no likelihood, and so no perplexity.")
     size = window_of(reader.unit_size)
 
-    def losses_PK(block: Block, targets: Targets) -> Tensor:
-        text = read_text(reader, block, targets.is_target_BC, size)
+    def losses_PK(batch: Batch, targets: Targets) -> Tensor:
+        text = read_text(reader, batch, targets.is_target_BC, size)
         units = targets.chunks_PK.split(reader.unit_size, dim=-1)
         return torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
 
-    return _mean_of(losses_PK, targets_of(blocks, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id))
+    return _mean_of(
+        losses_PK, targets_of(batches, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    )
 
 
-def evaluate_ngram_perplexity(ngrams: NGramSampler, blocks: Iterable[Block]) -> PerplexityResult:
+def evaluate_ngram_perplexity(ngrams: NGramSampler, batches: Iterable[Batch]) -> PerplexityResult:
     """Cross-entropy of an n-gram model on the same tokens.
 
     Args:
         ngrams: The model.
-        blocks: Held-out blocks in chunks of the model's `chunk_size`.
+        batches: Held-out blocks in chunks of the model's `chunk_size`.
 
     Raises:
         InputError: If the blocks contain no target.
     """
     return _mean_of(
-        lambda block, targets: ngrams.losses(block, targets.is_target_BC, targets.chunks_PK),
+        lambda batch, targets: ngrams.losses(batch, targets.is_target_BC, targets.chunks_PK),
         targets_of(
-            blocks,
+            batches,
             ngrams.chunk_size,
             eos_token_id=ngrams.eos_token_id,
             pad_token_id=ngrams.pad_token_id,
@@ -96,11 +98,11 @@ def evaluate_ngram_perplexity(ngrams: NGramSampler, blocks: Iterable[Block]) -> 
 
 
 def _mean_of(
-    losses_of: Callable[[Block, Targets], Tensor], batches: Iterable[tuple[int, Block, Targets]]
+    losses_of: Callable[[Batch, Targets], Tensor], batches: Iterable[tuple[int, Batch, Targets]]
 ) -> PerplexityResult:
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)
-    for _, block, targets in batches:
-        losses_M = losses_of(block, targets)[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
+    for _, batch, targets in batches:
+        losses_M = losses_of(batch, targets)[~is_after_eos(targets.chunks_PK, targets.eos_ids)]
         total, count = total + losses_M.double().sum().cpu(), count + len(losses_M)
     total, count = add_over_processes([total, count])
     if count == 0:

@@ -9,17 +9,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-Block = Mapping[str, Tensor]  # The features of calm.data.chunking; `document_ids` may be missing.
+Batch = Mapping[str, Tensor]  # The features of calm.data.chunking; `document_ids` may be missing.
 Thing = TypeVar("Thing")
 
 
-def own_share(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
+def own_share(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     """This process's batches, every n-th of n processes, each with its index."""
     is_group = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if is_group else (0, 1)
-    for index, block in enumerate(blocks):
+    for index, batch in enumerate(batches):
         if index % world == rank:
-            yield index, block
+            yield index, batch
 
 
 def add_over_processes(tensors: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.errors import InputError
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.models.autoencoder import CalmAutoencoder
 
 
@@ -39,7 +39,7 @@ class ReconstructionResult:
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    autoencoder: CalmAutoencoder, blocks: Iterable[Block], generator: torch.Generator
+    autoencoder: CalmAutoencoder, batches: Iterable[Batch], generator: torch.Generator
 ) -> ReconstructionResult:
     """Encode and decode held-out blocks; padding does not count.
 
@@ -48,13 +48,13 @@ def evaluate_reconstruction(
     """
     tokens = chunks = right = right_noisy = right_chunks = 0
     std = 0.0
-    for block in blocks:
+    for batch in batches:
         size = autoencoder.config.chunk_size
-        labels_PK = split_into_chunks(block["labels"], size).flatten(0, 1)
+        labels_PK = split_into_chunks(batch["labels"], size).flatten(0, 1)
         counts_PK = labels_PK != IGNORED_LABEL
         kept_P = counts_PK.any(-1)
         labels_PK, counts_PK = labels_PK[kept_P], counts_PK[kept_P]
-        posterior = autoencoder.encode(split_into_chunks(block["input_ids"], size).flatten(0, 1)[kept_P])
+        posterior = autoencoder.encode(split_into_chunks(batch["input_ids"], size).flatten(0, 1)[kept_P])
         exact_PK = (autoencoder.decode_tokens(posterior.mean) == labels_PK) | ~counts_PK
         noisy_PK = autoencoder.decode_tokens(posterior.sample(1, generator)[0]) == labels_PK
         tokens += int(counts_PK.sum())

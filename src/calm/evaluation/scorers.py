@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from calm.core.chunks import split_into_chunks
 from calm.core.samplers import Sampler
 from calm.errors import InputError
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.evaluation.steps import DrawScorer, ProbabilityScorer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.language_model import language_model
@@ -36,10 +36,10 @@ class AutoencoderCeiling:
         self.autoencoder, self.chunk_size = autoencoder, chunk_size
 
     def draw_next_chunks(
-        self, block: Block, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
+        self, batch: Batch, is_target_BC: Tensor, num_draws: int, generator: torch.Generator
     ) -> Tensor:
         """See `calm.evaluation.brier.ChunkSampler`."""
-        chunks_PK = split_into_chunks(block["input_ids"], self.chunk_size)[:, 1:][is_target_BC]
+        chunks_PK = split_into_chunks(batch["input_ids"], self.chunk_size)[:, 1:][is_target_BC]
         posterior = self.autoencoder.encode(
             split_into_chunks(chunks_PK, self.autoencoder.config.chunk_size).flatten(0, 1)
         )

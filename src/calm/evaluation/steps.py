@@ -14,7 +14,7 @@ from calm.core.brier import share_of_equal_pairs, share_of_hits, window_of, wind
 from calm.core.chunks import is_after_eos
 from calm.evaluation.branches import read_text
 from calm.evaluation.brier import Targets
-from calm.evaluation.processes import Block
+from calm.evaluation.processes import Batch
 from calm.models.readers import LikelihoodReader, Reader
 
 
@@ -105,10 +105,10 @@ class _StepScorer:
         self.chunk_size = window_of(reader.unit_size)
 
     def estimate(
-        self, block: Block, targets: Targets, num_draws: int, generator: torch.Generator
+        self, batch: Batch, targets: Targets, num_draws: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """See `calm.evaluation.brier.Scorer`."""
-        text = read_text(self.reader, block, targets.is_target_BC, self.chunk_size)
+        text = read_text(self.reader, batch, targets.is_target_BC, self.chunk_size)
         truth_SPK = targets.chunks_PK.unflatten(1, (text.num_steps, -1)).transpose(0, 1)
         truth_ended_P = path_ended_P = torch.zeros_like(targets.chunks_PK[:, 0], dtype=torch.bool)
         how = (targets, num_draws, generator)

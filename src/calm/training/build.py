@@ -214,7 +214,7 @@ def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAut
         initializer_range=begun.initializer_range,
         layer_norm_eps=begun.layer_norm_eps,
         attn_implementation=recipe.language_model.attention,
-        **{name: getattr(begun, name) for name in special_tokens_of(begun)},
+        **special_tokens_of(begun),
     )
 
 

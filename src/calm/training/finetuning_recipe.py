@@ -6,7 +6,7 @@ This file imports neither torch nor transformers: the command line reads it for 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from calm.training.recipe import TrainingSettings, as_list
+from calm.training.recipe import WITHOUT_EFFECT, TrainingSettings, as_list
 
 
 @dataclass(kw_only=True)
@@ -131,7 +131,7 @@ class FinetuningRecipe:
     thoughts: ThoughtSettings = field(default_factory=ThoughtSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
-    report_to: list[str] | str = field(default_factory=list)
+    report_to: list[str] | str = field(default_factory=list, metadata=WITHOUT_EFFECT)
 
     @property
     def tracker_list(self) -> list[str]:

@@ -16,7 +16,7 @@ from calm.data.shards import files_of
 from calm.errors import InputError
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.extending import without_last_steps
-from calm.training.recipe import WITHOUT_EFFECT
+from calm.training.recipe import effect_of
 
 INPUTS = "inputs.json"
 
@@ -84,31 +84,36 @@ RECIPE_INPUT = "its recipe"
 
 def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]) -> None:
     """`check_inputs` for a recipe (except the steps of its last stage) and all other inputs of the run."""
-    digest = digest_of_recipe(without_last_steps(recipe))
-    earlier = [digest_of_recipe(recipe, in_order=in_order) for in_order in (True, False)]
+    extensible = without_last_steps(recipe)
+    digest = digest_of_recipe(extensible)
+    earlier = [digest_of_recipe(one, of_all=True) for one in (extensible, recipe)]
+    earlier.append(digest_of_recipe(recipe, of_all=True, in_order=False))
     check_inputs(output, {RECIPE_INPUT: digest, **inputs}, {RECIPE_INPUT: earlier})
 
 
-def digest_of_recipe(recipe: Any, *, in_order: bool = True) -> str:
+def digest_of_recipe(recipe: Any, *, of_all: bool = False, in_order: bool = True) -> str:
     """A digest of the settings that differ from the defaults, so that adding a setting changes no digest.
 
-    Settings that do not affect the result are left out.
+    Settings that do not affect the result, or only its rounding, are left out.
 
     Args:
         recipe: The recipe.
+        of_all: Take all settings but the trackers, as earlier versions did.
         in_order: Sort the fields of dictionaries such as the head's, whose order does not matter. Earlier
             versions kept the order in runs started from Python.
     """
 
+    def is_taken(field: dataclasses.Field) -> bool:
+        return field.name != "report_to" if of_all else effect_of(field, recipe) == "full"
+
     def changed(value: Any, default: Any) -> Any:
         if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
+            names = [field.name for field in dataclasses.fields(value) if is_taken(field)]
             pairs = {name: changed(getattr(value, name), getattr(default, name)) for name in names}
             return {name: pair for name, pair in pairs.items() if pair != {}}
         return {} if value == default else [_sorted(value) if in_order else value]
 
-    settings = changed(recipe, type(recipe)())
-    return _digest({name: value for name, value in settings.items() if name not in WITHOUT_EFFECT})
+    return _digest(changed(recipe, type(recipe)()))
 
 
 def _sorted(value: Any) -> Any:

@@ -3,7 +3,7 @@
 This file imports neither torch nor transformers: the command line reads it for its help.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
 from calm.errors import InputError
@@ -13,8 +13,24 @@ from calm.models.hyperparameters import (
     InputHyperparameters,
 )
 
-# Settings that do not affect the result: a run may be resumed with other values of them.
-WITHOUT_EFFECT = ("report_to",)
+# How a setting affects the result. A run may be resumed with other values of settings that do not, and with a
+# warning of those that change its rounding.
+Effect = Literal["none", "rounding", "full"]
+
+
+def _with_effect(effect: Effect, with_streams: Effect | None = None) -> dict[str, Effect]:
+    """Metadata of a setting whose effect is not "full", or not unless text is streamed."""
+    return {"effect": effect, "effect_with_streams": with_streams or effect}
+
+
+WITHOUT_EFFECT = _with_effect("none")
+
+
+def effect_of(setting: Field, recipe: Any) -> Effect:
+    """The effect of a field of a recipe, or of a group of its settings, on the recipe's result."""
+    is_streaming = isinstance(recipe, Recipe) and recipe.data.streaming
+    effect: Effect = setting.metadata.get("effect_with_streams" if is_streaming else "effect", "full")
+    return effect
 
 
 def as_list(names: list[str] | str) -> list[str]:
@@ -56,7 +72,7 @@ class DataSettings:
     vocab_size: int = 4096
     context: int = 1024
     layout: Literal["documents", "packed"] = "documents"
-    num_proc: int | None = None
+    num_proc: int | None = field(default=None, metadata=WITHOUT_EFFECT)
     streaming: bool = False
     sample_documents: int = 10_000
     window_documents: int = 1000
@@ -137,17 +153,17 @@ class TrainingSettings:
 
     steps: int = 1000
     batch_tokens: int = 8192
-    microbatch_tokens: int | None = None
+    microbatch_tokens: int | None = field(default=None, metadata=_with_effect("rounding", "full"))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
-    log_every: int = 20
+    log_every: int = field(default=20, metadata=WITHOUT_EFFECT)
     evaluate_every: int = 200
     evaluation_blocks: int = 64
-    save_every: int = 200
-    keep_checkpoints: int = 2
-    num_workers: int = 0
+    save_every: int = field(default=200, metadata=WITHOUT_EFFECT)
+    keep_checkpoints: int = field(default=2, metadata=WITHOUT_EFFECT)
+    num_workers: int = field(default=0, metadata=_with_effect("none", "full"))
 
     @property
     def tokens(self) -> int:
@@ -299,7 +315,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
-    report_to: list[str] | str = field(default_factory=list)
+    report_to: list[str] | str = field(default_factory=list, metadata=WITHOUT_EFFECT)
 
     @property
     def tracker_list(self) -> list[str]:

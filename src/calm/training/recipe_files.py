@@ -1,7 +1,7 @@
 """Recipes as YAML: shipped ones by name, others by path; written next to the weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
 from calm.storage.disk import write_file_whole
 from calm.training.finetuning_recipe import FinetuningRecipe
-from calm.training.recipe import WITHOUT_EFFECT, Recipe
+from calm.training.recipe import Effect, Recipe, effect_of
 from calm.training.recipe_settings import RECIPE as RECIPE
-from calm.training.recipe_settings import recipe_with, settings_in
+from calm.training.recipe_settings import extended, recipe_with, settings_in
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
@@ -36,25 +36,25 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
-    """A recipe with some settings changed.
+    """A recipe with some settings changed, as by a recipe that extends it.
 
     Args:
         recipe: The recipe.
-        settings: Dotted names and their values, such as {"language_model.head.alpha": 0.5}.
+        settings: Dotted names and their values, such as {"language_model.head.alpha": 0.5}. If they change
+            the kind of a component, its other settings are dropped (`calm.training.recipe_settings.KINDS`).
 
     Raises:
         InputError: If there is no such setting, or it cannot have that value.
     """
     values = dataclasses.asdict(recipe)
-    for name, value in settings.items():
-        *path, last = name.split(".")
+    for name in settings:
         place: Any = values
-        for part in path:
+        for part in name.split(".")[:-1]:
             place = place.get(part) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
-        place[last] = value
-    return _with_values(type(recipe), values, f"settings {', '.join(settings)}")
+    kind = type(recipe)
+    return _with_values(kind, extended(values, settings, kind), f"settings {', '.join(settings)}")
 
 
 def check_types(recipe: Recipe | FinetuningRecipe) -> None:
@@ -92,16 +92,20 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     write_file_whole(path, recipe_text(recipe))
 
 
-def differences(first: AnyRecipe, second: AnyRecipe) -> list[str]:
-    """Dotted names of the settings that differ between two recipes and affect the result."""
+def differences(first: AnyRecipe, second: AnyRecipe, effect: Effect = "full") -> list[str]:
+    """Dotted names of the settings that differ between two recipes and have that effect on the result."""
 
-    def walk(a: Any, b: Any, name: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return [
-                d
-                for key in sorted(a.keys() | b.keys())
-                for d in walk(a.get(key), b.get(key), f"{name}.{key}")
-            ]
-        return [] if a == b or name.lstrip(".") in WITHOUT_EFFECT else [name.lstrip(".")]
+    def settings_of(value: Any, name: str, own: Effect) -> Iterator[tuple[str, Any]]:
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from settings_of(
+                    getattr(value, field.name), f"{name}.{field.name}", effect_of(field, second)
+                )
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                yield from settings_of(one, f"{name}.{key}", own)
+        elif own == effect:
+            yield name.lstrip("."), value
 
-    return walk(dataclasses.asdict(first), dataclasses.asdict(second), "")
+    a, b = (dict(settings_of(recipe, "", "full")) for recipe in (first, second))
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))

@@ -5,7 +5,8 @@
 
 A recipe that extends another inherits all of its settings, except those that it sets itself. Settings are
 replaced one by one, unless one changes the kind of a component (`KINDS`): then that component is replaced as
-a whole, since the fields of one kind mean nothing to another.
+a whole, since the fields of one kind mean nothing to another. Options, and settings given by name, override a
+recipe in the same way.
 """
 
 import copy
@@ -29,8 +30,8 @@ from calm.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 EXTENDS = "extends"
-# A setting that chooses a kind -> the settings that only make sense for that kind. They are dropped when a
-# recipe chooses another kind than the one that it extends.
+# A setting that chooses a kind -> the settings that only make sense for that kind. They are dropped when
+# another kind is chosen.
 KINDS = {
     "model": ("autoencoder", "language_model.head"),
     "autoencoder.kind": ("autoencoder",),
@@ -183,13 +184,20 @@ def recipe_of_run(folder: Path) -> Path:
 
 
 def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The settings of a recipe that extends another.
+    """The settings of a recipe with some of them overridden, as by a recipe that extends it.
 
     Args:
-        base: The settings of the other recipe, in nested groups.
-        own: The recipe's own settings.
+        base: The settings of the recipe, in nested groups.
+        own: The settings that override it, in nested groups or with dotted names.
         kind: The kind of recipe.
     """
+    own = _in_groups(own)
+    return _merged(kept_by(base, own, kind), own)
+
+
+def kept_by(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of a recipe without those that mean nothing if others override it; see `extended`."""
+    own = _in_groups(own)
     kept = copy.deepcopy(dict(base))
     defaults = dataclasses.asdict(kind())
     for setting, parts in KINDS.items():
@@ -197,7 +205,7 @@ def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dic
         if now is not None and now != before:
             for part in parts:
                 _remove(kept, part)
-    return _merged(kept, own)
+    return kept
 
 
 def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,11 @@ class Run(Generic[AnyRecipe]):
             noted = self._noted()
             if differences(noted, self.recipe):
                 extend(self.folder, noted, self.recipe)
+            if rounded := differences(noted, self.recipe, "rounding"):
+                logger.warning(
+                    "%s changed: the weights will differ by rounding from those of an unchanged run",
+                    ", ".join(rounded),
+                )
             if noted != self.recipe:
                 write_recipe(self.recipe, self.folder / RECIPE)
             return

@@ -1,6 +1,5 @@
 """How fast training runs: tokens per second, utilization, memory."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -50,13 +49,18 @@ class Speed(TrainerCallback):
             self._since += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """Tokens per second of this device since the last call, share of `matrix_rate`, peak memory (GiB)."""
+        """Tokens per second of this device since the last call, share of `matrix_rate`, peak memory (GiB).
+
+        The share is left out if the FLOPs are unknown, the memory where the system does not tell.
+        """
         seconds, steps = time.perf_counter() - self._since, step - self._step
         self._step, self._since = step, time.perf_counter()
         if steps < 1:
             return {}
         rate = steps * self._tokens / seconds
-        figures = {"tokens_per_second": round(rate, 1), "memory_gib": round(_peak_memory(self._device), 3)}
+        figures = {"tokens_per_second": round(rate, 1)}
+        if (memory := _peak_memory(self._device)) is not None:
+            figures["memory_gib"] = round(memory, 3)
         if self._flops and self._rate:
             figures["utilisation"] = round(rate * self._flops / self._rate, 4)
         return figures
@@ -73,9 +77,13 @@ def known_training_flops(
     return own if teacher is None else own + teaching_flops(teacher.network.config, context)
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Peak memory of the device, or of this process on a CPU, in GiB."""
+def _peak_memory(device: torch.device) -> float | None:
+    """Peak memory of the device, or of this process on a CPU, in GiB; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # noqa: PLC0415 (not on Windows)
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
