@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.prepared import PreparedData, load_prepared
 from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
-from calm.evaluation.held_out import Scorecard, score_model
+from calm.evaluation.held_out import Scorecard, affordable_orders, score_model
 from calm.extras import is_installed, not_installed
 from calm.facts import facts_of
 from calm.models.loading import load_language_model_and_tokenizer
@@ -71,7 +72,7 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
         data,
         context=recipe.data.context,
         layout=recipe.data.layout,
-        ngrams=_floors(recipe),
+        ngrams=_floors(recipe, data),
         num_blocks=showing.num_blocks,
         layout_seed=recipe.seed,
     )
@@ -89,12 +90,12 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     return card
 
 
-def _floors(recipe: Recipe) -> list[int]:
-    """Orders of the n-gram floors; none if the training text is streamed."""
+def _floors(recipe: Recipe, data: PreparedData) -> Sequence[int]:
+    """Orders of the n-gram floors; none if the training text is streamed or too long."""
     if recipe.data.streaming:
         logger.info("no n-gram floors: the training text is streamed")
         return []
-    return list(_FLOORS)
+    return affordable_orders(_FLOORS, data)
 
 
 def _write_samples(

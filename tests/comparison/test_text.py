@@ -28,7 +28,6 @@ def test_a_recipe_without_sources_takes_the_embedded_stories(recipe, tmp_path, m
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("data.sources", ["b.jsonl"]),
         ("data.vocab_size", 400),
         ("data.validation_sources", ["b.jsonl"]),
         ("data.validation_fraction", 0.3),
@@ -47,6 +46,8 @@ def test_text_that_was_prepared_with_other_settings_is_refused(recipe, tmp_path,
     )
     with pytest.raises(InputError, match=rf"was prepared with {setting} .*, not .*; choose another --output"):
         with_shared_text(with_settings(recipe, {setting: value}), tmp_path / "out")
+    with pytest.raises(InputError, match="was prepared from different sources than the recipe's"):
+        with_shared_text(with_settings(recipe, {"data.sources": ["b.jsonl"]}), tmp_path / "out")
 
 
 def test_streamed_text_is_not_shared(recipe, tmp_path):

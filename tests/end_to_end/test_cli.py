@@ -66,17 +66,19 @@ def test_evaluate_with_floors(room, capsys):
         assert word in out
 
 
-def test_evaluate_without_floors_of_a_long_text(room, capsys, monkeypatch):
-    """A model is scored all the same."""
+def test_floors_of_a_long_text_are_counted_if_asked_for(room, capsys, monkeypatch, tmp_path):
     tokens = load_prepared(room / "run/data").counts().tokens["train"]
     monkeypatch.setattr(held_out, "_MOST_COUNTED", tokens - 1)
     arguments = ["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64"]
     main([*arguments, "--ngrams", "[2,3]"])
     said = capsys.readouterr()
-    assert "CALM" in said.out and "2-gram" not in said.out
-    assert f"no n-gram floors: the training text has {tokens:,} tokens; n-grams are" in said.err
-    main(arguments)
-    assert "n-gram" not in capsys.readouterr().err
+    assert "2-gram" in said.out and "no n-gram floors" not in said.err
+    main(["compare", str(room / "run"), "--output", str(tmp_path / "out"), "--context", "64"])
+    said = capsys.readouterr()
+    assert "report.html" in said.out and "3-gram" not in said.out
+    assert (
+        f"no n-gram floors: the training text has {tokens:,} tokens, which would take about 0 GiB" in said.err
+    )
 
 
 def test_evaluate_text_files(room, capsys):

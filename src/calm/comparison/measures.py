@@ -13,6 +13,7 @@ from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import (
     EVALUATION_SEED,
+    affordable_orders,
     ngram_models,
     score_model,
     score_ngrams_brier,
@@ -89,9 +90,10 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         _measure(run, prepared, prompts, measures) for run in tracked(runs, "comparing", "model", stays=True)
     ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
+    orders = affordable_orders(measures.ngrams, prepared)
     floors = {
         name: score_ngrams_brier(ngrams, blocks, measures.num_blocks)
-        for name, ngrams in ngram_models(measures.ngrams, prepared, NUM_ORDERS)
+        for name, ngrams in ngram_models(orders, prepared, NUM_ORDERS)
     }
     counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"

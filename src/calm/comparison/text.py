@@ -46,10 +46,14 @@ def _check_settings(recipe: Recipe, folder: Path) -> None:
     data = recipe.data
     lists = {"sources": data.source_list, "validation_sources": data.validation_source_list}
     wanted = {"seed": recipe.seed, **dataclasses.asdict(data), **lists}
-    for name, before in settings_of(folder).items():
-        if before != wanted[name]:
-            option = name if name == "seed" else f"data.{name}"
-            raise InputError(
-                f"the text in '{folder}' was prepared with {option} {before!r}, not {wanted[name]!r}; choose "
-                "another --output."
-            )
+    before = settings_of(folder)
+    if before["sources"] != wanted["sources"]:
+        raise InputError(
+            f"'{folder}' was prepared from different sources than the recipe's; choose another --output."
+        )
+    if changed := next((name for name in before if before[name] != wanted[name]), None):
+        option = changed if changed == "seed" else f"data.{changed}"
+        raise InputError(
+            f"'{folder}' was prepared with {option} {before[changed]!r}, not {wanted[changed]!r}; choose "
+            "another --output."
+        )

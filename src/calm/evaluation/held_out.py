@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
 _BATCH = 8
 _TOKENS_AT_ONCE = 8192
-_MOST_COUNTED = 20_000_000  # Maximum training tokens for n-gram floors: counts take memory per token.
+_MOST_COUNTED = 20_000_000  # Training tokens for floors that nobody asked for: counts take 200 bytes each.
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def score_model(
     *,
     context: int,
     layout: Layout = "documents",
-    ngrams: list[int] | None = None,
+    ngrams: Sequence[int] | None = None,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
     layout_seed: int = 0,
@@ -75,7 +75,7 @@ def score_model(
         data: Text tokenized for the model.
         context: Tokens per block; part of the protocol.
         layout: How documents are laid out in chunks.
-        ngrams: Orders of n-gram floors; needs training text, of at most 20 million tokens.
+        ngrams: Orders of n-gram floors; needs training text.
         num_blocks: Maximum number of blocks to score.
         seed: Seed of the draws.
         layout_seed: Seed of the offsets at which documents start in their first chunk.
@@ -209,18 +209,25 @@ def score_perplexity(
     )
 
 
+def affordable_orders(orders: Sequence[int], data: PreparedData) -> Sequence[int]:
+    """Orders of n-gram floors that are shown unasked: none if the training text is too long to count."""
+    num_tokens = data.counts().tokens["train"]
+    if not orders or num_tokens <= _MOST_COUNTED:
+        return orders
+    logger.info(
+        "no n-gram floors: the training text has %s tokens, which would take about %s GiB; "
+        "`calm evaluate --ngrams` counts them all the same",
+        f"{num_tokens:,}",
+        f"{num_tokens * 200 / 2**30:.0f}",
+    )
+    return []
+
+
 def ngram_models(
     orders: Sequence[int], data: PreparedData, chunk_size: int
 ) -> list[tuple[str, NGramSampler]]:
-    """N-gram models of the training text with their names; none if it has more than 20 million tokens."""
+    """N-gram models of the training text with their names."""
     if not orders:
-        return []
-    if (num_tokens := data.counts().tokens["train"]) > _MOST_COUNTED:
-        logger.warning(
-            "no n-gram floors: the training text has %s tokens; n-grams are counted in at most %s",
-            f"{num_tokens:,}",
-            f"{_MOST_COUNTED:,}",
-        )
         return []
     stream, lengths = map(torch.from_numpy, data.training_stream())
     counts = NGramCounts(stream, lengths, order=max(orders), vocab_size=data.vocab_size)
