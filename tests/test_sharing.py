@@ -272,6 +272,15 @@ def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
     assert load_model_and_tokenizer(str(tmp_path / "copy"))
 
 
+def test_prompts_may_have_characters_at_which_python_splits_lines(answering):
+    answers, card = answering / "adapted/answers.jsonl", answering / "adapted/model/README.md"
+    whole = answers.read_text()
+    answers.write_text(whole.replace("Say ", "Say\u2028\x85"))
+    main(["share", str(answering / "adapted")])
+    answers.write_text(whole)
+    assert 'prompt = tokenizer("Say\u2028\x85' in card.read_text()
+
+
 def test_what_is_no_run_to_share(answering, capsys, tmp_path):
     for folder in (answering / "run/model", answering, tmp_path):
         assert "is not a finished run of `calm train` or `calm finetune`" in failure(capsys, "share", folder)

@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from calm.errors import InputError, reason_of
 from calm.evaluation.answers import percent_right
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
 from calm.sharing.card import Words, card_of, repository_of, shown
+from calm.storage.disk import read_json, read_json_lines
 from calm.training.finetuning import ANSWERS, COUNTS
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe_files import RECIPE, read_recipe_of
@@ -32,8 +32,8 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     """
     recipe = read_recipe_of(FinetuningRecipe, str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
-    answers = [json.loads(line) for line in _read(run / ANSWERS, "").splitlines()]
-    history = json.loads(_read(run / HISTORY, "[]"))
+    answers = read_json_lines(run / ANSWERS) if (run / ANSWERS).is_file() else []
+    history = read_json(run / HISTORY, list) if (run / HISTORY).is_file() else []
     sources = ", ".join(map(shown, recipe.examples.source_list))
     results = []
     if answers:
@@ -65,25 +65,13 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     )
 
 
-def _read(path: Path, default: str) -> str:
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else default
-        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            json.loads(part)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"'{path}' is damaged ({reason_of(error)}); move it away to have a card without it."
-        ) from error
-    return text
-
-
 def _base(recipe: FinetuningRecipe) -> str:
     where = " (a model of the package)" if recipe.model in shipped_models() else ""
     return f"{shown(recipe.model)}{where}, fine-tuned."
 
 
 def _data(run: Path, recipe: FinetuningRecipe, sources: str) -> str:
-    counts = json.loads(_read(run / COUNTS, "{}"))
+    counts = read_json(run / COUNTS, dict) if (run / COUNTS).is_file() else {}
     number = (
         f" {counts['examples']:,} examples to train on ({counts['shortened']:,} shortened to fit in "
         f"{recipe.examples.context} tokens), {counts['held_out']:,} held out."
