@@ -331,6 +331,20 @@ def test_an_example_that_does_not_fit_is_named_by_its_line(place, base, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mode", ["state", "none"])
+def test_only_training_examples_are_counted_as_shortened(mode, base, tmp_path, monkeypatch):
+    records = [json.loads(line) for line in (base / "items.jsonl").read_text().splitlines()]
+    for name, long in {"items": records[:2], "held_out": records}.items():
+        rows = [one | {"prompt": one["prompt"] * (9 if one in long else 1)} for one in records]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"examples.sources": "items.jsonl", "examples.validation_sources": "held_out.jsonl"}
+    settings = {name: str(tmp_path / file) for name, file in settings.items()}
+    monkeypatch.setattr("calm.training.finetuning._train", lambda *_: None)
+    finetune(with_settings(recipe_for(base, thoughts={"mode": mode}), settings), tmp_path / "run")
+    counts = json.loads((tmp_path / "run/examples.json").read_text())
+    assert counts == {"examples": 60, "shortened": 2, "held_out": 60}
+
+
 @pytest.mark.parametrize("side", ["sources", "validation_sources"])
 def test_records_without_any_steps_are_told(side, base, tmp_path, caplog, monkeypatch):
     """A field may be misspelled; a run that means it goes on."""

@@ -225,10 +225,11 @@ def _lay_out(
     held_out: list[Example],
     thinking: ThoughtTraining | None,
 ) -> tuple[Blocks, dict[str, int]]:
-    """The blocks of the examples, and the number of both."""
+    """The blocks of the examples, and how many there are of both, and of shortened training examples."""
     context, settings = recipe.examples.context, recipe.training
     if thinking is not None:
-        shortened = thinking.num_shortened([*examples, *held_out])
+        shortened = thinking.num_shortened(examples)
+        thinking.num_shortened(held_out)  # They have to fit as well.
         rows = ThinkingRows(thinking, examples, settings.batch_tokens // context, settings.steps, recipe.seed)
         blocks = Blocks(rows, held_out, context, tokenizer, thinking.collate, is_in_order=True)
         num_blocks = len(examples)
