@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from toy import failure, toy_recipe
 
 from calm.cli import main
+from calm.data.chunking import BlockSettings
 from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
@@ -43,7 +44,7 @@ def test_the_card_says_what_the_run_was(runs, capsys):
     )
     model, _ = load_model_and_tokenizer(str(runs / "run/model"))
     data = load_prepared(runs / "run/data")
-    brier = score_model(model, data, context=32, layout_seed=3).brier
+    brier = score_model(model, data, BlockSettings(32, "documents", 3)).brier
     [result] = card.data.eval_results
     metric = "brier_1" if brier.undefined else "brier_lm"
     assert result.metric_type == metric

@@ -20,6 +20,7 @@ from calm.report.run import RunReport, Sample, read_history, write_report
 from calm.report.tables import print_scorecard
 from calm.storage.disk import read_json_lines
 from calm.texts import continue_texts
+from calm.training.blocks import block_settings
 from calm.training.finetuning import ANSWERS
 from calm.training.opening import data_folder
 from calm.training.processes import processes
@@ -70,11 +71,9 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     card = score_model(
         model,
         data,
-        context=recipe.data.context,
-        layout=recipe.data.layout,
+        block_settings(recipe),
         ngrams=_floors(recipe, data),
         num_blocks=showing.num_blocks,
-        layout_seed=recipe.seed,
     )
     if not processes().is_main_process:
         return card

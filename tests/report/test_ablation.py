@@ -67,7 +67,7 @@ def test_a_name_stays_in_its_cell(name, shown, tmp_path):
 def test_the_figures_are_the_same_whenever_they_are_written(tmp_path):
     written(tmp_path)
     figures = json.loads((tmp_path / "ablation.json").read_text())
-    assert set(figures) == {"question", "seeds", "context", "outcomes"}
+    assert set(figures) == {"question", "seeds", "context", "layout", "outcomes"}
     assert figures["outcomes"][0]["parameters"] == 1_234_567
 
 

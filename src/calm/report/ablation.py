@@ -32,7 +32,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
     lines = [columns, [":---", *["---:"] * (len(columns) - 1)], *rows]
     body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
     note = (
-        f"BrierLM on held-out text in blocks of {table.context} tokens, layout documents, T = 1, "
+        f"BrierLM on held-out text in blocks of {table.context} tokens, layout {table.layout}, T = 1, "
         "percent ± standard error over documents; one column for each seed."
     )
     words = " · ".join(table.provenance.words)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from calm.data.chunking import Layout
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.report.facts import Provenance
@@ -140,6 +141,7 @@ class AblationTable:
         context: Tokens per held-out block.
         outcomes: Results of each setting.
         recipe: The recipe that all runs share, as text.
+        layout: How held-out documents are aligned to chunks.
         provenance: When, where and with what the table was made.
     """
 
@@ -148,4 +150,5 @@ class AblationTable:
     context: int
     outcomes: list[Outcome]
     recipe: str
+    layout: Layout = "documents"
     provenance: Provenance = field(default_factory=Provenance)
