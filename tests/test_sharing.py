@@ -117,6 +117,14 @@ def test_the_card_counts_the_text_that_there_was(runs):
     assert line == f"text.jsonl. {counts}, equal documents together."
 
 
+def test_the_card_says_what_its_costs_leave_out(runs):
+    words = "costs of this run do not include the training of its autoencoder."
+    assert words not in write_card(runs / "run").read_text()
+    settings = {"autoencoder.path": str(runs / "run/autoencoder")}
+    stages.train(with_settings(toy_recipe(runs / "text.jsonl", "adamw"), settings), runs / "reused")
+    assert words in write_card(runs / "reused").read_text()
+
+
 def test_the_code_of_the_card_runs(runs, monkeypatch):
     path = write_card(runs / "run", name=str(runs / "run/model"))
     code = path.read_text().split("```python\n")[1].split("```")[0]

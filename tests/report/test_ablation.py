@@ -45,6 +45,14 @@ def test_the_time_is_a_mean_where_it_is_known(seconds, shown, tmp_path):
     assert lines[6].split("|")[place].strip() == shown
 
 
+def test_what_costs_leave_out_is_told(tmp_path):
+    outcome = Outcome(
+        "one", 1e12, 10**6, None, [SCORE | {"token_accuracy": 0.99}] * 2, excluded=("its part",)
+    )
+    note = next(line for line in written(tmp_path, outcomes=[outcome]) if "one column for each seed" in line)
+    assert note.endswith("The costs of one do not include the training of its part.")
+
+
 def test_names_are_to_the_left_and_numbers_to_the_right(tmp_path):
     marks = [cell.strip() for cell in written(tmp_path)[5].split("|")[1:-1]]
     assert marks == [":---", *["---:"] * (len(marks) - 1)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonargparse
 
-from calm.comparison.costs import autoencoder_flops, language_model_flops
+from calm.comparison.costs import autoencoder_flops, language_model_flops, trained_before
 from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
@@ -147,13 +147,14 @@ def run_ablation(
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []
     for choice in chosen:
-        own = _recipe_of(choice, recipe, seeds[0])
+        own = completed(_recipe_of(choice, recipe, seeds[0]))
         outcomes.append(
             Outcome(
                 name=choice.name,
                 published=choice.published,
                 training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
                 parameters=sum(cost_of(model_config(own, vocab_size)).parameters.values()),
+                excluded=trained_before(own),
             )
         )
     runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))

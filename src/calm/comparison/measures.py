@@ -146,6 +146,7 @@ def _measure(
             seed=EVALUATION_SEED,
             crop=True,
         ),
+        excluded=record.excluded if record else (),
         recipe=(run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).is_file() else None,
     )
 

@@ -12,7 +12,7 @@ from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import NATS, AblationTable, Outcome
-from calm.report.tables import print_narrow, with_error
+from calm.report.tables import costs_exclude, print_narrow, with_error
 from calm.storage.disk import write_file_whole
 
 
@@ -35,6 +35,8 @@ def write_ablation(table: AblationTable, path: Path) -> None:
         f"BrierLM on held-out text in blocks of {table.context} tokens, layout {table.layout}, T = 1, "
         "percent ± standard error over documents; one column for each seed."
     )
+    excluded = costs_exclude((outcome.name, outcome.excluded) for outcome in table.outcomes)
+    note = _plain(" ".join([note, *excluded]))
     words = " · ".join(table.provenance.words)
     summary = "<summary>What is common to all runs</summary>"
     recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"

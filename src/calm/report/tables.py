@@ -1,7 +1,7 @@
 """Scores and costs as tables on the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -102,6 +102,19 @@ def caption_of(card: Scorecard) -> str:
         f"T = 1, {card.brier.num_chunks:,} held-out chunks, blocks of {card.brier.context} tokens, "
         f"layout {card.layout}, in percent ± standard error"
     )
+
+
+def costs_exclude(excluded: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A sentence on each model with parts that were trained before its run.
+
+    Args:
+        excluded: Names of models, and those parts.
+    """
+    return [
+        f"The costs of {name} do not include the training of {' and of '.join(parts)}."
+        for name, parts in excluded
+        if parts
+    ]
 
 
 def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:

@@ -11,7 +11,7 @@ from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.quantities import duration
-from calm.report.tables import BRIER_COLUMNS, cells_of, perplexities_of, rows_of
+from calm.report.tables import BRIER_COLUMNS, cells_of, costs_exclude, perplexities_of, rows_of
 from calm.sharing.card import Words, card_of, repository_of, shown
 from calm.training.blocks import block_settings
 from calm.training.opening import prepare_text
@@ -83,7 +83,7 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         line = f"Together {record.flops:.2e} FLOPs by count"
         if record.seconds is not None:
             line += f"; {duration(record.seconds)}, held-out evaluations included"
-        lines.append(f"{line}.")
+        lines += [f"{line}.", *costs_exclude([("this run", record.excluded)])]
     return "\n".join(lines)
 
 
