@@ -68,6 +68,7 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     assert card.brier == packed.brier != apart.brier and card.layout == "packed"
     brier_1 = 100 * card.brier.means[0]
     assert table.outcomes[0].scores[0]["brier_1"] == brier_1 and table.layout == "packed"
+    assert table.outcomes[0].scores[0]["token_accuracy"] == 100 * card.reconstruction.token_accuracy
     write_ablation(table, tmp_path / "table.md")
     assert "blocks of 32 tokens, layout packed, T = 1" in (tmp_path / "table.md").read_text()
     page = card_of_training(run, Words("one"), [], None)

@@ -225,7 +225,7 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
     figures = {
         **card.brier.as_metrics(),
         "error": card.brier.brier_lm_error,
-        "token_accuracy": card.reconstruction.token_accuracy,
+        "token_accuracy": card.reconstruction.as_metrics()["token_accuracy"],
     }
     if card.perplexity is not None:
         figures[NATS] = card.perplexity.cross_entropy

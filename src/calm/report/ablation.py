@@ -66,7 +66,7 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
                 _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 *([f"{statistics.mean(score[NATS] for score in outcome.scores):.3f}"] if nats else []),
-                f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
+                f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2f}%",
                 short(outcome.parameters),
                 short(outcome.training_flops),
                 _time(outcome.seconds),

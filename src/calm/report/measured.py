@@ -119,9 +119,9 @@ class Outcome:
         training_flops: Training FLOPs, including an autoencoder that is trained for it.
         parameters: Total number of parameters.
         published: BrierLM in the paper, if reported there.
-        scores: Per seed, BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
-            to Brier-4 in percent, the share of tokens that the autoencoder reconstructs, and for models with
-            a likelihood their nats per token (`NATS`).
+        scores: Per seed and in percent, BrierLM (0 if undefined), its standard error over documents
+            (`error`), Brier-1 to Brier-4, and the tokens that the autoencoder reconstructs; for models with a
+            likelihood also their nats per token (`NATS`).
         seconds: Per seed, training time of the same stages; None if unknown.
         excluded: What was trained before; not part of its costs.
     """
