@@ -161,7 +161,12 @@ def draw_panel(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
         means = [statistics.mean(one) for one in shares]
         errors = [error_of_mean(one) for one in shares]
         apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
-        look = {"marker": "osD^v<>PX*"[number], "color": COLORS[number], "capsize": 2, "markersize": 5}
+        look: dict[str, Any] = {
+            "marker": "osD^v<>PX*"[number],
+            "color": COLORS[number],
+            "capsize": 2,
+            "markersize": 5,
+        }
         lines[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)
         axes.set_xticks(hops)
     return lines

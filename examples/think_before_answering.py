@@ -8,7 +8,6 @@ three times.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from transformers import set_seed
@@ -17,6 +16,7 @@ from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
+from calm.storage.disk import read_json_lines
 from calm.training.build import autoencoder_config, language_model_config, special_tokens_of
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
@@ -35,7 +35,7 @@ def new_model(folder: Path) -> None:
     """Write questions, and a model that knows nothing."""
     write_items(folder / "path.jsonl", "path", HOPS, seed=0, number=8000, held_out=False)
     write_items(folder / "held_out.jsonl", "path", HOPS, seed=0, number=ASKED, held_out=True)
-    records = [json.loads(line) for line in (folder / "path.jsonl").read_text().splitlines()[:500]]
+    records = read_json_lines(folder / "path.jsonl")[:500]
     tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 330)
     recipe = Recipe(
         language_model=LanguageModelSettings(
@@ -78,7 +78,7 @@ def share_of_right_answers(folder: Path, mode: str) -> float:
         answers=AnswerSettings(number=ASKED),
     )
     finetune(recipe, folder / mode)
-    answers = [json.loads(line) for line in (folder / mode / "answers.jsonl").read_text().splitlines()]
+    answers = read_json_lines(folder / mode / "answers.jsonl")
     right: int = sum(one["after"].split() == one["completion"].split() for one in answers)
     return right / ASKED
 

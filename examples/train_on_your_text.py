@@ -14,6 +14,7 @@ from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.tables import print_scorecard
 from calm.texts import continue_texts
+from calm.training.blocks import block_settings
 from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.stages import train
 
@@ -34,7 +35,7 @@ def main() -> None:
 
     model, tokenizer = load_model_and_tokenizer(str(folder))
     data = load_prepared(arguments.output / "data")
-    print_scorecard(score_model(model, data, context=recipe.data.context, ngrams=[3]))
+    print_scorecard(score_model(model, data, block_settings(recipe), ngrams=[3]))
     for beginning, _ in data.held_out_beginnings(2):
         [text] = continue_texts(model, tokenizer, [beginning], max_new_tokens=60, temperature=0.5, seed=1)
         print(f"{beginning} |{text}\n")

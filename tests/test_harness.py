@@ -1,6 +1,7 @@
 """lm-eval runs tasks that ask for text; likelihoods are refused, or replaced by sampling on request."""
 
 import json
+import string
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from calm.models.thoughts import THOUGHT, thoughts_of
 from calm.text.chat import encode_chat
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
-from calm.texts import continue_texts
+from calm.texts import continue_texts, continue_tokens
 
 TASKS = {
     "texts": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
@@ -95,6 +96,42 @@ def test_sampled_text_and_groups_of_settings(folder):
             else {"max_new_tokens": 5, "temperature": 0, "num_draws": 64}
         )
         assert [text] == continue_texts(model, tokenizer, [f"text {number}"], seed=3, **settings)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.0}])
+@pytest.mark.parametrize(
+    ("until", "costs_less"),
+    [("e", False), (list(string.printable), True), (["e", "zzz"], False), (["zzz", ""], False), ([], False)],
+)
+def test_a_text_is_that_of_the_whole_budget_up_to_a_stop_string(
+    until, costs_less, sampling, folder, monkeypatch
+):
+    """But no more is generated than until the last text of a batch has one."""
+    harness, lengths = HarnessModel(str(folder), num_draws=16, seed=3), []
+
+    def counted(*arguments, **settings):
+        tokens = continue_tokens(*arguments, **settings)
+        lengths.append(tokens.shape[1])
+        return tokens
+
+    def texts_until(stops):
+        settings = {"until": stops, "max_gen_toks": 40, **sampling}
+        return harness.generate_until([instance(f"Once upon {n}", settings) for n in range(4)])
+
+    monkeypatch.setattr("calm.harness.continue_tokens", counted)
+    for text, whole in zip(texts_until(until), texts_until([]), strict=True):
+        assert text == whole[: min((whole.find(stop) for stop in until if stop in whole), default=None)]
+    assert lengths[1] == 40 and (lengths[0] < 20 or not costs_less)
+
+
+def test_a_stop_string_inside_another_does_not_hide_it(folder):
+    harness = HarnessModel(str(folder), seed=3)
+    settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 40}
+    [whole] = harness.generate_until([instance("Once upon", settings)])
+    for place in range(len(whole) - 8):
+        stops = [whole[place + 1 : place + 3], whole[place : place + 8]]
+        [text] = harness.generate_until([instance("Once upon", {"until": stops, **settings})])
+        assert text == whole[: min(map(whole.find, stops))], stops
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -17,6 +17,7 @@ from calm.data.stories import stories
 from calm.errors import InputError
 from calm.flops import training_flops
 from calm.models.loading import load_autoencoder, load_model
+from calm.storage.disk import read_json_lines
 from calm.training import stages
 from calm.training.overview import forecasts_of
 from calm.training.recipe_files import with_settings, write_recipe
@@ -133,13 +134,14 @@ def test_several_processes_show_once(recipe_file, tmp_path):
 
 def test_fine_tuning_shows_answers(text, tmp_path, capsys):
     model = stages.train(toy_recipe(text), tmp_path / "base")
-    lines = [json.dumps({"prompt": f"p{n}", "completion": f" c{n}"}) + "\n" for n in range(20)]
+    # Characters at which str.splitlines would split the recorded answers.
+    lines = [json.dumps({"prompt": f"p\u2028{n}", "completion": f" c\x85{n}"}) + "\n" for n in range(20)]
     (tmp_path / "examples.jsonl").write_text("".join(lines))
     options = ["--examples.sources", str(tmp_path / "examples.jsonl"), "--examples.context", "32"]
     steps = ["--training.steps", "2", "--training.batch_tokens", "64"]
     run = tmp_path / "tuned"
     main(["finetune", "--model", str(model), *options, *steps, "--output", str(run)])
     out = capsys.readouterr().out
-    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    answers = read_json_lines(run / "answers.jsonl")
     assert answers and all(out.count(word) == len(answers[:3]) for word in ("expected:", "before:", "now:"))
     assert answers[0]["prompt"] in out and f"calm serve {run}" in out

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from toy import failure, toy_recipe
 
 from calm.cli import main
+from calm.data.chunking import BlockSettings
 from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
@@ -43,7 +44,7 @@ def test_the_card_says_what_the_run_was(runs, capsys):
     )
     model, _ = load_model_and_tokenizer(str(runs / "run/model"))
     data = load_prepared(runs / "run/data")
-    brier = score_model(model, data, context=32, layout_seed=3).brier
+    brier = score_model(model, data, BlockSettings(32, "documents", 3)).brier
     [result] = card.data.eval_results
     metric = "brier_1" if brier.undefined else "brier_lm"
     assert result.metric_type == metric
@@ -114,6 +115,14 @@ def test_the_card_counts_the_text_that_there_was(runs):
     assert 0.15 < counts.share < 0.25 and counts.documents == {"train": 16, "validation": 4}
     [line] = [line for line in write_card(runs / "run").read_text().splitlines() if "held out" in line]
     assert line == f"text.jsonl. {counts}, equal documents together."
+
+
+def test_the_card_says_what_its_costs_leave_out(runs):
+    words = "costs of this run do not include the training of its autoencoder."
+    assert words not in write_card(runs / "run").read_text()
+    settings = {"autoencoder.path": str(runs / "run/autoencoder")}
+    stages.train(with_settings(toy_recipe(runs / "text.jsonl", "adamw"), settings), runs / "reused")
+    assert words in write_card(runs / "reused").read_text()
 
 
 def test_the_code_of_the_card_runs(runs, monkeypatch):
@@ -270,6 +279,15 @@ def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
     for file in (tmp_path / "copy").glob("*.*"):
         assert b"secret-place" not in file.read_bytes(), file
     assert load_model_and_tokenizer(str(tmp_path / "copy"))
+
+
+def test_prompts_may_have_characters_at_which_python_splits_lines(answering):
+    answers, card = answering / "adapted/answers.jsonl", answering / "adapted/model/README.md"
+    whole = answers.read_text()
+    answers.write_text(whole.replace("Say ", "Say\u2028\x85"))
+    main(["share", str(answering / "adapted")])
+    answers.write_text(whole)
+    assert 'prompt = tokenizer("Say\u2028\x85' in card.read_text()
 
 
 def test_what_is_no_run_to_share(answering, capsys, tmp_path):

@@ -117,7 +117,13 @@ class HarnessModel(LM):
             prompts = self._cropped([self._encode(requests[place].args[0]) for place in places], budget)
             seed = seed_of(self._seed, copy) if copy else self._seed
             tokens = continue_tokens(
-                self._model, self._tokenizer, prompts, max_new_tokens=budget, seed=seed, **settings
+                self._model,
+                self._tokenizer,
+                prompts,
+                max_new_tokens=budget,
+                seed=seed,
+                stop_strings=_not_inside_others(stops),
+                **settings,
             )
             for place, prompt, new in zip(places, prompts, tokens.tolist(), strict=True):
                 text = decode_after(self._tokenizer, prompt, new)
@@ -262,6 +268,14 @@ def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[
         return settings | {"temperature": 0.0, "num_draws": num_draws}
     cuts = {name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None}
     return settings | {"temperature": asked.get("temperature", temperature), **cuts}
+
+
+def _not_inside_others(stops: list[str]) -> list[str]:
+    """Stop strings at which generation may end.
+
+    One inside another ("Q" in " Q:") would end it before the other, which begins earlier, is complete.
+    """
+    return [stop for stop in stops if stop and not any(stop in other[1:-1] for other in stops)]
 
 
 def main() -> None:

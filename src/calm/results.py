@@ -1,7 +1,6 @@
 """What a finished run shows: its scores, samples, a report, and which commands to try next."""
 
 import dataclasses
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from calm.facts import facts_of
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.run import RunReport, Sample, read_history, write_report
 from calm.report.tables import print_scorecard
+from calm.storage.disk import read_json_lines
 from calm.texts import continue_texts
+from calm.training.blocks import block_settings
 from calm.training.finetuning import ANSWERS
 from calm.training.opening import data_folder
 from calm.training.processes import processes
@@ -70,11 +71,9 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     card = score_model(
         model,
         data,
-        context=recipe.data.context,
-        layout=recipe.data.layout,
+        block_settings(recipe),
         ngrams=_floors(recipe, data),
         num_blocks=showing.num_blocks,
-        layout_seed=recipe.seed,
     )
     if not processes().is_main_process:
         return card
@@ -158,8 +157,7 @@ def show_answers(folder: Path) -> None:
     if not processes().is_main_process:
         return
     console = Console(highlight=False)
-    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
-    for answered in map(json.loads, lines[:NUM_ANSWERS]):
+    for answered in read_json_lines(folder / ANSWERS)[:NUM_ANSWERS]:
         console.print(f"[bold]{escape(answered['prompt'].strip())}[/bold]")
         for name in ("completion", "before", "after"):
             console.print(f"  {_ANSWERS[name]:<9} {escape(answered[name].strip())}")

@@ -92,6 +92,7 @@ def continue_tokens(
     streamer: BaseStreamer | None = None,
     crop: bool = False,
     num_thoughts: int | None = None,
+    stop_strings: Sequence[str] = (),
     **sampling: Any,
 ) -> Tensor:
     """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
@@ -107,6 +108,7 @@ def continue_tokens(
         streamer: Gets the prompt, then new tokens as they are generated (one prompt only).
         crop: Keep the end of a prompt that is too long for the context; without this, it is an error.
         num_thoughts: Thoughts after each prompt; None for as many as the model was trained with.
+        stop_strings: Strings that end a continuation, which includes them.
         **sampling: Further arguments of `CalmForCausalLM.generate`: `sampler`, `num_draws`, ... Of these,
             other models use only `top_p` and `min_p`; they also take `draft` and `draft_chunks`.
 
@@ -126,6 +128,8 @@ def continue_tokens(
     # Padding goes in front: a token-level model continues from the last column.
     batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
+    if stop_strings:
+        sampling |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
     try:
         check_room(model.config, longest, max_new_tokens, thought)
         output = language_model(model).generate(

@@ -14,10 +14,14 @@ from calm.comparison.ablation import (
     run_ablation,
     shipped_ablations,
 )
+from calm.comparison.costs import autoencoder_flops
+from calm.data.prepared import load_prepared
+from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.report.ablation import write_ablation
 from calm.training.check import check_model
 from calm.training.recipe_files import differences, read_recipe, with_settings
+from calm.training.stages import train
 
 SHIPPED = [
     "alpha",
@@ -115,6 +119,21 @@ def test_the_time_of_a_run_is_told_where_it_is_known(tmp_path):
     assert _seconds([tmp_path / "a", tmp_path / "nowhere"]) is None
     (tmp_path / "b/history.json").write_text("[")
     assert _seconds([tmp_path / "a", tmp_path / "b"]) is None
+
+
+def test_a_choice_that_starts_from_a_model_trains_no_autoencoder(tmp_path):
+    write_stories(tmp_path / "text.jsonl", 0, 20)
+    recipe = toy_recipe(tmp_path / "text.jsonl")
+    source = str(train(recipe, tmp_path / "source"))
+    choices = {"new": {}, "begun": {"language_model.init_from": source}}
+    question = Ablation(
+        question="?", choices=[Choice(name=name, settings=own) for name, own in choices.items()]
+    )
+    table = run_ablation(question, recipe, [3], tmp_path / "out", num_blocks=4)
+    new, begun = table.outcomes
+    vocab_size = load_prepared(tmp_path / "out/data").vocab_size
+    assert new.training_flops - begun.training_flops == autoencoder_flops(recipe, vocab_size) > 0
+    assert new.excluded == () and begun.excluded == ("the model that it started from",)
 
 
 @pytest.mark.parametrize("kind", ["new", "uptrained"])

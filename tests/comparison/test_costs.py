@@ -9,6 +9,7 @@ from calm.comparison.costs import (
     autoencoder_flops,
     language_model_flops,
     record_of,
+    trained_before,
 )
 from calm.comparison.measures import _open_data
 from calm.errors import InputError
@@ -39,6 +40,33 @@ def test_operations_grow_with_steps_and_tokens(recipe):
 def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
     assert autoencoder_flops(recipe, VOCABULARY) > 0
     assert autoencoder_flops(with_settings(recipe, changes), VOCABULARY) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "excluded"),
+    [
+        ({}, ()),
+        ({"model": "autoregressive", "chunk_size": 1, "autoencoder.path": "a"}, ()),
+        ({"autoencoder.path": "a"}, ("its autoencoder",)),
+        ({"language_model.init_from": "a", "autoencoder.path": "a"}, ("the model that it started from",)),
+        (
+            {"language_model.init_from": "a", "language_model.new_head": True, "autoencoder.path": "b"},
+            ("the model that it started from", "its autoencoder"),
+        ),
+        (
+            {"language_model.init_from": "a", "language_model.new_head": True},
+            ("the model that it started from",),
+        ),
+    ],
+)
+def test_what_was_trained_before_a_run(changes, excluded, recipe):
+    assert trained_before(with_settings(recipe, changes)) == excluded
+
+
+def test_the_record_of_a_run_excludes_what_was_trained_before(recipe, tmp_path):
+    assert record_of(tmp_path, write_run(tmp_path, recipe, [])).excluded == ()
+    config = write_run(tmp_path, with_settings(recipe, {"autoencoder.path": "a"}), [])
+    assert record_of(tmp_path, config).excluded == ("its autoencoder",)
 
 
 def test_affordable_steps_spend_what_there_is(recipe):

@@ -1,11 +1,21 @@
 """What is measured of models side by side, and on which text."""
 
 import pytest
+from toy import toy_recipe
 
-from calm.comparison.measures import Measures, _open_data, compare
+from calm.comparison.ablation import Ablation, Choice, run_ablation
+from calm.comparison.measures import Measures, _block_settings, _open_data, compare
+from calm.data.chunking import BlockSettings
 from calm.data.prepare import prepare
+from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
 from calm.errors import InputError
+from calm.evaluation.held_out import score_model
+from calm.models.loading import load_model_and_tokenizer
+from calm.report.ablation import write_ablation
+from calm.results import Showing, show_results
+from calm.sharing.card import Words
+from calm.sharing.trained import card_of_training
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
 
@@ -40,6 +50,35 @@ def test_the_text_is_what_is_named_or_in_the_run_or_what_the_run_was_trained_on(
     recipe = with_settings(read_recipe("demo"), {"data.sources": [str(prepared)]})
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert _open_data(tmp_path, None).vocab_size == 300
+
+
+def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
+    """Those of its recipe's layout, which differ from those of another."""
+    write_stories(tmp_path / "text.jsonl", 0, 20)
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"data.layout": "packed"})
+    ablation = Ablation(question="Which?", choices=[Choice(name="one", settings={})])
+    table = run_ablation(ablation, recipe, [3], tmp_path / "out")
+    run = tmp_path / "out/one/seed3"
+    card = show_results(run, Showing("one", num_blocks=None, sample_tokens=4))
+    data = load_prepared(tmp_path / "out/data")
+    model, _ = load_model_and_tokenizer(str(run / "model"))
+    packed, apart = (
+        score_model(model, data, BlockSettings(32, layout, 3)) for layout in ("packed", "documents")
+    )
+    assert card.brier == packed.brier != apart.brier and card.layout == "packed"
+    brier_1 = 100 * card.brier.means[0]
+    assert table.outcomes[0].scores[0]["brier_1"] == brier_1 and table.layout == "packed"
+    assert table.outcomes[0].scores[0]["token_accuracy"] == 100 * card.reconstruction.token_accuracy
+    write_ablation(table, tmp_path / "table.md")
+    assert "blocks of 32 tokens, layout packed, T = 1" in (tmp_path / "table.md").read_text()
+    page = card_of_training(run, Words("one"), [], None)
+    assert f"| {brier_1:.2f} ±" in page and "blocks of 32 tokens (layout packed)" in page
+    few = Measures(context=32, temperatures=(), low=1.0, num_texts=1, text_tokens=4, ngrams=(3,))
+    comparison = compare([run], tmp_path / "out/data", few)
+    assert comparison.results[0].card.brier == card.brier
+    assert comparison.floors["3-gram"].num_chunks == card.brier.num_chunks
+    assert "in blocks of 32 tokens, layout packed, " in comparison.protocol
+    assert _block_settings(tmp_path / "nowhere", 32) == BlockSettings(32, "documents", 0)
 
 
 def test_a_run_whose_text_is_not_prepared_needs_one_named(tmp_path):

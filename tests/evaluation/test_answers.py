@@ -8,7 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.data.examples import Example, lay_out
 from calm.data.tokenizer import train_tokenizer
-from calm.evaluation.answers import answer, completions_of, ends_with_completion, exact_match, held_out_loss
+from calm.evaluation.answers import (
+    answer,
+    completions_of,
+    ends_with_completion,
+    exact_match,
+    held_out_loss,
+    metric_of_answers,
+)
 from calm.text.decoding import decode_after
 
 
@@ -31,9 +38,18 @@ def llama(vocab_size):
 
 def test_matches_are_counted_whatever_the_white_space_at_the_ends(examples, tokenizer):
     three = examples[:3]
-    assert completions_of(three, tokenizer) == [" two", " four five six", " seven"]
-    assert exact_match(["two\n", " four five six", "eight"], three, tokenizer) == pytest.approx(200 / 3)
-    assert exact_match(["Two", "four  five six", ""], three, tokenizer) == 0
+    completions = completions_of(three, tokenizer)
+    assert completions == [" two", " four five six", " seven"]
+    assert exact_match(["two\n", " four five six", "eight"], completions) == pytest.approx(200 / 3)
+    assert exact_match(["Two", "four  five six", ""], completions) == 0
+
+
+def test_the_metric_with_steps_counts_only_the_last_words():
+    answers, completions = ["a = 2 .  four five\n", "four five", "five", ""], [" four five"] * 4
+    name, metric = metric_of_answers(may_begin_with_steps=True)
+    assert (name, metric(answers, completions)) == ("ends_with_completion", 50)
+    name, metric = metric_of_answers(may_begin_with_steps=False)
+    assert (name, metric(answers, completions)) == ("exact_match", 25)
 
 
 def test_an_answer_after_steps_is_right_if_its_last_words_are_the_completion(examples, tokenizer):
@@ -54,7 +70,7 @@ def test_an_answer_after_steps_is_right_if_its_last_words_are_the_completion(exa
     }
     for answers, percent in ((right, 100), (wrong, 0)):
         for text, example in answers.items():
-            assert ends_with_completion([text], [example], tokenizer) == percent, text
+            assert ends_with_completion([text], completions_of([example], tokenizer)) == percent, text
 
 
 def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_alone(examples, tokenizer):

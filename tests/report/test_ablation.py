@@ -15,7 +15,7 @@ MADE = Provenance(DATE, "A processor, 2 cores", {"torch": "3.4"})
 
 
 def written(tmp_path, name="one", seconds=None, **changes) -> list[str]:
-    outcome = Outcome(name, 1e12, 1_234_567, 4.7, [SCORE | {"token_accuracy": 0.99}] * 2, seconds or [])
+    outcome = Outcome(name, 1e12, 1_234_567, 4.7, [SCORE | {"token_accuracy": 99.0}] * 2, seconds or [])
     values = {
         "question": "Which?",
         "seeds": [1, 2],
@@ -33,6 +33,7 @@ def test_the_file_says_when_where_and_with_what(tmp_path):
     heads = [cell.strip() for cell in lines[4].split("|")[1:-1]]
     cells = dict(zip(heads, (cell.strip() for cell in lines[6].split("|")[1:-1]), strict=True))
     assert cells[""] == "one" and cells["seed 1"] == "12.00 ± 0.50" and cells["mean"] == "12.00 ± 0.00"
+    assert cells["tokens reconstructed"] == "99.00%"
     assert (cells["parameters"], cells["training FLOPs"], cells["in the paper"]) == ("1.23 M", "1 T", "4.70")
     folded = "\n".join(lines[lines.index("<details>") :])
     assert "<summary>" in folded and "```yaml\nseed: 1\n```" in folded and folded.endswith("</details>")
@@ -43,6 +44,14 @@ def test_the_time_is_a_mean_where_it_is_known(seconds, shown, tmp_path):
     lines = written(tmp_path, seconds=seconds)
     place = [cell.strip() for cell in lines[4].split("|")].index("training time")
     assert lines[6].split("|")[place].strip() == shown
+
+
+def test_what_costs_leave_out_is_told(tmp_path):
+    outcome = Outcome(
+        "one", 1e12, 10**6, None, [SCORE | {"token_accuracy": 99.0}] * 2, excluded=("its part",)
+    )
+    note = next(line for line in written(tmp_path, outcomes=[outcome]) if "one column for each seed" in line)
+    assert note.endswith("The costs of one do not include the training of its part.")
 
 
 def test_names_are_to_the_left_and_numbers_to_the_right(tmp_path):
@@ -67,13 +76,13 @@ def test_a_name_stays_in_its_cell(name, shown, tmp_path):
 def test_the_figures_are_the_same_whenever_they_are_written(tmp_path):
     written(tmp_path)
     figures = json.loads((tmp_path / "ablation.json").read_text())
-    assert set(figures) == {"question", "seeds", "context", "outcomes"}
+    assert set(figures) == {"question", "seeds", "context", "layout", "outcomes"}
     assert figures["outcomes"][0]["parameters"] == 1_234_567
 
 
 @pytest.mark.parametrize("first", [SCORE, SCORE | {"brier_lm": 0.0, "brier_4": -0.1}])
 def test_nothing_that_is_printed_is_cut_short(first, capsys):
-    scores = [score | {"token_accuracy": 0.99} for score in (first, SCORE)]
+    scores = [score | {"token_accuracy": 99.0} for score in (first, SCORE)]
     outcome = Outcome("no posterior draws", 1e12, 10**6, 4.7, scores, [700.0, 800.0])
     print_ablation(AblationTable("Which?", [1, 2], 64, [outcome], "seed: 1\n"))
     lines = capsys.readouterr().out.splitlines()

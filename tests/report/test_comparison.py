@@ -112,6 +112,18 @@ def test_texts_stand_under_the_prompt_that_they_continue(tmp_path):
     assert "Texts at T = 0.5" not in written(tmp_path, result_of(texts=[]), prompts=[]).texts("h2")
 
 
+def test_what_costs_leave_out_is_told(tmp_path, capsys):
+    parts = ("the model that it started from", "its autoencoder")
+    begun = result_of("begun", chunk_size=8, excluded=parts)
+    words = "do not include the training of the model that it started from and of its autoencoder."
+    told = f"The costs of CALM, K = 8 {words}"
+    page = written(tmp_path, result_of(), begun)
+    assert sum(told in text for text in page.texts("p")) == 2  # Under the costs, and under the plots.
+    print_comparison(comparison_of(result_of(), begun))
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"The costs of begun {words}" in out and out.count("do not include") == 1
+
+
 def test_the_terminal_has_the_runs_as_they_were_named(capsys):
     print_comparison(comparison_of(result_of("K4"), result_of("my_run")))
     out = capsys.readouterr().out

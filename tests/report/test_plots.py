@@ -63,6 +63,13 @@ def test_costs_are_those_of_the_models():
     assert axes_of(cost_panels(slow))["Training time"].get_xlabel() == "hours, autoencoder included"
 
 
+def test_costs_that_leave_something_out_are_not_said_to_include_it():
+    comparison = comparison_of(result_of(), result_of("K8", chunk_size=8, excluded=("its autoencoder",)))
+    axes = axes_of(cost_panels(comparison))
+    assert axes["Training FLOPs"].get_xlabel() == "FLOPs, what a run trained"
+    assert axes["Training time"].get_xlabel() == "minutes, what a run trained"
+
+
 def test_what_is_known_of_no_model_is_left_out():
     mere = result_of(training_flops=None, seconds=None)
     assert [panel.title for panel in cost_panels(comparison_of(mere))] == [

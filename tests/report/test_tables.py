@@ -86,7 +86,7 @@ def test_floors_come_before_the_model_and_ceilings_after_it():
 def test_a_scorecard_says_what_was_measured_and_only_that(capsys):
     print_scorecard(Scorecard("CALM", GOOD))
     out = capsys.readouterr().out
-    assert "1,234 held-out chunks, blocks of 64 tokens" in out and "23.40±0.70" in out
+    assert "1,234 held-out chunks, blocks of 64 tokens, layout documents" in out and "23.40±0.70" in out
     assert "reconstruction" not in out and "perplexity" not in out
     print_scorecard(
         Scorecard(

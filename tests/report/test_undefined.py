@@ -52,7 +52,7 @@ def test_an_ablation_tells_how_many_seeds_have_none(tmp_path):
         {"brier_lm": 12.0, "error": 0.5, "brier_1": 40.0, "brier_2": 20.0, "brier_3": 8.0, "brier_4": 3.0},
         {"brier_lm": 0.0, "error": math.nan, "brier_1": 9.0, "brier_2": 1.0, "brier_3": 0.1, "brier_4": -0.1},
     ]
-    outcome = Outcome("one", 1e12, 10**6, None, [score | {"token_accuracy": 0.99} for score in scores])
+    outcome = Outcome("one", 1e12, 10**6, None, [score | {"token_accuracy": 99.0} for score in scores])
     write_ablation(AblationTable("Which?", [1, 2], 64, [outcome], "seed: 1\n"), tmp_path / "ablation.md")
     row = (tmp_path / "ablation.md").read_text().splitlines()[4]
     assert "| 12.00 ± 0.50 | undefined: Brier-4 below 0 | undefined for 1 of 2 | 24.50 |" in row

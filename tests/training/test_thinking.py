@@ -105,8 +105,9 @@ def test_every_model_takes_every_mode(model, mode, base, tmp_path):
     else:
         assert thoughts == Thoughts(2, *MARKERS, mode)
     history = json.loads((tmp_path / "run/history.json").read_text())
-    scored = [one for one in history if "eval_exact_match" in one]
+    scored = [one for one in history if "eval_ends_with_completion" in one]
     assert [one["step"] for one in scored] == [3, 6, 9]
+    assert not any("eval_exact_match" in one for one in history)  # Steps may come first.
     answers = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4 and not any("<|" in one["after"] for one in answers)
 
@@ -287,7 +288,8 @@ def test_a_completion_is_parted_from_the_steps(tmp_path):
     tokenizer = train_tokenizer(["a b = 1 . 4"] * 20, 300)
     [[example]] = read_examples([str(file)], tokenizer, with_steps=True)
     written = decode_after(tokenizer, example.prompt, [*example.steps[0], *example.completion])
-    assert written.endswith(". 4") and ends_with_completion([written], [example], tokenizer) == 100
+    completions = completions_of([example], tokenizer)
+    assert written.endswith(". 4") and ends_with_completion([written], completions) == 100
 
 
 BAD = {
@@ -331,6 +333,20 @@ def test_an_example_that_does_not_fit_is_named_by_its_line(place, base, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mode", ["state", "none"])
+def test_only_training_examples_are_counted_as_shortened(mode, base, tmp_path, monkeypatch):
+    records = [json.loads(line) for line in (base / "items.jsonl").read_text().splitlines()]
+    for name, long in {"items": records[:2], "held_out": records}.items():
+        rows = [one | {"prompt": one["prompt"] * (9 if one in long else 1)} for one in records]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"examples.sources": "items.jsonl", "examples.validation_sources": "held_out.jsonl"}
+    settings = {name: str(tmp_path / file) for name, file in settings.items()}
+    monkeypatch.setattr("calm.training.finetuning._train", lambda *_: None)
+    finetune(with_settings(recipe_for(base, thoughts={"mode": mode}), settings), tmp_path / "run")
+    counts = json.loads((tmp_path / "run/examples.json").read_text())
+    assert counts == {"examples": 60, "shortened": 2, "held_out": 60}
+
+
 @pytest.mark.parametrize("side", ["sources", "validation_sources"])
 def test_records_without_any_steps_are_told(side, base, tmp_path, caplog, monkeypatch):
     """A field may be misspelled; a run that means it goes on."""
@@ -356,9 +372,11 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("mode", "percent"), [("state", 100), ("none", 0)])
+@pytest.mark.parametrize(
+    ("mode", "metric", "percent"), [("state", "ends_with_completion", 100), ("none", "exact_match", 0)]
+)
 def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained(
-    mode, percent, base, tmp_path, monkeypatch
+    mode, metric, percent, base, tmp_path, monkeypatch
 ):
     room = []
 
@@ -369,7 +387,7 @@ def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained
     monkeypatch.setattr("calm.training.finetuning.answer", answers)
     finetune(recipe_for(base, thoughts={"mode": mode}), tmp_path / "run")
     history = json.loads((tmp_path / "run/history.json").read_text())
-    assert {one["eval_exact_match"] for one in history if "eval_exact_match" in one} == {percent}
+    assert {one[f"eval_{metric}"] for one in history if f"eval_{metric}" in one} == {percent}
     # Before, after three steps of each stage, and after all: two steps, one and none are written.
     both, _, one_step, none, _ = room
     assert room == [both, both, one_step, none, none]
@@ -386,6 +404,8 @@ def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
     card = card_of_finetuning(run, Words("thinker"))
     assert "Of 4 held-out prompts, 0% were answered with words that end with the expected" in card
     assert "100% after" in card and "value: 100.0" in card
+    assert "type: ends_with_completion" in card and "name: Ends with completion" in card
+    assert "exact" not in card
 
 
 def test_the_command_line(base, tmp_path, capsys):

@@ -56,6 +56,7 @@ def evaluate(
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
     check_counts(ngrams, context=context, max_blocks=max_blocks)
     look_for(model)
+    from calm.data.chunking import BlockSettings
     from calm.data.options import ReadingOptions
     from calm.data.prepared import held_out_data
     from calm.evaluation.held_out import score_model
@@ -70,8 +71,7 @@ def evaluate(
     card = score_model(
         network,
         held_out_data(data, tokenizer, options),
-        context=context,
-        layout=layout,
+        BlockSettings(context, layout),
         ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
         num_blocks=max_blocks,
         seed=seed,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonargparse
 
-from calm.comparison.costs import autoencoder_flops, language_model_flops
+from calm.comparison.costs import autoencoder_flops, language_model_flops, trained_before
 from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
@@ -23,6 +23,7 @@ from calm.report.facts import here_and_now
 from calm.report.measured import NATS, AblationTable, Outcome
 from calm.storage.checksums import CHECKSUMS, is_marked, mark
 from calm.storage.disk import read_json, write_file_whole
+from calm.training.blocks import block_settings
 from calm.training.build import model_config
 from calm.training.check import check_model
 from calm.training.clock import seconds_of
@@ -146,13 +147,14 @@ def run_ablation(
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []
     for choice in chosen:
-        own = _recipe_of(choice, recipe, seeds[0])
+        own = completed(_recipe_of(choice, recipe, seeds[0]))
         outcomes.append(
             Outcome(
                 name=choice.name,
                 published=choice.published,
                 training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
                 parameters=sum(cost_of(model_config(own, vocab_size)).parameters.values()),
+                excluded=trained_before(own),
             )
         )
     runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))
@@ -167,12 +169,13 @@ def run_ablation(
             own = with_settings(own, {"autoencoder.path": str(autoencoder)})
             parts += [autoencoder.parent] if same.trains_autoencoder else []
         train(own, run, resume=(run / RECIPE).is_file())
-        outcome.scores.append(_score(run, recipe, num_blocks))
+        outcome.scores.append(_score(run, own, num_blocks))
         outcome.seconds.append(_seconds(parts))
     return AblationTable(
         question=ablation.question,
         seeds=list(seeds),
         context=recipe.data.context,
+        layout=recipe.data.layout,
         outcomes=outcomes,
         recipe=recipe_text(recipe),
         provenance=here_and_now(),
@@ -206,7 +209,7 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
     """
     path, sums = run / SCORES, run / "model" / CHECKSUMS
     how = {
-        "context": recipe.data.context,
+        **dataclasses.asdict(block_settings(recipe)),
         "num_blocks": num_blocks,
         "model": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
     }
@@ -217,12 +220,12 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
             return figures
     model, _ = load_model_and_tokenizer(str(run / "model"))
     data = load_prepared(Path(recipe.data.source_list[0]))
-    card = score_model(model, data, context=recipe.data.context, num_blocks=num_blocks)
+    card = score_model(model, data, block_settings(recipe), num_blocks=num_blocks)
     assert card.reconstruction is not None
     figures = {
         **card.brier.as_metrics(),
         "error": card.brier.brier_lm_error,
-        "token_accuracy": card.reconstruction.token_accuracy,
+        "token_accuracy": card.reconstruction.as_metrics()["token_accuracy"],
     }
     if card.perplexity is not None:
         figures[NATS] = card.perplexity.cross_entropy

@@ -23,14 +23,16 @@ class TrainingRecord:
     """Training cost of a run, and its scores during training.
 
     Args:
-        flops: FLOPs, including the autoencoder.
+        flops: FLOPs of all stages of the run.
         seconds: Time of all stages, including held-out evaluations; None if unknown.
         checkpoints: Cost and scores at each evaluation of the language model.
+        excluded: What was trained before the run; see `trained_before`.
     """
 
     flops: float
     seconds: float | None
     checkpoints: list[Checkpoint]
+    excluded: tuple[str, ...]
 
 
 def recipe_of_run(run: Path) -> Recipe | None:
@@ -73,12 +75,28 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
                 for entry in history["language_model"]
                 if "eval_brier_lm" in entry
             ],
+            excluded=trained_before(recipe),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"'{run / HISTORY}' is damaged ({reason_of(error)}); restore it, or give '{run / 'model'}' to "
             "leave out training costs."
         ) from error
+
+
+def trained_before(recipe: Recipe) -> tuple[str, ...]:
+    """The parts of a model that its run did not train first, so that no cost of the run includes them.
+
+    Args:
+        recipe: A recipe after `calm.training.continuing.completed`, as runs have it.
+    """
+    settings, parts = recipe.language_model, list[str]()
+    if settings.init_from is not None:
+        parts.append("the model that it started from")
+    brought = settings.init_from is not None and not settings.new_head  # The autoencoder of that model.
+    if recipe.model == "calm" and recipe.autoencoder.path is not None and not brought:
+        parts.append("its autoencoder")
+    return tuple(parts)
 
 
 def language_model_flops(recipe: Recipe, vocab_size: int) -> float:
@@ -88,8 +106,13 @@ def language_model_flops(recipe: Recipe, vocab_size: int) -> float:
 
 
 def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
-    """Training FLOPs of the autoencoder; 0 if the recipe has none or uses a trained one."""
-    if recipe.model == "autoregressive" or recipe.autoencoder.path is not None:
+    """Training FLOPs of the autoencoder; 0 if the recipe trains none.
+
+    Args:
+        recipe: A recipe after `calm.training.continuing.completed`, which names an autoencoder that is kept.
+        vocab_size: Number of token ids.
+    """
+    if not recipe.trains_autoencoder:
         return 0.0
     per_token = training_flops(autoencoder_config(recipe, vocab_size, {}), recipe.data.context)
     return per_token * recipe.autoencoder.training.tokens

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from calm.comparison.costs import recipe_of_run, record_of
 from calm.core.brier import NUM_ORDERS
 from calm.core.samplers import ExactSampler
+from calm.data.chunking import BlockSettings
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import (
@@ -27,6 +28,7 @@ from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
+from calm.training.blocks import block_settings
 from calm.training.recipe_files import RECIPE
 
 _TEMPERATURE_SEED = 7
@@ -71,7 +73,7 @@ class Measures:
 
 
 def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comparison:
-    """Score models on the same held-out text.
+    """Score models on the same held-out text, laid out as by the recipe of the first run if it has one.
 
     Args:
         runs: Folders of runs, or model folders (without training costs).
@@ -86,10 +88,12 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
     prepared = _open_data(runs[0], data)
     prompts = [beginning for beginning, _ in prepared.held_out_beginnings(measures.num_texts)]
+    settings = _block_settings(runs[0], measures.context)
     results = [
-        _measure(run, prepared, prompts, measures) for run in tracked(runs, "comparing", "model", stays=True)
+        _measure(run, prepared, settings, prompts, measures)
+        for run in tracked(runs, "comparing", "model", stays=True)
     ]
-    blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, block_size=measures.context)
+    blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, **dataclasses.asdict(settings))
     orders = affordable_orders(measures.ngrams, prepared)
     floors = {
         name: score_ngrams_brier(ngrams, blocks, measures.num_blocks)
@@ -97,14 +101,20 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     }
     counts = [result.card.brier.num_chunks for result in results]
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
-    protocol = (
-        f"Held-out text in blocks of {measures.context} tokens, layout documents, "
-        f"{windows} windows, T = 1, percent ± standard error"
-    )
+    protocol = f"Held-out text in {settings}, {windows} windows, T = 1, percent ± standard error"
     return Comparison(results, floors, measures.low, prompts, protocol, here_and_now())
 
 
-def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measures) -> ModelResult:
+def _block_settings(run: Path, context: int) -> BlockSettings:
+    """How text is laid out for all models: as by the recipe of a run, if it has one, but for the size."""
+    recipe = recipe_of_run(run)
+    settings = BlockSettings(context) if recipe is None else block_settings(recipe)
+    return dataclasses.replace(settings, block_size=context)
+
+
+def _measure(
+    run: Path, data: PreparedData, settings: BlockSettings, prompts: list[str], measures: Measures
+) -> ModelResult:
     folder = run / "model" if (run / "model").is_dir() else run
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
@@ -113,7 +123,7 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
     size = view.chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # First: it rejects models it cannot count.
     tell(f"scoring {run.name}")
-    card = score_model(model, data, context=measures.context, num_blocks=measures.num_blocks)
+    card = score_model(model, data, settings, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
     return ModelResult(
         name=run.name,
@@ -125,7 +135,8 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
         seconds=record.seconds if record else None,
         checkpoints=record.checkpoints if record else [],
         temperature_points=[
-            _temperature_point(model, data, t, size, measures) for t in measures.all_temperatures
+            _temperature_point(model, data, settings, t, measures.warm_blocks)
+            for t in measures.all_temperatures
         ],
         texts=continue_texts(
             model,
@@ -136,19 +147,21 @@ def _measure(run: Path, data: PreparedData, prompts: list[str], measures: Measur
             seed=EVALUATION_SEED,
             crop=True,
         ),
+        excluded=record.excluded if record else (),
         recipe=(run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).is_file() else None,
     )
 
 
 def _temperature_point(
-    model: PreTrainedModel, data: PreparedData, temperature: float, size: int, measures: Measures
+    model: PreTrainedModel, data: PreparedData, settings: BlockSettings, temperature: float, num_blocks: int
 ) -> TemperaturePoint:
     scorer = scorer_of(model, temperature=temperature)
-    blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=measures.context)
+    blocks = data.blocks("validation", chunk_size=scorer.chunk_size, **dataclasses.asdict(settings))
     what = f"drawing at T = {temperature:.2g}"
-    result = score_with(scorer, model, blocks, measures.warm_blocks, _TEMPERATURE_SEED, what=what)
+    result = score_with(scorer, model, blocks, num_blocks, _TEMPERATURE_SEED, what=what)
     mean_draws = scorer.reader.mean_draws
-    cost = cost_of(model.config, Work(measures.context // size, mean_draws))
+    chunks = settings.block_size // language_model(model).chunk_size
+    cost = cost_of(model.config, Work(chunks, mean_draws))
     first = slice(0, NUM_ORDERS)
     return TemperaturePoint(
         temperature, result.hits[first], result.collisions[first], mean_draws, sum(cost.inference.values())

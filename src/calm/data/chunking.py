@@ -12,6 +12,7 @@ number of the document in which each chunk starts.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,24 @@ from calm.core.seeds import whole_seed
 from calm.errors import InputError
 
 Layout = Literal["documents", "packed"]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How text is laid out in blocks; of held-out text, this is part of the protocol of its scores.
+
+    Args:
+        block_size: Tokens per block.
+        layout: How documents are aligned to chunks.
+        seed: Seed of the offsets at which documents start in their first chunk.
+    """
+
+    block_size: int
+    layout: Layout = "documents"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"blocks of {self.block_size} tokens, layout {self.layout}"
 
 
 def make_blocks(

@@ -1,6 +1,6 @@
 """Scores of a fine-tuned model: its loss on held-out examples, and its answers to their prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import torch
@@ -60,35 +60,25 @@ def answer(
     return answers
 
 
-def exact_match(
-    answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> float:
+def exact_match(answers: Sequence[str], completions: Sequence[str]) -> float:
     """Percent of answers that equal the completion, ignoring leading and trailing whitespace."""
-    return percent_right(answers, completions_of(examples, tokenizer), may_begin_with_steps=False)
+    pairs = list(zip(answers, completions, strict=True))
+    return 100 * sum(text.strip() == wanted.strip() for text, wanted in pairs) / len(pairs)
 
 
-def ends_with_completion(
-    answers: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> float:
+def ends_with_completion(answers: Sequence[str], completions: Sequence[str]) -> float:
     """Percent of answers whose last words are the completion, whatever steps precede them."""
-    return percent_right(answers, completions_of(examples, tokenizer), may_begin_with_steps=True)
+    pairs = [(text.split(), wanted.split()) for text, wanted in zip(answers, completions, strict=True)]
+    return 100 * sum(words[-len(wanted) :] == wanted for words, wanted in pairs) / len(pairs)
 
 
-def percent_right(answers: Sequence[str], completions: Sequence[str], *, may_begin_with_steps: bool) -> float:
-    """Percent of answers that are right.
-
-    Args:
-        answers: What a model generated.
-        completions: The right answers.
-        may_begin_with_steps: Whether only the last words count, because steps may precede them.
-    """
-    right = 0
-    for text, wanted in zip(answers, completions, strict=True):
-        words = wanted.split()
-        right += (
-            text.split()[-len(words) :] == words if may_begin_with_steps else text.strip() == wanted.strip()
-        )
-    return 100 * right / len(answers)
+def metric_of_answers(
+    *, may_begin_with_steps: bool
+) -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
+    """The metric of answers: its name, and its function of answers and completions."""
+    if may_begin_with_steps:
+        return "ends_with_completion", ends_with_completion
+    return "exact_match", exact_match
 
 
 def completions_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -111,11 +111,15 @@ class BrierResult:
         means: Brier-1 to Brier-K, as fractions.
         num_chunks: Number of scored chunks.
         context: Tokens per block; scores with different contexts are not comparable.
-        errors: Standard errors of the means, with documents as the sample; NaN for a single document.
-        brier_lm_error: Standard error of BrierLM (delta method); NaN if BrierLM is undefined.
-        hits: Means of P(y), the probability of drawing the text's next n tokens, n = 1..K.
-        collisions: Means of sum_x P(x)^2, the probability that two draws agree; Brier-n is 2 hit - collision.
-        documents: Sums of Brier-1 to Brier-K by document, for `calm.core.brier.brier_lm_difference`.
+        errors: Standard errors of the means, as fractions, with documents as the sample; NaN for a single
+            document.
+        brier_lm_error: Standard error of BrierLM (delta method), in percent as `brier_lm` is; NaN if BrierLM
+            is undefined.
+        hits: Means of P(y), the probability of drawing the text's next n tokens, n = 1..K; fractions.
+        collisions: Means of sum_x P(x)^2, the probability that two draws agree; fractions. Brier-n is 2 hit -
+            collision.
+        documents: Sums of Brier-1 to Brier-K, as fractions, by document, for
+            `calm.core.brier.brier_lm_difference`.
     """
 
     means: tuple[float, ...]
@@ -129,7 +133,7 @@ class BrierResult:
 
     @property
     def brier_lm(self) -> float:
-        """BrierLM in 0..100; 0 if undefined."""
+        """BrierLM in percent; 0 if undefined."""
         return brier_lm(self.means)
 
     @property

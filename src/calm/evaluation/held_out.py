@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calm.core.seeds import whole_seed
-from calm.data.chunking import Layout
+from calm.data.chunking import BlockSettings, Layout
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
 from calm.evaluation.brier import BrierResult, FromDraws, Scorer, evaluate_brier
@@ -44,6 +44,7 @@ class Scorecard:
         floors: Brier scores of n-gram models, by name.
         floor_perplexities: Perplexities of the same n-gram models.
         ceilings: Brier scores that a perfect language model would reach, by name.
+        layout: How the documents were aligned to chunks.
     """
 
     name: str
@@ -53,18 +54,17 @@ class Scorecard:
     floors: dict[str, BrierResult] = field(default_factory=dict)
     floor_perplexities: dict[str, PerplexityResult] = field(default_factory=dict)
     ceilings: dict[str, BrierResult] = field(default_factory=dict)
+    layout: Layout = "documents"
 
 
 def score_model(
     model: PreTrainedModel,
     data: PreparedData,
+    settings: BlockSettings,
     *,
-    context: int,
-    layout: Layout = "documents",
     ngrams: Sequence[int] | None = None,
     num_blocks: int | None = None,
     seed: int = EVALUATION_SEED,
-    layout_seed: int = 0,
     num_draws: int = 2,
     estimator: Estimator = "best",
 ) -> Scorecard:
@@ -73,12 +73,10 @@ def score_model(
     Args:
         model: A CALM, or any causal language model of transformers.
         data: Text tokenized for the model.
-        context: Tokens per block; part of the protocol.
-        layout: How documents are laid out in chunks.
+        settings: How the text is laid out in blocks; for a run, `calm.training.blocks.block_settings`.
         ngrams: Orders of n-gram floors; needs training text.
         num_blocks: Maximum number of blocks to score.
         seed: Seed of the draws.
-        layout_seed: Seed of the offsets at which documents start in their first chunk.
         num_draws: Draws per target.
         estimator: Whether to use the probabilities of a model that has them.
 
@@ -88,8 +86,8 @@ def score_model(
     if ngrams and len(data.train) == 0:
         raise InputError("n-gram floors need training text; give a folder made by `calm prepare` as data.")
     view, size = language_model(model), scorer_of(model).chunk_size
-    check_context(model.config, context)
-    blocks = data.blocks("validation", chunk_size=size, block_size=context, layout=layout, seed=layout_seed)
+    check_context(model.config, settings.block_size)
+    blocks = data.blocks("validation", chunk_size=size, **dataclasses.asdict(settings))
     floors, floor_perplexities = dict[str, BrierResult](), dict[str, PerplexityResult]()
     for name, counted in ngram_models(ngrams or [], data, size):
         floors[name] = score_ngrams_brier(counted, blocks, num_blocks, seed)
@@ -102,6 +100,7 @@ def score_model(
         perplexity=perplexity,
         floors=floors,
         floor_perplexities=floor_perplexities,
+        layout=settings.layout,
     )
     if view.autoencoder is None:
         return card

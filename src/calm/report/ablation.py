@@ -12,7 +12,7 @@ from calm.core.brier import NUM_ORDERS, undefined_brier_lm
 from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import NATS, AblationTable, Outcome
-from calm.report.tables import print_narrow, with_error
+from calm.report.tables import costs_exclude, print_narrow, with_error
 from calm.storage.disk import write_file_whole
 
 
@@ -32,9 +32,11 @@ def write_ablation(table: AblationTable, path: Path) -> None:
     lines = [columns, [":---", *["---:"] * (len(columns) - 1)], *rows]
     body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
     note = (
-        f"BrierLM on held-out text in blocks of {table.context} tokens, layout documents, T = 1, "
+        f"BrierLM on held-out text in blocks of {table.context} tokens, layout {table.layout}, T = 1, "
         "percent ± standard error over documents; one column for each seed."
     )
+    excluded = costs_exclude((outcome.name, outcome.excluded) for outcome in table.outcomes)
+    note = _plain(" ".join([note, *excluded]))
     words = " · ".join(table.provenance.words)
     summary = "<summary>What is common to all runs</summary>"
     recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"
@@ -64,7 +66,7 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
                 _mean(outcome.scores),
                 f"{statistics.mean(score['brier_1'] for score in outcome.scores):.2f}",
                 *([f"{statistics.mean(score[NATS] for score in outcome.scores):.3f}"] if nats else []),
-                f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2%}",
+                f"{statistics.mean(score['token_accuracy'] for score in outcome.scores):.2f}%",
                 short(outcome.parameters),
                 short(outcome.training_flops),
                 _time(outcome.seconds),

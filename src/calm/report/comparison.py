@@ -24,7 +24,7 @@ from calm.report.plots import (
     metric_of,
 )
 from calm.report.run import brier_figure
-from calm.report.tables import BRIER_COLUMNS, cells_of, print_narrow, spaced, with_error
+from calm.report.tables import BRIER_COLUMNS, cells_of, costs_exclude, print_narrow, spaced, with_error
 from calm.storage.disk import write_file_whole
 
 
@@ -51,6 +51,8 @@ def print_comparison(comparison: Comparison) -> None:
     columns = ["", "size", "exact", "ppl", "training", "time", "T = 1", low, "draws"]
     rows = [[run, *cells] for run, cells in zip(runs, _costs(comparison), strict=True)]
     print_narrow(console, columns, rows)
+    for sentence in costs_exclude(zip(runs, (result.excluded for result in comparison.results), strict=True)):
+        console.print(sentence)
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -93,7 +95,8 @@ def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel
             "Quality against cost",
             [
                 f"{metric} on held-out text at T = 1, with its standard error. A line shows a model's "
-                "scores during training."
+                "scores during training.",
+                *_exclusions(comparison),
             ],
             cost_panels(comparison),
         ),
@@ -170,13 +173,18 @@ def _of_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _exclusions(comparison: Comparison) -> list[str]:
+    return costs_exclude((name, result.excluded) for name, result in named(comparison))
+
+
 def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:
     low = f"T\u00a0=\u00a0{comparison.temperature:g}"  # Non-breaking spaces keep it on one line.
     columns = ["", "run", "parameters", "reconstruction", "perplexity", "training FLOPs", "training time"]
     columns += ["FLOPs per token, T\u00a0=\u00a01", f"FLOPs per token, {low}", f"draws per chunk, {low}"]
     runs = [result.name for result in comparison.results]
     rows = [[name, run, *row] for name, run, row in zip(names, runs, _costs(comparison), strict=True)]
-    caption = "Parameters include all parts; FLOPs and time include all stages of training."
+    caption = "Parameters include all parts; FLOPs and time include all stages of a run."
+    caption = " ".join([caption, *_exclusions(comparison)])
     return Table(caption, columns, rows, num_names=2).without_empty_columns()
 
 

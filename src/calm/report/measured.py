@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from calm.data.chunking import Layout
 from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.report.facts import Provenance
@@ -12,7 +13,7 @@ class Checkpoint:
     """A model during training.
 
     Args:
-        flops: FLOPs spent so far, including the autoencoder's.
+        flops: FLOPs that the run had spent, on all of its stages.
         brier_lm: BrierLM on the held-out blocks scored during training; None if undefined.
         brier_1: Brier-1 on the same blocks, in percent.
         cross_entropy: Nats per token on the same blocks, if the model has a likelihood.
@@ -53,12 +54,13 @@ class ModelResult:
         head: `head_type` of a CALM; None for a token-level model.
         parameters: Total number of parameters.
         card: Held-out scores.
-        training_flops: Training FLOPs, including the autoencoder; None if unknown.
-        seconds: Training time; None if unknown.
+        training_flops: Training FLOPs of all stages of its run; None if unknown.
+        seconds: Training time of the same stages; None if unknown.
         checkpoints: Cost and scores during training.
         temperature_points: Results at several temperatures, T = 1 first.
         texts: Its continuations of the prompts.
         recipe: The resolved recipe of its run as text; None for a bare model folder.
+        excluded: What was trained before its run, such as its autoencoder; not part of its costs.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelResult:
     temperature_points: list[TemperaturePoint]
     texts: list[str]
     recipe: str | None = None
+    excluded: tuple[str, ...] = ()
 
     def at(self, temperature: float) -> TemperaturePoint:
         """Its results at one of the temperatures."""
@@ -113,13 +116,14 @@ class Outcome:
 
     Args:
         name: Name of the setting.
-        training_flops: Training FLOPs, including the autoencoder.
+        training_flops: Training FLOPs, including an autoencoder that is trained for it.
         parameters: Total number of parameters.
         published: BrierLM in the paper, if reported there.
-        scores: Per seed, BrierLM (0 if undefined), its standard error over documents (`error`), Brier-1
-            to Brier-4 in percent, the share of tokens that the autoencoder reconstructs, and for models with
-            a likelihood their nats per token (`NATS`).
-        seconds: Per seed, training time including the autoencoder; None if unknown.
+        scores: Per seed and in percent, BrierLM (0 if undefined), its standard error over documents
+            (`error`), Brier-1 to Brier-4, and the tokens that the autoencoder reconstructs; for models with a
+            likelihood also their nats per token (`NATS`).
+        seconds: Per seed, training time of the same stages; None if unknown.
+        excluded: What was trained before; not part of its costs.
     """
 
     name: str
@@ -128,6 +132,7 @@ class Outcome:
     published: float | None = None
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: list[float | None] = field(default_factory=list)
+    excluded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ class AblationTable:
         context: Tokens per held-out block.
         outcomes: Results of each setting.
         recipe: The recipe that all runs share, as text.
+        layout: How held-out documents are aligned to chunks.
         provenance: When, where and with what the table was made.
     """
 
@@ -148,4 +154,5 @@ class AblationTable:
     context: int
     outcomes: list[Outcome]
     recipe: str
+    layout: Layout = "documents"
     provenance: Provenance = field(default_factory=Provenance)

@@ -58,11 +58,13 @@ def cost_panels(comparison: Comparison) -> list[Panel]:
     """
     longest = max((result.seconds or 0 for result in comparison.results), default=0)
     unit, length = ("hours", 3600) if longest > _LONG else ("minutes", 60)
+    is_all = not any(result.excluded for result in comparison.results)
+    included = "autoencoder included" if is_all else "what a run trained"
     costs = [
-        _Cost("Training FLOPs", "FLOPs, autoencoder included", lambda r: r.training_flops, on_the_way=True),
+        _Cost("Training FLOPs", f"FLOPs, {included}", lambda r: r.training_flops, on_the_way=True),
         _Cost(
             "Training time",
-            f"{unit}, autoencoder included",
+            f"{unit}, {included}",
             lambda r: None if r.seconds is None else r.seconds / length,
             is_linear=True,
         ),

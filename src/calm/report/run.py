@@ -123,7 +123,7 @@ def _scores(report: RunReport) -> Table:
     rows = [
         [name_of.get(name, name), *map(spaced, cells_of(result))] for name, result in rows_of(report.card)
     ]
-    return Table(caption_of(report.card.brier), ["", *BRIER_COLUMNS], rows)
+    return Table(caption_of(report.card), ["", *BRIER_COLUMNS], rows)
 
 
 def _notes(card: Scorecard) -> list[str]:

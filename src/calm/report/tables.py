@@ -1,7 +1,7 @@
 """Scores and costs as tables on the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -34,7 +34,7 @@ def print_scorecard(card: Scorecard) -> None:
             f"{per.num_tokens:,} tokens){perplexities_of(card.floor_perplexities)}",
             highlight=False,
         )
-    console.print(caption_of(card.brier), highlight=False)
+    console.print(caption_of(card), highlight=False)
     rows = [[name, *cells_of(result)] for name, result in rows_of(card)]
     print_narrow(console, ["", *BRIER_COLUMNS], rows)
 
@@ -96,12 +96,25 @@ def print_costs(
         )
 
 
-def caption_of(result: BrierResult) -> str:
-    """The protocol of a score, in one line."""
+def caption_of(card: Scorecard) -> str:
+    """The protocol of a model's scores, in one line."""
     return (
-        f"T = 1, {result.num_chunks:,} held-out chunks, blocks of {result.context} tokens, "
-        "in percent ± standard error"
+        f"T = 1, {card.brier.num_chunks:,} held-out chunks, blocks of {card.brier.context} tokens, "
+        f"layout {card.layout}, in percent ± standard error"
     )
+
+
+def costs_exclude(excluded: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """A sentence on each model with parts that were trained before its run.
+
+    Args:
+        excluded: Names of models, and those parts.
+    """
+    return [
+        f"The costs of {name} do not include the training of {' and of '.join(parts)}."
+        for name, parts in excluded
+        if parts
+    ]
 
 
 def rows_of(card: Scorecard) -> list[tuple[str, BrierResult]]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from calm.errors import InputError, reason_of
-from calm.evaluation.answers import percent_right
+from calm.evaluation.answers import metric_of_answers
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
 from calm.sharing.card import Words, card_of, repository_of, shown
+from calm.storage.disk import read_json, read_json_lines
 from calm.training.finetuning import ANSWERS, COUNTS
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe_files import RECIPE, read_recipe_of
@@ -32,19 +32,20 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     """
     recipe = read_recipe_of(FinetuningRecipe, str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
-    answers = [json.loads(line) for line in _read(run / ANSWERS, "").splitlines()]
-    history = json.loads(_read(run / HISTORY, "[]"))
+    answers = read_json_lines(run / ANSWERS) if (run / ANSWERS).is_file() else []
+    history = read_json(run / HISTORY, list) if (run / HISTORY).is_file() else []
     sources = ", ".join(map(shown, recipe.examples.source_list))
     results = []
     if answers:
+        metric, percent = _score(answers, "after", recipe)
         results.append(
             EvalResult(
                 task_type="text-generation",
                 dataset_type="held-out examples",
                 dataset_name=sources,
-                metric_type="exact_match",
-                metric_name="Exact match",
-                metric_value=round(_percent_right(answers, "after", recipe), 2),
+                metric_type=metric,
+                metric_name=metric.replace("_", " ").capitalize(),
+                metric_value=round(percent, 2),
             )
         )
     sections = {
@@ -65,25 +66,13 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     )
 
 
-def _read(path: Path, default: str) -> str:
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else default
-        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            json.loads(part)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"'{path}' is damaged ({reason_of(error)}); move it away to have a card without it."
-        ) from error
-    return text
-
-
 def _base(recipe: FinetuningRecipe) -> str:
     where = " (a model of the package)" if recipe.model in shipped_models() else ""
     return f"{shown(recipe.model)}{where}, fine-tuned."
 
 
 def _data(run: Path, recipe: FinetuningRecipe, sources: str) -> str:
-    counts = json.loads(_read(run / COUNTS, "{}"))
+    counts = read_json(run / COUNTS, dict) if (run / COUNTS).is_file() else {}
     number = (
         f" {counts['examples']:,} examples to train on ({counts['shortened']:,} shortened to fit in "
         f"{recipe.examples.context} tokens), {counts['held_out']:,} held out."
@@ -111,7 +100,7 @@ def _evaluation(
     losses = [entry["eval_held_out_loss"] for entry in history if "eval_held_out_loss" in entry]
     parts = [f"Loss on held-out completions: {losses[-1]:.4g}."] if losses else []
     if answers:
-        before, after = (_percent_right(answers, when, recipe) for when in ("before", "after"))
+        before, after = (_score(answers, when, recipe)[1] for when in ("before", "after"))
         what = "with words that end with" if _writes_steps(recipe) else "with"
         parts.append(
             f"Of {len(answers)} held-out prompts, {before:.0f}% were answered {what} the expected completion "
@@ -127,10 +116,10 @@ def _evaluation(
     return "\n\n".join([*parts, *samples]) or "The run was not scored."
 
 
-def _percent_right(answers: list[dict[str, str]], when: str, recipe: FinetuningRecipe) -> float:
-    """Percent of answers that are right, counted as the run counted them."""
-    texts, completions = ([row[name] for row in answers] for name in (when, "completion"))
-    return percent_right(texts, completions, may_begin_with_steps=_writes_steps(recipe))
+def _score(answers: list[dict[str, str]], when: str, recipe: FinetuningRecipe) -> tuple[str, float]:
+    """The metric that the run was scored by, and its value for the answers before or after training."""
+    name, metric = metric_of_answers(may_begin_with_steps=_writes_steps(recipe))
+    return name, metric([row[when] for row in answers], [row["completion"] for row in answers])
 
 
 def _writes_steps(recipe: FinetuningRecipe) -> bool:

@@ -11,8 +11,9 @@ from calm.data.prepared import load_prepared
 from calm.evaluation.held_out import Scorecard, score_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.quantities import duration
-from calm.report.tables import BRIER_COLUMNS, cells_of, perplexities_of, rows_of
+from calm.report.tables import BRIER_COLUMNS, cells_of, costs_exclude, perplexities_of, rows_of
 from calm.sharing.card import Words, card_of, repository_of, shown
+from calm.training.blocks import block_settings
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
@@ -31,10 +32,7 @@ def card_of_training(run: Path, words: Words, ngrams: list[int], num_blocks: int
     recipe = read_recipe(str(run / RECIPE))
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
     data = load_prepared(prepare_text(recipe, run))
-    card = score_model(
-        model, data, context=recipe.data.context, ngrams=ngrams, num_blocks=num_blocks,
-        layout_seed=recipe.seed,
-    )  # fmt: skip
+    card = score_model(model, data, block_settings(recipe), ngrams=ngrams, num_blocks=num_blocks)
     sources = [shown(source) for source in recipe.data.source_list]
     metric = "brier_1" if card.brier.undefined else "brier_lm"
     result = EvalResult(
@@ -85,7 +83,7 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         line = f"Together {record.flops:.2e} FLOPs by count"
         if record.seconds is not None:
             line += f"; {duration(record.seconds)}, held-out evaluations included"
-        lines.append(f"{line}.")
+        lines += [f"{line}.", *costs_exclude([("this run", record.excluded)])]
     return "\n".join(lines)
 
 
@@ -96,7 +94,7 @@ def _evaluation(card: Scorecard, recipe: Recipe) -> str:
         rows.append(f"| {name} | {cells} |")
     protocol = (
         f"Held-out text, T = 1, {card.brier.num_chunks:,} chunks in blocks of {card.brier.context} tokens "
-        "(layout documents), percent ± standard error over documents, training seed "
+        f"(layout {card.layout}), percent ± standard error over documents, training seed "
         f"{recipe.seed}. Scores of other contexts or tokenizers do not compare."
     )
     more = ""

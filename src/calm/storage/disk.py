@@ -5,9 +5,9 @@ import errno
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -74,15 +74,30 @@ def read_json(path: Path, kind: type[Value]) -> Value:
         InputError: If it cannot be read, is not JSON, or has a value of another type.
         FileNotFoundError: If there is no such file.
     """
+    return _values_of(path, kind, lambda text: [text])[0]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON Lines file, one per line that is not blank.
+
+    Raises:
+        InputError: If it cannot be read, or a line is not a JSON object.
+        FileNotFoundError: If there is no such file.
+    """
+    # Not splitlines, which also splits at characters that JSON strings may contain, such as U+2028.
+    return _values_of(path, dict, lambda text: [line for line in text.split("\n") if line.strip()])
+
+
+def _values_of(path: Path, kind: type[Value], parts_of: Callable[[str], list[str]]) -> list[Value]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        values = [json.loads(part) for part in parts_of(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged ({reason_of(error)}); restore it or move it away.") from error
-    if not isinstance(value, kind):
+    if not all(isinstance(value, kind) for value in values):
         raise InputError(f"'{path}' is damaged (it holds no {kind.__name__}); restore it or move it away.")
-    return value
+    return values
 
 
 def write_file_whole(path: Path, text: str) -> None:

@@ -1,12 +1,13 @@
 """The blocks that a network is trained and scored on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from calm.data.chunking import BlockSettings
 from calm.data.prepared import PreparedData, split_of
 from calm.data.streaming import BlockStream, Position, StreamSettings
 from calm.training.opening import data_folder, reading_options
@@ -56,13 +57,12 @@ def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chu
 
 def _laid_out(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
     with processes().main_process_first():  # The main process fills the cache.
-        return data.blocks(
-            split,
-            chunk_size=chunk_size,
-            block_size=recipe.data.context,
-            layout=recipe.data.layout,
-            seed=recipe.seed,
-        )
+        return data.blocks(split, chunk_size=chunk_size, **asdict(block_settings(recipe)))
+
+
+def block_settings(recipe: Recipe) -> BlockSettings:
+    """How a run lays out its text, whenever it is trained or scored."""
+    return BlockSettings(recipe.data.context, recipe.data.layout, recipe.seed)
 
 
 def _stream(run: Run[Recipe], data: PreparedData, num_workers: int) -> BlockStream:

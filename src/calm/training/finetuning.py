@@ -21,13 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
-from calm.evaluation.answers import (
-    answer,
-    completions_of,
-    ends_with_completion,
-    exact_match,
-    held_out_loss,
-)
+from calm.evaluation.answers import answer, completions_of, held_out_loss, metric_of_answers
 from calm.evaluation.scorers import scorer_of
 from calm.hub.opening import read_settings
 from calm.models.language_model import language_model
@@ -184,8 +178,8 @@ def _train(
             loss = thinking.loss(scored, blocks[: settings.evaluation_blocks])
         metrics = {"held_out_loss": loss}
         if asked:
-            match = exact_match if thinking is None else ends_with_completion
-            metrics["exact_match"] = match(answers_of(scored), asked, tokenizer)
+            name, metric = metric_of_answers(may_begin_with_steps=thinking is not None)
+            metrics[name] = metric(answers_of(scored), completions_of(asked, tokenizer))
         return metrics
 
     before = answers_of(model)
@@ -225,10 +219,11 @@ def _lay_out(
     held_out: list[Example],
     thinking: ThoughtTraining | None,
 ) -> tuple[Blocks, dict[str, int]]:
-    """The blocks of the examples, and the number of both."""
+    """The blocks of the examples, and how many there are of both, and of shortened training examples."""
     context, settings = recipe.examples.context, recipe.training
     if thinking is not None:
-        shortened = thinking.num_shortened([*examples, *held_out])
+        shortened = thinking.num_shortened(examples)
+        thinking.num_shortened(held_out)  # They have to fit as well.
         rows = ThinkingRows(thinking, examples, settings.batch_tokens // context, settings.steps, recipe.seed)
         blocks = Blocks(rows, held_out, context, tokenizer, thinking.collate, is_in_order=True)
         num_blocks = len(examples)
