@@ -217,13 +217,14 @@ def _ready(
 def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the tokenizer's EOS and its chat template's end-of-turn token to the model's EOS ids.
 
-    The tokenizer decides how texts end, so generation and scoring must know these ids.
+    The tokenizer decides how texts end, so generation and scoring must know these ids. Each has its own
+    configuration, which keeps the ids that it has.
     """
-    ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
     wanted = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
-    if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
-        model.config.eos_token_id = [*ends, *more]
-        model.generation_config.eos_token_id = model.config.eos_token_id
+    for config in (model.config, model.generation_config):
+        ends = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
+        if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
+            config.eos_token_id = [*ends, *more]
 
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
