@@ -158,6 +158,16 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
     assert isinstance(text, str)
 
 
+def test_a_prompt_that_fits_is_not_cropped_for_more_new_tokens(model, tokenizer, caplog):
+    long, how = list(range(3, 63)) * 5, {"crop": True, "seed": 1, "eos_token_id": []}
+    with caplog.at_level(logging.WARNING, "calm"):
+        for length, room in ((140, 116), (250, 4)):
+            assert continue_tokens(model, tokenizer, [long[:length]], **how).shape == (1, room)
+        assert not caplog.text
+        assert continue_tokens(model, tokenizer, [long, long[:3]], at_most=999, **how).shape == (2, 126)
+    assert "1 of 2 prompts cropped from the left to their last 128 tokens" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("own", "in_generation", "wanted"),
     [
