@@ -23,6 +23,7 @@ from calm.models.autoencoder import CalmAutoencoder
 from calm.models.context import check_context
 from calm.models.language_model import language_model
 from calm.progress import tracked
+from calm.text.vocabulary import num_ids
 
 EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
 _BATCH = 8
@@ -220,7 +221,7 @@ def ngram_models(
             NGramSampler(
                 training_documents,
                 order=order,
-                vocab_size=len(tokenizer),
+                vocab_size=num_ids(tokenizer),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
                 chunk_size=chunk_size,

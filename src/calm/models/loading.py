@@ -38,6 +38,7 @@ from calm.models.tokens import LlamaForCausalLM
 from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
+from calm.text.vocabulary import check_ids
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -234,17 +235,7 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
         raise
     except Exception as error:  # From tokenizers, jinja or json.
         raise InputError(f"cannot load the tokenizer in '{name}' ({reason_of(error)}).") from error
-    size = model.config.get_text_config().vocab_size
-    if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= max(size, len(tokenizer)):
-        raise InputError(
-            f"the tokenizer in '{name}' has token id {highest}, but the model has only {size} ids; use "
-            "the model's own tokenizer."
-        )
-    if len(tokenizer) > size:
-        raise InputError(
-            f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
-            f"{size}; use the model's own tokenizer."
-        )
+    check_ids(tokenizer, model.config.get_text_config().vocab_size, name)
     torch.nn.Module.to(model, best_device())
     return model, tokenizer
 
