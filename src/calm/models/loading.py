@@ -35,7 +35,14 @@ from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
 from calm.models.tokens import LlamaForCausalLM
-from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
+from calm.models.weights import (
+    check_complete,
+    check_finite,
+    check_headers,
+    check_parameters,
+    check_size,
+    read_headers,
+)
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
 from calm.text.vocabulary import check_ids
@@ -307,17 +314,13 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     if is_gguf(name):
         check_gguf(config_of(name), name)
     try:
-        model, info = open_network(model_class, name, **kwargs)
+        # With other shapes the library raises an error that does not name them; `check_complete` does.
+        model, info = open_network(model_class, name, ignore_mismatched_sizes=True, **kwargs)
     except InputError:
         raise
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
         raise _not_loaded(name, error) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}."
-        )
+    check_complete(info, name)
     check_finite(model, name)
     if isinstance(model, CalmForCausalLM):
         try:
