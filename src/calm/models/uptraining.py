@@ -183,8 +183,9 @@ def calm_from_transformer(
         InputError: As `uptrained_config`; or if the source's embeddings are tied only in its configuration.
     """
     config = uptrained_config(source.config, tokenizer, chunk_size, cut, **others)
-    embeddings, scores = source.get_input_embeddings(), source.get_output_embeddings()
-    if source.config.tie_word_embeddings and not torch.equal(embeddings.weight, scores.weight):
+    network: Any = source.get_decoder()
+    scores: Any = source.get_output_embeddings()
+    if source.config.tie_word_embeddings and not torch.equal(network.embed_tokens.weight, scores.weight):
         raise InputError(
             "the source's configuration ties its output layer to its embeddings, but their weights differ; "
             "set its tie_word_embeddings to false."
@@ -193,7 +194,6 @@ def calm_from_transformer(
     model: CalmForCausalLM = CalmForCausalLM._from_config(config, dtype=source.dtype)
     head = model.head
     assert isinstance(head, DecoderHead) and isinstance(head.config, DecoderHeadConfig)
-    network: Any = source.get_decoder()
     none: list[dict[str, Tensor]] = [{}] * len(network.layers)
     sinks = _sinks_of(source, tokenizer) if head.config.sink else none
     parts = ((head.first.layers, sinks), (model.backbone.layers, none), (head.last.layers, sinks))
