@@ -144,15 +144,17 @@ def test_texts_end_where_the_model_ends_them(tokenizer):
 
 
 def test_texts_end_where_generate_ends_them():
-    model, [prompt] = deciding_model(320, max_position_embeddings=256), [[1, 5, 6]]
+    # The prompt repeats itself, so the first draft is copied from it.
+    model, prompt = deciding_model(320, max_position_embeddings=256), [1, 5, 6, 7] * 3
+    model.generation_config.top_k = 1  # Both set it aside.
     how = {"temperature": 1.0, "seed": 0, "max_new_tokens": 30, "draft": DRAFT}
-    free = language_model(model).generate(torch.tensor([prompt]), **how)[0, 3:].tolist()
+    free = language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
     model.config.eos_token_id, model.generation_config.eos_token_id = free[4], free[15]
     batch, tokens = DraftedBatch(model, DRAFT), []
     row = batch.join(prompt, TokenSampler(temperature=1.0), 30, seed=0)
     while not row.has_ended:
         tokens += [token for one in batch.step() for token in one.tokens]
-    assert tokens == language_model(model).generate(torch.tensor([prompt]), **how)[0, 3:].tolist()
+    assert tokens == language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
     assert tokens == free[: free.index(free[15]) + 1]
 
 
