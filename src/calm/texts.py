@@ -102,7 +102,8 @@ def continue_tokens(
         tokenizer: Its tokenizer.
         prompts: Token ids to continue.
         max_new_tokens: Maximum tokens of a continuation, which must fit in the context.
-        at_most: Maximum tokens if `max_new_tokens` is not given; fewer if the context ends first.
+        at_most: Maximum tokens if `max_new_tokens` is not given; fewer if the context ends first, and at most
+            half of the context behind a prompt that is cropped.
         temperature: 0 to 1.
         seed: Makes the texts reproducible.
         streamer: Gets the prompt, then new tokens as they are generated (one prompt only).
@@ -120,7 +121,9 @@ def continue_tokens(
     thought = _tokens_of_thoughts(model, num_thoughts)
     longest = max(map(len, prompts))
     if max_new_tokens is None:
-        room = room_beside(model.config, (1 if crop else longest) + thought)
+        room = room_beside(model.config, longest + thought)
+        if crop and room == 0:
+            room = (room_beside(model.config, 1 + thought) or 0) // 2
         max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
         prompts = crop_prompts(model, prompts, max_new_tokens + thought)

@@ -136,7 +136,7 @@ REFUSED = {
     "another kind": ({"architecture": "gpt2"}, "type 'gpt2', which cannot be read from GGUF"),
     "unheard of": ({"architecture": "nobody"}, "nobody"),
     "a missing tensor": ({"leave_out": "1.mlp.up_proj"}, "incomplete: 1 tensors are missing"),
-    "a wrong width": ({"width": 64}, "damaged"),
+    "a wrong width": ({"width": 64}, r"weight has shape \[300, 32\] instead of \[300, 64\]"),
     "many layers": ({"layers": 10**6}, "describes 1,000,000 layers"),
     "wide layers": ({"width": 10**9}, "describes 2 layers and"),
 }

@@ -18,8 +18,9 @@ SHIPPED = "classics (in the package), stories (in the package)"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with two runs, one of them unfinished."""
+    """A folder with two runs, one of them unfinished, and a file."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("seed: 0\n")
     tiny_model().save_pretrained("runs/demo/model")
     for run in ("demo", "begun"):
         (tmp_path / "runs" / run / "autoencoder").mkdir(parents=True)
@@ -58,6 +59,7 @@ def test_a_run_stands_for_its_model(here, monkeypatch):
         ),
         ("./none", f"there is no such folder; models nearby: {SHIPPED}, runs/demo/model."),
         ("runs/demo/model/config.json", "it is a file; give the folder it is in."),
+        ("notes", "cannot load 'notes': it is a file; give the folder it is in."),
         ("runs/begun", "is a run with an unfinished model (no model/config.json); continue with --resume."),
         ("runs", "there is no model in 'runs' (no config.json); there is one in runs/demo/model."),
         (" ", f"the model name is empty; models nearby: {SHIPPED}, runs/demo/model."),

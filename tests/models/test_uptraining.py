@@ -281,6 +281,20 @@ def test_what_does_not_fit_is_refused(config, tokens, message):
         check_source(config, Tokenizer(**tokens), Cut(1, 1))
 
 
+def test_a_source_that_is_tied_only_in_its_configuration_is_refused():
+    source = source_of("llama, tied")
+    source.lm_head.weight = torch.nn.Parameter(source.lm_head.weight.detach().clone())
+    calm_from_transformer(source, Tokenizer(), 2, Cut(1, 1))  # Equal weights are as good as tied ones.
+    with torch.no_grad():
+        source.lm_head.weight[3] += 1
+    with pytest.raises(InputError, match="but their weights differ; set its tie_word_embeddings to false"):
+        calm_from_transformer(source, Tokenizer(), 2, Cut(1, 1))
+    source.config.tie_word_embeddings = False
+    model = calm_from_transformer(source, Tokenizer(), 1, Cut(0, 0))
+    wanted = source(ids).logits[:, :-1].flatten(0, 1)
+    assert_close(scores_of(model, ids), wanted, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("cut", [Cut(4, 3), Cut(0, 6), Cut(-1, 1), Cut(1, 1, [0, 6]), Cut(1, 1, [1, 0])])
 def test_cuts_that_cannot_be_are_refused(cut):
     with pytest.raises(InputError, match="layers"):

@@ -7,13 +7,13 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import tiny_llama, tiny_model
 
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
-from calm.models.loading import load_language_model_and_tokenizer, load_model
+from calm.models.loading import load_language_model_and_tokenizer, load_model, load_transformer
 from calm.models.weights import read_headers
 
 
@@ -132,6 +132,23 @@ def test_weights_that_are_none(change, message, folder):
     change(folder)
     with pytest.raises(InputError, match=message):
         load_model(str(folder))
+
+
+def test_weights_of_another_shape_are_named_in_any_model(tmp_path):
+    model = tiny_llama().float()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    with pytest.raises(
+        InputError, match=r"layers\.0\.mlp\.down_proj\.weight has shape \[16, 32\] instead of"
+    ):
+        load_transformer(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_called_that(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"cannot load the tokenizer in .* \(it has no tokenizer files\)"):
+        load_language_model_and_tokenizer(str(tmp_path))
 
 
 def test_a_folder_in_the_place_of_a_file(folder):

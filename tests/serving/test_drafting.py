@@ -13,6 +13,7 @@ from toy import failure
 from calm.models.drafting.batching import DraftedBatch, TokenSampler
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.generation.rows import Failed
+from calm.models.language_model import language_model
 from calm.models.thoughts import Thoughts
 from calm.serving.writers import DraftedWriter
 
@@ -140,6 +141,21 @@ def test_texts_end_where_the_model_ends_them(tokenizer):
     assert (
         len(batch) == 0 and tokens[-1] in (EOS, 7) and not {EOS, 7} & set(tokens[:-1]) and len(tokens) < 200
     )
+
+
+def test_texts_end_where_generate_ends_them():
+    # The prompt repeats itself, so the first draft is copied from it.
+    model, prompt = deciding_model(320, max_position_embeddings=256), [1, 5, 6, 7] * 3
+    model.generation_config.top_k = 1  # Both set it aside.
+    how = {"temperature": 1.0, "seed": 0, "max_new_tokens": 30, "draft": DRAFT}
+    free = language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
+    model.config.eos_token_id, model.generation_config.eos_token_id = free[4], free[15]
+    batch, tokens = DraftedBatch(model, DRAFT), []
+    row = batch.join(prompt, TokenSampler(temperature=1.0), 30, seed=0)
+    while not row.has_ended:
+        tokens += [token for one in batch.step() for token in one.tokens]
+    assert tokens == language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
+    assert tokens == free[: free.index(free[15]) + 1]
 
 
 def test_long_prompts_are_read_in_pieces_and_change_nothing():

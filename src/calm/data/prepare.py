@@ -28,6 +28,7 @@ from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError
 from calm.storage.folders import check_output, check_spared, written_whole
 from calm.storage.ours import PREPARED
+from calm.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
 _BYTES_OF_A_TOKEN, _BYTES_OF_A_FILE = 4, 500 * 10**6
@@ -123,7 +124,7 @@ def prepare(
             info = {
                 "sources": names,
                 "options": asdict(options),
-                "vocab_size": len(used_tokenizer),
+                "vocab_size": num_ids(used_tokenizer),
                 **asdict(counts),
                 "records_without_text": documents.num_skipped + (held_out.num_skipped if held_out else 0),
                 "seed": seed,

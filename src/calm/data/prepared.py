@@ -37,6 +37,7 @@ from calm.errors import InputError, reason_of
 from calm.storage.checksums import CHECKSUMS, find_damage
 from calm.storage.disk import read_json
 from calm.storage.folders import temporary_folder
+from calm.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
 INFO = "prepared.json"
@@ -69,7 +70,7 @@ class PreparedData:
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
-        return len(self.tokenizer)
+        return num_ids(self.tokenizer)
 
     def blocks(
         self,

@@ -52,9 +52,18 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
         else:
             read_settings(Path(name) / "tokenizer_config.json")
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            except Exception as error:
+                if Path(name).is_dir() and not any(map(_is_of_tokenizer, Path(name).iterdir())):
+                    raise ValueError("it has no tokenizer files") from error
+                raise
         _try_out(tokenizer)
         return tokenizer
+
+
+def _is_of_tokenizer(file: Path) -> bool:
+    return file.name.startswith(("tokenizer", "vocab")) or file.suffix == ".model"
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:

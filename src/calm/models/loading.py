@@ -35,9 +35,17 @@ from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
 from calm.models.tokens import LlamaForCausalLM
-from calm.models.weights import check_finite, check_headers, check_parameters, check_size, read_headers
+from calm.models.weights import (
+    check_complete,
+    check_finite,
+    check_headers,
+    check_parameters,
+    check_size,
+    read_headers,
+)
 from calm.storage.checksums import check_as_written
 from calm.text.chat import end_of_turn_id
+from calm.text.vocabulary import check_ids
 
 register()
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -218,13 +226,14 @@ def _ready(
 def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the tokenizer's EOS and its chat template's end-of-turn token to the model's EOS ids.
 
-    The tokenizer decides how texts end, so generation and scoring must know these ids.
+    The tokenizer decides how texts end, so generation and scoring must know these ids. Each has its own
+    configuration, which keeps the ids that it has.
     """
-    ends = as_id_tensor(model.config.eos_token_id, torch.device("cpu")).tolist()
     wanted = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
-    if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
-        model.config.eos_token_id = [*ends, *more]
-        model.generation_config.eos_token_id = model.config.eos_token_id
+    for config in (model.config, model.generation_config):
+        ends = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
+        if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
+            config.eos_token_id = [*ends, *more]
 
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -234,17 +243,7 @@ def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizer
         raise
     except Exception as error:  # From tokenizers, jinja or json.
         raise InputError(f"cannot load the tokenizer in '{name}' ({reason_of(error)}).") from error
-    size = model.config.get_text_config().vocab_size
-    if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= max(size, len(tokenizer)):
-        raise InputError(
-            f"the tokenizer in '{name}' has token id {highest}, but the model has only {size} ids; use "
-            "the model's own tokenizer."
-        )
-    if len(tokenizer) > size:
-        raise InputError(
-            f"the tokenizer in '{name}' has {len(tokenizer)} tokens, more than the model's "
-            f"{size}; use the model's own tokenizer."
-        )
+    check_ids(tokenizer, model.config.get_text_config().vocab_size, name)
     torch.nn.Module.to(model, best_device())
     return model, tokenizer
 
@@ -316,17 +315,13 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     if is_gguf(name):
         check_gguf(config_of(name), name)
     try:
-        model, info = open_network(model_class, name, **kwargs)
+        # With other shapes the library raises an error that does not name them; `check_complete` does.
+        model, info = open_network(model_class, name, ignore_mismatched_sizes=True, **kwargs)
     except InputError:
         raise
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
         raise _not_loaded(name, error) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the weights in '{name}' are incomplete: {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}."
-        )
+    check_complete(info, name)
     check_finite(model, name)
     if isinstance(model, CalmForCausalLM):
         try:

@@ -37,12 +37,12 @@ def place_of(name: str) -> str:
         return _place_of_file(name)
     try:
         place = folder_of(name)
-        is_here = Path(place).is_dir()
+        is_here, is_file = Path(place).is_dir(), Path(place).is_file()
     except OSError as error:  # Not readable, or the name is too long.
         raise InputError(f"cannot load '{name}': {error.strerror}.") from error
     if is_here and name.strip():
         return place
-    if not name.strip() or not may_be_on_hub(name):
+    if not name.strip() or is_file or not may_be_on_hub(name):
         raise InputError(no_such_folder(name))
     return place
 

@@ -180,14 +180,20 @@ def calm_from_transformer(
         **others: Further arguments of `uptrained_config`.
 
     Raises:
-        InputError: As `uptrained_config`.
+        InputError: As `uptrained_config`; or if the source's embeddings are tied only in its configuration.
     """
     config = uptrained_config(source.config, tokenizer, chunk_size, cut, **others)
+    network: Any = source.get_decoder()
+    scores: Any = source.get_output_embeddings()
+    if source.config.tie_word_embeddings and not torch.equal(network.embed_tokens.weight, scores.weight):
+        raise InputError(
+            "the source's configuration ties its output layer to its embeddings, but their weights differ; "
+            "set its tie_word_embeddings to false."
+        )
     # Created in this dtype: casting afterwards would round the rotary frequencies.
     model: CalmForCausalLM = CalmForCausalLM._from_config(config, dtype=source.dtype)
     head = model.head
     assert isinstance(head, DecoderHead) and isinstance(head.config, DecoderHeadConfig)
-    network: Any = source.get_decoder()
     none: list[dict[str, Tensor]] = [{}] * len(network.layers)
     sinks = _sinks_of(source, tokenizer) if head.config.sink else none
     parts = ((head.first.layers, sinks), (model.backbone.layers, none), (head.last.layers, sinks))
@@ -198,7 +204,7 @@ def calm_from_transformer(
         model.backbone.embed_tokens.weight.copy_(network.embed_tokens.weight)
         head.norm.weight.copy_(network.norm.weight)
         if head.scores is not None:
-            head.scores.weight.copy_(source.get_output_embeddings().weight)
+            head.scores.weight.copy_(scores.weight)
     return nn.Module.to(model, source.device).eval()
 
 

@@ -2,10 +2,11 @@
 
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -177,15 +178,38 @@ def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: 
         if found is None:
             continue
         if found.shape != tuple(wanted.shape):
-            raise InputError(
-                f"the weights in '{where}' do not fit their configuration: {name} has shape "
-                f"{list(found.shape)} instead of {list(wanted.shape)}."
-            )
+            raise _of_other_shape(where, name, found.shape, wanted.shape)
         if wanted.is_floating_point() and found.dtype not in _REALS:
             raise InputError(
                 f"the weights in '{where}' do not fit their configuration: {name} has dtype "
                 f"{found.dtype}, which is not floating point ({', '.join(_REALS)})."
             )
+
+
+def check_complete(info: Mapping[str, Any], where: str) -> None:
+    """Check that a model was loaded with all of its weights.
+
+    Args:
+        info: The loading info of transformers.
+        where: The folder, for messages.
+
+    Raises:
+        InputError: If tensors are missing, or one has the wrong shape.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"the weights in '{where}' are incomplete: {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}."
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise _of_other_shape(where, name, found, wanted)
+
+
+def _of_other_shape(where: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> InputError:
+    return InputError(
+        f"the weights in '{where}' do not fit their configuration: {name} has shape {list(found)} instead of "
+        f"{list(wanted)}."
+    )
 
 
 def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], where: str) -> None:

@@ -21,6 +21,7 @@ from calm.serving.writers import HowToDraw, Writer
 from calm.text.chat import encode_chat, end_of_turn, end_of_turn_id
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
+from calm.text.vocabulary import num_ids
 
 _LONGEST_RENDERING = 1 << 22  # Maximum characters of a rendered chat,
 _RENDERING = 4  # and this many times those of the context, which leaves room for the markup around messages.
@@ -50,6 +51,8 @@ class Endpoint:
         self.config = writer.model.config
         self.readers = Readers(tokenizer, settings.max_waiting, settings.seconds)
         self._settings, self._metrics = settings, metrics
+        # A tokenizer may have more tokens than its model: a padding token is added where there was none.
+        self._num_ids = min(num_ids(tokenizer), self.config.get_text_config(decoder=True).vocab_size)
         self._most_characters = _most_characters(self.config, tokenizer)
         reader = self.readers.tokenizer
         if tokenizer.chat_template is not None:
@@ -232,15 +235,13 @@ class Endpoint:
         Raises:
             ApiError: If there are none or too many, or some are not in the model's vocabulary.
         """
-        # A tokenizer may have more tokens than its model: a padding token is added where there was none.
-        size = min(len(self.tokenizer), self.config.get_text_config(decoder=True).vocab_size)
         self._check_length(len(prompt), isinstance(prompt, str), place)
         ids = encode_documents(self.readers.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
         if not ids:
             why = ", and this model's tokenizer has no BOS token" if prompt == "" else ""
             raise at(place, f"a prompt is empty{why}; give a text.")
-        if any(not 0 <= token < size for token in ids):
-            raise ApiError(f"token ids in '{place}' must be between 0 and {size - 1}.", param=place)
+        if any(not 0 <= token < self._num_ids for token in ids):
+            raise ApiError(f"token ids in '{place}' must be between 0 and {self._num_ids - 1}.", param=place)
         return ids
 
     def tokens_of_chat(self, messages: list[dict[str, str]]) -> list[int]:

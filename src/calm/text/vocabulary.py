@@ -1,6 +1,34 @@
-"""Whether two tokenizers agree on the meaning of token ids."""
+"""Token ids: how many a tokenizer has, and whether a model or another tokenizer has the same."""
 
 from transformers import PreTrainedTokenizerBase
+
+from calm.errors import InputError
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of token ids, from 0 to the highest; some may have no token, so there may be fewer tokens."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
+    """Raise InputError if a tokenizer has more ids than its model.
+
+    Args:
+        tokenizer: The tokenizer.
+        size: Number of the model's ids.
+        name: Where the tokenizer is.
+    """
+    if (number := num_ids(tokenizer)) <= size:
+        return
+    if number > len(tokenizer):
+        raise InputError(
+            f"the tokenizer in '{name}' has token id {number - 1}, but the model has only {size} ids; use "
+            "the model's own tokenizer."
+        )
+    raise InputError(
+        f"the tokenizer in '{name}' has {number} tokens, more than the model's {size}; use the model's own "
+        "tokenizer."
+    )
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:

@@ -18,6 +18,7 @@ from calm.models.missing import place_of
 from calm.models.shipped import folder_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.uptraining import mark_as_new
+from calm.text.vocabulary import num_ids
 from calm.training.continuing import config_to_continue, model_to_continue
 from calm.training.recipe import Recipe
 
@@ -265,7 +266,7 @@ def _num_tokens(recipe: Recipe) -> int:
         return recipe.data.vocab_size
     if not Path(name).exists():
         raise InputError(f"the recipe takes the tokenizer '{name}'; pass --vocab_size, its number of tokens.")
-    return len(load_tokenizer(name))
+    return num_ids(load_tokenizer(name))
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase | PreTrainedConfig) -> dict[str, int | None]:

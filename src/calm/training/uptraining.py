@@ -15,6 +15,7 @@ from calm.models.context import check_context
 from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import place_of
 from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
+from calm.text.vocabulary import check_ids
 from calm.training.recipe import Recipe
 
 
@@ -80,7 +81,10 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
     name = place_of(recipe.language_model.init_from)
     is_alone = Path(name).is_dir() and not has_tokenizer(Path(name))
     tokenizer = TokensOfConfig(source) if is_alone else load_tokenizer(name)
-    return uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
+    config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        check_ids(tokenizer, config.vocab_size, name)
+    return config
 
 
 def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:

@@ -15,9 +15,11 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from calm.models.drafting.batching import DraftedBatch, TokenSampler
 from calm.models.drafting.generate import DraftedOutput, Drafting, generate_drafted
 from calm.models.language_model import language_model
 from calm.models.thoughts import Thoughts
+from calm.models.uptraining import Cut, calm_from_transformer
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 # What `generate` takes that changes a greedy text.
@@ -32,6 +34,15 @@ WAYS = [
     {"max_length": 9},
     {"eos_token_id": [9, 12]},
 ]
+
+
+class SimpleTokens:
+    """What a conversion asks of a tokenizer."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+
+    def __len__(self):
+        return 40
 
 
 class Listener(BaseStreamer):
@@ -114,6 +125,25 @@ def test_a_streamer_gets_the_prompt_and_every_token():
     drafting = Drafting(drafting_model(), num_chunks=3, streamer=listener)
     written = model.generate(prompt_1T, custom_generate=drafting, max_new_tokens=13, do_sample=True)
     assert listener.tokens == written[0].tolist() and listener.has_ended
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, None])
+def test_a_draft_with_the_models_own_distributions_is_accepted_whole(temperature, monkeypatch):
+    # So it has to be drawn at the temperature that the model is sampled at.
+    model, [prompt_1T] = deciding_model(max_position_embeddings=256), some_prompts([6])
+    same = calm_from_transformer(model, SimpleTokens(), 1, Cut(0, 0))
+    drafting = Drafting(same, num_chunks=4, lookup=0, generator=torch.Generator().manual_seed(1))
+    how = {"max_new_tokens": 100, "return_dict_in_generate": True, "top_k": 0}
+    how |= {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    output = model.generate(prompt_1T, custom_generate=drafting, **how)
+    assert output.num_accepted == output.num_drafted > 60
+    if temperature is not None:
+        monkeypatch.setattr(Drafting, "lookup", 0)
+        batch, shares = DraftedBatch(model, same, 4), []
+        row = batch.join(prompt_1T[0].tolist(), TokenSampler(temperature=temperature), 100, seed=1)
+        while not row.has_ended:
+            shares += [one.agreement for one in batch.step()]
+        assert set(shares) == {1.0} and len(shares) < 40
 
 
 def test_several_prompts_are_written_one_after_the_other():

@@ -12,6 +12,7 @@ from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.models.context import longest_context, room_beside
+from calm.models.loading import load_language_model_and_tokenizer
 from calm.texts import continue_texts, continue_tokens
 
 PROMPT = "one two"
@@ -155,6 +156,37 @@ def test_the_rule_is_the_same_for_models_of_tokens(tokenizer):
             continue_texts(model, tokenizer, ["one two"], num_return_sequences=number, stream=stream)
     [text] = continue_texts(model, tokenizer, ["one two " * 30], crop=True, max_new_tokens=4, seed=1)
     assert isinstance(text, str)
+
+
+def test_a_prompt_that_fits_is_not_cropped_for_more_new_tokens(model, tokenizer, caplog):
+    long, how = list(range(3, 63)) * 5, {"crop": True, "seed": 1, "eos_token_id": []}
+    with caplog.at_level(logging.WARNING, "calm"):
+        for length, room in ((140, 116), (250, 4)):
+            assert continue_tokens(model, tokenizer, [long[:length]], **how).shape == (1, room)
+        assert not caplog.text
+        assert continue_tokens(model, tokenizer, [long, long[:3]], at_most=999, **how).shape == (2, 126)
+    assert "1 of 2 prompts cropped from the left to their last 128 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "in_generation", "wanted"),
+    [
+        (7, 9, ([7, 1], [9, 1])),
+        ([7, 1], 9, ([7, 1], [9, 1])),  # As left over from the model that this one was fine-tuned from.
+        ([7, 1], None, ([7, 1], [1])),
+        (1, [9, 1], (1, [9, 1])),
+    ],
+)
+def test_a_models_texts_end_with_the_tokenizers_end_and_its_own(
+    own, in_generation, wanted, tokenizer, tmp_path
+):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes))
+    model.config.eos_token_id, model.generation_config.eos_token_id = own, in_generation
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_language_model_and_tokenizer(str(tmp_path))
+    assert (loaded.config.eos_token_id, loaded.generation_config.eos_token_id) == wanted
 
 
 @pytest.mark.parametrize("ids", [[[5, -1]], [[5, 10**6]]])

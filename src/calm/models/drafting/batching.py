@@ -104,7 +104,7 @@ class DraftedBatch:
         self._max_rows, self._tokens_at_once = max_rows, tokens_at_once
         self._rows: deque[_Open] = deque()  # In order of their turns.
         self._waiting: deque[_Open] = deque()
-        self._ends = ends_of_model(model)
+        self._ends = frozenset(ends_of(model.generation_config))  # As in transformers' `generate`.
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting)
@@ -186,9 +186,3 @@ class DraftedBatch:
             is_greedy=sampler.is_greedy,
             generator=one.row.generator,
         )
-
-
-def ends_of_model(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end a token-level model's text."""
-    own = model.generation_config
-    return frozenset([*ends_of(model.config), *([] if own is None else ends_of(own))])
