@@ -317,7 +317,7 @@ def test_settings_say_whether_a_teacher_takes_part():
     assert TeacherSettings(model="x", weight=0.0, states=0.1).takes_part
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(None, 1), ([0, 2, 3], 0), ([0, 1, 2, 3], 1)])
+@pytest.mark.parametrize(("layers", "wanted"), [(None, 1), ([0, 2, 3], 0), ([1, 2, 3], 1), ([0, 1, 2, 3], 1)])
 def test_states_are_those_of_the_layer_with_which_the_backbone_ends(layers, wanted, base):
     own = {"language_model.uptraining.layers": layers, "language_model.teacher.states": 1.0}
     config = AutoConfig.from_pretrained(base / "source")
