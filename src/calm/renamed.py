@@ -14,6 +14,7 @@ MOVED = {
     "calm.models.heads.adaln": "calm.models.heads.step_network",
     "calm.models.heads.base": "calm.models.heads.contract, .fields and .registry",
     "calm.models.heads.mean_flow": "examples/a_head_of_your_own.py",
+    "calm.models.lessons": "calm.models.distillation",
     "calm.models.sampling": "calm.models.generation.sampling",
     "calm.models.stepping": "calm.models.generation.steps",
     "calm.models.stopping": "calm.models.generation.stopping",

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from calm.core import distillation as module
-from calm.core.distillation import Teaching, distillation
+from calm.core.distillation import SoftTargets, distillation
 from calm.planning.alive import AliveBytes
 from calm.planning.as_gpu import AsGpu
 
@@ -32,17 +32,17 @@ def learner(dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return vectors.to(dtype).requires_grad_(), table.to(dtype).requires_grad_(), targets
 
 
-def teaching(
+def soft_targets(
     dtype=torch.float32, tokens=VOCABULARY, has_bias=True, weights=WEIGHTS, temperature=1.0
-) -> Teaching:
+) -> SoftTargets:
     generator = torch.Generator().manual_seed(1)
     states = 2 * torch.randn(ROWS, TOLD_SIZE, generator=generator, dtype=torch.float64)
     table = torch.randn(tokens, TOLD_SIZE, generator=generator, dtype=torch.float64)
     bias = torch.randn(tokens, generator=generator, dtype=torch.float64).to(dtype) if has_bias else None
-    return Teaching(states.to(dtype), table.to(dtype), bias, weights.to(dtype), temperature)
+    return SoftTargets(states.to(dtype), table.to(dtype), bias, weights.to(dtype), temperature)
 
 
-def plain(vectors: Tensor, table: Tensor, targets: Tensor, told: Teaching) -> Tensor:
+def plain(vectors: Tensor, table: Tensor, targets: Tensor, told: SoftTargets) -> Tensor:
     """The same with all scores, by torch's own divergence."""
     scores, of_teacher = F.linear(vectors, table), F.linear(told.states_MY, told.table_UY, told.bias_U)
     of_teacher = of_teacher[:, : scores.shape[1]]
@@ -73,7 +73,7 @@ def losses_and_gradients(way, told, reduce=torch.mean, dtype=torch.float32) -> l
 )
 @pytest.mark.parametrize("as_gpu", [False, True], ids=["cpu", "gpu"])
 def test_losses_and_gradients_are_those_of_torch(as_gpu, tokens, temperature, reduce):
-    told = teaching(tokens=tokens, temperature=temperature, has_bias=tokens != VOCABULARY)
+    told = soft_targets(tokens=tokens, temperature=temperature, has_bias=tokens != VOCABULARY)
     with AsGpu(is_gpu=as_gpu):
         found = losses_and_gradients(distillation, told, reduce)
     assert_close(found, losses_and_gradients(plain, told, reduce))
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_torch(as_gpu, tokens, temperature, re
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_gradients_in_double_precision_are_differences_of_losses(temperature):
     vectors, table, targets = learner(torch.float64)
-    told = teaching(torch.float64, temperature=temperature)
+    told = soft_targets(torch.float64, temperature=temperature)
 
     def losses(*of: Tensor) -> Tensor:
         return distillation(*of, targets, told)
@@ -94,7 +94,7 @@ def test_gradients_in_double_precision_are_differences_of_losses(temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_learner_that_is_its_teacher_has_nothing_to_learn(dtype, temperature):
     vectors, table, targets = learner(dtype)
-    told = Teaching(vectors.detach(), table.detach(), None, torch.ones(ROWS), temperature)
+    told = SoftTargets(vectors.detach(), table.detach(), None, torch.ones(ROWS), temperature)
     losses = distillation(vectors, table, targets, told)
     losses.sum().backward()
     assert not losses.any() and not vectors.grad.any() and not table.grad.any()
@@ -102,12 +102,12 @@ def test_a_learner_that_is_its_teacher_has_nothing_to_learn(dtype, temperature):
 
 def test_without_weight_it_is_the_cross_entropy():
     vectors, table, targets = learner()
-    losses = distillation(vectors, table, targets, teaching(weights=torch.zeros(ROWS), temperature=2.0))
+    losses = distillation(vectors, table, targets, soft_targets(weights=torch.zeros(ROWS), temperature=2.0))
     assert_close(losses, F.cross_entropy(F.linear(vectors, table), targets, reduction="none"))
 
 
 def test_nothing_of_the_teacher_is_trained_and_without_gradients_there_are_none():
-    told = teaching()
+    told = soft_targets()
     of_teacher = [one.requires_grad_() for one in told[:3]]
     losses_and_gradients(distillation, told)
     assert all(one.grad is None for one in of_teacher)
@@ -117,7 +117,7 @@ def test_nothing_of_the_teacher_is_trained_and_without_gradients_there_are_none(
 
 def test_a_second_backward_pass_finds_the_same():
     vectors, table, targets = learner()
-    loss = distillation(vectors, table, targets, teaching()).mean()
+    loss = distillation(vectors, table, targets, soft_targets()).mean()
     loss.backward(retain_graph=True)
     first = vectors.grad.clone(), table.grad.clone()
     vectors.grad = table.grad = None
@@ -128,17 +128,17 @@ def test_a_second_backward_pass_finds_the_same():
 def test_scores_far_apart_are_finite():
     """Where a probability is 0 in float32, its logarithm is not looked for."""
     vectors, table, targets = learner()
-    told = teaching()._replace(weights_M=torch.ones(ROWS))
+    told = soft_targets()._replace(weights_M=torch.ones(ROWS))
     far = told._replace(states_MY=-1e4 * told.states_MY)
     found = distillation(1e4 * vectors, table, targets, far)
     assert found.isfinite().all()
     wide = [one.detach().double() for one in (1e4 * vectors, table)]
-    wanted = plain(*wide, targets, Teaching(*(one.double() for one in far[:4])))
+    wanted = plain(*wide, targets, SoftTargets(*(one.double() for one in far[:4])))
     assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_under_autocast_the_learner_is_rounded_and_the_teacher_is_not():
-    told = teaching()
+    told = soft_targets()
     with torch.autocast("cpu", torch.bfloat16):
         found = losses_and_gradients(distillation, told)
     assert [one.dtype for one in found] == [torch.float32] * 3
@@ -150,7 +150,7 @@ def test_under_autocast_the_learner_is_rounded_and_the_teacher_is_not():
 
 def test_no_rows_have_no_loss():
     vectors, table, targets = (one[:0] if one.shape[0] == ROWS else one for one in learner())
-    told = teaching()
+    told = soft_targets()
     empty = told._replace(states_MY=told.states_MY[:0], weights_M=told.weights_M[:0])
     losses = distillation(vectors, table, targets, empty)
     losses.sum().backward()
@@ -161,7 +161,7 @@ def test_scores_of_all_rows_are_never_in_memory(monkeypatch):
     rows, vocabulary = 512, 300
     monkeypatch.setattr(module, "_FEWEST_ROWS", 16)
     vectors, table = torch.randn(rows, 8), torch.randn(vocabulary, 8)
-    told = Teaching(torch.randn(rows, 4), torch.randn(vocabulary, 4), None, torch.ones(rows), 2.0)
+    told = SoftTargets(torch.randn(rows, 4), torch.randn(vocabulary, 4), None, torch.ones(rows), 2.0)
     with AliveBytes() as alive:
         outputs = module._in_parts(vectors, table, torch.zeros(rows, dtype=torch.long), told)
     work = sum(alive.most().values()) - sum(one.nbytes for one in outputs)
@@ -171,7 +171,7 @@ def test_scores_of_all_rows_are_never_in_memory(monkeypatch):
 def test_the_operator_keeps_the_rules_of_torch():
     """Fake tensors, compiled functions and gradients find what the operator itself does."""
     vectors, table, targets = learner()
-    told = teaching()
+    told = soft_targets()
     torch.library.opcheck(torch.ops.calm.distillation.default, (vectors, table, targets, *told))
     compiled = torch.compile(distillation, fullgraph=True, backend="aot_eager")
     assert_close(compiled(vectors, table, targets, told), distillation(vectors, table, targets, told))

@@ -24,7 +24,7 @@ _FEWEST_ROWS = 64  # Per part: products of fewer rows are slow.
 _SCORES_AT_ONCE = 2**25  # On other devices, each for student and teacher.
 
 
-class Teaching(NamedTuple):
+class SoftTargets(NamedTuple):
     """A teacher's predictions for the tokens of M rows.
 
     Both vocabularies start with the same tokens. Tokens that the student lacks are left out, and tokens that
@@ -44,32 +44,34 @@ class Teaching(NamedTuple):
     weights_M: Tensor
     temperature: float = 1.0
 
-    def of_first(self, size: int) -> "Teaching":
+    def of_first(self, size: int) -> "SoftTargets":
         """The predictions restricted to the first `size` tokens."""
         bias_U = None if self.bias_U is None else self.bias_U[:size]
         return self._replace(table_UY=self.table_UY[:size], bias_U=bias_U)
 
 
-def distillation(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, teaching: Teaching) -> Tensor:
+def distillation(
+    vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor, soft_targets: SoftTargets
+) -> Tensor:
     """Distillation loss of each row, (M,), in nats.
 
     Args:
         vectors_MX: A vector for each row.
         table_VX: A vector for each token; its product with a row's is the token's score.
         targets_M: Target token of each row.
-        teaching: The teacher's predictions, which get no gradient.
+        soft_targets: The teacher's predictions, which get no gradient.
     """
     size = len(table_VX)
     is_trained = torch.is_grad_enabled() and (vectors_MX.requires_grad or table_VX.requires_grad)
     if not (is_trained and vectors_MX.is_cpu):
         return distillation_of_scores(
-            lambda rows_RX: F.linear(rows_RX, table_VX), size, vectors_MX, targets_M, teaching
+            lambda rows_RX: F.linear(rows_RX, table_VX), size, vectors_MX, targets_M, soft_targets
         )
-    teaching = teaching.of_first(size)
+    soft_targets = soft_targets.of_first(size)
     if torch.is_autocast_enabled("cpu"):  # It does not apply to custom operators.
         dtype = torch.get_autocast_dtype("cpu")
         vectors_MX, table_VX = vectors_MX.to(dtype), table_VX.to(dtype)
-    losses: Tensor = _losses_and_gradients(vectors_MX, table_VX, targets_M, *teaching)[0]
+    losses: Tensor = _losses_and_gradients(vectors_MX, table_VX, targets_M, *soft_targets)[0]
     return losses
 
 
@@ -78,7 +80,7 @@ def distillation_of_scores(
     size: int,
     vectors_MX: Tensor,
     targets_M: Tensor,
-    teaching: Teaching,
+    soft_targets: SoftTargets,
 ) -> Tensor:
     """`distillation` for a student whose scores are not just products with a table.
 
@@ -87,29 +89,29 @@ def distillation_of_scores(
         size: V; the teacher's further tokens are left out.
         vectors_MX: See `distillation`.
         targets_M: See `distillation`.
-        teaching: See `distillation`.
+        soft_targets: See `distillation`.
     """
-    teaching = teaching.of_first(size)
+    soft_targets = soft_targets.of_first(size)
 
     def of_part(vectors_RX: Tensor, target_R: Tensor, states_RY: Tensor, weights_R: Tensor) -> Tensor:
         scores_RV = _wide(scores_of(vectors_RX))
-        told_RU = _told(states_RY, teaching.table_UY, teaching.bias_U)
+        teacher_RU = _teacher_logits(states_RY, soft_targets.table_UY, soft_targets.bias_U)
         log_p_RV, log_q_RU = (
-            (scores / teaching.temperature).log_softmax(-1) for scores in (scores_RV, told_RU)
+            (scores / soft_targets.temperature).log_softmax(-1) for scores in (scores_RV, teacher_RU)
         )
-        far_R = (log_q_RU.exp() * (log_q_RU - log_p_RV[:, : log_q_RU.shape[1]])).sum(-1)
-        own_R = F.cross_entropy(scores_RV, target_R, reduction="none")
-        return (1 - weights_R) * own_R + weights_R * teaching.temperature**2 * far_R
+        divergence_R = (log_q_RU.exp() * (log_q_RU - log_p_RV[:, : log_q_RU.shape[1]])).sum(-1)
+        cross_entropy_R = F.cross_entropy(scores_RV, target_R, reduction="none")
+        return (1 - weights_R) * cross_entropy_R + weights_R * soft_targets.temperature**2 * divergence_R
 
     rows = max(1, _SCORES_AT_ONCE // size)
-    of_rows = (vectors_MX, targets_M, teaching.states_MY, teaching.weights_M)
+    of_rows = (vectors_MX, targets_M, soft_targets.states_MY, soft_targets.weights_M)
     if len(vectors_MX) <= rows:
         return of_part(*of_rows)
     parts = zip(*(one.split(rows) for one in of_rows), strict=True)
     return torch.cat([checkpoint(of_part, *part, use_reentrant=False) for part in parts])
 
 
-def _told(states_RY: Tensor, table_UY: Tensor, bias_U: Tensor | None) -> Tensor:
+def _teacher_logits(states_RY: Tensor, table_UY: Tensor, bias_U: Tensor | None) -> Tensor:
     """The teacher's scores, in its own precision whatever the student's."""
     with torch.autocast(states_RY.device.type, enabled=False):
         return _wide(F.linear(states_RY, table_UY, bias_U))
@@ -129,13 +131,15 @@ def _losses_and_gradients(
     table: Tensor,
     targets: Tensor,
     states: Tensor,
-    told_table: Tensor,
-    told_bias: Tensor | None,
+    teacher_table: Tensor,
+    teacher_bias: Tensor | None,
     weights: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, (M,), and the gradients of their sum w.r.t. the vectors and the table."""
-    return _in_parts(vectors, table, targets, Teaching(states, told_table, told_bias, weights, temperature))
+    return _in_parts(
+        vectors, table, targets, SoftTargets(states, teacher_table, teacher_bias, weights, temperature)
+    )
 
 
 @torch.library.custom_op("calm::distillation_backward", mutates_args=())
@@ -145,8 +149,8 @@ def _gradients(
     table: Tensor,
     targets: Tensor,
     states: Tensor,
-    told_table: Tensor,
-    told_bias: Tensor | None,
+    teacher_table: Tensor,
+    teacher_bias: Tensor | None,
     weights: Tensor,
     temperature: float,
     by_vectors: Tensor,
@@ -155,22 +159,22 @@ def _gradients(
     """Gradients of a weighted sum of the losses, given those of the unweighted sum."""
     if len(of_losses) and bool((of_losses == of_losses[0]).all()):  # As for a mean.
         return by_vectors * of_losses[0].to(by_vectors.dtype), by_table * of_losses[0]
-    teaching = Teaching(states, told_table, told_bias, weights, temperature)
-    return _in_parts(vectors, table, targets, teaching, of_losses)[1:]
+    soft_targets = SoftTargets(states, teacher_table, teacher_bias, weights, temperature)
+    return _in_parts(vectors, table, targets, soft_targets, of_losses)[1:]
 
 
 def _in_parts(
     vectors_MX: Tensor,
     table_VX: Tensor,
     targets_M: Tensor,
-    teaching: Teaching,
+    soft_targets: SoftTargets,
     of_losses_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and the gradients of their sum, weighted by `of_losses_M`.
 
     Besides its outputs, memory holds some rows' scores of both models, log-probabilities and gradients.
     """
-    states_MY, told_UY, bias_U, weights_M, temperature = teaching
+    states_MY, table_UY, bias_U, weights_M, temperature = soft_targets
     losses_M, by_vectors_MX, by_table_VX = _outputs(vectors_MX, table_VX)
     by_table_VX.zero_()
     rows = max(_FEWEST_ROWS, _SCORES_IN_PART // len(table_VX))
@@ -178,20 +182,22 @@ def _in_parts(
         part = slice(first, first + rows)
         target_R1, weight_R1 = targets_M[part].unsqueeze(-1), weights_M[part].unsqueeze(-1)
         scores_RV = _wide(F.linear(vectors_MX[part], table_VX))
-        told_RU = _told(states_MY[part], told_UY, bias_U)
+        teacher_RU = _teacher_logits(states_MY[part], table_UY, bias_U)
         log_p_RV = scores_RV.log_softmax(-1)
-        own_R1 = -log_p_RV.gather(1, target_R1)
+        cross_entropy_R1 = -log_p_RV.gather(1, target_R1)
         by_scores_RV = log_p_RV.exp()
-        by_scores_RV.scatter_add_(1, target_R1, torch.full_like(own_R1, -1))
+        by_scores_RV.scatter_add_(1, target_R1, torch.full_like(cross_entropy_R1, -1))
         by_scores_RV *= 1 - weight_R1
         if temperature != 1:
             log_p_RV = scores_RV.div_(temperature).log_softmax(-1)
-        log_q_RU = told_RU.div_(temperature).log_softmax(-1)
-        q_RU, told = log_q_RU.exp(), slice(0, told_RU.shape[1])
-        far_R1 = log_q_RU.sub_(log_p_RV[:, told]).mul_(q_RU).sum(-1, keepdim=True)
-        losses_M[part] = ((1 - weight_R1) * own_R1 + weight_R1 * temperature**2 * far_R1).squeeze(-1)
+        log_q_RU = teacher_RU.div_(temperature).log_softmax(-1)
+        q_RU, shared = log_q_RU.exp(), slice(0, teacher_RU.shape[1])
+        divergence_R1 = log_q_RU.sub_(log_p_RV[:, shared]).mul_(q_RU).sum(-1, keepdim=True)
+        losses_M[part] = (
+            (1 - weight_R1) * cross_entropy_R1 + weight_R1 * temperature**2 * divergence_R1
+        ).squeeze(-1)
         p_RV = log_p_RV.exp_()
-        p_RV[:, told] -= q_RU
+        p_RV[:, shared] -= q_RU
         by_scores_RV += p_RV.mul_(weight_R1 * temperature)
         if of_losses_M is not None:
             by_scores_RV *= of_losses_M[part].unsqueeze(-1)
@@ -241,9 +247,9 @@ def _flops(
     table: torch.Size,
     targets: Any,
     states: torch.Size,
-    told: torch.Size,
+    teacher: torch.Size,
     *_: Any,
     **__: Any,
 ) -> int:
     """FLOPs of the student's scores and both gradients, and of the teacher's scores."""
-    return vectors[0] * (6 * table[0] * table[1] + 2 * told[0] * told[1])
+    return vectors[0] * (6 * table[0] * table[1] + 2 * teacher[0] * teacher[1])

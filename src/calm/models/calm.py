@@ -20,9 +20,9 @@ from calm.models.attention import norm_queries_and_keys
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
+from calm.models.distillation import TeacherOutput, distillation_losses
 from calm.models.generation.generate import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, Target, build_head
-from calm.models.lessons import Lesson, taught_losses
 from calm.models.saving import SavedAnew
 from calm.models.thoughts import Thinking, read_positions, scale_of
 from calm.models.token_layers import TokenLayer
@@ -200,7 +200,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         past_key_values: Cache | None = None,
         is_thought: Tensor | None = None,
         state_before: Tensor | None = None,
-        lesson: Lesson | None = None,
+        teacher_output: TeacherOutput | None = None,
         **others: Any,
     ) -> CalmOutput:
         """Compute the state of every chunk and, with labels, the head's loss for predicting the next chunks.
@@ -223,7 +223,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
             is_thought: Which chunks read the previous state instead of tokens, (B, C); see
                 `calm.models.thoughts`.
             state_before: State (B, D) before the first chunk, for rows that start with a thought.
-            lesson: A teacher's predictions for the batch; the loss is then that of `calm.models.lessons`.
+            teacher_output: A teacher's predictions for the batch; the loss is then that of
+                `calm.models.distillation`.
             **others: Other arguments of wrappers, such as peft's `inputs_embeds`; must be None or False.
 
         Raises:
@@ -254,7 +255,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         is_target_BC = find_targets(labels, position_ids, self.config.chunk_size)
         tokens_PK = self._targets(chunks_BCK, labels)[:, 1:][is_target_BC]
         states_PD = states_BCD[:, :-1][is_target_BC]
-        if lesson is None:
+        if teacher_output is None:
             read_PK = chunks_BCK[:, 1:][is_target_BC]
             if posterior_BCZ is not None and torch.equal(read_PK, tokens_PK):
                 posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
@@ -262,7 +263,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
                 posterior_PZ = self._encode(tokens_PK)
             loss_P = self.head.loss(states_PD, Target(posterior_PZ, tokens_PK), noise, generator)
         else:
-            loss_P = taught_losses(self.head, states_PD, tokens_PK, lesson, is_target_BC, labels)
+            loss_P = distillation_losses(
+                self.head, states_PD, tokens_PK, teacher_output, is_target_BC, labels
+            )
         output.loss = mean_over(loss_P, num_items_in_batch)
         return output
 

@@ -27,7 +27,7 @@ from calm.models.drafting.generate import Drafting, generate_drafted
 from calm.models.generation.alternatives import Alternatives, draw_alternatives, outcome_of
 from calm.models.generation.arguments import num_texts
 from calm.models.generation.sampler_registry import default_sampler, sampler_from
-from calm.models.heads import Likelihood, Teachable
+from calm.models.heads import Distillable, Likelihood
 from calm.models.readers import NO_DISTRIBUTION, ChunkReader, LikelihoodChunkReader, Reader, TokensReader
 from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
@@ -77,8 +77,8 @@ class LanguageModel(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def can_be_taught(self) -> bool:
-        """Whether it can learn a teacher's token distributions; see `calm.models.lessons`."""
+    def can_distill(self) -> bool:
+        """Whether it can learn a teacher's token distributions; see `calm.models.distillation`."""
 
     def thoughts(self, number: int | None) -> Thoughts | None:
         """How it thinks when asked for `number` thoughts; see `calm.models.thoughts.thoughts_for`.
@@ -187,8 +187,8 @@ class _Chunks(LanguageModel):
         return True
 
     @property
-    def can_be_taught(self) -> bool:
-        return isinstance(self.network.head, Teachable)
+    def can_distill(self) -> bool:
+        return isinstance(self.network.head, Distillable)
 
     @property
     def input_rms(self) -> float:
@@ -246,7 +246,7 @@ class _Tokens(LanguageModel):
         return isinstance(self.network, LlamaForCausalLM)
 
     @property
-    def can_be_taught(self) -> bool:
+    def can_distill(self) -> bool:
         # Loading turns a Llama of transformers into one of ours.
         return isinstance(self.network, transformers.LlamaForCausalLM)
 

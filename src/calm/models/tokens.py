@@ -14,7 +14,7 @@ from calm.core.cross_entropy import cross_entropy
 from calm.core.distillation import distillation
 from calm.models.caches import CACHE
 from calm.models.context import check_room
-from calm.models.lessons import Lesson
+from calm.models.distillation import TeacherOutput
 from calm.models.saving import SavedAnew
 from calm.models.thinking_llama import Request
 from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, scale_of, thoughts_for
@@ -34,7 +34,7 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         is_thought: Tensor | None = None,
-        lesson: Lesson | None = None,
+        teacher_output: TeacherOutput | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """See `transformers.LlamaForCausalLM`.
@@ -49,7 +49,8 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             num_items_in_batch: Divisor of the summed loss; the number of targets when None.
             is_thought: Which positions read the previous state instead of a token, (B, T); see
                 `calm.models.thoughts`.
-            lesson: A teacher's predictions for the batch; the loss is then that of `calm.models.lessons`.
+            teacher_output: A teacher's predictions for the batch; the loss is then that of
+                `calm.models.distillation`.
             **others: As in the parent.
 
         Raises:
@@ -59,12 +60,12 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         # Named and not in `others`: the Trainer passes only the columns that this signature names.
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if is_thought is not None and is_thought.any():
-            if lesson is not None:
-                raise ValueError("a teacher is not supported with thoughts: leave out the lesson.")
+            if teacher_output is not None:
+                raise ValueError("a teacher is not supported with thoughts: leave out the teacher_output.")
             return self._forward_thinking(is_thought, inputs, labels, num_items_in_batch, others)
-        if labels is not None and lesson is not None:
+        if labels is not None and teacher_output is not None:
             states_BTD = self.model(**inputs, **others).last_hidden_state
-            loss = self._loss(states_BTD, labels, num_items_in_batch, lesson)
+            loss = self._loss(states_BTD, labels, num_items_in_batch, teacher_output)
             return CausalLMOutputWithPast(loss=loss)
         if labels is None or not (self.training and labels.is_cpu):
             if num_items_in_batch is not None:
@@ -122,13 +123,13 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         states_BTD: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None,
-        lesson: Lesson | None = None,
+        teacher_output: TeacherOutput | None = None,
     ) -> Tensor:
         is_target_BT = labels[:, 1:] != IGNORED_LABEL
         targets_M = labels[:, 1:][is_target_BT]
         states_MD, head = states_BTD[:, :-1][is_target_BT], self.lm_head
-        if lesson is not None:
-            losses_M = distillation(states_MD, head.weight, targets_M, lesson.at_tokens(is_target_BT))
+        if teacher_output is not None:
+            losses_M = distillation(states_MD, head.weight, targets_M, teacher_output.at_tokens(is_target_BT))
         elif type(head) is torch.nn.Linear:
             losses_M = cross_entropy(states_MD, head.weight, targets_M, head.bias)
         else:  # An adapter around it does more than multiply by its weight.

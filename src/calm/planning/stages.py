@@ -112,7 +112,7 @@ class PlannedStage:
         """The loss of a batch."""
         network: nn.Module = self.network if self.adapted is None else self.adapted
         if self.teacher is not None:
-            batch = batch | {"lesson": self.teacher.lesson(**batch)}
+            batch = batch | {"teacher_output": self.teacher.output(**batch)}
         loss: Tensor = network(**batch).loss
         return loss
 

@@ -165,9 +165,9 @@ def seconds_per_step(
         is_half = training.precision == "bf16"
 
         def backward() -> None:
-            lesson = {} if teacher is None else {"lesson": teacher.lesson(tokens, tokens)}
+            teacher_output = {} if teacher is None else {"teacher_output": teacher.output(tokens, tokens)}
             with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-                network(input_ids=tokens, labels=tokens, **lesson).loss.backward()
+                network(input_ids=tokens, labels=tokens, **teacher_output).loss.backward()
 
         seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:

@@ -15,8 +15,8 @@ from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
 from calm.flops import teaching_flops
 from calm.models.context import longest_context
+from calm.models.distillation import TeacherOutput, token_positions
 from calm.models.language_model import language_model
-from calm.models.lessons import Lesson, token_positions
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import place_of
 from calm.quantities import short
@@ -46,9 +46,9 @@ class Teacher:
     layer: int | None = None
 
     @torch.no_grad()
-    def lesson(
+    def output(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, **_: Any
-    ) -> Lesson:
+    ) -> TeacherOutput:
         """Run the teacher on a batch; like the model, it keeps documents apart.
 
         Args:
@@ -71,14 +71,14 @@ class Teacher:
             for hook in hooks:
                 hook.remove()
         table: Any = self.network.get_output_embeddings()
-        return Lesson(
+        return TeacherOutput(
             read.last_hidden_state,
             table.weight.detach(),
             getattr(table, "bias", None),
             weight=self.settings.weight,
             temperature=self.settings.temperature,
-            inner_BTD=inner[0] if inner else None,
-            inner_weight=self.settings.states,
+            hidden_BTD=inner[0] if inner else None,
+            hidden_weight=self.settings.states,
         )
 
 
@@ -100,7 +100,7 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
     if (config := config_of_teacher(recipe)) is None:
         return
     view, context, longest = language_model(network), recipe.data.context, longest_context(config)
-    if not view.can_be_taught:
+    if not view.can_distill:
         what = f"a model of type '{network.config.model_type}'"
         if view.head_type is not None:
             what = f"a head of type '{view.head_type}'"

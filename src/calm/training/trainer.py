@@ -185,7 +185,7 @@ class ChunkTrainer(Trainer):
             draw: Any = self._network.draw_training_noise
             inputs["noise"] = draw(generators, **inputs)
         if self._stage.teacher is not None:
-            inputs["lesson"] = self._stage.teacher.lesson(**inputs)
+            inputs["teacher_output"] = self._stage.teacher.output(**inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_model
 from torch.testing import assert_close
 
 from calm import CalmForCausalLM
-from calm.core.distillation import Teaching
+from calm.core.distillation import SoftTargets
 from calm.errors import InputError
 from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import Likelihood, Target
@@ -201,10 +201,10 @@ def test_a_teacher_is_learned_from_as_from_the_distributions(small, trained):
     """Cross-entropy and divergence, from distributions that `token_distribution` gives."""
     head, states = small.head, torch.randn(6, small.config.state_size)
     tokens, weights = torch.randint(0, VOCABULARY, (6, SIZE)), torch.rand(12)
-    teaching = Teaching(torch.randn(12, 4), torch.randn(VOCABULARY, 4), None, weights, 2.0)
+    soft_targets = SoftTargets(torch.randn(12, 4), torch.randn(VOCABULARY, 4), None, weights, 2.0)
     with torch.set_grad_enabled(trained):
-        found = head.taught_losses(states, tokens, teaching)
-    told = (teaching.states_MY @ teaching.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
+        found = head.distillation_losses(states, tokens, soft_targets)
+    told = (soft_targets.states_MY @ soft_targets.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
     for place in range(SIZE):
         p = head.token_distribution(states, tokens, place)
         own = -p.log().gather(1, tokens[:, place, None]).squeeze(1)

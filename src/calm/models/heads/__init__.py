@@ -9,11 +9,11 @@ from typing import Any
 from calm.models.heads.categorical_flow import CategoricalFlowHead, CategoricalFlowHeadConfig
 from calm.models.heads.coarse_to_fine import CoarseToFineHead, CoarseToFineHeadConfig
 from calm.models.heads.contract import (
+    Distillable,
     GenerativeHead,
     LatentHead,
     Likelihood,
     Target,
-    Teachable,
     TokenDistributions,
     TokenProbabilities,
 )
@@ -44,6 +44,7 @@ register_head("parallel", ParallelHeadConfig, ParallelHead)
 # Names from version 0.1; the hints stay for one version.
 _RENAMED = {
     "HeadWork": "HeadFlops, which counts FLOPs, two for each multiply-add",
+    "Teachable": "Distillable",
     "TokenChances": "TokenProbabilities",
     "takes_temperature": "config.lowest_temperature < 1",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "DecoderHeadConfig",
     "DiffusionHead",
     "DiffusionHeadConfig",
+    "Distillable",
     "EnergyHead",
     "EnergyHeadConfig",
     "FlowHead",
@@ -78,7 +80,6 @@ __all__ = [
     "SequentialHead",
     "SequentialHeadConfig",
     "Target",
-    "Teachable",
     "TokenDistributions",
     "TokenProbabilities",
     "build_head",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, runtime_checka
 import torch
 from torch import Tensor, nn
 
-from calm.core.distillation import Teaching
+from calm.core.distillation import SoftTargets
 from calm.core.gaussian import DiagonalGaussian
 from calm.core.random import Randomness
 from calm.errors import NotFiniteError
@@ -65,6 +65,7 @@ class GenerativeHead(nn.Module, abc.ABC):
             "draw_at": "the temperature of draw_chunks and draw_latents",
             "begin_with": "init_from_counts",
             "read_chunks": "embed_chunks",
+            "taught_losses": "distillation_losses",
             "loss": "_loss(states_PD, target, noise)",
         }
         if cls.__module__ != __name__:
@@ -275,16 +276,16 @@ class TokenDistributions(Protocol):
 
 
 @runtime_checkable
-class Teachable(Protocol):
+class Distillable(Protocol):
     """A head that can be distilled from a teacher's token distributions (docs/uptraining.md)."""
 
-    def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
+    def distillation_losses(self, states_PD: Tensor, tokens_PK: Tensor, soft_targets: SoftTargets) -> Tensor:
         """Distillation loss of each token of the chunks, (P, K); see `calm.core.distillation`.
 
         Args:
             states_PD: States of the preceding chunks.
             tokens_PK: The chunks.
-            teaching: The teacher's predictions of the P·K tokens, each given all tokens before it.
+            soft_targets: The teacher's predictions of the P·K tokens, each given all tokens before it.
         """
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm.core.distillation import Teaching
+from calm.core.distillation import SoftTargets
 from calm.core.random import Randomness, uniform
 from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead, Target, TokenProbabilities
 from calm.models.heads.vocabulary import Vocabulary
 
 
 class LikelihoodHead(GenerativeHead):
-    """Knows the distribution of each token; implements `Likelihood`, `TokenDistributions` and `Teachable`."""
+    """Knows every token's distribution; implements `Likelihood`, `TokenDistributions` and `Distillable`."""
 
     @abc.abstractmethod
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
@@ -39,10 +39,10 @@ class LikelihoodHead(GenerativeHead):
         losses_M = self._vocabulary().losses(self._vectors(states_PD, tokens_PK), tokens_PK.flatten())
         return losses_M.view_as(tokens_PK)
 
-    def taught_losses(self, states_PD: Tensor, tokens_PK: Tensor, teaching: Teaching) -> Tensor:
-        """See `Teachable`."""
+    def distillation_losses(self, states_PD: Tensor, tokens_PK: Tensor, soft_targets: SoftTargets) -> Tensor:
+        """See `Distillable`."""
         vectors_MX = self._vectors(states_PD, tokens_PK)
-        losses_M = self._vocabulary().taught_losses(vectors_MX, tokens_PK.flatten(), teaching)
+        losses_M = self._vocabulary().distillation_losses(vectors_MX, tokens_PK.flatten(), soft_targets)
         return losses_M.view(tokens_PK.shape)
 
     def token_probabilities(

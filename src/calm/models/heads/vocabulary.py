@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calm.core.classes import losses_in_classes, places_of
 from calm.core.cross_entropy import cross_entropy
-from calm.core.distillation import Teaching, distillation, distillation_of_scores
+from calm.core.distillation import SoftTargets, distillation, distillation_of_scores
 from calm.models.heads.contract import MIN_TEMPERATURE
 from calm.models.heads.scores import (
     draw_by_sums,
@@ -42,7 +42,7 @@ class Vocabulary(abc.ABC):
         """Cross-entropy of one token per row, (M,), in nats."""
 
     @abc.abstractmethod
-    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+    def distillation_losses(self, vectors_MX: Tensor, tokens_M: Tensor, soft_targets: SoftTargets) -> Tensor:
         """Distillation loss of one token per row, (M,); see `calm.core.distillation`."""
 
     @abc.abstractmethod
@@ -105,13 +105,13 @@ class OneSoftmax(Vocabulary):
         """See `Vocabulary`."""
         return cross_entropy(vectors_MX, self.table_VX, tokens_M, self.bias_V)
 
-    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+    def distillation_losses(self, vectors_MX: Tensor, tokens_M: Tensor, soft_targets: SoftTargets) -> Tensor:
         """See `Vocabulary`."""
         table_VX = self.table_VX
         if self.bias_V is not None:  # It becomes one more column, which is multiplied by 1.
             vectors_MX = torch.cat([vectors_MX, torch.ones_like(vectors_MX[:, :1])], dim=-1)
             table_VX = torch.cat([table_VX, self.bias_V.unsqueeze(-1)], dim=-1)
-        return distillation(vectors_MX, table_VX, tokens_M, teaching)
+        return distillation(vectors_MX, table_VX, tokens_M, soft_targets)
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""
@@ -214,10 +214,10 @@ class TwoSoftmaxes(Vocabulary):
         of_class_M = cross_entropy(of_class_MX, self.class_table_CX, classes_M, self.class_bias_C)
         return of_class_M + self.tokens.losses(of_token_MX, places_M)
 
-    def taught_losses(self, vectors_MX: Tensor, tokens_M: Tensor, teaching: Teaching) -> Tensor:
+    def distillation_losses(self, vectors_MX: Tensor, tokens_M: Tensor, soft_targets: SoftTargets) -> Tensor:
         """See `Vocabulary`."""
         size = len(self.tokens.tokens_V)
-        return distillation_of_scores(self._log_distribution, size, vectors_MX, tokens_M, teaching)
+        return distillation_of_scores(self._log_distribution, size, vectors_MX, tokens_M, soft_targets)
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""

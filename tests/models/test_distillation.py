@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from calm.core.chunks import find_targets
 from calm.data.chunking import make_blocks
-from calm.models.lessons import Lesson, token_positions
+from calm.models.distillation import TeacherOutput, token_positions
 from calm.models.uptraining import Cut, calm_from_transformer
 from calm.training.batches import collate_chunks, collate_tokens
 from calm.training.recipe import TeacherSettings
@@ -104,13 +104,13 @@ def test_every_place_of_a_calm_hears_the_teacher(head_type, layout):
     torch.manual_seed(1)
     model = tiny_model(SIZE, head_config={"head_type": head_type}).double()
     teacher, batch = teacher_for(SIZE, weight=0.75, temperature=2.0), batch_of(SIZE, layout)
-    lesson = teacher.lesson(**batch)
+    teacher_output = teacher.output(**batch)
     with torch.no_grad():
-        loss = model(**batch, lesson=lesson).loss
+        loss = model(**batch, teacher_output=teacher_output).loss
         wanted = expected_loss(model, teacher, batch)
     assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
     model.train()
-    assert_close(model(**batch, lesson=lesson).loss.detach(), loss, rtol=1e-6, atol=0)
+    assert_close(model(**batch, teacher_output=teacher_output).loss.detach(), loss, rtol=1e-6, atol=0)
     assert (model(**batch).loss.detach() - loss).abs() > 0.01
 
 
@@ -118,7 +118,7 @@ def test_a_transformer_of_tokens_hears_the_teacher():
     student, batch = tiny_llama(), batch_of(1)
     teacher = teacher_for(1, weight=0.75, temperature=2.0)
     with torch.no_grad():
-        loss = student(**batch, lesson=teacher.lesson(**batch)).loss
+        loss = student(**batch, teacher_output=teacher.output(**batch)).loss
         told, own_scores = (scores_by_document(one, batch, 1) for one in (teacher.network, student))
     is_target = (batch["labels"] != -100)[:, 1:]
     told, own_scores = (scores[:, 1:][is_target] for scores in (told, own_scores))
@@ -134,15 +134,15 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn():
     model = calm_from_transformer(source, TOKENS, 1, Cut(0, 2))
     teacher = Teacher(source, TeacherSettings(model="source", states=0.5), 1, layer=3)
     batch = {**batch_of(1), "use_cache": False}
-    lesson = teacher.lesson(**batch)
+    teacher_output = teacher.output(**batch)
     is_target = find_targets(batch["labels"], batch["position_ids"], 1)
     states = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
     own = states[:, :-1][is_target][:, : model.config.hidden_size]
-    assert lesson.distances(own, is_target, 1).max() < 1e-12
-    assert lesson.distances(0 * own, is_target, 1).eq(1).all()
+    assert teacher_output.distances(own, is_target, 1).max() < 1e-12
+    assert teacher_output.distances(0 * own, is_target, 1).eq(1).all()
     whole = calm_from_transformer(source, TOKENS, 1, Cut(0, 0))
-    lesson = teacher.lesson(**batch)._replace(inner_BTD=None)
-    loss = whole(**batch, lesson=lesson).loss
+    teacher_output = teacher.output(**batch)._replace(hidden_BTD=None)
+    loss = whole(**batch, teacher_output=teacher_output).loss
     loss.backward()
     assert abs(float(loss)) < 1e-12
     assert max(float(one.grad.abs().max()) for one in whole.backbone.layers.parameters()) < 1e-9
@@ -153,7 +153,7 @@ def test_states_are_compared_at_the_last_token_of_a_chunk():
     model = calm_from_transformer(source, TOKENS, SIZE, Cut(0, 2))
     batch = batch_of(SIZE)
     teacher = Teacher(source, TeacherSettings(model="source", weight=0.0, states=0.5), SIZE, layer=3)
-    lesson = teacher.lesson(**batch)
+    teacher_output = teacher.output(**batch)
     total, count = 0.0, 0
     is_target = find_targets(batch["labels"], batch["position_ids"], SIZE)
     states = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
@@ -166,7 +166,7 @@ def test_states_are_compared_at_the_last_token_of_a_chunk():
                 total += float((own - wanted).square().sum() / wanted.square().sum())
                 count += 1
     assert count == int(is_target.sum())
-    loss = model(**batch, lesson=lesson).loss - model(**batch).loss
+    loss = model(**batch, teacher_output=teacher_output).loss - model(**batch).loss
     assert float(loss) == pytest.approx(0.5 * total / count, rel=1e-5)
 
 
@@ -181,10 +181,10 @@ def test_positions_begin_with_each_document_behind_its_padding():
 
 def test_heads_without_distributions_of_tokens_cannot_learn():
     batch = batch_of(SIZE)
-    lesson = teacher_for(SIZE).lesson(**batch)
-    assert isinstance(lesson, Lesson)
+    teacher_output = teacher_for(SIZE).output(**batch)
+    assert isinstance(teacher_output, TeacherOutput)
     with pytest.raises(ValueError, match="energy head has no token distributions"):
-        tiny_model(SIZE)(**batch, lesson=lesson)
+        tiny_model(SIZE)(**batch, teacher_output=teacher_output)
 
 
 def test_a_teacher_and_thoughts_do_not_go_together():
@@ -193,5 +193,5 @@ def test_a_teacher_and_thoughts_do_not_go_together():
     is_thought[:, 3] = True
     with pytest.raises(ValueError, match="a teacher is not supported with thoughts"):
         tiny_llama(vocab_size=40).train()(
-            **batch, is_thought=is_thought, lesson=teacher_for(1).lesson(**batch)
+            **batch, is_thought=is_thought, teacher_output=teacher_for(1).output(**batch)
         )

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
-from calm.core.distillation import Teaching
-from calm.models.heads import GenerativeHead, Teachable
+from calm.core.distillation import SoftTargets
+from calm.models.heads import Distillable, GenerativeHead
 
 
-class Lesson(NamedTuple):
+class TeacherOutput(NamedTuple):
     """A teacher's predictions for a batch.
 
     Args:
@@ -27,9 +27,9 @@ class Lesson(NamedTuple):
         bias_U: Added to the logits.
         weight: Its share of the loss, from 0 to 1; the rest is cross-entropy.
         temperature: Divides the logits of both models.
-        inner_BTD: Its states after the layer at which the learner's backbone ends; None if they are not
+        hidden_BTD: Its states after the layer at which the learner's backbone ends; None if they are not
             used.
-        inner_weight: Weight in the loss of the distance between the backbone's states and these.
+        hidden_weight: Weight in the loss of the distance between the backbone's states and these.
     """
 
     states_BTY: Tensor
@@ -37,17 +37,17 @@ class Lesson(NamedTuple):
     bias_U: Tensor | None
     weight: float
     temperature: float = 1.0
-    inner_BTD: Tensor | None = None
-    inner_weight: float = 0.0
+    hidden_BTD: Tensor | None = None
+    hidden_weight: float = 0.0
 
-    def at_tokens(self, is_target: Tensor) -> Teaching:
-        """Teaching for the targets among tokens 1..T-1, which `is_target` (B, T - 1) marks."""
+    def at_tokens(self, is_target: Tensor) -> SoftTargets:
+        """Soft targets of the targets among tokens 1..T-1, which `is_target` (B, T - 1) marks."""
         states_MY = self.states_BTY[:, :-1][is_target]
         weights_M = torch.full_like(states_MY[:, 0], self.weight, dtype=torch.float32)
-        return Teaching(states_MY, self.table_UY, self.bias_U, weights_M, self.temperature)
+        return SoftTargets(states_MY, self.table_UY, self.bias_U, weights_M, self.temperature)
 
-    def at_chunks(self, is_target_BC: Tensor, labels_BT: Tensor, chunk_size: int) -> Teaching:
-        """Teaching for all tokens of the targets among chunks 1..C-1, (P·K).
+    def at_chunks(self, is_target_BC: Tensor, labels_BT: Tensor, chunk_size: int) -> SoftTargets:
+        """Soft targets of all tokens of the targets among chunks 1..C-1, (P·K).
 
         What follows the end of a text in its last chunk is padding, which no teacher predicts: there the loss
         is cross-entropy alone.
@@ -57,7 +57,7 @@ class Lesson(NamedTuple):
         has_label_BCK = split_into_chunks(labels_BT, chunk_size)[:, 1:] != IGNORED_LABEL
         weights_PK = self.weight * has_label_BCK[is_target_BC].float()
         states_MY = before_BCKY[is_target_BC].flatten(0, 1)
-        return Teaching(states_MY, self.table_UY, self.bias_U, weights_PK.flatten(), self.temperature)
+        return SoftTargets(states_MY, self.table_UY, self.bias_U, weights_PK.flatten(), self.temperature)
 
     def distances(self, states_PD: Tensor, is_target_BC: Tensor, chunk_size: int) -> Tensor:
         """Distance of the backbone's states from the teacher's at the last token of each chunk, (P,).
@@ -72,18 +72,18 @@ class Lesson(NamedTuple):
             is_target_BC: Which of the chunks 1..C-1 are targets.
             chunk_size: Tokens per chunk K.
         """
-        assert self.inner_BTD is not None
-        wanted_BCD = self.inner_BTD[:, chunk_size - 1 :: chunk_size]
+        assert self.hidden_BTD is not None
+        wanted_BCD = self.hidden_BTD[:, chunk_size - 1 :: chunk_size]
         wanted_PD = wanted_BCD[:, :-1][is_target_BC].float()
         far_P = (states_PD.float() - wanted_PD).square().sum(-1)
         return far_P / wanted_PD.square().sum(-1)
 
 
-def taught_losses(
+def distillation_losses(
     head: GenerativeHead,
     states_PD: Tensor,
     tokens_PK: Tensor,
-    lesson: Lesson,
+    teacher_output: TeacherOutput,
     is_target_BC: Tensor,
     labels: Tensor,
 ) -> Tensor:
@@ -93,22 +93,24 @@ def taught_losses(
         head: Its head.
         states_PD: States that predict the chunks.
         tokens_PK: The chunks.
-        lesson: The teacher's predictions for the batch.
+        teacher_output: The teacher's predictions for the batch.
         is_target_BC: Which of the chunks 1..C-1 are targets.
         labels: Tokens (B, T) with -100 on padding.
 
     Raises:
         ValueError: If the head has no token distributions.
     """
-    if not isinstance(head, Teachable):
+    if not isinstance(head, Distillable):
         raise ValueError(f"a {head.config.head_type} head has no token distributions to learn.")
     chunk_size = tokens_PK.shape[-1]
-    teaching = lesson.at_chunks(is_target_BC, labels, chunk_size)
-    losses_P = head.taught_losses(states_PD, tokens_PK, teaching).mean(-1)
-    if lesson.inner_BTD is None:
+    soft_targets = teacher_output.at_chunks(is_target_BC, labels, chunk_size)
+    losses_P = head.distillation_losses(states_PD, tokens_PK, soft_targets).mean(-1)
+    if teacher_output.hidden_BTD is None:
         return losses_P
     own_PD = states_PD[:, : head.hidden_size]
-    return losses_P + lesson.inner_weight * lesson.distances(own_PD, is_target_BC, chunk_size)
+    return losses_P + teacher_output.hidden_weight * teacher_output.distances(
+        own_PD, is_target_BC, chunk_size
+    )
 
 
 def token_positions(labels_BT: Tensor, position_ids_BC: Tensor | None, chunk_size: int) -> Tensor | None:
