@@ -1,6 +1,7 @@
 """One interface to all language models: CALMs and any causal language model of transformers.
 
-Code outside `models` never asks which of the two a network is; `language_model` does, once.
+Scoring, fine-tuning and generation use it, and need not know which of the two a network is. What only a CALM
+has, such as its draws, is asked for by those who need it (the harness, the server), and of its configuration.
 """
 
 import abc
