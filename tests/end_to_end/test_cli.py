@@ -96,6 +96,23 @@ def test_evaluate_text_files(room, capsys):
     assert "CALM" in capsys.readouterr().out
 
 
+def test_text_is_laid_out_as_by_the_models_recipe(room, capsys, tmp_path):
+    data = str(room / "run/data")
+    for model in (room / "run", room / "run/model"):
+        main(["evaluate", str(model), data])
+        assert "blocks of 64 tokens, layout documents" in " ".join(capsys.readouterr().out.split())
+    main(["evaluate", str(room / "run"), data, "--layout", "packed", "--context", "32"])
+    assert "blocks of 32 tokens, layout packed" in " ".join(capsys.readouterr().out.split())
+    shutil.copytree(room / "run/model", tmp_path / "model")
+    for text in (None, "chunk_size: 4\nno_such_setting: 1\n"):
+        (tmp_path / "model/recipe.yaml").unlink()
+        if text is not None:
+            (tmp_path / "model/recipe.yaml").write_text(text)
+        main(["evaluate", str(tmp_path / "model"), data])
+        assert "blocks of 1024 tokens" in capsys.readouterr().out
+        (tmp_path / "model/recipe.yaml").touch()
+
+
 def test_the_published_protocol(room, capsys):
     main(["evaluate", str(room / "run/model"), str(room / "run/data"), "--protocol", "published"])
     assert "blocks of 8192 tokens" in capsys.readouterr().out

@@ -4,13 +4,17 @@ torch and transformers are imported inside the commands, so that `calm --help` a
 are checked before these imports, so that a typo is reported within two seconds.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from calm.commands.checks import check_counts, check_draft, check_sampler, check_thoughts, look_for
 from calm.commands.prompts import prompts_of
 from calm.errors import InputError
 from calm.ranges import DOCUMENT_MB, SAMPLES, SEEDS
+
+if TYPE_CHECKING:
+    from calm.data.chunking import BlockSettings
 
 PUBLISHED_POSITIONS = 2048
 
@@ -18,8 +22,8 @@ PUBLISHED_POSITIONS = 2048
 def evaluate(
     model: str,
     data: list[str],
-    context: int = 1024,
-    layout: Literal["documents", "packed"] = "documents",
+    context: int | None = None,
+    layout: Literal["documents", "packed"] | None = None,
     max_blocks: int | None = None,
     ngrams: list[int] | int | None = None,
     num_draws: int = 2,
@@ -37,8 +41,9 @@ def evaluate(
     Args:
         model: Folder or hub name of a CALM or of any causal language model in transformers.
         data: A prepared folder, whose held-out part is scored, or sources, which are scored in full.
-        context: Tokens per block. Part of the protocol: scores with different contexts are not comparable.
-        layout: "documents", or "packed" as in the published evaluation.
+        context: Tokens per block; by default as in the model's recipe, or 1024 for a model without one. It is
+            part of the protocol: scores with different contexts are not comparable.
+        layout: "documents", or "packed" as in the published evaluation; by default as in the model's recipe.
         max_blocks: Maximum number of blocks to score.
         ngrams: Orders of n-gram floors to print as well, such as [3,5] (needs a prepared folder).
         num_draws: Draws per chunk, at least 2; more give smaller standard errors.
@@ -65,13 +70,16 @@ def evaluate(
     from calm.report.tables import print_scorecard
 
     network, tokenizer = load_language_model_and_tokenizer(model, head)
+    settings = _blocks_of(model)
+    settings = replace(settings, block_size=context or settings.block_size, layout=layout or settings.layout)
     if protocol == "published":
-        context, layout = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1), "packed"
+        positions = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1)
+        settings = BlockSettings(positions, "packed")
     options = ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb)
     card = score_model(
         network,
         held_out_data(data, tokenizer, options),
-        BlockSettings(context, layout),
+        settings,
         ngrams=[ngrams] if isinstance(ngrams, int) else ngrams,
         num_blocks=max_blocks,
         seed=seed,
@@ -79,10 +87,30 @@ def evaluate(
         estimator=estimator,
     )
     if json:
-        how = {"model": model, "layout": layout, "seed": seed, "draws": num_draws, "estimator": estimator}
-        print(as_json({**how, **values_of_scorecard(card)}))
+        how = {
+            "model": model,
+            "layout": settings.layout,
+            "seed": seed,
+            "draws": num_draws,
+            "estimator": estimator,
+        }
+        print(as_json({"model": model, **how, **values_of_scorecard(card)}))
     else:
         print_scorecard(card)
+
+
+def _blocks_of(model: str) -> "BlockSettings":
+    """How a model's recipe lays out text; without a recipe that can be read, in blocks of 1024 tokens."""
+    from calm.comparison.costs import recipe_of_run
+    from calm.data.chunking import BlockSettings
+    from calm.models.shipped import folder_of
+    from calm.training.blocks import block_settings
+
+    try:
+        recipe = recipe_of_run(Path(folder_of(model)))
+    except InputError:  # Of another version.
+        recipe = None
+    return BlockSettings(1024) if recipe is None else block_settings(recipe)
 
 
 def generate(
