@@ -127,7 +127,7 @@ WORDS = {
 def test_words_fit_the_head_and_the_number(head, size, temperature, fields, chunk, pool, tokenizer, visit):
     with served(tokenizer, head, size) as (_, _, url):
         page = visit(url)
-        amount = f"{size} token{'' if size == 1 else 's'} a chunk"
+        amount = f"{size} token{'' if size == 1 else 's'} per chunk"
         assert page.locator("#facts").text_content() == f"{head.replace('_', ' ')} head, {amount}"
         write(page, temperature=temperature, tokens=4 * size, **fields)
         open_chunk(page)
