@@ -92,7 +92,9 @@ COMPUTES = dataclasses.replace(LOOKS_UP, one_hop=2000, first=3500, last=750, wit
 """From `chain` alone a look-up was not learned in 3,000 steps, with questions of `path` among them in
 1,200: there what is found is the answer, and nothing has to be computed from it. Then written steps took
 2,300."""
-SETTINGS |= {("chain", kind): COMPUTES for kind in ("llama", "K1", "K2")}
+SETTINGS["chain", "llama"] = COMPUTES
+SETTINGS |= {("chain", kind): dataclasses.replace(COMPUTES, one_hop=4000) for kind in ("K1", "K2")}
+"""Chunks of two tokens learn the look-up between steps 1,800 and 2,100, if rates are still high."""
 MARKING = 300
 """Steps in which a model gets used to the markers of thoughts."""
 
