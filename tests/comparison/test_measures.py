@@ -4,7 +4,8 @@ import pytest
 from toy import toy_recipe
 
 from calm.comparison.ablation import Ablation, Choice, run_ablation
-from calm.comparison.measures import Measures, _block_settings, _open_data, compare
+from calm.comparison.costs import blocks_of_run
+from calm.comparison.measures import Measures, _open_data, compare
 from calm.data.chunking import BlockSettings
 from calm.data.prepare import prepare
 from calm.data.prepared import load_prepared
@@ -78,7 +79,7 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     assert comparison.results[0].card.brier == card.brier
     assert comparison.floors["3-gram"].num_chunks == card.brier.num_chunks
     assert "in blocks of 32 tokens, layout packed, " in comparison.protocol
-    assert _block_settings(tmp_path / "nowhere", 32) == BlockSettings(32, "documents", 0)
+    assert blocks_of_run(tmp_path / "nowhere", 32) == BlockSettings(32, "documents", 0)
 
 
 def test_a_run_whose_text_is_not_prepared_needs_one_named(tmp_path):

@@ -94,23 +94,21 @@ def evaluate(
             "draws": num_draws,
             "estimator": estimator,
         }
-        print(as_json({"model": model, **how, **values_of_scorecard(card)}))
+        print(as_json({**how, **values_of_scorecard(card)}))
     else:
         print_scorecard(card)
 
 
 def _blocks_of(model: str) -> "BlockSettings":
     """How a model's recipe lays out text; without a recipe that can be read, in blocks of 1024 tokens."""
-    from calm.comparison.costs import recipe_of_run
+    from calm.comparison.costs import blocks_of_run
     from calm.data.chunking import BlockSettings
     from calm.models.shipped import folder_of
-    from calm.training.blocks import block_settings
 
     try:
-        recipe = recipe_of_run(Path(folder_of(model)))
-    except InputError:  # Of another version.
-        recipe = None
-    return BlockSettings(1024) if recipe is None else block_settings(recipe)
+        return blocks_of_run(Path(folder_of(model)), 1024)
+    except InputError:  # A recipe of another version.
+        return BlockSettings(1024)
 
 
 def generate(

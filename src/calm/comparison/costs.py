@@ -5,10 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from calm.data.chunking import BlockSettings
 from calm.errors import InputError, reason_of
 from calm.flops import teaching_flops, training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
+from calm.training.blocks import block_settings
 from calm.training.build import autoencoder_config, model_config
 from calm.training.clock import seconds_of
 from calm.training.recipe import Recipe
@@ -41,6 +43,12 @@ def recipe_of_run(run: Path) -> Recipe | None:
     if not file.is_file() or kind_of_recipe(str(file)) is not Recipe:
         return None
     return read_recipe(str(file))
+
+
+def blocks_of_run(run: Path, block_size: int) -> BlockSettings:
+    """How the recipe of a run lays out text; without one, as documents in blocks of `block_size` tokens."""
+    recipe = recipe_of_run(run)
+    return BlockSettings(block_size) if recipe is None else block_settings(recipe)
 
 
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from calm.comparison.costs import recipe_of_run, record_of
+from calm.comparison.costs import blocks_of_run, recipe_of_run, record_of
 from calm.core.brier import NUM_ORDERS
 from calm.core.samplers import ExactSampler
 from calm.data.chunking import BlockSettings
@@ -28,7 +28,6 @@ from calm.progress import tell, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
-from calm.training.blocks import block_settings
 from calm.training.recipe_files import RECIPE
 
 _TEMPERATURE_SEED = 7
@@ -88,7 +87,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         raise InputError(f"a comparison needs runs with different names, got: {', '.join(names) or 'none'}.")
     prepared = _open_data(runs[0], data)
     prompts = [beginning for beginning, _ in prepared.held_out_beginnings(measures.num_texts)]
-    settings = _block_settings(runs[0], measures.context)
+    settings = dataclasses.replace(blocks_of_run(runs[0], measures.context), block_size=measures.context)
     results = [
         _measure(run, prepared, settings, prompts, measures)
         for run in tracked(runs, "comparing", "model", stays=True)
@@ -103,13 +102,6 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     windows = f"{min(counts):,} to {max(counts):,}" if len(set(counts)) > 1 else f"{counts[0]:,}"
     protocol = f"Held-out text in {settings}, {windows} windows, T = 1, percent ± standard error"
     return Comparison(results, floors, measures.low, prompts, protocol, here_and_now())
-
-
-def _block_settings(run: Path, context: int) -> BlockSettings:
-    """How text is laid out for all models: as by the recipe of a run, if it has one, but for the size."""
-    recipe = recipe_of_run(run)
-    settings = BlockSettings(context) if recipe is None else block_settings(recipe)
-    return dataclasses.replace(settings, block_size=context)
 
 
 def _measure(

@@ -53,13 +53,13 @@ def sample_chunks(
     reader = _DecoderReader(model.autoencoder) if lazily else None
 
     def draw(num_draws: int, rows_R: Tensor, temperature: float = 1.0) -> Tensor:
-        head.check_temperature(temperature)
         chosen, own = prepared_P, randomness
         if not torch.equal(rows_R.cpu(), torch.arange(len(prepared_P))):
             chosen, own = prepared_P[rows_R.to(prepared_P.device)], select_rows(randomness, rows_R)
         if reader is None or not isinstance(head, LatentHead):
             drawn = None if compiled is None else compiled.draw(chosen, num_draws, own, temperature)
             return head.draw_chunks(chosen, num_draws, own, temperature) if drawn is None else drawn
+        head.check_temperature(temperature)  # As `draw_chunks` does.
         latents_NRZ = head.draw_latents(chosen, num_draws, own, temperature=temperature)
         require_finite(latents_NRZ)
         return model.autoencoder.chunk_states(latents_NRZ)
