@@ -134,11 +134,8 @@ def prepare(
                 "sample_documents": most,
                 "digest": digest,
                 "settings": {
-                    **asdict(options),
-                    "sources": names,
                     "validation_sources": [name_of(source) for source in validation_sources],
                     "validation_fraction": validation_fraction,
-                    "seed": seed,
                     "tokenizer": tokenizer,
                     "vocab_size": vocab_size,
                 },

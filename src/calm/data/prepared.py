@@ -293,7 +293,9 @@ def split_of(path: Path) -> Split:
 def settings_of(path: Path) -> dict[str, Any]:
     """The arguments of `prepare` that decide what text a folder has; of an earlier version, its sources."""
     info = read_info(path)
-    return info.get("settings", {"sources": info["sources"]})
+    if "settings" not in info:
+        return {"sources": info["sources"]}
+    return {"sources": info["sources"], "seed": info["seed"], **info["options"], **info["settings"]}
 
 
 def read_info(path: Path) -> dict[str, Any]:
