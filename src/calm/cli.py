@@ -257,13 +257,13 @@ def _tell_notes(is_quiet: bool) -> None:
 
 def _with_recipe_of_run(arguments: list[str]) -> list[str]:
     """With --resume and no --recipe, use the recipe in the run folder."""
-    from calm.training.recipe_settings import recipe_of_run
+    from calm.training.recipe_settings import recipe_file_of_run
 
     if "--resume" not in arguments or _value_of("--recipe", arguments) is not None:
         return arguments
     if (folder := _value_of("--output", arguments)) is None:
         return arguments
-    return [arguments[0], "--recipe", str(recipe_of_run(Path(folder))), *arguments[1:]]
+    return [arguments[0], "--recipe", str(recipe_file_of_run(Path(folder))), *arguments[1:]]
 
 
 def _with_recipe_texts(arguments: list[str]) -> list[str]:

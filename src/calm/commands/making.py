@@ -184,7 +184,7 @@ def _follow(
     from calm.training.continuing import completed
     from calm.training.processes import processes
     from calm.training.recipe_files import differences, read_recipe_of
-    from calm.training.recipe_settings import recipe_of_run
+    from calm.training.recipe_settings import recipe_file_of_run
 
     try:
         model = run(recipe, Path(output), resume=resume, overwrite=overwrite)
@@ -193,7 +193,7 @@ def _follow(
         show(Path(output))
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
-            noted = read_recipe_of(type(recipe), str(recipe_of_run(Path(output))))
+            noted = read_recipe_of(type(recipe), str(recipe_file_of_run(Path(output))))
             if not differences(noted, completed(recipe) if isinstance(recipe, Recipe) else recipe):
                 logger.warning("to resume, run: calm %s --resume --output %s", command, shlex.quote(output))
         raise

@@ -171,7 +171,7 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
     return functools.reduce(lambda base, own: extended(base, own, kind), reversed(settings))
 
 
-def recipe_of_run(folder: Path) -> Path:
+def recipe_file_of_run(folder: Path) -> Path:
     """The recipe file of a run.
 
     Raises:

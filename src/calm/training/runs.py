@@ -34,7 +34,7 @@ from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, AnyRecipe, differences, read_recipe_of, write_recipe
-from calm.training.recipe_settings import recipe_of_run
+from calm.training.recipe_settings import recipe_file_of_run
 
 logger = logging.getLogger(__name__)
 HISTORY = "history.json"
@@ -85,7 +85,7 @@ class Run(Generic[AnyRecipe]):
 
     def _noted(self) -> AnyRecipe:
         """The recipe on record in the run's folder."""
-        return read_recipe_of(type(self.recipe), str(recipe_of_run(self.folder)))
+        return read_recipe_of(type(self.recipe), str(recipe_file_of_run(self.folder)))
 
     @contextlib.contextmanager
     def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
