@@ -15,12 +15,12 @@ from calm.core.distillation import distillation
 from calm.models.caches import CACHE
 from calm.models.context import check_room
 from calm.models.distillation import TeacherOutput
-from calm.models.saving import SavedAnew
+from calm.models.saving import SavingMixin
 from calm.models.thinking_llama import Request
 from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, scale_of, thoughts_for
 
 
-class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
+class LlamaForCausalLM(SavingMixin, transformers.LlamaForCausalLM):
     """A Llama that trains on a CPU without all logits in memory, and supports continuous thoughts.
 
     It has the name of its parent class, which is what saved folders record: the parent can load them too.

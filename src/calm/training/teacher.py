@@ -196,7 +196,7 @@ def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
     """The teacher's layer at which the backbone of a recipe ends; None if states are not compared."""
     if not recipe.language_model.teacher.states:
         return None
-    _, backbone, _ = cut_of(recipe).of(teacher.num_hidden_layers)
+    _, backbone, _ = cut_of(recipe).split(teacher.num_hidden_layers)
     return backbone[-1]
 
 
