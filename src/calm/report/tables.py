@@ -52,8 +52,8 @@ def print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequen
 def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table for an 80-column terminal: cells wrap between words, and no word is truncated."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        words = [word for cell in (column, *(row[number] for row in rows)) for word in cell.split()]
+    for i, column in enumerate(columns):
+        words = [word for cell in (column, *(row[i] for row in rows)) for word in cell.split()]
         table.add_column(column, min_width=max(map(len, words), default=0))
     for row in rows:
         table.add_row(*row)
@@ -108,7 +108,7 @@ def costs_exclude(excluded: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
     """A sentence on each model with parts that were trained before its run.
 
     Args:
-        excluded: Names of models, and those parts.
+        excluded: The name of each model, and those parts.
     """
     return [
         f"The costs of {name} do not include the training of {' and of '.join(parts)}."
