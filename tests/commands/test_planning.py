@@ -33,6 +33,14 @@ def test_the_table_says_what_the_figures_say(toy, capsys):
     assert "fits yes" in words and "rows at once" in words and "optimizer state" in out
 
 
+def test_a_recipe_without_a_tokenizer_is_planned_with_its_vocabulary(toy, capsys):
+    note = "the recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"
+    main(["plan", toy, "--devices", "2xL4"])
+    assert note in capsys.readouterr().out.splitlines()
+    main(["plan", toy, "--devices", "2xL4", "--vocab_size", "5000"])
+    assert "names no tokenizer" not in capsys.readouterr().out
+
+
 def test_a_card_in_numbers(toy, capsys):
     numbers = ["--memory", "24", "--flops", "80", "--bandwidth", "900", "--watts", "350"]
     figures = planned(capsys, toy, "--devices", "2", *numbers, "--utilisation", "0.5", "--link", "10")

@@ -1,7 +1,13 @@
 """Checks that several commands make before torch is imported."""
 
+from typing import TYPE_CHECKING
+
 from calm.errors import InputError
 from calm.ranges import BLOCKS, DRAFT_CHUNKS, NUM_THOUGHTS, ORDERS
+
+if TYPE_CHECKING:
+    from calm.training.finetuning_recipe import FinetuningRecipe
+    from calm.training.recipe import Recipe
 
 
 def look_for(model: str) -> None:
@@ -41,3 +47,15 @@ def check_draft(draft: str | None, num_chunks: int | None) -> None:
         DRAFT_CHUNKS.require("draft_chunks", num_chunks)
         if draft is None:
             raise InputError("--draft_chunks requires a draft model; name one with --draft.")
+
+
+def vocabulary_note(recipe: "Recipe | FinetuningRecipe", vocab_size: int | None) -> str | None:
+    """A note on recipes whose tokenizer, and so their true vocabulary size, is not known yet; else None."""
+    from calm.training.recipe import Recipe
+
+    if vocab_size is not None or not isinstance(recipe, Recipe):
+        return None
+    model = recipe.language_model
+    if (recipe.data.tokenizer, recipe.autoencoder.path, model.init_from, model.teacher.model) != (None,) * 4:
+        return None
+    return "the recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from calm.commands.checks import vocabulary_note
 from calm.ranges import Range
 
 _SHARE = Range(0, 1, has_least=False)
@@ -59,5 +60,7 @@ def plan(
     planned = make_plan(recipe, cards, Speed(utilisation, link * 1e9), vocab_size)
     if json:
         print(as_json({"recipe": target, **planned.as_figures()}))
-    else:
-        print_plan(planned)
+        return
+    print_plan(planned)
+    if (note := vocabulary_note(recipe, vocab_size)) is not None:
+        print(note)

@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calm.commands.checks import check_counts, check_draft, check_sampler, check_thoughts, look_for
+from calm.commands.checks import (
+    check_counts,
+    check_draft,
+    check_sampler,
+    check_thoughts,
+    look_for,
+    vocabulary_note,
+)
 from calm.commands.prompts import prompts_of
 from calm.errors import InputError
 from calm.ranges import DOCUMENT_MB, SAMPLES, SEEDS
@@ -252,7 +259,7 @@ def flops(
     from calm.training.teacher import config_of_teacher
 
     folder = Path(folder_of(target))
-    teacher, vocabulary = None, ""
+    teacher, note = None, None
     if folder.is_dir():
         config = load_config(folder)
     elif is_gguf(target):
@@ -264,8 +271,7 @@ def flops(
             raise InputError(str(error).rstrip(".?") + models_near(target)) from error
         recipe = completed(read_recipe(target))
         config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
-        if vocab_size is None and recipe.data.tokenizer is None and recipe.autoencoder.path is None:
-            vocabulary = "\nthe recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"
+        note = vocabulary_note(recipe, vocab_size)
     if head:
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
@@ -284,7 +290,7 @@ def flops(
     else:
         title = f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions"
         title += f" ({positions * size:,} tokens)" if size > 1 else ""
-        print_costs(title + vocabulary, cost, cost_with_draws, draws, thinking)
+        print_costs(title if note is None else f"{title}\n{note}", cost, cost_with_draws, draws, thinking)
 
 
 def compile_steps(
