@@ -106,9 +106,9 @@ def test_texts_have_the_models_distribution(head_type, temperature):
 def test_a_lost_token_behind_a_whole_draft_would_be_seen(monkeypatch):
     def without_it(draft, *others):
         accepted = speculative.accept_by_ratio(draft, *others)
-        is_whole = accepted.places and accepted.places[-1] not in draft.children
+        is_whole = accepted.nodes and accepted.nodes[-1] not in draft.children
         return Accepted(
-            accepted.places, draft.tokens_G[accepted.places[-1]] if is_whole else accepted.next_token
+            accepted.nodes, draft.tokens_G[accepted.nodes[-1]] if is_whole else accepted.next_token
         )
 
     monkeypatch.setattr(drafted_text, "accept_by_ratio", without_it)

@@ -90,20 +90,20 @@ class DraftedText:
             if token < self._vocab_size and parent in row_of:
                 row_of[place] = len(row_of)
         _, *places = row_of
-        scores_SV = self._passes.read(self._text[len(self._passes) :], branches.part(places))
+        scores_SV = self._passes.read(self._text[len(self._passes) :], branches.subtree(places))
 
         def scores_at(place: int) -> Tensor:
             scores_1V = scores_SV[row_of[place]].unsqueeze(0).float()
             return self._processed(scores_1V, branches.tokens_to(place))
 
         accepted = self._decide(draft, scores_at)
-        self._passes.roll_back(len(places), [row_of[place] - 1 for place in accepted.places])
-        new = [*(branches.tokens_G[place] for place in accepted.places), accepted.next_token]
+        self._passes.roll_back(len(places), [row_of[place] - 1 for place in accepted.nodes])
+        new = [*(branches.tokens_G[place] for place in accepted.nodes), accepted.next_token]
         self._text += new
         self.ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([new])], dim=1)
         self.counts.rounds += 1
         self.counts.drafted += branches.longest
-        self.counts.accepted += len(accepted.places)
+        self.counts.accepted += len(accepted.nodes)
         return new
 
     def _processed(self, scores_1V: Tensor, drafted: list[int]) -> Tensor:
