@@ -37,6 +37,6 @@ def test_a_line_is_a_draft_with_one_way():
 
 
 def test_a_part_keeps_the_ways_to_its_tokens():
-    part = BRANCHES.part([0, 3, 2])
+    part = BRANCHES.subtree([0, 3, 2])
     assert (part.tokens_G, part.parents_G) == ([5, 7, 9], [TEXT, 0, TEXT])
-    assert BRANCHES.part([0, 1, 4]).is_line and not len(BRANCHES.part([]))
+    assert BRANCHES.subtree([0, 1, 4]).is_line and not len(BRANCHES.subtree([]))

@@ -69,7 +69,7 @@ def error_of(shape, monkeypatch):
                 for which in (0, 1)
             )
             accepted = accept_by_ratio(draft, model_at, draft_at)
-            return (*(draft.tokens_G[place] for place in accepted.places), accepted.next_token)
+            return (*(draft.tokens_G[place] for place in accepted.nodes), accepted.next_token)
 
         outcomes = distribution_of_outcomes(worlds, run)
         worst = max(worst, largest_error(outcomes, lambda before, text=text: of_text([*text, *before])[0]))
@@ -152,7 +152,7 @@ def test_many_drafts_leave_the_distribution_as_it_is():
         accepted = accept_by_ratio(
             draft, lambda place: P if place == TEXT else next_V, lambda _: Q, generator
         )
-        firsts[tokens[accepted.places[0]] if accepted.places else accepted.next_token] += 1
+        firsts[tokens[accepted.nodes[0]] if accepted.nodes else accepted.next_token] += 1
     assert p_value(firsts, P) > 1e-3
 
 
@@ -182,7 +182,7 @@ def test_a_draft_like_the_model_stays_whole():
     for _ in range(200):
         tokens = [draw_token(Q, generator) for _ in range(3)]
         accepted = accept_by_ratio(Branches.line(tokens), lambda _: Q, lambda _: Q, generator)
-        assert list(accepted.places) == [0, 1, 2]
+        assert list(accepted.nodes) == [0, 1, 2]
 
 
 def test_distributions_are_asked_for_where_the_text_comes_by():

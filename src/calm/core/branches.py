@@ -1,6 +1,6 @@
 """A draft that may branch: a tree of tokens, each with the index of its parent.
 
-Shapes: G drafted tokens.
+Shapes: G drafted tokens, the nodes of the tree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 TEXT = -1
-"""The index that stands for the last token of the text: the root of the tree."""
+"""The node that stands for the last token of the text: the root of the tree."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """A tree of drafted tokens. The place of a token is its index in the list.
+    """A tree of drafted tokens. A node is the index of its token in the list.
 
     Args:
         tokens_G: The tokens.
-        parents_G: Place of each token's parent, which comes earlier in the list, or `TEXT`.
+        parents_G: The parent of each node, which comes earlier in the list, or `TEXT`.
     """
 
     tokens_G: Sequence[int] = ()
@@ -37,19 +37,19 @@ class Branches:
 
     @cached_property
     def children(self) -> Mapping[int, Sequence[int]]:
-        """Children of each place that has any, in order."""
-        found: dict[int, list[int]] = {}
-        for place, parent in enumerate(self.parents_G):
-            found.setdefault(parent, []).append(place)
-        return found
+        """Children of each node that has any, in order."""
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents_G):
+            children.setdefault(parent, []).append(node)
+        return children
 
     @cached_property
     def depths(self) -> Sequence[int]:
         """Number of drafted tokens before each token on its path."""
-        found: list[int] = []
+        depths: list[int] = []
         for parent in self.parents_G:
-            found.append(0 if parent == TEXT else found[parent] + 1)
-        return found
+            depths.append(0 if parent == TEXT else depths[parent] + 1)
+        return depths
 
     @property
     def longest(self) -> int:
@@ -61,24 +61,24 @@ class Branches:
         """Whether the draft has no branches, with tokens listed in order."""
         return list(self.parents_G) == list(range(TEXT, TEXT + len(self)))
 
-    def tokens_to(self, place: int) -> list[int]:
-        """Drafted tokens on the path from the text to a place, inclusive."""
+    def tokens_to(self, node: int) -> list[int]:
+        """Drafted tokens on the path from the text to a node, inclusive."""
         tokens: list[int] = []
-        while place != TEXT:
-            tokens.append(self.tokens_G[place])
-            place = self.parents_G[place]
+        while node != TEXT:
+            tokens.append(self.tokens_G[node])
+            node = self.parents_G[node]
         return tokens[::-1]
 
-    def part(self, places: Sequence[int]) -> "Branches":
-        """The subtree at some places, which must include the ancestors of each."""
-        new = {TEXT: TEXT} | {place: number for number, place in enumerate(places)}
-        tokens = [self.tokens_G[place] for place in places]
-        return Branches(tokens, [new[self.parents_G[place]] for place in places])
+    def subtree(self, nodes: Sequence[int]) -> "Branches":
+        """The tree of some nodes only, numbered in the given order; each must come after its parent."""
+        new_of = {TEXT: TEXT} | {node: index for index, node in enumerate(nodes)}
+        tokens = [self.tokens_G[node] for node in nodes]
+        return Branches(tokens, [new_of[self.parents_G[node]] for node in nodes])
 
     def sees(self) -> Tensor:
         """Whether a token (row) is another (column) or a descendant of it: an attention mask, (G, G)."""
         sees_GG = torch.eye(len(self), dtype=torch.bool)
-        for place, parent in enumerate(self.parents_G):
+        for node, parent in enumerate(self.parents_G):
             if parent != TEXT:
-                sees_GG[place] |= sees_GG[parent]
+                sees_GG[node] |= sees_GG[parent]
         return sees_GG

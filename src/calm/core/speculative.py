@@ -21,11 +21,11 @@ class Accepted(NamedTuple):
     """The part of a draft that the model accepts.
 
     Args:
-        places: Places of the accepted tokens, along one path from the root.
+        nodes: The accepted tokens as nodes of the draft, along one path from the root.
         next_token: The model's own token after them.
     """
 
-    places: Sequence[int]
+    nodes: Sequence[int]
     next_token: int
 
 
@@ -41,19 +41,19 @@ def accept_by_ratio(
 
     Args:
         draft: Tokens sampled from q, siblings without replacement and in the order they were drawn.
-        model_at: The model's distribution p after the token at a place, (V,).
+        model_at: The model's distribution p after the token of a node, (V,).
         draft_at: The draft's distribution q there, (V,) or of another vocabulary size; called only where
             a drafted token follows.
         generator: Source of randomness.
     """
     accepted: list[int] = []
     while True:
-        place = accepted[-1] if accepted else TEXT
-        candidates = draft.children.get(place, ())
-        model_V = model_at(place)
+        node = accepted[-1] if accepted else TEXT
+        candidates = draft.children.get(node, ())
+        model_V = model_at(node)
         if not candidates:
             return Accepted(accepted, draw_token(model_V, generator))
-        residual = Residual(model_V, draft_at(place))
+        residual = Residual(model_V, draft_at(node))
         for candidate in candidates:
             token = draft.tokens_G[candidate]
             if _happens(residual.acceptance(token), model_V.device, generator):
@@ -72,16 +72,17 @@ def accept_by_match(draft: Branches, choice_at: Callable[[int], int]) -> Accepte
 
     Args:
         draft: The drafted tokens.
-        choice_at: The model's choice after the token at a place, sampled or greedy.
+        choice_at: The model's choice after the token of a node, sampled or greedy.
     """
     accepted: list[int] = []
     while True:
-        place = accepted[-1] if accepted else TEXT
-        chosen = choice_at(place)
-        same = [one for one in draft.children.get(place, ()) if draft.tokens_G[one] == chosen]
-        if not same:
+        node = accepted[-1] if accepted else TEXT
+        chosen = choice_at(node)
+        matches = (child for child in draft.children.get(node, ()) if draft.tokens_G[child] == chosen)
+        match = next(matches, None)
+        if match is None:
             return Accepted(accepted, chosen)
-        accepted.append(same[0])
+        accepted.append(match)
 
 
 class Residual:
@@ -115,10 +116,10 @@ class Residual:
         # Equal distributions reject only through rounding, which may leave no residual.
         if (missing := missing_V.sum()) > 0:
             self.model_V = missing_V / missing
-        others_V = self._draft_V.clone()
-        others_V[token] = 0
-        # Nothing is left once every token that the draft can sample is rejected.
-        self._draft_V = others_V / others_V.sum().clamp_min(torch.finfo(others_V.dtype).tiny)
+        remaining_V = self._draft_V.clone()
+        remaining_V[token] = 0
+        # Nothing remains once every token that the draft can sample is rejected.
+        self._draft_V = remaining_V / remaining_V.sum().clamp_min(torch.finfo(remaining_V.dtype).tiny)
 
 
 def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> int:
@@ -133,8 +134,8 @@ def draw_token(weights_V: Tensor, generator: torch.Generator | None = None) -> i
         raise ValueError(f"there is no distribution to draw from: its weights sum to {total:g}.")
     # One uniform number and a cumulative sum; `torch.multinomial` draws a number for each token.
     point = _uniform(weights_V.device, generator) * total
-    found = int(torch.searchsorted(sums_V, point, right=True))
-    return min(found, len(sums_V) - 1)
+    token = int(torch.searchsorted(sums_V, point, right=True))
+    return min(token, len(sums_V) - 1)  # Rounding may put the point at the end of the sums.
 
 
 def draw_distinct(weights_MV: Tensor, number: int, generator: torch.Generator | None = None) -> Tensor:
@@ -151,9 +152,10 @@ def draw_distinct(weights_MV: Tensor, number: int, generator: torch.Generator | 
         uniform_M1 = torch.rand(
             len(left_MV), 1, generator=generator, device=left_MV.device, dtype=left_MV.dtype
         )
-        found_M1 = torch.searchsorted(sums_MV, uniform_M1 * sums_MV[:, -1:], right=True)
-        drawn.append(found_M1.clamp_max(left_MV.shape[1] - 1))
-        left_MV.scatter_(1, drawn[-1], 0)
+        token_M1 = torch.searchsorted(sums_MV, uniform_M1 * sums_MV[:, -1:], right=True)
+        token_M1 = token_M1.clamp_max(left_MV.shape[1] - 1)
+        drawn.append(token_M1)
+        left_MV.scatter_(1, token_M1, 0)
     return torch.cat(drawn, dim=1)
 
 

@@ -36,8 +36,11 @@ class PerplexityResult:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the cross-entropy."""
-        return math.exp(self.cross_entropy)
+        """The exponential of the cross-entropy; infinite beyond the range of a float, from 710 nats on."""
+        try:
+            return math.exp(self.cross_entropy)
+        except OverflowError:
+            return math.inf
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from calm.storage.disk import write_file_whole
 
 
 def write_figures(values: dict[str, Any], path: Path) -> None:
-    """Write figures as JSON, with null for NaN."""
+    """Write figures as JSON, with null for NaN and infinity."""
     write_file_whole(path, as_json(values) + "\n")
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """Figures as JSON, with null for NaN."""
-    return json.dumps(_without_nan(values), indent=1, allow_nan=False)
+    """Figures as JSON, with null for NaN and infinity."""
+    return json.dumps(_finite_or_none(values), indent=1, allow_nan=False)
 
 
 def values_of_scorecard(card: Scorecard) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def values_of_costs(
     return values if thoughts is None else {**values, "thoughts": asdict(thoughts)}
 
 
-def _without_nan(value: Any) -> Any:
-    """Replace NaN, such as unknown errors, with None: JSON has no NaN."""
+def _finite_or_none(value: Any) -> Any:
+    """Replace NaN, such as an unknown error, and infinities, such as a huge perplexity: JSON has neither."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,7 +24,7 @@ def ways_of(shape):
 
 def kept_on_average(ways):
     """Tokens that stay: each way does with the product of its tokens' probabilities."""
-    shares = (torch.tensor([growing._KEPT[number] for number in way]).prod() for way in ways)
+    shares = (torch.tensor([growing._ACCEPTANCE_RATES[number] for number in way]).prod() for way in ways)
     return float(sum(shares))
 
 
@@ -55,7 +55,7 @@ def test_no_shape_keeps_more(number, depth):
 def test_shapes_have_as_many_tokens_as_asked_for_if_there_are_so_many():
     for number in (1, 8, 20, 50):
         assert len(ways_of(best_shape(number, 4))) == number
-    assert len(ways_of(best_shape(50, 1))) == len(growing._KEPT)
+    assert len(ways_of(best_shape(50, 1))) == len(growing._ACCEPTANCE_RATES)
     assert ways_of(line_shape(3)) == {(0,), (0, 0), (0, 0, 0)}
 
 
@@ -65,7 +65,7 @@ def test_shapes_have_as_many_tokens_as_asked_for_if_there_are_so_many():
 def test_candidates_come_from_the_heads_distributions(head_type, temperature, num_chunks):
     model = drafting_model(head_type)
     drafter = ChunkDrafter(model, temperature, num_chunks, tree_tokens=9)
-    branches, distribution_at = drafter.draft(BEFORE, 99, torch.Generator().manual_seed(3), in_branches=True)
+    branches, distribution_at = drafter.draft(BEFORE, 99, torch.Generator().manual_seed(3), allow_tree=True)
     assert len(branches) == 9 + (4 if num_chunks == 2 else 0) + (num_chunks == 2 and 4 - branches_depth(9))
     assert (distribution_at is None) == (temperature == 0)
     for place, children in branches.children.items():
@@ -89,12 +89,12 @@ def branches_depth(number):
 def test_a_draft_is_no_longer_than_asked_for_and_nothing_follows_an_end():
     model = drafting_model()
     for most in range(5):
-        draft = ChunkDrafter(model, tree_tokens=12).draft(BEFORE, most, in_branches=True)
+        draft = ChunkDrafter(model, tree_tokens=12).draft(BEFORE, most, allow_tree=True)
         assert draft.branches.longest <= most
     with torch.no_grad():
         model.head.scores.bias[EOS] = 100.0
     draft = ChunkDrafter(model, temperature=0.0, num_chunks=2, tree_tokens=12).draft(
-        BEFORE, 99, in_branches=True
+        BEFORE, 99, allow_tree=True
     )
     ended = [place for place, token in enumerate(draft.branches.tokens_G) if token == EOS]
     assert draft.branches.tokens_G[draft.branches.children[TEXT][0]] == EOS
@@ -103,10 +103,10 @@ def test_a_draft_is_no_longer_than_asked_for_and_nothing_follows_an_end():
 
 def test_drafts_are_of_one_way_unless_branches_are_asked_for():
     model = drafting_model()
-    for drafter, in_branches in ((ChunkDrafter(model), False), (ChunkDrafter(model, tree_tokens=0), True)):
-        assert drafter.draft(BEFORE, 99, in_branches=in_branches).branches.is_line
-    assert not ChunkDrafter(model).draft(BEFORE, 99, in_branches=True).branches.is_line
-    assert ChunkDrafter(drafting_model("energy")).draft(BEFORE, 99, in_branches=True).branches.is_line
+    for drafter, allow_tree in ((ChunkDrafter(model), False), (ChunkDrafter(model, tree_tokens=0), True)):
+        assert drafter.draft(BEFORE, 99, allow_tree=allow_tree).branches.is_line
+    assert not ChunkDrafter(model).draft(BEFORE, 99, allow_tree=True).branches.is_line
+    assert ChunkDrafter(drafting_model("energy")).draft(BEFORE, 99, allow_tree=True).branches.is_line
 
 
 def test_damaged_weights_are_told():

@@ -6,7 +6,7 @@ from drafts import deciding_model, distribution_of_texts, drafting_model, p_valu
 
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.generate import Drafting
-from calm.models.drafting.lookup import LONGEST, MOST, Lookup
+from calm.models.drafting.lookup import INITIAL_LENGTH, MAX_LENGTH, Lookup
 from calm.models.drafting.text import DraftedText
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
@@ -16,8 +16,8 @@ def searched(text, length, most):
     """What followed the last place where the end of the text stood before."""
     for end in range(len(text) - 1, length - 1, -1):
         if text[end - length : end] == text[-length:]:
-            again = text[end:] * MOST
-            return again[: min(most, MOST)]
+            again = text[end:] * INITIAL_LENGTH
+            return again[: min(most, INITIAL_LENGTH)]
     return []
 
 
@@ -47,7 +47,8 @@ def test_copies_grow_for_as_long_as_they_are_kept_whole():
         lengths.append(len(copied))
         text += copied if number != 4 else copied[:5]  # The fifth is not.
         text.append(text[-3])
-    assert lengths == [MOST, 2 * MOST, LONGEST, LONGEST, LONGEST, MOST, 2 * MOST]
+    first, last = INITIAL_LENGTH, MAX_LENGTH
+    assert lengths == [first, 2 * first, last, last, last, first, 2 * first]
 
 
 def test_nothing_is_found_where_nothing_is_asked_for():
@@ -79,7 +80,7 @@ def test_copied_drafts_leave_the_distribution_as_it_is():
         copied += drafter.draft(prompt, 2, generator).distribution_at is None
         text = DraftedText(model, drafter, torch.tensor([prompt]), generator=generator)
         while (left := len(prompt) + 3 - text.ids_1T.shape[1]) > 0:
-            text.round(left)
+            text.run_round(left)
         texts.append(tuple(text.ids_1T[0, len(prompt) :].tolist()))
     assert copied == 700
     assert p_value(texts, distribution_of_texts(model, prompt, 3)) > 1e-3

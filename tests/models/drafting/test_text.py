@@ -23,7 +23,7 @@ PROMPT = [1, 3, 4, 3, 4]
 def greedy(model, draft, prompt_1T, number, num_chunks=1, **arguments):
     text = DraftedText(model, ChunkDrafter(draft, 0.0, num_chunks), prompt_1T, is_greedy=True, **arguments)
     while (left := prompt_1T.shape[1] + number - text.ids_1T.shape[1]) > 0:
-        assert 1 <= len(text.round(left)) <= left
+        assert 1 <= len(text.run_round(left)) <= left
     return text
 
 
@@ -48,11 +48,11 @@ class Knowing:
     def __init__(self, alone, in_branches):
         self.alone, self.in_branches = alone, in_branches
 
-    def draft(self, text, most, generator=None, in_branches=False):
-        known = self.alone[len(text) : len(text) + most][:5]
+    def draft(self, text, max_length, generator=None, allow_tree=False):
+        known = self.alone[len(text) : len(text) + max_length][:5]
         wrong = len(text) % 4
         right = [*known[:wrong], 3, *known[wrong + 1 :]] if wrong else known
-        if not (self.in_branches and in_branches):
+        if not (self.in_branches and allow_tree):
             return Draft(Branches.line(right))
         tokens, parents, place = [], [], TEXT
         for number, token in enumerate(right):
@@ -74,7 +74,7 @@ def drafted_by_one_who_knows(in_branches, **arguments):
 def test_greedily_the_text_is_the_models_own_where_drafts_are_good(in_branches):
     text, alone = drafted_by_one_who_knows(in_branches)
     while text.ids_1T.shape[1] < 70:
-        text.round(100)
+        text.run_round(100)
     assert text.ids_1T[0].tolist() == alone[: text.ids_1T.shape[1]]
     counts = text.counts
     assert 0.3 * counts.drafted < counts.accepted < counts.drafted
@@ -91,7 +91,7 @@ def sampled(head_type, temperature, samples=SAMPLES, num_chunks=1):
         drafter = ChunkDrafter(draft, temperature, num_chunks, num_draws=4)
         text = DraftedText(model, drafter, torch.tensor([PROMPT]), None, warpers, generator=generator)
         while (left := len(PROMPT) + 3 - text.ids_1T.shape[1]) > 0:
-            text.round(left)
+            text.run_round(left)
         texts.append(tuple(text.ids_1T[0, len(PROMPT) :].tolist()))
     return p_value(texts, distribution_of_texts(model, PROMPT, 3, temperature))
 
@@ -106,9 +106,9 @@ def test_texts_have_the_models_distribution(head_type, temperature):
 def test_a_lost_token_behind_a_whole_draft_would_be_seen(monkeypatch):
     def without_it(draft, *others):
         accepted = speculative.accept_by_ratio(draft, *others)
-        is_whole = accepted.places and accepted.places[-1] not in draft.children
+        is_whole = accepted.nodes and accepted.nodes[-1] not in draft.children
         return Accepted(
-            accepted.places, draft.tokens_G[accepted.places[-1]] if is_whole else accepted.next_token
+            accepted.nodes, draft.tokens_G[accepted.nodes[-1]] if is_whole else accepted.next_token
         )
 
     monkeypatch.setattr(drafted_text, "accept_by_ratio", without_it)
@@ -138,9 +138,9 @@ def outcomes_of_round(monkeypatch, number_before):
                 )
                 scripted.setattr(speculative, "_happens", lambda *_: next(answers))
                 scripted.setattr(speculative, "draw_token", lambda weights_V, _: int(weights_V.argmax()))
-                assert len(text.round(9)) == 2
+                assert len(text.run_round(9)) == 2
         before["text"] = text.ids_1T[0].tolist()
-        return tuple(text.round(9))
+        return tuple(text.run_round(9))
 
     return distribution_of_outcomes(worlds, run), before["text"], model
 
@@ -165,7 +165,7 @@ def test_a_round_has_exactly_the_models_distribution(number_before, monkeypatch)
     ("owner", "name", "fault", "number_before"),
     [
         # What was read of other ways stays in the cache instead of the way that was accepted.
-        (TextPasses, "roll_back", lambda self, number, but=(): self._cache.crop(len(but) - number), 1),
+        (TextPasses, "roll_back", lambda self, number, keep=(): self._cache.crop(len(keep) - number), 1),
         # Each drafted token sees all before it, those of other ways too.
         (Branches, "sees", lambda self: torch.ones(len(self), len(self), dtype=torch.bool).tril(), 0),
         # Positions count places instead of tokens before.
@@ -179,11 +179,11 @@ def test_faults_of_a_pass_would_be_seen(owner, name, fault, number_before, monke
 
 @pytest.mark.parametrize("in_branches", [False, True])
 def test_a_stale_cache_would_be_seen(in_branches, monkeypatch):
-    monkeypatch.setattr(TextPasses, "roll_back", lambda self, number, but=(): None)
+    monkeypatch.setattr(TextPasses, "roll_back", lambda self, number, keep=(): None)
     text, alone = drafted_by_one_who_knows(in_branches)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         for _ in range(10):
-            text.round(100)
+            text.run_round(100)
         assert text.ids_1T[0].tolist() == alone[: text.ids_1T.shape[1]]
 
 
@@ -206,7 +206,7 @@ def test_processors_see_the_tokens_of_the_draft_before_their_place(in_branches):
     text, _ = drafted_by_one_who_knows(in_branches, processors=LogitsProcessorList([note]))
     for _ in range(6):
         before = len(seen)
-        new = text.round(100)
+        new = text.run_round(100)
         written = text.ids_1T[0].tolist()
         assert seen[before:] == [written[: len(written) - left] for left in range(len(new), 0, -1)]
 
@@ -233,7 +233,7 @@ def test_a_long_text_is_read_in_pieces_by_both():
         pieces.append(0)
         while not text.read_ahead(16):
             pieces[-1] += 1
-        text.round(left)
+        text.run_round(left)
     # At first both read, three pieces each, and later the draft in each of the three other alignments.
     assert pieces[0] == 6 and sorted(pieces)[-4:] == [3, 3, 3, 6] and sum(pieces) == 15
     assert text.ids_1T.tolist() == alone.tolist()
@@ -245,6 +245,6 @@ def test_scores_are_made_of_the_places_that_are_looked_at():
     handle = model.lm_head.register_forward_hook(lambda module, given, out: widths.append(out.shape[1]))
     for tree_tokens in (0, 6):
         drafter = ChunkDrafter(draft, 0.0, tree_tokens=tree_tokens)
-        DraftedText(model, drafter, prompt_1T, is_greedy=True).round(9)
+        DraftedText(model, drafter, prompt_1T, is_greedy=True).run_round(9)
     handle.remove()
     assert widths == [5, 7]

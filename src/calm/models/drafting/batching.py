@@ -1,4 +1,4 @@
-"""A batch of texts generated with a draft: they join and leave at any time, and each has its own rounds.
+"""A batch of texts generated with a draft: they join and leave at any time, and take turns.
 
 The interface is that of `calm.models.generation.batching.ChunkBatch`, so a server can use either.
 """
@@ -52,27 +52,26 @@ class TokenSampler:
 
         They include those of the model's own generation configuration, such as a repetition penalty.
         """
-        how: dict[str, Any] = {"do_sample": not self.is_greedy}
+        settings: dict[str, Any] = {"do_sample": not self.is_greedy, "max_new_tokens": budget}
         if not self.is_greedy:
-            how |= {"temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
-            how |= {"min_p": self.min_p} if self.min_p > 0 else {}
-        writer: Any = model
-        found: list[LogitsProcessorList] = []
+            settings |= {"temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
+            settings |= {"min_p": self.min_p} if self.min_p > 0 else {}
+        captured: list[LogitsProcessorList] = []
 
-        def take(
+        def capture(
             _: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList, **others: Any
         ) -> Tensor:
-            found.append(logits_processor)
+            captured.append(logits_processor)
             return input_ids
 
-        mask_1T = torch.ones_like(ids_1T)
-        writer.generate(ids_1T, attention_mask=mask_1T, custom_generate=take, max_new_tokens=budget, **how)
-        return found[0]
+        generate: Any = model.generate
+        generate(ids_1T, attention_mask=torch.ones_like(ids_1T), custom_generate=capture, **settings)
+        return captured[0]
 
 
 @dataclass(eq=False)
-class _Open:
-    """A row, and its text once its first turn has come."""
+class _Entry:
+    """A row, and its text from its first turn on."""
 
     row: Row
     prompt: Sequence[int]
@@ -102,12 +101,12 @@ class DraftedBatch:
     ) -> None:
         self._model, self._draft, self._num_chunks = model, draft, num_chunks
         self._max_rows, self._tokens_at_once = max_rows, tokens_at_once
-        self._rows: deque[_Open] = deque()  # In order of their turns.
-        self._waiting: deque[_Open] = deque()
+        self._active: deque[_Entry] = deque()  # In order of their turns.
+        self._waiting: deque[_Entry] = deque()
         self._ends = frozenset(ends_of(model.generation_config))  # As in transformers' `generate`.
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._waiting)
+        return len(self._active) + len(self._waiting)
 
     def join(
         self,
@@ -126,44 +125,44 @@ class DraftedBatch:
             budget: Maximum number of new tokens, at least 1.
             seed: Determines the text, together with the prompt and the copy.
             copy: Which of several texts with the same prompt and seed.
-            thoughts: Must be None: drafts do not support them.
+            thoughts: Must be None: drafting does not support them.
         """
         assert thoughts is None and isinstance(sampler, TokenSampler)
         row = Row(sampler, budget, generator_of_row(seed, prompt, copy, self._model.device))
-        self._waiting.append(_Open(row, prompt))
+        self._waiting.append(_Entry(row, prompt))
         return row
 
     def step(self) -> list[Written | Failed]:
         """Run a round of the next row, which leaves if it ends or fails."""
-        while self._waiting and len(self._rows) < self._max_rows:
-            self._rows.append(self._waiting.popleft())
-        if not self._rows:
+        while self._waiting and len(self._active) < self._max_rows:
+            self._active.append(self._waiting.popleft())
+        if not self._active:
             return []
-        one = self._rows.popleft()
+        entry = self._active.popleft()
         try:
-            written = self._advance(one)
+            written = self._advance(entry)
         except Exception as error:
-            one.row.has_ended = True
-            return [Failed(one.row, error)]
-        if not one.row.has_ended:
-            self._rows.append(one)
+            entry.row.has_ended = True
+            return [Failed(entry.row, error)]
+        if not entry.row.has_ended:
+            self._active.append(entry)
         return [] if written is None else [written]
 
     def drop(self, row: Row) -> None:
         """Remove a row before its end; it may have left already."""
         row.has_ended = True
-        self._rows = deque(one for one in self._rows if one.row is not row)
-        self._waiting = deque(one for one in self._waiting if one.row is not row)
+        self._active = deque(entry for entry in self._active if entry.row is not row)
+        self._waiting = deque(entry for entry in self._waiting if entry.row is not row)
 
-    def _advance(self, one: _Open) -> Written | None:
+    def _advance(self, entry: _Entry) -> Written | None:
         """Run a round, or read a piece of the prompt and return None."""
-        row, text = one.row, one.text
+        row, text = entry.row, entry.text
         if text is None:
-            text = one.text = self._begun(one)
+            text = entry.text = self._start_text(entry)
         if not text.read_ahead(self._tokens_at_once):
             return None
         accepted, drafted = text.counts.accepted, text.counts.drafted
-        tokens = list(up_to_end(text.round(row.budget), self._ends))
+        tokens = list(up_to_end(text.run_round(row.budget), self._ends))
         accepted, drafted = text.counts.accepted - accepted, text.counts.drafted - drafted
         row.budget -= len(tokens)
         ended_by: Literal["eos", "budget"] | None = None
@@ -172,17 +171,17 @@ class DraftedBatch:
         elif row.budget == 0:
             ended_by = "budget"
         row.has_ended = ended_by is not None
-        share = accepted / drafted if drafted else 1.0
-        return Written(row, tokens, ended_by, num_draws=drafted, agreement=share, fell_back=False)
+        agreement = accepted / drafted if drafted else 1.0
+        return Written(row, tokens, ended_by, num_draws=drafted, agreement=agreement, fell_back=False)
 
-    def _begun(self, one: _Open) -> DraftedText:
-        sampler: TokenSampler = one.row.sampler
-        ids_1T = torch.tensor([list(one.prompt)], device=self._model.device)
+    def _start_text(self, entry: _Entry) -> DraftedText:
+        sampler: TokenSampler = entry.row.sampler
+        ids_1T = torch.tensor([list(entry.prompt)], device=self._model.device)
         return DraftedText(
             self._model,
             ChunkDrafter(self._draft, sampler.temperature, self._num_chunks, lookup=Drafting.lookup),
             ids_1T,
-            processors=sampler.processors(self._model, ids_1T, one.row.budget),
+            processors=sampler.processors(self._model, ids_1T, entry.row.budget),
             is_greedy=sampler.is_greedy,
-            generator=one.row.generator,
+            generator=entry.row.generator,
         )

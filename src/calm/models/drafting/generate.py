@@ -36,8 +36,8 @@ _REFUSED = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
-# Passed on by transformers itself; a text has its own cache whatever `use_cache` says.
-_OF_TRANSFORMERS = frozenset(
+# Added by transformers itself; a text has its own cache whatever `use_cache` says.
+_ADDED_BY_TRANSFORMERS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep", "use_cache")
 )
 
@@ -64,7 +64,7 @@ class Drafting:
     """Lets a CALM draft for another model: `model.generate(ids, custom_generate=Drafting(calm))`.
 
     The text has the same distribution as without a draft; with greedy decoding, it is the same text. Only the
-    time differs and, for a given seed, the samples. One prompt at a time.
+    time differs and, for a given seed, the samples. It takes one prompt at a time.
 
     Args:
         draft: A CALM with the target model's tokens.
@@ -72,7 +72,7 @@ class Drafting:
         num_draws: See `ChunkDrafter`.
         lookup: See `ChunkDrafter`.
         tree_tokens: See `ChunkDrafter`.
-        streamer: Receives the prompt and the tokens; transformers does not pass on its own `streamer`.
+        streamer: Receives the prompt and the tokens; that of `generate` itself is not passed on.
         generator: Source of randomness, on the model's device; torch's default generator if None.
     """
 
@@ -129,7 +129,7 @@ class Drafting:
         )
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        length = self._write(text, stopping_criteria, generation_config.max_length)
+        length = self._generate(text, stopping_criteria, generation_config.max_length)
         if self.streamer is not None:
             self.streamer.end()
         sequences = text.ids_1T[:, :length]
@@ -138,13 +138,13 @@ class Drafting:
         counts = text.counts
         return DraftedOutput(sequences, counts.rounds, counts.drafted, counts.accepted)
 
-    def _write(self, text: DraftedText, criteria: StoppingCriteriaList, longest: int) -> int:
+    def _generate(self, text: DraftedText, criteria: StoppingCriteriaList, max_length: int) -> int:
         """Run rounds until a stopping criterion is met; returns the text's length up to there."""
         while True:
-            before = text.ids_1T.shape[1]
-            new = text.round(longest - before)
-            for length in range(before + 1, before + len(new) + 1):
-                # After every token, as without a draft.
+            num_before = text.ids_1T.shape[1]
+            new_tokens = text.run_round(max_length - num_before)
+            for length in range(num_before + 1, num_before + len(new_tokens) + 1):
+                # Checked after every token, as without a draft.
                 is_done = bool(criteria(text.ids_1T[:, :length], None).all())
                 if self.streamer is not None:
                     self.streamer.put(text.ids_1T[0, length - 1 : length].cpu())
@@ -165,7 +165,7 @@ class Drafting:
             if (cache := kwargs.get(name)) is not None and cache.get_seq_length() > 0:
                 raise ValueError(f"{name} is not supported with a draft: both models must read the prompt.")
         given = {name for name, value in kwargs.items() if value is not None}
-        if others := sorted(given - _OF_TRANSFORMERS - _REFUSED.keys()):
+        if others := sorted(given - _ADDED_BY_TRANSFORMERS - _REFUSED.keys()):
             raise ValueError(
                 f"{others[0]} is not supported with a draft, which reads only tokens; leave it out."
             )
@@ -187,11 +187,11 @@ def generate_drafted(
     seed: int | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Prompts with their continuations (B · copies, T + new), generated one after another.
+    """Prompts with their continuations, (B · copies, T + new), generated one after another.
 
     Args:
         model: The target model.
-        drafting: How to draft for it.
+        drafting: The draft and its settings.
         input_ids: Prompts (B, T).
         attention_mask: (B, T), 1 on their tokens.
         num_return_sequences: Texts per prompt.
@@ -204,24 +204,25 @@ def generate_drafted(
     """
     if seed is not None and drafting.generator is not None:
         raise ValueError("give either a seed or a generator, not both.")
-    writer: Any = model
+    generate: Any = model.generate
+    config: Any = model.generation_config
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    order = torch.arange(len(input_ids)).repeat_interleave(num_texts(num_return_sequences)).tolist()
-    drafts = [drafting] * len(order)
+    rows = torch.arange(len(input_ids)).repeat_interleave(num_texts(num_return_sequences)).tolist()
+    draftings = [drafting] * len(rows)
     if seed is not None:
-        prompts = [input_ids[row][mask_BT[row].bool()].tolist() for row in order]
-        own = generators_of_rows(seed, prompts, model.device)
-        drafts = [dataclasses.replace(drafting, generator=generator) for generator in own]
+        prompts = [input_ids[row][mask_BT[row].bool()].tolist() for row in rows]
+        generators = generators_of_rows(seed, prompts, model.device)
+        draftings = [dataclasses.replace(drafting, generator=generator) for generator in generators]
     texts = [
-        writer.generate(
+        generate(
             input_ids[row : row + 1],
             attention_mask=mask_BT[row : row + 1],
-            custom_generate=of_row,
+            custom_generate=row_drafting,
             **arguments | {"return_dict_in_generate": False},
         )[0]
-        for row, of_row in zip(order, drafts, strict=True)
+        for row, row_drafting in zip(rows, draftings, strict=True)
     ]
-    pad = writer.generation_config.pad_token_id
+    pad = config.pad_token_id
     if pad is None:
-        pad = next(iter(ends_of(writer.generation_config)), 0)
+        pad = next(iter(ends_of(config)), 0)
     return pad_sequence(texts, batch_first=True, padding_value=pad)

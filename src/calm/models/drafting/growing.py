@@ -1,6 +1,6 @@
-"""A draft tree, as it grows token by token.
+"""Grows a draft tree token by token.
 
-Shapes: M nodes with candidates, C candidates, K tokens per chunk, D state size, V vocabulary.
+Shapes: M leaves, C candidates for the token after a leaf, K tokens per chunk, D state size, V vocabulary.
 """
 
 import heapq
@@ -16,49 +16,54 @@ from calm.core.speculative import draw_distinct
 from calm.models.heads import TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE, require_finite
 
-Way = tuple[int, ...]
-"""A path from the start of a chunk to a node in it: which of the candidates each token is, from 0."""
+TreePath = tuple[int, ...]
+"""A path from the start of a chunk to a node: for each token, its rank among the candidates, from 0."""
+
+Shape = Mapping[TreePath, int]
+"""The shape of a chunk's tree: how many candidates follow each path."""
 
 # How often the first, second, ... candidate at a node is the accepted one (docs/log.md).
-_KEPT = (0.42, 0.11, 0.06, 0.04, 0.025, 0.02, 0.015, 0.01)
+_ACCEPTANCE_RATES = (0.42, 0.11, 0.06, 0.04, 0.025, 0.02, 0.015, 0.01)
 
 
-def line_shape(depth: int) -> dict[Way, int]:
-    """One candidate per node: a single path."""
-    return {(0,) * number: 1 for number in range(depth)}
+def line_shape(depth: int) -> Shape:
+    """A single path: one candidate per node."""
+    return {(0,) * length: 1 for length in range(depth)}
 
 
 @cache
-def best_shape(number: int, depth: int) -> Mapping[Way, int]:
-    """The tree with the most accepted tokens at the measured rates, as a number of candidates per node.
+def best_shape(num_tokens: int, depth: int) -> Shape:
+    """The tree with the most accepted tokens on average, at the measured rates.
 
     A path is accepted with the product of its tokens' rates, and the best tree consists of the paths with the
     highest products (Chen et al., arXiv 2402.12374).
 
     Args:
-        number: Tokens in total.
+        num_tokens: Tokens in total.
         depth: Maximum length of a path.
     """
-    shape: dict[Way, int] = {}
-    ways: list[tuple[float, Way]] = [(-_KEPT[0], (0,))]
-    while ways and sum(shape.values()) < number:
-        kept, (*before, last) = heapq.heappop(ways)
-        shape[tuple(before)] = last + 1
-        if last + 1 < len(_KEPT):
-            heapq.heappush(ways, (kept / _KEPT[last] * _KEPT[last + 1], (*before, last + 1)))
-        if len(before) + 1 < depth:
-            heapq.heappush(ways, (kept * _KEPT[0], (*before, last, 0)))
+    rates = _ACCEPTANCE_RATES
+    shape: dict[TreePath, int] = {}
+    # The paths that may be added next, with their negated products: the highest product comes first.
+    heap: list[tuple[float, TreePath]] = [(-rates[0], (0,))]
+    while heap and sum(shape.values()) < num_tokens:
+        negated, (*parent, rank) = heapq.heappop(heap)
+        shape[tuple(parent)] = rank + 1
+        if rank + 1 < len(rates):
+            heapq.heappush(heap, (negated / rates[rank] * rates[rank + 1], (*parent, rank + 1)))
+        if len(parent) + 1 < depth:
+            heapq.heappush(heap, (negated * rates[0], (*parent, rank, 0)))
     return shape
 
 
-class _Tip(NamedTuple):
-    """A node where the draft may continue, and the tokens of its chunk so far."""
+class _Leaf(NamedTuple):
+    """A node where the draft may continue, and the tokens of its chunk up to there."""
 
-    place: int
+    node: int
     tokens: Sequence[int]
 
 
-class Growing:
+class GrowingTree:
     """A growing draft tree.
 
     Args:
@@ -80,70 +85,73 @@ class Growing:
         self._tokens: list[int] = []
         self._parents: list[int] = []
         self._distributions: dict[int, Tensor] = {}
-        self._last = TEXT
+        self._root = TEXT  # Where the next chunk starts.
 
     @property
     def branches(self) -> Branches:
         """The tree so far."""
         return Branches(self._tokens, self._parents)
 
-    def distribution_at(self, place: int) -> Tensor:
+    def distribution_at(self, node: int) -> Tensor:
         """The distribution, (V,), from which the children of a node were drawn."""
-        return self._distributions[place]
+        return self._distributions[node]
 
-    def add_chunk(self, state_1D: Tensor, size: int, shape: Mapping[Way, int], most: int) -> Tensor | None:
+    def add_chunk(self, state_1D: Tensor, size: int, shape: Shape, max_length: int) -> Tensor | None:
         """Grow a chunk after the first candidates of the previous one.
 
         Args:
             state_1D: State of the previous chunk.
             size: Tokens per chunk K.
             shape: Number of candidates at each node.
-            most: Maximum length of a path.
+            max_length: Maximum length of a path in this chunk.
 
         Returns:
             Its first candidates, (K,), if they form a chunk that another may follow.
         """
-        level: dict[Way, _Tip] = {(): _Tip(self._last, ())}
-        for _ in range(min(size, most)):
-            level = {way: tip for way, tip in level.items() if way in shape and not self._has_ended(tip)}
-            if not level:
-                return None
-            tips = list(level.values())
-            of_tips_MV = self._distributions_of(state_1D, [tip.tokens for tip in tips], size)
-            self._distributions |= {tip.place: own_V for tip, own_V in zip(tips, of_tips_MV, strict=True)}
-            drawn = self._candidates(of_tips_MV, max(shape[way] for way in level))
-            level = {
-                (*way, number): self._add(tip, token)
-                for (way, tip), tokens_C in zip(level.items(), drawn, strict=True)
-                for number, token in enumerate(tokens_C[: shape[way]])
+        leaves: dict[TreePath, _Leaf] = {(): _Leaf(self._root, ())}
+        for _ in range(min(size, max_length)):
+            leaves = {
+                path: leaf for path, leaf in leaves.items() if path in shape and not self._has_ended(leaf)
             }
-        first = level.get((0,) * size)
+            if not leaves:
+                return None
+            p_MV = self._distributions_after(list(leaves.values()), state_1D, size)
+            candidates = self._candidates(p_MV, max(shape[path] for path in leaves))
+            next_leaves: dict[TreePath, _Leaf] = {}
+            for (path, leaf), p_V, tokens_C in zip(leaves.items(), p_MV, candidates, strict=True):
+                self._distributions[leaf.node] = p_V
+                for rank, token in enumerate(tokens_C[: shape[path]]):
+                    next_leaves[(*path, rank)] = self._add(leaf, token)
+            leaves = next_leaves
+        first = leaves.get((0,) * size)
         if first is None or self._has_ended(first):
             return None
-        self._last = first.place
+        self._root = first.node
         return torch.tensor(first.tokens, device=state_1D.device)
 
-    def _has_ended(self, tip: _Tip) -> bool:
-        return len(tip.tokens) > 0 and tip.tokens[-1] in self._ends
+    def _has_ended(self, leaf: _Leaf) -> bool:
+        return len(leaf.tokens) > 0 and leaf.tokens[-1] in self._ends
 
-    def _add(self, tip: _Tip, token: int) -> _Tip:
+    def _add(self, parent: _Leaf, token: int) -> _Leaf:
         self._tokens.append(token)
-        self._parents.append(tip.place)
-        return _Tip(len(self._tokens) - 1, [*tip.tokens, token])
+        self._parents.append(parent.node)
+        return _Leaf(len(self._tokens) - 1, [*parent.tokens, token])
 
-    def _distributions_of(self, state_1D: Tensor, tokens: Sequence[Sequence[int]], size: int) -> Tensor:
-        """Distributions of the tokens after the first ones of a chunk, (M, V)."""
-        place = len(tokens[0])
-        chunks_MK = torch.tensor([[*one, *[0] * (size - place)] for one in tokens], device=state_1D.device)
+    def _distributions_after(self, leaves: Sequence[_Leaf], state_1D: Tensor, size: int) -> Tensor:
+        """The distribution of the token after each leaf, (M, V); all are at the same depth."""
+        depth = len(leaves[0].tokens)
+        padding = [0] * (size - depth)
+        chunks_MK = torch.tensor([[*leaf.tokens, *padding] for leaf in leaves], device=state_1D.device)
         # Temperature does not change which tokens are likeliest.
         temperature = self._temperature if self._temperature >= MIN_TEMPERATURE else 1.0
-        states_MD = state_1D.expand(len(tokens), -1)
-        of_tips_MV = self._head.token_distribution(states_MD, chunks_MK, place, temperature)
-        require_finite(of_tips_MV[:, 0])
-        return of_tips_MV
+        states_MD = state_1D.expand(len(leaves), -1)
+        p_MV = self._head.token_distribution(states_MD, chunks_MK, depth, temperature)
+        require_finite(p_MV[:, 0])
+        return p_MV
 
-    def _candidates(self, of_tips_MV: Tensor, number: int) -> list[list[int]]:
-        number = min(number, of_tips_MV.shape[1])
+    def _candidates(self, p_MV: Tensor, number: int) -> list[list[int]]:
+        """Candidates for the token after each leaf, (M, C), best or drawn first."""
+        number = min(number, p_MV.shape[1])
         if self._temperature < MIN_TEMPERATURE:
-            return of_tips_MV.topk(number).indices.tolist()
-        return draw_distinct(of_tips_MV, number, self._generator).tolist()
+            return p_MV.topk(number).indices.tolist()
+        return draw_distinct(p_MV, number, self._generator).tolist()

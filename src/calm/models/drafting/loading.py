@@ -27,14 +27,16 @@ def load_draft(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         check_model(model)
     except ValueError as error:
         raise InputError(str(error)) from error
-    draft, of_draft = load_language_model_and_tokenizer(name)
+    draft, draft_tokenizer = load_language_model_and_tokenizer(name)
     if not isinstance(draft, CalmForCausalLM):
         raise InputError(f"the draft must be a CALM, but '{name}' is a {type(draft).__name__}.")
-    if (token := first_difference(tokenizer, of_draft)) is not None:
-        mine, other = (one.convert_ids_to_tokens(token) for one in (tokenizer, of_draft))
+    if (token_id := first_difference(tokenizer, draft_tokenizer)) is not None:
+        in_model = tokenizer.convert_ids_to_tokens(token_id)
+        in_draft = draft_tokenizer.convert_ids_to_tokens(token_id)
         raise InputError(
-            f"'{name}' cannot draft for this model: their vocabularies differ, as id {token} is {mine!r} in "
-            f"the model and {other!r} in the draft. Train it with the model's tokenizer (docs/drafting.md)."
+            f"'{name}' cannot draft for this model: their vocabularies differ, as id {token_id} is "
+            f"{in_model!r} in the model and {in_draft!r} in the draft. Train it with the model's tokenizer "
+            "(docs/drafting.md)."
         )
     torch.nn.Module.to(draft, model.device)
     return draft

@@ -6,43 +6,44 @@ are drafted at no cost.
 
 from collections.abc import Sequence
 
-MOST, LONGEST = 10, 40
-"""Maximum number of copied tokens. It doubles after a copy that was accepted in full, up to the longest."""
+INITIAL_LENGTH, MAX_LENGTH = 10, 40
+"""Maximum number of copied tokens: at first, and after doubling for each copy that was accepted in full."""
 
 
 class Lookup:
-    """Finds earlier occurrences of the end of one text.
+    """Finds earlier occurrences of the last tokens of one text.
 
     Args:
-        length: Tokens at the end that must match; 0 finds nothing.
+        num_matching: Tokens at the end that must match; 0 finds nothing.
     """
 
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._ends: dict[tuple[int, ...], int] = {}  # Last tokens -> index of what followed them.
-        self._seen = length
-        self._copied: tuple[int, list[int]] = (0, [])  # Index and tokens of the last copy.
-        self._most = MOST
+    def __init__(self, num_matching: int) -> None:
+        self._num_matching = num_matching
+        self._following: dict[tuple[int, ...], int] = {}  # Tokens -> index of what followed them last.
+        self._next_index = num_matching  # The first one that is not in `_following` yet.
+        self._last_copy: tuple[int, list[int]] = (0, [])  # Its index in the text if accepted, and its tokens.
+        self._copy_length = INITIAL_LENGTH
 
-    def draft(self, text: Sequence[int], most: int) -> Sequence[int]:
+    def draft(self, text: Sequence[int], max_length: int) -> Sequence[int]:
         """What followed the last tokens at their latest earlier occurrence, repeated; empty if they are new.
 
         Args:
             text: All tokens so far; between calls, tokens may only be appended.
-            most: Maximum number of draft tokens.
+            max_length: Maximum number of draft tokens.
         """
-        if self._length == 0 or len(text) < self._length:
+        if self._num_matching == 0 or len(text) < self._num_matching:
             return ()
-        for end in range(self._seen, len(text)):
-            self._ends[tuple(text[end - self._length : end])] = end
-        self._seen = max(self._seen, len(text))
-        begin = self._ends.get(tuple(text[-self._length :]))
-        if begin is None:
+        for index in range(self._next_index, len(text)):
+            self._following[tuple(text[index - self._num_matching : index])] = index
+        self._next_index = max(self._next_index, len(text))
+        source = self._following.get(tuple(text[-self._num_matching :]))
+        if source is None:
             return ()
-        first, copied = self._copied
-        is_kept = len(copied) == self._most and list(text[first : first + len(copied)]) == copied
-        self._most = min(2 * self._most, LONGEST) if is_kept else MOST
-        # The period may be shorter than the copy, which then repeats it.
-        period = len(text) - begin
-        self._copied = len(text), [text[begin + number % period] for number in range(min(most, self._most))]
-        return self._copied[1]
+        start, last = self._last_copy
+        was_accepted = len(last) == self._copy_length and list(text[start : start + len(last)]) == last
+        self._copy_length = min(2 * self._copy_length, MAX_LENGTH) if was_accepted else INITIAL_LENGTH
+        # What follows may be shorter than the copy, which then repeats it.
+        period, length = len(text) - source, min(max_length, self._copy_length)
+        copy = [text[source + offset % period] for offset in range(length)]
+        self._last_copy = len(text), copy
+        return copy

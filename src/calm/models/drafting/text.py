@@ -63,63 +63,65 @@ class DraftedText:
         self._vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
 
     @torch.no_grad()
-    def read_ahead(self, most: int) -> bool:
+    def read_ahead(self, max_tokens: int) -> bool:
         """Read a piece of the text if it is long; returns whether the rest is short enough for a round.
 
         Args:
-            most: Tokens per piece.
+            max_tokens: Tokens per piece.
         """
-        first = len(self._passes)
-        if len(self._text) - first <= most:
-            return self._drafter.read_ahead(self._text, most)
-        self._passes.read(self._text[first : first + most])
+        start = len(self._passes)
+        if len(self._text) - start <= max_tokens:
+            return self._drafter.read_ahead(self._text, max_tokens)
+        self._passes.read(self._text[start : start + max_tokens])
         return False
 
     @torch.no_grad()
-    def round(self, most: int) -> list[int]:
+    def run_round(self, max_tokens: int) -> list[int]:
         """Draft and verify; returns the accepted tokens, and one of the target model's own.
 
         Args:
-            most: Maximum number of new tokens, at least 1.
+            max_tokens: Maximum number of new tokens, at least 1.
         """
-        draft = self._drafter.draft(self._text, most - 1, self._generator, self._passes.takes_branches)
+        allow_tree = self._passes.takes_branches
+        draft = self._drafter.draft(self._text, max_tokens - 1, self._generator, allow_tree)
         branches = draft.branches
         # A token outside the target model's vocabulary is never accepted, nor anything after it.
-        row_of = {TEXT: 0}
-        for place, (token, parent) in enumerate(zip(branches.tokens_G, branches.parents_G, strict=True)):
+        row_of = {TEXT: 0}  # Row of the logits after each node that is read.
+        for node, (token, parent) in enumerate(zip(branches.tokens_G, branches.parents_G, strict=True)):
             if token < self._vocab_size and parent in row_of:
-                row_of[place] = len(row_of)
-        _, *places = row_of
-        scores_SV = self._passes.read(self._text[len(self._passes) :], branches.part(places))
+                row_of[node] = len(row_of)
+        _, *nodes = row_of
+        logits_SV = self._passes.read(self._text[len(self._passes) :], branches.subtree(nodes))
 
-        def scores_at(place: int) -> Tensor:
-            scores_1V = scores_SV[row_of[place]].unsqueeze(0).float()
-            return self._processed(scores_1V, branches.tokens_to(place))
+        def logits_at(node: int) -> Tensor:
+            logits_1V = logits_SV[row_of[node]].unsqueeze(0).float()
+            return self._process(logits_1V, branches.tokens_to(node))
 
-        accepted = self._decide(draft, scores_at)
-        self._passes.roll_back(len(places), [row_of[place] - 1 for place in accepted.places])
-        new = [*(branches.tokens_G[place] for place in accepted.places), accepted.next_token]
-        self._text += new
-        self.ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([new])], dim=1)
+        accepted = self._decide(draft, logits_at)
+        self._passes.roll_back(len(nodes), [row_of[node] - 1 for node in accepted.nodes])
+        new_tokens = [*(branches.tokens_G[node] for node in accepted.nodes), accepted.next_token]
+        self._text += new_tokens
+        self.ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([new_tokens])], dim=1)
         self.counts.rounds += 1
         self.counts.drafted += branches.longest
-        self.counts.accepted += len(accepted.places)
-        return new
+        self.counts.accepted += len(accepted.nodes)
+        return new_tokens
 
-    def _processed(self, scores_1V: Tensor, drafted: list[int]) -> Tensor:
-        """Logits after the text and some drafted tokens, with the processors applied."""
+    def _process(self, logits_1V: Tensor, drafted: list[int]) -> Tensor:
+        """Apply the processors to the logits after the text and some drafted tokens."""
         if not self._processors:
-            return scores_1V
-        before_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([drafted])], dim=1)
-        return self._processors(before_1T, scores_1V)  # type: ignore[arg-type]
+            return logits_1V
+        ids_1T = torch.cat([self.ids_1T, self.ids_1T.new_tensor([drafted])], dim=1)
+        return self._processors(ids_1T, logits_1V)  # type: ignore[arg-type]
 
-    def _decide(self, draft: Draft, scores_at: Callable[[int], Tensor]) -> Accepted:
+    def _decide(self, draft: Draft, logits_at: Callable[[int], Tensor]) -> Accepted:
+        """Which nodes of a draft to accept, given the target model's logits after a node, (1, V)."""
         if self._is_greedy:
-            return accept_by_match(draft.branches, lambda place: int(scores_at(place).argmax()))
+            return accept_by_match(draft.branches, lambda node: int(logits_at(node).argmax()))
 
-        def model_at(place: int) -> Tensor:
-            return scores_at(place)[0].softmax(-1)
+        def model_at(node: int) -> Tensor:
+            return logits_at(node)[0].softmax(-1)
 
         if draft.distribution_at is not None:
             return accept_by_ratio(draft.branches, model_at, draft.distribution_at, self._generator)
-        return accept_by_match(draft.branches, lambda place: draw_token(model_at(place), self._generator))
+        return accept_by_match(draft.branches, lambda node: draw_token(model_at(node), self._generator))
