@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicCache
 
 from calm.models.generation.compiled_files import load_function
 from calm.models.generation.tracing import Traced, compile_function
-from calm.models.heads.scores import draw_tokens
+from calm.models.heads.logits import draw_tokens
 
 GREEDY = 1e5
 """An inverse temperature at which the likeliest token is drawn, by any number."""

@@ -13,8 +13,8 @@ from calm.core.distillation import SoftTargets
 from calm.errors import InputError
 from calm.models.generation.sampler_registry import default_sampler, sampler_from
 from calm.models.heads import Likelihood, Target
+from calm.models.heads.logits import draw_tokens
 from calm.models.heads.registry import build_head
-from calm.models.heads.scores import draw_tokens
 from calm.models.heads.vocabulary import ClassedTokens, TwoSoftmaxes
 from calm.models.loading import load_language_model_and_tokenizer
 

@@ -5,7 +5,8 @@ velocity follows. The evidence that a point itself gives about its token is know
 (see `calm.core.categorical`), so the network only has to learn the distribution of a token given the hidden
 state and the noisy codes of the other tokens.
 
-Shapes: N draws, P positions, K tokens per chunk, D hidden size, Z latent size, V vocabulary, r rank.
+Shapes: N draws, P positions, K tokens per chunk, D hidden size, Z latent size, V vocabulary, r rank, d = Z/K
+size of a token's code, X = r + 1 + d size of the vectors that give the logits.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from calm.core.random import Randomness
 from calm.models.blocks import PartedLinear, ZeroLinear
 from calm.models.heads.contract import Target
 from calm.models.heads.fields import HeadFlops
-from calm.models.heads.scores import token_distributions
+from calm.models.heads.logits import token_distributions
 from calm.models.heads.step_network import UNITS_OF_TIME, StepHead, StepHeadConfig
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 
@@ -58,22 +59,22 @@ class CategoricalFlowHeadConfig(TokenHeadConfig, StepHeadConfig):
         return self.chunk_size * self.rank
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
-        """See `HeadConfig`; includes the vocabulary logits, and the mean code computed from them."""
+        """See `HeadConfig`; includes the vocabulary logits, and the mean codes computed from them."""
         network = super().flops(hidden_size, latent_size)
-        code = latent_size // self.chunk_size
+        code_size = latent_size // self.chunk_size
         direct = 2 * hidden_size * self.output_size(latent_size)
-        scores = 2 * self.chunk_size * self.vocab_size * (self.rank + 1 + code)
-        mean = 2 * self.chunk_size * self.vocab_size * code
+        logits = 2 * self.chunk_size * self.vocab_size * (self.rank + 1 + code_size)
+        mean_codes = 2 * self.chunk_size * self.vocab_size * code_size
         return network._replace(
             shared=network.shared + direct,
             training_shared=network.training_shared + 3 * direct,
-            per_draw=network.per_draw + self.calls * (scores + mean),
-            training_per_draw=network.training_per_draw + 3 * scores,
+            per_draw=network.per_draw + self.calls * (logits + mean_codes),
+            training_per_draw=network.training_per_draw + 3 * logits,
         )
 
 
 class CategoricalFlowNoise(NamedTuple):
-    """All randomness of one loss: starting points (N, P, Z), times as fractions of the last one (N, P)."""
+    """All randomness of one loss: starting points (N, P, Z), times as fractions of `last_time` (N, P)."""
 
     start: Tensor
     time: Tensor
@@ -111,9 +112,9 @@ class CategoricalFlowHead(TokenHead, StepHead):
         """See `GenerativeHead`. Times are evenly spread from a random offset, which lowers the variance."""
         shape = (self.config.num_draws, num_positions)
         start_NPZ = torch.randn((*shape, self.latent_size), generator=generator, device=device)
-        beginning = torch.rand((), generator=generator, device=device).cpu().double()
-        number_NP = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
-        time_NP = (beginning + _GOLDEN_RATIO * number_NP) % 1  # On the CPU: some devices lack float64.
+        offset = torch.rand((), generator=generator, device=device).cpu().double()
+        index_NP = torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
+        time_NP = (offset + _GOLDEN_RATIO * index_NP) % 1  # On the CPU: some devices lack float64.
         return CategoricalFlowNoise(start_NPZ, time_NP.float().to(device))
 
     def draw_latents(
@@ -132,8 +133,8 @@ class CategoricalFlowHead(TokenHead, StepHead):
         table_VX, codes_VC = self._table(), self._codes()
 
         def endpoint(points_NPZ: Tensor, time: float) -> Tensor:
-            now = torch.full((), time, device=points_NPZ.device)
-            features_NPKX = self._features(points_NPZ, now, prepared_P, temperature)
+            time_tensor = torch.full((), time, device=points_NPZ.device)
+            features_NPKX = self._features(points_NPZ, time_tensor, prepared_P, temperature)
             distributions = token_distributions(features_NPKX.flatten(0, 2), table_VX)
             means = [p_MV.to(codes_VC.dtype) @ codes_VC for p_MV in distributions]
             return torch.cat(means).view_as(points_NPZ).to(points_NPZ.dtype)
@@ -150,12 +151,12 @@ class CategoricalFlowHead(TokenHead, StepHead):
         """Vectors whose products with the rows of `_table` are the logits, (N, P, K, r + 1 + d)."""
         size = self.config.chunk_size
         split = prepared_P.shape[-1] - self.direct.out_features
-        condition_PD, direct_PX = prepared_P[:, :split], prepared_P[:, split:]
-        vectors_NPX = self.network(points_NPZ, UNITS_OF_TIME * time, condition_PD) + direct_PX
-        vectors_NPKR = vectors_NPX.unflatten(-1, (size, -1))
+        condition_PD, direct_P = prepared_P[:, :split], prepared_P[:, split:]
+        vectors_NP = self.network(points_NPZ, UNITS_OF_TIME * time, condition_PD) + direct_P
+        vectors_NPKR = vectors_NP.unflatten(-1, (size, -1))
         evidence_NPKC = evidence(points_NPZ.unflatten(-1, (size, -1)), time)
-        one_NPK1 = torch.ones_like(vectors_NPKR[..., :1])
-        learned = torch.cat([vectors_NPKR, one_NPK1], dim=-1) / temperature  # Not the evidence.
+        ones_NPK1 = torch.ones_like(vectors_NPKR[..., :1])  # They multiply the bias.
+        learned = torch.cat([vectors_NPKR, ones_NPK1], dim=-1) / temperature  # Not the evidence.
         return torch.cat([learned, evidence_NPKC], dim=-1).to(self.scores.weight.dtype)
 
     def _table(self) -> Tensor:

@@ -85,7 +85,7 @@ class GenerativeHead(nn.Module, abc.ABC):
             prepared_P: Output of `prepare`, or some of its rows.
             num_draws: Number of draws N.
             randomness: Source of the noise: one generator, or one per position.
-            temperature: From the configuration's `lowest_temperature` to 1; a draw costs the same at each.
+            temperature: From the configuration's `lowest_temperature` to 1.
 
         Raises:
             ValueError: If the head does not support the temperature, or its weights are damaged.
@@ -93,7 +93,7 @@ class GenerativeHead(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
-        """Training loss of each position, (P,), given the noise from `draw_noise`."""
+        """Training loss of each position, (P,), given noise from `draw_noise`."""
 
     def loss(
         self, states_PD: Tensor, target: Target, noise: Any = None, generator: torch.Generator | None = None

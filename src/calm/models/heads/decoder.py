@@ -10,7 +10,7 @@ The last layers, a norm and the logits follow. Attention in both groups of layer
 So a token-level Transformer can be split into a CALM (docs/uptraining.md). A token decoder inside blocks is
 that of the Block Transformer (Ho et al., arXiv 2406.02657).
 
-Shapes: N draws, P positions, K tokens per chunk, D hidden size, V vocabulary, M rows.
+Shapes: N draws, P positions, M = N·P, K tokens per chunk, D hidden size.
 """
 
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class DecoderHeadConfig(HeadConfig):
         llama, layers = self.as_llama(), self.first_layers + self.last_layers
         # Each position attends to the sink, the positions before it, and itself.
         first, *later = (
-            layers * multiply_adds_of_layer(llama, self.sink + place + 1) for place in range(self.chunk_size)
+            layers * multiply_adds_of_layer(llama, self.sink + k + 1) for k in range(self.chunk_size)
         )
         shared = first + len(later) * hidden_size * hidden_size
         per_draw = sum(later) + self.chunk_size * self.vocab_size * hidden_size
@@ -107,9 +107,9 @@ class DecoderHead(LikelihoodHead):
         self.first = TokenLayers(llama, config.first_layers, config.sink)
         self.last = TokenLayers(llama, config.last_layers, config.sink)
         self.norm = LlamaRMSNorm(hidden_size, eps=llama.rms_norm_eps)
-        # What the map of the update adds to the identity, at each later position.
-        later = (config.chunk_size - 1) * hidden_size
-        self.inject = ZeroLinear(hidden_size, later, bias=False) if later else nn.Identity()
+        # The map of the backbone's update to each later position, minus the identity.
+        later_size = (config.chunk_size - 1) * hidden_size
+        self.inject = ZeroLinear(hidden_size, later_size, bias=False) if later_size else nn.Identity()
         self.scores = (
             None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
         )
@@ -131,56 +131,55 @@ class DecoderHead(LikelihoodHead):
 
         Returns:
             (P, D + (K - 1)·D + memory sizes): the vector that gives the first token's logits, what is added
-            at each later position, and the keys and values of position 0.
+            at each later position, and the keys and values of position 0 in the first and last layers.
         """
-        state_PD, last_PD = self._parts(states_PD)
-        before_PD, of_first = self.first.step(last_PD, 0, [])
-        later_PX = self._later(state_PD - before_PD).flatten(1)
-        x_PD, of_last = self.last.step(state_PD, 0, [])
-        memory_parts = [
-            layers.pack(of) for layers, of in ((self.first, of_first), (self.last, of_last)) if of
-        ]
-        return torch.cat([self.norm(x_PD), later_PX, *memory_parts], dim=-1)
+        state_PD, previous_PD = self._split_states(states_PD)
+        x_PD, first_memory = self.first.step(previous_PD, 0, [])
+        updates_PX = self._later_updates(state_PD - x_PD).flatten(1)
+        x_PD, last_memory = self.last.step(state_PD, 0, [])
+        memories = ((self.first, first_memory), (self.last, last_memory))
+        packed = [layers.pack(memory) for layers, memory in memories if memory]
+        return torch.cat([self.norm(x_PD), updates_PX, *packed], dim=-1)
 
-    def _later(self, update_PD: Tensor) -> Tensor:
-        """What the backbone's update adds at the positions after the first, (P, K - 1, D)."""
+    def _later_updates(self, update_PD: Tensor) -> Tensor:
+        """What the backbone's update at position 0 adds at the positions after it, (P, K - 1, D)."""
         if self.config.chunk_size == 1:
             return update_PD.unsqueeze(1)[:, :0]
-        moved_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
-        return update_PD.unsqueeze(1) + moved_PKD
+        injected_PKD = self.inject(update_PD).unflatten(-1, (self.config.chunk_size - 1, self.hidden_size))
+        return update_PD.unsqueeze(1) + injected_PKD
 
-    def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
+    def _sample(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         size, width, num_draws = self.config.chunk_size, self.hidden_size, uniform_NPK.shape[0]
         widths = [width, (size - 1) * width, self.first.memory_size, self.last.memory_size]
-        of_draws_MX = prepared_P.expand(num_draws, -1, -1).flatten(0, 1)
-        vectors_MD, later_MX, first_MX, last_MX = of_draws_MX.split(widths, dim=-1)
-        later_MKD = later_MX.unflatten(-1, (size - 1, width))
-        of_first, of_last = self.first.unpack(first_MX), self.last.unpack(last_MX)
+        prepared_MX = prepared_P.expand(num_draws, -1, -1).flatten(0, 1)
+        vectors_MD, updates_MX, first_MX, last_MX = prepared_MX.split(widths, dim=-1)
+        updates_MKD = updates_MX.unflatten(-1, (size - 1, width))
+        first_memory, last_memory = self.first.unpack(first_MX), self.last.unpack(last_MX)
         vocabulary, tokens = self._vocabulary(), list[Tensor]()
-        checked_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
-        for place, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
-            if place:
-                x_MD, of_first = self.first.step(self._embed(tokens[-1]), place, of_first)
-                x_MD, of_last = self.last.step(x_MD + later_MKD[:, place - 1], place, of_last)
+        checks_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
+        for k, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
+            if k > 0:
+                x_MD, first_memory = self.first.step(self._embed(tokens[-1]), k, first_memory)
+                x_MD, last_memory = self.last.step(x_MD + updates_MKD[:, k - 1], k, last_memory)
                 vectors_MD = self.norm(x_MD)
-            tokens_M, sums_M = vocabulary.choose(vectors_MD, uniform_NP.flatten(), temperature)
+            tokens_M, check_M = vocabulary.choose(vectors_MD, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M)
-            checked_M = checked_M + sums_M
-        require_finite(checked_M)  # Once for all tokens: it waits for the device.
+            checks_M = checks_M + check_M
+        require_finite(checks_M)  # Once for all tokens: it waits for the device.
         return torch.stack(tokens, dim=-1).view_as(uniform_NPK)
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
-        state_PD, last_PD = self._parts(states_PD)
-        window_PKD = torch.cat([last_PD.unsqueeze(1), self._embed(tokens_PK[:, :-1])], dim=1)
-        read_PKD = self.first(window_PKD)
-        later_PKD = read_PKD[:, 1:] + self._later(state_PD - read_PKD[:, 0])
+        state_PD, previous_PD = self._split_states(states_PD)
+        window_PKD = torch.cat([previous_PD.unsqueeze(1), self._embed(tokens_PK[:, :-1])], dim=1)
+        x_PKD = self.first(window_PKD)
+        later_PKD = x_PKD[:, 1:] + self._later_updates(state_PD - x_PKD[:, 0])
         x_PKD = self.last(torch.cat([state_PD.unsqueeze(1), later_PKD], dim=1))
         return self.norm(x_PKD).flatten(0, 1)
 
-    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_states(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's state, and the embedding of the last token before the chunk, (P, D) each."""
-        state_PD, last_PD = states_PD.split([self.hidden_size, self.hidden_size], dim=-1)
-        return state_PD, last_PD
+        state_PD, previous_PD = states_PD.split([self.hidden_size, self.hidden_size], dim=-1)
+        return state_PD, previous_PD
 
     def _vocabulary(self) -> OneSoftmax:
         table = self._backbone[0].embed_tokens if self.scores is None else self.scores

@@ -15,9 +15,9 @@ from calm.core.random import Randomness
 from calm.models.heads.contract import Target
 from calm.models.heads.step_network import StepHead, StepHeadConfig
 
-# The deterministic samplers skip steps with less signal: there the predicted latent is the network's error
-# divided by nearly zero, and later steps cannot correct a wrong start.
-_LEAST_SIGNAL = 2.5e-3
+# The deterministic samplers skip steps with less signal than this: there, the network's error is divided by
+# nearly zero to predict the latent, and later steps cannot correct a wrong start.
+_MIN_SIGNAL = 2.5e-3
 
 
 @dataclass(kw_only=True)
@@ -56,10 +56,10 @@ class DiffusionHeadConfig(StepHeadConfig):
         super().__post_init__()
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}.")
-        most = len(_usable_steps(self.num_timesteps, self.sampler).steps)
-        if self.num_steps > most:
+        num_usable = len(_usable_steps(self.num_timesteps, self.sampler).steps)
+        if self.num_steps > num_usable:
             raise ValueError(
-                f"num_steps must be at most {most} for the sampler {self.sampler} of a diffusion of "
+                f"num_steps must be at most {num_usable} for the sampler {self.sampler} of a diffusion of "
                 f"{self.num_timesteps} steps, got {self.num_steps}."
             )
         if self.data_bound < 0:
@@ -112,26 +112,26 @@ class DiffusionHead(StepHead):
     ) -> Tensor:
         """See `LatentHead`.
 
-        Recorded noise is standard normal, (S, N, P, Z): the start, then the noise of each step but the last
-        (the deterministic samplers need only the start).
+        Recorded noise is standard normal, (S, N, P, Z): the starting points, then the noise of each of S - 1
+        steps, all but the last (the deterministic samplers need only the starting points).
         """
         config = self.config
 
-        def noise_number(number: int) -> Tensor:
-            recorded = None if noise is None else noise[number]
+        def noise_at(index: int) -> Tensor:
+            recorded = None if noise is None else noise[index]
             return self.noise_of_points(prepared_P, num_draws, randomness, recorded)
 
         def predict(x_NPZ: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            now = torch.full((), float(step), device=x_NPZ.device)
-            predicted_NPZ, fraction_NPZ = self.network(x_NPZ, now, prepared_P).chunk(2, dim=-1)
+            time = torch.full((), float(step), device=x_NPZ.device)
+            predicted_NPZ, fraction_NPZ = self.network(x_NPZ, time, prepared_P).chunk(2, dim=-1)
             return predicted_NPZ, fraction_NPZ
 
         return sample(
             _usable_steps(config.num_timesteps, config.sampler).respaced(config.num_steps),
             predict,
-            noise_number(0),
+            noise_at(0),
             config.sampler,
-            lambda taken: noise_number(taken + 1),
+            lambda steps_taken: noise_at(steps_taken + 1),
             config.data_bound or None,
         )
 
@@ -150,5 +150,5 @@ class DiffusionHead(StepHead):
 @functools.cache
 def _usable_steps(num_timesteps: int, sampler: DiffusionSampler) -> NoiseSchedule:
     """The steps that a sampler may choose from."""
-    whole = NoiseSchedule.cosine(num_timesteps)
-    return whole if sampler == "ancestral" else whole.with_signal(_LEAST_SIGNAL)
+    schedule = NoiseSchedule.cosine(num_timesteps)
+    return schedule if sampler == "ancestral" else schedule.with_signal(_MIN_SIGNAL)

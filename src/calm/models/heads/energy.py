@@ -88,8 +88,8 @@ class _Block(GradientCheckpointingLayer):
         return F.linear(condition_PD, self.merge.weight.chunk(2, dim=1)[1], self.merge.bias)
 
     def forward(self, draws_NPD: Tensor, shared_PD: Tensor) -> Tensor:
-        of_draw = self.merge.weight.chunk(2, dim=1)[0]
-        merged = F.linear(self.norm(draws_NPD), of_draw) + shared_PD
+        draw_weight = self.merge.weight.chunk(2, dim=1)[0]
+        merged = F.linear(self.norm(draws_NPD), draw_weight) + shared_PD
         gate, up = self.gate_and_up(F.silu(self.hidden(F.silu(merged)))).chunk(2, dim=-1)
         return draws_NPD + self.down(F.silu(gate) * up)
 

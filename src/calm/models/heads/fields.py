@@ -7,17 +7,17 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 from calm.errors import shown
 
-_LARGEST, _MOST_BLOCKS = 10**7, 10_000  # Configuration files are untrusted.
+_MAX_INT, _MAX_BLOCKS = 10**7, 10_000  # Configuration files are untrusted.
 
 
 class HeadFlops(NamedTuple):
     """FLOPs of a head at one position, two per multiply-add.
 
     Args:
-        shared: For sampling, whatever the number of draws.
-        per_draw: For sampling, per draw, over all steps of a solver.
-        training_shared: For training, forward and backward, whatever the number of draws.
-        training_per_draw: For training, forward and backward, per draw.
+        shared: To sample, once for all draws.
+        per_draw: To sample, per draw, over all steps of a solver.
+        training_shared: To train, forward and backward, once for all draws.
+        training_per_draw: To train, forward and backward, per draw.
         training_draws: Draws, or targets, per position in training.
     """
 
@@ -32,7 +32,7 @@ class HeadFlops(NamedTuple):
         """FLOPs of a head with the same forward pass for loss and draws; a backward pass costs two of them.
 
         Args:
-            shared: Multiply-adds per position, whatever the number of draws.
+            shared: Multiply-adds per position, once for all draws.
             per_draw: Multiply-adds per draw.
             training_draws: Draws per position in training.
         """
@@ -77,9 +77,9 @@ class HeadConfig:
         Raises:
             ValueError: If a value is invalid.
         """
-        kinds = get_type_hints(type(self))
+        types = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), kinds[field.name])
+            _check_type(field.name, getattr(self, field.name), types[field.name])
 
     @property
     def extra_state_size(self) -> int:
@@ -88,8 +88,8 @@ class HeadConfig:
 
     @property
     def learns_cross_entropy(self) -> bool:
-        """Whether a head with a likelihood is trained by it: its loss is then in nats per token, and it can
-        have a teacher."""
+        """Whether a head with a likelihood is trained by cross-entropy. Its loss is then in nats per token,
+        and it can be distilled from a teacher."""
         return True
 
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
@@ -119,18 +119,18 @@ def refuse_old_names(cls: type, renamed: dict[str, str]) -> None:
             raise TypeError(f"{cls.__name__}.{old} is now {new}; see docs/heads.md.")
 
 
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        fits, expected = value in get_args(kind), f"one of {', '.join(map(str, get_args(kind)))}"
-    elif kind is float:
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    if get_origin(annotation) is Literal:
+        fits, expected = value in get_args(annotation), f"one of {', '.join(map(str, get_args(annotation)))}"
+    elif annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits, expected = is_number and math.isfinite(value), "a finite number"
-    elif kind is int:
-        most = _MOST_BLOCKS if name == "num_blocks" else _LARGEST
-        fits = isinstance(value, int) and not isinstance(value, bool) and value <= most
-        expected = f"a whole number of at most {most:,}"
-    elif kind in (bool, str):
-        fits, expected = isinstance(value, kind), {bool: "true or false", str: "a string"}[kind]
+    elif annotation is int:
+        limit = _MAX_BLOCKS if name == "num_blocks" else _MAX_INT
+        fits = isinstance(value, int) and not isinstance(value, bool) and value <= limit
+        expected = f"a whole number of at most {limit:,}"
+    elif annotation in (bool, str):
+        fits, expected = isinstance(value, annotation), {bool: "true or false", str: "a string"}[annotation]
     else:  # Only the head itself can check other types.
         return
     if not fits:

@@ -66,7 +66,7 @@ class FlowHead(StepHead):
         """Mean squared error of the velocity at N points per position, shape (P,)."""
         targets_NPZ = target.posterior_PZ.sample(len(noise.posterior), noise=noise.posterior)
         x_NPZ, velocity_NPZ = straight_path(noise.start, targets_NPZ, noise.time)
-        predicted_NPZ = self.network(x_NPZ, self._in_units(noise.time), self.prepare(states_PD))
+        predicted_NPZ = self.network(x_NPZ, self._network_time(noise.time), self.prepare(states_PD))
         return (predicted_NPZ - velocity_NPZ).square().mean(-1).mean(0)
 
     def draw_latents(
@@ -81,12 +81,13 @@ class FlowHead(StepHead):
         start_NPZ = self.noise_of_points(prepared_P, num_draws, randomness, noise)
 
         def velocity(x_NPZ: Tensor, time: float) -> Tensor:
-            now = torch.full((), time, device=x_NPZ.device)
-            return self.network(x_NPZ, self._in_units(now), prepared_P)
+            network_time = self._network_time(torch.full((), time, device=x_NPZ.device))
+            return self.network(x_NPZ, network_time, prepared_P)
 
         return solve(velocity, start_NPZ, self.config.num_steps, self.config.solver)
 
-    def _in_units(self, time: Tensor) -> Tensor:
+    def _network_time(self, time: Tensor) -> Tensor:
+        """Times from 0 to 1, as numbers for the network's time embedding."""
         bins = self.config.time_bins
         # Heun's solver also evaluates time 1, which is in no bin.
         return (bins * time).floor().clamp_max(bins - 1) if bins else UNITS_OF_TIME * time

@@ -1,6 +1,7 @@
-"""What heads with token probabilities share: likelihoods, and sampling tokens from uniform numbers.
+"""Base class of the heads with token probabilities: likelihoods, and sampling tokens from uniform numbers.
 
-Shapes: N draws, P positions, K tokens per chunk, D state size, V vocabulary, X size of vectors, M rows.
+Shapes: N draws, P positions, K tokens per chunk, M = P·K, D state size, V vocabulary, X size of the vectors
+that give the logits.
 """
 
 import abc
@@ -27,7 +28,7 @@ class LikelihoodHead(GenerativeHead):
         """The vocabulary that turns these vectors into distributions."""
 
     @abc.abstractmethod
-    def _write(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
+    def _sample(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), each sampled from a uniform number in [0, 1)."""
 
     def _loss(self, states_PD: Tensor, target: Target, noise: Any) -> Tensor:
@@ -55,8 +56,8 @@ class LikelihoodHead(GenerativeHead):
         """
         _check_for_probabilities(temperature)
         vectors_MX = self._vectors(states_PD, tokens_PK)
-        figures_3M = self._vocabulary().probabilities(vectors_MX, tokens_PK.flatten(), temperature)
-        return TokenProbabilities(*figures_3M.unflatten(-1, tokens_PK.shape))
+        statistics_3M = self._vocabulary().probabilities(vectors_MX, tokens_PK.flatten(), temperature)
+        return TokenProbabilities(*statistics_3M.unflatten(-1, tokens_PK.shape))
 
     def token_distribution(
         self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
@@ -80,11 +81,11 @@ class LikelihoodHead(GenerativeHead):
         self.check_temperature(temperature)
         size = self.config.chunk_size  # type: ignore[attr-defined]
         uniform_NPK = uniform(num_draws, prepared_P.shape[0], size, randomness, prepared_P.device)
-        return self._write(prepared_P, uniform_NPK, temperature)
+        return self._sample(prepared_P, uniform_NPK, temperature)
 
 
 def _check_for_probabilities(temperature: float) -> None:
-    """Raise ValueError at temperatures without probabilities."""
+    """Raise ValueError at a temperature at which probabilities are not computed."""
     if not MIN_TEMPERATURE <= temperature <= 1:
         raise ValueError(
             f"probabilities need a temperature from {MIN_TEMPERATURE:g} to 1, got {temperature:g}."

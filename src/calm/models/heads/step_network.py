@@ -62,15 +62,15 @@ class StepHeadConfig(HeadConfig):
     def flops(self, hidden_size: int, latent_size: int) -> HeadFlops:
         """See `HeadConfig`; counts all steps of a draw, and assumes that all draws are made in one call."""
         square, blocks = hidden_size * hidden_size, self.num_blocks
-        of_time = self.frequency_size * hidden_size + square
-        of_norms = 3 * blocks * square + 2 * square
+        time_embedding = self.frequency_size * hidden_size + square
+        modulations = 3 * blocks * square + 2 * square
         ends = latent_size + self.output_size(latent_size)
-        of_point = ends * hidden_size + 2 * blocks * square
+        point = ends * hidden_size + 2 * blocks * square
         return HeadFlops(
-            shared=2 * (square + self.calls * of_norms),  # Times are embedded once for all positions.
-            per_draw=2 * self.calls * of_point,
+            shared=2 * (square + self.calls * modulations),  # Times are embedded once for all positions.
+            per_draw=2 * self.calls * point,
             training_shared=6 * square,
-            training_per_draw=6 * (of_time + of_norms + of_point),
+            training_per_draw=6 * (time_embedding + modulations + point),
             training_draws=self.num_draws,
         )
 

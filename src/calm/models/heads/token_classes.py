@@ -1,6 +1,6 @@
-"""Base of the heads that read the tokens of the previous chunk, with a one- or two-step softmax.
+"""Base class of the heads that read the tokens of the previous chunk, with a one- or two-step softmax.
 
-Two steps choose a class, then a token of that class: see `calm.core.classes`.
+In two steps, the first chooses a class, the second a token of that class: see `calm.core.classes`.
 
 Shapes: P positions, K tokens per chunk, D hidden size, E size of a token embedding, V vocabulary, C classes,
 G tokens per class, N kinds of neighbours.
@@ -20,12 +20,12 @@ from calm.models.heads.fields import check_counts
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 from calm.models.heads.vocabulary import ClassedTokens, OneSoftmax, TwoSoftmaxes, Vocabulary
 
-_NEVER = -100.0  # Log-probability of what is never seen.
+_LOG_OF_ZERO = -100.0  # Bias of the padding in the last class: all weights of a checkpoint must be finite.
 
 
 @dataclass(kw_only=True)
 class TokenClassesConfig(TokenHeadConfig):
-    """Fields that these heads share.
+    """Fields of these heads.
 
     Args:
         num_classes: Number of token classes; 1 is a single softmax over the vocabulary.
@@ -51,7 +51,7 @@ class TokenClassesConfig(TokenHeadConfig):
 
     @property
     def extra_state_size(self) -> int:
-        """See `HeadConfig`: embeddings of the K tokens of a chunk."""
+        """See `HeadConfig`: the embeddings of the K tokens of a chunk."""
         return self.chunk_size * self.token_size
 
     @property
@@ -61,7 +61,7 @@ class TokenClassesConfig(TokenHeadConfig):
 
     @property
     def num_filled_classes(self) -> int:
-        """Classes that contain a token; at equal sizes, fewer than `num_classes` may hold all tokens."""
+        """Classes that contain a token; rounding up their size may leave fewer than `num_classes`."""
         return -(-self.vocab_size // self.class_size)
 
     @property
@@ -70,13 +70,13 @@ class TokenClassesConfig(TokenHeadConfig):
         return self.rank if self.num_classes == 1 else 2 * self.rank
 
     @property
-    def num_scores(self) -> int:
+    def num_logits(self) -> int:
         """Logits computed per token at temperature 1."""
         return self.vocab_size if self.num_classes == 1 else self.num_filled_classes + self.class_size
 
     @property
-    def num_all_scores(self) -> int:
-        """Logits in a token's full distribution: those of all classes, and of all tokens with padding."""
+    def num_all_logits(self) -> int:
+        """Logits for the full distribution of a token: of all classes, and of all tokens and padding."""
         if self.num_classes == 1:
             return self.vocab_size
         return self.num_filled_classes * (1 + self.class_size)
@@ -90,7 +90,7 @@ class TokenClassesHead(TokenHead):
 
     config: TokenClassesConfig
     class_scores: PartedLinear
-    """Vectors -> class logits, if there are classes. `scores` is then in class order."""
+    """Vectors -> class logits, if there are classes; the rows of `scores` are then in class order."""
     tokens_by_class: Tensor
     """Tokens in class order, (V,), if there are classes."""
 
@@ -102,13 +102,13 @@ class TokenClassesHead(TokenHead):
         """See `GenerativeHead`: the concatenated embeddings of the chunk's tokens."""
         return self.embed_tokens(chunks_BCK).flatten(-2)
 
-    def _parts(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_states(self, states_PD: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's state, (P, D), and the embeddings of the previous chunk, (P, K·E)."""
-        state_PD, before_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
-        return state_PD, before_PX
+        state_PD, previous_PX = states_PD.split([self.hidden_size, self.config.extra_state_size], dim=-1)
+        return state_PD, previous_PX
 
-    def _add_scores(self, class_rank: int) -> None:
-        """Add the last layers.
+    def _add_output_layers(self, class_rank: int) -> None:
+        """Add the layers that compute logits.
 
         Args:
             class_rank: Size of the vector before the class logits.
@@ -122,8 +122,8 @@ class TokenClassesHead(TokenHead):
         self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
         self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
 
-    def _score_layers(self) -> list[nn.Module]:
-        """The last layers."""
+    def _output_layers(self) -> list[nn.Module]:
+        """The layers that compute logits."""
         return [self.scores] if self.config.num_classes == 1 else [self.class_scores, self.scores]
 
     def _classed_tokens(self) -> ClassedTokens:
@@ -131,7 +131,7 @@ class TokenClassesHead(TokenHead):
         scores, size = self.scores, self.config.class_size
         return ClassedTokens(scores.weight, scores.bias, self.tokens_by_class, size)
 
-    def _of_vectors(self) -> Vocabulary:
+    def _vocabulary(self) -> Vocabulary:
         """The vocabulary for vectors of `vector_size`; with classes, their first half gives the class."""
         if self.config.num_classes == 1:
             return OneSoftmax(self.scores.weight, self.scores.bias)
@@ -162,8 +162,9 @@ class TokenClassesHead(TokenHead):
         if self.config.num_classes == 1 or not self.config.bias_from_text:
             super().init_from_counts(count_tokens)
             return
-        seen_V = self._seen(count_tokens)[self.tokens_by_class]
-        seen_CG = F.pad(seen_V, (0, len(self.scores.bias) - len(seen_V))).view(-1, self.config.class_size)
-        of_class_C1 = seen_CG.sum(-1, keepdim=True)
-        self.class_scores.bias.copy_((of_class_C1 / of_class_C1.sum()).log().flatten())
-        self.scores.bias.copy_((seen_CG / of_class_C1).log().clamp_min(_NEVER).flatten())
+        counts_V = self._smoothed_counts(count_tokens)[self.tokens_by_class]
+        padding = len(self.scores.bias) - len(counts_V)
+        counts_CG = F.pad(counts_V, (0, padding)).view(-1, self.config.class_size)
+        class_counts_C1 = counts_CG.sum(-1, keepdim=True)
+        self.class_scores.bias.copy_((class_counts_C1 / class_counts_C1.sum()).log().flatten())
+        self.scores.bias.copy_((counts_CG / class_counts_C1).log().clamp_min(_LOG_OF_ZERO).flatten())

@@ -1,4 +1,4 @@
-"""What heads that learn tokens by cross-entropy share: logits over the whole vocabulary.
+"""Base class of the heads that learn tokens by cross-entropy, with logits over the whole vocabulary.
 
 Shapes: V vocabulary.
 """
@@ -51,10 +51,10 @@ class TokenHead(GenerativeHead):
     def init_from_counts(self, count_tokens: Callable[[], Tensor]) -> None:
         """See `GenerativeHead`: every predicted distribution starts as the unigram distribution."""
         if self.config.bias_from_text:
-            seen_V = self._seen(count_tokens)
-            self.scores.bias.copy_((seen_V / seen_V.sum()).log())
+            counts_V = self._smoothed_counts(count_tokens)
+            self.scores.bias.copy_((counts_V / counts_V.sum()).log())
 
-    def _seen(self, count_tokens: Callable[[], Tensor]) -> Tensor:
-        """Count of each token of the head's vocabulary, plus one half, (V,)."""
+    def _smoothed_counts(self, count_tokens: Callable[[], Tensor]) -> Tensor:
+        """Count of each token of the head's vocabulary, (V,), plus one half, so that none is 0."""
         counts_V = count_tokens().double()
-        return F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5  # Avoids log(0).
+        return F.pad(counts_V, (0, self.config.vocab_size - len(counts_V))) + 0.5

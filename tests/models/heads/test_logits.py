@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calm.models.heads.scores import draw_tokens
+from calm.models.heads.logits import draw_tokens
 
 
 @pytest.fixture(scope="module")
