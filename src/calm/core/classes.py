@@ -116,14 +116,14 @@ def _weighted_gradients(
     class_size: int,
     vocab_size: int,
     is_trained: bool,
-    by_vectors: Tensor,
-    by_table: Tensor,
-    by_bias: Tensor,
+    grad_vectors: Tensor,
+    grad_table: Tensor,
+    grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a weighted sum of the losses, given those of the unweighted sum."""
     if are_equal(weights):
         weight = weights[0]
-        return by_vectors * weight, by_table * weight, by_bias * weight
+        return grad_vectors * weight, grad_table * weight, grad_bias * weight
     return _by_classes(vectors, table, bias, slots, class_size, vocab_size, is_trained, weights)[1:]
 
 
@@ -138,11 +138,11 @@ def _by_classes(
     weights_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and gradients, weighted by `weights_M`, with one matrix product for all rows of a class."""
-    losses_M, by_vectors_MX, by_table_WX, by_bias_W = _allocate_outputs(
+    losses_M, grad_vectors_MX, grad_table_WX, grad_bias_W = _allocate_outputs(
         vectors_MX, table_WX, bias_W, slots_M, class_size, vocab_size, is_trained
     )
-    by_table_WX.zero_()
-    by_bias_W.zero_()
+    grad_table_WX.zero_()
+    grad_bias_W.zero_()
     classes_M = slots_M // class_size
     order_M = classes_M.argsort(stable=True)
     counts = torch.bincount(classes_M, minlength=-(-vocab_size // class_size)).tolist()
@@ -157,15 +157,15 @@ def _by_classes(
         if not is_trained:
             continue
         # The gradient w.r.t. the logits is p, minus 1 at the target.
-        by_logits_RG = log_p_RG.exp_()
-        by_logits_RG.scatter_add_(1, targets_R1, by_logits_RG.new_full((), -1).expand_as(targets_R1))
+        grad_logits_RG = log_p_RG.exp_()
+        grad_logits_RG.scatter_add_(1, targets_R1, grad_logits_RG.new_full((), -1).expand_as(targets_R1))
         if weights_M is not None:
-            by_logits_RG *= weights_M[rows_R].unsqueeze(-1)
-        by_bias_W[slots] = by_logits_RG.sum(0)
-        by_logits_RG = by_logits_RG.to(vectors_MX.dtype)
-        by_vectors_MX[rows_R] = by_logits_RG @ table_GX
-        by_table_WX[slots] = (by_logits_RG.t() @ vectors_RX).float()
-    return losses_M, by_vectors_MX, by_table_WX, by_bias_W
+            grad_logits_RG *= weights_M[rows_R].unsqueeze(-1)
+        grad_bias_W[slots] = grad_logits_RG.sum(0)
+        grad_logits_RG = grad_logits_RG.to(vectors_MX.dtype)
+        grad_vectors_MX[rows_R] = grad_logits_RG @ table_GX
+        grad_table_WX[slots] = (grad_logits_RG.t() @ vectors_RX).float()
+    return losses_M, grad_vectors_MX, grad_table_WX, grad_bias_W
 
 
 def _allocate_outputs(

@@ -82,9 +82,9 @@ def _weighted_gradients(
     table: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    by_vectors: Tensor,
-    by_table: Tensor,
-    by_bias: Tensor,
+    grad_vectors: Tensor,
+    grad_table: Tensor,
+    grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a weighted sum of the losses, given those of the unweighted sum.
 
@@ -92,9 +92,9 @@ def _weighted_gradients(
     """
     if are_equal(weights):
         weight = weights[0]
-        return by_vectors * weight, by_table * weight, by_bias * weight
-    _, _, by_table, by_bias = _in_parts(vectors, table, bias, targets, weights)
-    return by_vectors * weights.unsqueeze(-1).to(by_vectors.dtype), by_table, by_bias
+        return grad_vectors * weight, grad_table * weight, grad_bias * weight
+    _, _, grad_table, grad_bias = _in_parts(vectors, table, bias, targets, weights)
+    return grad_vectors * weights.unsqueeze(-1).to(grad_vectors.dtype), grad_table, grad_bias
 
 
 def _in_parts(
@@ -110,17 +110,17 @@ def _in_parts(
     each; with a bias, a second table and its gradient; in half precision, another table and a partial
     gradient. The table is not copied per core.
     """
-    losses_M, by_vectors_MX, by_table_VX, by_bias_V = _allocate_outputs(vectors_MX, table_VX)
+    losses_M, grad_vectors_MX, grad_table_VX, grad_bias_V = _allocate_outputs(vectors_MX, table_VX)
     if bias_V is None:
-        features_MY, weights_VY, by_weights_VY = vectors_MX, table_VX, by_table_VX
+        features_MY, matrix_VY, grad_matrix_VY = vectors_MX, table_VX, grad_table_VX
     else:  # The bias is the weight of one more feature that is always 1.
         features_MY = F.pad(vectors_MX, (0, 1), value=1)
-        weights_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
-        by_weights_VY = torch.empty_like(weights_VY, dtype=torch.float32)
-    by_weights_VY.zero_()
+        matrix_VY = torch.cat([table_VX, bias_V.unsqueeze(-1)], dim=-1)
+        grad_matrix_VY = torch.empty_like(matrix_VY, dtype=torch.float32)
+    grad_matrix_VY.zero_()
     is_float32 = table_VX.dtype == torch.float32
     # In half precision, products would copy a transposed view once per core.
-    weights_YV = weights_VY.t() if is_float32 else weights_VY.t().contiguous()
+    matrix_YV = matrix_VY.t() if is_float32 else matrix_VY.t().contiguous()
     cores = torch.get_num_threads()
     num_rows = _rows_of_part(vectors_MX, table_VX, cores)
     # All parts reuse these buffers: writing to fresh memory is slower than everything else done with it.
@@ -130,32 +130,32 @@ def _in_parts(
         part = slice(first, first + num_rows)
         targets_R1 = targets_M[part].unsqueeze(-1)
         logits_RV, p_RV = logits_buffer[: len(targets_R1)], p_buffer[: len(targets_R1)]
-        _multiply(features_MY[part], weights_YV, logits_RV, cores)
+        _multiply(features_MY[part], matrix_YV, logits_RV, cores)
         torch.softmax(logits_RV, -1, dtype=torch.float32, out=p_RV)
         losses_M[part] = _losses(logits_RV, p_RV, targets_R1)
-        # The gradient w.r.t. the logits is p, minus 1 at the target. It takes the memory of p, or in another
-        # type than float32, of the logits.
-        by_logits_RV = p_RV.scatter_add_(1, targets_R1, p_RV.new_full((), -1).expand_as(targets_R1))
+        # The gradient w.r.t. the logits is p, minus 1 at the target. It overwrites p or, if converted to
+        # another type, the logits.
+        grad_logits_RV = p_RV.scatter_add_(1, targets_R1, p_RV.new_full((), -1).expand_as(targets_R1))
         if weights_M is not None:
-            by_logits_RV *= weights_M[part].unsqueeze(-1)
+            grad_logits_RV *= weights_M[part].unsqueeze(-1)
         if not is_float32:
-            by_logits_RV = logits_RV.copy_(by_logits_RV)
+            grad_logits_RV = logits_RV.copy_(grad_logits_RV)
         if weights_M is None:
-            _multiply(by_logits_RV, table_VX, by_vectors_MX[part], cores)
+            _multiply(grad_logits_RV, table_VX, grad_vectors_MX[part], cores)
         if is_float32:
-            by_weights_VY.addmm_(by_logits_RV.t(), features_MY[part])
+            grad_matrix_VY.addmm_(grad_logits_RV.t(), features_MY[part])
         else:
-            by_weights_VY += by_logits_RV.t() @ features_MY[part]
+            grad_matrix_VY += grad_logits_RV.t() @ features_MY[part]
     if bias_V is None:
-        by_bias_V.zero_()
+        grad_bias_V.zero_()
     else:
-        by_table_VX.copy_(by_weights_VY[:, :-1])
-        by_bias_V.copy_(by_weights_VY[:, -1])
-    return losses_M, by_vectors_MX, by_table_VX, by_bias_V
+        grad_table_VX.copy_(grad_matrix_VY[:, :-1])
+        grad_bias_V.copy_(grad_matrix_VY[:, -1])
+    return losses_M, grad_vectors_MX, grad_table_VX, grad_bias_V
 
 
 def _rows_of_part(vectors_MX: Tensor, table_VX: Tensor, cores: int) -> int:
-    """Number of rows to process at once: equal shares for all cores."""
+    """Number of rows to process at once, a multiple of the number of cores."""
     vocab_size, size = table_VX.shape
     in_cache = max(_FEWEST_ROWS, _LOGITS_IN_CACHE // vocab_size) * cores
     if table_VX.dtype == torch.float32:

@@ -148,12 +148,12 @@ def _weighted_gradients(
     teacher_bias: Tensor | None,
     teacher_weights: Tensor,
     temperature: float,
-    by_vectors: Tensor,
-    by_table: Tensor,
+    grad_vectors: Tensor,
+    grad_table: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a weighted sum of the losses, given those of the unweighted sum."""
     if are_equal(weights):
-        return by_vectors * weights[0].to(by_vectors.dtype), by_table * weights[0]
+        return grad_vectors * weights[0].to(grad_vectors.dtype), grad_table * weights[0]
     soft_targets = SoftTargets(states, teacher_table, teacher_bias, teacher_weights, temperature)
     return _in_parts(vectors, table, targets, soft_targets, weights)[1:]
 
@@ -170,8 +170,8 @@ def _in_parts(
     Besides its outputs, memory holds some rows' logits of both models, log-probabilities and gradients.
     """
     states_MY, table_UY, bias_U, teacher_weights_M, temperature = soft_targets
-    losses_M, by_vectors_MX, by_table_VX = _allocate_outputs(vectors_MX, table_VX)
-    by_table_VX.zero_()
+    losses_M, grad_vectors_MX, grad_table_VX = _allocate_outputs(vectors_MX, table_VX)
+    grad_table_VX.zero_()
     num_rows = max(_FEWEST_ROWS, _LOGITS_IN_PART // len(table_VX))
     for first in range(0, len(vectors_MX), num_rows):
         part = slice(first, first + num_rows)
@@ -181,9 +181,9 @@ def _in_parts(
         log_p_RV = logits_RV.log_softmax(-1)
         cross_entropy_R1 = -log_p_RV.gather(1, targets_R1)
         # The gradient of the cross-entropy w.r.t. the logits is p, minus 1 at the target.
-        by_logits_RV = log_p_RV.exp()
-        by_logits_RV.scatter_add_(1, targets_R1, torch.full_like(cross_entropy_R1, -1))
-        by_logits_RV *= 1 - weight_R1
+        grad_logits_RV = log_p_RV.exp()
+        grad_logits_RV.scatter_add_(1, targets_R1, torch.full_like(cross_entropy_R1, -1))
+        grad_logits_RV *= 1 - weight_R1
         if temperature != 1:
             log_p_RV = logits_RV.div_(temperature).log_softmax(-1)
         log_q_RU = teacher_RU.div_(temperature).log_softmax(-1)
@@ -195,13 +195,13 @@ def _in_parts(
         # That of T² times the divergence is T (p - q).
         p_RV = log_p_RV.exp_()
         p_RV[:, shared] -= q_RU
-        by_logits_RV += p_RV.mul_(weight_R1 * temperature)
+        grad_logits_RV += p_RV.mul_(weight_R1 * temperature)
         if weights_M is not None:
-            by_logits_RV *= weights_M[part].unsqueeze(-1)
-        by_logits_RV = by_logits_RV.to(vectors_MX.dtype)
-        torch.mm(by_logits_RV, table_VX, out=by_vectors_MX[part])
-        by_table_VX += by_logits_RV.t() @ vectors_MX[part]
-    return losses_M, by_vectors_MX, by_table_VX
+            grad_logits_RV *= weights_M[part].unsqueeze(-1)
+        grad_logits_RV = grad_logits_RV.to(vectors_MX.dtype)
+        torch.mm(grad_logits_RV, table_VX, out=grad_vectors_MX[part])
+        grad_table_VX += grad_logits_RV.t() @ vectors_MX[part]
+    return losses_M, grad_vectors_MX, grad_table_VX
 
 
 def _allocate_outputs(vectors: Tensor, table: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

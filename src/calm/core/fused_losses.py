@@ -1,4 +1,4 @@
-"""What the losses share whose gradients are computed together with them: `cross_entropy` and others.
+"""Shared by losses that compute their gradients in the forward pass, such as `cross_entropy`.
 
 An operator returns the loss of each row, and the gradients of their sum. The backward pass only scales these,
 unless rows have different weights. It is an operator rather than an autograd.Function, so that compilers and
