@@ -33,12 +33,12 @@ def device_name() -> str:
 
 
 def processor_name() -> str:
-    """The processor's model name if the system tells it, else its architecture."""
+    """The processor's model name if the system reports it, else its architecture."""
     name = ""
     if platform.system() == "Darwin":
         name = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    elif (described := Path("/proc/cpuinfo")).is_file():
-        lines = described.read_text(encoding="utf-8", errors="replace").splitlines()
+    elif (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
     return " ".join(name.split()) or platform.processor() or platform.machine()
 
@@ -101,8 +101,8 @@ def _output_of(*command: str) -> str:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of a large square matrix product on a device: the most that training can reach.
 
-    None if a GPU has no room for the matrices besides the model. For a dtype that a processor only emulates,
-    this is the rate of a small product.
+    None if a GPU has no room left for the matrices beside the model. For a dtype that a processor only
+    emulates, this is the rate of a small product.
     """
     # Its own generator, so that training draws the same random numbers with or without this.
     generator = torch.Generator(device).manual_seed(0)
@@ -145,16 +145,16 @@ def read_rate(device: torch.device) -> float:
 
 @functools.cache
 def mixed_precision_gain(device: torch.device, width: int) -> float:
-    """Speedup of training layers of a width in bfloat16 autocast over float32.
+    """Speedup of training layers of a given width in bfloat16 autocast over float32.
 
-    The median over five rounds, each with a forward and backward pass over 1,024 positions in both, after a
-    warm-up round.
+    The median over five rounds, after a warm-up round. Each round times a forward and backward pass over
+    1,024 positions in both dtypes.
     """
     with torch.random.fork_rng(), torch.enable_grad():
         layers = nn.Sequential(nn.Linear(width, 3 * width), nn.SiLU(), nn.Linear(3 * width, width)).to(device)
         positions = torch.randn(1024, width, device=device)
 
-    def pass_of(is_half: bool) -> Callable[[], Any]:
+    def training_pass(is_half: bool) -> Callable[[], Any]:
         def run() -> float:
             with torch.enable_grad():
                 with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
@@ -165,7 +165,7 @@ def mixed_precision_gain(device: torch.device, width: int) -> float:
         return run
 
     with fast_float32():
-        rounds = [_quickest(pass_of(False), 1) / _quickest(pass_of(True), 1) for _ in range(6)]
+        rounds = [_quickest(training_pass(False), 1) / _quickest(training_pass(True), 1) for _ in range(6)]
     return statistics.median(rounds[1:])
 
 

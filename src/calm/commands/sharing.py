@@ -75,7 +75,7 @@ def share(
     check_counts(ngrams, max_blocks=max_blocks)
     if private and push is None:
         raise InputError("--private requires a hub repository; name one with --push, or leave --private out.")
-    name, license, about = (None if one is None else as_text(one) for one in (name, license, about))
+    name, license, about = (None if text is None else as_text(text) for text in (name, license, about))
     from calm.sharing import check_export, check_push, write_card
     from calm.sharing import export as copy
     from calm.sharing import push as upload
