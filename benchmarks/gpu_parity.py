@@ -15,7 +15,7 @@ import torch
 from measure import DEVICE, Cases, Row
 from torch import Tensor, nn
 
-from calm.core.random import GivenNumbers, NotedRequests, numbers_for
+from calm.core.random import GivenNumbers, RequestRecorder, numbers_for
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -207,7 +207,7 @@ def result_of(
 def _rows_that_differ(model: CalmForCausalLM, sizes: Sizes) -> int:
     """Texts at T = 1 that the device writes otherwise than the CPU, of the same random numbers."""
     prompt = torch.randint(4, sizes.vocab_size, (sizes.rows, 8))
-    noted = NotedRequests()
+    noted = RequestRecorder()
     model.head.draw_chunks(model.head.prepare(torch.zeros(1, model.config.state_size)), 1, noted)
     numbers = [one for _ in range(sizes.chunks) for one in numbers_for(noted.requests, 1, sizes.rows, None)]
     texts = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import calm  # noqa: F401
-from calm.core.argmax import argmax_of_scores
+from calm.core.argmax import argmax_of_logits
 from calm.data.stories import stories
 from calm.models.calm import CalmForCausalLM
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     for name, (vectors, weight) in cases(arguments.folder).items():
-        ways = {"slices": lambda v, w=weight: argmax_of_scores(v, w)}
+        ways = {"slices": lambda v, w=weight: argmax_of_logits(v, w)}
         ways["obvious"] = lambda v, w=weight: obvious(v, w)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         wrong: dict[str, int] = {}

@@ -18,8 +18,8 @@ ROWS, SIZE, VOCABULARY = 151, 6, 40
 @pytest.fixture(autouse=True, params=[1, 2, 3])
 def small_parts(request, monkeypatch):
     """Parts of a few rows, shared by a number of cores; the last part cannot be shared by all."""
-    monkeypatch.setattr("calm.core.cross_entropy._SCORES_IN_CACHE", VOCABULARY)
-    monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr("calm.core.cross_entropy._LOGITS_IN_CACHE", VOCABULARY)
+    monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", 7 * VOCABULARY)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -76,7 +76,7 @@ def test_rows_with_weights_of_their_own_are_not_multiplied_by_the_table_again():
     flops = []
     for given in (None, weights):
         with FlopCounterMode(display=False) as counter:
-            module._in_parts(vectors, table, targets, bias, given)
+            module._in_parts(vectors, table, bias, targets, given)
         flops.append(counter.get_total_flops())
     assert flops[1] < 0.7 * flops[0]
 
@@ -89,11 +89,11 @@ def test_memory_does_not_grow_with_the_cores(has_bias, dtype, monkeypatch):
     vectors, table = torch.randn(rows, size).to(dtype), torch.randn(vocabulary, size).to(dtype)
     bias = torch.randn(vocabulary).to(dtype) if has_bias else None
     targets = torch.randint(0, vocabulary, (rows,))
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 64 * vocabulary)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 64 * vocabulary)
     for cores in (1, 2, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
         with AliveBytes() as alive:
-            outputs = module._in_parts(vectors, table, targets, bias)
+            outputs = module._in_parts(vectors, table, bias, targets)
         work = sum(alive.peak().values()) - sum(one.nbytes for one in outputs)
         scores, of_table = 4 * 64 * vocabulary, 4 * vocabulary * (size + 1)
         of_vectors = 4 * rows * (size + 1) if has_bias else 0
@@ -186,6 +186,6 @@ def test_the_operators_keep_the_rules_of_torch():
     vectors, table, targets, bias = inputs(has_bias=True)
     for one in (vectors, table, bias):
         one.requires_grad_()
-    torch.library.opcheck(torch.ops.calm.cross_entropy.default, (vectors, table, targets, bias))
+    torch.library.opcheck(torch.ops.calm.cross_entropy.default, (vectors, table, bias, targets))
     compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
     assert_close(compiled(vectors, table, targets, bias), cross_entropy(vectors, table, targets, bias))

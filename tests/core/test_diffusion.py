@@ -57,10 +57,10 @@ def test_posterior_mean_and_variance(schedule):
         precision = 1 / (1 - before) + kept / beta
         data, point = 0.8, -0.3
         mean = (math.sqrt(before) * data / (1 - before) + math.sqrt(kept) * point / beta) / precision
-        assert step.of_data * data + step.of_point * point == pytest.approx(mean)
-        assert math.exp(step.least) == pytest.approx(1 / precision)
-        assert math.exp(step.most) == pytest.approx(beta)
-    assert schedule.at(0).least == schedule.at(1).least  # Nothing is added at t = 0.
+        assert step.data_weight * data + step.point_weight * point == pytest.approx(mean)
+        assert math.exp(step.min_log_variance) == pytest.approx(1 / precision)
+        assert math.exp(step.max_log_variance) == pytest.approx(beta)
+    assert schedule.at(0).min_log_variance == schedule.at(1).min_log_variance  # Nothing is added at t = 0.
 
 
 def test_the_table_holds_every_step():
@@ -93,8 +93,10 @@ def test_the_bound_is_the_divergence_of_gaussians():
     point = step.signal * data + step.noise * noise
     guess = data_from_noise(step, point, predicted)
     spread = (0.5 * log_variance(step, fraction)).exp()
-    truth = torch.distributions.Normal(step.of_data * data + step.of_point * point, (0.5 * step.least).exp())
-    model = torch.distributions.Normal(step.of_data * guess + step.of_point * point, spread)
+    truth = torch.distributions.Normal(
+        step.data_weight * data + step.point_weight * point, (0.5 * step.min_log_variance).exp()
+    )
+    model = torch.distributions.Normal(step.data_weight * guess + step.point_weight * point, spread)
     bits = torch.distributions.kl_divergence(truth, model).mean(-1) / math.log(2)
     expected = (predicted - noise).square().mean(-1) + bits
     never = torch.zeros(1, 3, dtype=torch.bool)
@@ -106,7 +108,7 @@ def test_the_first_step_has_a_likelihood():
     step = look_up(0)
     data, noise, predicted, fraction = (0.5 * torch.randn(1, 1, 4) for _ in range(4))
     point = step.signal * data + step.noise * noise
-    mean = step.of_data * data_from_noise(step, point, predicted) + step.of_point * point
+    mean = step.data_weight * data_from_noise(step, point, predicted) + step.point_weight * point
     distribution = torch.distributions.Normal(mean, (0.5 * log_variance(step, fraction)).exp())
     first = torch.ones(1, 1, dtype=torch.bool)
     squared = (predicted - noise).square().mean(-1)
@@ -145,9 +147,9 @@ def predict(schedule):
         now = schedule.at(index)
         # Of x_{t-1}: what is left of x_0, seen through its weight, and the variance given x_0.
         of_data = STD**2 * (1 - signal) / variance
-        least = math.exp(now.least) if index else 0.0
-        true = math.log(now.of_data**2 * of_data + least)
-        fraction = 2 * (true - now.least) / (now.most - now.least) - 1
+        least = math.exp(now.min_log_variance) if index else 0.0
+        true = math.log(now.data_weight**2 * of_data + least)
+        fraction = 2 * (true - now.min_log_variance) / (now.max_log_variance - now.min_log_variance) - 1
         return noise, torch.full_like(point, fraction)
 
     return call

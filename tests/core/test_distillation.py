@@ -20,8 +20,8 @@ WEIGHTS = (torch.arange(ROWS) % 4) / 3  # From none to all.
 def small_parts(monkeypatch):
     """Parts of seven rows; the last one has a single row."""
     monkeypatch.setattr(module, "_FEWEST_ROWS", 7)
-    monkeypatch.setattr(module, "_SCORES_IN_PART", 1)
-    monkeypatch.setattr(module, "_SCORES_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(module, "_LOGITS_IN_PART", 1)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 7 * VOCABULARY)
 
 
 def learner(dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:

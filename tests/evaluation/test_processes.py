@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.evaluation.brier import evaluate_brier
 from calm.evaluation.perplexity import evaluate_perplexity
-from calm.evaluation.processes import own_share
+from calm.evaluation.processes import batches_of_process
 from calm.evaluation.scorers import scorer_of
 
 WORLD = 2
@@ -36,7 +36,7 @@ def score():
     return [
         *(evaluate_brier(scorer_of(model), blocks(), seed=7, **settings) for model in models),
         evaluate_perplexity(baseline, blocks(), **settings),
-        [index for index, _ in own_share(blocks())],
+        [index for index, _ in batches_of_process(blocks())],
     ]
 
 

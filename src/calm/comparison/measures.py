@@ -149,8 +149,8 @@ def _temperature_point(
 ) -> TemperaturePoint:
     scorer = scorer_of(model, temperature=temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, **dataclasses.asdict(settings))
-    description = f"drawing at T = {temperature:.2g}"
-    result = score_with(scorer, model, blocks, num_blocks, _TEMPERATURE_SEED, what=description)
+    label = f"drawing at T = {temperature:.2g}"
+    result = score_with(scorer, model, blocks, num_blocks, _TEMPERATURE_SEED, label=label)
     mean_draws = scorer.reader.mean_draws
     chunks = settings.block_size // language_model(model).chunk_size
     cost = cost_of(model.config, Work(chunks, mean_draws))

@@ -44,8 +44,8 @@ def brier_scores(draw_1_PK: Tensor, draw_2_PK: Tensor, target_PK: Tensor) -> Ten
 def brier_scores_of_draws(draws_NPK: Tensor, target_PK: Tensor) -> Tensor:
     """`brier_scores` from any number of independent draws, shape (P, K): same mean, lower variance.
 
-    These are U-statistics: 2 P(y) is estimated by twice the share of draws that hit, sum_x P(x)^2 by the
-    share of the N(N-1)/2 pairs of draws that agree.
+    These are U-statistics: P(y) is estimated by the share of draws that hit, sum_x P(x)^2 by the share of
+    the N(N-1)/2 pairs of draws that agree.
 
     Args:
         draws_NPK: Token ids of N >= 2 draws.
@@ -86,7 +86,7 @@ def share_of_equal_pairs(draws_NPK: Tensor) -> Tensor:
 def brier_losses(of_token_PK: Tensor, of_pair_PK: Tensor) -> Tensor:
     """Exact negative Brier-1..Brier-K of chunks whose tokens are independent of each other, (P, K).
 
-    Then probabilities factorize: sum_x P(x)^2 - 2 P(y), with x over the outcomes of the first n tokens, is
+    Probabilities then factorize: sum_x P(x)^2 - 2 P(y), with x over the outcomes of the first n tokens, is
     the product of the tokens' sums of squares, minus twice the product of the true tokens' probabilities.
     Its expectation is lowest at the true probabilities (a strictly proper score).
 
@@ -141,14 +141,14 @@ def brier_lm(means: Sequence[float] | Tensor) -> float:
     Raises:
         ValueError: If fewer than four orders are given.
     """
-    first = [float(mean) for mean in means[:NUM_ORDERS]]
-    if len(first) < NUM_ORDERS:
-        raise ValueError(f"BrierLM needs the means of {NUM_ORDERS} orders, got {len(first)}.")
-    if any(math.isnan(mean) for mean in first):
+    factors = [float(mean) for mean in means[:NUM_ORDERS]]
+    if len(factors) < NUM_ORDERS:
+        raise ValueError(f"BrierLM needs the means of {NUM_ORDERS} orders, got {len(factors)}.")
+    if any(math.isnan(mean) for mean in factors):
         return math.nan
-    if min(first) <= 0:
+    if min(factors) <= 0:
         return 0.0
-    return 100 * math.exp(sum(map(math.log, first)) / NUM_ORDERS)
+    return 100 * math.exp(sum(map(math.log, factors)) / NUM_ORDERS)
 
 
 def undefined_brier_lm(means: Sequence[float] | Tensor) -> str | None:
@@ -162,8 +162,8 @@ def undefined_brier_lm(means: Sequence[float] | Tensor) -> str | None:
     """
     for order, mean in enumerate(map(float, means[:NUM_ORDERS]), 1):
         if not mean > 0:
-            how = "below 0" if mean < 0 else "is 0" if mean == 0 else "is not known"
-            return f"Brier-{order} {how}"
+            problem = "below 0" if mean < 0 else "is 0" if mean == 0 else "is not known"
+            return f"Brier-{order} {problem}"
     return None
 
 
@@ -219,8 +219,8 @@ class DocumentSums:
     def covariance_XX(self) -> Tensor:
         """Estimated covariance of the means; NaN for a single document."""
         deviation_DX = self.total_DX - self.count_D.unsqueeze(-1) * self.means_X
-        documents = len(self.count_D)
-        factor = documents / (documents - 1) if documents > 1 else math.nan
+        num_documents = len(self.count_D)
+        factor = num_documents / (num_documents - 1) if num_documents > 1 else math.nan
         return factor * deviation_DX.T @ deviation_DX / self.count_D.sum() ** 2
 
 
@@ -272,15 +272,17 @@ def brier_lm_difference(first: DocumentSums, second: DocumentSums) -> tuple[floa
         )
     totals = [sums.total_DX[:, :NUM_ORDERS] for sums in (first, second)]
     joint = DocumentSums(first.document_D, first.count_D, torch.cat(totals, dim=1))
-    means_K, others_K = joint.means_X.chunk(2)
-    scores = brier_lm(means_K), brier_lm(others_K)
-    if not min(scores) > 0:
-        return scores[0] - scores[1], math.nan
-    gradient = torch.cat([_gradient(means_K), -_gradient(others_K)])
-    return scores[0] - scores[1], _root(gradient @ joint.covariance_XX @ gradient)
+    first_means_K, second_means_K = joint.means_X.chunk(2)
+    first_score, second_score = brier_lm(first_means_K), brier_lm(second_means_K)
+    difference = first_score - second_score
+    if not min(first_score, second_score) > 0:
+        return difference, math.nan
+    gradient = torch.cat([_gradient(first_means_K), -_gradient(second_means_K)])
+    return difference, _root(gradient @ joint.covariance_XX @ gradient)
 
 
 def _gradient(means_K: Tensor) -> Tensor:
+    """Gradient of BrierLM with respect to the means."""
     return brier_lm(means_K) / (NUM_ORDERS * means_K[:NUM_ORDERS].double())
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 Endpoint = Callable[[Tensor, float], Tensor]
 """endpoint(x, t): mean of the data at the end of the paths through x at time t, in the shape of x."""
 
-_ALL_TOLD_APART = 5.0  # In units of log V.
-_LARGEST_WEIGHT = 100.0  # By then the token is certain, and the scores still fit in float32.
+_CERTAINTY = 5.0  # Nats that separate a code from all others, in units of log V.
+_LARGEST_WEIGHT = 100.0  # By then the token is certain, and the logits still fit in float32.
 
 
 def evidence(points_KD: Tensor, time: Tensor) -> Tensor:
@@ -38,23 +38,23 @@ def last_time(code_size: int, vocab_size: int) -> float:
 
     On average, d·(t/(1 - t))² nats separate two codes; separating one from all V takes a few log V.
     """
-    return _time_of(_ALL_TOLD_APART * math.log(vocab_size), code_size)
+    return _time_of(_CERTAINTY * math.log(vocab_size), code_size)
 
 
 def times_of_steps(num_steps: int, code_size: int, vocab_size: int) -> list[float]:
     """The times at which the endpoint is evaluated, starting at 0.
 
-    They are dense where tokens get decided, and extend further with more steps; tuned with an oracle in
-    place of the network (docs/log.md).
+    They are dense where tokens are decided, and reach later times with more steps; tuned with the true
+    posterior in place of the network (docs/log.md).
 
     Raises:
         ValueError: If `num_steps` is below 2: a single step ends at the mean of all codes.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
-    most = min(1.5 + num_steps / 8, _ALL_TOLD_APART) * math.log(vocab_size)
-    shares = (step / (num_steps - 1) for step in range(num_steps))
-    return [_time_of(share**1.5 * most, code_size) for share in shares]
+    max_nats = min(1.5 + num_steps / 8, _CERTAINTY) * math.log(vocab_size)
+    fractions = (step / (num_steps - 1) for step in range(num_steps))
+    return [_time_of(fraction**1.5 * max_nats, code_size) for fraction in fractions]
 
 
 def _time_of(nats: float, code_size: int) -> float:

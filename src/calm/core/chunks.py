@@ -121,5 +121,5 @@ def align_to_chunks(
 
 def as_id_tensor(ids: int | list[int] | None, device: torch.device) -> Tensor:
     """Token ids as configurations store them (one, several or none) as a 1-D tensor."""
-    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return torch.tensor(listed, dtype=torch.long, device=device)
+    id_list = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    return torch.tensor(id_list, dtype=torch.long, device=device)

@@ -42,12 +42,12 @@ def find_accepted(number_RN: Tensor, n: int, lifetime_RN: Tensor | None = None) 
     group_end_RN = (index_N + n - 1).clamp_max(num_draws - 1).expand(num_rows, -1)
     if lifetime_RN is None:
         wins_RN, decided_RN = is_candidate_RN, group_end_RN + 1
-        restart_RN = last_RN + 2
+        restart_RN = last_RN + 2  # An attempt reads one draw beyond the run.
     else:
-        again_RN = _next_equal(number_RN).gather(1, group_end_RN)
+        repeat_RN = _next_equal(number_RN).gather(1, group_end_RN)
         deadline_RN = group_end_RN + lifetime_RN
-        wins_RN = is_candidate_RN & (again_RN <= deadline_RN) & (again_RN < num_draws)
-        decided_RN = again_RN + 1
+        wins_RN = is_candidate_RN & (repeat_RN <= deadline_RN) & (repeat_RN < num_draws)
+        decided_RN = repeat_RN + 1
         restart_RN = torch.where(is_candidate_RN, deadline_RN, last_RN + 1) + 1
     # Attempts form a chain: each draw points to where the next attempt would start. Winners and the
     # end of the draws point to themselves; pointer doubling follows all chains to their ends at once.
@@ -65,17 +65,17 @@ def _end_of_run(number_RN: Tensor) -> Tensor:
     """Index of the last draw in the run of consecutive equal draws that each draw belongs to."""
     num_draws = number_RN.shape[1]
     index_N = torch.arange(num_draws, device=number_RN.device)
-    ends_RN = torch.ones_like(number_RN, dtype=torch.bool)
-    ends_RN[:, :-1] = number_RN[:, :-1] != number_RN[:, 1:]
-    ends_here_RN = torch.where(ends_RN, index_N, num_draws)
-    return ends_here_RN.flip(1).cummin(1).values.flip(1)
+    is_end_RN = torch.ones_like(number_RN, dtype=torch.bool)
+    is_end_RN[:, :-1] = number_RN[:, :-1] != number_RN[:, 1:]
+    end_RN = torch.where(is_end_RN, index_N, num_draws)
+    return end_RN.flip(1).cummin(1).values.flip(1)
 
 
 def _next_equal(number_RN: Tensor) -> Tensor:
     """Index of the next draw with the same outcome; N if there is none."""
     num_draws = number_RN.shape[1]
     sorted_RN, order_RN = number_RN.sort(dim=1, stable=True)
-    following_RN = torch.full_like(order_RN, num_draws)
+    next_RN = torch.full_like(order_RN, num_draws)
     is_same_RN = sorted_RN[:, :-1] == sorted_RN[:, 1:]
-    following_RN[:, :-1] = torch.where(is_same_RN, order_RN[:, 1:], num_draws)
-    return torch.empty_like(order_RN).scatter_(1, order_RN, following_RN)
+    next_RN[:, :-1] = torch.where(is_same_RN, order_RN[:, 1:], num_draws)
+    return torch.empty_like(order_RN).scatter_(1, order_RN, next_RN)

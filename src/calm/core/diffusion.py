@@ -29,19 +29,19 @@ class Coefficients(NamedTuple):
     Args:
         signal: sqrt(a_t).
         noise: sqrt(1 - a_t).
-        of_data: Weight of x_0 in the mean of x_{t-1} given x_t and x_0.
-        of_point: Weight of x_t in that mean.
-        least: Logarithm of the smallest variance, that of x_{t-1} given x_t and x_0 (at t = 0, where it is
-            zero, that of t = 1).
-        most: Logarithm of the largest variance, that of the forward step.
+        data_weight: Weight of x_0 in the mean of x_{t-1} given x_t and x_0.
+        point_weight: Weight of x_t in that mean.
+        min_log_variance: Logarithm of the smallest variance, that of x_{t-1} given x_t and x_0 (at t = 0,
+            where it is zero, that of t = 1).
+        max_log_variance: Logarithm of the largest variance, that of the forward step.
     """
 
     signal: Number
     noise: Number
-    of_data: Number
-    of_point: Number
-    least: Number
-    most: Number
+    data_weight: Number
+    point_weight: Number
+    min_log_variance: Number
+    max_log_variance: Number
 
     @staticmethod
     def look_up(table: Tensor, steps: Tensor) -> "Coefficients":
@@ -68,15 +68,15 @@ class NoiseSchedule:
         def signal(time: float) -> float:
             return math.cos((time + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
 
-        kept = (
+        ratios = (  # a_t / a_{t-1}
             1 - min(1 - signal((t + 1) / num_timesteps) / signal(t / num_timesteps), _LARGEST_BETA)
             for t in range(num_timesteps)
         )
-        return NoiseSchedule(tuple(itertools.accumulate(kept, operator.mul)), tuple(range(num_timesteps)))
+        return NoiseSchedule(tuple(itertools.accumulate(ratios, operator.mul)), tuple(range(num_timesteps)))
 
-    def with_signal(self, least: float) -> "NoiseSchedule":
-        """The first steps, up to where the signal a_t falls below `least`."""
-        count = sum(signal >= least for signal in self.signals)
+    def with_signal(self, min_signal: float) -> "NoiseSchedule":
+        """The first steps, as long as the signal a_t is at least `min_signal`."""
+        count = sum(signal >= min_signal for signal in self.signals)
         return NoiseSchedule(self.signals[:count], self.steps[:count])
 
     def respaced(self, num_steps: int) -> "NoiseSchedule":
@@ -88,8 +88,8 @@ class NoiseSchedule:
         last = len(self.steps) - 1
         if not 1 <= num_steps <= last + 1:
             raise ValueError(f"the number of steps must be between 1 and {last + 1}, got {num_steps}.")
-        chosen = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
-        return NoiseSchedule(tuple(self.signals[i] for i in chosen), tuple(self.steps[i] for i in chosen))
+        indices = [round(i * last / (num_steps - 1)) for i in range(num_steps)] if num_steps > 1 else [last]
+        return NoiseSchedule(tuple(self.signals[i] for i in indices), tuple(self.steps[i] for i in indices))
 
     def at(self, index: int) -> Coefficients:
         """Coefficients of the step at an index."""
@@ -97,14 +97,14 @@ class NoiseSchedule:
         before = self.signals[index - 1] if index else 1.0
         beta = 1 - now / before
         # The reverse of the first step has zero variance; a likelihood needs some, so use the second step's.
-        least = self._variance(max(index, 1)) if len(self.signals) > 1 else beta
+        min_variance = self._variance(max(index, 1)) if len(self.signals) > 1 else beta
         return Coefficients(
             signal=math.sqrt(now),
             noise=math.sqrt(1 - now),
-            of_data=beta * math.sqrt(before) / (1 - now),
-            of_point=(1 - before) * math.sqrt(1 - beta) / (1 - now),
-            least=math.log(least),
-            most=math.log(beta),
+            data_weight=beta * math.sqrt(before) / (1 - now),
+            point_weight=(1 - before) * math.sqrt(1 - beta) / (1 - now),
+            min_log_variance=math.log(min_variance),
+            max_log_variance=math.log(beta),
         )
 
     def table(self) -> Tensor:
@@ -148,23 +148,23 @@ def hybrid_loss(
             latents are not images. Otherwise use the density of the latent.
     """
     squared_NP = (predicted_NPZ - noise_NPZ).square().mean(-1)
-    guess_NPZ = data_from_noise(step, point_NPZ, predicted_NPZ.detach())
-    mean_NPZ = step.of_data * guess_NPZ + step.of_point * point_NPZ
-    true_mean_NPZ = step.of_data * data_NPZ + step.of_point * point_NPZ
+    predicted_data_NPZ = data_from_noise(step, point_NPZ, predicted_NPZ.detach())
+    mean_NPZ = step.data_weight * predicted_data_NPZ + step.point_weight * point_NPZ
+    true_mean_NPZ = step.data_weight * data_NPZ + step.point_weight * point_NPZ
     log_variance_NPZ = log_variance(step, fraction_NPZ)
     divergence_NPZ = 0.5 * (
         log_variance_NPZ
-        - step.least
+        - step.min_log_variance
         - 1
-        + (step.least - log_variance_NPZ).exp()
+        + (step.min_log_variance - log_variance_NPZ).exp()
         + (true_mean_NPZ - mean_NPZ).square() * (-log_variance_NPZ).exp()
     )
     if as_image:
-        first_NPZ = -_log_mass_of_bin(data_NPZ, mean_NPZ, log_variance_NPZ)
+        nll_NPZ = -_log_mass_of_bin(data_NPZ, mean_NPZ, log_variance_NPZ)
     else:
-        squares = (data_NPZ - mean_NPZ).square() * (-log_variance_NPZ).exp()
-        first_NPZ = 0.5 * (math.log(2 * math.pi) + log_variance_NPZ + squares)
-    bound_NPZ = torch.where(is_first_NP.unsqueeze(-1), first_NPZ, divergence_NPZ)
+        squared_z_NPZ = (data_NPZ - mean_NPZ).square() * (-log_variance_NPZ).exp()
+        nll_NPZ = 0.5 * (math.log(2 * math.pi) + log_variance_NPZ + squared_z_NPZ)
+    bound_NPZ = torch.where(is_first_NP.unsqueeze(-1), nll_NPZ, divergence_NPZ)
     return squared_NP + bound_NPZ.mean(-1) / math.log(2)
 
 
@@ -175,8 +175,8 @@ def data_from_noise(step: Coefficients, point: Tensor, noise: Tensor) -> Tensor:
 
 def log_variance(step: Coefficients, fraction: Tensor) -> Tensor:
     """The learned log-variance, from the smallest (fraction -1) to the largest (1)."""
-    share = (fraction + 1) / 2
-    return share * step.most + (1 - share) * step.least
+    weight = (fraction + 1) / 2
+    return weight * step.max_log_variance + (1 - weight) * step.min_log_variance
 
 
 def sample(
@@ -201,30 +201,30 @@ def sample(
         bound: Clamp predicted data to ± bound, since at high noise levels the error of the predicted noise
             is divided by nearly zero.
     """
-    x, earlier = start, None
-    for taken, index in enumerate(reversed(range(len(schedule.steps)))):
+    x, previous = start, None
+    for num_taken, index in enumerate(reversed(range(len(schedule.steps)))):
         now = schedule.at(index)
         noise, fraction = predict(x, schedule.steps[index])
         data = data_from_noise(now, x, noise)
         if bound is not None:
             data = data.clamp(-bound, bound)
         if sampler == "ancestral":
-            mean = now.of_data * data + now.of_point * x
+            mean = now.data_weight * data + now.point_weight * x
             if index == 0:
                 return mean
-            x = mean + (0.5 * log_variance(now, fraction)).exp() * step_noise(taken)
+            x = mean + (0.5 * log_variance(now, fraction)).exp() * step_noise(num_taken)
             continue
         if index == 0:
             return data
-        then = schedule.at(index - 1)
-        width = _log_ratio(then) - _log_ratio(now)
+        after = schedule.at(index - 1)
+        width = _log_ratio(after) - _log_ratio(now)
         slope = data
-        if sampler == "dpm" and earlier is not None and index > 1:
-            # Stay first-order in the last step, which is much wider than the one before: it would overshoot.
-            previous_data, previous_width = earlier
+        # The last step is much wider than the one before: of second order, it would overshoot.
+        if sampler == "dpm" and previous is not None and index > 1:
+            previous_data, previous_width = previous
             slope = data + width / (2 * previous_width) * (data - previous_data)
-        x = then.noise / now.noise * x - then.signal * math.expm1(-width) * slope
-        earlier = data, width
+        x = after.noise / now.noise * x - after.signal * math.expm1(-width) * slope
+        previous = data, width
     return x
 
 

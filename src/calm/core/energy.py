@@ -117,8 +117,8 @@ class _MeanDistanceTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NPZ: Tensor, y_MPZ: Tensor, alpha: float) -> Tensor:
         (num_draws, num_positions, size), num_targets = x_NPZ.shape, len(y_MPZ)
-        at_once = _AT_ONCE if x_NPZ.is_cpu else _AT_ONCE_ON_GPU
-        step = max(1, at_once // (num_targets * size))
+        elements_at_once = _AT_ONCE if x_NPZ.is_cpu else _AT_ONCE_ON_GPU
+        step = max(1, elements_at_once // (num_targets * size))
         value_P = x_NPZ.new_empty(num_positions)
         slope_NPZ = torch.empty_like(x_NPZ) if ctx.needs_input_grad[0] else None
         for start in range(0, num_positions, step):
@@ -168,7 +168,7 @@ def _squared_distances(x_PNZ: Tensor, y_PMZ: Tensor) -> Tensor:
 
 def _power(squared: Tensor, alpha: float) -> Tensor:
     """|d|^alpha from |d|^2; value and gradient are zero where d is."""
-    apart = squared > _ZERO_DISTANCE_SQUARED
-    safe = torch.where(apart, squared, torch.ones_like(squared))
+    is_positive = squared > _ZERO_DISTANCE_SQUARED
+    safe = torch.where(is_positive, squared, torch.ones_like(squared))
     power = safe.sqrt() if alpha == 1 else safe.pow(alpha / 2)
-    return torch.where(apart, power, torch.zeros_like(power))
+    return torch.where(is_positive, power, torch.zeros_like(power))

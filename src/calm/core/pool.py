@@ -6,7 +6,7 @@ differ, whatever its other tokens are. Where decoding a token is expensive (a de
 vocabulary), skipping it pays off.
 
 Shapes: N draws, R rows (contexts that are sampled independently), K tokens of a chunk, X size of the state
-that represents a draw until its tokens are read, M draws that are read together.
+that represents a draw until its tokens are read, M draws that are read together, J tokens of each.
 """
 
 from typing import Protocol
@@ -22,8 +22,8 @@ class TokenReader(Protocol):
 
     chunk_size: int
 
-    def __call__(self, states_MX: Tensor, place: int) -> Tensor:
-        """Tokens of each draw from position `place` in 0..K-1 on, (M, J), as many as are cheap to decode."""
+    def __call__(self, states_MX: Tensor, position: int) -> Tensor:
+        """Tokens of each draw from `position` in 0..K-1 on, (M, J), as many as are cheap to decode."""
 
 
 class Pool:
@@ -58,23 +58,23 @@ class Pool:
         self._token_NRK = torch.cat([self._token_NRK, self._unread(states_NRX)])
 
     def keep(self, is_kept_R: Tensor) -> None:
-        """Drop the draws of all other rows."""
+        """Keep the draws of some rows, and drop those of all others."""
         self._states_NRX = self._states_NRX[:, is_kept_R]
         self._token_NRK = self._token_NRK[:, is_kept_R]
 
     def number(self) -> Tensor:
-        """Number the draws, (R, N): within a row, two numbers are equal exactly if all K ids are.
+        """Number the draws, (R, N): two draws of a row have the same number exactly if all K ids are equal.
 
         Numbers lie in 0..N·R-1, and no two rows share one. Tokens are read from the first position to the
         last, and only for draws that share all earlier ones with another draw of their row.
         """
         row_R = torch.arange(self.num_rows, device=self.device)
         number_M = row_R.expand(len(self), -1).flatten()  # In the order of the draws: (N, R) flattened.
-        for place in range(self._token_NRK.shape[-1]):
+        for position in range(self._token_NRK.shape[-1]):
             size_M = torch.bincount(number_M)[number_M]
             is_shared_M = size_M > 1
-            self._read(place, is_shared_M.view(len(self), -1))
-            token_M = self._token_NRK[..., place].flatten()
+            self._read(position, is_shared_M.view(len(self), -1))
+            token_M = self._token_NRK[..., position].flatten()
             # Unique draws keep their number, even if their next tokens were read earlier. The products stay
             # below N·R·V: no overflow, so two different chunks never get the same number.
             token_M = torch.where(is_shared_M, token_M, 0)
@@ -88,20 +88,20 @@ class Pool:
             draw_M: Indices of the draws.
             row_M: Their rows.
         """
-        is_wanted_NR = torch.zeros(self._token_NRK.shape[:2], dtype=torch.bool, device=self.device)
-        is_wanted_NR[draw_M, row_M] = True
-        for place in range(self._token_NRK.shape[-1]):
-            self._read(place, is_wanted_NR)
+        is_needed_NR = torch.zeros(self._token_NRK.shape[:2], dtype=torch.bool, device=self.device)
+        is_needed_NR[draw_M, row_M] = True
+        for position in range(self._token_NRK.shape[-1]):
+            self._read(position, is_needed_NR)
         return self._token_NRK[draw_M, row_M]
 
-    def _read(self, place: int, is_wanted_NR: Tensor) -> None:
-        """Read the wanted tokens at a position that have not been read yet."""
+    def _read(self, position: int, is_needed_NR: Tensor) -> None:
+        """Read the tokens at a position of the draws that need them, unless they were read before."""
         if self._reader is None:
             return
-        is_read_NR = is_wanted_NR & (self._token_NRK[..., place] == _UNREAD)
-        if bool(is_read_NR.any()):
-            token_MJ = self._reader(self._states_NRX[is_read_NR], place)
-            self._token_NRK[..., place : place + token_MJ.shape[1]][is_read_NR] = token_MJ
+        is_due_NR = is_needed_NR & (self._token_NRK[..., position] == _UNREAD)
+        if bool(is_due_NR.any()):
+            token_MJ = self._reader(self._states_NRX[is_due_NR], position)
+            self._token_NRK[..., position : position + token_MJ.shape[1]][is_due_NR] = token_MJ
 
     def _unread(self, states_NRX: Tensor) -> Tensor:
         if self._reader is None:

@@ -27,31 +27,32 @@ class DrawsInParts:
 
     def __init__(self, num_draws: int, generators: Sequence[torch.Generator]) -> None:
         self._num_draws, self._generators = num_draws, generators
-        self._first, self._asked = 0, 0
-        self._whole: list[Tensor] = []  # (N, R, U) for each request of a part.
+        self._first, self._num_requests = 0, 0  # Of the current part.
+        self._numbers: list[Tensor] = []  # Of all N draws: (N, R, U) for each request.
 
     def begin(self, first: int) -> "DrawsInParts":
         """Start the part whose first draw is `first`."""
-        self._first, self._asked = first, 0
+        self._first, self._num_requests = first, 0
         return self
 
     def next(self, num_draws: int, make: Callable[[int, Sequence[torch.Generator]], Tensor]) -> Tensor:
-        """The numbers for the next `num_draws` draws, sliced from those that `make` returns for all."""
-        if self._asked == len(self._whole):
-            self._whole.append(make(self._num_draws, self._generators))
-        self._asked += 1
-        return self._whole[self._asked - 1][self._first : self._first + num_draws]
+        """Numbers for the `num_draws` draws of the part: a slice of what `make` returns for all N draws."""
+        if self._num_requests == len(self._numbers):
+            self._numbers.append(make(self._num_draws, self._generators))
+        numbers_NRU = self._numbers[self._num_requests]
+        self._num_requests += 1
+        return numbers_NRU[self._first : self._first + num_draws]
 
 
 class Request(NamedTuple):
     """Random numbers that a draw requests: (N, R, `size`), from `torch.rand` or `torch.randn`."""
 
-    numbers: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     size: int
     dtype: torch.dtype
 
 
-class NotedRequests:
+class RequestRecorder:
     """Randomness that records requests; the numbers come from the default generator."""
 
     def __init__(self) -> None:
@@ -73,9 +74,11 @@ class GivenNumbers:
         return next(self._numbers)
 
 
-Randomness = torch.Generator | Sequence[torch.Generator] | DrawsInParts | NotedRequests | GivenNumbers | None
-"""One generator for all rows, one per row, draws in parts, or None for the default generator; or recorded
-requests and given numbers, see `numbers_for`."""
+Randomness = (
+    torch.Generator | Sequence[torch.Generator] | DrawsInParts | RequestRecorder | GivenNumbers | None
+)
+"""One generator for all rows, one per row, draws in parts, or None for the default generator; or a recorder
+of requests, or given numbers (see `numbers_for`)."""
 
 
 def numbers_for(
@@ -87,12 +90,12 @@ def numbers_for(
 ) -> list[Tensor]:
     """The numbers, (N, R, size) each, that a draw making these requests would get.
 
-    This splits a draw into its random numbers and a deterministic function of them (see `NotedRequests` and
+    This splits a draw into its random numbers and a deterministic function of them (see `RequestRecorder` and
     `GivenNumbers`).
     """
     return [
-        _of_rows(one.numbers, num_draws, num_rows, one.size, randomness, device, one.dtype)
-        for one in requests
+        _generate(request.function, num_draws, num_rows, request.size, randomness, device, request.dtype)
+        for request in requests
     ]
 
 
@@ -105,7 +108,7 @@ def uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers in [0, 1), shape (N, R, U)."""
-    return _of_rows(torch.rand, num_draws, num_rows, size, randomness, device, dtype)
+    return _generate(torch.rand, num_draws, num_rows, size, randomness, device, dtype)
 
 
 def normal(
@@ -117,11 +120,11 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal numbers, shape (N, R, U)."""
-    return _of_rows(torch.randn, num_draws, num_rows, size, randomness, device, dtype)
+    return _generate(torch.randn, num_draws, num_rows, size, randomness, device, dtype)
 
 
-def _of_rows(
-    numbers: Callable[..., Tensor],
+def _generate(
+    function: Callable[..., Tensor],
     num_draws: int,
     num_rows: int,
     size: int,
@@ -131,23 +134,24 @@ def _of_rows(
 ) -> Tensor:
     if isinstance(randomness, GivenNumbers):
         return randomness.next()
-    if isinstance(randomness, NotedRequests):
-        randomness.requests.append(Request(numbers, size, dtype))
+    if isinstance(randomness, RequestRecorder):
+        randomness.requests.append(Request(function, size, dtype))
         randomness = None
     if isinstance(randomness, DrawsInParts):
         return randomness.next(
-            num_draws, lambda most, own: _of_rows(numbers, most, num_rows, size, own, device, dtype)
+            num_draws,
+            lambda total, generators: _generate(function, total, num_rows, size, generators, device, dtype),
         )
     if isinstance(randomness, Sequence):
         if len(randomness) != num_rows:
             raise ValueError(f"there are {num_rows} rows, but {len(randomness)} generators.")
-        of_rows_RNU = torch.empty(num_rows, num_draws, size, device=device, dtype=dtype)
-        fill = Tensor.uniform_ if numbers is torch.rand else Tensor.normal_
-        for row_NU, generator in zip(of_rows_RNU.unbind(0), randomness, strict=True):
+        numbers_RNU = torch.empty(num_rows, num_draws, size, device=device, dtype=dtype)
+        fill = Tensor.uniform_ if function is torch.rand else Tensor.normal_
+        for row_NU, generator in zip(numbers_RNU.unbind(0), randomness, strict=True):
             fill(row_NU, generator=generator)
-        return of_rows_RNU.transpose(0, 1)
+        return numbers_RNU.transpose(0, 1)
     shape_NRU = (num_draws, num_rows, size)
-    return numbers(shape_NRU, generator=randomness, device=device, dtype=dtype)
+    return function(shape_NRU, generator=randomness, device=device, dtype=dtype)
 
 
 def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:

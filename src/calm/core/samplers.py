@@ -1,4 +1,4 @@
-"""Samplers as values: how a chunk is chosen from draws. Each has only the settings it needs.
+"""Samplers: how a chunk is chosen from draws. Each is a frozen dataclass with only the settings it needs.
 
 To write your own, make a frozen dataclass with the members of `Sampler`. Shapes: R rows.
 """
@@ -29,7 +29,10 @@ class Draw(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Chooses a chunk for every row. Equal samplers share a batch, so they must compare and hash by value."""
+    """Chooses a chunk for every row.
+
+    Rows with equal samplers share a batch, so samplers must compare and hash by value.
+    """
 
     @property
     def temperature(self) -> float:
@@ -37,7 +40,7 @@ class Sampler(Protocol):
 
     @property
     def most_draws(self) -> int:
-        """Maximum number of draws held at once per row."""
+        """Maximum number of draws in memory at once per row."""
 
     def sample(
         self, draw: Draw, num_rows: int, randomness: Randomness = None, reader: TokenReader | None = None
@@ -166,10 +169,10 @@ def single_draw(draw: Draw, num_rows: int, temperature: float, reader: TokenRead
     """A sample of one draw per row."""
     _check_rows(num_rows)
     rows_R = torch.arange(num_rows)
-    drawn = draw(1, rows_R) if temperature == 1 else draw(1, rows_R, temperature)
-    chunks_RK = drawn[0] if reader is None else Pool(drawn, reader).chunks(torch.zeros_like(rows_R), rows_R)
-    one_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
-    return ChunkSample(chunks_RK, one_R, one_R, one_R == 0, one_R.double())
+    draws = draw(1, rows_R) if temperature == 1 else draw(1, rows_R, temperature)
+    chunks_RK = draws[0] if reader is None else Pool(draws, reader).chunks(torch.zeros_like(rows_R), rows_R)
+    ones_R = torch.ones(num_rows, dtype=torch.long, device=chunks_RK.device)
+    return ChunkSample(chunks_RK, ones_R, ones_R, torch.zeros_like(ones_R, dtype=torch.bool), ones_R.double())
 
 
 def check_counts(**numbers: int | None) -> None:

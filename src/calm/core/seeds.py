@@ -8,12 +8,11 @@ def whole_seed(seed: Any) -> int:
     """A seed as a plain int, so that 1 gives the same results whether it is from Python, numpy or torch.
 
     Raises:
-        ValueError: If it is not an integer. 1.0, "1" and True are rejected too: they are mistakes, or mean
-            something else.
+        ValueError: If it is not an integer. 1.0, "1" and True are rejected too: they are likely mistakes.
     """
-    is_truth = isinstance(seed, bool) or str(getattr(seed, "dtype", "")).endswith("bool")
+    is_bool = isinstance(seed, bool) or str(getattr(seed, "dtype", "")).endswith("bool")
     try:
-        if not is_truth:
+        if not is_bool:
             return operator.index(seed)
     except TypeError:
         pass

@@ -20,10 +20,10 @@ Draw = Callable[[int, Tensor], Tensor]
 """draw(num_draws, rows_R): independent draws for those rows at temperature 1: token ids (N, R, K), or
 states (N, R, X) for a `TokenReader`."""
 
-_ROUNDING = 1e-3
-_LEAST = 1e-300
-_MOST_DRAWS_NAMED = 10**6  # No error message asks for more draws than this: nobody means to make so many.
-_LIKELIEST = 1e-6
+_ROUNDING = 1e-3  # Relative; 1/T this close to an integer is taken for it.
+_SMALLEST_TEMPERATURE = 1e-300
+_GREEDY_BELOW = 1e-6
+_MOST_DRAWS_NAMED = 10**6  # Error messages suggest more draws only up to this; nobody would make more.
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # If tokens are expensive to decode, so are unneeded draws.
 _GROWTH = 3  # Few long blocks: with few rows, the overhead of a block is that of dozens of draws.
@@ -48,9 +48,9 @@ class ChunkSample(NamedTuple):
     agreement_R: Tensor
 
 
-def is_likeliest(temperature: float) -> bool:
+def decodes_greedily(temperature: float) -> bool:
     """Whether a token-level model decodes greedily: the temperature is too low to divide logits by."""
-    return temperature < _LIKELIEST
+    return temperature < _GREEDY_BELOW
 
 
 def inverse_temperature(temperature: float) -> float:
@@ -63,8 +63,10 @@ def inverse_temperature(temperature: float) -> float:
         raise ValueError(f"temperature must lie between 0 and 1, got {temperature}.")
     if temperature == 0:
         return math.inf
-    if temperature < _LEAST:  # 1/T would overflow.
-        raise ValueError(f"a temperature above 0 must be at least {_LEAST:g}, got {temperature:g}.")
+    if temperature < _SMALLEST_TEMPERATURE:  # 1/T would overflow.
+        raise ValueError(
+            f"a temperature above 0 must be at least {_SMALLEST_TEMPERATURE:g}, got {temperature:g}."
+        )
     order = 1 / temperature
     return float(round(order)) if abs(temperature * round(order) - 1) <= _ROUNDING else order
 
@@ -112,12 +114,12 @@ def distribution_of_pool(
     Raises:
         ValueError: If the temperature is out of range or the pool smaller than 1/T.
     """
-    owner_N = torch.arange(len(count_C), device=count_C.device).repeat_interleave(count_C)
-    count_1N = count_C[owner_N].unsqueeze(0)
-    log_weight_1N = _log_weights(count_1N, order_for(temperature, len(owner_N)))
+    chunk_N = torch.arange(len(count_C), device=count_C.device).repeat_interleave(count_C)
+    count_1N = count_C[chunk_N].unsqueeze(0)
+    log_weight_1N = _log_weights(count_1N, order_for(temperature, len(chunk_N)))
     log_weight_1N = log_weight_1N.masked_fill(_is_cut(count_1N, top_p, min_p), -math.inf)
-    chance_N = (log_weight_1N - count_1N.double().log())[0].softmax(0)
-    return chance_N.new_zeros(len(count_C)).index_add_(0, owner_N, chance_N)
+    p_N = (log_weight_1N - count_1N.double().log())[0].softmax(0)
+    return p_N.new_zeros(len(count_C)).index_add_(0, chunk_N, p_N)
 
 
 def sample_exact(
@@ -164,35 +166,35 @@ def sample_exact(
     pool: Pool | None = None
     lifetime_AN = None
     while len(rows_A):
-        drawn = 0 if pool is None else len(pool)
-        block = min(max_draws - drawn, max(first_block, _GROWTH * drawn))
-        fresh_NAX = draw(block, rows_A)
+        num_drawn = 0 if pool is None else len(pool)
+        block_size = min(max_draws - num_drawn, max(first_block, _GROWTH * num_drawn))
+        block_NAX = draw(block_size, rows_A)
         if pool is None:
-            pool = Pool(fresh_NAX, reader)
+            pool = Pool(block_NAX, reader)
         else:
-            pool.extend(fresh_NAX)
+            pool.extend(block_NAX)
         if a > 0:
-            chance_NA = uniform(
-                block, len(rows_A), 1, select_rows(randomness, rows_A), pool.device, torch.float64
+            uniform_NA = uniform(
+                block_size, len(rows_A), 1, select_rows(randomness, rows_A), pool.device, torch.float64
             ).squeeze(-1)
-            fresh_AN = sibuya_lifetimes(chance_NA.T.contiguous(), a, max_draws)
-            lifetime_AN = fresh_AN if lifetime_AN is None else torch.cat([lifetime_AN, fresh_AN], dim=1)
+            block_AN = sibuya_lifetimes(uniform_NA.T.contiguous(), a, max_draws)
+            lifetime_AN = block_AN if lifetime_AN is None else torch.cat([lifetime_AN, block_AN], dim=1)
         number_AN = pool.number()
         winner_A, needed_A = find_accepted(number_AN, n, lifetime_AN)
-        is_open_A = winner_A < 0
-        parts.append((rows_A[~is_open_A.cpu()], _accepted(pool, number_AN, winner_A, needed_A)))
-        rows_A = rows_A[is_open_A.cpu()]
-        pool.keep(is_open_A)
-        lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_open_A]
+        is_undecided_A = winner_A < 0
+        parts.append((rows_A[~is_undecided_A.cpu()], _accepted(pool, number_AN, winner_A, needed_A)))
+        rows_A = rows_A[is_undecided_A.cpu()]
+        pool.keep(is_undecided_A)
+        lifetime_AN = None if lifetime_AN is None else lifetime_AN[is_undecided_A]
         if len(rows_A) and len(pool) >= max_draws:
             choice = choose_from_pool(
-                pool, number_AN[is_open_A], temperature, select_rows(randomness, rows_A)
+                pool, number_AN[is_undecided_A], temperature, select_rows(randomness, rows_A)
             )
             parts.append((rows_A, choice._replace(fell_back_R=torch.ones_like(choice.fell_back_R))))
             break
-    place_R = torch.cat([rows for rows, _ in parts]).argsort()
-    columns = zip(*(part for _, part in parts), strict=True)
-    return ChunkSample(*(torch.cat(column)[place_R.to(column[0].device)] for column in columns))
+    order_R = torch.cat([rows for rows, _ in parts]).argsort()
+    fields = zip(*(sample for _, sample in parts), strict=True)
+    return ChunkSample(*(torch.cat(field)[order_R.to(field[0].device)] for field in fields))
 
 
 def order_for(temperature: float, num_draws: int | None = None, name: str = "") -> float:
@@ -256,12 +258,12 @@ def choose_from_pool(
     uniform_R1 = uniform(1, num_rows, 1, randomness, device, torch.float64)[0]
     threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
     chosen_R1 = torch.searchsorted(cumulative_RN, threshold_R1, right=True).clamp_max(num_draws - 1)
-    made_R = torch.full((num_rows,), num_draws, device=device)
+    num_draws_R = torch.full((num_rows,), num_draws, device=device)
     return ChunkSample(
         pool.chunks(chosen_R1.squeeze(-1), torch.arange(num_rows, device=device)),
-        made_R,
-        made_R,
-        torch.zeros_like(made_R, dtype=torch.bool),
+        num_draws_R,
+        num_draws_R,
+        torch.zeros_like(num_draws_R, dtype=torch.bool),
         count_RN.gather(1, chosen_R1).squeeze(1).double() / num_draws,
     )
 
@@ -270,19 +272,17 @@ def _log_weights(count_RN: Tensor, order: float) -> Tensor:
     """log C(count, s) with s = min(order, largest count of the row), in float64."""
     count = count_RN.double()
     size_R1 = count.amax(-1, keepdim=True).clamp_max(order)
-    rest = count - size_R1
-    log_weight = torch.lgamma(count + 1) - torch.lgamma(size_R1 + 1) - torch.lgamma(rest.clamp_min(-1) + 1)
-    # C(c, s) is 0 for integer c <= s - 1: with fewer than floor(s) draws there is no candidate.
+    log_weight = torch.lgamma(count + 1) - torch.lgamma(size_R1 + 1) - torch.lgamma(count - size_R1 + 1)
+    # A chunk that occurs fewer than floor(s) times is no candidate.
     return torch.where(count >= size_R1.floor(), log_weight, -math.inf)
 
 
 def _is_cut(count_RN: Tensor, top_p: float, min_p: float) -> Tensor:
     """Which draws top_p or min_p removes."""
-    # Shares are single divisions in float64, so one that equals a limit is found equal to it.
+    # Each share is a single division in float64, so that a share equal to its limit compares as equal.
     is_rare_RN = count_RN.double() / count_RN.amax(-1, keepdim=True) < min_p
-    # Share of the draws in strictly more frequent chunks.
     sorted_RN = count_RN.sort(dim=-1).values
-    at_most_RN = torch.searchsorted(sorted_RN, count_RN.contiguous(), right=True)
+    num_at_most_RN = torch.searchsorted(sorted_RN, count_RN.contiguous(), right=True)
     num_draws = count_RN.shape[-1]
-    commoner_RN = (num_draws - at_most_RN).double() / num_draws
-    return is_rare_RN | (commoner_RN >= top_p)
+    share_of_commoner_RN = (num_draws - num_at_most_RN).double() / num_draws
+    return is_rare_RN | (share_of_commoner_RN >= top_p)

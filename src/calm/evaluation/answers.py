@@ -56,26 +56,30 @@ def answer(
             crop=True,
         )
         pairs = zip(prompts, tokens.tolist(), strict=True)
-        answers += [decode_after(tokenizer, prompt, new) for prompt, new in pairs]
+        answers += [decode_after(tokenizer, prompt, generated) for prompt, generated in pairs]
     return answers
 
 
 def exact_match(answers: Sequence[str], completions: Sequence[str]) -> float:
     """Percent of answers that equal the completion, ignoring leading and trailing whitespace."""
     pairs = list(zip(answers, completions, strict=True))
-    return 100 * sum(text.strip() == wanted.strip() for text, wanted in pairs) / len(pairs)
+    return 100 * sum(answer.strip() == completion.strip() for answer, completion in pairs) / len(pairs)
 
 
 def ends_with_completion(answers: Sequence[str], completions: Sequence[str]) -> float:
     """Percent of answers whose last words are the completion, whatever steps precede them."""
-    pairs = [(text.split(), wanted.split()) for text, wanted in zip(answers, completions, strict=True)]
-    return 100 * sum(words[-len(wanted) :] == wanted for words, wanted in pairs) / len(pairs)
+    pairs = [(answer.split(), end.split()) for answer, end in zip(answers, completions, strict=True)]
+    return 100 * sum(words[-len(end) :] == end for words, end in pairs) / len(pairs)
 
 
 def metric_of_answers(
     *, may_begin_with_steps: bool
 ) -> tuple[str, Callable[[Sequence[str], Sequence[str]], float]]:
-    """The metric of answers: its name, and its function of answers and completions."""
+    """The metric of answers: its name, and the function that computes it from answers and completions.
+
+    Args:
+        may_begin_with_steps: Whether answers may show their steps before the completion.
+    """
     if may_begin_with_steps:
         return "ends_with_completion", ends_with_completion
     return "exact_match", exact_match
@@ -97,8 +101,8 @@ def held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: 
     """
     view, total, count = language_model(model), 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)
-    scored = blocks.select(range(min(num_blocks, len(blocks))))
-    for block in tracked(scored.iter(batch_size=1), "scoring the loss", "block", total=len(scored)):
+    blocks = blocks.select(range(min(num_blocks, len(blocks))))
+    for block in tracked(blocks.iter(batch_size=1), "scoring the loss", "block", total=len(blocks)):
         batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
         loss, targets = view.loss(**batch, generator=generator)
         if targets:

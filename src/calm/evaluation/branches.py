@@ -46,12 +46,12 @@ def read_text(reader: Reader, batch: Batch, is_target_BC: Tensor, chunk_size: in
     """
     if chunk_size == reader.unit_size:
         outputs_BCX = reader.read(batch["input_ids"], None, batch["position_ids"], None)
-        return _OneStep(outputs_BCX[:, :-1][is_target_BC])
+        return _SingleUnits(outputs_BCX[:, :-1][is_target_BC])
     return BranchedText(reader, batch, is_target_BC, chunk_size)
 
 
 @dataclass
-class _OneStep:
+class _SingleUnits:
     """A text whose targets are single units: no branches, so no 4D mask, which not all attentions support."""
 
     outputs_PX: Tensor
@@ -83,11 +83,11 @@ class BranchedText:
             & (index_U.unsqueeze(1) >= index_U)
             & has_text_BU.unsqueeze(1)
         )
-        self._start_Q = torch.arange(1, document_BU.shape[1] // self.num_steps, device=index_U.device)
-        self._start_Q = self._start_Q * self.num_steps - 1  # The unit before each chunk.
+        chunk_Q = torch.arange(1, document_BU.shape[1] // self.num_steps, device=index_U.device)
+        self._start_Q = chunk_Q * self.num_steps - 1  # The unit before each chunk.
         self._steps_taken = 0
         self._outputs_BUX = reader.read(
-            batch["input_ids"], self._additive(self._sees_BUU), self._position_BU, self._cache
+            batch["input_ids"], self._additive_mask(self._sees_BUU), self._position_BU, self._cache
         )
 
     def outputs_on_text(self, step: int) -> Tensor:
@@ -96,22 +96,20 @@ class BranchedText:
 
     def follow(self, units_PK: Tensor) -> Tensor:
         """See `Text`."""
-        batch, places = self._is_target_BQ.shape
-        size = units_PK.shape[-1]
-        tokens_BQK = units_PK.new_zeros(batch, places, size)
+        num_rows, num_branches = self._is_target_BQ.shape
+        tokens_BQK = units_PK.new_zeros(num_rows, num_branches, units_PK.shape[-1])
         tokens_BQK[self._is_target_BQ] = units_PK
         self._steps_taken += 1
-        own_QQ = torch.eye(places, dtype=torch.bool, device=units_PK.device)
-        sees = torch.cat(
-            [self._sees_BUU[:, self._start_Q], *[own_QQ.expand(batch, -1, -1)] * self._steps_taken], dim=-1
-        )
+        # A branch sees the text before it, and of all units added in this and earlier steps only its own.
+        same_branch_QQ = torch.eye(num_branches, dtype=torch.bool, device=units_PK.device)
+        sees_added = [same_branch_QQ.expand(num_rows, -1, -1)] * self._steps_taken
+        mask = self._additive_mask(torch.cat([self._sees_BUU[:, self._start_Q], *sees_added], dim=-1))
         position_BQ = self._position_BU[:, self._start_Q] + self._steps_taken
-        mask = self._additive(sees)
         outputs_BQX = self._reader.read(tokens_BQK.flatten(1), mask, position_BQ, self._cache)
         return outputs_BQX[self._is_target_BQ]
 
-    def _additive(self, sees_BQU: Tensor) -> Tensor:
-        """Additive mask: 0 where a query sees a key, the lowest finite number elsewhere, (B, 1, Q, U)."""
+    def _additive_mask(self, sees_BQU: Tensor) -> Tensor:
+        """0 where a query sees a key, the lowest finite number elsewhere, (B, 1, Q, U)."""
         dtype = self._reader.model.dtype
         mask = torch.zeros(sees_BQU.shape, dtype=dtype, device=sees_BQU.device)
         return mask.masked_fill(~sees_BQU, torch.finfo(dtype).min).unsqueeze(1)
@@ -122,5 +120,5 @@ def _positions(has_text_BU: Tensor, document_BU: Tensor) -> Tensor:
     before_BU = has_text_BU.long().cumsum(-1) - has_text_BU.long()
     is_first_BU = torch.ones_like(has_text_BU)
     is_first_BU[:, 1:] = document_BU[:, 1:] != document_BU[:, :-1]
-    at_start_BU = torch.where(is_first_BU, before_BU, 0).cummax(-1).values
-    return before_BU - at_start_BU
+    before_document_BU = torch.where(is_first_BU, before_BU, 0).cummax(-1).values
+    return before_BU - before_document_BU

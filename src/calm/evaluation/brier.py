@@ -23,7 +23,7 @@ from calm.core.brier import (
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
 from calm.core.seeds import whole_seed
 from calm.errors import InputError
-from calm.evaluation.processes import Batch, gather_from_processes, own_share
+from calm.evaluation.processes import Batch, batches_of_process, gather_from_processes
 
 
 class ChunkSampler(Protocol):
@@ -226,7 +226,7 @@ def targets_of(
     batches: Iterable[Batch], chunk_size: int, *, eos_token_id: int | list[int] | None, pad_token_id: int
 ) -> Iterator[tuple[int, Batch, Targets]]:
     """This process's share of the batches, those with targets, each with its index."""
-    for index, batch in own_share(batches):
+    for index, batch in batches_of_process(batches):
         is_target_BC = find_targets(batch["labels"], batch["position_ids"], chunk_size)
         if bool(is_target_BC.any()):
             tokens = batch["input_ids"]

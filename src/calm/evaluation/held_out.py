@@ -28,9 +28,10 @@ from calm.progress import tracked
 
 logger = logging.getLogger(__name__)
 EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
-_BATCH = 8
+_BATCH_SIZE = 8
 _TOKENS_AT_ONCE = 8192
-_MOST_COUNTED = 20_000_000  # Training tokens for floors that nobody asked for: counts take 200 bytes each.
+_BYTES_OF_COUNTS = 200  # Per training token.
+_MOST_COUNTED = 20_000_000  # Training tokens, for floors that were not asked for.
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def score_model(
     check_context(model.config, settings.block_size)
     blocks = data.blocks("validation", chunk_size=size, **dataclasses.asdict(settings))
     floors, floor_perplexities = dict[str, BrierResult](), dict[str, PerplexityResult]()
-    for name, counted in ngram_models(ngrams or [], data, size):
-        floors[name] = score_ngrams_brier(counted, blocks, num_blocks, seed)
-        floor_perplexities[name] = score_ngrams_perplexity(counted, blocks, num_blocks)
+    for name, ngram_model in ngram_models(ngrams or [], data, size):
+        floors[name] = score_ngrams_brier(ngram_model, blocks, num_blocks, seed)
+        floor_perplexities[name] = score_ngrams_perplexity(ngram_model, blocks, num_blocks)
     brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
     perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
     card = Scorecard(
@@ -118,7 +119,7 @@ def batches_of(
     num_blocks: int | None = None,
     device: torch.device | str = "cpu",
     *,
-    what: str = "scoring",
+    label: str = "scoring",
 ) -> Iterator[Batch]:
     """Yield batches on a device, of the first `num_blocks` blocks or all.
 
@@ -126,13 +127,13 @@ def batches_of(
         blocks: The blocks.
         num_blocks: Maximum number of blocks.
         device: Device of the batches.
-        what: Label of the progress bar.
+        label: Label of the progress bar.
     """
     end = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
-    size = _BATCH
+    size = _BATCH_SIZE
     if end:
-        size = max(1, min(_BATCH, _TOKENS_AT_ONCE // blocks[0]["input_ids"].shape[-1]))
-    for start in tracked(range(0, end, size), what, "batch"):
+        size = max(1, min(_BATCH_SIZE, _TOKENS_AT_ONCE // blocks[0]["input_ids"].shape[-1]))
+    for start in tracked(range(0, end, size), label, "batch"):
         batch = blocks[start : min(start + size, end)]
         yield {name: column.to(device) for name, column in batch.items()}
 
@@ -145,7 +146,7 @@ def score_reconstruction(
 ) -> ReconstructionResult:
     """Reconstruction of held-out blocks."""
     generator = torch.Generator(autoencoder.device).manual_seed(whole_seed(seed))
-    batches = batches_of(blocks, num_blocks, autoencoder.device, what="scoring the autoencoder")
+    batches = batches_of(blocks, num_blocks, autoencoder.device, label="scoring the autoencoder")
     return evaluate_reconstruction(autoencoder, batches, generator)
 
 
@@ -171,7 +172,7 @@ def score_ceiling(
 ) -> BrierResult:
     """BrierLM of a model's true next latents, decoded, on the same blocks."""
     ceiling = AutoencoderCeiling(autoencoder, scorer_of(model).chunk_size)
-    return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed, what="scoring the ceiling")
+    return score_with(FromDraws(ceiling), model, blocks, num_blocks, seed, label="scoring the ceiling")
 
 
 def score_with(
@@ -182,19 +183,19 @@ def score_with(
     seed: int = EVALUATION_SEED,
     num_draws: int = 2,
     *,
-    what: str = "scoring BrierLM",
+    label: str = "scoring BrierLM",
 ) -> BrierResult:
     """BrierLM from any scorer, with a model's special tokens, on blocks laid out in the scorer's chunks."""
     return evaluate_brier(
         scorer,
-        batches_of(blocks, num_blocks, model.device, what=what),
-        **ends_of_text(model),
+        batches_of(blocks, num_blocks, model.device, label=label),
+        **special_token_ids(model),
         seed=seed,
         num_draws=num_draws,
     )
 
 
-def ends_of_text(model: PreTrainedModel) -> dict[str, Any]:
+def special_token_ids(model: PreTrainedModel) -> dict[str, Any]:
     """Ids that end a text, and the padding id, as keyword arguments of the scoring functions."""
     return {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id or 0}
 
@@ -205,13 +206,13 @@ def score_perplexity(
     """Perplexity, on held-out blocks laid out as for BrierLM, of a model with a likelihood."""
     return evaluate_perplexity(
         model,
-        batches_of(blocks, num_blocks, model.device, what="scoring perplexity"),
-        **ends_of_text(model),
+        batches_of(blocks, num_blocks, model.device, label="scoring perplexity"),
+        **special_token_ids(model),
     )
 
 
 def affordable_orders(orders: Sequence[int], data: PreparedData) -> Sequence[int]:
-    """Orders of n-gram floors that are shown unasked: none if the training text is too long to count."""
+    """Orders of the n-gram floors shown by default: none if the training text is too long to count."""
     num_tokens = data.counts().tokens["train"]
     if not orders or num_tokens <= _MOST_COUNTED:
         return orders
@@ -219,7 +220,7 @@ def affordable_orders(orders: Sequence[int], data: PreparedData) -> Sequence[int
         "no n-gram floors: the training text has %s tokens, which would take about %s GiB; "
         "`calm evaluate --ngrams` counts them all the same",
         f"{num_tokens:,}",
-        f"{num_tokens * 200 / 2**30:.0f}",
+        f"{num_tokens * _BYTES_OF_COUNTS / 2**30:.0f}",
     )
     return []
 
@@ -232,9 +233,9 @@ def ngram_models(
         return []
     stream, lengths = map(torch.from_numpy, data.training_stream())
     counts = NGramCounts(stream, lengths, order=max(orders), vocab_size=data.vocab_size)
-    ends = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.tokenizer.pad_token_id}
+    special_ids = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.tokenizer.pad_token_id}
     return [
-        (f"{order}-gram", NGramSampler(counts, order=order, chunk_size=chunk_size, **ends))
+        (f"{order}-gram", NGramSampler(counts, order=order, chunk_size=chunk_size, **special_ids))
         for order in orders
     ]
 
@@ -248,7 +249,7 @@ def score_ngrams_brier(
     """BrierLM of an n-gram model, on the same blocks as the model's."""
     return evaluate_brier(
         FromDraws(ngrams),
-        batches_of(blocks, num_blocks, what=_scoring(ngrams)),
+        batches_of(blocks, num_blocks, label=_label(ngrams)),
         eos_token_id=ngrams.eos_token_id,
         pad_token_id=ngrams.pad_token_id,
         seed=seed,
@@ -259,8 +260,8 @@ def score_ngrams_perplexity(
     ngrams: NGramSampler, blocks: datasets.Dataset, num_blocks: int | None = None
 ) -> PerplexityResult:
     """Perplexity of an n-gram model, on the same blocks as the model's."""
-    return evaluate_ngram_perplexity(ngrams, batches_of(blocks, num_blocks, what=_scoring(ngrams)))
+    return evaluate_ngram_perplexity(ngrams, batches_of(blocks, num_blocks, label=_label(ngrams)))
 
 
-def _scoring(ngrams: NGramSampler) -> str:
+def _label(ngrams: NGramSampler) -> str:
     return f"scoring the {ngrams.order}-gram floor"

@@ -19,7 +19,7 @@ from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.evaluation.processes import Batch
 from calm.progress import tracked
 
-_NOTHING = -1  # A history token before the start of the document.
+_NO_TOKEN = -1  # In a history, before the start of the document.
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class NGramCounts:
         self.vocab_size = vocab_size
         history = torch.arange(len(stream)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         context = torch.zeros_like(stream)  # Context ids at the current level.
-        where = torch.arange(len(stream))  # Positions with enough history for it.
+        position = torch.arange(len(stream))  # Positions with enough history for it.
         self.levels = [_make_level(context[:1], context, stream, vocab_size)]
         for length in tracked(range(1, order), f"counting {order}-grams", "length"):
-            keep = history[where] >= length
-            where, context = where[keep], context[keep]
-            key = context * vocab_size + stream[where - length]
+            is_long_enough = history[position] >= length
+            position, context = position[is_long_enough], context[is_long_enough]
+            key = context * vocab_size + stream[position - length]
             unique, context = torch.unique(key, return_inverse=True)
             if not len(unique):
                 break  # No document is that long.
-            self.levels.append(_make_level(unique, context, stream[where], vocab_size))
+            self.levels.append(_make_level(unique, context, stream[position], vocab_size))
 
     @cached_property
     def pairs_of_levels(self) -> list[Tensor]:
@@ -107,12 +107,12 @@ class NGramSampler:
         """Sample a next token for each history (H = n - 1, `-1` before the start of a document), (P,)."""
         shape = history_PH.shape[:1]
         token = torch.randint(self.vocab_size, shape, generator=generator)  # The uniform distribution.
-        for level, (ids, known) in zip(self._levels, self._descend(history_PH), strict=True):
+        for level, (ids, seen) in zip(self._levels, self._descend(history_PH), strict=True):
             uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
             first, count = level.start[ids], level.start[ids + 1] - level.start[ids]
-            pick = level.next_token[first + (uniform[0] * count).long()]
+            next_token = level.next_token[first + (uniform[0] * count).long()]
             # A trusted longer context overrides the shorter ones.
-            token = torch.where(known & (uniform[1] < level.trust[ids]), pick, token)
+            token = torch.where(seen & (uniform[1] < level.trust[ids]), next_token, token)
         return token
 
     def losses(self, batch: Batch, is_target_BC: Tensor, chunks_PK: Tensor) -> Tensor:
@@ -126,15 +126,15 @@ class NGramSampler:
 
     def probability(self, history_PH: Tensor, token_P: Tensor) -> Tensor:
         """Probability of a given token after each history (see `draw_tokens`), float64, (P,)."""
-        found_P = torch.full(token_P.shape, 1 / self.vocab_size, dtype=torch.float64)
+        p_P = torch.full(token_P.shape, 1 / self.vocab_size, dtype=torch.float64)
         pairs = self._counts.pairs_of_levels[: self.order]
-        for level, pair, (ids, known) in zip(self._levels, pairs, self._descend(history_PH), strict=True):
+        for level, pair, (ids, seen) in zip(self._levels, pairs, self._descend(history_PH), strict=True):
             key = ids * self.vocab_size + token_P
-            seen = torch.searchsorted(pair, key, right=True) - torch.searchsorted(pair, key)
-            share = seen.double() / (level.start[ids + 1] - level.start[ids])
-            trust = torch.where(known, level.trust[ids].double(), 0.0)
-            found_P = trust * share + (1 - trust) * found_P
-        return found_P
+            count = torch.searchsorted(pair, key, right=True) - torch.searchsorted(pair, key)
+            share = count.double() / (level.start[ids + 1] - level.start[ids])
+            trust = torch.where(seen, level.trust[ids].double(), 0.0)
+            p_P = trust * share + (1 - trust) * p_P
+        return p_P
 
     def log_probability(self, tokens: list[int], first: int = 0) -> float:
         """Log-probability of a document's tokens from position `first` on, given those before it.
@@ -143,46 +143,45 @@ class NGramSampler:
             tokens: Token ids from the start of the document.
             first: Position of the first token to score.
         """
-        length = self.order - 1
-        ids = torch.tensor([_NOTHING] * length + tokens, dtype=torch.long)
-        history_P = [ids[place : place + length] for place in range(first, len(tokens))]
-        if not history_P:
+        if first >= len(tokens):
             return 0.0
-        return float(self.probability(torch.stack(history_P), ids[length + first :]).log().sum())
+        length = self.order - 1
+        ids = torch.tensor([_NO_TOKEN] * length + tokens, dtype=torch.long)
+        histories = [ids[position : position + length] for position in range(first, len(tokens))]
+        return float(self.probability(torch.stack(histories), ids[length + first :]).log().sum())
 
     def _descend(self, history_PH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, from the shortest context to the longest, its id per history and whether it was seen."""
         ids = torch.zeros(len(history_PH), dtype=torch.long)
-        known = torch.ones(len(history_PH), dtype=torch.bool)
+        seen = torch.ones(len(history_PH), dtype=torch.bool)
         for length, level in enumerate(self._levels):
             if length > 0:
-                further = history_PH[:, -length]
-                key = ids * self.vocab_size + further
+                token = history_PH[:, -length]
+                key = ids * self.vocab_size + token
                 ids = torch.searchsorted(level.key, key).clamp_max(len(level.key) - 1)
-                known = known & (further != _NOTHING) & (level.key[ids] == key)
-            yield ids, known
+                seen = seen & (token != _NO_TOKEN) & (level.key[ids] == key)
+            yield ids, seen
 
     def _histories(self, batch: Batch) -> Tensor:
         """The n - 1 tokens before each of chunks 1..C-1, (B, C-1, H)."""
         length = self.order - 1
-        tokens = torch.where(batch["labels"] == IGNORED_LABEL, _NOTHING, batch["input_ids"])
+        tokens = torch.where(batch["labels"] == IGNORED_LABEL, _NO_TOKEN, batch["input_ids"])
         tokens_BCK = split_into_chunks(tokens, self.chunk_size)
-        reach = -(-length // self.chunk_size)  # Chunks that the history spans.
-        pieces = []
-        for back in range(reach, 0, -1):
-            earlier = torch.roll(tokens_BCK, back, dims=1)
-            # The position in the document says how far back it extends.
-            inside = batch["position_ids"] >= back
-            pieces.append(torch.where(inside.unsqueeze(-1), earlier, _NOTHING))
-        history = torch.cat(pieces, dim=-1) if pieces else tokens_BCK[..., :0]
+        num_chunks = -(-length // self.chunk_size)  # That the history spans.
+        chunks = []
+        for distance in range(num_chunks, 0, -1):
+            earlier_BCK = torch.roll(tokens_BCK, distance, dims=1)
+            is_same_document_BC = batch["position_ids"] >= distance
+            chunks.append(torch.where(is_same_document_BC.unsqueeze(-1), earlier_BCK, _NO_TOKEN))
+        history = torch.cat(chunks, dim=-1) if chunks else tokens_BCK[..., :0]
         return history[:, 1:, history.shape[-1] - length :]
 
 
 def _make_level(key: Tensor, context: Tensor, next_token: Tensor, vocab_size: int) -> _Level:
     num_contexts = len(key)
     count = torch.bincount(context, minlength=num_contexts)
-    distinct = torch.unique(context * vocab_size + next_token) // vocab_size
-    num_distinct = torch.bincount(distinct, minlength=num_contexts)
+    context_of_pair = torch.unique(context * vocab_size + next_token) // vocab_size
+    num_distinct = torch.bincount(context_of_pair, minlength=num_contexts)
     return _Level(
         key=key,
         start=torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)]),

@@ -67,15 +67,15 @@ def evaluate_perplexity(
         raise InputError(f"a {type(model).__name__} with this head has no likelihood, and so no perplexity.")
     size = window_of(reader.unit_size)
 
-    def losses_PK(batch: Batch, targets: Targets) -> Tensor:
+    def losses_of(batch: Batch, targets: Targets) -> Tensor:
         text = read_text(reader, batch, targets.is_target_BC, size)
         units = targets.chunks_PK.split(reader.unit_size, dim=-1)
         return torch.cat(
             [reader.losses(text.outputs_on_text(step), unit_PK) for step, unit_PK in enumerate(units)], dim=-1
         )
 
-    return _mean_of(
-        losses_PK, targets_of(batches, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    return _mean_loss(
+        losses_of, targets_of(batches, size, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
     )
 
 
@@ -89,7 +89,7 @@ def evaluate_ngram_perplexity(ngrams: NGramSampler, batches: Iterable[Batch]) ->
     Raises:
         InputError: If the blocks contain no target.
     """
-    return _mean_of(
+    return _mean_loss(
         lambda batch, targets: ngrams.losses(batch, targets.is_target_BC, targets.chunks_PK),
         targets_of(
             batches,
@@ -100,7 +100,7 @@ def evaluate_ngram_perplexity(ngrams: NGramSampler, batches: Iterable[Batch]) ->
     )
 
 
-def _mean_of(
+def _mean_loss(
     losses_of: Callable[[Batch, Targets], Tensor], batches: Iterable[tuple[int, Batch, Targets]]
 ) -> PerplexityResult:
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.long)

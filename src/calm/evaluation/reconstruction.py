@@ -46,23 +46,23 @@ def evaluate_reconstruction(
     Raises:
         InputError: If there is no token to score.
     """
-    tokens = chunks = right = right_noisy = right_chunks = 0
+    tokens = chunks = exact = exact_noisy = exact_chunks = 0
     std = 0.0
     for batch in batches:
         size = autoencoder.config.chunk_size
         labels_PK = split_into_chunks(batch["labels"], size).flatten(0, 1)
-        counts_PK = labels_PK != IGNORED_LABEL
-        kept_P = counts_PK.any(-1)
-        labels_PK, counts_PK = labels_PK[kept_P], counts_PK[kept_P]
-        posterior = autoencoder.encode(split_into_chunks(batch["input_ids"], size).flatten(0, 1)[kept_P])
-        exact_PK = (autoencoder.decode_tokens(posterior.mean) == labels_PK) | ~counts_PK
-        noisy_PK = autoencoder.decode_tokens(posterior.sample(1, generator)[0]) == labels_PK
-        tokens += int(counts_PK.sum())
+        is_token_PK = labels_PK != IGNORED_LABEL
+        has_token_P = is_token_PK.any(-1)
+        labels_PK, is_token_PK = labels_PK[has_token_P], is_token_PK[has_token_P]
+        posterior = autoencoder.encode(split_into_chunks(batch["input_ids"], size).flatten(0, 1)[has_token_P])
+        exact_PK = (autoencoder.decode_tokens(posterior.mean) == labels_PK) | ~is_token_PK
+        exact_noisy_PK = autoencoder.decode_tokens(posterior.sample(1, generator)[0]) == labels_PK
+        tokens += int(is_token_PK.sum())
         chunks += len(labels_PK)
-        right += int(exact_PK[counts_PK].sum())
-        right_noisy += int(noisy_PK[counts_PK].sum())
-        right_chunks += int(exact_PK.all(-1).sum())
+        exact += int(exact_PK[is_token_PK].sum())
+        exact_noisy += int(exact_noisy_PK[is_token_PK].sum())
+        exact_chunks += int(exact_PK.all(-1).sum())
         std += float(posterior.std.mean(-1).sum())
     if tokens == 0:
         raise InputError("the held-out text has no token to score; give more text.")
-    return ReconstructionResult(right / tokens, right_chunks / chunks, right_noisy / tokens, std / chunks)
+    return ReconstructionResult(exact / tokens, exact_chunks / chunks, exact_noisy / tokens, std / chunks)

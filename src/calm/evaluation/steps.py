@@ -39,7 +39,7 @@ class _Step(abc.ABC):
     generator: torch.Generator
 
     def __post_init__(self) -> None:
-        """Do what `hits` and `path` share."""
+        """Compute what `hits` and `path` share, if anything."""
         return
 
     @abc.abstractmethod
@@ -54,7 +54,7 @@ class _Step(abc.ABC):
         """
 
 
-class _Drawn(_Step):
+class _DrawnStep(_Step):
     """Estimates from draws alone."""
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class _Drawn(_Step):
         return path_PK, share_of_equal_pairs(self.draws_NPK), follows_P
 
 
-class _Known(_Step):
+class _ExactStep(_Step):
     """Estimates from the model's probabilities."""
 
     def hits(self, truth_PK: Tensor) -> Tensor:
@@ -88,8 +88,11 @@ class _Known(_Step):
         After the end of a text there is only padding, with probability 1. Both (P, K).
         """
         token_PK, equal_PK = self.reader.probabilities(self.outputs_PX, units_PK)
-        over_PK = self.has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self.targets.eos_ids)
-        token_PK, equal_PK = token_PK.masked_fill(over_PK, 1.0), equal_PK.masked_fill(over_PK, 1.0)
+        is_padding_PK = self.has_ended_P.unsqueeze(-1) | is_after_eos(units_PK, self.targets.eos_ids)
+        token_PK, equal_PK = (
+            token_PK.masked_fill(is_padding_PK, 1.0),
+            equal_PK.masked_fill(is_padding_PK, 1.0),
+        )
         p_PK = token_PK.cumprod(-1)
         before_PK = torch.cat([torch.ones_like(p_PK[:, :1]), p_PK[:, :-1]], dim=-1)
         return p_PK, before_PK * equal_PK
@@ -111,21 +114,21 @@ class _StepScorer:
         text = read_text(self.reader, batch, targets.is_target_BC, self.chunk_size)
         truth_SPK = targets.chunks_PK.unflatten(1, (text.num_steps, -1)).transpose(0, 1)
         truth_ended_P = path_ended_P = torch.zeros_like(targets.chunks_PK[:, 0], dtype=torch.bool)
-        how = (targets, num_draws, generator)
+        settings = (targets, num_draws, generator)
         hits, equal, follows = [], [], []
         outputs_PX = text.outputs_on_text(0)
-        for number, truth_PK in enumerate(truth_SPK):
-            step = self._step(self.reader, text.outputs_on_text(number), truth_ended_P, *how)
+        for index, truth_PK in enumerate(truth_SPK):
+            step = self._step(self.reader, text.outputs_on_text(index), truth_ended_P, *settings)
             hits.append(step.hits(truth_PK))
             truth_ended_P = truth_ended_P | targets.end(truth_PK)[1]
-            if number > 0:  # From here on, the path has left the text.
-                step = self._step(self.reader, outputs_PX, path_ended_P, *how)
+            if index > 0:  # From here on, the path has left the text.
+                step = self._step(self.reader, outputs_PX, path_ended_P, *settings)
             path_PK, equal_PK, follows_P = step.path()
             equal.append(equal_PK)
             follows.append(follows_P)
             path_PK, ends_P = targets.end(path_PK)
             path_ended_P = path_ended_P | ends_P
-            if number < text.num_steps - 1:
+            if index < text.num_steps - 1:
                 outputs_PX = text.follow(path_PK)
         return windows_of_steps(torch.stack(hits), torch.stack(equal), torch.stack(follows))
 
@@ -137,7 +140,7 @@ class DrawScorer(_StepScorer):
         reader: The model.
     """
 
-    _step = _Drawn
+    _step = _DrawnStep
 
 
 class ProbabilityScorer(_StepScorer):
@@ -152,7 +155,7 @@ class ProbabilityScorer(_StepScorer):
         reader: The model.
     """
 
-    _step = _Known
+    _step = _ExactStep
 
     def __init__(self, reader: LikelihoodReader) -> None:
         super().__init__(reader)

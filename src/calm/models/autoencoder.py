@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from calm.core.argmax import argmax_of_scores
+from calm.core.argmax import argmax_of_logits
 from calm.core.chunks import IGNORED_LABEL, have_label, mean_over, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
@@ -183,7 +183,7 @@ class CalmAutoencoder(SavingMixin, PreTrainedModel):
         """Tokens with the largest logits; drops the last axis of the token vectors."""
         weight_VD = self.encoder.embed_tokens.weight
         flat = vectors.flatten(0, -2).to(weight_VD.dtype)
-        return argmax_of_scores(flat, weight_VD).view(vectors.shape[:-1])
+        return argmax_of_logits(flat, weight_VD).view(vectors.shape[:-1])
 
     def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
         """Sample the randomness of one training step on chunks (P, K)."""

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
 from calm.core.seeds import whole_seed
-from calm.core.temperature import inverse_temperature, is_likeliest
+from calm.core.temperature import decodes_greedily, inverse_temperature
 from calm.errors import InputError, NotFiniteError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import LastTokenProjection
@@ -313,7 +313,7 @@ class _TokenModel(LanguageModel):
         num_texts(arguments.get("num_return_sequences"))
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
-        is_greedy = is_likeliest(temperature)
+        is_greedy = decodes_greedily(temperature)
         # Otherwise the model's generation configuration could ask for other outputs than tokens.
         arguments |= {"do_sample": not is_greedy, "return_dict_in_generate": False}
         if is_greedy:

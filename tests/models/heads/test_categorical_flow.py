@@ -86,7 +86,7 @@ def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
 def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
     losses = []
     for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids, generator=torch.Generator().manual_seed(2)).loss
         loss.backward()

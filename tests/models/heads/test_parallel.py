@@ -121,8 +121,8 @@ def test_brier_losses_do_not_keep_the_distributions_of_all_tokens(classes, monke
     head = tiny_model(head_config=PARALLEL | {"num_classes": classes, "loss": "brier"}).head
     states, tokens = torch.randn(500, 32 + 4 * 5), torch.randint(40, (500, 4))
     found, numbers = [], []
-    for scores_at_once in (2**26, 10_000):  # Of 2,000 tokens in all; a part has 250 or, with classes, 59.
-        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", scores_at_once)
+    for logits_at_once in (2**26, 10_000):  # Of 2,000 tokens in all; a part has 250 or, with classes, 59.
+        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", logits_at_once)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
             losses_P = head.loss(states, Target(None, tokens))

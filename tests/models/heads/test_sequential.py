@@ -80,7 +80,7 @@ def test_probabilities_of_tokens_are_those_of_the_distribution(small, temperatur
     distributions = log_distributions(small.head, states).double()
     first = (distributions.logsumexp(-1) / temperature).softmax(-1)
     given = (distributions / temperature).softmax(-1)
-    monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", 3 * VOCABULARY)  # In parts.
+    monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", 3 * VOCABULARY)  # In parts.
     for chunk in ([0, 0], [2, 4], [4, 1]):
         found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
         wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
@@ -142,7 +142,7 @@ def test_the_window_reaches_back_into_the_chunk_before():
 def test_scores_in_parts_are_the_scores(head, monkeypatch):
     model, found = tiny_model(head_config=KINDS[head]), []
     for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids).loss
         loss.backward()
@@ -173,7 +173,7 @@ def test_the_sampler_of_the_head():
 @pytest.mark.parametrize("at_once", [2**26, 40 * 2])
 @pytest.mark.parametrize("head", KINDS)
 def test_temperature_0_is_greedy_decoding(head, at_once, monkeypatch):
-    monkeypatch.setattr("calm.core.cross_entropy.SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
     torch.manual_seed(2)
     model = tiny_model(head_config=KINDS[head])
     with torch.no_grad():

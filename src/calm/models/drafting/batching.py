@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from calm.core.random import generator_of_row
-from calm.core.temperature import check_cuts, is_likeliest
+from calm.core.temperature import check_cuts, decodes_greedily
 from calm.models.calm import CalmForCausalLM
 from calm.models.drafting.draft import ChunkDrafter
 from calm.models.drafting.generate import Drafting
@@ -45,7 +45,7 @@ class TokenSampler:
     @property
     def is_greedy(self) -> bool:
         """Whether decoding is greedy."""
-        return is_likeliest(self.temperature)
+        return decodes_greedily(self.temperature)
 
     def processors(self, model: PreTrainedModel, ids_1T: Tensor, budget: int) -> LogitsProcessorList:
         """The logits processors that transformers' `generate` uses with these settings.

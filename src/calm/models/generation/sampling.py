@@ -84,6 +84,6 @@ class _DecoderReader(TokenReader):
         self.chunk_size = autoencoder.config.chunk_size
         self._autoencoder = autoencoder
 
-    def __call__(self, states_MX: Tensor, place: int) -> Tensor:
-        last = self.chunk_size if len(states_MX) <= _FEW_DRAWS else place + 1
-        return self._autoencoder.read_tokens(states_MX, place, last)
+    def __call__(self, states_MX: Tensor, position: int) -> Tensor:
+        last = self.chunk_size if len(states_MX) <= _FEW_DRAWS else position + 1
+        return self._autoencoder.read_tokens(states_MX, position, last)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm.core.random import GivenNumbers, NotedRequests, Request, numbers_for
+from calm.core.random import GivenNumbers, Request, RequestRecorder, numbers_for
 from calm.errors import reason_of
 from calm.models.generation.compiled_files import load_function
 from calm.models.generation.lean import ChunkStep
@@ -33,7 +33,7 @@ def function_name(part: str, rows: int, temperature: float | None = None) -> str
 
 def requests_of_draw(model: Any, prepared_1: Tensor, temperature: float) -> list[Request]:
     """The random numbers that a draw from the model's head requests."""
-    noted = NotedRequests()
+    noted = RequestRecorder()
     state = torch.get_rng_state()
     model.head.draw_chunks(prepared_1, 1, noted, temperature)
     torch.set_rng_state(state)

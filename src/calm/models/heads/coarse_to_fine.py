@@ -146,8 +146,8 @@ class CoarseToFineHead(TokenClassesHead):
         """-log P(chunk) / K in nats, (P,): of the classes, each given those before it, and of the tokens."""
         tokens, size = self._classed_tokens(), self.config.chunk_size
         state_PD, previous_PX = self._split_states(states_PD)
-        places_PK = tokens.places(target.tokens_PK)
-        classes_PK = places_PK // tokens.class_size
+        slots_PK = tokens.slots(target.tokens_PK)
+        classes_PK = slots_PK // tokens.class_size
         vectors = list(self.coarse(state_PD, previous_PX).unbind(1))
         for k in range(1, size):
             for distance in range(k):
@@ -159,8 +159,8 @@ class CoarseToFineHead(TokenClassesHead):
             self.class_scores.bias,
         )
         vectors_PKR = self.fine(state_PD, self._fine_inputs(previous_PX, classes_PK))
-        token_losses_M = tokens.losses(vectors_PKR.flatten(0, 1), places_PK.flatten())
-        return (class_losses_M + token_losses_M).view_as(places_PK).mean(-1)
+        token_losses_M = tokens.losses(vectors_PKR.flatten(0, 1), slots_PK.flatten())
+        return (class_losses_M + token_losses_M).view_as(slots_PK).mean(-1)
 
     def _contribution(self, classes: Tensor, distance: int) -> Tensor:
         """What classes add to the vector of a later token, with `distance` tokens in between, (..., H)."""

@@ -1,7 +1,7 @@
 """The last step of heads that draw token by token: a vector -> the distribution of a token.
 
 Shapes: M rows, R rows of a part, X size of their vectors, V vocabulary, C classes, G tokens per class,
-W = C·G places in class order (see `calm.core.classes`); those after the first V are padding.
+W = C·G slots of tokens in class order (see `calm.core.classes`); those after the first V are padding.
 """
 
 import abc
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from calm.core.classes import losses_in_classes, places_of
+from calm.core.classes import losses_in_classes, slots_of
 from calm.core.cross_entropy import cross_entropy
-from calm.core.distillation import SoftTargets, distillation, distillation_of_scores
+from calm.core.distillation import SoftTargets, distillation, distillation_of_logits
 from calm.models.heads.contract import MIN_TEMPERATURE
 from calm.models.heads.logits import (
     draw_by_groups,
@@ -137,9 +137,9 @@ class ClassedTokens:
     """The logits of tokens that are grouped in classes (see `calm.core.classes`).
 
     Args:
-        table_WX: One vector per place in class order.
+        table_WX: One vector per slot.
         bias_W: Added to the logits.
-        tokens_V: The token at each place.
+        tokens_V: The token in each slot.
         class_size: Tokens per class G; the last may have fewer.
     """
 
@@ -148,14 +148,14 @@ class ClassedTokens:
     tokens_V: Tensor
     class_size: int
 
-    def places(self, tokens: Tensor) -> Tensor:
-        """The places of tokens; divided by `class_size` and rounded down, they give the classes."""
-        return places_of(self.tokens_V)[tokens]
+    def slots(self, tokens: Tensor) -> Tensor:
+        """The slots of tokens; divided by `class_size` and rounded down, they give the classes."""
+        return slots_of(self.tokens_V)[tokens]
 
-    def losses(self, vectors_MX: Tensor, places_M: Tensor) -> Tensor:
-        """Cross-entropy of the token at each place among those of its class, (M,), in nats."""
+    def losses(self, vectors_MX: Tensor, slots_M: Tensor) -> Tensor:
+        """Cross-entropy of the token in each slot among those of its class, (M,), in nats."""
         table, size = (self.table_WX, self.bias_W), self.class_size
-        return losses_in_classes(vectors_MX, *table, places_M, size, len(self.tokens_V))
+        return losses_in_classes(vectors_MX, *table, slots_M, size, len(self.tokens_V))
 
     def log_distributions(self, vectors_MX: Tensor) -> Tensor:
         """Log-probabilities within each class, in class order, (M, C, G)."""
@@ -179,10 +179,10 @@ class ClassedTokens:
 
     def _draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
         size, last = self.class_size, len(self.tokens_V) - 1
-        places_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
+        slots_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
         table_MGX = self.table_WX.unflatten(0, (-1, size))[class_M]
-        logits_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + self.bias_W[places_MG]
-        logits_MG = logits_MG.float().masked_fill(places_MG > last, -torch.inf)
+        logits_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + self.bias_W[slots_MG]
+        logits_MG = logits_MG.float().masked_fill(slots_MG > last, -torch.inf)
         within_M, _, total_M = draw_from_logits(logits_MG, uniform_M)
         return self.tokens_V[(class_M * size + within_M).clamp_max(last)], total_M
 
@@ -212,15 +212,15 @@ class TwoSoftmaxes(Vocabulary):
     def losses(self, vectors_MX: Tensor, tokens_M: Tensor) -> Tensor:
         """See `Vocabulary`."""
         class_vectors_MX, token_vectors_MX = vectors_MX.chunk(2, dim=-1)
-        places_M = self.tokens.places(tokens_M)
-        classes_M = places_M // self.tokens.class_size
+        slots_M = self.tokens.slots(tokens_M)
+        classes_M = slots_M // self.tokens.class_size
         class_losses_M = cross_entropy(class_vectors_MX, self.class_table_CX, classes_M, self.class_bias_C)
-        return class_losses_M + self.tokens.losses(token_vectors_MX, places_M)
+        return class_losses_M + self.tokens.losses(token_vectors_MX, slots_M)
 
     def distillation_losses(self, vectors_MX: Tensor, tokens_M: Tensor, soft_targets: SoftTargets) -> Tensor:
         """See `Vocabulary`."""
         size = len(self.tokens.tokens_V)
-        return distillation_of_scores(self._log_distribution, size, vectors_MX, tokens_M, soft_targets)
+        return distillation_of_logits(self._log_distribution, size, vectors_MX, tokens_M, soft_targets)
 
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """See `Vocabulary`."""
@@ -247,7 +247,7 @@ class TwoSoftmaxes(Vocabulary):
         logits_MC = F.linear(class_vectors_MX, self.class_table_CX, self.class_bias_C)
         log_p_MC = _at_least_float32(logits_MC).log_softmax(-1)
         log_p_MW = (log_p_MC.unsqueeze(-1) + self.tokens.log_distributions(token_vectors_MX)).flatten(1)
-        return log_p_MW.index_select(-1, places_of(self.tokens.tokens_V))
+        return log_p_MW.index_select(-1, slots_of(self.tokens.tokens_V))
 
 
 def draw_from_logits(logits_MI: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
