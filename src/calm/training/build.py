@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from calm.data.prepared import PreparedData
 from calm.data.tokenizer import load_tokenizer
@@ -73,6 +80,23 @@ def language_model_of(
         return model_with_new_head(recipe, data, autoencoder, begun)
     set_seed(recipe.seed)
     return begun
+
+
+def untrained_language_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
+    """A network like the language model of a recipe, with random weights: enough to count and time it.
+
+    No weights are loaded, even if training starts from a model.
+
+    Raises:
+        InputError: If the model that training starts from does not fit, or a value is out of range.
+    """
+    config = model_config(recipe, data.vocab_size)
+    is_llama = config.model_type == "llama"  # Ours costs less than that of transformers.
+    build: Any = LlamaForCausalLM._from_config if is_llama else AutoModelForCausalLM.from_config
+    network: PreTrainedModel = build(
+        config, dtype=torch.float32, attn_implementation=recipe.language_model.attention
+    )
+    return network
 
 
 def model_with_new_head(

@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 
 from calm.data.prepared import PreparedData
 from calm.hardware import device_name
-from calm.models.loading import load_autoencoder
 from calm.quantities import duration, short
-from calm.training.build import language_model_of, new_autoencoder
+from calm.training.build import new_autoencoder, untrained_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
 from calm.training.continuing import tell_beginning
-from calm.training.opening import trained_autoencoder
 from calm.training.optimizers import build_optimizer
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
@@ -95,19 +93,12 @@ def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
     """What each unfinished stage is about to do. torch's random states are left as they were."""
     recipe = run.recipe
     with torch.random.fork_rng():
-        autoencoder = None
-        if recipe.model == "calm":
-            autoencoder = trained_autoencoder(recipe)
-            if autoencoder is None and run.is_finished("autoencoder"):
-                autoencoder = load_autoencoder(run.folder / "autoencoder")
-            elif autoencoder is None:
-                autoencoder = new_autoencoder(recipe, data)
-                if recipe.trains_autoencoder:
-                    training = recipe.autoencoder.training
-                    yield _forecast(run, data, "autoencoder", autoencoder, training)
+        if recipe.trains_autoencoder and not run.is_finished("autoencoder"):
+            autoencoder = new_autoencoder(recipe, data)
+            yield _forecast(run, data, "autoencoder", autoencoder, recipe.autoencoder.training)
         if run.is_finished("model"):
             return
-        model, teacher = language_model_of(recipe, data, autoencoder), teacher_of(recipe, data)
+        model, teacher = untrained_language_model(recipe, data), teacher_of(recipe, data)
         yield _forecast(run, data, "language model", model, recipe.language_model.training, teacher)
 
 
