@@ -271,7 +271,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
 
     Settings that mean nothing to a kind of head or other component chosen by an option are left out.
     """
-    from calm.training.recipe_settings import KINDS, kept_by, settings_in
+    from calm.training.recipe_settings import KINDS, compatible_settings, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
@@ -282,7 +282,7 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
     kinds = {name: _value_of(f"--{name}", arguments) for name in KINDS}
 
     def text_of(name: str) -> str:
-        settings = kept_by(settings_in(name, kind, options), kinds, kind)
+        settings = compatible_settings(settings_in(name, kind, options), kinds, kind)
         return yaml.safe_dump(settings, sort_keys=False)
 
     result = list(arguments)
