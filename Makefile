@@ -45,7 +45,7 @@ soak: $(STAMP)          ## serve a crowd that behaves badly for half an hour
 	$(BIN)/python benchmarks/soak.py
 
 bench: $(STAMP)         ## time ours against literal references, in turns (about 20 minutes, most of it compiling)
-	for question in energy.py "training_step.py --compile" flop_rate.py options.py "generation.py --compile" \
+	for question in energy.py "training_step.py --compile" flop_rate.py float32.py options.py "generation.py --compile" \
 		"serving.py stories" tokenizing.py; do \
 		$(BIN)/python benchmarks/$$question || exit 1; done
 

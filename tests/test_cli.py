@@ -8,6 +8,7 @@ from toy import failure
 
 from calm.cli import main
 from calm.commands import COMMANDS
+from calm.training.recipe_files import read_recipe
 
 WRONG = [
     ("trian", "there is no command 'trian'; did you mean 'train'?"),
@@ -110,6 +111,30 @@ def test_a_printed_configuration_is_a_recipe(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["train", "--recipe", str(tmp_path / "mine.yaml"), "--print_config=skip_default"])
     assert "seed: 7" in capsys.readouterr().out
+
+
+def test_a_printed_configuration_is_a_recipe_to_every_command(capsys, tmp_path):
+    """What only `calm train` takes is not in it, even if it was given."""
+    others = ["--output", str(tmp_path / "run"), "--resume", "--overwrite", "--quiet"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text("seed: 7\n")
+    given = ([], 0), (others, 7), (["--recipe", "cpu_tiny", *others], 1)
+    for options, seed in given:
+        with pytest.raises(SystemExit) as raised:
+            main(["train", *options, "--print_config"])
+        assert not raised.value.code
+        (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+        assert read_recipe(str(tmp_path / "mine.yaml")).seed == seed
+        main(["flops", str(tmp_path / "mine.yaml")])
+        assert capsys.readouterr().out.startswith("FLOPs per token")
+
+
+def test_a_recipe_file_can_set_the_other_options(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    options = f"output: {tmp_path}\nresume: false\noverwrite: false\n"
+    (tmp_path / "mine.yaml").write_text(f"{options}data: {{sources: {tmp_path}/text.txt}}\n")
+    message = failure(capsys, "train", "--recipe", tmp_path / "mine.yaml")
+    assert f"in the output folder '{tmp_path}'" in message
 
 
 def test_a_path_that_the_system_refuses_is_one_sentence(capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calm import hardware
-from calm.hardware import matrix_rate, mixed_precision_gain, read_rate, thread_gain
+from calm.hardware import fast_float32, matrix_rate, mixed_precision_gain, read_rate, thread_gain
 
 CPU = torch.device("cpu")
 
@@ -51,3 +51,78 @@ def test_measuring_leaves_random_numbers_and_threads_alone():
     torch.set_num_threads(2)
     assert thread_gain() > 0
     assert torch.get_num_threads() == 2
+
+
+def test_fast_float32_is_float32():
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((1, 64, 64), (48, 96, 200), (700, 256, 512), (3000, 64, 4096)):
+        left = torch.randn(rows, inner, generator=generator)
+        right = torch.randn(inner, columns, generator=generator)
+        with fast_float32():
+            product = left @ right
+        error = (product - left.double() @ right.double()).abs().max()
+        assert error < 1e-5 * inner**0.5  # In bfloat16 it would be 1e-2.
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_fast_float32_puts_the_setting_back(monkeypatch, is_faster):
+    monkeypatch.setattr(hardware, "_has_faster_float32", lambda: is_faster)
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), fast_float32():
+        assert torch.get_float32_matmul_precision() == ("medium" if is_faster else before)
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_precisions_of_single_backends_are_left_alone(monkeypatch):
+    monkeypatch.setattr(hardware, "_has_faster_float32", lambda: True)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        with fast_float32():
+            assert matmul.fp32_precision == "bf16"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    torch.get_float32_matmul_precision()  # Consistent again.
+
+
+@pytest.fixture
+def amd(monkeypatch, tmp_path):
+    """An AMD processor with AVX-512."""
+    file = tmp_path / "cpuinfo"
+    file.write_text("vendor_id : AuthenticAMD\n")
+    monkeypatch.setattr(hardware, "Path", lambda _: file)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(hardware, "_is_exact", lambda rows: True)
+    hardware._has_faster_float32.cache_clear()
+    yield file
+    hardware._has_faster_float32.cache_clear()
+
+
+def test_only_exact_products_on_amd_with_avx512_change(amd, monkeypatch):
+    def changes():
+        hardware._has_faster_float32.cache_clear()
+        return hardware._has_faster_float32()
+
+    before = torch.get_float32_matmul_precision()
+    assert changes()
+    monkeypatch.setattr(hardware, "_is_exact", lambda rows: rows < 4096)
+    assert not changes()
+    assert torch.get_float32_matmul_precision() == before
+    monkeypatch.setattr(hardware, "_is_exact", lambda rows: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not changes()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    amd.write_text("vendor_id : GenuineIntel\n")
+    assert not changes()
+    amd.unlink()
+    assert not changes()
+
+
+def test_rounding_to_bfloat16_is_noticed(monkeypatch):
+    assert hardware._is_exact(64)
+    real = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: real(a.bfloat16(), b.bfloat16()).float())
+    assert not hardware._is_exact(64)

@@ -16,7 +16,7 @@ from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.sharing import write_card
-from calm.sharing.card import repository_of, shown
+from calm.sharing.card import public_name, repository_of
 from calm.training import stages
 from calm.training.recipe_files import read_recipe, with_settings
 
@@ -106,7 +106,7 @@ def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
     }.items(),
 )
 def test_a_path_is_shown_by_its_last_part_wherever_it_leads(source, name):
-    assert shown(source) == name
+    assert public_name(source) == name
 
 
 def test_the_card_counts_the_text_that_there_was(runs):

@@ -44,4 +44,4 @@ def test_public_names_and_examples_are_known_to_a_strict_checker(tmp_path):
 
 
 def test_every_public_name_is_there():
-    assert set(calm.__all__) == {*calm._HOMES, "__version__"}
+    assert set(calm.__all__) == {*calm._MODULES, "__version__"}

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+# Public name -> the module that defines it.
+_MODULES = {
     "CalmAutoencoder": "calm.models.autoencoder",
     "CalmAutoencoderConfig": "calm.models.configuration",
     "CalmConfig": "calm.models.configuration",
@@ -83,8 +84,8 @@ def __getattr__(name: str) -> Any:
     if name in _RENAMED:
         warnings.warn(f"calm.{name} is now calm.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
         name = _RENAMED[name]
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'calm' has no attribute '{name}'")
 
 
@@ -92,7 +93,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-import_module("calm.renamed").tell()
+import_module("calm.renamed").install()
 
 # Registration imports torch, and `calm --help` should answer at once.
 if not getattr(sys.modules.get("calm_command"), "is_running", False):

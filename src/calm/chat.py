@@ -16,7 +16,7 @@ from calm.text.chat import ASSISTANT, encode_chat
 from calm.text.decoding import spell_tokens
 from calm.texts import TextListener, continue_tokens
 
-_LEAST_ROOM = 64  # Old turns are dropped until an answer has room for this many tokens.
+_MIN_ANSWER_ROOM = 64  # Old turns are dropped until an answer has room for this many tokens.
 Message = dict[str, str]
 
 
@@ -58,7 +58,7 @@ class Conversation:
             self._thoughts = language_model(model).thoughts(num_thoughts)
         except ValueError as error:
             raise InputError(str(error)) from error
-        self._num_thought = num_tokens_of(self._thoughts, model.config)
+        self._thought_tokens = num_tokens_of(self._thoughts, model.config)
         self.messages: list[Message] = []
         self.last: tuple[list[int], list[int]] | None = None
         """Token ids of the last prompt and of its answer; None if there is no answer yet."""
@@ -70,13 +70,13 @@ class Conversation:
         Raises:
             InputError: If the template takes none.
         """
-        said = [{"role": "system", "content": system}] if system else []
-        encode_chat(self._tokenizer, [*said, {"role": "user", "content": "?"}])
-        self.messages, self.last = said, None
+        messages = [{"role": "system", "content": system}] if system else []
+        encode_chat(self._tokenizer, [*messages, {"role": "user", "content": "?"}])
+        self.messages, self.last = messages, None
 
     def reset(self) -> None:
         """Drop all turns but the system message."""
-        self.messages, self.last = [one for one in self.messages if one["role"] == "system"], None
+        self.messages, self.last = [turn for turn in self.messages if turn["role"] == "system"], None
 
     def answer(self, text: str, show: Callable[[str], None], **sampling: Any) -> int:
         """Have the model answer. If it is interrupted, the answer so far is kept.
@@ -93,39 +93,39 @@ class Conversation:
             InputError: If the text does not fit in the context, or an argument is out of range.
         """
         turns = [*self.messages, {"role": "user", "content": text}]
-        turns, prompt = self._fitting(turns)
-        forgotten = len(self.messages) + 1 - len(turns)
+        turns, prompt = self._drop_old(turns)
+        num_dropped = len(self.messages) + 1 - len(turns)
         listener = TextListener(self._tokenizer, show)
         seed = None if self._seed is None else (self._seed + len(turns)) % 2**31
-        is_whole = False
+        is_complete = False
         try:
             continue_tokens(
                 self._model,
                 self._tokenizer,
                 [prompt],
-                max_new_tokens=self._room(prompt),
+                max_new_tokens=self._answer_limit(prompt),
                 seed=seed,
                 streamer=listener,
                 num_thoughts=self._num_thoughts,
                 **sampling,
             )
-            is_whole = True
+            is_complete = True
         finally:
-            if is_whole or listener.tokens:
+            if is_complete or listener.tokens:
                 self.messages = [*turns, {"role": ASSISTANT, "content": listener.text.strip()}]
                 self.last = (prompt, listener.tokens)
-        return forgotten
+        return num_dropped
 
     def alternatives(
         self, temperatures: Sequence[float], num_draws: int, most: int
     ) -> list[tuple[list[int], Alternatives]]:
         """The chunks of the last answer, and what each could have been.
 
-        A last chunk that the answer had room for a part of only is none of the candidates: nobody knows how
-        it was drawn.
+        If the token limit cut off the last chunk, what is left of it is not among the candidates: how that
+        chunk was drawn is unknown.
 
         Args:
-            temperatures: See `calm.models.generation.alternatives.draw_alternatives`, also for the others.
+            temperatures: See `calm.models.generation.alternatives.draw_alternatives`.
             num_draws: Draws per chunk.
             most: Maximum number of candidates per chunk.
 
@@ -134,48 +134,49 @@ class Conversation:
         """
         if self.last is None:
             raise InputError("there is no answer yet.")
-        view, (prompt, written) = language_model(self._model), self.last
-        size, ends, found = view.chunk_size, ends_of(self._model.config), []
-        for start in tracked(range(0, len(written), size), "drawing", "chunk"):
-            chunk = list(up_to_end(written[start : start + size], ends))
+        view, (prompt, answer) = language_model(self._model), self.last
+        size, ends, chunks = view.chunk_size, ends_of(self._model.config), []
+        for start in tracked(range(0, len(answer), size), "drawing", "chunk"):
+            chunk = list(up_to_end(answer[start : start + size], ends))
             alternatives = view.alternatives(
                 prompt,
                 thoughts=self._thoughts,
-                written=written[:start],
+                written=answer[:start],
                 num_draws=num_draws,
                 temperatures=temperatures,
                 most=most,
                 seed=0,
                 chunk=chunk if len(chunk) == size or chunk[-1] in ends else (),
             )
-            found.append((chunk, alternatives))
-        return found
+            chunks.append((chunk, alternatives))
+        return chunks
 
     def spell(self, tokens: Sequence[int]) -> str:
         """Tokens as text, with control tokens by name."""
         return "".join(spell_tokens(self._tokenizer, tokens))
 
-    def _fitting(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
+    def _drop_old(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
         """As many of the latest turns as leave room for an answer, and their token ids."""
-        system = [one for one in turns if one["role"] == "system"]
-        said = turns[len(system) :]
+        system = [turn for turn in turns if turn["role"] == "system"]
+        recent = turns[len(system) :]
         while True:
-            prompt = encode_chat(self._tokenizer, [*system, *said])
+            prompt = encode_chat(self._tokenizer, [*system, *recent])
             room = self._room_after(prompt)
-            is_last = len(said) == 1
-            if room is None or room >= (1 if is_last else min(_LEAST_ROOM, self._max_new_tokens)):
-                return [*system, *said], prompt
+            is_last = len(recent) == 1
+            if room is None or room >= (1 if is_last else min(_MIN_ANSWER_ROOM, self._max_new_tokens)):
+                return [*system, *recent], prompt
             if is_last:
-                thought = f" and {self._num_thought} for thoughts" if self._num_thought else ""
+                thoughts = f" and {self._thought_tokens} for thoughts" if self._thought_tokens else ""
                 raise InputError(
-                    f"the message is too long: {len(prompt)} tokens{thought} leave no room for an answer."
+                    f"the message is too long: {len(prompt)} tokens{thoughts} leave no room for an answer."
                 )
-            said = said[2:]  # A question and its answer.
+            recent = recent[2:]  # Without the oldest question and its answer.
 
-    def _room(self, prompt: Sequence[int]) -> int:
+    def _answer_limit(self, prompt: Sequence[int]) -> int:
+        """Maximum tokens of the answer to a prompt."""
         room = self._room_after(prompt)
         return self._max_new_tokens if room is None else min(self._max_new_tokens, room)
 
     def _room_after(self, prompt: Sequence[int]) -> int | None:
         """Tokens that fit after a prompt and its thoughts; None if there is no limit."""
-        return room_beside(self._model.config, len(prompt) + self._num_thought)
+        return room_beside(self._model.config, len(prompt) + self._thought_tokens)

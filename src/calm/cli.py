@@ -30,8 +30,23 @@ _RECIPES: dict[str, type] = {"train": Recipe, "finetune": FinetuningRecipe}
 _POSITIONAL = ("model", "folder", "sources", "data", "prompt", "target", "runs", "run", "question", "task")
 _SHORT = {"samples": "-n", "file": "-f"}
 _QUIET = "Print results, warnings and errors only."
-_FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}  # Not in printed recipes.
+_FLAG: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
+_OTHER_OPTIONS = ("output", "resume", "overwrite", "quiet", "help_all")  # Of commands with a recipe.
 _NOT_POSITIONAL = ((COMMANDS["import"], "model"), (COMMANDS["compare"], "data"))
+
+
+class _RecipeParser(jsonargparse.ArgumentParser):
+    """Parser of a command with a recipe. With --print_config, it prints only the recipe.
+
+    The command's other options are left out, so that every command that takes a recipe can read the result.
+    """
+
+    def dump(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:
+        """The recipe as YAML."""
+        recipe = namespace.clone()
+        for name in _OTHER_OPTIONS:
+            recipe.pop(name, None)
+        return super().dump(recipe, *args, **kwargs)
 
 
 def fail(message: str) -> NoReturn:
@@ -51,16 +66,17 @@ def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser
     Args:
         names: The commands; to run one, the options of the others need not be collected.
     """
-    said = "Continuous autoregressive language models."
+    about = "Continuous autoregressive language models."
     parser = jsonargparse.ArgumentParser(
-        prog="calm", description=said, exit_on_error=False, allow_abbrev=True
+        prog="calm", description=about, exit_on_error=False, allow_abbrev=True
     )
     parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
     parser.add_argument("--completion", choices=SHELLS, help="print completion for a shell, to be evaluated")
     commands = parser.add_subcommands(dest="command", required=False)
     for name in names:
         function = COMMANDS[name]
-        command = jsonargparse.ArgumentParser(description=_summary(function), allow_abbrev=True)
+        kind = _RecipeParser if name in _RECIPES else jsonargparse.ArgumentParser
+        command = kind(description=_summary(function), allow_abbrev=True)
         if name in _RECIPES:
             command.add_argument(
                 "--recipe", action="config", help="Shipped name or .yaml file; options after it override it."
@@ -76,24 +92,24 @@ def build_parser(names: Iterable[str] = COMMANDS) -> jsonargparse.ArgumentParser
 def _add_parameters(parser: jsonargparse.ArgumentParser, function: Callable[..., None]) -> None:
     """Add the arguments of a command: the main ones are positional, booleans are flags, the rest options."""
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
-    by_hand: set[str | int] = set()
+    added: set[str | int] = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation in _RECIPES.values():
-            by_hand.add(name)
+            added.add(name)
         elif parameter.annotation is bool:
             parser.add_argument(f"--{name}", action="store_true", help=documented[name])
-            by_hand.add(name)
+            added.add(name)
         elif name in _positional_of(function):
-            several: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
+            number: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             if parameter.default is not inspect.Parameter.empty:
-                several = {"nargs": "?" if parameter.annotation is str else "*", "default": parameter.default}
-            parser.add_argument(name, type=str, help=documented[name], **several)
-            by_hand.add(name)
+                number = {"nargs": "?" if parameter.annotation is str else "*", "default": parameter.default}
+            parser.add_argument(name, type=str, help=documented[name], **number)
+            added.add(name)
         elif name in _SHORT:
             kind, default = parameter.annotation, parameter.default
             parser.add_argument(_SHORT[name], f"--{name}", type=kind, default=default, help=documented[name])
-            by_hand.add(name)
-    parser.add_function_arguments(function, skip=by_hand, as_positional=False)
+            added.add(name)
+    parser.add_function_arguments(function, skip=added, as_positional=False)
 
 
 def _positional_of(function: Callable[..., None]) -> list[str]:
@@ -131,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         _print_error(str(error))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         _print_error(f"out of memory ({reason_of(error)}); reduce the batch size or the context length.")
         sys.exit(1)
@@ -147,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.flush()  # At interpreter exit, a closed pipe would print a traceback.
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory; torch has its own errors for that."""
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -160,18 +176,18 @@ def _run(arguments: list[str]) -> None:
         return
     command = arguments[0]
     if command not in COMMANDS:
-        _answer_option(arguments)
+        _run_option(arguments)
         return
-    if command in _RECIPES and _answer_help(command, arguments[1:]):
+    if command in _RECIPES and _print_help(command, arguments[1:]):
         return
     settings = _parse(command, arguments)
     is_quiet = settings.pop("quiet", False)
     _set_up_progress(is_quiet)
-    _tell_notes(is_quiet)
+    _set_up_logging(is_quiet)
     COMMANDS[command](**settings)
 
 
-def _answer_option(arguments: list[str]) -> None:
+def _run_option(arguments: list[str]) -> None:
     """Print help, the version or a completion script; anything else is an unknown command."""
     option = arguments[0]
     if option.split("=")[0] == "--completion":
@@ -181,20 +197,20 @@ def _answer_option(arguments: list[str]) -> None:
         print(completion(shell, build_parser()))
         return
     known = ("-h", "--help", "--version")
-    if not option or not any(one.startswith(option) for one in known):
+    if not option or not any(name.startswith(option) for name in known):
         raise InputError(unknown_command(option, COMMANDS))
     build_parser().parse_args([option])
 
 
-def _answer_help(command: str, arguments: list[str]) -> bool:
+def _print_help(command: str, arguments: list[str]) -> bool:
     """If asked for, print the brief or full help of a command with a recipe; return whether it was."""
-    asked = {"-h", "--help", "--help_all"} & set(arguments)
-    if not asked:
+    requested = {"-h", "--help", "--help_all"} & set(arguments)
+    if not requested:
         return False
-    parser = build_parser([command])
-    subcommands: Any = parser._subcommands_action
-    chosen = subcommands.choices[command]
-    text = chosen.format_help() if "--help_all" in asked else brief_help(command, chosen, COMMANDS[command])
+    subcommands: Any = build_parser([command])._subcommands_action
+    parser = subcommands.choices[command]
+    is_full = "--help_all" in requested
+    text = parser.format_help() if is_full else brief_help(command, parser, COMMANDS[command])
     print(text.rstrip())
     return True
 
@@ -204,17 +220,17 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     options = _options_of(command, arguments[1:])
     arguments = [command, *options.arguments]
     if command in _RECIPES:
-        arguments = _with_recipe_of_run(arguments)
+        arguments = _add_recipe_of_run(arguments)
     parser = build_parser([command])
     try:
-        values = parser.parse_args(_with_recipe_texts(arguments))
+        values = parser.parse_args(_inline_recipes(arguments))
     except jsonargparse.ArgumentError as error:
         raise InputError(sentence(str(error), options)) from error
     if (kind := _RECIPES.get(command)) is None:
         return dict(vars(parser.instantiate(values)[command]))
     recipe_fields = [field.name for field in dataclasses.fields(kind)]
-    given = values[command].as_dict()
-    if (mistake := mistake_in({name: given[name] for name in recipe_fields}, options)) is not None:
+    parsed = values[command].as_dict()
+    if (mistake := mistake_in({name: parsed[name] for name in recipe_fields}, options)) is not None:
         raise InputError(mistake)
     settings = dict(vars(parser.instantiate(values)[command]))
     del settings["recipe"]  # The file, which has been read.
@@ -237,7 +253,7 @@ def _set_up_progress(is_quiet: bool) -> None:
         write_lines_for_bars()
 
 
-class _Notes(logging.Handler):
+class _LogHandler(logging.Handler):
     """Prints the package's log messages to whatever standard error is at the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -245,17 +261,17 @@ class _Notes(logging.Handler):
         write(f"calm: {self.format(record)}")
 
 
-def _tell_notes(is_quiet: bool) -> None:
+def _set_up_logging(is_quiet: bool) -> None:
     """Print the package's log messages, once for all processes of a run; if quiet, only warnings."""
     logger = logging.getLogger("calm")
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes())
+    if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
+        logger.addHandler(_LogHandler())
     logger.propagate = False
     level = logging.WARNING if is_quiet else logging.INFO
     logger.setLevel(level if is_first() else logging.ERROR)
 
 
-def _with_recipe_of_run(arguments: list[str]) -> list[str]:
+def _add_recipe_of_run(arguments: list[str]) -> list[str]:
     """With --resume and no --recipe, use the recipe in the run folder."""
     from calm.training.recipe_settings import recipe_file_of_run
 
@@ -266,17 +282,17 @@ def _with_recipe_of_run(arguments: list[str]) -> list[str]:
     return [arguments[0], "--recipe", str(recipe_file_of_run(Path(folder))), *arguments[1:]]
 
 
-def _with_recipe_texts(arguments: list[str]) -> list[str]:
+def _inline_recipes(arguments: list[str]) -> list[str]:
     """Replace recipe names after --recipe with the text of the recipes, in ASCII.
 
-    Settings that mean nothing to a kind of head or other component chosen by an option are left out.
+    Settings of a head or other component are left out if an option chooses another kind of it.
     """
     from calm.training.recipe_settings import KINDS, compatible_settings, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
         return arguments
-    # What --print_config prints besides the recipe.
+    # A recipe file may also set the command's other options, such as output.
     others = dict.fromkeys(inspect.signature(COMMANDS[arguments[0]]).parameters, Any)
     options = Options({**others, **types_of(kind)})
     kinds = {name: _value_of(f"--{name}", arguments) for name in KINDS}
@@ -296,10 +312,10 @@ def _with_recipe_texts(arguments: list[str]) -> list[str]:
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
     """The last value given to an option; None if there is none."""
-    given = None
-    for argument, after in itertools.pairwise([*arguments, ""]):
+    value = None
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == option:
-            given = after
+            value = following
         elif argument.startswith(f"{option}="):
-            given = argument.removeprefix(f"{option}=")
-    return given
+            value = argument.removeprefix(f"{option}=")
+    return value

@@ -10,7 +10,7 @@ import jsonargparse
 
 SHELLS = ("bash", "zsh", "fish")
 # The options that most runs need; --help_all prints all of them.
-_CHIEF = {
+_MAIN = {
     "train": (
         "--recipe", "--data.sources", "--output", "--resume", "--overwrite", "--seed", "--chunk_size",
         "--model", "--language_model.training.steps", "--language_model.init_from",
@@ -35,22 +35,22 @@ def brief_help(command: str, parser: jsonargparse.ArgumentParser, function: Call
     formatter.add_usage(f"calm {command} [options]", [], [], "usage: ")
     width = shutil.get_terminal_size().columns
     formatter.add_text(textwrap.fill(documented.short_description or "", width))
-    examples = "\n".join(one.description or "" for one in documented.examples)
+    examples = "\n".join(example.description or "" for example in documented.examples)
     formatter.add_text("\n  ".join(["examples:", *examples.splitlines()]))
     formatter.start_section("chief options")
-    for name in _CHIEF[command]:
+    for name in _MAIN[command]:
         option = parser._option_string_actions[name]
-        formatter.add_argument(_plain(name, option))
+        formatter.add_argument(_brief(name, option))
     formatter.end_section()
     formatter.add_text(f"All options: calm {command} --help_all. Shipped recipes: calm recipes.")
     return formatter.format_help()
 
 
-def _plain(name: str, option: argparse.Action) -> argparse.Action:
-    """An option as argparse shows it, with its default if that is informative."""
+def _brief(name: str, option: argparse.Action) -> argparse.Action:
+    """An option for argparse's formatter, with its default if that is informative."""
     help_text = " ".join((option.help or "").split())
-    says_something = option.default not in (None, False, argparse.SUPPRESS, [], "")
-    default = f" (default: {option.default})" if says_something else ""
+    is_informative = option.default not in (None, False, argparse.SUPPRESS, [], "")
+    default = f" (default: {option.default})" if is_informative else ""
     is_flag = option.nargs == 0
     return argparse.Action(
         option_strings=[name],

@@ -38,7 +38,7 @@ def compile_model(
     model: Any,
     rows: Sequence[int] = (1, MANY),
     temperatures: Sequence[float] = (1.0,),
-    tell: Callable[[str], None] = lambda name: None,
+    on_part: Callable[[str], None] = lambda name: None,
 ) -> tuple[Path, list[Speed]]:
     """Compile a model's generation steps, and time generation with and without them in alternation.
 
@@ -46,7 +46,7 @@ def compile_model(
         model: A `CalmForCausalLM`.
         rows: 1 for a single text, more for any number of them.
         temperatures: Temperatures of the head's draws; 1 unless the head takes one.
-        tell: Called with the name of each part before it is compiled.
+        on_part: Called with the name of each part before it is compiled.
 
     Returns:
         The folder of the compiled steps, and the speed for each of `rows`.
@@ -65,10 +65,10 @@ def compile_model(
             raise InputError(str(error)) from error
     require_compiler("compiling", "generate without compiling")
     try:
-        compile_steps(model, rows, temperatures, tell)
+        compile_steps(model, rows, temperatures, on_part)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return folder_of_steps(model), [_speed(model, number, temperatures[0]) for number in rows]
+    return folder_of_steps(model), [_speed(model, batch_size, temperatures[0]) for batch_size in rows]
 
 
 def _speed(model: Any, rows: int, temperature: float) -> Speed:

@@ -78,14 +78,14 @@ def _check_stories(path: Path, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _stories_in(path: Path, seed: int, number: int) -> Iterator[None]:
+def _stories_in(path: Path, seed: int, num_stories: int) -> Iterator[None]:
     """Write a file of stories; if the block raises InputError, delete the file unless it existed before."""
-    was_there = path.exists()
+    existed = path.exists()
     with new_folder(path.parent):
-        write_stories(path, seed, number)
+        write_stories(path, seed, num_stories)
         try:
             yield
         except InputError:
-            if not was_there:
+            if not existed:
                 path.unlink()
             raise

@@ -66,11 +66,11 @@ def _threads() -> str:
     if number == 1:
         return "1; set OMP_NUM_THREADS for more"
     gain = thread_gain()
-    said = f"{number} multiply matrices {gain:.1f} times as fast as one"
+    speedup = f"{number} multiply matrices {gain:.1f} times as fast as one"
     if gain > _SHARED * number:
-        return said
-    least = max(1, round(gain))
-    return f"{said}: the machine is busy or its cores are shared; try OMP_NUM_THREADS={least}"
+        return speedup
+    useful = max(1, round(gain))
+    return f"{speedup}: the machine is busy or its cores are shared; try OMP_NUM_THREADS={useful}"
 
 
 def _matrices(device: torch.device) -> str:
@@ -84,10 +84,10 @@ def _dtype(device: torch.device) -> str:
         return "bfloat16 mixed precision is worthwhile here (training.precision: bf16); weights stay float32"
     if device.type == "cpu":
         gain = mixed_precision_gain(device, _WIDTH)
-        better = "bf16" if gain >= MIXED_PRECISION_PAYS else "fp32"
+        precision = "bf16" if gain >= MIXED_PRECISION_PAYS else "fp32"
         return (
             f"layers of width {_WIDTH} train {gain:.1f} times as fast in bfloat16 mixed precision as in "
-            f"float32 (training.precision: {better}, or auto)"
+            f"float32 (training.precision: {precision}, or auto)"
         )
     return "float32: this device does not compute in bfloat16"
 

@@ -1,8 +1,8 @@
 """Exceptions that the command line prints as a sentence."""
 
 _LONGEST_SENTENCE = 2000
-_MOST_OF_A_VALUE = 100
-_MOST_CHARACTERS = 400  # Of another library's message, which may repeat its whole input.
+_LONGEST_VALUE = 100
+_LONGEST_LINE = 400  # Of another library's message, which may repeat its whole input.
 
 
 class InputError(ValueError):
@@ -33,7 +33,7 @@ class Terminated(RunError):
 def shown(value: object) -> str:
     """A value as messages quote it, truncated if it is long."""
     text = repr(value)
-    return text if len(text) <= _MOST_OF_A_VALUE else f"{text[:_MOST_OF_A_VALUE]}..."
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def cause_of(error: BaseException) -> str:
@@ -46,7 +46,7 @@ def reason_of(error: BaseException) -> str:
     return _line_of(error, 0)
 
 
-def _line_of(error: BaseException, place: int) -> str:
+def _line_of(error: BaseException, index: int) -> str:
     text = str(error).strip()
-    line = text.splitlines()[place].strip() if text else type(error).__name__
-    return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..."
+    line = text.splitlines()[index].strip() if text else type(error).__name__
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

@@ -24,7 +24,7 @@ def facts_of(
     Args:
         recipe: Its recipe.
         model: Its language model.
-        history: Logs of its stages; times missing from it are unknown.
+        history: Logs of its stages; times that they lack are unknown.
         teacher: Facts about its teacher, if it had one.
     """
     view = language_model(model)
@@ -39,10 +39,11 @@ def facts_of(
             seconds=seconds_of([history.get(name, [])]),
         )
 
-    last = stage(LANGUAGE_MODEL, recipe.language_model.training, model)
-    if teacher is not None and last.flops is not None:
-        last = replace(last, flops=last.flops + teacher.flops_per_token * last.tokens)
-    stages = [last]
+    language_stage = stage(LANGUAGE_MODEL, recipe.language_model.training, model)
+    if teacher is not None and language_stage.flops is not None:
+        teacher_flops = teacher.flops_per_token * language_stage.tokens
+        language_stage = replace(language_stage, flops=language_stage.flops + teacher_flops)
+    stages = [language_stage]
     if recipe.trains_autoencoder and view.autoencoder is not None:
         stages.insert(0, stage(AUTOENCODER, recipe.autoencoder.training, view.autoencoder))
     return RunFacts(

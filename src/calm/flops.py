@@ -35,8 +35,8 @@ class Work:
     Args:
         positions: Positions of the context that attention sees.
         draws: Draws per chunk, each of which is decoded; 1 at T = 1.
-        condition_per_draw: Whether the head's work on the hidden state, which all draws of a step share,
-            is counted for every draw, as in the paper's figures, or once, as it is done here.
+        condition_per_draw: Whether the head's work on the hidden state is counted for every draw, as in the
+            paper's figures, or once, as here, where all draws of a step share it.
     """
 
     positions: int = POSITIONS
@@ -76,7 +76,7 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
         InputError: If the architecture is not supported, or the head does not say what it costs.
     """
     work = work or Work()
-    inference, training = _inference(config, work), _training(config, work)
+    inference, training = _inference_flops(config, work), _training_flops(config, work)
     size = _chunk_size(config)
     return Cost(
         parameters=_count_parameters(config),
@@ -94,7 +94,7 @@ def training_flops(config: PreTrainedConfig, context: int) -> float:
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
     size = _chunk_size(config)
-    return sum(_training(config, Work(context // size)).values()) / size
+    return sum(_training_flops(config, Work(context // size)).values()) / size
 
 
 def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
@@ -105,7 +105,7 @@ def teaching_flops(teacher: PreTrainedConfig, context: int) -> float:
     try:
         return sum(cost_of(teacher, Work(context)).inference.values())
     except InputError:
-        network = _outline(teacher).eval()
+        network = _on_meta_device(teacher).eval()
         with torch.device("meta"), torch.no_grad():
             tokens, mask = torch.zeros(1, context, dtype=torch.long), torch.zeros(1, 1, context, context)
             with FlopCounterMode(display=False) as counter:
@@ -152,10 +152,10 @@ def cost_of_thoughts(config: PreTrainedConfig, number: int, positions: int = POS
         InputError: If the number is out of range, or the architecture is not supported.
     """
     NUM_THOUGHTS.require("number of thoughts", number)
-    parts = _reading(config, Work(positions))
+    parts = _reading_flops(config, Work(positions))
     marker = sum(parts.values())
-    one = _layers(parts) if _thinks_in_states(config) else marker
-    return CostOfThoughts(number, one, number * one + 2 * marker)
+    thought = _layers(parts) if _thoughts_read_states(config) else marker
+    return CostOfThoughts(number, thought, number * thought + 2 * marker)
 
 
 def thinking_flops(
@@ -163,17 +163,17 @@ def thinking_flops(
 ) -> float:
     """FLOPs of training a model on one row: a prompt, thoughts, and the text after them.
 
-    Three forward passes of the trained parts, plus one of the frozen encoder. The layers process every
-    position once, however many passes that takes. Attention is counted as if every query saw the whole row.
-    All positions except thoughts that read a state are projected from their tokens. The head, or a Llama's
-    vocabulary projection, runs only where text after the thoughts, or the label of a supervised thought, is
-    predicted. Padding is not counted, so a batch of rows of different lengths costs more.
+    Counted as three forward passes of the trained parts, plus one of the frozen encoder. The layers process
+    every position once, however many passes that takes. Attention is counted as if every query saw the whole
+    row. All positions except thoughts that read a state are projected from their tokens. The head, or a
+    Llama's vocabulary projection, runs only where text after the thoughts, or the label of a supervised
+    thought, is predicted. Padding is not counted, so a batch of rows of different lengths costs more.
 
     Args:
         config: Configuration of a CALM or a token-level Llama.
         prompt: Positions of the prompt: chunks of a CALM, tokens of a Llama.
         thoughts: Number of thoughts, between two markers; None for neither.
-        written: Positions of the remaining steps and of the answer.
+        written: Positions of the text after the thoughts: the remaining steps and the answer.
         supervised: How many of the thoughts have a label.
 
     Raises:
@@ -185,12 +185,12 @@ def thinking_flops(
     Range(0, thoughts or 0).require("supervised", supervised)
     positions = prompt + written + (0 if thoughts is None else thoughts + 2)
     work = Work(positions)
-    projected = positions - ((thoughts or 0) if _thinks_in_states(config) else 0)
-    parts, training = _reading(config, work), _training(config, work)
+    projected = positions - ((thoughts or 0) if _thoughts_read_states(config) else 0)
+    parts, training = _reading_flops(config, work), _training_flops(config, work)
     layers, encoder = _layers(parts), training.get("encoder", 0.0)
     targets = written + supervised
     encoded = projected if "encoder" in parts else 0
-    if not encoded or supervised:  # Otherwise latents that the backbone reads are also the targets.
+    if not encoded or supervised:  # Otherwise the latents that the backbone reads are also the targets.
         encoded += targets
     return (
         3 * (positions * layers + projected * parts.get("input", 0.0))
@@ -199,12 +199,14 @@ def thinking_flops(
     )
 
 
-def _thinks_in_states(config: PreTrainedConfig) -> bool:
+def _thoughts_read_states(config: PreTrainedConfig) -> bool:
+    """Whether thoughts read the hidden state before them, rather than the token `begin` again."""
     thoughts = thoughts_of(config)
     return thoughts is None or thoughts.filling == "state"
 
 
 def _layers(parts: dict[str, float]) -> float:
+    """The part of `_reading_flops` that is spent in the layers."""
     return parts["backbone"] + parts["attention"]
 
 
@@ -212,19 +214,19 @@ def _chunk_size(config: PreTrainedConfig) -> int:
     return config.chunk_size if isinstance(config, CalmConfig) else 1
 
 
-def _reading(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+def _reading_flops(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     """FLOPs to read a position, by part: a chunk of a CALM, or a token.
 
     Raises:
         InputError: If the architecture is not supported.
     """
     if isinstance(config, CalmConfig):
-        once = {"input": 2.0 * _projection(config)}
+        projection = {"input": 2.0 * _projection(config)}
         # Counted once, even if a latent is both input and target.
         encoder = {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)} if config.reads_latents else {}
-        return once | _of_layers(config.backbone, work) | encoder
+        return projection | _layer_flops(config.backbone, work) | encoder
     if config.model_type in LIKE_LLAMA:  # Biases and norms do not count.
-        return _of_layers(config, work)
+        return _layer_flops(config, work)
     raise InputError(
         f"FLOPs can only be counted for CALMs and models of type {', '.join(LIKE_LLAMA)}, "
         f"not '{config.model_type}'; use torch.utils.flop_counter for any other model that runs here."
@@ -239,16 +241,17 @@ def _projection(config: CalmConfig) -> int:
     return config.input_size * 2 * width + 2 * width * width
 
 
-def _of_layers(config: Any, work: Work) -> dict[str, float]:
+def _layer_flops(config: Any, work: Work) -> dict[str, float]:
+    """FLOPs of a Llama's layers per position, by part."""
     return {
         "backbone": 2.0 * _decoder_weights(config),
         "attention": float(_attention(config, work.positions)),
     }
 
 
-def _inference(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+def _inference_flops(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     """FLOPs per position in generation, by part."""
-    parts = _reading(config, work)
+    parts = _reading_flops(config, work)
     if not isinstance(config, CalmConfig):
         return parts | {"vocabulary": 2.0 * config.vocab_size * config.hidden_size}
     head, autoencoder = _head(config), config.autoencoder
@@ -260,14 +263,14 @@ def _inference(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     return parts
 
 
-def _training(config: PreTrainedConfig, work: Work) -> dict[str, float]:
+def _training_flops(config: PreTrainedConfig, work: Work) -> dict[str, float]:
     """FLOPs per position in training, by part."""
-    parts = {part: 3 * flops for part, flops in _reading(config, work).items() if part != "encoder"}
+    parts = {part: 3 * flops for part, flops in _reading_flops(config, work).items() if part != "encoder"}
     if not isinstance(config, CalmConfig):
         return parts | {"vocabulary": 6.0 * config.vocab_size * config.hidden_size}
     head = _head(config)
-    times = head.training_draws if work.condition_per_draw else 1
-    parts["head"] = head.training_shared * times + head.training_per_draw * head.training_draws
+    repeats = head.training_draws if work.condition_per_draw else 1
+    parts["head"] = head.training_shared * repeats + head.training_per_draw * head.training_draws
     return parts | {"encoder": 2.0 * _encoder_of_chunks(config.autoencoder)}
 
 
@@ -321,10 +324,10 @@ def parameters_of(model: nn.Module) -> dict[str, int]:
 
 
 def _count_parameters(config: PreTrainedConfig) -> dict[str, int]:
-    return parameters_of(_outline(config))
+    return parameters_of(_on_meta_device(config))
 
 
-def _outline(config: PreTrainedConfig) -> nn.Module:
+def _on_meta_device(config: PreTrainedConfig) -> nn.Module:
     """A network on the meta device, which takes no memory."""
     try:
         with torch.device("meta"):

@@ -57,11 +57,11 @@ class HarnessModel(LM):
             decoding get temperature 0: the most frequent chunk of a pool, or greedy decoding if the head can.
         num_draws: Size of that pool, and draws per chunk for `choices`.
         batch_size: Texts generated at once.
-        max_gen_toks: Most new tokens if a task sets no limit.
+        max_gen_toks: Maximum new tokens if a task sets no limit.
         seed: Seed of all draws.
         choices: How to answer tasks that ask for log-likelihoods: "refuse" if the model has none; or, as an
             experiment with any model, "agreement": the share of drawn tokens that match the continuation; or
-            "energy": minus the energy score of the drawn latents against the continuation's own (paper,
+            "energy": minus the energy score of the drawn latents against those of the continuation (paper,
             section 3.2).
     """
 
@@ -111,25 +111,24 @@ class HarnessModel(LM):
             InputError: If a task asks for something that a CALM cannot do.
         """
         texts: list[str] = [""] * len(requests)
-        for places, copy in self._alike(requests):
-            settings = _writing(requests[places[0]].args[1], self._temperature, self._num_draws)
+        for indices, repeat in self._batches(requests):
+            settings = _generation_settings(requests[indices[0]].args[1], self._temperature, self._num_draws)
             stops, budget = settings.pop("until"), settings.pop("max_gen_toks") or self._max_gen_toks
-            prompts = self._cropped([self._encode(requests[place].args[0]) for place in places], budget)
-            seed = seed_of(self._seed, copy) if copy else self._seed
+            prompts = self._cropped([self._encode(requests[i].args[0]) for i in indices], budget)
+            seed = seed_of(self._seed, repeat) if repeat else self._seed
             tokens = continue_tokens(
                 self._model,
                 self._tokenizer,
                 prompts,
                 max_new_tokens=budget,
                 seed=seed,
-                stop_strings=_not_inside_others(stops),
+                stop_strings=_outer_stops(stops),
                 **settings,
             )
-            for place, prompt, new in zip(places, prompts, tokens.tolist(), strict=True):
+            for i, prompt, new in zip(indices, prompts, tokens.tolist(), strict=True):
                 text = decode_after(self._tokenizer, prompt, new)
-                texts[place] = text[
-                    : min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-                ]
+                ends = [end for stop in stops if (end := text.find(stop)) >= 0]
+                texts[i] = text[: min(ends, default=None)]
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -142,13 +141,13 @@ class HarnessModel(LM):
         """
         if self._choices == "refuse":
             if isinstance(head := self._model.head, Likelihood):
-                return [self._likelihood(head, *request.args) for request in requests]
+                return [self._log_likelihood(head, *request.args) for request in requests]
             raise InputError(
                 "this task asks for log-likelihoods, which this CALM does not have. Run tasks that generate "
                 "text (output_type: generate_until), or, as an experiment, set choices=agreement or "
                 "choices=energy in the model arguments."
             )
-        return [(self._score(*request.args), False) for request in requests]
+        return [(self._score_draws(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refused: a CALM gives no probability to the first chunk of a document.
@@ -161,23 +160,23 @@ class HarnessModel(LM):
             "second chunk; score it with `calm evaluate` instead."
         )
 
-    def _alike(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
-        """Batches of indices of requests with equal settings, and how often each request came before.
+    def _batches(self, requests: list[Instance]) -> Iterator[tuple[list[int], int]]:
+        """Indices of requests with equal settings, in batches, and how often their requests came before.
 
         A task that wants several texts for a context repeats the request.
         """
         seen: Counter[str] = Counter()
         groups: dict[tuple[str, int], list[int]] = {}
-        for place, request in enumerate(requests):
-            copy = seen[repr(request.args)]
+        for index, request in enumerate(requests):
+            repeat = seen[repr(request.args)]
             seen[repr(request.args)] += 1
-            groups.setdefault((repr(request.args[1]), copy), []).append(place)
-        for (_, copy), places in groups.items():
-            for start in range(0, len(places), self._batch_size):
-                yield places[start : start + self._batch_size], copy
+            groups.setdefault((repr(request.args[1]), repeat), []).append(index)
+        for (_, repeat), indices in groups.items():
+            for start in range(0, len(indices), self._batch_size):
+                yield indices[start : start + self._batch_size], repeat
 
     def _cropped(self, contexts: list[list[int]], budget: int) -> list[list[int]]:
-        """Contexts cut on the left, as is usual there, to leave room for thoughts and `budget` tokens."""
+        """Crop contexts on the left, as is usual there, to leave room for thoughts and `budget` tokens."""
         if not all(contexts):
             raise InputError("a context is empty, and the tokenizer has no BOS token.")
         return crop_prompts(self._model, contexts, budget + num_tokens_of(self._thoughts, self._model.config))
@@ -189,7 +188,7 @@ class HarnessModel(LM):
         return encode_documents(self._tokenizer, [context + continuation])[0]
 
     def _read(self, context: str, continuation: str) -> tuple[list[int], int, Tensor, Tensor]:
-        """Read a continuation, in chunks of its own, after a context and its thoughts.
+        """Read a continuation, which starts a new chunk, after a context and its thoughts.
 
         Both are tokenized as one text; trailing spaces of the context move to the continuation, where
         tokenizers expect them. The harness's own models do the same.
@@ -199,42 +198,40 @@ class HarnessModel(LM):
             from (P, D); its chunks, with padding at the end (P, K).
         """
         size = self._model.config.chunk_size
-        begun = context.rstrip()
-        ids, prompt = self._encode(context, continuation), self._encode(begun)
-        is_apart = ids[: len(prompt)] == prompt  # Otherwise a token spans the boundary.
-        ids = (
-            ids[len(prompt) :]
-            if is_apart
-            else encode_words(self._tokenizer, [context[len(begun) :] + continuation])[0]
-        )
+        stripped = context.rstrip()
+        ids, prompt = self._encode(context, continuation), self._encode(stripped)
+        if ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        else:  # A token spans the boundary.
+            ids = encode_words(self._tokenizer, [context[len(stripped) :] + continuation])[0]
         if not ids:
             raise InputError("a continuation is empty, so the task cannot be scored by its choices.")
         [prompt] = self._cropped([prompt], len(ids))
-        filled = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
-        text = Prompt.of(self._model, prompt).followed_by(self._thoughts, size).with_chunks(filled, size)
-        first = text.ids_BT.shape[1] // size - len(filled) // size
+        padded = ids + [self._model.config.pad_token_id or 0] * (-len(ids) % size)
+        text = Prompt.of(self._model, prompt).followed_by(self._thoughts, size).with_chunks(padded, size)
+        first = text.ids_BT.shape[1] // size - len(padded) // size
         states_PD = text.read(self._model)[0, first - 1 : -1]
         return prompt, len(ids), states_PD, split_into_chunks(text.ids_BT, size)[0, first:]
 
     @torch.no_grad()
-    def _likelihood(self, head: Likelihood, context: str, continuation: str) -> tuple[float, bool]:
-        _, number, states_PD, chunks_PK = self._read(context, continuation)
-        losses_T = head.token_losses(states_PD, chunks_PK).flatten()[:number]
-        found = head.token_probabilities(states_PD, chunks_PK)
-        is_likeliest_PK = found.of_token_PK == found.highest_PK
-        return -float(losses_T.double().sum()), bool(is_likeliest_PK.flatten()[:number].all())
+    def _log_likelihood(self, head: Likelihood, context: str, continuation: str) -> tuple[float, bool]:
+        _, num_tokens, states_PD, chunks_PK = self._read(context, continuation)
+        losses_T = head.token_losses(states_PD, chunks_PK).flatten()[:num_tokens]
+        probabilities = head.token_probabilities(states_PD, chunks_PK)
+        is_likeliest_PK = probabilities.of_token_PK == probabilities.highest_PK
+        return -float(losses_T.double().sum()), bool(is_likeliest_PK.flatten()[:num_tokens].all())
 
     @torch.no_grad()
-    def _score(self, context: str, continuation: str) -> float:
+    def _score_draws(self, context: str, continuation: str) -> float:
         """How well draws agree with a continuation, each chunk drawn after the true text before it."""
-        prompt, number, states_PD, chunks_PK = self._read(context, continuation)
-        rows = [[*prompt, place] for place in range(len(states_PD))]
+        prompt, num_tokens, states_PD, chunks_PK = self._read(context, continuation)
+        rows = [[*prompt, position] for position in range(len(states_PD))]  # A random stream for each.
         generators = generators_of_rows(self._seed, rows, self._model.device)
         if self._choices == "energy":
             latents_NPZ = self._latents(states_PD, generators)
             return -float(_energy_score(latents_NPZ, self._model.autoencoder.encode(chunks_PK).mean))
         drawn_NPK = self._model.draw_chunks(states_PD, self._num_draws, generators)
-        is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, :number]
+        is_equal_NT = (drawn_NPK == chunks_PK).flatten(1)[:, :num_tokens]
         return float(is_equal_NT.double().mean())
 
     def _latents(self, states_PD: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -249,31 +246,32 @@ def _energy_score(latents_NPZ: Tensor, target_PZ: Tensor) -> Tensor:
     """2 E|z - y| - E|z - z'| over draws z, averaged over chunks; smaller is better."""
     num_draws = len(latents_NPZ)
     to_target = (latents_NPZ - target_PZ).norm(dim=-1).mean(0)
-    among = torch.cdist(latents_NPZ.transpose(0, 1), latents_NPZ.transpose(0, 1)).sum((-1, -2))
-    return (2 * to_target - among / (num_draws * (num_draws - 1))).mean()
+    latents_PNZ = latents_NPZ.transpose(0, 1)
+    between_draws = torch.cdist(latents_PNZ, latents_PNZ).sum((-1, -2)) / (num_draws * (num_draws - 1))
+    return (2 * to_target - between_draws).mean()
 
 
-def _writing(asked: dict[str, Any], temperature: float, num_draws: int) -> dict[str, Any]:
-    """Arguments of `continue_tokens` for a task's settings, plus `until` and `max_gen_toks`."""
-    unknown = [name for name in asked if name not in _KNOWN]
+def _generation_settings(requested: dict[str, Any], temperature: float, num_draws: int) -> dict[str, Any]:
+    """Arguments of `continue_tokens` for the settings of a task, plus `until` and `max_gen_toks`."""
+    unknown = [name for name in requested if name not in _KNOWN]
     if unknown:
         raise InputError(f"a CALM does not support '{unknown[0]}' from this task's generation_kwargs.")
-    until = asked.get("until") or []
+    until = requested.get("until") or []
     settings: dict[str, Any] = {
         "until": [until] if isinstance(until, str) else list(until),
-        "max_gen_toks": asked.get("max_gen_toks"),
+        "max_gen_toks": requested.get("max_gen_toks"),
     }
     # The harness's tasks mean greedy decoding unless they set do_sample.
-    if not asked.get("do_sample") or asked.get("temperature") == 0:
+    if not requested.get("do_sample") or requested.get("temperature") == 0:
         return settings | {"temperature": 0.0, "num_draws": num_draws}
-    cuts = {name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None}
-    return settings | {"temperature": asked.get("temperature", temperature), **cuts}
+    cutoffs = {name: requested[name] for name in ("top_p", "min_p") if requested.get(name) is not None}
+    return settings | {"temperature": requested.get("temperature", temperature), **cutoffs}
 
 
-def _not_inside_others(stops: list[str]) -> list[str]:
-    """Stop strings at which generation may end.
+def _outer_stops(stops: list[str]) -> list[str]:
+    """The stop strings at which generation may end: those that are not inside another.
 
-    One inside another ("Q" in " Q:") would end it before the other, which begins earlier, is complete.
+    One that is ("Q" in " Q:") would end it before the other, which begins earlier, is complete.
     """
     return [stop for stop in stops if stop and not any(stop in other[1:-1] for other in stops)]
 

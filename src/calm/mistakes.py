@@ -1,7 +1,7 @@
 """Mistakes in options and recipes, each as one plain sentence: what is wrong, which value, what was meant.
 
-jsonargparse's messages are for programmers. Here the kind and the place of a mistake are parsed from them,
-and restated with the names and types of the command at hand.
+jsonargparse's messages are for programmers. Here the kind and location of a mistake are parsed from them, and
+restated with the names and types of the command at hand.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-_NEAR = 0.75  # difflib ratio from which on a name is suggested.
-_MOST_CHARACTERS = 60  # Of a value that is shown.
+_MIN_RATIO = 0.75  # difflib ratio from which on a name is suggested.
+_LONGEST_VALUE = 60  # Characters of a value that is shown.
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LISTS = {int: "a list of whole numbers, such as [1,2]", str: "a list of texts, such as [a,b]"}
 
@@ -39,30 +39,30 @@ class Options:
         """Arguments with abbreviated options written in full; ambiguous ones stay as they are."""
         known = [f"--{name}" for name in self.types if name not in self.positional]
         result = list(arguments)
-        for i, argument in enumerate(itertools.takewhile(lambda one: one != "--", arguments)):
+        for i, argument in enumerate(itertools.takewhile(lambda a: a != "--", arguments)):
             given, equals, value = argument.partition("=")
-            meant = [option for option in known if option.startswith(given)]
-            if given.startswith("--") and given not in known and len(meant) == 1:
-                result[i] = meant[0] + equals + value
+            matches = [option for option in known if option.startswith(given)]
+            if given.startswith("--") and given not in known and len(matches) == 1:
+                result[i] = matches[0] + equals + value
         return result
 
     def shown(self, name: str) -> str:
         """A name as the user wrote it: an option with dashes, a positional argument, or a key."""
         option = f"--{name}"
-        written = [argument.split("=")[0] for argument in self.arguments if argument.startswith("--")]
-        # It may have been given with its group, or followed by a key of a mapping.
-        is_option = any(option.startswith(one) or one.startswith(f"{option}.") for one in written)
+        given = [argument.split("=")[0] for argument in self.arguments if argument.startswith("--")]
+        # It may have been given with its group (--data), or with a key of its mapping (--head.num_steps).
+        is_option = any(option.startswith(other) or other.startswith(f"{option}.") for other in given)
         return option if is_option and name not in self.positional else name
 
 
-def types_of(kind: type, before: str = "") -> dict[str, Any]:
+def types_of(kind: type, prefix: str = "") -> dict[str, Any]:
     """Dotted names and types of a recipe's settings and of their groups."""
-    found: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        found[before + name] = hint
+        hints[prefix + name] = hint
         if dataclasses.is_dataclass(hint):
-            found |= types_of(hint, f"{before}{name}.")  # type: ignore[arg-type]
-    return found
+            hints |= types_of(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return hints
 
 
 def unknown_command(name: str, commands: Iterable[str]) -> str:
@@ -74,16 +74,16 @@ def unknown_command(name: str, commands: Iterable[str]) -> str:
     return f"there is no command '{name}'; {hint}"
 
 
-def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") -> str | None:
+def mistake_in(values: Mapping[str, Any], options: Options, prefix: str = "") -> str | None:
     """The message for the first setting that does not exist, is not a group but should be, or has no value.
 
     Args:
         values: Settings in groups, as in a recipe.
         options: The settings that exist.
-        before: Dotted name of the group that they are in, with a trailing dot.
+        prefix: Dotted name of the group that they are in, with a trailing dot.
     """
     for key, value in values.items():
-        name = f"{before}{key}"
+        name = f"{prefix}{key}"
         hint = options.types.get(name)
         if hint is None and not _is_in_mapping(name, options):
             return unknown(options, name)
@@ -99,9 +99,9 @@ def mistake_in(values: Mapping[str, Any], options: Options, before: str = "") ->
 def sentence(message: str, options: Options) -> str:
     """jsonargparse's message about arguments or a recipe, as one plain sentence."""
     text = " ".join(message.split()).removeprefix('Parser key "recipe": ')
-    for pattern, say in _SAYINGS:
-        if found := re.search(pattern, text):
-            return say(options, *found.groups())
+    for pattern, restate in _RESTATED:
+        if match := re.search(pattern, text):
+            return restate(options, *match.groups())
     return re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
 
 
@@ -110,7 +110,7 @@ def wrong_value(options: Options, name: str, value: str) -> str:
     hint = options.types.get(name)
     if nested := re.match(r"NestedArg\(key='([^']*)'", value):  # A key of something that is not a mapping.
         return unknown(options, f"--{name}.{nested[1]}")
-    value = value if len(value) <= _MOST_CHARACTERS else value[:_MOST_CHARACTERS] + "..."
+    value = value if len(value) <= _LONGEST_VALUE else value[:_LONGEST_VALUE] + "..."
     got = {"": "nothing", "None": "null", "null": "null"}.get(value, f"'{value}'")
     return f"{options.shown(name)} must be {_in_words(hint)}, got {got}."
 
@@ -118,29 +118,32 @@ def wrong_value(options: Options, name: str, value: str) -> str:
 def unknown(options: Options, name: str) -> str:
     """The message for a setting that does not exist, with dashes if it was given as an option."""
     dashes = "--" if name.startswith("-") else ""
-    what = f"unrecognized option {name}" if dashes else f"there is no setting '{name}'"
-    near = _near(name.lstrip("-"), options.types)
-    if dashes and near and near[0] in options.positional:
-        by_place = f"calm {options.command} {' '.join(options.positional)}"
-        return f"{what}; {near[0]} is a positional argument, as in: {by_place}"
-    if near:
-        return f"{what}; did you mean {_listed([dashes + one for one in near], 'or')}?"
-    all_of_them = "--help_all" if "help_all" in options.types else "--help"
-    return f"{what}; see calm {options.command} {all_of_them}." if dashes else f"{what}."
+    problem = f"unrecognized option {name}" if dashes else f"there is no setting '{name}'"
+    similar = _similar(name.lstrip("-"), options.types)
+    if dashes and similar and similar[0] in options.positional:
+        usage = f"calm {options.command} {' '.join(options.positional)}"
+        return f"{problem}; {similar[0]} is a positional argument, as in: {usage}"
+    if similar:
+        return f"{problem}; did you mean {_listed([dashes + other for other in similar], 'or')}?"
+    full_help = "--help_all" if "help_all" in options.types else "--help"
+    return f"{problem}; see calm {options.command} {full_help}." if dashes else f"{problem}."
 
 
-def _near(name: str, known: Iterable[str]) -> list[str]:
-    """The most similar names: in their last part, and as a whole or in as many parts as were given."""
+def _similar(name: str, known: Iterable[str]) -> list[str]:
+    """The known dotted names most similar to a name; several if they are equally similar.
+
+    The last parts must be similar, and also the full names, or the name and as many last parts of the other.
+    """
     parts = name.split(".")
 
-    def likeness(other: str) -> float:
-        ends = other.split(".")
-        whole = max(_ratio(name, other), _ratio(name, ".".join(ends[-len(parts) :])))
-        return min(_ratio(parts[-1], ends[-1]), whole)
+    def similarity(other: str) -> float:
+        others = other.split(".")
+        full = max(_ratio(name, other), _ratio(name, ".".join(others[-len(parts) :])))
+        return min(_ratio(parts[-1], others[-1]), full)
 
-    scores = {other: likeness(other) for other in known}
+    scores = {other: similarity(other) for other in known}
     best = max(scores.values(), default=0.0)
-    return [other for other, score in scores.items() if score == best and best >= _NEAR]
+    return [other for other, score in scores.items() if score == best and best >= _MIN_RATIO]
 
 
 def _ratio(first: str, second: str) -> float:
@@ -151,7 +154,7 @@ def _in_words(hint: Any) -> str:
     """The values of a type in words, such as "a whole number"."""
     inner = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        longest_last = sorted((_in_words(one) for one in inner if one is not type(None)), key=len)
+        longest_last = sorted((_in_words(option) for option in inner if option is not type(None)), key=len)
         return _listed(longest_last, "or")
     if get_origin(hint) is Literal:
         return _listed(inner, "or")
@@ -189,8 +192,8 @@ def _unrecognized(options: Options, text: str) -> str:
 
 
 def _missing(options: Options, names: str) -> str:
-    bare = [name.removeprefix(f"{options.command}.").lstrip("-") for name in names.split(", ")]
-    shown = _listed([name if name in options.positional else f"--{name}" for name in bare], "and")
+    missing = [name.removeprefix(f"{options.command}.").lstrip("-") for name in names.split(", ")]
+    shown = _listed([name if name in options.positional else f"--{name}" for name in missing], "and")
     return f"missing {shown}; see calm {options.command} --help."
 
 
@@ -200,7 +203,8 @@ def _ignored_value(options: Options, name: str, value: str) -> str:
     return f"unrecognized option {name.split('/')[0]}{value}; put -- before text that begins with a dash."
 
 
-_SAYINGS: tuple[tuple[str, Callable[..., str]], ...] = (
+# Patterns of jsonargparse's messages, and what restates them; it gets the options and the pattern's groups.
+_RESTATED: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"^unrecognized arguments: ?(.*)$", _unrecognized),
     (r"^(--print_\w+) is no longer", unknown),
     (r"does not accept option '([^']*)'", unknown),

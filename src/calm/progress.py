@@ -12,7 +12,7 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BEFORE_A_BAR = 1.0
 _is_shown = True
@@ -24,18 +24,20 @@ def show_progress(is_shown: bool = True) -> None:
     _is_shown = is_shown
 
 
-def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stays: bool = False) -> tqdm:
+def progress_bar(
+    description: str, total: int | None, unit: str, *, done: int = 0, stays: bool = False
+) -> tqdm:
     """A progress bar to update and close by hand.
 
     Args:
-        what: Description of the work.
+        description: Description of the work.
         total: Total number of units; None if unknown.
         unit: Name of the unit, in the singular.
         done: Units already done by an earlier run; the estimate of the time left does not include them.
         stays: Whether the bar stays on the terminal when it is closed.
     """
     return tqdm(
-        desc=what,
+        desc=description,
         total=total,
         initial=done,
         unit=f" {unit}",
@@ -47,22 +49,22 @@ def progress_bar(what: str, total: int | None, unit: str, *, done: int = 0, stay
 
 
 def tracked(
-    things: Iterable[Thing], what: str, unit: str, *, total: int | None = None, stays: bool = False
-) -> Iterator[Thing]:
-    """Iterate over things with a progress bar.
+    items: Iterable[Item], description: str, unit: str, *, total: int | None = None, stays: bool = False
+) -> Iterator[Item]:
+    """Iterate over items with a progress bar.
 
     Args:
-        things: The things.
-        what: See `progress_bar`.
-        unit: Name of one thing.
-        total: Number of things; not needed if they have a length.
+        items: The items.
+        description: See `progress_bar`.
+        unit: Name of one item.
+        total: Number of items; not needed if they have a length.
         stays: Whether the bar stays on the terminal.
     """
-    if total is None and isinstance(things, Sized):
-        total = len(things)
-    with progress_bar(what, total, unit, stays=stays) as bar:
-        for thing in things:
-            yield thing
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with progress_bar(description, total, unit, stays=stays) as bar:
+        for item in items:
+            yield item
             bar.update()
 
 

@@ -1,4 +1,4 @@
-"""Modules of version 0.1 that have moved: for one version, importing one names its new place."""
+"""Modules of version 0.1 that have moved: for one version, importing one fails with its new name."""
 
 import importlib.abc
 import importlib.machinery
@@ -31,11 +31,11 @@ class _Moved(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if (now := MOVED.get(fullname)) is not None:
-            raise ModuleNotFoundError(f"{fullname} is now {now}.", name=fullname)
+        if (new_name := MOVED.get(fullname)) is not None:
+            raise ModuleNotFoundError(f"{fullname} is now {new_name}.", name=fullname)
         return None
 
 
-def tell() -> None:
-    """Make the import of a moved module fail with its new place."""
+def install() -> None:
+    """Make importing a moved module fail with its new name."""
     sys.meta_path.insert(0, _Moved())  # First, or an empty folder left behind would be imported.

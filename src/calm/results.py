@@ -33,8 +33,8 @@ from calm.training.teacher import read_facts_of_teacher
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
 NUM_SAMPLES, NUM_ANSWERS = 6, 3
-_ANSWERS = {"completion": "expected:", "before": "before:", "after": "now:"}
-_FLOORS = (3, 5)
+_LABELS = {"completion": "expected:", "before": "before:", "after": "now:"}
+_FLOORS = (3, 5)  # Orders of n-gram models.
 _TEMPERATURE = 0.5  # Of the samples.
 
 
@@ -78,14 +78,14 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
     if not processes().is_main_process:
         return card
     print_scorecard(card)
-    samples = _write_samples(model, tokenizer, data, recipe.seed, showing)
+    samples = _generate_samples(model, tokenizer, data, recipe.seed, showing)
     console = Console(highlight=False)
     for sample in samples:
         console.print(f"[bold]{escape(sample.prompt)}[/bold]{escape(sample.continuation)}\n")
     _write_report(folder, recipe, showing.title, card, samples, model)
-    place = shlex.quote(str(folder))
+    path = shlex.quote(str(folder))
     words = " ".join(samples[0].prompt.split()[:4]) if samples else "Once"
-    _print_next(f"generate {place} {shlex.quote(words)} --stream", f"serve {place}")
+    _print_next(f"generate {path} {shlex.quote(words)} --stream", f"serve {path}")
     return card
 
 
@@ -97,7 +97,7 @@ def _floors(recipe: Recipe, data: PreparedData) -> Sequence[int]:
     return affordable_orders(_FLOORS, data)
 
 
-def _write_samples(
+def _generate_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
@@ -157,11 +157,11 @@ def show_answers(folder: Path) -> None:
     if not processes().is_main_process:
         return
     console = Console(highlight=False)
-    for answered in read_json_lines(folder / ANSWERS)[:NUM_ANSWERS]:
-        console.print(f"[bold]{escape(answered['prompt'].strip())}[/bold]")
+    for record in read_json_lines(folder / ANSWERS)[:NUM_ANSWERS]:
+        console.print(f"[bold]{escape(record['prompt'].strip())}[/bold]")
         for name in ("completion", "before", "after"):
-            console.print(f"  {_ANSWERS[name]:<9} {escape(answered[name].strip())}")
-    place = shlex.quote(str(folder))
+            console.print(f"  {_LABELS[name]:<9} {escape(record[name].strip())}")
+    path = shlex.quote(str(folder))
     tokenizer = load_tokenizer(str(folder / "model"))
-    talk = f"chat {place}" if tokenizer.chat_template else f"generate {place} --file questions.txt"
-    _print_next(talk, f"serve {place}")
+    use = f"chat {path}" if tokenizer.chat_template else f"generate {path} --file questions.txt"
+    _print_next(use, f"serve {path}")

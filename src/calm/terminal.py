@@ -47,18 +47,18 @@ class _Output(io.TextIOWrapper):
         try:
             return super().write(text)
         except OSError as error:
-            self._leave(error)
+            self._exit(error)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._leave(error)
+            self._exit(error)
 
-    def _leave(self, error: OSError) -> NoReturn:
+    def _exit(self, error: OSError) -> NoReturn:
         # The rest of the buffer is written at interpreter exit, and has to go somewhere.
-        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), self.fileno())
+        with Path(os.devnull).open("w", encoding="utf-8") as null_device:
+            os.dup2(null_device.fileno(), self.fileno())
         if error.errno in _PIPE_ERRORS:
             sys.exit(CLOSED_PIPE)
         print(f"calm: error: the output could not be written ({error.strerror}).", file=sys.stderr)

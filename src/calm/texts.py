@@ -53,9 +53,10 @@ def continue_texts(
     new_tokens = continue_tokens(
         model, tokenizer, ids, num_return_sequences=num_return_sequences, **arguments
     )
-    behind = [prompt for prompt in ids for _ in range(num_return_sequences)]
+    repeated = [prompt for prompt in ids for _ in range(num_return_sequences)]
     return [
-        decode_after(tokenizer, prompt, new) for prompt, new in zip(behind, new_tokens.tolist(), strict=True)
+        decode_after(tokenizer, prompt, new)
+        for prompt, new in zip(repeated, new_tokens.tolist(), strict=True)
     ]
 
 
@@ -95,7 +96,7 @@ def continue_tokens(
     stop_strings: Sequence[str] = (),
     **sampling: Any,
 ) -> Tensor:
-    """`continue_texts` for prompts of token ids: new tokens (B, S), padded after their end.
+    """`continue_texts` for prompts of token ids: the new tokens (B, S), padded after the end of each text.
 
     Args:
         model: A CALM, or another causal language model, which samples from its probabilities.
@@ -103,7 +104,7 @@ def continue_tokens(
         prompts: Token ids to continue.
         max_new_tokens: Maximum tokens of a continuation, which must fit in the context.
         at_most: Maximum tokens if `max_new_tokens` is not given; fewer if the context ends first, and at most
-            half of the context behind a prompt that is cropped.
+            half of the context after a prompt that is cropped.
         temperature: 0 to 1.
         seed: Makes the texts reproducible.
         streamer: Gets the prompt, then new tokens as they are generated (one prompt only).
@@ -118,23 +119,23 @@ def continue_tokens(
     """
     if not all(prompts):
         raise InputError("a prompt is empty, and the tokenizer has no BOS token; give a text.")
-    thought = _tokens_of_thoughts(model, num_thoughts)
+    thought_tokens = _tokens_of_thoughts(model, num_thoughts)
     longest = max(map(len, prompts))
     if max_new_tokens is None:
-        room = room_beside(model.config, longest + thought)
+        room = room_beside(model.config, longest + thought_tokens)
         if crop and room == 0:
-            room = (room_beside(model.config, 1 + thought) or 0) // 2
+            room = (room_beside(model.config, 1 + thought_tokens) or 0) // 2
         max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
-        prompts = crop_prompts(model, prompts, max_new_tokens + thought)
+        prompts = crop_prompts(model, prompts, max_new_tokens + thought_tokens)
         longest = max(map(len, prompts))
-    # Padding goes in front: a token-level model continues from the last column.
+    # Padding goes on the left: a token-level model continues from the last column.
     batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
     if stop_strings:
         sampling |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
     try:
-        check_room(model.config, longest, max_new_tokens, thought)
+        check_room(model.config, longest, max_new_tokens, thought_tokens)
         output = language_model(model).generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -163,7 +164,7 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
     """The end of each prompt, as much as fits in the context with `budget` more tokens; log what is cropped.
 
     Raises:
-        InputError: If the context has no room for a prompt besides them.
+        InputError: If the context has no room for a prompt beside these tokens.
     """
     room = room_beside(model.config, budget)
     if room is None:
@@ -202,7 +203,7 @@ class TextListener(BaseStreamer):
         self.text = ""
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then new tokens."""
+        """Receive the prompt in the first call, then new tokens."""
         tokens = value.flatten().tolist()
         if self._builder is None:
             self._builder = TextBuilder(self._tokenizer, prompt=tokens)
@@ -210,14 +211,14 @@ class TextListener(BaseStreamer):
                 self._show(self._prompt)
         else:
             self.tokens += tokens
-            self._take(self._builder.add(tokens))
+            self._append(self._builder.add(tokens))
 
     def end(self) -> None:
         """Show the rest of the text."""
         assert self._builder is not None
-        self._take(self._builder.add([], is_last=True))
+        self._append(self._builder.add([], is_last=True))
 
-    def _take(self, text: str) -> None:
+    def _append(self, text: str) -> None:
         self.text += text
         self._show(text)
 

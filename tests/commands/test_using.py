@@ -60,6 +60,15 @@ def test_flops_of_thoughts_are_told(folder, capsys):
     assert "thought" not in said(capsys, "flops", "laptop", "--vocab_size", 4096)
 
 
+def test_a_recipe_without_a_tokenizer_is_counted_with_its_vocabulary(folder, tmp_path, capsys):
+    note = "the recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"
+    out = said(capsys, "flops", "calm_m")
+    assert "4,096 token ids" in out and note in out.splitlines()
+    (tmp_path / "named.yaml").write_text(f"data: {{tokenizer: '{folder}'}}")
+    for arguments in (["calm_m", "--vocab_size", 128256], [tmp_path / "named.yaml"], [folder]):
+        assert "names no tokenizer" not in said(capsys, "flops", *arguments)
+
+
 @pytest.mark.parametrize("number", ["-1", "10001", "1.5", "many"])
 def test_numbers_out_of_range_are_found_before_a_model_is_looked_for(number, capsys):
     for command, option in (("generate", "num_thoughts"), ("chat", "num_thoughts"), ("flops", "thoughts")):

@@ -15,7 +15,7 @@ from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.ablation import write_ablation
 from calm.results import Showing, show_results
-from calm.sharing.card import Words
+from calm.sharing.card import CardDetails
 from calm.sharing.trained import card_of_training
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
@@ -72,7 +72,7 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     assert table.outcomes[0].scores[0]["token_accuracy"] == 100 * card.reconstruction.token_accuracy
     write_ablation(table, tmp_path / "table.md")
     assert "blocks of 32 tokens, layout packed, T = 1" in (tmp_path / "table.md").read_text()
-    page = card_of_training(run, Words("one"), [], None)
+    page = card_of_training(run, CardDetails("one"), [], None)
     assert f"| {brier_1:.2f} ±" in page and "blocks of 32 tokens (layout packed)" in page
     few = Measures(context=32, temperatures=(), low=1.0, num_texts=1, text_tokens=4, ngrams=(3,))
     comparison = compare([run], tmp_path / "out/data", few)

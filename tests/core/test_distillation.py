@@ -164,7 +164,7 @@ def test_scores_of_all_rows_are_never_in_memory(monkeypatch):
     told = SoftTargets(torch.randn(rows, 4), torch.randn(vocabulary, 4), None, torch.ones(rows), 2.0)
     with AliveBytes() as alive:
         outputs = module._in_parts(vectors, table, torch.zeros(rows, dtype=torch.long), told)
-    work = sum(alive.most().values()) - sum(one.nbytes for one in outputs)
+    work = sum(alive.peak().values()) - sum(one.nbytes for one in outputs)
     assert work < 8 * 4 * 16 * vocabulary + table.nbytes + 4 * vectors.nbytes
 
 

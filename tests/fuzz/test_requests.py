@@ -209,7 +209,7 @@ class Requests(RuleBasedStateMachine):
             connection.close()
         self.client.close()
         wait_until(
-            lambda: self.engine.num_rows + self.engine.num_waiting + self.engine.num_asked == 0, seconds=30
+            lambda: self.engine.num_rows + self.engine.num_waiting + self.engine.num_tasks == 0, seconds=30
         )
         assert self.engine.is_alive
 

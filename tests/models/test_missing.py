@@ -10,7 +10,7 @@ from toy import failure
 
 from calm.errors import InputError
 from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model
-from calm.models.missing import place_of
+from calm.models.missing import resolve_name
 from calm.models.shipped import folder_of
 
 SHIPPED = "classics (in the package), stories (in the package)"
@@ -103,4 +103,4 @@ def test_a_configuration_of_brackets_in_brackets_is_passed_by(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
     with pytest.raises(InputError, match=r"there is no such folder.*good"):
-        place_of(str(tmp_path / "none"))
+        resolve_name(str(tmp_path / "none"))

@@ -298,7 +298,7 @@ def test_a_source_that_is_tied_only_in_its_configuration_is_refused():
 @pytest.mark.parametrize("cut", [Cut(4, 3), Cut(0, 6), Cut(-1, 1), Cut(1, 1, [0, 6]), Cut(1, 1, [1, 0])])
 def test_cuts_that_cannot_be_are_refused(cut):
     with pytest.raises(InputError, match="layers"):
-        cut.of(6)
+        cut.split(6)
 
 
 ODD = {

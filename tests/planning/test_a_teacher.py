@@ -52,11 +52,11 @@ def test_it_is_whole_on_every_device_and_in_the_precision_of_the_training(source
     taught, alone = planned(source, **how), planned(source, devices=4)
     for sharing in ("DDP", "FSDP"):
         parts = [own.parts(1, sharing=sharing, devices=4) for own in (taught, alone)]
-        assert parts[0][FROZEN] - parts[1].get(FROZEN, 0) == taught._of_teacher()
+        assert parts[0][FROZEN] - parts[1].get(FROZEN, 0) == taught._teacher_bytes()
         assert parts[0].get(BUCKETS) == parts[1].get(BUCKETS)
     half = planned(source, language_model__training__precision="bf16", **how)
     assert half.stage.teacher.network.dtype == torch.bfloat16
-    assert half._of_teacher() == taught._of_teacher() / 2
+    assert half._teacher_bytes() == taught._teacher_bytes() / 2
 
 
 def test_an_uptrained_model_and_its_source(source):
@@ -68,7 +68,7 @@ def test_an_uptrained_model_and_its_source(source):
     cut = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 2}
     plan = make_plan(with_settings(read_recipe("demo"), SMALL | how | cut), Devices(2, CARDS["L4"]), SPEED)
     [stage] = plan.stages
-    assert stage.ways["DDP"].parts[ACTIVATIONS] > 0 and stage.ways["DDP"].parts.get(WORKSPACE, 0) > 0
+    assert stage.options["DDP"].parts[ACTIVATIONS] > 0 and stage.options["DDP"].parts.get(WORKSPACE, 0) > 0
 
 
 def test_what_cannot_learn_is_refused(source):

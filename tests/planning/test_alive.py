@@ -15,12 +15,12 @@ def test_peaks_views_and_what_happens_in_place():
         one.add_(1)
         weight.mul_(2)  # Made before: not counted.
         del one
-        assert alive.most() == {WORKSPACE: 1024}  # The view keeps it.
+        assert alive.peak() == {WORKSPACE: 1024}  # The view keeps it.
         two = view.new_zeros(2 * KIB)
-        assert alive.most() == {WORKSPACE: 3072}
+        assert alive.peak() == {WORKSPACE: 3072}
         del view, two
         three = torch.zeros(KIB)
-        assert alive.most() == {WORKSPACE: 3072}
+        assert alive.peak() == {WORKSPACE: 3072}
         del three
 
 
@@ -32,7 +32,7 @@ def test_labels_count_at_the_moment_of_the_most():
         later = torch.zeros(2 * KIB)
         alive.label_rest("rest")
         del later
-        assert alive.most() == {"kept": 1024, "rest": 2048}
+        assert alive.peak() == {"kept": 1024, "rest": 2048}
 
 
 def test_the_most_beside_gradients_is_another_moment():
@@ -43,11 +43,11 @@ def test_the_most_beside_gradients_is_another_moment():
         weight.grad = torch.zeros(8 * KIB)
         alive.label(weight.grad, GRADIENTS)
         more = torch.zeros(KIB)
-        assert alive.most() == {GRADIENTS: 8192, WORKSPACE: 1024}
+        assert alive.peak() == {GRADIENTS: 8192, WORKSPACE: 1024}
         del more
     weight.grad = None
     # While it was made, the gradient was no gradient yet.
-    assert alive.most_beside_gradients() == {WORKSPACE: 8192}
+    assert alive.peak_without_gradients() == {WORKSPACE: 8192}
 
 
 def test_every_position_of_a_mask_is_taken():

@@ -132,7 +132,7 @@ class Most:
     def __init__(self):
         self.size = 0
 
-    def note(self, size, blocks):
+    def update(self, size, blocks):
         self.size = max(self.size, size)
 
 
@@ -141,20 +141,20 @@ class Resized(AliveBytes):
 
     def __init__(self):
         super().__init__()
-        self._all = self._beside = Most()
+        self._peak = self._peak_without_gradients = Most()
 
     def resize(self, storage, size):
         block = self._blocks.get(id(storage))
         if block is None:
             self._add(storage)
             return
-        self._note()
+        self._update_peaks()
         self._size += size - block.size
         block.size = size
 
     def most_bytes(self):
-        self._note()
-        return self._all.size
+        self._update_peaks()
+        return self._peak.size
 
 
 @pytest.fixture

@@ -26,24 +26,24 @@ def test_one_device():
     made = plan()
     assert [stage.name for stage in made.stages] == ["autoencoder", "language model"]
     for stage in made.stages:
-        assert list(stage.ways) == ["one process"] and stage.sharing == "one process"
+        assert list(stage.options) == ["one process"] and stage.sharing == "one process"
         assert stage.microbatch == 512 and stage.passes == 1
-        assert stage.ways["one process"].fits and stage.ways["one process"].largest == 512
+        assert stage.options["one process"].fits and stage.options["one process"].largest == 512
     assert made.seconds == sum(stage.pace.total_seconds for stage in made.stages)
 
 
 def test_several_devices_share_a_step():
     made = plan(4, language_model__training__microbatch_tokens=64)
     autoencoder, model = made.stages
-    assert list(autoencoder.ways) == ["DDP"] and list(model.ways) == ["DDP", "FSDP"]
+    assert list(autoencoder.options) == ["DDP"] and list(model.options) == ["DDP", "FSDP"]
     assert (model.microbatch, model.passes, model.sharing) == (64, 2, "DDP")
-    assert model.ways["FSDP"].parts[WEIGHTS] < model.ways["DDP"].parts[WEIGHTS] / 3
+    assert model.options["FSDP"].parts[WEIGHTS] < model.options["DDP"].parts[WEIGHTS] / 3
     assert plan(4, language_model__sharded=True).stages[-1].sharing == "FSDP"
 
 
 def test_sums_of_gradients_are_not_sharded():
     """FSDP keeps whole gradients from microbatch to microbatch."""
-    summed = plan(4, language_model__training__microbatch_tokens=64).stages[-1].ways["FSDP"].parts
+    summed = plan(4, language_model__training__microbatch_tokens=64).stages[-1].options["FSDP"].parts
     assert summed[GRADIENTS] > 3 * summed[WEIGHTS]
 
 
@@ -54,11 +54,11 @@ def test_the_largest_microbatch_is_the_one_that_fits():
         how = {"language_model__training__microbatch_tokens": 64 * blocks}
         stage = plan(**how, language_model__training__batch_tokens=64 * 2 * blocks).stages[-1]
         assert stage.microbatch == 64 * blocks and stage.passes == 2
-        return sum(stage.ways["one process"].parts.values())
+        return sum(stage.options["one process"].parts.values())
 
-    made = plan(memory=(needed(3) + needed(4)) / 2 / 0.92).stages[-1].ways["one process"]
+    made = plan(memory=(needed(3) + needed(4)) / 2 / 0.92).stages[-1].options["one process"]
     assert made.largest == 3 * 64 and not made.fits and made.largest_checkpointed > made.largest
-    nothing = plan(memory=1e5).stages[-1].ways["one process"]
+    nothing = plan(memory=1e5).stages[-1].options["one process"]
     assert not nothing.fits and nothing.largest == 0
 
 
@@ -66,7 +66,7 @@ def test_figures_for_programs():
     made = plan(2)
     figures = json.loads(json.dumps(made.as_figures()))
     stage = figures["stages"]["language model"]
-    way, own = stage["ways"]["DDP"], made.stages[-1].ways["DDP"]
+    way, own = stage["ways"]["DDP"], made.stages[-1].options["DDP"]
     assert way["memory"] == own.parts | {"all": sum(own.parts.values())} and way["fits"] is own.fits
     assert way["seconds"] == pytest.approx(stage["steps"] * way["seconds_of_step"]["all"])
     assert figures["assumed"] == {"utilisation": 0.4, "link": 50e9} and figures["devices"] == 2

@@ -12,8 +12,8 @@ import openai
 import pytest
 from toy import failure
 
-from calm.serving.run import _key, _reachable, _url
-from calm.serving.watch import _spellings
+from calm.serving.run import _browser_host, _read_key, _url
+from calm.serving.watch import _encodings
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_it_serves_and_ends(end, folder):
 )
 def test_a_key_file_in_any_encoding(raw, tmp_path):
     (tmp_path / "key").write_bytes(raw)
-    key = _key(str(tmp_path / "key"))
-    assert _spellings(key) & {b"k\xe4y", "k\u00e4y".encode()}
+    key = _read_key(str(tmp_path / "key"))
+    assert _encodings(key) & {b"k\xe4y", "k\u00e4y".encode()}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_key_file_in_any_encoding(raw, tmp_path):
     ],
 )
 def test_the_url_of_the_page_can_be_opened(host, url):
-    assert _url(_reachable(host), 8) == url
+    assert _url(_browser_host(host), 8) == url
 
 
 def test_mistakes(folder, capsys, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_a_mistake_of_the_server_is_told_by_the_id_in_its_log(server, monkeypatc
 
 def test_a_mistake_within_a_stream_is_told_alike(server, monkeypatch, caplog):
     _, _, url = server
-    monkeypatch.setattr(formats.CompletionFormat, "_more", lambda *_: 1 / 0)
+    monkeypatch.setattr(formats.CompletionFormat, "_delta", lambda *_: 1 / 0)
     body = {"model": "tiny", "prompt": "a", "stream": True}
     answer = HTTP.post(f"{url}/v1/completions", json=body)
     assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"

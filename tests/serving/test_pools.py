@@ -148,7 +148,7 @@ def test_a_pool_that_takes_too_long(model, tokenizer, slow_draws):
     with serving(model, tokenizer, seconds=0.12) as (engine, _, url):
         answer = httpx.post(f"{url}/v1/calm/pool", json=POOL | {"num_draws": 1000}, timeout=30)
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-        wait_until(lambda: engine.num_asked == 0)
+        wait_until(lambda: engine.num_tasks == 0)
         assert len(slow_draws) < 10
 
 
@@ -160,10 +160,10 @@ def test_a_client_that_leaves_ends_its_pools(model, tokenizer, slow_draws):
         connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
         for connection in connections:
             connection.sendall(head.encode() + body)
-        wait_until(lambda: engine.num_asked == 5)
+        wait_until(lambda: engine.num_tasks == 5)
         for connection in connections:
             connection.close()
-        wait_until(lambda: engine.num_asked == 0)
+        wait_until(lambda: engine.num_tasks == 0)
         assert len(slow_draws) < 40  # Of 80.
         assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
 
@@ -173,7 +173,7 @@ def test_too_many_pools(model, tokenizer, slow_draws):
         ask = lambda _: httpx.post(f"{url}/v1/calm/pool", json=POOL, timeout=30).status_code  # noqa: E731
         statuses = list(threads.map(ask, range(4)))
         assert set(statuses) == {200, 429}
-        wait_until(lambda: engine.num_asked == 0)
+        wait_until(lambda: engine.num_tasks == 0)
 
 
 def test_a_pool_that_fails_is_nobody_elses_matter(model, tokenizer, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_pool_that_fails_is_nobody_elses_matter(model, tokenizer, monkeypatch)
         assert answer.status_code == 500 and "in the server log" in answer.json()["error"]["message"]
         expected = alone(model, tokenizer, PROMPT, max_new_tokens=40, seed=1, temperature=1.0)
         assert "".join(event.choices[0].text for event in stream) == expected
-        assert engine.num_asked == 0
+        assert engine.num_tasks == 0
 
 
 def test_a_pool_after_messages_follows_what_the_template_writes(server, tokenizer):

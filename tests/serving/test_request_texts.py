@@ -62,10 +62,10 @@ def texts_of(engine, **settings):
             "seconds": 20,
             "readers": Readers(TOKENIZER, 4, 20),
         }
-        as_it_comes = settings.pop("as_it_comes", True)
+        incremental = settings.pop("incremental", True)
         texts = RequestTexts(**settings_of_all | settings)
         texts.submit()
-        return [part async for part in texts.parts(as_it_comes=as_it_comes)], texts.usage
+        return [part async for part in texts.parts(incremental=incremental)], texts.usage
 
     return asyncio.run(take())
 
@@ -74,11 +74,11 @@ def said(parts, index):
     return "".join(part.text for part in parts if part.index == index)
 
 
-@pytest.mark.parametrize("as_it_comes", [True, False])
+@pytest.mark.parametrize("incremental", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3, None])
 @pytest.mark.parametrize("stops", [(), (" fox",), ("name, and",)])
-def test_the_same_however_it_comes(stops, at_once, as_it_comes):
-    parts, usage = texts_of(Scripted(at_once), stops=stops, as_it_comes=as_it_comes)
+def test_the_same_however_it_comes(stops, at_once, incremental):
+    parts, usage = texts_of(Scripted(at_once), stops=stops, incremental=incremental)
     whole = decode_after(TOKENIZER, [5], WORDS)
     expected = whole.split(stops[0])[0] if stops else whole
     assert [said(parts, index) for index in (0, 1)] == [expected] * 2

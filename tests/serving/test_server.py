@@ -257,7 +257,7 @@ def test_fifty_clients_get_what_each_would_get_alone(model, tokenizer):
         with ThreadPoolExecutor(50) as pool:
             texts = list(pool.map(ask, range(50)))
         statistics = engine.statistics
-        assert statistics.rows_of_steps / statistics.steps > 3, "they shared steps"
+        assert statistics.chunks / statistics.steps > 3, "they shared steps"
     for number, text in enumerate(texts):
         assert text == alone(
             model, tokenizer, prompts[number], max_new_tokens=8 + number % 30, seed=number,

@@ -9,7 +9,7 @@ import pytest
 from serving_client import serving
 
 from calm.serving import templates
-from calm.serving.templates import TemplateProcess, render_elsewhere
+from calm.serving.templates import TemplateProcess, isolate_chat_template
 from calm.text.chat import encode_chat, end_of_turn
 
 MESSAGES = [
@@ -41,7 +41,7 @@ def with_template(tokenizer, template):
 
 def test_the_other_process_writes_the_same(tokenizer):
     elsewhere = copy.deepcopy(tokenizer)
-    render_elsewhere(elsewhere, 10_000, 30)
+    isolate_chat_template(elsewhere, 10_000, 30)
     for length in range(1, 5):
         assert encode_chat(elsewhere, MESSAGES[:length]) == encode_chat(tokenizer, MESSAGES[:length])
     assert end_of_turn(elsewhere) == end_of_turn(tokenizer)
@@ -73,7 +73,7 @@ def test_a_process_that_ends_is_started_again(tokenizer, monkeypatch):
     monkeypatch.setattr(templates, "_PROCESS", process := TemplateProcess())
     monkeypatch.setenv("CALM_API_KEY", "s3cret")
     elsewhere = copy.deepcopy(tokenizer)
-    render_elsewhere(elsewhere, 10_000, 30)
+    isolate_chat_template(elsewhere, 10_000, 30)
     expected = encode_chat(tokenizer, MESSAGES)
     for _ in range(2):
         assert encode_chat(elsewhere, MESSAGES) == expected

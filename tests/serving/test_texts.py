@@ -6,7 +6,7 @@ from other_tokenizers import KINDS
 from serving_client import alone, serving
 from tiny import tiny_model
 
-from calm.models.loading import end_as_told
+from calm.models.loading import add_eos_ids
 from calm.text.chat import encode_chat
 from calm.text.decoding import decode_after
 from calm.text.encoding import encode_documents
@@ -73,7 +73,7 @@ def test_nobody_is_shown_the_sign_that_ends_a_turn(is_control):
     if is_control:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     model = tiny_model(4, vocab_size=len(tokenizer))
-    end_as_told(model, tokenizer)
+    add_eos_ids(model, tokenizer)
     written = tokenizer("Yes.<|im_end|>\nuser and more of it", add_special_tokens=False)["input_ids"]
     chunks = iter(torch.tensor(written[: len(written) // 4 * 4]).split(4))
     sample = model.sample_chunks

@@ -21,7 +21,7 @@ from calm.evaluation.answers import completions_of
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import Thoughts, thoughts_of
 from calm.models.tokens import LlamaForCausalLM
-from calm.sharing.card import Words
+from calm.sharing.card import CardDetails
 from calm.sharing.finetuned import card_of_finetuning
 from calm.texts import continue_texts
 from calm.training.batches import NUMBERS
@@ -372,7 +372,7 @@ def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
     rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     right = [row | {"before": "no", "after": f"a = 3 . {row['completion']}"} for row in rows]
     (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
-    card = card_of_finetuning(run, Words("thinker"))
+    card = card_of_finetuning(run, CardDetails("thinker"))
     assert "Of 4 held-out prompts, 0% were answered with words that end with the expected" in card
     assert "100% after" in card and "value: 100.0" in card
     assert "type: ends_with_completion" in card and "name: Ends with completion" in card

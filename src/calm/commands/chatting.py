@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from calm.models.generation.alternatives import Candidate
 
 _SHOWN_TEMPERATURES = (1.0, 0.5)
-_DRAWS_OF_A_CHUNK, _MOST_SHOWN = 200, 3
+_DRAWS_PER_CHUNK, _MAX_OTHERS = 200, 3
 _TEMPERATURES = Range(0, 1)
 _HELP = """\
 /reset             clear the conversation
@@ -99,35 +99,33 @@ class _Session:
             if line.partition(" ")[0] in ("/exit", "/quit"):
                 return
             try:
-                self._obey(as_text(line))
+                self._handle(as_text(line))
             except InputError as error:
                 print(f"calm: {error}", file=sys.stderr, flush=True)
 
-    def _obey(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
-        if line.startswith("/"):
-            self._command(word, rest.strip())
-        else:
+    def _handle(self, line: str) -> None:
+        """Run a command, or answer a message."""
+        if not line.startswith("/"):
             self._answer(line)
-
-    def _command(self, word: str, rest: str) -> None:
-        if word not in self._commands:
-            raise InputError(f"there is no command '{word}'; /help lists them.")
-        self._commands[word](rest)
+            return
+        command, _, argument = line.partition(" ")
+        if command not in self._commands:
+            raise InputError(f"there is no command '{command}'; /help lists them.")
+        self._commands[command](argument.strip())
 
     def _answer(self, text: str) -> None:
         from calm.texts import show_at_once
 
         try:
-            forgotten = self._conversation.answer(
+            num_dropped = self._conversation.answer(
                 text, show_at_once, temperature=self._temperature, sampler=self._sampler
             )
         except KeyboardInterrupt:
             print("\n(stopped)", flush=True)
             return
         print(flush=True)
-        if forgotten:
-            print(f"calm: {forgotten} old messages no longer fit in the context", file=sys.stderr)
+        if num_dropped:
+            print(f"calm: {num_dropped} old messages no longer fit in the context", file=sys.stderr)
 
     def _set_temperature(self, text: str) -> None:
         try:
@@ -148,15 +146,16 @@ def print_chunks(conversation: "Conversation") -> None:
         return escape(conversation.spell(tokens).replace("\n", "⏎"))
 
     table = Table("chunk", *(f"T = {t:g}" for t in _SHOWN_TEMPERATURES), "what else it could have been")
-    chunks = conversation.alternatives(_SHOWN_TEMPERATURES, _DRAWS_OF_A_CHUNK, _MOST_SHOWN + 1)
+    chunks = conversation.alternatives(_SHOWN_TEMPERATURES, _DRAWS_PER_CHUNK, _MAX_OTHERS + 1)
     for chunk, alternatives in chunks:
-        own = next((one for one in alternatives.told if list(one.tokens) == chunk), None)
-        others = [one for one in alternatives.told if one is not own]
-        others.sort(key=lambda one: -_weights(one)[0])
-        weights = [""] * len(_SHOWN_TEMPERATURES) if own is None else [f"{w:.0%}" for w in _weights(own)]
-        likeliest = [f"{_weights(one)[0]:4.0%} {shown(one.tokens)}" for one in others[:_MOST_SHOWN]]
-        what_else = "\n".join(likeliest)
-        table.add_row(shown(chunk), *weights, what_else)
+        answered = next((c for c in alternatives.told if list(c.tokens) == chunk), None)
+        others = [c for c in alternatives.told if c is not answered]
+        others.sort(key=lambda c: -_weights(c)[0])
+        weights = [""] * len(_SHOWN_TEMPERATURES)
+        if answered is not None:
+            weights = [f"{weight:.0%}" for weight in _weights(answered)]
+        likeliest = [f"{_weights(c)[0]:4.0%} {shown(c.tokens)}" for c in others[:_MAX_OTHERS]]
+        table.add_row(shown(chunk), *weights, "\n".join(likeliest))
     Console(highlight=False).print(table)
 
 

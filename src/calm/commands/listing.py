@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_OF_THE_PAPER = ("calm_", "transformer_")
+_PAPER_PREFIXES = ("calm_", "transformer_")
 
 
 def recipes(json: bool = False) -> None:
@@ -22,20 +22,20 @@ def recipes(json: bool = False) -> None:
     from calm.training.recipe import Recipe
     from calm.training.recipe_settings import about_recipe, shipped_recipes
 
-    found = {
+    listed = {
         command: {name: about_recipe(path) for name, path in sorted(shipped_recipes(kind).items(), key=_rank)}
         for command, kind in (("train", Recipe), ("finetune", FinetuningRecipe))
     }
     if json:
-        print(json_format.dumps(found, indent=1))
+        print(json_format.dumps(listed, indent=1))
         return
-    for command, about in found.items():
+    for command, about in listed.items():
         _print_list(f"calm {command} --recipe NAME", ["name", "about"], [[*pair] for pair in about.items()])
 
 
 def _rank(recipe: tuple[str, Path]) -> tuple[bool, str]:
     """Sort key: the recipes of the paper, which need many GPUs, come last."""
-    return recipe[0].startswith(_OF_THE_PAPER), recipe[0]
+    return recipe[0].startswith(_PAPER_PREFIXES), recipe[0]
 
 
 def models(folder: str = ".", json: bool = False) -> None:
@@ -48,13 +48,13 @@ def models(folder: str = ".", json: bool = False) -> None:
     from calm.models.missing import models_in
     from calm.models.shipped import shipped_models
 
-    found = {name: _about_model(path) for name, path in shipped_models().items()}
-    found |= {path.as_posix(): _about_model(path) for path in models_in(Path(folder))}
+    listed = {name: _about_model(path) for name, path in shipped_models().items()}
+    listed |= {path.as_posix(): _about_model(path) for path in models_in(Path(folder))}
     if json:
-        print(json_format.dumps(found, indent=1))
+        print(json_format.dumps(listed, indent=1))
         return
     rows = [
-        [name, about["type"], about["head"] or "", str(about["K"] or "")] for name, about in found.items()
+        [name, about["type"], about["head"] or "", str(about["K"] or "")] for name, about in listed.items()
     ]
     _print_list("calm generate MODEL PROMPT", ["model", "type", "head", "K"], rows)
 

@@ -124,7 +124,7 @@ def tasks(
 
     path = Path(output)
     check_file(path, overwrite)
-    if path.suffix.lower() != ".jsonl":  # What finetune would read as something else.
+    if path.suffix.lower() != ".jsonl":  # finetune would read it as another format.
         raise InputError(f"the output must be a .jsonl file, got '{output}'.")
     write_items(path, task, hops, seed, number, held_out)
     print(f"{number:,} items: {path}")
@@ -148,7 +148,7 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
     from calm.results import show_results_once
     from calm.training.stages import train as run
 
-    _follow(recipe, output, resume, overwrite, command="train", run=run, show=show_results_once)
+    _run_recipe(recipe, output, resume, overwrite, command="train", run=run, show=show_results_once)
 
 
 def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
@@ -167,10 +167,10 @@ def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwr
     from calm.results import show_answers
     from calm.training.finetuning import finetune as run
 
-    _follow(recipe, output, resume, overwrite, command="finetune", run=run, show=show_answers)
+    _run_recipe(recipe, output, resume, overwrite, command="finetune", run=run, show=show_answers)
 
 
-def _follow(
+def _run_recipe(
     recipe: Recipe | FinetuningRecipe,
     output: str,
     resume: bool,
@@ -193,8 +193,8 @@ def _follow(
         show(Path(output))
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
-            noted = read_recipe_of(type(recipe), str(recipe_file_of_run(Path(output))))
-            if not differences(noted, completed(recipe) if isinstance(recipe, Recipe) else recipe):
+            recorded = read_recipe_of(type(recipe), str(recipe_file_of_run(Path(output))))
+            if not differences(recorded, completed(recipe) if isinstance(recipe, Recipe) else recipe):
                 logger.warning("to resume, run: calm %s --resume --output %s", command, shlex.quote(output))
         raise
 

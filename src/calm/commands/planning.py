@@ -56,8 +56,8 @@ def plan(
     recipe: Recipe | FinetuningRecipe = read_recipe_of(kind_of_recipe(target), target)
     if settings:
         recipe = with_settings(recipe, settings)
-    made = make_plan(recipe, cards, Speed(utilisation, link * 1e9), vocab_size)
+    planned = make_plan(recipe, cards, Speed(utilisation, link * 1e9), vocab_size)
     if json:
-        print(as_json({"recipe": target, **made.as_figures()}))
+        print(as_json({"recipe": target, **planned.as_figures()}))
     else:
-        print_plan(made)
+        print_plan(planned)

@@ -50,12 +50,12 @@ def _text_of(file: str) -> str:
         raise InputError(f"the prompts in '{file}' are not UTF-8 ({error.reason}).") from error
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _prompt_of(line: str, location: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON.") from error
+        raise InputError(f"{location} is not JSON.") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise InputError(f'{where} must be a string, or an object with a "prompt" that is one.')
+        raise InputError(f'{location} must be a string, or an object with a "prompt" that is one.')
     return as_text(prompt)  # JSON can escape lone surrogates.

@@ -8,6 +8,7 @@ from typing import Any
 
 from calm.commands.checks import check_counts, check_draft, look_for
 from calm.errors import InputError
+from calm.serving.settings import ServerSettings
 from calm.terminal import as_text
 
 
@@ -74,7 +75,7 @@ def share(
     check_counts(ngrams, max_blocks=max_blocks)
     if private and push is None:
         raise InputError("--private requires a hub repository; name one with --push, or leave --private out.")
-    name, license, about = (None if one is None else as_text(one) for one in (name, license, about))
+    name, license, about = (None if text is None else as_text(text) for text in (name, license, about))
     from calm.sharing import check_export, check_push, write_card
     from calm.sharing import export as copy
     from calm.sharing import push as upload
@@ -106,25 +107,25 @@ def serve(
     name: str | None = None,
     api_key_file: str | None = None,
     temperature: float = 0.5,
-    max_rows: int = 16,
-    max_waiting: int = 256,
-    max_tokens: int = 4096,
-    max_request_tokens: int = 1 << 18,
-    max_draws: int = 1000,
-    max_thoughts: int = 64,
-    draws_at_once: int = 4096,
-    chunks_at_once: int = 128,
-    prefix_bytes: int = 1 << 28,
-    max_body: int = 1 << 20,
-    max_bytes: int = 1 << 26,
-    max_client_bytes: int = 1 << 24,
-    max_connections: int = 512,
-    max_client_connections: int = 128,
-    seconds: float = 300.0,
-    header_seconds: float = 20.0,
-    body_seconds: float = 60.0,
-    write_seconds: float = 60.0,
-    template_seconds: float = 5.0,
+    max_rows: int = ServerSettings.max_rows,
+    max_waiting: int = ServerSettings.max_waiting,
+    max_tokens: int = ServerSettings.max_tokens,
+    max_request_tokens: int = ServerSettings.max_request_tokens,
+    max_draws: int = ServerSettings.max_draws,
+    max_thoughts: int = ServerSettings.max_thoughts,
+    draws_at_once: int = ServerSettings.draws_at_once,
+    chunks_at_once: int = ServerSettings.chunks_at_once,
+    prefix_bytes: int = ServerSettings.prefix_bytes,
+    max_body: int = ServerSettings.max_body,
+    max_bytes: int = ServerSettings.max_bytes,
+    max_client_bytes: int = ServerSettings.max_client_bytes,
+    max_connections: int = ServerSettings.max_connections,
+    max_client_connections: int = ServerSettings.max_client_connections,
+    seconds: float = ServerSettings.seconds,
+    header_seconds: float = ServerSettings.header_seconds,
+    body_seconds: float = ServerSettings.body_seconds,
+    write_seconds: float = ServerSettings.write_seconds,
+    template_seconds: float = ServerSettings.template_seconds,
     allowed_hosts: list[str] | str | None = None,
     head: dict[str, Any] | None = None,
     draft: str | None = None,

@@ -87,14 +87,14 @@ def evaluate(
         estimator=estimator,
     )
     if json:
-        how = {
+        conditions = {
             "model": model,
             "layout": settings.layout,
             "seed": seed,
             "draws": num_draws,
             "estimator": estimator,
         }
-        print(as_json({**how, **values_of_scorecard(card)}))
+        print(as_json({**conditions, **values_of_scorecard(card)}))
     else:
         print_scorecard(card)
 
@@ -171,7 +171,7 @@ def generate(
     check_sampler(sampler)
     check_thoughts(num_thoughts=num_thoughts)
     check_draft(draft, draft_chunks)
-    texts = prompts_of(prompt, file)
+    prompts = prompts_of(prompt, file)
     look_for(model)
     if draft is not None:
         look_for(draft)
@@ -187,7 +187,7 @@ def generate(
     continuations = continue_texts(
         network,
         tokenizer,
-        texts,
+        prompts,
         num_return_sequences=samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -202,13 +202,13 @@ def generate(
         crop=crop,
         **drafts,
     )
-    starts = [text for text in texts for _ in range(samples)]
-    written = list(zip(starts, continuations, strict=True))
+    repeated = [text for text in prompts for _ in range(samples)]
+    generated = list(zip(repeated, continuations, strict=True))
     if json:
-        each = [{"prompt": start, "text": text} for start, text in written]
-        print(as_json({"model": model, "temperature": temperature, "seed": seed, "samples": each}))
+        records = [{"prompt": prompt, "text": text} for prompt, text in generated]
+        print(as_json({"model": model, "temperature": temperature, "seed": seed, "samples": records}))
     elif not stream:
-        print("\n\n".join(start + text for start, text in written))
+        print("\n\n".join(prompt + text for prompt, text in generated))
 
 
 def flops(
@@ -230,7 +230,8 @@ def flops(
         positions: Positions of the context that attention sees.
         thoughts: Also show what this many thoughts add to an answer; by default as many as the model was
             trained with.
-        vocab_size: Vocabulary size, for a recipe whose tokenizer is not available here.
+        vocab_size: Vocabulary size to count, for a recipe whose tokenizer is not available here or not named
+            yet; by default its tokenizer's, or data.vocab_size if it names none.
         published: Count the head's work on the hidden state for every draw, as the paper does.
         head: Sampling settings of a CALM's head to change, such as '{"num_steps": 2}' (docs/heads.md).
         json: Print the numbers as one JSON object.
@@ -251,7 +252,7 @@ def flops(
     from calm.training.teacher import config_of_teacher
 
     folder = Path(folder_of(target))
-    teacher = None
+    teacher, vocabulary = None, ""
     if folder.is_dir():
         config = load_config(folder)
     elif is_gguf(target):
@@ -263,25 +264,27 @@ def flops(
             raise InputError(str(error).rstrip(".?") + models_near(target)) from error
         recipe = completed(read_recipe(target))
         config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
+        if vocab_size is None and recipe.data.tokenizer is None and recipe.autoencoder.path is None:
+            vocabulary = "\nthe recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"
     if head:
         change_head(config, head)
     size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
     if draws is None:
         draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
-    one = cost_of(config, Work(positions, condition_per_draw=published))
+    cost = cost_of(config, Work(positions, condition_per_draw=published))
     if teacher is not None:
-        one.training["teacher"] = teaching_flops(teacher, positions * size)
-    many = cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None
+        cost.training["teacher"] = teaching_flops(teacher, positions * size)
+    cost_with_draws = cost_of(config, Work(positions, draws, published)) if is_calm and draws != 1 else None
     if thoughts is None and (trained := thoughts_of(config)) is not None:
         thoughts = trained.number
     thinking = cost_of_thoughts(config, thoughts, positions) if thoughts else None
     if json:
-        counted = {"chunk_size": size, "vocab_size": config.vocab_size, "positions": positions}
-        print(as_json({**counted, **values_of_costs(one, many, draws, thinking)}))
+        sizes = {"chunk_size": size, "vocab_size": config.vocab_size, "positions": positions}
+        print(as_json({**sizes, **values_of_costs(cost, cost_with_draws, draws, thinking)}))
     else:
         title = f"FLOPs per token; K = {size}, {config.vocab_size:,} token ids, {positions:,} positions"
         title += f" ({positions * size:,} tokens)" if size > 1 else ""
-        print_costs(title, one, many, draws, thinking)
+        print_costs(title + vocabulary, cost, cost_with_draws, draws, thinking)
 
 
 def compile_steps(
@@ -315,9 +318,9 @@ def compile_steps(
     from calm.report.figures import as_json
 
     network, _ = load_language_model_and_tokenizer(model)
-    chosen = {"one": [1], "many": [MANY], "all": [1, MANY]}[rows]
+    batch_sizes = {"one": [1], "many": [MANY], "all": [1, MANY]}[rows]
     folder, speeds = compile_model(
-        network, chosen, [temperature], lambda name: tell(f"compile: {name} (ten to thirty seconds)")
+        network, batch_sizes, [temperature], lambda name: tell(f"compile: {name} (ten to thirty seconds)")
     )
     if json:
         print(as_json({"model": model, "folder": str(folder), "tokens_per_second": [*map(asdict, speeds)]}))

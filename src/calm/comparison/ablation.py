@@ -147,30 +147,31 @@ def run_ablation(
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []
     for choice in chosen:
-        own = completed(_recipe_of(choice, recipe, seeds[0]))
+        variant = completed(_recipe_of(choice, recipe, seeds[0]))
+        flops = autoencoder_flops(variant, vocab_size) + language_model_flops(variant, vocab_size)
         outcomes.append(
             Outcome(
                 name=choice.name,
                 published=choice.published,
-                training_flops=autoencoder_flops(own, vocab_size) + language_model_flops(own, vocab_size),
-                parameters=sum(cost_of(model_config(own, vocab_size)).parameters.values()),
-                excluded=trained_before(own),
+                training_flops=flops,
+                parameters=sum(cost_of(model_config(variant, vocab_size)).parameters.values()),
+                excluded=trained_before(variant),
             )
         )
     runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))
     for seed, (choice, outcome) in tracked(runs, "ablation", "run", stays=True):
         tell(f"training {choice.name}, seed {seed}")
-        own, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
-        # With the recipe's own language model, so that this run is the same for all choices.
-        same = dataclasses.replace(own, language_model=recipe.language_model)
-        parts = [run]
-        if own.language_model.init_from is None or own.language_model.new_head:
-            autoencoder = _autoencoder_of(same, output)
-            own = with_settings(own, {"autoencoder.path": str(autoencoder)})
-            parts += [autoencoder.parent] if same.trains_autoencoder else []
-        train(own, run, resume=(run / RECIPE).is_file())
-        outcome.scores.append(_score(run, own, num_blocks))
-        outcome.seconds.append(_seconds(parts))
+        variant, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
+        timed_runs = [run]
+        if variant.language_model.init_from is None or variant.language_model.new_head:
+            # With the language model of the base recipe, so that choices can share this run.
+            shared = dataclasses.replace(variant, language_model=recipe.language_model)
+            autoencoder = _train_shared_autoencoder(shared, output)
+            variant = with_settings(variant, {"autoencoder.path": str(autoencoder)})
+            timed_runs += [autoencoder.parent] if shared.trains_autoencoder else []
+        train(variant, run, resume=(run / RECIPE).is_file())
+        outcome.scores.append(_score(run, variant, num_blocks))
+        outcome.seconds.append(_seconds(timed_runs))
     return AblationTable(
         question=ablation.question,
         seeds=list(seeds),
@@ -186,7 +187,7 @@ def _recipe_of(choice: Choice, recipe: Recipe, seed: int) -> Recipe:
     return with_settings(recipe, {**choice.settings, "seed": seed})
 
 
-def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
+def _train_shared_autoencoder(recipe: Recipe, output: Path) -> Path:
     """Train the autoencoder of a recipe, shared by all runs with the same settings and seed."""
     settings = {"chunk_size": recipe.chunk_size, **dataclasses.asdict(recipe.autoencoder)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -195,7 +196,7 @@ def _autoencoder_of(recipe: Recipe, output: Path) -> Path:
 
 
 def _seconds(runs: Sequence[Path]) -> float | None:
-    """Time of all stages of several runs; None if any is unknown, since no score depends on it."""
+    """Time of all stages of several runs; None if any is unknown: no score depends on it."""
     try:
         return seconds_of([log for run in runs for log in read_json(run / HISTORY, dict).values()])
     except (FileNotFoundError, InputError):
@@ -205,18 +206,18 @@ def _seconds(runs: Sequence[Path]) -> float | None:
 def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float]:
     """Held-out scores of a run, cached in its folder for as long as it has the same model.
 
-    A run that was given more steps has another one.
+    A run that is extended by more steps gets another model.
     """
-    path, sums = run / SCORES, run / "model" / CHECKSUMS
-    how = {
+    path, checksums = run / SCORES, run / "model" / CHECKSUMS
+    measured_with = {
         **dataclasses.asdict(block_settings(recipe)),
         "num_blocks": num_blocks,
-        "model": hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
+        "model": hashlib.sha256(checksums.read_bytes()).hexdigest() if checksums.is_file() else None,
     }
-    if how["model"] is not None and is_marked(path):
-        kept = read_json(path, dict)
-        if kept["how"] == how:
-            figures: dict[str, float] = kept["figures"]
+    if measured_with["model"] is not None and is_marked(path):
+        cached = read_json(path, dict)
+        if cached["how"] == measured_with:
+            figures: dict[str, float] = cached["figures"]
             return figures
     model, _ = load_model_and_tokenizer(str(run / "model"))
     data = load_prepared(Path(recipe.data.source_list[0]))
@@ -229,6 +230,6 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
     }
     if card.perplexity is not None:
         figures[NATS] = card.perplexity.cross_entropy
-    write_file_whole(path, json.dumps({"how": how, "figures": figures}, indent=1) + "\n")
+    write_file_whole(path, json.dumps({"how": measured_with, "figures": figures}, indent=1) + "\n")
     mark(path)
     return figures

@@ -38,7 +38,7 @@ class TrainingRecord:
 
 
 def recipe_of_run(run: Path) -> Recipe | None:
-    """The recipe that a run was trained by; None for a bare model folder, or for a run of `calm finetune`."""
+    """The recipe of a run of `calm train`; None for a bare model folder, or for a run of `calm finetune`."""
     file = run / RECIPE
     if not file.is_file() or kind_of_recipe(str(file)) is not Recipe:
         return None
@@ -54,7 +54,7 @@ def blocks_of_run(run: Path, block_size: int) -> BlockSettings:
 def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     """The training record of a run; None for a bare model folder, or for a run of `calm finetune`.
 
-    The training of the model that `calm finetune` started from is not in its folder.
+    The folder of such a run does not say what training the model cost that it started from.
 
     Args:
         run: Folder of the run.
@@ -64,18 +64,18 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     if recipe is None or not (run / HISTORY).is_file():
         return None
     history = read_json(run / HISTORY, dict)
-    total = _of_language_model(recipe, config)
+    tokens = recipe.language_model.training.tokens
+    model_flops = training_flops(config, recipe.data.context) * tokens
     if (teacher := read_facts_of_teacher(run)) is not None:
-        total += teacher.flops_per_token * recipe.language_model.training.tokens
-    before = autoencoder_flops(recipe, config.vocab_size)
-    steps = recipe.language_model.training.steps
+        model_flops += teacher.flops_per_token * tokens
+    steps, flops_before = recipe.language_model.training.steps, autoencoder_flops(recipe, config.vocab_size)
     try:
         return TrainingRecord(
-            flops=before + total,
+            flops=flops_before + model_flops,
             seconds=seconds_of(history.values()),
             checkpoints=[
                 Checkpoint(
-                    before + total * entry["step"] / steps,
+                    flops_before + model_flops * entry["step"] / steps,
                     entry["eval_brier_lm"] or None,
                     entry["eval_brier_1"],
                     entry.get("eval_cross_entropy"),
@@ -101,8 +101,9 @@ def trained_before(recipe: Recipe) -> tuple[str, ...]:
     settings, parts = recipe.language_model, list[str]()
     if settings.init_from is not None:
         parts.append("the model that it started from")
-    brought = settings.init_from is not None and not settings.new_head  # The autoencoder of that model.
-    if recipe.model == "calm" and recipe.autoencoder.path is not None and not brought:
+    # The autoencoder of the model that it started from is part of that model.
+    is_included = settings.init_from is not None and not settings.new_head
+    if recipe.model == "calm" and recipe.autoencoder.path is not None and not is_included:
         parts.append("its autoencoder")
     return tuple(parts)
 
@@ -134,10 +135,6 @@ def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
 
 
 def _flops_per_token(recipe: Recipe, vocab_size: int) -> float:
-    own = training_flops(model_config(recipe, vocab_size), recipe.data.context)
+    flops = training_flops(model_config(recipe, vocab_size), recipe.data.context)
     teacher = config_of_teacher(recipe)
-    return own if teacher is None else own + teaching_flops(teacher, recipe.data.context)
-
-
-def _of_language_model(recipe: Recipe, config: PreTrainedConfig) -> float:
-    return training_flops(config, recipe.data.context) * recipe.language_model.training.tokens
+    return flops if teacher is None else flops + teaching_flops(teacher, recipe.data.context)

@@ -27,8 +27,8 @@ def train_ladder(
     """Train a recipe at several chunk sizes, and the baseline, with equal training FLOPs.
 
     FLOPs include autoencoder and language model: the autoencoder trains as in the recipe, and the language
-    model for as many steps as the rest allows; the baseline has no autoencoder, so it trains for more.
-    The latent size grows with the chunk size, keeping the recipe's dimensions per token. An interrupted
+    model for as many steps as the remaining FLOPs allow. The baseline has no autoencoder, so it trains for
+    more. The latent size grows with the chunk size, keeping the recipe's dimensions per token. An interrupted
     ladder resumes where it stopped.
 
     Args:
@@ -50,7 +50,7 @@ def train_ladder(
         raise InputError("there is nothing to train: give chunk sizes, or leave out --no_baseline.")
     if recipe.model != "calm" or recipe.autoencoder.path is not None:
         raise InputError("a ladder needs a recipe for a CALM that trains its own autoencoder.")
-    check_ranges(recipe)  # First, since what follows divides by its chunk size and those of the rungs.
+    check_ranges(recipe)  # First, since what follows divides by its chunk size.
     for size in chunk_sizes:
         RANGES[Recipe]["chunk_size"].require("a chunk size", size)
         check_block_size(recipe.data.context, window_of(size))
@@ -91,5 +91,7 @@ def _with_training(recipe: Recipe, training: TrainingSettings) -> Recipe:
 
 def _stretched(training: TrainingSettings, steps: int) -> TrainingSettings:
     """Change the number of steps, keeping the number of evaluations."""
-    every = training.evaluate_every * steps / training.steps
-    return dataclasses.replace(training, steps=steps, evaluate_every=max(1, round(every)) if every else 0)
+    interval = training.evaluate_every * steps / training.steps
+    return dataclasses.replace(
+        training, steps=steps, evaluate_every=max(1, round(interval)) if interval else 0
+    )

@@ -42,7 +42,7 @@ class Measures:
         num_blocks: Number of held-out blocks to score; all if None.
         temperatures: Temperatures at which to measure accuracy and collision; 1 is always included.
         low: Temperature of the continuations and of the reported cost.
-        warm_blocks: Number of held-out blocks for accuracy and collision.
+        warm_blocks: Number of held-out blocks on which accuracy and collision are measured.
         num_texts: Number of held-out texts whose beginnings every model continues.
         text_tokens: Tokens per continuation.
         ngrams: Orders of the n-gram floors.
@@ -80,7 +80,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
         measures: What to measure.
 
     Raises:
-        InputError: If a folder is neither, names repeat, or a model has a different tokenizer than the text.
+        InputError: If a folder is neither, names repeat, or a model's tokenizer is not that of the text.
     """
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
@@ -149,14 +149,17 @@ def _temperature_point(
 ) -> TemperaturePoint:
     scorer = scorer_of(model, temperature=temperature)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, **dataclasses.asdict(settings))
-    what = f"drawing at T = {temperature:.2g}"
-    result = score_with(scorer, model, blocks, num_blocks, _TEMPERATURE_SEED, what=what)
+    description = f"drawing at T = {temperature:.2g}"
+    result = score_with(scorer, model, blocks, num_blocks, _TEMPERATURE_SEED, what=description)
     mean_draws = scorer.reader.mean_draws
     chunks = settings.block_size // language_model(model).chunk_size
     cost = cost_of(model.config, Work(chunks, mean_draws))
-    first = slice(0, NUM_ORDERS)
     return TemperaturePoint(
-        temperature, result.hits[first], result.collisions[first], mean_draws, sum(cost.inference.values())
+        temperature,
+        result.hits[:NUM_ORDERS],
+        result.collisions[:NUM_ORDERS],
+        mean_draws,
+        sum(cost.inference.values()),
     )
 
 

@@ -16,8 +16,8 @@ def with_shared_text(recipe: Recipe, output: Path) -> Recipe:
 
     Args:
         recipe: A recipe; without sources, it uses the embedded stories.
-        output: Folder of the runs, an absolute path, since the runs' recipes refer to the text in it and may
-            be read from another directory.
+        output: Absolute path of the folder of the runs, whose recipes refer to the text in it and may be
+            read from another directory.
 
     Raises:
         InputError: If the recipe streams its text, or the folder's text was prepared with other settings.
@@ -45,15 +45,15 @@ def _check_settings(recipe: Recipe, folder: Path) -> None:
     """Raise InputError if a folder's text was prepared with other settings than a recipe's."""
     data = recipe.data
     lists = {"sources": data.source_list, "validation_sources": data.validation_source_list}
-    wanted = {"seed": recipe.seed, **dataclasses.asdict(data), **lists}
-    before = settings_of(folder)
-    if before["sources"] != wanted["sources"]:
+    expected = {"seed": recipe.seed, **dataclasses.asdict(data), **lists}
+    actual = settings_of(folder)
+    if actual["sources"] != expected["sources"]:
         raise InputError(
             f"'{folder}' was prepared from different sources than the recipe's; choose another --output."
         )
-    if changed := next((name for name in before if before[name] != wanted[name]), None):
+    if changed := next((name for name in actual if actual[name] != expected[name]), None):
         option = changed if changed == "seed" else f"data.{changed}"
         raise InputError(
-            f"'{folder}' was prepared with {option} {before[changed]!r}, not {wanted[changed]!r}; choose "
+            f"'{folder}' was prepared with {option} {actual[changed]!r}, not {expected[changed]!r}; choose "
             "another --output."
         )

@@ -20,6 +20,7 @@ from calm.evaluation.perplexity import PerplexityResult, evaluate_ngram_perplexi
 from calm.evaluation.processes import Batch
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
+from calm.hardware import fast_float32
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.context import check_context
 from calm.models.language_model import language_model
@@ -57,6 +58,7 @@ class Scorecard:
     layout: Layout = "documents"
 
 
+@fast_float32()
 def score_model(
     model: PreTrainedModel,
     data: PreparedData,

@@ -19,7 +19,7 @@ from calm.core.gaussian import DiagonalGaussian, floored_kl
 from calm.models.blocks import SwiGLUBlock
 from calm.models.codes import CodeDecoder, CodeEncoder, draw_codes
 from calm.models.configuration import CalmAutoencoderConfig
-from calm.models.saving import SavedAnew
+from calm.models.saving import SavingMixin
 
 _LATENTS_AT_ONCE = 512  # Keeps the decoder's activations in a CPU's caches.
 
@@ -103,15 +103,15 @@ class _Decoder(nn.Module):
     def token_vectors(self, states_PD: Tensor, first: int, last: int) -> Tensor:
         """Vectors of the tokens at positions first..last-1 of the chunk, shape (P, last - first, D)."""
         size = states_PD.shape[-1]
-        part = slice(first * size, last * size)
-        hidden = F.linear(states_PD, self.expand.weight[part], self.expand.bias[part])
+        rows = slice(first * size, last * size)
+        hidden = F.linear(states_PD, self.expand.weight[rows], self.expand.bias[rows])
         hidden = hidden.unflatten(-1, (last - first, size))
         for block in self.blocks[len(self.blocks) // 2 :]:
             hidden = block(hidden)
         return self.norm(hidden)
 
 
-class CalmAutoencoder(SavedAnew, PreTrainedModel):
+class CalmAutoencoder(SavingMixin, PreTrainedModel):
     """Context-free variational autoencoder of chunks: MLPs only, or fixed codes that need no training."""
 
     config: CalmAutoencoderConfig
@@ -175,8 +175,8 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
 
         `decode_tokens` gives the same tokens, but always computes all K positions.
         """
-        at_once = _LATENTS_AT_ONCE * self.config.chunk_size // (last - first)
-        parts = states_PD.split(at_once)
+        chunks_at_once = _LATENTS_AT_ONCE * self.config.chunk_size // (last - first)
+        parts = states_PD.split(chunks_at_once)
         return torch.cat([self._most_likely(self.decoder.token_vectors(part, first, last)) for part in parts])
 
     def _most_likely(self, vectors: Tensor) -> Tensor:
@@ -188,12 +188,12 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
     def draw_noise(self, tokens_PK: Tensor, generator: torch.Generator | None = None) -> AutoencoderNoise:
         """Sample the randomness of one training step on chunks (P, K)."""
         config, device = self.config, tokens_PK.device
-        shape_Z = (*tokens_PK.shape[:-1], config.latent_size)
-        keep_tokens = torch.rand(tokens_PK.shape, generator=generator, device=device)
-        posterior = torch.randn(shape_Z, generator=generator, device=device)
-        keep_latents = torch.rand(shape_Z, generator=generator, device=device)
+        shape_PZ = (*tokens_PK.shape[:-1], config.latent_size)
+        token_uniform_PK = torch.rand(tokens_PK.shape, generator=generator, device=device)
+        posterior_PZ = torch.randn(shape_PZ, generator=generator, device=device)
+        latent_uniform_PZ = torch.rand(shape_PZ, generator=generator, device=device)
         return AutoencoderNoise(
-            keep_tokens > config.token_dropout, posterior, keep_latents > config.latent_dropout
+            token_uniform_PK > config.token_dropout, posterior_PZ, latent_uniform_PZ > config.latent_dropout
         )
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -271,7 +271,7 @@ class CalmAutoencoder(SavedAnew, PreTrainedModel):
             posterior = self.encode(chunks_PK)
             return posterior.mean, posterior
         noise = noise or self.draw_noise(chunks_PK, generator)
-        kept_PK = torch.where(noise.token_keep_PK, chunks_PK, self.config.dropped_token_id)
-        posterior = self.encode(kept_PK)
+        inputs_PK = torch.where(noise.token_keep_PK, chunks_PK, self.config.dropped_token_id)
+        posterior = self.encode(inputs_PK)
         latents = posterior.mean + posterior.std * noise.posterior_PZ
         return latents * noise.latent_keep_PZ / (1 - self.config.latent_dropout), posterior

@@ -28,7 +28,7 @@ class ZeroLinear(nn.Linear):
 class AdaptiveBlock(nn.Module):
     """x + gate * mlp(norm(x), scaled and shifted): adaptive layer norm on a condition (paper section 3.2).
 
-    It starts as the identity. Shapes: N draws, P positions, D size.
+    New blocks are the identity. Shapes: N draws, P positions, D size.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -54,7 +54,7 @@ class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
 
 
 class PartedLinear(nn.Linear):
-    """A linear layer whose weights are used in slices. It is never called, so adapters cannot wrap it."""
+    """A linear layer whose weights are used in slices. It is never called, so an adapter would do nothing."""
 
 
 class ChunkProjection(nn.Module):

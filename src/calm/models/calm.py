@@ -23,11 +23,11 @@ from calm.models.configuration import CalmConfig
 from calm.models.distillation import TeacherOutput, distillation_losses
 from calm.models.generation.generate import ChunkGenerationMixin
 from calm.models.heads import GenerativeHead, Target, build_head
-from calm.models.saving import SavedAnew
+from calm.models.saving import SavingMixin
 from calm.models.thoughts import Thinking, read_positions, scale_of
 from calm.models.token_layers import TokenLayer
 
-_NO_VECTORS = (
+_NO_INPUTS_EMBEDS = (
     "a CALM does not accept inputs_embeds, because it reads whole chunks of tokens. Prompt and prefix tuning "
     "therefore do not work, but low-rank adapters do."
 )
@@ -74,7 +74,7 @@ class ChunkBackbone(LlamaModel):
                 init.zeros_(module.weight[self.padding_idx])
 
 
-class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
+class CalmForCausalLM(ChunkGenerationMixin, SavingMixin, PreTrainedModel):
     """Continuous autoregressive language model with its frozen autoencoder inside."""
 
     config: CalmConfig
@@ -177,8 +177,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         Raises:
             ValueError: If peft looks for the embeddings of a learned prompt, which a CALM cannot take.
         """
-        if target == "embeddings.word_embeddings":  # What peft looks up first for prompt tuning.
-            raise ValueError(_NO_VECTORS)
+        if target == "embeddings.word_embeddings":  # peft looks this up first for prompt tuning.
+            raise ValueError(_NO_INPUTS_EMBEDS)
         return super().get_submodule(target)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
@@ -256,8 +256,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         tokens_PK = self._targets(chunks_BCK, labels)[:, 1:][is_target_BC]
         states_PD = states_BCD[:, :-1][is_target_BC]
         if teacher_output is None:
-            read_PK = chunks_BCK[:, 1:][is_target_BC]
-            if posterior_BCZ is not None and torch.equal(read_PK, tokens_PK):
+            inputs_PK = chunks_BCK[:, 1:][is_target_BC]
+            if posterior_BCZ is not None and torch.equal(inputs_PK, tokens_PK):
                 posterior_PZ = posterior_BCZ[:, 1:][is_target_BC]
             else:
                 posterior_PZ = self._encode(tokens_PK)
@@ -270,12 +270,13 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         return output
 
     def _targets(self, chunks_BCK: Tensor, labels_BT: Tensor) -> Tensor:
-        """Tokens to predict: those of the input, or the step that supervises a thought."""
+        """Tokens to predict, (B, C, K): those of the input, or of the step that supervises a thought."""
         labels_BCK = split_into_chunks(labels_BT, self.config.chunk_size)
         has_label_BCK = labels_BCK != IGNORED_LABEL
-        tells_BC1 = (has_label_BCK & (labels_BCK != chunks_BCK)).any(-1, keepdim=True)
-        told_BCK = labels_BCK.masked_fill(~has_label_BCK, self.config.pad_token_id or 0)
-        return torch.where(tells_BC1, told_BCK, chunks_BCK)
+        # Labels differ from the input only at thoughts that are supervised with a step.
+        is_step_BC1 = (has_label_BCK & (labels_BCK != chunks_BCK)).any(-1, keepdim=True)
+        steps_BCK = labels_BCK.masked_fill(~has_label_BCK, self.config.pad_token_id or 0)
+        return torch.where(is_step_BC1, steps_BCK, chunks_BCK)
 
     def count_targets(self, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Denominator of the loss: the number of predicted chunks."""
@@ -309,8 +310,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
                 f"{type(self.head).__name__}.draw_noise must return a named tuple of tensors or None, "
                 f"not a {type(rows[0]).__name__}."
             )
-        noise: Any = type(rows[0])
-        return noise(
+        noise_class: Any = type(rows[0])
+        return noise_class(
             *(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*rows, strict=True))
         )
 
@@ -360,7 +361,7 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
         """The backbone's input for each chunk, (B, C, D).
 
         Args:
-            chunks_BCK: Tokens of the chunks, with any leading axes.
+            chunks_BCK: Tokens of the chunks; any leading axes.
             posterior_BCZ: Their posterior, if already computed.
         """
         parts = []
@@ -378,8 +379,8 @@ class CalmForCausalLM(ChunkGenerationMixin, SavedAnew, PreTrainedModel):
 
 def _check_unused(arguments: dict[str, Any]) -> None:
     """Raise ValueError if an unsupported argument is set."""
-    asked = [name for name, value in arguments.items() if value is not None and value is not False]
-    if "inputs_embeds" in asked:
-        raise ValueError(_NO_VECTORS)
-    if asked:
-        raise ValueError(f"forward() does not support the argument(s): {', '.join(asked)}.")
+    unsupported = [name for name, value in arguments.items() if value is not None and value is not False]
+    if "inputs_embeds" in unsupported:
+        raise ValueError(_NO_INPUTS_EMBEDS)
+    if unsupported:
+        raise ValueError(f"forward() does not support the argument(s): {', '.join(unsupported)}.")

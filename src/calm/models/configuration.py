@@ -50,7 +50,7 @@ class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
     def __post_init__(self, **kwargs: Any) -> None:
         check_names(type(self), kwargs)
         check_fields(self)
-        for name in ("num_encoder_layers", "num_decoder_layers") if not self.has_codes else ():
+        for name in () if self.has_codes else ("num_encoder_layers", "num_decoder_layers"):
             if (layers := getattr(self, name)) < 2 or layers % 2:
                 raise ValueError(
                     f"{name} must be even (half on tokens, half on chunks) and at least 2, got {layers}."
@@ -74,8 +74,8 @@ class CalmAutoencoderConfig(PreTrainedConfig, AutoencoderHyperparameters):
 
 BACKBONE_INPUTS = get_args(BackboneInput)
 INPUT_PROJECTIONS = ("mlp", "last")
-# Read-only properties of a `CalmConfig`, and the field that sets each; None: derived from other sizes.
-_WHERE = {
+# Read-only properties of a `CalmConfig`, and the field that determines each; None for several.
+_PROPERTIES = {
     "autoencoder": "autoencoder_config",
     "vocab_size": "autoencoder_config",
     "chunk_size": "autoencoder_config",
@@ -130,7 +130,7 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
     final_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_names(type(self), kwargs, more=_WHERE)
+        check_names(type(self), kwargs, properties=_PROPERTIES)
         if self.backbone_input not in BACKBONE_INPUTS:
             raise ValueError(
                 f"backbone_input must be one of {', '.join(BACKBONE_INPUTS)}, got '{self.backbone_input}'."
@@ -153,10 +153,10 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
             "embedding_initializer_range": self.embedding_initializer_range,
         }
         self.autoencoder_config = autoencoder
-        self.backbone_config = _llama(backbone)
+        self.backbone_config = _llama_config(backbone)
         head = _as_mapping("head_config", self.head_config or {"head_type": "energy"})
         self.head_config = _with_sizes(dict(head), autoencoder, self.backbone_config)
-        thoughts_of(self)
+        thoughts_of(self)  # Raises if they are malformed.
         super().__post_init__(**kwargs)
 
     def _check_projection(self) -> None:
@@ -174,8 +174,8 @@ class CalmConfig(PreTrainedConfig, InputHyperparameters):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers also sets arguments that are not fields this way, from_pretrained's included.
-        if name in _WHERE:
-            raise ValueError(_set_elsewhere(name, value))
+        if name in _PROPERTIES:
+            raise ValueError(_read_only_message(name, value))
         super().__setattr__(name, value)
 
     @property
@@ -285,25 +285,25 @@ def _with_sizes(
             f"a {config.head_type} head learns tokens and needs no trained autoencoder: set the "
             f"autoencoder's kind to 'codes', not '{autoencoder.kind}'."
         )
-    known = {field.name for field in fields(config)}
+    names = {field.name for field in fields(config)}
     sizes = {
         "vocab_size": autoencoder.vocab_size,
         "chunk_size": autoencoder.chunk_size,
         "layer_sizes": layer_sizes(backbone),
     }
-    return asdict(config) | {name: size for name, size in sizes.items() if name in known}
+    return asdict(config) | {name: size for name, size in sizes.items() if name in names}
 
 
-def _set_elsewhere(name: str, value: Any) -> str:
+def _read_only_message(name: str, value: Any) -> str:
     """Error message for setting a read-only property of a `CalmConfig`."""
-    where, own = _WHERE[name], ", ".join(own_fields(CalmConfig))
-    if where is None:
+    field, all_fields = _PROPERTIES[name], ", ".join(own_fields(CalmConfig))
+    if field is None:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
-    if where.removesuffix("_config") == name or where == "backbone_input":
-        return f"{name} cannot be set; give {where}. The fields of CalmConfig are {own}."
+    if field.removesuffix("_config") == name or field == "backbone_input":
+        return f"{name} cannot be set; give {field}. The fields of CalmConfig are {all_fields}."
     return (
-        f"{name} is set in {where}, as {where}={{'{name}': {shown(value)}}}. "
-        f"The fields of CalmConfig are {own}."
+        f"{name} is set in {field}, as {field}={{'{name}': {shown(value)}}}. "
+        f"The fields of CalmConfig are {all_fields}."
     )
 
 
@@ -313,7 +313,7 @@ def _as_mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _llama(values: dict[str, Any]) -> LlamaConfig:
+def _llama_config(values: dict[str, Any]) -> LlamaConfig:
     try:
         config = LlamaConfig(**values)
         check_fields(config)

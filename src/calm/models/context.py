@@ -7,7 +7,7 @@ from calm.models.configuration import CalmConfig
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
-    """Longest text in tokens; None if the configuration sets no limit."""
+    """Length of the longest text in tokens; None if the configuration sets no limit."""
     if isinstance(config, CalmConfig):
         return config.backbone.max_position_embeddings * config.chunk_size
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -34,8 +34,8 @@ def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
     longest = longest_context(config)
     if longest is None:
         return None
-    size = config.chunk_size if isinstance(config, CalmConfig) else 1
-    return max(0, longest - -(-num_tokens // size) * size)
+    chunk_size = config.chunk_size if isinstance(config, CalmConfig) else 1
+    return max(0, longest - -(-num_tokens // chunk_size) * chunk_size)
 
 
 def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, num_thought: int = 0) -> None:
@@ -45,13 +45,13 @@ def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, n
         config: The model's configuration.
         num_tokens: Tokens in the prompt.
         num_new_tokens: Tokens to generate.
-        num_thought: See `calm.models.thoughts.num_tokens_of`.
+        num_thought: Tokens that the thoughts take up; see `calm.models.thoughts.num_tokens_of`.
     """
     room = room_beside(config, num_tokens + num_thought)
     if room is None or num_new_tokens <= room:
         return
-    less = "shorten the prompt, or use fewer thoughts" if num_thought else "shorten the prompt"
-    advice = f"request at most {room}, or {less}" if room else less
+    shorten = "shorten the prompt, or use fewer thoughts" if num_thought else "shorten the prompt"
+    advice = f"request at most {room}, or {shorten}" if room else shorten
     thought = f", thoughts and their markers take {num_thought}" if num_thought else ""
     raise ValueError(
         f"the prompt has {num_tokens} tokens{thought}, and {num_new_tokens} new tokens are requested, more "

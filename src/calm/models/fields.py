@@ -51,13 +51,12 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_dropout": SHARES_BELOW_ONE,
     },
 }
-# Boolean fields that models of transformers read at run time.
-_SWITCHES = (
+_SWITCHES = (  # Boolean fields that transformers' models read at run time.
     "output_hidden_states", "output_attentions", "return_dict", "use_cache", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "is_encoder_decoder", "torchscript", "do_sample", "output_scores",
     "output_logits", "return_dict_in_generate", "use_qk_norm",
 )  # fmt: skip
-_WRITING = {
+_GENERATION_RANGES = {
     "temperature": Range(0),
     "top_k": Range(0, 10**9),
     "top_p": Range(0, 1),
@@ -85,14 +84,14 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
         config: A configuration of a CALM, an autoencoder or a Llama.
         vocab_size: Number of token ids; the configuration's own if None.
     """
-    kinds: dict[Any, tuple[Any, str]] = {
+    types: dict[Any, tuple[Any, str]] = {
         int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a string"),
     }  # fmt: skip
     for name, hint in own_fields(type(config)).items():
-        kind, said = kinds.get(str if get_origin(hint) is Literal else hint, (object, ""))
+        allowed_type, expected = types.get(str if get_origin(hint) is Literal else hint, (object, ""))
         value = getattr(config, name)
-        if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
-            raise ValueError(f"{name} must be {said}, got {shown(value)}.")
+        if not isinstance(value, allowed_type) or (allowed_type is not object and isinstance(value, bool)):
+            raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
     for name, allowed in RANGES.get(config.model_type, {}).items():
         value = getattr(config, name, None)
         if value is not None:
@@ -109,7 +108,7 @@ def check_generation(settings: Mapping[str, Any], vocab_size: int | None) -> Non
         vocab_size: Number of token ids of the model; None if ids may exceed it, as in third-party models.
     """
     check_tokens(settings, vocab_size)
-    for name, allowed in _WRITING.items():
+    for name, allowed in _GENERATION_RANGES.items():
         value = settings.get(name)
         if value is None:
             continue
@@ -126,28 +125,30 @@ def check_switches(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be true or false, got {shown(settings[name])}.")
 
 
-def check_tokens(settings: Mapping[str, Any], size: int | None) -> None:
-    """Raise ValueError if a special token is not one of `size` token ids; None allows any id."""
+def check_tokens(settings: Mapping[str, Any], vocab_size: int | None) -> None:
+    """Raise ValueError if a special token is not one of `vocab_size` token ids; None allows any id."""
     for name in _TOKENS:
-        ids = settings.get(name)
-        for token in [] if ids is None else ids if isinstance(ids, list) else [ids]:
-            is_id = isinstance(token, int) and not isinstance(token, bool)
-            if not (is_id and 0 <= token < (2**31 if size is None else size)):
-                below = "" if size is None else f" between 0 and {size - 1}"
-                raise ValueError(f"{name} must be a token id{below}, got {shown(token)}.")
+        value = settings.get(name)
+        if value is None:
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            is_integer = isinstance(token, int) and not isinstance(token, bool)
+            if not (is_integer and 0 <= token < (2**31 if vocab_size is None else vocab_size)):
+                between = "" if vocab_size is None else f" between 0 and {vocab_size - 1}"
+                raise ValueError(f"{name} must be a token id{between}, got {shown(token)}.")
 
 
 def check_heads(config: PreTrainedConfig) -> None:
     """Raise ValueError if a Llama's numbers of heads, head size or rotary settings are invalid."""
-    heads = config.num_attention_heads
-    of_keys = config.num_key_value_heads or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if heads % of_keys:
+    num_heads = config.num_attention_heads
+    num_kv_heads = config.num_key_value_heads or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if num_heads % num_kv_heads:
         raise ValueError(
-            f"num_attention_heads must be a multiple of num_key_value_heads {of_keys}, got {heads}."
+            f"num_attention_heads must be a multiple of num_key_value_heads {num_kv_heads}, got {num_heads}."
         )
-    if size % 2:
-        raise ValueError(f"head_dim must be even for rotary positions, got {size}.")
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}.")
     rope = config.rope_parameters or {}
     for name in ("rope_theta", "factor"):
         if (value := rope.get(name)) is not None:
@@ -157,26 +158,31 @@ def check_heads(config: PreTrainedConfig) -> None:
 
 
 def check_names(
-    kind: type[PreTrainedConfig], given: Iterable[str], where: str = "", more: Iterable[str] = ()
+    kind: type[PreTrainedConfig], names: Iterable[str], where: str = "", properties: Iterable[str] = ()
 ) -> None:
     """Raise ValueError for a name that looks like a misspelt field.
 
     Other unknown names pass: transformers keeps them, and so do saved configurations.
+
+    Args:
+        kind: Class of the configuration.
+        names: Names that it is given.
+        where: What has the fields, for the message; the class when empty.
+        properties: Other names that the configuration knows.
     """
-    own = [field.name for field in fields(kind)]
-    known = {*own, *more, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
-    for name in given:
+    field_names = [field.name for field in fields(kind)]
+    known = {*field_names, *properties, *vars(PreTrainedConfig()), *dir(PreTrainedConfig)}
+    for name in names:
         if name in known:
             continue
-        near = [field for field in own if field.startswith(f"{name}_")]
-        near += get_close_matches(name, [*own, *more], n=1, cutoff=0.8)
-        if near:
-            place = where or kind.__name__
-            raise ValueError(f"{place} has no field '{name}'; did you mean '{near[0]}'?")
+        similar = [field for field in field_names if field.startswith(f"{name}_")]
+        similar += get_close_matches(name, [*field_names, *properties], n=1, cutoff=0.8)
+        if similar:
+            raise ValueError(f"{where or kind.__name__} has no field '{name}'; did you mean '{similar[0]}'?")
 
 
 def own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """Fields that a configuration does not inherit from transformers, with their types."""
     names = {field.name for field in fields(kind)}
-    own = [base for base in kind.__mro__ if base not in PreTrainedConfig.__mro__]
-    return {name: hint for base in own for name, hint in base.__annotations__.items() if name in names}
+    classes = [base for base in kind.__mro__ if base not in PreTrainedConfig.__mro__]
+    return {name: hint for base in classes for name, hint in base.__annotations__.items() if name in names}

@@ -1,6 +1,6 @@
 """Checks of third-party configurations of Llama-style models, whose files are not trusted.
 
-They run before a network is built, whose size is whatever the file says.
+They run before a network is built, because its size is whatever the file says.
 """
 
 from typing import cast
@@ -15,9 +15,9 @@ from calm.models.fields import RANGES, check_heads, check_switches
 from calm.models.hyperparameters import LAYERS
 from calm.models.token_layers import LIKE_LLAMA
 
-_REALS = ("rms_norm_eps", "initializer_range", "attention_dropout")
+_FLOATS = ("rms_norm_eps", "initializer_range", "attention_dropout")
 _OPTIONAL = ("head_dim", "num_key_value_heads")  # Derived from others if missing.
-_COUNT = "num_hidden_layers"
+_NUM_LAYERS = "num_hidden_layers"
 
 
 def check_transformer(config: PreTrainedConfig) -> None:
@@ -26,10 +26,9 @@ def check_transformer(config: PreTrainedConfig) -> None:
     Args:
         config: Its configuration. If the layers are not Llama-style, only their number is checked.
     """
-    text = config.get_text_config()
     if config.model_type not in LIKE_LLAMA:
-        if (count := getattr(text, _COUNT, None)) is not None:
-            _check_number(_COUNT, count)
+        if (num_layers := getattr(config.get_text_config(), _NUM_LAYERS, None)) is not None:
+            _check_number(_NUM_LAYERS, num_layers)
         return
     for name in RANGES["llama"]:
         value = getattr(config, name, None)
@@ -63,7 +62,7 @@ def check_functions(config: PreTrainedConfig) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    kinds, said = ((int, float), "a number") if name in _REALS else ((int,), "a whole number")
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ValueError(f"{name} must be {said}, got {shown(value)}.")
+    types, expected = ((int, float), "a number") if name in _FLOATS else ((int,), "a whole number")
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
     RANGES["llama"].get(name, LAYERS).check(name, value)

@@ -1,7 +1,7 @@
-"""Checks of a GGUF file before its weights are read: everything in it must be known here.
+"""Checks of a GGUF file before its weights are read.
 
-transformers builds the configuration and ignores what it does not know, such as RoPE scaling. So a file with
-anything but the layers of the supported models is refused.
+transformers ignores whatever it does not know in such a file, such as RoPE scaling. So a file with tensors
+other than those of the supported models is refused.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from calm.errors import InputError, reason_of
 from calm.hub.gguf import local_file
 from calm.models.token_layers import LIKE_LLAMA
 
-_OF_LAYER = (
+_LAYER_WEIGHTS = (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 )  # fmt: skip
-_MORE = {
+_EXTRA_TENSORS = {  # Of each layer, by model type.
     "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
     "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
 }
-_FACTORS = "rope_freqs.weight"
-_LEAST_BYTES = 0.1  # Per parameter, in the smallest data type.
+_ROPE_FACTORS = "rope_freqs.weight"
+_MIN_BYTES = 0.1  # Per parameter, in the smallest data type.
 
 
 def check_gguf(config: PreTrainedConfig, name: str) -> None:
@@ -46,39 +46,39 @@ def check_gguf(config: PreTrainedConfig, name: str) -> None:
     try:
         reader: Any = gguf.GGUFReader(file)
         names = {tensor.name for tensor in reader.tensors}
-        scaling = [_text(reader, key) for key in reader.fields if key.endswith(".rope.scaling.type")]
+        scaling = [_read_string(reader, key) for key in reader.fields if key.endswith(".rope.scaling.type")]
     except Exception as error:  # numpy raises various ones on damaged files.
         raise InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).") from error
     layers, weights, size = config.num_hidden_layers, _num_weights(config), file.stat().st_size
-    if layers > len(names) or weights * _LEAST_BYTES > size:
+    if layers > len(names) or weights * _MIN_BYTES > size:
         raise InputError(
             f"'{name}' describes {layers:,} layers and {weights:,} weights, but has {len(names):,} tensors "
             f"and {size:,} bytes; it is damaged."
         )
-    more = sorted(names - set(_names(config)))
-    if any(one != "none" for one in scaling) or _FACTORS in more:
+    unknown = sorted(names - set(_known_tensors(config)))
+    if any(kind != "none" for kind in scaling) or _ROPE_FACTORS in unknown:
         raise InputError(
             f"'{name}' uses RoPE scaling, which transformers does not read from GGUF; use the model's folder "
             "with safetensors instead."
         )
-    if more:
+    if unknown:
         raise InputError(
-            f"'{name}' contains {more[0]}, which is not supported for {config.model_type} models; use the "
+            f"'{name}' contains {unknown[0]}, which is not supported for {config.model_type} models; use the "
             "model's folder with safetensors instead."
         )
 
 
-def _text(reader: Any, key: str) -> str:
+def _read_string(reader: Any, key: str) -> str:
     field = reader.fields[key]
     return bytes(field.parts[field.data[0]]).decode()
 
 
-def _names(config: PreTrainedConfig) -> Iterator[str]:
+def _known_tensors(config: PreTrainedConfig) -> Iterator[str]:
     """Names of all tensors that a file may contain."""
     yield from ("token_embd.weight", "output_norm.weight", "output.weight")
-    parts = (*(f"{part}.weight" for part in _OF_LAYER), *_MORE.get(config.model_type, ()))
+    tensors = (*(f"{name}.weight" for name in _LAYER_WEIGHTS), *_EXTRA_TENSORS.get(config.model_type, ()))
     for layer in range(config.num_hidden_layers):
-        yield from (f"blk.{layer}.{part}" for part in parts)
+        yield from (f"blk.{layer}.{tensor}" for tensor in tensors)
 
 
 def _num_weights(config: PreTrainedConfig) -> int:

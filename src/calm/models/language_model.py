@@ -1,7 +1,7 @@
 """One interface to all language models: CALMs and any causal language model of transformers.
 
-Scoring, fine-tuning and generation use it, and need not know which of the two a network is. What only a CALM
-has, such as its draws, is asked for by those who need it (the harness, the server), and of its configuration.
+Scoring, fine-tuning and generation use it, and need not know which of the two a network is. The few callers
+that need what only a CALM has, such as the harness and the server, ask the network or its configuration.
 """
 
 import abc
@@ -34,7 +34,7 @@ from calm.models.thoughts import Thoughts, thoughts_for
 from calm.models.tokens import LlamaForCausalLM
 from calm.ranges import SEEDS
 
-_ALIBI = ("bloom", "mpt")  # They derive positions from the mask.
+_ALIBI = ("bloom", "mpt")  # Model types that derive positions from the mask.
 
 
 class LanguageModel(abc.ABC):
@@ -51,7 +51,7 @@ class LanguageModel(abc.ABC):
     head_type: str | None = None
     """Name of the head; None for a token-level model."""
     learns_cross_entropy: bool = True
-    """Whether its training loss is the cross-entropy of its own likelihood."""
+    """Whether its training loss is its own negative log-likelihood."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.network = network
@@ -153,7 +153,7 @@ class LanguageModel(abc.ABC):
             ValueError: If an argument is out of range or asks for something that the model cannot do.
         """
 
-    def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
+    def alternatives(self, ids: Sequence[int], **settings: Any) -> Alternatives:
         """Candidates for a text's next chunk; see `calm.models.generation.alternatives.draw_alternatives`.
 
         Raises:
@@ -162,7 +162,7 @@ class LanguageModel(abc.ABC):
         raise InputError("this model generates one token at a time, not chunks.")
 
 
-class _Chunks(LanguageModel):
+class _CalmModel(LanguageModel):
     """A CALM."""
 
     kind = "CALM"
@@ -216,8 +216,8 @@ class _Chunks(LanguageModel):
         kind = LikelihoodChunkReader if LikelihoodChunkReader.fits(self.network, sampler) else ChunkReader
         return kind(self.network, sampler)
 
-    def alternatives(self, ids: Sequence[int], **how: Any) -> Alternatives:
-        return outcome_of(draw_alternatives(self.network, ids, **how))
+    def alternatives(self, ids: Sequence[int], **settings: Any) -> Alternatives:
+        return outcome_of(draw_alternatives(self.network, ids, **settings))
 
     def generate(
         self, input_ids: Tensor, *, temperature: float, seed: int | None, **arguments: Any
@@ -231,7 +231,7 @@ class _Chunks(LanguageModel):
         return output
 
 
-class _Tokens(LanguageModel):
+class _TokenModel(LanguageModel):
     """A causal language model of transformers."""
 
     kind = "autoregressive"
@@ -268,10 +268,10 @@ class _Tokens(LanguageModel):
 
     def reader(self, temperature: float = 1.0, sampler: Sampler | None = None) -> TokensReader:
         self._check_readable()
-        chosen = temperature if sampler is None else sampler.temperature
-        if chosen == 0:
+        temperature = temperature if sampler is None else sampler.temperature
+        if temperature == 0:
             raise ValueError("accuracy and collision can only be measured at temperatures above 0.")
-        return TokensReader(self.network, chosen)
+        return TokensReader(self.network, temperature)
 
     def _check_readable(self) -> None:
         model = self.network
@@ -314,12 +314,12 @@ class _Tokens(LanguageModel):
         if not arguments.get("min_p"):
             arguments.pop("min_p", None)
         is_greedy = is_likeliest(temperature)
-        # The model's own generation configuration may ask for more outputs than tokens.
+        # Otherwise the model's generation configuration could ask for other outputs than tokens.
         arguments |= {"do_sample": not is_greedy, "return_dict_in_generate": False}
-        if not is_greedy:
-            arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
-        else:
+        if is_greedy:
             arguments = {name: value for name, value in arguments.items() if name not in ("top_p", "min_p")}
+        else:
+            arguments |= {"temperature": temperature, "top_k": 0, "top_p": arguments.get("top_p", 1.0)}
         if draft is not None:
             drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
             return generate_drafted(self.network, drafting, input_ids, seed=seed, **arguments)
@@ -341,4 +341,4 @@ class _Tokens(LanguageModel):
 
 def language_model(network: PreTrainedModel) -> LanguageModel:
     """Wrap a network in the common interface."""
-    return _Chunks(network) if isinstance(network, CalmForCausalLM) else _Tokens(network)
+    return _CalmModel(network) if isinstance(network, CalmForCausalLM) else _TokenModel(network)

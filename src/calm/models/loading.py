@@ -30,7 +30,7 @@ from calm.models.fields import check_generation, check_switches
 from calm.models.foreign import check_transformer
 from calm.models.generation.ahead import find_steps, forget_steps
 from calm.models.gguf import check_gguf
-from calm.models.missing import look_for, no_model_in, not_given, place_of
+from calm.models.missing import look_for, no_model_in, not_loaded_from_hub, resolve_name
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
@@ -51,8 +51,8 @@ register()
 Model = TypeVar("Model", bound=PreTrainedModel)
 THOUGHTS = "thoughts.json"
 """File next to adapters that says how the adapted model thinks: adapters have no model configuration."""
-# Our own classes, even for model types that transformers knows as well.
-_OWN: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
+# Our classes by model type; they take precedence over those of transformers.
+_CLASSES: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
 
 
 def load_autoencoder(path: Path) -> CalmAutoencoder:
@@ -65,7 +65,7 @@ def load_autoencoder(path: Path) -> CalmAutoencoder:
     config = load_config(path)
     if isinstance(config, CalmConfig):
         return load_model(str(path)).autoencoder
-    _autoencoder_in(config, path)
+    _autoencoder_config_in(config, path)  # Raises if there is none.
     return _load(CalmAutoencoder, str(path))
 
 
@@ -75,10 +75,10 @@ def load_autoencoder_config(path: Path) -> CalmAutoencoderConfig:
     Raises:
         InputError: If there is none, or it cannot be read.
     """
-    return _autoencoder_in(load_config(path), path)
+    return _autoencoder_config_in(load_config(path), path)
 
 
-def _autoencoder_in(config: PreTrainedConfig, path: Path) -> CalmAutoencoderConfig:
+def _autoencoder_config_in(config: PreTrainedConfig, path: Path) -> CalmAutoencoderConfig:
     if isinstance(config, CalmConfig):
         return config.autoencoder
     if not isinstance(config, CalmAutoencoderConfig):
@@ -92,8 +92,8 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     Raises:
         InputError: If there is none, it is not a CALM, or the folder is damaged.
     """
-    name = place_of(name)
-    if Path(name).is_dir() and (kind := _model_type(Path(name))) != "calm":
+    name = resolve_name(name)
+    if Path(name).is_dir() and (kind := load_config(Path(name)).model_type) != "calm":
         raise InputError(f"'{name}' holds a model of type '{kind}', not a CALM language model.")
     return _load(CalmForCausalLM, name, **kwargs)
 
@@ -125,19 +125,19 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has no EOS or more tokens than the model,
             or the head does not allow the changes.
     """
-    name = place_of(name)
+    name = resolve_name(name)
     if is_adapter(Path(name)):
-        model = _with_adapters(Path(name), **kwargs)
-        return _ready(*_with_tokenizer(model, name), name, head)
-    kind = _model_type(Path(name)) if Path(name).is_dir() else _model_type_of(name)
+        model = _load_with_adapters(Path(name), **kwargs)
+        return _prepare(*_with_tokenizer(model, name), name, head)
+    kind = load_config(Path(name)).model_type if Path(name).is_dir() else _model_type_of(name)
     if kind == "calm_autoencoder":
         raise InputError(f"'{name}' holds an autoencoder, not a language model; give the model folder.")
-    model_class = _OWN.get(kind, AutoModelForCausalLM)
-    return _ready(*_with_tokenizer(_load(model_class, name, **kwargs), name), name, head)
+    model = _load(_CLASSES.get(kind, AutoModelForCausalLM), name, **kwargs)
+    return _prepare(*_with_tokenizer(model, name), name, head)
 
 
 def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model of transformers to build another from: on the CPU, without tokenizer.
+    """Load a causal language model with the classes of transformers, on the CPU and without its tokenizer.
 
     Args:
         name: Folder, GGUF file or hub name.
@@ -146,7 +146,7 @@ def load_transformer(name: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         InputError: If there is none, or it is damaged.
     """
-    network: PreTrainedModel = _load(AutoModelForCausalLM, place_of(name), **kwargs)
+    network: PreTrainedModel = _load(AutoModelForCausalLM, resolve_name(name), **kwargs)
     return network
 
 
@@ -161,11 +161,11 @@ def check_readable(name: str) -> None:
     Raises:
         InputError: If weights are missing, truncated, or do not match the configuration.
     """
-    place = place_of(name)
-    if Path(place).is_dir():
-        check_size(load_config(Path(place)), read_headers(Path(place)), place)
-    elif is_gguf(place) and Path(place).exists():
-        check_gguf(config_of(name), place)
+    path = Path(resolve_name(name))
+    if path.is_dir():
+        check_size(load_config(path), read_headers(path), str(path))
+    elif is_gguf(str(path)) and path.exists():
+        check_gguf(config_of(name), str(path))
 
 
 def is_adapter(path: Path) -> bool:
@@ -173,7 +173,7 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
-def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
+def _load_with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     """Load the base model of adapters, with the adapters merged into its weights."""
     require(f"'{path}', a folder of adapters,", "peft")
     try:
@@ -192,7 +192,7 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
         raise
     except Exception as error:  # From json, safetensors or peft.
         raise InputError(f"cannot load the adapters in '{path}' ({cause_of(error)}).") from error
-    forget_steps(merged)  # What was compiled is the base's.
+    forget_steps(merged)  # The compiled steps are those of the base model.
     check_finite(merged, str(path))
     merged.requires_grad_(True)  # As in any loaded model; peft froze them.
     if (path / THOUGHTS).is_file():
@@ -204,7 +204,7 @@ def _with_adapters(path: Path, **kwargs: Any) -> PreTrainedModel:
     return merged.eval()
 
 
-def _ready(
+def _prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, head: dict[str, Any] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Set how a loaded model samples, ends texts and pads them."""
@@ -215,7 +215,7 @@ def _ready(
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    end_as_told(model, tokenizer)
+    add_eos_ids(model, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if isinstance(model, CalmForCausalLM):
@@ -223,17 +223,17 @@ def _ready(
     return model, tokenizer
 
 
-def end_as_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the tokenizer's EOS and its chat template's end-of-turn token to the model's EOS ids.
 
-    The tokenizer decides how texts end, so generation and scoring must know these ids. Each has its own
-    configuration, which keeps the ids that it has.
+    The tokenizer decides how texts end, so generation and scoring must know these ids. Each reads a
+    configuration of its own, and the ids already there are kept.
     """
-    wanted = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
+    added = [end for end in (tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if end is not None]
     for config in (model.config, model.generation_config):
         ends = as_id_tensor(config.eos_token_id, torch.device("cpu")).tolist()
-        if more := [end for end in dict.fromkeys(wanted) if end not in ends]:
-            config.eos_token_id = [*ends, *more]
+        if missing := [end for end in dict.fromkeys(added) if end not in ends]:
+            config.eos_token_id = [*ends, *missing]
 
 
 def _with_tokenizer(model: Model, name: str) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -254,24 +254,27 @@ def config_of(name: str) -> PreTrainedConfig:
     Raises:
         InputError: If there is none, or it cannot be read.
     """
-    if Path(place := place_of(name)).is_dir():
-        if is_adapter(Path(place)):  # Merging does not change its sizes.
-            return config_of(base_of_adapters(Path(place)))
-        return load_config(Path(place))
+    resolved = resolve_name(name)
+    path = Path(resolved)
+    if path.is_dir():
+        if is_adapter(path):  # Merging does not change the sizes.
+            return config_of(base_of_adapters(path))
+        return load_config(path)
     look_for(name)
     try:
-        config = open_config(place)
-        return config if is_gguf(place) else _checked(config)  # GGUF files get the stricter `check_gguf`.
+        config = open_config(resolved)
+        # GGUF files get the stricter `check_gguf`.
+        return config if is_gguf(resolved) else _checked(config)
     except InputError:
         raise
     except Exception as error:  # From the hub client or the configuration's class.
-        raise _not_loaded(place, error) from error
+        raise _load_error(resolved, error) from error
 
 
-def _not_loaded(name: str, error: Exception) -> InputError:
+def _load_error(name: str, error: Exception) -> InputError:
     if Path(name).exists():
         return InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).")
-    return InputError(not_given(name, reason_of(error)))
+    return InputError(not_loaded_from_hub(name, reason_of(error)))
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -297,10 +300,6 @@ def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _model_type(path: Path) -> str:
-    return load_config(path).model_type
-
-
 def _model_type_of(name: str) -> str | None:
     """Model type of a GGUF file or a hub name; None on an error, which loading will report."""
     try:
@@ -320,7 +319,7 @@ def _load(model_class: Any, name: str, **kwargs: Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # safetensors, json, the hub client: each has its own exceptions.
-        raise _not_loaded(name, error) from error
+        raise _load_error(name, error) from error
     check_complete(info, name)
     check_finite(model, name)
     if isinstance(model, CalmForCausalLM):

@@ -20,39 +20,39 @@ from calm.models.shipped import MODEL_FILES, folder_of, shipped_models
 from calm.storage.disk import expanded
 
 _MOST_NAMED = 3
-_MOST_ALIKE = 50
+_MOST_COMPARED = 50
 _MOST_FOLDERS = 300  # Most folders to search.
 _MOST_ENTRIES = 1000  # Most entries to look at in each.
 _DEPTH = 3  # Deep enough for runs/NAME/model.
-_PASSED_BY = ("autoencoder", "checkpoints", "data")  # Parts of a run that are not searched.
+_SKIPPED = ("autoencoder", "checkpoints", "data")  # Parts of a run that are not searched.
 
 
-def place_of(name: str) -> str:
+def resolve_name(name: str) -> str:
     """Resolve a name to a model's folder, its GGUF file, or a name to look up on the hub.
 
     Raises:
         InputError: If it is none of these, or GGUF files cannot be read here.
     """
     if is_gguf(name):
-        return _place_of_file(name)
+        return _resolve_gguf(name)
     try:
-        place = folder_of(name)
-        is_here, is_file = Path(place).is_dir(), Path(place).is_file()
+        path = folder_of(name)
+        is_folder, is_file = Path(path).is_dir(), Path(path).is_file()
     except OSError as error:  # Not readable, or the name is too long.
         raise InputError(f"cannot load '{name}': {error.strerror}.") from error
-    if is_here and name.strip():
-        return place
+    if is_folder and name.strip():
+        return path
     if not name.strip() or is_file or not may_be_on_hub(name):
         raise InputError(no_such_folder(name))
-    return place
+    return path
 
 
-def _place_of_file(name: str) -> str:
+def _resolve_gguf(name: str) -> str:
     require(f"'{name}', a GGUF file,", "gguf")
-    place, file = on_hub(name), expanded(name)
+    file, hub_file = expanded(name), on_hub(name)
     if file.is_file():
         return str(file)
-    if place is not None and may_be_on_hub(place.repository):
+    if hub_file is not None and may_be_on_hub(hub_file.repository):
         return name
     raise InputError(
         f"cannot load '{name}': there is no such file; name a file on the hub as owner/name/file.gguf."
@@ -60,23 +60,23 @@ def _place_of_file(name: str) -> str:
 
 
 def look_for(name: str) -> None:
-    """Check that a model is here, or in the hub's cache, or that the hub can be reached.
+    """Check that a model is on this machine, the hub's cache included, or that the hub can be reached.
 
     Raises:
         InputError: If none of these is the case.
     """
-    if Path(place_of(name)).exists() or _is_cached(name):
+    if Path(resolve_name(name)).exists() or _is_cached(name):
         return
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
     if reason is not None:
-        raise InputError(not_given(name, reason))
+        raise InputError(not_loaded_from_hub(name, reason))
 
 
 def _is_cached(name: str) -> bool:
     """Whether a hub model is in the local cache."""
-    place = on_hub(name)
-    files = [(name, file) for file in MODEL_FILES] if place is None else [place]
-    return any(isinstance(try_to_load_from_cache(*one), str) for one in files)
+    hub_file = on_hub(name)
+    files = [(name, file) for file in MODEL_FILES] if hub_file is None else [hub_file]
+    return any(isinstance(try_to_load_from_cache(*file), str) for file in files)
 
 
 def no_such_folder(name: str) -> str:
@@ -86,14 +86,14 @@ def no_such_folder(name: str) -> str:
     if expanded(name).is_file():
         return f"cannot load '{name}': it is a file; give the folder it is in."
     owner = name.partition("/")[0]
-    why = f" (the hub was not queried, as '{owner}' is a local folder)" if is_hub_name(name) else ""
-    return f"cannot load '{name}': there is no such folder{why}{models_near(name)}"
+    reason = f" (the hub was not queried, as '{owner}' is a local folder)" if is_hub_name(name) else ""
+    return f"cannot load '{name}': there is no such folder{reason}{models_near(name)}"
 
 
-def not_given(name: str, reason: str) -> str:
+def not_loaded_from_hub(name: str, reason: str) -> str:
     """Error message for a name that is not a folder here and could not be loaded from the hub."""
-    missing = "it is not a local folder, and it could not be loaded from the hub"
-    return f"cannot load '{name}': {missing} ({reason.rstrip('.')}){models_near(name)}"
+    problem = "it is not a local folder, and it could not be loaded from the hub"
+    return f"cannot load '{name}': {problem} ({reason.rstrip('.')}){models_near(name)}"
 
 
 def no_model_in(folder: str) -> str:
@@ -107,15 +107,15 @@ def no_model_in(folder: str) -> str:
 
 def models_near(name: str) -> str:
     """End of an error message: shipped models, models in nearby folders, and the closest match."""
-    near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_ALIKE)]
+    near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_COMPARED)]
     shipped = list(shipped_models())
     known = [*(f"{model} (in the package)" for model in shipped), *near[:_MOST_NAMED]]
     # The user may have named a run instead of the model inside.
-    alike = {model.removesuffix("/model"): model for model in near}
-    alike |= {model: model for model in shipped + near}
-    found = difflib.get_close_matches(Path(name).as_posix(), alike, n=1, cutoff=0.7)
-    models = f"; models nearby: {', '.join(known)}" if known else ""
-    return f"{models}; did you mean '{alike[found[0]]}'?" if found else f"{models}."
+    models = {model.removesuffix("/model"): model for model in near}
+    models |= {model: model for model in shipped + near}
+    closest = difflib.get_close_matches(Path(name).as_posix(), models, n=1, cutoff=0.7)
+    nearby = f"; models nearby: {', '.join(known)}" if known else ""
+    return f"{nearby}; did you mean '{models[closest[0]]}'?" if closest else f"{nearby}."
 
 
 def _deepest_folder(name: str) -> Path:
@@ -155,7 +155,7 @@ def _model_folders(start: Path) -> Iterator[Path]:
 def _folders_in(folder: Path) -> list[Path]:
     try:
         entries = sorted(islice(folder.iterdir(), _MOST_ENTRIES))
-        return [e for e in entries if e.is_dir() and e.name not in _PASSED_BY and not e.name.startswith(".")]
+        return [e for e in entries if e.is_dir() and e.name not in _SKIPPED and not e.name.startswith(".")]
     except OSError:  # Not readable.
         return []
 
@@ -172,7 +172,7 @@ def settings_of_model(folder: Path) -> dict[str, Any]:
     for file in MODEL_FILES:
         try:
             config = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # From deeply nested brackets.
+        except (OSError, ValueError, RecursionError):  # The last is from deeply nested brackets.
             continue
         return config if isinstance(config, dict) else {}
     return {}

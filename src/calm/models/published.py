@@ -2,7 +2,7 @@
 
 The released format is two folders, `autoencoder/` and `calm/`, each with a config.json and weights.
 The language model's weights repeat the autoencoder, whose path is recorded as it was on the training
-machine, and only `architectures` tells the kind of head.
+machine, and only `architectures` says which head it has.
 """
 
 import re
@@ -100,22 +100,25 @@ def load_published(autoencoder: Path, model: Path) -> CalmForCausalLM:
         elif not name.startswith(("ae_model.", "mlp_generator.")):
             weights[_rename(name, _MODEL_NAMES)] = tensor
     with torch.device("meta"):
-        _fit(CalmForCausalLM(config), weights, autoencoder, model)
-    result = CalmForCausalLM(config)
-    _fit(result, weights, autoencoder, model)
-    check_finite(result, f"{autoencoder}' and '{model}")
-    return result.eval()
+        _load_weights(CalmForCausalLM(config), weights, autoencoder, model)
+    network = CalmForCausalLM(config)
+    _load_weights(network, weights, autoencoder, model)
+    check_finite(network, f"{autoencoder}' and '{model}")
+    return network.eval()
 
 
-def _fit(network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path, model: Path) -> None:
+def _load_weights(
+    network: CalmForCausalLM, weights: dict[str, Tensor], autoencoder: Path, model: Path
+) -> None:
     """Load weights into a network; on the meta device, only check that they fit."""
-    odd = next((name for name, weight in weights.items() if not weight.is_floating_point()), None)
     try:
-        if odd is not None:
-            raise ValueError(f"{odd} has dtype {weights[odd].dtype}, which is not floating point.")
+        for name, weight in weights.items():
+            if not weight.is_floating_point():
+                raise ValueError(f"{name} has dtype {weight.dtype}, which is not floating point.")
         network.load_state_dict(weights, strict=True, assign=next(network.parameters()).is_meta)
     except (RuntimeError, ValueError) as error:
-        problem = str(error).strip().splitlines()[min(1, str(error).strip().count("\n"))].strip()
+        lines = str(error).strip().splitlines()  # The first of several lines only names the class.
+        problem = lines[min(1, len(lines) - 1)].strip()
         raise InputError(
             f"the weights in '{autoencoder}' and '{model}' do not fit their configurations: {problem}"
         ) from error

@@ -1,5 +1,7 @@
 """Models as scoring sees them: units of K tokens in, one output per unit, from which the next unit is drawn.
 
+A unit is a chunk of a CALM, or a single token.
+
 Shapes: B batch, T tokens, U units (T = U·K), P positions, X output size, N draws, K tokens per unit.
 """
 
@@ -49,7 +51,7 @@ class Reader(Protocol):
 
     @property
     def mean_draws(self) -> float:
-        """Mean number of the model's draws that each draw has taken so far."""
+        """Mean number of the head's draws per unit sampled so far."""
 
 
 @runtime_checkable
@@ -74,7 +76,7 @@ class ChunkReader:
     def __init__(self, model: CalmForCausalLM, sampler: Sampler | None = None) -> None:
         self.model, self.sampler = model, sampler or PoolSampler()
         self.unit_size = model.config.chunk_size
-        self._made = self._samples = 0
+        self._num_drawn = self._num_samples = 0
 
     def new_cache(self) -> DynamicCache:
         """See `Reader`."""
@@ -89,17 +91,17 @@ class ChunkReader:
     def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
         """See `Reader`."""
         if is_plain_draw(self.sampler):
-            self._made, self._samples = self._made + 1, self._samples + 1
+            self._num_drawn, self._num_samples = self._num_drawn + 1, self._num_samples + 1
             return self.model.draw_chunks(outputs_PX, num_draws, generator)
         samples = [self.model.sample_chunks(outputs_PX, self.sampler, generator) for _ in range(num_draws)]
-        self._made += sum(int(sample.num_draws_R.sum()) for sample in samples)
-        self._samples += num_draws * len(outputs_PX)
+        self._num_drawn += sum(int(sample.num_draws_R.sum()) for sample in samples)
+        self._num_samples += num_draws * len(outputs_PX)
         return torch.stack([sample.chunks_RK for sample in samples])
 
     @property
     def mean_draws(self) -> float:
         """See `Reader`."""
-        return self._made / max(self._samples, 1)
+        return self._num_drawn / max(self._num_samples, 1)
 
 
 class LikelihoodChunkReader(ChunkReader):
@@ -110,8 +112,8 @@ class LikelihoodChunkReader(ChunkReader):
         """Whether the probabilities of the model's draws with this sampler are known."""
         if not isinstance(model.head, Likelihood):
             return False
-        is_own = isinstance(sampler, HeadSampler) and sampler.temperature >= MIN_TEMPERATURE
-        return sampler is None or is_plain_draw(sampler) or is_own
+        is_head_sampler = isinstance(sampler, HeadSampler) and sampler.temperature >= MIN_TEMPERATURE
+        return sampler is None or is_plain_draw(sampler) or is_head_sampler
 
     def losses(self, outputs_PX: Tensor, units_PK: Tensor) -> Tensor:
         """See `LikelihoodReader`."""
@@ -119,8 +121,8 @@ class LikelihoodChunkReader(ChunkReader):
 
     def probabilities(self, outputs_PX: Tensor, units_PK: Tensor) -> tuple[Tensor, Tensor]:
         """See `LikelihoodReader`."""
-        found = self._likelihood.token_probabilities(outputs_PX, units_PK, self.sampler.temperature)
-        return found.of_token_PK, found.of_pair_PK
+        probabilities = self._likelihood.token_probabilities(outputs_PX, units_PK, self.sampler.temperature)
+        return probabilities.of_token_PK, probabilities.of_pair_PK
 
     @property
     def _likelihood(self) -> Likelihood:

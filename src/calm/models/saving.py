@@ -1,4 +1,4 @@
-"""Saving models over existing ones."""
+"""Saving a model into the folder of an earlier one."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from calm.storage.checksums import CHECKSUMS
 
 
-class SavedAnew:
-    """Mixin that removes outdated checksums when a model is saved into an existing folder."""
+class SavingMixin:
+    """Removes outdated checksums when a model is saved into an existing folder."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """See `transformers.PreTrainedModel.save_pretrained`."""

@@ -1,6 +1,6 @@
-"""Resolve a model name: to its folder, to a run's model, or to a model shipped in the package.
+"""Resolve a model name to a model's folder, the model in a run's folder, or a model shipped in the package.
 
-The package ships models, so that there is something to generate with right after installing.
+The package ships models so that there is something to generate with right after installing.
 """
 
 from importlib.resources import files
@@ -20,7 +20,10 @@ def shipped_models() -> dict[str, Path]:
 
 
 def folder_of(name: str) -> str:
-    """A model's folder: its own, the one in its run, or the shipped one; other names stay as they are."""
+    """The folder of a model: the named one, the one in the named run, or a shipped one; else the name as is.
+
+    A leading ~ is expanded.
+    """
     path = expanded(name)
     for folder in (path, path / "model"):
         if holds_model(folder):

@@ -1,7 +1,7 @@
 """How a Llama generates after its thoughts: which arguments of transformers' `generate` work, and how.
 
-transformers gets the prompt, a marker, n placeholders, a marker, and a cache that holds the thoughts. So any
-other cache would change the text, and anything that counts or reads ids would see n + 2 too many.
+transformers gets the prompt, a marker, n placeholders, another marker, and a cache that holds the thoughts.
+So any other cache would change the text, and anything that counts or reads ids would see n + 2 too many.
 """
 
 import copy
@@ -62,7 +62,7 @@ class Request:
         self._default = default
         for reason, names in _REASONS.items():
             for name in names:
-                if _asks(name, self.setting(name)):
+                if _has_effect(name, self.setting(name)):
                     raise ValueError(
                         f"{name} is not supported: {reason}; leave it out, or set num_thoughts=0."
                     )
@@ -73,15 +73,15 @@ class Request:
         """Value of an argument, wherever it is set; None if it is not."""
         if name in self.arguments:
             return self.arguments[name]
-        own = getattr(self._config, name, None)
-        return getattr(self._default, name, None) if own is None else own
+        value = getattr(self._config, name, None)
+        return getattr(self._default, name, None) if value is None else value
 
-    def change(self, name: str, value: Any) -> None:
+    def override(self, name: str, value: Any) -> None:
         """Override an argument; None overrides as well."""
-        # Set it where it was set: transformers warns about a configuration combined with keywords.
+        # In the configuration if one is given: transformers warns about one combined with keywords.
         if self._config is not None:
             setattr(self._config, name, value)
-        # In a configuration, None would mean the model's default.
+        # But there, None would mean the model's default.
         if self._config is None or (value is None and getattr(self._default, name, None) is not None):
             self.arguments[name] = value
         else:
@@ -93,8 +93,9 @@ class Request:
         Raises:
             ValueError: If there are none, or a model with this configuration cannot read them.
         """
-        named, first = self.arguments.pop("input_ids", None), self.arguments.pop("inputs", None)
-        ids_BT, mask_BT = named if first is None else first, self.arguments.pop("attention_mask", None)
+        input_ids, ids_BT = self.arguments.pop("input_ids", None), self.arguments.pop("inputs", None)
+        ids_BT = input_ids if ids_BT is None else ids_BT
+        mask_BT = self.arguments.pop("attention_mask", None)
         if ids_BT is None:
             raise ValueError("with thoughts, prompts must be token ids: give input_ids.")
         if ids_BT.ndim != 2 or 0 in ids_BT.shape:
@@ -107,18 +108,18 @@ class Request:
                 f"token ids must be between 0 and {size - 1}, got {least} to {most}; is this the model's own "
                 "tokenizer?"
             )
-        mask_BT = self._mask_of(ids_BT) if mask_BT is None else mask_BT
+        mask_BT = self._default_mask(ids_BT) if mask_BT is None else mask_BT
         if mask_BT.shape != ids_BT.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask_BT.shape)}, input_ids {tuple(ids_BT.shape)}."
             )
         if not mask_BT.bool().any(-1).all():
             raise ValueError("a prompt is empty: start it with the BOS token.")
-        copies = num_texts(self.setting("num_return_sequences"))
-        self.change("num_return_sequences", 1)
-        return ids_BT.repeat_interleave(copies, 0), mask_BT.repeat_interleave(copies, 0)
+        num_copies = num_texts(self.setting("num_return_sequences"))
+        self.override("num_return_sequences", 1)
+        return ids_BT.repeat_interleave(num_copies, 0), mask_BT.repeat_interleave(num_copies, 0)
 
-    def _mask_of(self, ids_BT: Tensor) -> Tensor:
+    def _default_mask(self, ids_BT: Tensor) -> Tensor:
         """The mask that transformers infers: padding is masked if its id is not also an EOS id."""
         pad, ends = self.setting("pad_token_id"), self.setting("eos_token_id")
         if pad is None or pad in as_id_tensor(ends, torch.device("cpu")).tolist():
@@ -131,46 +132,51 @@ class Request:
         Raises:
             ValueError: If `max_length` leaves no room for any.
         """
-        number: int | None = self.setting("max_new_tokens")
-        longest: int | None = self.setting("max_length")
-        if number is not None or longest is None:
-            return number
-        if longest <= num_tokens:
+        max_new_tokens: int | None = self.setting("max_new_tokens")
+        max_length: int | None = self.setting("max_length")
+        if max_new_tokens is not None or max_length is None:
+            return max_new_tokens
+        if max_length <= num_tokens:
             raise ValueError(
-                f"max_length is {longest}, but the prompt has {num_tokens} tokens; set "
+                f"max_length is {max_length}, but the prompt has {num_tokens} tokens; set "
                 "max_new_tokens instead."
             )
-        return longest - num_tokens
+        return max_length - num_tokens
 
-    def show(self, prompt_BT: Tensor, columns: int) -> None:
-        """Make length limits and everything that reads ids see the given prompt instead of `columns` ids."""
-        extra, shown = columns - prompt_BT.shape[1], Shown(prompt_BT, columns)
-        for name, better in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if self.setting(better) is None and self.setting(name):
-                self.change(name, max(0, self.setting(name) + extra))
+    def hide_thoughts(self, prompt_BT: Tensor, num_columns: int) -> None:
+        """Make length limits and everything that reads ids see the prompt without thoughts.
+
+        Args:
+            prompt_BT: The prompt as it was given.
+            num_columns: Number of ids that transformers gets instead, with markers and placeholders.
+        """
+        extra, visible = num_columns - prompt_BT.shape[1], _VisibleIds(prompt_BT, num_columns)
+        for name, preferred in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if self.setting(preferred) is None and self.setting(name):
+                self.override(name, max(0, self.setting(name) + extra))
         if processors := self.arguments.get("logits_processor"):
-            wrapped = [_ShownProcessor(each, shown) for each in processors]
+            wrapped = [_WrappedProcessor(processor, visible) for processor in processors]
             self.arguments["logits_processor"] = LogitsProcessorList(wrapped)
         criteria = list(self.arguments.get("stopping_criteria") or [])
         if self.setting("stop_strings") is not None and self.arguments.get("tokenizer") is not None:
             criteria.append(StopStringCriteria(self.arguments["tokenizer"], self.setting("stop_strings")))
-            self.change("stop_strings", None)
+            self.override("stop_strings", None)
         if criteria:
-            self.arguments["stopping_criteria"] = StoppingCriteriaList(map(shown.criterion, criteria))
-        if (allowed := self.arguments.get("prefix_allowed_tokens_fn")) is not None:
-            self.arguments["prefix_allowed_tokens_fn"] = lambda row, ids_T: allowed(
-                row, torch.cat([prompt_BT[row], ids_T[columns:]])
+            self.arguments["stopping_criteria"] = StoppingCriteriaList(map(visible.wrap_criterion, criteria))
+        if (allowed_fn := self.arguments.get("prefix_allowed_tokens_fn")) is not None:
+            self.arguments["prefix_allowed_tokens_fn"] = lambda row, ids_T: allowed_fn(
+                row, torch.cat([prompt_BT[row], ids_T[num_columns:]])
             )
         if (streamer := self.arguments.get("streamer")) is not None:
-            self.arguments["streamer"] = _WithPrompt(streamer, prompt_BT)
+            self.arguments["streamer"] = _PromptStreamer(streamer, prompt_BT)
 
     def keywords(self) -> dict[str, Any]:
         """All arguments, as keywords of `generate`."""
         return {"generation_config": self._config, **self.arguments}
 
 
-def _asks(name: str, value: Any) -> bool:
-    """Whether an argument asks for something."""
+def _has_effect(name: str, value: Any) -> bool:
+    """Whether an argument with this value has any effect."""
     if name in ("past_key_values", "cache", "inputs_embeds", "position_ids"):
         return value is not None  # Empty caches are falsy, and tensors have no truth value.
     if name in ("bad_words_ids", "sequence_bias"):
@@ -185,46 +191,51 @@ def _asks(name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The ids to show: the given prompt and the generated tokens, without markers and placeholders."""
+class _VisibleIds:
+    """The given prompt and the generated tokens, without markers and placeholders.
+
+    Args:
+        prompt_BT: The prompt as it was given.
+        num_columns: Number of ids before the generated tokens, with markers and placeholders.
+    """
 
     prompt_BT: Tensor
-    columns: int
+    num_columns: int
 
-    def of(self, ids_BT: Tensor) -> Tensor:
-        """The ids to show, out of all columns."""
-        return torch.cat([self.prompt_BT, ids_BT[:, self.columns :]], dim=1)
+    def select(self, ids_BT: Tensor) -> Tensor:
+        """The visible ids among all."""
+        return torch.cat([self.prompt_BT, ids_BT[:, self.num_columns :]], dim=1)
 
-    def criterion(self, criterion: Any) -> Any:
-        """Wrap a stopping criterion so that it reads the ids to show."""
+    def wrap_criterion(self, criterion: Any) -> Any:
+        """Wrap a stopping criterion so that it reads the visible ids."""
         # A criterion of a built-in type replaces transformers' own, so it must keep its type.
         if type(criterion) in (EosTokenCriteria, MaxTimeCriteria):
             return criterion
         if type(criterion) is MaxLengthCriteria:
-            longest = criterion.max_length + self.columns - self.prompt_BT.shape[1]
-            return MaxLengthCriteria(longest, criterion.max_position_embeddings)
-        return _ShownCriterion(criterion, self)
+            max_length = criterion.max_length + self.num_columns - self.prompt_BT.shape[1]
+            return MaxLengthCriteria(max_length, criterion.max_position_embeddings)
+        return _WrappedCriterion(criterion, self)
 
 
-class _ShownProcessor:
-    def __init__(self, processor: Callable[[Tensor, Tensor], Tensor], shown: Shown) -> None:
-        self._processor, self._shown = processor, shown
+class _WrappedProcessor:
+    def __init__(self, processor: Callable[[Tensor, Tensor], Tensor], visible: _VisibleIds) -> None:
+        self._processor, self._visible = processor, visible
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._processor(self._shown.of(input_ids), scores)
+        return self._processor(self._visible.select(input_ids), scores)
 
 
-class _ShownCriterion:
-    def __init__(self, criterion: Callable[..., Any], shown: Shown) -> None:
-        self._criterion, self._shown = criterion, shown
+class _WrappedCriterion:
+    def __init__(self, criterion: Callable[..., Any], visible: _VisibleIds) -> None:
+        self._criterion, self._visible = criterion, visible
         if hasattr(criterion, "eos_token_id"):  # Tells transformers that rows end separately.
             self.eos_token_id = criterion.eos_token_id
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._criterion(self._shown.of(input_ids), scores, **kwargs)
+        return self._criterion(self._visible.select(input_ids), scores, **kwargs)
 
 
-class _WithPrompt(BaseStreamer):
+class _PromptStreamer(BaseStreamer):
     """A streamer that passes on the prompt as it was given, without markers and placeholders."""
 
     def __init__(self, streamer: BaseStreamer, prompt_BT: Tensor) -> None:

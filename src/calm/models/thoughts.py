@@ -32,7 +32,7 @@ THOUGHT = -1
 THOUGHTS_AT_ONCE = 8
 """Most thoughts, one forward pass each, to run before other requests on the model get their turn."""
 _SCALES = Range(0, 1e9, has_least=False)
-_SMALLEST = 1e-12  # A zero state has no direction to keep.
+_EPS = 1e-12  # Keeps a zero state finite when it is rescaled.
 Filling = Literal["state", "pause"]
 
 
@@ -79,7 +79,7 @@ class Thoughts:
         thought = THOUGHT if self.filling == "state" else self.begin
         number = self.number if number is None else number
         ids = [self.begin, *[thought] * number, self.end]
-        return [one for one in ids for _ in range(chunk_size)]
+        return [token for token in ids for _ in range(chunk_size)]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as stored in a configuration."""
@@ -92,29 +92,29 @@ def thoughts_of(config: PreTrainedConfig) -> Thoughts | None:
     Raises:
         ValueError: If the configuration's entry is malformed.
     """
-    noted = getattr(config, "thoughts", None)
-    if noted is None:
+    entry = getattr(config, "thoughts", None)
+    if entry is None:
         return None
     names = [field.name for field in fields(Thoughts)]
-    if not isinstance(noted, dict) or set(noted) - set(names) or {"number", "begin", "end"} - set(noted):
-        raise ValueError(f"thoughts must be a mapping of {', '.join(names)}, got {shown(noted)}.")
-    thoughts = Thoughts(**noted)
-    size = config.get_text_config().vocab_size
-    if max(thoughts.begin, thoughts.end) >= size:
-        raise ValueError(f"thoughts.begin and thoughts.end must be below the vocabulary size {size}.")
+    if not isinstance(entry, dict) or set(entry) - set(names) or {"number", "begin", "end"} - set(entry):
+        raise ValueError(f"thoughts must be a mapping of {', '.join(names)}, got {shown(entry)}.")
+    thoughts = Thoughts(**entry)
+    vocab_size = config.get_text_config().vocab_size
+    if max(thoughts.begin, thoughts.end) >= vocab_size:
+        raise ValueError(f"thoughts.begin and thoughts.end must be below the vocabulary size {vocab_size}.")
     return thoughts
 
 
-def unlearn_thoughts(config: PreTrainedConfig, name: str, how: str) -> None:
+def unlearn_thoughts(config: PreTrainedConfig, name: str, training: str) -> None:
     """Drop the thoughts of a model that is trained further without them, and log a warning.
 
     Args:
         config: Its configuration.
         name: Its folder or name.
-        how: How it is trained further, for the message.
+        training: How it is trained further, for the message, such as "trained on text".
     """
     if thoughts_of(config) is not None:
-        logger.warning("'%s' was trained with thoughts; %s, it will no longer use them.", name, how)
+        logger.warning("'%s' was trained with thoughts; %s, it will no longer use them.", name, training)
         config.thoughts = None
 
 
@@ -194,9 +194,9 @@ class Thinking(NamedTuple):
 
     def passes(self) -> Iterator[tuple[int, int]]:
         """Start and end position of each forward pass: a pass starts wherever any row has a thought."""
-        thinks_C = self.is_thought_BC.any(0).tolist()
-        starts = [place for place, thinks in enumerate(thinks_C) if thinks or place == 0]
-        return itertools.pairwise([*starts, len(thinks_C)])
+        has_thought_C = self.is_thought_BC.any(0).tolist()
+        starts = [position for position, thinks in enumerate(has_thought_C) if thinks or position == 0]
+        return itertools.pairwise([*starts, len(has_thought_C)])
 
 
 def read_positions(
@@ -207,18 +207,18 @@ def read_positions(
     cache: Cache | None = None,
     thinking: Thinking | None = None,
 ) -> Tensor:
-    """Backbone states (B, C, D) at all positions: in one pass, or one more than there are thoughts.
+    """Backbone states (B, C, D) at all positions, in one forward pass, or one more than there are thoughts.
 
-    Rows may think at different positions, and any number of times: where another row thinks, a row that does
-    not reads its own input.
+    Rows may think at different positions, and any number of times. Where only some rows have a thought, the
+    others read their own input.
 
     Args:
         backbone: The backbone.
         inputs_BCD: Input of each position; ignored at thoughts.
         mask: 1 on positions that hold text, those in the cache included, (B, all positions); without thoughts
             also 4D, added to attention scores.
-        position_ids: Position within its text, (B, C).
-        cache: Cache of earlier positions; these are added to it.
+        position_ids: Index of each position in its text, (B, C).
+        cache: Cache of earlier positions, to which these are added.
         thinking: Which positions are thoughts; none when None.
 
     Raises:
@@ -242,30 +242,31 @@ def read_positions(
     if backbone.training and getattr(backbone, "gradient_checkpointing", False):
         raise ValueError("thoughts need the KV cache, which gradient checkpointing drops; turn it off.")
     cache = DynamicCache(config=backbone.config) if cache is None else cache
-    earlier, last_BD, states = cache.get_seq_length(), thinking.before_BD, list[Tensor]()
-    for first, end in thinking.passes():
-        part_BcD = inputs_BCD[:, first:end]
-        if thinking.is_thought_BC[:, first].any():
+    num_cached, last_BD, states = cache.get_seq_length(), thinking.before_BD, list[Tensor]()
+    for start, end in thinking.passes():
+        part_BcD = inputs_BCD[:, start:end]
+        if thinking.is_thought_BC[:, start].any():
             if last_BD is None:
                 raise ValueError("a row cannot begin with a thought: there is no earlier state to read.")
             thought_BD = scaled(last_BD[:, : part_BcD.shape[-1]], thinking.scale).to(part_BcD.dtype)
-            own_BD = torch.where(thinking.is_thought_BC[:, first, None], thought_BD, part_BcD[:, 0])
-            part_BcD = torch.cat([own_BD.unsqueeze(1), part_BcD[:, 1:]], dim=1)
-        of_part_BC = None if position_ids is None else position_ids[:, first:end]
-        states.append(read(part_BcD, None if mask is None else mask[:, : earlier + end], of_part_BC, cache))
-        reached_BD = states[-1][:, -1]
+            first_BD = torch.where(thinking.is_thought_BC[:, start, None], thought_BD, part_BcD[:, 0])
+            part_BcD = torch.cat([first_BD.unsqueeze(1), part_BcD[:, 1:]], dim=1)
+        part_mask = None if mask is None else mask[:, : num_cached + end]
+        part_position_ids = None if position_ids is None else position_ids[:, start:end]
+        states.append(read(part_BcD, part_mask, part_position_ids, cache))
+        state_BD = states[-1][:, -1]
         if thinking.before_BD is not None and mask is not None:
             # A row with nothing but padding so far keeps its earlier state.
-            is_begun_B1 = mask[:, earlier : earlier + end].bool().any(-1, keepdim=True)
-            reached_BD = torch.where(is_begun_B1, reached_BD, last_BD[:, : reached_BD.shape[-1]])  # type: ignore[index]
-        last_BD = reached_BD
+            has_begun_B1 = mask[:, num_cached : num_cached + end].bool().any(-1, keepdim=True)
+            state_BD = torch.where(has_begun_B1, state_BD, last_BD[:, : state_BD.shape[-1]])  # type: ignore[index]
+        last_BD = state_BD
     return torch.cat(states, dim=1)
 
 
 def scaled(states_PD: Tensor, scale: float | None) -> Tensor:
-    """States as they are fed back: unchanged, or rescaled to this root mean square."""
+    """States as they are fed back: rescaled to this root mean square, or unchanged if it is None."""
     if scale is None:
         return states_PD
     wide_PD = states_PD.float() if states_PD.dtype in (torch.float16, torch.bfloat16) else states_PD
-    factor_P1 = scale * wide_PD.pow(2).mean(-1, keepdim=True).clamp_min(_SMALLEST).rsqrt()
+    factor_P1 = scale * wide_PD.pow(2).mean(-1, keepdim=True).clamp_min(_EPS).rsqrt()
     return (wide_PD * factor_P1).to(states_PD.dtype)

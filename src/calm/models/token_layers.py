@@ -31,40 +31,40 @@ class TokenLayer(LlamaDecoderLayer):
     def __init__(self, config: LlamaConfig, index: int, sink: bool = True) -> None:
         super().__init__(config, index)
         norm_queries_and_keys(self, config, index)
-        shape = (heads_of_keys(config), 1, head_size(config))
+        shape = (num_key_value_heads(config), 1, head_size(config))
         for name in ("sink_key", "sink_value"):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if sink else None)
 
     @property
     def sinks(self) -> list[nn.Parameter]:
         """Key and value of the sink, if there is one."""
-        return [one for one in (self.sink_key, self.sink_value) if one is not None]
+        return [sink for sink in (self.sink_key, self.sink_value) if sink is not None]
 
     def forward(  # type: ignore[override]
         self, x_XD: Tensor, cos_1Wd: Tensor, sin_1Wd: Tensor, earlier: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output states (M·W, D), and keys and values of earlier tokens and these, (M, H, W, d).
+        """Output states (M·W, D), and keys and values of the earlier tokens and these, (M, H, all tokens, d).
 
         The tokens of all windows share one axis: with a single token per window, products with three axes do
         not compile.
 
         Args:
             x_XD: Input states, window after window.
-            cos_1Wd: Cosines of the rotary angles of their positions.
+            cos_1Wd: Cosines of the rotary angles of the tokens' positions.
             sin_1Wd: Sines of the same angles.
-            earlier: Keys and values of earlier tokens, after rotary embedding.
+            earlier: Keys and values of earlier tokens of the windows, after rotary embedding.
         """
         attention: Any = self.self_attn
         width = cos_1Wd.shape[1]
         query_MGWd, keys, values = (
-            of_heads.unflatten(0, (-1, width)).transpose(1, 2)
-            for of_heads in projected(attention, self.input_layernorm(x_XD))
+            heads.unflatten(0, (-1, width)).transpose(1, 2)
+            for heads in projected(attention, self.input_layernorm(x_XD))
         )
         query_MGWd, keys = rotated(query_MGWd, cos_1Wd, sin_1Wd), rotated(keys, cos_1Wd, sin_1Wd)
         if earlier is not None:
             keys = torch.cat([earlier[0].to(keys.dtype), keys], dim=2)
             values = torch.cat([earlier[1].to(values.dtype), values], dim=2)
-        all_keys, all_values = _after(self.sink_key, keys), _after(self.sink_value, values)
+        all_keys, all_values = _prepend(self.sink_key, keys), _prepend(self.sink_value, values)
         num_keys = all_keys.shape[2]
         is_seen = torch.ones(width, num_keys, dtype=torch.bool, device=x_XD.device).tril(num_keys - width)
         mixed_MGWd = F.scaled_dot_product_attention(
@@ -80,11 +80,11 @@ class TokenLayer(LlamaDecoderLayer):
         return x_XD + self.mlp(self.post_attention_layernorm(x_XD)), keys, values
 
 
-def _after(sink: Tensor | None, own_MHWd: Tensor) -> Tensor:
-    """Keys or values of each window, preceded by those of the sink if there is one."""
+def _prepend(sink: Tensor | None, x_MHWd: Tensor) -> Tensor:
+    """Keys or values of each window, preceded by that of the sink if there is one."""
     if sink is None:
-        return own_MHWd
-    return torch.cat([sink.to(own_MHWd.dtype).expand(own_MHWd.shape[0], -1, -1, -1), own_MHWd], dim=2)
+        return x_MHWd
+    return torch.cat([sink.to(x_MHWd.dtype).expand(x_MHWd.shape[0], -1, -1, -1), x_MHWd], dim=2)
 
 
 class TokenLayers(nn.Module):
@@ -98,44 +98,44 @@ class TokenLayers(nn.Module):
 
     def __init__(self, config: LlamaConfig, num_layers: int, sink: bool = True) -> None:
         super().__init__()
-        self.config, self._first = config, int(sink)
+        self.config, self._first_position = config, int(sink)
         self.layers = nn.ModuleList(TokenLayer(config, index, sink) for index in range(num_layers))
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, x_MWD: Tensor) -> Tensor:
-        """Run all tokens of the windows at once, (M, W, D)."""
+        """Output states of whole windows, (M, W, D), all tokens at once."""
         return self._run(x_MWD, 0, [None] * len(self.layers))[0]
 
-    def step(self, x_MD: Tensor, place: int, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, x_MD: Tensor, index: int, memory: Memory) -> tuple[Tensor, Memory]:
         """Run the next token of each window: its output as in `forward`, (M, D), and the extended memory.
 
         Args:
             x_MD: Input at this token.
-            place: Number of earlier tokens in each window.
-            memory: Memory of those tokens; ignored for the first.
+            index: Index of the token in its window.
+            memory: Memory of the tokens before it; ignored for the first.
         """
-        earlier: list[Any] = memory if place else [None] * len(self.layers)
-        x_M1D, longer = self._run(x_MD.unsqueeze(1), place, earlier)
-        return x_M1D.squeeze(1), longer
+        earlier: list[Any] = memory if index else [None] * len(self.layers)
+        x_M1D, extended = self._run(x_MD.unsqueeze(1), index, earlier)
+        return x_M1D.squeeze(1), extended
 
     def _run(
-        self, x_MWD: Tensor, place: int, earlier: list[tuple[Tensor, Tensor] | None]
+        self, x_MWD: Tensor, start: int, earlier: list[tuple[Tensor, Tensor] | None]
     ) -> tuple[Tensor, Memory]:
         memory: Memory = []
         if not len(self.layers):
             return x_MWD, memory
-        position_W = torch.arange(x_MWD.shape[1], device=x_MWD.device) + self._first + place
+        position_W = torch.arange(x_MWD.shape[1], device=x_MWD.device) + self._first_position + start
         cos_1Wd, sin_1Wd = self.rotary_emb(x_MWD, position_W.unsqueeze(0))
         x_XD = x_MWD.flatten(0, 1)
-        for layer, before in zip(self.layers, earlier, strict=True):
-            x_XD, keys, values = layer(x_XD, cos_1Wd, sin_1Wd, before)
+        for layer, cached in zip(self.layers, earlier, strict=True):
+            x_XD, keys, values = layer(x_XD, cos_1Wd, sin_1Wd, cached)
             memory.append((keys, values))
         return x_XD.view_as(x_MWD), memory
 
     @property
     def memory_size(self) -> int:
-        """Size of the memory of one token."""
-        return 2 * len(self.layers) * heads_of_keys(self.config) * head_size(self.config)
+        """Number of entries in the memory of one token."""
+        return 2 * len(self.layers) * num_key_value_heads(self.config) * head_size(self.config)
 
     def pack(self, memory: Memory) -> Tensor:
         """Flatten the memory of one-token windows to a matrix, (M, `memory_size`); there must be layers."""
@@ -145,7 +145,7 @@ class TokenLayers(nn.Module):
         """Undo `pack`."""
         if not len(self.layers):
             return []
-        shape = (len(self.layers), 2, heads_of_keys(self.config), 1, head_size(self.config))
+        shape = (len(self.layers), 2, num_key_value_heads(self.config), 1, head_size(self.config))
         return [(pair[:, 0], pair[:, 1]) for pair in packed_MX.unflatten(-1, shape).unbind(1)]
 
 
@@ -167,7 +167,8 @@ def layer_sizes(config: LlamaConfig) -> dict[str, Any]:
 
 def weights_of_layer(config: LlamaConfig) -> int:
     """Multiply-adds of a layer at one position, excluding attention scores."""
-    queries, keys = config.num_attention_heads * head_size(config), heads_of_keys(config) * head_size(config)
+    queries = config.num_attention_heads * head_size(config)
+    keys = num_key_value_heads(config) * head_size(config)
     return config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
 
 
@@ -176,7 +177,7 @@ def multiply_adds_of_layer(config: LlamaConfig, num_keys: int) -> int:
     return weights_of_layer(config) + 2 * num_keys * config.num_attention_heads * head_size(config)
 
 
-def heads_of_keys(config: LlamaConfig) -> int:
+def num_key_value_heads(config: LlamaConfig) -> int:
     """Number of key-value heads H."""
     return config.num_key_value_heads or config.num_attention_heads
 

@@ -15,12 +15,12 @@ from calm.core.distillation import distillation
 from calm.models.caches import CACHE
 from calm.models.context import check_room
 from calm.models.distillation import TeacherOutput
-from calm.models.saving import SavedAnew
+from calm.models.saving import SavingMixin
 from calm.models.thinking_llama import Request
 from calm.models.thoughts import THOUGHT, Thinking, Thoughts, read_positions, scale_of, thoughts_for
 
 
-class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
+class LlamaForCausalLM(SavingMixin, transformers.LlamaForCausalLM):
     """A Llama that trains on a CPU without all logits in memory, and supports continuous thoughts.
 
     It has the name of its parent class, which is what saved folders record: the parent can load them too.
@@ -57,7 +57,7 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             ValueError: If thoughts are combined with gradient checkpointing (which drops their cache),
                 several documents in a row, `inputs_embeds`, or outputs beyond loss, logits and cache.
         """
-        # Named and not in `others`: the Trainer passes only the columns that this signature names.
+        # Parameters instead of `others`, because the Trainer passes only columns that the signature names.
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if is_thought is not None and is_thought.any():
             if teacher_output is not None:
@@ -73,8 +73,10 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             return super().forward(**inputs, labels=labels, **others)
 
         # The parent computes other losses, and anything beyond the loss.
-        asked = ("output_hidden_states", "output_attentions", "shift_labels", "logits_to_keep")
-        if any(self._is_set(name, others) for name in asked) or not self._is_set("return_dict", others):
+        parent_options = ("output_hidden_states", "output_attentions", "shift_labels", "logits_to_keep")
+        if any(self._is_set(name, others) for name in parent_options) or not self._is_set(
+            "return_dict", others
+        ):
             return super().forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch, **others)
         states_BTD = self.model(**inputs, **others).last_hidden_state
         return CausalLMOutputWithPast(loss=self._loss(states_BTD, labels, num_items_in_batch))
@@ -96,7 +98,7 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             raise ValueError("rows with thoughts must be token ids: pass input_ids, not inputs_embeds.")
         unknown = others.keys() - {CACHE, "use_cache", "return_dict"}
         for name in ("output_hidden_states", "output_attentions", *sorted(unknown)):
-            # logits_to_keep=0 keeps all logits, as this does.
+            # logits_to_keep=0 asks for all logits, which are returned anyway.
             if self._is_set(name, others) and not (isinstance(others.get(name), int) and others[name] == 0):
                 raise ValueError(f"{name} is not supported with thoughts: leave it out.")
         if not self._is_set("return_dict", others):
@@ -107,15 +109,15 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             raise ValueError(
                 "rows with thoughts must hold one document each: position_ids must not restart within a row."
             )
-        is_loss_alone = labels is not None and self.training
+        only_loss = labels is not None and self.training
         cache, use_cache = others.get(CACHE), others.get("use_cache")
         if use_cache is None:
-            use_cache = cache is not None or (self.config.use_cache and not is_loss_alone)
+            use_cache = cache is not None or (self.config.use_cache and not only_loss)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         states_BTD = self.think(is_thought=is_thought, cache=cache, **inputs)
         loss = None if labels is None else self._loss(states_BTD, labels, num_items_in_batch)
-        logits_BTV = None if is_loss_alone else self.lm_head(states_BTD)
+        logits_BTV = None if only_loss else self.lm_head(states_BTD)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: cache if use_cache else None})
 
     def _loss(
@@ -132,7 +134,7 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
             losses_M = distillation(states_MD, head.weight, targets_M, teacher_output.at_tokens(is_target_BT))
         elif type(head) is torch.nn.Linear:
             losses_M = cross_entropy(states_MD, head.weight, targets_M, head.bias)
-        else:  # An adapter around it does more than multiply by its weight.
+        else:  # An adapter wraps the layer, and does more than multiply by its weight.
             losses_M = F.cross_entropy(head(states_MD).float(), targets_M, reduction="none")
         return mean_over(losses_M, num_items_in_batch)
 
@@ -162,8 +164,8 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
         Args:
             inputs: Prompts (B, T).
             *args: As there.
-            num_thoughts: Number of thoughts after each prompt. None takes as many as in training, 0 is the
-                ordinary model.
+            num_thoughts: Number of thoughts after each prompt: as many as in training when None; none when 0,
+                as in the parent.
             **kwargs: As there. Caches, drafts, beams and penalties do not work with thoughts (see
                 `calm.models.thinking_llama`); lengths, processors and criteria do not see the thoughts.
 
@@ -186,29 +188,30 @@ class LlamaForCausalLM(SavedAnew, transformers.LlamaForCausalLM):
     def _generate_thinking(self, thoughts: Thoughts, *args: Any, **kwargs: Any) -> Any:
         request = Request(self.generation_config, args, kwargs)
         ids_BT, mask_BT = request.prompts(self.config)
-        all_BT, mask_BT = align_to_chunks(ids_BT, mask_BT, 1, self.config.pad_token_id or 0)
-        tokens_N = torch.tensor(thoughts.tokens(1), device=all_BT.device)
-        all_BT = torch.cat([all_BT, tokens_N.expand(len(all_BT), -1)], dim=1)
-        mask_BT = torch.cat([mask_BT, torch.ones_like(all_BT[:, mask_BT.shape[1] :])], dim=1)
+        prompt_BT, mask_BT = align_to_chunks(ids_BT, mask_BT, 1, self.config.pad_token_id or 0)
+        num_prompt = prompt_BT.shape[1]
+        thoughts_N = torch.tensor(thoughts.tokens(1), device=prompt_BT.device)
+        input_BT = torch.cat([prompt_BT, thoughts_N.expand(len(prompt_BT), -1)], dim=1)
+        mask_BT = torch.cat([mask_BT, torch.ones_like(input_BT[:, num_prompt:])], dim=1)
         num_new = request.num_new_tokens(ids_BT.shape[1]) or 1
-        check_room(self.config, all_BT.shape[1] - len(tokens_N), num_new, len(tokens_N))
+        check_room(self.config, num_prompt, num_new, len(thoughts_N))
         cache = DynamicCache(config=self.config)
         position_BT = positions_of(mask_BT)
         # All but the last marker, which `generate` reads itself.
-        read_BT = all_BT[:, :-1]
+        read_BT = input_BT[:, :-1]
         self.think(read_BT, read_BT == THOUGHT, mask_BT[:, :-1], position_BT[:, :-1], cache)
-        request.show(ids_BT, all_BT.shape[1])
-        request.change("use_cache", True)
-        outcome = self._generate(
-            all_BT.masked_fill(all_BT == THOUGHT, thoughts.begin),
+        request.hide_thoughts(ids_BT, input_BT.shape[1])
+        request.override("use_cache", True)
+        output = self._generate(
+            input_BT.masked_fill(input_BT == THOUGHT, thoughts.begin),
             attention_mask=mask_BT,
             **{CACHE: cache},
             **request.keywords(),
         )
-        is_tensor = isinstance(outcome, Tensor)
-        written_BT = outcome if is_tensor else outcome.sequences
-        sequences_BT = torch.cat([ids_BT, written_BT[:, all_BT.shape[1] :]], dim=1)
+        is_tensor = isinstance(output, Tensor)
+        generated_BT = output if is_tensor else output.sequences
+        sequences_BT = torch.cat([ids_BT, generated_BT[:, input_BT.shape[1] :]], dim=1)
         if is_tensor:
             return sequences_BT
-        outcome.sequences = sequences_BT
-        return outcome
+        output.sequences = sequences_BT
+        return output

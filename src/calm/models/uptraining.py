@@ -45,8 +45,8 @@ class Cut:
     last: int
     layers: Sequence[int] | None = None
 
-    def of(self, num_layers: int) -> tuple[list[int], list[int], list[int]]:
-        """Numbers of the source's layers that are used as first layers, backbone, and last layers.
+    def split(self, num_layers: int) -> tuple[list[int], list[int], list[int]]:
+        """Indices of the source's layers that become first layers, backbone, and last layers.
 
         Args:
             num_layers: Number of layers in the source.
@@ -56,7 +56,7 @@ class Cut:
                 the backbone.
         """
         used = list(range(num_layers) if self.layers is None else self.layers)
-        if used != sorted(set(used)) or not all(0 <= number < num_layers for number in used):
+        if used != sorted(set(used)) or not all(0 <= index < num_layers for index in used):
             raise InputError(
                 f"layers must be in increasing order, between 0 and {num_layers - 1}, the source's last; "
                 f"got {used}."
@@ -132,7 +132,7 @@ def uptrained_config(
             tokenizer.
     """
     check_source(source, tokenizer, cut)
-    first, backbone, last = cut.of(source.num_hidden_layers)
+    first, backbone, last = cut.split(source.num_hidden_layers)
     if chunk_size == 1 and first:
         raise InputError(
             "the first layers read the earlier tokens of a chunk, but chunks of one token have none: set "
@@ -183,9 +183,9 @@ def calm_from_transformer(
         InputError: As `uptrained_config`; or if the source's embeddings are tied only in its configuration.
     """
     config = uptrained_config(source.config, tokenizer, chunk_size, cut, **others)
-    network: Any = source.get_decoder()
-    scores: Any = source.get_output_embeddings()
-    if source.config.tie_word_embeddings and not torch.equal(network.embed_tokens.weight, scores.weight):
+    decoder: Any = source.get_decoder()
+    lm_head: Any = source.get_output_embeddings()
+    if source.config.tie_word_embeddings and not torch.equal(decoder.embed_tokens.weight, lm_head.weight):
         raise InputError(
             "the source's configuration ties its output layer to its embeddings, but their weights differ; "
             "set its tie_word_embeddings to false."
@@ -194,27 +194,28 @@ def calm_from_transformer(
     model: CalmForCausalLM = CalmForCausalLM._from_config(config, dtype=source.dtype)
     head = model.head
     assert isinstance(head, DecoderHead) and isinstance(head.config, DecoderHeadConfig)
-    none: list[dict[str, Tensor]] = [{}] * len(network.layers)
-    sinks = _sinks_of(source, tokenizer) if head.config.sink else none
-    parts = ((head.first.layers, sinks), (model.backbone.layers, none), (head.last.layers, sinks))
-    for numbers, (layers, of_sinks) in zip(cut.of(len(network.layers)), parts, strict=True):
-        for number, layer in zip(numbers, layers, strict=True):
-            _fill(layer, network.layers[number].state_dict() | of_sinks[number])
+    no_sinks: list[dict[str, Tensor]] = [{}] * len(decoder.layers)
+    sinks = _sinks_of(source, tokenizer) if head.config.sink else no_sinks
+    parts = ((head.first.layers, sinks), (model.backbone.layers, no_sinks), (head.last.layers, sinks))
+    for indices, (layers, part_sinks) in zip(cut.split(len(decoder.layers)), parts, strict=True):
+        for index, layer in zip(indices, layers, strict=True):
+            _copy_weights(layer, decoder.layers[index].state_dict() | part_sinks[index])
     with torch.no_grad():
-        model.backbone.embed_tokens.weight.copy_(network.embed_tokens.weight)
-        head.norm.weight.copy_(network.norm.weight)
+        model.backbone.embed_tokens.weight.copy_(decoder.embed_tokens.weight)
+        head.norm.weight.copy_(decoder.norm.weight)
         if head.scores is not None:
-            head.scores.weight.copy_(scores.weight)
+            head.scores.weight.copy_(lm_head.weight)
     return nn.Module.to(model, source.device).eval()
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Weights of a model, wrapped or not, that were not initialized from another model.
 
-    Empty if the model was not made from another; only those of marked modules if `mark_as_new` marked any.
+    Those of the modules that `mark_as_new` marked; if it marked none, those that a conversion from a
+    Transformer adds, of which an ordinary CALM has none.
     """
     parts: list[nn.Module] = [module for module in model.modules() if getattr(module, _MARK, False)]
-    for module in model.modules() if not parts else ():
+    for module in () if parts else model.modules():
         parts += [module.mix] if isinstance(module, LastTokenProjection) else []
         parts += [module.inject] if isinstance(module, DecoderHead) else []
     return [parameter for part in parts for parameter in part.parameters()]
@@ -275,14 +276,14 @@ def _window_of(source: PreTrainedConfig, cut: Cut) -> int | None:
     if window is None or window >= source.max_position_embeddings:
         return None
     kinds = getattr(source, "layer_types", None) or ["sliding_attention"] * source.num_hidden_layers
-    _, backbone, last = cut.of(source.num_hidden_layers)
-    return window if any(kinds[number] != "full_attention" for number in backbone + last) else None
+    _, backbone, last = cut.split(source.num_hidden_layers)
+    return window if any(kinds[index] != "full_attention" for index in backbone + last) else None
 
 
 def _layer_sizes_of(source: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments of `LlamaConfig` for the source's layers; Qwen2 has biases that its config does not name."""
-    others: dict[str, Any] = {"attention_bias": source.model_type == "qwen2", "mlp_bias": False}
-    sizes: dict[str, Any] = {name: getattr(source, name, others.get(name)) for name in LAYER_SIZES}
+    """Fields of `LlamaConfig` for the source's layers; Qwen2 has biases that its config does not name."""
+    defaults: dict[str, Any] = {"attention_bias": source.model_type == "qwen2", "mlp_bias": False}
+    sizes: dict[str, Any] = {name: getattr(source, name, defaults.get(name)) for name in LAYER_SIZES}
     if sizes["head_dim"] is None:
         sizes["head_dim"] = source.hidden_size // source.num_attention_heads
     return LlamaConfig(**sizes).to_dict() | ({QK_NORM: True} if source.model_type == "qwen3" else {})
@@ -292,13 +293,17 @@ def _layer_sizes_of(source: PreTrainedConfig) -> dict[str, Any]:
 def _sinks_of(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
     """Key and value of each layer at the first token of a text: BOS, or EOS if there is none."""
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    read = source(torch.tensor([[token]], device=source.device), use_cache=True, return_dict=True)
+    output = source(torch.tensor([[token]], device=source.device), use_cache=True, return_dict=True)
     return [
-        {"sink_key": layer.keys[0], "sink_value": layer.values[0]} for layer in getattr(read, CACHE).layers
+        {"sink_key": layer.keys[0], "sink_value": layer.values[0]} for layer in getattr(output, CACHE).layers
     ]
 
 
-def _fill(layer: nn.Module, weights: dict[str, Tensor]) -> None:
+def _copy_weights(layer: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy a source layer's weights into a layer; biases that the source does not have are zero."""
-    biases = {name: one for name, one in layer.state_dict().items() if name.endswith(".bias")}
-    layer.load_state_dict({name: torch.zeros_like(one) for name, one in biases.items()} | weights)
+    biases = {
+        name: torch.zeros_like(weight)
+        for name, weight in layer.state_dict().items()
+        if name.endswith(".bias")
+    }
+    layer.load_state_dict(biases | weights)

@@ -18,11 +18,12 @@ from calm.errors import InputError, reason_of
 from calm.hub.opening import may_run_code, read_settings
 
 _KINDS = (("model", "safetensors"), ("pytorch_model", "bin"))
-_REALS = ("F64", "F32", "F16", "BF16")
-_NAMES_OF_TORCH = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_LEAST_BYTES = 0.1  # Per parameter, in the most tightly packed weights.
-_FEW_LAYERS = 100  # They cost nothing to build, and a model with codes has unused ones in its configuration.
-_COUNTS_OF_LAYERS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks")
+_FLOAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_MIN_BYTES = 0.1  # Per parameter, in the most tightly packed weights.
+# So many layers are always allowed: they cost nothing to build, and the configuration of a model with codes
+# has a few that are not used.
+_FEW_LAYERS = 100
+_LAYER_COUNTS = ("num_hidden_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ def weight_files(folder: Path) -> list[Path]:
         InputError: If there are none, one is missing, or an index is damaged or names files elsewhere.
     """
     for stem, suffix in _KINDS:
-        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if whole.is_file():
-            return [whole]
+        file, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if file.is_file():
+            return [file]
         if index.is_file():
-            return _shards_of(index)
+            return _shards_in(index)
     raise InputError(f"there are no weights in '{folder}' (model.safetensors or pytorch_model.bin).")
 
 
-def _shards_of(index: Path) -> list[Path]:
+def _shards_in(index: Path) -> list[Path]:
     names = read_settings(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"'{index}' is damaged (it has no weight_map of names); restore it from a copy.")
@@ -74,25 +75,25 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         InputError: If there are no weights, or a file is damaged or could run code.
     """
-    found: dict[str, TensorInfo] = {}
+    headers: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
-        with _plain_words(file):
+        with _plain_errors(file):
             if file.suffix == ".safetensors":
-                found |= _header_of(file)
+                headers |= _read_header(file)
             else:
-                found |= {
+                headers |= {
                     name: TensorInfo(tuple(tensor.shape), _dtype_name(tensor), file)
                     for name, tensor in _read_pickle(file).items()
                 }
-    return found
+    return headers
 
 
-def _header_of(file: Path) -> dict[str, TensorInfo]:
+def _read_header(file: Path) -> dict[str, TensorInfo]:
     with safe_open(file, "pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
         return {
-            name: TensorInfo(tuple(one.get_shape()), str(one.get_dtype()), file)
-            for name, one in slices.items()
+            name: TensorInfo(tuple(tensor.get_shape()), str(tensor.get_dtype()), file)
+            for name, tensor in slices.items()
         }
 
 
@@ -104,7 +105,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        with _plain_words(file):
+        with _plain_errors(file):
             weights |= load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
     return weights
 
@@ -112,20 +113,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     """Tensors of a pickle; torch refuses anything else that a pickle could do."""
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        values = torch.load(file, map_location="cpu", weights_only=True)  # The older format cannot be mapped.
-    if not isinstance(values, Mapping) or not all(
-        isinstance(name, str) and isinstance(one, Tensor) for name, one in values.items()
+        # The older format cannot be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError("it contains something other than tensors")
-    return dict(values)
+    return dict(tensors)
 
 
 @contextmanager
-def _plain_words(file: Path) -> Iterator[None]:
+def _plain_errors(file: Path) -> Iterator[None]:
     """Context manager that turns a library's error about an unreadable file into one sentence."""
     try:
         yield
@@ -146,7 +148,7 @@ def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], wher
     Raises:
         InputError: If it does.
     """
-    for name, value in _counts_in(config.to_dict()):
+    for name, value in _layer_counts(config.to_dict()):
         if value > max(_FEW_LAYERS, len(headers)):
             raise InputError(
                 f"the configuration in '{where}' has {name} = {value:,}, but the weights have only "
@@ -154,11 +156,12 @@ def check_size(config: PreTrainedConfig, headers: Mapping[str, TensorInfo], wher
             )
 
 
-def _counts_in(values: Mapping[str, object]) -> Iterator[tuple[str, int]]:
-    for name, value in values.items():
+def _layer_counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    """Name and value of every number of layers in a configuration and those nested in it."""
+    for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _counts_in(value)
-        elif name in _COUNTS_OF_LAYERS and isinstance(value, int):
+            yield from _layer_counts(value)
+        elif name in _LAYER_COUNTS and isinstance(value, int):
             yield name, value
 
 
@@ -173,16 +176,16 @@ def check_headers(network: nn.Module, headers: Mapping[str, TensorInfo], where: 
     Raises:
         InputError: If a tensor has the wrong shape, or is not floating-point where it should be.
     """
-    for name, wanted in network.state_dict().items():
-        found = headers.get(name)
-        if found is None:
+    for name, weight in network.state_dict().items():
+        header = headers.get(name)
+        if header is None:
             continue
-        if found.shape != tuple(wanted.shape):
-            raise _of_other_shape(where, name, found.shape, wanted.shape)
-        if wanted.is_floating_point() and found.dtype not in _REALS:
+        if header.shape != tuple(weight.shape):
+            raise _shape_error(where, name, header.shape, weight.shape)
+        if weight.is_floating_point() and header.dtype not in _FLOAT_DTYPES.values():
             raise InputError(
                 f"the weights in '{where}' do not fit their configuration: {name} has dtype "
-                f"{found.dtype}, which is not floating point ({', '.join(_REALS)})."
+                f"{header.dtype}, which is not floating point ({', '.join(_FLOAT_DTYPES.values())})."
             )
 
 
@@ -201,14 +204,14 @@ def check_complete(info: Mapping[str, Any], where: str) -> None:
             f"the weights in '{where}' are incomplete: {len(missing)} tensors are missing, "
             f"the first is {missing[0]}."
         )
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise _of_other_shape(where, name, found, wanted)
+    for name, actual, expected in sorted(info["mismatched_keys"]):
+        raise _shape_error(where, name, actual, expected)
 
 
-def _of_other_shape(where: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> InputError:
+def _shape_error(where: str, name: str, actual: Sequence[int], expected: Sequence[int]) -> InputError:
     return InputError(
-        f"the weights in '{where}' do not fit their configuration: {name} has shape {list(found)} instead of "
-        f"{list(wanted)}."
+        f"the weights in '{where}' do not fit their configuration: {name} has shape {list(actual)} instead "
+        f"of {list(expected)}."
     )
 
 
@@ -218,12 +221,12 @@ def check_parameters(network: nn.Module, headers: Mapping[str, TensorInfo], wher
     Raises:
         InputError: If it is.
     """
-    described = sum(weight.numel() for weight in network.parameters())
-    there = sum(file.stat().st_size for file in {one.file for one in headers.values()})
-    if described * _LEAST_BYTES > there:
+    num_parameters = sum(weight.numel() for weight in network.parameters())
+    num_bytes = sum(file.stat().st_size for file in {header.file for header in headers.values()})
+    if num_parameters * _MIN_BYTES > num_bytes:
         raise InputError(
-            f"the configuration in '{where}' describes {described:,} parameters, but the weights have only "
-            f"{there:,} bytes; they do not belong together."
+            f"the configuration in '{where}' describes {num_parameters:,} parameters, but the weights have "
+            f"only {num_bytes:,} bytes; they do not belong together."
         )
 
 
@@ -241,4 +244,4 @@ def check_finite(network: nn.Module, where: str) -> None:
 
 
 def _dtype_name(tensor: Tensor) -> str:
-    return _NAMES_OF_TORCH.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    return _FLOAT_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))

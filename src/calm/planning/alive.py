@@ -29,11 +29,12 @@ class EveryPosition(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # A shortcut for two thirds of all calls.
             return args[0].fake_device
         if func is _INDEX:
-            args = (args[0], [place for index in args[1] for place in _places(index)])
+            args = (args[0], [integers for index in args[1] for integers in _all_true(index)])
         return func(*args, **(kwargs or {}))
 
 
-def _places(index: Tensor | None) -> list[Tensor | None]:
+def _all_true(index: Tensor | None) -> list[Tensor | None]:
+    """An index as `aten.index` takes it; a mask becomes integer indices, as many as if it were all true."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [torch.zeros(index.numel(), dtype=torch.long, device=index.device)] * index.ndim
@@ -48,38 +49,38 @@ class _Block:
     reference: weakref.ref[torch.UntypedStorage]
 
 
-class _High:
+class _Peak:
     """The peak of live bytes, and the blocks alive at that moment."""
 
     def __init__(self) -> None:
         self._size = 0
         self._blocks: list[tuple[_Block, str]] = []
 
-    def note(self, size: int, blocks: dict[int, _Block]) -> None:
+    def update(self, size: int, blocks: dict[int, _Block]) -> None:
         if size > self._size:
             self._size, self._blocks = size, [(block, block.label) for block in blocks.values()]
 
     def by_label(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for block, then in self._blocks:
+        for block, label_at_peak in self._blocks:
             # Which tensors are kept for the backward pass is only known after the forward pass, so the latest
             # label counts; but a gradient was workspace until it was complete.
-            label = then if block.label == GRADIENTS else block.label
+            label = label_at_peak if block.label == GRADIENTS else block.label
             sizes[label] = sizes.get(label, 0) + block.size
         return sizes
 
 
 class AliveBytes(TorchDispatchMode):
-    """Tracks the memory of every tensor that operations create inside the block, until it is freed.
+    """Context manager that tracks the memory of every tensor that operations create in it, until it is freed.
 
-    Tensors created before the block are not counted. A tensor is `WORKSPACE` until it gets another label.
+    Tensors created before are not counted. A tensor is `WORKSPACE` until it gets another label.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._blocks: dict[int, _Block] = {}
         self._size = self._gradients = 0
-        self._all, self._beside = _High(), _High()
+        self._peak, self._peak_without_gradients = _Peak(), _Peak()
 
     def __torch_dispatch__(
         self,
@@ -90,14 +91,14 @@ class AliveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operation and record the tensors that it creates."""
         result = func(*args, **(kwargs or {}))
-        made = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        storages = [leaf.untyped_storage() for leaf in made if isinstance(leaf, Tensor)]
+        outputs = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        storages = [leaf.untyped_storage() for leaf in outputs if isinstance(leaf, Tensor)]
         if new := [storage for storage in storages if id(storage) not in self._blocks]:
-            given = {
+            inputs = {
                 id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
             }
             for storage in new:
-                if id(storage) not in given:
+                if id(storage) not in inputs:
                     self._add(storage)
         return result
 
@@ -115,15 +116,15 @@ class AliveBytes(TorchDispatchMode):
             if block.label == WORKSPACE:
                 self._relabel(block, label)
 
-    def most(self) -> dict[str, int]:
+    def peak(self) -> dict[str, int]:
         """Bytes by label at the peak."""
-        self._note()
-        return self._all.by_label()
+        self._update_peaks()
+        return self._peak.by_label()
 
-    def most_beside_gradients(self) -> dict[str, int]:
+    def peak_without_gradients(self) -> dict[str, int]:
         """Bytes by label, gradients included, at the moment when everything but gradients peaks."""
-        self._note()
-        return self._beside.by_label()
+        self._update_peaks()
+        return self._peak_without_gradients.by_label()
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -131,7 +132,7 @@ class AliveBytes(TorchDispatchMode):
             return
 
         def free(_: Any) -> None:
-            self._note()
+            self._update_peaks()
             block = self._blocks.pop(key)
             self._size -= block.size
             self._gradients -= block.size * (block.label == GRADIENTS)
@@ -140,10 +141,11 @@ class AliveBytes(TorchDispatchMode):
         self._size += storage.nbytes()
 
     def _relabel(self, block: _Block, label: str) -> None:
-        self._note()
+        self._update_peaks()
         self._gradients += block.size * ((label == GRADIENTS) - (block.label == GRADIENTS))
         block.label = label
 
-    def _note(self) -> None:
-        self._all.note(self._size, self._blocks)
-        self._beside.note(self._size - self._gradients, self._blocks)
+    def _update_peaks(self) -> None:
+        """Called before the live bytes shrink or change their label, so that no peak is missed."""
+        self._peak.update(self._size, self._blocks)
+        self._peak_without_gradients.update(self._size - self._gradients, self._blocks)

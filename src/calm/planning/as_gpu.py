@@ -1,4 +1,4 @@
-"""Emulating on the CPU what torch does differently on a GPU, as far as it affects memory."""
+"""Emulates on the CPU what torch does differently on a GPU, as far as it affects memory."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _IN_FLOAT32 = frozenset(
     "prod reciprocal rsqrt sinh smooth_l1_loss soft_margin_loss softmax softmin softplus sum renorm tan "
     "triplet_margin_loss".split()
 )
-_PLACE: dict[Any, bool] = {
+_DEVICE_FLAGS: dict[Any, bool] = {
     Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
     Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
 }
@@ -47,8 +47,8 @@ class AsGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._is_gpu:
             return func(*args, **kwargs)
-        if func in _PLACE:
-            return _PLACE[func]
+        if func in _DEVICE_FLAGS:
+            return _DEVICE_FLAGS[func]
         if getattr(func, "__name__", "") in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _in_float32, (args, kwargs))
         return func(*args, **kwargs)

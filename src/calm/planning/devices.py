@@ -123,10 +123,10 @@ class Numbers:
     def of(self, device: Device) -> Device:
         """A card with these figures in place of its own."""
         given = self.given()
-        flops = {"half_flops": 1e12, "single_flops": 1e12} if self.flops is not None else {}
-        sizes = {"memory": 2**30, "bandwidth": 1e9, "watts": 1}
-        changes: dict[str, Any] = {name: given[name] * size for name, size in sizes.items() if name in given}
-        changes |= {name: given["flops"] * size for name, size in flops.items()}
+        units = {"memory": 2**30, "bandwidth": 1e9, "watts": 1}
+        changes: dict[str, Any] = {name: given[name] * unit for name, unit in units.items() if name in given}
+        if self.flops is not None:
+            changes |= {"half_flops": self.flops * 1e12, "single_flops": self.flops * 1e12}
         return dataclasses.replace(device, **changes)
 
 
@@ -140,12 +140,12 @@ def devices_of(text: str, numbers: Numbers) -> Devices:
     Raises:
         InputError: If there is no such card, or figures are missing.
     """
-    found = re.fullmatch(r"\s*(?:(-?\d+)\s*(?:[x*]\s*|$))?(.*?)\s*", text, re.IGNORECASE)
-    count, name = (found[1], found[2]) if found else (None, text)
+    match = re.fullmatch(r"\s*(?:(-?\d+)\s*(?:[x*]\s*|$))?(.*?)\s*", text, re.IGNORECASE)
+    count, name = (match[1], match[2]) if match else (None, text)
     number = 1 if count is None else int(count)
     COUNTS.require("the number of devices", number)
     if name:
-        return Devices(number, numbers.of(_card_called(name)))
+        return Devices(number, numbers.of(_find_card(name)))
     if count is None:
         raise InputError(
             f"--devices takes a count and a card, such as 8xH100, or a count; got {shown(text)}."
@@ -159,18 +159,18 @@ def devices_of(text: str, numbers: Numbers) -> Devices:
     return Devices(number, numbers.of(Device("card in numbers", 0, 0, 0, 0, 0)))
 
 
-def _card_called(name: str) -> Device:
-    plain = {_plain(known): device for known, device in CARDS.items()}
-    if (device := plain.get(_plain(name))) is not None:
+def _find_card(name: str) -> Device:
+    cards = {_normalized(known): device for known, device in CARDS.items()}
+    if (device := cards.get(_normalized(name))) is not None:
         return device
-    near = difflib.get_close_matches(_plain(name), plain, n=1)
-    hint = f"; did you mean '{plain[near[0]].name}'?" if near else "."
+    similar = difflib.get_close_matches(_normalized(name), cards, n=1)
+    hint = f"; did you mean '{cards[similar[0]].name}'?" if similar else "."
     raise InputError(
         f"there is no card {shown(name)}; use one of {', '.join(CARDS)}, or describe it with --memory, "
         f"--flops, --bandwidth and --watts{hint}"
     )
 
 
-def _plain(name: str) -> str:
-    """Normalize spellings of a name: RTX 4090, rtx-4090; A100-80GB, A100 80."""
+def _normalized(name: str) -> str:
+    """A name without differences of spelling: RTX 4090, rtx-4090; A100-80GB, A100 80."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")

@@ -38,12 +38,12 @@ class Pass:
     """Bytes by part that a forward and backward pass take in addition to weights and optimizer state.
 
     Args:
-        alone: At the peak, if there are no gradients before the pass.
-        beside: At the moment when everything but gradients peaks.
+        peak: At the peak, if there are no gradients before the pass.
+        peak_without_gradients: At the moment when everything but gradients peaks.
     """
 
-    alone: Parts
-    beside: Parts
+    peak: Parts
+    peak_without_gradients: Parts
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Update:
         state: Tensors of the optimizer state, each with the weight that it belongs to.
         workspace: Bytes of temporary memory.
         flops: FLOPs of its matrix products.
-        whole: Bytes of the weights that are updated as whole matrices, sharded or not.
+        matrix_bytes: Bytes of the weights that are updated as whole matrices, sharded or not.
     """
 
     state: list[tuple[Tensor, Tensor]]
     workspace: int
     flops: int
-    whole: int
+    matrix_bytes: int
 
 
 class Footprint:
@@ -98,59 +98,64 @@ class Footprint:
         """
         if checkpointing is None:
             checkpointing = self.stage.settings.gradient_checkpointing
-        kept, one = self._kept(sharing, devices), self._pass_of(blocks, checkpointing)
-        moments = [kept | moment for moment in self._moments(one, sharing, devices, is_summed)]
-        most = max(moments, key=lambda moment: sum(moment.values()))
-        return {part: most[part] for part in PARTS if most.get(part)}
+        permanent, one_pass = self._permanent(sharing, devices), self._pass_of(blocks, checkpointing)
+        moments = [permanent | moment for moment in self._moments(one_pass, sharing, devices, is_summed)]
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        return {part: peak[part] for part in PARTS if peak.get(part)}
 
-    def _kept(self, sharing: Sharing, devices: int) -> Parts:
+    def _permanent(self, sharing: Sharing, devices: int) -> Parts:
         """Bytes by part that are held at all times."""
-        cut = functools.partial(shard_bytes, devices=devices if sharing == "FSDP" else 1)
-        kept = {
-            WEIGHTS: sum(map(cut, self.trained)),
-            FROZEN: sum(map(cut, self.frozen)) + bytes_of(self.stage.network.buffers()) + self._of_teacher(),
+        shard = functools.partial(shard_bytes, devices=devices if sharing == "FSDP" else 1)
+        buffers = bytes_of(self.stage.network.buffers())
+        permanent = {
+            WEIGHTS: sum(map(shard, self.trained)),
+            FROZEN: sum(map(shard, self.frozen)) + buffers + self._teacher_bytes(),
             STATE: sum(
-                cut(tensor) if tensor.shape == weight.shape else tensor.nbytes
+                shard(tensor) if tensor.shape == weight.shape else tensor.nbytes
                 for tensor, weight in self.update.state
             ),
         }
-        return kept | {BUCKETS: bytes_of(self.trained)} if sharing == "DDP" else kept
+        return permanent | {BUCKETS: bytes_of(self.trained)} if sharing == "DDP" else permanent
 
-    def _of_teacher(self) -> int:
+    def _teacher_bytes(self) -> int:
         """Bytes of the teacher, which is never sharded."""
         if self.stage.teacher is None:
             return 0
         network = self.stage.teacher.network
         return bytes_of(network.parameters()) + bytes_of(network.buffers())
 
-    def _moments(self, one: Pass, sharing: Sharing, devices: int, is_summed: bool) -> list[Parts]:
+    def _moments(self, one_pass: Pass, sharing: Sharing, devices: int, is_summed: bool) -> list[Parts]:
         """Further bytes by part, at each moment that may be the peak."""
-        workspace, whole = self.update.workspace, bytes_of(self.trained)
+        workspace, unsharded = self.update.workspace, bytes_of(self.trained)
         if sharing != "FSDP":
-            passing = one.beside | {GRADIENTS: whole} if is_summed else one.alone
-            return [passing, {GRADIENTS: whole, WORKSPACE: workspace}]
+            during_pass = one_pass.peak
+            if is_summed:
+                during_pass = one_pass.peak_without_gradients | {GRADIENTS: unsharded}
+            return [during_pass, {GRADIENTS: unsharded, WORKSPACE: workspace}]
         groups = self.groups
-        cut = sum(shard_bytes(weight, devices) for weight in self.trained)
+        sharded = sum(shard_bytes(weight, devices) for weight in self.trained)
         root = bytes_of(groups.root)
         # Weights gathered for a whole pass have unsharded gradients until its end. If gradients of several
         # microbatches accumulate, all weights do: they are reduce-scattered with the last microbatch.
-        most = whole if is_summed else cut + bytes_of(w for w in groups.root if w.requires_grad)
+        gradients = unsharded
+        if not is_summed:
+            gradients = sharded + bytes_of(w for w in groups.root if w.requires_grad)
         # The current layer, and the next one, which is prefetched.
         gathered = root + 2 * bytes_of(groups.layer)
         passes: list[Parts] = []
-        for moment in (one.alone, one.beside):
-            held = whole if is_summed else min(moment.get(GRADIENTS, 0), most)
-            passes.append(moment | {GRADIENTS: held, GATHERED: gathered})
+        for moment in (one_pass.peak, one_pass.peak_without_gradients):
+            so_far = unsharded if is_summed else min(moment.get(GRADIENTS, 0), gradients)
+            passes.append(moment | {GRADIENTS: so_far, GATHERED: gathered})
         embedding = bytes_of(groups.embedding)
-        ending = {
-            GRADIENTS: most,
+        end_of_pass = {
+            GRADIENTS: gradients,
             GATHERED: root + 2 * embedding,
-            BATCH: one.beside.get(BATCH, 0),
+            BATCH: one_pass.peak_without_gradients.get(BATCH, 0),
             WORKSPACE: 2 * embedding,  # Its gradient, and the reduce-scatter buffer.
         }
-        if not self.update.whole:
+        if not self.update.matrix_bytes:
             workspace = math.ceil(workspace / devices)
-        return [*passes, ending, {GRADIENTS: cut, WORKSPACE: workspace}]
+        return [*passes, end_of_pass, {GRADIENTS: sharded, WORKSPACE: workspace}]
 
     @functools.cached_property
     def groups(self) -> "Groups":
@@ -188,7 +193,7 @@ class Footprint:
             if isinstance(leaf, Tensor)
         ]
         matrices = [w for group in optimizer.param_groups if group.get("use_muon") for w in group["params"]]
-        return Update(state, sum(alive.most().values()), flops.get_total_flops(), bytes_of(matrices))
+        return Update(state, sum(alive.peak().values()), flops.get_total_flops(), bytes_of(matrices))
 
     def _run(self, blocks: int, is_checkpointed: bool) -> Pass:
         with warnings.catch_warnings():
@@ -204,10 +209,10 @@ class Footprint:
         is_half = stage.settings.precision == "bf16"
         with stage.fakes, AsGpu(is_gpu=self._is_gpu), AliveBytes() as alive:
 
-            def note_gradient(weight: Any) -> None:
+            def label_gradient(weight: Any) -> None:
                 alive.label(weight.grad, GRADIENTS)
 
-            hooks = [weight.register_post_accumulate_grad_hook(note_gradient) for weight in self.trained]
+            hooks = [weight.register_post_accumulate_grad_hook(label_gradient) for weight in self.trained]
             network.train()
             batch = stage.batch(blocks)
             alive.label(batch, BATCH)
@@ -216,7 +221,7 @@ class Footprint:
                     loss = stage.loss(batch)
                 alive.label_rest(ACTIVATIONS)
                 loss.backward()
-            result = Pass(alive.most(), alive.most_beside_gradients())
+            result = Pass(alive.peak(), alive.peak_without_gradients())
             network.zero_grad()
         for hook in hooks:
             hook.remove()
@@ -275,7 +280,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def largest_that_fits(bytes_for: Callable[[int], int], limit: float, most: int) -> int:
-    """The largest number up to `most` that needs at most `limit` bytes; 0 if there is none.
+    """The largest number up to `most` that needs at most `limit` bytes, by interpolation; 0 if there is none.
 
     Args:
         bytes_for: Bytes that a number needs; increasing and nearly linear.

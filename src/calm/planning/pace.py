@@ -86,10 +86,10 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
     tokens = settings.batch_tokens
     flops = training_flops(stage.config, stage.context) * tokens
     # Training counts as three forward passes; checkpointing recomputes one more.
-    done = flops * (4 / 3 if settings.gradient_checkpointing else 1)
+    computed = flops * (4 / 3 if settings.gradient_checkpointing else 1)
     if stage.teacher is not None:
-        taught = teaching_flops(stage.teacher.network.config, stage.context) * tokens
-        flops, done = flops + taught, done + taught
+        teacher_flops = teaching_flops(stage.teacher.network.config, stage.context) * tokens
+        flops, computed = flops + teacher_flops, computed + teacher_flops
     rate = card.flops(settings.precision) * speed.utilisation
     _, passes = settings.batches(stage.context, count)
     sent = bytes_sent(footprint, sharing, count, passes)
@@ -101,7 +101,7 @@ def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Spe
         flops=flops,
         sent=sent,
         seconds={
-            COMPUTE: done / (count * rate),
+            COMPUTE: computed / (count * rate),
             COMMUNICATION: sent / speed.link,
             # Every process computes the updates of all matrices, sharded or not.
             OPTIMIZER: moved / card.bandwidth + footprint.update.flops / rate,
@@ -129,5 +129,6 @@ def bytes_sent(footprint: Footprint, sharing: Sharing, devices: int, passes: int
     if sharing != "FSDP":
         return 2 * share * gradients
     groups = footprint.groups
-    twice = sum(map(bytes_of, groups.layers)) + bytes_of(groups.embedding)
-    return share * (passes * (bytes_of(groups.root) + 2 * twice) + gradients + footprint.update.whole)
+    gathered_twice = sum(map(bytes_of, groups.layers)) + bytes_of(groups.embedding)
+    gathered = passes * (bytes_of(groups.root) + 2 * gathered_twice)
+    return share * (gathered + gradients + footprint.update.matrix_bytes)

@@ -13,8 +13,8 @@ from calm.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to share a stage among devices: whether it fits, and what it costs.
+class SharingPlan:
+    """One way to share a stage among devices: whether it fits, and what it costs.
 
     Args:
         parts: Bytes per device by part, with the recipe's microbatch.
@@ -44,7 +44,7 @@ class StagePlan:
         precision: "fp32" or "bf16".
         is_checkpointed: Whether activations are recomputed in the backward pass.
         sharing: How the recipe shares the stage among devices.
-        ways: All possible ways to share it.
+        options: The plan for each possible way to share it.
     """
 
     name: str
@@ -54,12 +54,12 @@ class StagePlan:
     precision: str
     is_checkpointed: bool
     sharing: Sharing
-    ways: dict[Sharing, Way]
+    options: dict[Sharing, SharingPlan]
 
     @property
     def pace(self) -> Pace:
         """Time and energy when shared as in the recipe."""
-        return self.ways[self.sharing].pace
+        return self.options[self.sharing].pace
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,17 @@ def _figures_of(stage: StagePlan) -> dict[str, Any]:
         "precision": stage.precision,
         "gradient_checkpointing": stage.is_checkpointed,
         "sharing": stage.sharing,
-        "ways": {name: _figures_of_way(way) for name, way in stage.ways.items()},
+        "ways": {name: _figures_of_option(option) for name, option in stage.options.items()},
     }
 
 
-def _figures_of_way(way: Way) -> dict[str, Any]:
-    pace = way.pace
+def _figures_of_option(option: SharingPlan) -> dict[str, Any]:
+    pace = option.pace
     return {
-        "memory": {**way.parts, "all": sum(way.parts.values())},
-        "fits": way.fits,
-        "largest_microbatch": way.largest,
-        "largest_microbatch_with_checkpointing": way.largest_checkpointed,
+        "memory": {**option.parts, "all": sum(option.parts.values())},
+        "fits": option.fits,
+        "largest_microbatch": option.largest,
+        "largest_microbatch_with_checkpointing": option.largest_checkpointed,
         "seconds_of_step": {**pace.seconds, "all": pace.step_seconds},
         "bound": pace.bound,
         "bytes_sent_in_step": pace.sent,
@@ -169,39 +169,39 @@ def _plan_stage(stage: PlannedStage, devices: Devices, speed: Speed) -> StagePla
         precision=settings.precision,
         is_checkpointed=settings.gradient_checkpointing,
         sharing=sharing,
-        ways={name: _plan_way(footprint, name, devices, speed) for name in _ways(stage, count)},
+        options={name: _plan_sharing(footprint, name, devices, speed) for name in _sharings(stage, count)},
     )
 
 
-def _ways(stage: PlannedStage, count: int) -> list[Sharing]:
+def _sharings(stage: PlannedStage, count: int) -> list[Sharing]:
     """The possible ways to share a stage among devices."""
     if count == 1:
         return ["one process"]
     return ["DDP", "FSDP"] if stage.can_be_sharded else ["DDP"]
 
 
-def _plan_way(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> Way:
+def _plan_sharing(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> SharingPlan:
     stage, usable = footprint.stage, devices.device.usable
     blocks, passes = stage.settings.batches(stage.context, devices.count)
     share = blocks * passes
 
-    def parts_of(number: int, checkpointing: bool | None = None) -> Parts:
+    def parts_of(microbatch: int, checkpointing: bool | None = None) -> Parts:
         return footprint.parts(
-            number,
+            microbatch,
             sharing=sharing,
             devices=devices.count,
-            is_summed=number < share,
+            is_summed=microbatch < share,
             checkpointing=checkpointing,
         )
 
     def largest(checkpointing: bool | None = None) -> int:
-        def bytes_for(number: int) -> int:
-            return sum(parts_of(number, checkpointing).values())
+        def bytes_for(microbatch: int) -> int:
+            return sum(parts_of(microbatch, checkpointing).values())
 
         return stage.context * largest_that_fits(bytes_for, usable, share)
 
     parts = parts_of(blocks)
-    return Way(
+    return SharingPlan(
         parts,
         fits=sum(parts.values()) <= usable,
         largest=largest(),

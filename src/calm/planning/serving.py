@@ -77,17 +77,17 @@ def serving_of(config: PreTrainedConfig, device: Device) -> Serving:
     backbone: Any = config.backbone if is_calm else config
     context = backbone.max_position_embeddings * size
     draws = POOL if is_calm and config.head.lowest_temperature == 1 else 1
-    weights, read, cache = _bytes_of_model(config, size)
+    weights, weights_read, cache = _bytes_of_model(config, size)
     cost = sum(cost_of(config, Work(backbone.max_position_embeddings, draws)).inference.values())
 
     def rate(rows: int) -> Rate:
-        moved = read + rows * context * cache
+        bytes_read = weights_read + rows * context * cache
         flops = rows * size * cost
-        return Rate(rows, moved / device.bandwidth, flops / device.half_flops, size)
+        return Rate(rows, bytes_read / device.bandwidth, flops / device.half_flops, size)
 
-    most = int((device.usable - weights) // (context * cache))
-    rows = [] if most < 1 else sorted({1, most})
-    return Serving(weights, cache, context, draws, [rate(number) for number in rows])
+    max_rows = int((device.usable - weights) // (context * cache))
+    batch_sizes = [] if max_rows < 1 else sorted({1, max_rows})
+    return Serving(weights, cache, context, draws, list(map(rate, batch_sizes)))
 
 
 def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int, float]:
@@ -100,7 +100,7 @@ def _bytes_of_model(config: PreTrainedConfig, chunk_size: int) -> tuple[int, int
         cache = DynamicCache(config=getattr(config, "backbone", config))
         model(torch.zeros(1, chunk_size, dtype=torch.long), **{CACHE: cache}, use_cache=True)
         layers: list[Any] = cache.layers
-        kept = [leaf for layer in layers for leaf in (layer.keys, layer.values)]
+        keys_and_values = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         weights = bytes_of(model.parameters())
-        looked_up = 0 if has_tied_scores(config) else model.get_input_embeddings().weight.nbytes
-        return weights, weights - looked_up, bytes_of(kept) / chunk_size
+        embedding = 0 if has_tied_scores(config) else model.get_input_embeddings().weight.nbytes
+        return weights, weights - embedding, bytes_of(keys_and_values) / chunk_size

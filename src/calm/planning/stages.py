@@ -93,14 +93,14 @@ class PlannedStage:
         Args:
             blocks: Number of blocks in the batch.
         """
-        tokens, chunks = (blocks, self.context), self.context // self.chunk_size
+        chunks = self.context // self.chunk_size
         batch: dict[str, Any] = {
-            "input_ids": torch.zeros(tokens, dtype=torch.long),
-            "labels": torch.zeros(tokens, dtype=torch.long),
+            "input_ids": torch.zeros(blocks, self.context, dtype=torch.long),
+            "labels": torch.zeros(blocks, self.context, dtype=torch.long),
         }
         if isinstance(self.network, CalmAutoencoder):
-            places = torch.zeros(blocks * chunks, self.chunk_size, dtype=torch.long)
-            return batch | {"noise": self.network.draw_noise(places)}
+            chunks_CK = torch.zeros(blocks * chunks, self.chunk_size, dtype=torch.long)
+            return batch | {"noise": self.network.draw_noise(chunks_CK)}
         if not self.is_packed:
             batch["position_ids"] = torch.arange(chunks).expand(blocks, chunks).clone()
         if isinstance(self.config, CalmConfig):
@@ -143,16 +143,18 @@ def stages_of(
     shared: dict[str, Any] = {"context": recipe.data.context, "is_packed": recipe.data.layout == "packed"}
     stages = []
     if recipe.trains_autoencoder and isinstance(config, CalmConfig):
-        settings = _settled(recipe.autoencoder.training, "autoencoder.training", recipe.data.context, devices)
+        settings = _resolved(
+            recipe.autoencoder.training, "autoencoder.training", recipe.data.context, devices
+        )
         with torch.device("meta"):
             autoencoder = CalmAutoencoder(config.autoencoder)
         stages.append(PlannedStage("autoencoder", autoencoder, settings, **shared))
-    settings = _settled(
+    settings = _resolved(
         recipe.language_model.training, "language_model.training", recipe.data.context, devices
     )
     sharded: dict[str, Any] = {"can_be_sharded": True, "is_sharded": recipe.language_model.sharded}
-    is_ours = recipe.language_model.init_from is None or recipe.language_model.teacher.takes_part
-    network = network_of(config, is_new=is_ours)
+    is_new = recipe.language_model.init_from is None or recipe.language_model.teacher.takes_part
+    network = network_of(config, is_new=is_new)
     teacher = _teacher_of(recipe, network, settings)
     stages.append(PlannedStage("language model", network, settings, teacher=teacher, **sharded, **shared))
     return stages
@@ -163,10 +165,10 @@ def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSett
     check_teacher(recipe, network)
     if (config := config_of_teacher(recipe)) is None:
         return None
-    half = settings.precision == "bf16"
-    taught = nn.Module.to(network_of(config), torch.bfloat16 if half else torch.float32).eval()
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    teacher = nn.Module.to(network_of(config), dtype).eval()
     return Teacher(
-        taught.requires_grad_(False),
+        teacher.requires_grad_(False),
         recipe.language_model.teacher,
         recipe.chunk_size,
         layer_of(recipe, config),
@@ -180,7 +182,7 @@ def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
     network = network_of(load_config(Path(folder_of(recipe.model))))
     context = recipe.examples.context
     check_block_size(context, getattr(network.config, "chunk_size", 1))
-    settings = _settled(recipe.training, "training", context, devices)
+    settings = _resolved(recipe.training, "training", context, devices)
     adapted = None
     if recipe.lora.rank:
         with torch.device("meta"):
@@ -214,19 +216,20 @@ def to_fakes(network: nn.Module, fakes: FakeTensorMode) -> None:
     On the meta device, attention would run different operations, and keep different tensors, than on any real
     device.
     """
-    made: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}  # Shared tensors stay shared.
 
     def fake(tensor: Tensor) -> Any:
-        if id(tensor) not in made:
-            own = torch.empty(tensor.shape, dtype=tensor.dtype)
-            is_weight = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad) if is_weight else own
-        return made[id(tensor)]
+        if id(tensor) not in replacements:
+            new: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            replacements[id(tensor)] = new
+        return replacements[id(tensor)]
 
     with fakes:
         for module in network.modules():
             for tensors in (module._parameters, module._buffers):
-                tensors.update({name: fake(one) for name, one in tensors.items() if one is not None})
+                tensors.update({name: fake(old) for name, old in tensors.items() if old is not None})
 
 
 def _with_known_attention(recipe: Recipe) -> Recipe:
@@ -238,7 +241,7 @@ def _with_known_attention(recipe: Recipe) -> Recipe:
     )
 
 
-def _settled(settings: TrainingSettings, name: str, context: int, devices: int) -> TrainingSettings:
+def _resolved(settings: TrainingSettings, name: str, context: int, devices: int) -> TrainingSettings:
     """Check the training settings, and replace precision "auto" by what it would be on a GPU."""
     check_steps(settings, name, context, devices)
     return dataclasses.replace(settings, precision="bf16") if settings.precision == "auto" else settings

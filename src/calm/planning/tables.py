@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm.planning.memory import PARTS
-from calm.planning.plan import Plan, StagePlan, Way
+from calm.planning.plan import Plan, SharingPlan, StagePlan
 from calm.planning.serving import Serving
 from calm.quantities import duration, short
 
@@ -52,29 +52,29 @@ def _print_stage(console: Console, stage: StagePlan) -> None:
 def _table_of(stage: StagePlan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("GB of a device")
-    for name in stage.ways:
+    for name in stage.options:
         table.add_column(name, justify="right")
-    ways, share = list(stage.ways.values()), stage.microbatch * stage.passes
+    options, share = list(stage.options.values()), stage.microbatch * stage.passes
 
-    def row(name: str, cell: Callable[[Way], str]) -> None:
-        table.add_row(name, *map(cell, ways))
+    def row(name: str, cell: Callable[[SharingPlan], str]) -> None:
+        table.add_row(name, *map(cell, options))
 
     for part in PARTS:
-        if any(part in way.parts for way in ways):
-            table.add_row(part, *(gigabytes(way.parts.get(part, 0)) for way in ways))
-    row("all", lambda way: gigabytes(sum(way.parts.values())))
-    row("fits", lambda way: "yes" if way.fits else "no")
-    row("largest microbatch, tokens", lambda way: _microbatch(way.largest, share))
-    if ways[0].largest_checkpointed is not None:
-        row("with checkpointing", lambda way: _microbatch(way.largest_checkpointed or 0, share))
+        if any(part in option.parts for option in options):
+            table.add_row(part, *(gigabytes(option.parts.get(part, 0)) for option in options))
+    row("all", lambda option: gigabytes(sum(option.parts.values())))
+    row("fits", lambda option: "yes" if option.fits else "no")
+    row("largest microbatch, tokens", lambda option: _microbatch(option.largest, share))
+    if options[0].largest_checkpointed is not None:
+        row("with checkpointing", lambda option: _microbatch(option.largest_checkpointed or 0, share))
     table.add_section()
-    for what in ways[0].pace.seconds:
-        table.add_row(f"{what}, s a step", *(f"{way.pace.seconds[what]:.3g}" for way in ways))
-    row("bound by", lambda way: way.pace.bound)
-    row("sent by a device, GB a step", lambda way: gigabytes(way.pace.sent))
-    row("tokens a second", lambda way: short(way.pace.tokens_per_second))
-    row("time", lambda way: long_time(way.pace.total_seconds))
-    row("kWh", lambda way: f"{way.pace.kilowatt_hours:,.3g}")
+    for phase in options[0].pace.seconds:
+        table.add_row(f"{phase}, s a step", *(f"{option.pace.seconds[phase]:.3g}" for option in options))
+    row("bound by", lambda option: option.pace.bound)
+    row("sent by a device, GB a step", lambda option: gigabytes(option.pace.sent))
+    row("tokens a second", lambda option: short(option.pace.tokens_per_second))
+    row("time", lambda option: long_time(option.pace.total_seconds))
+    row("kWh", lambda option: f"{option.pace.kilowatt_hours:,.3g}")
     return table
 
 

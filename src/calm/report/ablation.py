@@ -21,8 +21,8 @@ def print_ablation(table: AblationTable) -> None:
     console = Console(highlight=False)
     console.print(table.question)
     columns, rows = _cells(table)
-    shown = [place for place, column in enumerate(columns) if column not in ("parameters", "training time")]
-    head, *body = [[cells[place] for place in shown] for cells in (columns, *rows)]
+    shown = [i for i, column in enumerate(columns) if column not in ("parameters", "training time")]
+    head, *body = [[cells[i] for i in shown] for cells in (columns, *rows)]
     print_narrow(console, head, body)
 
 
@@ -42,7 +42,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
     recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"
     parts = [_plain(table.question), words, body, note, recipe]
     write_file_whole(path, "\n\n".join(filter(None, parts)) + "\n")
-    # No date, so that the file is the same whenever finished runs are put together.
+    # No date, so that the table of the same runs is always the same file.
     figures = {name: value for name, value in asdict(table).items() if name not in ("recipe", "provenance")}
     write_figures(figures, path.with_suffix(".json"))
 
@@ -55,7 +55,7 @@ def _plain(text: str) -> str:
 def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     seeds = [f"seed {seed}" for seed in table.seeds]
     costs = ["parameters", "training FLOPs", "training time"]
-    nats = ["nats a token"] if all(map(_knows_nats, table.outcomes)) else []
+    nats = ["nats a token"] if all(map(_has_nats, table.outcomes)) else []
     columns = ["", *seeds, "mean", "Brier-1", *nats, "tokens reconstructed", *costs, "in the paper"]
     rows = []
     for outcome in table.outcomes:
@@ -76,7 +76,7 @@ def _cells(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _knows_nats(outcome: Outcome) -> bool:
+def _has_nats(outcome: Outcome) -> bool:
     return all(NATS in score for score in outcome.scores)
 
 
@@ -91,11 +91,11 @@ def _mean(scores: list[dict[str, float]]) -> str:
     values = [score["brier_lm"] for score in scores]
     if not min(values) > 0:
         return f"undefined for {sum(not value > 0 for value in values)} of {len(values)}"
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return with_error(statistics.mean(values), spread)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return with_error(statistics.mean(values), error)
 
 
 def _time(seconds: list[float | None]) -> str:
     """Mean over seeds, if known for all."""
-    known = [one for one in seconds if one is not None]
+    known = [time for time in seconds if time is not None]
     return duration(statistics.mean(known)) if known and len(known) == len(seconds) else ""

@@ -86,8 +86,8 @@ def ticks_around(low: float, high: float) -> list[float]:
     low, high = low / 1.2, high * 1.2
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     fine = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
-    begin = max(number for number, tick in enumerate(fine) if tick <= low)
-    end = min(number for number, tick in enumerate(fine) if tick >= high)
+    begin = max(i for i, tick in enumerate(fine) if tick <= low)
+    end = min(i for i, tick in enumerate(fine) if tick >= high)
     if end - begin <= _MOST_TICKS:
         return fine[begin : end + 1]
     step = math.ceil((last - first) / _MOST_TICKS)

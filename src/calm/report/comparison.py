@@ -61,7 +61,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
-    write_figures(asdict(comparison, dict_factory=_of_figures), path.with_suffix(".json"))
+    write_figures(asdict(comparison, dict_factory=_json_fields), path.with_suffix(".json"))
     groups = []
     for name, title, text, panels in _plots(comparison):
         write_png(panels, path.with_name(f"{path.stem}_{name}.png"))
@@ -75,7 +75,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         figures=[brier_figure(result.card, name) for name, result in models],
         names=names,
         results=models,
-        scores=_on_page(_scores(comparison, names)),
+        scores=_for_page(_scores(comparison, names)),
         costs=_table_of_costs(comparison, names),
         groups=groups,
         entries=legend_of(comparison),
@@ -132,26 +132,27 @@ def _scores(comparison: Comparison, names: Sequence[str]) -> Table:
     return Table(comparison.protocol, columns, rows).without_empty_columns()
 
 
-def _on_page(table: Table) -> Table:
+def _for_page(table: Table) -> Table:
+    """A table of the terminal, with the spaces that a page has room for."""
     return replace(table, rows=[list(map(spaced, row)) for row in table.rows])
 
 
 def _best(comparison: Comparison) -> ModelResult:
     """The best model among those that share their windows with the most others."""
 
-    def rank(one: ModelResult) -> tuple[int, float, float]:
-        brier = one.card.brier
+    def rank(result: ModelResult) -> tuple[int, float, float]:
+        brier = result.card.brier
         num_pairs = sum(_are_paired(brier, other.card.brier) for other in comparison.results)
         return num_pairs, brier.brier_lm, brier.means[0]  # Brier-1 ranks models whose BrierLM is undefined.
 
     return max(comparison.results, key=rank)
 
 
-def _are_paired(one: BrierResult, other: BrierResult) -> bool:
+def _are_paired(first: BrierResult, second: BrierResult) -> bool:
     """Whether two scores are on the same windows."""
-    if one.documents is None or other.documents is None:
+    if first.documents is None or second.documents is None:
         return False
-    return one.documents.pairs_with(other.documents)
+    return first.documents.pairs_with(second.documents)
 
 
 def _difference(result: BrierResult, best: BrierResult) -> str:
@@ -165,7 +166,7 @@ def _difference(result: BrierResult, best: BrierResult) -> str:
     return with_error(*brier_lm_difference(result.documents, best.documents), sign="+").replace(" ", "")
 
 
-def _of_figures(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _json_fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """Fields for the JSON file, without per-document sums and recipes."""
     values = {name: value for name, value in items if name not in ("documents", "recipe")}
     if (date := values.get("date")) is not None:
@@ -192,7 +193,7 @@ def _costs(comparison: Comparison) -> list[list[str]]:
     """Per model: parameters, tokens reconstructed, perplexity, costs of training and generation, draws."""
     rows = []
     for result in comparison.results:
-        card, cold = result.card, result.at(comparison.temperature)
+        card, low = result.card, result.at(comparison.temperature)
         rows.append(
             [
                 short(result.parameters),
@@ -201,8 +202,8 @@ def _costs(comparison: Comparison) -> list[list[str]]:
                 short(result.training_flops) if result.training_flops is not None else "",
                 duration(result.seconds) if result.seconds is not None else "",
                 short(result.at(1.0).flops),
-                short(cold.flops),
-                f"{cold.draws:.0f}",
+                short(low.flops),
+                f"{low.draws:.0f}",
             ]
         )
     return rows

@@ -22,24 +22,24 @@ def panels_of_run(history: History, card: Scorecard, has_loss_in_nats: bool = Tr
         card: The final scores.
         has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.
     """
-    first, second = (history.get(stage, []) for stage in (AUTOENCODER, LANGUAGE_MODEL))
+    autoencoder, model = (history.get(stage, []) for stage in (AUTOENCODER, LANGUAGE_MODEL))
     accuracy = {
-        "tokens": _points(first, "eval_token_accuracy"),
-        "chunks": _points(first, "eval_chunk_accuracy"),
+        "tokens": _points(autoencoder, "eval_token_accuracy"),
+        "chunks": _points(autoencoder, "eval_chunk_accuracy"),
     }
     nats = "nats per token"
     loss = f"loss ({nats})" if card.perplexity is not None and has_loss_in_nats else "loss of the head"
-    scores, score, floors = _scores_on_the_way(second, card)
-    score_label = score if score == "BrierLM" else f"{score} (%)"
+    scores, metric, floors = _scores_during_training(model, card)
+    metric_label = metric if metric == "BrierLM" else f"{metric} (%)"
     panels = [
-        ("Autoencoder: training loss", "loss (nats per chunk)", {"": _points(first, "loss")}, {}),
+        ("Autoencoder: training loss", "loss (nats per chunk)", {"": _points(autoencoder, "loss")}, {}),
         ("Autoencoder: reconstruction of held-out text", "reconstructed exactly (%)", accuracy, {}),
-        ("Language model: training loss", loss, {"": _points(second, "loss")}, {}),
-        (f"Language model: {score}", score_label, {"this model": scores}, floors),
+        ("Language model: training loss", loss, {"": _points(model, "loss")}, {}),
+        (f"Language model: {metric}", metric_label, {"this model": scores}, floors),
         (
             "Language model: cross-entropy of held-out text",
             f"cross-entropy ({nats})",
-            {"": _points(second, "eval_cross_entropy")},
+            {"": _points(model, "eval_cross_entropy")},
             {},
         ),
     ]
@@ -65,10 +65,10 @@ def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[key]) for entry in log if key in entry]
 
 
-def _scores_on_the_way(
+def _scores_during_training(
     log: list[dict[str, Any]], card: Scorecard
 ) -> tuple[list[tuple[float, float]], str, dict[str, float]]:
-    """Scores during training, their name, and n-gram scores: BrierLM if defined at the end, else Brier-1."""
+    """Scores during training, the metric, and n-gram scores: BrierLM if defined at the end, else Brier-1."""
     points = _points(log, "eval_brier_lm")
     if card.brier.undefined or not points or not points[-1][1] > 0:
         floors = {name: floor.as_metrics()["brier_1"] for name, floor in card.floors.items()}

@@ -39,7 +39,7 @@ class Provenance:
 
 
 def here_and_now(num_devices: int = 1) -> Provenance:
-    """The provenance of what this process computes now, or several processes with a device each."""
+    """The provenance of what this process computes now, or of several processes with a device each."""
     return Provenance(
         date=datetime.datetime.now().astimezone(),
         hardware=f"{num_devices} x {device_name()}" if num_devices > 1 else device_name(),
@@ -78,8 +78,8 @@ class RunFacts:
         model: Description of the model, such as "CALM, K = 4, energy head".
         parameters: Number of parameters by part.
         stages: Costs of the stages that were trained, in order.
-        has_trained_autoencoder: Whether it has a trained autoencoder, from this run or elsewhere; fixed codes
-            are lossless.
+        has_trained_autoencoder: Whether it has a trained autoencoder, from this run or another, rather than
+            fixed codes, which are lossless.
         provenance: When, where and with what it was trained; empty if unknown.
         teacher: Description of the teacher the language model was distilled from; None without one.
         has_loss_in_nats: Whether the loss of a language model with a perplexity is its cross-entropy.

@@ -54,11 +54,11 @@ def _values_of_brier(result: BrierResult) -> dict[str, Any]:
 
 
 def values_of_costs(
-    one: Cost, many: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
+    cost: Cost, with_draws: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
 ) -> dict[str, Any]:
     """The values of `print_costs`: parameters and FLOPs per token by part, and FLOPs of thoughts."""
-    values: dict[str, Any] = {**asdict(one), "draws": draws}
-    values |= {} if many is None else {"inference_with_draws": many.inference}
+    values: dict[str, Any] = {**asdict(cost), "draws": draws}
+    values |= {} if with_draws is None else {"inference_with_draws": with_draws.inference}
     return values if thoughts is None else {**values, "thoughts": asdict(thoughts)}
 
 

@@ -22,8 +22,8 @@ def model_name(chunk_size: int, head: str | None, *, with_head: bool = True) -> 
 
 def names_of(results: Sequence[ModelResult]) -> list[str]:
     """Unique names: with the head if there are several, and the run if names would otherwise be equal."""
-    several = len({result.head for result in results if result.head is not None}) > 1
-    names = [model_name(result.chunk_size, result.head, with_head=several) for result in results]
+    heads = {result.head for result in results if result.head is not None}
+    names = [model_name(r.chunk_size, r.head, with_head=len(heads) > 1) for r in results]
     count = Counter(names)
     return [
         f"{name} ({result.name})" if count[name] > 1 else name

@@ -52,13 +52,9 @@ class Table:
 
     def without_empty_columns(self) -> "Table":
         """The table without number columns that are empty in every row."""
-        kept = [
-            place
-            for place in range(len(self.columns))
-            if place < self.num_names or any(row[place] for row in self.rows)
-        ]
-        columns = [self.columns[place] for place in kept]
-        return replace(self, columns=columns, rows=[[row[place] for place in kept] for row in self.rows])
+        kept = [i for i in range(len(self.columns)) if i < self.num_names or any(row[i] for row in self.rows)]
+        columns = [self.columns[i] for i in kept]
+        return replace(self, columns=columns, rows=[[row[i] for i in kept] for row in self.rows])
 
 
 def page_of(template: str, **values: Any) -> str:

@@ -22,8 +22,8 @@ from calm.report.names import named
 from calm.report.palette import LIGHT
 from calm.report.panels import Panel
 
-_FEWEST_CHECKPOINTS = 3  # Two always lie on a line.
-_LONG = 7200  # Times above this many seconds are shown in hours.
+_MIN_CHECKPOINTS = 3  # Two always lie on a line.
+_LONG = 7200  # Longer times, in seconds, are shown in hours.
 
 
 def metric_of(comparison: Comparison) -> str:
@@ -41,14 +41,14 @@ class _Cost:
         label: Its unit.
         of: The cost of a model; None if unknown.
         is_linear: Whether its axis is linear from 0 instead of logarithmic.
-        on_the_way: Whether to also plot the checkpoints of each model.
+        with_checkpoints: Whether to also plot the checkpoints of each model.
     """
 
     title: str
     label: str
     of: Callable[[ModelResult], float | None]
     is_linear: bool = False
-    on_the_way: bool = False
+    with_checkpoints: bool = False
 
 
 def cost_panels(comparison: Comparison) -> list[Panel]:
@@ -58,10 +58,10 @@ def cost_panels(comparison: Comparison) -> list[Panel]:
     """
     longest = max((result.seconds or 0 for result in comparison.results), default=0)
     unit, length = ("hours", 3600) if longest > _LONG else ("minutes", 60)
-    is_all = not any(result.excluded for result in comparison.results)
-    included = "autoencoder included" if is_all else "what a run trained"
+    is_complete = not any(result.excluded for result in comparison.results)
+    included = "autoencoder included" if is_complete else "what a run trained"
     costs = [
-        _Cost("Training FLOPs", f"FLOPs, {included}", lambda r: r.training_flops, on_the_way=True),
+        _Cost("Training FLOPs", f"FLOPs, {included}", lambda r: r.training_flops, with_checkpoints=True),
         _Cost(
             "Training time",
             f"{unit}, {included}",
@@ -80,27 +80,27 @@ def cost_panels(comparison: Comparison) -> list[Panel]:
 
 
 def _draw_cost(comparison: Comparison, cost: _Cost, axis: Any) -> None:
-    metric, shown = metric_of(comparison), []
+    metric, costs = metric_of(comparison), []
     draw_floors(axis, {name: floor.as_metrics()[metric] for name, floor in comparison.floors.items()})
     for number, (name, result) in enumerate(named(comparison)):
         if not (x := cost.of(result)):
             continue
         brier, style = result.card.brier, series_style(number)
         y, error = brier.as_metrics()[metric], brier.as_errors().get(metric, math.nan)
-        passed = [
+        checkpoints = [
             (point.flops, getattr(point, metric))
             for point in result.checkpoints
-            if cost.on_the_way and getattr(point, metric) is not None
+            if cost.with_checkpoints and getattr(point, metric) is not None
         ]
-        if passed:
-            axis.plot(*zip(*passed, strict=True), color=style["color"], alpha=0.5)
+        if checkpoints:
+            axis.plot(*zip(*checkpoints, strict=True), color=style["color"], alpha=0.5)
         axis.errorbar([x], [y], yerr=[error], color=style["color"], fmt="none", capsize=3)
         axis.plot([x], [y], linestyle="", label=name, **style)
-        shown += [x, *(flops for flops, _ in passed)]
+        costs += [x, *(flops for flops, _ in checkpoints)]
     if cost.is_linear:
         spread_x(axis, cost.label, from_zero=True)
     else:
-        spread_log_x(axis, cost.label, shown)
+        spread_log_x(axis, cost.label, costs)
     axis.set_ylabel("BrierLM" if metric == "brier_lm" else "Brier-1 (%)")
 
 
@@ -134,8 +134,9 @@ def legend_of(comparison: Comparison) -> list[Entry]:
 
 def cross_entropy_panels(comparison: Comparison) -> list[Panel]:
     """BrierLM against cross-entropy over the checkpoints of each run that has both."""
-    known = any(_cross_entropies(result) for result in comparison.results)
-    return [Panel("Checkpoints of each run", partial(_draw_cross_entropies, comparison))] if known else []
+    if not any(_cross_entropies(result) for result in comparison.results):
+        return []
+    return [Panel("Checkpoints of each run", partial(_draw_cross_entropies, comparison))]
 
 
 def correlations(comparison: Comparison) -> list[str]:
@@ -164,5 +165,5 @@ def _cross_entropies(result: ModelResult) -> list[tuple[float, float]]:
         if point.cross_entropy is not None and point.brier_lm is not None
     ]
     # A correlation needs values that differ.
-    enough = len({x for x, _ in points}) >= _FEWEST_CHECKPOINTS and len({y for _, y in points}) > 1
-    return points if enough else []
+    is_enough = len({x for x, _ in points}) >= _MIN_CHECKPOINTS and len({y for _, y in points}) > 1
+    return points if is_enough else []

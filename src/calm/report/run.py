@@ -119,10 +119,8 @@ def brier_figure(card: Scorecard, name: str) -> Figure:
 
 
 def _scores(report: RunReport) -> Table:
-    name_of = {report.card.name: report.facts.model}
-    rows = [
-        [name_of.get(name, name), *map(spaced, cells_of(result))] for name, result in rows_of(report.card)
-    ]
+    names = {report.card.name: report.facts.model}
+    rows = [[names.get(name, name), *map(spaced, cells_of(result))] for name, result in rows_of(report.card)]
     return Table(caption_of(report.card), ["", *BRIER_COLUMNS], rows)
 
 
@@ -132,11 +130,11 @@ def _notes(card: Scorecard) -> list[str]:
         notes.append("The n-gram models were counted on the same training text.")
     if card.ceilings:
         notes.append("The ceiling is the score of the true next latents, decoded.")
-    if (back := card.reconstruction) is not None:
+    if (result := card.reconstruction) is not None:
         notes.append(
-            f"The autoencoder reconstructs {back.token_accuracy:.3%} of tokens and {back.chunk_accuracy:.3%} "
-            f"of chunks; from a draw of its posterior (standard deviation {back.posterior_std:.2f}), "
-            f"{back.token_accuracy_noisy:.3%} of tokens."
+            f"The autoencoder reconstructs {result.token_accuracy:.3%} of tokens and "
+            f"{result.chunk_accuracy:.3%} of chunks; from a draw of its posterior (standard deviation "
+            f"{result.posterior_std:.2f}), {result.token_accuracy_noisy:.3%} of tokens."
         )
     return notes
 

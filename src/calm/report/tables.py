@@ -21,17 +21,17 @@ def print_scorecard(card: Scorecard) -> None:
     """Print the scores of a model on held-out text."""
     console = Console()
     if card.reconstruction is not None:
-        rec = card.reconstruction
+        result = card.reconstruction
         console.print(
-            f"reconstruction  {rec.token_accuracy:.3%} of tokens, {rec.chunk_accuracy:.3%} of chunks "
-            f"(from a posterior draw: {rec.token_accuracy_noisy:.3%} of tokens)",
+            f"reconstruction  {result.token_accuracy:.3%} of tokens, {result.chunk_accuracy:.3%} of chunks "
+            f"(from a posterior draw: {result.token_accuracy_noisy:.3%} of tokens)",
             highlight=False,
         )
     if card.perplexity is not None:
-        per = card.perplexity
+        perplexity = card.perplexity
         console.print(
-            f"perplexity  {per.perplexity:.3f} ({per.cross_entropy:.4f} nats per token, "
-            f"{per.num_tokens:,} tokens){perplexities_of(card.floor_perplexities)}",
+            f"perplexity  {perplexity.perplexity:.3f} ({perplexity.cross_entropy:.4f} nats per token, "
+            f"{perplexity.num_tokens:,} tokens){perplexities_of(card.floor_perplexities)}",
             highlight=False,
         )
     console.print(caption_of(card), highlight=False)
@@ -52,8 +52,8 @@ def print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequen
 def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table for an 80-column terminal: cells wrap between words, and no word is truncated."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        words = [word for cell in (column, *(row[number] for row in rows)) for word in cell.split()]
+    for i, column in enumerate(columns):
+        words = [word for cell in (column, *(row[i] for row in rows)) for word in cell.split()]
         table.add_column(column, min_width=max(map(len, words), default=0))
     for row in rows:
         table.add_row(*row)
@@ -61,24 +61,24 @@ def narrow_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
 
 
 def print_costs(
-    title: str, one: Cost, many: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
+    title: str, cost: Cost, with_draws: Cost | None, draws: float, thoughts: CostOfThoughts | None = None
 ) -> None:
     """Print what a model costs, by part.
 
     Args:
         title: Heading of the table.
-        one: Cost with one draw per chunk.
-        many: Cost with the draws of low temperature; None for a model that never needs more than one.
+        cost: Cost with one draw per chunk.
+        with_draws: Cost with the draws of low temperature; None for a model that never needs more than one.
         draws: Number of draws at low temperature.
         thoughts: Cost that thoughts add to an answer; None without thoughts.
     """
     columns: dict[str, Mapping[str, float]] = {
-        "parameters": one.parameters,
-        "training": one.training,
-        "inference" if many is None else "inference, T = 1": one.inference,
+        "parameters": cost.parameters,
+        "training": cost.training,
+        "inference" if with_draws is None else "inference, T = 1": cost.inference,
     }
-    if many is not None:
-        columns[f"with {draws:g} draws"] = many.inference
+    if with_draws is not None:
+        columns[f"with {draws:g} draws"] = with_draws.inference
     table = Table("", *columns)
     for part in dict.fromkeys(part for column in columns.values() for part in column):
         table.add_row(part, *(short(column[part]) if part in column else "" for column in columns.values()))
@@ -88,9 +88,9 @@ def print_costs(
     console.print(title)
     console.print(table)
     if thoughts is not None:
-        many_thoughts = f"{thoughts.number:,} thought" + "s" * (thoughts.number != 1)
+        num_thoughts = f"{thoughts.number:,} thought" + "s" * (thoughts.number != 1)
         console.print(
-            f"a thought takes {short(thoughts.flops_of_one)}; {many_thoughts} and 2 markers add "
+            f"a thought takes {short(thoughts.flops_of_one)}; {num_thoughts} and 2 markers add "
             f"{short(thoughts.flops)} to an answer",
             soft_wrap=True,
         )
@@ -108,7 +108,7 @@ def costs_exclude(excluded: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
     """A sentence on each model with parts that were trained before its run.
 
     Args:
-        excluded: Names of models, and those parts.
+        excluded: The name of each model, and those parts.
     """
     return [
         f"The costs of {name} do not include the training of {' and of '.join(parts)}."

@@ -20,7 +20,7 @@ from calm.models.generation.batching import BatchLimits
 from calm.serving.bodies import read_body
 from calm.serving.endpoint import Endpoint
 from calm.serving.engine import Engine
-from calm.serving.errors import ApiError, own_mistake, quoted
+from calm.serving.errors import ApiError, internal_error, quoted
 from calm.serving.formats import ChatFormat, CompletionFormat
 from calm.serving.hosts import Hosts
 from calm.serving.intake import Intake
@@ -34,7 +34,7 @@ from calm.serving.writers import ChunkWriter, DraftedWriter
 
 logger = logging.getLogger(__name__)
 _NOT_FOUND = HTTPStatus.NOT_FOUND.phrase  # What the router says if no path matches.
-_MANY_TOKENS = 10_000  # From this many on, an answer is serialized off the event loop.
+_MANY_TOKENS = 10_000  # Answers of at least so many are serialized off the event loop.
 # Keeps proxies from buffering the stream.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -56,7 +56,7 @@ def create_app(
     engine = Engine(writer, limits, settings.max_waiting)
     metrics = Metrics(engine)
     intake = Intake(
-        *(max(most, settings.max_body) for most in (settings.max_bytes, settings.max_client_bytes))
+        max(settings.max_bytes, settings.max_body), max(settings.max_client_bytes, settings.max_body)
     )
     endpoint = Endpoint(engine, writer, tokenizer, settings, metrics)
 
@@ -74,12 +74,11 @@ def create_app(
     app.add_middleware(
         Watch, key=settings.api_key, hosts=Hosts(settings.allowed_hosts), intake=intake, metrics=metrics
     )
-    described = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
+    description = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "calm"}
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        alive = engine.is_alive
-        if alive:
+        if engine.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "stopped"}, 503, headers={"retry-after": "1"})
 
@@ -89,20 +88,20 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described]}
+        return {"object": "list", "data": [description]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         endpoint.check_name(name)
-        return described
+        return description
 
-    @app.post("/v1/completions", response_model=None, openapi_extra=_body_of(CompletionRequest))
+    @app.post("/v1/completions", response_model=None, openapi_extra=_openapi_body(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, settings.max_body, endpoint.readers)
         answer = await endpoint.complete(body, request.is_disconnected)
         return await _respond(endpoint, answer, body.stream, request)
 
-    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_of(ChatRequest))
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_openapi_body(ChatRequest))
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest, settings.max_body, endpoint.readers)
         answer = await endpoint.chat(body, request.is_disconnected)
@@ -111,20 +110,20 @@ def create_app(
     if isinstance(model, DraftedWriter):  # Pools, and the page that shows them, need chunks.
         return app
 
-    @app.post("/v1/calm/pool", openapi_extra=_body_of(PoolRequest))
+    @app.post("/v1/calm/pool", openapi_extra=_openapi_body(PoolRequest))
     async def pool(request: Request) -> Response:
         body = await read_body(request, PoolRequest, settings.max_body, endpoint.readers)
-        is_gone = request.is_disconnected
-        found = await describe_pool(endpoint, body, settings, is_gone)
-        return await endpoint.readers.run(lambda: JSONResponse(found), is_gone)
+        candidates = await describe_pool(endpoint, body, settings, request.is_disconnected)
+        return await endpoint.readers.run(lambda: JSONResponse(candidates), request.is_disconnected)
 
     add_playground(app, model.config, tokenizer.chat_template is not None, settings)
     return app
 
 
-def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+def _openapi_body(model: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI description of a body."""
-    schema = {"$id": model.__name__, **model.model_json_schema()}  # Its references are relative to this.
+    # References inside the schema are relative to its $id.
+    schema = {"$id": model.__name__, **model.model_json_schema()}
     return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
 
@@ -133,36 +132,36 @@ async def _respond(
 ) -> Response:
     """The response, as one object or as server-sent events."""
     if not is_stream:
-        whole = await answer.whole(request.is_disconnected)
-        if whole is None:
+        content = await answer.response(request.is_disconnected)
+        if content is None:
             return Response(status_code=499)
-        if whole["usage"]["completion_tokens"] < _MANY_TOKENS:
-            return JSONResponse(whole)
-        return await endpoint.readers.run(lambda: JSONResponse(whole), request.is_disconnected)
-    events = _events(answer, request.scope["request_id"])
+        if content["usage"]["completion_tokens"] < _MANY_TOKENS:
+            return JSONResponse(content)
+        return await endpoint.readers.run(lambda: JSONResponse(content), request.is_disconnected)
+    events = _server_sent_events(answer, request.scope["request_id"])
     return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _events(answer: CompletionFormat | ChatFormat, request_id: str) -> AsyncIterator[str]:
-    """Each part as an event; so is an error in the middle."""
+async def _server_sent_events(answer: CompletionFormat | ChatFormat, request_id: str) -> AsyncIterator[str]:
+    """The events of an answer as text; an error in the middle becomes an event as well."""
     try:
-        async for piece in answer.pieces():
-            yield f"data: {json.dumps(piece, ensure_ascii=False)}\n\n"
+        async for event in answer.events():
+            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
     except Exception:
         logger.exception("request %s failed", request_id)
-        yield f"data: {json.dumps(own_mistake(request_id).body)}\n\n"
+        yield f"data: {json.dumps(internal_error(request_id).body)}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def of_ours(_: Request, error: ApiError) -> JSONResponse:
+    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
         path = quoted(request.scope["path"])
         if error.status_code == 404 and error.detail == _NOT_FOUND:
             return ApiError(f"there is nothing at '{path}'; the API is at /v1.", 404).response()
@@ -173,5 +172,5 @@ def _add_errors(app: FastAPI) -> None:
         allowed = {"allow": ", ".join(sorted(methods))}
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=allowed)
-        said = ApiError(f"'{path}' does not accept {quoted(request.method)}; use {allowed['allow']}.", 405)
-        return JSONResponse(said.body, said.status, headers=allowed)
+        refusal = ApiError(f"'{path}' does not accept {quoted(request.method)}; use {allowed['allow']}.", 405)
+        return JSONResponse(refusal.body, refusal.status, headers=allowed)

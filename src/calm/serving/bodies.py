@@ -1,4 +1,4 @@
-"""Request bodies: JSON objects that fit a pydantic model, whatever their content type."""
+"""Request bodies: JSON objects, validated with a pydantic model, whatever their content type."""
 
 import codecs
 import json
@@ -9,40 +9,40 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
-from calm.serving.errors import ApiError, json_type, of_validation
+from calm.serving.errors import ApiError, json_type, validation_error
 from calm.serving.readers import Readers
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_LONG = 1 << 15  # Bytes from which on a body is parsed off the event loop.
+_LONG_BODY = 1 << 15  # Bodies of at least so many bytes are parsed off the event loop.
 
 
-async def read_body(request: Request, model: type[_Model], most_bytes: int, readers: Readers) -> _Model:
+async def read_body(request: Request, model: type[_Model], max_bytes: int, readers: Readers) -> _Model:
     """Read and validate the body of a request.
 
     Args:
         request: The request.
-        model: The pydantic model that the body must fit.
-        most_bytes: Maximum length.
-        readers: Their thread parses long bodies.
+        model: The pydantic model to validate it with.
+        max_bytes: Maximum length.
+        readers: Parse long bodies in their thread.
 
     Raises:
-        ApiError: If it is from a page of another origin, too long, not a JSON object, or does not fit.
+        ApiError: If it is from a page of another origin, too long, not a JSON object, or invalid.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     _check_origin(request, content_type)
     if content_type.startswith("multipart/"):
         raise ApiError("the body is multipart form data; send a JSON object.")
-    raw = await _read(request, most_bytes)
-    if len(raw) < _LONG:
-        return _fit(raw, model)
-    return await readers.run(lambda: _fit(raw, model), request.is_disconnected)
+    raw = await _read_bytes(request, max_bytes)
+    if len(raw) < _LONG_BODY:
+        return _validate(raw, model)
+    return await readers.run(lambda: _validate(raw, model), request.is_disconnected)
 
 
-def _fit(raw: bytes, model: type[_Model]) -> _Model:
+def _validate(raw: bytes, model: type[_Model]) -> _Model:
     try:
         return model.model_validate(parse_object(raw))
     except ValidationError as error:
-        raise of_validation(error) from error
+        raise validation_error(error) from error
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raw: Its bytes, in UTF-8, with or without a byte order mark.
 
     Raises:
-        ApiError: If it is not one.
+        ApiError: If the bytes are anything else.
     """
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw.strip():
@@ -67,18 +67,18 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError(_why_no_json(str(error))) from error
+        raise ApiError(_json_error(str(error))) from error
     if not isinstance(body, dict):
         raise ApiError(f"the body is {json_type(body)}; send a JSON object.")
     return body
 
 
-def _why_no_json(said: str) -> str:
-    if "hex escape" in said:
+def _json_error(reason: str) -> str:
+    if "hex escape" in reason:
         return "a string in the body has a lone surrogate or an incomplete escape; remove it."
-    if "recursion" in said:
+    if "recursion" in reason:
         return "the body is nested too deeply; send a flat JSON object."
-    return f"the body is not valid JSON ({said}); send a JSON object."
+    return f"the body is not valid JSON ({reason}); send a JSON object."
 
 
 def _check_origin(request: Request, content_type: str) -> None:
@@ -90,8 +90,8 @@ def _check_origin(request: Request, content_type: str) -> None:
     origin = request.headers.get("origin")
     if origin is None or content_type == "application/json":
         return
-    own = f"{request.scope['scheme']}://{request.headers.get('host', '')}"
-    if origin.lower() != own.lower():
+    server_origin = f"{request.scope['scheme']}://{request.headers.get('host', '')}"
+    if origin.lower() != server_origin.lower():
         raise ApiError(
             "cross-origin requests must have the content type application/json.",
             403,
@@ -99,18 +99,18 @@ def _check_origin(request: Request, content_type: str) -> None:
         )
 
 
-async def _read(request: Request, most_bytes: int) -> bytes:
+async def _read_bytes(request: Request, max_bytes: int) -> bytes:
     if (request.headers.get("content-encoding") or "identity").lower() != "identity":
         raise ApiError("the body is compressed; send it uncompressed, without content-encoding.", 415)
-    too_long = ApiError(f"the body exceeds the limit of {most_bytes} bytes; shorten it.", 413)
+    too_long = ApiError(f"the body exceeds the limit of {max_bytes} bytes; shorten it.", 413)
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > most_bytes:
+    if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_long
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > most_bytes:
+            if size > max_bytes:
                 raise too_long
             parts.append(part)
     except ClientDisconnect as error:

@@ -41,17 +41,17 @@ class ConnectionLimits:
         header_seconds: Time limit for the headers of a request.
         body_seconds: Time limit for its body.
         write_seconds: How long a client may leave a response unread.
-        most: Maximum connections.
+        max_connections: Maximum connections.
         spare: Further connections that are told why they are closed.
-        most_of_client: Maximum connections from one address.
+        max_client_connections: Maximum connections from one address.
     """
 
     header_seconds: float
     body_seconds: float
     write_seconds: float
-    most: int
+    max_connections: int
     spare: int
-    most_of_client: int
+    max_client_connections: int
 
 
 def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uvicorn.Config:
@@ -62,49 +62,49 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uv
         settings: Settings and limits.
         **options: Further arguments of `uvicorn.Config`.
     """
-    most, spare = affordable_connections(settings.max_connections)
+    max_connections, spare = affordable_connections(settings.max_connections)
     limits = ConnectionLimits(
-        settings.header_seconds,
-        settings.body_seconds,
-        settings.write_seconds,
-        most,
-        spare,
-        settings.max_client_connections,
+        header_seconds=settings.header_seconds,
+        body_seconds=settings.body_seconds,
+        write_seconds=settings.write_seconds,
+        max_connections=max_connections,
+        spare=spare,
+        max_client_connections=settings.max_client_connections,
     )
     protocol = type("LimitedConnection", (Connection,), {"limits": limits})
-    fixed = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _SECONDS_TO_FINISH}
-    return uvicorn.Config(app, **{**fixed, **options}, http=protocol, ws="none", backlog=spare)
+    defaults = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _SECONDS_TO_FINISH}
+    return uvicorn.Config(app, **{**defaults, **options}, http=protocol, ws="none", backlog=spare)
 
 
-def affordable_connections(wanted: int) -> tuple[int, int]:
-    """As many of the wanted connections as file descriptors allow, and how many more to accept and refuse.
+def affordable_connections(requested: int) -> tuple[int, int]:
+    """How many of the requested connections file descriptors allow, and how many more to accept and refuse.
 
-    The limit on descriptors is raised if possible. The listen backlog is as long as the second number, since
-    all of it may be accepted before one can be refused.
+    The limit on descriptors is raised if possible. The second number is also the length of the listen
+    backlog, since all of it may be accepted before one connection can be refused.
     """
     try:
         import resource  # noqa: PLC0415 (not on Windows)
     except ImportError:
-        return wanted, _SPARE
-    needed = _open_files() + _OTHER_FILES + wanted + 2 * _SPARE
+        return requested, _SPARE
+    needed = _open_files() + _OTHER_FILES + requested + 2 * _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        most = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        raised = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
         except (ValueError, OSError):
             logger.debug("the file descriptor limit cannot be raised")
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted, _SPARE
-    free = wanted + 2 * _SPARE - (needed - soft)
+        return requested, _SPARE
+    free = requested + 2 * _SPARE - (needed - soft)
     affordable = max(1, free // 2, free - 2 * _SPARE)
     spare = max(1, (free - affordable) // 2)
     logger.warning(
         "the limit is %d open files, so at most %d connections are accepted; raise 'ulimit -n' for %d.",
         soft,
         affordable,
-        wanted,
+        requested,
     )
     return affordable, spare
 
@@ -120,28 +120,29 @@ class Connection(H11Protocol):
     """A connection with time limits."""
 
     limits: ConnectionLimits
-    _clock: asyncio.TimerHandle | None = None  # For the request that is being read.
-    _clock_of: str | None = None
-    _write_clock: asyncio.TimerHandle | None = None
-    _is_refused = _has_begun = False
+    _timer: asyncio.TimerHandle | None = None  # For what is being read.
+    _phase: str | None = None  # What that is: "head" or "body" of a request, or the "rest" of a refused one.
+    _write_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
+    _has_received = False  # Whether any part of the current request has arrived.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, or refuse it with the reason."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # Pause as soon as the system's buffers are full.
-        if len(self.connections) > self.limits.most + self.limits.spare:
+        if len(self.connections) > self.limits.max_connections + self.limits.spare:
             transport.abort()
-        elif len(self.connections) > self.limits.most:
-            self._refuse(_too_many("all clients", self.limits.most))
-        elif self._number_of_client() > self.limits.most_of_client:
-            self._refuse(_too_many("one client", self.limits.most_of_client))
+        elif len(self.connections) > self.limits.max_connections:
+            self._refuse(_too_many("all clients", self.limits.max_connections))
+        elif self._num_client_connections() > self.limits.max_client_connections:
+            self._refuse(_too_many("one client", self.limits.max_client_connections))
         else:
-            self._time("head", self.limits.header_seconds, self._head_is_late)
+            self._start_timer("head", self.limits.header_seconds, self._on_head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers."""
-        self._time(None)
-        self._stop_write_clock()
+        self._stop_timer()
+        self._stop_write_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
@@ -149,44 +150,46 @@ class Connection(H11Protocol):
         """Receive a part of a request."""
         if self._is_refused:
             return
-        self._has_begun = True
+        self._has_received = True
         super().data_received(data)
-        self._look_at_request()
+        self._update_timer()
 
     def on_response_complete(self) -> None:
         """Get ready for the next request."""
-        self._has_begun = False
+        self._has_received = False
         super().on_response_complete()
-        self._look_at_request(is_idle=True)
+        self._update_timer(is_idle=True)
 
-    def _look_at_request(self, is_idle: bool = False) -> None:
-        """Start the timer for what is being read."""
+    def _update_timer(self, is_idle: bool = False) -> None:
+        """Start the timer for what is being read, or stop it."""
         state = self.conn.their_state
         if self._is_refused or self.transport.is_closing():
             return
         if state is h11.SEND_BODY:
-            self._time("body", self.limits.body_seconds, self._body_is_late)
+            self._start_timer("body", self.limits.body_seconds, self._on_body_timeout)
         elif state is h11.IDLE and not is_idle:  # uvicorn closes connections that are idle between requests.
-            self._time("head", self.limits.header_seconds, self._head_is_late)
+            self._start_timer("head", self.limits.header_seconds, self._on_head_timeout)
         else:
-            self._time(None)
+            self._stop_timer()
 
-    def _time(self, what: str | None, seconds: float = 0, late: Callable[[], None] | None = None) -> None:
-        """Start the timer for something, unless it is running, and stop any other."""
-        if what == self._clock_of:
-            return
-        if self._clock is not None:
-            self._clock.cancel()
-        self._clock = None if late is None else self.loop.call_later(seconds, late)
-        self._clock_of = what
+    def _start_timer(self, phase: str, seconds: float, on_timeout: Callable[[], None]) -> None:
+        """Start the timer of a phase, unless it is running, and stop that of any other."""
+        if phase != self._phase:
+            self._stop_timer()
+            self._phase, self._timer = phase, self.loop.call_later(seconds, on_timeout)
 
-    def _head_is_late(self) -> None:
-        if self._has_begun:
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._phase = self._timer = None
+
+    def _on_head_timeout(self) -> None:
+        if self._has_received:
             self._refuse(_too_slow("head", self.limits.header_seconds))
         else:
             self.transport.close()
 
-    def _body_is_late(self) -> None:
+    def _on_body_timeout(self) -> None:
         if self.cycle is None or self.cycle.response_started:
             self.transport.abort()
             return
@@ -197,13 +200,13 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """The client reads more slowly than we send: start the write timer."""
         super().pause_writing()
-        if self._write_clock is None:
-            self._write_clock = self.loop.call_later(self.limits.write_seconds, self._reset)
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.write_seconds, self._reset)
 
     def resume_writing(self) -> None:
         """The client has caught up: stop the write timer."""
         super().resume_writing()
-        self._stop_write_clock()
+        self._stop_write_timer()
 
     def _reset(self) -> None:
         """Reset the connection. A normal close would wait behind the data that the client does not read."""
@@ -214,16 +217,16 @@ class Connection(H11Protocol):
             )
         self.transport.abort()
 
-    def _stop_write_clock(self) -> None:
-        if self._write_clock is not None:
-            self._write_clock.cancel()
-            self._write_clock = None
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Respond to invalid HTTP; uvicorn calls this while it handles the error."""
-        self._refuse(self._why_no_http(sys.exc_info()[1]))
+        self._refuse(self._http_error(sys.exc_info()[1]))
 
-    def _why_no_http(self, error: BaseException | None) -> ApiError:
+    def _http_error(self, error: BaseException | None) -> ApiError:
         status = getattr(error, "error_status_hint", 400)
         if status == 431 and b"\n" not in self.conn.trailing_data[0]:
             return ApiError("the URL is too long; shorten it.", 414)
@@ -234,7 +237,7 @@ class Connection(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Send an error and close, after a while in which the client may still be sending."""
         self._is_refused = True
-        self._time(None)
+        self._stop_timer()
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             return
@@ -255,15 +258,15 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         self.transport.write(head + body)
-        self._time("rest", _SECONDS_TO_READ, self.transport.abort)
+        self._start_timer("rest", _SECONDS_TO_READ, self.transport.abort)
         try:
             self.transport.write_eof()
         except OSError:  # The client has left.
             self.transport.abort()
 
-    def _number_of_client(self) -> int:
-        own = _address(self)
-        return sum(_address(other) == own for other in self.connections)
+    def _num_client_connections(self) -> int:
+        address = _address(self)
+        return sum(_address(other) == address for other in self.connections)
 
     def shutdown(self) -> None:
         """Close the connection when the server stops."""
@@ -283,14 +286,14 @@ def _address(connection: Any) -> str:
     return str(address) if address.version == 4 else address.exploded[:19]
 
 
-def _too_slow(what: str, seconds: float) -> ApiError:
-    message = f"the {what} of the request took longer than {seconds:g} seconds."
+def _too_slow(part: str, seconds: float) -> ApiError:
+    message = f"the {part} of the request took longer than {seconds:g} seconds."
     return ApiError(message, 408, code="request_timeout")
 
 
-def _too_many(whose: str, most: int) -> ApiError:
+def _too_many(clients: str, limit: int) -> ApiError:
     return ApiError(
-        f"the limit of {most} connections from {whose} is reached; try again later.",
+        f"the limit of {limit} connections from {clients} is reached; try again later.",
         503,
         "server_error",
         code="too_many_connections",

@@ -13,7 +13,7 @@ from calm.errors import reason_of
 from calm.models.generation.batching import BatchLimits
 from calm.models.generation.rows import Failed, Row, Written
 from calm.models.thoughts import Thoughts
-from calm.serving.writers import HowToDraw, Writer
+from calm.serving.writers import AnySampler, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Job:
     """
 
     prompt: Sequence[int]
-    sampler: HowToDraw
+    sampler: AnySampler
     budget: int
     seed: int
     deliver: Callable[[Written | Exception], None]
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(eq=False)
-class Question:
+class Task:
     """Other work with the model, done in pieces between generation steps.
 
     Args:
@@ -63,11 +63,11 @@ class Question:
 
     pieces: Generator[None, None, Any]
     deadline: float = float("inf")
-    answer: Future = field(default_factory=Future, init=False)  # Cancelled by whoever stops waiting for it.
+    future: Future = field(default_factory=Future, init=False)  # Cancelled by whoever stops waiting for it.
 
-    def go_on(self) -> bool:
-        """Do a piece, unless the answer was cancelled; return whether there is more to do."""
-        if self.answer.cancelled():
+    def advance(self) -> bool:
+        """Do a piece, unless the future was cancelled; return whether there is more to do."""
+        if self.future.cancelled():
             self.pieces.close()
             return False
         try:
@@ -75,8 +75,8 @@ class Question:
                 raise TimeoutError("the answer took too long")
             next(self.pieces)
         except StopIteration as end:
-            found = end.value
-            self._settle(lambda: self.answer.set_result(found))
+            result = end.value
+            self._resolve(lambda: self.future.set_result(result))
         except Exception as error:
             self.fail(error)
         else:
@@ -84,13 +84,13 @@ class Question:
         return False
 
     def fail(self, error: Exception) -> None:
-        """End with an error instead of an answer."""
+        """End with an error instead of a result."""
         self.pieces.close()
-        self._settle(lambda: self.answer.set_exception(error))
+        self._resolve(lambda: self.future.set_exception(error))
 
-    def _settle(self, tell: Callable[[], None]) -> None:
-        if self.answer.set_running_or_notify_cancel():
-            tell()
+    def _resolve(self, set_outcome: Callable[[], None]) -> None:
+        if self.future.set_running_or_notify_cancel():
+            set_outcome()
 
 
 @dataclass
@@ -98,7 +98,7 @@ class EngineStatistics:
     """What the engine has done since it started."""
 
     steps: int = 0
-    rows_of_steps: int = 0
+    chunks: int = 0
     tokens: int = 0
     draws: int = 0
     seconds: float = 0.0
@@ -109,23 +109,18 @@ class Engine:
 
     Args:
         writer: The model to generate with; nothing else may use its models meanwhile.
-        limits: How much is held in memory and done at once, for all texts together.
+        limits: Limits on what is held in memory and done at once, for all texts together.
         max_waiting: Maximum number of texts in the queue.
     """
 
-    def __init__(
-        self,
-        writer: Writer,
-        limits: BatchLimits,
-        max_waiting: int = 256,
-    ) -> None:
+    def __init__(self, writer: Writer, limits: BatchLimits, max_waiting: int) -> None:
         self.statistics = EngineStatistics()
         self._writer, self._max_waiting = writer, max_waiting
         self._limits = limits
         self._batch = writer.new_batch(limits)
         self._rows: dict[Row, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._asked: deque[Question] = deque()
+        self._tasks: deque[Task] = deque()
         self._changed = threading.Condition()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="calm-engine", daemon=True)
@@ -148,13 +143,13 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Texts waiting for a place in the batch."""
+        """Texts waiting to be generated."""
         return len(self._waiting) + len(self._rows) - self.num_rows
 
     @property
-    def num_asked(self) -> int:
-        """Unanswered questions."""
-        return len(self._asked)
+    def num_tasks(self) -> int:
+        """Unfinished tasks."""
+        return len(self._tasks)
 
     @property
     def num_rows(self) -> int:
@@ -183,14 +178,14 @@ class Engine:
         with self._changed:
             for job in jobs:
                 job.is_cancelled = True
-            # Free their places in the queue at once.
+            # Make room in the queue at once.
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
             self._changed.notify()
 
-    def ask(
+    def submit_task(
         self, pieces: Callable[[Any], Generator[None, None, Any]], seconds: float = float("inf")
     ) -> Future:
-        """Have other work done with the model, piece by piece between generation steps.
+        """Queue other work with the model, which is done piece by piece between generation steps.
 
         Args:
             pieces: Takes the model, and returns a generator that does a piece of the work at each step and
@@ -201,76 +196,77 @@ class Engine:
             A future of the result; cancelling it ends the work at the next piece.
 
         Raises:
-            QueueFullError: If too many questions are waiting.
+            QueueFullError: If too many tasks are waiting.
             StoppingError: If the server is shutting down.
         """
-        question = Question(pieces(self._writer.model), time.monotonic() + seconds)
+        task = Task(pieces(self._writer.model), time.monotonic() + seconds)
         with self._changed:
             if self._is_stopping:
                 raise StoppingError("the server is shutting down.")
-            # Drop those that nobody waits for, which frees their places at once.
-            self._asked = deque(one for one in self._asked if not one.answer.cancelled())
-            if len(self._asked) >= self._max_waiting:
+            # Drop those that nobody waits for, which makes room at once.
+            self._tasks = deque(queued for queued in self._tasks if not queued.future.cancelled())
+            if len(self._tasks) >= self._max_waiting:
                 raise QueueFullError("too many requests are queued; try again later.")
-            self._asked.append(question)
+            self._tasks.append(task)
             self._changed.notify()
-        return question.answer
+        return task.future
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._loop()
         except Exception:
             logger.exception("the engine has failed and stopped")
-        finally:  # Nobody may wait for what will not come.
+        finally:  # Nobody may wait for a result that will never come.
             with self._changed:
                 self._is_stopping = True
             end = StoppingError("the server is shutting down.")
             self._fail_all(end)
-            for question in self._asked:
-                question.fail(end)
-            self._asked.clear()
+            for task in self._tasks:
+                task.fail(end)
+            self._tasks.clear()
 
-    def _work(self) -> None:
+    def _loop(self) -> None:
         while self._wait():
-            self._answer()
+            self._advance_task()
             started = time.perf_counter()
             try:
-                self._let_go()
-                self._let_in()
-                written = self._batch.step()
+                self._drop_rows()
+                self._admit_jobs()
+                results = self._batch.step()
             except Exception as error:
                 logger.exception("a generation step failed")
                 self._fail_all(error)
                 continue
-            self._count(written, time.perf_counter() - started)
-            for one in written:
-                self._hand_out(one)
+            self._count(results, time.perf_counter() - started)
+            for result in results:
+                self._deliver_row(result)
 
-    def _hand_out(self, one: Written | Failed) -> None:
-        job = self._rows[one.row]
-        if isinstance(one, Failed) or one.ended_by is not None:
-            del self._rows[one.row]
-        if isinstance(one, Failed):
-            logger.error("the generation of a text failed", exc_info=one.error)
-            _deliver(job, one.error)
+    def _deliver_row(self, result: Written | Failed) -> None:
+        job = self._rows[result.row]
+        if isinstance(result, Failed) or result.ended_by is not None:
+            del self._rows[result.row]
+        if isinstance(result, Failed):
+            logger.error("the generation of a text failed", exc_info=result.error)
+            _deliver(job, result.error)
         else:
-            _deliver(job, one)
+            _deliver(job, result)
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return False if the engine is stopping."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows or self._asked)
+            self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._rows or self._tasks)
             return not self._is_stopping
 
-    def _answer(self) -> None:
-        """Do one piece of one question per step, so that texts keep advancing."""
+    def _advance_task(self) -> None:
+        """Do one piece of one task per step, so that texts keep advancing."""
         with self._changed:
-            question = self._asked[0] if self._asked else None
-        if question is not None and not question.go_on():
+            task = self._tasks[0] if self._tasks else None
+        if task is not None and not task.advance():
             with self._changed:
-                self._asked = deque(one for one in self._asked if one is not question)
+                self._tasks = deque(queued for queued in self._tasks if queued is not task)
 
-    def _let_go(self) -> None:
+    def _drop_rows(self) -> None:
+        """Drop the rows whose texts were cancelled or take too long."""
         now = time.monotonic()
         for row, job in list(self._rows.items()):
             if job.is_cancelled or job.deadline < now:
@@ -279,7 +275,8 @@ class Engine:
                 if not job.is_cancelled:
                     _deliver(job, TimeoutError("the text took too long"))
 
-    def _let_in(self) -> None:
+    def _admit_jobs(self) -> None:
+        """Move texts from the queue to the batch."""
         # Twice as many as are generated at once: the others' prompts are prefilled together, ahead of time.
         while len(self._rows) < 2 * self._limits.max_rows:
             with self._changed:
@@ -311,18 +308,18 @@ class Engine:
             self._batch = self._writer.new_batch(self._limits)
 
     def _count(self, results: list[Written | Failed], seconds: float) -> None:
-        written = [one for one in results if isinstance(one, Written)]
-        self.statistics.steps += bool(written)
-        self.statistics.rows_of_steps += len(written)
-        self.statistics.tokens += sum(len(one.tokens) for one in written)
-        self.statistics.draws += sum(one.num_draws for one in written)
+        chunks = [result for result in results if isinstance(result, Written)]
+        self.statistics.steps += bool(chunks)
+        self.statistics.chunks += len(chunks)
+        self.statistics.tokens += sum(len(chunk.tokens) for chunk in chunks)
+        self.statistics.draws += sum(chunk.num_draws for chunk in chunks)
         self.statistics.seconds += seconds
 
 
-def _deliver(job: Job, what: Written | Exception) -> None:
+def _deliver(job: Job, result: Written | Exception) -> None:
     """Deliver a chunk or an error. The client may be gone, which must not affect other texts."""
     try:
-        job.deliver(what)
+        job.deliver(result)
     except Exception as error:
         logger.debug("a text could not be delivered (%s)", reason_of(error))
         job.is_cancelled = True

@@ -5,14 +5,14 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-_SECONDS_TO_WAIT = "1"  # The queue may have room by then.
+_RETRY_SECONDS = "1"  # The queue may have room by then.
 _HEADERS = {
     401: {"www-authenticate": "Bearer"},
-    429: {"retry-after": _SECONDS_TO_WAIT},
-    503: {"retry-after": _SECONDS_TO_WAIT},
+    429: {"retry-after": _RETRY_SECONDS},
+    503: {"retry-after": _RETRY_SECONDS},
 }
 _JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
-_LONGEST_QUOTE = 80
+_MAX_QUOTED_CHARACTERS = 80
 
 
 class ApiError(Exception):
@@ -22,7 +22,7 @@ class ApiError(Exception):
         message: What is wrong, and what to do.
         status: HTTP status.
         kind: Error type of the API.
-        param: The field at fault.
+        param: The field at fault, such as `messages[2].content`.
         code: Machine-readable error code.
     """
 
@@ -43,37 +43,37 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=_HEADERS.get(self.status))
 
 
-def own_mistake(request_id: str) -> ApiError:
+def internal_error(request_id: str) -> ApiError:
     """The error for a bug in the server."""
     return ApiError(f"internal server error; see {request_id} in the server log.", 500, kind="server_error")
 
 
-def at(place: str, message: str) -> ApiError:
-    """An error at a place in the body, such as `messages[2].content`."""
-    return ApiError(f"{place}: {message}", param=place)
+def error_at(param: str, message: str) -> ApiError:
+    """An error in a value of the body, which `param` locates."""
+    return ApiError(f"{param}: {message}", param=param)
 
 
-def of_validation(error: ValidationError) -> ApiError:
+def validation_error(error: ValidationError) -> ApiError:
     """The first validation error of a body, as one sentence."""
     first = error.errors(include_url=False)[0]
-    place = ""
+    param = ""
     for part in first["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" if place else quoted(part)
+        param += f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" if param else quoted(part)
     if first["type"] == "missing":
-        return ApiError(f"'{place}' is missing.", param=place)
+        return ApiError(f"'{param}' is missing.", param=param)
     if first["type"] == "extra_forbidden":
-        return ApiError(f"there is no argument '{place}'; leave it out.", param=place)
+        return ApiError(f"there is no argument '{param}'; leave it out.", param=param)
     if first["type"] == "model_type":
-        return at(place, f"must be an object, got {json_type(first['input'])}.")
+        return error_at(param, f"must be an object, got {json_type(first['input'])}.")
     if first["type"] == "too_long":
-        return at(place, f"may have at most {first['ctx']['max_length']} values.")
-    return at(place, f"{first['msg']}.")
+        return error_at(param, f"may have at most {first['ctx']['max_length']} values.")
+    return error_at(param, f"{first['msg']}.")
 
 
 def quoted(text: str) -> str:
-    """A text as error messages quote it: on one line, and truncated if it is long."""
-    shown = repr(text[:_LONGEST_QUOTE])[1:-1]
-    return shown if len(text) <= _LONGEST_QUOTE else f"{shown}..."
+    """A text as error messages quote it: on one line, truncated if it is long."""
+    shown = repr(text[:_MAX_QUOTED_CHARACTERS])[1:-1]
+    return shown if len(text) <= _MAX_QUOTED_CHARACTERS else f"{shown}..."
 
 
 def json_type(value: Any) -> str:

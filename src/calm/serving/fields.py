@@ -7,27 +7,27 @@ from typing import Any
 
 from calm.serving.errors import ApiError, json_type, quoted
 
-BOTH = ("/v1/completions", "/v1/chat/completions")
-COMPLETIONS, CHATS = BOTH
+PATHS = ("/v1/completions", "/v1/chat/completions")
+COMPLETIONS, CHATS = PATHS
 
 
 @dataclass(frozen=True)
 class Honoured:
-    """Does what the API says, on these paths."""
+    """Supported as the API defines it, on these paths."""
 
-    paths: tuple[str, ...] = BOTH
+    paths: tuple[str, ...] = PATHS
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """Accepts any value of a type, since it does not affect the text."""
+    """Any value of a type is accepted and ignored, since it does not affect the text."""
 
     type: type
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Not supported, for a reason, so only its defaults are accepted."""
+    """Not supported, for a reason: only its defaults are accepted."""
 
     reason: str
     defaults: tuple[Any, ...] = ()
@@ -38,7 +38,7 @@ class Refused:
         return " or ".join([*map(json.dumps, self.defaults), "null"])
 
 
-_NO_SCORES = "this model generates text in chunks, without token probabilities"
+_NO_PROBABILITIES = "this model generates text in chunks, without token probabilities"
 _NO_TOOLS = "this server has no tool calling"
 
 FIELDS: dict[str, Honoured | Ignored | Refused] = {
@@ -64,12 +64,12 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
     "prompt_cache_retention": Ignored(str),
     "parallel_tool_calls": Ignored(bool),
     # What needs token probabilities, and features that do not exist here.
-    "logprobs": Refused(_NO_SCORES, (False,)),
-    "top_logprobs": Refused(_NO_SCORES, (0,)),
-    "logit_bias": Refused(_NO_SCORES, ({},)),
-    "presence_penalty": Refused(_NO_SCORES, (0,)),
-    "frequency_penalty": Refused(_NO_SCORES, (0,)),
-    "best_of": Refused(_NO_SCORES, (1,)),
+    "logprobs": Refused(_NO_PROBABILITIES, (False,)),
+    "top_logprobs": Refused(_NO_PROBABILITIES, (0,)),
+    "logit_bias": Refused(_NO_PROBABILITIES, ({},)),
+    "presence_penalty": Refused(_NO_PROBABILITIES, (0,)),
+    "frequency_penalty": Refused(_NO_PROBABILITIES, (0,)),
+    "best_of": Refused(_NO_PROBABILITIES, (1,)),
     "suffix": Refused("text is only generated left to right", ("",)),
     "tools": Refused(_NO_TOOLS, ([],)),
     "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
@@ -88,16 +88,16 @@ FIELDS: dict[str, Honoured | Ignored | Refused] = {
 }
 
 
-def check_fields(given: Mapping[str, Any]) -> None:
+def check_fields(extra: Mapping[str, Any]) -> None:
     """Check the fields that the request's pydantic model does not have.
 
     Args:
-        given: These fields and their values.
+        extra: These fields and their values.
 
     Raises:
         ApiError: If a field does not exist, or asks for something unsupported.
     """
-    for name, value in given.items():
+    for name, value in extra.items():
         if name not in FIELDS:
             raise ApiError(f"there is no argument '{quoted(name)}'; leave it out.", param=quoted(name))
         if value is None:

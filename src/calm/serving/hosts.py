@@ -1,7 +1,7 @@
 """The host names that a server answers to.
 
 A web page can make its own host name resolve to any address (DNS rebinding). The browser then takes the
-server at that address for a part of the page's site, and the page can read all responses. But the Host header
+server at that address for part of the page's site, and the page can read all responses. But the Host header
 still has the page's name. The attack needs a host name, so IP addresses are always allowed.
 """
 
@@ -25,20 +25,20 @@ class Hosts:
             "*" for any name.
 
     Raises:
-        ValueError: If one is not a valid host name.
+        ValueError: If a name is not a valid host name.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        given = [name.strip().lower() for name in names]
-        for name in given:
-            if name != ANY and not is_name(name):
+        allowed = [name.strip().lower() for name in names]
+        for name in allowed:
+            if name != ANY and not is_host_name(name):
                 raise ValueError(
                     f"'{name}' is not a host name; give a name without scheme, port or path, such as "
                     "'example.org' or '*.example.org'."
                 )
-        self._takes_any = ANY in given
-        self._names = {name.rstrip(".") for name in (*given, "localhost", socket.gethostname().lower())}
-        self._ends = tuple(name[1:] for name in self._names if name.startswith("*."))
+        self._allows_any = ANY in allowed
+        self._names = {name.rstrip(".") for name in (*allowed, "localhost", socket.gethostname().lower())}
+        self._suffixes = tuple(name[1:] for name in self._names if name.startswith("*."))
 
     def check(self, host: str | None) -> None:
         """Raise ApiError for a Host header that is not this server's.
@@ -46,14 +46,14 @@ class Hosts:
         Args:
             host: The header; None if it is missing, though browsers always send it.
         """
-        if self._takes_any or host is None:
+        if self._allows_any or host is None:
             return
-        found = _HOST.fullmatch(host.strip().lower())
-        name = found["name"] if found else ""
-        is_own = bool(name) and (
-            _is_address(name) or name.rstrip(".") in self._names or name.rstrip(".").endswith(self._ends)
+        match = _HOST.fullmatch(host.strip().lower())
+        name = match["name"] if match else ""
+        is_allowed = bool(name) and (
+            _is_address(name) or name.rstrip(".") in self._names or name.rstrip(".").endswith(self._suffixes)
         )
-        if not is_own:
+        if not is_allowed:
             raise ApiError(
                 f"this server does not accept the host name '{quoted(host)}'; use its IP address, or start "
                 "it with --allowed_hosts.",
@@ -62,7 +62,7 @@ class Hosts:
             )
 
 
-def is_name(text: str) -> bool:
+def is_host_name(text: str) -> bool:
     """Whether a text is a host name, an IP address, or a pattern of host names."""
     return _is_address(text) or _NAME.fullmatch(text.lower()) is not None
 

@@ -1,4 +1,4 @@
-"""Limits on the bytes of requests in flight, of all clients together and of each one."""
+"""Limits on the bytes of requests in flight, of all clients together and of each client."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ class Intake:
     """Counts the bytes of each body, from when they arrive to the end of the response.
 
     Args:
-        most: Maximum bytes of all requests together.
-        most_of_client: Maximum bytes of the requests from one address.
+        max_bytes: Maximum bytes of all requests together.
+        max_client_bytes: Maximum bytes of the requests from one address.
     """
 
-    def __init__(self, most: int, most_of_client: int) -> None:
-        self._most, self._most_of_client = most, most_of_client
-        self._of_clients: Counter[str] = Counter()
+    def __init__(self, max_bytes: int, max_client_bytes: int) -> None:
+        self._max_bytes, self._max_client_bytes = max_bytes, max_client_bytes
+        self._bytes_by_client: Counter[str] = Counter()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all unanswered requests."""
-        return self._of_clients.total()
+        return self._bytes_by_client.total()
 
     @contextmanager
     def counted(self, scope: Scope, receive: Receive) -> Iterator[Receive]:
@@ -37,31 +37,31 @@ class Intake:
         Yields:
             A `receive` that counts them, and raises ApiError above a limit.
         """
-        client, taken = (scope.get("client") or ("",))[0], 0
+        client, received = (scope.get("client") or ("",))[0], 0
 
         async def count() -> Message:
-            nonlocal taken
+            nonlocal received
             message = await receive()
             size = len(message.get("body", b""))
-            for whose, kept, most in (
-                ("from this client", self._of_clients[client], self._most_of_client),
-                ("from all clients", self.num_bytes, self._most),
+            for source, total, limit in (
+                ("from this client", self._bytes_by_client[client], self._max_client_bytes),
+                ("from all clients", self.num_bytes, self._max_bytes),
             ):
-                if size and kept + size > most:
+                if size and total + size > limit:
                     raise ApiError(
-                        f"unanswered requests {whose} total {kept} bytes, and at most "
-                        f"{most} are allowed; try again later.",
+                        f"unanswered requests {source} total {total} bytes, and at most "
+                        f"{limit} are allowed; try again later.",
                         429,
                         "rate_limit_error",
                         code="too_many_bytes",
                     )
-            taken += size
-            self._of_clients[client] += size
+            received += size
+            self._bytes_by_client[client] += size
             return message
 
         try:
             yield count
         finally:
-            self._of_clients[client] -= taken
-            if not self._of_clients[client]:
-                del self._of_clients[client]
+            self._bytes_by_client[client] -= received
+            if not self._bytes_by_client[client]:
+                del self._bytes_by_client[client]

@@ -14,26 +14,26 @@ _LOGGERS = (
     "calm.serving.engine",
     "calm.serving.watch",
 )
-_MOST_KINDS = 100  # Kinds of lines per period; all others count as one kind.
+_MAX_KINDS = 100  # Kinds of lines per period; all others count as one kind.
 
 
 class FoldRepeats(logging.Filter):
-    """Passes a few lines of each kind per period; the next line that passes tells how many were dropped.
+    """Passes a few lines of each kind per period; the next line that passes says how many were dropped.
 
     Args:
-        most: Lines of a kind per period.
+        max_lines: Maximum lines of a kind per period.
         seconds: Length of a period.
         clock: Returns the time in seconds.
     """
 
     def __init__(
-        self, most: int = 20, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
+        self, max_lines: int = 20, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__()
-        self._most, self._seconds, self._clock = most, seconds, clock
+        self._max_lines, self._seconds, self._clock = max_lines, seconds, clock
         self._lock = threading.Lock()
-        self._began = clock()
-        self._numbers: dict[tuple[object, ...], int] = {}
+        self._period_start = clock()
+        self._counts: dict[tuple[object, ...], int] = {}
         self._folded: dict[tuple[object, ...], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -41,16 +41,16 @@ class FoldRepeats(logging.Filter):
         error = record.exc_info[0] if record.exc_info else None
         kind: tuple[object, ...] = (record.name, record.levelno, str(record.msg), error)
         with self._lock:
-            if self._clock() - self._began >= self._seconds:
-                self._began, self._numbers = self._clock(), {}
-            if kind not in self._numbers and len(self._numbers) >= _MOST_KINDS:
+            if self._clock() - self._period_start >= self._seconds:
+                self._period_start, self._counts = self._clock(), {}
+            if kind not in self._counts and len(self._counts) >= _MAX_KINDS:
                 kind = ()
-            self._numbers[kind] = number = self._numbers.get(kind, 0) + 1
-            if number > self._most:
+            self._counts[kind] = count = self._counts.get(kind, 0) + 1
+            if count > self._max_lines:
                 self._folded[kind] = self._folded.get(kind, 0) + 1
                 return False
             folded = self._folded.pop(kind, 0)
-            if len(self._folded) > 2 * _MOST_KINDS:
+            if len(self._folded) > 2 * _MAX_KINDS:
                 self._folded.clear()
         if folded:
             record.msg, record.args = f"{record.getMessage()} ({folded} more like this were not shown)", None

@@ -25,10 +25,10 @@ class Metrics:
             "calm_request_seconds", "From request to the end of its answer.", ["path"], registry=self.registry
         )
         self.prompt_tokens = Counter("calm_prompt_tokens", "Tokens of prompts.", registry=self.registry)
-        self.registry.register(_OfEngine(engine))
+        self.registry.register(_EngineCollector(engine))
 
 
-class _OfEngine(Collector):
+class _EngineCollector(Collector):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
@@ -38,7 +38,7 @@ class _OfEngine(Collector):
         yield GaugeMetricFamily("calm_texts_writing", "Texts in the batch.", self._engine.num_rows)
         yield GaugeMetricFamily("calm_texts_waiting", "Texts in the queue.", self._engine.num_waiting)
         yield CounterMetricFamily("calm_steps", "Steps of the batch.", counts.steps)
-        yield CounterMetricFamily("calm_chunks", "Chunks written.", counts.rows_of_steps)
+        yield CounterMetricFamily("calm_chunks", "Chunks written.", counts.chunks)
         yield CounterMetricFamily("calm_tokens", "Tokens written.", counts.tokens)
         yield CounterMetricFamily("calm_draws", "Draws of the head.", counts.draws)
         yield CounterMetricFamily("calm_step_seconds", "Time of all steps.", counts.seconds)

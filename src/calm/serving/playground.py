@@ -15,13 +15,13 @@ from calm.serving.settings import ServerSettings
 
 _FOLDER = resources.files("calm") / "serving" / "page"
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
-_PARTS = {
-    part.name: media_type
-    for part in _FOLDER.iterdir()
+_FILES = {
+    file.name: media_type
+    for file in _FOLDER.iterdir()
     for suffix, media_type in _MEDIA_TYPES.items()
-    if part.name.endswith(suffix)
+    if file.name.endswith(suffix)
 }
-PAGE_PATHS = ("/", "/page", *(f"/page/{name}" for name in _PARTS))
+PAGE_PATHS = ("/", "/page", *(f"/page/{name}" for name in _FILES))
 """Paths that need no key."""
 # The page loads nothing from elsewhere, and generated text cannot make it do so.
 _HEADERS = {
@@ -47,10 +47,10 @@ def add_playground(app: FastAPI, config: CalmConfig, has_chat: bool, settings: S
 
     @app.get("/page/{name}")
     async def part(name: str) -> Response:
-        if name not in _PARTS:
+        if name not in _FILES:
             raise HTTPException(404, "there is no such part of the page")
         text = (_FOLDER / name).read_text(encoding="utf-8")
-        return Response(text, media_type=_PARTS[name], headers=_HEADERS)
+        return Response(text, media_type=_FILES[name], headers=_HEADERS)
 
     @app.get("/page")
     async def about_the_model() -> dict[str, Any]:

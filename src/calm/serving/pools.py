@@ -12,8 +12,8 @@ from calm.serving.endpoint import Endpoint
 from calm.serving.engine import QueueFullError
 from calm.serving.errors import ApiError
 from calm.serving.protocol import PoolRequest
-from calm.serving.readers import IsGone, unless_gone
-from calm.serving.request_texts import of_queue
+from calm.serving.readers import IsGone, wait_for_result
+from calm.serving.request_texts import queue_error
 from calm.serving.settings import ServerSettings
 from calm.text.decoding import spell_tokens
 
@@ -38,10 +38,10 @@ async def describe_pool(
         raise ApiError(f"'num_draws' must be at most {settings.max_draws}.", param="num_draws")
     _check_temperatures(request.temperatures, num_draws)
     thoughts = endpoint.thoughts_for(request.num_thoughts)
-    prompt, written = await endpoint.readers.run(lambda: _read(endpoint, request, thoughts), is_gone)
+    prompt, written = await endpoint.readers.run(lambda: _read_tokens(endpoint, request, thoughts), is_gone)
     seed = secrets.randbits(31) if request.seed is None else request.seed
     try:
-        asked = endpoint.engine.ask(
+        future = endpoint.engine.submit_task(
             lambda model: draw_alternatives(
                 model,
                 prompt,
@@ -55,43 +55,45 @@ async def describe_pool(
             ),
             settings.seconds,
         )
-        pool = await unless_gone(asked, is_gone)
+        pool = await wait_for_result(future, is_gone)
     except QueueFullError as error:
-        raise of_queue(error) from error
+        raise queue_error(error) from error
     except TimeoutError as error:
         raise ApiError(f"{error}; ask for fewer draws.", 504, "server_error", code="timeout") from error
     return await endpoint.readers.run(lambda: _describe(endpoint, request, num_draws, pool), is_gone)
 
 
 def _check_temperatures(temperatures: list[float], num_draws: int) -> None:
-    """Raise ApiError for a temperature that so many draws are too few for, or that is out of range."""
-    try:  # With any counts it would raise the same.
+    """Raise ApiError for a temperature that is out of range, or needs more draws."""
+    try:  # Only the number of draws matters here, not what is drawn.
         for temperature in temperatures:
             distribution_of_pool(torch.tensor([num_draws]), temperature)
     except ValueError as error:
         raise ApiError(str(error), param="temperatures") from error
 
 
-def _read(endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None) -> tuple[list[int], list[int]]:
+def _read_tokens(
+    endpoint: Endpoint, request: PoolRequest, thoughts: Thoughts | None
+) -> tuple[list[int], list[int]]:
     """Check a request, and return the token ids of its prompt and those generated after it."""
     if request.messages is not None and request.prompt is None:
-        prompt, place = endpoint.tokens_of_chat(request.messages), "messages"
+        prompt, param = endpoint.tokenize_chat(request.messages), "messages"
     elif request.prompt is not None and request.messages is None:
-        prompt, place = endpoint.tokens_of(request.prompt), "prompt"
+        prompt, param = endpoint.tokenize(request.prompt), "prompt"
     else:
         raise ApiError(
             "a pool needs either 'prompt' or 'messages'; give exactly one of them.", param="prompt"
         )
-    size = endpoint.config.chunk_size
-    if len(request.written) % size:
-        raise ApiError(f"'written' must consist of whole chunks of {size} tokens.", param="written")
+    chunk_size = endpoint.config.chunk_size
+    if len(request.written) % chunk_size:
+        raise ApiError(f"'written' must consist of whole chunks of {chunk_size} tokens.", param="written")
     _check_chunk(endpoint, request.chunk)
-    written = endpoint.tokens_of(request.written, "written") if request.written else []
+    written = endpoint.tokenize(request.written, "written") if request.written else []
     room = endpoint.room_after([*prompt, *written], thoughts)
-    if room is not None and room < size:
+    if room is not None and room < chunk_size:
         raise ApiError(
             "the text leaves no room for another chunk in the context; shorten it.",
-            param=place,
+            param=param,
             code="context_length_exceeded",
         )
     return prompt, written
@@ -103,26 +105,26 @@ def _check_chunk(endpoint: Endpoint, chunk: list[int]) -> None:
         return
     config = endpoint.config
     eos_ids = ends_of(config)
-    is_whole = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
-    if not is_whole or len(chunk) > config.chunk_size or up_to_end(chunk, eos_ids) != tuple(chunk):
+    is_complete = len(chunk) == config.chunk_size or chunk[-1] in eos_ids
+    if not is_complete or len(chunk) > config.chunk_size or up_to_end(chunk, eos_ids) != tuple(chunk):
         raise ApiError(
             f"'chunk' must have {config.chunk_size} tokens, or fewer if it ends with an EOS token; no tokens "
             "may follow the end.",
             param="chunk",
         )
-    endpoint.tokens_of(chunk, "chunk")
+    endpoint.tokenize(chunk, "chunk")
 
 
 def _describe(endpoint: Endpoint, request: PoolRequest, num_draws: int, pool: Alternatives) -> dict[str, Any]:
     candidates = [
         {
-            "token_ids": list(one.tokens),
-            "tokens": spell_tokens(endpoint.readers.tokenizer, one.tokens),
-            "count": one.count,
-            "chances": one.chances,
-            **({} if one.probabilities is None else {"probabilities": one.probabilities}),
+            "token_ids": list(candidate.tokens),
+            "tokens": spell_tokens(endpoint.readers.tokenizer, candidate.tokens),
+            "count": candidate.count,
+            "chances": candidate.chances,
+            **({} if candidate.probabilities is None else {"probabilities": candidate.probabilities}),
         }
-        for one in pool.told
+        for candidate in pool.told
     ]
     return {
         "object": "calm.pool",

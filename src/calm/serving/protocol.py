@@ -12,16 +12,16 @@ from calm.serving.errors import ApiError
 from calm.serving.fields import check_fields
 from calm.serving.messages import read_messages
 from calm.serving.values import (
-    Chunk,
+    ChunkTokens,
     Count,
+    Integer,
     Number,
     Prompt,
     Prompts,
     Seed,
     Stops,
     ThoughtCount,
-    Whole,
-    Written,
+    WrittenTokens,
 )
 
 Messages = Annotated[
@@ -37,7 +37,9 @@ class _Body(BaseModel):
     def _leave_nulls_out(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {name: one for name, one in body.items() if one is not None or name not in cls.model_fields}
+        return {
+            name: value for name, value in body.items() if value is not None or name not in cls.model_fields
+        }
 
 
 class StreamOptions(_Body):
@@ -48,7 +50,7 @@ class StreamOptions(_Body):
     include_obfuscation: StrictBool = False  # Padding against eavesdroppers: accepted, but not added.
 
 
-def of_setting(error: ValueError) -> ApiError:
+def setting_error(error: ValueError) -> ApiError:
     """The ApiError for an unsupported sampling setting; it names the field."""
     names = ("num_draws", "max_draws", "top_p", "min_p", "sampler", "temperature")
     return ApiError(str(error), param=next((name for name in names if name in str(error)), None))
@@ -60,7 +62,7 @@ class SamplingRequest(_Body):
     model_config = ConfigDict(extra="allow")  # `check` refuses them with better messages than pydantic's.
     prompt_name: ClassVar[str]
     model: str
-    n: Whole = Field(1, ge=1, le=128)
+    n: Integer = Field(1, ge=1, le=128)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     stop: Stops = Field(default_factory=list)
@@ -75,16 +77,16 @@ class SamplingRequest(_Body):
     num_thoughts: ThoughtCount | None = None  # None for as many as the model was trained with.
     return_chunks: StrictBool = False
 
-    def check(self, most_draws: int) -> None:
+    def check(self, draws_limit: int) -> None:
         """Raise ApiError for unsupported fields and values.
 
         Args:
-            most_draws: Maximum draws per chunk that the server allows.
+            draws_limit: Maximum draws per chunk that the server allows.
         """
         check_fields(self.model_extra or {})
         for name in ("num_draws", "max_draws"):
-            if (getattr(self, name) or 0) > most_draws:
-                raise ApiError(f"'{name}' must be at most {most_draws}.", param=name)
+            if (getattr(self, name) or 0) > draws_limit:
+                raise ApiError(f"'{name}' must be at most {draws_limit}.", param=name)
 
     def chosen_seed(self) -> int:
         """The seed of the request, or a random one if it has none."""
@@ -101,22 +103,23 @@ class SamplingRequest(_Body):
         Raises:
             ApiError: If a value is out of range.
         """
-        chosen = temperature if self.temperature is None else self.temperature
-        if chosen > 1:
+        if self.temperature is not None:
+            temperature = self.temperature
+        if temperature > 1:
             raise ApiError(
-                f"'temperature' must be between 0 and 1 for a CALM, got {chosen:g}.", param="temperature"
+                f"'temperature' must be between 0 and 1 for a CALM, got {temperature:g}.", param="temperature"
             )
         try:
             return sampler_from(
-                sampler=self.sampler or default_sampler(head, chosen, self.top_p, self.min_p),
-                temperature=chosen,
+                sampler=self.sampler or default_sampler(head, temperature, self.top_p, self.min_p),
+                temperature=temperature,
                 num_draws=self.num_draws or draws,
                 max_draws=self.max_draws or draws,
                 top_p=self.top_p,
                 min_p=self.min_p,
             )
         except ValueError as error:
-            raise of_setting(error) from error
+            raise setting_error(error) from error
 
 
 class CompletionRequest(SamplingRequest):
@@ -135,12 +138,12 @@ class PoolRequest(_Body):
     model: str
     prompt: Prompt | None = None  # Either this
     messages: Messages | None = None  # or a chat.
-    written: Written = Field(default_factory=list)  # Token ids generated after it, in whole chunks.
-    chunk: Chunk = Field(default_factory=list)  # Returned in any case, even if it is never drawn.
+    written: WrittenTokens = Field(default_factory=list)  # Token ids generated after it, in whole chunks.
+    chunk: ChunkTokens = Field(default_factory=list)  # Returned in any case, even if it is never drawn.
     num_draws: Count | None = None  # None for as many as the server makes per chunk.
     num_thoughts: ThoughtCount | None = None  # Between the prompt and `written`.
     temperatures: list[Number] = Field(default_factory=lambda: [1.0], max_length=16)
-    most: Whole = Field(12, ge=1, le=1000)
+    most: Integer = Field(12, ge=1, le=1000)
     seed: Seed | None = None
 
 

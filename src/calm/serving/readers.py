@@ -1,4 +1,4 @@
-"""Threads for work that would block the event loop; it is cancelled when nobody waits for it any more."""
+"""Threads for work that would block the event loop, cancelled when nobody waits for it any more."""
 
 import asyncio
 import copy
@@ -14,11 +14,11 @@ from calm.serving.errors import ApiError
 IsGone = Callable[[], Awaitable[bool]]
 """Whether the client has left."""
 
-SECONDS_BETWEEN_LOOKS = 0.5  # Between checks that the client is still there.
+POLL_SECONDS = 0.5  # Between checks that the client is still there.
 _Result = TypeVar("_Result")
 
 
-async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float = float("inf")) -> _Result:
+async def wait_for_result(work: "Future[_Result]", is_gone: IsGone, seconds: float = float("inf")) -> _Result:
     """Wait for the result of some work, and cancel the work if nobody waits for it any more.
 
     Args:
@@ -31,7 +31,7 @@ async def unless_gone(work: "Future[_Result]", is_gone: IsGone, seconds: float =
     """
     result, deadline = asyncio.wrap_future(work), time.monotonic() + seconds
     try:
-        while not (await asyncio.wait({result}, timeout=SECONDS_BETWEEN_LOOKS))[0]:
+        while not (await asyncio.wait({result}, timeout=POLL_SECONDS))[0]:
             if time.monotonic() > deadline:
                 raise ApiError(
                     "the request took too long to read; try again later.", 504, "server_error", code="timeout"
@@ -52,17 +52,17 @@ class Readers:
     Args:
         tokenizer: The tokenizer, which is copied.
         max_waiting: Requests that may wait for their turn; more are refused.
-        seconds: Time limit of each, including its wait.
+        seconds: Time limit of a request, including its wait.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_waiting: int, seconds: float) -> None:
         self.tokenizer, self._seconds = copy.deepcopy(tokenizer), seconds
         self._max_waiting, self._num_waiting = max_waiting, 0
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="calm-reader")
-        self._spelling = ThreadPoolExecutor(1, thread_name_prefix="calm-speller")
+        self._request_thread = ThreadPoolExecutor(1, thread_name_prefix="calm-reader")
+        self._decoding_thread = ThreadPoolExecutor(1, thread_name_prefix="calm-speller")
 
     async def run(self, work: Callable[[], _Result], is_gone: IsGone) -> _Result:
-        """Run a function in the first thread.
+        """Run a function in the thread for requests.
 
         Args:
             work: The function.
@@ -77,22 +77,22 @@ class Readers:
                 "too many requests are queued; try again later.", 429, "rate_limit_error", code="queue_full"
             )
         try:
-            begun = self._reading.submit(work)
+            future = self._request_thread.submit(work)
         except RuntimeError as error:  # The thread has been stopped.
             raise ApiError(
                 "the server is shutting down.", 503, "server_error", code="shutting_down"
             ) from error
         self._num_waiting += 1
         try:
-            return await unless_gone(begun, is_gone, self._seconds)
+            return await wait_for_result(future, is_gone, self._seconds)
         finally:
             self._num_waiting -= 1
 
-    async def spell(self, work: Callable[[], _Result]) -> _Result:
-        """Run a function in the other thread, for a text that is being generated."""
-        return await asyncio.wrap_future(self._spelling.submit(work))
+    async def decode(self, work: Callable[[], _Result]) -> _Result:
+        """Run a function in the thread for decoding, for a text that is being generated."""
+        return await asyncio.wrap_future(self._decoding_thread.submit(work))
 
     def stop(self) -> None:
         """Start no more work."""
-        self._reading.shutdown(wait=False, cancel_futures=True)
-        self._spelling.shutdown(wait=False, cancel_futures=True)
+        self._request_thread.shutdown(wait=False, cancel_futures=True)
+        self._decoding_thread.shutdown(wait=False, cancel_futures=True)

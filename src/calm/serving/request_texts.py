@@ -13,19 +13,18 @@ from calm.models.generation.rows import Written
 from calm.models.thoughts import Thoughts
 from calm.serving.engine import Engine, Job, QueueFullError, StoppingError
 from calm.serving.errors import ApiError
-from calm.serving.readers import SECONDS_BETWEEN_LOOKS, IsGone, Readers
-from calm.serving.writers import HowToDraw
+from calm.serving.readers import POLL_SECONDS, IsGone, Readers
+from calm.serving.writers import AnySampler
 from calm.text.decoding import TextBuilder, spell_tokens
 
+_LONG_TEXT = 2000  # From this many tokens plus characters of stops on, a text is decoded off the event loop.
 
-def of_queue(error: QueueFullError) -> ApiError:
+
+def queue_error(error: QueueFullError) -> ApiError:
     """The ApiError for work that the engine did not accept; the client may try again later."""
     if isinstance(error, StoppingError):
         return ApiError(str(error), 503, "server_error", code="shutting_down")
     return ApiError(str(error), 429, "rate_limit_error", code="queue_full")
-
-
-_LONG_TEXT = 2000  # From this many tokens plus characters of stops on, a text is decoded off the event loop.
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Part:
     """A part of a text that can no longer change.
 
     Args:
-        index: Which text of the request.
+        index: Index of the text in the request.
         text: The new text.
         finish_reason: "stop" or "length" in the last part.
         chunks: What was sampled, if the request asks for it.
@@ -59,7 +58,7 @@ class RequestTexts:
         seed: Seed of the request.
         stops: Stop strings.
         seconds: Time limit for all of them.
-        readers: Their thread decodes long texts.
+        readers: Decode long texts in their thread.
         with_chunks: Whether parts include what was sampled.
         thoughts: Thoughts after each prompt, if any.
     """
@@ -68,7 +67,7 @@ class RequestTexts:
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Sequence[int]]
     copies: int
-    sampler: HowToDraw
+    sampler: AnySampler
     budget: int
     seed: int
     stops: Sequence[str]
@@ -84,16 +83,20 @@ class RequestTexts:
             for _ in range(self.copies)
         ]
         self._arrived: deque[tuple[int, Written | Exception]] = deque()
-        self._loop, self._is_awake, self._wakes_for_all = asyncio.get_running_loop(), asyncio.Event(), True
-        self._is_woken = False
+        self._loop, self._wakeup, self._wakes_on_every_chunk = (
+            asyncio.get_running_loop(),
+            asyncio.Event(),
+            True,
+        )
+        self._is_wakeup_scheduled = False
         self._deadline = time.monotonic() + self.seconds
         self._stop_length = sum(map(len, self.stops))
-        written: Counter[tuple[int, ...]] = Counter()  # So that equal prompts get different texts.
+        num_copies: Counter[tuple[int, ...]] = Counter()  # So that equal prompts get different texts.
         self._jobs: list[Job] = []
         for prompt in self.prompts:
-            words = tuple(prompt)
-            for copy in range(written[words], written[words] + self.copies):
-                deliver = self._delivery(len(self._jobs))
+            key = tuple(prompt)
+            for copy in range(num_copies[key], num_copies[key] + self.copies):
+                deliver = self._delivery_to(len(self._jobs))
                 self._jobs.append(
                     Job(
                         prompt,
@@ -106,16 +109,27 @@ class RequestTexts:
                         self.thoughts,
                     )
                 )
-            written[words] += self.copies
+            num_copies[key] += self.copies
+
+    @property
+    def number(self) -> int:
+        """Number of texts."""
+        return len(self._texts)
 
     @property
     def usage(self) -> dict[str, Any]:
         """Token counts so far, in the API's format; a thought counts as a completion token."""
-        read, made = sum(map(len, self.prompts)), sum(text.num_tokens for text in self._texts)
-        thought = len(self._texts) * (0 if self.thoughts is None else self.thoughts.number)
-        made += thought
-        usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-        return usage | ({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {})
+        num_prompt = sum(map(len, self.prompts))
+        num_thoughts = self.number * (0 if self.thoughts is None else self.thoughts.number)
+        num_completion = num_thoughts + sum(text.num_tokens for text in self._texts)
+        usage: dict[str, Any] = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        }
+        if num_thoughts:
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_thoughts}
+        return usage
 
     def submit(self) -> None:
         """Submit all texts to the engine.
@@ -126,113 +140,116 @@ class RequestTexts:
         try:
             self.engine.submit(self._jobs)
         except QueueFullError as error:
-            raise of_queue(error) from error
+            raise queue_error(error) from error
 
     def cancel(self) -> None:
         """Cancel all texts."""
         self.engine.cancel(self._jobs)
 
-    async def parts(self, is_gone: IsGone | None = None, as_it_comes: bool = True) -> AsyncIterator[Part]:
+    async def parts(self, is_gone: IsGone | None = None, incremental: bool = True) -> AsyncIterator[Part]:
         """Yield parts as they are generated; however this generator ends, the texts are cancelled.
 
         Args:
             is_gone: Awaited every half second: whether the client has left.
-            as_it_comes: Whether to wake up for every chunk. That takes time from the generating thread, so
-                a request for whole texts sleeps until one ends.
+            incremental: Whether to wake up for every chunk. That takes time from the generating thread, so a
+                request for whole texts sleeps until one ends.
 
         Raises:
             ApiError: If a text fails or takes too long.
         """
-        open_texts, looked = set(range(len(self._jobs))), time.monotonic()
-        self._wakes_for_all = as_it_comes or bool(self.stops)
+        unfinished, last_poll = set(range(self.number)), time.monotonic()
+        self._wakes_on_every_chunk = incremental or bool(self.stops)
         try:
-            while open_texts:
-                if is_gone is not None and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+            while unfinished:
+                if is_gone is not None and time.monotonic() - last_poll > POLL_SECONDS:
                     if await is_gone():
                         return
-                    looked = time.monotonic()
-                if time.monotonic() > self._deadline + SECONDS_BETWEEN_LOOKS:  # The client reads too slowly.
-                    raise _took_too_long("the answer took too long")
+                    last_poll = time.monotonic()
+                if time.monotonic() > self._deadline + POLL_SECONDS:  # The client reads too slowly.
+                    raise _timeout_error("the answer took too long")
                 try:
-                    await asyncio.wait_for(self._is_awake.wait(), SECONDS_BETWEEN_LOOKS)
+                    await asyncio.wait_for(self._wakeup.wait(), POLL_SECONDS)
                 except asyncio.TimeoutError:  # Not the built-in TimeoutError before Python 3.11.
                     continue
-                for index, piece in self._take():
-                    if index in open_texts:
-                        part = await self._part(index, piece)
+                for index, results in self._drain():
+                    if index in unfinished:
+                        part = await self._part(index, results)
                         if part.finish_reason is not None:
-                            open_texts.discard(index)
+                            unfinished.discard(index)
                         yield part
         finally:
             self.cancel()
 
-    def _take(self) -> list[tuple[int, list[Written | Exception]]]:
+    def _drain(self) -> list[tuple[int, list[Written | Exception]]]:
         """What has arrived; the chunks of a text are merged, unless each one is needed separately."""
         # Clear these first: whatever arrives from here on must set them again.
-        self._is_awake.clear()
-        self._is_woken = False
-        pieces: list[tuple[int, list[Written | Exception]]] = []
-        of_text: dict[int, list[Written | Exception]] = {}
+        self._wakeup.clear()
+        self._is_wakeup_scheduled = False
+        groups: list[tuple[int, list[Written | Exception]]] = []
+        latest: dict[int, list[Written | Exception]] = {}  # The last group of each text.
         while self._arrived:
-            index, what = self._arrived.popleft()
-            if index in of_text and not self.stops and not self.with_chunks:
-                of_text[index].append(what)
+            index, result = self._arrived.popleft()
+            if index in latest and not self.stops and not self.with_chunks:
+                latest[index].append(result)
             else:
-                of_text[index] = [what]
-                pieces.append((index, of_text[index]))
-        return pieces
+                latest[index] = [result]
+                groups.append((index, latest[index]))
+        return groups
 
-    async def _part(self, index: int, piece: list[Written | Exception]) -> Part:
+    async def _part(self, index: int, results: list[Written | Exception]) -> Part:
         """The part that some chunks add to a text.
 
         Raises:
             ApiError: If the text has failed.
         """
-        chunks = [_checked(what) for what in piece]
+        chunks = [_chunk_of(result) for result in results]
         builder, end = self._texts[index], chunks[-1].ended_by
-        tokens = [token for one in chunks for token in one.tokens]
+        tokens = [token for chunk in chunks for token in chunk.tokens]
         if builder.num_tokens + self._stop_length < _LONG_TEXT:
-            new = builder.add(tokens, end is not None)
+            text = builder.add(tokens, end is not None)
         else:
-            new = await self.readers.spell(lambda: builder.add(tokens, end is not None))
+            text = await self.readers.decode(lambda: builder.add(tokens, end is not None))
         reason = None
         if builder.is_stopped:
             self.engine.cancel([self._jobs[index]])
             reason = "stop"
         elif end is not None:
             reason = "stop" if end == "eos" else "length"
-        return Part(index, new, reason, [self._describe(one) for one in chunks] if self.with_chunks else [])
+        described = [self._describe(chunk) for chunk in chunks] if self.with_chunks else []
+        return Part(index, text, reason, described)
 
-    def _describe(self, written: Written) -> dict[str, Any]:
+    def _describe(self, chunk: Written) -> dict[str, Any]:
         return {
-            "token_ids": written.tokens,
-            "tokens": spell_tokens(self.tokenizer, written.tokens),
-            "num_draws": written.num_draws,
-            "agreement": round(written.agreement, 4),
-            "fell_back": written.fell_back,
+            "token_ids": chunk.tokens,
+            "tokens": spell_tokens(self.tokenizer, chunk.tokens),
+            "num_draws": chunk.num_draws,
+            "agreement": round(chunk.agreement, 4),
+            "fell_back": chunk.fell_back,
         }
 
-    def _delivery(self, index: int) -> Callable[[Written | Exception], None]:
-        def deliver(what: Written | Exception) -> None:
-            self._arrived.append((index, what))
-            matters = self._wakes_for_all or isinstance(what, Exception) or what.ended_by is not None
-            if matters and not self._is_woken:
-                self._is_woken = True
-                self._loop.call_soon_threadsafe(self._is_awake.set)
+    def _delivery_to(self, index: int) -> Callable[[Written | Exception], None]:
+        """The function that the engine's thread calls with each result for a text."""
+
+        def deliver(result: Written | Exception) -> None:
+            self._arrived.append((index, result))
+            is_last = isinstance(result, Exception) or result.ended_by is not None
+            if (self._wakes_on_every_chunk or is_last) and not self._is_wakeup_scheduled:
+                self._is_wakeup_scheduled = True
+                self._loop.call_soon_threadsafe(self._wakeup.set)
 
         return deliver
 
 
-def _checked(what: Written | Exception) -> Written:
+def _chunk_of(result: Written | Exception) -> Written:
     """Return a chunk, or raise the error that came in its place as an ApiError."""
-    if isinstance(what, TimeoutError):
-        raise _took_too_long(str(what))
-    if isinstance(what, QueueFullError):
-        raise of_queue(what)
-    if isinstance(what, Exception):
-        raise ApiError(f"the generation of the text failed ({what}).", 500, "server_error")
-    return what
+    if isinstance(result, TimeoutError):
+        raise _timeout_error(str(result))
+    if isinstance(result, QueueFullError):
+        raise queue_error(result)
+    if isinstance(result, Exception):
+        raise ApiError(f"the generation of the text failed ({result}).", 500, "server_error")
+    return result
 
 
-def _took_too_long(what: str) -> ApiError:
-    return ApiError(f"{what}; ask for fewer tokens.", 504, "server_error", code="timeout")
+def _timeout_error(reason: str) -> ApiError:
+    return ApiError(f"{reason}; ask for fewer tokens.", 504, "server_error", code="timeout")

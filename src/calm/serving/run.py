@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calm.core.samplers import ExactSampler
 from calm.errors import InputError
 from calm.extras import require
 from calm.models.calm import CalmForCausalLM
@@ -20,9 +19,7 @@ from calm.models.thoughts import thoughts_of
 from calm.serving.logs import fold_repeats
 
 KEY_VARIABLE = "CALM_API_KEY"
-
-
-_MAY_BE_NONE = ("prefix_bytes",)  # Where 0 is a valid limit.
+_MAY_BE_ZERO = ("prefix_bytes",)
 
 
 def run_server(
@@ -34,9 +31,9 @@ def run_server(
     name: str | None,
     api_key_file: str | None,
     temperature: float,
-    allowed_hosts: Sequence[str] = (),
-    draft: str | None = None,
-    draft_chunks: int | None = None,
+    allowed_hosts: Sequence[str],
+    draft: str | None,
+    draft_chunks: int | None,
     **limits: Any,
 ) -> None:
     """Load a model and serve it until SIGINT or SIGTERM.
@@ -45,14 +42,14 @@ def run_server(
         model: Folder or hub name.
         host: Address to listen on.
         port: Port to listen on; 0 picks a free one.
-        head: Sampling settings of the head to change.
-        name: The model's name in requests.
-        api_key_file: File with the key.
+        head: Changes to how the head samples; None for none.
+        name: The model's name in requests; None for that of its folder.
+        api_key_file: File with the key that requests must send; None to look in the environment.
         temperature: Default temperature.
         allowed_hosts: Host names that the server answers to, besides `host` and the machine's own.
         draft: Folder or hub name of a CALM that drafts for a token-level model.
         draft_chunks: Chunks per draft; 1 if None.
-        **limits: Further fields of `calm.serving.settings.ServerSettings`.
+        **limits: The other fields of `calm.serving.settings.ServerSettings`, all of them but `draws`.
 
     Raises:
         InputError: If a value or the model is invalid, or the address cannot be used.
@@ -62,24 +59,33 @@ def run_server(
 
     from calm.serving.app import create_app  # noqa: PLC0415
     from calm.serving.connections import uvicorn_config  # noqa: PLC0415
-    from calm.serving.hosts import Hosts, is_name  # noqa: PLC0415
+    from calm.serving.hosts import Hosts, is_host_name  # noqa: PLC0415
     from calm.serving.settings import ServerSettings  # noqa: PLC0415
     from calm.serving.writers import DraftedWriter  # noqa: PLC0415
 
     for limit, value in limits.items():
-        if not (value > 0 or (value == 0 and limit in _MAY_BE_NONE)):  # Written so that NaN fails too.
+        if not (value > 0 or (value == 0 and limit in _MAY_BE_ZERO)):  # Written so that NaN fails too.
             raise InputError(f"{limit} must be above 0, got {value}.")
-    draws = min(ExactSampler.max_draws, limits.get("max_draws", ExactSampler.max_draws))
+    draws = min(ServerSettings.draws, limits["max_draws"])
     try:
         Hosts(allowed_hosts)
         sampler_from(temperature=temperature, num_draws=draws, max_draws=draws)
     except ValueError as error:
         raise InputError(str(error)) from error
-    key = _key(api_key_file)
+    key = _read_key(api_key_file)
     network, tokenizer = load_language_model_and_tokenizer(model, head)
+    thoughts = thoughts_of(network.config)
+    settings = ServerSettings(
+        name=name or Path(model).resolve().name,
+        api_key=key,
+        temperature=temperature,
+        draws=draws,
+        allowed_hosts=[*allowed_hosts, *([host] if is_host_name(host) else [])],
+        **limits,
+    )
     writer: CalmForCausalLM | DraftedWriter
     if draft is not None:
-        if thoughts_of(network.config) is not None:
+        if thoughts is not None:
             raise InputError(
                 f"'{model}' was trained to think, which --draft does not support; leave --draft out."
             )
@@ -90,32 +96,25 @@ def run_server(
         raise InputError(
             f"'{model}' is not a CALM. Add --draft CALM to serve it here, or use a server such as vLLM."
         )
-    thoughts, most = thoughts_of(network.config), limits.get("max_thoughts", ServerSettings.max_thoughts)
-    if thoughts is not None and thoughts.number > most:
+    if thoughts is not None and thoughts.number > settings.max_thoughts:
         raise InputError(
-            f"'{model}' uses {thoughts.number} thoughts per text, but max_thoughts is {most}; raise it."
+            f"'{model}' uses {thoughts.number} thoughts per text, but max_thoughts is "
+            f"{settings.max_thoughts}; raise it."
         )
-    settings = ServerSettings(
-        name=name or Path(model).resolve().name,
-        api_key=key,
-        temperature=temperature,
-        draws=draws,
-        allowed_hosts=[*allowed_hosts, *([host] if is_name(host) else [])],
-        **limits,
-    )
-    with _listening(host, port) as listener:
+    with _listen(host, port) as listener:
         app = create_app(writer, tokenizer, settings)
-        where = _url(host, listener.getsockname()[1])
-        print(f"serving '{settings.name}' at {where}/v1" + ("" if key else ", without an API key"))
+        actual_port = listener.getsockname()[1]
+        url = _url(host, actual_port)
+        print(f"serving '{settings.name}' at {url}/v1" + ("" if key else ", without an API key"))
         if draft is None:
-            print(f"playground: {_url(_reachable(host), listener.getsockname()[1])}/")
+            print(f"playground: {_url(_browser_host(host), actual_port)}/")
         sys.stdout.flush()
         config = uvicorn_config(app, settings)
         fold_repeats()
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _key(file: str | None) -> str | None:
+def _read_key(file: str | None) -> str | None:
     """The key that requests must send, from a file or the environment."""
     if file is None:
         return os.environ.get(KEY_VARIABLE) or None
@@ -136,7 +135,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _reachable(host: str) -> str:
+def _browser_host(host: str) -> str:
     """A host that a browser on this machine can open, in place of a wildcard address."""
     try:
         address = ipaddress.ip_address(host)
@@ -147,7 +146,7 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if address.version == 4 else "::1"
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

@@ -11,7 +11,7 @@ class ServerSettings:
     Args:
         name: The model's name in requests.
         api_key: Key that requests must send; None for no key.
-        temperature: Default temperature.
+        temperature: Default temperature: the API's, whereas `calm serve` has that of the other commands.
         draws: Default number of draws per chunk.
         max_rows: Texts generated at once.
         max_waiting: Texts that may wait in the queue; more are refused with 429.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_MEMORY = 1 << 29  # Bytes beyond what the process uses when it is ready.
+_EXTRA_MEMORY = 1 << 29  # Bytes beyond what the process uses when it is ready.
 
 
 def main() -> None:
@@ -28,22 +28,22 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
-    texts, _ = render(**asked["arguments"], **asked["special_tokens"])
-    if len(texts[0]) > asked["most_characters"]:
-        most = asked["most_characters"]
-        return {"error": f"its output has {len(texts[0])} characters, and at most {most} are allowed"}
+def _render(render: Any, request: dict[str, Any]) -> dict[str, str]:
+    texts, _ = render(**request["arguments"], **request["special_tokens"])
+    limit = request["max_characters"]
+    if len(texts[0]) > limit:
+        return {"error": f"its output has {len(texts[0])} characters, and at most {limit} are allowed"}
     return {"text": texts[0]}
 
 
 def _limit_memory() -> None:
-    """Make larger allocations fail with a MemoryError, on systems that tell how much memory is in use."""
+    """Make larger allocations fail with a MemoryError, on systems that report how much memory is in use."""
     try:
         import resource  # noqa: PLC0415 (not on Windows)
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + _MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = pages * resource.getpagesize() + _EXTRA_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, OSError, ValueError):
         return

@@ -16,23 +16,23 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _PROGRAM = Path(__file__).with_name("template_process.py")
-_START = "import sys, runpy; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+_BOOTSTRAP = "import sys, runpy; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _SECONDS_TO_START = 60.0
 _SECRETS = ("CALM_API_KEY", "HF_TOKEN")
 
 
 class TemplateProcess:
-    """The process, started when it is needed."""
+    """The process that renders chat templates, started when it is needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def render(self, asked: dict[str, Any], seconds: float) -> str:
+    def render(self, request: dict[str, Any], seconds: float) -> str:
         """Render a conversation.
 
         Args:
-            asked: What the process is sent.
+            request: What the process is sent, see `template_process`.
             seconds: Time limit for the template.
 
         Raises:
@@ -41,7 +41,7 @@ class TemplateProcess:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            answer = self._exchange(json.dumps(asked), seconds)
+            answer = self._exchange(json.dumps(request), seconds)
         if answer is None:
             raise ValueError(f"it took more than {seconds:g} seconds or too much memory, and was stopped")
         if "error" in answer:
@@ -51,7 +51,7 @@ class TemplateProcess:
     def _start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, str(_PROGRAM), *sys.path],
+            [sys.executable, "-I", "-c", _BOOTSTRAP, str(_PROGRAM), *sys.path],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -64,37 +64,37 @@ class TemplateProcess:
             raise RuntimeError("the process that renders chat templates did not start.")
 
     def _exchange(self, line: str | None, seconds: float) -> dict[str, Any] | None:
-        """Send a line and wait for one; None if the process was killed or has ended."""
+        """Send a line and wait for the reply; None if the process was killed or has ended."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        clock = threading.Timer(seconds, process.kill)
-        clock.daemon = True
-        clock.start()
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
         try:
             if line is not None:
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
-            said = process.stdout.readline()
-            answer: dict[str, Any] = json.loads(said)
+            reply = process.stdout.readline()
+            answer: dict[str, Any] = json.loads(reply)
         except (OSError, ValueError):  # The process has ended.
             process.kill()
             process.wait()
             self._process = None
             return None
         finally:
-            clock.cancel()
+            timer.cancel()
         return answer
 
 
 _PROCESS = TemplateProcess()  # One for all servers of this process.
 
 
-def render_elsewhere(tokenizer: PreTrainedTokenizerBase, most_characters: int, seconds: float) -> None:
+def isolate_chat_template(tokenizer: PreTrainedTokenizerBase, max_characters: int, seconds: float) -> None:
     """Make a tokenizer render its chat template in the other process.
 
     Args:
         tokenizer: The tokenizer, which is modified.
-        most_characters: Maximum length of the rendered text.
+        max_characters: Maximum length of the rendered text.
         seconds: Time limit.
     """
 
@@ -107,11 +107,11 @@ def render_elsewhere(tokenizer: PreTrainedTokenizerBase, most_characters: int, s
             "chat_template": tokenizer.get_chat_template(),
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = {
+        request = {
             "arguments": arguments,
             "special_tokens": tokenizer.special_tokens_map,
-            "most_characters": most_characters,
+            "max_characters": max_characters,
         }
-        return _PROCESS.render(asked, seconds)
+        return _PROCESS.render(request, seconds)
 
     tokenizer.apply_chat_template = apply_chat_template  # type: ignore[method-assign,assignment]

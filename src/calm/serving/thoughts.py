@@ -6,13 +6,13 @@ from calm.models.thoughts import Thoughts, thoughts_for, thoughts_of
 from calm.serving.errors import ApiError
 
 
-def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int) -> Thoughts | None:
+def thoughts_of_request(config: PreTrainedConfig, number: int | None, max_thoughts: int) -> Thoughts | None:
     """The thoughts after a prompt, if any.
 
     Args:
         config: The model's configuration.
         number: Thoughts that a request asks for; None for as many as the model was trained with.
-        most: Maximum thoughts that the server allows.
+        max_thoughts: Maximum thoughts that the server allows.
 
     Raises:
         ApiError: If there are too many, or the model was not trained to think.
@@ -26,22 +26,22 @@ def thoughts_of_request(config: PreTrainedConfig, number: int | None, most: int)
                 code="unsupported_parameter",
             )
         return None
-    if (trained.number if number is None else number) > most:
-        raise ApiError(f"'num_thoughts' must be at most {most}.", param="num_thoughts")
+    if (trained.number if number is None else number) > max_thoughts:
+        raise ApiError(f"'num_thoughts' must be at most {max_thoughts}.", param="num_thoughts")
     try:
         return thoughts_for(config, number)
     except ValueError as error:  # The server allows more than any model can take.
         raise ApiError(str(error), param="num_thoughts") from error
 
 
-def check_effort(asked: object, thoughts: Thoughts | None) -> None:
+def check_effort(effort: object, thoughts: Thoughts | None) -> None:
     """Raise ApiError if 'reasoning_effort' asks for no thoughts, but the model takes some.
 
     Args:
-        asked: The value of the field.
+        effort: The value of the field.
         thoughts: The thoughts after the prompt, if any.
     """
-    if asked == "none" and thoughts is not None:
+    if effort == "none" and thoughts is not None:
         raise ApiError(
             "'reasoning_effort' is \"none\", but this model thinks; send 'num_thoughts': 0 as well.",
             param="reasoning_effort",

@@ -1,24 +1,24 @@
-"""Types of a request's values. No other type is converted to them, except that 16.0 counts as 16."""
+"""Types of a request's values. Nothing is converted, except that 16.0 counts as 16."""
 
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainValidator, StrictFloat, StrictInt
 
-from calm.serving.errors import ApiError, at, json_type
+from calm.serving.errors import ApiError, error_at, json_type
 
-_MOST_STOPS = 16
-_LONGEST_STOP = 1000
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 1000
 
 
-def _whole(value: Any) -> Any:
+def _as_integer(value: Any) -> Any:
     """Turn 16.0 into 16: JSON has only one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[StrictInt, BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1)]
-ThoughtCount = Annotated[Whole, Field(ge=0)]
-Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+Integer = Annotated[StrictInt, BeforeValidator(_as_integer)]
+Count = Annotated[Integer, Field(ge=1)]
+ThoughtCount = Annotated[Integer, Field(ge=0)]
+Seed = Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
@@ -26,25 +26,25 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def read_tokens(value: Any, place: str) -> list[int]:
+def read_tokens(value: Any, param: str) -> list[int]:
     """A list of token ids.
 
     Args:
         value: The list.
-        place: Its place in the request, for the message.
+        param: Where it is in the request, for the message.
 
     Raises:
         ApiError: If it is not a list, or contains anything but whole numbers.
     """
     if not isinstance(value, list):
-        raise at(place, f"must be an array of token ids, got {json_type(value)}.")
-    if all(type(one) is int for one in value):  # The common case, checked fast.
+        raise error_at(param, f"must be an array of token ids, got {json_type(value)}.")
+    if all(type(token) is int for token in value):  # The common case, checked fast.
         return value
-    ids = [_whole(one) for one in value]
-    wrong = next((index for index, one in enumerate(ids) if not _is_token(one)), None)
-    if wrong is not None:
-        found = str(ids[wrong]) if isinstance(ids[wrong], float) else json_type(ids[wrong])
-        raise at(f"{place}[{wrong}]", f"token ids must be whole numbers, got {found}.")
+    ids = [_as_integer(token) for token in value]
+    for index, token in enumerate(ids):
+        if not _is_token(token):
+            got = str(token) if isinstance(token, float) else json_type(token)
+            raise error_at(f"{param}[{index}]", f"token ids must be whole numbers, got {got}.")
     return ids
 
 
@@ -60,17 +60,21 @@ def read_prompts(value: Any) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        found = json_type(value)
-        raise at("prompt", f"must be a string, an array of token ids, or an array of either, got {found}.")
+        got = json_type(value)
+        raise error_at(
+            "prompt", f"must be a string, an array of token ids, or an array of either, got {got}."
+        )
     if not value:
         raise ApiError("'prompt' is empty; give a text.", param="prompt")
     if isinstance(value[0], str):
-        return [_text(one, f"prompt[{index}]", "like those before it") for index, one in enumerate(value)]
+        return [_text(text, f"prompt[{index}]", " like those before it") for index, text in enumerate(value)]
     if isinstance(value[0], list):
-        for index, one in enumerate(value):
-            if not isinstance(one, list):
-                raise at(f"prompt[{index}]", f"must be an array like those before it, got {json_type(one)}.")
-        return [read_tokens(one, f"prompt[{index}]") for index, one in enumerate(value)]
+        for index, ids in enumerate(value):
+            if not isinstance(ids, list):
+                raise error_at(
+                    f"prompt[{index}]", f"must be an array like those before it, got {json_type(ids)}."
+                )
+        return [read_tokens(ids, f"prompt[{index}]") for index, ids in enumerate(value)]
     return [read_tokens(value, "prompt")]
 
 
@@ -84,7 +88,7 @@ def read_prompt(value: Any) -> str | list[int]:
         return value
     if isinstance(value, list):
         return read_tokens(value, "prompt")
-    raise at("prompt", f"must be a string or an array of token ids, got {json_type(value)}.")
+    raise error_at("prompt", f"must be a string or an array of token ids, got {json_type(value)}.")
 
 
 def read_stops(value: Any) -> list[str]:
@@ -98,22 +102,22 @@ def read_stops(value: Any) -> list[str]:
     """
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list):
-        raise at("stop", f"must be a string or an array of strings, got {json_type(value)}.")
-    if len(stops) > _MOST_STOPS:
-        raise ApiError(f"'stop' takes up to {_MOST_STOPS} texts, got {len(stops)}.", param="stop")
+        raise error_at("stop", f"must be a string or an array of strings, got {json_type(value)}.")
+    if len(stops) > _MAX_STOPS:
+        raise ApiError(f"'stop' takes up to {_MAX_STOPS} texts, got {len(stops)}.", param="stop")
     stops = [_text(stop, f"stop[{index}]") for index, stop in enumerate(stops)]
-    if not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
+    if not all(0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
         raise ApiError(
-            f"'stop' takes up to {_MOST_STOPS} texts, none of them empty or longer than {_LONGEST_STOP} "
+            f"'stop' takes up to {_MAX_STOPS} texts, none of them empty or longer than {_MAX_STOP_LENGTH} "
             "characters.",
             param="stop",
         )
     return stops
 
 
-def _text(value: Any, place: str, more: str = "") -> str:
+def _text(value: Any, param: str, suffix: str = "") -> str:
     if not isinstance(value, str):
-        raise at(place, f"must be a string{' ' + more if more else ''}, got {json_type(value)}.")
+        raise error_at(param, f"must be a string{suffix}, got {json_type(value)}.")
     return value
 
 
@@ -124,10 +128,10 @@ Prompts = Annotated[
 Prompt = Annotated[str | list[int], PlainValidator(read_prompt, json_schema_input_type=str | list[int])]
 
 
-def _tokens(place: str) -> PlainValidator:
-    return PlainValidator(lambda value: read_tokens(value, place), json_schema_input_type=list[int])
+def _tokens(param: str) -> PlainValidator:
+    return PlainValidator(lambda value: read_tokens(value, param), json_schema_input_type=list[int])
 
 
-Written = Annotated[list[int], _tokens("written")]
-Chunk = Annotated[list[int], _tokens("chunk")]
+WrittenTokens = Annotated[list[int], _tokens("written")]
+ChunkTokens = Annotated[list[int], _tokens("chunk")]
 Stops = Annotated[list[str], PlainValidator(read_stops, json_schema_input_type=str | list[str])]

@@ -8,7 +8,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from calm.serving.errors import ApiError, own_mistake
+from calm.serving.errors import ApiError, internal_error
 from calm.serving.hosts import Hosts
 from calm.serving.intake import Intake
 from calm.serving.metrics import Metrics
@@ -33,7 +33,7 @@ class Watch:
     def __init__(self, app: ASGIApp, key: str | None, hosts: Hosts, intake: Intake, metrics: Metrics) -> None:
         self._app, self._hosts, self._intake, self._metrics = app, hosts, intake, metrics
         # The environment may hold bytes that are not UTF-8; Python keeps them as surrogates.
-        self._keys = None if key is None else _spellings(key.strip())
+        self._keys = None if key is None else _encodings(key.strip())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -42,9 +42,9 @@ class Watch:
             return
         started, status = time.perf_counter(), 499  # For a client that leaves before any response.
         request_id, is_answered = f"req_{secrets.token_hex(12)}", False
-        scope = {**_as_routes_know_it(scope), "request_id": request_id}
+        scope = {**_normalized(scope), "request_id": request_id}
 
-        async def note(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status, is_answered
             if message["type"] == "http.response.start":
                 status, is_answered = message["status"], True
@@ -56,16 +56,16 @@ class Watch:
                 self._hosts.check(Headers(scope=scope).get("host"))
                 self._check_key(scope)
             except ApiError as error:
-                await error.response()(scope, receive, note)
+                await error.response()(scope, receive, send_and_record)
             else:
                 with self._intake.counted(scope, receive) as counted:
-                    await self._app(scope, counted, note)
+                    await self._app(scope, counted, send_and_record)
         except Exception:
             logger.exception("request %s failed", request_id)
             if is_answered:
                 status = 500
                 raise
-            await own_mistake(request_id).response()(scope, receive, note)
+            await internal_error(request_id).response()(scope, receive, send_and_record)
         finally:
             # The route, never the requested path, since the number of labels must stay small.
             path = getattr(scope.get("route"), "path", "other")
@@ -75,12 +75,12 @@ class Watch:
     def _check_key(self, scope: Scope) -> None:
         if self._keys is None or scope["path"] in _OPEN_PATHS:
             return
-        scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
         # Headers are decoded as Latin-1, so encoding restores the bytes. Only ASCII white space is stripped:
         # other white space may be part of a UTF-8 character.
-        sent = shown.strip(" \t").encode("latin-1")
-        is_right = [secrets.compare_digest(sent, key) for key in self._keys]
-        if scheme.lower() != "bearer" or not any(is_right):
+        sent = credentials.strip(" \t").encode("latin-1")
+        matches = [secrets.compare_digest(sent, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY'.",
                 401,
@@ -89,15 +89,15 @@ class Watch:
             )
 
 
-def _spellings(key: str) -> set[bytes]:
+def _encodings(key: str) -> set[bytes]:
     """The bytes that clients may send for a key: UTF-8, and Latin-1 if it can encode the key."""
-    spellings = {key.encode("utf-8", "surrogateescape")}
+    encodings = {key.encode("utf-8", "surrogateescape")}
     with contextlib.suppress(UnicodeEncodeError):
-        spellings.add(key.encode("latin-1"))
-    return spellings
+        encodings.add(key.encode("latin-1"))
+    return encodings
 
 
-def _as_routes_know_it(scope: Scope) -> Scope:
+def _normalized(scope: Scope) -> Scope:
     """Treat HEAD as GET, since the server omits the body, and drop a trailing '/' from the path."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     path = scope["path"]

@@ -14,10 +14,10 @@ from calm.models.generation.rows import Failed, Row, Written
 from calm.models.generation.sampling import check_sampler
 from calm.models.thoughts import Thoughts
 from calm.serving.errors import ApiError
-from calm.serving.protocol import SamplingRequest, of_setting
+from calm.serving.protocol import SamplingRequest, setting_error
 from calm.serving.settings import ServerSettings
 
-HowToDraw = Sampler | TokenSampler
+AnySampler = Sampler | TokenSampler
 
 
 class Batch(Protocol):
@@ -51,7 +51,7 @@ class Writer(Protocol):
     def new_batch(self, limits: BatchLimits) -> Batch:
         """An empty batch."""
 
-    def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> HowToDraw:
+    def sampler_for(self, request: SamplingRequest, settings: ServerSettings) -> AnySampler:
         """The sampler for a request.
 
         Raises:
@@ -112,9 +112,11 @@ class DraftedWriter:
                     "tokens; leave it out.",
                     param=name,
                 )
-        chosen = settings.temperature if request.temperature is None else request.temperature
-        top_p, min_p = request.top_p, request.min_p
         try:
-            return TokenSampler(temperature=chosen, top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0)
+            return TokenSampler(
+                temperature=settings.temperature if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                min_p=request.min_p or 0.0,
+            )
         except ValueError as error:
-            raise of_setting(error) from error
+            raise setting_error(error) from error

@@ -22,7 +22,7 @@ from calm.training.recipe_files import RECIPE
 CARD = "README.md"
 MARK = "<!-- Written by `calm share`; it is written anew each time. -->"
 # Settings of recipes that may name local folders or files.
-_PLACES = (
+_PATH_SETTINGS = (
     "data.sources", "data.validation_sources", "data.tokenizer", "autoencoder.path",
     "language_model.init_from", "language_model.teacher.model",
     "model", "examples.sources", "examples.validation_sources", "examples.chat_template",
@@ -30,7 +30,7 @@ _PLACES = (
 
 
 @dataclass(frozen=True)
-class Words:
+class CardDetails:
     """What the person sharing a model says about it.
 
     Args:
@@ -47,7 +47,7 @@ class Words:
 def card_of(
     run: Path,
     model: PreTrainedModel,
-    words: Words,
+    details: CardDetails,
     sections: Mapping[str, str],
     results: list[EvalResult],
     *,
@@ -60,7 +60,7 @@ def card_of(
     Args:
         run: Folder of the run.
         model: Its language model.
-        words: Name, license, and a paragraph.
+        details: Name, license, and a paragraph.
         sections: Title -> text.
         results: Evaluation results for the metadata.
         prompt: Prompt of the usage example.
@@ -70,19 +70,19 @@ def card_of(
     is_calm = language_model(model).kind == "CALM"
     metadata = ModelCardData(
         library_name="calm-lm" if is_calm else "transformers",
-        license=words.license_name,
+        license=details.license_name,
         base_model=base_model,
         tags=[*(["calm", "continuous-autoregressive"] if is_calm else ["baseline"]), *tags],
         pipeline_tag="text-generation",
-        model_name=words.name,
+        model_name=details.name,
         eval_results=results,
     )
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n{MARK}",
-        f"# {words.name}",
-        _what_it_is(model.config),
-        *([words.about] if words.about else []),
-        _how_to_use(is_calm, words.name, prompt),
+        f"# {details.name}",
+        _describe_model(model.config),
+        *([details.about] if details.about else []),
+        _usage_example(is_calm, details.name, prompt),
         *(f"## {title}\n\n{text}" for title, text in sections.items()),
         f"## Recipe\n\n```yaml\n{recipe_text(run / RECIPE)}```",
     ]
@@ -91,22 +91,22 @@ def card_of(
 
 def recipe_text(path: Path) -> str:
     """A recipe as YAML, without local folder names."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for place in _PLACES:
-        *groups, last = place.split(".")
-        group = values
-        for key in groups:
-            group = group.get(key, {})
-        value = group.get(last)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for setting in _PATH_SETTINGS:
+        *groups, key = setting.split(".")
+        group = recipe
+        for name in groups:
+            group = group.get(name, {})
+        value = group.get(key)
         if isinstance(value, list):
-            group[last] = [shown(one) for one in value]
+            group[key] = [public_name(source) for source in value]
         elif isinstance(value, str):
-            group[last] = shown(value)
-    return yaml.safe_dump(values, sort_keys=False)
+            group[key] = public_name(value)
+    return yaml.safe_dump(recipe, sort_keys=False)
 
 
-def shown(source: str) -> str:
-    """A source as shown to others: the last component of a local path, or a hub name.
+def public_name(source: str) -> str:
+    """A source as others may see it: the last component of a local path, or a hub name.
 
     A run's model is shown by the name of the run.
     """
@@ -126,34 +126,37 @@ def repository_of(name: str) -> str | None:
     return repository if is_hub_name(repository) else None
 
 
-def _what_it_is(config: PreTrainedConfig) -> str:
+def _describe_model(config: PreTrainedConfig) -> str:
     parameters = short(sum(cost_of(config).parameters.values()))
     if not isinstance(config, CalmConfig):
         return f"An autoregressive language model (Llama) of {parameters} parameters, a baseline for CALM."
     inference = sum(cost_of(config, Work(positions=512)).inference.values())
-    what, head = f"{config.chunk_size} tokens", f"a head of the kind `{config.head.head_type}`"
+    head = f"a head of the kind `{config.head.head_type}`"
     if config.head.decodes_latents:
-        how = f"It predicts one latent of {config.latent_size} dimensions for each {what}, with {head}; its "
-        how += "autoencoder is inside."
+        design = (
+            f"It predicts one latent of {config.latent_size} dimensions for each {config.chunk_size} tokens, "
+            f"with {head}; its autoencoder is inside."
+        )
     else:
-        how = f"Each step of its backbone covers {what}; {head} samples the next ones."
+        design = f"Each step of its backbone covers {config.chunk_size} tokens; {head} samples the next ones."
     return (
         "A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)) of "
-        f"{parameters} parameters. {how} A token at T = 1, after 512 chunks, takes {short(inference)} FLOPs."
+        f"{parameters} parameters. {design} A token at T = 1, after 512 chunks, takes "
+        f"{short(inference)} FLOPs."
     )
 
 
-def _how_to_use(is_calm: bool, name: str, prompt: str) -> str:
+def _usage_example(is_calm: bool, name: str, prompt: str) -> str:
     sampling = "temperature=0.5, seed=1" if is_calm else "do_sample=True"
     folder = name if "/" in name else f"path/to/{name}"  # Hub names have an owner.
-    begin = "import calm  # of the package calm-lm; no remote code\n" if is_calm else ""
+    import_line = "import calm  # of the package calm-lm; no remote code\n" if is_calm else ""
     limits = (
         "\nTemperatures lie between 0 and 1. The model has no logits of tokens, and so no beam search."
         if is_calm
         else ""
     )
     return (
-        f"```python\n{begin}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\n{import_line}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
         f'prompt = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt")\n'

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from calm.errors import InputError, reason_of
-from calm.sharing.card import CARD, MARK, Words
+from calm.sharing.card import CARD, MARK, CardDetails
 from calm.sharing.finetuned import card_of_finetuning
 from calm.sharing.trained import card_of_training
 from calm.storage.disk import write_file_whole
@@ -46,15 +46,15 @@ def write_card(
     path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         raise InputError(f"'{path}' was not written by `calm share`; move it away to have one written.")
-    words = Words(name or run.resolve().name, license_name, about)
+    details = CardDetails(name or run.resolve().name, license_name, about)
     if not _is_finetuning(run / RECIPE):
-        text = card_of_training(run, words, ngrams or [], num_blocks)
+        text = card_of_training(run, details, ngrams or [], num_blocks)
     elif ngrams or num_blocks is not None:
         raise InputError(
             "the card of a fine-tuned model has the scores of its run; leave out --ngrams and --max_blocks."
         )
     else:
-        text = card_of_finetuning(run, words)
+        text = card_of_finetuning(run, details)
     write_file_whole(path, text)
     return path
 

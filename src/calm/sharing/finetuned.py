@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 from calm.evaluation.answers import metric_of_answers
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import shipped_models
-from calm.sharing.card import Words, card_of, repository_of, shown
+from calm.sharing.card import CardDetails, card_of, public_name, repository_of
 from calm.storage.disk import read_json, read_json_lines
 from calm.training.finetuning import ANSWERS, COUNTS
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -20,12 +20,12 @@ _SAMPLES = 3
 _LONGEST_SAMPLE = 600  # Characters shown of a prompt, from its end.
 
 
-def card_of_finetuning(run: Path, words: Words) -> str:
+def card_of_finetuning(run: Path, details: CardDetails) -> str:
     """The model card of a fine-tuned model, with the scores that its run recorded.
 
     Args:
         run: Folder of the run.
-        words: Name, license, and a paragraph.
+        details: Name, license, and a paragraph.
 
     Raises:
         InputError: If a file of the run is damaged.
@@ -34,7 +34,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     model, _ = load_language_model_and_tokenizer(str(run / "model"))
     answers = read_json_lines(run / ANSWERS) if (run / ANSWERS).is_file() else []
     history = read_json(run / HISTORY, list) if (run / HISTORY).is_file() else []
-    sources = ", ".join(map(shown, recipe.examples.source_list))
+    sources = ", ".join(map(public_name, recipe.examples.source_list))
     results = []
     if answers:
         metric, percent = _score(answers, "after", recipe)
@@ -49,7 +49,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
             )
         )
     sections = {
-        "Base model": _base(recipe),
+        "Base model": _base_model(recipe),
         "Data": _data(run, recipe, sources),
         "Training": _training(run, recipe),
         "Evaluation": _evaluation(history, answers, recipe),
@@ -57,7 +57,7 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     return card_of(
         run,
         model,
-        words,
+        details,
         sections,
         results,
         prompt=answers[0]["prompt"] if answers else "Once upon a time",
@@ -66,31 +66,31 @@ def card_of_finetuning(run: Path, words: Words) -> str:
     )
 
 
-def _base(recipe: FinetuningRecipe) -> str:
-    where = " (a model of the package)" if recipe.model in shipped_models() else ""
-    return f"{shown(recipe.model)}{where}, fine-tuned."
+def _base_model(recipe: FinetuningRecipe) -> str:
+    origin = " (a model of the package)" if recipe.model in shipped_models() else ""
+    return f"{public_name(recipe.model)}{origin}, fine-tuned."
 
 
 def _data(run: Path, recipe: FinetuningRecipe, sources: str) -> str:
     counts = read_json(run / COUNTS, dict) if (run / COUNTS).is_file() else {}
-    number = (
+    numbers = (
         f" {counts['examples']:,} examples to train on ({counts['shortened']:,} shortened to fit in "
         f"{recipe.examples.context} tokens), {counts['held_out']:,} held out."
         if counts
         else ""
     )
-    held_out = ", ".join(map(shown, recipe.examples.validation_source_list))
-    how = f" Held-out examples: {held_out}." if held_out else " Held out by prompts: equal ones together."
-    return f"{sources}.{number}{how}"
+    held_out = ", ".join(map(public_name, recipe.examples.validation_source_list))
+    split = f" Held-out examples: {held_out}." if held_out else " Held out by prompts: equal ones together."
+    return f"{sources}.{numbers}{split}"
 
 
 def _training(run: Path, recipe: FinetuningRecipe) -> str:
     training, lora = recipe.training, recipe.lora
-    what = f"low-rank adapters of rank {lora.rank} ({lora.layers})" if lora.rank else "all weights"
-    added = " The model here has them added to its weights." if (run / "adapter").is_dir() else ""
+    trained = f"low-rank adapters of rank {lora.rank} ({lora.layers})" if lora.rank else "all weights"
+    merged = " The model here has them added to its weights." if (run / "adapter").is_dir() else ""
     return (
         f"{training.steps:,} steps of {training.batch_tokens:,} tokens, in blocks of "
-        f"{recipe.examples.context}, with {training.optimizer.name}: {what}.{added}"
+        f"{recipe.examples.context}, with {training.optimizer.name}: {trained}.{merged}"
     )
 
 
@@ -101,11 +101,11 @@ def _evaluation(
     parts = [f"Loss on held-out completions: {losses[-1]:.4g}."] if losses else []
     if answers:
         before, after = (_score(answers, when, recipe)[1] for when in ("before", "after"))
-        what = "with words that end with" if _writes_steps(recipe) else "with"
+        phrase = "with words that end with" if _writes_steps(recipe) else "with"
         parts.append(
-            f"Of {len(answers)} held-out prompts, {before:.0f}% were answered {what} the expected completion "
-            f"before, {after:.0f}% after (temperature {recipe.answers.temperature:g}, seed {recipe.seed}; "
-            "white space at the ends does not count)."
+            f"Of {len(answers)} held-out prompts, {before:.0f}% were answered {phrase} the expected "
+            f"completion before, {after:.0f}% after (temperature {recipe.answers.temperature:g}, seed "
+            f"{recipe.seed}; white space at the ends does not count)."
         )
     samples = [
         f"```text\n{row['prompt'][-_LONGEST_SAMPLE:]}\n```\n\n"

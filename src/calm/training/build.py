@@ -21,7 +21,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
-from calm.models.missing import place_of
+from calm.models.missing import resolve_name
 from calm.models.shipped import folder_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.uptraining import mark_as_new
@@ -225,7 +225,7 @@ def config_with_new_head(
                 f"'{name}' has {needs} {unit}, but the autoencoder '{path}' has {has}: use another, or leave "
                 "out autoencoder.path to train one."
             )
-    if trained.reads_latents and (path is None or place_of(path) != place_of(str(name))):
+    if trained.reads_latents and (path is None or resolve_name(path) != resolve_name(str(name))):
         raise InputError(
             f"'{name}' reads the latents of its own autoencoder: set autoencoder.path to '{name}' as well."
         )

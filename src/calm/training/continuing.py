@@ -13,7 +13,7 @@ from calm.models.configuration import CalmConfig
 from calm.models.context import check_context
 from calm.models.heads import parse_head_config
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.models.missing import place_of
+from calm.models.missing import resolve_name
 from calm.models.thoughts import unlearn_thoughts
 from calm.training.recipe import Recipe
 from calm.training.teacher import with_tokens_of_teacher
@@ -38,7 +38,7 @@ def completed(recipe: Recipe) -> Recipe:
     """
     if recipe.language_model.init_from is None:
         return with_tokens_of_teacher(recipe)
-    name, is_uptrained = place_of(recipe.language_model.init_from), uptrains(recipe)
+    name, is_uptrained = resolve_name(recipe.language_model.init_from), uptrains(recipe)
     has_autoencoder = recipe.model == "calm" and not (is_uptrained or recipe.language_model.new_head)
     inherited = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
     for part, setting in inherited.items():

@@ -25,7 +25,7 @@ from calm.evaluation.answers import answer, completions_of, held_out_loss, metri
 from calm.evaluation.scorers import scorer_of
 from calm.hub.opening import read_settings
 from calm.models.language_model import language_model
-from calm.models.loading import THOUGHTS, end_as_told, is_adapter, load_language_model_and_tokenizer
+from calm.models.loading import THOUGHTS, add_eos_ids, is_adapter, load_language_model_and_tokenizer
 from calm.models.shipped import folder_of
 from calm.models.thoughts import unlearn_thoughts
 from calm.storage.disk import write_file_whole
@@ -95,7 +95,7 @@ def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     if recipe.thoughts.mode == "none":
         unlearn_thoughts(model.config, recipe.model, "with thoughts.mode none")
     give_template(tokenizer, recipe.examples.chat_template)
-    end_as_told(model, tokenizer)
+    add_eos_ids(model, tokenizer)
     check_block_size(recipe.examples.context, language_model(model).chunk_size)
     if recipe.lora.rank:
         check_adapters(model, recipe.lora)

@@ -18,7 +18,7 @@ from calm.models.context import longest_context
 from calm.models.distillation import TeacherOutput, token_positions
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.models.missing import place_of
+from calm.models.missing import resolve_name
 from calm.quantities import short
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.recipe import Recipe, TeacherSettings
@@ -130,7 +130,7 @@ def _is_made_of_teacher(recipe: Recipe) -> bool:
     names = (recipe.language_model.init_from, recipe.language_model.teacher.model)
     if None in names or not uptrains(recipe):
         return False
-    source, teacher = (place_of(str(name)) for name in names)
+    source, teacher = (resolve_name(str(name)) for name in names)
     return source == teacher or Path(source).resolve() == Path(teacher).resolve()
 
 
@@ -157,7 +157,7 @@ def with_tokens_of_teacher(recipe: Recipe) -> Recipe:
     name = recipe.language_model.teacher.model
     if name is None or recipe.data.tokenizer is not None or recipe.language_model.init_from is not None:
         return recipe
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=place_of(name)))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=resolve_name(name)))
 
 
 def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
@@ -185,7 +185,7 @@ def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
 
 def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError if the vocabulary of a teacher is not that of the text's tokenizer."""
-    if load_tokenizer(place_of(name)).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(resolve_name(name)).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"the teacher '{name}' has a different vocabulary from the text: set data.tokenizer to it, or "
             f"prepare the text with --tokenizer {name}."
@@ -196,7 +196,7 @@ def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
     """The teacher's layer at which the backbone of a recipe ends; None if states are not compared."""
     if not recipe.language_model.teacher.states:
         return None
-    _, backbone, _ = cut_of(recipe).of(teacher.num_hidden_layers)
+    _, backbone, _ = cut_of(recipe).split(teacher.num_hidden_layers)
     return backbone[-1]
 
 

@@ -13,7 +13,7 @@ from calm.errors import InputError
 from calm.models.configuration import CalmConfig
 from calm.models.context import check_context
 from calm.models.loading import config_of, is_adapter, load_transformer
-from calm.models.missing import place_of
+from calm.models.missing import resolve_name
 from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
 from calm.text.vocabulary import check_ids
 from calm.training.recipe import Recipe
@@ -43,7 +43,7 @@ def config_at(name: str) -> PreTrainedConfig:
     Raises:
         InputError: If there is none, it cannot be read, or it is that of adapters or of an autoencoder.
     """
-    if is_adapter(Path(place_of(name))):
+    if is_adapter(Path(resolve_name(name))):
         raise InputError(f"'{name}' holds adapters; give the folder of the merged model.")
     config = config_of(name)
     if config.model_type == "calm_autoencoder":
@@ -78,12 +78,10 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
         InputError: If the Transformer does not fit.
     """
     assert recipe.language_model.init_from is not None
-    name = place_of(recipe.language_model.init_from)
+    name = resolve_name(recipe.language_model.init_from)
     lacks_tokenizer = Path(name).is_dir() and not has_tokenizer(Path(name))
     tokenizer = TokensOfConfig(source) if lacks_tokenizer else load_tokenizer(name)
-    config = uptrained_config(
-        source, tokenizer, recipe.chunk_size, cut_of(recipe), **_conversion_arguments(recipe)
-    )
+    config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_ids(tokenizer, config.vocab_size, name)
     return config
@@ -114,12 +112,10 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     name = recipe.language_model.init_from
     assert name is not None
     source = load_transformer(name, dtype=torch.float32)  # On the CPU: a GPU may not have room for both.
-    tokenizer = load_tokenizer(place_of(name))
+    tokenizer = load_tokenizer(resolve_name(name))
     check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # Codes are drawn first, so they equal those of the run's autoencoder.
-    model = calm_from_transformer(
-        source, tokenizer, recipe.chunk_size, cut_of(recipe), **_conversion_arguments(recipe)
-    )
+    model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     check_context(model.config, recipe.data.context)
     return model
 
@@ -130,7 +126,7 @@ def cut_of(recipe: Recipe) -> Cut:
     return Cut(settings.first_layers, settings.last_layers, settings.layers)
 
 
-def _conversion_arguments(recipe: Recipe) -> dict[str, Any]:
+def _options(recipe: Recipe) -> dict[str, Any]:
     """Further arguments of the conversion."""
     settings = recipe.language_model
     return {"sink": settings.uptraining.sink, "attn_implementation": settings.attention}

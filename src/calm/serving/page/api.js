@@ -1,4 +1,4 @@
-// Requests to the server, and what went wrong with them in a sentence.
+// Requests to the server. If one fails, the error says why in a sentence.
 
 export class Refusal extends Error {
   // field: The argument of the request that is at fault, if the server names one.
@@ -11,11 +11,11 @@ export class Refusal extends Error {
 const GONE = "The server does not answer. Is calm serve still running?";
 const BROKEN_OFF = "The connection broke in the middle of the text. Is calm serve still running?";
 
-export async function describe() {
+export async function fetchAbout() {
   return (await request("/page", {})).json();
 }
 
-export async function ask(path, body, key, signal) {
+export async function post(path, body, key, signal) {
   const headers = { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
   return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
@@ -33,18 +33,18 @@ async function request(path, options) {
   throw new Refusal(asSentence(error?.message ?? `the server answered ${response.status}.`), field);
 }
 
-// The events of a stream; an error among them is thrown.
+// The events of a stream; an error event is thrown.
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = "";
+  let buffer = "";
   for (;;) {
     const { done, value } = await reader.read().catch((error) => {
       throw error.name === "AbortError" ? error : new Refusal(BROKEN_OFF);
     });
     if (done) throw new Refusal(BROKEN_OFF);
-    waiting += value;
-    const lines = waiting.split("\n\n");
-    waiting = lines.pop();
+    buffer += value;
+    const lines = buffer.split("\n\n");
+    buffer = lines.pop();
     for (const line of lines) {
       const data = line.replace(/^data: /, "");
       if (data === "[DONE]") return;

@@ -1,79 +1,79 @@
 // Talks with a model whose tokenizer has a chat template.
 
 import { ChunkedText } from "/page/chunks.js";
-import { announce, at, copy, make, tell } from "/page/dom.js";
-import { ofChunks, ofText } from "/page/words.js";
+import { announce, byId, copy, make, showMessage } from "/page/dom.js";
+import { chunkPhrase, summarize } from "/page/words.js";
 import { Writer } from "/page/writing.js";
 
 export class Chat {
   constructor(about, settings, inspector) {
-    Object.assign(this, { about, settings, inspector, section: at("chat"), said: [] });
+    Object.assign(this, { about, settings, inspector, section: byId("chat"), history: [] });
     this.writer = new Writer(this.#part("form"));
-    this.guide = "Say something to begin. The model answers " + ofChunks(about) + "; open any chunk to see what else could have come.";
-    tell(this.#part(".guide"), this.guide);
+    this.guide = "Say something to begin. The model answers " + chunkPhrase(about) + "; open any chunk to see what else could have come.";
+    showMessage(this.#part(".guide"), this.guide);
     this.#part("form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
     });
-    at("message").addEventListener("input", () => tell(at("message-wrong")));
-    at("new").addEventListener("click", () => this.#clear());
+    byId("message").addEventListener("input", () => showMessage(byId("message-wrong")));
+    byId("new").addEventListener("click", () => this.#clear());
   }
 
   async submit() {
     if (this.writer.isBusy || !this.settings.check()) return;
-    const message = at("message").value;
+    const message = byId("message").value;
     if (!message.trim()) {
-      tell(at("message-wrong"), "Write a message first.");
-      at("message").focus();
+      showMessage(byId("message-wrong"), "Write a message first.");
+      byId("message").focus();
       return;
     }
-    const system = at("system").value.trim() ? [{ role: "system", content: at("system").value }] : [];
-    const asked = { role: "user", content: message };
-    const text = new ChunkedText({ messages: [...system, ...this.said, asked] }, this.settings.how,
+    const system = byId("system").value.trim() ? [{ role: "system", content: byId("system").value }] : [];
+    const userMessage = { role: "user", content: message };
+    const text = new ChunkedText({ messages: [...system, ...this.history, userMessage] }, this.settings.sampling,
       this.about.eos_token_ids, (...opened) => this.inspector.open(...opened));
     const turns = [turn("user", "You", message), turn("assistant", this.about.model, text.element)];
     this.#begin(turns);
     const body = { model: this.about.model, ...this.settings.arguments };
     const outcome = await this.writer.fill(text, "/v1/chat/completions", body, this.settings.key);
-    this.#end(asked, text, turns, outcome);
+    this.#end(userMessage, text, turns, outcome);
   }
 
   #begin(turns) {
-    tell(this.#part(".failure"));
-    tell(this.#part(".guide"));
-    at("new").hidden = true;
-    at("message").value = "";
-    at("turns").append(...turns);
+    showMessage(this.#part(".failure"));
+    showMessage(this.#part(".guide"));
+    byId("new").hidden = true;
+    byId("message").value = "";
+    byId("turns").append(...turns);
     this.#part("form").scrollIntoView({ block: "nearest" });
   }
 
-  #end(asked, text, turns, { reason, failure, seconds }) {
-    if (failure && !this.settings.refuse(failure)) tell(this.#part(".failure"), failure.message);
+  #end(userMessage, text, turns, { reason, failure, seconds }) {
+    if (failure && !this.settings.refuse(failure)) showMessage(this.#part(".failure"), failure.message);
     if (text.chunks.length === 0) {
       // Nothing came of it, so the message goes back to where it was written.
-      for (const one of turns) one.remove();
-      at("message").value ||= asked.content;
+      for (const element of turns) element.remove();
+      byId("message").value ||= userMessage.content;
     } else {
-      this.said.push(asked, { role: "assistant", content: text.said });
-      const done = ofText(text.chunks, reason, seconds, text.how);
+      this.history.push(userMessage, { role: "assistant", content: text.content });
+      const done = summarize(text.chunks, reason, seconds, text.sampling);
       const button = make("button", { type: "button", className: "quiet copy", textContent: "Copy" });
-      button.addEventListener("click", () => copy(text.said, button));
+      button.addEventListener("click", () => copy(text.content, button));
       turns[1].append(make("div", { className: "foot" }, make("p", { className: "done", textContent: done }), button));
-      if (!failure) announce(`${done}. ${text.said}`);
+      if (!failure) announce(`${done}. ${text.content}`);
     }
-    this.#part(".hint").hidden = at("new").hidden = this.said.length === 0;
-    if (this.said.length === 0) tell(this.#part(".guide"), this.guide);
+    this.#part(".hint").hidden = byId("new").hidden = this.history.length === 0;
+    if (this.history.length === 0) showMessage(this.#part(".guide"), this.guide);
     this.#part("form").scrollIntoView({ block: "nearest" });
   }
 
   #clear() {
-    this.said = [];
+    this.history = [];
     this.inspector.forget();
-    at("turns").replaceChildren();
-    this.#part(".hint").hidden = at("new").hidden = true;
-    tell(this.#part(".failure"));
-    tell(this.#part(".guide"), this.guide);
-    at("message").focus();
+    byId("turns").replaceChildren();
+    this.#part(".hint").hidden = byId("new").hidden = true;
+    showMessage(this.#part(".failure"));
+    showMessage(this.#part(".guide"), this.guide);
+    byId("message").focus();
   }
 
   #part(selector) {

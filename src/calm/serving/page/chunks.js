@@ -5,14 +5,14 @@ import { make } from "/page/dom.js";
 const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
 
 export class ChunkedText {
-  // source: What the text follows, as requests name it: {prompt} or {messages}.
-  // how: How it was sampled, {sampler, temperature}, and after how many thoughts where the model takes any.
-  // open: Called with this text and the number of a chunk.
-  constructor(source, how, endTokens, open) {
+  // source: What the text continues, as an argument of requests: {prompt} or {messages}.
+  // sampling: {sampler, temperature}, and the number of thoughts if the model takes any.
+  // open: Called with this text and the number of the chunk that was opened.
+  constructor(source, sampling, endTokens, open) {
     this.source = source;
-    this.how = how;
+    this.sampling = sampling;
     this.chunks = [];
-    this.said = "";
+    this.content = "";
     this.element = make("div", { className: "text", role: "group", "aria-label": "Text in chunks" });
     this.endTokens = endTokens;
     this.open = open;
@@ -26,7 +26,7 @@ export class ChunkedText {
 
   add(chunk, text) {
     this.chunks.push(chunk);
-    this.said += text;
+    this.content += text;
     // Spaces around the words are not underlined.
     const [, front, words, back] = text.match(/^(\s*)(.*?)(\s*)$/s);
     // A real button would not break across lines, as text does.
@@ -48,18 +48,18 @@ export class ChunkedText {
 
   // Shows which chunk is open, if any.
   mark(number = null) {
-    this.buttons.forEach((button, place) => button.setAttribute("aria-expanded", String(place === number)));
-    if (number !== null) this.#makeStop(number);
+    this.buttons.forEach((button, index) => button.setAttribute("aria-expanded", String(index === number)));
+    if (number !== null) this.#setTabStop(number);
   }
 
-  visit(number, then = null) {
-    this.#makeStop(number);
+  visit(number, onVisit = null) {
+    this.#setTabStop(number);
     this.buttons[number].focus();
-    then?.(this, number);
+    onVisit?.(this, number);
   }
 
-  #makeStop(number) {
-    this.buttons.forEach((button, place) => { button.tabIndex = place === number ? 0 : -1; });
+  #setTabStop(number) {
+    this.buttons.forEach((button, index) => { button.tabIndex = index === number ? 0 : -1; });
   }
 
   #onKey(event) {

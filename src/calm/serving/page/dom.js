@@ -1,6 +1,6 @@
-// Small helpers. Text of the model becomes text nodes only, never HTML.
+// Small helpers. Generated text becomes text nodes only, never HTML.
 
-export const at = (id) => document.getElementById(id);
+export const byId = (id) => document.getElementById(id);
 
 // An element with properties and attributes (those with a dash, and role), and children.
 export function make(tag, properties = {}, ...children) {
@@ -13,15 +13,15 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// Shows a sentence in its place, or hides the place if there is none.
-export function tell(place, sentence = "") {
-  place.textContent = sentence;
-  place.hidden = sentence === "";
+// Shows a sentence in an element, or hides the element if there is none.
+export function showMessage(element, sentence = "") {
+  element.textContent = sentence;
+  element.hidden = sentence === "";
 }
 
 // For screen readers; the text itself is not announced chunk by chunk.
 export function announce(sentence) {
-  at("announced").textContent = sentence;
+  byId("announced").textContent = sentence;
 }
 
 export async function copy(text, button) {

@@ -1,19 +1,19 @@
 // The page: it asks what the model is, and brings its parts together.
 
-import { describe } from "/page/api.js";
+import { fetchAbout } from "/page/api.js";
 import { Chat } from "/page/chat.js";
 import { Continue } from "/page/continue.js";
-import { at, tell } from "/page/dom.js";
+import { byId, showMessage } from "/page/dom.js";
 import { Inspector } from "/page/inspector.js";
 import { Settings } from "/page/settings.js";
-import { ofChunks, ofModel } from "/page/words.js";
+import { chunkPhrase, describeModel } from "/page/words.js";
 
 async function begin() {
-  const about = await describe();
-  at("model").textContent = about.model;
-  at("facts").textContent = ofModel(about);
-  at("legend-text").textContent = `The model writes ${ofChunks(about)}. Each chunk is underlined in the text.`;
-  at("legend-spent").hidden = about.lowest_temperature < 1;
+  const about = await fetchAbout();
+  byId("model").textContent = about.model;
+  byId("facts").textContent = describeModel(about);
+  byId("legend-text").textContent = `The model writes ${chunkPhrase(about)}. Each chunk is underlined in the text.`;
+  byId("legend-spent").hidden = about.lowest_temperature < 1;
   const shortcut = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   for (const key of document.querySelectorAll("kbd")) key.textContent = shortcut;
 
@@ -21,10 +21,10 @@ async function begin() {
   const inspector = new Inspector(about, settings);
   const modes = { continue: new Continue(about, settings, inspector), chat: new Chat(about, settings, inspector) };
   let mode = "continue";
-  at("modes").hidden = !about.has_chat;
-  at("modes").addEventListener("change", (event) => {
+  byId("modes").hidden = !about.has_chat;
+  byId("modes").addEventListener("change", (event) => {
     mode = event.target.value;
-    for (const name of Object.keys(modes)) at(name).hidden = name !== mode;
+    for (const name of Object.keys(modes)) byId(name).hidden = name !== mode;
     inspector.forget();
   });
   document.addEventListener("keydown", (event) => {
@@ -35,4 +35,4 @@ async function begin() {
   });
 }
 
-begin().catch((error) => tell(document.querySelector("#continue .failure"), error.message));
+begin().catch((error) => showMessage(document.querySelector("#continue .failure"), error.message));

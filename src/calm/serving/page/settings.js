@@ -1,100 +1,100 @@
-// The fields beside the prompt: their ranges, what they say of a request, and refusals at their place.
+// The fields beside the prompt: their ranges, the arguments they set, and error messages next to them.
 
-import { at, make, tell } from "/page/dom.js";
+import { byId, make, showMessage } from "/page/dom.js";
 import { samplerOf } from "/page/words.js";
 
-// Which field shows the refusal of which argument of a request.
+// Argument of a request -> the field that shows why the server refused it.
 const FIELDS = {
   max_tokens: "tokens", max_completion_tokens: "tokens", max_draws: "draws", num_draws: "draws",
   num_thoughts: "thoughts", seed: "seed", sampler: "sampler", temperature: "temperature", key: "key", prompt: "prompt",
 };
-const LONGEST_AT_FIRST = 120;
+const INITIAL_MAX_TOKENS = 120;
 
 export class Settings {
   constructor(about) {
     this.about = about;
-    at("temperature").value = about.temperature;
-    at("tokens").max = about.max_tokens;
-    at("tokens").value = Math.min(LONGEST_AT_FIRST, about.max_tokens);
-    at("draws").max = about.max_draws;
-    at("draws").value = about.draws;
+    byId("temperature").value = about.temperature;
+    byId("tokens").max = about.max_tokens;
+    byId("tokens").value = Math.min(INITIAL_MAX_TOKENS, about.max_tokens);
+    byId("draws").max = about.max_draws;
+    byId("draws").value = about.draws;
     // Only models that were trained to think take any.
-    at("thoughts-field").hidden = at("thoughts").disabled = about.num_thoughts === null;
-    at("thoughts").max = about.max_thoughts;
-    at("thoughts").value = about.num_thoughts;
-    at("key-field").hidden = !about.needs_key;
+    byId("thoughts-field").hidden = byId("thoughts").disabled = about.num_thoughts === null;
+    byId("thoughts").max = about.max_thoughts;
+    byId("thoughts").value = about.num_thoughts;
+    byId("key-field").hidden = !about.needs_key;
     const samplers = about.lowest_temperature < 1 ? ["head", "exact", "pool"] : ["exact", "pool"];
-    at("sampler").append(...samplers.map((name) => make("option", { value: name, textContent: name })));
-    at("more").addEventListener("click", () => this.unfold(at("settings").hidden));
-    for (const name of ["temperature", "sampler"]) at(name).addEventListener("input", () => this.#show());
+    byId("sampler").append(...samplers.map((name) => make("option", { value: name, textContent: name })));
+    byId("more").addEventListener("click", () => this.unfold(byId("settings").hidden));
+    for (const name of ["temperature", "sampler"]) byId(name).addEventListener("input", () => this.#update());
     for (const name of new Set(Object.values(FIELDS))) {
-      at(name).setAttribute("aria-describedby", `${name}-wrong`);
-      at(name).addEventListener("input", () => this.#blame(name));
+      byId(name).setAttribute("aria-describedby", `${name}-wrong`);
+      byId(name).addEventListener("input", () => this.#showError(name));
     }
-    this.#show();
+    this.#update();
     if (about.needs_key) this.unfold(true);
   }
 
   get key() {
-    return at("key").value;
+    return byId("key").value;
   }
 
-  get how() {
-    const temperature = Number(at("temperature").value);
-    const how = { temperature, sampler: samplerOf(this.about, at("sampler").value, temperature) };
-    return at("thoughts").disabled ? how : { ...how, thoughts: Number(at("thoughts").value) };
+  get sampling() {
+    const temperature = Number(byId("temperature").value);
+    const sampling = { temperature, sampler: samplerOf(this.about, byId("sampler").value, temperature) };
+    return byId("thoughts").disabled ? sampling : { ...sampling, thoughts: Number(byId("thoughts").value) };
   }
 
   get arguments() {
-    const { temperature, thoughts } = this.how;
-    const chosen = { temperature, num_thoughts: thoughts, max_tokens: Number(at("tokens").value) };
-    if (!at("draws").disabled) chosen.max_draws = chosen.num_draws = Number(at("draws").value);
-    if (at("sampler").value) chosen.sampler = at("sampler").value;
-    if (at("seed").value) chosen.seed = Number(at("seed").value);
+    const { temperature, thoughts } = this.sampling;
+    const chosen = { temperature, num_thoughts: thoughts, max_tokens: Number(byId("tokens").value) };
+    if (!byId("draws").disabled) chosen.max_draws = chosen.num_draws = Number(byId("draws").value);
+    if (byId("sampler").value) chosen.sampler = byId("sampler").value;
+    if (byId("seed").value) chosen.seed = Number(byId("seed").value);
     return chosen;
   }
 
   unfold(isOpen) {
-    at("settings").hidden = !isOpen;
-    at("more").setAttribute("aria-expanded", String(isOpen));
+    byId("settings").hidden = !isOpen;
+    byId("more").setAttribute("aria-expanded", String(isOpen));
   }
 
-  // Whether all fields hold what they may; the first that does not is shown and told.
+  // Whether all fields are valid; if not, the first invalid one shows why.
   check() {
     for (const name of ["tokens", "draws", "thoughts", "seed"]) {
-      const field = at(name);
+      const field = byId(name);
       if (field.disabled || field.validity.valid) continue;
       const range = `A whole number from ${field.min} to ${Number(field.max).toLocaleString("en")}.`;
-      this.#blame(name, name === "seed" ? "A whole number of up to 15 digits, or empty for a random one." : range);
+      this.#showError(name, name === "seed" ? "A whole number of up to 15 digits, or empty for a random one." : range);
       return false;
     }
     return true;
   }
 
-  // Shows what the server refuses at its field; whether there is one.
+  // Shows a refusal at the field it is about; returns whether there is such a field.
   refuse(refusal) {
     const name = FIELDS[refusal.field];
-    if (!name || at(name).closest("[hidden]:not(#settings)")) return false;
-    this.#blame(name, refusal.message);
+    if (!name || byId(name).closest("[hidden]:not(#settings)")) return false;
+    this.#showError(name, refusal.message);
     return true;
   }
 
-  #blame(name, sentence = "") {
-    const field = at(name);
-    tell(at(`${name}-wrong`), sentence);
+  #showError(name, sentence = "") {
+    const field = byId(name);
+    showMessage(byId(`${name}-wrong`), sentence);
     if (!sentence) {
       field.removeAttribute("aria-invalid");
       return;
     }
     field.setAttribute("aria-invalid", "true");
-    if (at("settings").contains(field)) this.unfold(true);
+    if (byId("settings").contains(field)) this.unfold(true);
     field.focus();
   }
 
-  #show() {
-    const { temperature, sampler } = this.how;
-    at("temperature-shown").textContent = temperature.toFixed(2);
-    at("draws").disabled = sampler === "head" || temperature === 1;
-    at("draws-note").hidden = !at("draws").disabled;
+  #update() {
+    const { temperature, sampler } = this.sampling;
+    byId("temperature-shown").textContent = temperature.toFixed(2);
+    byId("draws").disabled = sampler === "head" || temperature === 1;
+    byId("draws-note").hidden = !byId("draws").disabled;
   }
 }

@@ -1,47 +1,47 @@
 // A form that has a text written, chunk by chunk, until it ends or is stopped.
 
-import { ask, events } from "/page/api.js";
+import { post, events } from "/page/api.js";
 import { announce } from "/page/dom.js";
 
 export class Writer {
   constructor(form) {
-    this.write = form.querySelector(".primary");
-    this.stop = form.querySelector(".stop");
-    this.stopper = null;
-    this.stop.addEventListener("click", () => this.stopper?.abort());
+    this.writeButton = form.querySelector(".primary");
+    this.stopButton = form.querySelector(".stop");
+    this.abortController = null;
+    this.stopButton.addEventListener("click", () => this.abortController?.abort());
   }
 
   get isBusy() {
-    return this.stopper !== null;
+    return this.abortController !== null;
   }
 
-  // Adds what the server writes to a text. Gives why it ended, how long it took, and what went wrong, if it did.
+  // Adds what the server writes to a text. Returns why it ended, how long it took, and the error if it failed.
   async fill(text, path, body, key) {
     const begin = performance.now();
     let reason = null, failure = null;
-    this.#change(new AbortController());
+    this.#setController(new AbortController());
     announce("Writing.");
     try {
       const request = { ...body, ...text.source, stream: true, return_chunks: true };
-      for await (const event of events(await ask(path, request, key, this.stopper.signal))) {
+      for await (const event of events(await post(path, request, key, this.abortController.signal))) {
         const [choice] = event.choices;
-        const said = choice.text ?? choice.delta.content ?? "";
-        for (const chunk of choice.chunks ?? []) text.add(chunk, said);
+        const written = choice.text ?? choice.delta.content ?? "";
+        for (const chunk of choice.chunks ?? []) text.add(chunk, written);
         reason = choice.finish_reason ?? reason;
       }
     } catch (error) {
       if (error.name === "AbortError") reason = "stopped";
       else failure = error;
     } finally {
-      this.#change(null);
+      this.#setController(null);
     }
     return { reason, failure, seconds: (performance.now() - begin) / 1000 };
   }
 
-  // Swaps the two buttons, and the focus with them.
-  #change(stopper) {
-    this.stopper = stopper;
-    const [shown, hidden] = stopper ? [this.stop, this.write] : [this.write, this.stop];
+  // Sets what stops the text, null when it has ended; swaps the two buttons, and the focus with them.
+  #setController(abortController) {
+    this.abortController = abortController;
+    const [shown, hidden] = abortController ? [this.stopButton, this.writeButton] : [this.writeButton, this.stopButton];
     const hadFocus = document.activeElement === hidden;
     shown.hidden = false;
     hidden.hidden = true;
