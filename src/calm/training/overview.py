@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.data.prepared import PreparedData
-from calm.hardware import device_name
+from calm.hardware import device_name, fast_float32
 from calm.quantities import duration, short
 from calm.training.build import new_autoencoder, untrained_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
@@ -131,6 +131,7 @@ def _forecast(
     )
 
 
+@fast_float32()  # As the Trainer does.
 def seconds_per_step(
     network: PreTrainedModel, training: TrainingSettings, context: int, teacher: Teacher | None = None
 ) -> float | None:
