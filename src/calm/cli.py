@@ -287,7 +287,7 @@ def _inline_recipes(arguments: list[str]) -> list[str]:
 
     Settings of a head or other component are left out if an option chooses another kind of it.
     """
-    from calm.training.recipe_settings import KINDS, kept_by, settings_in
+    from calm.training.recipe_settings import KINDS, compatible_settings, settings_in
 
     kind = _RECIPES.get(arguments[0])
     if kind is None:
@@ -298,7 +298,7 @@ def _inline_recipes(arguments: list[str]) -> list[str]:
     kinds = {name: _value_of(f"--{name}", arguments) for name in KINDS}
 
     def text_of(name: str) -> str:
-        settings = kept_by(settings_in(name, kind, options), kinds, kind)
+        settings = compatible_settings(settings_in(name, kind, options), kinds, kind)
         return yaml.safe_dump(settings, sort_keys=False)
 
     result = list(arguments)

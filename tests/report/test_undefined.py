@@ -10,7 +10,7 @@ from calm.report.ablation import write_ablation
 from calm.report.comparison import _best, print_comparison, write_comparison
 from calm.report.measured import AblationTable, Outcome
 from calm.report.tables import cells_of
-from calm.training.progress import _shown
+from calm.training.progress import _formatted
 
 
 @pytest.mark.parametrize(
@@ -60,5 +60,5 @@ def test_an_ablation_tells_how_many_seeds_have_none(tmp_path):
 
 def test_training_says_why():
     figures = {"brier_lm": 0.0, "brier_1": 9.0, "brier_2": 1.0, "brier_3": -0.1, "brier_4": 0.2}
-    assert _shown("brier_lm", 0.0, figures) == "undefined (Brier-3 below 0)"
-    assert _shown("brier_lm", 12.3456, figures) == "12.35"
+    assert _formatted("brier_lm", figures) == "undefined (Brier-3 below 0)"
+    assert _formatted("brier_lm", figures | {"brier_lm": 12.3456}) == "12.35"

@@ -14,7 +14,7 @@ from calm.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.training import stages
 from calm.training.checkpoints import (
     checkpoints_in,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     problems_of,
     step_of,
     written_checkpoint,
@@ -128,9 +128,9 @@ def test_nothing_is_thrown_away_where_all_are_damaged(stopped, tmp_path):
 
 
 def test_there_may_be_none_yet(tmp_path):
-    assert newest_whole_checkpoint(tmp_path / "nothing") is None
+    assert newest_intact_checkpoint(tmp_path / "nothing") is None
     (tmp_path / "checkpoint-x").mkdir()
-    assert newest_whole_checkpoint(tmp_path) is None and checkpoints_in(tmp_path) == []
+    assert newest_intact_checkpoint(tmp_path) is None and checkpoints_in(tmp_path) == []
 
 
 def test_checksums_of_a_folder(tmp_path):

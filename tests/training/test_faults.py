@@ -169,7 +169,7 @@ def test_weights_that_are_not_finite_are_never_saved():
         check_weights(model, 3, "nothing is left")
     watch = LossWatch(torch.device("cpu"))
     for step, loss in enumerate([1.0, 2.0, torch.inf, torch.nan, 1.0]):
-        watch.see(torch.tensor(loss), step)
+        watch.record(torch.tensor(loss), step)
     with pytest.raises(RunError, match="the loss of step 2 is not finite; all is lost"):
         watch.check("all is lost")
 

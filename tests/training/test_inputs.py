@@ -267,7 +267,7 @@ def test_the_order_of_the_fields_of_a_head_means_nothing(tmp_path):
     (tmp_path / "old").mkdir()
     check_recipe_and_inputs(tmp_path / "new", recipes[0], {})
     check_recipe_and_inputs(tmp_path / "new", recipes[1], {})
-    as_before = digest_of_recipe(recipes[0], in_order=False)
+    as_before = digest_of_recipe(recipes[0], sort_keys=False)
     assert as_before != digest_of_recipe(recipes[0])
     write_file_whole(tmp_path / "old/inputs.json", json.dumps({"its recipe": as_before}))
     check_recipe_and_inputs(tmp_path / "old", recipes[0], {})

@@ -167,10 +167,10 @@ def program(folder, what):
     """A program that is `calm` with something done at the first loss of step 5 of the second process."""
     path = folder / "program.py"
     path.write_text(
-        "import os, signal, calm.training.faults as f\nfrom calm.cli import main\nsee = f.LossWatch.see\n"
+        "import os, signal, calm.training.faults as f\nfrom calm.cli import main\nsee = f.LossWatch.record\n"
         "def watched(self, loss, step):\n    if step == 5 and os.environ['RANK'] == '1':\n"
         f"        {what}\n    see(self, loss, step)\n"
-        "f.LossWatch.see = watched\nmain()\n"
+        "f.LossWatch.record = watched\nmain()\n"
     )
     return path
 

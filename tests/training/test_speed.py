@@ -15,6 +15,7 @@ from calm.data.stories import write_stories
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.hardware import matrix_rate
+from calm.training import overview
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
 from calm.training.recipe import TrainingSettings
@@ -103,3 +104,13 @@ def test_training_on_rows_of_any_length_does_not(precisions, tmp_path):
     )
     finetune(recipe, tmp_path / "run")
     assert precisions == {"highest"}
+
+
+def test_the_overview_times_steps_as_they_are_trained(monkeypatch):
+    seen = []
+    monkeypatch.setattr(hardware, "_has_faster_float32", lambda: True)
+    monkeypatch.setattr(
+        overview, "_seconds_of", lambda *_: seen.append(torch.get_float32_matmul_precision()) or 1.0
+    )
+    assert overview.seconds_per_step(tiny_model(), TrainingSettings(batch_tokens=64), 32) == 2.0
+    assert seen == ["medium", "medium"]

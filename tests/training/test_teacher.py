@@ -326,5 +326,5 @@ def test_states_are_those_of_the_layer_with_which_the_backbone_ends(layers, want
 
 
 def test_the_folder_of_a_teacher_is_never_replaced(base, tmp_path):
-    places = opening._places_of(recipe_for(base, "new"))
+    places = opening._input_paths(recipe_for(base, "new"))
     assert str(base / "source") in places

@@ -68,7 +68,7 @@ def test_the_loss_is_a_mean_over_all_targets_at_the_current_stage(kind, tokenize
     model = model_of(kind, tokenizer)
     thinking, losses = thinking_for(model, tokenizer), set()
     for stage in thinking.curriculum.stages:
-        thinking.take_up(model, stage)
+        thinking.enter_stage(model, stage)
         total, count = 0.0, 0
         for example in EXAMPLES:
             batch = thinking.collate([thinking.row(example, stage)])
@@ -94,7 +94,7 @@ def test_an_answer_may_be_as_long_as_what_is_written_at_its_stage(kind, longest,
     model = model_of(kind, tokenizer)
     thinking, found = thinking_for(model, tokenizer), []
     for stage in thinking.curriculum.stages:
-        thinking.take_up(model, stage)
+        thinking.enter_stage(model, stage)
         found.append(thinking.longest_answer(EXAMPLES))
     assert found == longest and thinking.longest_answer([]) == 0
 

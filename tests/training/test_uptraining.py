@@ -13,13 +13,18 @@ from tiny import tiny_model
 from toy import failure, killed_and_resumed, toy_recipe, toy_source
 from transformers import GPT2Config, LlamaForCausalLM
 
+from calm.data.prepared import load_prepared
 from calm.data.tokenizer import load_tokenizer
+from calm.flops import training_flops
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import load_model_and_tokenizer
 from calm.training import continuing, stages
+from calm.training.opening import prepare_text
 from calm.training.optimizers import build_optimizer
+from calm.training.overview import forecasts_of
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings, write_recipe
+from calm.training.runs import Run
 
 INIT = "language_model.init_from"
 CUT = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 2}
@@ -87,6 +92,19 @@ def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
     monkeypatch.setattr("calm.models.loading.best_device", lambda: torch.device("meta"))
     model = continuing.model_to_continue(recipe, data)
     assert model.device.type == "cpu" and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"model": "autoregressive", "chunk_size": 1}], ids=["uptrained", "continued"]
+)
+def test_the_overview_loads_no_weights(settings, base, tmp_path, monkeypatch):
+    recipe = continuing.completed(recipe_for(base, **settings))
+    data = load_prepared(prepare_text(recipe, tmp_path))
+    model = continuing.model_to_continue(recipe, data)
+    monkeypatch.delattr("calm.models.loading.open_network")
+    (forecast,) = forecasts_of(Run(recipe, tmp_path), data)
+    assert forecast.parameters == sum(w.numel() for w in model.parameters() if w.requires_grad)
+    assert forecast.flops == training_flops(model.config, 32) * 8 * 64 and forecast.seconds > 0
 
 
 @pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")

@@ -60,12 +60,12 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
     return adapted
 
 
-def _linear_layers(model: PreTrainedModel, where: str) -> list[str]:
-    """Full names of the linear layers that get adapters."""
+def _linear_layers(model: PreTrainedModel, part: str) -> list[str]:
+    """Full names of the linear layers in a part of the model: "backbone", "head" or "both"."""
     parts = language_model(model).parts
-    if where == "head" and "head" not in parts:
+    if part == "head" and "head" not in parts:
         raise InputError("an autoregressive model has no generative head; set lora.layers to backbone.")
-    prefixes = parts[where] if where in parts else [name for part in parts.values() for name in part]
+    prefixes = parts[part] if part in parts else [name for names in parts.values() for name in names]
     return [
         name
         for name, module in model.named_modules()

@@ -43,22 +43,22 @@ def collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     return batch | {"use_cache": False}
 
 
-def whole_steps(blocks: Sized, step: int) -> RandomSampler:
+def whole_steps(blocks: Sized, blocks_per_step: int) -> RandomSampler:
     """Sample blocks in random order, in whole steps; leftover blocks wait for another epoch.
 
     This way, every step has the same number of tokens, however many processes share it.
 
     Args:
         blocks: All blocks.
-        step: Blocks per optimizer step.
+        blocks_per_step: Blocks per optimizer step over all processes.
     """
-    return RandomSampler(blocks, num_samples=max(1, len(blocks) // step) * step)
+    return RandomSampler(blocks, num_samples=max(1, len(blocks) // blocks_per_step) * blocks_per_step)
 
 
 def batches_of_stream(
     stream: BlockStream, size: int, collate: Callable[..., Any], arguments: TrainingArguments
 ) -> DataLoader:
-    """Batches of a stream in its own order, each with the reader's position after its last block.
+    """Batches of a stream, in order, each with the reader's position after its last block.
 
     Args:
         stream: The stream; it knows what other processes read.

@@ -47,15 +47,15 @@ def blocks_of(run: Run[Recipe], data: PreparedData, num_workers: int, scored_chu
         scored_chunk_size: Tokens per chunk when the network is scored.
     """
     recipe = run.recipe
-    held_out = _laid_out(recipe, data, "validation", scored_chunk_size)
+    held_out = _lay_out(recipe, data, "validation", scored_chunk_size)
     if recipe.data.streaming:
         training: datasets.Dataset | BlockStream = _stream(run, data, num_workers)
     else:
-        training = _laid_out(recipe, data, "train", recipe.chunk_size)
+        training = _lay_out(recipe, data, "train", recipe.chunk_size)
     return Blocks(training, held_out, recipe.data.context, data.tokenizer)
 
 
-def _laid_out(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
+def _lay_out(recipe: Recipe, data: PreparedData, split: str, chunk_size: int) -> datasets.Dataset:
     with processes().main_process_first():  # The main process fills the cache.
         return data.blocks(split, chunk_size=chunk_size, **asdict(block_settings(recipe)))
 
@@ -66,7 +66,7 @@ def block_settings(recipe: Recipe) -> BlockSettings:
 
 
 def _stream(run: Run[Recipe], data: PreparedData, num_workers: int) -> BlockStream:
-    recipe, settings, everyone = run.recipe, run.recipe.data, processes()
+    recipe, settings, group = run.recipe, run.recipe.data, processes()
     split = split_of(data_folder(recipe, run.folder))
     stream = StreamSettings(
         sources=settings.source_list,
@@ -80,5 +80,5 @@ def _stream(run: Run[Recipe], data: PreparedData, num_workers: int) -> BlockStre
         held_out_seed=split.seed,
         part_bytes=split.part_bytes,
     )
-    position = Position(everyone.num_processes, max(1, num_workers))
-    return BlockStream(stream, data.tokenizer, position, everyone.process_index)
+    position = Position(group.num_processes, max(1, num_workers))
+    return BlockStream(stream, data.tokenizer, position, group.process_index)

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from calm.data.prepared import PreparedData
 from calm.data.tokenizer import load_tokenizer
@@ -63,20 +70,37 @@ def language_model_of(
     Raises:
         InputError: If the model that it starts from does not fit, or a value is out of range.
     """
-    begun = model_to_continue(recipe, data)
-    if begun is None:
+    initial = model_to_continue(recipe, data)
+    if initial is None:
         if autoencoder is None:
             return new_autoregressive_model(recipe, data)
         return new_language_model(recipe, data, autoencoder)
     if recipe.language_model.new_head:
         assert autoencoder is not None
-        return model_with_new_head(recipe, data, autoencoder, begun)
+        return model_with_new_head(recipe, data, autoencoder, initial)
     set_seed(recipe.seed)
-    return begun
+    return initial
+
+
+def untrained_language_model(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
+    """A network like the language model of a recipe, with random weights: enough to count and time it.
+
+    No weights are loaded, even if training starts from a model.
+
+    Raises:
+        InputError: If the model that training starts from does not fit, or a value is out of range.
+    """
+    config = model_config(recipe, data.vocab_size)
+    is_llama = config.model_type == "llama"  # Ours costs less than that of transformers.
+    build: Any = LlamaForCausalLM._from_config if is_llama else AutoModelForCausalLM.from_config
+    network: PreTrainedModel = build(
+        config, dtype=torch.float32, attn_implementation=recipe.language_model.attention
+    )
+    return network
 
 
 def model_with_new_head(
-    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, begun: Any
+    recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder, trained: Any
 ) -> CalmForCausalLM:
     """A trained CALM with the autoencoder of a recipe and a new head.
 
@@ -84,18 +108,18 @@ def model_with_new_head(
         recipe: The recipe.
         data: The text.
         autoencoder: The trained autoencoder.
-        begun: The trained CALM; its backbone, embeddings and input projection are kept.
+        trained: The trained CALM; its backbone, embeddings and input projection are kept.
 
     Raises:
         InputError: If they do not fit together, or a value is out of range.
     """
     set_seed(recipe.seed)
-    model = CalmForCausalLM(config_with_new_head(recipe, begun.config, autoencoder.config))
+    model = CalmForCausalLM(config_with_new_head(recipe, trained.config, autoencoder.config))
     model.autoencoder.load_state_dict(autoencoder.state_dict())
-    model.projection.load_state_dict(begun.projection.state_dict())
-    kept = begun.backbone.state_dict()
-    new = {name: weight for name, weight in model.backbone.state_dict().items() if name not in kept}
-    model.backbone.load_state_dict(kept | new)  # New: a final norm, if it had none.
+    model.projection.load_state_dict(trained.projection.state_dict())
+    weights = trained.backbone.state_dict()
+    new = {name: weight for name, weight in model.backbone.state_dict().items() if name not in weights}
+    model.backbone.load_state_dict(weights | new)  # New: a final norm, if it had none.
     _init_from_text(model, data)
     mark_as_new(model.head, *([model.backbone.norm] if new else []))
     return model
@@ -117,9 +141,9 @@ def new_autoregressive_model(recipe: Recipe, data: PreparedData) -> LlamaForCaus
     model = LlamaForCausalLM(
         autoregressive_config(recipe, data.vocab_size, special_tokens_of(data.tokenizer))
     )
-    spread = recipe.language_model.embedding_initializer_range / model.config.initializer_range
+    scale = recipe.language_model.embedding_initializer_range / model.config.initializer_range
     with torch.no_grad():
-        model.model.embed_tokens.weight *= spread
+        model.model.embed_tokens.weight *= scale
     return model
 
 
@@ -134,10 +158,10 @@ def autoencoder_config(
     settings = recipe.autoencoder
     if settings.path is not None and (Path(folder_of(settings.path)) / "config.json").is_file():
         return load_autoencoder_config(Path(folder_of(settings.path)))
-    if isinstance(begun := config_to_continue(recipe), CalmConfig):
+    if isinstance(trained := config_to_continue(recipe), CalmConfig):
         if not recipe.language_model.new_head:
-            return begun.autoencoder
-        vocab_size = begun.vocab_size  # Its embeddings may be padded.
+            return trained.autoencoder
+        vocab_size = trained.vocab_size  # Its embeddings may be padded.
     if settings.kind == "codes" and settings.latent_size < _SMALLEST_CODE * recipe.chunk_size:
         raise InputError(
             f"token codes need at least {_SMALLEST_CODE} dimensions to be distinct: set "
@@ -175,7 +199,9 @@ def language_model_config(
     )
 
 
-def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAutoencoderConfig) -> CalmConfig:
+def config_with_new_head(
+    recipe: Recipe, trained: CalmConfig, autoencoder: CalmAutoencoderConfig
+) -> CalmConfig:
     """Configuration of a trained CALM with the head of a recipe.
 
     A backbone without a final norm, whose `decoder` head had one, gets one unless the new head is a `decoder`
@@ -183,23 +209,23 @@ def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAut
 
     Args:
         recipe: The recipe.
-        begun: The CALM's configuration.
+        trained: The CALM's configuration.
         autoencoder: The autoencoder's configuration.
 
     Raises:
         InputError: If the autoencoder does not fit the CALM, or a value is out of range.
     """
     name, path = recipe.language_model.init_from, recipe.autoencoder.path
-    for what, has, needs in (
-        ("token ids", autoencoder.vocab_size, begun.vocab_size),
-        ("tokens in a chunk", autoencoder.chunk_size, begun.chunk_size),
+    for unit, has, needs in (
+        ("token ids", autoencoder.vocab_size, trained.vocab_size),
+        ("tokens in a chunk", autoencoder.chunk_size, trained.chunk_size),
     ):
         if has != needs:
             raise InputError(
-                f"'{name}' has {needs} {what}, but the autoencoder '{path}' has {has}: use another, or leave "
+                f"'{name}' has {needs} {unit}, but the autoencoder '{path}' has {has}: use another, or leave "
                 "out autoencoder.path to train one."
             )
-    if begun.reads_latents and (path is None or resolve_name(path) != resolve_name(str(name))):
+    if trained.reads_latents and (path is None or resolve_name(path) != resolve_name(str(name))):
         raise InputError(
             f"'{name}' reads the latents of its own autoencoder: set autoencoder.path to '{name}' as well."
         )
@@ -207,15 +233,15 @@ def config_with_new_head(recipe: Recipe, begun: CalmConfig, autoencoder: CalmAut
     return _build(
         CalmConfig,
         autoencoder_config=autoencoder.to_dict() | {"_name_or_path": ""},
-        backbone_config=begun.backbone.to_dict(),
+        backbone_config=trained.backbone.to_dict(),
         head_config=head,
-        **values_of(InputHyperparameters, begun),
-        input_projection=begun.input_projection,
-        final_norm=begun.final_norm or head.get("head_type") != "decoder",
-        initializer_range=begun.initializer_range,
-        layer_norm_eps=begun.layer_norm_eps,
+        **values_of(InputHyperparameters, trained),
+        input_projection=trained.input_projection,
+        final_norm=trained.final_norm or head.get("head_type") != "decoder",
+        initializer_range=trained.initializer_range,
+        layer_norm_eps=trained.layer_norm_eps,
         attn_implementation=recipe.language_model.attention,
-        **special_tokens_of(begun),
+        **special_tokens_of(trained),
     )
 
 

@@ -29,11 +29,11 @@ def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
     check_types(recipe)
     if not recipe.data.source_list:
         raise InputError("the recipe names no text; pass --data.sources FILE or a folder of `calm prepare`.")
-    streamed = recipe.data
-    if streamed.streaming and (streamed.sample_documents < 2 or streamed.window_documents < 1):
+    data = recipe.data
+    if data.streaming and (data.sample_documents < 2 or data.window_documents < 1):
         raise InputError(
             "a stream needs at least 2 sample_documents and 1 window_documents, got "
-            f"{streamed.sample_documents} and {streamed.window_documents}."
+            f"{data.sample_documents} and {data.window_documents}."
         )
     check_trackers(recipe.tracker_list)
     check_model(recipe, num_processes)

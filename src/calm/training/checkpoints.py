@@ -28,12 +28,12 @@ _ZIPPED = (".pt", ".pth", ".bin")  # torch's files are zip archives, with a chec
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, sorted by step."""
-    found = [
+    checkpoints = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.is_dir() and path.name.startswith(_PREFIX) and path.name.removeprefix(_PREFIX).isdecimal()
     ]
-    return sorted(found, key=step_of)
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -42,7 +42,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextlib.contextmanager
-def written_checkpoint(folder: Path, step: int, keep: int, spared: int | None = None) -> Iterator[Path]:
+def written_checkpoint(folder: Path, step: int, keep: int, kept_step: int | None = None) -> Iterator[Path]:
     """Yield a staging folder for a checkpoint; if the block succeeds, rename it and remove old checkpoints.
 
     A run killed in between leaves nothing that looks like a complete checkpoint. All processes call this
@@ -52,28 +52,28 @@ def written_checkpoint(folder: Path, step: int, keep: int, spared: int | None = 
         folder: Folder of the checkpoints.
         step: The step after which it is written.
         keep: Number of checkpoints to keep, this one included.
-        spared: The step of another checkpoint to keep.
+        kept_step: The step of another checkpoint to keep.
     """
     name, staging = f"{_PREFIX}{step}", folder / _STAGING
-    partial, everyone = staging / name, processes()
-    if everyone.is_main_process:
+    partial, group = staging / name, processes()
+    if group.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
-    everyone.wait_for_everyone()
+    group.wait_for_everyone()
     try:
         yield partial
     except BaseException:
-        if everyone.is_main_process:
+        if group.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    everyone.wait_for_everyone()
-    if everyone.is_main_process:
+    group.wait_for_everyone()
+    if group.is_main_process:
         write_checksums(partial)
         _sync(partial)
         partial.rename(folder / name)
         shutil.rmtree(staging)
         old = checkpoints_in(folder)[: -max(1, keep)]
-        remove_checkpoints([checkpoint for checkpoint in old if step_of(checkpoint) != spared])
-    everyone.wait_for_everyone()
+        remove_checkpoints([checkpoint for checkpoint in old if step_of(checkpoint) != kept_step])
+    group.wait_for_everyone()
 
 
 def remove_checkpoints(checkpoints: list[Path]) -> None:
@@ -93,7 +93,7 @@ def _sync(folder: Path) -> None:
                 os.fsync(handle.fileno())
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
+def newest_intact_checkpoint(folder: Path) -> Path | None:
     """The newest intact checkpoint, the same for all processes; None if there is none yet.
 
     Newer, damaged ones are reported and moved aside.
@@ -101,40 +101,40 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: If there are checkpoints, and all are damaged.
     """
-    answer: list[str | InputError | None] = [None]
+    outcome: list[Path | InputError | None] = [None]  # A list, as accelerate broadcasts lists.
     if processes().is_main_process:
         try:
-            found = _set_damaged_aside(folder)
-            answer[0] = str(found) if found else None
+            outcome[0] = _find_intact(folder)
         except InputError as error:
-            answer[0] = error
+            outcome[0] = error
     if processes().num_processes > 1:
-        answer = broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    return Path(answer[0]) if answer[0] else None
+        outcome = broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
-def _set_damaged_aside(folder: Path) -> Path | None:
+def _find_intact(folder: Path) -> Path | None:
+    """`newest_intact_checkpoint` in one process."""
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints_in(folder)):
         problems = problems_of(checkpoint)
         if not problems:
-            for bad, what in damaged.items():
-                aside = free_name(bad.with_name(f"damaged-{bad.name}"))
-                bad.rename(aside)
+            for newer, damage in damaged.items():
+                renamed = free_name(newer.with_name(f"damaged-{newer.name}"))
+                newer.rename(renamed)
                 logger.warning(
                     "the checkpoint '%s' is damaged (%s); continuing from '%s', the newest intact one. The "
                     "damaged one was renamed to '%s'.",
-                    bad, what, checkpoint.name, aside.name,
+                    newer, damage, checkpoint.name, renamed.name,
                 )  # fmt: skip
             return checkpoint
         damaged[checkpoint] = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
     if damaged:
-        newest, what = next(iter(damaged.items()))
+        newest, damage = next(iter(damaged.items()))
         raise InputError(
-            f"no checkpoint in '{folder}' is intact: '{newest.name}' is damaged ({what}). Restore it from a "
-            "copy, or move that folder away, and --resume will start this stage from the beginning."
+            f"no checkpoint in '{folder}' is intact: '{newest.name}' is damaged ({damage}). Restore it from "
+            "a copy, or move that folder away, and --resume will start this stage from the beginning."
         )
     return None
 
@@ -142,7 +142,7 @@ def _set_damaged_aside(folder: Path) -> Path | None:
 def problems_of(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint.
 
-    Those of earlier versions have no checksums: their files must exist and be readable.
+    Checkpoints of earlier versions have no checksums; their files must exist and be readable.
     """
     try:
         return find_damage(checkpoint)
@@ -154,19 +154,19 @@ def _missing(checkpoint: Path) -> Iterator[str]:
     names = [path.name for path in checkpoint.iterdir()]
     if not any("model" in name for name in names):
         yield "the weights are missing"
-    for part, what in (("trainer_state.json", "the training state"), ("optimizer", "the optimizer"),
-                       ("scheduler.pt", "the schedule"), ("rng_state", "the random states")):  # fmt: skip
-        if not any(name.startswith(part) for name in names):
-            yield f"{what} is missing ({part})"
+    for start, content in (("trainer_state.json", "the training state"), ("optimizer", "the optimizer"),
+                           ("scheduler.pt", "the schedule"), ("rng_state", "the random states")):  # fmt: skip
+        if not any(name.startswith(start) for name in names):
+            yield f"{content} is missing ({start})"
 
 
 def _unreadable(checkpoint: Path) -> Iterator[str]:
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and not _is_whole(path):
+        if path.is_file() and not _is_intact(path):
             yield f"{path.relative_to(checkpoint)} is empty or damaged"
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Whether a file is intact, as far as its format allows checking."""
     try:
         if path.suffix == ".json":

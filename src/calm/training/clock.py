@@ -16,23 +16,23 @@ class Clock(TrainerCallback, ExportableState):
     """
 
     def __init__(self) -> None:
-        self._before: float | None = 0.0
+        self._earlier: float | None = 0.0
         self._start: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, or restore it; after a checkpoint without a time, it stays unknown."""
-        noted = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
-            self._before = noted["attributes"]["seconds"] if noted else None
+            self._earlier = saved["attributes"]["seconds"] if saved else None
         self._start = time.perf_counter()
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     @property
     def seconds(self) -> float | None:
         """Seconds so far; None if unknown."""
-        if self._before is None or self._start is None:
-            return self._before
-        return self._before + time.perf_counter() - self._start
+        if self._earlier is None or self._start is None:
+            return self._earlier
+        return self._earlier + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
         """What is saved with a checkpoint."""

@@ -21,7 +21,7 @@ from calm.training.uptraining import (
     check_tokens,
     config_at,
     config_to_uptrain,
-    is_of_tokens,
+    is_token_level,
     model_to_uptrain,
     uptrains,
     with_codes,
@@ -40,13 +40,13 @@ def completed(recipe: Recipe) -> Recipe:
         return with_tokens_of_teacher(recipe)
     name, is_uptrained = resolve_name(recipe.language_model.init_from), uptrains(recipe)
     has_autoencoder = recipe.model == "calm" and not (is_uptrained or recipe.language_model.new_head)
-    brought = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
-    for part, setting in brought.items():
+    inherited = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
+    for part, setting in inherited.items():
         settings = getattr(recipe, part)
         if getattr(settings, setting) not in (None, name, recipe.language_model.init_from):
-            what = "tokenizer" if part == "data" else "autoencoder"
+            component = "tokenizer" if part == "data" else "autoencoder"
             raise InputError(
-                f"'{name}' has its own {what}: set {part}.{setting} to '{name}' or leave it out; it is "
+                f"'{name}' has its own {component}: set {part}.{setting} to '{name}' or leave it out; it is "
                 f"'{getattr(settings, setting)}'."
             )
         recipe = dataclasses.replace(recipe, **{part: dataclasses.replace(settings, **{setting: name})})
@@ -76,16 +76,16 @@ def config_to_continue(recipe: Recipe) -> PreTrainedConfig | None:
             f"language_model.new_head requires a CALM, but '{name}' is a model of type "
             f"'{config.model_type}': set it to false."
         )
-    if recipe.model == "calm" and is_of_tokens(config):
+    if recipe.model == "calm" and is_token_level(config):
         return config_to_uptrain(recipe, config)
     kind, size = ("calm", config.chunk_size) if isinstance(config, CalmConfig) else ("autoregressive", 1)
     if (recipe.model, recipe.chunk_size) != (kind, size):
-        what = (
+        description = (
             f"a CALM with chunks of {size} tokens"
             if kind == "calm"
             else f"a token-level {config.model_type} model"
         )
-        raise InputError(f"'{name}' is {what}: set model to {kind} and chunk_size to {size}.")
+        raise InputError(f"'{name}' is {description}: set model to {kind} and chunk_size to {size}.")
     if isinstance(config, CalmConfig) and not has_new_head:  # Costs may depend on how a head is trained.
         config.change_training(**_training_fields(recipe, config))
     return config
@@ -120,19 +120,19 @@ def _training_fields(recipe: Recipe, config: CalmConfig) -> dict[str, Any]:
         InputError: If a field of the recipe's head is unknown, or a value is out of range. Other fields have
             no effect here, but a misspelled `loss` must not pass for one of them.
     """
-    said = recipe.language_model.head
+    head = recipe.language_model.head
     try:
-        parse_head_config(said)
+        parse_head_config(head)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"language_model.head of the recipe is not a valid head: {cause_of(error)}"
         ) from error
-    if said.get("head_type") != config.head.head_type:
+    if head.get("head_type") != config.head.head_type:
         return {}
-    return {name: said[name] for name in config.head.training_fields if name in said}
+    return {name: head[name] for name in config.head.training_fields if name in head}
 
 
-def tell_beginning(recipe: Recipe) -> None:
+def log_initial_model(recipe: Recipe) -> None:
     """Log which model training starts from, since its sizes replace the recipe's."""
     name = recipe.language_model.init_from
     if name is not None and recipe.language_model.new_head:

@@ -85,19 +85,19 @@ class Curriculum:
         """Whether the stage changes at this step."""
         return step in self.starts[1:]
 
-    def of_item(self, step: int, seed: int, place: int) -> Stage:
+    def of_item(self, step: int, seed: int, index: int) -> Stage:
         """The stage of an item: that of its step or, with probability `mix`, a random earlier one.
 
         Args:
             step: The optimizer step.
             seed: Seed of the run.
-            place: Index of the item in the step.
+            index: Index of the item in the step.
         """
         stage = self.at(step)
         earlier = self.stages[: self.stages.index(stage)]
         if not self.mix or not earlier:
             return stage
-        rng = random.Random(f"{seed}/{step}/{place}")
+        rng = random.Random(f"{seed}/{step}/{index}")
         return rng.choice(earlier) if rng.random() < self.mix else stage
 
 

@@ -49,18 +49,18 @@ def checkpoints_of_last_stage(folder: Path, recipe: Any) -> Path:
     return folder / ("checkpoints/language_model" if isinstance(recipe, Recipe) else "checkpoints")
 
 
-def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
+def check_more_steps(folder: Path, recorded: Any, recipe: Any) -> None:
     """Check that a run can be given the steps of a recipe that is otherwise the same.
 
     Args:
         folder: Folder of the run.
-        noted: The recipe that the run follows.
+        recorded: The recipe on record in that folder.
         recipe: The recipe with another number of steps.
 
     Raises:
         InputError: If it has fewer steps.
     """
-    before, now = last_stage(noted).steps, last_stage(recipe).steps
+    before, now = last_stage(recorded).steps, last_stage(recipe).steps
     if now < before:
         raise InputError(
             f"the run in '{folder}' has {before:,} steps, and the number can only be raised: set "
@@ -68,29 +68,30 @@ def check_more_steps(folder: Path, noted: Any, recipe: Any) -> None:
         )
 
 
-def extend(folder: Path, noted: Any, recipe: Any) -> None:
+def extend(folder: Path, recorded: Any, recipe: Any) -> None:
     """Prepare the folder of a run for more steps; if killed in between, the run can still be resumed.
 
     Args:
         folder: Folder of the run.
-        noted: The recipe that the run follows.
+        recorded: The recipe on record in that folder.
         recipe: The same recipe with more steps.
     """
-    training, steps = last_stage(noted), f"{last_stage(recipe).steps:,}"
+    training, steps = last_stage(recorded), f"{last_stage(recipe).steps:,}"
     for name in _RESULTS:
         if (result := folder / name).exists():
-            kept = free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
-            result.rename(kept)
-            logger.info("'%s' is kept as '%s'", result, kept.name)
+            renamed = free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
+            result.rename(renamed)
+            logger.info("'%s' is kept as '%s'", result, renamed.name)
     checkpoints = checkpoints_in(checkpoints_of_last_stage(folder, recipe))
     if not checkpoints:
         return
-    same = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) <= _last_common_step(training)]
-    # Only a decay is worth going back for: before one that spans the whole run lies no more than the warm-up.
-    if same and (same == checkpoints or kept_step(training) is not None):
+    last = _last_common_step(training)
+    valid = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) <= last]
+    # Going back pays only if a stable phase precedes the decay; otherwise only the warm-up would be left.
+    if valid and (valid == checkpoints or kept_step(training) is not None):
         # Later ones were trained at a learning rate that would not have decayed yet with more steps.
-        remove_checkpoints(checkpoints[len(same) :])
-        start = f"{step_of(same[-1]):,}"
+        remove_checkpoints(checkpoints[len(valid) :])
+        start = f"{step_of(valid[-1]):,}"
         logger.info("continuing from step %s, as if there had been %s steps from the start", start, steps)
         return
     logger.warning(

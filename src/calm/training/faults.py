@@ -21,61 +21,61 @@ class LossWatch:
     def __init__(self, device: torch.device) -> None:
         self._bad_step = torch.full((), -1, dtype=torch.long, device=device)
 
-    def see(self, loss: Tensor, step: int) -> None:
+    def record(self, loss: Tensor, step: int) -> None:
         """Record the loss of a step."""
         is_first = (self._bad_step < 0) & ~loss.detach().isfinite().all()
         self._bad_step = torch.where(is_first, step, self._bad_step)
 
-    def check(self, left: str) -> None:
+    def check(self, resume_hint: str) -> None:
         """Stop the run on all processes if a loss was not finite on any.
 
         Args:
-            left: What remains of the run, for the message.
+            resume_hint: From where the run can be resumed, for the message.
 
         Raises:
-            RunError: If one was not finite.
+            RunError: If a loss was not finite.
         """
         bad_step = self._bad_step.clone()
         if processes().num_processes > 1:
             distributed.all_reduce(bad_step, distributed.ReduceOp.MAX)
         if bad_step >= 0:
-            raise diverged(f"the loss of step {int(bad_step)}", left)
+            raise diverged(f"the loss of step {int(bad_step)}", resume_hint)
 
 
-def diverged(what: str, left: str) -> RunError:
+def diverged(subject: str, resume_hint: str) -> RunError:
     """The error for a run in which something is not finite.
 
     Args:
-        what: What is not finite.
-        left: What remains of the run.
+        subject: What is not finite.
+        resume_hint: From where the run can be resumed.
     """
     return RunError(
-        f"{what} is not finite; {left}. A new run with a lower learning rate or gradient clipping "
+        f"{subject} is not finite; {resume_hint}. A new run with a lower learning rate or gradient clipping "
         "(max_grad_norm) may help."
     )
 
 
-def check_weights(model: nn.Module, step: int, left: str) -> None:
+def check_weights(model: nn.Module, step: int, resume_hint: str) -> None:
     """Raise RunError on all processes if a trained weight is not finite on any."""
     weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-    is_bad = ~torch.stack(torch._foreach_norm(own)).isfinite().all()
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    is_bad = ~torch.stack(torch._foreach_norm(local)).isfinite().all()
     if processes().num_processes > 1:
         is_bad = is_bad.int()
         distributed.all_reduce(is_bad, distributed.ReduceOp.MAX)
     if is_bad:
-        raise RunError(f"weights are not finite after step {step}; {left}.")
+        raise RunError(f"weights are not finite after step {step}; {resume_hint}.")
 
 
-class LeaveOnSignal(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """On SIGTERM, which schedulers send: finish the step, write a checkpoint, and stop.
 
-    Afterwards, `left` says whether this has happened.
+    Afterwards, `has_stopped` says whether this has happened.
     """
 
     def __init__(self) -> None:
-        self.left = False
-        self._asked = False
+        self.has_stopped = False
+        self._is_requested = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class LeaveOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGTERM, self._remember)
+        previous = signal.signal(signal.SIGTERM, self._request)
         try:
             yield
         finally:
@@ -91,14 +91,14 @@ class LeaveOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if any process has received the signal."""
-        asked = self._asked
+        is_requested = self._is_requested
         if processes().num_processes > 1:
-            flag = torch.tensor(int(asked), device=processes().device)
+            flag = torch.tensor(int(is_requested), device=processes().device)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-            asked = bool(flag)
-        if asked:
-            self.left = control.should_save = control.should_training_stop = True
+            is_requested = bool(flag)
+        if is_requested:
+            self.has_stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def _remember(self, *_: Any) -> None:
-        self._asked = True
+    def _request(self, *_: Any) -> None:
+        self._is_requested = True

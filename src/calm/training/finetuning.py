@@ -69,7 +69,7 @@ def finetune(
     check_finetuning_recipe(recipe, processes().num_processes)
     recipe = with_precision(recipe, output, resume)
     run = Run(recipe, output, resume, overwrite)
-    with run.held(_places_of(recipe)):
+    with run.locked(_input_paths(recipe)):
         model, tokenizer = _load(recipe)
         thinking = thinking_of(recipe, model, tokenizer)
         examples, held_out = _read(recipe, tokenizer)
@@ -77,13 +77,13 @@ def finetune(
         if processes().is_main_process:
             inputs = {
                 f"the model '{recipe.model}'": digest_of_weights(model),
-                "its examples (with the tokenizer)": digest_of_examples([examples, held_out]),
+                "its examples (with the tokenizer)": digest_of_examples([*examples, *held_out]),
             }
-            with run.made_ready():
+            with run.set_up():
                 check_recipe_and_inputs(output, recipe, inputs)
         processes().wait_for_everyone()
         if not run.has_model("model"):
-            _tell(run, counts)
+            _report_counts(run, counts)
             _train(run, model, tokenizer, blocks, held_out, thinking)
     return output / "model"
 
@@ -122,7 +122,7 @@ def _read(
 
 def _warn_without_steps(conversations: list[list[Example]], sources: list[str], mode: str) -> None:
     """Warn if no record has steps: that is allowed, but usually a misspelled field."""
-    if processes().is_main_process and not any(one.steps for c in conversations for one in c):
+    if processes().is_main_process and not any(example.steps for c in conversations for example in c):
         logger.warning(
             "no record of %s has 'steps', so thoughts.mode %s has no steps to leave out or to train on; "
             "give each record a list 'steps', or set thoughts.mode to none.",
@@ -131,15 +131,15 @@ def _warn_without_steps(conversations: list[list[Example]], sources: list[str], 
         )
 
 
-def _places_of(recipe: FinetuningRecipe) -> list[str]:
+def _input_paths(recipe: FinetuningRecipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
     examples = recipe.examples
-    named = [*_models_of(recipe.model), *examples.source_list, *examples.validation_source_list]
-    return [*named, *([examples.chat_template] if examples.chat_template else [])]
+    names = [*_models_of(recipe.model), *examples.source_list, *examples.validation_source_list]
+    return [*names, examples.chat_template] if examples.chat_template else names
 
 
 def _models_of(name: str) -> list[str]:
-    """A model, and what it is read with: adapters belong to another, and that may be adapters as well."""
+    """A model and, if it is a folder of adapters, the model they belong to, which may be adapters as well."""
     names: list[str] = []
     while name not in names:
         names.append(name)
@@ -157,18 +157,17 @@ def _train(
     thinking: ThoughtTraining | None,
 ) -> None:
     recipe, settings = run.recipe, run.recipe.training
-    asked = held_out[: recipe.answers.number]
+    to_answer = held_out[: recipe.answers.number]
 
     def answers_of(model: PreTrainedModel) -> list[str]:
-        how = recipe.answers
         return answer(
             model,
             tokenizer,
-            asked,
-            temperature=how.temperature,
-            num_draws=how.num_draws,
+            to_answer,
+            temperature=recipe.answers.temperature,
+            num_draws=recipe.answers.num_draws,
             seed=recipe.seed,
-            max_new_tokens=None if thinking is None else thinking.longest_answer(asked),
+            max_new_tokens=None if thinking is None else thinking.longest_answer(to_answer),
         )
 
     def score(scored: PreTrainedModel, blocks: Any) -> dict[str, float]:
@@ -177,9 +176,9 @@ def _train(
         else:
             loss = thinking.loss(scored, blocks[: settings.evaluation_blocks])
         metrics = {"held_out_loss": loss}
-        if asked:
+        if to_answer:
             name, metric = metric_of_answers(may_begin_with_steps=thinking is not None)
-            metrics[name] = metric(answers_of(scored), completions_of(asked, tokenizer))
+            metrics[name] = metric(answers_of(scored), completions_of(to_answer, tokenizer))
         return metrics
 
     before = answers_of(model)
@@ -194,14 +193,14 @@ def _train(
         def new_optimizer() -> torch.optim.Optimizer:
             return build_optimizer(trained, settings.optimizer, settings.precision)
 
-        resets = recipe.thoughts.reset_optimizer
-        trainer.add_callback(StageChange(thinking, model, new_optimizer if resets else None))
+        build_new = new_optimizer if recipe.thoughts.reset_optimizer else None
+        trainer.add_callback(StageChange(thinking, model, build_new))
     trainer.train_or_resume()
     model.config.use_cache = True  # The Trainer turns it off, and that would be saved.
     after = answers_of(model.eval())
     run.save_history(trainer.state.log_history)
     if processes().is_main_process:
-        write_file_whole(run.folder / ANSWERS, _as_records(asked, before, after, tokenizer))
+        write_file_whole(run.folder / ANSWERS, _answers_as_jsonl(to_answer, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
             # Written even if empty, since the base model may have been trained with thoughts.
@@ -219,7 +218,7 @@ def _lay_out(
     held_out: list[Example],
     thinking: ThoughtTraining | None,
 ) -> tuple[Blocks, dict[str, int]]:
-    """The blocks of the examples, and how many there are of both, and of shortened training examples."""
+    """The blocks of the examples, and the counts of examples and of training blocks."""
     context, settings = recipe.examples.context, recipe.training
     if thinking is not None:
         shortened = thinking.num_shortened(examples)
@@ -240,7 +239,7 @@ def _lay_out(
     return blocks, counts | {"blocks": num_blocks}
 
 
-def _tell(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
+def _report_counts(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
     """Print and record how many examples there are."""
     if not processes().is_main_process:
         return
@@ -250,14 +249,14 @@ def _tell(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
         f"{counts['examples']} examples in {counts['blocks']} blocks ({counts['shortened']} shortened to "
         f"fit), {counts['held_out']} held out; {settings.steps} steps are {epochs:.1f} epochs"
     )
-    kept = {name: counts[name] for name in ("examples", "shortened", "held_out")}
-    write_file_whole(run.folder / COUNTS, json.dumps(kept) + "\n")
+    recorded = {name: counts[name] for name in ("examples", "shortened", "held_out")}
+    write_file_whole(run.folder / COUNTS, json.dumps(recorded) + "\n")
 
 
-def _as_records(
+def _answers_as_jsonl(
     examples: list[Example], before: list[str], after: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    prompts = [decode_after(tokenizer, [], one.prompt) for one in examples]
+    prompts = [decode_after(tokenizer, [], example.prompt) for example in examples]
     rows = zip(prompts, completions_of(examples, tokenizer), before, after, strict=True)
     names = ("prompt", "completion", "before", "after")
     return "".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)

@@ -19,6 +19,7 @@ from calm.training.extending import without_last_steps
 from calm.training.recipe import effect_of
 
 INPUTS = "inputs.json"
+RECIPE_INPUT = "its recipe"
 
 
 def check_inputs(
@@ -34,16 +35,15 @@ def check_inputs(
     Raises:
         InputError: If an input has changed.
     """
-    file = output / INPUTS
-    noted = inputs_in(output)
-    for what, digest in inputs.items():
-        if noted.get(what, digest) not in (digest, *(earlier or {}).get(what, ())):
+    recorded = inputs_in(output)
+    for name, digest in inputs.items():
+        if recorded.get(name, digest) not in (digest, *(earlier or {}).get(name, ())):
             raise InputError(
-                f"cannot resume '{output}': {what} changed since the run began. Restore the original, or "
+                f"cannot resume '{output}': {name} changed since the run began. Restore the original, or "
                 "choose another output folder."
             )
-    if inputs.keys() - noted.keys():
-        write_file_whole(file, json.dumps({**noted, **inputs}, indent=1) + "\n")
+    if inputs.keys() - recorded.keys():
+        write_file_whole(output / INPUTS, json.dumps({**recorded, **inputs}, indent=1) + "\n")
 
 
 def inputs_in(folder: Path) -> dict[str, str]:
@@ -67,11 +67,17 @@ def copy_inputs(stage: Path, checkpoint: Path) -> None:
         shutil.copyfile(run / INPUTS, checkpoint / INPUTS)
 
 
-def other_input(stage: Path, checkpoint: Path) -> str | None:
-    """An input that differs between a checkpoint's run and this one; None if all are the same."""
+def changed_input(stage: Path, checkpoint: Path) -> str | None:
+    """An input that differs between a checkpoint's run and this one; None if all are the same.
+
+    Args:
+        stage: Folder of the stage's checkpoints, inside the run's folder.
+        checkpoint: The checkpoint.
+    """
     run = _run_of(stage)
-    own, noted = {} if run is None else inputs_in(run), inputs_in(checkpoint)
-    return next((what for what in noted if own.get(what, noted[what]) != noted[what]), None)
+    current = {} if run is None else inputs_in(run)
+    recorded = inputs_in(checkpoint).items()
+    return next((name for name, digest in recorded if current.get(name, digest) != digest), None)
 
 
 def _run_of(stage: Path) -> Path | None:
@@ -79,47 +85,48 @@ def _run_of(stage: Path) -> Path | None:
     return next((folder for folder in stage.parents[:2] if (folder / INPUTS).is_file()), None)
 
 
-RECIPE_INPUT = "its recipe"
-
-
 def check_recipe_and_inputs(output: Path, recipe: Any, inputs: Mapping[str, str]) -> None:
     """`check_inputs` for a recipe (except the steps of its last stage) and all other inputs of the run."""
     extensible = without_last_steps(recipe)
     digest = digest_of_recipe(extensible)
-    earlier = [digest_of_recipe(one, of_all=True) for one in (extensible, recipe)]
-    earlier.append(digest_of_recipe(recipe, of_all=True, in_order=False))
+    earlier = [
+        digest_of_recipe(extensible, all_settings=True),
+        digest_of_recipe(recipe, all_settings=True),
+        digest_of_recipe(recipe, all_settings=True, sort_keys=False),
+    ]
     check_inputs(output, {RECIPE_INPUT: digest, **inputs}, {RECIPE_INPUT: earlier})
 
 
-def digest_of_recipe(recipe: Any, *, of_all: bool = False, in_order: bool = True) -> str:
+def digest_of_recipe(recipe: Any, *, all_settings: bool = False, sort_keys: bool = True) -> str:
     """A digest of the settings that differ from the defaults, so that adding a setting changes no digest.
 
     Settings that do not affect the result, or only its rounding, are left out.
 
     Args:
         recipe: The recipe.
-        of_all: Take all settings but the trackers, as earlier versions did.
-        in_order: Sort the fields of dictionaries such as the head's, whose order does not matter. Earlier
+        all_settings: Include all settings but the trackers, as earlier versions did.
+        sort_keys: Sort the keys of dictionaries such as the head's, whose order does not matter. Earlier
             versions kept the order in runs started from Python.
     """
 
-    def is_taken(field: dataclasses.Field) -> bool:
-        return field.name != "report_to" if of_all else effect_of(field, recipe) == "full"
+    def is_included(field: dataclasses.Field) -> bool:
+        return field.name != "report_to" if all_settings else effect_of(field, recipe) == "full"
 
-    def changed(value: Any, default: Any) -> Any:
+    def changes(value: Any, default: Any) -> Any:
+        """Nested dictionaries of what differs; each value in a list, so that {} always means no change."""
         if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value) if is_taken(field)]
-            pairs = {name: changed(getattr(value, name), getattr(default, name)) for name in names}
-            return {name: pair for name, pair in pairs.items() if pair != {}}
-        return {} if value == default else [_sorted(value) if in_order else value]
+            names = [field.name for field in dataclasses.fields(value) if is_included(field)]
+            groups = {name: changes(getattr(value, name), getattr(default, name)) for name in names}
+            return {name: changed for name, changed in groups.items() if changed != {}}
+        return {} if value == default else [_sorted(value) if sort_keys else value]
 
-    return _digest(changed(recipe, type(recipe)()))
+    return _digest(changes(recipe, type(recipe)()))
 
 
 def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _sorted(value[name]) for name in sorted(value)}
-    return [_sorted(one) for one in value] if isinstance(value, list) else value
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 def digest_of_weights(model: nn.Module) -> str:
@@ -131,11 +138,13 @@ def digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_of_examples(parts: Iterable[Iterable[Example]]) -> str:
+def digest_of_examples(examples: Iterable[Example]) -> str:
     """A digest of the tokens of prompts, completions and, if there are any, steps."""
-    examples = [one for part in parts for one in part]
     return _digest(
-        [[[*map(int, ids)] for ids in (one.prompt, one.completion, *one.steps)] for one in examples]
+        [
+            [[*map(int, ids)] for ids in (example.prompt, example.completion, *example.steps)]
+            for example in examples
+        ]
     )
 
 

@@ -37,7 +37,7 @@ class MuonWithAdamW(Muon):
         if group["use_muon"]:
             super()._step_foreach(group, params, grads, state_dict, *corrections)
             return
-        before = torch.tensor(group["step"] - 1.0, device=params[0].device)  # adamw increments it.
+        step = torch.tensor(group["step"] - 1.0, device=params[0].device)  # adamw increments it.
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -45,7 +45,7 @@ class MuonWithAdamW(Muon):
             state_dict["exp_avg"],
             state_dict["exp_avg_sq"],
             max_exp_avg_sqs=[],
-            state_steps=[before.clone() for _ in params],
+            state_steps=[step.clone() for _ in params],
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -60,10 +60,10 @@ class MuonWithAdamW(Muon):
     def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
         sharded = [update for update in updates if isinstance(update, DTensor)]
         if sharded:  # Each process orthogonalizes whole matrices.
-            whole = MuonWithAdamW._orthogonalize(group, [update.full_tensor() for update in sharded])
+            full = MuonWithAdamW._orthogonalize(group, [update.full_tensor() for update in sharded])
             return [
                 distribute_tensor(matrix, update.device_mesh, update.placements, src_data_rank=None)
-                for matrix, update in zip(whole, sharded, strict=True)
+                for matrix, update in zip(full, sharded, strict=True)
             ]
         in_bf16 = updates[0].is_cuda or group.get("orthogonalizes_in_bf16", False)
         dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -79,19 +79,19 @@ def muon_with_adamw(model: nn.Module, settings: OptimizerSettings) -> MuonWithAd
     AdamW gets token embeddings, the output layer, biases, norms, and the layers of a head that handle noise
     or latents.
     """
-    unsuited = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    scores = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if scores is not None:
-        unsuited |= {id(p) for p in scores.parameters()}
+    excluded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    output_layer = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if output_layer is not None:
+        excluded |= {id(p) for p in output_layer.parameters()}
     for module in model.modules():
         if isinstance(module, GenerativeHead):
-            unsuited |= {id(p) for part in module.boundary_layers() for p in part.parameters()}
+            excluded |= {id(p) for layer in module.boundary_layers() for p in layer.parameters()}
     matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and id(parameter) not in unsuited
-            (matrices if is_matrix else rest).append(parameter)
+            is_matrix = parameter.ndim == 2 and id(parameter) not in excluded
+            (matrices if is_matrix else others).append(parameter)
     return MuonWithAdamW(
         [
             {
@@ -103,7 +103,7 @@ def muon_with_adamw(model: nn.Module, settings: OptimizerSettings) -> MuonWithAd
                 "ns_steps": settings.newton_schulz_steps,
             },
             {
-                "params": rest,
+                "params": others,
                 "use_muon": False,
                 "lr": settings.adamw_learning_rate,
                 "betas": (settings.beta1, settings.beta2),

@@ -37,36 +37,41 @@ def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
         InputError: If anything that the recipe names is missing or not valid.
         RunError: If the text cannot be prepared; see `calm.data.prepare.prepare`.
     """
-    everyone, recipe = processes(), run.recipe
-    check_recipe(recipe, everyone.num_processes)
+    group, recipe = processes(), run.recipe
+    check_recipe(recipe, group.num_processes)
     check_sharding(recipe)
-    with run.held(_places_of(recipe)):
-        if everyone.is_main_process:
-            _make_ready(run)
-        everyone.wait_for_everyone()
+    with run.locked(_input_paths(recipe)):
+        if group.is_main_process:
+            _set_up(run)
+        group.wait_for_everyone()
         yield load_prepared(data_folder(recipe, run.folder))
 
 
-def _make_ready(run: Run[Recipe]) -> None:
+def _set_up(run: Run[Recipe]) -> None:
+    """Check the models that a run names, prepare its text, and check its inputs against those on record."""
     recipe, output = run.recipe, run.folder
     check_data(recipe.data, output if run.resume else None)
-    _check_models(recipe, is_text_there=run.resume and is_prepared(output / DATA))
+    _check_models(recipe, has_text=run.resume and is_prepared(output / DATA))
     autoencoder = trained_autoencoder(recipe)
-    with run.made_ready():
-        was_there = is_prepared(data_folder(recipe, output))
+    with run.set_up():
+        was_prepared = is_prepared(data_folder(recipe, output))
         folder = prepare_text(recipe, output)
         data = load_prepared(folder)
-        if was_there:
+        if was_prepared:
             tell_counts(folder, data)
         if autoencoder is not None:
             check_vocabulary(autoencoder.config, recipe, data)
-        check_recipe_and_inputs(output, recipe, _inputs_of(recipe, data, autoencoder))
+        check_recipe_and_inputs(output, recipe, _input_digests(recipe, data, autoencoder))
 
 
-def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
+def _check_models(recipe: Recipe, *, has_text: bool) -> None:
     """Check what can be checked of a recipe's models before the text is prepared, which may take hours.
 
     They are loaded later, when their tokens can be compared with those of the text.
+
+    Args:
+        recipe: The recipe.
+        has_text: Whether the run is resumed and has its text; then the recipe's tokenizer is not read.
 
     Raises:
         InputError: If weights are missing or truncated, or a teacher's tokens are not those of the recipe's
@@ -78,19 +83,19 @@ def _check_models(recipe: Recipe, *, is_text_there: bool) -> None:
         return
     check_readable(teacher)
     tokenizer = recipe.data.tokenizer
-    if tokenizer is not None and not is_text_there and _prepared_source(recipe.data) is None:
+    if tokenizer is not None and not has_text and _prepared_source(recipe.data) is None:
         check_tokens_of_teacher(teacher, load_tokenizer(tokenizer))
 
 
-def _inputs_of(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
+def _input_digests(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
     """Digests of everything besides the recipe that determines the result."""
     inputs = {"its prepared text (with the tokenizer)": data.digest}
     if recipe.data.streaming:
         inputs["its streamed text"] = digest_of_files(recipe.data.source_list)
     if autoencoder is not None:
         inputs[f"the autoencoder '{recipe.autoencoder.path}'"] = digest_of_weights(autoencoder)
-    if (begun := model_to_continue(recipe, data)) is not None:
-        inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(begun)
+    if (model := model_to_continue(recipe, data)) is not None:
+        inputs[f"the model '{recipe.language_model.init_from}'"] = digest_of_weights(model)
     if (teacher := teacher_of(recipe, data)) is not None:
         inputs[f"the teacher '{teacher.settings.model}'"] = digest_of_weights(teacher.network)
     return inputs
@@ -194,17 +199,16 @@ def _prepared_source(settings: DataSettings) -> Path | None:
     return Path(settings.source_list[0])
 
 
-def _places_of(recipe: Recipe) -> list[str]:
+def _input_paths(recipe: Recipe) -> list[str]:
     """Paths and names of everything a recipe reads."""
-    data = recipe.data
-    language_model = recipe.language_model
-    more = (
+    data, language_model = recipe.data, recipe.language_model
+    names = (
         data.tokenizer,
         recipe.autoencoder.path,
         language_model.init_from,
         language_model.teacher.model,
     )
-    return [*data.source_list, *data.validation_source_list, *(place for place in more if place is not None)]
+    return [*data.source_list, *data.validation_source_list, *(name for name in names if name is not None)]
 
 
 def _preparation(settings: DataSettings) -> dict[str, Any]:

@@ -54,21 +54,23 @@ def build_optimizer(
             entry_point.load()
     optimizer = _BUILDERS.get(settings.name, _of_pytorch_optimizer)(model, settings)
     if settings.source_rate != 1:
-        _part_rates(optimizer, new_parameters(model), settings.source_rate)
+        _scale_source_rates(optimizer, new_parameters(model), settings.source_rate)
     if precision == "bf16" and isinstance(optimizer, MuonWithAdamW):
         optimizer.orthogonalize_in_bf16()
     return optimizer
 
 
-def _part_rates(optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter], source_rate: float) -> None:
+def _scale_source_rates(
+    optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter], source_rate: float
+) -> None:
     """Scale the learning rates of an uptrained model's source weights; other models have no new weights."""
     if not new:
         return
-    ids, groups = {id(parameter) for parameter in new}, []
+    new_ids, groups = {id(parameter) for parameter in new}, []
     for group in optimizer.param_groups:
-        is_new = [id(parameter) in ids for parameter in group["params"]]
-        for kind, rate in ((False, source_rate), (True, 1.0)):
-            params = [one for one, is_one in zip(group["params"], is_new, strict=True) if is_one is kind]
+        from_source = [p for p in group["params"] if id(p) not in new_ids]
+        added = [p for p in group["params"] if id(p) in new_ids]
+        for params, rate in ((from_source, source_rate), (added, 1.0)):
             if params:
                 groups.append({**group, "params": params, "lr": rate * group["lr"]})
     optimizer.param_groups[:] = groups

@@ -11,13 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.data.prepared import PreparedData
-from calm.hardware import device_name
-from calm.models.loading import load_autoencoder
+from calm.hardware import device_name, fast_float32
 from calm.quantities import duration, short
-from calm.training.build import language_model_of, new_autoencoder
+from calm.training.build import new_autoencoder, untrained_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
-from calm.training.continuing import tell_beginning
-from calm.training.opening import trained_autoencoder
+from calm.training.continuing import log_initial_model
 from calm.training.optimizers import build_optimizer
 from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
@@ -67,47 +65,40 @@ class Forecast:
         if self.flops is not None:
             parts.append(f"{self.flops:.1e} FLOPs")
         if self.seconds is not None:
-            rest = f" for the {self.steps - self.done:,} steps left" if self.done else ""
-            parts.append(f"about {duration(self.seconds)}{rest}")
+            remaining = f" for the {self.steps - self.done:,} steps left" if self.done else ""
+            parts.append(f"about {duration(self.seconds)}{remaining}")
         return f"{self.name}: {'; '.join(parts)}"
 
 
-def tell_overview(run: Run[Recipe], data: PreparedData) -> None:
+def log_overview(run: Run[Recipe], data: PreparedData) -> None:
     """Log what a run is about to do, if INFO is logged: two steps of each stage are run to time them."""
     if not processes().is_main_process or not logger.isEnabledFor(logging.INFO):
         return
     precision = run.recipe.language_model.training.precision
-    several = processes().num_processes
-    on = f"{several} processes, each on {device_name()}" if several > 1 else device_name()
+    number = processes().num_processes
+    devices = f"{number} processes, each on {device_name()}" if number > 1 else device_name()
     forecasts = list(forecasts_of(run, data))
     if not forecasts:
         return
-    tell_beginning(run.recipe)
+    log_initial_model(run.recipe)
     for forecast in forecasts:
         logger.info("%s", forecast)
-    known = [forecast.seconds for forecast in forecasts]
-    total = sum(seconds for seconds in known if seconds is not None)
-    after = "" if None in known else f"; training should take about {duration(total)}"
-    logger.info("on %s, in %s%s", on, precision, after)
+    times = [forecast.seconds for forecast in forecasts]
+    total = sum(seconds for seconds in times if seconds is not None)
+    estimate = "" if None in times else f"; training should take about {duration(total)}"
+    logger.info("on %s, in %s%s", devices, precision, estimate)
 
 
 def forecasts_of(run: Run[Recipe], data: PreparedData) -> Iterator[Forecast]:
     """What each unfinished stage is about to do. torch's random states are left as they were."""
     recipe = run.recipe
     with torch.random.fork_rng():
-        autoencoder = None
-        if recipe.model == "calm":
-            autoencoder = trained_autoencoder(recipe)
-            if autoencoder is None and run.is_finished("autoencoder"):
-                autoencoder = load_autoencoder(run.folder / "autoencoder")
-            elif autoencoder is None:
-                autoencoder = new_autoencoder(recipe, data)
-                if recipe.trains_autoencoder:
-                    training = recipe.autoencoder.training
-                    yield _forecast(run, data, "autoencoder", autoencoder, training)
+        if recipe.trains_autoencoder and not run.is_finished("autoencoder"):
+            autoencoder = new_autoencoder(recipe, data)
+            yield _forecast(run, data, "autoencoder", autoencoder, recipe.autoencoder.training)
         if run.is_finished("model"):
             return
-        model, teacher = language_model_of(recipe, data, autoencoder), teacher_of(recipe, data)
+        model, teacher = untrained_language_model(recipe, data), teacher_of(recipe, data)
         yield _forecast(run, data, "language model", model, recipe.language_model.training, teacher)
 
 
@@ -122,24 +113,25 @@ def _forecast(
     recipe, tokens = run.recipe, training.tokens
     checkpoints = checkpoints_in(run.folder / "checkpoints" / name.replace(" ", "_"))
     done = step_of(checkpoints[-1]) if checkpoints else 0
-    counted = data.counts().tokens["train"]
+    text_tokens = data.counts().tokens["train"]
     flops = known_training_flops(network.config, recipe.data.context, teacher)
     parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    is_whole = not recipe.language_model.sharded
-    seconds = seconds_per_step(network, training, recipe.data.context, teacher) if is_whole else None
+    is_sharded = recipe.language_model.sharded
+    seconds = None if is_sharded else seconds_per_step(network, training, recipe.data.context, teacher)
     return Forecast(
         name=name,
         parameters=parameters,
         steps=training.steps,
         done=done,
         tokens=tokens,
-        epochs=None if recipe.data.streaming else tokens / max(1, counted),
+        epochs=None if recipe.data.streaming else tokens / max(1, text_tokens),
         flops=None if flops is None else flops * tokens,
         seconds=None if seconds is None else seconds * (training.steps - done),
         teacher=None if teacher is None else str(facts_of_teacher(teacher, recipe.data.context)),
     )
 
 
+@fast_float32()  # As the Trainer does.
 def seconds_per_step(
     network: PreTrainedModel, training: TrainingSettings, context: int, teacher: Teacher | None = None
 ) -> float | None:
@@ -162,11 +154,11 @@ def seconds_per_step(
         if training.gradient_checkpointing:
             network.gradient_checkpointing_enable()
         optimizer = build_optimizer(network, training.optimizer, training.precision)
-        is_half = training.precision == "bf16"
+        is_bf16 = training.precision == "bf16"
 
         def backward() -> None:
             teacher_output = {} if teacher is None else {"teacher_output": teacher.output(tokens, tokens)}
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 network(input_ids=tokens, labels=tokens, **teacher_output).loss.backward()
 
         seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)

@@ -1,4 +1,4 @@
-"""Resolve `precision: auto`, once per run: by what pays on its device, or as before if it is resumed."""
+"""Resolve `precision: auto`, once per run, to what is faster on its device; a resumed run keeps that."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE, AnyRecipe, read_recipe_of
 
 logger = logging.getLogger(__name__)
-_WIDTH = 512  # Of the timed layers, if the recipe does not have the model's width.
+_WIDTH = 512  # Of the timed layers, for fine-tuning: its recipe does not say the model's width.
 
 
 def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
@@ -29,29 +29,29 @@ def with_precision(recipe: AnyRecipe, folder: Path, resume: bool) -> AnyRecipe:
     if all(settings.precision != "auto" for settings, _ in _stages(recipe)):
         return recipe
     recipe = copy.deepcopy(recipe)
-    noted = folder / RECIPE
-    if resume and noted.is_file():
-        earlier = _stages(read_recipe_of(type(recipe), str(noted)))
-        for (settings, _), (before, _) in zip(_stages(recipe), earlier, strict=True):
+    recorded = folder / RECIPE
+    if resume and recorded.is_file():
+        earlier = _stages(read_recipe_of(type(recipe), str(recorded)))
+        for (settings, _), (earlier_settings, _) in zip(_stages(recipe), earlier, strict=True):
             if settings.precision == "auto":
-                settings.precision = before.precision
+                settings.precision = earlier_settings.precision
         return recipe
     for settings, width in _stages(recipe):
         if settings.precision == "auto":
-            settings.precision = _decided(width)
+            settings.precision = _choose(width)
     return recipe
 
 
-def _decided(width: int) -> Any:
+def _choose(width: int) -> Any:
     """The choice of the main process, the same for all processes."""
-    found: list[Any] = [None]
+    choice: list[Any] = [None]
     if processes().is_main_process:
-        found = ["bf16" if _pays(width) else "fp32"]
-    broadcast_object_list(found)
-    return found[0]
+        choice = ["bf16" if _is_faster_in_bf16(width) else "fp32"]
+    broadcast_object_list(choice)
+    return choice[0]
 
 
-def _pays(width: int) -> bool:
+def _is_faster_in_bf16(width: int) -> bool:
     device = best_device()
     if device.type != "cpu":
         return best_dtype(device) is torch.bfloat16

@@ -32,8 +32,8 @@ def check_attention(settings: LanguageModelSettings) -> None:
         config = LlamaConfig(**small)
         model: Any = nn.Module.to(LlamaForCausalLM(config), best_device())
         tokens = torch.ones(1, 8, dtype=torch.long, device=model.device)
-        is_half = settings.training.precision == "bf16"
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=is_half):
+        is_bf16 = settings.training.precision == "bf16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=is_bf16):
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     except Exception as error:  # Attention packages may raise anything.
         raise InputError(
@@ -44,12 +44,12 @@ def check_attention(settings: LanguageModelSettings) -> None:
 
 def check_memory(network: nn.Module) -> None:
     """Raise InputError if the weights of a network alone exceed the memory of this machine."""
-    there = _bytes_of_memory()
+    available = _bytes_of_memory()
     needed = _BYTES_OF_A_WEIGHT * sum(weight.numel() for weight in network.parameters())
-    if there is not None and needed > there:
+    if available is not None and needed > available:
         raise InputError(
             f"the recipe defines a model of {needed // _BYTES_OF_A_WEIGHT:,} parameters, whose weights alone "
-            f"need {needed / 1e9:,.0f} GB, but this machine has {there / 1e9:,.0f} GB; make the model "
+            f"need {needed / 1e9:,.0f} GB, but this machine has {available / 1e9:,.0f} GB; make the model "
             "smaller."
         )
 

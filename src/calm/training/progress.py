@@ -38,9 +38,9 @@ class StageProgress(TrainerCallback):
         if "loss" in logs and self._bar is not None:
             speed = {"tokens/s": f"{logs['tokens_per_second']:,.0f}"} if "tokens_per_second" in logs else {}
             self._bar.set_postfix(loss=f"{logs['loss']:.4g}", **speed)
-        figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-        if figures:
-            text = ", ".join(f"{key} {_shown(key, value, figures)}" for key, value in figures.items())
+        scores = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if scores:
+            text = ", ".join(f"{name} {_formatted(name, scores)}" for name in scores)
             tell(f"{self._name}, step {state.global_step:,}: {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,8 +54,8 @@ class StageProgress(TrainerCallback):
             self._bar = None
 
 
-def _shown(key: str, value: float, figures: dict[str, float]) -> str:
-    if key == "brier_lm" and not value > 0:
-        orders = [figures[f"brier_{order}"] for order in range(1, NUM_ORDERS + 1)]
+def _formatted(name: str, scores: dict[str, float]) -> str:
+    if name == "brier_lm" and not scores[name] > 0:
+        orders = [scores[f"brier_{order}"] for order in range(1, NUM_ORDERS + 1)]
         return f"undefined ({undefined_brier_lm(orders)})"
-    return f"{value:.4g}"
+    return f"{scores[name]:.4g}"

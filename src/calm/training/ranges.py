@@ -92,15 +92,15 @@ RANGES: dict[type, dict[str, Range]] = {
 }
 
 
-def check_ranges(settings: Any, before: str = "") -> None:
+def check_ranges(settings: Any, prefix: str = "") -> None:
     """Raise InputError for the first number in some settings, or in groups of them, that is out of range.
 
     Args:
         settings: A recipe or a group of its settings.
-        before: Dotted name of the group, with a dot at the end.
+        prefix: Dotted name of the group, with a dot at the end.
     """
     for field in dataclasses.fields(settings):
-        value, name = getattr(settings, field.name), f"{before}{field.name}"
+        value, name = getattr(settings, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -181,22 +181,22 @@ class TrainingSettings:
             InputError: If the step is not a whole number of blocks for each process, or a block is larger
                 than `microbatch_tokens`.
         """
-        shared = context * num_processes
-        if self.batch_tokens < 1 or self.batch_tokens % shared:
-            of_processes = f" x {num_processes} processes" if num_processes > 1 else ""
+        unit = context * num_processes
+        if self.batch_tokens < 1 or self.batch_tokens % unit:
+            times = f" x {num_processes} processes" if num_processes > 1 else ""
             raise InputError(
-                f"batch_tokens must be a multiple of {shared} (blocks of {context} tokens{of_processes}), "
+                f"batch_tokens must be a multiple of {unit} (blocks of {context} tokens{times}), "
                 f"got {self.batch_tokens}."
             )
-        blocks = self.batch_tokens // shared
-        most = blocks if self.microbatch_tokens is None else self.microbatch_tokens // context
-        if most < 1:
+        blocks = self.batch_tokens // unit
+        limit = blocks if self.microbatch_tokens is None else self.microbatch_tokens // context
+        if limit < 1:
             raise InputError(
                 f"microbatch_tokens must be at least the context of {context} tokens, "
                 f"got {self.microbatch_tokens}."
             )
-        at_once = next(size for size in range(min(most, blocks), 0, -1) if blocks % size == 0)
-        return at_once, blocks // at_once
+        microbatch = next(size for size in range(min(limit, blocks), 0, -1) if blocks % size == 0)
+        return microbatch, blocks // microbatch
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,7 @@ def read_recipe_of(kind: type[AnyRecipe], name: str) -> AnyRecipe:
     """
     options = Options(types_of(kind))
     settings = settings_in(name, kind, options)
-    return _made(kind, settings, f"recipe '{name}'", options)
+    return _build(kind, settings, f"recipe '{name}'", options)
 
 
 def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
@@ -48,13 +48,13 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
     """
     values = dataclasses.asdict(recipe)
     for name in settings:
-        place: Any = values
+        group: Any = values
         for part in name.split(".")[:-1]:
-            place = place.get(part) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
+            group = group.get(part) if isinstance(group, dict) else None
+        if not isinstance(group, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
     kind = type(recipe)
-    return _with_values(kind, extended(values, settings, kind), f"settings {', '.join(settings)}")
+    return _check_and_build(kind, extended(values, settings, kind), f"settings {', '.join(settings)}")
 
 
 def check_types(recipe: Recipe | FinetuningRecipe) -> None:
@@ -63,21 +63,21 @@ def check_types(recipe: Recipe | FinetuningRecipe) -> None:
     Raises:
         InputError: If one is wrong.
     """
-    _with_values(type(recipe), dataclasses.asdict(recipe), "recipe")
+    _check_and_build(type(recipe), dataclasses.asdict(recipe), "recipe")
 
 
-def _with_values(kind: type[AnyRecipe], values: dict[str, Any], where: str) -> AnyRecipe:
+def _check_and_build(kind: type[AnyRecipe], values: dict[str, Any], label: str) -> AnyRecipe:
     options = Options(types_of(kind))
     if (mistake := mistake_in(values, options)) is not None:
-        raise InputError(f"{where}: {mistake}")
-    return _made(kind, values, where, options)
+        raise InputError(f"{label}: {mistake}")
+    return _build(kind, values, label, options)
 
 
-def _made(kind: type[AnyRecipe], values: dict[str, Any], where: str, options: Options) -> AnyRecipe:
+def _build(kind: type[AnyRecipe], values: dict[str, Any], label: str, options: Options) -> AnyRecipe:
     try:
         recipe: AnyRecipe = recipe_with(kind, values)
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"{where}: {sentence(str(error), options)}") from error
+        raise InputError(f"{label}: {sentence(str(error), options)}") from error
     return recipe
 
 
@@ -95,16 +95,16 @@ def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
 def differences(first: AnyRecipe, second: AnyRecipe, effect: Effect = "full") -> list[str]:
     """Dotted names of the settings that differ between two recipes and have that effect on the result."""
 
-    def settings_of(value: Any, name: str, own: Effect) -> Iterator[tuple[str, Any]]:
+    def settings_of(value: Any, name: str, setting_effect: Effect) -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
             for field in dataclasses.fields(value):
                 yield from settings_of(
                     getattr(value, field.name), f"{name}.{field.name}", effect_of(field, second)
                 )
         elif isinstance(value, dict):
-            for key, one in value.items():
-                yield from settings_of(one, f"{name}.{key}", own)
-        elif own == effect:
+            for key, item in value.items():
+                yield from settings_of(item, f"{name}.{key}", setting_effect)
+        elif setting_effect == effect:
             yield name.lstrip("."), value
 
     a, b = (dict(settings_of(recipe, "", "full")) for recipe in (first, second))

@@ -43,7 +43,7 @@ KINDS = {
 _FOLDERS: dict[type, str] = {Recipe: "recipes", FinetuningRecipe: "recipes/finetuning"}
 _COMMANDS: dict[type, str] = {Recipe: "calm train", FinetuningRecipe: "calm finetune"}
 # Settings that only one kind of recipe has.
-_SIGNS: dict[type, set[str]] = {
+_UNIQUE_SETTINGS: dict[type, set[str]] = {
     Recipe: {"data", "autoencoder", "language_model"},
     FinetuningRecipe: {"examples", "lora", "answers"},
 }
@@ -75,15 +75,15 @@ def find_recipe(name: str, kind: type = Recipe) -> str:
     if name in shipped:
         return str(shipped[name])
     inside = Path(name, RECIPE)
-    near = [str(inside)] if inside.is_file() else difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else "."
+    guesses = [str(inside)] if inside.is_file() else difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean '{guesses[0]}'?" if guesses else "."
     raise InputError(f"there is no recipe '{name}'; give a .yaml file or one of: {', '.join(shipped)}{hint}")
 
 
 def kind_of_recipe(name: str) -> type:
     """The kind of a recipe given by path or by shipped name, inferred from its settings and what it extends.
 
-    `Recipe` if neither tells: reading it as one will say what is wrong.
+    `Recipe` if that is not enough: reading it as one will say what is wrong.
 
     Raises:
         InputError: If there is no such recipe, or a file cannot be read.
@@ -91,21 +91,21 @@ def kind_of_recipe(name: str) -> type:
     shipped = {name: kind for kind in _FOLDERS for name in shipped_recipes(kind)}
     if not _is_file(Path(name)) and name in shipped:
         return shipped[name]
-    path, seen = Path(find_recipe(name)), set[Path]()
-    while _is_file(path) and path.resolve() not in seen:
-        seen.add(path.resolve())
-        own = _settings_of_file(path)
-        signs = [kind for kind, names in _SIGNS.items() if own.keys() & names]
-        parent = str(own.get(EXTENDS, ""))
-        if signs or parent in shipped:
-            return signs[0] if signs else shipped[parent]
+    path, visited = Path(find_recipe(name)), set[Path]()
+    while _is_file(path) and path.resolve() not in visited:
+        visited.add(path.resolve())
+        settings = _settings_of_file(path)
+        kinds = [kind for kind, names in _UNIQUE_SETTINGS.items() if settings.keys() & names]
+        parent = str(settings.get(EXTENDS, ""))
+        if kinds or parent in shipped:
+            return kinds[0] if kinds else shipped[parent]
         path = path.parent / parent
     return Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class _Written:
-    """Settings that are compared and hashed by their text, as a cache key."""
+class _CacheKey:
+    """Settings that are compared and hashed by their text."""
 
     text: str
     settings: dict[str, Any] = dataclasses.field(compare=False)
@@ -122,12 +122,12 @@ def recipe_with(kind: type, settings: dict[str, Any]) -> Any:
 
 def _parse(kind: type, settings: dict[str, Any]) -> jsonargparse.Namespace:
     # Cached, since this takes a tenth of a second, and a command parses the settings of its run five times.
-    return copy.deepcopy(_parsed(kind, _Written(repr(settings), settings)))
+    return copy.deepcopy(_parsed(kind, _CacheKey(repr(settings), settings)))
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(kind: type, written: _Written) -> jsonargparse.Namespace:
-    return _parser(kind).parse_object(written.settings)
+def _parsed(kind: type, key: _CacheKey) -> jsonargparse.Namespace:
+    return _parser(kind).parse_object(key.settings)
 
 
 @functools.lru_cache
@@ -152,23 +152,23 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
         InputError: If there is no such recipe, or if one of the files cannot be read, is not YAML, has an
             unknown setting or a value of the wrong type, or extends itself. The message names that file.
     """
-    files: dict[Path, str] = {}  # File -> name for messages, the recipe first.
-    settings: list[dict[str, Any]] = []
-    path, called = Path(find_recipe(name, kind)), name
+    files: dict[Path, str] = {}  # File -> label for messages, the recipe first.
+    layers: list[dict[str, Any]] = []  # The settings of each file.
+    path, label = Path(find_recipe(name, kind)), name
     while True:
         if path.resolve() in files:
-            chain = " -> ".join([*files.values(), called])
+            chain = " -> ".join([*files.values(), label])
             raise InputError(f"recipe '{name}' extends itself ({chain}); remove one '{EXTENDS}'.")
-        files[path.resolve()] = called
-        own = _settings_of_file(path)
-        is_last, parent = EXTENDS not in own, own.pop(EXTENDS, None)
-        _check(own, called, kind, options)
-        settings.append(own)
+        files[path.resolve()] = label
+        settings = _settings_of_file(path)
+        is_last, parent = EXTENDS not in settings, settings.pop(EXTENDS, None)
+        _check(settings, label, kind, options)
+        layers.append(settings)
         if is_last:
             break
-        path = _parent(parent, path, called, kind)
-        called = parent if path == shipped_recipes(kind).get(parent) else str(path)
-    return functools.reduce(lambda base, own: extended(base, own, kind), reversed(settings))
+        path = _parent(parent, path, label, kind)
+        label = parent if path == shipped_recipes(kind).get(parent) else str(path)
+    return functools.reduce(lambda base, overrides: extended(base, overrides, kind), reversed(layers))
 
 
 def recipe_file_of_run(folder: Path) -> Path:
@@ -183,43 +183,47 @@ def recipe_file_of_run(folder: Path) -> Path:
     return path
 
 
-def extended(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def extended(base: Mapping[str, Any], overrides: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """The settings of a recipe with some of them overridden, as by a recipe that extends it.
 
     Args:
         base: The settings of the recipe, in nested groups.
-        own: The settings that override it, in nested groups or with dotted names.
+        overrides: The settings that override it, in nested groups or with dotted names.
         kind: The kind of recipe.
     """
-    own = _in_groups(own)
-    return _merged(kept_by(base, own, kind), own)
+    overrides = _in_groups(overrides)
+    return _merge(compatible_settings(base, overrides, kind), overrides)
 
 
-def kept_by(base: Mapping[str, Any], own: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The settings of a recipe without those that mean nothing if others override it; see `extended`."""
-    own = _in_groups(own)
-    kept = copy.deepcopy(dict(base))
+def compatible_settings(base: Mapping[str, Any], overrides: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of a recipe that still mean something if others override it.
+
+    If they change the kind of a component, its settings are left out. Arguments are those of `extended`.
+    """
+    overrides = _in_groups(overrides)
+    settings = copy.deepcopy(dict(base))
     defaults = dataclasses.asdict(kind())
-    for setting, parts in KINDS.items():
-        before, now = _value(base, setting, _value(defaults, setting)), _value(own, setting)
-        if now is not None and now != before:
-            for part in parts:
-                _remove(kept, part)
-    return kept
+    for name, dependents in KINDS.items():
+        old, new = _value(base, name, _value(defaults, name)), _value(overrides, name)
+        if new is not None and new != old:
+            for dependent in dependents:
+                _remove(settings, dependent)
+    return settings
 
 
-def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in own.items():
-        both_groups = isinstance(base.get(name), dict) and isinstance(value, Mapping)
-        base[name] = _merged(base[name], value) if both_groups else value
+def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Override settings in place, group by group."""
+    for name, value in overrides.items():
+        are_groups = isinstance(base.get(name), dict) and isinstance(value, Mapping)
+        base[name] = _merge(base[name], value) if are_groups else value
     return base
 
 
-def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
-    """The value of a dotted name in nested groups, or `otherwise` if it is not set."""
+def _value(settings: Any, name: str, default: Any = None) -> Any:
+    """The value of a dotted name in nested groups, or `default` if it is not set."""
     for part in name.split("."):
         if not isinstance(settings, Mapping) or part not in settings:
-            return otherwise
+            return default
         settings = settings[part]
     return settings
 
@@ -227,17 +231,17 @@ def _value(settings: Any, name: str, otherwise: Any = None) -> Any:
 def _remove(settings: dict[str, Any], name: str) -> None:
     """Remove a dotted name from nested groups, if it is there."""
     group, _, last = name.rpartition(".")
-    inner = _value(settings, group) if group else settings
-    if isinstance(inner, dict):
-        inner.pop(last, None)
+    container = _value(settings, group) if group else settings
+    if isinstance(container, dict):
+        container.pop(last, None)
 
 
-def _parent(parent: Any, path: Path, called: str, kind: type) -> Path:
+def _parent(parent: Any, path: Path, label: str, kind: type) -> Path:
     """The file of the recipe that a file extends."""
     if not isinstance(parent, str) or not parent.strip():
         got = "null" if parent is None else f"'{parent}'"
         raise InputError(
-            f"recipe '{called}': {EXTENDS} must be the name of a shipped recipe or a path, got {got}."
+            f"recipe '{label}': {EXTENDS} must be the name of a shipped recipe or a path, got {got}."
         )
     shipped = shipped_recipes(kind)
     if parent in shipped:
@@ -248,15 +252,15 @@ def _parent(parent: Any, path: Path, called: str, kind: type) -> Path:
     for other, command in _COMMANDS.items():
         if parent in shipped_recipes(other):
             raise InputError(
-                f"recipe '{called}' extends '{parent}', which is a recipe for {command}, "
+                f"recipe '{label}' extends '{parent}', which is a recipe for {command}, "
                 f"not for {_COMMANDS[kind]}."
             )
     inside = Path(parent, RECIPE)
-    is_near = _is_file(path.parent / inside)
-    near = [str(inside)] if is_near else difflib.get_close_matches(parent, shipped, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"the shipped recipes are {', '.join(shipped)}."
+    is_folder = _is_file(path.parent / inside)
+    guesses = [str(inside)] if is_folder else difflib.get_close_matches(parent, shipped, n=1)
+    hint = f"did you mean '{guesses[0]}'?" if guesses else f"the shipped recipes are {', '.join(shipped)}."
     raise InputError(
-        f"recipe '{called}' extends '{parent}', but there is no file '{relative}' and no shipped recipe of "
+        f"recipe '{label}' extends '{parent}', but there is no file '{relative}' and no shipped recipe of "
         f"that name; {hint}"
     )
 
@@ -272,8 +276,9 @@ def _settings_of_file(path: Path) -> dict[str, Any]:
     """The settings in one file, not yet checked."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = jsonargparse.get_loader("yaml")(text)  # Unlike yaml.safe_load, reads 1e-3 as a number,
-        if not isinstance(values, dict):  # but a mapping without any values as text.
+        # Unlike yaml.safe_load, this loader reads 1e-3 as a number, but a mapping without any values as text.
+        values = jsonargparse.get_loader("yaml")(text)
+        if not isinstance(values, dict):
             values = yaml.safe_load(text)
         json.dumps(values, default=str)  # Rejects aliases that contain themselves.
     except OSError as error:
@@ -281,7 +286,7 @@ def _settings_of_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe '{path}' is not UTF-8; save it as UTF-8.") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"the recipe '{path}' is not valid YAML{_place_and_problem(error)}.") from error
+        raise InputError(f"the recipe '{path}' is not valid YAML{_yaml_problem(error)}.") from error
     if not isinstance(values, dict):
         raise InputError(f"the recipe '{path}' contains no settings; write them as 'name: value'.")
     return _in_groups(values)
@@ -294,25 +299,26 @@ def _in_groups(settings: Mapping[Any, Any]) -> dict[Any, Any]:
         value = _in_groups(value) if isinstance(value, Mapping) else value
         for part in reversed(name.split(".") if isinstance(name, str) else [name]):
             value = {part: value}
-        _merged(grouped, value)
+        _merge(grouped, value)
     return grouped
 
 
-def _place_and_problem(error: Exception) -> str:
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f" (line {error.problem_mark.line + 1}: {error.problem})"
     return f" ({reason_of(error)})"
 
 
-def _check(own: dict[str, Any], called: str, kind: type, options: Options) -> None:
+def _check(settings: dict[str, Any], label: str, kind: type, options: Options) -> None:
     """Check that the settings of one file exist and have the right types."""
     fields = {field.name for field in dataclasses.fields(kind)}
+    names = settings.keys()
     for other, command in _COMMANDS.items():
-        if own.keys() & _SIGNS[other] and not own.keys() & _SIGNS[kind]:
-            raise InputError(f"'{called}' is a recipe for {command}, not for {_COMMANDS[kind]}.")
-    if (mistake := mistake_in(own, options)) is not None:
-        raise InputError(f"recipe '{called}': {mistake}")
+        if names & _UNIQUE_SETTINGS[other] and not names & _UNIQUE_SETTINGS[kind]:
+            raise InputError(f"'{label}' is a recipe for {command}, not for {_COMMANDS[kind]}.")
+    if (mistake := mistake_in(settings, options)) is not None:
+        raise InputError(f"recipe '{label}': {mistake}")
     try:
-        _parse(kind, {name: value for name, value in own.items() if name in fields})
+        _parse(kind, {name: value for name, value in settings.items() if name in fields})
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"recipe '{called}': {sentence(str(error), options)}") from error
+        raise InputError(f"recipe '{label}': {sentence(str(error), options)}") from error

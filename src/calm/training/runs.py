@@ -59,39 +59,42 @@ class Run(Generic[AnyRecipe]):
     resume: bool = False
     overwrite: bool = False
 
-    def check_folder(self, needed: Sequence[str] = ()) -> None:
+    def check_folder(self, inputs: Sequence[str] = ()) -> None:
         """Check that the run can start in its folder, or resume there; nothing is changed.
 
         Args:
-            needed: Paths and names of what the run reads.
+            inputs: Paths and names of what the run reads.
 
         Raises:
-            InputError: If the folder is not empty or holds what the run needs, or there is no run of this
-                recipe to resume.
+            InputError: If the folder is not empty or holds an input, or there is no run of this recipe to
+                resume.
         """
         if not self.resume:
-            check_spared(self.folder, needed)
+            check_spared(self.folder, inputs)
             check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
             return
-        noted = self._noted()
-        changed = differences(noted, self.recipe)
+        recorded = self._recorded_recipe()
+        changed = differences(recorded, self.recipe)
         if changed == [STEPS_OF_LAST_STAGE[type(self.recipe)]]:
-            check_more_steps(self.folder, noted, self.recipe)
+            check_more_steps(self.folder, recorded, self.recipe)
         elif changed:
             raise InputError(
                 f"cannot resume '{self.folder}': the recipe differs in {', '.join(changed)}; "
                 f"use the recipe in {self.folder / RECIPE}, or another output folder."
             )
 
-    def _noted(self) -> AnyRecipe:
+    def _recorded_recipe(self) -> AnyRecipe:
         """The recipe on record in the run's folder."""
         return read_recipe_of(type(self.recipe), str(recipe_file_of_run(self.folder)))
 
     @contextlib.contextmanager
-    def held(self, needed: Sequence[str] = ()) -> Iterator[None]:
+    def locked(self, inputs: Sequence[str] = ()) -> Iterator[None]:
         """Check the folder, and lock it for the block.
 
         What a killed command has moved aside is restored first.
+
+        Args:
+            inputs: Paths and names of what the run reads.
 
         Raises:
             InputError: As `check_folder`, or if another process is working there.
@@ -104,16 +107,16 @@ class Run(Generic[AnyRecipe]):
                 yield
                 return
             if not self.folder.is_dir():
-                self.check_folder(needed)
+                self.check_folder(inputs)
             with new_folder(self.folder), locked(self.folder / LOCK, f"the run '{self.folder}'"):
                 if not (self.resume and (self.folder / RECIPE).is_file()):
                     restore(self.folder, _KEPT)
-                self.check_folder(needed)
+                self.check_folder(inputs)
                 yield
 
     @contextlib.contextmanager
-    def made_ready(self) -> Iterator[None]:
-        """Set up the folder for the block in which the main process prepares the run.
+    def set_up(self) -> Iterator[None]:
+        """Set up the folder, around the block in which the main process prepares the run.
 
         A new run starts with nothing but its recipe: previous contents are removed once the block succeeds.
         If it fails, they are restored; text prepared so far is kept. A run that is resumed with more steps is
@@ -122,15 +125,15 @@ class Run(Generic[AnyRecipe]):
         if self.resume:
             yield
             discard_replaced(self.folder)
-            noted = self._noted()
-            if differences(noted, self.recipe):
-                extend(self.folder, noted, self.recipe)
-            if rounded := differences(noted, self.recipe, "rounding"):
+            recorded = self._recorded_recipe()
+            if differences(recorded, self.recipe):
+                extend(self.folder, recorded, self.recipe)
+            if changed := differences(recorded, self.recipe, "rounding"):
                 logger.warning(
                     "%s changed: the weights will differ by rounding from those of an unchanged run",
-                    ", ".join(rounded),
+                    ", ".join(changed),
                 )
-            if noted != self.recipe:
+            if recorded != self.recipe:
                 write_recipe(self.recipe, self.folder / RECIPE)
             return
         with emptied(self.folder, _KEPT):
@@ -149,14 +152,18 @@ class Run(Generic[AnyRecipe]):
         Raises:
             InputError: If it is damaged.
         """
-        is_there = self.is_finished(name)
-        if is_there and processes().is_main_process:
+        is_finished = self.is_finished(name)
+        if is_finished and processes().is_main_process:
             check_as_written(self.folder / name)
         processes().wait_for_everyone()  # Otherwise a fast process could write it before a slow one looks.
-        return is_there
+        return is_finished
 
     def save_model(
-        self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, more: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        json_files: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a model folder with tokenizer and recipe.
 
@@ -164,34 +171,34 @@ class Run(Generic[AnyRecipe]):
             name: Its name inside the run's folder.
             model: A model, or adapters: anything with `save_pretrained`.
             tokenizer: Its tokenizer.
-            more: Further JSON files, by name.
+            json_files: Contents of further JSON files, by file name.
         """
         if processes().is_main_process:
             with written_whole(self.folder / name) as partial:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 write_recipe(self.recipe, partial / RECIPE)
-                for file, value in (more or {}).items():
+                for file, value in (json_files or {}).items():
                     (partial / file).write_text(json.dumps(value) + "\n", encoding="utf-8")
         processes().wait_for_everyone()
 
     def save_history(self, log: list[dict[str, Any]], stage: str | None = None) -> None:
-        """Write what was logged; that of a stage goes next to what other stages logged."""
+        """Write what was logged; if it is the log of one stage, those of other stages are kept."""
         if processes().is_main_process:
-            history = log if stage is None else {**self._logged(), stage: log}
+            history = log if stage is None else {**self._read_history(), stage: log}
             write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
 
-    def _logged(self) -> dict[str, Any]:
+    def _read_history(self) -> dict[str, Any]:
         """What was logged so far. A damaged file is moved aside, since no weights depend on it."""
         path = self.folder / HISTORY
         try:
             return read_json(path, dict) if path.exists() else {}
         except InputError as error:
-            aside = path.with_name(f"damaged-{path.name}")
-            path.replace(aside)
+            renamed = path.with_name(f"damaged-{path.name}")
+            path.replace(renamed)
             logger.warning(
                 "%s It was renamed to '%s'; what was logged before is missing from the new log.",
                 error,
-                aside.name,
+                renamed.name,
             )
             return {}

@@ -61,13 +61,13 @@ def keep_autocast(accelerator: Accelerator) -> None:
 
 
 class KeepTiedEmbedding(TrainerCallback):
-    """Keeps the token embedding gathered for the rest of a pass if it is tied to the output scores.
+    """Keeps the token embedding gathered for the rest of a pass if the output layer shares its weight.
 
     A head uses the weight directly instead of calling the layer, which would gather it.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Change the embedding of the model, which has just been sharded."""
+        """Set this in the model, which has just been sharded."""
         model = kwargs["model"]
         embedding = model.get_input_embeddings()
         if isinstance(embedding, FSDPModule) and getattr(model.config, "has_tied_scores", False):
@@ -83,17 +83,17 @@ def check_checkpoint(checkpoint: Path, is_sharded: bool) -> None:
     raise InputError(f"'{checkpoint}' was written by a sharded run; resume with two or more processes.")
 
 
-def whole_copy(model: PreTrainedModel) -> PreTrainedModel:
+def unsharded_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model with all weights in each process; the model itself if it is not sharded.
 
     All processes call this together.
     """
     if not isinstance(model, FSDPModule):
         return model
-    unsharded: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    model_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with no_init_weights():
-        whole = unsharded(copy.deepcopy(model.config))
-    whole.load_state_dict(weights)
+        unsharded = model_class(copy.deepcopy(model.config))
+    unsharded.load_state_dict(weights)
     del weights  # They are on the device, which may not have room for them twice.
-    return whole.to(model.device)
+    return unsharded.to(model.device)

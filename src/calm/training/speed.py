@@ -71,10 +71,10 @@ def known_training_flops(
 ) -> float | None:
     """`calm.flops.training_flops`, plus those of a teacher; None if unknown."""
     try:
-        own = training_flops(config, context)
+        flops = training_flops(config, context)
     except InputError:
         return None
-    return own if teacher is None else own + teaching_flops(teacher.network.config, context)
+    return flops if teacher is None else flops + teaching_flops(teacher.network.config, context)
 
 
 def _peak_memory(device: torch.device) -> float | None:

@@ -32,7 +32,7 @@ from calm.training.build import language_model_of, new_autoencoder
 from calm.training.continuing import completed
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
-from calm.training.overview import tell_overview
+from calm.training.overview import log_overview
 from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
@@ -62,7 +62,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
     run = Run(with_precision(recipe, output, resume), output, resume, overwrite)
     recipe = run.recipe
     with open_run(run) as data:
-        tell_overview(run, data)
+        log_overview(run, data)
         if recipe.model == "calm":
             _finish_autoencoder(run, data)
         if not run.has_model("model"):
@@ -141,9 +141,9 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
         tracking=tracking,
         teacher=teacher,
     )
-    whole = _run_stage(run, model, blocks, score, stage)
-    whole.config.use_cache = True  # The Trainer turns it off, and that would be saved.
-    return whole
+    trained = _run_stage(run, model, blocks, score, stage)
+    trained.config.use_cache = True  # The Trainer turns it off, and that would be saved.
+    return trained
 
 
 def _run_stage(
@@ -153,4 +153,4 @@ def _run_stage(
     trainer = ChunkTrainer(model, blocks, score, stage)
     trainer.train_or_resume()
     run.save_history(trainer.state.log_history, stage.folder.name)
-    return trainer.whole_network()
+    return trainer.unsharded_network()

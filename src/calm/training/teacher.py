@@ -22,11 +22,11 @@ from calm.models.missing import resolve_name
 from calm.quantities import short
 from calm.storage.disk import read_json, write_file_whole
 from calm.training.recipe import Recipe, TeacherSettings
-from calm.training.uptraining import config_at, cut_of, is_of_tokens, uptrains
+from calm.training.uptraining import config_at, cut_of, is_token_level, uptrains
 
 FACTS = "teacher.json"
-# Tolerance when the same numbers are computed in two ways, relative to the largest.
-_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2**-4}
+# Difference allowed between the same numbers computed in two ways, relative to the largest.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,26 +58,26 @@ class Teacher:
         """
         positions_BT = token_positions(labels, position_ids, self.chunk_size)
         decoder: Any = self.network.get_decoder()
-        inner: list[Tensor] = []
+        hidden: list[Tensor] = []
 
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            inner.append(output[0] if isinstance(output, tuple) else output)
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden.append(output[0] if isinstance(output, tuple) else output)
 
-        hooks = [] if self.layer is None else [decoder.layers[self.layer].register_forward_hook(note)]
+        hooks = [] if self.layer is None else [decoder.layers[self.layer].register_forward_hook(record)]
         try:
             with torch.autocast(input_ids.device.type, enabled=False):
-                read = decoder(input_ids=input_ids, position_ids=positions_BT, use_cache=False)
+                output = decoder(input_ids=input_ids, position_ids=positions_BT, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        table: Any = self.network.get_output_embeddings()
+        output_layer: Any = self.network.get_output_embeddings()
         return TeacherOutput(
-            read.last_hidden_state,
-            table.weight.detach(),
-            getattr(table, "bias", None),
+            output.last_hidden_state,
+            output_layer.weight.detach(),
+            getattr(output_layer, "bias", None),
             weight=self.settings.weight,
             temperature=self.settings.temperature,
-            hidden_BTD=inner[0] if inner else None,
+            hidden_BTD=hidden[0] if hidden else None,
             hidden_weight=self.settings.states,
         )
 
@@ -101,12 +101,12 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
         return
     view, context, longest = language_model(network), recipe.data.context, longest_context(config)
     if not view.can_distill:
-        what = f"a model of type '{network.config.model_type}'"
+        student = f"a model of type '{network.config.model_type}'"
         if view.head_type is not None:
-            what = f"a head of type '{view.head_type}'"
+            student = f"a head of type '{view.head_type}'"
         raise InputError(
-            f"{what} cannot learn from a teacher, which gives a distribution for every token: use a head of "
-            "type sequential, parallel or decoder, or a Llama, or leave out language_model.teacher."
+            f"{student} cannot learn from a teacher, which gives a distribution for every token: use a head "
+            "of type sequential, parallel or decoder, or a Llama, or leave out language_model.teacher."
         )
     if not view.learns_cross_entropy:
         raise InputError(
@@ -118,14 +118,14 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
             f"the teacher '{settings.model}' has a context length of {longest} tokens, less than "
             f"data.context, which is {context}."
         )
-    if settings.states and not _is_made_of(recipe):
+    if settings.states and not _is_made_of_teacher(recipe):
         raise InputError(
             "language_model.teacher.states requires a CALM built from the teacher's own layers: set "
             "language_model.init_from to the teacher as well, or set states to 0."
         )
 
 
-def _is_made_of(recipe: Recipe) -> bool:
+def _is_made_of_teacher(recipe: Recipe) -> bool:
     """Whether the CALM of a recipe is made of the layers of its teacher."""
     names = (recipe.language_model.init_from, recipe.language_model.teacher.model)
     if None in names or not uptrains(recipe):
@@ -144,7 +144,7 @@ def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
     if settings.model is None or not settings.takes_part:
         return None
     config = config_at(settings.model)
-    if not is_of_tokens(config):
+    if not is_token_level(config):
         raise InputError(
             f"a teacher must be a token-level Transformer, but '{settings.model}' is a model of type "
             f"'{config.model_type}'."
@@ -174,11 +174,11 @@ def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
     settings = recipe.language_model.teacher
     if (config := config_of_teacher(recipe)) is None or (name := settings.model) is None:
         return None
-    half = recipe.language_model.training.precision == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    is_bf16 = recipe.language_model.training.precision == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
     network, _ = load_language_model_and_tokenizer(name, dtype=dtype)
     check_tokens_of_teacher(name, data.tokenizer)
-    _check_reading(network, name)
+    _check_outputs(network, name)
     layer = layer_of(recipe, config)
     return Teacher(network.requires_grad_(False).eval(), settings, recipe.chunk_size, layer)
 
@@ -201,30 +201,30 @@ def layer_of(recipe: Recipe, teacher: PreTrainedConfig) -> int | None:
 
 
 @torch.no_grad()
-def _check_reading(network: Any, name: str) -> None:
+def _check_outputs(network: Any, name: str) -> None:
     """Raise InputError unless a model keeps documents apart, and its output embeddings give its logits."""
-    decoder, table = network.get_decoder(), network.get_output_embeddings()
+    decoder, output_layer = network.get_decoder(), network.get_output_embeddings()
     ids = torch.arange(1, 7, device=network.device).remainder(network.config.get_text_config().vocab_size)
     positions = torch.arange(3, device=network.device).repeat(2)
-    row: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
-    second: dict[str, Any] = {key: value[:, 3:] for key, value in row.items()}
-    both, alone = (decoder(**part, use_cache=False).last_hidden_state for part in (row, second))
-    if not _are_close(both[:, 3:], alone):
+    block: dict[str, Any] = {"input_ids": ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
+    second: dict[str, Any] = {key: value[:, 3:] for key, value in block.items()}  # Of its two documents.
+    in_block, alone = (decoder(**inputs, use_cache=False).last_hidden_state for inputs in (block, second))
+    if not _are_close(in_block[:, 3:], alone):
         raise InputError(
             f"the teacher '{name}' does not keep the documents of a block apart; use a Transformer whose "
             "attention does."
         )
-    scores = network(**second, use_cache=False).logits
-    if table is None or not _are_close(F.linear(alone, table.weight, getattr(table, "bias", None)), scores):
+    logits, bias = network(**second, use_cache=False).logits, getattr(output_layer, "bias", None)
+    if output_layer is None or not _are_close(F.linear(alone, output_layer.weight, bias), logits):
         raise InputError(
             f"the logits of the teacher '{name}' are not simply its states times its output embeddings; use "
             "a Transformer that does not scale or cap them."
         )
 
 
-def _are_close(found: Tensor, wanted: Tensor) -> bool:
-    far = (found.float() - wanted.float()).abs().max()
-    return bool(far <= _CLOSE[wanted.dtype] * wanted.float().abs().max())
+def _are_close(actual: Tensor, expected: Tensor) -> bool:
+    error = (actual.float() - expected.float()).abs().max()
+    return bool(error <= _TOLERANCE[expected.dtype] * expected.float().abs().max())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from calm.training.curriculum import Curriculum, Stage
 from calm.training.finetuning_recipe import FinetuningRecipe, ThoughtSettings
 from calm.training.noise import number_of_block
 
-_SCORED_AT_ONCE = 16
+_SCORING_BATCH = 16
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ThoughtTraining:
         layout: How rows are laid out.
         thoughts: What replaces the steps; None for nothing.
         has_noise: Whether the loss takes noise, which is drawn for each row.
-        now: The current stage.
+        stage: The current stage.
         labels_per_step: Thoughts per step that are supervised with that step; 0 for none.
     """
 
@@ -40,17 +40,17 @@ class ThoughtTraining:
     layout: Layout
     thoughts: Thoughts | None
     has_noise: bool
-    now: Stage
+    stage: Stage
     labels_per_step: int = 0
 
     def row(self, example: Example, stage: Stage) -> ThinkingRow:
         """The row of an example at a stage."""
-        between = self._between(stage)
+        between = self._tokens_between(stage)
         per_step = self.labels_per_step
         labels = self.layout.step_labels(example, between, per_step) if per_step else []
         return self.layout.row(example, stage.left_out, between, labels)
 
-    def _between(self, stage: Stage) -> list[int]:
+    def _tokens_between(self, stage: Stage) -> list[int]:
         """Tokens of the markers and thoughts between question and answer."""
         return [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
 
@@ -64,15 +64,16 @@ class ThoughtTraining:
             batch[NUMBERS] = torch.tensor(numbers)
         return batch
 
-    def take_up(self, model: PreTrainedModel, stage: Stage) -> None:
+    def enter_stage(self, model: PreTrainedModel, stage: Stage) -> None:
         """Switch to a stage, and record its number of thoughts in the model's configuration."""
-        self.now = stage
-        noted = None if self.thoughts is None else replace(self.thoughts, number=stage.thoughts).as_dict()
-        model.config.thoughts = noted
+        self.stage = stage
+        model.config.thoughts = (
+            None if self.thoughts is None else replace(self.thoughts, number=stage.thoughts).as_dict()
+        )
 
     def longest_answer(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest answer that is to be generated at this stage."""
-        return max((self.layout.num_written(one, self.now.left_out) for one in examples), default=0)
+        return max((self.layout.num_written(example, self.stage.left_out) for example in examples), default=0)
 
     def num_shortened(self, examples: Sequence[Example]) -> int:
         """How many prompts are too long for the context at some stage.
@@ -80,7 +81,7 @@ class ThoughtTraining:
         Raises:
             InputError: If there is no room for a prompt at all.
         """
-        between = {stage: len(self._between(stage)) for stage in self.curriculum.stages}
+        between = {stage: len(self._tokens_between(stage)) for stage in self.curriculum.stages}
         shortened = 0
         for example in examples:
             try:
@@ -99,8 +100,8 @@ class ThoughtTraining:
         view, total, count = language_model(model), 0.0, 0
         generator = torch.Generator(model.device).manual_seed(0)
         network: Any = model
-        for first in range(0, len(examples), _SCORED_AT_ONCE):
-            rows = [self.row(example, self.now) for example in examples[first : first + _SCORED_AT_ONCE]]
+        for first in range(0, len(examples), _SCORING_BATCH):
+            rows = [self.row(example, self.stage) for example in examples[first : first + _SCORING_BATCH]]
             batch = self.collate(rows)
             batch.pop(NUMBERS, None)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -192,26 +193,26 @@ class ThinkingRows(Dataset):
     def __len__(self) -> int:
         return self._per_step * self._steps
 
-    def __getitem__(self, place: int) -> ThinkingRow:
-        epoch, number = divmod(place, len(self._examples))
+    def __getitem__(self, index: int) -> ThinkingRow:
+        epoch, position = divmod(index, len(self._examples))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
-        example = self._examples[int(self._order[number])]
-        step, place_in_step = divmod(place, self._per_step)
-        return self._thinking.row(example, self._thinking.curriculum.of_item(step, self._seed, place_in_step))
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        example = self._examples[int(self._order[position])]
+        step, index_in_step = divmod(index, self._per_step)
+        return self._thinking.row(example, self._thinking.curriculum.of_item(step, self._seed, index_in_step))
 
-    def _order_of(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
 
 
 class StageChange(TrainerCallback):
-    """Updates a model and its optimizer when a stage starts.
+    """Updates a model and its optimizer when a stage of the curriculum starts.
 
     Args:
         thinking: How the run trains.
         model: The network.
-        new_optimizer: Builds an optimizer like the run's, which is then reset to its state; None to keep the
-            state.
+        new_optimizer: Builds an optimizer like the run's, which is then reset to the state of the new one;
+            None to keep its state.
     """
 
     def __init__(
@@ -223,13 +224,13 @@ class StageChange(TrainerCallback):
         self._thinking, self._model, self._new_optimizer = thinking, model, new_optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up the stage of the last step, where a resumed run still is."""
-        self._thinking.take_up(self._model, self._thinking.curriculum.at(max(0, state.global_step - 1)))
+        """Enter the stage of the last step taken, where a resumed run still is."""
+        self._thinking.enter_stage(self._model, self._thinking.curriculum.at(max(0, state.global_step - 1)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Change stage as a step starts, so a run resumed from the end of a stage changes it as well."""
         step, curriculum = state.global_step, self._thinking.curriculum
-        self._thinking.take_up(self._model, curriculum.at(step))
+        self._thinking.enter_stage(self._model, curriculum.at(step))
         if self._new_optimizer is not None and curriculum.begins_at(step):
             reset(optimizer, self._new_optimizer())
 
@@ -239,12 +240,13 @@ def reset(optimizer: Any, new: torch.optim.Optimizer) -> None:
 
     Args:
         optimizer: The optimizer.
-        new: One like it that has not taken a step, since what is reset may be in its state or in its groups.
+        new: One like it that has not taken a step. Both its state and its groups are copied, since an
+            optimizer may keep its moments and counters in either.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it.
-    kept = ("lr", "initial_lr")
-    rates = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
+    names = ("lr", "initial_lr")
+    rates = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     optimizer.state.clear()
     optimizer.load_state_dict(new.state_dict())
-    for group, own in zip(optimizer.param_groups, rates, strict=True):
-        group.update(own)
+    for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
+        group.update(group_rates)

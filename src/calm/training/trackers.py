@@ -25,7 +25,7 @@ from calm.training.runs import Run
 
 logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-NOTE = "trackers.json"
+IDS = "trackers.json"  # The stage's id, by which its runs are found again.
 _PROJECT = "calm"
 _TAG = "calm.id"
 # Set unless they already are. The trackers' own timeouts are minutes or infinite if a server does not answer.
@@ -102,14 +102,14 @@ def tracking_of(run: Run, stage: str = "") -> Tracking:
     """
     folder = run.folder / "checkpoints" / stage
     try:
-        noted = read_json(folder / NOTE, dict)
+        recorded = read_json(folder / IDS, dict)
     except (FileNotFoundError, InputError):  # If it is damaged, only names change.
-        noted = {}
+        recorded = {}
     return Tracking(
         names=run.recipe.tracker_list,
         folder=folder,
         title="/".join(filter(None, (run.folder.resolve().name, stage))),
-        id=str(noted.get("id") or secrets.token_hex(4)),
+        id=str(recorded.get("id") or secrets.token_hex(4)),
         recipe=dataclasses.asdict(run.recipe),
     )
 
@@ -124,13 +124,13 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
     if not (tracking.names and trainer.is_world_process_zero()):
         yield
         return
-    write_file_whole(tracking.folder / NOTE, json.dumps({"id": tracking.id}) + "\n")
+    write_file_whole(tracking.folder / IDS, json.dumps({"id": tracking.id}) + "\n")
     ends: dict[str, End] = {}
     has_succeeded = False
     try:
         for name in tracking.names:
-            with _beginning(name):
-                ends[name] = _BEGINNINGS[name](tracking)
+            with _start_errors(name):
+                ends[name] = _STARTS[name](tracking)
                 _log_settings(name, trainer)
         yield
         has_succeeded = True
@@ -143,7 +143,7 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beginning(name: str) -> Iterator[None]:
+def _start_errors(name: str) -> Iterator[None]:
     """Turn any error while a tracker starts into a RunError."""
     try:
         yield
@@ -156,38 +156,38 @@ def _beginning(name: str) -> Iterator[None]:
 
 def _log_settings(name: str, trainer: Trainer) -> None:
     """Set up a tracker's callback now, where errors are reported. (TensorBoard's has no setup.)"""
-    (kind,) = get_reporting_integration_callbacks([name])
+    (callback_class,) = get_reporting_integration_callbacks([name])
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, kind) and hasattr(callback, "setup"):
+        if isinstance(callback, callback_class) and hasattr(callback, "setup"):
             callback.setup(trainer.args, trainer.state, trainer.model)
 
 
-def _begin_wandb(tracking: Tracking) -> End:
+def _start_wandb(tracking: Tracking) -> End:
     import wandb  # noqa: PLC0415 (it may be missing)
 
-    if wandb.run is not None:  # The caller's own.
+    if wandb.run is not None:  # The caller started it.
         return _leave_open
     wandb.init(name=tracking.run_name, id=tracking.id, resume="allow")
     return lambda has_succeeded: wandb.finish(exit_code=0 if has_succeeded else 1)
 
 
-def _begin_mlflow(tracking: Tracking) -> End:
+def _start_mlflow(tracking: Tracking) -> End:
     import mlflow  # noqa: PLC0415 (it may be missing)
 
-    if mlflow.active_run() is not None:  # The caller's own.
+    if mlflow.active_run() is not None:  # The caller started it.
         return _leave_open
     mlflow.set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
-    ours = mlflow.search_runs(
+    earlier = mlflow.search_runs(
         filter_string=f"tags.`{_TAG}` = '{tracking.id}'", max_results=1, output_format="list"
     )
-    if ours:
-        mlflow.start_run(run_id=ours[0].info.run_id)
+    if earlier:
+        mlflow.start_run(run_id=earlier[0].info.run_id)
     else:
         mlflow.start_run(run_name=tracking.run_name, tags={_TAG: tracking.id})
     return lambda has_succeeded: mlflow.end_run("FINISHED" if has_succeeded else "FAILED")
 
 
-def _begin_trackio(tracking: Tracking) -> End:
+def _start_trackio(tracking: Tracking) -> End:
     """Start nothing: its callback does, and ends the run. End it again, since an evaluation reopens it."""
     import trackio  # noqa: PLC0415 (it may be missing)
 
@@ -198,9 +198,9 @@ def _leave_open(has_succeeded: bool) -> None:
     """Do nothing: the run is not ours to end, or needs no end."""
 
 
-_BEGINNINGS: dict[str, Callable[[Tracking], End]] = {
+_STARTS: dict[str, Callable[[Tracking], End]] = {
     "tensorboard": lambda tracking: _leave_open,
-    "wandb": _begin_wandb,
-    "mlflow": _begin_mlflow,
-    "trackio": _begin_trackio,
+    "wandb": _start_wandb,
+    "mlflow": _start_mlflow,
+    "trackio": _start_trackio,
 }

@@ -28,16 +28,16 @@ from calm.training.batches import (
     whole_steps,
 )
 from calm.training.blocks import Blocks
-from calm.training.checkpoints import checkpoints_in, newest_whole_checkpoint, written_checkpoint
+from calm.training.checkpoints import checkpoints_in, newest_intact_checkpoint, written_checkpoint
 from calm.training.clock import Clock
 from calm.training.extending import SaveAt, kept_step
-from calm.training.faults import LeaveOnSignal, LossWatch, check_weights, diverged
-from calm.training.inputs import copy_inputs, other_input
+from calm.training.faults import LossWatch, StopOnSignal, check_weights, diverged
+from calm.training.inputs import changed_input, copy_inputs
 from calm.training.noise import generators_of_blocks
 from calm.training.optimizers import build_optimizer, build_scheduler, follow_schedule
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
-from calm.training.sharding import KeepTiedEmbedding, check_checkpoint, keep_autocast, whole_copy
+from calm.training.sharding import KeepTiedEmbedding, check_checkpoint, keep_autocast, unsharded_copy
 from calm.training.speed import Speed, known_training_flops
 from calm.training.trackers import tracked
 
@@ -68,16 +68,16 @@ class ChunkTrainer(Trainer):
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        is_of_chunks = isinstance(model, ChunkNetwork)
-        counting: Any = model if is_of_chunks else language_model(model)
-        self._count_targets: Callable[..., Tensor] = counting.count_targets
+        has_chunks = isinstance(model, ChunkNetwork)
+        counter: Any = model if has_chunks else language_model(model)
+        self._count_targets: Callable[..., Tensor] = counter.count_targets
         super().__init__(
             model=adapted if adapted is not None else model,
             args=training_arguments(stage, blocks.context, model, is_stream=self._stream is not None),
             train_dataset=blocks.training,
             eval_dataset=blocks.held_out,
             processing_class=blocks.tokenizer,
-            data_collator=blocks.collate or (collate_chunks if is_of_chunks else collate_tokens),
+            data_collator=blocks.collate or (collate_chunks if has_chunks else collate_tokens),
         )
         self.model_accepts_loss_kwargs = True  # The loss is a mean over the targets counted here.
         self.remove_callback(ProgressCallback)
@@ -92,11 +92,11 @@ class ChunkTrainer(Trainer):
         self.add_callback(self._speed)
         self._clock = Clock()
         self.add_callback(self._clock)
-        self._watch = LossWatch(self.args.device)
+        self._loss_watch = LossWatch(self.args.device)
         self._kept_step = kept_step(settings) if stage.is_last else None
         self.add_callback(SaveAt(self._kept_step))
-        self._signals = LeaveOnSignal()
-        self.add_callback(self._signals)
+        self._sigterm = StopOnSignal()
+        self.add_callback(self._sigterm)
         self.add_callback(KeepTiedEmbedding())
         if stage.teacher is not None:
             torch.nn.Module.to(stage.teacher.network, self.args.device)
@@ -126,7 +126,7 @@ class ChunkTrainer(Trainer):
 
     def _train_from(self, checkpoint: Path | None) -> None:
         try:
-            with self._signals.listening():
+            with self._sigterm.listening():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (RuntimeError, ConnectionError, EOFError) as error:
             reason = reason_of(error)
@@ -135,16 +135,18 @@ class ChunkTrainer(Trainer):
                 reason = f"A DataLoader worker died ({reason})."
             if "DataLoader worker" not in reason:
                 raise
-            raise RunError(f"{reason} Lower num_workers or set it to 0; {self._left()}.") from error
+            raise RunError(f"{reason} Lower num_workers or set it to 0; {self._resume_hint()}.") from error
         finally:
             self._progress.close()
-        self._tell_skipped()
-        if self._signals.left:
-            raise Terminated(f"stopped by SIGTERM after step {self.state.global_step}; {self._left()}.")
+        self._log_skipped()
+        if self._sigterm.has_stopped:
+            raise Terminated(
+                f"stopped by SIGTERM after step {self.state.global_step}; {self._resume_hint()}."
+            )
 
-    def whole_network(self) -> PreTrainedModel:
+    def unsharded_network(self) -> PreTrainedModel:
         """The model with all weights: itself, or an unsharded copy."""
-        return whole_copy(self._network)
+        return unsharded_copy(self._network)
 
     # Batches and their loss.
 
@@ -201,7 +203,7 @@ class ChunkTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Train on one batch, and record the first loss that is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._watch.see(loss, self.state.global_step + 1)
+        self._loss_watch.record(loss, self.state.global_step + 1)
         return loss
 
     # Optimizer and schedule.
@@ -219,8 +221,8 @@ class ChunkTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule that the recipe names."""
         if self.lr_scheduler is None:
-            chosen = optimizer or self.create_optimizer()
-            schedule: Any = build_scheduler(chosen, self.settings.optimizer, num_training_steps)
+            optimizer = optimizer or self.create_optimizer()
+            schedule: Any = build_scheduler(optimizer, self.settings.optimizer, num_training_steps)
             self.lr_scheduler = schedule
             self._created_lr_scheduler = True
         assert self.lr_scheduler is not None
@@ -234,7 +236,7 @@ class ChunkTrainer(Trainer):
 
     # What is logged.
 
-    def _tell_skipped(self) -> None:
+    def _log_skipped(self) -> None:
         """Log how many records without text the stream has skipped, over all processes."""
         if self._stream is None:
             return
@@ -246,7 +248,7 @@ class ChunkTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values and the seconds so far; with a training loss, also the speed of training."""
         if "loss" in logs:
-            self._watch.check(self._left())
+            self._loss_watch.check(self._resume_hint())
             logs |= self._speed.read(self.state.global_step)
         if (seconds := self._clock.seconds) is not None:
             logs = {**logs, "seconds": round(seconds, 2)}
@@ -260,10 +262,10 @@ class ChunkTrainer(Trainer):
         self._network.eval()
         with self._speed.pause():
             try:
-                scores = self.score(self.whole_network(), self.eval_dataset)
+                scores = self.score(self.unsharded_network(), self.eval_dataset)
             except NotFiniteError as error:  # Otherwise the next step's loss would be the first to show it.
                 step = self.state.global_step
-                raise diverged(f"the model's output after step {step}", self._left()) from error
+                raise diverged(f"the model's output after step {step}", self._resume_hint()) from error
         self._network.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -276,12 +278,12 @@ class ChunkTrainer(Trainer):
         """The checkpoint to resume from, checked to belong to this run; None if there is none."""
         folder = self._stage.folder
         folder.mkdir(parents=True, exist_ok=True)
-        if (checkpoint := newest_whole_checkpoint(folder)) is None:
+        if (checkpoint := newest_intact_checkpoint(folder)) is None:
             return None
         check_checkpoint(checkpoint, self._stage.is_sharded)
-        if (what := other_input(folder, checkpoint)) is not None:
+        if (changed := changed_input(folder, checkpoint)) is not None:
             raise InputError(
-                f"'{checkpoint}' belongs to another run: {what} changed. Put back the checkpoints of this "
+                f"'{checkpoint}' belongs to another run: {changed} changed. Put back the checkpoints of this "
                 "run."
             )
         if self._stream is not None:
@@ -290,13 +292,13 @@ class ChunkTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint atomically."""
-        step, left = self.state.global_step, self._left()
-        self._watch.check(left)
-        check_weights(self._network, step, left)
+        step, resume_hint = self.state.global_step, self._resume_hint()
+        self._loss_watch.check(resume_hint)
+        check_weights(self._network, step, resume_hint)
         folder = Path(super()._get_output_dir(trial))
         with (
             self._speed.pause(),
-            disk_errors(folder / f"checkpoint-{step}", left),
+            disk_errors(folder / f"checkpoint-{step}", resume_hint),
             written_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
         ):
             self._staging = partial.parent
@@ -316,8 +318,8 @@ class ChunkTrainer(Trainer):
     def _position_file(self) -> str:
         return f"position_{processes().process_index}.json"
 
-    def _left(self) -> str:
-        """What remains of the run if it ends now, for messages."""
+    def _resume_hint(self) -> str:
+        """From where the run could be resumed if it ended now, for messages."""
         checkpoints = checkpoints_in(self._stage.folder)
         return f"--resume continues from '{checkpoints[-1]}'" if checkpoints else "there is no checkpoint yet"
 

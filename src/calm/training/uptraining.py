@@ -26,10 +26,10 @@ def uptrains(recipe: Recipe) -> bool:
         InputError: If the model that it starts from has no readable configuration.
     """
     name = recipe.language_model.init_from
-    return recipe.model == "calm" and name is not None and is_of_tokens(config_at(name))
+    return recipe.model == "calm" and name is not None and is_token_level(config_at(name))
 
 
-def is_of_tokens(config: PreTrainedConfig) -> bool:
+def is_token_level(config: PreTrainedConfig) -> bool:
     """Whether a configuration is that of a token-level model."""
     return config.model_type not in ("calm", "calm_autoencoder")
 
@@ -72,16 +72,16 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
 
     Args:
         recipe: The recipe.
-        source: The Transformer's configuration; if it is alone, without a tokenizer, this is enough to plan.
+        source: The Transformer's configuration. In a folder without a tokenizer, it is enough to plan a run.
 
     Raises:
         InputError: If the Transformer does not fit.
     """
     assert recipe.language_model.init_from is not None
     name = resolve_name(recipe.language_model.init_from)
-    is_alone = Path(name).is_dir() and not has_tokenizer(Path(name))
-    tokenizer = TokensOfConfig(source) if is_alone else load_tokenizer(name)
-    config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
+    lacks_tokenizer = Path(name).is_dir() and not has_tokenizer(Path(name))
+    tokenizer = TokensOfConfig(source) if lacks_tokenizer else load_tokenizer(name)
+    config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_ids(tokenizer, config.vocab_size, name)
     return config
@@ -115,7 +115,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     tokenizer = load_tokenizer(resolve_name(name))
     check_tokens(name, tokenizer, data)
     set_seed(recipe.seed)  # Codes are drawn first, so they equal those of the run's autoencoder.
-    model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_how(recipe))
+    model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     check_context(model.config, recipe.data.context)
     return model
 
@@ -126,7 +126,7 @@ def cut_of(recipe: Recipe) -> Cut:
     return Cut(settings.first_layers, settings.last_layers, settings.layers)
 
 
-def _how(recipe: Recipe) -> dict[str, Any]:
+def _options(recipe: Recipe) -> dict[str, Any]:
     """Further arguments of the conversion."""
     settings = recipe.language_model
     return {"sink": settings.uptraining.sink, "attn_implementation": settings.attention}
