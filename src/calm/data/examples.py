@@ -134,10 +134,10 @@ def _read_batch(
         if not isinstance(content, _Pair):
             yield [replace(example, where=where) for example in content]
             continue
-        steps = tuple(itertools.islice(tokens, len(content.steps)))
+        step_ids = tuple(itertools.islice(tokens, len(content.steps)))
         with _with_location(where):
             example = _example(next(prompts), [*next(tokens), tokenizer.eos_token_id])
-        yield [replace(example, steps=steps, where=where)]
+        yield [replace(example, steps=step_ids, where=where)]
     if first_error is not None:
         raise first_error
 
