@@ -1,13 +1,14 @@
-"""Which autoencoder makes latents that a language model learns well?
+"""Which autoencoder produces latents that a language model can learn well?
 
     python benchmarks/autoencoders.py --output runs/autoencoders
 
-A CALM of the embedded stories with the energy head, K = 4, on one autoencoder after another: with attention,
-more or fewer dimensions, a heavier KL term, aligned with language in two ways, or trained on beside the
-language model. One change at a time; data, sizes, steps and rates are those of `autoencoders_training.py`.
+A CALM with the energy head, K = 4, is trained on the embedded stories with each of several autoencoders: with
+attention, with more or fewer dimensions, with a larger KL weight, aligned with language in two ways, or
+trained jointly with the language model. Each changes one thing; data, sizes, steps and rates are in
+`autoencoders_training.py`.
 
-What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
-from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table is
+printed from existing results.
 """
 
 import argparse
@@ -25,15 +26,15 @@ from autoencoders_training import (
     STEPS,
     Align,
     Joint,
-    Learning,
     NextChunk,
+    Objective,
     attend,
     batches_of,
-    learn,
-    learn_together,
     prepared_stories,
     recipe_of,
     teacher_of,
+    train_autoencoder,
+    train_language_model,
     with_autoencoder,
 )
 from measure import brier_scores, error_over_seeds, json_rows, machine
@@ -54,12 +55,12 @@ class Way:
     """An autoencoder, and how it is trained.
 
     Args:
-        label: In the table.
-        settings: Of the recipe, beside those of all.
+        label: Label of its row in the table.
+        settings: Recipe settings that differ from the shared ones.
         attends: Whether tokens of a chunk attend to each other.
-        aligned: With what its latents are aligned.
-        joint: How it learns beside the language model; None: it is frozen.
-        steps: Of its own, before the language model's.
+        aligned: What its latents are aligned with, if anything.
+        joint: How it is trained together with the language model; None freezes it.
+        steps: Steps for which it is trained alone, before the language model.
     """
 
     label: str
@@ -95,7 +96,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Train and score what is missing, then print the table."""
+    """Train and score whatever is missing, then print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,11 +122,12 @@ def measure(name: str, seed: int, data: PreparedData, output: Path) -> Row:
     """Train an autoencoder and the language model on it, and score both."""
     way = WAYS[name]
     recipe = recipe_of(seed, way.settings)
-    autoencoder, begun = trained_autoencoder(way, seed, data, output), time.perf_counter()
+    autoencoder = trained_autoencoder(way, seed, data, output)
+    start = time.perf_counter()
     model = with_autoencoder(new_language_model(recipe, data, new_autoencoder(recipe, data)), autoencoder)
     batches = batches_of(data, recipe, "language_model", seed)
-    learn_together(model, recipe, batches, way.joint, seed)
-    seconds = time.perf_counter() - begun
+    train_language_model(model, recipe, batches, way.joint, seed)
+    seconds = time.perf_counter() - start
     model.eval()
     blocks = data.blocks("validation", chunk_size=recipe.chunk_size, block_size=recipe.data.context)
     brier = score_brier(model, blocks, NUM_BLOCKS, num_draws=NUM_DRAWS, estimator="draws")
@@ -143,27 +145,29 @@ def measure(name: str, seed: int, data: PreparedData, output: Path) -> Row:
 
 
 def trained_autoencoder(way: Way, seed: int, data: PreparedData, output: Path) -> CalmAutoencoder:
-    """The autoencoder of a way before the language model begins; the same for all that agree up to there."""
+    """The autoencoder of a way before the language model is trained; ways that agree up to there share it."""
     recipe = recipe_of(seed, way.settings)
     autoencoder = new_autoencoder(recipe, data)
     if way.attends:
         attend(autoencoder)
     if not way.steps:
         return autoencoder
-    before = dataclasses.replace(way, label="", joint=None)
+    alone = dataclasses.replace(way, label="", joint=None)
     name = next(
-        name for name, one in WAYS.items() if dataclasses.replace(one, label="", joint=None) == before
+        name for name, other in WAYS.items() if dataclasses.replace(other, label="", joint=None) == alone
     )
     file = output / "weights" / f"{name}_seed{seed}.pt"
     if file.exists():
         autoencoder.load_state_dict(torch.load(file))
         return autoencoder
-    lesson: Learning | None = None
+    objective: Objective | None = None
     if way.aligned == "next":
-        lesson = NextChunk(autoencoder)
+        objective = NextChunk(autoencoder)
     elif way.aligned == "state":
-        lesson = Align(autoencoder, teacher_of(data, output))
-    learn(autoencoder, recipe, batches_of(data, recipe, "autoencoder", seed), way.steps, lesson, seed)
+        objective = Align(autoencoder, teacher_of(data, output))
+    train_autoencoder(
+        autoencoder, recipe, batches_of(data, recipe, "autoencoder", seed), way.steps, objective, seed
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(autoencoder.state_dict(), file)
     return autoencoder
@@ -171,21 +175,21 @@ def trained_autoencoder(way: Way, seed: int, data: PreparedData, output: Path) -
 
 @torch.no_grad()
 def bits_of(autoencoder: CalmAutoencoder, blocks: Any) -> float | None:
-    """Bits of a held-out chunk's latent: the divergence of its posterior from a standard normal, on average.
+    """Mean bits of a held-out chunk's latent: the divergence of its posterior from a standard normal.
 
-    None for codes, which are points.
+    None for codes, whose posteriors are points.
     """
     if autoencoder.config.has_codes:
         return None
     tokens, labels = (
         blocks[:NUM_BLOCKS][name].view(-1, autoencoder.config.chunk_size) for name in ("input_ids", "labels")
     )
-    whole = tokens[(labels >= 0).all(-1)]
-    return autoencoder.eval().encode(whole).kl_to_standard_normal().sum(-1).mean().item() / math.log(2)
+    complete = tokens[(labels >= 0).all(-1)]
+    return autoencoder.eval().encode(complete).kl_to_standard_normal().sum(-1).mean().item() / math.log(2)
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each way, means over seeds."""
+    """One line per way, with means over seeds."""
     lines = [
         "| autoencoder | seeds | parameters | reconstructed | bits of a latent | a dimension | BrierLM |",
         "|" + "---|" * 7,
@@ -193,14 +197,14 @@ def table(rows: list[Row]) -> str:
     for name, way in WAYS.items():
         if not (same := [row for row in rows if row["way"] == name]):
             continue
-        scores, kept = ([row[key] for row in same] for key in ("brier_lm", "reconstructed"))
+        scores, accuracies = ([row[key] for row in same] for key in ("brier_lm", "reconstructed"))
         error = error_over_seeds(scores, [row["error"] for row in same])
         size, bits = same[0]["latent_size"], [row["bits"] for row in same]
-        rate = "" if bits[0] is None else f"{statistics.mean(bits):.0f}"
-        each = "" if bits[0] is None else f"{statistics.mean(bits) / size:.1f}"
+        per_latent = "" if bits[0] is None else f"{statistics.mean(bits):.0f}"
+        per_dimension = "" if bits[0] is None else f"{statistics.mean(bits) / size:.1f}"
         lines.append(
             f"| {way.label} | {len(same)} | {same[0]['parameters'] / 1e6:.2f} M "
-            f"| {100 * statistics.mean(kept):.1f}% | {rate} | {each} "
+            f"| {100 * statistics.mean(accuracies):.1f}% | {per_latent} | {per_dimension} "
             f"| {with_error(statistics.mean(scores), error)} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How the models of autoencoders.py are trained, and what changes an autoencoder.
+"""Training of the models of autoencoders.py, and the changes to their autoencoders.
 
 Shapes: B rows, C chunks, P positions, K tokens of a chunk, D hidden size, Z latent size, V vocabulary.
 """
@@ -28,7 +28,7 @@ from calm.training.recipe_files import read_recipe, with_settings
 
 NUM_STORIES = 12_000
 STEPS, LAST_STEPS = 1100, 600
-"""Of the autoencoder alone, and of the language model."""
+"""Training steps of the autoencoder alone, and of the language model."""
 SETTINGS = {
     "data.context": 256,
     "language_model.hidden_size": 128,
@@ -42,22 +42,23 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Joint:
-    """How an autoencoder learns beside the language model.
+    """How an autoencoder is trained together with the language model.
 
     Args:
-        weight: Of the energy distance between the head's draws and its latents; 0: only its own loss.
-        rate: Of its learning rates, relative to those of its own training.
+        weight: Weight of the energy distance between the head's draws and the latents; with 0, the
+            autoencoder has only its own loss.
+        rate: Factor on the learning rates of the autoencoder's recipe.
     """
 
     weight: float
     rate: float = 0.1
 
 
-class Learning(Protocol):
-    """Something else that an autoencoder learns: a module whose loss is added to its own."""
+class Objective(Protocol):
+    """An additional objective of an autoencoder: its loss is added to the autoencoder's own."""
 
     def loss(self, autoencoder: CalmAutoencoder, batch: Batch) -> Tensor:
-        """The loss of a batch, weighted."""
+        """The weighted loss of a batch."""
 
 
 def recipe_of(seed: int, settings: dict[str, Any], name: str = "demo") -> Recipe:
@@ -66,7 +67,7 @@ def recipe_of(seed: int, settings: dict[str, Any], name: str = "demo") -> Recipe
 
 
 def prepared_stories(output: Path) -> PreparedData:
-    """Stories, tokenized; the same for all."""
+    """The tokenized stories, which all models share."""
     if not (output / "data").is_dir():
         write_stories(output / "stories.jsonl", 0, NUM_STORIES)
         prepare([str(output / "stories.jsonl")], output / "data", vocab_size=2048, num_proc=1)
@@ -74,7 +75,7 @@ def prepared_stories(output: Path) -> PreparedData:
 
 
 def batches_of(data: PreparedData, recipe: Recipe, stage: str, seed: int) -> Iterator[Batch]:
-    """Batches of a stage without end, in an order of the seed's."""
+    """Endless batches of a stage, in an order that depends on the seed."""
     chunk_size = recipe.chunk_size if recipe.model == "calm" else 1
     blocks = data.blocks("train", chunk_size=chunk_size, block_size=recipe.data.context)
     columns = blocks[:]
@@ -86,7 +87,7 @@ def batches_of(data: PreparedData, recipe: Recipe, stage: str, seed: int) -> Ite
                 yield {name: columns[name][part] for name in ("input_ids", "labels", "position_ids")}
 
 
-class _Steps:
+class _Updates:
     """Optimizer and schedule of a module."""
 
     def __init__(self, module: nn.Module, settings: TrainingSettings, steps: int) -> None:
@@ -94,73 +95,76 @@ class _Steps:
         self.optimizer = build_optimizer(module, settings.optimizer)
         self.scheduler = build_scheduler(self.optimizer, settings.optimizer, steps)
 
-    def take(self) -> None:
-        """Move along the gradients that there are, and forget them."""
+    def step(self) -> None:
+        """Update the parameters with the accumulated gradients, then clear these."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
 
 
-def learn(
+def train_autoencoder(
     autoencoder: CalmAutoencoder,
     recipe: Recipe,
     batches: Iterator[Batch],
     steps: int,
-    other: Learning | None,
+    objective: Objective | None,
     seed: int,
 ) -> None:
-    """Train an autoencoder by its own loss, and by another beside it."""
+    """Train an autoencoder by its own loss, and by a further objective if there is one."""
     modules = nn.ModuleList([autoencoder])
-    if isinstance(other, nn.Module):
-        modules.append(other)
-    moves, generator = (
-        _Steps(modules, recipe.autoencoder.training, steps),
-        torch.Generator().manual_seed(seed),
-    )
+    if isinstance(objective, nn.Module):
+        modules.append(objective)
+    updates = _Updates(modules, recipe.autoencoder.training, steps)
+    generator = torch.Generator().manual_seed(seed)
     autoencoder.train()
     for _, batch in zip(range(steps), batches, strict=False):
         loss = autoencoder(batch["input_ids"], batch["labels"], generator).loss
-        if other is not None:
-            loss = loss + other.loss(autoencoder, batch)
+        if objective is not None:
+            loss = loss + objective.loss(autoencoder, batch)
         loss.backward()
-        moves.take()
+        updates.step()
 
 
-def slower(settings: TrainingSettings, rate: float) -> TrainingSettings:
-    """The same with learning rates that are so many times as high."""
-    own = settings.optimizer
-    own = dataclasses.replace(
-        own, learning_rate=rate * own.learning_rate, adamw_learning_rate=rate * own.adamw_learning_rate
+def scale_rates(settings: TrainingSettings, rate: float) -> TrainingSettings:
+    """The settings with both learning rates multiplied by `rate`."""
+    optimizer = settings.optimizer
+    optimizer = dataclasses.replace(
+        optimizer,
+        learning_rate=rate * optimizer.learning_rate,
+        adamw_learning_rate=rate * optimizer.adamw_learning_rate,
     )
-    return dataclasses.replace(settings, optimizer=own)
+    return dataclasses.replace(settings, optimizer=optimizer)
 
 
-def learn_together(
+def train_language_model(
     model: CalmForCausalLM, recipe: Recipe, batches: Iterator[Batch], joint: Joint | None, seed: int
 ) -> None:
-    """Train a language model, and the autoencoder inside with it if it is told to."""
+    """Train a language model, jointly with its autoencoder if `joint` is given."""
     settings, generator = recipe.language_model.training, torch.Generator().manual_seed(seed)
     model.train()
-    moves, autoencoder, others = _Steps(model, settings, settings.steps), model.autoencoder, None
+    updates, autoencoder = _Updates(model, settings, settings.steps), model.autoencoder
+    autoencoder_updates = None
     if joint is not None:
         autoencoder.requires_grad_(True).train()
-        others = _Steps(autoencoder, slower(recipe.autoencoder.training, joint.rate), settings.steps)
+        autoencoder_updates = _Updates(
+            autoencoder, scale_rates(recipe.autoencoder.training, joint.rate), settings.steps
+        )
     for _, batch in zip(range(settings.steps), batches, strict=False):
-        if joint is None or others is None:
+        if joint is None or autoencoder_updates is None:
             model(**batch, generator=generator).loss.backward()
         else:
-            own = autoencoder(batch["input_ids"], batch["labels"], generator).loss
-            (own + _energy(model, batch, joint.weight, generator)).backward()
-            others.take()
-        moves.take()
+            loss = autoencoder(batch["input_ids"], batch["labels"], generator).loss
+            (loss + _energy(model, batch, joint.weight, generator)).backward()
+            autoencoder_updates.step()
+        updates.step()
     autoencoder.requires_grad_(False).eval()
 
 
 def _energy(model: CalmForCausalLM, batch: Batch, weight: float, generator: torch.Generator) -> Tensor:
-    """The head's loss, whose gradient reaches the posteriors as well, with that weight.
+    """The head's loss, plus a weighted energy distance whose gradient reaches the posteriors.
 
-    The language model learns as it does from a frozen autoencoder, whatever the weight.
+    Whatever the weight, the language model gets the same gradient as from a frozen autoencoder.
     """
     is_target_BC = find_targets(batch["labels"], batch["position_ids"], model.config.chunk_size)
     states_BCD = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
@@ -175,24 +179,24 @@ def _energy(model: CalmForCausalLM, batch: Batch, weight: float, generator: torc
     head: Any = model.head
     with torch.no_grad():
         draws_NPZ = head.sample_latents(states_PD, head.config.num_draws, noise=noise.head)
-    # Against a head that stands still, and of latents brought to a mean of 0 and a spread of 1: otherwise
-    # smaller ones would always be better.
+    # The head is held fixed here, and latents are standardized: otherwise smaller ones would always be
+    # better.
     mean_Z, std_Z = posterior.mean.mean(0), posterior.mean.std(0) + 1e-6
     draws_NPZ = (draws_NPZ - mean_Z.detach()) / std_Z.detach()
-    one_1PZ, other_1PZ = ((posterior.sample(1, generator) - mean_Z) / std_Z for _ in range(2))
-    distance_P = 2 * (draws_NPZ - one_1PZ).norm(dim=-1).mean(0) - (one_1PZ - other_1PZ).norm(dim=-1)[0]
+    first_1PZ, second_1PZ = ((posterior.sample(1, generator) - mean_Z) / std_Z for _ in range(2))
+    distance_P = 2 * (draws_NPZ - first_1PZ).norm(dim=-1).mean(0) - (first_1PZ - second_1PZ).norm(dim=-1)[0]
     return loss + weight * distance_P.mean()
 
 
 def with_autoencoder(model: CalmForCausalLM, autoencoder: CalmAutoencoder) -> CalmForCausalLM:
-    """The model, with this autoencoder inside."""
+    """The model, with its autoencoder replaced by this one."""
     model.autoencoder = autoencoder
     model.head.attach(autoencoder)
     return model.train()
 
 
 class _Attending(nn.Module):
-    """A block of an autoencoder behind attention among the tokens of a chunk."""
+    """A block of an autoencoder, preceded by attention among the tokens of a chunk."""
 
     def __init__(self, block: nn.Module, size: int, chunk_size: int) -> None:
         super().__init__()
@@ -207,18 +211,18 @@ class _Attending(nn.Module):
 
 
 def attend(autoencoder: CalmAutoencoder) -> None:
-    """Let the tokens of a chunk attend to each other in front of every block that works on tokens."""
+    """Put attention among the tokens of a chunk in front of every block that works on tokens."""
     config = autoencoder.config
     encoder: Any = autoencoder.encoder.blocks
     decoder: Any = autoencoder.decoder.blocks
-    ours = [(encoder, range(len(encoder) // 2)), (decoder, range(len(decoder) // 2, len(decoder)))]
-    for blocks, numbers in ours:
-        for number in numbers:
-            blocks[number] = _Attending(blocks[number], config.hidden_size, config.chunk_size)
+    token_blocks = [(encoder, range(len(encoder) // 2)), (decoder, range(len(decoder) // 2, len(decoder)))]
+    for blocks, indices in token_blocks:
+        for index in indices:
+            blocks[index] = _Attending(blocks[index], config.hidden_size, config.chunk_size)
 
 
 class NextChunk(nn.Module):
-    """A latent also has to tell the tokens of the chunk behind its own."""
+    """An objective: a latent must also predict the tokens of the next chunk."""
 
     def __init__(self, autoencoder: CalmAutoencoder, weight: float = 0.3) -> None:
         super().__init__()
@@ -227,22 +231,22 @@ class NextChunk(nn.Module):
         self.out = nn.Linear(config.latent_size, config.chunk_size * config.hidden_size)
 
     def loss(self, autoencoder: CalmAutoencoder, batch: Batch) -> Tensor:
-        """Cross-entropy of the next chunk's tokens, each alone, from the latent's mean."""
+        """Cross-entropy of the next chunk's tokens, each predicted on its own from the latent's mean."""
         chunk_size = autoencoder.config.chunk_size
         is_target_BC = find_targets(batch["labels"], batch["position_ids"], chunk_size)
         chunks_BCK = split_into_chunks(batch["input_ids"], chunk_size)
         mean_PZ = autoencoder.encode(chunks_BCK[:, :-1][is_target_BC]).mean
         vectors_PKD = self.out(mean_PZ).unflatten(-1, (chunk_size, self.size))
-        scores = F.linear(vectors_PKD, autoencoder.encoder.embed_tokens.weight)
+        logits = F.linear(vectors_PKD, autoencoder.encoder.embed_tokens.weight)
         return (
             self.weight
             * chunk_size
-            * F.cross_entropy(scores.flatten(0, 1), chunks_BCK[:, 1:][is_target_BC].flatten())
+            * F.cross_entropy(logits.flatten(0, 1), chunks_BCK[:, 1:][is_target_BC].flatten())
         )
 
 
 class Align(nn.Module):
-    """A latent also has to tell what a Transformer's state is after its chunk."""
+    """An objective: a latent must also predict a Transformer's state after its chunk."""
 
     def __init__(self, autoencoder: CalmAutoencoder, teacher: LlamaForCausalLM, weight: float = 1.0) -> None:
         super().__init__()
@@ -255,23 +259,23 @@ class Align(nn.Module):
         tokens = batch["input_ids"]
         with torch.no_grad():
             states = teacher.model(tokens).last_hidden_state[:, chunk_size - 1 :: chunk_size]
-        is_whole = (split_into_chunks(batch["labels"], chunk_size) >= 0).all(-1)
-        mean_PZ = autoencoder.encode(split_into_chunks(tokens, chunk_size)[is_whole]).mean
-        return self.weight * (1 - F.cosine_similarity(self.out(mean_PZ), states[is_whole], dim=-1)).mean()
+        is_complete = (split_into_chunks(batch["labels"], chunk_size) >= 0).all(-1)
+        mean_PZ = autoencoder.encode(split_into_chunks(tokens, chunk_size)[is_complete]).mean
+        return self.weight * (1 - F.cosine_similarity(self.out(mean_PZ), states[is_complete], dim=-1)).mean()
 
 
 def teacher_of(data: PreparedData, output: Path) -> LlamaForCausalLM:
-    """A Transformer that has learned the stories; the same for all."""
+    """A Transformer trained on the stories, which all models share."""
     recipe = recipe_of(1, {}, "demo_baseline")
     model, file = new_autoregressive_model(recipe, data), output / "weights" / "transformer.pt"
     if not file.exists():
         settings = recipe.language_model.training
-        moves = _Steps(model, settings, settings.steps)
+        updates = _Updates(model, settings, settings.steps)
         for _, batch in zip(
             range(settings.steps), batches_of(data, recipe, "language_model", 1), strict=False
         ):
             model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-            moves.take()
+            updates.step()
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), file)
     model.load_state_dict(torch.load(file))

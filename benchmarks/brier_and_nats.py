@@ -1,15 +1,17 @@
-"""Does BrierLM follow nats, for a model that learned by cross-entropy and for one that did not?
+"""Does BrierLM follow nats, both for a model trained by cross-entropy and for one that was not?
 
     python benchmarks/brier_and_nats.py --output runs/follow --results benchmarks/results/brier_and_nats
 
 Two CALMs of the embedded stories, one with the sequential head (cross-entropy) and one with the energy head
 (the energy score of drawn latents), are trained further and further and scored on held-out stories each time.
 
-The energy head has no likelihood. But each of its draws is decoded into distributions of K tokens, so the
-model that draws its tokens from those, instead of taking the likeliest, is a mixture with one: the mean over
-all draws of the product. With N draws its nats are too many, by less the larger N is.
+The energy head has no likelihood. But each of its draws is decoded into distributions of K tokens. If tokens
+were drawn from those, instead of taking the likeliest, the model would be a mixture whose likelihood is the
+mean over draws of the product of the K probabilities. Estimated from N draws, its nats are too high, the less
+so the larger N.
 
-What is finished is kept. Without `--output` the table and the figure are drawn from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table and the
+figure are made from existing results.
 """
 
 import argparse
@@ -38,14 +40,14 @@ from calm.training.stages import train
 RECIPES = {"sequential": "demo_sequential", "energy": "demo"}
 STEPS = {"sequential": (60, 120, 240, 480, 960), "energy": (80, 160, 320, 640)}
 NUM_STORIES, NUM_BLOCKS = 4000, 48
-NUM_BLOCKS_OF_DRAWS = 16  # To decode 256 draws of each chunk takes long.
+NUM_BLOCKS_OF_DRAWS = 16  # Few, because decoding 256 draws of each chunk takes long.
 NUM_DRAWS = (16, 64, 256)
-SCORES_AT_ONCE = 2**25
+LOGITS_AT_ONCE = 2**25
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Train and score what is missing, then draw up what there is."""
+    """Train and score whatever is missing, then print the table and draw the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def measure(head: str, steps: int, output: Path) -> Row:
-    """Train a model so far, and score it."""
+    """Train a model up to a number of steps, and score it."""
     text, run = output / "stories.jsonl", output / head
     if not text.exists():
         output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def measure(head: str, steps: int, output: Path) -> Row:
             "data.num_proc": 1,
             "language_model.training.steps": steps,
             "language_model.training.evaluate_every": 0,
-            "language_model.training.optimizer.schedule": "constant",  # So a run goes on as a longer one.
+            "language_model.training.optimizer.schedule": "constant",  # A longer run continues a shorter one.
         },
     )
     print(f"{head}: {steps} steps", flush=True)
@@ -98,10 +100,10 @@ def measure(head: str, steps: int, output: Path) -> Row:
 
 
 def nats_of_draws(model: CalmForCausalLM, blocks: Any, num_draws: int) -> float:
-    """Nats a token of the mixture of what so many draws decode to."""
+    """Nats per token of the mixture of the distributions that `num_draws` draws decode to."""
     head: Any = model.head
     head.token_losses = partial(losses_of_draws, model, num_draws)
-    head.token_probabilities = head.token_losses  # With both it passes for a head with a likelihood.
+    head.token_probabilities = head.token_losses  # A head with both attributes counts as having a likelihood.
     try:
         return score_perplexity(model, blocks, NUM_BLOCKS_OF_DRAWS).cross_entropy
     finally:
@@ -112,45 +114,47 @@ def losses_of_draws(model: CalmForCausalLM, num_draws: int, states_PD: Tensor, t
     """Cross-entropy of each token given those before it in the chunk, (P, K)."""
     head: Any = model.head
     randomness = torch.Generator().manual_seed(1)
-    at_once = max(1, SCORES_AT_ONCE // (num_draws * tokens_PK.shape[1] * model.config.vocab_size))
+    at_once = max(1, LOGITS_AT_ONCE // (num_draws * tokens_PK.shape[1] * model.config.vocab_size))
     losses = []
     for part_PD, part_PK in zip(states_PD.split(at_once), tokens_PK.split(at_once), strict=True):
         latents_NPZ = head.sample_latents(part_PD, num_draws, randomness)
-        scores_NPKV = model.autoencoder.decode(latents_NPZ).float()
-        of_truth = part_PK.expand(num_draws, -1, -1).unsqueeze(-1)
-        log_p_NPK = (scores_NPKV.gather(-1, of_truth) - scores_NPKV.logsumexp(-1, keepdim=True)).squeeze(-1)
-        so_far_PK = log_p_NPK.cumsum(-1).logsumexp(0) - math.log(num_draws)
-        losses.append(-so_far_PK.diff(dim=-1, prepend=torch.zeros_like(so_far_PK[:, :1])))
+        logits_NPKV = model.autoencoder.decode(latents_NPZ).float()
+        targets_NPK1 = part_PK.expand(num_draws, -1, -1).unsqueeze(-1)
+        normalizers_NPK1 = logits_NPKV.logsumexp(-1, keepdim=True)
+        log_p_NPK = (logits_NPKV.gather(-1, targets_NPK1) - normalizers_NPK1).squeeze(-1)
+        prefix_PK = log_p_NPK.cumsum(-1).logsumexp(0) - math.log(num_draws)
+        losses.append(-prefix_PK.diff(dim=-1, prepend=torch.zeros_like(prefix_PK[:, :1])))
     return torch.cat(losses)
 
 
 def table(rows: list[Row]) -> str:
-    """Every score, and how the two go together."""
+    """All scores, and their correlation for each head."""
     lines = ["| head | steps | BrierLM | nats | nats by 16, 64, 256 draws |", "|" + "---|" * 5]
     for row in rows:
         numbers = ", ".join(f"{nats:.2f}" for nats in row.get("nats_by_draws", []))
         score = with_error(row["brier_lm"], row["error"])
         lines.append(f"| {row['head']} | {row['steps']} | {score} | {row['nats']:.2f} | {numbers} |")
     for head in RECIPES:
-        if len(own := [row for row in rows if row["head"] == head]) > 2:
-            scores, nats = ([row[name] for row in own] for name in ("brier_lm", "nats"))
-            found = (
-                f"{pearsonr(scores, nats).statistic:.3f}, of ranks {spearmanr(scores, nats).statistic:.2f}"
+        if len(chosen := [row for row in rows if row["head"] == head]) > 2:
+            scores, nats = ([row[name] for row in chosen] for name in ("brier_lm", "nats"))
+            pearson, spearman = pearsonr(scores, nats).statistic, spearmanr(scores, nats).statistic
+            lines.append(
+                f"\n{head}: correlation over {len(chosen)} lengths of training {pearson:.3f}, "
+                f"of ranks {spearman:.2f}"
             )
-            lines.append(f"\n{head}: correlation over {len(own)} lengths of training {found}")
     return "\n".join(lines)
 
 
 def draw(rows: list[Row], figure: Path) -> None:
-    """BrierLM against nats, a panel for each head."""
+    """Plot BrierLM against nats, one panel per head."""
     drawing = new_figure(10, 4)
     for axes, head in zip(drawing.subplots(1, 2, sharey=True), RECIPES, strict=True):
-        own = [row for row in rows if row["head"] == head]
-        scores, errors, nats = ([row[name] for row in own] for name in ("brier_lm", "error", "nats"))
+        chosen = [row for row in rows if row["head"] == head]
+        scores, errors, nats = ([row[name] for row in chosen] for name in ("brier_lm", "error", "nats"))
         axes.errorbar(nats, scores, yerr=errors, marker="o", markersize=4, capsize=2)
-        for row in own:
-            where = (row["nats"], row["brier_lm"])
-            axes.annotate(f" {row['steps']}", where, fontsize="small", va="bottom")
+        for row in chosen:
+            point = (row["nats"], row["brier_lm"])
+            axes.annotate(f" {row['steps']}", point, fontsize="small", va="bottom")
         title = f"{head} head, by steps of training"
         axes.set(xlabel="held-out nats per token", ylabel="BrierLM", title=title)
         axes.grid(alpha=0.3)

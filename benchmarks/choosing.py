@@ -1,16 +1,16 @@
-"""How well a CALM chooses the true continuation of a text among others, with and without its likelihood.
+"""How well does a CALM pick the true continuation of a text among four, with and without a likelihood?
 
     python benchmarks/choosing.py MODEL... --text valid.jsonl.xz --questions 200 --data runs/a/data
 
-Each question is the beginning of a passage and four continuations of as many words: the true one and three
-from elsewhere in the same text. A CALM chooses by its likelihood, if its head has one; by agreement, the
-share of drawn tokens that are those of the continuation; and by the energy score of drawn latents
-(`calm.harness`). A Transformer chooses by its likelihood, and so do n-gram models of the training text of a
-prepared folder (`--data`). Chance is 25%. Wilson intervals are for 95%.
+Each question is the beginning of a passage and four continuations of the same number of words: the true one
+and three from elsewhere in the same text. A CALM chooses by its likelihood, if its head has one; by
+agreement, the share of drawn tokens that equal those of the continuation; and by the energy score of drawn
+latents (`calm.harness`). A Transformer chooses by its likelihood, and so do n-gram models of the training
+text of a prepared folder (`--data`). Chance is 25%; the intervals are 95% Wilson intervals.
 
-Some continuations are likely, or agree with draws, whatever was before them. So each way is asked a second
-time about the score less that of the same continuation after "Chapter I." (pointwise mutual information, as
-Holtzman et al. 2021, arXiv 2104.08315, do with likelihoods). Times are of both together.
+Some continuations score well whatever precedes them. So each model also chooses by the score minus that of
+the same continuation after "Chapter I." (pointwise mutual information, as Holtzman et al. 2021, arXiv
+2104.08315, do with likelihoods). Times include both.
 """
 
 import argparse
@@ -40,17 +40,17 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 
 NUM_CHOICES, ORDERS = 4, (3, 5)
-NOTHING_BEFORE = "Chapter I."
-Scores = Callable[[list[tuple[str, str]]], list[float]]
-"""How likely continuations are after their contexts, or whatever orders them."""
+NEUTRAL_CONTEXT = "Chapter I."
+Score = Callable[[list[tuple[str, str]]], list[float]]
+"""Pairs of context and continuation -> their scores; a more plausible continuation scores higher."""
 
 
 class Question(NamedTuple):
-    """A passage to go on with.
+    """A passage to be continued.
 
     Args:
-        context: Its beginning.
-        choices: Continuations, the true one first.
+        context: The beginning of the passage.
+        choices: Its continuations, the true one first.
     """
 
     context: str
@@ -58,7 +58,7 @@ class Question(NamedTuple):
 
 
 def main() -> None:
-    """Ask all questions in each way; print a table."""
+    """Ask all questions in all ways, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,21 +71,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     context, length = arguments.words
-    asked = questions_of(arguments.text, arguments.questions, context, length, arguments.seed)
-    print(f"{len(asked)} questions; {machine()}\n")
+    questions = read_questions(arguments.text, arguments.questions, context, length, arguments.seed)
+    print(f"{len(questions)} questions; {machine()}\n")
     print("| model | by | draws | right | less what is right anywhere | ms a question |\n" + "|---" * 6 + "|")
-    every = [way for name in arguments.models for way in ways_of(name, arguments.draws, arguments.seed)]
-    every += ngrams_of(arguments.data) if arguments.data else []
-    for label, scores in every:
-        begun, right, right_by_contrast = time.perf_counter(), 0, 0
-        for one in asked:
-            found = torch.tensor(scores([(one.context, text) for text in one.choices]))
-            anywhere = torch.tensor(scores([(NOTHING_BEFORE, text) for text in one.choices]))
-            right += is_first_best(found)
-            right_by_contrast += is_first_best(found - anywhere)
-        took = (time.perf_counter() - begun) / len(asked)
-        shares = " | ".join(share(number, len(asked)) for number in (right, right_by_contrast))
-        print(f"| {label} | {shares} | {1000 * took:.0f} |", flush=True)
+    scorers = [
+        scorer for name in arguments.models for scorer in scorers_of(name, arguments.draws, arguments.seed)
+    ]
+    scorers += ngram_scorers(arguments.data) if arguments.data else []
+    for label, score in scorers:
+        start, num_right, num_right_by_contrast = time.perf_counter(), 0, 0
+        for question in questions:
+            scores = torch.tensor(score([(question.context, text) for text in question.choices]))
+            baseline = torch.tensor(score([(NEUTRAL_CONTEXT, text) for text in question.choices]))
+            num_right += is_first_best(scores)
+            num_right_by_contrast += is_first_best(scores - baseline)
+        seconds = (time.perf_counter() - start) / len(questions)
+        shares = " | ".join(share(count, len(questions)) for count in (num_right, num_right_by_contrast))
+        print(f"| {label} | {shares} | {1000 * seconds:.0f} |", flush=True)
 
 
 def is_first_best(scores: Tensor) -> bool:
@@ -93,68 +95,68 @@ def is_first_best(scores: Tensor) -> bool:
     return bool((scores[0] > scores[1:]).all())
 
 
-def share(right: int, asked: int) -> str:
-    """In percent, with its Wilson interval."""
-    low, high = binomtest(right, asked).proportion_ci(method="wilson")
-    return f"{right / asked:.1%} ({low:.0%} to {high:.0%})"
+def share(num_right: int, num_questions: int) -> str:
+    """The share of right answers in percent, with its Wilson interval."""
+    low, high = binomtest(num_right, num_questions).proportion_ci(method="wilson")
+    return f"{num_right / num_questions:.1%} ({low:.0%} to {high:.0%})"
 
 
-def ways_of(name: str, all_draws: list[int], seed: int) -> Iterator[tuple[str, Scores]]:
-    """Ways of choosing that a model has, each with its number of draws."""
+def scorers_of(name: str, all_draws: list[int], seed: int) -> Iterator[tuple[str, Score]]:
+    """All ways in which a model can score continuations, each with its label."""
     model, tokenizer = load_language_model_and_tokenizer(name)
     if not isinstance(model, CalmForCausalLM):
-        yield f"{name} | likelihood |", by_harness(HFLM(pretrained=model, tokenizer=tokenizer))
+        yield f"{name} | likelihood |", harness_scorer(HFLM(pretrained=model, tokenizer=tokenizer))
         return
     if language_model(model).has_likelihood:
-        yield f"{name} | likelihood |", by_harness(HarnessModel(name))
-    for way in ("agreement", "energy"):
-        for draws in all_draws:
-            chooser = HarnessModel(name, choices=way, num_draws=draws, seed=seed)
-            yield f"{name} | {way} | {draws}", by_harness(chooser)
+        yield f"{name} | likelihood |", harness_scorer(HarnessModel(name))
+    for criterion in ("agreement", "energy"):
+        for num_draws in all_draws:
+            chooser = HarnessModel(name, choices=criterion, num_draws=num_draws, seed=seed)
+            yield f"{name} | {criterion} | {num_draws}", harness_scorer(chooser)
 
 
-def by_harness(model: LM) -> Scores:
-    """The scores of a model class of the harness."""
+def harness_scorer(model: LM) -> Score:
+    """Scores by a model class of the harness."""
 
-    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+    def score(pairs: list[tuple[str, str]]) -> list[float]:
         requests = [
-            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=place)
-            for place, pair in enumerate(pairs)
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index)
+            for index, pair in enumerate(pairs)
         ]
-        return [score for score, _ in model.loglikelihood(requests, disable_tqdm=True)]
+        return [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
 
-    return scores
+    return score
 
 
-def ngrams_of(folder: Path) -> Iterator[tuple[str, Scores]]:
+def ngram_scorers(folder: Path) -> Iterator[tuple[str, Score]]:
     """Log-likelihoods of n-gram models."""
     data = load_prepared(folder)
     for name, model in ngram_models(ORDERS, data, chunk_size=1):
 
-        def scores(pairs: list[tuple[str, str]], model: NGramSampler = model) -> list[float]:
+        def score(pairs: list[tuple[str, str]], model: NGramSampler = model) -> list[float]:
             return [log_likelihood(model, data.tokenizer, *pair) for pair in pairs]
 
-        yield f"{name} model | likelihood |", scores
+        yield f"{name} model | likelihood |", score
 
 
 def log_likelihood(
     model: NGramSampler, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> float:
-    """Of a continuation by an n-gram model."""
-    begun, whole = tokenizer([context, context + continuation], add_special_tokens=False)["input_ids"]
-    return model.log_probability(whole, len(begun))
+    """Log-probability of a continuation by an n-gram model."""
+    context_ids, ids = tokenizer([context, context + continuation], add_special_tokens=False)["input_ids"]
+    return model.log_probability(ids, len(context_ids))
 
 
-def questions_of(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:
-    """Questions about passages at random places; the other continuations are of other questions."""
-    read: Callable[..., Any] = lzma.open if file.suffix == ".xz" else open
-    with read(file, "rt", encoding="utf-8") as lines:
+def read_questions(file: Path, number: int, context: int, length: int, seed: int) -> list[Question]:
+    """Questions about random passages; the wrong continuations are those of other questions."""
+    open_text: Callable[..., Any] = lzma.open if file.suffix == ".xz" else open
+    with open_text(file, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"].split() for line in lines]
     rng = random.Random(seed)
-    places = [
+    passages = [
         (text, start) for text in texts for start in range(0, len(text) - context - length, context + length)
     ]
-    chosen = rng.sample(places, number)
+    chosen = rng.sample(passages, number)
     pairs = [
         (
             " ".join(words[start : start + context]),
@@ -164,8 +166,10 @@ def questions_of(file: Path, number: int, context: int, length: int, seed: int) 
     ]
     endings = [ending for _, ending in pairs]
     return [
-        Question(begun, [ending, *rng.sample([one for one in endings if one != ending], NUM_CHOICES - 1)])
-        for begun, ending in pairs
+        Question(
+            beginning, [ending, *rng.sample([other for other in endings if other != ending], NUM_CHOICES - 1)]
+        )
+        for beginning, ending in pairs
     ]
 
 

@@ -1,14 +1,14 @@
-"""Is a softmax in two steps worth it? Nats, BrierLM and minutes at equal training FLOPs, on prose.
+"""Is a two-step softmax worth it? Nats, BrierLM and minutes at equal training FLOPs, on prose.
 
     python benchmarks/classes.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/classes
 
-Compared are a Transformer; the sequential head with K = 4 (recipe `laptop_quick`) with one softmax over 4,096
+It compares a Transformer; the sequential head with K = 4 (recipe `laptop_quick`), with one softmax over 4,096
 tokens and with classes of tokens; the same head with classes and chunks of a single token, which is a
-Transformer whose last layers have classes; and the coarse-to-fine head. Each is trained for as many FLOPs
-(`calm flops`) on the same text.
+Transformer with classes; and the coarse-to-fine head. All are trained for the same FLOPs (`calm flops`) on
+the same text.
 
-What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
-from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table is
+printed from existing results.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def run(kind: str, budget: float, seed: int, data: Path, results: Path) -> None:
-    """Train and score one model, unless it was."""
+    """Train and score one model, unless its result exists."""
     name = f"{kind}_{budget:.3g}_seed{seed}"
     if (results / f"{name}.json").is_file():
         return
@@ -46,27 +46,27 @@ def run(kind: str, budget: float, seed: int, data: Path, results: Path) -> None:
     scores = score(folder, CONTEXT, None)
     del scores["documents"]
     results.mkdir(parents=True, exist_ok=True)
-    found = {"kind": kind, "budget": budget, "seed": seed, "tokens": tokens, **scores, "machine": machine()}
-    write(results / f"{name}.json", found)
+    result = {"kind": kind, "budget": budget, "seed": seed, "tokens": tokens, **scores, "machine": machine()}
+    write(results / f"{name}.json", result)
 
 
 def recipe_for(kind: str, seed: int, data: Path) -> Recipe:
-    """The recipe of a model, whatever the budget."""
+    """The recipe of a model, for any budget."""
     if kind == "transformer":
         return recipe_of("baseline", seed, data)
-    recipe, (way, _, number) = recipe_of("sequential_K4", seed, data), kind.partition("_")
-    if way == "tokens":
+    recipe, (prefix, _, num_classes) = recipe_of("sequential_K4", seed, data), kind.partition("_")
+    if prefix == "tokens":
         recipe = at_chunk_size(recipe, 1)
     head = recipe.language_model.head
     if kind == "coarse_to_fine":
         head = {"head_type": kind, "rank": head["rank"]}
-    elif way != "one":
-        head = head | {"num_classes": int(number)}
+    elif prefix != "one":
+        head = head | {"num_classes": int(num_classes)}
     return dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, head=head))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each kind and budget, means over seeds."""
+    """One line per kind and budget, with means over seeds."""
     lines = [
         "| model | FLOPs | tokens read | nats a token | BrierLM | Brier-1 | minutes | FLOPs to write one |",
         "|" + "---|" * 8,
@@ -79,12 +79,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             nats = [row["cross_entropy"] for row in same if "cross_entropy" in row]
             brier = [row["T1"]["brier_lm"] for row in same]
             error = error_over_seeds(brier, [row["T1"]["error"] for row in same])
-            first = statistics.mean(row["T1"]["brier"][0] for row in same)
+            brier_1 = statistics.mean(row["T1"]["brier"][0] for row in same)
             minutes = statistics.mean(row["seconds"] for row in same) / 60
             lines.append(
                 f"| {label} | {budget:.0e} | {same[0]['tokens'] / 1e6:.1f} M "
-                f"| {' / '.join(f'{one:.3f}' for one in nats)} "
-                f"| {with_error(statistics.mean(brier), error)} | {first:.1f} | {minutes:.1f} "
+                f"| {' / '.join(f'{value:.3f}' for value in nats)} "
+                f"| {with_error(statistics.mean(brier), error)} | {brier_1:.1f} | {minutes:.1f} "
                 f"| {same[0]['T1']['inference_flops'] / 1e6:.2f} M |"
             )
     return lines

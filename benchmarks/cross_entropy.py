@@ -1,8 +1,8 @@
-"""What do the scores of a vocabulary cost in a training step, in float32 and in bf16?
+"""What does the cross-entropy over a vocabulary cost in a training step, in float32 and in bf16?
 
     python benchmarks/cross_entropy.py
 
-Ours (`calm.core.cross_entropy`) beside the obvious way, all scores in memory: loss and gradients, in turns.
+Loss and gradients by `calm.core.cross_entropy`, in turns with the obvious way: all logits in memory.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from torch.nn import functional
 from calm.core.cross_entropy import cross_entropy
 
 SIZES = ((2048, 64, 2048), (4096, 128, 4064), (49_152, 128, 2048), (49_152, 576, 2048), (128_256, 512, 1024))
-"""Tokens, features of their vectors, and rows."""
+"""Vocabulary size, width of the vectors, and number of rows."""
 
 
 def obvious(vectors_MX: Tensor, table_VX: Tensor, targets_M: Tensor) -> Tensor:
-    """All scores, then their cross-entropy."""
+    """All logits, then their cross-entropy."""
     return functional.cross_entropy(
         functional.linear(vectors_MX, table_VX).float(), targets_M, reduction="none"
     )
@@ -50,12 +50,12 @@ def main() -> None:
         vectors, table = torch.randn(rows, width), torch.randn(size, width) * width**-0.5
         tensors = vectors.requires_grad_(), table.requires_grad_(), torch.randint(size, (rows,))
         for is_mixed in (False, True):
-            ways = {loss: partial(step, loss, tensors, is_mixed) for loss in (obvious, cross_entropy)}
-            found = ratios(in_turns(ways, rounds), obvious)
-            seconds, faster, least, most = found[cross_entropy]
+            steps = {loss: partial(step, loss, tensors, is_mixed) for loss in (obvious, cross_entropy)}
+            speeds = ratios(in_turns(steps, rounds), obvious)
+            seconds, faster, least, most = speeds[cross_entropy]
             print(
                 f"| {size:,}, {width}, {rows:,} | {'bf16' if is_mixed else 'float32'} "
-                f"| {1000 * found[obvious][0]:.0f} | {1000 * seconds:.0f} "
+                f"| {1000 * speeds[obvious][0]:.0f} | {1000 * seconds:.0f} "
                 f"| {faster:.2f} ({least:.2f} to {most:.2f}) |",
                 flush=True,
             )

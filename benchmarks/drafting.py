@@ -1,19 +1,19 @@
-"""How much sooner a Transformer writes with a draft: tokens per second, and how much of a draft it keeps.
+"""How much faster does a Transformer write with speculative decoding? Tokens per second, and per pass.
 
     python benchmarks/drafting.py MODEL --draft CALM --small SMALL --prompts valid.jsonl.xz
 
-MODEL is any causal language model, CALM one that has its tokens (`calm train --recipe draft`), SMALL another
-causal model of these tokens for transformers' assisted generation. A prompt is a passage of the documents,
-which nobody should have trained on. Each prompt is continued in every way in turns, in one process, one text
-at a time; texts go on after an end. Ways:
+MODEL is any causal language model; CALM has the same tokens (`calm train --recipe draft`), and so has SMALL,
+another causal model, for transformers' assisted generation. A prompt is a passage of the documents, which
+none of the models should have been trained on. Each prompt is continued in all ways in turns, in one process,
+one text at a time; end-of-text tokens are ignored. Ways:
 
-    plain       generate of transformers
-    lookup      its drafts from the prompt (prompt_lookup_num_tokens)
-    assisted    its drafts by SMALL (assistant_model), of the lengths that are given
-    calm N      drafts of N chunks by CALM that go on in one way, or in trees of so many tokens as are given,
-                alone or copied from the text where its last tokens stood before
+    plain       `generate` of transformers
+    lookup      the same with drafts from the prompt (prompt_lookup_num_tokens)
+    assisted N  the same with drafts of N tokens by SMALL (assistant_model)
+    calm N      drafts of N chunks by CALM: one continuation, or a tree of the given number of tokens; with
+                "lookup", drafts are copied from the text if its last tokens occurred before
 
-Ratios are of tokens per second to plain, each prompt by itself, the mean with its standard error.
+Ratios are tokens per second relative to `plain`: means over prompts, with standard errors.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from calm.data.options import ReadingOptions
 from calm.models.drafting.generate import Drafting
 from calm.models.loading import load_model
 
-LOOKED_UP = 10  # Tokens of a draft from the prompt.
+LOOKUP_TOKENS = 10  # Of a draft from the prompt.
 
 
 class Passes:
-    """Counts the passes of a model."""
+    """Counts the forward passes of a model."""
 
     def __init__(self, model: Any) -> None:
         self.number = 0
@@ -49,63 +49,64 @@ class Passes:
         self.number += 1
 
 
-def ways(model: Any, arguments: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
-    """How a prompt is continued."""
+def generators_of(model: Any, arguments: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
+    """Name of a way -> a function that continues a prompt."""
 
-    def generate(**more: Any) -> Callable[..., Tensor]:
-        return lambda prompt_1T, **how: model.generate(prompt_1T, **how, **more)
+    def generate(**extra: Any) -> Callable[..., Tensor]:
+        return lambda prompt_1T, **settings: model.generate(prompt_1T, **settings, **extra)
 
-    found = {"plain": generate(), "lookup": generate(prompt_lookup_num_tokens=LOOKED_UP)}
+    generators = {"plain": generate(), "lookup": generate(prompt_lookup_num_tokens=LOOKUP_TOKENS)}
     if arguments.draft:
-        draft = load_model(str(arguments.draft)).eval()  # In its own precision, as commands have it.
+        draft = load_model(str(arguments.draft)).eval()  # In its own precision, as in commands.
         for number, tree in product(arguments.chunks, arguments.tree_tokens):
             name = f"calm {number}, tree of {tree}" if tree else f"calm {number}"
-            alone, copied = (Drafting(draft, number, lookup=most, tree_tokens=tree) for most in (0, 3))
-            found |= {name: generate(custom_generate=alone)}
-            found |= {f"{name}, lookup": generate(custom_generate=copied)}
+            alone, copied = (Drafting(draft, number, lookup=length, tree_tokens=tree) for length in (0, 3))
+            generators |= {name: generate(custom_generate=alone)}
+            generators |= {f"{name}, lookup": generate(custom_generate=copied)}
     if arguments.small:
         small: Any = AutoModelForCausalLM.from_pretrained(arguments.small, dtype=model.dtype).eval()
         small.generation_config.num_assistant_tokens_schedule = "constant"
         small.generation_config.assistant_confidence_threshold = 0.0
         for number in arguments.assisted:
 
-            def assisted(prompt_1T: Tensor, number: int = number, **how: Any) -> Tensor:
+            def assisted(prompt_1T: Tensor, number: int = number, **settings: Any) -> Tensor:
                 small.generation_config.num_assistant_tokens = number
-                return model.generate(prompt_1T, assistant_model=small, **how)
+                return model.generate(prompt_1T, assistant_model=small, **settings)
 
-            found[f"assisted {number}"] = assisted
-    return found
+            generators[f"assisted {number}"] = assisted
+    return generators
 
 
 def measure(
     model: Any, prompts_RT: Tensor, temperature: float, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each way."""
-    passes, all_ways = Passes(model), ways(model, arguments)
-    how = {"max_new_tokens": arguments.tokens, "do_sample": temperature > 0}
-    how |= {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    seconds: dict[str, list[float]] = {name: [] for name in all_ways}
-    tokens_a_pass: dict[str, list[float]] = {name: [] for name in all_ways}
-    for number, prompt_T in enumerate([prompts_RT[0], *prompts_RT]):  # The first once to warm up.
-        for name, write in all_ways.items():
+    """One row per way."""
+    passes, generators = Passes(model), generators_of(model, arguments)
+    settings = {"max_new_tokens": arguments.tokens, "do_sample": temperature > 0}
+    settings |= {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    seconds: dict[str, list[float]] = {name: [] for name in generators}
+    tokens_per_pass: dict[str, list[float]] = {name: [] for name in generators}
+    for number, prompt_T in enumerate([prompts_RT[0], *prompts_RT]):  # The first prompt is also the warm-up.
+        for name, generate in generators.items():
             torch.manual_seed(number)
-            passes.number, begun = 0, time.perf_counter()
-            written = write(
-                prompt_T.unsqueeze(0), attention_mask=torch.ones_like(prompt_T).unsqueeze(0), **how
+            passes.number, start = 0, time.perf_counter()
+            text_1T = generate(
+                prompt_T.unsqueeze(0), attention_mask=torch.ones_like(prompt_T).unsqueeze(0), **settings
             )
             if number:
-                seconds[name].append((time.perf_counter() - begun) / (written.shape[1] - len(prompt_T)))
-                tokens_a_pass[name].append((written.shape[1] - len(prompt_T)) / passes.number)
+                num_tokens = text_1T.shape[1] - len(prompt_T)
+                seconds[name].append((time.perf_counter() - start) / num_tokens)
+                tokens_per_pass[name].append(num_tokens / passes.number)
     rows = []
-    for name in all_ways:
-        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
+    for name in generators:
+        ratios = [plain / drafted for plain, drafted in zip(seconds["plain"], seconds[name], strict=True)]
         error = error_of_mean(ratios)
         rows.append(
             {
                 "temperature": temperature,
                 "way": name,
                 "tokens_per_second": round(1 / statistics.median(seconds[name]), 2),
-                "tokens_a_pass": round(statistics.mean(tokens_a_pass[name]), 3),
+                "tokens_a_pass": round(statistics.mean(tokens_per_pass[name]), 3),
                 "times_plain": round(statistics.mean(ratios), 3),
                 "error": round(error, 3),
             }
@@ -146,12 +147,14 @@ def main() -> None:
     prompts_RT = passages(ids_T, arguments.prompt_tokens, generator, arguments.number)
     print(f"{machine()}; {arguments.dtype}, {arguments.tokens} tokens after {arguments.prompt_tokens}\n")
     print("| T | way | tokens/s | tokens a pass | times plain |\n|---|---|---|---|---|")
-    rows = [row for one in arguments.temperatures for row in measure(model, prompts_RT, one, arguments)]
+    rows = []
+    for temperature in arguments.temperatures:
+        rows += measure(model, prompts_RT, temperature, arguments)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        told = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
-        told["model"] = Path(arguments.model).name
-        arguments.output.write_text(json_rows({"machine": machine(), **told, "rows": rows}) + "\n")
+        settings = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+        settings["model"] = Path(arguments.model).name
+        arguments.output.write_text(json_rows({"machine": machine(), **settings, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/energy.py
 
-Ours against the formula written the obvious way (all differences of draws and targets in memory), with and
-without the posterior integrated out; times in turns, peak memory each in a process of its own.
+Our implementation, with and without the posterior integrated out, against the formula written the obvious
+way: all differences of draws and targets in memory. Times are measured in turns, peak memory in separate
+processes.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def literal(draws_NPZ: Tensor, targets_MPZ: Tensor, alpha: float = 1.0) -> Tenso
 def step(
     name: str, positions: int, size: int, num_draws: int, num_targets: int
 ) -> Callable[[], tuple[Tensor, Tensor | None]]:
-    """A function that takes a step of one kind, forward and backward, and returns loss and gradient."""
+    """A function that does a forward and a backward pass of one kind, and returns loss and gradient."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_draws, positions, size, generator=generator)
     draws = hidden.to(DEVICE).requires_grad_()
@@ -51,7 +52,7 @@ def step(
 
 
 def check_same(literal_step: Callable[[], Any], our_step: Callable[[], Any]) -> Tensor:
-    """The loss of a literal step; an AssertionError if ours has another loss or gradient."""
+    """The loss of a literal step; raises AssertionError if our step has another loss or gradient."""
     (loss, gradient), (ours, our_gradient) = literal_step(), our_step()
     torch.testing.assert_close(ours, loss, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-7)
@@ -59,7 +60,7 @@ def check_same(literal_step: Callable[[], Any], our_step: Callable[[], Any]) -> 
 
 
 def main() -> None:
-    """Print a line for each way."""
+    """Print one line per implementation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,18 +1,18 @@
-"""How a Transformer writes: transformers' `generate`, and engines that are as fast as we can make them.
+"""Engines that generate with a Transformer: `generate` of transformers, and the fastest alternatives.
 
-All but the first and the last run the same `TokenStep`: a decoder with its cache, and inside of it the draw
-of the next token from a uniform number, so that a token is one call. It calls the Llama's own modules; what
-differs is who compiles it:
+All but the first and the last run the same `TokenStep`: the decoder with its cache, including the draw of the
+next token from a uniform number, so that each token is one call. It calls the Llama's own modules; the
+engines differ in what compiles it:
 
-    compiled           torch's AOTInductor, weights frozen, loops of its own for a single row: what `calm
-                       compile` does for a CALM; a cache written in place, of which the part in use is read
-    ONNX Runtime       the step exported by `torch.onnx`, keys and values handed on by IO binding
+    compiled           torch's AOTInductor, weights frozen, with separate code for a single row, as `calm
+                       compile` does for a CALM; the cache is written in place, and only its used part is read
+    ONNX Runtime       the step exported by `torch.onnx`, keys and values passed on by IO binding
                        (pip install onnxruntime onnx onnxscript)
-    OpenVINO           the step converted from torch, keys and values kept inside (pip install openvino)
-    onnxruntime-genai  its own export, loop and sampling (pip install onnxruntime-genai onnx-ir)
+    OpenVINO           the step converted from torch, keys and values as its state (pip install openvino)
+    onnxruntime-genai  with its own export, loop and sampling (pip install onnxruntime-genai onnx-ir)
 
-None of these packages is needed by `calm`. Shapes: R rows, T tokens read at once, P tokens before them, C
-slots of a cache, G heads of queries, H heads of keys and values, d their size, D hidden size.
+`calm` needs none of these packages. Shapes: R rows, T tokens read at once, P tokens before them, C slots of a
+cache, G query heads, H heads of keys and values, d head size, D hidden size.
 """
 
 import json
@@ -33,21 +33,21 @@ from calm.models.generation.tracing import Traced, compile_function
 from calm.models.heads.logits import draw_tokens
 
 GREEDY = 1e5
-"""An inverse temperature at which the likeliest token is drawn, by any number."""
+"""An inverse temperature so high that the likeliest token is drawn, whatever the random number."""
 MOST_ROWS = 32
-"""Of onnxruntime-genai."""
-_ROOM = 64  # Slots by which the part of a cache that is read grows.
+"""Maximum batch size of onnxruntime-genai."""
+_CACHE_STEP = 64  # Slots by which a cache grows.
 
 
 class Engine(Protocol):
-    """Writes with a Llama."""
+    """Generates text with a Llama."""
 
     def write(self, prompt_RT: Tensor, num_tokens: int, inverse_temperature: float = 1.0) -> Tensor:
-        """So many new tokens of each row, whatever they are, (R, new)."""
+        """Generate `num_tokens` new tokens per row, (R, new); end-of-text tokens do not end a row."""
 
 
 class Generate:
-    """`generate` of transformers, without a warper.
+    """`generate` of transformers, without any warper of the distribution.
 
     Args:
         llama: The model.
@@ -58,7 +58,7 @@ class Generate:
 
     def write(self, prompt_RT: Tensor, num_tokens: int, inverse_temperature: float = 1.0) -> Tensor:
         """See `Engine`."""
-        how = {"do_sample": False} if inverse_temperature == GREEDY else {"do_sample": True, "top_k": 0}
+        sampling = _sampling_options(inverse_temperature)
         text_RT: Tensor = self._llama.generate(
             prompt_RT,
             attention_mask=torch.ones_like(prompt_RT),
@@ -68,17 +68,21 @@ class Generate:
             use_cache=True,
             pad_token_id=0,
             eos_token_id=None,
-            **how,
+            **sampling,
         )
         return text_RT[:, prompt_RT.shape[1] :]
 
 
+def _sampling_options(inverse_temperature: float) -> dict[str, Any]:
+    return {"do_sample": False} if inverse_temperature == GREEDY else {"do_sample": True, "top_k": 0}
+
+
 class TokenStep(nn.Module):
-    """Some tokens further, and the token after them.
+    """Reads some tokens, and draws the token after them.
 
     Args:
         llama: The model.
-        is_in_place: Whether keys and values are written into slots; else they are appended.
+        is_in_place: Whether keys and values are written into the slots of a cache; else they are appended.
     """
 
     def __init__(self, llama: LlamaForCausalLM, is_in_place: bool) -> None:
@@ -94,48 +98,47 @@ class TokenStep(nn.Module):
         Args:
             ids_RT: Tokens to read.
             first: Position of the first of them, (1,).
-            uniform_R: Uniform numbers that draw the next tokens.
-            inverse_temperature: What scores are multiplied with, (1,).
-            *cache: Keys and values of each layer in turn: (R, H, C, d) in place, (R, H, P, d) else.
+            uniform_R: Uniform random numbers from which the next tokens are drawn.
+            inverse_temperature: Factor on the logits, (1,).
+            *cache: Keys and values of each layer in turn: (R, H, C, d) if in place, else (R, H, P, d).
         """
         model = self.llama.model
         position_T = first + torch.arange(ids_RT.shape[1])
         angles_Th = position_T.unsqueeze(-1) * model.rotary_emb.inv_freq
         angles_Td = torch.cat([angles_Th, angles_Th], dim=-1)
-        turn = angles_Td.cos(), angles_Td.sin()
-        x_RTD, after = model.embed_tokens(ids_RT), []
+        rotation = angles_Td.cos(), angles_Td.sin()
+        x_RTD, new_cache = model.embed_tokens(ids_RT), []
         for layer, keys, values in zip(model.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RTD = layer.input_layernorm(x_RTD)
-            query_RGTd = _turned(self._heads(attention.q_proj(normed_RTD)), *turn)
-            key_RHTd = _turned(self._heads(attention.k_proj(normed_RTD)), *turn)
+            query_RGTd = _rotate(self._heads(attention.q_proj(normed_RTD)), *rotation)
+            key_RHTd = _rotate(self._heads(attention.k_proj(normed_RTD)), *rotation)
             value_RHTd = self._heads(attention.v_proj(normed_RTD))
-            mix = self._mix_in_place if self.is_in_place else self._mix_appended
-            mixed_RGTd, kept = mix(query_RGTd, key_RHTd, value_RHTd, keys, values, position_T)
-            after += kept
+            attend = self._attend_in_place if self.is_in_place else self._attend_appended
+            mixed_RGTd, layer_cache = attend(query_RGTd, key_RHTd, value_RHTd, keys, values, position_T)
+            new_cache += layer_cache
             x_RTD = x_RTD + attention.o_proj(mixed_RGTd.transpose(1, 2).flatten(-2))
             x_RTD = x_RTD + layer.mlp(layer.post_attention_layernorm(x_RTD))
         vectors_RD = model.norm(x_RTD[:, -1]) * inverse_temperature
-        return draw_tokens(vectors_RD, self.llama.lm_head.weight, uniform_R)[0].unsqueeze(-1), *after
+        return draw_tokens(vectors_RD, self.llama.lm_head.weight, uniform_R)[0].unsqueeze(-1), *new_cache
 
     def _heads(self, projected_RTX: Tensor) -> Tensor:
         return projected_RTX.unflatten(-1, (-1, self._head_size)).transpose(1, 2)
 
-    def _mix_in_place(
+    def _attend_in_place(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position_T: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         keys.index_copy_(2, position_T, key)
         values.index_copy_(2, position_T, value)
         is_seen_TC = torch.arange(keys.shape[2]) <= position_T.unsqueeze(-1)
-        if (
-            query.shape[0] == 1
-        ):  # Fused loops beat a kernel for many queries, as in calm.models.generation.lean.
+        # For one row, fused loops beat a kernel made for many queries, as in calm.models.generation.lean.
+        if query.shape[0] == 1:
             scores_HC = (query[0] * query.shape[-1] ** -0.5 * keys[0]).sum(-1)
             weights_HC = scores_HC.masked_fill(~is_seen_TC, -torch.inf).softmax(-1)
             return (weights_HC.unsqueeze(-1) * values[0]).sum(1)[None, :, None], []
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=is_seen_TC), []
 
-    def _mix_appended(
+    def _attend_appended(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, position_T: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
@@ -143,7 +146,7 @@ class TokenStep(nn.Module):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=is_seen_TC), [keys, values]
 
 
-def _turned(x_RHTd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+def _rotate(x_RHTd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     first, second = x_RHTd.chunk(2, dim=-1)
     return x_RHTd * cos_Td + torch.cat([-second, first], dim=-1) * sin_Td
 
@@ -153,8 +156,8 @@ class Compiled:
 
     Args:
         llama: The model.
-        folder: Where what is compiled is kept.
-        rows: Rows that will be written at once.
+        folder: Where compiled code is kept.
+        rows: Batch size; code is compiled for 1, or for any larger number.
     """
 
     def __init__(self, llama: LlamaForCausalLM, folder: Path, rows: int) -> None:
@@ -175,12 +178,12 @@ class Compiled:
         token_R, _ = draw_tokens(vectors_RD, self._llama.lm_head.weight, uniform_NR[0])
         slots = [states for layer in out.past_key_values.layers for states in (layer.keys, layer.values)]
         written, width = [token_R.unsqueeze(-1)], length
-        for number in range(1, num_tokens):
-            first = length + number - 1
-            if first >= width:  # Copied now and then, for the compiled code takes whole pieces of memory.
-                more = _ROOM - width % _ROOM
+        for index in range(1, num_tokens):
+            first = length + index - 1
+            if first >= width:  # Grown in steps by copying: the compiled code needs contiguous caches.
+                more = _CACHE_STEP - width % _CACHE_STEP
                 slots, width = [F.pad(states, (0, 0, 0, more)) for states in slots], width + more
-            written += self._step(written[-1], torch.tensor([first]), uniform_NR[number], scale, *slots)
+            written += self._step(written[-1], torch.tensor([first]), uniform_NR[index], scale, *slots)
         return torch.cat(written, dim=1)
 
 
@@ -188,7 +191,7 @@ def _traced(llama: LlamaForCausalLM, rows: int) -> Traced:
     rows = 1 if rows == 1 else 8
     config: Any = llama.config
     cache = [
-        torch.randn(rows, config.num_key_value_heads, _ROOM, llama.model.layers[0].self_attn.head_dim)
+        torch.randn(rows, config.num_key_value_heads, _CACHE_STEP, llama.model.layers[0].self_attn.head_dim)
         for _ in range(2 * len(llama.model.layers))
     ]
     arguments = torch.ones(rows, 1, dtype=torch.long), torch.tensor([9]), torch.rand(rows), torch.ones(1)
@@ -227,14 +230,14 @@ class OnnxRuntime:
         uniform_NR = np.random.random((num_tokens, rows)).astype(np.float32)
         scale = self._value(np.array([inverse_temperature], np.float32))
         empty = np.zeros((rows, config.num_key_value_heads, 0, config.head_dim), np.float32)
-        names = [one.name for one in self._session.get_inputs()]
-        outputs = [one.name for one in self._session.get_outputs()]
+        inputs = [node.name for node in self._session.get_inputs()]
+        outputs = [node.name for node in self._session.get_outputs()]
         ids, cache = self._value(prompt_RT.numpy()), [self._value(empty)] * (2 * config.num_hidden_layers)
         written, first = [], 0
         for uniform_R in uniform_NR:
             binding = self._session.io_binding()
             values = ids, self._value(np.array([first])), self._value(uniform_R), scale, *cache
-            for name, value in zip(names, values, strict=True):
+            for name, value in zip(inputs, values, strict=True):
                 binding.bind_ortvalue_input(name, value)
             for name in outputs:
                 binding.bind_output(name, "cpu")
@@ -246,7 +249,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """`TokenStep` in OpenVINO, its cache a state.
+    """`TokenStep` in OpenVINO, with the cache as its state.
 
     Args:
         llama: The model.
@@ -262,14 +265,14 @@ class OpenVino:
         self._config: Any = llama.config
         with torch.no_grad():
             model = openvino.convert_model(exported_step(llama))
-        number = 2 * llama.config.num_hidden_layers
-        for place, (before, after) in enumerate(
-            zip(model.inputs[-number:], model.outputs[-number:], strict=True)
+        size = 2 * llama.config.num_hidden_layers
+        for index, (before, after) in enumerate(
+            zip(model.inputs[-size:], model.outputs[-size:], strict=True)
         ):
-            before.tensor.set_names({f"before{place}"})
-            after.tensor.set_names({f"after{place}"})
+            before.tensor.set_names({f"before{index}"})
+            after.tensor.set_names({f"after{index}"})
         apply_make_stateful_transformation(
-            model, {f"before{place}": f"after{place}" for place in range(number)}
+            model, {f"before{index}": f"after{index}" for index in range(size)}
         )
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -298,7 +301,7 @@ class OpenVino:
 
 
 def exported_step(llama: LlamaForCausalLM) -> torch.export.ExportedProgram:
-    """`TokenStep` for any numbers of rows and of tokens before and now, as others read it."""
+    """`TokenStep`, exported for any number of rows, of tokens to read, and of tokens before them."""
     config: Any = llama.config
     dim = torch.export.Dim
     past = [
@@ -313,21 +316,21 @@ def exported_step(llama: LlamaForCausalLM) -> torch.export.ExportedProgram:
 
 
 class OnnxGenai:
-    """onnxruntime-genai: a model of its own making, with the cache in place, and its own loop and sampling.
+    """onnxruntime-genai: its own export of the model, with the cache in place, and its own loop and sampling.
 
     Args:
-        folder: Where the Llama and its tokenizer lie.
-        made: Where the model that is made of it is kept.
+        folder: Folder of the Llama and its tokenizer.
+        exported: Folder of the exported model, which is made if it is missing.
     """
 
-    def __init__(self, folder: Path, made: Path) -> None:
+    def __init__(self, folder: Path, exported: Path) -> None:
         import onnxruntime_genai  # noqa: PLC0415 (optional)
 
         self._genai: Any = onnxruntime_genai
-        if not (made / "genai_config.json").is_file():
+        if not (exported / "genai_config.json").is_file():
             builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-            subprocess.run([*builder, "-i", folder, "-o", made, "-c", made / "cache"], check=True)
-        config = self._genai.Config(str(made))
+            subprocess.run([*builder, "-i", folder, "-o", exported, "-c", exported / "cache"], check=True)
+        config = self._genai.Config(str(exported))
         config.overlay(json.dumps({"model": {"eos_token_id": 0, "pad_token_id": 0}}))
         self._model = self._genai.Model(config)
 
@@ -335,10 +338,9 @@ class OnnxGenai:
         """See `Engine`."""
         rows, length = prompt_RT.shape
         params = self._genai.GeneratorParams(self._model)
-        how = {"do_sample": False} if inverse_temperature == GREEDY else {"do_sample": True, "top_k": 0}
-        # Only the padding token ends a text, and not even that before its length is reached.
+        # Only the padding token ends a text, and not even that one before its length is reached.
         lengths = {"min_length": length + num_tokens, "max_length": length + num_tokens}
-        params.set_search_options(batch_size=rows, **lengths, **how)
+        params.set_search_options(batch_size=rows, **lengths, **_sampling_options(inverse_temperature))
         generator = self._genai.Generator(self._model, params)
         generator.append_tokens(prompt_RT.numpy().astype(np.int32))
         while not generator.is_done():

@@ -1,16 +1,16 @@
-"""Tokens per second at equal quality: a CALM and a Transformer of the same BrierLM, and what runs them.
+"""Tokens per second at equal quality: a CALM and a Transformer with the same BrierLM, in several engines.
 
     python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose --seeds 1 \\
         --models sequential_K4 --budgets 5e12                         # and: --models baseline --budgets 1e13
     python benchmarks/equal_quality.py runs/prose/sequential_K4_5e+12_seed1/model \\
         runs/prose/baseline_1e+13_seed1/model
 
-Texts at T = 1 after prompts of 32 tokens, whatever ends of text occur, all in turns in one process. The CALM
-writes by `generate`, plain and compiled (`calm compile`); the Transformer by `generate` of transformers and
-by what `benchmarks/engines.py` has (see there what to install; what is missing is left out by name). Before
-it is timed, each engine must write what `generate` writes at T = 0, and the compiled CALM what the plain one
-writes with the same seed, up to rounding. Compiling, exporting and loading are not in the times. The first
-token is timed as a text of one token, or of one chunk.
+All continue prompts of 32 tokens at T = 1, in turns in one process; end-of-text tokens are ignored. The CALM
+runs `generate`, plain and compiled (`calm compile`); the Transformer runs `generate` of transformers and the
+engines of `benchmarks/engines.py` (which says what to install; missing ones are skipped and named). Before it
+is timed, each engine must produce the same tokens as `generate` at T = 0, and the compiled CALM, up to
+rounding, those of the plain one with the same seed. Times exclude compiling, exporting and loading. The time
+to the first token is that of a text of one token, or of one chunk.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from torch import Tensor
 from calm.models.generation.ahead import compile_steps
 from calm.models.loading import load_language_model_and_tokenizer
 
-PROMPT, CHECKED = 32, 32  # Tokens of a prompt, and of the texts that must be the same.
-MOST_THAT_DIFFER = 0.1  # Texts; rounding moves the border between two tokens, in one draw of a few thousand.
+PROMPT, CHECKED = 32, 32  # Tokens of a prompt, and of the texts that are compared.
+MAX_SHARE_DIFFERING = 0.1  # Of texts; in one draw of a few thousand, rounding decides between two tokens.
 REFERENCE, GENAI = "Transformer, generate", "Transformer, onnxruntime-genai"
 
 
@@ -68,16 +68,16 @@ def main() -> None:
             print(f"| {batch} | {GENAI} | takes {MOST_ROWS} texts at most | | |")
         prompt_RT = torch.randint(4, calm.config.vocab_size, (batch, PROMPT))
         check(calm, engines, prompt_RT)
-        ways: dict[str, Callable[[int], Any]] = {
+        writers: dict[str, Callable[[int], Any]] = {
             name: partial(engine.write, prompt_RT) for name, engine in engines.items()
         }
-        ways["CALM, generate"] = partial(by_chunks, calm, prompt_RT, disable_compile=True)
-        ways["CALM, compiled"] = partial(by_chunks, calm, prompt_RT)
-        show(ways, batch, calm.config.chunk_size, arguments.tokens, arguments.rounds)
+        writers["CALM, generate"] = partial(by_chunks, calm, prompt_RT, disable_compile=True)
+        writers["CALM, compiled"] = partial(by_chunks, calm, prompt_RT)
+        show(writers, batch, calm.config.chunk_size, arguments.tokens, arguments.rounds)
 
 
 def optional_engines(llama: Any, folder: Path, made: Path, without: list[str]) -> dict[str, Engine]:
-    """What is installed, and not left out, of what else writes with a Transformer."""
+    """The optional engines that are installed and not excluded, by name."""
     known: dict[str, tuple[str, Callable[[], Engine]]] = {
         "Transformer, ONNX Runtime": ("onnxruntime", lambda: OnnxRuntime(llama, made)),
         GENAI: ("onnxruntime_genai", lambda: OnnxGenai(folder, made / "genai")),
@@ -95,7 +95,7 @@ def optional_engines(llama: Any, folder: Path, made: Path, without: list[str]) -
 
 
 def check(calm: Any, engines: dict[str, Engine], prompt_RT: Tensor) -> None:
-    """Exit unless engines write the same at T = 0, and compiled chunks, up to rounding, the plain ones."""
+    """Exit unless all engines write the same text at T = 0, and the compiled CALM nearly the plain one's."""
     expected_RT = engines[REFERENCE].write(prompt_RT, CHECKED, GREEDY)
     for name, engine in engines.items():
         same = (engine.write(prompt_RT, CHECKED, GREEDY) == expected_RT).float().mean().item()
@@ -105,27 +105,36 @@ def check(calm: Any, engines: dict[str, Engine], prompt_RT: Tensor) -> None:
         by_chunks(calm, prompt_RT, CHECKED, disable_compile=is_plain) for is_plain in (True, False)
     )
     differing = (plain != compiled).any(-1).float().mean().item()
-    if differing > MOST_THAT_DIFFER:
+    if differing > MAX_SHARE_DIFFERING:
         raise SystemExit(
             f"the compiled CALM writes another text than the plain one in {differing:.0%} of rows."
         )
 
 
-def by_chunks(calm: Any, prompt_RT: Tensor, num_tokens: int, **how: Any) -> Tensor:
-    """What a CALM writes at T = 1, (R, T + new)."""
+def by_chunks(calm: Any, prompt_RT: Tensor, num_tokens: int, **settings: Any) -> Tensor:
+    """Continue prompts with a CALM at T = 1, (R, T + new)."""
     text_RT: Tensor = calm.generate(
-        prompt_RT, max_new_tokens=num_tokens, temperature=1.0, seed=0, eos_token_id=[], **how
+        prompt_RT, max_new_tokens=num_tokens, temperature=1.0, seed=0, eos_token_id=[], **settings
     )
     assert text_RT.shape[1] == prompt_RT.shape[1] + num_tokens
     return text_RT
 
 
-def show(ways: dict[str, Callable[[int], Any]], batch: int, size: int, tokens: int, rounds: int) -> None:
-    """Time everything in turns, and print a row for each."""
-    first = in_turns(
-        {name: partial(way, size if name.startswith("CALM") else 1) for name, way in ways.items()}, 2 * rounds
-    )
-    times = in_turns({name: partial(way, tokens) for name, way in ways.items()}, rounds)
+def show(writers: dict[str, Callable[[int], Any]], batch: int, size: int, tokens: int, rounds: int) -> None:
+    """Time all writers in turns, and print one row for each.
+
+    Args:
+        writers: Name -> a function that writes a given number of tokens.
+        batch: Texts per call.
+        size: Tokens of a CALM's chunk.
+        tokens: Tokens per text.
+        rounds: Timed rounds.
+    """
+    shortest = {
+        name: partial(write, size if name.startswith("CALM") else 1) for name, write in writers.items()
+    }
+    first = in_turns(shortest, 2 * rounds)
+    times = in_turns({name: partial(write, tokens) for name, write in writers.items()}, rounds)
     for name, (median, ratio, least, most) in ratios(times, REFERENCE).items():
         spread = f"{batch * tokens / max(times[name]):,.0f} to {batch * tokens / min(times[name]):,.0f}"
         print(
@@ -136,7 +145,7 @@ def show(ways: dict[str, Callable[[int], Any]], batch: int, size: int, tokens: i
 
 
 def cache_bytes(model: Any) -> int:
-    """Keys and values of a token of text, in bytes."""
+    """Bytes of keys and values per token of text."""
     config = getattr(model.config, "backbone", model.config)
     size = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     chunk_size: int = getattr(model.config, "chunk_size", 1)

@@ -1,9 +1,9 @@
-"""What does a new user see in the first ten minutes? Recorded as text.
+"""Record what a new user types and sees in the first ten minutes, as a page of the documentation.
 
     python benchmarks/first_minutes.py --output docs/first_minutes.md
 
-It clones this repository into an empty folder and runs the commands that the page shows. Their output is as
-in a log; long output is cut in the middle, and marked as cut.
+It clones this repository into an empty folder and runs the commands that the page shows. Their output looks
+as in a log; long output is cut in the middle, with a mark.
 """
 
 import argparse
@@ -26,7 +26,7 @@ here they look as in a log.
 
 {machine}
 """
-# Words before a command, the command, and after how many seconds Ctrl+C stops it.
+# Text before a command, the command, and the seconds after which Ctrl+C stops it, if any.
 _STEPS: tuple[tuple[str, str, int | None], ...] = (
     ("Everything goes into `.venv`; most of the time is downloads.", "make install", None),
     (
@@ -56,7 +56,7 @@ _STEPS: tuple[tuple[str, str, int | None], ...] = (
     ),
     ("The same as JSON, for other programs:", "calm generate runs/mine 'Once' --json --seed 3", None),
 )
-_LINES, _COLUMNS = 40, 118
+_MAX_LINES, _COLUMNS = 40, 118
 
 
 def main() -> None:
@@ -67,27 +67,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/first_minutes.md")
     parser.add_argument("--source", default=str(ROOT), help="repository that is cloned")
     arguments = parser.parse_args()
-    # Who starts this in the background has it ignore Ctrl+C, and so would the commands.
+    # If this runs in the background, it ignores SIGINT, and its commands would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as empty:
         folder = Path(empty) / "calm"
         subprocess.run(["git", "clone", "--quiet", arguments.source, str(folder)], check=True)
-        parts, begin = [], time.monotonic()
-        for words, command, stop_after in _STEPS:
-            output, seconds = _typed(command, folder, stop_after)
+        parts, start = [], time.monotonic()
+        for text, command, stop_after in _STEPS:
+            output, seconds = _run(command, folder, stop_after)
             typed = " \\\n    ".join(textwrap.wrap(command, _COLUMNS - 6, break_on_hyphens=False))
-            said = textwrap.fill(words, 120)
-            parts.append(f"{said}\n\n```text\n$ {typed}\n{output}\n```\n\n{_took(seconds)}")
-        total = f"All of it took {round((time.monotonic() - begin) / 60)} minutes."
+            introduction = textwrap.fill(text, 120)
+            parts.append(f"{introduction}\n\n```text\n$ {typed}\n{output}\n```\n\n{_duration(seconds)}")
+        total = f"All of it took {round((time.monotonic() - start) / 60)} minutes."
     page = [_INTRODUCTION.format(machine=machine().strip()), *parts, total]
     arguments.output.write_text("\n\n".join(part.strip() for part in page) + "\n", encoding="utf-8")
 
 
-def _typed(command: str, folder: Path, stop_after: int | None) -> tuple[str, float]:
-    """What a command prints in a shell whose environment is the clone's, and how long it takes."""
+def _run(command: str, folder: Path, stop_after: int | None) -> tuple[str, float]:
+    """The output of a command in the clone's environment, and how many seconds it takes."""
     paths = f"{folder / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": paths, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    begin = time.monotonic()
+    start = time.monotonic()
     process = subprocess.Popen(
         ["bash", "-c", command],
         cwd=folder,
@@ -102,20 +102,22 @@ def _typed(command: str, folder: Path, stop_after: int | None) -> tuple[str, flo
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate()
-    return _shortened(output.strip().replace(str(folder), ".")), time.monotonic() - begin
+    return _shorten(output.strip().replace(str(folder), ".")), time.monotonic() - start
 
 
-def _shortened(output: str) -> str:
-    # What pip warns of are settings of the machine.
-    told = [line.rstrip() for line in output.splitlines() if not line.startswith("WARNING: ")]
-    lines = [part for line in told for part in textwrap.wrap(line, _COLUMNS, drop_whitespace=False) or [""]]
-    if len(lines) <= _LINES:
+def _shorten(output: str) -> str:
+    # Pip's warnings are about this machine.
+    printed = [line.rstrip() for line in output.splitlines() if not line.startswith("WARNING: ")]
+    lines = [
+        part for line in printed for part in textwrap.wrap(line, _COLUMNS, drop_whitespace=False) or [""]
+    ]
+    if len(lines) <= _MAX_LINES:
         return "\n".join(lines)
-    left_out = len(lines) - _LINES
-    return "\n".join([*lines[: _LINES // 2], f"[... {left_out} lines ...]", *lines[-_LINES // 2 :]])
+    num_cut = len(lines) - _MAX_LINES
+    return "\n".join([*lines[: _MAX_LINES // 2], f"[... {num_cut} lines ...]", *lines[-_MAX_LINES // 2 :]])
 
 
-def _took(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"({seconds:.0f} s)" if seconds < 120 else f"({seconds / 60:.0f} min)"
 
 

@@ -1,9 +1,10 @@
-"""Are half the FLOPs half the minutes? FLOPs a second of a training step, CALM's beside a Transformer's.
+"""Do half the FLOPs take half the time? FLOPs per second of a training step, of CALMs and of a Transformer.
 
     python benchmarks/flop_rate.py
 
-Forward, backward, clipping and optimizer of the models of prose.py, at its sizes, batches and context, on
-random tokens; FLOPs as `calm flops` counts them. In turns in one process, for each number of threads.
+A step is forward, backward, clipping and optimizer of a model of prose.py, at its sizes, batch and context,
+on random tokens; FLOPs are as counted by `calm flops`. Models take turns in one process, for each number of
+threads.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from calm.training.optimizers import build_optimizer
 
 
 def step(name: str) -> tuple[Callable[[], Tensor], float]:
-    """A function that takes a training step of a model and returns its loss; and the step's FLOPs."""
+    """A function that runs a training step of a model and returns its loss, and the FLOPs of a step."""
     torch.manual_seed(0)
     recipe, kind = recipe_of(name, 1, Path()), MODELS[name]
     config = model_config(recipe)
@@ -45,7 +46,7 @@ def step(name: str) -> tuple[Callable[[], Tensor], float]:
 
 
 def main() -> None:
-    """Print a line for each model and number of threads."""
+    """Print one line per model and number of threads."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,8 +64,8 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         table = ratios(in_turns(steps, arguments.rounds, warm_up=3), "baseline")
-        for name, (seconds, *as_fast) in table.items():
-            ratio, least, most = (flops[name] / flops["baseline"] * times for times in as_fast)
+        for name, (seconds, *speedups) in table.items():
+            ratio, least, most = (flops[name] / flops["baseline"] * speedup for speedup in speedups)
             print(
                 f"| {MODELS[name].label} | {threads} | {1000 * seconds:.1f} | {flops[name] / 1e9:.2f} "
                 f"| {flops[name] / seconds / 1e9:.1f} | {MODELS[name].batch / seconds:,.0f} "

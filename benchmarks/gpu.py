@@ -1,13 +1,13 @@
-"""Is this package right and fast on this GPU?
+"""Is calm correct and fast on this GPU?
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --only parity
     python benchmarks/gpu.py --toy
 
-Compares the GPU with the CPU, then times the energy loss, training and writing, within eight minutes, and
-writes tables in Markdown and JSON. What fails is named in them, and all else goes on; the exit code is then
-1. What does not fit in the time is shortened or left out, which the tables say. With --toy everything is tiny
-and no GPU is needed: it shows that the program runs, and its times mean nothing.
+It compares the GPU with the CPU, then times the energy loss, training and generation, all within eight
+minutes, and writes tables in Markdown and JSON. A failure is reported in them and does not stop the rest; the
+exit code is then 1. Whatever does not fit in the time is shortened or skipped, and marked so. With --toy,
+everything is tiny and no GPU is needed: this shows that the program runs, but its times mean nothing.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from measure import DEVICE, Cases, Row, free, json_rows, machine
 import calm
 from calm.errors import reason_of
 
-_PLANNED = 0.9  # Of the time; the rest is for a case that takes longer than those before it.
+_PLANNED_SHARE = 0.9  # Of the time; the rest is for cases that take longer than expected.
 TOY_PARITY = gpu_parity.Sizes(width=32, layers=2, vocab_size=300, rows=4, chunks=8)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table.
+    """A table of the report.
 
     Args:
-        title: Its title.
-        share: Share of the time.
-        build: Makes its cases.
+        title: Title.
+        share: Share of the time that it gets.
+        build: Creates its cases.
     """
 
     title: str
@@ -55,11 +55,11 @@ class Section:
 
 @dataclass
 class Report:
-    """What was measured so far.
+    """Measurements so far.
 
     Args:
-        machine: What it was measured on.
-        tables: Rows of each section by its title.
+        machine: Facts about the machine.
+        tables: Title of a section -> its rows.
     """
 
     machine: dict[str, str]
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong, a line each."""
+        """What went wrong, one line each."""
         return [
             f"{title}, {row['case']}: {row['problem']}"
             for title, rows in self.tables.items()
@@ -76,7 +76,7 @@ class Report:
         ]
 
     def markdown(self) -> str:
-        """All tables."""
+        """The report in Markdown."""
         facts = [f"- {name}: {value}" for name, value in self.machine.items()]
         verdict = [f"- {problem}" for problem in self.problems] or ["Nothing failed."]
         parts = ["# One GPU", "\n".join(facts), "## What failed", "\n".join(verdict)]
@@ -85,7 +85,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def write(self, files: Path) -> None:
-        """Write both files, of this name without its ending."""
+        """Write both files; `files` is their common path without a suffix."""
         files.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
         result = {"machine": self.machine, "tables": self.tables, "problems": self.problems}
         strict = json.loads(json.dumps(result), parse_constant=str)  # JSON has no NaN.
@@ -93,11 +93,11 @@ class Report:
 
 
 def run(section: Section, until: float) -> list[Row]:
-    """Rows of a section; a case that fails is a row that says so.
+    """Run the cases of a section; a case that fails becomes a row that says so.
 
     Args:
         section: The section.
-        until: Time of `time.perf_counter` at which it should end.
+        until: When it should end, as a time of `time.perf_counter`.
     """
     try:
         cases = section.build()
@@ -105,15 +105,15 @@ def run(section: Section, until: float) -> list[Row]:
         return [_failed(section.title, error)]
     rows: list[Row] = []
     longest = 0.0
-    for number, (name, case) in enumerate(cases.items()):
+    for index, (name, case) in enumerate(cases.items()):
         start = time.perf_counter()
         if start + longest > until:
             rows.append({"case": name, "note": "left out: no time was left"})
             continue
         try:
-            found = case(start + (until - start) / (len(cases) - number))
-            rows += [{"case": name, **row} for row in found]
-        except Exception as error:  # Whatever it is, the other cases go on.
+            results = case(start + (until - start) / (len(cases) - index))
+            rows += [{"case": name, **row} for row in results]
+        except Exception as error:  # Whatever it is, the other cases still run.
             rows.append(_failed(name, error))
         free()
         seconds = time.perf_counter() - start
@@ -123,10 +123,10 @@ def run(section: Section, until: float) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for; the exit code.
+    """Run the chosen sections, and return the exit code.
 
     Args:
-        arguments: Those of the command line.
+        arguments: Command-line arguments; None takes those of the process.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on a CPU too")
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.toy:
-        return _refuse(
+        return _usage_error(
             "torch finds no GPU here (torch.cuda.is_available() is false); --toy runs without one."
         )
     start = time.perf_counter()
@@ -147,15 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         report.write(files)
     except OSError as error:
-        return _refuse(f"--output {options.output}: {error.strerror or error}.")
+        return _usage_error(f"--output {options.output}: {error.strerror or error}.")
     sections = _sections(_card(), options.toy)
     chosen = [section for name, section in sections.items() if name in (options.only or sections)]
-    for number, section in enumerate(chosen):
+    for index, section in enumerate(chosen):
         now = time.perf_counter()
-        left = start + _PLANNED * 60 * options.minutes - now
-        share = section.share / sum(one.share for one in chosen[number:])
-        report.tables[section.title] = run(section, now + share * left)
-        report.write(files)  # After each: what is known stays, whatever happens next.
+        remaining = start + _PLANNED_SHARE * 60 * options.minutes - now
+        share = section.share / sum(later.share for later in chosen[index:])
+        report.tables[section.title] = run(section, now + share * remaining)
+        report.write(files)  # After each section, so that nothing is lost if the next one crashes.
     print(f"\n{report.markdown()}\n{files}.md and {files.name}.json, {time.perf_counter() - start:.0f} s")
     return 1 if report.problems else 0
 
@@ -216,12 +216,12 @@ def _table(rows: list[Row]) -> str:
     lines = [[*names, "note"]]
     for row in rows:
         note = f"FAILED: {row['problem']}" if row.get("problem") else row.get("note", "")
-        lines.append([_shown(row.get(name, "")) for name in names] + [note.replace("|", "/")])
-    first, *others = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([first, "|---" * (len(names) + 1) + "|", *others])
+        lines.append([_format(row.get(name, "")) for name in names] + [note.replace("|", "/")])
+    header, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([header, "|---" * (len(names) + 1) + "|", *body])
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
@@ -237,7 +237,7 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _refuse(sentence: str) -> int:
+def _usage_error(sentence: str) -> int:
     print(f"gpu.py: error: {sentence}", file=sys.stderr)
     return 2
 

@@ -1,8 +1,8 @@
-"""Does a GPU say what a CPU says? States, losses, gradients and text of the same weights and random numbers.
+"""Does a GPU agree with the CPU? States, losses, gradients and texts, with the same random numbers.
 
-A part of `benchmarks/gpu.py`. All is drawn on the CPU and copied. What is compared with the CPU's float32 is
-the device's float32, without TF32, and its bf16 autocast. A difference is the largest of a tensor's entries,
-relative to the largest entry; of gradients it is that of the worst tensor.
+A part of `benchmarks/gpu.py`. Weights and random numbers are drawn on the CPU and copied. The CPU's float32
+is compared with the device's float32, without TF32, and with its bf16 autocast. A difference is the largest
+one between entries of two tensors, relative to the largest entry; for gradients, that of the worst tensor.
 """
 
 import copy
@@ -29,24 +29,25 @@ HEADS: dict[str, dict[str, Any]] = {
     "sequential": {"head_type": "sequential"},
 }
 WITH_CODES = ("categorical_flow", "sequential")
-# On a CPU, float32 is up to 9e-7, 1e-7 and 2e-5 from float64, and bf16 0.02, 3e-3 and 0.3 from float32.
+# For comparison, on a CPU: float32 differs from float64 by up to 9e-7, 1e-7 and 2e-5, and bf16 from float32
+# by up to 0.02, 3e-3 and 0.3.
 BOUNDS = {
     "float32": {"states": 1e-5, "loss": 1e-5, "gradients": 2e-4},
     "bf16": {"states": 0.05, "loss": 0.01, "gradients": 0.6},
 }
-MOST_ROWS_THAT_DIFFER = 0.1  # Two likeliest tokens may be so near that rounding decides.
+MAX_SHARE_DIFFERING = 0.1  # Of rows: rounding decides between two tokens that are almost equally likely.
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of what is compared.
+    """Sizes of the models and batches that are compared.
 
     Args:
-        width: Of the backbone and the autoencoder.
-        layers: Of the backbone.
-        vocab_size: Tokens.
+        width: Width of the backbone and of the autoencoder.
+        layers: Layers of the backbone.
+        vocab_size: Number of tokens.
         rows: Rows of a batch.
-        chunks: Chunks of a row, and chunks written.
+        chunks: Chunks of a row, and of a generated text.
     """
 
     width: int = 256
@@ -58,16 +59,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Result:
-    """What a network says of a batch: states or scores, a loss, and gradients by parameter."""
+    """Outputs of a network for a batch: states or logits, the loss, and the gradient of each parameter."""
 
     states: Tensor
     loss: Tensor
     gradients: dict[str, Tensor]
 
     def differences(self, other: "Result") -> dict[str, float]:
-        """How far another result is from this one, for each kind of figure."""
+        """How far another result is from this one: states, loss, and the worst gradient."""
         worst = max(
-            (difference(own, other.gradients[name]) for name, own in self.gradients.items()), key=_or_infinite
+            (difference(gradient, other.gradients[name]) for name, gradient in self.gradients.items()),
+            key=_or_infinite,
         )
         return {
             "states": difference(self.states, other.states),
@@ -77,17 +79,17 @@ class Result:
 
 
 def cases(sizes: Sizes) -> Cases:
-    """Each head and the autoencoder, then what each head writes."""
+    """Cases: each head and the autoencoder, then the text of each head."""
     torch.set_float32_matmul_precision("highest")
-    of_heads: Cases = {name: partial(_compare_model, name, sizes) for name in HEADS}
-    of_texts: Cases = {f"{name}, text": partial(_compare_texts, name, sizes) for name in HEADS}
-    return of_heads | {"autoencoder": partial(_compare_autoencoder, sizes)} | of_texts
+    heads: Cases = {name: partial(_compare_model, name, sizes) for name in HEADS}
+    texts: Cases = {f"{name}, text": partial(_compare_texts, name, sizes) for name in HEADS}
+    return heads | {"autoencoder": partial(_compare_autoencoder, sizes)} | texts
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two tensors' entries, relative to the first one's largest entry."""
-    one, other = one.detach().cpu().double(), other.detach().cpu().double()
-    distance, scale = float((one - other).abs().max()), float(one.abs().max())
+def difference(reference: Tensor, other: Tensor) -> float:
+    """Largest difference between the entries of two tensors, relative to the reference's largest entry."""
+    reference, other = reference.detach().cpu().double(), other.detach().cpu().double()
+    distance, scale = float((reference - other).abs().max()), float(reference.abs().max())
     return distance / scale if scale else (0.0 if distance == 0 else math.inf)
 
 
@@ -105,7 +107,7 @@ def _compare_model(name: str, sizes: Sizes, until: float) -> list[Row]:
 
 def _compare_texts(name: str, sizes: Sizes, until: float) -> list[Row]:
     differing = _rows_that_differ(_model(name, sizes).eval(), sizes)
-    is_many = differing > MOST_ROWS_THAT_DIFFER * sizes.rows
+    is_many = differing > MAX_SHARE_DIFFERING * sizes.rows
     return [
         {
             "texts alike": f"{sizes.rows - differing} of {sizes.rows}",
@@ -126,7 +128,7 @@ def _model(name: str, sizes: Sizes) -> CalmForCausalLM:
 
 
 def spread(network: Any) -> Any:
-    """The network with weights so large that all it is given shows in what it says, unlike a new one's."""
+    """Give a network larger weights than a new one has, so that all of its inputs affect its outputs."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -169,13 +171,13 @@ def _compared(network: Any, inputs: dict[str, Tensor]) -> Row:
     row: Row = {}
     too_large = []
     for precision, bounds in BOUNDS.items():
-        found = reference.differences(
+        differences = reference.differences(
             result_of(copied(network), inputs, noise, DEVICE, is_half=precision == "bf16")
         )
-        for kind, figure in found.items():
-            row[f"{kind}, {precision}"] = figure
-            if not figure <= bounds[kind]:  # So what is not a number is too large.
-                too_large.append(f"{kind} in {precision} differ by {figure:.1e}, more than {bounds[kind]:g}")
+        for kind, size in differences.items():
+            row[f"{kind}, {precision}"] = size
+            if not size <= bounds[kind]:  # True for NaN, too.
+                too_large.append(f"{kind} in {precision} differ by {size:.1e}, more than {bounds[kind]:g}")
     row["problem"] = "; ".join(too_large)
     return row
 
@@ -183,36 +185,41 @@ def _compared(network: Any, inputs: dict[str, Tensor]) -> Row:
 def result_of(
     network: Any, inputs: dict[str, Tensor], noise: Any, device: str = "cpu", is_half: bool = False
 ) -> Result:
-    """Forward and backward pass of a network that is on the device.
+    """Outputs and gradients of a network.
 
     Args:
-        network: A CALM or an autoencoder.
+        network: A CALM or an autoencoder, on the device.
         inputs: Arguments of its forward pass.
-        noise: Recorded training noise.
-        device: Where it is.
-        is_half: Whether under bf16 autocast.
+        noise: Its training noise.
+        device: The device.
+        is_half: Whether to use bf16 autocast.
     """
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    noise = None if noise is None else type(noise)(*(one if one is None else one.to(device) for one in noise))
+    if noise is not None:
+        noise = type(noise)(*(part if part is None else part.to(device) for part in noise))
     network.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=is_half):
         with torch.no_grad():
             states = network(inputs["input_ids"], noise=noise)[0]
         loss = network(**inputs, noise=noise).loss
     loss.backward()
-    gradients = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
+    gradients = {
+        name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None
+    }
     return Result(states, loss, gradients)
 
 
 def _rows_that_differ(model: CalmForCausalLM, sizes: Sizes) -> int:
-    """Texts at T = 1 that the device writes otherwise than the CPU, of the same random numbers."""
+    """Number of texts at T = 1 that differ between the device and the CPU, from the same random numbers."""
     prompt = torch.randint(4, sizes.vocab_size, (sizes.rows, 8))
-    noted = RequestRecorder()
-    model.head.draw_chunks(model.head.prepare(torch.zeros(1, model.config.state_size)), 1, noted)
-    numbers = [one for _ in range(sizes.chunks) for one in numbers_for(noted.requests, 1, sizes.rows, None)]
+    recorder = RequestRecorder()
+    model.head.draw_chunks(model.head.prepare(torch.zeros(1, model.config.state_size)), 1, recorder)
+    numbers = []
+    for _ in range(sizes.chunks):
+        numbers += numbers_for(recorder.requests, 1, sizes.rows, None)
     texts = []
     for device, writer in (("cpu", model), (DEVICE, copied(model))):
-        given: Any = GivenNumbers([one.to(device) for one in numbers])
+        given: Any = GivenNumbers([drawn.to(device) for drawn in numbers])
         text: Any = writer.generate(
             prompt.to(device), generator=given, temperature=1.0, max_new_tokens=4 * sizes.chunks
         )
@@ -220,5 +227,5 @@ def _rows_that_differ(model: CalmForCausalLM, sizes: Sizes) -> int:
     return int((texts[0] != texts[1]).any(-1).sum())
 
 
-def _or_infinite(figure: float) -> float:
-    return math.inf if math.isnan(figure) else figure
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,6 +1,6 @@
-"""How fast does a GPU train and write, and what does the energy loss cost there?
+"""How fast are training and generation on a GPU, and what does the energy loss cost there?
 
-A part of `benchmarks/gpu.py`. Training is that of shipped recipes at their own sizes, on random tokens.
+A part of `benchmarks/gpu.py`. It trains shipped recipes at their real sizes, on random tokens.
 """
 
 import functools
@@ -29,14 +29,14 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.speed import matrix_rate
 
-# Recipes and the size of their vocabulary.
+# Recipe -> vocabulary size.
 RECIPES = {"one_gpu": 32_000, "calm_m": 128_256}
-# Attention, and whether compiled. What is quick, or of most interest, comes first: time may run out.
-WAYS = (("sdpa", False), ("sdpa", True), ("flash_attention_2", True))
+# Attention, and whether compiled. Quick and important cases come first, because time may run out.
+TRAINING_MODES = (("sdpa", False), ("sdpa", True), ("flash_attention_2", True))
 BATCHES = (1, 64, 8)
 TEMPERATURES = (1.0, 0.5)
-DOCUMENT = 256
-"""Chunks of a document, in recipes whose documents do not see each other."""
+CHUNKS_PER_DOCUMENT = 256
+"""In recipes whose documents do not see each other."""
 TOY = {
     "data.context": 64,
     "autoencoder.latent_size": 8,
@@ -50,7 +50,7 @@ TOY = {
     "language_model.head.num_blocks": 1,
 }
 TOY_VOCABULARY = 300
-# bf16 with float32 sums, dense, in TFLOP/s; from NVIDIA's data sheets.
+# Peak TFLOP/s of dense bf16 products with float32 sums; from NVIDIA's data sheets.
 PEAKS = {
     r"NVIDIA A100(-SXM4-\d+GB|-PCIE-40GB| 80GB PCIe)": 312,
     r"NVIDIA A40": 149.7,
@@ -66,10 +66,10 @@ PEAKS = {
 
 
 def bf16_peak(name: str) -> tuple[float, str]:
-    """FLOPs per second of bf16 that a card can reach, and where the figure is from.
+    """Peak bf16 FLOPs per second of a card, and where the number comes from.
 
     Args:
-        name: The card's name; what is not in `PEAKS` is measured by a matrix product.
+        name: The card's name; if it is not in `PEAKS`, a matrix product is measured.
     """
     for pattern, peak_of_card in PEAKS.items():
         if re.fullmatch(pattern, name):
@@ -82,15 +82,15 @@ def bf16_peak(name: str) -> tuple[float, str]:
 
 
 def training_cases(card: str, is_toy: bool, rounds: int = 10) -> Cases:
-    """Each recipe with each attention, compiled and not.
+    """Cases: each recipe with each attention, compiled and not.
 
     Args:
         card: Name of the GPU.
-        is_toy: Whether the models are toys, and nothing but traced where they would be compiled.
-        rounds: Steps that are timed.
+        is_toy: Whether to use tiny models, which are traced instead of compiled.
+        rounds: Timed steps.
     """
     cases: Cases = {}
-    for attention, is_compiled in WAYS:
+    for attention, is_compiled in TRAINING_MODES:
         for name, vocab_size in RECIPES.items():
             settings = {"language_model.attention": attention} | (TOY if is_toy else {})
             recipe = with_settings(read_recipe(name), settings)
@@ -117,14 +117,14 @@ def _train(
             if blocks == 1:
                 raise
         blocks //= 2
-        free()  # Outside of the handler: the error refers to what filled the memory.
-    rates = [blocks * recipe.data.context / one for one in seconds]
-    flops, (most, _) = training_flops(config, recipe.data.context), bf16_peak(card)
+        free()  # Outside of the handler, because the error keeps tensors alive.
+    rates = [blocks * recipe.data.context / duration for duration in seconds]
+    flops, (peak_rate, _) = training_flops(config, recipe.data.context), bf16_peak(card)
     return [
         {
             "batch": f"{blocks} x {recipe.data.context}",
             **_spread(rates),
-            "utilisation": statistics.median(rates) * flops / most,
+            "utilisation": statistics.median(rates) * flops / peak_rate,
             "memory, GiB": memory / 2**30,
             **_rounds(seconds, rounds),
         }
@@ -134,7 +134,7 @@ def _train(
 def _steps(
     recipe: Recipe, config: CalmConfig, blocks: int, backend: str | None, rounds: int, until: float
 ) -> tuple[list[float], int]:
-    """Seconds of each step, and most bytes of memory."""
+    """Seconds of each step, and peak memory in bytes."""
     step = training_step_of(recipe, config, blocks, backend)
     reset_peak()
     return in_turns({"": step}, rounds, warm_up=2, until=until)[""], peak()
@@ -143,13 +143,13 @@ def _steps(
 def training_step_of(
     recipe: Recipe, config: CalmConfig, blocks: int, backend: str | None
 ) -> Callable[[], Tensor]:
-    """A function that takes an optimizer step of a recipe on random tokens, under bf16, and returns the loss.
+    """A function that runs an optimizer step of a recipe on random tokens, in bf16, and returns the loss.
 
     Args:
         recipe: The recipe.
-        config: Its model.
-        blocks: Blocks of the batch.
-        backend: What compiles the model, if anything.
+        config: Configuration of its model.
+        blocks: Blocks per batch.
+        backend: Backend of torch.compile; None does not compile.
     """
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -157,7 +157,7 @@ def training_step_of(
         ids = torch.randint(4, config.vocab_size, (blocks, recipe.data.context))
         position_C = torch.arange(recipe.data.context // config.chunk_size)
     if recipe.data.layout == "documents":
-        position_C = position_C % DOCUMENT
+        position_C = position_C % CHUNKS_PER_DOCUMENT
     optimizer = build_optimizer(model, recipe.language_model.training.optimizer)
     forward: Any = model if backend is None else torch.compile(model, backend=backend)
     generators = [torch.Generator(DEVICE).manual_seed(number) for number in range(blocks)]
@@ -176,23 +176,23 @@ def training_step_of(
 
 
 def energy_cases(is_toy: bool, rounds: int = 7) -> Cases:
-    """Literal, ours and integrated in turns: the loss by itself, and in a training step; in float32."""
-    loss = (16, 8, 8, 100) if is_toy else (4096, 128, 8, 100)
+    """Cases: the three energy losses in turns, by themselves and in a training step; in float32."""
+    sizes = (16, 8, 8, 100) if is_toy else (4096, 128, 8, 100)
     batch = (1, 64) if is_toy else (8, 4096)
     return {
-        "loss alone": partial(_compare, partial(_checked_losses, loss), rounds),
+        "loss alone": partial(_compare, partial(_checked_losses, sizes), rounds),
         f"step of {batch[0]} x {batch[1]} tokens": partial(
-            _compare, partial(_each, training_step.step, batch), rounds
+            _compare, partial(_all_losses, training_step.step, batch), rounds
         ),
     }
 
 
-def _each(step: Callable[..., Any], sizes: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+def _all_losses(step: Callable[..., Any], sizes: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     return {name: step(name, *sizes) for name in ("literal", "ours", "integrated")}
 
 
 def _checked_losses(sizes: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
-    steps = _each(energy.step, sizes)
+    steps = _all_losses(energy.step, sizes)
     energy.check_same(steps["literal"], steps["ours"])
     return steps
 
@@ -222,7 +222,7 @@ def _compare(build: Callable[[], dict[str, Callable[[], Any]]], rounds: int, unt
 
 
 def writing_cases(is_toy: bool, rounds: int = 5) -> Cases:
-    """Each batch at each temperature: CALM of the recipe one_gpu and a Llama as large, compiled and not."""
+    """Cases, one per batch size: the CALM of recipe one_gpu and an equally large Llama, compiled and not."""
     return {f"batch {batch}": partial(_write, is_toy, rounds, batch) for batch in BATCHES}
 
 
@@ -239,25 +239,25 @@ def _writers(is_toy: bool) -> tuple[Any, Any]:
 
 def _write(is_toy: bool, rounds: int, batch: int, until: float) -> list[Row]:
     calm, llama = _writers(is_toy)
-    tokens, how, rows = 8 if is_toy else 128, compiled("eager" if is_toy else "inductor"), []
+    tokens, options, rows = 8 if is_toy else 128, compiled("eager" if is_toy else "inductor"), []
     prompts = random_prompts(calm, batch)
-    for number, temperature in enumerate(TEMPERATURES):
+    for index, temperature in enumerate(TEMPERATURES):
         by_chunks, by_tokens = writers(calm, llama, prompts, tokens, temperature)
-        ways: dict[str, Callable[[], None]] = {
+        functions: dict[str, Callable[[], None]] = {
             "baseline": by_tokens,
             "CALM": by_chunks,
-            "baseline, compiled": partial(by_tokens, **how),
-            "CALM, compiled": partial(by_chunks, **how),
+            "baseline, compiled": partial(by_tokens, **options),
+            "CALM, compiled": partial(by_chunks, **options),
         }
         now = time.perf_counter()
-        times = in_turns(ways, rounds, until=now + (until - now) / (len(TEMPERATURES) - number))
+        times = in_turns(functions, rounds, until=now + (until - now) / (len(TEMPERATURES) - index))
         table = ratios(times, "baseline")
         rows += [
             {
                 "T": temperature,
                 "way": name,
                 "parameters, M": count(calm if name.startswith("CALM") else llama) / 1e6,
-                **_spread([batch * tokens / one for one in seconds]),
+                **_spread([batch * tokens / duration for duration in seconds]),
                 "times as fast": table[name][1],
                 **_rounds(seconds, rounds),
             }
@@ -270,5 +270,5 @@ def _spread(rates: list[float]) -> Row:
     return {"tokens/s": statistics.median(rates), "least": min(rates), "most": max(rates)}
 
 
-def _rounds(seconds: list[float], wanted: int) -> Row:
-    return {} if len(seconds) == wanted else {"note": f"shortened: {len(seconds)} of {wanted} rounds"}
+def _rounds(seconds: list[float], expected: int) -> Row:
+    return {} if len(seconds) == expected else {"note": f"shortened: {len(seconds)} of {expected} rounds"}

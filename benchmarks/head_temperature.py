@@ -1,10 +1,10 @@
-"""What does a head that takes a temperature itself give up against exact sampling of whole chunks?
+"""What does a head with a temperature of its own lose, compared with exact sampling of whole chunks?
 
     python benchmarks/head_temperature.py runs/demo_categorical
 
-For held-out positions of a run, one chunk by each way of sampling: how often it occurs anywhere in the
-training text (is it well-formed?), how often it is the next chunk of the text or begins with its next token,
-how often two samples agree, and what a written token costs.
+At held-out positions of a run, chunks are drawn with each sampler. The table says how often a chunk occurs
+anywhere in the training text (is it well-formed?), how often it equals the next chunk of the text or begins
+with the next token, how often two samples agree, and what a generated token costs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from calm.training.recipe_files import RECIPE, read_recipe
 
 
 def main() -> None:
-    """Sample in every way and print the table."""
+    """Draw with every sampler, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +47,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in arguments.steps:
         model.change_sampling(num_steps=steps)
-        for name, sampler in ways():
+        for name, sampler in samplers():
             reader = ChunkReader(model, sampler)
             first, second = reader.draw(hidden, 2, torch.Generator().manual_seed(1))
             work = Work(recipe.data.context // size, reader.mean_draws)
@@ -60,7 +60,7 @@ def main() -> None:
             )
 
 
-def ways() -> Iterator[tuple[str, Sampler]]:
+def samplers() -> Iterator[tuple[str, Sampler]]:
     """All samplers and temperatures, with their names."""
     yield from (("head", HeadSampler(temperature=t)) for t in (1.0, 0.7, 0.5, 0.35))
     yield "exact", ExactSampler(temperature=0.5)
@@ -69,7 +69,7 @@ def ways() -> Iterator[tuple[str, Sampler]]:
 def positions(
     model: CalmForCausalLM, data: PreparedData, recipe: Recipe, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states before held-out chunks inside documents, (P, D), and those chunks, (P, K)."""
+    """Hidden states before held-out chunks that lie inside documents, (P, D), and those chunks, (P, K)."""
     size = model.config.chunk_size
     states: list[Tensor] = []
     chunks: list[Tensor] = []
@@ -99,7 +99,7 @@ def share_seen(chunks: Tensor, seen: set[tuple[int, ...]]) -> float:
 
 
 def share(equal: Tensor) -> float:
-    """Share of rows that are equal throughout."""
+    """Share of rows in which all entries are equal."""
     return equal.all(-1).float().mean().item()
 
 

@@ -1,13 +1,13 @@
-"""Which head learns most, from equal FLOPs and in equal time, and how fast does each draw?
+"""Which head learns best with equal FLOPs and in equal time, and how fast does each one draw?
 
     calm compare --recipe demo --budget 0.7 --chunk_sizes '[4]' --no_baseline --output runs/ladder
     python benchmarks/heads.py runs/ladder/K4 --output runs/heads
 
-Every run that is named is one seed. Its energy head sets the budget: its text, autoencoder, backbone and
-optimizer are kept, and each other head is trained for as many steps as its FLOPs allow, and again for as
-many as its time allows where that differs by more than 15%, which is the spread of the times of a step. These
-are measured first, in turns, in this one process. Then all are scored on the same held-out blocks, drawn from
-in several ways, and timed. What is finished is kept, so the benchmark goes on where it was stopped.
+Each given run is one seed, and its energy head sets the budget. Each other head is trained with the run's
+text, autoencoder, backbone and optimizer, for as many steps as the FLOPs allow; and again for as many as the
+time allows, if the two differ by more than 15%, which is the spread of step times. Step times are measured
+first, in turns in this process. Then all models are scored on the same held-out blocks with several ways of
+drawing, and timed. Finished runs and results are kept, so an interrupted benchmark resumes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.stages import train
 
 HEADS: dict[str, dict[str, Any] | None] = {
-    "energy": None,  # As the run has it.
+    "energy": None,  # The head of the run.
     "flow": {"head_type": "flow", "num_blocks": 1},
     "diffusion": {"head_type": "diffusion", "num_blocks": 1},
 }
@@ -58,12 +58,12 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 POSITIONS, DRAWS = 64, 16
-Row = dict[str, Any]  # Figures of a model that is drawn from in one way.
-Speeds = dict[tuple[str, str], tuple[float, float, float]]  # Head and way -> draws a second.
+Row = dict[str, Any]  # Results of a model with one way of drawing.
+Speeds = dict[tuple[str, str], tuple[float, float, float]]  # Head, way -> draws per second: median, min, max.
 
 
 def main() -> None:
-    """Train what is missing, score, time, and print the table."""
+    """Train whatever is missing, score, time, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,16 +89,16 @@ def main() -> None:
     for run, recipe in zip(arguments.runs, recipes, strict=True):
         steps = recipe.language_model.training.steps
         for name in arguments.heads:
-            equal = {
+            budgets = {
                 "flops": round(steps * per_step["energy"] / per_step[name]),
                 "time": round(steps * seconds["energy"] / seconds[name]),
             }
-            if abs(equal["time"] / equal["flops"] - 1) <= 0.15:
-                equal = {"both": equal["flops"]}
-            for what, number in equal.items():
-                folder = arguments.output / f"{seed_of(run)}_{name}_{what}"
-                model = run / "model" if name == "energy" else trained(run, name, number, folder)
-                rows += scored(model, run, name, what, number, arguments.output)
+            if abs(budgets["time"] / budgets["flops"] - 1) <= 0.15:
+                budgets = {"both": budgets["flops"]}
+            for budget, num_steps in budgets.items():
+                folder = arguments.output / f"{seed_of(run)}_{name}_{budget}"
+                model = run / "model" if name == "energy" else trained(run, name, num_steps, folder)
+                rows += scored(model, run, name, budget, num_steps, arguments.output)
     speeds = draw_speeds(arguments, rows)
     report(rows, speeds, arguments.output)
 
@@ -109,7 +109,7 @@ def seed_of(run: Path) -> str:
 
 
 def recipe_with(run: Path, head: dict[str, Any] | None, steps: int | None = None) -> Recipe:
-    """The recipe of a run with another head, on the run's own text and autoencoder."""
+    """The recipe of a run, with its text and autoencoder but another head."""
     recipe = read_recipe(str(run / RECIPE))
     model = recipe.language_model
     training = dataclasses.replace(model.training, evaluate_every=0, save_every=100)
@@ -123,14 +123,14 @@ def recipe_with(run: Path, head: dict[str, Any] | None, steps: int | None = None
 
 
 def config_of(run: Path, name: str) -> CalmConfig:
-    """Configuration of the model of a run with one of the heads."""
+    """Configuration of a run's model with one of the heads."""
     recipe = recipe_with(run, HEADS[name])
     autoencoder: Any = load_config(run / "autoencoder")
     return language_model_config(recipe, autoencoder, {})
 
 
 def training_flops_of(run: Path, name: str) -> float:
-    """Training FLOPs of a token with one of the heads."""
+    """Training FLOPs per token with one of the heads."""
     return training_flops(config_of(run, name), recipe_with(run, None).data.context)
 
 
@@ -145,17 +145,17 @@ def step_times(arguments: argparse.Namespace) -> dict[str, float]:
     blocks = load_prepared(Path(recipe.data.source_list[0])).blocks(
         "train", chunk_size=recipe.chunk_size, block_size=recipe.data.context
     )[: training.batch_tokens // recipe.data.context]
-    del blocks["document_ids"]  # Of use for scores only.
+    del blocks["document_ids"]  # Needed for scores only.
     steps = {name: step_of(config_of(run, name), training, blocks) for name in arguments.heads}
     times = in_turns(steps, arguments.rounds)
-    medians = {name: statistics.median(few) for name, few in times.items()}
-    print({name: [round(t, 3) for t in sorted(few)] for name, few in times.items()})
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print({name: [round(t, 3) for t in sorted(seconds)] for name, seconds in times.items()})
     path.write_text(json.dumps(medians))
     return medians
 
 
 def step_of(config: CalmConfig, training: TrainingSettings, blocks: dict[str, Any]) -> Callable[[], None]:
-    """A function that takes an optimizer step of a new model."""
+    """A function that runs an optimizer step of a new model."""
     model = CalmForCausalLM(config).train()
     optimizer = build_optimizer(model, training.optimizer)
 
@@ -168,13 +168,13 @@ def step_of(config: CalmConfig, training: TrainingSettings, blocks: dict[str, An
 
 
 def trained(run: Path, name: str, steps: int, folder: Path) -> Path:
-    """The model folder of a head trained for so many steps."""
+    """Train a head for a number of steps, and return the model folder."""
     return train(recipe_with(run, HEADS[name], steps), folder, resume=(folder / RECIPE).is_file())
 
 
-def scored(folder: Path, run: Path, name: str, what: str, steps: int, output: Path) -> list[Row]:
-    """BrierLM of a model, drawn from in each way; kept in a file."""
-    path = output / f"{seed_of(run)}_{name}_{what}.json"
+def scored(folder: Path, run: Path, name: str, budget: str, steps: int, output: Path) -> list[Row]:
+    """BrierLM of a model with each way of drawing; kept in a file."""
+    path = output / f"{seed_of(run)}_{name}_{budget}.json"
     if path.is_file():
         return json.loads(path.read_text())
     recipe = read_recipe(str(run / RECIPE))
@@ -186,7 +186,7 @@ def scored(folder: Path, run: Path, name: str, what: str, steps: int, output: Pa
         model.change_sampling(**way)
         result = score_brier(model, blocks)
         rows.append(
-            {"seed": seed_of(run), "head": name, "equal": what, "steps": steps, "way": way}
+            {"seed": seed_of(run), "head": name, "equal": budget, "steps": steps, "way": way}
             | {"folder": str(folder), "brier_lm": result.brier_lm, "error": result.brier_lm_error}
             | {"means": result.means, "windows": result.num_chunks}
         )
@@ -196,7 +196,7 @@ def scored(folder: Path, run: Path, name: str, what: str, steps: int, output: Pa
 
 
 def draw_speeds(arguments: argparse.Namespace, rows: list[Row]) -> Speeds:
-    """Draws per second of each head in each way, taken in turns: median, smallest, largest."""
+    """Draws per second of each head with each way of drawing, measured in turns."""
     ways: dict[tuple[str, str], str] = {}
     for row in rows:
         ways.setdefault((row["head"], json.dumps(row["way"])), row["folder"])
@@ -211,12 +211,12 @@ def draw_speeds(arguments: argparse.Namespace, rows: list[Row]) -> Speeds:
         head.sample_latents(hidden, DRAWS)
 
     times = in_turns({way: partial(draw, way, folder) for way, folder in ways.items()}, arguments.rounds)
-    speeds = {way: [POSITIONS * DRAWS / seconds for seconds in few] for way, few in times.items()}
-    return {way: (statistics.median(few), min(few), max(few)) for way, few in speeds.items()}
+    rates = {way: [POSITIONS * DRAWS / duration for duration in seconds] for way, seconds in times.items()}
+    return {way: (statistics.median(values), min(values), max(values)) for way, values in rates.items()}
 
 
 def report(rows: list[Row], speeds: Speeds, output: Path) -> None:
-    """One line for each head and way of drawing, scores of all seeds beside each other."""
+    """Print one line per head and way of drawing, with the scores of all seeds."""
     energy = next(speed for (head, _), (speed, _, _) in speeds.items() if head == "energy")
     lines = [
         "| head | drawn | equal FLOPs | equal time | draws/s | to energy |",
@@ -228,16 +228,16 @@ def report(rows: list[Row], speeds: Speeds, output: Path) -> None:
             if same:
                 speed, low, high = speeds[name, json.dumps(way)]
                 drawn = " ".join(str(value) for value in way.values())
-                cells = [name, drawn, *(scores_of(same, what) for what in ("flops", "time"))]
+                cells = [name, drawn, *(scores_of(same, budget) for budget in ("flops", "time"))]
                 cells += [f"{speed:,.0f} ({low:,.0f} to {high:,.0f})", f"{speed / energy:.2g}"]
                 lines.append(f"| {' | '.join(cells)} |")
     (output / "heads.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def scores_of(rows: list[Row], what: str) -> str:
+def scores_of(rows: list[Row], budget: str) -> str:
     """BrierLM of every seed, and the steps, at one of the budgets."""
-    chosen = [row for row in rows if row["equal"] in (what, "both")]
+    chosen = [row for row in rows if row["equal"] in (budget, "both")]
     scores = ", ".join(f"{row['brier_lm']:.2f} ± {row['error']:.2f}" for row in chosen)
     steps = ", ".join(sorted({str(row["steps"]) for row in chosen}))
     return f"{scores} ({steps} steps)"

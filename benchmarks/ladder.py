@@ -1,16 +1,16 @@
-"""BrierLM and nats against training FLOPs, from 5e13 up: does a CALM keep its lead over the Transformer?
+"""BrierLM and nats against training FLOPs, from 5e13 on: does a CALM keep its lead over the Transformer?
 
     python benchmarks/ladder.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/ladder \
         --results benchmarks/results/ladder --budgets 5e13 2e14
 
-For each budget of training FLOPs, models of several widths are trained, of tokens and of chunks with the
-sequential head (`laptop`), with one softmax and with classes of tokens; chunks of a single token with classes
-are what a Transformer would be with them. The width with the fewest nats a token on `--valid` is chosen, once
-both of its neighbours were tried; it alone is scored on three books, which nothing else reads: they are taken
-out of `--train` (`HELD_BACK`). Models with other seeds are trained at the chosen width only.
+For each budget of training FLOPs, models of several widths are trained: Transformers, and CALMs with the
+sequential head (`laptop`), with one softmax and with classes of tokens. (With chunks of a single token, that
+is a Transformer with classes.) The width with the fewest nats per token on `--valid` is chosen, once both of
+its neighbours have been tried. Only models of that width are scored, on three books that nothing else uses:
+they are removed from `--train` (`HELD_BACK`). Further seeds are trained at the chosen width only.
 
-What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
-figure are drawn from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table and the
+figure are made from existing results.
 """
 
 import argparse
@@ -48,7 +48,7 @@ HELD_BACK = (
     "thomas-hardy_tess-of-the-durbervilles",
     "h-g-wells_the-war-of-the-worlds",
 )
-"""Books that are reported on, the only ones of their authors."""
+"""Books for the final scores; the training text has no others by their authors."""
 
 CHUNK_SIZES = {
     "baseline": 1,
@@ -61,7 +61,7 @@ CHUNK_SIZES = {
 NUM_CLASSES = {"classes_K4": 64, "classes_K1": 64}
 WIDTHS = (64, 96, 128, 192, 256, 384, 512)
 FIRST_WIDTHS = {5e13: (96, 128), 2e14: (128, 192), 1e15: (256, 384)}
-"""What is tried first at each budget."""
+"""Widths that are tried first, by budget."""
 Result = dict[str, Any]
 
 
@@ -69,10 +69,10 @@ class Run(NamedTuple):
     """A model to train.
 
     Args:
-        kind: Of `CHUNK_SIZES`.
+        kind: A key of `CHUNK_SIZES`.
         budget: Training FLOPs.
         width: Hidden size.
-        seed: Of weights and of the order of the text.
+        seed: Seed of the weights and of the order of the text.
     """
 
     kind: str
@@ -82,12 +82,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder and its results."""
+        """Name of its folder and of its file of results."""
         return f"{self.kind}_{self.budget:.0e}_w{self.width}_seed{self.seed}".replace("+", "")
 
 
 def main() -> None:
-    """Train, choose and score what is missing, then draw up what there is."""
+    """Train, choose and score whatever is missing, then print the tables and draw the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,7 +111,7 @@ def main() -> None:
             save(floor, score_floor(output))
         for budget in sorted(arguments.budgets):
             for kind in arguments.kinds:
-                climb(kind, budget, arguments.seeds, output, results)
+                search_width(kind, budget, arguments.seeds, output, results)
     if arguments.results.is_dir():
         rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*_seed*.json"))]
         print(report(rows, json.loads((arguments.results / "floor.json").read_text())))
@@ -119,41 +119,41 @@ def main() -> None:
             draw(rows, arguments.figure)
 
 
-def climb(kind: str, budget: float, seeds: list[int], output: Path, results: Path) -> None:
-    """Choose a width by the first seed, and score all seeds at that width."""
-    first, *others = seeds
+def search_width(kind: str, budget: float, seeds: list[int], output: Path, results: Path) -> None:
+    """Choose the best width with the first seed, and score all seeds at that width."""
+    first_seed = seeds[0]
     nats: dict[int, float] = {}
     missing: tuple[int, ...] = FIRST_WIDTHS[budget]
-    while missing:  # Until neither neighbour of the best is left to try.
+    while missing:  # Until both neighbours of the best width have been tried.
         for width in missing:
-            nats[width] = run(Run(kind, budget, width, first), output, results)["nats_to_choose_by"]
+            nats[width] = run(Run(kind, budget, width, first_seed), output, results)["nats_to_choose_by"]
         chosen = min(nats, key=nats.__getitem__)
-        at = WIDTHS.index(chosen)
-        missing = tuple(width for width in WIDTHS[max(0, at - 1) : at + 2] if width not in nats)
-    for seed in (first, *others):
-        one = Run(kind, budget, chosen, seed)
-        result = run(one, output, results)
+        index = WIDTHS.index(chosen)
+        missing = tuple(width for width in WIDTHS[max(0, index - 1) : index + 2] if width not in nats)
+    for seed in seeds:
+        settings = Run(kind, budget, chosen, seed)
+        result = run(settings, output, results)
         if "brier_lm" not in result:
-            save(results / f"{one.name}.json", result | score(output / one.name, output))
+            save(results / f"{settings.name}.json", result | score(output / settings.name, output))
 
 
-def run(one: Run, output: Path, results: Path) -> Result:
-    """Train a model; what it was, what it took, and its nats on the text to choose by."""
-    file, folder = results / f"{one.name}.json", output / one.name
+def run(settings: Run, output: Path, results: Path) -> Result:
+    """Train a model; return its settings, its cost, and its nats on the text that widths are chosen on."""
+    file, folder = results / f"{settings.name}.json", output / settings.name
     if file.exists():
         result: Result = json.loads(file.read_text())
         return result
-    recipe = recipe_of(one, output / "data")
-    print(f"{one.name}: {recipe.language_model.training.steps:,} steps", flush=True)
+    recipe = recipe_of(settings, output / "data")
+    print(f"{settings.name}: {recipe.language_model.training.steps:,} steps", flush=True)
     train(recipe, folder, resume=(folder / RECIPE).is_file())
     model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     record = record_of(folder, model.config)
     assert record is not None
     data = load_prepared(output / "data")
-    size = CHUNK_SIZES[one.kind]
+    size = CHUNK_SIZES[settings.kind]
     cost = cost_of(model.config, Work(CONTEXT // size, 1))
     result = {
-        **one._asdict(),
+        **settings._asdict(),
         "training_flops": record.flops,
         "seconds": record.seconds,
         "steps": recipe.language_model.training.steps,
@@ -167,37 +167,37 @@ def run(one: Run, output: Path, results: Path) -> Result:
     return result
 
 
-def recipe_of(one: Run, data: Path) -> Recipe:
+def recipe_of(settings: Run, data: Path) -> Recipe:
     """The recipe of a model, with as many steps as its budget allows."""
-    size = CHUNK_SIZES[one.kind]
+    size = CHUNK_SIZES[settings.kind]
     recipe = at_chunk_size(read_recipe("laptop"), size)
-    settings = recipe.language_model
+    model = recipe.language_model
     training = dataclasses.replace(
-        settings.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0, evaluation_blocks=8
+        model.training, batch_tokens=2048 if size > 1 else 1024, evaluate_every=0, evaluation_blocks=8
     )
-    head = settings.head | {"rank": one.width // 2}
-    if one.kind in NUM_CLASSES:
-        head["num_classes"] = NUM_CLASSES[one.kind]
-    if one.width > 128:
+    head = model.head | {"rank": settings.width // 2}
+    if settings.kind in NUM_CLASSES:
+        head["num_classes"] = NUM_CLASSES[settings.kind]
+    if settings.width > 128:
         training = dataclasses.replace(training, batch_tokens=2 * training.batch_tokens)
-    settings = dataclasses.replace(
-        settings,
-        hidden_size=one.width,
-        intermediate_size=round(one.width * 2.75),
-        num_heads=max(2, one.width // 64),
-        num_layers=4 if one.width <= 128 else 6,
+    model = dataclasses.replace(
+        model,
+        hidden_size=settings.width,
+        intermediate_size=round(settings.width * 2.75),
+        num_heads=max(2, settings.width // 64),
+        num_layers=4 if settings.width <= 128 else 6,
         head=head,
         training=training,
     )
     text = dataclasses.replace(recipe.data, sources=[str(data)], context=CONTEXT)
-    recipe = dataclasses.replace(recipe, seed=one.seed, data=text, language_model=settings)
-    if one.kind == "baseline":
+    recipe = dataclasses.replace(recipe, seed=settings.seed, data=text, language_model=model)
+    if settings.kind == "baseline":
         recipe = dataclasses.replace(recipe, model="autoregressive")
-    return with_budget(recipe, one.budget)
+    return with_budget(recipe, settings.budget)
 
 
 def score(folder: Path, output: Path) -> Result:
-    """Nats a token and BrierLM of a trained model on the books held back."""
+    """Nats per token and BrierLM of a trained model on the books held back."""
     model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     data, scorer = load_prepared(output / "held_back"), scorer_of(model)
     blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=CONTEXT)
@@ -211,34 +211,35 @@ def score(folder: Path, output: Path) -> Result:
 
 
 def nats_of(model: Any, data: PreparedData) -> float:
-    """Cross-entropy a token on held-out text."""
+    """Cross-entropy per token on held-out text."""
     blocks = data.blocks("validation", chunk_size=scorer_of(model).chunk_size, block_size=CONTEXT)
     return score_perplexity(model, blocks).cross_entropy
 
 
 def score_floor(output: Path) -> Result:
-    """BrierLM, Brier-1 to 4 and nats a token of n-gram models of the training text on the books held back."""
+    """Scores of n-gram models of the training text on the books held back."""
     data, held_back = load_prepared(output / "data"), load_prepared(output / "held_back")
     blocks = held_back.blocks("validation", chunk_size=4, block_size=CONTEXT)
     floors = {}
     for name, ngrams in ngram_models([2, 3, 4], data, 4):
-        one = score_ngrams_brier(ngrams, blocks)
-        error = one.brier_lm_error if one.brier_lm else None
+        brier = score_ngrams_brier(ngrams, blocks)
+        error = brier.brier_lm_error if brier.brier_lm else None
         nats = score_ngrams_perplexity(ngrams, blocks).cross_entropy
-        floors[name] = brier_scores(one) | {"error": error, "nats": nats}
+        floors[name] = brier_scores(brier) | {"error": error, "nats": nats}
     return floors
 
 
 def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> None:
-    """Prepare the text to train on and to choose by, and the books held back, with the same tokenizer."""
+    """Prepare the training text, the text that widths are chosen on, and the books held back."""
     if (output / "held_back").is_dir():
         return
     output.mkdir(parents=True, exist_ok=True)
-    with lzma.open(train_file, "rt", encoding="utf-8") as lines:
-        rows = [(json.loads(line)["source"] in HELD_BACK, line) for line in lines]
+    with lzma.open(train_file, "rt", encoding="utf-8") as file:
+        rows = [(json.loads(line)["source"] in HELD_BACK, line) for line in file]
     texts = {name: output / f"{name}.jsonl" for name in ("train", "held_back")}
-    for name, file in texts.items():
-        write_file_whole(file, "".join(line for is_back, line in rows if is_back == (name == "held_back")))
+    for name, path in texts.items():
+        lines = [line for is_held_back, line in rows if is_held_back == (name == "held_back")]
+        write_file_whole(path, "".join(lines))
     if not (output / "data").is_dir():
         prepare([str(texts["train"])], output / "data", validation_sources=[valid], vocab_size=vocab_size)
     prepare(

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def report(rows: list[Row], floor: dict[str, Any]) -> str:
-    """Everything that was trained, those that were chosen with their scores, and the fits."""
+    """A table of all models, with scores of the chosen ones; the n-gram models; and the fits."""
     scored = [row for row in rows if "brier_lm" in row]
     lines = [
         "| model | FLOPs | width | seed | steps | tokens read | nats to choose by | nats | BrierLM "
@@ -43,10 +43,10 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
             f"| {_difference(row, scored)} | {row['seconds'] / 60:.0f} |"
         )
     lines += ["", "| n-gram model of the training text | nats | BrierLM | Brier-1 to 4 |", "|" + "---|" * 4]
-    for name, one in floor.items():
-        score = "undefined" if one["error"] is None else with_error(one["brier_lm"], one["error"])
-        orders = ", ".join(f"{mean:.2f}" for mean in one["brier"])
-        lines.append(f"| {name} | {one['nats']:.3f} | {score} | {orders} |")
+    for name, scores in floor.items():
+        score = "undefined" if scores["error"] is None else with_error(scores["brier_lm"], scores["error"])
+        orders = ", ".join(f"{mean:.2f}" for mean in scores["brier"])
+        lines.append(f"| {name} | {scores['nats']:.3f} | {score} | {orders} |")
     lines.append("")
     for kind in LABELS:
         for name in ("nats", "brier_lm"):
@@ -57,11 +57,11 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
 
 
 def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], float]] | None:
-    """A straight line through a score against the logarithm of FLOPs, by least squares.
+    """Fit a straight line to a score against the logarithm of FLOPs, by least squares.
 
     Returns:
-        Its slope for ten times the FLOPs, the slope's standard error (infinite for two points), and the line
-        as a function of FLOPs; None for fewer than two budgets.
+        The slope per factor of ten in FLOPs, its standard error (infinite for two points), and the line as a
+        function of FLOPs; None for fewer than two budgets.
     """
     if len({row["budget"] for row in rows}) < 2:
         return None
@@ -71,7 +71,7 @@ def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], flo
 
 
 def draw(rows: list[Row], figure: Path) -> None:
-    """Nats and BrierLM against FLOPs and minutes, means over seeds, with the fits."""
+    """Plot nats and BrierLM against FLOPs and minutes: means over seeds, and the fits."""
     scored = [row for row in rows if "brier_lm" in row]
     drawing = new_figure(12, 8)
     panels = drawing.subplots(2, 2)
@@ -79,15 +79,15 @@ def draw(rows: list[Row], figure: Path) -> None:
         (("training FLOPs", lambda row: row["training_flops"]), ("minutes", lambda row: row["seconds"] / 60))
     ):
         for axes, name in zip(panels[:, column], ("nats", "brier_lm"), strict=True):
-            for number, kind in enumerate(LABELS):
+            for index, kind in enumerate(LABELS):
                 chosen = [row for row in scored if row["kind"] == kind]
                 points = []
                 for budget in sorted({row["budget"] for row in chosen}):
                     same = [row for row in chosen if row["budget"] == budget]
                     values = [row[name] for row in same]
-                    of_text = [row["error"] if name == "brier_lm" else 0.0 for row in same]
+                    errors = [row["error"] if name == "brier_lm" else 0.0 for row in same]
                     x = statistics.mean(map(x_of, same))
-                    points.append((x, statistics.mean(values), error_over_seeds(values, of_text)))
+                    points.append((x, statistics.mean(values), error_over_seeds(values, errors)))
                 if not points:
                     continue
                 x, y, error = zip(*points, strict=True)
@@ -98,11 +98,11 @@ def draw(rows: list[Row], figure: Path) -> None:
                     marker="o",
                     capsize=3,
                     linestyle="",
-                    color=f"C{number}",
+                    color=f"C{index}",
                     label=LABELS[kind],
                 )
                 if column == 0 and (line := fit(chosen, name)) is not None:
-                    axes.plot(x, [line[2](flops) for flops in x], color=f"C{number}", linewidth=1)
+                    axes.plot(x, [line[2](flops) for flops in x], color=f"C{index}", linewidth=1)
             axes.set(xlabel=label, xscale="log", ylabel="nats per token" if name == "nats" else "BrierLM")
             axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize="small")
@@ -115,10 +115,12 @@ def _order(row: Row) -> tuple[int, float, int, int]:
 
 
 def _difference(row: Row, scored: list[Row]) -> str:
-    """BrierLM less that of a Transformer of the same seed with as many FLOPs, documents paired."""
+    """BrierLM minus that of the Transformer with the same seed and FLOPs, with documents paired."""
     for other in scored:
-        same = (other["budget"], other["seed"]) == (row["budget"], row["seed"])
-        if "brier_lm" in row and same and other["kind"] == "baseline" != row["kind"]:
-            one, base = sums_of(row["documents"]), sums_of(other["documents"])
-            return with_error(*brier_lm_difference(one, base), "+") if one.pairs_with(base) else ""
+        is_match = (other["budget"], other["seed"]) == (row["budget"], row["seed"])
+        if "brier_lm" in row and is_match and other["kind"] == "baseline" != row["kind"]:
+            sums, baseline = sums_of(row["documents"]), sums_of(other["documents"])
+            if not sums.pairs_with(baseline):
+                return ""
+            return with_error(*brier_lm_difference(sums, baseline), "+")
     return ""

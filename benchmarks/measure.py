@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, peak memory, what they ran on, and how results are written."""
+"""Shared by the benchmarks: interleaved timing, peak memory, the name of the machine, and result files."""
 
 import gc
 import json
@@ -22,16 +22,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def json_rows(value: Any, indent: int = 0) -> str:
-    """A result as JSON that a diff can show: a setting a line, and a row of a table a line.
+    """Format a result as JSON that diffs well: each setting and each row of a table on its own line.
 
     Args:
-        value: What JSON can hold.
-        indent: Spaces before its inner lines.
+        value: Anything that JSON can represent.
+        indent: Current indentation, in spaces.
     """
     inner = " " * (indent + 1)
     if isinstance(value, dict) and value:
         lines = [
-            f"{inner}{json.dumps(str(name))}: {json_rows(one, indent + 1)}" for name, one in value.items()
+            f"{inner}{json.dumps(str(name))}: {json_rows(item, indent + 1)}" for name, item in value.items()
         ]
         return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
     if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
@@ -40,7 +40,7 @@ def json_rows(value: Any, indent: int = 0) -> str:
 
 
 def rows_of(sums: DocumentSums) -> list[list[float]]:
-    """Number, targets and sums of Brier-1 to Brier-4 of every document, for differences between models."""
+    """Number, target count and sums of Brier-1 to Brier-4 of each document, to compare models by pairs."""
     columns = sums.document_D.tolist(), sums.count_D.tolist(), sums.total_DX[:, :4].tolist()
     return [
         [number, count, *(round(value, 6) for value in total)]
@@ -49,13 +49,13 @@ def rows_of(sums: DocumentSums) -> list[list[float]]:
 
 
 def sums_of(rows: list[list[float]]) -> DocumentSums:
-    """The same as `rows_of` was given."""
+    """The inverse of `rows_of`."""
     table = torch.tensor(rows, dtype=torch.float64)
     return DocumentSums(table[:, 0].long(), table[:, 1], table[:, 2:])
 
 
 def brier_scores(result: BrierResult) -> dict[str, Any]:
-    """BrierLM, its standard error and Brier-1 to Brier-4, all of 100, as results keep them."""
+    """BrierLM, its standard error and Brier-1 to Brier-4, from 0 to 100, with the names used in results."""
     return {
         "brier_lm": result.brier_lm,
         "error": result.brier_lm_error,
@@ -64,16 +64,16 @@ def brier_scores(result: BrierResult) -> dict[str, Any]:
 
 
 def error_of_mean(values: Sequence[float]) -> float:
-    """Standard error of the mean of some values; 0 for a single one, which tells nothing of it."""
+    """Standard error of the mean of some values; 0 for a single value, which has no spread."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def error_over_seeds(scores: Sequence[float], errors: Sequence[float]) -> float:
-    """Standard error of a mean score over seeds, which share the text: its error does not shrink with them.
+    """Standard error of a score's mean over seeds. Seeds share the text, so its error does not average out.
 
     Args:
-        scores: Of each seed.
-        errors: Standard error of each over the documents of the text.
+        scores: Score of each seed.
+        errors: Standard error of each score over the documents of the text.
     """
     return max(error_of_mean(scores), statistics.mean(errors))
 
@@ -81,26 +81,26 @@ def error_over_seeds(scores: Sequence[float], errors: Sequence[float]) -> float:
 def in_turns(
     functions: Mapping[Name, Callable[[], Any]], rounds: int = 7, warm_up: int = 1, until: float = math.inf
 ) -> dict[Name, list[float]]:
-    """Seconds of each function, called in turns after some rounds to warm up.
+    """Seconds of each call of each function; the functions are called in turns, after warm-up rounds.
 
-    Machines are noisy: what is compared must run in one process, one after the other.
+    Machines are noisy, so whatever is compared has to run interleaved in one process.
 
     Args:
-        functions: What is timed.
-        rounds: Rounds that are timed.
-        warm_up: Rounds before them.
-        until: Time of `time.perf_counter` from which on no round begins, but for the first that is timed.
+        functions: The functions to time, by name.
+        rounds: Timed rounds.
+        warm_up: Untimed rounds before them.
+        until: No round starts after this time of `time.perf_counter`, except for the first timed round.
     """
     times: dict[Name, list[float]] = {name: [] for name in functions}
-    for number in range(warm_up + rounds):
-        if number > warm_up and time.perf_counter() > until:
+    for index in range(warm_up + rounds):
+        if index > warm_up and time.perf_counter() > until:
             break
         for name, function in functions.items():
             start = time.perf_counter()
             function()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            if number >= warm_up:
+            if index >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
 
@@ -108,21 +108,26 @@ def in_turns(
 def ratios(
     times: Mapping[Name, list[float]], reference: Name
 ) -> dict[Name, tuple[float, float, float, float]]:
-    """For each function: median seconds, and the median, least and largest ratio to the reference's round."""
+    """How much faster each function is than a reference, round by round.
+
+    Returns:
+        For each name: median seconds; and the median, smallest and largest ratio of the reference's seconds
+        to the function's.
+    """
     rows = {}
     for name, seconds in times.items():
-        by_round = [theirs / own for own, theirs in zip(seconds, times[reference], strict=True)]
+        by_round = [baseline / measured for measured, baseline in zip(seconds, times[reference], strict=True)]
         rows[name] = statistics.median(seconds), statistics.median(by_round), min(by_round), max(by_round)
     return rows
 
 
 def peak_memory(function: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """Bytes that a function of this module's importer takes at most, in a process of its own.
+    """Peak memory of a function in bytes, measured in a new process.
 
     Args:
-        function: A function at the top of a module; called as `prepare = function(*arguments)`, and what it
-            returns is called without arguments. Memory is counted from between the two.
-        *arguments: Plain values.
+        function: A module-level function. It is called with the arguments and returns a function, which is
+            called without arguments; only the memory of the second call is counted.
+        *arguments: Values that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -146,7 +151,7 @@ def _measure(queue: Any, function: Callable[..., Callable[[], Any]], arguments: 
 
 
 def reset_peak() -> None:
-    """Count the peak of memory from here on."""
+    """Start a new measurement of peak memory."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -154,12 +159,12 @@ def reset_peak() -> None:
 
 
 def peak() -> int:
-    """Most bytes since `reset_peak`: allocated on the GPU, or of this process where there is none."""
+    """Most bytes in use since `reset_peak`: allocated on the GPU, or of this process if there is no GPU."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else status("VmHWM")
 
 
 def free() -> None:
-    """Let go of what was compiled, and give memory that nobody holds back to the device."""
+    """Drop compiled code, and return unused memory to the device."""
     torch._dynamo.reset()
     gc.collect()
     if DEVICE == "cuda":
@@ -168,13 +173,13 @@ def free() -> None:
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status (Linux)."""
-    # Not getrusage: its peak is handed down to child processes.
+    # Not getrusage: child processes inherit its peak.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def machine() -> str:
-    """One line on what this ran on."""
+    """The machine and the version of torch, in one line."""
     if DEVICE == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()

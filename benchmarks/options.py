@@ -3,10 +3,10 @@
     python benchmarks/options.py
     python benchmarks/options.py --batch 1 --tokens 16384 --ways reference checkpointing "eager attention"
 
-The model of training_step.py with the integrated energy loss, in turns in one process; peak memory each in a
-process of its own. The reference is what a recipe does when it says nothing: float32, sdpa attention,
-nothing compiled, nothing recomputed; its optimizer here is AdamW, fused as recipes have it. One option is
-changed at a time.
+It trains the model of training_step.py with the integrated energy loss, with options in turns in one process;
+peak memory is measured in separate processes. The reference has the defaults of a recipe: float32, sdpa
+attention, no compilation, no checkpointing; but AdamW, fused, as its optimizer. Each option changes one
+thing.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def step(
     checkpointing: bool = False,
     attention: str = "sdpa",
 ) -> Callable[[], Tensor]:
-    """A function that takes an optimizer step with the options and returns the loss."""
+    """A function that runs an optimizer step with the given options and returns the loss."""
     torch.manual_seed(0)
     settings = config(0)
     settings.backbone.max_position_embeddings = max(1024, tokens)
@@ -53,7 +53,7 @@ def step(
     torch.nn.init.normal_(model.head.out.weight, std=0.02)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    # Small rates: weights that run away give denormal gradients, which a CPU multiplies slowly.
+    # Small rates: diverging weights give denormal gradients, which are slow on a CPU.
     updates = build_optimizer(
         model, OptimizerSettings(name=optimizer, learning_rate=1e-4, adamw_learning_rate=1e-4)
     )
@@ -74,7 +74,7 @@ def step(
 
 
 def main() -> None:
-    """Print a line for each option."""
+    """Print one line per option."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def step_with(name: str, batch: int, tokens: int) -> Callable[[], Tensor]:
-    """`step` with the options of a way."""
+    """`step` with the options of one of `WAYS`."""
     return step(batch, tokens, **WAYS[name])
 
 

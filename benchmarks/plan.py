@@ -1,10 +1,10 @@
-"""Is what `calm plan` says true: memory and time of small trainings on this machine's CPU?
+"""How accurate is `calm plan`? Memory and time of small training runs on this machine's CPU.
 
     python benchmarks/plan.py
 
-Trains with the Trainer of `calm train` for a few steps, each case in processes of its own, and sets the peak
-of a process beside the plan. For time, the utilisation that one size reaches on one thread
-predicts the others.
+It trains for a few steps with the Trainer of `calm train`, each case in new processes, and compares the peak
+memory of a process with the plan. For time, the utilisation that the first case reaches on one thread
+predicts the other cases.
 """
 
 import argparse
@@ -37,19 +37,19 @@ from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.trainer import ChunkTrainer
 
 MEMORY_STEPS, TIME_STEPS = 3, 9
-# Freed memory goes back to the system at once, so that the peak of a process is that of its tensors.
-_GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Freed memory is returned to the system at once, so that the peak of a process is that of its tensors.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training.
+    """A training run.
 
     Args:
-        recipe: Shipped name.
-        settings: Changes to it; those of training are of the stage that is trained.
-        stage: Which of its stages: 0 for the first, -1 for the language model.
-        processes: How many share it.
+        recipe: Name of a shipped recipe.
+        settings: Changed settings; those of the trained stage are given without its name.
+        stage: Which stage is trained: 0 for the first, -1 for the language model.
+        processes: Number of processes that share it.
     """
 
     recipe: str
@@ -58,19 +58,14 @@ class Case:
     processes: int = 1
 
     def planned(self) -> PlannedStage:
-        """Its stage."""
+        """The planned stage."""
         part = "autoencoder" if self.stage == 0 else "language_model"
-        settings = {
-            f"{part}.{name}"
-            if name.startswith(("training", "sharded", "num", "hidden", "inter"))
-            else name: value
-            for name, value in self.settings.items()
-        }
+        settings = {f"{part}.{name}": value for name, value in self.settings.items()}
         return stages_of(with_settings(read_recipe(self.recipe), settings), self.processes)[self.stage]
 
     @property
     def sharing(self) -> Sharing:
-        """What processes share."""
+        """How the processes share the work."""
         if self.processes == 1:
             return "one process"
         return "FSDP" if self.settings.get("sharded") else "DDP"
@@ -106,12 +101,12 @@ TIME = {
 
 
 def trainer_of(planned: PlannedStage, steps: int, folder: Path) -> ChunkTrainer:
-    """The Trainer of a stage on random tokens, two documents in a block."""
+    """The Trainer of a stage, on random tokens with two documents per block."""
     chunks = planned.context // planned.chunk_size
-    number = planned.settings.batch_tokens // planned.context
-    tokens = torch.randint(4, planned.config.vocab_size, (number, planned.context))
+    num_blocks = planned.settings.batch_tokens // planned.context
+    tokens = torch.randint(4, planned.config.vocab_size, (num_blocks, planned.context))
     positions = torch.arange(chunks) % -(-chunks // 2)
-    rows = {"input_ids": tokens, "labels": tokens, "position_ids": positions.expand(number, -1)}
+    rows = {"input_ids": tokens, "labels": tokens, "position_ids": positions.expand(num_blocks, -1)}
     blocks: Any = datasets.Dataset.from_dict({name: rows[name].numpy() for name in rows}).with_format("torch")
     settings = planned.settings
     settings.steps, settings.log_every, settings.evaluate_every, settings.save_every = steps, 1, 0, 0
@@ -123,7 +118,7 @@ def trainer_of(planned: PlannedStage, steps: int, folder: Path) -> ChunkTrainer:
 
 
 def training(name: str, rank: int, port: int) -> Callable[[], Any]:
-    """Imports what training needs, by training a little; what is returned trains a case."""
+    """A function that trains a case; everything that training imports is loaded first, by a tiny training."""
     case = MEMORY[name]
     torch.set_num_threads(1)
     planned = case.planned()
@@ -143,23 +138,23 @@ def training(name: str, rank: int, port: int) -> Callable[[], Any]:
 
 
 def reset_processes() -> None:
-    """Forget that this process was alone."""
+    """Make accelerate forget that it was set up for a single process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
 def measured_peak(name: str) -> int:
-    """Bytes that the largest process of a case takes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    number = MEMORY[name].processes
-    with ThreadPoolExecutor(number) as pool:
-        return max(pool.map(lambda rank: peak_memory(training, name, rank, port), range(number)))
+    """Peak bytes of the largest process of a case."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
+    processes = MEMORY[name].processes
+    with ThreadPoolExecutor(processes) as pool:
+        return max(pool.map(lambda rank: peak_memory(training, name, rank, port), range(processes)))
 
 
 def planned_peak(case: Case) -> dict[str, int]:
-    """Bytes of a process by part."""
+    """Planned bytes of a process, by part."""
     planned = case.planned()
     blocks, passes = planned.settings.batches(planned.context, case.processes)
     return Footprint(planned, is_gpu=False).parts(
@@ -168,18 +163,18 @@ def planned_peak(case: Case) -> dict[str, int]:
 
 
 class Clock(TrainerCallback):
-    """Notes the processor's seconds at the end of each step: others may be at work on the machine."""
+    """Records CPU time at the end of each step; unlike wall time, it ignores what else the machine does."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.process_time())
 
 
 def measured_seconds(case: Case) -> float:
-    """Median seconds of a step on one thread, the first ones aside."""
+    """Median CPU seconds of a step on one thread, without the first steps."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(case.planned(), TIME_STEPS, Path(folder))
@@ -189,7 +184,7 @@ def measured_seconds(case: Case) -> float:
 
 
 def shortest(function: Callable[[], Any]) -> float:
-    """The processor's seconds of a function, the least of a few."""
+    """CPU seconds of a function: the minimum of several calls."""
     return min(timeit.repeat(function, number=1, repeat=7, timer=time.process_time))
 
 
@@ -198,7 +193,7 @@ def compare_memory(names: list[str]) -> None:
     print(
         "| training | planned, MiB | most of it | measured, MiB | planned / measured |\n|---|---|---|---|---|"
     )
-    os.environ |= _GIVING_BACK  # For the processes that are started.
+    os.environ |= _ALLOCATOR  # For the child processes.
     for name in names:
         parts, measured = planned_peak(MEMORY[name]), measured_peak(name)
         planned = sum(parts.values())
@@ -211,11 +206,11 @@ def compare_memory(names: list[str]) -> None:
 
 
 def compare_times() -> None:
-    """Print planned and measured seconds of a step for each size; the first gives the utilisation."""
+    """Print planned and measured seconds of a step for each case; the first case gives the utilisation."""
     torch.set_num_threads(1)
     matrix, numbers = torch.ones(1024, 1024), torch.ones(2**26)
     rate = 2 * 1024**3 / shortest(lambda: matrix @ matrix)
-    bandwidth = 2 * numbers.nbytes / shortest(lambda: numbers.mul_(2))  # Each is read and written.
+    bandwidth = 2 * numbers.nbytes / shortest(lambda: numbers.mul_(2))  # Each number is read and written.
     card = Device("a thread", 0, rate, rate, bandwidth, 0)
     print(f"one thread; matrix products: {rate / 1e9:.0f} GFLOP/s; memory: {card.bandwidth / 1e9:.0f} GB/s\n")
     print("| training | planned, s | measured, s | planned / measured |\n|---|---|---|---|")

@@ -1,12 +1,12 @@
-"""How long does it take to find the most likely tokens of decoder outputs?
+"""How long does it take to find the likeliest tokens of decoder outputs?
 
     python benchmarks/projection.py                 # 128,256 tokens of 512, with and without structure
     python benchmarks/projection.py runs/demo/model # the embeddings and decoder outputs of a model
 
-Compared, in turns within one run: all scores and their argmax (the obvious way), and slices of the
-vocabulary with a running maximum. "Structure" gives random embeddings the spectrum that the demo's
-trained ones have (77% of the energy in a 16th of the directions, 84% in an eighth, 90% in a quarter, 95% in
-a half). Tokens that differ from the obvious way are counted.
+It compares, in turns in one process, the argmax of all logits (the obvious way) with slices of the vocabulary
+and a running maximum. "Structure" gives random embeddings the spectrum of the demo's trained ones (77% of the
+energy in a 16th of the directions, 84% in an eighth, 90% in a quarter, 95% in a half). Tokens that differ
+from the obvious way are counted.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from calm.models.calm import CalmForCausalLM
 
 
 def obvious(vectors: Tensor, weight: Tensor) -> Tensor:
-    """All scores at once."""
+    """The argmax of all logits at once."""
     return (vectors @ weight.T).argmax(-1)
 
 
@@ -34,8 +34,8 @@ def structured(size: int, width: int, generator: torch.Generator) -> Tensor:
     borders = [0, width // 16, width // 8, width // 4, width // 2, width]
     for share, low, high in zip((0.77, 0.07, 0.06, 0.05, 0.05), borders, borders[1:], strict=False):
         energy[low:high] = share / (high - low)
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    return (torch.randn(size, width, generator=generator) * energy.sqrt()) @ turn
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return (torch.randn(size, width, generator=generator) * energy.sqrt()) @ rotation
 
 
 def cases(folder: str | None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -53,45 +53,45 @@ def cases(folder: str | None) -> dict[str, tuple[Tensor, Tensor]]:
         weight = model.autoencoder.get_input_embeddings().weight.detach()
         return {f"{folder}, {len(vectors)} vectors": (vectors, weight)}
     size, width = 128_256, 512
-    found = {}
+    vectors_and_weights = {}
     for name, weight in (
         ("no structure", torch.randn(size, width, generator=generator) / width**0.5),
         ("structure", structured(size, width, generator)),
     ):
         for num_vectors in (64, 800):  # 16 and 200 draws of chunks of 4.
-            true = torch.randint(size, (num_vectors,), generator=generator)
+            tokens = torch.randint(size, (num_vectors,), generator=generator)
             noise = torch.randn(num_vectors, width, generator=generator)
-            # A decoder points at its token; the noise is about as long as the embedding.
-            vectors = weight[true] + noise * weight[true].norm(dim=1, keepdim=True) / width**0.5
-            found[f"{name}, {num_vectors} vectors"] = (vectors, weight)
-    return found
+            # A decoder's output points at its token; the noise is about as long as the embedding.
+            vectors = weight[tokens] + noise * weight[tokens].norm(dim=1, keepdim=True) / width**0.5
+            vectors_and_weights[f"{name}, {num_vectors} vectors"] = (vectors, weight)
+    return vectors_and_weights
 
 
 @torch.no_grad()
 def main() -> None:
-    """Time all ways on all cases."""
+    """Time all methods on all cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     for name, (vectors, weight) in cases(arguments.folder).items():
-        ways = {"slices": lambda v, w=weight: argmax_of_logits(v, w)}
-        ways["obvious"] = lambda v, w=weight: obvious(v, w)
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        wrong: dict[str, int] = {}
+        methods = {"slices": lambda v, w=weight: argmax_of_logits(v, w)}
+        methods["obvious"] = lambda v, w=weight: obvious(v, w)
+        seconds: dict[str, list[float]] = {method: [] for method in methods}
+        num_differing: dict[str, int] = {}
         expected = obvious(vectors, weight)
         for _ in range(arguments.rounds):
-            for way, run in ways.items():
+            for method, run in methods.items():
                 start = time.perf_counter()
                 tokens = run(vectors)
-                seconds[way].append(time.perf_counter() - start)
-                wrong[way] = int((tokens != expected).sum())
-        for way, values in seconds.items():
+                seconds[method].append(time.perf_counter() - start)
+                num_differing[method] = int((tokens != expected).sum())
+        for method, values in seconds.items():
             ratios = [a / b for a, b in zip(seconds["obvious"], values, strict=True)]
             print(
-                f"{name}  {way:10s}: {1e3 * statistics.median(values):8.1f} ms, "
+                f"{name}  {method:10s}: {1e3 * statistics.median(values):8.1f} ms, "
                 f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) the speed of "
-                f"the obvious way, {wrong[way]} tokens differ",
+                f"the obvious way, {num_differing[method]} tokens differ",
                 flush=True,
             )
 

@@ -1,23 +1,23 @@
-"""Can CALM write real prose, and is it better than a Transformer of equal total cost?
+"""Can a CALM write real prose, and is it better than a Transformer of equal total cost?
 
     python benchmarks/prose.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/prose
 
-For each seed and each budget of training FLOPs one model of each kind is trained on the same text with
-the same tokenizer, optimizer and context, at a width (`MODELS`) that suits such budgets where one was sought,
-and scored on the same held-out text:
+For each seed and each budget of training FLOPs, one model of each kind is trained on the same text with the
+same tokenizer, optimizer and context, and scored on the same held-out text. Widths (`MODELS`) suit these
+budgets, as far as they were tuned.
 
     baseline          a Llama of tokens
-    energy_K4         CALM as published, but for Muon and the integrated posterior (recipe `laptop_energy`);
-                      its autoencoder takes more FLOPs than most of these budgets: it is trained in full,
-                      once for all budgets of a seed, and does not count
+    energy_K4         CALM as published, except for Muon and the integrated posterior (`laptop_energy`);
+                      its autoencoder takes more FLOPs than most of these budgets, so it is trained in full,
+                      once for all budgets of a seed, and is not counted
     energy_K2         the same with chunks of two tokens
     categorical_K4    the categorical flow head, which draws four tokens at once (recipe `laptop_categorical`)
     sequential_K4     the sequential head, one token after another (recipe `laptop_quick`)
     sequential_K2     the same with chunks of two tokens
 
-What is finished is kept, so the benchmark goes on where it was stopped; runs of several seeds may share an
-output folder at the same time, once its text is prepared. `--models` with no name trains nothing; so this
-draws the table and the figure of what was measured for the documentation:
+Finished runs and results are kept, so an interrupted benchmark resumes; once the text is prepared, runs of
+several seeds may share an output folder at the same time. `--models` without a name trains nothing, so this
+makes the table and the figure of the documentation:
 
     python benchmarks/prose.py --results benchmarks/results/prose --models
 """
@@ -66,13 +66,13 @@ from calm.training.stages import train, train_autoencoder
 
 
 class Kind(NamedTuple):
-    """A kind of model: its recipe, and what is set for this text and these budgets (docs/log.md)."""
+    """A kind of model: its recipe, and settings tuned for this text and these budgets (docs/log.md)."""
 
     label: str
     recipe: str
     chunk_size: int
     width: int
-    batch: int  # Tokens of a step.
+    batch: int  # Tokens per step.
 
 
 MODELS = {
@@ -85,15 +85,15 @@ MODELS = {
 }
 CONTEXT = 512
 FLOOR = "floor.json"
-Result = dict[str, Any]  # What a model was and what it reached, as it is written to a file.
-LOW = 0.5  # The temperature of fluent text.
+Result = dict[str, Any]  # A model's settings, cost and scores, as saved in a file.
+LOW = 0.5  # A temperature of fluent text.
 WARM_BLOCKS, SEED = 16, 1234
-NUM_DRAWS = 8  # Of a chunk at T = 1, where a CALM has no probabilities.
-PROMPT, NUM_PROMPTS = 96, 2048  # Of the share of well-formed chunks.
+NUM_DRAWS = 8  # Per chunk at T = 1, for models without probabilities.
+PROMPT, NUM_PROMPTS = 96, 2048  # Tokens and number of prompts for the share of well-formed chunks.
 
 
 def main() -> None:
-    """Train and score what is missing, then draw up what there is."""
+    """Train and score whatever is missing, then print the table and draw the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -142,23 +142,23 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 
 def run(name: str, budget: float, seed: int, output: Path, num_blocks: int | None) -> Result:
-    """Train and score one model; what it was and what it reached."""
+    """Train and score one model; return its settings, cost and scores."""
     folder = output / f"{name}_{budget:.3g}_seed{seed}"
     recipe = recipe_of(name, seed, output / "data")
     if recipe.trains_autoencoder:
         recipe = with_autoencoder(recipe, output / f"autoencoder_{name}_seed{seed}")
     recipe = with_budget(recipe, budget)
     print(f"{folder.name}: {recipe.language_model.training.steps} steps", flush=True)
-    was_stopped = (folder / RECIPE).is_file() and not (folder / "model").is_dir()
+    is_resumed = (folder / RECIPE).is_file() and not (folder / "model").is_dir()
     train(recipe, folder, resume=(folder / RECIPE).is_file())
     scores = score(folder, recipe.data.context, num_blocks)
-    if was_stopped:
-        scores["seconds"] = math.nan  # Known only from where it went on.
+    if is_resumed:
+        scores["seconds"] = math.nan  # Only the time after resuming is known.
     return {"model": name, "budget": budget, "seed": seed, **scores, "words": score_words(folder)}
 
 
 def recipe_of(name: str, seed: int, data: Path) -> Recipe:
-    """The recipe of a model, whatever the budget."""
+    """The recipe of a model, for any budget."""
     kind = MODELS[name]
     recipe = at_chunk_size(read_recipe(kind.recipe), kind.chunk_size)
     training = dataclasses.replace(
@@ -177,13 +177,13 @@ def recipe_of(name: str, seed: int, data: Path) -> Recipe:
 
 
 def with_autoencoder(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with an autoencoder, which is trained if it is not there."""
+    """The recipe with an autoencoder from a folder, where it is trained first if it is missing."""
     path = train_autoencoder(recipe, folder, resume=(folder / RECIPE).is_file())
     return dataclasses.replace(recipe, autoencoder=dataclasses.replace(recipe.autoencoder, path=str(path)))
 
 
 def with_budget(recipe: Recipe, budget: float) -> Recipe:
-    """The recipe with as many steps as a budget of FLOPs allows; a given autoencoder is free."""
+    """The recipe with as many steps as a budget of FLOPs allows; an existing autoencoder costs nothing."""
     steps = affordable_steps(recipe, load_prepared(Path(recipe.data.sources[0])).vocab_size, budget)
     training = dataclasses.replace(recipe.language_model.training, steps=steps)
     model = dataclasses.replace(recipe.language_model, training=training)
@@ -205,8 +205,8 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
     }
     if isinstance(model, CalmForCausalLM):
         blocks = data.blocks("validation", chunk_size=size, block_size=context)
-        rebuilt = score_reconstruction(model.autoencoder, blocks, num_blocks)
-        result["given_back"] = rebuilt.token_accuracy
+        reconstruction = score_reconstruction(model.autoencoder, blocks, num_blocks)
+        result["given_back"] = reconstruction.token_accuracy
     if language_model(model).has_likelihood:
         width = scorer_of(model).chunk_size
         blocks = data.blocks("validation", chunk_size=width, block_size=context)
@@ -214,7 +214,7 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
     for temperature, blocks_scored in ((1.0, num_blocks), (LOW, WARM_BLOCKS)):
         scorer = scorer_of(model, temperature=temperature)
         blocks = data.blocks("validation", chunk_size=scorer.chunk_size, block_size=context)
-        num_draws = NUM_DRAWS if temperature == 1 else 2  # Probabilities need none.
+        num_draws = NUM_DRAWS if temperature == 1 else 2  # Unused with probabilities.
         brier = score_with(scorer, model, blocks, blocks_scored, SEED, num_draws)
         if temperature == 1:
             assert brier.documents is not None
@@ -231,65 +231,66 @@ def score(folder: Path, context: int, num_blocks: int | None) -> Result:
 
 
 def score_floor(path: Path, context: int, num_blocks: int | None) -> Result:
-    """BrierLM of a trigram model of the training text, and how well-formed held-out chunks are."""
+    """BrierLM of a trigram model of the training text, and the share of well-formed held-out chunks."""
     data = load_prepared(path)
     blocks = data.blocks("validation", chunk_size=4, block_size=context)
     [(_, trigrams)] = ngram_models([3], data, 4)
     floor = score_ngrams_brier(trigrams, blocks, num_blocks)
-    prompts, truth = zip(*prompts_of(data), strict=True)
-    words = share_of_words(data.tokenizer, prompts, truth, known_words(data))
+    prompts, continuations = zip(*prompts_of(data), strict=True)
+    words = share_of_words(data.tokenizer, prompts, continuations, known_words(data))
     scores = {"brier_lm": floor.brier_lm, "error": floor.brier_lm_error, "words": words}
     assert floor.documents is not None
     return scores | {"documents": rows_of(floor.documents)}
 
 
 def score_words(folder: Path) -> dict[str, float]:
-    """Share of well-formed chunks at two temperatures: four tokens written after held-out text."""
+    """Share of well-formed chunks at two temperatures: four tokens generated after held-out text."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder / "model"))
     data = load_prepared(folder.parent / "data")
     known, prompts = known_words(data), [prompt for prompt, _ in prompts_of(data)]
     shares = {}
     for temperature in (1.0, LOW):
-        written: list[list[int]] = []
+        chunks: list[list[int]] = []
         for first in range(0, len(prompts), 64):
             batch = prompts[first : first + 64]
-            written += continue_tokens(
+            chunks += continue_tokens(
                 model, tokenizer, batch, max_new_tokens=4, temperature=temperature, seed=SEED
             ).tolist()
-        shares[f"T{temperature:g}"] = share_of_words(tokenizer, prompts, written, known)
+        shares[f"T{temperature:g}"] = share_of_words(tokenizer, prompts, chunks, known)
     return shares
 
 
 def prompts_of(data: PreparedData) -> list[tuple[list[int], list[int]]]:
-    """Places of the held-out text: tokens before each, and the four after it."""
-    places = [
+    """Prompts from the held-out text, each with the four tokens that follow it."""
+    pairs = [
         (list(tokens[start : start + PROMPT]), list(tokens[start + PROMPT : start + PROMPT + 4]))
         for tokens in data.validation["input_ids"]
         for start in range(0, len(tokens) - PROMPT - 4, PROMPT)
     ]
-    return places[:NUM_PROMPTS]
+    return pairs[:NUM_PROMPTS]
 
 
 def share_of_words(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    written: Sequence[list[int]],
+    chunks: Sequence[list[int]],
     known: tuple[set[str], set[str]],
 ) -> float:
-    """Share of the chunks all of whose words are known, of those that hold letters.
+    """Share of chunks, among those with letters, in which all words are known.
 
-    Known is a word of the training text; a word that is left unfinished counts if a known one begins like it.
+    A word is known if it occurs in the training text, and an unfinished one if a known word begins with it.
     """
     words, beginnings = known
-    good = total = 0
-    for before, new in zip(prompts, written, strict=True):
-        begun, whole = (str(tokenizer.decode(ids)) for ids in (before[-8:], before[-8:] + new))
-        touched = [m for m in re.finditer(r"[A-Za-z]+", whole) if m.end() > len(begun) and m.start()]
-        good += bool(touched) and all(
-            m.group() in (beginnings if m.end() == len(whole) else words) for m in touched
+    num_known = total = 0
+    for prompt, chunk in zip(prompts, chunks, strict=True):
+        context, text = (str(tokenizer.decode(ids)) for ids in (prompt[-8:], prompt[-8:] + chunk))
+        # Words that the chunk begins, continues or ends; the first one of the context may be cut off.
+        matches = [m for m in re.finditer(r"[A-Za-z]+", text) if m.end() > len(context) and m.start()]
+        num_known += bool(matches) and all(
+            m.group() in (beginnings if m.end() == len(text) else words) for m in matches
         )
-        total += bool(touched)  # Punctuation alone says nothing.
-    return good / total
+        total += bool(matches)  # Chunks of punctuation do not count.
+    return num_known / total
 
 
 def known_words(data: PreparedData) -> tuple[set[str], set[str]]:
@@ -301,7 +302,7 @@ def known_words(data: PreparedData) -> tuple[set[str], set[str]]:
 
 
 def report(folder: Path) -> None:
-    """Tables and the figure, of all runs that are finished."""
+    """Print the table and draw the figure of all finished runs."""
     floor = json.loads((folder / FLOOR).read_text())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
     print(
@@ -329,35 +330,39 @@ def report(folder: Path) -> None:
 def difference_of(result: Result, results: list[Result]) -> str:
     """BrierLM minus that of the baseline with the same budget and seed; documents are paired."""
     for other in results:
-        same = other["budget"] == result["budget"] and other["seed"] == result["seed"]
-        if same and other["model"] == "baseline" != result["model"]:
-            one, base = sums_of(result["documents"]), sums_of(other["documents"])
-            return with_error(*brier_lm_difference(one, base), "+") if one.pairs_with(base) else ""
+        is_match = other["budget"] == result["budget"] and other["seed"] == result["seed"]
+        if is_match and other["model"] == "baseline" != result["model"]:
+            sums, baseline = sums_of(result["documents"]), sums_of(other["documents"])
+            if not sums.pairs_with(baseline):
+                return ""
+            return with_error(*brier_lm_difference(sums, baseline), "+")
     return ""
 
 
 def plot(results: list[Result], floor: Result, path: Path) -> None:
-    """BrierLM against training FLOPs, time and FLOPs of a written token; and nats."""
+    """Plot BrierLM against training FLOPs, training time and FLOPs per generated token; and nats."""
     figure = new_figure(12, 8)
     axes = figure.subplots(2, 2).flatten()
-    places = (
+    panels = (
         ("training FLOPs", lambda r: r["training_flops"], brier_of),
         ("training FLOPs", lambda r: r["training_flops"], nats_of),
         ("training minutes", lambda r: r["seconds"] / 60, brier_of),
         (f"FLOPs per written token, T = {LOW:g}", lambda r: r["T0.5"]["inference_flops"], brier_of),
     )
-    order = {name: number for number, name in enumerate(MODELS)}
+    order = {name: index for index, name in enumerate(MODELS)}
     ordered = sorted(results, key=lambda r: (order[r["model"]], r["budget"]))
     for name, group in groupby(ordered, lambda r: r["model"]):
         runs = list(group)
-        for axis, (label, x_of, y_of) in zip(axes, places, strict=True):
+        for axis, (label, x_of, y_of) in zip(axes, panels, strict=True):
             points = []
             for _, seeds in groupby(runs, lambda r: r["budget"]):
                 same = list(seeds)
                 values, errors = zip(*map(y_of, same), strict=True)
-                spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0  # Of no number: none.
-                # Seeds share the documents, so that error does not shrink with their number.
-                known = [error for error in errors if not math.isnan(error)] or [0.0]  # Of 0: none.
+                spread = float(torch.tensor(values).std()) if len(values) > 1 else 0.0
+                # Seeds share the documents, so the error over documents does not shrink with their number.
+                known = [error for error in errors if not math.isnan(error)] or [
+                    0.0
+                ]  # NaN if the score is 0.
                 error = max(statistics.mean(known), spread / len(values) ** 0.5)
                 points.append((statistics.mean(map(x_of, same)), statistics.mean(values), error))
             x, y, error = zip(*points, strict=True)
@@ -370,7 +375,7 @@ def plot(results: list[Result], floor: Result, path: Path) -> None:
     for axis in axes[:2]:
         axis.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
     axes[2].set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
-    for axis, (_, _, y_of) in zip(axes, places, strict=True):
+    for axis, (_, _, y_of) in zip(axes, panels, strict=True):
         axis.set_ylabel("nats per token (held-out)" if y_of is nats_of else "BrierLM (held-out, T = 1)")
         if y_of is brier_of:
             axis.axhline(floor["brier_lm"], color="gray", linestyle="--", label="trigram")
@@ -381,12 +386,12 @@ def plot(results: list[Result], floor: Result, path: Path) -> None:
 
 
 def brier_of(result: Result) -> tuple[float, float]:
-    """BrierLM at T = 1 with its standard error."""
+    """BrierLM at T = 1, and its standard error."""
     return result["T1"]["brier_lm"], result["T1"]["error"]
 
 
 def nats_of(result: Result) -> tuple[float, float]:
-    """Cross-entropy where it is known."""
+    """Cross-entropy, NaN if the model has none, and an error of 0."""
     return result.get("cross_entropy", math.nan), 0.0
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share that train small models of prose, one for each kind, budget and seed."""
+"""Shared by benchmarks that train small models of prose, one for each kind, budget and seed."""
 
 import argparse
 import json
@@ -23,15 +23,16 @@ def fill_table(
     run: Run,
     table: Callable[[list[Row]], list[str]],
 ) -> None:
-    """The command of such a benchmark: train and score what is missing, and print a table.
+    """Run the command line of such a benchmark: train and score whatever is missing, and print a table.
 
     Args:
-        about: What its help says.
-        kinds: What there is to train.
-        budget: FLOPs of each, where no others are asked for.
-        results: Folder beside this file that results are in.
-        run: Trains and scores one, unless it was, given kind, budget, seed, text and folder of results.
-        table: The lines of the table, from all results.
+        about: Text of its help.
+        kinds: All kinds of models.
+        budget: Default budget in FLOPs.
+        results: Subfolder of `results` for its results.
+        run: Trains and scores a model, unless its result exists; called with kind, budget, seed, the prepared
+            text and the folder of results.
+        table: Results -> the lines of the table.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default="train.jsonl.xz", help="training text")
@@ -47,15 +48,15 @@ def fill_table(
         if not data.is_dir():
             prepare([arguments.train], data, validation_sources=[arguments.valid], vocab_size=4096)
         for seed in arguments.seeds:
-            for one in arguments.budgets:
+            for flops in arguments.budgets:
                 for kind in arguments.kinds:
-                    run(kind, one, seed, data, arguments.results)
+                    run(kind, flops, seed, data, arguments.results)
     rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
     print("\n".join(table(rows)))
 
 
 def trained(recipe: Recipe, folder: Path) -> int:
-    """Train a model, or go on where that was stopped; the steps that it takes."""
+    """Train a model, or resume its training; return the number of its steps."""
     steps = recipe.language_model.training.steps
     print(f"{folder.name}: {steps} steps", flush=True)
     train(recipe, folder, resume=(folder / RECIPE).is_file())

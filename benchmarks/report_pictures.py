@@ -1,9 +1,9 @@
-"""Pictures of reports: 1280 and 390 pixels wide, light and dark.
+"""Take pictures of reports: 1280 and 390 pixels wide, light and dark.
 
     calm demo --output runs/demo
     python benchmarks/report_pictures.py runs/demo/report.html --output pictures
 
-It needs Chromium. With --height only the top of each page is shown, else all of it.
+It needs Chromium. With --height, only the top of each page is taken, else all of it.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from playwright.sync_api import Browser, sync_playwright
 Mode = Literal["light", "dark"]
 WIDTHS = (1280, 390)
 MODES: tuple[Mode, ...] = ("light", "dark")
-COLORS = 128  # Of a picture: flat surfaces, and few series.
+COLORS = 128  # Enough for flat surfaces and a few series.
 
 
 def take(browser: Browser, report: Path, width: int, height: int | None, mode: Mode, path: Path) -> None:
-    """One picture of a report."""
+    """Take one picture of a report."""
     context = browser.new_context(
         viewport={"width": width, "height": height or 800},
         color_scheme=mode,
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, help="pixels of the top that are shown")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as running:
-        browser = running.chromium.launch(
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
         )
         for report, width, mode in itertools.product(arguments.reports, WIDTHS, MODES):

@@ -1,9 +1,9 @@
-"""Unselected texts of several models at several temperatures, as a page of the documentation.
+"""Write a page with unselected texts of several models at several temperatures.
 
     python benchmarks/samples.py CALM=runs/a/model baseline=runs/b/model --prompt "The old house" \
         --output samples.md
 
-Every model continues the same prompt with the seeds 1, 2, ...; nothing is left out.
+Every model continues the same prompt with the seeds 1, 2, ...; no text is left out.
 """
 
 import argparse
@@ -26,11 +26,11 @@ def main() -> None:
     parser.add_argument("--title", default="Samples")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    if wrong := [named for named in arguments.models if "=" not in named]:
-        parser.error(f"a model must be name=folder, not '{wrong[0]}'.")
+    if invalid := [model for model in arguments.models if "=" not in model]:
+        parser.error(f"a model must be name=folder, not '{invalid[0]}'.")
     lines = [f"## {arguments.title}", "", f"All continue: *{arguments.prompt}*", ""]
-    for named in arguments.models:
-        name, folder = named.split("=", 1)
+    for name_and_folder in arguments.models:
+        name, folder = name_and_folder.split("=", 1)
         model, tokenizer = load_language_model_and_tokenizer(folder)
         for temperature in arguments.temperatures:
             lines += [f"### {name}, T = {temperature:g}", ""]
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def as_markdown(text: str) -> str:
-    """One line, with nothing that is taken for markup."""
+    """A text as one line, with all markup escaped."""
     text = " ".join(text.split()).replace("\\", "\\\\")
     for mark in "*_`<>[]#|":
         text = text.replace(mark, f"\\{mark}")

@@ -1,10 +1,10 @@
-"""Pictures of the playground for docs/serving.md: 1280 and 390 pixels wide, light and dark.
+"""Take pictures of the playground for docs/serving.md: 1280 and 390 pixels wide, light and dark.
 
     python examples/conversations.py conversations.jsonl
     calm finetune --recipe full --model stories --examples.sources conversations.jsonl --output runs/chat
     python benchmarks/screenshots.py --chat runs/chat/model
 
-It needs Chromium; fonts are those of the machine, Inter first.
+It needs Chromium, and uses the fonts of the machine, Inter first.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 Mode = Literal["light", "dark"]
-Act = Callable[[Page, str], None]
+Action = Callable[[Page, str], None]
 SIZES = ((1280, 860), (390, 844))
 MODES: tuple[Mode, ...] = ("light", "dark")
-COLORS = 96  # Of a picture: flat surfaces and one accent need no more.
+COLORS = 96  # Enough for flat surfaces and one accent.
 QUESTIONS = ("Tell me a story about a girl named Anna.", "What happened next?", "Who is the story about?")
 
 
 @contextmanager
 def served(model: str) -> Iterator[str]:
-    """A server of a model; where its page is."""
+    """Serve a model, and provide the URL of its page."""
     command = [sys.executable, "-m", "calm", "serve", model, "--port", "0", "--name", "stories"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -42,7 +42,7 @@ def served(model: str) -> Iterator[str]:
 
 
 def set_up(page: Page, url: str, seed: int) -> None:
-    """Open the page and choose what decides the text."""
+    """Open the page, and set the options that determine the text."""
     page.goto(url)
     page.wait_for_selector("#model:not(:empty)")
     page.get_by_role("button", name="Settings").click()
@@ -52,7 +52,7 @@ def set_up(page: Page, url: str, seed: int) -> None:
 
 
 def write(page: Page, url: str) -> None:
-    """A text with an opened chunk."""
+    """Generate a text, and open a chunk."""
     set_up(page, url, seed=3)
     page.get_by_role("button", name="Write").click()
     page.locator("#continue .foot").wait_for()
@@ -60,7 +60,7 @@ def write(page: Page, url: str) -> None:
 
 
 def chat(page: Page, url: str) -> None:
-    """A conversation; where there is room, with an opened chunk."""
+    """Hold a conversation; on a wide screen, open a chunk."""
     set_up(page, url, seed=1)
     page.get_by_text("Chat", exact=True).click()
     for number, question in enumerate(QUESTIONS):
@@ -73,18 +73,18 @@ def chat(page: Page, url: str) -> None:
 
 
 def open_chunk(page: Page, text: str, number: int) -> None:
-    """See what else a chunk could have been."""
+    """Show the alternatives of a chunk."""
     page.locator(f"{text} [role=button]").nth(number).click()
     page.locator("#pool").wait_for()
 
 
 def is_phone(width: int) -> bool:
-    """Whether a window is that of a phone."""
+    """Whether a window is as narrow as that of a phone."""
     return width < 1000
 
 
-def take(browser: Browser, act: Act, url: str, size: tuple[int, int], mode: Mode, path: Path) -> None:
-    """One picture, of what is seen after something was done."""
+def take(browser: Browser, action: Action, url: str, size: tuple[int, int], mode: Mode, path: Path) -> None:
+    """Take one picture, after an action on the page."""
     phone = is_phone(size[0])
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]},
@@ -95,7 +95,7 @@ def take(browser: Browser, act: Act, url: str, size: tuple[int, int], mode: Mode
         has_touch=phone,
     )
     page = context.new_page()
-    act(page, url)
+    action(page, url)
     page.mouse.move(0, 0)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -109,16 +109,19 @@ def main() -> None:
     parser.add_argument("--chat", required=True, help="what chats: a model with a chat template")
     parser.add_argument("--output", type=Path, default=Path("docs/plots"))
     arguments = parser.parse_args()
-    acts: dict[str, tuple[str, Act]] = {"write": (arguments.model, write), "chat": (arguments.chat, chat)}
-    with sync_playwright() as running:
-        browser = running.chromium.launch(
+    actions: dict[str, tuple[str, Action]] = {
+        "write": (arguments.model, write),
+        "chat": (arguments.chat, chat),
+    }
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
         )
-        for name, (model, act) in acts.items():
+        for name, (model, action) in actions.items():
             with served(model) as url:
                 for size, mode in itertools.product(SIZES, MODES):
                     path = arguments.output / f"playground_{name}_{size[0]}_{mode}.png"
-                    take(browser, act, url, size, mode, path)
+                    take(browser, action, url, size, mode, path)
         browser.close()
 
 

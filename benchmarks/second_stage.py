@@ -1,14 +1,14 @@
-"""Does training by the Brier score after cross-entropy make a head better that draws all tokens at once?
+"""Does a second stage of training, by the Brier score, improve a head that draws all tokens at once?
 
     python benchmarks/second_stage.py --train train.jsonl.xz --valid valid.jsonl.xz --output runs/second_stage
 
-The parallel head (K = 4, the rest as in recipe `laptop_quick` at the size of prose.py) is trained by
-cross-entropy for a share of a budget of FLOPs, and for the rest by minus the mean of Brier-1 to Brier-4.
-Beside it: cross-entropy for all of the budget; cross-entropy in both stages, at the rates of the second; and
-the sequential head. The rate of the second stage is the first that was tried.
+The parallel head (K = 4, otherwise recipe `laptop_quick` at the size of prose.py) is trained by cross-entropy
+for a share of a budget of FLOPs, and then by minus the mean of Brier-1 to Brier-4. It is compared with
+cross-entropy for the whole budget; with cross-entropy in both stages, at the learning rates of the second;
+and with the sequential head. The learning rate of the second stage was not tuned.
 
-What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table is drawn
-from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table is
+printed from existing results.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class Way(NamedTuple):
     """A way of spending a budget.
 
     Args:
-        label: In the table.
+        label: Label of its row in the table.
         head_type: The head.
-        share: Of the second stage.
-        loss: Of the second stage.
+        share: Share of the second stage in the budget.
+        loss: Loss of the second stage.
     """
 
     label: str
@@ -53,11 +53,11 @@ WAYS = {
     "brier_alone": Way("all by Brier scores", share=1.0, loss="brier"),
 }
 RATE = 3e-3
-"""Peak rate of matrices in the second stage; of all else a third of it."""
+"""Peak learning rate of matrices in the second stage; other weights have a third of it."""
 
 
 def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
-    """Train and score one model, unless it was."""
+    """Train and score one model, unless its result exists."""
     file = results / f"{name}_{budget:.3g}_seed{seed}.json"
     if file.is_file():
         return
@@ -67,14 +67,15 @@ def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
     if way.share < 1:
         steps.append(trained(with_budget(recipe, budget * (1 - way.share)), first))
     if way.share > 0:
-        begin = str(first / "model") if way.share < 1 else None
-        steps.append(trained(with_budget(second(recipe, begin, way.loss), budget * way.share), folder))
+        init_from = str(first / "model") if way.share < 1 else None
+        second = second_stage(recipe, init_from, way.loss)
+        steps.append(trained(with_budget(second, budget * way.share), folder))
     else:
         folder = first
     model, _ = load_language_model_and_tokenizer(str(folder / "model"))
     blocks = load_prepared(data).blocks("validation", chunk_size=4, block_size=CONTEXT)
     brier = score_with(scorer_of(model), model, blocks, None, SEED, NUM_DRAWS)
-    found = {
+    result = {
         "way": name,
         "budget": budget,
         "seed": seed,
@@ -84,11 +85,11 @@ def run(name: str, budget: float, seed: int, data: Path, results: Path) -> None:
         "machine": machine(),
     }
     results.mkdir(parents=True, exist_ok=True)
-    write(file, found)
+    write(file, result)
 
 
 def recipe_for(head_type: str, seed: int, data: Path) -> Recipe:
-    """The recipe of the first stage, whatever the budget."""
+    """The recipe of the first stage, for any budget."""
     recipe = recipe_of("sequential_K4", seed, data)
     head = recipe.language_model.head
     if head_type != "sequential":
@@ -96,25 +97,27 @@ def recipe_for(head_type: str, seed: int, data: Path) -> Recipe:
     return dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, head=head))
 
 
-def second(recipe: Recipe, begin: str | None, loss: str) -> Recipe:
-    """The recipe of the second stage; at the rates of a first if it begins with no model."""
+def second_stage(recipe: Recipe, init_from: str | None, loss: str) -> Recipe:
+    """The recipe of the second stage; without a model to start from, it has the rates of a first stage."""
     model = recipe.language_model
     training = model.training
-    if begin is not None:
-        rates = dataclasses.replace(
+    if init_from is not None:
+        optimizer = dataclasses.replace(
             training.optimizer,
             learning_rate=RATE,
             adamw_learning_rate=RATE / 3,
             warmup_steps=10,
             schedule="linear",
         )
-        training = dataclasses.replace(training, optimizer=rates)
-    model = dataclasses.replace(model, init_from=begin, training=training, head=model.head | {"loss": loss})
+        training = dataclasses.replace(training, optimizer=optimizer)
+    model = dataclasses.replace(
+        model, init_from=init_from, training=training, head=model.head | {"loss": loss}
+    )
     return dataclasses.replace(recipe, language_model=model)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each way and budget, means over seeds."""
+    """One line per way and budget, with means over seeds."""
     lines = ["| | FLOPs | seeds | nats a token | BrierLM | Brier-1 | Brier-2 | Brier-3 | Brier-4 |"]
     lines.append("|" + "---|" * 9)
     for budget in sorted({row["budget"] for row in rows}):
@@ -122,14 +125,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             same = [row for row in rows if (row["way"], row["budget"]) == (name, budget)]
             if not same:
                 continue
-            score, nats = ([row[key] for row in same] for key in ("brier_lm", "cross_entropy"))
-            error = error_over_seeds(score, [row["error"] for row in same])
+            scores, nats = ([row[key] for row in same] for key in ("brier_lm", "cross_entropy"))
+            error = error_over_seeds(scores, [row["error"] for row in same])
             orders = " | ".join(
                 f"{statistics.mean(row['brier'][n] for row in same):.{(1, 2, 2, 3)[n]}f}" for n in range(4)
             )
             lines.append(
                 f"| {way.label} | {budget:.1e} | {len(same)} | {statistics.mean(nats):.2f} "
-                f"| {with_error(statistics.mean(score), error)} | {orders} |"
+                f"| {with_error(statistics.mean(scores), error)} | {orders} |"
             )
     return lines
 

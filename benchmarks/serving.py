@@ -1,12 +1,12 @@
-"""What do concurrent requests gain by sharing batches, and does each get its own text?
+"""What do concurrent requests gain by sharing batches, and does each get the right text?
 
     calm demo
     python benchmarks/serving.py runs/demo/model --clients 50
 
-A server in this process, and clients of the OpenAI API on loopback in another. Each client asks several
-times, with prompts and seeds of its own. All ask at once, with several sizes of the batch, in turns with
-`generate`, which writes as many texts in batches of that size. Texts are compared with what `generate` writes
-for each prompt alone. `calm compile MODEL` first makes both faster.
+The server runs in this process, and clients of the OpenAI API in another, over loopback. Each client sends
+several requests, each with its own prompt and seed; all clients send at once. This is repeated for several
+batch sizes, in turns with `generate` on the same prompts in batches of that size. Texts are compared with
+those of `generate` for each prompt alone. `calm compile MODEL` beforehand makes both faster.
 """
 
 import argparse
@@ -65,14 +65,14 @@ def main() -> None:
     ]
     speeds: dict[int, list[float]] = {rows: [] for rows in arguments.rows}
     ratios: dict[int, list[float]] = {rows: [] for rows in arguments.rows}
-    asked = f"{arguments.clients} clients, {arguments.requests} requests of {arguments.tokens} tokens each"
-    print(f"{machine()}; {asked}, T = {arguments.temperature:g}")
+    load = f"{arguments.clients} clients, {arguments.requests} requests of {arguments.tokens} tokens each"
+    print(f"{machine()}; {load}, T = {arguments.temperature:g}")
     print(
         "| round | rows | tokens/s | `generate` | texts as alone | MiB in memory |\n|---|---|---|---|---|---|"
     )
     for number in range(1, arguments.rounds + 1):
         for rows in arguments.rows:
-            speed, texts = ask_all(model, tokenizer, prompts, rows, arguments)
+            speed, texts = request_all(model, tokenizer, prompts, rows, arguments)
             direct = generate_all(model, tokenizer, prompts, rows, arguments)
             speeds[rows].append(speed)
             ratios[rows].append(speed / direct)
@@ -84,12 +84,12 @@ def main() -> None:
             print(row, flush=True)
     print("| rows | tokens/s: median (least to most) | to the first | to `generate` |\n|---|---|---|---|")
     base = statistics.median(speeds[arguments.rows[0]])
-    for rows, all_speeds in speeds.items():
-        to_first = f"{statistics.median(all_speeds) / base:.2f}"
-        print(f"| {rows} | {_spread(all_speeds, 0)} | {to_first} | {_spread(ratios[rows], 2)} |")
+    for rows, values in speeds.items():
+        to_first = f"{statistics.median(values) / base:.2f}"
+        print(f"| {rows} | {_spread(values, 0)} | {to_first} | {_spread(ratios[rows], 2)} |")
 
 
-def ask_all(
+def request_all(
     model: CalmForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
@@ -105,11 +105,11 @@ def ask_all(
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
-    # In a process of their own: clients would take the interpreter's lock from the server.
+    # In another process, so that clients do not compete with the server for the interpreter lock.
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(ask_at_once, url, prompts[:1], arguments.tokens, arguments.clients).result()
+        process.submit(send_requests, url, prompts[:1], arguments.tokens, arguments.clients).result()
         seconds, answers = process.submit(
-            ask_at_once, url, prompts, arguments.tokens, arguments.clients
+            send_requests, url, prompts, arguments.tokens, arguments.clients
         ).result()
     server.should_exit = True
     thread.join()
@@ -117,27 +117,27 @@ def ask_all(
     return tokens / seconds, [answer["choices"][0]["text"] for answer in answers]
 
 
-def ask_at_once(
+def send_requests(
     url: str, prompts: list[str], tokens: int, clients: int
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds, and the answers to all prompts, asked by so many clients, each one prompt after the other."""
+    """Send all prompts from `clients` concurrent clients; return the seconds taken, and the answers."""
     answers: list[dict[str, Any]] = [{} for _ in prompts]
-    left = iter(enumerate(prompts))
+    remaining = iter(enumerate(prompts))
 
-    async def ask(session: aiohttp.ClientSession) -> None:
-        for number, prompt in left:
-            body = {"model": "model", "prompt": prompt, "seed": number, "max_tokens": tokens}
+    async def run_client(session: aiohttp.ClientSession) -> None:
+        for index, prompt in remaining:
+            body = {"model": "model", "prompt": prompt, "seed": index, "max_tokens": tokens}
             async with session.post(url, json=body) as answer:
-                answers[number] = await answer.json()
+                answers[index] = await answer.json()
 
-    async def ask_all_prompts() -> float:
+    async def run_all_clients() -> float:
         connector = aiohttp.TCPConnector(limit=clients)
         async with aiohttp.ClientSession(connector=connector) as session:
-            begin = time.perf_counter()
-            await asyncio.gather(*(ask(session) for _ in range(clients)))
-            return time.perf_counter() - begin
+            start = time.perf_counter()
+            await asyncio.gather(*(run_client(session) for _ in range(clients)))
+            return time.perf_counter() - start
 
-    return asyncio.run(ask_all_prompts()), answers
+    return asyncio.run(run_all_clients()), answers
 
 
 def generate_all(
@@ -147,22 +147,22 @@ def generate_all(
     rows: int,
     arguments: argparse.Namespace,
 ) -> float:
-    """Tokens per second of `generate`, in batches of so many rows."""
+    """Tokens per second of `generate`, in batches of `rows` prompts."""
     encoded = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    tokens, begin = 0, time.perf_counter()
+    tokens, start = 0, time.perf_counter()
     for first in range(0, len(prompts), rows):
         batch = encoded[first : first + rows]
         ids = pad_sequence(batch, batch_first=True, padding_side="left")
-        mask = pad_sequence([torch.ones_like(one) for one in batch], batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True, padding_side="left")
         settings = {"max_new_tokens": arguments.tokens, "temperature": arguments.temperature, "seed": first}
         new = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
         is_eos = torch.isin(new, torch.tensor(model.config.eos_token_id))
         tokens += int((is_eos.cumsum(-1) - is_eos.long() == 0).sum())
-    return tokens / (time.perf_counter() - begin)
+    return tokens / (time.perf_counter() - start)
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """Median, and least and most."""
+    """Median, minimum and maximum."""
     least, median, most = min(values), statistics.median(values), max(values)
     return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 

@@ -1,9 +1,9 @@
-"""Text that a model writes, for a CALM that is to draft for it.
+"""Have a model write text, on which a CALM is trained to draft for it.
 
     python benchmarks/source_text.py SOURCE --prompts classics.jsonl --output written.jsonl
 
-A prompt is a passage of the given documents. Each batch is written at one of the temperatures in turns. Texts
-are appended, a line each, so the command goes on where it was stopped.
+A prompt is a passage of the given documents. Batches take turns at the given temperatures. Texts are appended
+to the output, one per line, so an interrupted command resumes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from calm.data.options import ReadingOptions
 
 
 def passages(ids_T: list[int], length: int, generator: torch.Generator, number: int) -> torch.Tensor:
-    """Passages of so many tokens from anywhere, (number, length)."""
+    """Random passages of `length` tokens, (number, length)."""
     starts = torch.randint(len(ids_T) - length, (number,), generator=generator).tolist()
     return torch.tensor([ids_T[start : start + length] for start in starts])
 
@@ -46,19 +46,19 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=arguments.dtype).eval()
-    model.generation_config.eos_token_id = None  # All rows go on to the end.
-    read = read_documents(arguments.prompts, ReadingOptions())
-    texts = [text for text in islice(read, arguments.documents) if text]
+    model.generation_config.eos_token_id = None  # All rows have the same length.
+    documents = read_documents(arguments.prompts, ReadingOptions())
+    texts = [text for text in islice(documents, arguments.documents) if text]
     ids_T = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
     per_batch = arguments.rows * arguments.new_tokens
     done = arguments.output.read_text().count("\n") // arguments.rows if arguments.output.exists() else 0
     for batch in range(done, -(-arguments.tokens // per_batch)):
-        begun = time.monotonic()
+        start = time.monotonic()
         torch.manual_seed(arguments.seed * 1_000_003 + batch)
         generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + batch)
         prompts_RT = passages(ids_T, arguments.prompt_tokens, generator, arguments.rows)
         temperature = arguments.temperatures[batch % len(arguments.temperatures)]
-        how = (
+        sampling = (
             {"do_sample": False}
             if temperature == 0
             else {"do_sample": True, "temperature": temperature, "top_k": 0}
@@ -68,7 +68,7 @@ def main() -> None:
                 prompts_RT,
                 attention_mask=torch.ones_like(prompts_RT),
                 max_new_tokens=arguments.new_tokens,
-                **how,
+                **sampling,
             )
         lines = [
             json.dumps({"text": tokenizer.decode(row), "temperature": temperature})
@@ -76,7 +76,7 @@ def main() -> None:
         ]
         with arguments.output.open("a") as file:
             file.write("\n".join(lines) + "\n")
-        rate = per_batch / (time.monotonic() - begun)
+        rate = per_batch / (time.monotonic() - start)
         print(f"batch {batch}, temperature {temperature}: {rate:.0f} tokens/s", flush=True)
 
 

@@ -1,9 +1,9 @@
-"""Does the memory of a stream stay flat?
+"""Does streaming text need a constant amount of memory?
 
     python benchmarks/streaming.py --gigabytes 5 --plot docs/plots/streaming_memory.png
 
-Files of synthetic stories (one under many names), tokenized and laid out in blocks as in training.
-Every 5% it prints how much text has been read and the memory of this process.
+It streams files of synthetic stories (links to a single file), tokenized and laid out in blocks as in
+training. Every 5% it prints how much text has been read, and the memory of this process.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from measure import machine, status
 
 from calm.data.options import ReadingOptions
 from calm.data.stories import stories
-from calm.data.streaming import BlockStream, Position, StreamSettings
+from calm.data.streaming import CURSOR, BlockStream, Position, StreamSettings
 from calm.data.tokenizer import train_tokenizer
 
 MEGABYTES_A_FILE = 50
@@ -52,17 +52,17 @@ def main() -> None:
 
 
 def read(stream: BlockStream, num_files: int, size: int, lines: int) -> list[tuple[float, float]]:
-    """Read an epoch; (gigabytes read, MiB in memory) on the way."""
+    """Read an epoch; return points (gigabytes read, MiB in memory) along the way."""
     print(f"{machine()}; {num_files} files of {size / 1e6:.0f} MB")
     print("| GB read | tokens | MiB in memory | MB/s |\n|---|---|---|---|")
     points: list[tuple[float, float]] = []
-    begin, due = time.perf_counter(), 0.0
-    for blocks, block in enumerate(stream):
-        epoch, shard, document = block["place"][1:4].tolist()
+    start, due = time.perf_counter(), 0.0
+    for num_blocks, block in enumerate(stream):
+        epoch, shard, document = block[CURSOR][1:4].tolist()
         done = (shard + document / lines) * size / 1e9 if epoch == 0 else num_files * size / 1e9
         if done >= due:
             points.append((done, status("VmRSS") / 2**20))
-            tokens, speed = blocks * 1024 / 1e6, done * 1e3 / (time.perf_counter() - begin)
+            tokens, speed = num_blocks * 1024 / 1e6, done * 1e3 / (time.perf_counter() - start)
             print(f"| {done:.2f} | {tokens:,.0f} M | {points[-1][1]:,.0f} | {speed:.1f} |", flush=True)
             due = done + num_files * size / 1e9 / TWENTIETHS
         if epoch:
@@ -71,7 +71,7 @@ def read(stream: BlockStream, num_files: int, size: int, lines: int) -> list[tup
 
 
 def draw(points: list[tuple[float, float]], path: Path) -> None:
-    """The curve as a picture."""
+    """Draw the curve."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3)

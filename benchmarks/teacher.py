@@ -2,10 +2,10 @@
 
     python benchmarks/teacher.py --folder runs/teacher
 
-A small Transformer is trained on the embedded stories. It is cut into CALMs of four tokens, which are trained
-with it as teacher and without; so are new CALMs with the sequential head and its tokens. Printed are nats a
-token on held-out text by step, and seconds of the processor for a step (forward and backward, of one thread):
-what else the machine does is no part of them. Runs that are there are not trained again.
+A small Transformer is trained on the embedded stories. CALMs with chunks of four tokens are made of it, and
+trained with it as their teacher or without; so are new CALMs with the sequential head and the same tokens. It
+prints held-out nats per token by step, and CPU seconds per step (forward and backward on one thread), which
+do not depend on what else the machine does. Finished runs are not repeated.
 """
 
 import argparse
@@ -69,33 +69,33 @@ TEACHERS: dict[str, dict[str, float]] = {
 
 
 class TimedTrainer(ChunkTrainer):
-    """Notes the processor's time in losses and their gradients."""
+    """Records the CPU time of losses and their gradients."""
 
     seconds: list[float] = []
 
-    def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
-        """One batch."""
-        begun = time.process_time()
-        loss = super().training_step(*arguments, **more)
-        self.seconds.append(time.process_time() - begun)
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch, and record the time."""
+        start = time.process_time()
+        loss = super().training_step(*args, **kwargs)
+        self.seconds.append(time.process_time() - start)
         return loss
 
 
 def trained(recipe: Recipe, folder: Path) -> tuple[dict[int, float], float]:
-    """Held-out nats by step of a run, and seconds of a step."""
+    """Held-out nats of a run by step, and the median seconds of a step."""
     times = folder / "seconds.json"
     if not times.exists():
         TimedTrainer.seconds.clear()
         stages.train(recipe, folder, resume=(folder / RECIPE).is_file())
-        of_steps = sorted(TimedTrainer.seconds)
-        times.write_text(json.dumps(of_steps[len(of_steps) // 2]))
+        seconds = sorted(TimedTrainer.seconds)
+        times.write_text(json.dumps(seconds[len(seconds) // 2]))
     history = json.loads((folder / "history.json").read_text())["language_model"]
     nats = {e["step"]: e["eval_cross_entropy"] for e in history if "eval_cross_entropy" in e}
     return nats, json.loads(times.read_text())
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Train whatever is missing, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,12 +112,12 @@ def main() -> None:
     base = with_settings(read_recipe("demo"), SHARED | {"data.sources": str(text)})
     rows = {"source": trained(with_settings(base, SOURCE), folder / "source")}
     source = str(folder / "source/model")
-    for kind, own in (("uptrained", UPTRAINED | {"language_model.init_from": source}), ("new", NEW)):
-        for name, how in TEACHERS.items():
-            if kind == "new" and "states" in how:
+    for kind, student in (("uptrained", UPTRAINED | {"language_model.init_from": source}), ("new", NEW)):
+        for name, weights in TEACHERS.items():
+            if kind == "new" and "states" in weights:
                 continue
-            settings = {f"language_model.teacher.{part}": value for part, value in how.items()}
-            recipe = with_settings(base, own | settings | {"language_model.teacher.model": source})
+            teacher = {f"language_model.teacher.{key}": value for key, value in weights.items()}
+            recipe = with_settings(base, student | teacher | {"language_model.teacher.model": source})
             rows[f"{kind}, {name}"] = trained(recipe, folder / f"{kind} {name}".replace(" ", "_"))
     for name, (nats, seconds) in rows.items():
         by_step = "  ".join(f"{step} {value:.3f}" for step, value in nats.items())

@@ -1,16 +1,16 @@
-"""What does low temperature cost, and how near does each sampler come to the tempered distribution?
+"""What does low temperature cost, and how close does each sampler come to the tempered distribution?
 
     python benchmarks/temperature.py speed runs/demo/model
     python benchmarks/temperature.py speed --random      # 128,256 tokens, CALM-M sizes, 2 layers
     python benchmarks/temperature.py distribution runs/demo
 
-`speed` writes with every sampler in turns, round after round in one run, and prints medians, with
-tokens per second also as a ratio to the yardstick: the pool rule written the obvious way (all
-logits of all draws in memory, chunks counted in Python, row by row). "whole" reads all tokens of all
-draws, as is done for small vocabularies; large ones are read only as far as needed. `distribution` draws a
-large reference for held-out contexts, then runs the samplers on the reference distribution and measures their
-total variation distance to the tempered one; "ideal" draws from the tempered distribution itself, which shows
-what part of a distance is due to the finite number of trials.
+`speed` generates with all samplers in turns, for several rounds in one process, and prints medians; tokens
+per second also as a ratio to a literal implementation of the pool rule (all logits of all draws in memory,
+chunks counted in Python, row by row). "whole" decodes all tokens of all draws, as is done for small
+vocabularies; with large ones, tokens are decoded only as far as needed. `distribution` estimates the
+distribution at held-out contexts from many draws, runs the samplers on that estimate, and measures their
+total variation distance to the tempered one; "ideal" samples from the tempered distribution itself, which
+shows what part of a distance is due to the finite number of trials.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WHOLE = " whole"
 
 
 def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) -> ChunkSample:
-    """The paper's rule for T = 1/n as one would first write it."""
+    """The paper's rule for T = 1/n, written the obvious way."""
     n = round(1 / temperature)
     num_draws = 1 if n == 1 else POOL
     chosen, head = [], model.head
@@ -62,12 +62,12 @@ def literal_pool(model: CalmForCausalLM, hidden_PD: Tensor, temperature: float) 
                 weights = [math.comb(counts[chunk], m) for chunk in candidates]
                 chosen.append(random.choices(candidates, weights)[0])
                 break
-    made_R = torch.full((len(chosen),), num_draws)
-    return ChunkSample(torch.tensor(chosen), made_R, made_R, made_R < 0, made_R.double())
+    draws_R = torch.full((len(chosen),), num_draws)
+    return ChunkSample(torch.tensor(chosen), draws_R, draws_R, draws_R < 0, draws_R.double())
 
 
 def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Sampler | None]:
-    """Name -> settings; None is the yardstick."""
+    """Name -> sampler; None stands for `literal_pool`."""
     table: dict[str, Sampler | None] = {
         f"exact {budget}": ExactSampler(temperature=temperature, max_draws=budget) for budget in budgets
     }
@@ -80,21 +80,21 @@ def samplers_at(temperature: float, budgets: Sequence[int]) -> dict[str, Sampler
 def write(
     model: CalmForCausalLM,
     prompts: Tensor,
-    settings: Sampler | None,
+    sampler: Sampler | None,
     temperature: float,
     num_chunks: int,
     seed: int,
-    whole: bool = False,
+    decode_all: bool = False,
 ) -> tuple[float, float, float]:
-    """Tokens per second and draws per chunk of one call of generate."""
+    """Tokens per second, draws per chunk, and share of fall-backs of one call of `generate`."""
     options: dict[str, Any] = {}
     large = sampling._LARGE_PROJECTION
-    sampling._LARGE_PROJECTION = sys.maxsize if whole else large
-    if settings is None:
-        options = {"cache_implementation": "dynamic"}  # Nothing of ours is in the yardstick.
+    sampling._LARGE_PROJECTION = sys.maxsize if decode_all else large
+    if sampler is None:
+        options = {"cache_implementation": "dynamic"}  # The literal version gets none of our optimizations.
         model.__dict__["sample_chunks"] = lambda hidden, *_: literal_pool(model, hidden, temperature)
     else:
-        options = {"sampler": settings}
+        options = {"sampler": sampler}
     num_tokens = num_chunks * model.config.chunk_size
     start = time.perf_counter()
     out: Any = model.generate(
@@ -113,7 +113,7 @@ def write(
 
 
 def random_model(spread: float) -> CalmForCausalLM:
-    """CALM-M with two layers and random weights; `spread` sets how far its draws lie apart."""
+    """CALM-M with two layers and random weights; `spread` sets how far apart its draws are."""
     config = CalmConfig(
         autoencoder_config=CalmAutoencoderConfig(
             vocab_size=128_256, chunk_size=4, latent_size=128, hidden_size=512, intermediate_size=1280
@@ -150,7 +150,9 @@ def speed(arguments: argparse.Namespace) -> None:
         "model  T  batch  sampler: tokens/s (min to max), ratio to the yardstick, draws a chunk, fall-backs"
     )
     for name, model in models.items():
-        model.config.eos_token_id = model.generation_config.eos_token_id = None  # Equal lengths for all.
+        model.config.eos_token_id = model.generation_config.eos_token_id = (
+            None  # So that all texts have the same length.
+        )
         for temperature in arguments.temperatures:
             for batch in arguments.batches:
                 label = f"{name}  {temperature:g}  {batch:2d}"
@@ -164,25 +166,25 @@ def compare(
     temperature: float,
     arguments: argparse.Namespace,
 ) -> None:
-    """Write with all samplers in turns, and print a line for each."""
+    """Generate with all samplers in turns, and print one line for each."""
     table = samplers_at(temperature, arguments.budgets)
     if arguments.random:
-        table |= {key + WHOLE: settings for key, settings in table.items() if settings is not None}
+        table |= {key + WHOLE: sampler for key, sampler in table.items() if sampler is not None}
     rounds: dict[str, list[tuple[float, float, float]]] = {key: [] for key in table}
     for repeat in range(arguments.rounds):
-        for key, settings in table.items():
+        for key, sampler in table.items():
             rounds[key].append(
-                write(model, prompts, settings, temperature, arguments.chunks, repeat, key.endswith(WHOLE))
+                write(model, prompts, sampler, temperature, arguments.chunks, repeat, key.endswith(WHOLE))
             )
-    yardstick = [rate for rate, *_ in rounds.get(LITERAL, [])]
+    literal_rates = [rate for rate, *_ in rounds.get(LITERAL, [])]
     for key, runs in rounds.items():
-        rates, draws, fell = zip(*runs, strict=True)
+        rates, draws, fall_backs = zip(*runs, strict=True)
         ratio = ""
-        if yardstick:
-            ratio = f"{statistics.median(a / b for a, b in zip(rates, yardstick, strict=True)):.1f}x, "
+        if literal_rates:
+            ratio = f"{statistics.median(a / b for a, b in zip(rates, literal_rates, strict=True)):.1f}x, "
         print(
             f"{label}  {key:18s}: {statistics.median(rates):8.1f} ({min(rates):.1f} to {max(rates):.1f}), "
-            f"{ratio}{statistics.mean(draws):.1f}, {statistics.mean(fell):.1%}",
+            f"{ratio}{statistics.mean(draws):.1f}, {statistics.mean(fall_backs):.1%}",
             flush=True,
         )
 
@@ -191,7 +193,7 @@ def compare(
 def reference_distributions(
     folder: Path, num_contexts: int, num_draws: int, block: int = 4000
 ) -> Iterator[Tensor]:
-    """Frequencies of all outcomes at held-out contexts spread over the text."""
+    """Yield the frequencies of all chunks drawn at held-out contexts, which are spread over the text."""
     model = CalmForCausalLM.from_pretrained(folder / "model").eval()
     size = model.config.chunk_size
     blocks = load_prepared(folder / "data").blocks("validation", chunk_size=size, block_size=512, seed=1)
@@ -200,14 +202,14 @@ def reference_distributions(
     hidden_PD = hidden_BCD[:, :-1][find_targets(batch["labels"], batch["position_ids"], size)]
     chosen = torch.linspace(0, len(hidden_PD) - 1, num_contexts).long()
     generator = torch.Generator().manual_seed(0)
-    for done, hidden_D in enumerate(hidden_PD[chosen]):
+    for index, hidden_D in enumerate(hidden_PD[chosen]):
         parts = [
             model.draw_chunks(hidden_D[None], min(block, num_draws - start), generator)[:, 0]
             for start in range(0, num_draws, block)
         ]
         _, counts_V = torch.unique(torch.cat(parts), dim=0, return_counts=True)
-        if done % 20 == 0:
-            print(f"reference {done}/{num_contexts}", flush=True)
+        if index % 20 == 0:
+            print(f"reference {index}/{num_contexts}", flush=True)
         yield counts_V.double() / num_draws
 
 
@@ -218,14 +220,14 @@ def draw_outcomes(
     rows_R: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Draws of a distribution that is the same for all rows, (N, R, 1)."""
+    """Draws from a distribution that is the same for all rows, (N, R, 1)."""
     uniform = torch.rand((num_draws, len(rows_R)), generator=generator, dtype=torch.float64)
     outcome = torch.searchsorted(cumulative_V, uniform, right=True).clamp_max(len(cumulative_V) - 1)
     return outcome.unsqueeze(-1)
 
 
 def distribution(arguments: argparse.Namespace) -> None:
-    """Distances of every sampler to the tempered distribution."""
+    """Print the distance of every sampler to the tempered distribution."""
     generator = torch.Generator().manual_seed(1)
     distances: dict[tuple[float, str], list[float]] = collections.defaultdict(list)
     costs: dict[tuple[float, str], list[tuple[float, float]]] = collections.defaultdict(list)
@@ -235,32 +237,32 @@ def distribution(arguments: argparse.Namespace) -> None:
         draw = partial(draw_outcomes, cumulative_V, generator)
 
         for temperature in arguments.temperatures:
-            wanted_V = p_V ** (1 / temperature)
-            wanted_V = wanted_V / wanted_V.sum()
-            for key, settings in {**samplers_at(temperature, arguments.budgets), "ideal": None}.items():
+            target_V = p_V ** (1 / temperature)
+            target_V = target_V / target_V.sum()
+            for key, sampler in {**samplers_at(temperature, arguments.budgets), "ideal": None}.items():
                 if key == "ideal":
-                    found = torch.multinomial(
-                        wanted_V, arguments.trials, replacement=True, generator=generator
+                    outcomes = torch.multinomial(
+                        target_V, arguments.trials, replacement=True, generator=generator
                     )
-                elif settings is None:
-                    continue  # The literal pool has the distribution of the pool.
+                elif sampler is None:
+                    continue  # The literal pool has the same distribution as the pool.
                 else:
-                    result = settings.sample(draw, arguments.trials, generator)
-                    found = result.chunks_RK.squeeze(-1)
+                    result = sampler.sample(draw, arguments.trials, generator)
+                    outcomes = result.chunks_RK.squeeze(-1)
                     costs[temperature, key].append(
                         (result.num_draws_R.double().mean().item(), result.fell_back_R.double().mean().item())
                     )
-                share_V = torch.bincount(found, minlength=len(p_V)) / arguments.trials
-                distances[temperature, key].append(0.5 * (share_V - wanted_V).abs().sum().item())
+                share_V = torch.bincount(outcomes, minlength=len(p_V)) / arguments.trials
+                distances[temperature, key].append(0.5 * (share_V - target_V).abs().sum().item())
     print("T  sampler: mean total variation (standard error over contexts), draws a chunk, fall-backs")
     for (temperature, key), values in distances.items():
         error = statistics.stdev(values) / math.sqrt(len(values))
         cost = costs.get((temperature, key))
-        spent = ""
+        costs_shown = ""
         if cost:
-            draws, fell = (statistics.mean(column) for column in zip(*cost, strict=True))
-            spent = f", {draws:.1f}, {fell:.1%}"
-        print(f"{temperature:g}  {key:9s}: {statistics.mean(values):.4f} ({error:.4f}){spent}")
+            draws, fall_backs = (statistics.mean(column) for column in zip(*cost, strict=True))
+            costs_shown = f", {draws:.1f}, {fall_backs:.1%}"
+        print(f"{temperature:g}  {key:9s}: {statistics.mean(values):.4f} ({error:.4f}){costs_shown}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The table and the figure of thoughts.py: right answers by hops, for each way of leaving steps out."""
+"""The tables and the figure of thoughts.py: right answers by hops, for each way of leaving out steps."""
 
 import itertools
 import statistics
@@ -29,7 +29,7 @@ SHOWN = {
 
 
 def share(right: str) -> float:
-    """Percent of ones."""
+    """Percentage of ones in a string of ones and zeros."""
     return round(100 * right.count("1") / len(right), 1)
 
 
@@ -37,60 +37,64 @@ CHANGES = {"removed": "removed", "swapped": "of another question", "noise": "noi
 
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], str]]:
-    """What has a line in the table: rows of a way, and which of their answers."""
+    """Label of a line of the table -> the rows of its way, and the name of the answers that it shows."""
     lines = {}
-    for way, shown in SHOWN.items():
-        of_way = [row for row in rows if row["way"] == way]
-        if not of_way:
+    for way, label in SHOWN.items():
+        same_way = [row for row in rows if row["way"] == way]
+        if not same_way:
             continue
-        lines[shown] = (of_way, "as trained")
+        lines[label] = (same_way, "as trained")
         if way.removesuffix("_longer") in ("thoughts", "supervised"):
-            lines |= {f"{shown}, then {words}": (of_way, name) for name, words in CHANGES.items()}
+            lines |= {f"{label}, then {words}": (same_way, name) for name, words in CHANGES.items()}
     return lines
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Percent of right answers by hops, with the standard error over seeds, and what an answer takes."""
+    """Percentages of right answers by hops, with standard errors over seeds, and the cost of an answer."""
     hops = list(rows[0]["hops"])
     most = hops[-1]
     text = [f"| hops | {' | '.join(hops)} | backbone steps | tokens written | training FLOPs |"]
     text.append("|---" * (len(hops) + 4) + "|")
-    for shown, (of_way, name) in lines_of(rows).items():
-        cells = [with_error([share(row["hops"][one]["answers"][name]) for row in of_way]) for one in hops]
-        last, flops = of_way[0]["hops"][most], of_way[0]["training_flops"]
-        thought = 0 if name == "removed" else of_way[0]["thoughts"]
-        steps = last["backbone_steps"] - of_way[0]["thoughts"] + thought
-        taken = [f"{steps:.0f}", f"{last['written_tokens']:.0f}", f"{flops:.1e}"]
-        text.append(f"| {shown} | {' | '.join([*cells, *taken])} |")
+    for label, (same_way, name) in lines_of(rows).items():
+        cells = [
+            with_error([share(row["hops"][number]["answers"][name]) for row in same_way]) for number in hops
+        ]
+        first = same_way[0]
+        hardest = first["hops"][most]
+        num_thoughts = 0 if name == "removed" else first["thoughts"]
+        steps = hardest["backbone_steps"] - first["thoughts"] + num_thoughts
+        cells += [f"{steps:.0f}", f"{hardest['written_tokens']:.0f}", f"{first['training_flops']:.1e}"]
+        text.append(f"| {label} | {' | '.join(cells)} |")
     pairs = (("thoughts", "pause"), ("supervised", "supervised_pause"))
-    for one, other in ((one + longer, other + longer) for longer in ("", "_longer") for one, other in pairs):
-        only_one, only_other = disagreements(rows, one, other)
-        if only_one + only_other:
-            z = (only_one - only_other) / (only_one + only_other) ** 0.5
+    for suffix, (first_way, second_way) in itertools.product(("", "_longer"), pairs):
+        first_way, second_way = first_way + suffix, second_way + suffix
+        only_first, only_second = disagreements(rows, first_way, second_way)
+        if only_first + only_second:
+            z = (only_first - only_second) / (only_first + only_second) ** 0.5
             text.append(
-                f"\n{SHOWN[one]} against {SHOWN[other]}: right alone on {only_one} and {only_other} "
-                f"questions, z = {z:.1f} (McNemar)"
+                f"\n{SHOWN[first_way]} against {SHOWN[second_way]}: right alone on {only_first} and "
+                f"{only_second} questions, z = {z:.1f} (McNemar)"
             )
     return "\n".join(text)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Percent of right answers of all kinds of models to a task's questions of the most hops."""
+    """Percentages of right answers to a task's questions with the most hops, for all kinds of models."""
     kinds = [kind for kind in NAMES if any(row["kind"] == kind for row in rows)]
     most = list(rows[0]["hops"])[-1]
     text = [f"| {most} hops | {' | '.join(NAMES[kind] for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     lines_of_kinds = [lines_of([row for row in rows if row["kind"] == kind]) for kind in kinds]
-    for shown in lines_of(rows):
+    for label in lines_of(rows):
         cells = []
         for lines in lines_of_kinds:
-            of_way, name = lines.get(shown, ([], ""))
-            cells.append(with_error([share(row["hops"][most]["answers"][name]) for row in of_way]))
-        text.append(f"| {shown} | {' | '.join(cells)} |")
+            same_way, name = lines.get(label, ([], ""))
+            cells.append(with_error([share(row["hops"][most]["answers"][name]) for row in same_way]))
+        text.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def with_error(values: list[float]) -> str:
-    """Mean and standard error over seeds; nothing of no values."""
+    """Mean and standard error over seeds; empty without values."""
     if not values:
         return ""
     mean = statistics.mean(values)
@@ -99,17 +103,19 @@ def with_error(values: list[float]) -> str:
     return f"{mean:.0f} ± {error_of_mean(values):.0f}"
 
 
-def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int, int]:
-    """Questions that only one of two ways answered, of all hops above one and all seeds that both have."""
-    by_place = {(row["way"], row["seed"]): row for row in rows}
+def disagreements(rows: list[dict[str, Any]], first_way: str, second_way: str) -> tuple[int, int]:
+    """Numbers of questions that only one of two ways answers, over all hops above 1 and all common seeds."""
+    by_run = {(row["way"], row["seed"]): row for row in rows}
     counts = [0, 0]
-    for way, seed in by_place:
-        if way != one or (other, seed) not in by_place:
+    for way, seed in by_run:
+        if way != first_way or (second_way, seed) not in by_run:
             continue
         for hops in rows[0]["hops"]:
             if hops == "1":
                 continue
-            answers = [by_place[name, seed]["hops"][hops]["answers"]["as trained"] for name in (one, other)]
+            answers = [
+                by_run[name, seed]["hops"][hops]["answers"]["as trained"] for name in (first_way, second_way)
+            ]
             for first, second in zip(*answers, strict=True):
                 counts[0] += first > second
                 counts[1] += first < second
@@ -117,56 +123,62 @@ def disagreements(rows: list[dict[str, Any]], one: str, other: str) -> tuple[int
 
 
 DRAWN = [way for way in SHOWN if not way.endswith("_longer")]
-COLORS = ("black", *(f"C{number}" for number in range(len(DRAWN) - 1)))
+COLORS = ("black", *(f"C{index}" for index in range(len(DRAWN) - 1)))
 NAMES = {"llama": "Llama", "K1": "K = 1", "K2": "K = 2", "K4": "K = 4"}
 CHANCE = {"path": 25, "chain": 100 / 7, "graph": 50}
 
 
 def draw(rows: list[dict[str, Any]], figure: Path) -> None:
-    """Accuracy against hops: a row of panels for each task, a column for each kind of model."""
+    """Plot accuracy against hops: a row of panels per task, a column per kind of model."""
     tasks = [task for task in CHANCE if any(row["task"] == task for row in rows)]
     drawing = new_figure(2.7 * len(NAMES), 2.3 * len(tasks) + 0.7)
     panels = drawing.subplots(len(tasks), len(NAMES), squeeze=False, sharey=True)
-    labels: dict[str, Any] = {}
-    for (line, task), (column, kind) in itertools.product(enumerate(tasks), enumerate(NAMES)):
-        axes = panels[line][column]
+    handles: dict[str, Any] = {}
+    for (row_index, task), (column, kind) in itertools.product(enumerate(tasks), enumerate(NAMES)):
+        axes = panels[row_index][column]
         chosen = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
         if not chosen:
             axes.set_axis_off()
             continue
-        labels |= draw_panel(axes, chosen)
+        handles |= draw_panel(axes, chosen)
         axes.axhline(CHANCE[task], color="gray", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, {NAMES[kind]}", ylim=(-3, 104))
-        if line == len(tasks) - 1:
+        if row_index == len(tasks) - 1:
             axes.set_xlabel("hops")
         if column == 0:
             axes.set_ylabel("right answers, %")
-    shown_ways = [shown for shown in SHOWN.values() if shown in labels]
+    labels = [label for label in SHOWN.values() if label in handles]
     drawing.legend(
-        [labels[one] for one in shown_ways], shown_ways, loc="outside lower center", ncols=4, frameon=False
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=4, frameon=False
     )
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure.with_suffix(".png"), dpi=140, facecolor="white")
 
 
 def draw_panel(axes: Axes, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Draw one line per way, and return the lines by what their ways are called."""
+    """Draw one line per way, and return the lines by label."""
     lines: dict[str, Any] = {}
-    for number, way in enumerate(DRAWN):
-        of_way = [row for row in rows if row["way"] == way]
-        if not of_way:
+    for index, way in enumerate(DRAWN):
+        same_way = [row for row in rows if row["way"] == way]
+        if not same_way:
             continue
-        hops = [int(one) for one in of_way[0]["hops"]]
-        shares = [[share(row["hops"][str(one)]["answers"]["as trained"]) for row in of_way] for one in hops]
-        means = [statistics.mean(one) for one in shares]
-        errors = [error_of_mean(one) for one in shares]
-        apart = [one + (number - (len(DRAWN) - 1) / 2) / 40 for one in hops]  # Many lie on each other.
-        look: dict[str, Any] = {
-            "marker": "osD^v<>PX*"[number],
-            "color": COLORS[number],
+        hops = [int(number) for number in same_way[0]["hops"]]
+        shares = [
+            [share(row["hops"][str(number)]["answers"]["as trained"]) for row in same_way] for number in hops
+        ]
+        means, errors = (
+            [statistics.mean(values) for values in shares],
+            [error_of_mean(values) for values in shares],
+        )
+        x = [
+            number + (index - (len(DRAWN) - 1) / 2) / 40 for number in hops
+        ]  # Shifted: many points coincide.
+        style: dict[str, Any] = {
+            "marker": "osD^v<>PX*"[index],
+            "color": COLORS[index],
             "capsize": 2,
             "markersize": 5,
         }
-        lines[SHOWN[way]] = axes.errorbar(apart, means, errors, **look)
+        lines[SHOWN[way]] = axes.errorbar(x, means, errors, **style)
         axes.set_xticks(hops)
     return lines

@@ -1,4 +1,4 @@
-"""How the models of thoughts.py are trained: the ways, their lengths, and one model after another."""
+"""Training of the models of thoughts.py: the ways, their settings, and the chain of models of each way."""
 
 import dataclasses
 import itertools
@@ -38,25 +38,25 @@ CONTEXT = {"path": 128, "chain": 96, "graph": 160}
 CONTEXT_OF_ONE_HOP = {"path": 32, "chain": 64, "graph": 96}
 ROWS = 64
 KINDS = {"llama": 0, "K1": 1, "K2": 2, "K4": 4}
-"""Tokens of a chunk; 0 for a model of tokens."""
+"""Tokens per chunk; 0 for a model of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes, rates and optimizer steps with which a task's written steps are learned, chosen on other items.
+    """Sizes, learning rates and numbers of optimizer steps for a task, tuned on other items.
 
     Args:
         layers: Decoder layers.
-        theta: Base of the rotary positions.
-        muon: Peak rate of matrices.
-        adamw: Peak rate of all else.
-        first: Steps with all steps of an answer written.
-        stage: Of each stage but the last.
-        last: Of the last stage.
-        one_hop: Before all, on questions of a single hop.
-        goes_on: Whether every way goes on from a model that writes its steps, or some begin with nothing.
+        theta: Base of the rotary position embeddings.
+        muon: Peak learning rate of matrices.
+        adamw: Peak learning rate of all other weights.
+        first: Optimizer steps with all steps of an answer written.
+        stage: Optimizer steps of each stage except the last.
+        last: Optimizer steps of the last stage.
+        one_hop: Optimizer steps on questions of a single hop, before everything else.
+        goes_on: Whether every way continues from a model that writes its steps; else some start from scratch.
         width: Hidden size.
-        with_paths: Whether single hops of `path` are among those of the task, one in two.
+        with_paths: Whether half of the questions of a single hop are from the task `path`.
     """
 
     layers: int
@@ -72,31 +72,31 @@ class Setting:
     with_paths: bool = False
 
     def curriculum(self, stages: int) -> int:
-        """Steps of all stages in which steps are left out."""
+        """Optimizer steps of all stages in which steps of the answer are left out."""
         return (stages - 1) * self.stage + self.last
 
 
 LOOKS_UP = Setting(4, 10_000.0, 4e-3, 2e-3, first=700, stage=250, last=500, one_hop=1500)
-"""Where a fact is several positions, two layers work together to find it. That is learned from questions of a
-single hop first; from all at once, 3,000 steps were not enough."""
+"""If a fact spans several positions, two layers must cooperate to look it up. Models learn that first, from
+questions of a single hop; on all questions at once, 3,000 steps were not enough."""
 SETTINGS = {
     ("path", "K4"): Setting(2, 100.0, 2e-2, 5e-3, first=500, stage=200, last=400, goes_on=False),
     ("graph", "K4"): Setting(4, 100.0, 1e-2, 5e-3, first=4000, stage=250, last=750),
     ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=1500, stage=250, last=750, one_hop=1500, width=128),
 }
-"""For chunks of four tokens, to which a fact is one position."""
+"""For chunks of four tokens, where a fact is one position."""
 SEARCHES = dataclasses.replace(LOOKS_UP, first=2500, last=750)
-"""Written steps of a search take longer: after 700 they were not learned, with K = 2 after 1,500 nearly."""
+"""The written steps of a search take longer to learn: 700 steps were too few, and for K = 2, 1,500 nearly."""
 SETTINGS |= {("graph", kind): SEARCHES for kind in ("llama", "K1", "K2")}
 COMPUTES = dataclasses.replace(LOOKS_UP, one_hop=2000, first=3500, last=750, with_paths=True)
-"""From `chain` alone a look-up was not learned in 3,000 steps, with questions of `path` among them in
-1,200: there what is found is the answer, and nothing has to be computed from it. Then written steps took
-2,300."""
+"""From `chain` alone, look-ups were not learned in 3,000 steps; with questions of `path` mixed in, in 1,200:
+there, the fact that is looked up is the answer, and nothing has to be computed from it. Written steps then
+took 2,300."""
 SETTINGS["chain", "llama"] = COMPUTES
 SETTINGS |= {("chain", kind): dataclasses.replace(COMPUTES, one_hop=4000) for kind in ("K1", "K2")}
-"""Chunks of two tokens learn the look-up between steps 1,800 and 2,100, if rates are still high."""
+"""Chunks of two tokens learn the look-up between steps 1,800 and 2,100, if learning rates are still high."""
 MARKING = 300
-"""Steps in which a model gets used to the markers of thoughts."""
+"""Optimizer steps in which a model learns the markers of thoughts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,10 @@ class Way:
     """A way of training.
 
     Args:
-        begins_with: The way whose weights it begins with; None for new ones.
-        thoughts: Of the recipe, for so many stages.
-        is_whole: Whether it trains for the length of the whole curriculum.
-        times: How many times as long each of its stages is.
+        begins_with: The way whose weights it starts from; None for new ones.
+        thoughts: Number of stages -> settings `thoughts` of the recipe.
+        is_whole: Whether its training is as long as the first one and the curriculum together.
+        times: Factor on the length of its stages.
     """
 
     begins_with: str | None
@@ -117,7 +117,7 @@ class Way:
 
 
 def supervised(mode: str, stages: int) -> dict[str, Any]:
-    """No step is written, and each thought or pause has a step as its label."""
+    """Settings without written steps, where each thought or pause has a step as its label."""
     return {"mode": mode, "stages": stages, "first_stage": stages, "supervised": True}
 
 
@@ -145,10 +145,10 @@ class Cell:
     """A model to train.
 
     Args:
-        task: Of `calm tasks`.
-        kind: Of `KINDS`.
-        way: Of `WAYS`.
-        seed: Of everything.
+        task: A task of `calm tasks`.
+        kind: A key of `KINDS`.
+        way: A key of `WAYS`.
+        seed: Seed of weights and training.
     """
 
     task: str
@@ -158,7 +158,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return f"{self.task}_{self.kind}_{self.way}_{self.seed}"
 
     @property
@@ -168,7 +168,7 @@ class Cell:
 
     @property
     def before(self) -> "Cell | None":
-        """The one whose weights it begins with: where look-ups take long to learn, one that has."""
+        """The model whose weights it starts from; where look-ups are hard to learn, one that knows them."""
         way = WAYS[self.way].begins_with
         if self.setting.goes_on and way is None:
             is_marked = WAYS[self.way].thoughts(1)["mode"] != "drop"
@@ -179,7 +179,7 @@ class Cell:
 
 
 def train(cell: Cell, output: Path) -> Path:
-    """Train a model, after the one that it begins with; what is finished is kept."""
+    """Train a model, after the one that it starts from; finished models are kept."""
     folder = output / cell.name
     if (folder / "model/config.json").exists():
         return folder
@@ -189,7 +189,7 @@ def train(cell: Cell, output: Path) -> Path:
     context = (CONTEXT_OF_ONE_HOP if is_short else CONTEXT)[cell.task]
     text = one_hop_text(cell) if is_short else cell.task
     recipe = FinetuningRecipe(
-        seed=cell.seed + (100 if cell.before is not None else 0),  # Other items first.
+        seed=cell.seed + (100 if cell.before is not None else 0),  # Another order of questions.
         model=str(start),
         examples=ExampleSettings(
             sources=str(output / f"{text}.jsonl"),
@@ -219,7 +219,7 @@ def train(cell: Cell, output: Path) -> Path:
 
 
 def steps_of(cell: Cell) -> int:
-    """Optimizer steps of its own training."""
+    """Optimizer steps of the model's own training."""
     setting, way = cell.setting, WAYS[cell.way]
     if cell.way == "one_hop":
         return setting.one_hop
@@ -232,17 +232,17 @@ def steps_of(cell: Cell) -> int:
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
-    """Of thoughts: one in the place of a step, or where they are supervised, one for each of its chunks."""
-    of_way = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
+    """Settings of thoughts: one per step, or if they are supervised, one per chunk of a step."""
+    thoughts = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
     return ThoughtSettings(
-        per_step=4 // max(1, KINDS[cell.kind]) if of_way.get("supervised") else 1,
+        per_step=4 // max(1, KINDS[cell.kind]) if thoughts.get("supervised") else 1,
         steps_per_stage=cell.setting.stage * WAYS[cell.way].times,
-        **of_way,
+        **thoughts,
     )
 
 
 def new_model(cell: Cell, output: Path) -> Path:
-    """A folder with a model that knows nothing, the same for every way."""
+    """A folder with an untrained model, which all ways share."""
     folder, chunk_size = output / f"new_{cell.task}_{cell.kind}_{cell.seed}", KINDS[cell.kind]
     if (folder / "config.json").exists():
         return folder
@@ -250,7 +250,7 @@ def new_model(cell: Cell, output: Path) -> Path:
     tasks = (cell.task, "path") if setting.with_paths else (cell.task,)
     files = [(output / f"{task}.jsonl").read_text().splitlines()[:2000] for task in tasks]
     records = [json.loads(line) for file in files for line in file]
-    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 340)
+    tokenizer = train_tokenizer((" ".join([record["prompt"], *record["steps"]]) for record in records), 340)
     settings = LanguageModelSettings(
         hidden_size=setting.width,
         intermediate_size=2 * setting.width,
@@ -282,28 +282,30 @@ def new_model(cell: Cell, output: Path) -> Path:
 
 
 def one_hop_text(cell: Cell) -> str:
-    """Name of the file with its questions of a single hop."""
+    """Name of the file with a model's questions of a single hop."""
     return f"{cell.task}_one_hop" + ("_with_paths" if cell.setting.with_paths else "")
 
 
 def write_text(cell: Cell, output: Path) -> None:
-    """Files of the items that a model is trained on and asked about."""
+    """Write the questions that a model is trained and tested on."""
     write_items(cell.task, output)
-    both = output / f"{one_hop_text(cell)}.jsonl"
-    if not both.exists():
+    file = output / f"{one_hop_text(cell)}.jsonl"
+    if not file.exists():
         write_items("path", output)
         files = [output / f"{task}_one_hop.jsonl" for task in (cell.task, "path")]
-        of_task, of_path = (file.read_text().splitlines()[: NUM_ITEMS // 2] for file in files)
-        turns = itertools.chain.from_iterable(zip(of_task, of_path, strict=True))
-        write_file_whole(both, "".join(f"{line}\n" for line in turns))
+        task_lines, path_lines = (part.read_text().splitlines()[: NUM_ITEMS // 2] for part in files)
+        turns = itertools.chain.from_iterable(zip(task_lines, path_lines, strict=True))
+        write_file_whole(file, "".join(f"{line}\n" for line in turns))
 
 
 def write_items(task: str, output: Path) -> None:
-    """Items of all numbers of hops in turns, and of single hops."""
+    """Write the questions of a task: one file with all numbers of hops in turns, one with single hops."""
     output.mkdir(parents=True, exist_ok=True)
     for name, all_hops in ((task, HOPS[task]), (f"{task}_one_hop", (1,))):
         for held_out, number in ((True, NUM_HELD_OUT), (False, NUM_ITEMS // len(all_hops))):
             file = output / f"{name}{'_held_out' if held_out else ''}.jsonl"
             if not file.exists():
                 rows = zip(*(items(task, hops, 0, number, held_out) for hops in all_hops), strict=True)
-                write_file_whole(file, "".join(json.dumps(one.record) + "\n" for row in rows for one in row))
+                write_file_whole(
+                    file, "".join(json.dumps(item.record) + "\n" for row in rows for item in row)
+                )

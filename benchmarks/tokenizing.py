@@ -1,10 +1,10 @@
-"""How fast does `calm prepare` tokenize, beside the `tokenizers` library alone?
+"""How fast does `calm prepare` tokenize, compared with the `tokenizers` library alone?
 
     python benchmarks/tokenizing.py                    # the embedded stories, written over and over
     python benchmarks/tokenizing.py my_texts.jsonl
 
-Whole runs of `prepare` with a tokenizer that is there (reading, splitting, tokenizing, writing), and
-`encode_batch_fast` on the same documents already in memory, in turns.
+Complete runs of `prepare` with an existing tokenizer (reading, splitting, tokenizing, writing) take turns
+with `encode_batch_fast` on the same documents in memory.
 """
 
 import argparse
@@ -45,24 +45,25 @@ def main() -> None:
         tokenizer = train_tokenizer(iter(texts[:5000]), arguments.vocab_size)
         tokenizer.save_pretrained(folder / "tokenizer")
         fast = tokenizer.backend_tokenizer
-        count = sum(len(text.encode()) for text in texts)
+        num_bytes = sum(len(text.encode()) for text in texts)
 
-        def whole() -> None:
+        def run_prepare() -> None:
             data = prepare(sources, folder / "out", tokenizer=str(folder / "tokenizer"), overwrite=True)
             info = json.loads((folder / "out/prepared.json").read_text())
             assert sum(info["documents"].values()) == len(texts) and len(data.train)
 
-        def alone() -> None:
+        def run_tokenizer() -> None:
             for start in range(0, len(texts), 1000):
                 [encoding.ids for encoding in fast.encode_batch_fast(texts[start : start + 1000])]
 
         table = ratios(
-            in_turns({"tokenizers alone": alone, "calm prepare": whole}, arguments.rounds), "tokenizers alone"
+            in_turns({"tokenizers alone": run_tokenizer, "calm prepare": run_prepare}, arguments.rounds),
+            "tokenizers alone",
         )
-    print(f"{machine()}, {os.cpu_count()} cores; {len(texts):,} documents, {count / 1e6:.0f} MB")
+    print(f"{machine()}, {os.cpu_count()} cores; {len(texts):,} documents, {num_bytes / 1e6:.0f} MB")
     print("| way | MB/s | of the library alone |\n|---|---|---|")
     for name, (seconds, ratio, least, most) in table.items():
-        print(f"| {name} | {count / 1e6 / seconds:.1f} | {ratio:.2f} ({least:.2f} to {most:.2f}) |")
+        print(f"| {name} | {num_bytes / 1e6 / seconds:.1f} | {ratio:.2f} ({least:.2f} to {most:.2f}) |")
 
 
 if __name__ == "__main__":

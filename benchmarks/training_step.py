@@ -2,10 +2,10 @@
 
     python benchmarks/training_step.py
 
-Ours, with the published M posterior draws and with the posterior integrated out, against the same model whose
-head is written the obvious way: the condition joined to every draw, all differences of the energy loss in
-memory. Times in turns, peak memory each in a process of its own, FLOPs as `calm flops` counts them for
-our way.
+It compares our training step, with the published M posterior draws and with the posterior integrated out,
+with the same model whose head is written the obvious way: the condition concatenated to every draw, all
+differences of the energy loss in memory. Steps take turns, and peak memory is measured in separate processes.
+FLOPs are those of our step, as counted by `calm flops`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from calm.models.heads.energy import EnergyHead, EnergyNoise
 
 
 class LiteralHead(EnergyHead):
-    """The same head and loss as one would first write them."""
+    """The same head and loss, written the obvious way."""
 
     def _loss(self, states_PD: Tensor, target: Target, noise: EnergyNoise) -> Tensor:
         """See `GenerativeHead`."""
@@ -67,7 +67,7 @@ def config(num_targets: int) -> CalmConfig:
 def take_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, compute_loss: Callable[[], Tensor]
 ) -> Tensor:
-    """Forward, backward, clipping and optimizer; the loss."""
+    """Run forward, backward, clipping and optimizer; return the loss."""
     optimizer.zero_grad()
     loss = compute_loss()
     loss.backward()
@@ -77,7 +77,7 @@ def take_step(
 
 
 def step(name: str, batch: int, tokens: int, compiled: bool = False) -> Callable[[], Tensor]:
-    """A function that takes a training step of one kind and returns its loss."""
+    """A function that runs a training step of one kind and returns its loss."""
     torch.manual_seed(0)
     model = CalmForCausalLM(config(0 if name == "integrated" else 100)).train().to(DEVICE)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -100,7 +100,7 @@ def step(name: str, batch: int, tokens: int, compiled: bool = False) -> Callable
 
 
 def main() -> None:
-    """Print a line for each way."""
+    """Print one line per kind of step."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,16 +110,16 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="add our way under torch.compile")
     arguments = parser.parse_args()
     sizes = arguments.batch, arguments.tokens
-    ways: dict[str, tuple[Any, ...]] = {name: (name, *sizes) for name in ("literal", "ours", "integrated")}
+    kinds: dict[str, tuple[Any, ...]] = {name: (name, *sizes) for name in ("literal", "ours", "integrated")}
     if arguments.compile:
-        ways["compiled"] = ("ours", *sizes, True)
-        ways["integrated, compiled"] = ("integrated", *sizes, True)
-    steps = {name: step(*way) for name, way in ways.items()}
+        kinds["compiled"] = ("ours", *sizes, True)
+        kinds["integrated, compiled"] = ("integrated", *sizes, True)
+    steps = {name: step(*kind) for name, kind in kinds.items()}
     for name in ("literal", "ours"):
         torch.manual_seed(1)
         print(f"{name}: loss of the first step {steps[name]():.5f}")
     table = ratios(in_turns(steps, arguments.rounds), "literal")
-    memory = {name: peak_memory(step, *way) for name, way in ways.items()}
+    memory = {name: peak_memory(step, *kind) for name, kind in kinds.items()}
     flops = training_flops(config(100), arguments.tokens) * arguments.batch * arguments.tokens
     rate = matrix_rate(torch.device(DEVICE), torch.float32) or math.nan
     print(f"{machine()}; {sizes[0]} x {sizes[1]} tokens, {flops / 1e9:.0f} GFLOP a step of ours, ")

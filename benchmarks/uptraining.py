@@ -1,16 +1,17 @@
-"""A CALM from a Transformer, a CALM from nothing, or the Transformer trained on: nats against training FLOPs.
+"""Uptrain a Transformer to a CALM, train a CALM from scratch, or train the Transformer further?
 
     calm prepare train.jsonl.xz --validation valid.jsonl.xz --tokenizer SOURCE --output runs/data
     python benchmarks/uptraining.py --source SOURCE --data runs/data --output runs/uptraining \
         --results benchmarks/results/uptraining
 
-Every way trains on the same text in the same order, for the same FLOPs (those of a teacher included), and is
-scored on held-out text on the way and at the end, where the rate has come down. `new_same` has the sizes of
-the uptrained CALM, `new_small` those that would be picked for so little training (`draft`). Nearly all
-of its time goes to the vocabulary, so a tenth of the FLOPs takes it as many minutes; it gets no more.
+All models train on the same text in the same order, for the same FLOPs (a teacher's included). They are
+scored on held-out text during training and at its end, after the learning rate has decayed. `new_same` has
+the sizes of the uptrained CALM, `new_small` sizes that suit so little training (`draft`). The small model
+spends nearly all of its time on the vocabulary, so it takes as many minutes for a tenth of the FLOPs; that is
+all it gets.
 
-What is finished is kept, so the benchmark goes on where it was stopped. Without `--output` the table and the
-figure are drawn from the results alone.
+Finished runs and results are kept, so an interrupted benchmark resumes. Without `--output`, the table and the
+figure are made from existing results.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from calm.training.stages import train
 
 CONTEXT, EVALUATIONS = 512, 4
 NUM_SCORED = 60
-"""Blocks of held-out text that scores at the end are of."""
+"""Blocks of held-out text for the final scores."""
 OPTIMIZER = "language_model.training.optimizer."
 SHARED = {
     "data.context": CONTEXT,
@@ -52,31 +53,31 @@ SHARED = {
     OPTIMIZER + "schedule": "warmup_stable_decay",
 }
 ADAMW = {OPTIMIZER + "name": "adamw", OPTIMIZER + "learning_rate": 6e-4}
-"""By the training loss of the first 16 steps 3e-4 and 1e-3 are alike, and Muon (2e-3) is behind."""
+"""By the training loss of the first 16 steps, 3e-4 and 1e-3 are about as good, and Muon (2e-3) is worse."""
 
 
-def cut(chunk_size: int, first: int, last: int, **more: Any) -> dict[str, Any]:
+def uptraining_settings(chunk_size: int, first: int, last: int, **extra: Any) -> dict[str, Any]:
     """Settings of a CALM that is made of a Transformer."""
     return ADAMW | {
         "chunk_size": chunk_size,
         "language_model.uptraining.first_layers": first,
         "language_model.uptraining.last_layers": last,
-        **more,
+        **extra,
     }
 
 
 class Way(NamedTuple):
-    """A way to a model.
+    """A way of obtaining a model.
 
     Args:
-        shown: What it is called. In brackets: first and last layers in the head.
-        settings: Beside those that all ways share.
-        begins_with: A Transformer: the source, one of its sizes that knows nothing, or none.
-        recipe: What the settings change.
-        share: Of the budget.
+        label: Label of its row in the table. In brackets: first and last layers in the head.
+        settings: Settings in addition to the shared ones.
+        begins_with: The Transformer to start from: the source, an untrained one of its sizes, or none.
+        recipe: The recipe that the settings change.
+        share: Share of the budget that it gets.
     """
 
-    shown: str
+    label: str
     settings: dict[str, Any]
     begins_with: Literal["source", "untrained"] | None = "source"
     recipe: str = "laptop_quick"
@@ -88,14 +89,14 @@ WAYS = {
         "the Transformer trained on",
         ADAMW | {"model": "autoregressive", "chunk_size": 1, OPTIMIZER + "learning_rate": 1e-4},
     ),
-    "uptrained_K2": Way("uptrained, K = 2 (1, 4)", cut(2, 1, 4)),
-    "uptrained_K4": Way("uptrained, K = 4 (4, 8)", cut(4, 4, 8)),
-    "uptrained_K4_short": Way("uptrained, K = 4 (1, 2)", cut(4, 1, 2)),
+    "uptrained_K2": Way("uptrained, K = 2 (1, 4)", uptraining_settings(2, 1, 4)),
+    "uptrained_K4": Way("uptrained, K = 4 (4, 8)", uptraining_settings(4, 4, 8)),
+    "uptrained_K4_short": Way("uptrained, K = 4 (1, 2)", uptraining_settings(4, 1, 2)),
     "taught_K4": Way(
         "uptrained, K = 4 (4, 8), taught",
-        cut(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
+        uptraining_settings(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
     ),
-    "new_same": Way("from nothing, the same sizes, K = 4 (4, 8)", cut(4, 4, 8), "untrained"),
+    "new_same": Way("from nothing, the same sizes, K = 4 (4, 8)", uptraining_settings(4, 4, 8), "untrained"),
     "new_small": Way(
         "from nothing, small, K = 4", {OPTIMIZER + "warmup_steps": 20}, None, recipe="draft", share=0.1
     ),
@@ -104,7 +105,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Train and score what is missing, then draw up what there is."""
+    """Train and score whatever is missing, then print the table and draw the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +127,7 @@ def main() -> None:
 
 
 def run(way: str, arguments: argparse.Namespace) -> None:
-    """Train a model, and keep its curve and its scores."""
+    """Train a model, and save its learning curve and its scores."""
     file = arguments.results / f"{way}.json"
     if file.exists():
         return
@@ -151,7 +152,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "training_tokens": training.tokens,
         "parameters": sum(cost.parameters.values()),
         "inference_flops": sum(cost.inference.values()),
-        "curve": [[one.flops, one.cross_entropy] for one in record.checkpoints],
+        "curve": [[checkpoint.flops, checkpoint.cross_entropy] for checkpoint in record.checkpoints],
         "nats": score_perplexity(model, blocks, NUM_SCORED).cross_entropy,
         **brier_scores(brier),
         "machine": machine(),
@@ -162,21 +163,23 @@ def run(way: str, arguments: argparse.Namespace) -> None:
 
 def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -> Recipe:
     """The recipe of a way, with as many steps as its budget allows."""
-    _, own, begins_with, base, share = WAYS[way]
-    settings = SHARED | {"seed": 1, "data.sources": str(data)} | own
+    _, changes, begins_with, base, share = WAYS[way]
+    settings = SHARED | {"seed": 1, "data.sources": str(data)} | changes
     if begins_with is not None:
-        begun = source if begins_with == "source" else untrained(source, output / "untrained")
-        settings |= {"language_model.init_from": str(begun)}
+        start = source if begins_with == "source" else untrained(source, output / "untrained")
+        settings |= {"language_model.init_from": str(start)}
     if "language_model.teacher.weight" in settings:
         settings |= {"language_model.teacher.model": str(source)}
     recipe = with_settings(read_recipe(base), settings)
     steps = affordable_steps(recipe, load_prepared(data).vocab_size, share * budget)
-    often = {"steps": steps, "evaluate_every": max(1, steps // EVALUATIONS)}
-    return with_settings(recipe, {f"language_model.training.{name}": value for name, value in often.items()})
+    training = {"steps": steps, "evaluate_every": max(1, steps // EVALUATIONS)}
+    return with_settings(
+        recipe, {f"language_model.training.{name}": value for name, value in training.items()}
+    )
 
 
 def untrained(source: Path, folder: Path) -> Path:
-    """A Transformer with the source's sizes and tokenizer that knows nothing."""
+    """An untrained Transformer with the source's sizes and tokenizer."""
     if not (folder / "config.json").exists():
         torch.manual_seed(1)
         load_tokenizer(str(source)).save_pretrained(folder)
@@ -185,13 +188,13 @@ def untrained(source: Path, folder: Path) -> Path:
 
 
 def table(rows: list[Row]) -> str:
-    """What each way has come to."""
+    """One line per way."""
     lines = [
         "| | parameters | FLOPs of a token | tokens read | nats | BrierLM | Brier-1 | min |",
         "|" + "---|" * 8,
     ]
     lines += [
-        f"| {WAYS[row['way']].shown} | {row['parameters'] / 1e6:.0f} M "
+        f"| {WAYS[row['way']].label} | {row['parameters'] / 1e6:.0f} M "
         f"| {row['inference_flops'] / 1e6:.0f} M | {row['training_tokens'] / 1e3:,.0f} k | {row['nats']:.2f} "
         f"| {with_error(row['brier_lm'], row['error'])} | {row['brier'][0]:.1f} | {row['seconds'] / 60:.0f} |"
         for row in rows
@@ -200,14 +203,14 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], figure: Path) -> None:
-    """Held-out nats against training FLOPs, and against minutes."""
+    """Plot held-out nats against training FLOPs, and against minutes."""
     drawing = new_figure(11, 4.5)
     panels = drawing.subplots(1, 2, sharey=True)
     for row in rows:
         flops, nats = zip(*row["curve"], strict=True)
-        minutes = [row["seconds"] / 60 * one / row["training_flops"] for one in flops]
+        minutes = [row["seconds"] / 60 * spent / row["training_flops"] for spent in flops]
         for axes, x in zip(panels, (flops, minutes), strict=True):
-            axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]].shown)
+            axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]].label)
     for axes, label in zip(panels, ("training FLOPs", "minutes"), strict=True):
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)

@@ -1,9 +1,9 @@
-"""Does the wheel install in an empty environment with each extra, and does what needs the extra work there?
+"""Does the wheel install with each extra in an empty environment, and do the extra's features work there?
 
-    python benchmarks/wheels.py        # about a quarter of an hour; asks the package index
+    python benchmarks/wheels.py        # about a quarter of an hour; needs the package index
 
-An environment gets torch first, then the wheel with one extra; torch must be the same afterwards. Commands
-run in a folder of their own. Where no extra is installed, those that need one must say so in one sentence.
+Each environment gets torch first, then the wheel with one extra, which must not change torch. Commands run in
+a folder of their own. Without extras, commands that need one must say so in one sentence.
 """
 
 import functools
@@ -32,7 +32,7 @@ TUNED = (
     "--recipe lora --model stories --examples.sources questions.jsonl --examples.context 64 "
     "--training.steps 2 --training.batch_tokens 128 --answers.number 2 --output tuned"
 )
-# What needs an extra, and the package that it misses first.
+# Extra -> a command that needs it, and the package whose absence it reports first.
 NEEDS = {
     "report": ("calm compare stories --data prepared --max_blocks 2 --output compared", "matplotlib"),
     "serve": ("calm serve stories --port 0", "fastapi"),
@@ -46,44 +46,44 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment with the wheel, and a folder to run commands in."""
+    """A virtual environment with the wheel, and a working folder for commands."""
 
     folder: Path
     work: Path
 
     def start(self, command: str) -> subprocess.Popen[str]:
-        """Start a command that is installed there."""
+        """Start a command of the environment."""
         program, *arguments = command.split()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.Popen(
             [self.folder / "bin" / program, *arguments],
-            cwd=self.work, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=self.work, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def run(self, command: str, code: int = 0) -> str:
-        """What a command prints, which must end with that exit code."""
+        """Run a command that must exit with `code`, and return its output."""
         process = self.start(command)
         text, _ = process.communicate()
         assert process.returncode == code, f"{command}: exit code {process.returncode}\n{text[-3000:]}"
         return text
 
 
-def answer_a_request(environment: Environment) -> None:
-    """Serve the shipped model, and ask it for a text."""
+def check_serving(environment: Environment) -> None:
+    """Serve the shipped model, and request a text."""
     server = environment.start(NEEDS["serve"][0])
     try:
         assert server.stdout is not None
-        where = server.stdout.readline().split()[3].rstrip(",")
+        url = server.stdout.readline().split()[3].rstrip(",")
         request = json.dumps({"model": "stories", "prompt": "Once", "max_tokens": 8, "seed": 1}).encode()
-        with urllib.request.urlopen(f"{where}/completions", request, timeout=100) as answer:
-            assert json.load(answer)["choices"][0]["text"]
+        with urllib.request.urlopen(f"{url}/completions", request, timeout=100) as response:
+            assert json.load(response)["choices"][0]["text"]
     finally:
         server.terminate()
         server.wait()
 
 
-def read_a_file(environment: Environment) -> None:
-    """Write a model in a GGUF file, and let it continue a text."""
+def check_gguf(environment: Environment) -> None:
+    """Write a model to a GGUF file, and let it continue a text."""
     environment.run(f"python {ROOT / 'tests/gguf_files.py'} model.gguf")
     environment.run(NEEDS["gguf"][0])
 
@@ -98,25 +98,27 @@ def write_texts(environment: Environment) -> None:
     (environment.work / "questions.jsonl").write_text(lines, encoding="utf-8")
 
 
-def without_extras(environment: Environment) -> None:
-    """What needs no extra works, and the rest says what is missing."""
+def check_without_extras(environment: Environment) -> None:
+    """Commands that need an extra must say which package is missing."""
     for command, package in NEEDS.values():
-        said = environment.run(command, code=2).splitlines()[-1]
-        assert f"needs {package}" in said and "not installed: pip install" in said, said
+        message = environment.run(command, code=2).splitlines()[-1]
+        assert f"needs {package}" in message and "not installed: pip install" in message, message
 
 
-# What is done with an extra; where nothing is said, its command of the table is run.
-WITH: dict[str, Callable[[Environment], object]] = {
-    "": without_extras,
+# Extra -> its check, by default that its command in `NEEDS` succeeds.
+CHECKS: dict[str, Callable[[Environment], object]] = {
+    "": check_without_extras,
     **{name: functools.partial(Environment.run, command=command) for name, (command, _) in NEEDS.items()},
-    "serve": answer_a_request,
-    "gguf": read_a_file,
-    "docs": lambda one: one.run("zensical --version") and one.run("jupyter-nbconvert --version"),
+    "serve": check_serving,
+    "gguf": check_gguf,
+    "docs": lambda environment: (
+        environment.run("zensical --version") and environment.run("jupyter-nbconvert --version")
+    ),
 }
 
 
 def build(folder: Path) -> Path:
-    """The wheel, built from the source distribution."""
+    """Build the wheel from the source distribution."""
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
@@ -124,13 +126,13 @@ def build(folder: Path) -> Path:
 
 
 def torch_in(environment: Environment) -> list[str]:
-    """The line of torch among what is installed, and those of libraries that only another build brings."""
+    """The installed versions of torch and of libraries that come with some of its builds."""
     lines = environment.run("python -m pip freeze").splitlines()
     return [line for line in lines if line.startswith(("torch==", "torch @", "nvidia-", "triton"))]
 
 
 def check(wheel: Path, extra: str, folder: Path) -> str:
-    """Install the wheel with an extra, and use it; returns the version of torch."""
+    """Install the wheel with an extra and use it; return the version of torch."""
     environment = Environment(folder / "env", folder / "work")
     environment.work.mkdir()
     venv.create(environment.folder, with_pip=True)
@@ -141,7 +143,7 @@ def check(wheel: Path, extra: str, folder: Path) -> str:
     write_texts(environment)
     text = environment.run("calm generate stories Once --seed 1 --max_new_tokens 16")
     assert text.startswith("Once"), text
-    WITH[extra](environment)
+    CHECKS[extra](environment)
     return torch[0]
 
 
@@ -149,10 +151,10 @@ def main() -> None:
     """Check every extra in turn."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(Path(folder))
-        for extra in WITH:
+        for extra in CHECKS:
             start = time.monotonic()
-            with tempfile.TemporaryDirectory() as place:
-                torch = check(wheel, extra, Path(place))
+            with tempfile.TemporaryDirectory() as environment_folder:
+                torch = check(wheel, extra, Path(environment_folder))
             seconds = time.monotonic() - start
             print(f"{extra or 'no extra':12} works, with {torch} ({seconds:.0f} s)", flush=True)
 

@@ -7,5 +7,5 @@ from calm.data import pieces, sources
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 25)
-    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(pieces, "_DOCUMENTS_PER_PIECE", 25)
+    monkeypatch.setattr(sources, "_GROUP_BYTES_PER_PROCESS", 1)

@@ -11,7 +11,7 @@ import pytest
 
 from calm import register_format
 from calm.data import formats, sources
-from calm.data.engines import working_ahead
+from calm.data.engines import open_engine
 from calm.data.prepare import prepare
 from calm.data.stories import stories
 from calm.errors import InputError, RunError
@@ -114,10 +114,10 @@ def test_a_mistake_that_a_worker_finds_is_a_sentence(cluster, text, tmp_path, sm
 
 def test_a_machine_that_does_not_see_the_files_is_a_sentence(cluster, tmp_path):
     with (
-        working_ahead("ray", 2) as ahead,
+        open_engine("ray", 2) as run_ahead,
         pytest.raises(RunError, match=r"a worker failed .*No such file.* All machines must see"),
     ):
-        ahead([partial(open, tmp_path / "nowhere")])
+        run_ahead([partial(open, tmp_path / "nowhere")])
 
 
 def test_a_cluster_that_does_not_answer_is_a_sentence(cluster, text, tmp_path, monkeypatch):

@@ -265,7 +265,7 @@ def test_records_are_the_same_however_many_are_read_together(tokenizer, tmp_path
     ]
     assert len(alone[0][0].steps) == 2
     for size in (1, 2, 1000):
-        monkeypatch.setattr("calm.data.examples._BATCH", size)
+        monkeypatch.setattr("calm.data.examples._BATCH_SIZE", size)
         assert read_examples(written(tmp_path / "all.jsonl", *records), tokenizer, with_steps=True) == alone
         sources = written(tmp_path / "bad.jsonl", *records[:3], bad, *records[3:], {"prompt": 1})
         (tmp_path / "bad.jsonl").write_text((tmp_path / "bad.jsonl").read_text() + "{\n")

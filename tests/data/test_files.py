@@ -52,7 +52,7 @@ def names(folder: Path) -> list[str]:
 def told(folder: Path, caplog) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        find_files(folder, tell=True)
+        find_files(folder, log_excluded=True)
     return [record.getMessage() for record in caplog.records]
 
 

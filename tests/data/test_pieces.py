@@ -9,8 +9,8 @@ import pytest
 from processes import start
 
 from calm.data import pieces, reading
+from calm.data.caching import load_or_make
 from calm.data.formats import FORMATS, Format
-from calm.data.kept import made_or_kept
 from calm.data.prepare import prepare
 from calm.data.prepared import is_prepared, load_prepared
 from calm.data.stories import stories
@@ -21,8 +21,8 @@ PROGRAM = """
 import os, signal, sys
 from calm.data import pieces, prepare, sources
 
-pieces._DOCUMENTS_OF_A_PIECE, sources._BYTES_AT_ONCE = 25, 1
-name = {"save": "asdict"}.get(sys.argv[1], "made_or_kept")
+pieces._DOCUMENTS_PER_PIECE, sources._GROUP_BYTES_PER_PROCESS = 25, 1
+name = {"save": "asdict"}.get(sys.argv[1], "load_or_make")
 module = {"read": sources, "tokenize": pieces, "save": prepare}[sys.argv[1]]
 function, calls = getattr(module, name), []
 
@@ -164,11 +164,11 @@ def test_what_no_damaged_piece_explains_is_raised(tmp_path):
     """Not the same again: nothing that is kept is to blame."""
     whole = datasets.Dataset.from_dict({"n": [1]})
     file = str(tmp_path / "a.arrow")
-    made_or_kept(lambda: whole.map(dict, cache_file_name=file), tmp_path, "numbers")
+    load_or_make(lambda: whole.map(dict, cache_file_name=file), tmp_path, "numbers")
 
     def fail():
         raise pyarrow.ArrowInvalid("of its own")
 
     with pytest.raises(pyarrow.ArrowInvalid, match="of its own"):
-        made_or_kept(fail, tmp_path, "numbers")
+        load_or_make(fail, tmp_path, "numbers")
     assert (tmp_path / "a.arrow").is_file()

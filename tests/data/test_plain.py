@@ -65,7 +65,7 @@ def test_a_folder_takes_prose_and_tells_of_the_rest_by_suffix(tmp_path, caplog):
     for name in (*read, *left):
         (tmp_path / name).write_bytes(b"a")
     with caplog.at_level("INFO"):
-        assert [file.name for file in find_files(tmp_path, tell=True)] == read
+        assert [file.name for file in find_files(tmp_path, log_excluded=True)] == read
     [message] = [record.getMessage() for record in caplog.records]
     told = "other formats (11: .py 3, .json 2, without a suffix 2, .log 1, .png 1, others 2)"
     assert message == f"read 8 files of '{tmp_path}'; left out: {told}"

@@ -121,7 +121,7 @@ def test_tokens_of_a_long_text_are_counted_in_its_first_part(source, tmp_path, m
     documents = [[*tokens, data.tokenizer.eos_token_id] for tokens in data.train["input_ids"]]
     whole = Counter(token for document in documents for token in document)
     assert data.token_counts().tolist() == [whole[token] for token in range(data.vocab_size)]
-    monkeypatch.setattr(opening, "_MOST_COUNTED", len(documents[0]) + 1)
+    monkeypatch.setattr(opening, "_MAX_TOKENS_COUNTED", len(documents[0]) + 1)
     part = Counter(documents[0] + documents[1])
     assert data.token_counts().tolist() == [part[token] for token in range(data.vocab_size)]
 

@@ -175,7 +175,7 @@ def test_a_field_of_numbers(form, tmp_path):
 
 
 def test_a_row_is_named_by_its_number_in_the_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_BYTES_OF_A_PART", 3000)
+    monkeypatch.setattr(shards, "_PART_BYTES", 3000)
     rows = datasets.Dataset.from_list(records([*TEXTS[:9], "x" * 10**6 + "y"]))
     rows.save_to_disk(tmp_path / "saved")
     parts = find_shards([str(tmp_path / "saved")], ReadingOptions(max_document_mb=1))
@@ -288,7 +288,7 @@ def test_a_saved_dataset_below_a_folder_has_to_be_named(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     as_folder(tmp_path, records(TEXTS))
     with caplog.at_level(logging.INFO):
-        assert find_files(tmp_path, tell=True) == [tmp_path / "a.txt"]
+        assert find_files(tmp_path, log_excluded=True) == [tmp_path / "a.txt"]
     assert "left out: saved datasets, which need to be named (1)" in caplog.text
 
 

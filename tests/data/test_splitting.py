@@ -16,7 +16,7 @@ from calm.data.prepare import prepare
 from calm.data.prepared import load_prepared, split_of
 from calm.data.splitting import choose_split
 from calm.data.stories import stories
-from calm.data.streaming import PLACE, BlockStream, Position, StreamSettings
+from calm.data.streaming import CURSOR, BlockStream, Position, StreamSettings
 from calm.errors import InputError
 
 
@@ -181,7 +181,7 @@ def streamed(folder, tokenizer, split):
                        held_out_below=split.highest, held_out_seed=split.seed, part_bytes=split.part_bytes),
         tokenizer, Position(1, 1),
     )  # fmt: skip
-    blocks = list(itertools.takewhile(lambda block: block[PLACE][1] < 1, reader))
+    blocks = list(itertools.takewhile(lambda block: block[CURSOR][1] < 1, reader))
     tokens = np.concatenate([block["labels"].numpy() for block in blocks])
     ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
     parts = np.split(tokens, ends + 1)[:-1]
@@ -200,7 +200,7 @@ def test_a_stream_has_what_is_trained_on(name, tmp_path):
 
 def test_text_that_the_sample_did_not_hold_is_cut_the_same_way(tmp_path):
     files = {f"{n}.jsonl": as_jsonl(text_of(10 * n + m, 60) for m in range(4)) for n in range(3)}
-    data = prepared(tmp_path, files, most=1)
+    data = prepared(tmp_path, files, max_documents=1)
     split = split_of(tmp_path / "out")
     texts = [text_of(10 * n + m, 60) for n in range(3) for m in range(4)]
     runs = [run for text in texts for run in split.runs(text)]
@@ -224,10 +224,10 @@ def test_a_stream_of_parts_goes_on_exactly_where_it_was_stopped(tmp_path):
         )  # fmt: skip
 
     whole = list(itertools.islice(stream(Position(1, 1)), 2000))
-    assert max(int(block[PLACE][3]) for block in whole) > 1  # Documents that are cut count singly.
+    assert max(int(block[CURSOR][3]) for block in whole) > 1  # Documents that are cut count singly.
     for stop in (1, 800, 1700):
         position = Position(1, 1)
-        position.note(*whole[stop - 1][PLACE].tolist())
+        position.record(*whole[stop - 1][CURSOR].tolist())
         rest = list(itertools.islice(stream(position), 50))
         assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(rest, whole[stop:], strict=False))
 
@@ -295,5 +295,5 @@ def test_given_held_out_text_is_counted_and_not_compared_with_a_share(tmp_path, 
 
 def test_a_sample_of_a_stream_is_called_that(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        prepared(tmp_path, {"a.jsonl": as_jsonl(stories(0, 500))}, most=300)
+        prepared(tmp_path, {"a.jsonl": as_jsonl(stories(0, 500))}, max_documents=300)
     assert notes(caplog)[0][1].startswith("text (a sample of what is streamed): 294 documents and ")

@@ -15,7 +15,7 @@ from calm.data.prepare import prepare
 from calm.data.prepared import split_of
 from calm.data.shards import find_shards
 from calm.data.stories import stories
-from calm.data.streaming import PLACE, BlockStream, Place, Position, StreamSettings
+from calm.data.streaming import CURSOR, BlockStream, Cursor, Position, StreamSettings
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 
@@ -44,7 +44,7 @@ def stream(text, position=None, process=0, **changes):
 
 def epochs_of(reader, number):
     """All blocks of the first epochs."""
-    return list(itertools.takewhile(lambda block: block[PLACE][1] < number, reader))
+    return list(itertools.takewhile(lambda block: block[CURSOR][1] < number, reader))
 
 
 def documents_in(blocks, tokenizer):
@@ -70,7 +70,7 @@ def test_readers_share_the_text_without_overlap(text, processes, workers):
         for process, worker in itertools.product(range(processes), range(workers)):
             reader = stream(text, Position(processes, workers), process)
             blocks = epochs_of(reader._read(process * workers + worker, processes * workers, worker), epoch)
-            found += documents_in([block for block in blocks if block[PLACE][1] == epoch - 1], tokenizer)
+            found += documents_in([block for block in blocks if block[CURSOR][1] == epoch - 1], tokenizer)
         assert sorted(found) == sorted(documents)
 
 
@@ -96,7 +96,7 @@ def test_it_goes_on_exactly_where_it_was_stopped(text, workers, tmp_path):
         loader = DataLoader(stream(text, position), batch_size=2, num_workers=workers)
         taken = []
         for batch in itertools.islice(loader, count):
-            note(*batch[PLACE][-1].tolist())
+            note(*batch[CURSOR][-1].tolist())
             taken.append(batch["input_ids"])
         return taken
 
@@ -107,7 +107,7 @@ def test_it_goes_on_exactly_where_it_was_stopped(text, workers, tmp_path):
     assert len({tuple(row.tolist()) for batch in whole for row in batch}) > 60
     for stop in (1, 2, 5, 11, 23):
         read = new()
-        before = batches(new(), stop, read.note)
+        before = batches(new(), stop, read.record)
         read.save(tmp_path / "position.json")
         again = new()
         again.load(tmp_path / "position.json")
@@ -119,7 +119,9 @@ def test_it_goes_on_exactly_where_it_was_stopped(text, workers, tmp_path):
 def test_held_out_documents_are_never_in_it(text, tmp_path):
     """Also those that the sample did not hold."""
     folder, documents, _ = text
-    data = prepare([str(folder)], tmp_path / "data", vocab_size=300, validation_fraction=0.3, seed=5, most=8)
+    data = prepare(
+        [str(folder)], tmp_path / "data", vocab_size=300, validation_fraction=0.3, seed=5, max_documents=8
+    )
     assert len(data.train) + len(data.validation) == 5 * 8
     highest = split_of(tmp_path / "data").highest
     kept = [document for document in documents if rank_of(document, 5) > highest]
@@ -147,7 +149,7 @@ def test_a_hub_dataset_as_it_arrives(text, tmp_path, monkeypatch):
     assert sorted(document for shard in shards for document in shard.read()) == sorted(documents)
     reader = stream(text, sources=["someone/stories"])
     assert sorted(documents_in(epochs_of(reader, 1), tokenizer)) == sorted(documents)
-    data = prepare(["someone/stories"], tmp_path / "data", vocab_size=300, most=20)
+    data = prepare(["someone/stories"], tmp_path / "data", vocab_size=300, max_documents=20)
     assert len(data.train) + len(data.validation) == 20
     with pytest.raises(InputError, match="has no field 'content'; its fields are text"):
         find_shards(["someone/stories"], ReadingOptions(text_field="content"))
@@ -162,7 +164,7 @@ def test_a_file_without_text_is_no_end(text, tmp_path):
     found = []
     for reader in range(6):
         stream_of = stream(text, Position(6, 1), sources=[str(tmp_path)])
-        blocks = itertools.takewhile(lambda block: block[PLACE][1] < 8, stream_of._read(reader, 6, 0))
+        blocks = itertools.takewhile(lambda block: block[CURSOR][1] < 8, stream_of._read(reader, 6, 0))
         found += documents_in(list(blocks), tokenizer)
     assert sorted(found) == sorted(documents * 8)
 
@@ -174,8 +176,9 @@ def test_what_cannot_be_streamed(text, tmp_path):
         next(iter(stream(text, held_out_below=2**64)))
     with pytest.raises(InputError, match=r"one of 12 readers finds no text .* smaller windows than 7"):
         list(stream(text, Position(3, 4))._read(11, 12, 3))  # There are nine windows.
-    position = Position(2, 1, places={0: Place(0, 1, 2, 3, 4)})
+    position = Position(2, 1, cursors={0: Cursor(0, 1, 2, 3, 4)})
     position.save(tmp_path / "position.json")
+    assert json.loads((tmp_path / "position.json").read_text())["places"] == {"0": [0, 1, 2, 3, 4]}
     with pytest.raises(InputError, match=r"by 2 process\(es\) with 1 worker\(s\) .* not 1 with 3"):
         Position(1, 3).load(tmp_path / "position.json")
     with pytest.raises(InputError, match="must resume with the same number of processes"):
@@ -206,9 +209,9 @@ def test_records_without_text_count_once(gaps, sources, workers):
     reader = stream(gaps, Position(1, workers), sources=[str(folder / sources)])
     for worker in range(workers):
         blocks = list(
-            itertools.takewhile(lambda block: block[PLACE][1] < 3, reader._read(worker, workers, worker))
+            itertools.takewhile(lambda block: block[CURSOR][1] < 3, reader._read(worker, workers, worker))
         )
-        reader.position.note(*blocks[-1][PLACE].tolist())
+        reader.position.record(*blocks[-1][CURSOR].tolist())
     assert reader.num_skipped() == 13
     found = documents_in(epochs_of(stream(gaps, sources=[str(folder / sources)]), 1), tokenizer)
     assert sorted(found) == sorted(documents)
@@ -217,13 +220,13 @@ def test_records_without_text_count_once(gaps, sources, workers):
 @pytest.mark.parametrize("sources", ["one.jsonl", "two"])
 def test_a_stopped_stream_goes_on_counting(gaps, sources, tmp_path):
     source = [str(gaps[0] / sources)]
-    whole = [block[PLACE].tolist() for block in epochs_of(stream(gaps, sources=source), 2)]
+    whole = [block[CURSOR].tolist() for block in epochs_of(stream(gaps, sources=source), 2)]
     for stop in range(0, len(whole), 67):
         position = Position(1, 1)
-        position.note(*whole[stop])
+        position.record(*whole[stop])
         position.save(tmp_path / "position.json")
         again = Position(1, 1)
         again.load(tmp_path / "position.json")
-        rest = [block[PLACE].tolist() for block in epochs_of(stream(gaps, again, sources=source), 2)]
+        rest = [block[CURSOR].tolist() for block in epochs_of(stream(gaps, again, sources=source), 2)]
         assert rest == whole[stop + 1 :]
     assert whole[0][-1] < whole[-1][-1] == 13

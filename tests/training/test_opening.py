@@ -172,8 +172,8 @@ def test_prepared_text_is_counted_before_it_is_trained_on(runs, tmp_path, caplog
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BYTES_AT_ONCE", 1)
-    monkeypatch.setattr(pieces, "_DOCUMENTS_OF_A_PIECE", 5)
+    monkeypatch.setattr(sources, "_GROUP_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(pieces, "_DOCUMENTS_PER_PIECE", 5)
     text, run = tmp_path / "text", tmp_path / "run"
     text.mkdir()
     for number in range(4):

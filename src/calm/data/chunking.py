@@ -1,10 +1,10 @@
-"""Documents of token ids -> blocks of whole chunks: the one function that every stage uses.
+"""Documents of token ids -> blocks of whole chunks, for every stage of training and for scoring.
 
 Two layouts:
   documents  each document is laid out as padding (a random offset inside its first chunk), its tokens,
              one EOS, and padding to a chunk boundary; documents in one block do not see each other.
-  packed     documents with their EOS are simply concatenated and cut, as in the published
-             evaluation; chunks may span documents, and a block is one long context.
+  packed     documents with their EOS are simply concatenated and cut into blocks, as in the
+             published evaluation; chunks may span documents, and a block is one long context.
 
 A block has four features: `input_ids` (T), `labels` (T, -100 on padding), `position_ids` (C), the
 position of each chunk in its document, restarting from 0 with each document, and `document_ids` (C), the
@@ -72,30 +72,30 @@ def make_blocks(
         InputError: If the block size is not a multiple of the chunk size.
     """
     check_block_size(block_size, chunk_size)
-    pieces, masks, positions, owners = [], [], [], []
+    padded, masks, positions, document_ids = [], [], [], []
     for document, index in zip(documents, indices, strict=True):
         tokens = np.append(np.asarray(document, dtype=np.int64), eos_token_id)
         front = _offset(seed, index, chunk_size) if layout == "documents" else 0
         back = -(front + len(tokens)) % chunk_size if layout == "documents" else 0
-        pieces.append(np.pad(tokens, (front, back), constant_values=pad_token_id))
+        padded.append(np.pad(tokens, (front, back), constant_values=pad_token_id))
         masks.append(np.pad(np.ones(len(tokens), dtype=bool), (front, back)))
-        owners.append(np.full(len(pieces[-1]), index))
+        document_ids.append(np.full(len(padded[-1]), index))
         if layout == "documents":
-            positions.append(np.arange(len(pieces[-1]) // chunk_size))
-    stream, mask = _to_rows(pieces, block_size, pad_token_id), _to_rows(masks, block_size, False)
+            positions.append(np.arange(len(padded[-1]) // chunk_size))
+    stream, mask = _to_rows(padded, block_size, pad_token_id), _to_rows(masks, block_size, False)
     chunks_per_block = block_size // chunk_size
     if layout == "documents":
         position_ids = _to_rows(positions, chunks_per_block, 0)
-        # A document that continues from the block before gets positions as if it started here.
-        cut = _leading_run(position_ids)
-        position_ids = np.where(cut, np.arange(chunks_per_block), position_ids)
+        # A document that continues from the previous block gets positions as if it started here.
+        continues = _leading_run(position_ids)
+        position_ids = np.where(continues, np.arange(chunks_per_block), position_ids)
     else:
         position_ids = np.tile(np.arange(chunks_per_block), (len(stream), 1))
     return {
         "input_ids": stream,
         "labels": np.where(mask, stream, IGNORED_LABEL),
         "position_ids": position_ids,
-        "document_ids": _to_rows(owners, block_size, indices[-1])[:, ::chunk_size],
+        "document_ids": _to_rows(document_ids, block_size, indices[-1])[:, ::chunk_size],
     }
 
 

@@ -11,21 +11,20 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 
-_END_OF_LINE = r"(?:\r\n|\n|\r(?!\n))"
-_REST_OF_LINE = r"[^\S\r\n]*"
-# From coarse to fine. A border lies after a pattern's match, so whitespace belongs to the text before it.
-_BORDERS = (
-    re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})+"),  # Blank lines.
-    re.compile(rf"(?<=\S){_REST_OF_LINE}{_END_OF_LINE}(?:{_REST_OF_LINE}{_END_OF_LINE})*"),
+_LINE_END = r"(?:\r\n|\n|\r(?!\n))"
+_SPACES = r"[^\S\r\n]*"
+# From coarse to fine. A text is cut at the end of a match, so whitespace belongs to what precedes it.
+_BOUNDARIES = (
+    re.compile(rf"(?<=\S){_SPACES}{_LINE_END}(?:{_SPACES}{_LINE_END})+"),  # Blank lines.
+    re.compile(rf"(?<=\S){_SPACES}{_LINE_END}(?:{_SPACES}{_LINE_END})*"),
     re.compile(  # Ends of sentences, in Chinese and Japanese too.
         r"""[.!?\u2026]["'\u201d\u2019\u00bb)\]]*\s+|[\u3002\uff01\uff1f]["'\u201d\u2019\u300d\u300f\uff09]*\s*"""
     ),
     re.compile(r"(?<=\S)\s+"),
 )
-_LINES = _BORDERS[1]
-# Bytes. A unit longer than the second, or longer than both the first and half of the text, is not taken for a
-# paragraph but for text without blank lines.
-_PARAGRAPH, _LONGEST_PARAGRAPH = 4000, 20_000
+_LINES = _BOUNDARIES[1]
+_LONG_PARAGRAPH = 4000  # Bytes: a shorter unit may always be a paragraph.
+_LONGEST_PARAGRAPH = 20_000  # Bytes: a longer one is text without blank lines; so is one over half the text.
 
 
 def parts_of(text: str, size: int) -> list[str]:
@@ -40,48 +39,48 @@ def parts_of(text: str, size: int) -> list[str]:
     total = len(text.encode())
     if total <= size:
         return [text]
-    most = max(longest_part(size), min(_LONGEST_PARAGRAPH, total // 2))
-    units = _units(text, size, most, _BORDERS)
+    max_unit = max(longest_part(size), min(_LONGEST_PARAGRAPH, total // 2))
+    units = _split_units(text, size, max_unit, _BOUNDARIES)
     if len(units) == 1:
         units = _cut(text, _LINES)  # A short text without blank lines.
     parts: list[str] = []
-    waiting: list[str] = []
+    current: list[str] = []
     room = size
     for unit in units:
         length = len(unit.encode())
-        if waiting and length > room:
-            parts.append("".join(waiting))
-            waiting, room = [], size
-        waiting.append(unit)
+        if current and length > room:
+            parts.append("".join(current))
+            current, room = [], size
+        current.append(unit)
         room -= length
         if 2 * room < size and _is_landmark(unit, 2 * length / size):
-            parts.append("".join(waiting))
-            waiting, room = [], size
-    return [*parts, "".join(waiting)] if waiting else parts
+            parts.append("".join(current))
+            current, room = [], size
+    return [*parts, "".join(current)] if current else parts
 
 
 def longest_part(size: int) -> int:
     """Bytes of the longest part that may be held out, if parts have about `size` bytes."""
-    return max(2 * size, _PARAGRAPH)
+    return max(2 * size, _LONG_PARAGRAPH)
 
 
-def _units(text: str, size: int, most: int, borders: Sequence[re.Pattern[str]]) -> list[str]:
-    """Split a text into the coarsest units that put at least half of it in units of at most `most` bytes."""
-    if not borders:
+def _split_units(text: str, size: int, max_unit: int, boundaries: Sequence[re.Pattern[str]]) -> list[str]:
+    """Split a text into the coarsest units such that units of at most `max_unit` bytes hold half of it."""
+    if not boundaries:
         return list(_slices(text, max(1, size // 4)))
-    units = _cut(text, borders[0])
+    units = _cut(text, boundaries[0])
     lengths = [len(unit.encode()) for unit in units]
-    if sum(length for length in lengths if length > most) <= sum(lengths) / 2:
+    if sum(length for length in lengths if length > max_unit) <= sum(lengths) / 2:
         return units
     finer: list[str] = []
     for unit, length in zip(units, lengths, strict=True):
-        finer += _units(unit, size, most, borders[1:]) if length > most else [unit]
+        finer += _split_units(unit, size, max_unit, boundaries[1:]) if length > max_unit else [unit]
     return finer
 
 
-def _cut(text: str, border: re.Pattern[str]) -> list[str]:
-    """Cut a text after each border."""
-    ends = [match.end() for match in border.finditer(text)]
+def _cut(text: str, boundary: re.Pattern[str]) -> list[str]:
+    """Cut a text after each boundary."""
+    ends = [match.end() for match in boundary.finditer(text)]
     if not ends or ends[-1] < len(text):
         ends.append(len(text))
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]

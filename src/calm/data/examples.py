@@ -35,7 +35,7 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
     "{{ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-_BATCH = 1000  # Records encoded together.
+_BATCH_SIZE = 1000  # Records that are encoded together.
 _ROLE = re.compile(r"[\w-]+")
 
 
@@ -47,7 +47,7 @@ class Example:
         prompt: Tokens of the prompt, with BOS if the tokenizer has one.
         completion: Tokens of the completion, ending with an end-of-text token.
         steps: Tokens of the reasoning steps between prompt and completion, if given.
-        where: Its file and line, or the like, for messages.
+        where: Its location, such as file and line, for messages.
     """
 
     prompt: list[int]
@@ -111,57 +111,60 @@ class _Pair(NamedTuple):
 def _read_batch(
     batch: Iterable[tuple[str, dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, with_steps: bool
 ) -> Iterator[list[Example]]:
-    """Yield the examples of each record of a batch, encoded together, up to the first mistake."""
+    """Yield the examples of each record of a batch, encoded together, up to the first invalid record."""
     read: list[tuple[str, _Pair | list[Example]]] = []
-    mistake = None
+    first_error = None
     for where, record in batch:
         try:
-            with _told_where(where):
+            with _with_location(where):
                 steps = _steps_of(record) if with_steps else []
                 if "messages" in record:
                     read.append((where, list(_answers(_checked_messages(record["messages"]), tokenizer))))
                 else:
                     read.append((where, _pair_of(record, steps)))
         except InputError as error:
-            mistake = error
+            first_error = error
             break
-    pairs = [one for _, one in read if isinstance(one, _Pair)]
+    pairs = [pair for _, pair in read if isinstance(pair, _Pair)]
     prompts = iter(encode_documents(tokenizer, [pair.prompt for pair in pairs]))
-    words = iter(encode_words(tokenizer, [text for pair in pairs for text in (*pair.steps, pair.completion)]))
-    for where, one in read:
-        if not isinstance(one, _Pair):
-            yield [replace(example, where=where) for example in one]
+    tokens = iter(
+        encode_words(tokenizer, [text for pair in pairs for text in (*pair.steps, pair.completion)])
+    )
+    for where, content in read:
+        if not isinstance(content, _Pair):
+            yield [replace(example, where=where) for example in content]
             continue
-        steps_ids = tuple(itertools.islice(words, len(one.steps)))
-        with _told_where(where):
-            example = _example(next(prompts), [*next(words), tokenizer.eos_token_id])
-        yield [replace(example, steps=steps_ids, where=where)]
-    if mistake is not None:
-        raise mistake
+        step_ids = tuple(itertools.islice(tokens, len(content.steps)))
+        with _with_location(where):
+            example = _example(next(prompts), [*next(tokens), tokenizer.eos_token_id])
+        yield [replace(example, steps=step_ids, where=where)]
+    if first_error is not None:
+        raise first_error
 
 
 def _batches(records: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Batch records: tokenizers are much faster on many texts at once than on one at a time.
 
-    Records before an unreadable one are yielded first, so that the first mistake is the one reported.
+    Records before an unreadable one are yielded before its error is raised, so that the first error in the
+    order of the records is the one reported.
     """
-    is_over = False
-    while not is_over:
-        batch, mistake = list[tuple[str, dict[str, Any]]](), None
+    is_last = False
+    while not is_last:
+        batch, reading_error = list[tuple[str, dict[str, Any]]](), None
         try:
-            for one in itertools.islice(records, _BATCH):
-                batch.append(one)  # One by one, so that those before a mistake are kept.
+            for record in itertools.islice(records, _BATCH_SIZE):
+                batch.append(record)  # Not `extend`: records before an error are kept.
         except InputError as error:
-            mistake = error
+            reading_error = error
         yield batch
-        if mistake is not None:
-            raise mistake
-        is_over = len(batch) < _BATCH
+        if reading_error is not None:
+            raise reading_error
+        is_last = len(batch) < _BATCH_SIZE
 
 
 @contextlib.contextmanager
-def _told_where(where: str) -> Iterator[None]:
-    """Prefix errors raised inside with the location of the record."""
+def _with_location(where: str) -> Iterator[None]:
+    """Put the location of a record in front of the errors raised inside."""
     try:
         yield
     except InputError as error:
@@ -174,7 +177,7 @@ def _pair_of(record: dict[str, Any], steps: list[str]) -> _Pair:
         raise InputError("a record needs 'prompt' and 'completion', both text, or 'messages'.")
     if not completion:
         raise InputError("the completion is empty; leave the record out.")
-    return _Pair(prompt, steps, _parted(completion) if steps else completion)
+    return _Pair(prompt, steps, _with_leading_space(completion) if steps else completion)
 
 
 def _steps_of(record: dict[str, Any]) -> list[str]:
@@ -185,23 +188,23 @@ def _steps_of(record: dict[str, Any]) -> list[str]:
         raise InputError("'steps' must be a list of texts, none of them empty.")
     if steps and "messages" in record:
         raise InputError("'steps' go with 'prompt' and 'completion', not with 'messages'.")
-    return [_parted(step) for step in steps]
+    return [_with_leading_space(step) for step in steps]
 
 
-def _parted(words: str) -> str:
-    """Text that continues other text, with whitespace in front."""
-    return words if not words or words[0].isspace() else f" {words}"
+def _with_leading_space(text: str) -> str:
+    """A text that continues another, with a space in front unless it starts with whitespace."""
+    return text if not text or text[0].isspace() else f" {text}"
 
 
 def _checked_messages(messages: Any) -> list[dict[str, str]]:
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     if not is_list or not all(isinstance(message.get("role"), str) for message in messages):
         raise InputError("'messages' must be a list of {'role': text, 'content': text}.")
-    if odd := [m["role"] for m in messages if not _ROLE.fullmatch(m["role"])]:
-        raise InputError(f"a role must be one word, such as user or assistant, not {odd[0][:40]!r}.")
+    if invalid := [m["role"] for m in messages if not _ROLE.fullmatch(m["role"])]:
+        raise InputError(f"a role must be one word, such as user or assistant, not {invalid[0][:40]!r}.")
     checked = [
-        message | {"content": _text_of(message.get("content"), f"messages[{place}]")}
-        for place, message in enumerate(messages)
+        message | {"content": _text_of(message.get("content"), f"messages[{index}]")}
+        for index, message in enumerate(messages)
     ]
     if not any(message["role"] == ASSISTANT for message in checked):
         raise InputError(f"no message has the role '{ASSISTANT}', so there is nothing to learn.")
@@ -222,49 +225,49 @@ def _text_of(content: Any, where: str) -> str:
 
 
 def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = render(tokenizer, messages[:place], to_answer=True)
-        after = render(tokenizer, messages[: place + 1], to_answer=False)
+        before = render(tokenizer, messages[:index], to_answer=True)
+        after = render(tokenizer, messages[: index + 1], to_answer=False)
         if not after.startswith(before):
             raise InputError(
                 "the chat template renders the prompt differently once an answer follows, so the two cannot "
                 "be separated; use another template."
             )
-        answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
-        words = encode_rendering(tokenizer, answer, goes_on=True)
-        if end is None:  # What the template adds after an answer cannot be told apart from it.
+        answer, end = _split_off_end(after[len(before) :], messages[:index], tokenizer)
+        tokens = encode_rendering(tokenizer, answer, goes_on=True)
+        if end is None:  # What the template adds after an answer cannot be separated from it.
             end = tokenizer.eos_token_id
-            words = words[: words.index(end)] if end in words else words
-        yield _example(encode_rendering(tokenizer, before), [*words, end])
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        yield _example(encode_rendering(tokenizer, before), [*tokens, end])
 
 
-def _words_and_end(
-    written: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+def _split_off_end(
+    rendered: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, int | None]:
     """Separate the text of a rendered answer from the token id that ends it.
 
     If the template closes the turn with a control token, that token ends the answer. If it closes the turn
-    with plain text, the answer ends with EOS instead, so that users never see the marker.
+    with plain text, the answer ends with EOS instead, so that users never see that text.
 
     Args:
-        written: The answer as rendered by the template.
+        rendered: The answer as rendered by the template.
         messages: The conversation before it.
         tokenizer: The tokenizer.
 
     Returns:
         The text and the id; the rendered answer and None if the two cannot be separated.
     """
-    behind = end_of_turn(tokenizer, messages)
-    if not behind or not written.endswith(behind):
-        return written, None
-    words, control = written.removesuffix(behind), control_tokens_of(tokenizer)
-    sign = behind.lstrip()
-    first = split_at(sign, control)[:1]
+    suffix = end_of_turn(tokenizer, messages)
+    if not suffix or not rendered.endswith(suffix):
+        return rendered, None
+    text, control = rendered.removesuffix(suffix), control_tokens_of(tokenizer)
+    marker = suffix.lstrip()
+    first = split_at(marker, control)[:1]
     if first and first[0] in control:
-        return words + behind.removesuffix(sign), control[first[0]]
-    return words, tokenizer.eos_token_id
+        return text + suffix.removesuffix(marker), control[first[0]]
+    return text, tokenizer.eos_token_id
 
 
 def _example(prompt: list[int], completion: list[int]) -> Example:
@@ -290,11 +293,16 @@ def lay_out(
     Returns:
         The blocks, and how many examples were shortened.
     """
-    rows: dict[str, list[np.ndarray]] = {"tokens": [], "labels": [], "positions": [], "owners": []}
-    room = shortened = 0
+    rows: dict[str, list[np.ndarray]] = {
+        "input_ids": [],
+        "labels": [],
+        "position_ids": [],
+        "document_ids": [],
+    }
+    room = num_shortened = 0
     for number, example in enumerate(examples):
-        prompt, completion = _fitting(example, chunk_size, block_size)
-        shortened += len(prompt) < len(example.prompt) or len(completion) < len(example.completion)
+        prompt, completion = _truncate(example, chunk_size, block_size)
+        num_shortened += len(prompt) < len(example.prompt) or len(completion) < len(example.completion)
         front, back = -len(prompt) % chunk_size, -len(completion) % chunk_size
         tokens = np.pad(np.array(prompt + completion), (front, back), constant_values=pad_token_id)
         labels = np.full(len(tokens), IGNORED_LABEL)
@@ -302,29 +310,27 @@ def lay_out(
         if len(tokens) > room:
             _start_row(rows, block_size, chunk_size, pad_token_id)
             room = block_size
-        here, chunk = block_size - room, (block_size - room) // chunk_size
-        rows["tokens"][-1][here : here + len(tokens)] = tokens
-        rows["labels"][-1][here : here + len(tokens)] = labels
+        start, chunk = block_size - room, (block_size - room) // chunk_size
+        rows["input_ids"][-1][start : start + len(tokens)] = tokens
+        rows["labels"][-1][start : start + len(tokens)] = labels
         num_chunks = len(tokens) // chunk_size
-        rows["positions"][-1][chunk : chunk + num_chunks] = np.arange(num_chunks)
-        rows["owners"][-1][chunk:] = number
+        rows["position_ids"][-1][chunk : chunk + num_chunks] = np.arange(num_chunks)
+        rows["document_ids"][-1][chunk:] = number
         room -= len(tokens)
-    names = {"tokens": "input_ids", "labels": "labels", "positions": "position_ids", "owners": "document_ids"}
-    blocks = datasets.Dataset.from_dict({names[name]: row for name, row in rows.items()})
-    return blocks.with_format("torch"), shortened
+    return datasets.Dataset.from_dict(rows).with_format("torch"), num_shortened
 
 
 def _start_row(
     rows: dict[str, list[np.ndarray]], block_size: int, chunk_size: int, pad_token_id: int
 ) -> None:
     num_chunks = block_size // chunk_size
-    rows["tokens"].append(np.full(block_size, pad_token_id))
+    rows["input_ids"].append(np.full(block_size, pad_token_id))
     rows["labels"].append(np.full(block_size, IGNORED_LABEL))
-    rows["positions"].append(np.zeros(num_chunks, dtype=np.int64))
-    rows["owners"].append(np.zeros(num_chunks, dtype=np.int64))
+    rows["position_ids"].append(np.zeros(num_chunks, dtype=np.int64))
+    rows["document_ids"].append(np.zeros(num_chunks, dtype=np.int64))
 
 
-def _fitting(example: Example, chunk_size: int, block_size: int) -> tuple[list[int], list[int]]:
+def _truncate(example: Example, chunk_size: int, block_size: int) -> tuple[list[int], list[int]]:
     """Prompt and completion, shortened to fit in a block when both are padded to whole chunks."""
     completion = example.completion[: block_size - chunk_size]
     room = block_size - len(completion) - (-len(completion) % chunk_size)

@@ -1,9 +1,9 @@
-"""The files of a source: known formats, compressed or not, and what is left out below a folder.
+"""The files of a source: a file itself, or all files of known formats below a folder, compressed or not.
 
-Left out below a folder are: other formats, hidden files and folders, those of systems and tools (trash,
+Below a folder these are left out: other formats, hidden files and folders, those of systems and tools (trash,
 caches, installed packages), what calm itself wrote (runs, prepared text, models), datasets written by
 `save_to_disk`, broken links, folders that cannot be opened, and files already read under another name. A file
-that the user names directly is read, as plain text if its format is unknown.
+that the user names directly is always read, as plain text if its format is unknown.
 """
 
 import logging
@@ -21,7 +21,7 @@ from calm.data.rows import is_saved
 from calm.errors import InputError, reason_of
 
 logger = logging.getLogger(__name__)
-_OF_TOOLS = {
+_TOOL_FOLDERS = {
     "__macosx",
     "__pycache__",
     "__pypackages__",
@@ -37,9 +37,9 @@ _OF_TOOLS = {
     "@recently-snapshot",
     "@eadir",
 }
-_OTHERS = "other formats"
-_SUFFIXES_TOLD, _LONGEST_SUFFIX = 5, 12
-_ENDS_OF_TOOLS = (".dist-info", ".egg-info")
+_OTHER_FORMATS = "other formats"
+_MAX_SUFFIXES_SHOWN, _LONGEST_SUFFIX = 5, 12
+_TOOL_SUFFIXES = (".dist-info", ".egg-info")
 
 
 def is_here(source: str) -> bool:
@@ -56,14 +56,14 @@ def is_here(source: str) -> bool:
         raise InputError(f"cannot access '{source}' ({reason_of(error)}); check the path.") from error
 
 
-def find_files(path: Path, *, tell: bool = False) -> list[Path]:
+def find_files(path: Path, *, log_excluded: bool = False) -> list[Path]:
     """The file itself, or the files of known formats below a folder, sorted.
 
     Links are followed. A file with several names (links) is listed once.
 
     Args:
         path: A file or folder.
-        tell: Whether to log how many files of a folder are read and left out, if any are left out.
+        log_excluded: Whether to log how many files of a folder were read and left out, if any were left out.
 
     Raises:
         InputError: If the format is unknown or the folder contains nothing that can be read.
@@ -75,15 +75,15 @@ def find_files(path: Path, *, tell: bool = False) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"cannot read '{path}': it is neither a file nor a folder.")
     listing = _Listing(path)
-    left_out = listing.told()
+    excluded = listing.summary()
     if not listing.files:
-        but = f" (left out: {left_out})" if left_out else ""
+        details = f" (left out: {excluded})" if excluded else ""
         raise InputError(
-            f"the folder '{path}' holds no {', '.join(known_suffixes())} file{but}; check the path."
+            f"the folder '{path}' holds no {', '.join(known_suffixes())} file{details}; check the path."
         )
-    if tell and left_out:
+    if log_excluded and excluded:
         number = len(listing.files)
-        logger.info("read %d file%s of '%s'; left out: %s", number, "s" * (number != 1), path, left_out)
+        logger.info("read %d file%s of '%s'; left out: %s", number, "s" * (number != 1), path, excluded)
     return listing.files
 
 
@@ -100,32 +100,34 @@ class _Listing:
 
     root: Path
     files: list[Path] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    excluded: Counter[str] = field(default_factory=Counter)
     suffixes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._seen: set[tuple[int, int | str]] = set()
-        # Links come last, so that a file that is also found without a link keeps its own name.
+        # Links are followed last, so that a file also found without a link is listed under its own path.
         self._links = [self.root]
         for link in self._links:  # The list grows during the loop.
             self._walk(link)
         self.files.sort()
 
-    def told(self) -> str:
-        """What was left out, with counts, and the most frequent suffixes among other formats."""
-        counts = {reason: str(count) for reason, count in sorted(self.left_out.items())}
+    def summary(self) -> str:
+        """Counts of what was left out, by reason, with the most frequent suffixes of other formats."""
+        counts = {reason: str(count) for reason, count in sorted(self.excluded.items())}
         if self.suffixes:
-            shown = self.suffixes.most_common(_SUFFIXES_TOLD)
+            shown = self.suffixes.most_common(_MAX_SUFFIXES_SHOWN)
             more = self.suffixes.total() - sum(count for _, count in shown)
-            words = [f"{suffix} {count}" for suffix, count in shown] + [f"others {more}"] * bool(more)
-            counts[_OTHERS] += f": {', '.join(words)}"
+            suffixes = [f"{suffix} {count}" for suffix, count in shown]
+            if more:
+                suffixes.append(f"others {more}")
+            counts[_OTHER_FORMATS] += f": {', '.join(suffixes)}"
         return ", ".join(f"{reason} ({count})" for reason, count in counts.items())
 
     def _walk(self, start: Path) -> None:
-        """Add a file, or everything below a folder, in order of names."""
-        waiting = [start]
-        while waiting:
-            path = waiting.pop()
+        """Add a file, or everything below a folder, in the order of names."""
+        stack = [start]
+        while stack:
+            path = stack.pop()
             if path is not start and path.is_symlink():
                 self._links.append(path)
                 continue
@@ -136,56 +138,56 @@ class _Listing:
             except OSError as error:
                 if path is self.root:
                     raise InputError(f"cannot open the folder '{path}' ({reason_of(error)}).") from error
-                self.left_out["broken links" if path.is_symlink() else "unreadable"] += 1
+                self.excluded["broken links" if path.is_symlink() else "unreadable"] += 1
                 continue
-            if path is not self.root and (reason := _reason_against(path, status, names)):
-                self.left_out[reason] += 1
-                if reason == _OTHERS:
+            if path is not self.root and (reason := _exclusion_reason(path, status, names)):
+                self.excluded[reason] += 1
+                if reason == _OTHER_FORMATS:
                     self.suffixes[_suffix_of(path)] += 1
             elif (identity := _identity_of(path, status)) in self._seen:
-                self.left_out["already read under another name"] += 1
+                self.excluded["already read under another name"] += 1
             else:
                 self._seen.add(identity)
                 if not is_folder:
                     self.files.append(path)
-                waiting += [path / name for name in reversed(names) if self._is_wanted(path / name)]
+                stack += [path / name for name in reversed(names) if self._is_visible(path / name)]
 
-    def _is_wanted(self, path: Path) -> bool:
-        """Whether a name below a folder is neither hidden nor one that a system or tool uses."""
+    def _is_visible(self, path: Path) -> bool:
+        """Whether a name below a folder is neither hidden nor that of a system or tool; counted if not."""
         name = path.name.lower()
-        if name in _OF_TOOLS or name.endswith(_ENDS_OF_TOOLS):
-            self.left_out["of systems and tools"] += 1
+        if name in _TOOL_FOLDERS or name.endswith(_TOOL_SUFFIXES):
+            self.excluded["of systems and tools"] += 1
         elif name.startswith((".", "~$")):
             if format_of(path) or path.is_dir():  # Other hidden files are not worth reporting.
-                self.left_out["hidden"] += 1
+                self.excluded["hidden"] += 1
         else:
             return True
         return False
 
 
 def _identity_of(path: Path, status: os.stat_result) -> tuple[int, int | str]:
-    """An identity that all names (links) of a file or folder share."""
+    """An identity that is the same under every name (link) of a file or folder."""
     return status.st_dev, status.st_ino or str(path.resolve())  # Some file systems have no inode numbers.
 
 
-def _reason_against(path: Path, status: os.stat_result, names: Collection[str]) -> str | None:
-    """Why a file or folder with an ordinary name is left out; None if it is not."""
+def _exclusion_reason(path: Path, status: os.stat_result, names: Collection[str]) -> str | None:
+    """Why a file or folder with an ordinary name is left out; None if it is to be read."""
     if stat.S_ISDIR(status.st_mode):
         if "pyvenv.cfg" in names:
             return "of systems and tools"
-        if _is_of_calm(path, names):
+        if _is_calm_output(path, names):
             return "runs, models and prepared text"
         return "saved datasets, which need to be named" if is_saved(path) else None
-    return None if stat.S_ISREG(status.st_mode) and format_of(path) else _OTHERS
+    return None if stat.S_ISREG(status.st_mode) and format_of(path) else _OTHER_FORMATS
 
 
 def _suffix_of(path: Path) -> str:
-    """The suffix of a file, ignoring compression, if it is fit to be shown."""
+    """The suffix of a file for the log, ignoring compression; odd ones count as "without a suffix"."""
     suffix = Path(name_without_compression(path)).suffix
     return suffix if suffix[1:].isalnum() and len(suffix) <= _LONGEST_SUFFIX else "without a suffix"
 
 
-def _is_of_calm(path: Path, names: Collection[str]) -> bool:
+def _is_calm_output(path: Path, names: Collection[str]) -> bool:
     """Whether a folder is prepared text, a model with its tokenizer, or a run."""
     if "prepared.json" in names or "tokenizer_config.json" in names:
         return True

@@ -86,8 +86,8 @@ def register_format(suffix: str, documents: DocumentReader, records: RecordReade
 def format_of(path: Path) -> Format | None:
     """The format of a file, judged by its name; None if unknown."""
     name = name_without_compression(path)
-    fitting = [suffix for suffix in known_suffixes() if name.endswith(suffix)]
-    return FORMATS[max(fitting, key=len)] if fitting else None
+    matching = [suffix for suffix in known_suffixes() if name.endswith(suffix)]
+    return FORMATS[max(matching, key=len)] if matching else None
 
 
 def known_suffixes() -> list[str]:
@@ -102,9 +102,9 @@ def read_documents(path: Path, options: ReadingOptions) -> Iterator[str | None]:
     Raises:
         InputError: If the file is damaged or not UTF-8, or the text of a record is not a string.
     """
-    found = format_of(path) or FORMATS[".txt"]
+    file_format = format_of(path) or FORMATS[".txt"]
     try:
-        for document in found.documents(path, options):
+        for document in file_format.documents(path, options):
             if document is None or document.strip():
                 yield document
     except DAMAGE as error:
@@ -119,12 +119,12 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: If the file is damaged, or its format has no records.
     """
-    found = format_of(path)
-    if found is None or found.records is None:
-        having = [suffix for suffix in known_suffixes() if FORMATS[suffix].records]
-        raise InputError(f"'{path}' has no records; examples come in {' or '.join(having)} files.")
+    file_format = format_of(path)
+    if file_format is None or file_format.records is None:
+        with_records = [suffix for suffix in known_suffixes() if FORMATS[suffix].records]
+        raise InputError(f"'{path}' has no records; examples come in {' or '.join(with_records)} files.")
     try:
-        yield from found.records(path)
+        yield from file_format.records(path)
     except DAMAGE as error:
         raise InputError(f"cannot read '{path}': it is damaged ({reason_of(error)}).") from error
 
@@ -135,5 +135,5 @@ def _load_installed() -> None:
     for entry_point in entry_points(group=_ENTRY_POINTS):
         try:
             entry_point.load()
-        except Exception as error:  # Whatever goes wrong there, the other formats can be read.
+        except Exception as error:  # Whatever goes wrong there must not affect the other formats.
             logger.warning("skipping the format '%s' of %s: %s", entry_point.name, entry_point.value, error)

@@ -1,4 +1,4 @@
-"""How to find documents in what is read, and the text of a record."""
+"""Options that say what a document is in a file or dataset, and the text of a record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import pyarrow
 
 from calm.errors import InputError
 
-_FIELDS_TOLD, _LETTERS_TOLD = 10, 40
-_BETWEEN_FIELDS = "\n\n"
+_MAX_FIELDS_SHOWN, _MAX_NAME_LENGTH = 10, 40  # In error messages.
+_FIELD_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """How to find documents in what is read.
+    """What a document is in a file or dataset.
 
     Args:
         text_field: Field with the text of a record (JSON Lines, Parquet files, datasets). Several, as a
@@ -22,7 +22,7 @@ class ReadingOptions:
         separator: A line that separates the documents of a plain-text file ("" for a blank line); None if
             each file is one document.
         max_document_mb: Maximum size of a document or line, and of a compressed Parquet file after
-            decompression, in MB (10^6 bytes): they are read into memory whole.
+            decompression, in MB (10^6 bytes): each of these has to fit in memory.
 
     Raises:
         InputError: If `text_field` names no field, or the same field twice.
@@ -63,17 +63,17 @@ def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> s
     Raises:
         InputError: If a field is not text, or the text is too long or cannot be encoded as UTF-8.
     """
-    parts = []
+    values = []
     for name in options.text_fields:
-        part = record.get(name)
-        if part is not None and not isinstance(part, str):
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
             raise InputError(
-                f"{where}, has {_kind_of(part)} in its field '{name}', not text; fix it, or name another "
-                "field with --text_field (in a recipe: data.text_field)."
+                f"{where}, has {_describe_type(value)} in its field '{name}', not text; fix it, or name "
+                "another field with --text_field (in a recipe: data.text_field)."
             )
-        if part and part.strip():
-            parts.append(part)
-    text = _BETWEEN_FIELDS.join(parts)
+        if value and value.strip():
+            values.append(value)
+    text = _FIELD_SEPARATOR.join(values)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -83,23 +83,29 @@ def text_of(record: Mapping[str, Any], options: ReadingOptions, where: str) -> s
     return text or None
 
 
-def _kind_of(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+def _describe_type(value: Any) -> str:
+    descriptions = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return descriptions.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def no_such_field(what: str, missing: str, fields: Sequence[str]) -> InputError:
+def no_such_field(container: str, missing: str, fields: Sequence[str]) -> InputError:
     """The error for a field that no record has.
 
     Args:
-        what: What contains the records.
+        container: The file or dataset with the records, as named in the message.
         missing: The missing field.
         fields: The fields that exist.
     """
-    shown = [" ".join(name.split())[:_LETTERS_TOLD] for name in fields[:_FIELDS_TOLD]]
-    more = ", ..." if len(fields) > _FIELDS_TOLD else ""
+    shown = [" ".join(name.split())[:_MAX_NAME_LENGTH] for name in fields[:_MAX_FIELDS_SHOWN]]
+    more = ", ..." if len(fields) > _MAX_FIELDS_SHOWN else ""
     return InputError(
-        f"{what} has no field '{missing}'; its fields are {', '.join(shown)}{more}. Name another with "
+        f"{container} has no field '{missing}'; its fields are {', '.join(shown)}{more}. Name another with "
         "--text_field (in a recipe: data.text_field)."
     )
 
@@ -110,9 +116,9 @@ def is_text(column: pyarrow.DataType) -> bool:
     return types.is_string(column) or types.is_large_string(column) or types.is_null(column)
 
 
-def too_long(what: str, most_bytes: int, instead: str = "split it") -> InputError:
+def too_long(subject: str, most_bytes: int, remedy: str = "split it") -> InputError:
     """The error for a text that is longer than `max_document_mb` allows."""
     return InputError(
-        f"{what} is longer than {most_bytes // 10**6} MB; {instead}, or raise --max_document_mb (in a "
+        f"{subject} is longer than {most_bytes // 10**6} MB; {remedy}, or raise --max_document_mb (in a "
         "recipe: data.max_document_mb)."
     )

@@ -3,7 +3,7 @@
     .NAME.work/            beside the prepared folder NAME, until that is complete
       generator/           documents that were read, one group of files each (datasets' own cache)
       tokenizer-DIGEST/    a trained tokenizer
-      tokens-DIGEST/       tokens of some documents
+      tokens-DIGEST/       tokens of up to 100,000 documents
 
 Pieces are named by a digest of what they depend on, so a stale one is never used; nor is an unfinished one.
 """
@@ -19,8 +19,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.engines import Ahead, nothing_ahead
-from calm.data.kept import made_or_kept
+from calm.data.caching import load_or_make
+from calm.data.engines import RunAhead, run_none
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
 from calm.storage.disk import disk_errors
@@ -28,13 +28,13 @@ from calm.storage.folders import new_folder, work_of, written_whole
 from calm.storage.locks import locked
 from calm.text.encoding import encode_documents
 
-_DOCUMENTS_OF_A_PIECE = 100_000
+_DOCUMENTS_PER_PIECE = 100_000
 _DOCUMENTS_FOR_TOKENIZER = 200_000
 
 
 @contextlib.contextmanager
-def kept_work(output: Path) -> Iterator[Path]:
-    """The work folder for `output`: removed at the end, kept after an error if at least two pieces are done.
+def work_folder(output: Path) -> Iterator[Path]:
+    """Provide the work folder of `output`; it is removed at the end, but kept if an error left two pieces.
 
     Raises:
         RunError: If the disk is full or cannot be written.
@@ -60,8 +60,8 @@ def kept_work(output: Path) -> Iterator[Path]:
 
 
 def _num_pieces(folder: Path) -> int:
-    read = [file for file in folder.glob("generator/*/*/*.arrow") if file.parent.suffix != ".incomplete"]
-    return len(read) + len([*folder.glob("tokenizer-*"), *folder.glob("tokens-*/*.arrow")])
+    readings = [file for file in folder.glob("generator/*/*/*.arrow") if file.parent.suffix != ".incomplete"]
+    return len(readings) + len([*folder.glob("tokenizer-*"), *folder.glob("tokens-*/*.arrow")])
 
 
 def ranks_of(documents: datasets.Dataset, seed: int) -> np.ndarray:
@@ -75,30 +75,30 @@ def rank_of(text: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def trained_tokenizer(
+def load_or_train_tokenizer(
     documents: datasets.Dataset, ranks: np.ndarray, vocab_size: int, work: Path
 ) -> PreTrainedTokenizerBase:
-    """Train a BPE on the first 200,000 documents, or load it if it has been trained before.
+    """Load the BPE trained on the first 200,000 documents, or train it if there is none yet.
 
     Raises:
         InputError: If the vocabulary cannot hold all bytes.
     """
-    few = range(min(_DOCUMENTS_FOR_TOKENIZER, len(documents)))
-    folder = work / f"tokenizer-{_digest(ranks[: len(few)], str(vocab_size))}"
+    first = range(min(_DOCUMENTS_FOR_TOKENIZER, len(documents)))
+    folder = work / f"tokenizer-{_digest(ranks[: len(first)], str(vocab_size))}"
     if not folder.is_dir():
-        tokenizer = train_tokenizer((row["text"] for row in documents.select(few)), vocab_size)
+        tokenizer = train_tokenizer((row["text"] for row in documents.select(first)), vocab_size)
         with written_whole(folder) as partial_folder:
             tokenizer.save_pretrained(partial_folder)
     return load_tokenizer(str(folder))
 
 
-def tokens_of(
+def tokenize_splits(
     splits: Mapping[str, tuple[datasets.Dataset, np.ndarray]],
     tokenizer: PreTrainedTokenizerBase,
     work: Path,
     *,
     num_proc: int,
-    ahead: Ahead = nothing_ahead,
+    run_ahead: RunAhead = run_none,
 ) -> dict[str, datasets.Dataset]:
     """Tokenize splits into the column `input_ids`, reusing finished pieces.
 
@@ -106,20 +106,22 @@ def tokens_of(
         splits: Name -> documents with the column `text`, and the rank of each.
         tokenizer: The tokenizer.
         work: Folder of pieces.
-        num_proc: Processes.
-        ahead: Makes pieces before they are needed (`calm.data.engines`).
+        num_proc: Number of processes.
+        run_ahead: Makes pieces before they are needed (`calm.data.engines`).
 
     Raises:
         RunError: If a process dies.
     """
-    pieces = {name: list(_pieces(name, *split, tokenizer, work, num_proc)) for name, split in splits.items()}
-    ahead([piece for split in pieces.values() for piece in split])
+    pieces = {
+        name: list(_make_pieces(name, *split, tokenizer, work, num_proc)) for name, split in splits.items()
+    }
+    run_ahead([piece for split in pieces.values() for piece in split])
     return {
         name: datasets.concatenate_datasets([piece() for piece in split]) for name, split in pieces.items()
     }
 
 
-def _pieces(
+def _make_pieces(
     name: str,
     documents: datasets.Dataset,
     ranks: np.ndarray,
@@ -127,25 +129,25 @@ def _pieces(
     work: Path,
     num_proc: int,
 ) -> Iterator[Callable[[], datasets.Dataset]]:
-    """Yield functions that tokenize a split, some documents each, or load the tokens if they exist."""
-    by = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    starts = range(0, max(1, len(documents)), _DOCUMENTS_OF_A_PIECE)
+    """Yield functions that each tokenize some documents of a split, or load their tokens if they exist."""
+    tokenizer_state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    starts = range(0, max(1, len(documents)), _DOCUMENTS_PER_PIECE)
     for number, start in enumerate(starts, 1):
-        stop = min(start + _DOCUMENTS_OF_A_PIECE, len(documents))
-        tokens = work / f"tokens-{_digest(ranks[start:stop], by)}"
-        tokens.mkdir(exist_ok=True)
+        stop = min(start + _DOCUMENTS_PER_PIECE, len(documents))
+        folder = work / f"tokens-{_digest(ranks[start:stop], tokenizer_state)}"
+        folder.mkdir(exist_ok=True)
         make = partial(
-            tokenized,
+            tokenize,
             documents.select(range(start, stop)),
             tokenizer,
             num_proc,
             f"{name} ({number} of {len(starts)})" if len(starts) > 1 else name,
-            tokens / "tokens.arrow",
+            folder / "tokens.arrow",
         )
-        yield partial(made_or_kept, make, tokens, "tokens")
+        yield partial(load_or_make, make, folder, "tokens")
 
 
-def tokenized(
+def tokenize(
     documents: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int,
@@ -157,15 +159,15 @@ def tokenized(
     Raises:
         RunError: If a process dies.
     """
-    # For a few documents, starting processes takes longer than they save.
-    enough = len(documents) > 1000 * num_proc
+    # For few documents, starting processes would take longer than it saves.
+    is_parallel = num_proc > 1 and len(documents) > 1000 * num_proc
     try:
         return documents.map(
             partial(_tokenize_batch, tokenizer=tokenizer),
             batched=True,
             remove_columns=documents.column_names,
             features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-            num_proc=num_proc if num_proc > 1 and enough else None,
+            num_proc=num_proc if is_parallel else None,
             cache_file_name=str(file),
             load_from_cache_file=True,
             desc=f"tokenizing {name}",

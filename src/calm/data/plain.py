@@ -8,9 +8,9 @@ from calm.data.formats import known_suffixes
 from calm.data.reading import DAMAGE
 from calm.errors import InputError
 
-_BYTES_LOOKED_AT = 2**16
-# Text, but records: a user who names one hardly wants to train on its brackets and commas.
-_OF_RECORDS = (".json", ".csv", ".tsv", ".arrow")
+_BYTES_CHECKED = 2**16
+# Files of records are text too, but hardly anyone wants to train on their brackets and commas.
+_RECORD_SUFFIXES = (".json", ".csv", ".tsv", ".arrow")
 
 
 def check_plain_text(path: Path) -> None:
@@ -22,16 +22,16 @@ def check_plain_text(path: Path) -> None:
     Raises:
         InputError: If it does not start as UTF-8 text, or contains records in an unsupported format.
     """
-    if name_without_compression(path).endswith(_OF_RECORDS):
+    if name_without_compression(path).endswith(_RECORD_SUFFIXES):
         raise InputError(
             f"'{path}' holds records; convert it to .jsonl or .parquet first (datasets.load_dataset reads "
             "it, and to_json and to_parquet write them)."
         )
     try:
         with open_file(path) as file:
-            beginning = file.read(_BYTES_LOOKED_AT)
-        is_whole = len(beginning) < _BYTES_LOOKED_AT
-        codecs.getincrementaldecoder("utf-8")().decode(beginning, is_whole)
+            beginning = file.read(_BYTES_CHECKED)
+        is_complete = len(beginning) < _BYTES_CHECKED
+        codecs.getincrementaldecoder("utf-8")().decode(beginning, is_complete)
     except (UnicodeDecodeError, *DAMAGE):
         beginning = b"\0"
     if b"\0" in beginning:

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.core.seeds import whole_seed
 from calm.data.counts import count
-from calm.data.engines import Engine, working_ahead
+from calm.data.engines import Engine, open_engine
 from calm.data.options import ReadingOptions
-from calm.data.pieces import kept_work, tokens_of, trained_tokenizer
+from calm.data.pieces import load_or_train_tokenizer, tokenize_splits, work_folder
 from calm.data.prepared import INFO, PreparedData, digest_of, load_prepared, read_info
 from calm.data.rows import Source, as_sources, name_of, validation_rows
 from calm.data.shards import check_sources
@@ -31,7 +31,7 @@ from calm.storage.ours import PREPARED
 from calm.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
-_BYTES_OF_A_TOKEN, _BYTES_OF_A_FILE = 4, 500 * 10**6
+_TOKEN_BYTES, _FILE_BYTES = 4, 500 * 10**6
 
 
 def prepare(
@@ -46,7 +46,7 @@ def prepare(
     seed: int = 0,
     num_proc: int | None = None,
     engine: Engine = "processes",
-    most: int | None = None,
+    max_documents: int | None = None,
     overwrite: bool = False,
 ) -> PreparedData:
     """Read, split and tokenize text, and write a prepared folder.
@@ -67,7 +67,8 @@ def prepare(
         num_proc: Processes on this machine, or workers of the engine; None uses all cores.
         engine: What reads and tokenizes: processes on this machine, or Ray Data (`calm.data.engines`). The
             result is the same.
-        most: Maximum number of documents read from each file or dataset, as a sample of streamed text.
+        max_documents: Maximum number of documents read from each file or dataset, for a sample of text that
+            is streamed; None reads all.
         overwrite: Whether an existing output folder is replaced.
 
     Raises:
@@ -81,8 +82,8 @@ def prepare(
     if not validation_sources and (validation_sources := validation_rows(sources)):
         logger.info("text: its own split 'validation' is held out")
     replaces = PREPARED if overwrite else None
-    named = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
-    check_spared(output, named)
+    inputs = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
+    check_spared(output, inputs)
     check_output(output, replaces)
     named_tokenizer = check_text(
         sources,
@@ -91,7 +92,7 @@ def prepare(
         validation_sources=validation_sources,
         validation_fraction=validation_fraction,
     )
-    with working_ahead(engine, num_proc) as ahead, kept_work(output) as work:
+    with open_engine(engine, num_proc) as run_ahead, work_folder(output) as work:
         # Ray's workers run one piece each.
         num_proc = 1 if engine == "ray" else num_proc or os.cpu_count() or 1
         read = partial(
@@ -100,8 +101,8 @@ def prepare(
             seed=seed,
             cache_dir=str(work.absolute()),
             num_proc=num_proc,
-            most=most,
-            ahead=ahead,
+            max_documents=max_documents,
+            run_ahead=run_ahead,
         )
         documents = read(sources)
         held_out = read(validation_sources) if validation_sources else None
@@ -110,16 +111,18 @@ def prepare(
             splits = split_documents(documents.texts, documents.ranks, split, work)
         else:
             split = Split(seed)
-            sides = {"train": documents, "validation": held_out}
-            splits = {name: (side.texts, side.ranks) for name, side in sides.items()}
+            splits = {
+                "train": (documents.texts, documents.ranks),
+                "validation": (held_out.texts, held_out.ranks),
+            }
         used_tokenizer = named_tokenizer
         if used_tokenizer is None:
-            used_tokenizer = trained_tokenizer(*splits["train"], vocab_size, work)
-        parts = tokens_of(splits, used_tokenizer, work, num_proc=num_proc, ahead=ahead)
-        counts, digest = count(**parts), digest_of(**parts, tokenizer=used_tokenizer)
+            used_tokenizer = load_or_train_tokenizer(*splits["train"], vocab_size, work)
+        tokens = tokenize_splits(splits, used_tokenizer, work, num_proc=num_proc, run_ahead=run_ahead)
+        counts, digest = count(**tokens), digest_of(**tokens, tokenizer=used_tokenizer)
         with written_whole(output, replaces) as folder:
-            for name, part in parts.items():
-                _save(part, folder / name, counts.tokens[name], f"{digest}-{name}")
+            for name, documents_of_split in tokens.items():
+                _save(documents_of_split, folder / name, counts.tokens[name], f"{digest}-{name}")
             used_tokenizer.save_pretrained(folder / "tokenizer")
             info = {
                 "sources": names,
@@ -131,7 +134,7 @@ def prepare(
                 "validation_fraction": None if validation_sources else validation_fraction,
                 "held_out_below": split.highest,
                 "part_bytes": split.part_bytes,
-                "sample_documents": most,
+                "sample_documents": max_documents,
                 "digest": digest,
                 "settings": {
                     "validation_sources": [name_of(source) for source in validation_sources],
@@ -142,7 +145,7 @@ def prepare(
             }
             (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     data = load_prepared(output)
-    tell_counts(output, data)
+    log_counts(output, data)
     return data
 
 
@@ -162,8 +165,8 @@ def check_text(
     Raises:
         InputError: If a source is missing or of an unknown format, or a setting is invalid.
     """
-    if named := [*sources, *validation_sources]:
-        check_sources(named)
+    if all_sources := [*sources, *validation_sources]:
+        check_sources(all_sources)
     if not validation_sources and not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}.")
     if tokenizer is not None:
@@ -173,14 +176,14 @@ def check_text(
 
 
 def _save(documents: datasets.Dataset, folder: Path, num_tokens: int, fingerprint: str) -> None:
-    """Write tokens: the same bytes for the same tokens, whatever pieces they were made in."""
-    num_files = 1 + _BYTES_OF_A_TOKEN * num_tokens // _BYTES_OF_A_FILE
+    """Write tokens so that the same tokens give the same bytes, whatever pieces they were made in."""
+    num_files = 1 + _TOKEN_BYTES * num_tokens // _FILE_BYTES
     documents = datasets.Dataset(documents.data, fingerprint=fingerprint)
     documents.save_to_disk(folder, num_shards=min(num_files, len(documents)))
 
 
-def tell_counts(path: Path, data: PreparedData) -> None:
+def log_counts(path: Path, data: PreparedData) -> None:
     """Log how much of a prepared folder's text is trained on and held out."""
     info = read_info(path)
     is_sample = info.get("sample_documents") is not None
-    data.counts().tell(info.get("validation_fraction"), is_sample=is_sample)
+    data.counts().log(info.get("validation_fraction"), is_sample=is_sample)

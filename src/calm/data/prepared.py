@@ -24,11 +24,11 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from calm.core.seeds import whole_seed
+from calm.data.caching import load_or_make
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
-from calm.data.kept import made_or_kept
 from calm.data.options import ReadingOptions
-from calm.data.pieces import tokenized
+from calm.data.pieces import tokenize
 from calm.data.rows import validation_rows
 from calm.data.sources import load_documents
 from calm.data.splitting import Split
@@ -41,12 +41,12 @@ from calm.text.vocabulary import num_ids
 
 logger = logging.getLogger(__name__)
 INFO = "prepared.json"
-_WORDS_OF_BEGINNING = 24
-_LONGEST_BEGINNING = 240  # Characters: not all text has spaces between its words.
-_FREQUENT = 500  # Tokens whose neighbours are counted.
-_MOST_COUNTED, _COUNTED_AT_ONCE, _READ_AT_ONCE = 10_000_000, 1000, 1000
-# Increment whenever `make_blocks` returns different arrays: blocks are cached by its arguments, not its code.
-_FORMAT_OF_BLOCKS = 2
+_BEGINNING_WORDS = 24
+_BEGINNING_CHARACTERS = 240  # At most: not all text has spaces between its words.
+_NUM_FREQUENT = 500  # Tokens that are counted as neighbours.
+_MAX_TOKENS_COUNTED, _COUNTED_AT_ONCE, _READ_AT_ONCE = 10_000_000, 1000, 1000
+# Increment whenever `make_blocks` returns different arrays: the cache depends on its arguments, not its code.
+_BLOCKS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PreparedData:
         validation: Held-out documents.
         tokenizer: The tokenizer of both.
         digest: Digest of tokens and tokenizer, independent of where the folder is.
-        folder: Where blocks are cached.
+        folder: The prepared folder, in which blocks are cached.
     """
 
     train: datasets.Dataset
@@ -92,11 +92,11 @@ class PreparedData:
             "layout": layout,
             "seed": whole_seed(seed),
         }
-        # The 1 is for one process: several would lay out other batches of documents, in other blocks.
-        asked = json.dumps([_FORMAT_OF_BLOCKS, self.digest, settings, 1]).encode()
-        kept = _writable(self.folder) / "blocks"
-        kept.mkdir(exist_ok=True)
-        file = kept / f"{split}-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.arrow"
+        # The 1 stands for one process: several would get other batches of documents, hence other blocks.
+        key = json.dumps([_BLOCKS_VERSION, self.digest, settings, 1]).encode()
+        cache = _writable(self.folder) / "blocks"
+        cache.mkdir(exist_ok=True)
+        file = cache / f"{split}-{hashlib.blake2b(key, digest_size=12).hexdigest()}.arrow"
         make = partial(
             documents.map,
             partial(_blocks_of_batch, **settings),
@@ -107,7 +107,7 @@ class PreparedData:
             load_from_cache_file=True,
             desc=f"chunking {split}",
         )
-        return made_or_kept(make, kept, f"blocks of {split}").with_format("torch")
+        return load_or_make(make, cache, f"blocks of {split}").with_format("torch")
 
     def counts(self) -> Counts:
         """Number of documents and tokens in both splits."""
@@ -128,45 +128,46 @@ class PreparedData:
 
         Counted over the same tokens as `token_counts`; EOS is a token like any other.
         """
-        frequent = np.argsort(-self.token_counts(), kind="stable")[:_FREQUENT]
-        columns = np.full(self.vocab_size, -1)
+        frequent = np.argsort(-self.token_counts(), kind="stable")[:_NUM_FREQUENT]
+        columns = np.full(self.vocab_size, -1)  # Of the tokens that are not frequent: -1.
         columns[frequent] = np.arange(len(frequent))
         width = 2 * len(frequent)
         counts = np.zeros(self.vocab_size * width, dtype=np.float32)
         for tokens in self._first_tokens():
-            for offset, (of, beside) in enumerate(((tokens[1:], tokens[:-1]), (tokens[:-1], tokens[1:]))):
-                is_counted = columns[beside] >= 0
-                places = columns[beside[is_counted]] + offset * len(frequent)
-                np.add.at(counts, of[is_counted] * width + places, np.float32(1))
+            before, after = (tokens[1:], tokens[:-1]), (tokens[:-1], tokens[1:])
+            for side, (centres, neighbours) in enumerate((before, after)):
+                is_counted = columns[neighbours] >= 0
+                column = columns[neighbours[is_counted]] + side * len(frequent)
+                np.add.at(counts, centres[is_counted] * width + column, np.float32(1))
         return counts.reshape(-1, width)
 
     def training_stream(self) -> tuple[np.ndarray, np.ndarray]:
         """The training documents one after another, with EOS after each, and their lengths, EOS included."""
         stream, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for sizes, tokens in _arrays_of(self.train):
-            stream.append(np.insert(tokens, sizes.cumsum(), self.tokenizer.eos_token_id))
-            lengths.append(sizes + 1)
+        for batch_lengths, tokens in _arrays_of(self.train):
+            stream.append(np.insert(tokens, batch_lengths.cumsum(), self.tokenizer.eos_token_id))
+            lengths.append(batch_lengths + 1)
         return np.concatenate(stream), np.concatenate(lengths)
 
     def _first_tokens(self) -> Iterator[np.ndarray]:
-        """The first 10 million tokens of the training text, those of many documents at a time."""
+        """Yield the first 10 million tokens of the training text, EOS included, many documents at a time."""
         total = 0
         for batch in self.train.with_format("numpy").iter(_COUNTED_AT_ONCE):  # Documents may be very short.
             documents = batch["input_ids"]
             totals = total + np.cumsum([len(tokens) + 1 for tokens in documents])
-            last = int(np.searchsorted(totals, _MOST_COUNTED))
-            end = np.array([self.tokenizer.eos_token_id])
-            yield np.concatenate([part for tokens in documents[: last + 1] for part in (tokens, end)])
+            last = int(np.searchsorted(totals, _MAX_TOKENS_COUNTED))
+            eos = np.array([self.tokenizer.eos_token_id])
+            yield np.concatenate([part for tokens in documents[: last + 1] for part in (tokens, eos)])
             total = totals[min(last, len(totals) - 1)]
-            if total >= _MOST_COUNTED:
+            if total >= _MAX_TOKENS_COUNTED:
                 break
 
     def held_out_beginnings(self, number: int) -> list[tuple[str, str]]:
         """The first words of the first held-out documents, and how each continues."""
-        few = self.validation.select(range(min(number, len(self.validation))))
-        texts = self.tokenizer.batch_decode(few[:]["input_ids"], skip_special_tokens=True)
-        words = [" ".join(text.split(" ")[:_WORDS_OF_BEGINNING]) for text in texts]
-        beginnings = [start[:_LONGEST_BEGINNING] for start in words]
+        documents = self.validation.select(range(min(number, len(self.validation))))
+        texts = self.tokenizer.batch_decode(documents[:]["input_ids"], skip_special_tokens=True)
+        first_words = [" ".join(text.split(" ")[:_BEGINNING_WORDS]) for text in texts]
+        beginnings = [words[:_BEGINNING_CHARACTERS] for words in first_words]
         return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
 
 
@@ -206,10 +207,10 @@ def _check_sizes(path: Path) -> None:
             "text again."
         ) from error
     for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size:
+        actual = (path / name).stat().st_size if (path / name).is_file() else 0
+        if actual != size:
             raise InputError(
-                f"'{path / name}' is damaged ({found} bytes instead of {size}); prepare the text again."
+                f"'{path / name}' is damaged ({actual} bytes instead of {size}); prepare the text again."
             )
 
 
@@ -236,36 +237,36 @@ def held_out_data(
             )
         return data
     folder = temporary_folder()
-    scored = [part for source in sources for part in validation_rows([source]) or [source]]
-    read = load_documents(scored, options, cache_dir=str(folder))
-    documents = tokenized(read.texts, tokenizer, 1, "held-out text", folder / "tokens.arrow")
-    nothing = documents.select([])
-    digest = digest_of(nothing, documents, tokenizer)
-    return PreparedData(nothing, documents, tokenizer, digest, folder)
+    scored = [rows for source in sources for rows in validation_rows([source]) or [source]]
+    texts = load_documents(scored, options, cache_dir=str(folder)).texts
+    documents = tokenize(texts, tokenizer, 1, "held-out text", folder / "tokens.arrow")
+    no_documents = documents.select([])
+    digest = digest_of(no_documents, documents, tokenizer)
+    return PreparedData(no_documents, documents, tokenizer, digest, folder)
 
 
 def digest_of(
     train: datasets.Dataset, validation: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """A digest of the documents' tokens and their tokenizer, however they are divided into files."""
-    by = (
+    tokenizer_state = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
         else repr(sorted(tokenizer.get_vocab().items()))
     )
-    whole = hashlib.blake2b(by.encode(), digest_size=16)
-    for part in (train, validation):
-        lengths, tokens = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-        for some_lengths, some_tokens in _arrays_of(part):
-            lengths.update(some_lengths.astype("<i8").tobytes())
-            tokens.update(some_tokens.astype("<i4").tobytes())
-        whole.update(lengths.digest() + tokens.digest())
-    return whole.hexdigest()
+    digest = hashlib.blake2b(tokenizer_state.encode(), digest_size=16)
+    for split in (train, validation):
+        length_digest, token_digest = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        for lengths, tokens in _arrays_of(split):
+            length_digest.update(lengths.astype("<i8").tobytes())
+            token_digest.update(tokens.astype("<i4").tobytes())
+        digest.update(length_digest.digest() + token_digest.digest())
+    return digest.hexdigest()
 
 
-def _arrays_of(part: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the lengths of some documents, and their tokens one after another, until all were read."""
-    for table in part.with_format("arrow").iter(_READ_AT_ONCE):
+def _arrays_of(split: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the lengths of a batch of documents and their concatenated tokens, batch after batch."""
+    for table in split.with_format("arrow").iter(_READ_AT_ONCE):
         for documents in table["input_ids"].chunks:
             yield documents.value_lengths().to_numpy(), documents.flatten().to_numpy()
 
@@ -274,9 +275,9 @@ def _writable(folder: Path) -> Path:
     """The folder if it is writable, else a temporary one that is removed when this process ends."""
     if os.access(folder, os.W_OK):
         return folder
-    other = temporary_folder()
-    logger.info("'%s' cannot be written; blocks of its text are kept in '%s' for now.", folder, other)
-    return other
+    temporary = temporary_folder()
+    logger.info("'%s' cannot be written; blocks of its text are kept in '%s' for now.", folder, temporary)
+    return temporary
 
 
 def is_prepared(path: Path) -> bool:
@@ -285,13 +286,13 @@ def is_prepared(path: Path) -> bool:
 
 
 def split_of(path: Path) -> Split:
-    """The split that a folder was prepared with; it also applies to further text of that kind."""
+    """The split that a folder was prepared with; it applies to further text from the same sources, too."""
     info = read_info(path)
     return Split(info.get("seed", 0), info["held_out_below"], info.get("part_bytes"))
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """The arguments of `prepare` that decide what text a folder has; of an earlier version, its sources."""
+    """The arguments of `prepare` that determine a folder's text; of an earlier version, its sources."""
     info = read_info(path)
     if "settings" not in info:
         return {"sources": info["sources"]}

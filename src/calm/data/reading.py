@@ -1,7 +1,7 @@
 """Readers of text, JSON Lines and Parquet files, compressed or not: documents, and records with locations.
 
 `calm.data.formats` says which reader is used for which file. A record without text is yielded as None, so
-callers can count such records.
+that callers can count such records.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from calm.errors import InputError, reason_of
 
 _DOCUMENTS_AT_ONCE = 100
 _RECORDS_AT_ONCE = 1000
-# What the libraries raise for files that are damaged or not what their name says.
+# What the libraries raise for files that are damaged or not of the format their name suggests.
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 
 
@@ -45,7 +45,7 @@ def numbered_lines(path: Path, most_bytes: int = ReadingOptions().most_bytes) ->
 
 
 def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
-    """Yield the documents of a text file: the whole file, or what lies between separator lines.
+    """Yield the documents of a text file: the whole file, or the parts between separator lines.
 
     Raises:
         InputError: If it is not UTF-8, or a document is too long.
@@ -58,7 +58,7 @@ def documents_of_text(path: Path, options: ReadingOptions) -> Iterator[str]:
             lines, room = [], options.most_bytes
         else:
             lines.append(line)
-            room -= len(line)  # In characters, each at least one byte.
+            room -= len(line)  # Characters, a lower bound on the bytes.
             if room < 0:
                 raise too_long(f"the document in '{path}' that includes line {number}", options.most_bytes)
     yield "".join(lines).strip("\r\n")
@@ -92,7 +92,7 @@ def documents_of_json_lines(path: Path, options: ReadingOptions) -> Iterator[str
     for number, record in _json_lines(path, options.most_bytes):
         where = f"'{path}', line {number}"
         if not isinstance(record, dict):
-            raise _no_record(where)
+            raise _not_a_record(where)
         fields = fields or list(record)
         missing = [name for name in missing if name not in record]
         yield text_of(record, options, where)
@@ -104,17 +104,17 @@ def records_of_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the location of each record of a JSON Lines file, and the record.
 
     Raises:
-        InputError: If a line is not a JSON object, or has half a surrogate pair in a text.
+        InputError: If a line is not a JSON object, or a text has an unpaired surrogate.
     """
     for number, record in _json_lines(path):
         if not isinstance(record, dict):
-            raise _no_record(f"'{path}', line {number}")
-        if _has_half_a_pair(json.dumps(record, ensure_ascii=False)):
+            raise _not_a_record(f"'{path}', line {number}")
+        if _has_lone_surrogate(json.dumps(record, ensure_ascii=False)):
             raise InputError(f"'{path}', line {number}, has an unpaired surrogate in a text; fix that line.")
         yield f"'{path}', line {number}", record
 
 
-def _has_half_a_pair(text: str) -> bool:
+def _has_lone_surrogate(text: str) -> bool:
     """Whether a text has an unpaired surrogate, which JSON can express but UTF-8 cannot encode."""
     try:
         text.encode()
@@ -123,7 +123,7 @@ def _has_half_a_pair(text: str) -> bool:
     return False
 
 
-def _no_record(where: str) -> InputError:
+def _not_a_record(where: str) -> InputError:
     return InputError(f"{where}, is not a JSON object ({{...}}); fix that line.")
 
 
@@ -138,11 +138,11 @@ def documents_of_parquet(path: Path, options: ReadingOptions) -> Iterator[str | 
         number = 0
         for batch in table.iter_batches(batch_size=_DOCUMENTS_AT_ONCE, columns=list(options.text_fields)):
             columns = [batch.column(name) for name in options.text_fields]
-            for scalars in zip(*columns, strict=True):
-                texts = dict(zip(options.text_fields, scalars, strict=True))
+            for values in zip(*columns, strict=True):
+                texts = dict(zip(options.text_fields, values, strict=True))
                 if sum(_size_of(text) for text in texts.values()) > options.most_bytes:
                     raise too_long(f"a document of '{path}'", options.most_bytes)
-                record = {name: _decoded(text, path) for name, text in texts.items()}
+                record = {name: _decode(text, path) for name, text in texts.items()}
                 yield text_of(record, options, f"'{path}', row {number}")
                 number += 1
 
@@ -182,7 +182,7 @@ def records_of_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
 
 
-def _decoded(text: pyarrow.Scalar, path: Path) -> str | None:
+def _decode(text: pyarrow.Scalar, path: Path) -> str | None:
     try:
         return text.as_py()
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ class ThinkingRow:
     Args:
         before: Tokens of the prompt, markers and thoughts, in whole chunks.
         after: Tokens of the written steps and the answer, in whole chunks.
-        labels: Labels of both: of `after`, and of supervised thoughts.
+        labels: Labels of `before` and `after`; in `before`, only supervised thoughts have any.
     """
 
     before: list[int]
@@ -75,11 +75,11 @@ class Layout:
         Args:
             example: The question.
             thoughts: See `row`.
-            per_step: Thoughts per step; only that many chunks of a longer step become labels.
+            per_step: Thoughts per step; of a step with more chunks, only the first ones become labels.
         """
         size, labels = self.chunk_size, [IGNORED_LABEL] * len(thoughts)
-        number = len(thoughts) // size - 2  # Without the two markers.
-        for step, tokens in enumerate(example.steps[: number // per_step]):
+        num_thoughts = len(thoughts) // size - 2  # Without the two markers.
+        for step, tokens in enumerate(example.steps[: num_thoughts // per_step]):
             first = (1 + step * per_step) * size
             part = tokens[: per_step * size]
             labels[first : first + len(part)] = part
@@ -100,7 +100,7 @@ class Layout:
         return room // self.chunk_size * self.chunk_size
 
     def num_written(self, example: Example, left_out: int) -> int:
-        """Number of tokens that `answer` returns."""
+        """Number of tokens that `answer` returns, padding included."""
         chunks = [
             -(-len(part) // self.chunk_size) for part in (*example.steps[left_out:], example.completion)
         ]
@@ -127,11 +127,11 @@ class Layout:
         ids_RT = torch.full((len(rows), width), self.pad_token_id)
         labels_RT = torch.full_like(ids_RT, IGNORED_LABEL)
         mask_RT = torch.zeros_like(ids_RT)
-        for number, row in enumerate(rows):
+        for index, row in enumerate(rows):
             end = longest + len(row.after)
-            ids_RT[number, longest - len(row.before) : end] = torch.tensor([*row.before, *row.after])
-            labels_RT[number, longest - len(row.before) : end] = torch.tensor(row.labels)
-            mask_RT[number, longest - len(row.before) : end] = 1
+            ids_RT[index, longest - len(row.before) : end] = torch.tensor([*row.before, *row.after])
+            labels_RT[index, longest - len(row.before) : end] = torch.tensor(row.labels)
+            mask_RT[index, longest - len(row.before) : end] = 1
         mask_RC = mask_RT[:, ::size]
         is_thought_RC = ids_RT[:, ::size] == self.thought
         return {

@@ -23,7 +23,7 @@ def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
     check_sources(sources)
     for source in sources:
         if is_here(source) and not is_saved(Path(source)):
-            for file in find_files(Path(source), tell=True):
+            for file in find_files(Path(source), log_excluded=True):
                 yield from read_records(file)
             continue
         rows = train_rows(source) if is_here(source) else load_hub_dataset(source)

@@ -21,25 +21,25 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Splits: TypeAlias = datasets.DatasetDict | datasets.IterableDatasetDict
 Source: TypeAlias = str | Path | Rows | Splits
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_OF_DATASET, _OF_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
+_DATASET_FILES, _SPLITS_FILE = ("state.json", "dataset_info.json"), "dataset_dict.json"
 _TRAIN, _VALIDATION = "train", "validation"
 
 
-def as_sources(given: Source | Sequence[Source]) -> list[Source]:
-    """Sources as a list: names as strings, datasets as they are.
+def as_sources(sources: Source | Sequence[Source]) -> list[Source]:
+    """One or several sources as a list: names as strings, datasets as they are.
 
     Raises:
         InputError: If a source is neither.
     """
-    sources = list(given) if isinstance(given, list | tuple) else [given]
-    for source in sources:
+    listed = list(sources) if isinstance(sources, list | tuple) else [sources]
+    for source in listed:
         if not isinstance(source, Source):
             raise InputError(
                 "a source must be a name or a dataset of the library `datasets`, not "
                 f"{type(source).__name__}; turn texts into one with datasets.Dataset.from_dict({{'text': "
                 "texts})."
             )
-    return [str(source) if isinstance(source, Path) else source for source in sources]
+    return [str(source) if isinstance(source, Path) else source for source in listed]
 
 
 def name_of(source: Source) -> str:
@@ -53,12 +53,12 @@ def name_of(source: Source) -> str:
 
 def is_saved(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk`."""
-    return (path / _OF_SPLITS).is_file() or all((path / name).is_file() for name in _OF_DATASET)
+    return (path / _SPLITS_FILE).is_file() or all((path / name).is_file() for name in _DATASET_FILES)
 
 
 def files_of_saved(path: Path) -> list[Path]:
     """The files that `train_rows` reads from a folder of `save_to_disk`."""
-    folder = path / _TRAIN if (path / _OF_SPLITS).is_file() else path
+    folder = path / _TRAIN if (path / _SPLITS_FILE).is_file() else path
     return sorted(file for file in folder.iterdir() if file.suffix in (".arrow", ".json"))
 
 
@@ -68,27 +68,28 @@ def train_rows(source: str | Rows | Splits) -> Rows:
     Raises:
         InputError: If it has splits but no `train`, or the folder is damaged.
     """
-    found = _saved(Path(source)) if isinstance(source, str) else source
-    if isinstance(found, Rows):
-        return found.with_format(None)
-    if _TRAIN not in found:
+    dataset = _load_saved(Path(source)) if isinstance(source, str) else source
+    if isinstance(dataset, Rows):
+        return dataset.with_format(None)
+    if _TRAIN not in dataset:
         raise InputError(
-            f"{quoted(source)} has no split '{_TRAIN}'; its splits are {', '.join(map(str, found))}. "
+            f"{quoted(source)} has no split '{_TRAIN}'; its splits are {', '.join(map(str, dataset))}. "
             "Give one of them."
         )
-    return found[_TRAIN].with_format(None)
+    return dataset[_TRAIN].with_format(None)
 
 
 def validation_rows(sources: Iterable[Source]) -> list[Source]:
-    """The `validation` splits of the sources."""
-    found: list[Source] = []
+    """The `validation` splits of those sources that have one."""
+    held_out: list[Source] = []
     for source in sources:
         if isinstance(source, Splits) and _VALIDATION in source:
-            found.append(source[_VALIDATION])
-        elif isinstance(source, str) and (Path(source) / _OF_SPLITS).is_file():
+            held_out.append(source[_VALIDATION])
+        elif isinstance(source, str) and (Path(source) / _SPLITS_FILE).is_file():
             folder = Path(source) / _VALIDATION
-            found += [str(folder)] if is_saved(folder) else []
-    return found
+            if is_saved(folder):
+                held_out.append(str(folder))
+    return held_out
 
 
 def load_hub_dataset(source: str, streaming: bool = False) -> Any:
@@ -105,7 +106,7 @@ def load_hub_dataset(source: str, streaming: bool = False) -> Any:
             # A stream without column names infers them from its first records.
             return dataset._resolve_features() if dataset.column_names is None else dataset
     except Exception as error:
-        raise not_given(source, error) from error
+        raise no_such_dataset(source, error) from error
 
 
 def check_hub_name(source: str) -> None:
@@ -115,21 +116,21 @@ def check_hub_name(source: str) -> None:
         raise InputError(f"there is no file or folder '{source}'; check the path.")
 
 
-def not_given(source: str, error: Exception) -> InputError:
+def no_such_dataset(source: str, error: Exception) -> InputError:
     """The error for a name that the hub does not know, or a hub that does not answer."""
     return InputError(
         f"'{source}' is neither a local file or folder nor a dataset on the hub ({reason_of(error)})."
     )
 
 
-def with_text_only(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
+def select_text_fields(rows: Rows, options: ReadingOptions, source: Source) -> Rows:
     """Drop all columns except the text fields.
 
     Raises:
         InputError: If such a field is missing, or is not text.
     """
     names = rows.column_names
-    if names is None:  # A stream that does not know its columns; each record is checked instead.
+    if names is None:  # A stream without known columns; each record is checked as it is read.
         return rows
     for name in options.text_fields:
         if name not in names:
@@ -147,8 +148,8 @@ def texts_of(
     Args:
         rows: The rows.
         options: Which fields contain the text.
-        where: What the rows belong to, for messages.
-        first: Number of the first row.
+        where: The dataset, as named in messages.
+        first: Number of the first row, for messages.
 
     Raises:
         InputError: If a text is too long or not a string, or a field is in no row.
@@ -167,9 +168,9 @@ def quoted(source: Source) -> str:
     return f"'{source}'" if isinstance(source, str) else name_of(source)
 
 
-def _saved(path: Path) -> Rows | Splits:
+def _load_saved(path: Path) -> Rows | Splits:
     try:
-        _check_inside(path)
+        _check_names(path)
         return datasets.load_from_disk(str(path))
     except InputError:
         raise
@@ -179,18 +180,18 @@ def _saved(path: Path) -> Rows | Splits:
         ) from error
 
 
-def _check_inside(path: Path) -> None:
+def _check_names(path: Path) -> None:
     """Raise InputError if a saved dataset names files that are not in its folder."""
     folders: list[Path] = []
-    if (path / _OF_SPLITS).is_file():
-        names = read_json(path / _OF_SPLITS, dict)["splits"]
+    if (path / _SPLITS_FILE).is_file():
+        names = read_json(path / _SPLITS_FILE, dict)["splits"]
         folders = [path / name for name in names if is_saved(path / name)]
     else:
-        names = [file["filename"] for file in read_json(path / _OF_DATASET[0], dict)["_data_files"]]
-    if odd := [name for name in names if name != Path(name).name]:
-        raise InputError(f"'{path}' names a file outside its folder ({odd[0]!r}); it is not read.")
+        names = [file["filename"] for file in read_json(path / _DATASET_FILES[0], dict)["_data_files"]]
+    if outside := [name for name in names if name != Path(name).name]:
+        raise InputError(f"'{path}' names a file outside its folder ({outside[0]!r}); it is not read.")
     for folder in folders:
-        _check_inside(folder)
+        _check_names(folder)
 
 
 def _type_of(feature: Any) -> pyarrow.DataType:

@@ -1,4 +1,4 @@
-"""Sources -> shards: files and parts of datasets, each read from start to end."""
+"""Sources -> shards: files, and parts of datasets, each read from start to end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from calm.data.rows import (
     files_of_saved,
     is_saved,
     load_hub_dataset,
-    not_given,
+    no_such_dataset,
     quoted,
+    select_text_fields,
     texts_of,
     train_rows,
-    with_text_only,
 )
 from calm.errors import InputError, reason_of
 from calm.storage.ours import PREPARED
 
-_BYTES_OF_A_PART = 2**26
+_PART_BYTES = 2**26
 Use = Literal["whole", "sample", "stream"]
 
 
@@ -94,7 +94,9 @@ def find_shards(sources: Sequence[Source], options: ReadingOptions) -> list[Shar
     return [shard for source in sources for shard in shards_of(source, options, "stream")]
 
 
-def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool = False) -> Iterator[Shard]:
+def shards_of(
+    source: Source, options: ReadingOptions, use: Use, *, log_excluded: bool = False
+) -> Iterator[Shard]:
     """The shards of a source.
 
     Args:
@@ -102,15 +104,15 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
         options: How to find documents.
         use: What the shards are for. A hub dataset is downloaded for "whole" and streamed otherwise; for
             "sample", a dataset is a single shard.
-        tell: Whether to log what is left out of a folder.
+        log_excluded: Whether to log what was left out of a folder.
 
     Raises:
         InputError: As for `find_shards`.
     """
     if isinstance(source, str) and is_here(source) and not is_saved(Path(source)):
-        for file in find_files(Path(source), tell=tell):
+        for file in find_files(Path(source), log_excluded=log_excluded):
             status = file.stat()
-            # A modified file must get another stamp.
+            # The stamp must change when the file is modified.
             stamp = (str(file), status.st_size, status.st_mtime_ns)
             yield Shard(partial(read_documents, file, options), status.st_size, stamp)
         return
@@ -118,39 +120,39 @@ def shards_of(source: Source, options: ReadingOptions, use: Use, *, tell: bool =
         rows = load_hub_dataset(source, streaming=use != "whole")
     else:
         rows = train_rows(source)
-    rows = with_text_only(rows, options, source)
-    for part, where, first in _parts_of(rows, use, quoted(source)):
-        yield _shard_of(part, source, options, where, first)
+    rows = select_text_fields(rows, options, source)
+    for part, where, first in _split_rows(rows, use, quoted(source)):
+        yield _make_shard(part, source, options, where, first)
 
 
-def _parts_of(rows: Rows, use: Use, name: str) -> Iterator[tuple[Rows, str, int]]:
-    """Yield parts for several readers, each with its name in messages and the number of its first row."""
+def _split_rows(rows: Rows, use: Use, name: str) -> Iterator[tuple[Rows, str, int]]:
+    """Yield parts that can be read in parallel, each with its name and its first row number for messages."""
     if use == "sample":
-        number = 1
+        num_parts = 1
     elif isinstance(rows, datasets.IterableDataset):
-        number = rows.num_shards if use == "stream" else 1
+        num_parts = rows.num_shards if use == "stream" else 1
     else:
-        number = min(len(rows), rows.data.nbytes // _BYTES_OF_A_PART) if rows.cache_files else 1
-    if number <= 1:
+        num_parts = min(len(rows), rows.data.nbytes // _PART_BYTES) if rows.cache_files else 1
+    if num_parts <= 1:
         yield rows, name, 0
         return
     first = 0
-    for index in range(number):
-        part = rows.shard(number, index)
+    for index in range(num_parts):
+        part = rows.shard(num_parts, index)
         if isinstance(part, datasets.Dataset):
             yield part, name, first
             first += len(part)
-        else:  # The number of rows before it is not known.
+        else:  # How many rows precede it is not known.
             yield part, f"{name}, part {index}", 0
 
 
-def _shard_of(rows: Rows, source: Source, options: ReadingOptions, where: str, first: int) -> Shard:
+def _make_shard(rows: Rows, source: Source, options: ReadingOptions, where: str, first: int) -> Shard:
     read = partial(_read_rows, rows, source, options, where, first)
     if isinstance(rows, datasets.IterableDataset):
         return Shard(read, is_in_memory=True)
     files = [Path(file["filename"]) for file in rows.cache_files]
-    times = [word for file in files for word in (str(file), file.stat().st_mtime_ns)]
-    return Shard(read, rows.data.nbytes, (rows._fingerprint, *times), is_in_memory=not files)
+    versions = [part for file in files for part in (str(file), file.stat().st_mtime_ns)]
+    return Shard(read, rows.data.nbytes, (rows._fingerprint, *versions), is_in_memory=not files)
 
 
 def _read_rows(
@@ -167,4 +169,4 @@ def _read_rows(
     except Exception as error:
         if not isinstance(source, str) or is_here(source):
             raise
-        raise not_given(source, error) from error
+        raise no_such_dataset(source, error) from error

@@ -1,4 +1,4 @@
-"""Sources -> documents, one string each, in a memory-mapped dataset.
+"""Sources -> documents: one string each, in a memory-mapped dataset.
 
 `calm.data.formats` defines the file formats, `calm.data.rows` the kinds of datasets, and `calm.data.shards`
 how both are divided into shards.
@@ -18,9 +18,9 @@ import datasets
 import numpy as np
 import pyarrow.compute
 
+from calm.data.caching import load_or_make
 from calm.data.counts import number
-from calm.data.engines import Ahead, nothing_ahead
-from calm.data.kept import made_or_kept
+from calm.data.engines import RunAhead, run_none
 from calm.data.options import ReadingOptions
 from calm.data.pieces import rank_of
 from calm.data.rows import Source, name_of
@@ -28,9 +28,9 @@ from calm.data.shards import Shard, Use, check_sources, shards_of
 from calm.errors import InputError
 
 logger = logging.getLogger(__name__)
-_BYTES_AT_ONCE = 2**28  # Of files, per process.
-# Increment whenever `_generate` yields different rows: they are cached by its arguments, not its code.
-_FORMAT_OF_ROWS = 1
+_GROUP_BYTES_PER_PROCESS = 2**28
+# Increment whenever `_generate` yields different rows: the cache depends on its arguments, not its code.
+_ROWS_VERSION = 1
 _FEATURES = datasets.Features(
     {
         "text": datasets.Value("large_string"),
@@ -47,7 +47,7 @@ class Documents:
     Args:
         texts: Column `text`, memory-mapped.
         ranks: Rank of each document (`calm.data.pieces.rank_of`).
-        num_skipped: Records without text, which are not documents.
+        num_skipped: Number of records without text, which are not documents.
     """
 
     texts: datasets.Dataset
@@ -62,8 +62,8 @@ def load_documents(
     seed: int = 0,
     cache_dir: str | None = None,
     num_proc: int = 1,
-    most: int | None = None,
-    ahead: Ahead = nothing_ahead,
+    max_documents: int | None = None,
+    run_ahead: RunAhead = run_none,
 ) -> Documents:
     """Load all documents of the sources, in order. Records without text are skipped and counted.
 
@@ -74,32 +74,40 @@ def load_documents(
         seed: Seed of the ranks.
         cache_dir: Where the documents are written; None for the cache of `datasets`.
         num_proc: Processes that read in parallel.
-        most: Maximum number of documents read from each file or dataset; None reads all.
-        ahead: Reads groups of files before they are needed (`calm.data.engines`).
+        max_documents: Maximum number of documents read from each file or dataset; None reads all.
+        run_ahead: Reads groups of files before they are needed (`calm.data.engines`).
 
     Raises:
         InputError: If a source is missing, empty, damaged or of an unknown format.
     """
     check_sources(sources)
-    use: Use = "whole" if most is None else "sample"
-    shards = [shard for source in sources for shard in shards_of(source, options, use, tell=True)]
-    settings = json.dumps([_FORMAT_OF_ROWS, asdict(options), seed, most])
+    use: Use = "whole" if max_documents is None else "sample"
+    shards = [shard for source in sources for shard in shards_of(source, options, use, log_excluded=True)]
+    settings = json.dumps([_ROWS_VERSION, asdict(options), seed, max_documents])
     groups = [
-        partial(_read_group, group, settings, seed=seed, most=most, cache_dir=cache_dir, num_proc=num_proc)
+        partial(
+            _read_group,
+            group,
+            settings,
+            seed=seed,
+            max_documents=max_documents,
+            cache_dir=cache_dir,
+            num_proc=num_proc,
+        )
         for group in _groups(shards, num_proc)
     ]
-    ahead([group for group in groups if not group.args[0][0].is_in_memory])
+    run_ahead([group for group in groups if not group.args[0][0].is_in_memory])
     rows = datasets.concatenate_datasets([group() for group in groups])
-    return _documents_of(rows, sources)
+    return _to_documents(rows, sources)
 
 
-def _documents_of(rows: datasets.Dataset, sources: Sequence[Source]) -> Documents:
+def _to_documents(rows: datasets.Dataset, sources: Sequence[Source]) -> Documents:
     """Turn the rows of `_generate` into documents, and log how many records were skipped."""
     texts, ranks = rows.data.column("text"), rows.data.column("rank").to_numpy().view(np.uint64)
     num_skipped = pyarrow.compute.sum(rows.data.column("skipped")).as_py()
     if texts.null_count:
-        chosen = np.flatnonzero(texts.is_valid())
-        rows, ranks = rows.select(chosen), ranks[chosen]
+        with_text = np.flatnonzero(texts.is_valid())
+        rows, ranks = rows.select(with_text), ranks[with_text]
     if num_skipped:
         logger.info("text: skipped %s without text", number(num_skipped, "record"))
     if not len(rows):
@@ -108,11 +116,11 @@ def _documents_of(rows: datasets.Dataset, sources: Sequence[Source]) -> Document
 
 
 def _groups(shards: Iterable[Shard], num_proc: int) -> Iterator[list[Shard]]:
-    """Group shards that are read together: enough work for all processes, and not too much to lose."""
+    """Group shards to be read together: enough for all processes, but not too much to lose in a crash."""
     group: list[Shard] = []
     num_bytes = 0
     for shard in shards:
-        is_full = num_bytes >= num_proc * _BYTES_AT_ONCE
+        is_full = num_bytes >= num_proc * _GROUP_BYTES_PER_PROCESS
         if group and (is_full or shard.is_in_memory or group[0].is_in_memory):
             yield group
             group, num_bytes = [], 0
@@ -123,24 +131,32 @@ def _groups(shards: Iterable[Shard], num_proc: int) -> Iterator[list[Shard]]:
 
 
 def _read_group(
-    group: list[Shard], settings: str, *, seed: int, most: int | None, cache_dir: str | None, num_proc: int
+    group: list[Shard],
+    settings: str,
+    *,
+    seed: int,
+    max_documents: int | None,
+    cache_dir: str | None,
+    num_proc: int,
 ) -> datasets.Dataset:
     """Read the rows of shards, cached under a digest of everything that they depend on."""
-    stamps = [shard.stamp or uuid.uuid4().hex for shard in group]
-    name = hashlib.blake2b(json.dumps([stamps, settings]).encode(), digest_size=12).hexdigest()
-    below = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "generator"
+    versions = [shard.stamp or uuid.uuid4().hex for shard in group]
+    name = hashlib.blake2b(json.dumps([versions, settings]).encode(), digest_size=12).hexdigest()
+    generator_cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "generator"
     make = partial(
         datasets.Dataset.from_generator,
         _generate,
         features=_FEATURES,
-        gen_kwargs={"shards": group, "seed": seed, "most": most},
+        gen_kwargs={"shards": group, "seed": seed, "max_documents": max_documents},
         cache_dir=cache_dir,
         num_proc=min(num_proc, len(group)) if num_proc > 1 and len(group) > 1 else None,
         fingerprint=name,
     )
     try:
-        # Only this group's folder: other processes may be writing beside it.
-        return made_or_kept(make, below / f"default-fingerprint={name}", "documents", has_folders=True)
+        # Check only this group's folder: other processes may be writing next to it.
+        return load_or_make(
+            make, generator_cache / f"default-fingerprint={name}", "documents", has_folders=True
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -150,7 +166,7 @@ def _read_group(
         raise
 
 
-def _generate(shards: list[Shard], seed: int, most: int | None) -> Iterator[dict[str, Any]]:
+def _generate(shards: list[Shard], seed: int, max_documents: int | None) -> Iterator[dict[str, Any]]:
     """Yield a row for each document, with the number of records without text skipped just before it.
 
     There is at least one row, because `datasets` cannot open a file without rows. If records were skipped at
@@ -158,7 +174,7 @@ def _generate(shards: list[Shard], seed: int, most: int | None) -> Iterator[dict
     """
     skipped, is_empty = 0, True
     for shard in shards:
-        left = most
+        num_documents = 0
         for text in shard.read():
             if text is None:
                 skipped += 1
@@ -166,8 +182,8 @@ def _generate(shards: list[Shard], seed: int, most: int | None) -> Iterator[dict
             rank = np.uint64(rank_of(text, seed)).view(np.int64)
             yield {"text": text, "rank": rank, "skipped": skipped}
             skipped, is_empty = 0, False
-            left = left and left - 1
-            if left == 0:
+            num_documents += 1
+            if max_documents is not None and num_documents >= max_documents:
                 break
     if skipped or is_empty:
         yield {"text": None, "rank": 0, "skipped": skipped}

@@ -22,10 +22,10 @@ from calm.data.pieces import rank_of, ranks_of
 from calm.errors import InputError
 
 logger = logging.getLogger(__name__)
-_NEAR = 0.25  # Relative deviation from the share asked for up to which documents stay whole.
+_TOLERANCE = 0.25  # Relative deviation from the share asked for, up to which documents stay whole.
 _PARTS_HELD_OUT = 6  # Approximate number, if parts of long documents are held out.
-_SHORT = 1000  # Bytes up to which one document among several stays whole.
-_FEWEST_PARTS = 50  # Of a single document.
+_SHORT_DOCUMENT = 1000  # Bytes up to which a document, unless it is the only one, stays whole.
+_MIN_PARTS = 50  # Of a single document that is cut.
 _DOCUMENTS_AT_ONCE = 100  # They may be long.
 
 
@@ -44,7 +44,7 @@ class Split:
     part_bytes: int | None = None
 
     def runs(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Yield whether a document is held out, and the document; if it is cut, the same for each stretch."""
+        """Yield whether a document is held out, and its text; one that is cut is yielded in stretches."""
         if self.part_bytes is None:
             yield self._is_held_out(text), text
             return
@@ -77,24 +77,26 @@ def choose_split(
     Raises:
         InputError: If there is only one document, and it is a single paragraph.
     """
-    sizes = _bytes_of(documents)
-    whole = _by_documents(ranks, sizes, fraction, seed)
-    size = _part_bytes(int(sizes.sum()), fraction, is_single=whole is None)
-    if whole is not None and (abs(whole[1] - fraction) <= _NEAR * fraction or sizes.max() <= size):
-        return whole[0]
-    part_ranks, part_sizes = _parts(documents, ranks, sizes, size, seed)
+    sizes = _measure_documents(documents)
+    by_documents = _split_by_documents(ranks, sizes, fraction, seed)
+    size = _part_bytes(int(sizes.sum()), fraction, is_single=by_documents is None)
+    if by_documents is not None and (
+        abs(by_documents[1] - fraction) <= _TOLERANCE * fraction or sizes.max() <= size
+    ):
+        return by_documents[0]
+    part_ranks, part_sizes = _measure_parts(documents, ranks, sizes, size, seed)
     while 2 * part_sizes[part_sizes <= longest_part(size)].sum() < sizes.sum():
         size *= 2  # Most paragraphs are longer than a part.
-        part_ranks, part_sizes = _parts(documents, ranks, sizes, size, seed)
-    in_parts = _by_parts(part_ranks, part_sizes, fraction, seed, size)
-    found = [choice for choice in (whole, in_parts) if choice is not None]
-    if not found:
+        part_ranks, part_sizes = _measure_parts(documents, ranks, sizes, size, seed)
+    by_parts = _split_by_parts(part_ranks, part_sizes, fraction, seed, size)
+    choices = [choice for choice in (by_documents, by_parts) if choice is not None]
+    if not choices:
         raise InputError(
             f"{', '.join(sources)} holds a single document without two different paragraphs or lines, which "
             "cannot be split into training and held-out text; give more text, pass --separator to split it, "
             "or --validation with other text."
         )
-    split, _ = min(found, key=lambda choice: abs(choice[1] - fraction))
+    split, _ = min(choices, key=lambda choice: abs(choice[1] - fraction))
     if split.part_bytes is not None:
         logger.info(
             "text: cut %s (between paragraphs, if there are any) so that part of the text can be held out",
@@ -144,19 +146,19 @@ def _runs_of_batch(batch: dict[str, list[str]], *, split: Split) -> dict[str, li
     return {"text": [text for _, text in runs], "is_held_out": [is_held_out for is_held_out, _ in runs]}
 
 
-def _bytes_of(documents: datasets.Dataset) -> np.ndarray:
+def _measure_documents(documents: datasets.Dataset) -> np.ndarray:
     tables = documents.with_format("arrow").iter(1000)
     lengths = [pyarrow.compute.binary_length(table["text"]).to_numpy() for table in tables]
     return np.concatenate(lengths).astype(np.int64)
 
 
 def _part_bytes(total: int, fraction: float, *, is_single: bool) -> int:
-    """Bytes of the parts of long documents, such that about six of them make up the smaller side."""
-    least = min(_SHORT, total // _FEWEST_PARTS) if is_single else _SHORT
-    return max(1, least, int(min(fraction, 1 - fraction) * total) // _PARTS_HELD_OUT)
+    """Bytes per part of long documents, such that about six parts make up the smaller side of the split."""
+    minimum = min(_SHORT_DOCUMENT, total // _MIN_PARTS) if is_single else _SHORT_DOCUMENT
+    return max(1, minimum, int(min(fraction, 1 - fraction) * total) // _PARTS_HELD_OUT)
 
 
-def _by_documents(
+def _split_by_documents(
     ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int
 ) -> tuple[Split, float] | None:
     """The split that holds out this share of the distinct documents, and the share of the text it gets."""
@@ -168,10 +170,10 @@ def _by_documents(
     return Split(seed, int(highest)), float(sizes[ranks <= highest].sum() / sizes.sum())
 
 
-def _parts(
+def _measure_parts(
     documents: datasets.Dataset, ranks: np.ndarray, sizes: np.ndarray, size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks and bytes of short documents and of the parts of long ones."""
+    """Ranks and bytes of short documents, and of the parts of long ones."""
     is_long = sizes > size
     part_ranks, part_sizes = [ranks[~is_long]], [sizes[~is_long]]
     for row in documents.select(np.flatnonzero(is_long)):
@@ -181,15 +183,15 @@ def _parts(
     return np.concatenate(part_ranks), np.concatenate(part_sizes)
 
 
-def _by_parts(
+def _split_by_parts(
     ranks: np.ndarray, sizes: np.ndarray, fraction: float, seed: int, size: int
 ) -> tuple[Split, float] | None:
     """The split whose held-out documents and parts come closest to a share of the text, and their share."""
-    may_be = sizes <= longest_part(size)
-    distinct, where = np.unique(ranks[may_be], return_inverse=True)
-    at_most = len(distinct) - bool(may_be.all())  # Leaves something to train on.
-    if at_most < 1:
+    is_short = sizes <= longest_part(size)
+    distinct, inverse = np.unique(ranks[is_short], return_inverse=True)
+    num_candidates = len(distinct) - bool(is_short.all())  # Leaves something to train on.
+    if num_candidates < 1:
         return None
-    shares = np.cumsum(np.bincount(where, sizes[may_be]))[:at_most] / sizes.sum()
+    shares = np.cumsum(np.bincount(inverse, sizes[is_short]))[:num_candidates] / sizes.sum()
     last = int(np.argmin(np.abs(shares - fraction)))
     return Split(seed, int(distinct[last]), size), float(shares[last])

@@ -25,7 +25,7 @@ _PRONOUNS = {
 }
 NUM_STORIES = 3_300  # In the corpus of the demo and of ladders.
 _RANDOM_BITS = 53
-_RAREST = 1e-3  # So that every word occurs often enough in a few thousand stories to be learned.
+_MIN_WEIGHT = 1e-3  # So that every word occurs often enough in a few thousand stories to be learned.
 _VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest", "hour")
 
 
@@ -40,9 +40,9 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
         Stories of 12 to 14 beats, each on one line.
     """
     seed = whole_seed(seed)
-    numbers = itertools.count() if num_stories is None else range(num_stories)
-    for number in numbers:
-        yield write_story(random.Random(f"{seed}/{number}"))
+    indices = itertools.count() if num_stories is None else range(num_stories)
+    for index in indices:
+        yield write_story(random.Random(f"{seed}/{index}"))
 
 
 def write_stories(path: Path, seed: int, num_stories: int) -> None:
@@ -66,19 +66,19 @@ def _cast(rng: random.Random) -> dict[str, str]:
     child, friend_child = _choose(rng, ["girl", "boy"], skew=False), _choose(rng, ["girl", "boy"], skew=False)
     names = {"girl": lexicon.GIRLS, "boy": lexicon.BOYS}
     hero = _choose(rng, names[child])
-    thing, thing2 = _two(rng, lexicon.THINGS)
-    place, place2 = _two(rng, lexicon.PLACES)
-    food, food2 = _two(rng, lexicon.FOODS)
-    mood, mood2 = _two(rng, lexicon.MOODS)
-    own, other = _PRONOUNS[child], _PRONOUNS[friend_child]
+    thing, thing2 = _choose_two(rng, lexicon.THINGS)
+    place, place2 = _choose_two(rng, lexicon.PLACES)
+    food, food2 = _choose_two(rng, lexicon.FOODS)
+    mood, mood2 = _choose_two(rng, lexicon.MOODS)
+    pronouns, friend_pronouns = _PRONOUNS[child], _PRONOUNS[friend_child]
     return {
         "child": child,
         "hero": hero,
-        **own,
-        **{key.capitalize(): word.capitalize() for key, word in own.items()},
+        **pronouns,
+        **{key.capitalize(): word.capitalize() for key, word in pronouns.items()},
         "friend_child": friend_child,
         "friend": _choose(rng, [name for name in names[friend_child] if name != hero]),
-        "their": other["his"],
+        "their": friend_pronouns["his"],
         "elder": f"{_choose(rng, ['Mrs.', 'Mr.'])} {_choose(rng, lexicon.SURNAMES)}",
         "town": _choose(rng, lexicon.TOWN_STARTS, skew=False) + _choose(rng, lexicon.TOWN_ENDS, skew=False),
         "thing": thing,
@@ -108,7 +108,7 @@ def _cast(rng: random.Random) -> dict[str, str]:
 
 
 def _sentence(text: str) -> str:
-    """Fix "a apple", "a honest", and a lower-case first letter."""
+    """Turn "a apple" into "an apple", and capitalize the first letter."""
     words = text.split(" ")
     for i, word in enumerate(words[:-1]):
         if word.strip('"') in ("a", "A") and words[i + 1].lower().startswith(_VOWEL_SOUNDS):
@@ -118,7 +118,7 @@ def _sentence(text: str) -> str:
     return text[:start] + text[start].upper() + text[start + 1 :]
 
 
-def _two(rng: random.Random, words: list[str]) -> tuple[str, str]:
+def _choose_two(rng: random.Random, words: list[str]) -> tuple[str, str]:
     first = _choose(rng, words)
     return first, _choose(rng, [word for word in words if word != first])
 
@@ -146,4 +146,4 @@ def _plots() -> list[list[list[str]]]:
 
 @cache
 def _zipf(size: int) -> list[float]:
-    return list(itertools.accumulate(1 / rank**2 + _RAREST for rank in range(2, size + 2)))
+    return list(itertools.accumulate(1 / rank**2 + _MIN_WEIGHT for rank in range(2, size + 2)))

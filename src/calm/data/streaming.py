@@ -1,14 +1,14 @@
 """Streamed text -> endless blocks: read, tokenized and laid out during training.
 
 Documents are read in windows. The documents of a window are shuffled and laid out in blocks together; the
-order of files is reshuffled for each epoch. So a window depends only on the sources, the seed and its place,
-and a stream resumes exactly where it stopped without storing what it has read.
+order of files is reshuffled for each epoch. So a window depends only on the sources, the seed and where it
+starts, and a stream resumes exactly where it stopped without storing what it has read.
 """
 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,13 @@ from calm.data.splitting import Split
 from calm.errors import InputError
 from calm.text.encoding import encode_documents
 
-PLACE = "place"  # Feature of a block: the arguments of `Position.note`.
-_MOST_EMPTY_EPOCHS = 100
+CURSOR = "cursor"  # Feature of a block: the arguments of `Position.record`.
+_MAX_EMPTY_EPOCHS = 100
 _FEATURES = ("input_ids", "labels", "position_ids")
 
 
-class Place(NamedTuple):
-    """Where a reader is: before a block of a window that starts at a document of a shard.
+class Cursor(NamedTuple):
+    """Where a reader is: at a block of a window, which starts at a document of a shard.
 
     Args:
         epoch: How often all shards have been read.
@@ -40,7 +40,7 @@ class Place(NamedTuple):
         document: Index in the shard, counting held-out documents; each stretch of a document that is cut
             counts as one.
         window: Windows of this epoch before this one.
-        block: Blocks of this window before this place.
+        block: Blocks of this window before this one.
     """
 
     epoch: int = 0
@@ -89,25 +89,32 @@ class Position:
         num_processes: Processes of the run.
         num_workers: Workers per process that read.
         next_worker: The worker that delivers the next batch.
-        places: Where each worker resumes.
+        cursors: Where each worker resumes; "places" in the saved file.
         skipped: Records without text that each worker skipped in the first epoch.
     """
 
     num_processes: int
     num_workers: int
     next_worker: int = 0
-    places: dict[int, Place] = field(default_factory=dict)
+    cursors: dict[int, Cursor] = field(default_factory=dict)
     skipped: dict[int, int] = field(default_factory=dict)
 
-    def note(self, worker: int, *place_and_skipped: int) -> None:
-        """Record that a worker's batch has been used: where the worker resumes, and how many it skipped."""
-        *place, skipped = place_and_skipped
-        self.places[worker], self.skipped[worker] = Place(*place), skipped
+    def record(self, worker: int, *cursor_and_skipped: int) -> None:
+        """Record that a worker's batch has been used: where it resumes, and the records it has skipped."""
+        *cursor, skipped = cursor_and_skipped
+        self.cursors[worker], self.skipped[worker] = Cursor(*cursor), skipped
         self.next_worker = (worker + 1) % self.num_workers
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        saved = {
+            "num_processes": self.num_processes,
+            "num_workers": self.num_workers,
+            "next_worker": self.next_worker,
+            "places": self.cursors,
+            "skipped": self.skipped,
+        }
+        path.write_text(json.dumps(saved) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
         """Load a saved position.
@@ -127,7 +134,7 @@ class Position:
                 f"{self.num_workers}."
             )
         self.next_worker = saved["next_worker"]
-        self.places = {int(worker): Place(*place) for worker, place in saved["places"].items()}
+        self.cursors = {int(worker): Cursor(*cursor) for worker, cursor in saved["places"].items()}
         self.skipped = {int(worker): count for worker, count in saved.get("skipped", {}).items()}
 
 
@@ -137,8 +144,8 @@ class _Skipped:
 
     Args:
         number: The count so far.
-        is_counting: Whether further ones count: only in the first epoch, and not while a resumed run reads
-            its window a second time.
+        is_counting: Whether further records count: only in the first epoch, and not while a resumed run
+            reads a window a second time.
     """
 
     number: int
@@ -154,14 +161,14 @@ class _Skipped:
 
 
 class BlockStream(IterableDataset):
-    """Endless blocks with the features of `calm.data.chunking` that training needs, and `PLACE`.
+    """Endless blocks with the features of `calm.data.chunking` that training needs, and `CURSOR`.
 
     The readers are the workers of all processes. If there are at least as many shards as readers, each reads
     its own shards; otherwise all read everything and take turns at laying out windows.
 
     Args:
         settings: How text becomes blocks.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer.
         position: Where to start; training records its progress there.
         process: Index of this process.
 
@@ -185,9 +192,9 @@ class BlockStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield blocks, starting at the position."""
         info = get_worker_info()
-        number, workers = (info.id, info.num_workers) if info else (0, 1)
-        # torch always takes the first batch from worker 0.
-        worker = (number + self.position.next_worker) % workers
+        worker_id, workers = (info.id, info.num_workers) if info else (0, 1)
+        # torch always takes the first batch from worker 0, so workers are renumbered.
+        worker = (worker_id + self.position.next_worker) % workers
         reader = self._process * workers + worker
         return self._read(reader, self.position.num_processes * workers, worker)
 
@@ -202,40 +209,40 @@ class BlockStream(IterableDataset):
         return len(self._shards) >= self.position.num_processes * self.position.num_workers
 
     def _read(self, reader: int, readers: int, worker: int) -> Iterator[dict[str, Tensor]]:
-        start, empty = self.position.places.get(worker, Place()), 0
-        skipped = _Skipped(self.position.skipped.get(worker, 0), is_counting=start == Place())
+        start, num_empty = self.position.cursors.get(worker, Cursor()), 0
+        skipped = _Skipped(self.position.skipped.get(worker, 0), is_counting=start == Cursor())
         for epoch in itertools.count(start.epoch):
             shards = [self._shards[i] for i in self._generator(epoch).permutation(len(self._shards))]
             own_shards = self.has_own_shards
             windows = self._windows(shards[reader::readers] if own_shards else shards, start, skipped)
-            has_any = start != Place(epoch)  # The rest of an epoch resumed midway may be empty.
-            for place, documents in windows:
+            has_text = start != Cursor(epoch)  # The rest of an epoch resumed midway may be empty.
+            for cursor, documents in windows:
                 skipped.is_counting = epoch == 0
-                if not own_shards and place.window % readers != reader:
+                if not own_shards and cursor.window % readers != reader:
                     continue
-                has_any = True
-                blocks = self._lay_out(place, documents)
-                first = start.block if place == start._replace(block=0) else 0
+                has_text = True
+                blocks = self._lay_out(cursor, documents)
+                first = start.block if cursor == start._replace(block=0) else 0
                 for number in range(first, len(blocks["input_ids"])):
                     block = {name: torch.from_numpy(blocks[name][number]) for name in _FEATURES}
-                    after = place._replace(block=number + 1)
-                    yield block | {PLACE: torch.tensor([worker, *after, skipped.number])}
+                    after = cursor._replace(block=number + 1)
+                    yield block | {CURSOR: torch.tensor([worker, *after, skipped.number])}
             skipped.is_counting = False
-            empty = 0 if has_any else empty + 1
+            num_empty = 0 if has_text else num_empty + 1
             # A reader whose files had no text gets other files in the next epoch.
-            if empty > (_MOST_EMPTY_EPOCHS if own_shards and len(shards) > 1 else 0):
+            if num_empty > (_MAX_EMPTY_EPOCHS if own_shards and len(shards) > 1 else 0):
                 raise InputError(
                     f"one of {readers} readers finds no text in {', '.join(self.settings.sources)}; give "
                     "more text, fewer processes or workers, or smaller windows than "
                     f"{self.settings.window} documents."
                 )
-            start = Place(epoch + 1)
+            start = Cursor(epoch + 1)
 
     def _windows(
-        self, shards: list[Shard], start: Place, skipped: _Skipped
-    ) -> Iterator[tuple[Place, list[str]]]:
-        """Yield windows of documents, starting at a place, and where each window starts."""
-        place, documents = start._replace(block=0), list[str]()
+        self, shards: list[Shard], start: Cursor, skipped: _Skipped
+    ) -> Iterator[tuple[Cursor, list[str]]]:
+        """Yield windows of documents, each with the cursor at its start."""
+        cursor, documents = start._replace(block=0), list[str]()
         for number in range(start.shard, len(shards)):
             texts = skipped.count(shards[number].read())
             runs = (run for text in texts for run in self._split.runs(text))
@@ -243,18 +250,18 @@ class BlockStream(IterableDataset):
                 if is_held_out or (number == start.shard and index < start.document):
                     continue
                 if not documents:
-                    place = place._replace(shard=number, document=index)
+                    cursor = cursor._replace(shard=number, document=index)
                 documents.append(text)
                 if len(documents) == self.settings.window:
-                    yield place, documents
-                    place, documents = place._replace(window=place.window + 1), []
+                    yield cursor, documents
+                    cursor, documents = cursor._replace(window=cursor.window + 1), []
         if documents:
-            yield place, documents
+            yield cursor, documents
 
-    def _lay_out(self, place: Place, documents: list[str]) -> dict[str, np.ndarray]:
+    def _lay_out(self, cursor: Cursor, documents: list[str]) -> dict[str, np.ndarray]:
         settings = self.settings
-        # If readers have their own shards, two windows can have the same place; the text tells them apart.
-        seed = seed_of(settings.seed, *place, documents[0])
+        # If readers have their own shards, two windows may have the same cursor; the text tells them apart.
+        seed = seed_of(settings.seed, *cursor, documents[0])
         order = np.random.default_rng(seed).permutation(len(documents))
         return make_blocks(
             encode_documents(self._tokenizer, [documents[i] for i in order]),

@@ -22,6 +22,7 @@ from calm.ranges import Range
 from calm.storage.disk import disk_errors, write_lines_whole
 
 MODULUS = 7
+_NUM_PATHS = 4
 _HELD_OUT = 16  # One group of facts in 16 is held out for scoring, whatever the seed.
 
 
@@ -58,18 +59,19 @@ def chain(rng: random.Random, hops: int) -> list[Item]:
     `a = 5 .` starts a chain, `b a * 3` and `b a + 3` continue it. The facts of a second chain of the same
     kind are mixed in. The question names both ends of the chain, so each step means looking up a single fact,
     and the answer takes one step per hop, in sequence. At least one hop adds a number uniform over 0 to 6:
-    without its fact, all seven answers are equally likely, so chance is 1/7. (Missing only a factor, which is
-    2 to 6, leaves a little more information.)
+    without its fact, all seven answers are equally likely, so chance is 1/7. (Without a factor, which is 2 to
+    6, they are not quite equally likely.)
 
     Args:
         rng: Source of randomness.
         hops: Facts between the known value and the one asked for.
     """
     names = iter(rng.sample(ascii_lowercase, 2 * (hops + 1)))
-    asked, other = (_chain(rng, [next(names) for _ in range(hops + 1)]) for _ in range(2))
-    facts = [*asked[0], *other[0]]
+    (facts, values), (distractors, _) = (
+        _chain(rng, [next(names) for _ in range(hops + 1)]) for _ in range(2)
+    )
+    facts += distractors
     rng.shuffle(facts)
-    values = asked[1]
     steps = tuple(f"{name} = {value} ." for name, value in values[1:])
     return [Item(tuple(facts), f"{values[0][0]} ? {values[-1][0]} :", steps, str(values[-1][1]))]
 
@@ -100,7 +102,7 @@ def graph(rng: random.Random, hops: int) -> list[Item]:
         hops: Edges between the root and its target.
     """
     size = rng.randint(max(4, hops + 2), max(8, hops + 2))
-    edges = _shape(rng, hops, size)
+    edges = _half_edges(rng, hops, size)
     names = rng.sample(ascii_lowercase, 2 * size)
     halves = names[:size], names[size:]
     facts = [f"{half[start]} > {half[end]} ." for half in halves for start, end in edges]
@@ -115,7 +117,7 @@ def graph(rng: random.Random, hops: int) -> list[Item]:
     return items
 
 
-def _shape(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
+def _half_edges(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
     """Edges of a half: the path from 0 to `hops`, and other nodes attached to it and to each other."""
     edges = {(hop, hop + 1) for hop in range(hops)}
     for node in range(hops + 1, size):
@@ -125,9 +127,6 @@ def _shape(rng: random.Random, hops: int, size: int) -> list[tuple[int, int]]:
         if end > hops:
             edges.add((start, end))
     return sorted(edges)
-
-
-_PATHS = 4
 
 
 def path(rng: random.Random, hops: int) -> list[Item]:
@@ -140,14 +139,14 @@ def path(rng: random.Random, hops: int) -> list[Item]:
         rng: Source of randomness.
         hops: Steps of each path.
     """
-    names = rng.sample(ascii_lowercase, _PATHS * (hops + 1))
+    names = rng.sample(ascii_lowercase, _NUM_PATHS * (hops + 1))
     paths = [names[first : first + hops + 1] for first in range(0, len(names), hops + 1)]
-    steps = [tuple(f"{start} > {end} ." for start, end in itertools.pairwise(one)) for one in paths]
-    facts = [fact for one in steps for fact in one]
+    steps = [tuple(f"{start} > {end} ." for start, end in itertools.pairwise(nodes)) for nodes in paths]
+    facts = [step for steps_of_path in steps for step in steps_of_path]
     rng.shuffle(facts)
     return [
-        Item(tuple(facts), f"{one[0]} > ? :", of_path, one[-1])
-        for one, of_path in zip(paths, steps, strict=True)
+        Item(tuple(facts), f"{nodes[0]} > ? :", steps_of_path, nodes[-1])
+        for nodes, steps_of_path in zip(paths, steps, strict=True)
     ]
 
 

@@ -13,19 +13,19 @@ from calm.hub.gguf import is_gguf, on_hub
 from calm.hub.opening import open_tokenizer
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
-_SMALLEST_VOCABULARY = 256 + 3  # All bytes and the special tokens.
+_MIN_VOCAB_SIZE = 256 + 3  # All bytes and the special tokens.
 _NO_LIMIT = int(1e12)  # Documents are cut into blocks later, so no length is too long.
 # Learning merges takes time quadratic in the length of a piece. Words of ordinary text are far shorter.
-_LONGEST_PIECE = 1000
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_SPEAKERS = ("system", "user", "assistant", "tool", "end")
+_MAX_PIECE_BYTES = 1000
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_ROLES = ("system", "user", "assistant", "tool", "end")
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise InputError if a vocabulary cannot hold all bytes and the special tokens."""
-    if vocab_size < _SMALLEST_VOCABULARY:
+    if vocab_size < _MIN_VOCAB_SIZE:
         raise InputError(
-            f"vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes and the special tokens), "
+            f"vocab_size must be at least {_MIN_VOCAB_SIZE} (all bytes and the special tokens), "
             f"got {vocab_size}."
         )
 
@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.FixedLength(_LONGEST_PIECE)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.FixedLength(_MAX_PIECE_BYTES)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -79,19 +79,19 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     template = tokenizer.chat_template
     templates = list(template.values()) if isinstance(template, dict) else [template or ""]
-    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.mask_token}
+    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.mask_token}
     spare = [
         str(token)
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special
-        and str(token) not in roles
-        and not any(str(token) in one for one in templates)
-        # Templates also build marks from the names of roles.
-        and str(token).strip("<|>[]/ ").lower() not in _SPEAKERS
+        and str(token) not in taken
+        and not any(str(token) in text for text in templates)
+        # Templates also build tokens from the names of roles, such as <|user|>.
+        and str(token).strip("<|>[]/ ").lower() not in _ROLES
     ]
     for word in ("pad", "reserved", "unused"):
-        if named := [token for token in spare if word in token.lower()]:
-            return named[0]
+        if matching := [token for token in spare if word in token.lower()]:
+            return matching[0]
     if spare:
         return spare[-1]
     return str(tokenizer.unk_token) if tokenizer.unk_token and _knows_all_bytes(tokenizer) else None
@@ -100,13 +100,13 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _knows_all_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer falls back to byte tokens and has all 256, so that it never emits UNK."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    words = tokenizer.get_vocab()
-    return bool(getattr(model, "byte_fallback", False)) and all(f"<0x{i:02X}>" in words for i in range(256))
+    vocab = tokenizer.get_vocab()
+    return bool(getattr(model, "byte_fallback", False)) and all(f"<0x{i:02X}>" in vocab for i in range(256))
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder contains tokenizer files."""
-    return any((folder / name).is_file() for name in _FILES)
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -120,12 +120,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if is_gguf(name):
         require(f"'{name}', a GGUF file,", "gguf")
-    path, place = Path(name), on_hub(name)
+    path, hub_file = Path(name), on_hub(name)
     is_file = path.suffix == ".json" or is_gguf(name)
-    is_here = path.is_file() if is_file else path.is_dir()
-    repository = name if place is None else place.repository
-    is_elsewhere = (place is not None or not is_file) and may_be_on_hub(repository)
-    if not is_here and not is_elsewhere:
+    is_local = path.is_file() if is_file else path.is_dir()
+    repository = name if hub_file is None else hub_file.repository
+    is_on_hub = (hub_file is not None or not is_file) and may_be_on_hub(repository)
+    if not is_local and not is_on_hub:
         raise InputError(f"there is no tokenizer {'file' if is_file else 'folder'} '{name}'; check the path.")
     try:
         tokenizer = open_tokenizer(name)
@@ -134,10 +134,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise InputError(f"cannot load a tokenizer from '{name}' ({reason_of(error)}).") from error
     if tokenizer.eos_token_id is None:
-        known = [token for token in ("</s>", "<|endoftext|>", EOS) if token in tokenizer.get_vocab()]
-        if not known:
+        candidates = [token for token in ("</s>", "<|endoftext|>", EOS) if token in tokenizer.get_vocab()]
+        if not candidates:
             raise InputError(f"the tokenizer '{name}' has no EOS token; set its eos_token.")
-        tokenizer.eos_token = known[0]
+        tokenizer.eos_token = candidates[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Padding must differ from EOS, which is predicted.
         if (spare := _spare_token(tokenizer)) is not None:

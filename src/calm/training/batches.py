@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainingArguments, default_data_collator
 
 from calm.core.chunks import IGNORED_LABEL
-from calm.data.streaming import PLACE, BlockStream
+from calm.data.streaming import CURSOR, BlockStream
 from calm.training.noise import number_of_block
 
 NUMBERS = "block_numbers"
@@ -69,12 +69,12 @@ def batches_of_stream(
     return DataLoader(
         stream,
         batch_size=size,
-        collate_fn=partial(_with_place, collate=collate),
+        collate_fn=partial(_with_cursor, collate=collate),
         num_workers=arguments.dataloader_num_workers,
         pin_memory=arguments.dataloader_pin_memory,
     )
 
 
-def _with_place(blocks: list[dict[str, Tensor]], collate: Callable[..., Any]) -> dict[str, Any]:
-    places = [block.pop(PLACE) for block in blocks]
-    return collate(blocks) | {PLACE: places[-1]}
+def _with_cursor(blocks: list[dict[str, Tensor]], collate: Callable[..., Any]) -> dict[str, Any]:
+    cursors = [block.pop(CURSOR) for block in blocks]
+    return collate(blocks) | {CURSOR: cursors[-1]}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.data.options import ReadingOptions
-from calm.data.prepare import check_text, prepare, tell_counts
+from calm.data.prepare import check_text, log_counts, prepare
 from calm.data.prepared import PreparedData, is_prepared, load_prepared
 from calm.data.shards import check_sources
 from calm.data.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def _set_up(run: Run[Recipe]) -> None:
         folder = prepare_text(recipe, output)
         data = load_prepared(folder)
         if was_prepared:
-            tell_counts(folder, data)
+            log_counts(folder, data)
         if autoencoder is not None:
             check_vocabulary(autoencoder.config, recipe, data)
         check_recipe_and_inputs(output, recipe, _input_digests(recipe, data, autoencoder))
@@ -148,7 +148,7 @@ def prepare_text(recipe: Recipe, output: Path) -> Path:
             options=reading_options(settings),
             seed=recipe.seed,
             num_proc=settings.num_proc,
-            most=settings.sample_documents if settings.streaming else None,
+            max_documents=settings.sample_documents if settings.streaming else None,
             **_preparation(settings),
         )
     return folder

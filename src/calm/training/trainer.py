@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 
 from calm.data.counts import number
-from calm.data.streaming import PLACE, BlockStream
+from calm.data.streaming import CURSOR, BlockStream
 from calm.errors import InputError, NotFiniteError, RunError, Terminated, reason_of
 from calm.hardware import fast_float32
 from calm.models.language_model import language_model
@@ -187,9 +187,9 @@ class ChunkTrainer(Trainer):
 
         If there is a teacher, it reads the batch as well.
         """
-        place = inputs.pop(PLACE, None)
-        if place is not None and self._stream is not None:
-            self._stream.position.note(*place.tolist())
+        cursor = inputs.pop(CURSOR, None)
+        if cursor is not None and self._stream is not None:
+            self._stream.position.record(*cursor.tolist())
         numbers = inputs.pop(NUMBERS, None)
         if numbers is not None:
             step, device = self.state.global_step, inputs["input_ids"].device

@@ -1,4 +1,4 @@
-"""Datasets cached on disk: reused if their files are intact, else made again."""
+"""Datasets cached on disk: loaded if their files are intact, else made again."""
 
 import logging
 import shutil
@@ -13,32 +13,32 @@ from calm.storage.checksums import is_marked, mark
 logger = logging.getLogger(__name__)
 
 
-def made_or_kept(
-    make: Callable[[], datasets.Dataset], below: Path, what: str, *, has_folders: bool = False
+def load_or_make(
+    make: Callable[[], datasets.Dataset], cache: Path, contents: str, *, has_folders: bool = False
 ) -> datasets.Dataset:
-    """Make a dataset with a function that caches it in files, or load it from there.
+    """Load a dataset from its cache files if they are intact, else make it and mark its files as intact.
 
     Files that have been damaged, or whose writer was killed, are removed, and the function is called again.
 
     Args:
-        make: Makes the dataset, or loads it from its files.
-        below: Folder that contains all these files.
-        what: What the dataset is, for the message.
-        has_folders: Whether each dataset has its own folder.
+        make: Makes the dataset and caches it in files, or loads it from them.
+        cache: Folder that contains these files.
+        contents: What the dataset contains, for the log.
+        has_folders: Whether each dataset has a folder of its own, to be removed with a damaged file.
     """
-    before = set(below.rglob("*.arrow"))
+    before = set(cache.rglob("*.arrow"))
     try:
         dataset = make()
-        taken = _files_of(dataset) & before
-        damaged = {file for file in taken if not is_marked(file)}
+        reused = _files_of(dataset) & before
+        damaged = {file for file in reused if not is_marked(file)}
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # The disk failed; no file is damaged.
+        if isinstance(error, OSError) and error.errno is not None:  # The disk failed, not a file.
             raise
         damaged = {file for file in before if not is_marked(file)}
         if not damaged:
             raise
     if damaged:
-        logger.warning("'%s' holds %s that are damaged or incomplete; rebuilding them.", below, what)
+        logger.warning("'%s' holds %s that are damaged or incomplete; rebuilding them.", cache, contents)
         for file in damaged:
             if has_folders:
                 shutil.rmtree(file.parent, ignore_errors=True)
