@@ -11,13 +11,15 @@ from calm.storage.disk import unfinished_name
 from calm.storage.locks import LOCK
 
 _ANYTHING: dict[str, Any] = {"**": None}  # For contents moved aside or unfinished, which were checked before.
-_OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
+_DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def _written(*names: str) -> dict[str, None]:
     """Files that are written whole, and leftovers of stopped writes, also as earlier versions named them."""
-    left = (name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial"))
-    return dict.fromkeys((*names, *left))
+    leftovers = (
+        name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial")
+    )
+    return dict.fromkeys((*names, *leftovers))
 
 
 # Name pattern -> None for a file; for a folder, what may be in it.
@@ -119,9 +121,9 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
         InputError: If it is or contains the current folder or the home folder; if it is of another kind; or
             if it contains anything that is not part of that kind.
     """
-    place = path.resolve()
-    for kept, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
-        if place in (kept.resolve(), *kept.resolve().parents):
+    resolved = path.resolve()
+    for protected, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
+        if resolved in (protected.resolve(), *protected.resolve().parents):
             raise InputError(
                 f"'{path}' is or contains {name}, which is never replaced; choose another output."
             )
@@ -140,15 +142,15 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
 def _foreign(folder: Path, parts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield what is in a folder but not among its parts. Links pass: removing one leaves its target alone."""
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() or path.name in _OF_DESKTOPS:
+        if path.is_symlink() or path.name in _DESKTOP_FILES:
             continue
         is_folder = path.is_dir()
-        fitting = [
+        matching = [
             inner
             for pattern, inner in parts.items()
             if fnmatchcase(path.name, pattern) and is_folder == (inner is not None)
         ]
-        if not fitting:
+        if not matching:
             yield path
-        elif is_folder and all(inner is not _ANYTHING for inner in fitting):
-            yield from _foreign(path, fitting[0])
+        elif is_folder and all(inner is not _ANYTHING for inner in matching):
+            yield from _foreign(path, matching[0])
