@@ -233,7 +233,7 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
                 "be separated; use another template."
             )
         answer, end = _words_and_end(after[len(before) :], messages[:place], tokenizer)
-        words = encode_rendering(tokenizer, answer, goes_on=True)
+        words = encode_rendering(tokenizer, answer, continues=True)
         if end is None:  # What the template adds after an answer cannot be told apart from it.
             end = tokenizer.eos_token_id
             words = words[: words.index(end)] if end in words else words

@@ -31,7 +31,7 @@ def decode_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], toke
 
 
 def _context_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
-    """The last plain-text tokens of a prompt."""
+    """The last plain-text tokens of a prompt, at most `_CONTEXT`."""
     control = set(tokenizer.all_special_ids)
     return [token for token in prompt[-2 * _CONTEXT :] if token not in control][-_CONTEXT:]
 
