@@ -150,8 +150,8 @@ def print_chunks(conversation: "Conversation") -> None:
     table = Table("chunk", *(f"T = {t:g}" for t in _SHOWN_TEMPERATURES), "what else it could have been")
     chunks = conversation.alternatives(_SHOWN_TEMPERATURES, _DRAWS_OF_A_CHUNK, _MOST_SHOWN + 1)
     for chunk, alternatives in chunks:
-        own = next((one for one in alternatives.told if list(one.tokens) == chunk), None)
-        others = [one for one in alternatives.told if one is not own]
+        own = next((one for one in alternatives.candidates if list(one.tokens) == chunk), None)
+        others = [one for one in alternatives.candidates if one is not own]
         others.sort(key=lambda one: -_weights(one)[0])
         weights = [""] * len(_SHOWN_TEMPERATURES) if own is None else [f"{w:.0%}" for w in _weights(own)]
         likeliest = [f"{_weights(one)[0]:4.0%} {shown(one.tokens)}" for one in others[:_MOST_SHOWN]]

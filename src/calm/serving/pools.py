@@ -122,7 +122,7 @@ def _describe(endpoint: Endpoint, request: PoolRequest, num_draws: int, pool: Al
             "chances": one.chances,
             **({} if one.probabilities is None else {"probabilities": one.probabilities}),
         }
-        for one in pool.told
+        for one in pool.candidates
     ]
     return {
         "object": "calm.pool",

@@ -202,7 +202,7 @@ def test_what_is_not_compiled_is_left_to_the_model(compiled, steps):
 def test_nothing_is_compiled_twice_and_nothing_is_left_of_a_failure(compiled, steps, monkeypatch):
     model, folder = compiled
     told = []
-    compile_steps(model, tell=told.append)
+    compile_steps(model, announce=told.append)
     assert told == []
     file = next(folder.rglob("draw-one-1.pt2"))
     kept = file.read_bytes()

@@ -70,10 +70,10 @@ def sampler_from(
         kind = PoolSampler
     settings: dict[str, Any] = {"temperature": temperature, "num_draws": num_draws, "max_draws": max_draws}
     settings |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
-    own = {field.name for field in dataclasses.fields(kind)}
-    if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
+    accepted = {field.name for field in dataclasses.fields(kind)}
+    if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= accepted):
         raise ValueError("top_p and min_p truncate a pool of draws: use them with sampler='pool'.")
-    return kind(**{name: value for name, value in settings.items() if value is not None and name in own})
+    return kind(**{name: value for name, value in settings.items() if value is not None and name in accepted})
 
 
 def check_name(name: str) -> None:
