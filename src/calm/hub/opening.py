@@ -1,4 +1,4 @@
-"""The only caller of `from_pretrained` for models, tokenizers and adapters of others: no code of theirs runs.
+"""The only caller of `from_pretrained` for third-party files, none of whose code runs.
 
 A folder or hub repository can name code of its own, packages to import, and kernels to download. Anything
 that needs one of these is refused; the libraries would ask, or run it.

@@ -101,14 +101,14 @@ def _values_of(path: Path, kind: type[Value], parts_of: Callable[[str], list[str
 
 
 def write_file_whole(path: Path, text: str) -> None:
-    """Write a file (of a link, its target) so that a kill leaves either the old or the new one whole."""
+    """Write a file atomically, so that a kill leaves its old or its new contents; a link stays a link."""
     write_lines_whole(path, [text])
 
 
 def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
     """Like `write_file_whole`, for lines that need not fit in memory together.
 
-    Until it is complete, the file has a unique name, so that no file of the user's beside it is overwritten.
+    Until it is complete, the file has a unique name, so that no other file beside it is overwritten.
 
     Args:
         path: The file.

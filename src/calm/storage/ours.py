@@ -15,7 +15,7 @@ _DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def _written(*names: str) -> dict[str, None]:
-    """Files that are written whole, and leftovers of stopped writes, also as earlier versions named them."""
+    """Names of files, and of what interrupted writes of them leave, also by earlier versions."""
     leftovers = (
         name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial")
     )
@@ -93,7 +93,7 @@ class FolderKind:
     words: tuple[str, ...]
     parts: Mapping[str, Any]
 
-    def is_made(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether the folder has the file `sign`, as written by calm."""
         try:
             text = (folder / self.sign).read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
             raise InputError(
                 f"'{path}' is or contains {name}, which is never replaced; choose another output."
             )
-    if not kind.is_made(path):
+    if not kind.matches(path):
         raise InputError(
             f"'{path}' cannot be replaced: it does not hold {kind.name} (which has its own {kind.sign}). "
             "Choose another output, or remove it yourself."
@@ -140,7 +140,7 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
 
 
 def _foreign(folder: Path, parts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield what is in a folder but not among its parts. Links pass: removing one leaves its target alone."""
+    """Yield what is in a folder but not among its parts; not links, since removing one keeps its target."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name in _DESKTOP_FILES:
             continue

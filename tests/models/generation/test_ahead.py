@@ -183,7 +183,7 @@ def test_draws_that_are_not_finite_are_refused(compiled, steps):
 def test_draws_in_parts_are_those_of_all_at_once(compiled, steps, monkeypatch):
     prepared = compiled[0].head.prepare(torch.randn(3, 32)).detach()
     whole = steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0)
-    monkeypatch.setattr(steps, "_at_once", 7)  # 7, 7 and a single one.
+    monkeypatch.setattr(steps, "_draws_at_once", 7)  # 7, 7 and a single one.
     assert (steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0) == whole).all()
 
 

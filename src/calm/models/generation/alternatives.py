@@ -69,9 +69,10 @@ def draw_alternatives(
     thoughts: Thoughts | None = None,
     written: Sequence[int] = (),
 ) -> Generator[None, None, Alternatives]:
-    """Draw the chunk after a text at temperature 1: reads the text, then makes a few draws at a time.
+    """Draw the chunk after a text many times, at temperature 1.
 
-    There is little work between two yields, so that a server can do other work in between.
+    A generator: it reads the text, then makes a few draws at a time, with little work between two yields, so
+    that a server can do other work in between.
 
     Args:
         model: The model.

@@ -43,9 +43,9 @@ def sampler_from(
     text. At temperature 0, "exact" means the limit of the pool rule.
 
     Args:
-        sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is
-            and takes no other setting from here but `temperature`, which is ignored.
-        temperature: T in [0, 1].
+        sampler: "exact", "pool", "head" or another registered name. A sampler object is returned as it is,
+            and must come without other settings.
+        temperature: T in [0, 1]; ignored for a sampler object, which has its own.
         num_draws: See `PoolSampler`.
         max_draws: See `ExactSampler`.
         first_block: See `ExactSampler`.
