@@ -141,13 +141,13 @@ def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
     assert conversation.last is not None
     assert [token for chunk, _ in found for token in chunk] == conversation.last[1]
     for chunk, alternatives in found:
-        assert sum(one.count for one in alternatives.told) <= 300
-        assert chunk in [list(one.tokens) for one in alternatives.told]
+        assert sum(one.count for one in alternatives.candidates) <= 300
+        assert chunk in [list(one.tokens) for one in alternatives.candidates]
     cut = Conversation(calm, tokenizer, seed=1, max_new_tokens=6)
     cut.answer("Hello", lambda _: None)
     (whole, of_whole), (part, of_part) = cut.alternatives([1.0], num_draws=20, most=1000)
-    assert whole in [list(one.tokens) for one in of_whole.told] and len(part) == 2
-    assert all(one.count for one in of_part.told)  # A part of a chunk is none that was never drawn.
+    assert whole in [list(one.tokens) for one in of_whole.candidates] and len(part) == 2
+    assert all(one.count for one in of_part.candidates)  # A part of a chunk is none that was never drawn.
     capsys.readouterr()
     print_chunks(cut)
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
@@ -207,7 +207,7 @@ def test_a_model_thinks_before_each_answer(number, tokenizer):
         expected = continue_tokens(thinker, tokenizer, [prompt], **how)[0].tolist()
         assert expected[: len(written)] == written
         for chunk, alternatives in conversation.alternatives([0.0], num_draws=8, most=1):
-            [own] = [one for one in alternatives.told if list(one.tokens) == chunk]
+            [own] = [one for one in alternatives.candidates if list(one.tokens) == chunk]
             assert own.probabilities == [1.0]
 
 

@@ -60,6 +60,62 @@ def test_half_a_character_at_the_end_is_shown_as_such(tokenizer):
     assert builder.add([], is_last=True) == "\ufffd"
 
 
+AWKWARD = [
+    "Zoë said: “naïve 🐱 cats” — once, twice, thrice!",
+    "don't won 't, I 've . they 're ' s a n't ?",
+    "日本語🐱🐱é\ufffd x",
+    "👩‍👩‍👧‍👦 z̈\n\n   a\tb  ",
+]
+
+
+def awkward_tokens(other, chance):
+    """Tokens of awkward texts with control tokens between them, or any tokens, or mostly bytes."""
+    vocabulary = other.get_vocab()
+    ids = sorted(vocabulary.values())
+    octets = [i for token, i in vocabulary.items() if token.startswith("<0x")] or ids
+    kind = chance.choice(["text", "any", "bytes"])
+    if kind != "text":
+        return [
+            chance.choice(octets if kind == "bytes" and chance.random() < 0.8 else ids) for _ in range(60)
+        ]
+    tokens = encode_words(other, ["".join(chance.choices(AWKWARD, k=2))])[0]
+    for _ in range(chance.randrange(4)):
+        tokens.insert(chance.randrange(len(tokens)), chance.choice(other.all_special_ids))
+    return tokens
+
+
+@pytest.mark.parametrize("cleans_up", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tokens_in_parts_are_the_text_of_all(kind, cleans_up):
+    other = KINDS[kind]()
+    other.clean_up_tokenization_spaces = cleans_up
+    for seed in range(150):
+        chance = random.Random(seed)
+        tokens, prompt = awkward_tokens(other, chance), awkward_tokens(other, chance)
+        prompt = prompt[: chance.choice([0, 1, 20])]
+        builder = TextBuilder(other, prompt=prompt)
+        said = "".join(builder.add(part) for part in in_parts(tokens, chance))
+        assert said + builder.add([], is_last=True) == decode_after(other, prompt, tokens), (seed, said)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram", "byte-level"])
+def test_tokens_are_not_decoded_again_and_again(kind, monkeypatch):
+    other = KINDS[kind]()
+    tokens = encode_words(other, [TEXT * 20])[0]
+    decoded, batch_decode = [], other.batch_decode
+
+    def counted(sequences, **options):
+        decoded.append(sum(map(len, sequences)))
+        return batch_decode(sequences, **options)
+
+    monkeypatch.setattr(other, "batch_decode", counted)
+    builder = TextBuilder(other)
+    parts = in_parts(tokens, random.Random(0))
+    said = "".join(builder.add(part) for part in parts) + builder.add([], is_last=True)
+    assert said == decode_after(other, [], tokens)
+    assert max(decoded[:-2]) < 200 and sum(decoded) < 60 * len(tokens)
+
+
 @pytest.mark.parametrize("kind", ["llama", "unigram", "unigram, first", "byte-level", "slow"])
 @pytest.mark.parametrize("prompt", ["A good morning, a", "Tom: “Zoë”"])
 def test_the_space_behind_a_prompt_is_kept(kind, prompt):

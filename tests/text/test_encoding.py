@@ -144,7 +144,7 @@ def test_marks_come_off_whatever_the_text_holds(text):
 def test_a_part_of_a_rendering_goes_on_without_a_space():
     tokenizer = tokenizer_of("llama")
     assert tokenizer.decode(encode_rendering(tokenizer, "Yes")) == "Yes"
-    behind = encode_rendering(tokenizer, "Yes</s>", goes_on=True)
+    behind = encode_rendering(tokenizer, "Yes</s>", continues=True)
     assert decode_after(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], behind) == "Yes"
     assert behind[-1] == tokenizer.eos_token_id
 

@@ -148,8 +148,8 @@ def print_chunks(conversation: "Conversation") -> None:
     table = Table("chunk", *(f"T = {t:g}" for t in _SHOWN_TEMPERATURES), "what else it could have been")
     chunks = conversation.alternatives(_SHOWN_TEMPERATURES, _DRAWS_PER_CHUNK, _MAX_OTHERS + 1)
     for chunk, alternatives in chunks:
-        answered = next((c for c in alternatives.told if list(c.tokens) == chunk), None)
-        others = [c for c in alternatives.told if c is not answered]
+        answered = next((c for c in alternatives.candidates if list(c.tokens) == chunk), None)
+        others = [c for c in alternatives.candidates if c is not answered]
         others.sort(key=lambda c: -_weights(c)[0])
         weights = [""] * len(_SHOWN_TEMPERATURES)
         if answered is not None:

@@ -75,9 +75,9 @@ def prepare(
         Range(1, 4096).require("num_proc", num_proc)
     from calm.data.options import ReadingOptions
     from calm.data.prepare import prepare as run
-    from calm.storage.locks import nobody_at_work
+    from calm.storage.locks import check_unlocked
 
-    nobody_at_work(Path(output).absolute().parent)
+    check_unlocked(Path(output).absolute().parent)
     data = run(
         sources,
         Path(output),

@@ -236,7 +236,7 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
                 "be separated; use another template."
             )
         answer, end = _split_off_end(after[len(before) :], messages[:index], tokenizer)
-        tokens = encode_rendering(tokenizer, answer, goes_on=True)
+        tokens = encode_rendering(tokenizer, answer, continues=True)
         if end is None:  # What the template adds after an answer cannot be separated from it.
             end = tokenizer.eos_token_id
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens

@@ -47,19 +47,19 @@ def hub_or_cache() -> Iterator[None]:
     if reason is None:
         yield
         return
-    places: list[ModuleType] = [constants]
+    modules: list[ModuleType] = [constants]
     if "datasets.config" in sys.modules:
-        places.append(sys.modules["datasets.config"])  # It has its own copy.
-    before = [vars(place)["HF_HUB_OFFLINE"] for place in places]
-    for place in places:
-        vars(place)["HF_HUB_OFFLINE"] = True
+        modules.append(sys.modules["datasets.config"])  # It has its own copy.
+    before = [vars(module)["HF_HUB_OFFLINE"] for module in modules]
+    for module in modules:
+        vars(module)["HF_HUB_OFFLINE"] = True
     try:
         yield
     except OSError as error:  # All these libraries raise it for a file that is not in the cache.
         raise ConnectionError(reason) from error
     finally:
-        for place, value in zip(places, before, strict=True):
-            vars(place)["HF_HUB_OFFLINE"] = value
+        for module, value in zip(modules, before, strict=True):
+            vars(module)["HF_HUB_OFFLINE"] = value
 
 
 def unreachable() -> str | None:
@@ -71,24 +71,25 @@ def unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     endpoint = constants.ENDPOINT
-    asked, reason = _remembered.get(endpoint, (-_SECONDS_REMEMBERED, None))
-    if time.monotonic() - asked > _SECONDS_REMEMBERED:
+    asked_at, reason = _remembered.get(endpoint, (-_SECONDS_REMEMBERED, None))
+    if time.monotonic() - asked_at > _SECONDS_REMEMBERED:
         reason = _ask(endpoint)
         _remembered[endpoint] = time.monotonic(), reason
     return reason
 
 
 def _ask(endpoint: str) -> str | None:
+    """Why the hub does not answer now; None if it does."""
     host = urlsplit(endpoint).netloc or endpoint
     seconds = _seconds_to_answer()
     # In a thread, because only that can be abandoned: DNS lookups ignore the timeout.
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(_try_once(endpoint, seconds)), daemon=True)
+    outcome: list[str | None] = []
+    thread = threading.Thread(target=lambda: outcome.append(_try_once(endpoint, seconds)), daemon=True)
     thread.start()
     thread.join(seconds)
-    if not found:
+    if not outcome:
         return f"{host} did not answer within {seconds:g} s; set HF_HUB_ETAG_TIMEOUT to wait longer"
-    return None if found[0] is None else f"{host} cannot be reached: {found[0]}"
+    return None if outcome[0] is None else f"{host} cannot be reached: {outcome[0]}"
 
 
 def _seconds_to_answer() -> float:
@@ -99,7 +100,11 @@ def _seconds_to_answer() -> float:
 
 
 def _try_once(endpoint: str, seconds: float) -> str | None:
-    """What goes wrong with one request by the hub's own client, which handles proxies and certificates."""
+    """Send one request with the hub's own client, which handles proxies and certificates.
+
+    Returns:
+        What went wrong; None if the hub answered.
+    """
     try:
         answer = get_session().head(endpoint, timeout=seconds, follow_redirects=False)
     except Exception as error:  # The type depends on the HTTP client.

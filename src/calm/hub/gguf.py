@@ -11,10 +11,10 @@ from huggingface_hub import hf_hub_download
 from calm.hub.connection import hub_or_cache
 
 _SUFFIX = ".gguf"
-_OF_REPOSITORY = 2  # Parts of owner/name.
+_MIN_PARTS = 3  # owner/name/file.
 
 
-class OnHub(NamedTuple):
+class HubFile(NamedTuple):
     """A file on the hub.
 
     Args:
@@ -31,12 +31,12 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(_SUFFIX)
 
 
-def on_hub(name: str) -> OnHub | None:
+def on_hub(name: str) -> HubFile | None:
     """The hub file that a GGUF name refers to; None if it cannot be one on the hub."""
-    owner, *rest = name.split("/")
-    if not is_gguf(name) or len(rest) < _OF_REPOSITORY or not all([owner, *rest]):
+    parts = name.split("/")
+    if not is_gguf(name) or len(parts) < _MIN_PARTS or not all(parts):
         return None
-    return OnHub(f"{owner}/{rest[0]}", "/".join(rest[1:]))
+    return HubFile("/".join(parts[:2]), "/".join(parts[2:]))
 
 
 def local_file(name: str) -> Path:
@@ -45,8 +45,8 @@ def local_file(name: str) -> Path:
     Raises:
         Exception: Any error of the hub's client, if there is no such file.
     """
-    place = on_hub(name)
-    if Path(name).is_file() or place is None:
+    remote = on_hub(name)
+    if Path(name).is_file() or remote is None:
         return Path(name)
     with hub_or_cache():
-        return Path(hf_hub_download(place.repository, place.file))
+        return Path(hf_hub_download(remote.repository, remote.file))

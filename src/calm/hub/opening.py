@@ -1,4 +1,4 @@
-"""The only caller of `from_pretrained` for models, tokenizers and adapters of others: no code of theirs runs.
+"""The only caller of `from_pretrained` for third-party files, none of whose code runs.
 
 A folder or hub repository can name code of its own, packages to import, and kernels to download. Anything
 that needs one of these is refused; the libraries would ask, or run it.
@@ -28,13 +28,12 @@ from calm.errors import InputError, reason_of
 from calm.hub.connection import hub_or_cache
 from calm.hub.gguf import is_gguf, local_file
 
-_MOST_BYTES = 10_000_000  # Of a settings file; those of large models have a few thousand.
-_WORDS_OF_CODE = ("custom code", "trust_remote_code", "custom generation code")
+_MAX_SETTINGS_BYTES = 10_000_000  # Those of large models have a few thousand.
+_CUSTOM_CODE_PHRASES = ("custom code", "trust_remote_code", "custom generation code")
 # Arguments of `from_pretrained` that select the files.
-_WHERE = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "force_download")
-_GENERATE = "custom_generate"
-_READS_GGUF = (5, 23)  # Earlier versions misread the BOS and EOS of GGUF tokenizers.
-_LOADS_UNSAFELY = "weights_only"
+_SOURCE_ARGUMENTS = ("cache_dir", "revision", "subfolder", "token", "local_files_only", "force_download")
+_CUSTOM_GENERATE = "custom_generate/generate.py"
+_GGUF_VERSION = (5, 23)  # Of transformers; earlier ones misread the BOS and EOS of GGUF tokenizers.
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -55,14 +54,14 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             except Exception as error:
-                if Path(name).is_dir() and not any(map(_is_of_tokenizer, Path(name).iterdir())):
+                if Path(name).is_dir() and not any(map(_is_tokenizer_file, Path(name).iterdir())):
                     raise ValueError("it has no tokenizer files") from error
                 raise
         _try_out(tokenizer)
         return tokenizer
 
 
-def _is_of_tokenizer(file: Path) -> bool:
+def _is_tokenizer_file(file: Path) -> bool:
     return file.name.startswith(("tokenizer", "vocab")) or file.suffix == ".model"
 
 
@@ -108,9 +107,9 @@ def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, An
     """
     if is_gguf(name):
         return _open_gguf(kind, name, **kwargs)
-    open_config(name, **{option: value for option, value in kwargs.items() if option in _WHERE})
-    if (Path(name) / _GENERATE / "generate.py").exists():
-        raise _needs_code(name, f"{_GENERATE}/generate.py")
+    open_config(name, **{option: value for option, value in kwargs.items() if option in _SOURCE_ARGUMENTS})
+    if (Path(name) / _CUSTOM_GENERATE).exists():
+        raise _custom_code_error(name, _CUSTOM_GENERATE)
     read_settings(Path(name) / "generation_config.json")
     with _without_code(name):
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
@@ -120,20 +119,27 @@ def open_network(kind: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, An
 
 
 def _config_of_gguf(name: str) -> PreTrainedConfig:
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < _READS_GGUF:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _GGUF_VERSION:
         raise InputError(
-            f"'{name}', a GGUF file, needs transformers {'.'.join(map(str, _READS_GGUF))} or newer, which "
+            f"'{name}', a GGUF file, needs transformers {'.'.join(map(str, _GGUF_VERSION))} or newer, which "
             f"reads its tokenizer as it is; {transformers.__version__} is installed."
         )
     file = local_file(name)
-    return copy.deepcopy(_read_gguf(file, file.stat().st_mtime_ns))
+    return copy.deepcopy(_read_gguf_config(file, file.stat().st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=4)
-def _read_gguf(file: Path, changed: int) -> PreTrainedConfig:
-    """The configuration in a GGUF file; reading takes seconds, since it includes all tokens."""
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    return AutoConfig.from_pretrained(**where, trust_remote_code=False)
+def _read_gguf_config(file: Path, modified: int) -> PreTrainedConfig:
+    """The configuration in a GGUF file; cached, since reading includes all tokens and takes seconds.
+
+    Args:
+        file: The file.
+        modified: When it was last modified, so that another file at the same path is read again.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=False
+    )
+    return config
 
 
 def _tokenizer_of_gguf(name: str) -> PreTrainedTokenizerBase:
@@ -180,7 +186,7 @@ def base_of_adapters(path: Path) -> str:
 
     settings = read_settings(path / "adapter_config.json")
     if settings.get("megatron_config"):  # With it peft imports whatever megatron_core names.
-        raise _needs_code(str(path), "megatron_config in adapter_config.json")
+        raise _custom_code_error(str(path), "megatron_config in adapter_config.json")
     return str(peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
 
 
@@ -197,9 +203,9 @@ def open_adapters(model: Any, path: Path) -> Any:
         with peft_by_old_names():
             adapted = peft.PeftModel.from_pretrained(model, str(path))
         # Whether peft would save embeddings does not matter here, and by default it would ask the hub.
-        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        found = peft.load_peft_weights(str(path))
-    if missing := sorted(wanted.keys() - found.keys()):  # peft warns at most.
+        expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        stored = peft.load_peft_weights(str(path))
+    if missing := sorted(expected.keys() - stored.keys()):  # peft warns at most.
         raise InputError(
             f"the adapters in '{path}' do not fit the model: {len(missing)} of their tensors are missing, "
             f"the first is {missing[0]}."
@@ -225,7 +231,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         if not file.is_file():
             return {}
-        if (size := file.stat().st_size) > _MOST_BYTES:
+        if (size := file.stat().st_size) > _MAX_SETTINGS_BYTES:
             raise InputError(
                 f"'{file}' is too large for a settings file ({size:,} bytes); restore it from a copy."
             )
@@ -242,7 +248,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def may_run_code(error: BaseException) -> bool:
     """Whether torch refused to load a pickle that could run code."""
     text = str(error)
-    return _LOADS_UNSAFELY in text and ("Unsupported" in text or "unsupported" in text)
+    return "weights_only" in text and ("Unsupported" in text or "unsupported" in text)
 
 
 def _asking_hub(name: str) -> AbstractContextManager[None]:
@@ -259,10 +265,10 @@ def _without_code(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if any(word in str(error) for word in _WORDS_OF_CODE):
-            raise _needs_code(name, "auto_map") from error
+        if any(word in str(error) for word in _CUSTOM_CODE_PHRASES):
+            raise _custom_code_error(name, "auto_map") from error
         if may_run_code(error):
-            raise _is_code(name) from error
+            raise _pickle_error(name) from error
         raise
     except BaseException as error:  # A panic of the tokenizers library is not an Exception.
         if type(error).__name__ != "PanicException":
@@ -270,14 +276,14 @@ def _without_code(name: str) -> Iterator[None]:
         raise ValueError(reason_of(error)) from error
 
 
-def _needs_code(name: str, what: str) -> InputError:
+def _custom_code_error(name: str, reason: str) -> InputError:
     return InputError(
-        f"'{name}' needs custom code ({what}), which calm never runs; use a version that the libraries can "
+        f"'{name}' needs custom code ({reason}), which calm never runs; use a version that the libraries can "
         "load without it."
     )
 
 
-def _is_code(name: str) -> InputError:
+def _pickle_error(name: str) -> InputError:
     return InputError(
         f"'{name}' contains a pickle, which could run code, so it is not loaded; use safetensors instead."
     )
@@ -290,4 +296,4 @@ def _check_kernels(config: PreTrainedConfig, name: str) -> None:
         chosen = getattr(part, "_attn_implementation", None)
         for kernel in chosen.values() if isinstance(chosen, dict) else [chosen]:
             if isinstance(kernel, str) and "/" in kernel:
-                raise _needs_code(name, f"the attention '{kernel}'")
+                raise _custom_code_error(name, f"the attention '{kernel}'")

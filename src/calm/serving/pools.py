@@ -124,7 +124,7 @@ def _describe(endpoint: Endpoint, request: PoolRequest, num_draws: int, pool: Al
             "chances": candidate.chances,
             **({} if candidate.probabilities is None else {"probabilities": candidate.probabilities}),
         }
-        for candidate in pool.told
+        for candidate in pool.candidates
     ]
     return {
         "object": "calm.pool",

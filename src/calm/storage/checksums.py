@@ -15,7 +15,7 @@ from calm.errors import InputError
 CHECKSUMS = "checksums.json"
 _BYTES_AT_ONCE = 1 << 20
 _FILES_AT_ONCE = 4  # Hashing and reading release the GIL.
-_FOR_PEOPLE = (".md", ".yaml", ".html")  # The user may edit these; no result depends on them.
+_FOR_READERS = (".md", ".yaml", ".html")  # The user may edit these; no result depends on them.
 
 
 def write_checksums(folder: Path) -> None:
@@ -36,15 +36,15 @@ def find_damage(folder: Path) -> list[str]:
         FileNotFoundError: If the folder has no checksums.
     """
     try:
-        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(file["bytes"]), str(file["blake2b"])) for name, file in written.items()}
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(file["bytes"]), str(file["blake2b"])) for name, file in recorded.items()}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{CHECKSUMS} cannot be read"]
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        found = threads.map(lambda item: _compare(folder, item[0], *item[1]), expected.items())
-        return [problem for problem in found if problem]
+        problems = threads.map(lambda item: _compare(folder, item[0], *item[1]), expected.items())
+        return [problem for problem in problems if problem]
 
 
 def check_as_written(folder: Path) -> None:
@@ -72,8 +72,8 @@ def mark(file: Path) -> None:
 def is_marked(file: Path) -> bool:
     """Whether a file is unchanged since it was marked; False if it never was."""
     try:
-        written = json.loads(_mark_of(file).read_text(encoding="utf-8"))
-        return bool(written == _describe(file))
+        recorded = json.loads(_mark_of(file).read_text(encoding="utf-8"))
+        return bool(recorded == _describe(file))
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -83,11 +83,11 @@ def _mark_of(file: Path) -> Path:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _counts(path))
+    return sorted(path for path in folder.rglob("*") if _has_checksum(path))
 
 
-def _counts(path: Path) -> bool:
-    return path.is_file() and path.name != CHECKSUMS and path.suffix not in _FOR_PEOPLE
+def _has_checksum(path: Path) -> bool:
+    return path.is_file() and path.name != CHECKSUMS and path.suffix not in _FOR_READERS
 
 
 def _describe(path: Path) -> dict[str, Any]:

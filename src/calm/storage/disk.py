@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from calm.errors import InputError, RunError, reason_of
 
-_ERRORS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
-_WORDS_OF_TORCH = ("PytorchStreamWriter", "unexpected pos", "iostream error")
-_MOST_OF_A_NAME = 50  # Characters, of up to 4 bytes each; file systems allow 255 bytes.
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+_MAX_NAME_LENGTH = 50  # Characters, of up to 4 bytes each; file systems allow 255 bytes.
 
 Value = TypeVar("Value", dict, list)
 
@@ -29,12 +29,12 @@ def expanded(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, left: str = "no existing data was lost") -> Iterator[None]:
+def disk_errors(path: Path, consequence: str = "no existing data was lost") -> Iterator[None]:
     """Turn errors of a full or failing disk inside the block into one sentence.
 
     Args:
         path: What is being written.
-        left: What remains, for the message.
+        consequence: What this means for the user's data, for the message.
 
     Raises:
         RunError: If the disk is full or cannot be written.
@@ -44,22 +44,22 @@ def disk_errors(path: Path, left: str = "no existing data was lost") -> Iterator
     except (InputError, RunError):
         raise
     except Exception as error:
-        if not _is_of_the_disk(error):
+        if not _is_disk_error(error):
             raise
-        raise RunError(f"'{path}' could not be written ({reason_of(error)}); {left}.") from error
+        raise RunError(f"'{path}' could not be written ({reason_of(error)}); {consequence}.") from error
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def _is_disk_error(error: BaseException) -> bool:
     """Whether an error, or one of its causes, comes from the disk; safetensors and torch raise their own."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in _ERRORS_OF_THE_DISK:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRNOS:
             return True
-        if isinstance(chain, SafetensorError) and "I/O error" in str(chain):
+        if isinstance(cause, SafetensorError) and "I/O error" in str(cause):
             return True
-        if isinstance(chain, RuntimeError) and any(word in str(chain) for word in _WORDS_OF_TORCH):
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in _TORCH_WRITE_ERRORS):
             return True
-        chain = chain.__cause__ or chain.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
@@ -101,14 +101,14 @@ def _values_of(path: Path, kind: type[Value], parts_of: Callable[[str], list[str
 
 
 def write_file_whole(path: Path, text: str) -> None:
-    """Write a file (of a link, its target) so that a kill leaves either the old or the new one whole."""
+    """Write a file atomically, so that a kill leaves its old or its new contents; a link stays a link."""
     write_lines_whole(path, [text])
 
 
 def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
     """Like `write_file_whole`, for lines that need not fit in memory together.
 
-    Until it is complete, the file has a unique name, so that no file of the user's beside it is overwritten.
+    Until it is complete, the file has a unique name, so that no other file beside it is overwritten.
 
     Args:
         path: The file.
@@ -127,11 +127,11 @@ def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
         raise
 
 
-def unfinished_name(name: str, mark: str) -> str:
+def unfinished_name(name: str, tag: str) -> str:
     """The temporary name of a file until it is complete.
 
     Args:
         name: Its final name, of which only the beginning is used, since file systems limit the length.
-        mark: Distinguishes this write from others; "*" gives a pattern that matches all leftovers.
+        tag: Distinguishes this write from others; "*" gives a pattern that matches all leftovers.
     """
-    return f".{name[:_MOST_OF_A_NAME]}.{mark}.partial"
+    return f".{name[:_MAX_NAME_LENGTH]}.{tag}.partial"

@@ -17,13 +17,13 @@ from calm.storage.ours import FolderKind, check_replaceable
 _LEAVING, _ASIDE, _GONE = ".replacing", ".replaced", ".gone"
 
 
-def check_output(path: Path, replaces: FolderKind | None, kept: Collection[str] = ()) -> None:
+def check_output(path: Path, replaces: FolderKind | None, ignored: Collection[str] = ()) -> None:
     """Raise InputError if the folder cannot be created, or contains anything that may not be replaced.
 
     Args:
         path: The folder.
         replaces: Kind of folder that may be replaced; None if the folder must be new or empty.
-        kept: Names in it that are ignored.
+        ignored: Names in it that do not count.
     """
     if not path.name:
         raise InputError(f"the output folder '{path}' has no name of its own; give another.")
@@ -33,7 +33,7 @@ def check_output(path: Path, replaces: FolderKind | None, kept: Collection[str] 
         raise InputError(f"the output's name {str(path)!r} is not UTF-8; give another.") from error
     if file := next((part for part in (path, *path.parents) if part.is_file()), None):
         raise InputError(f"the output '{path}' cannot be a folder: '{file}' is a file.")
-    if not path.is_dir() or all(entry.name in kept for entry in path.iterdir()):
+    if not path.is_dir() or all(entry.name in ignored for entry in path.iterdir()):
         return
     if replaces is None:
         raise InputError(f"the output folder '{path}' is not empty; choose another or pass --overwrite.")
@@ -48,7 +48,7 @@ def check_spared(output: Path, needed: Sequence[str]) -> None:
         needed: Paths, where ~ is the home folder; names that are not existing paths are ignored.
     """
     for name in needed:
-        paths = [place.resolve() for place in (Path(name), expanded(name)) if place.exists()]
+        paths = [path.resolve() for path in (Path(name), expanded(name)) if path.exists()]
         if any(output.resolve() in (path, *path.parents) for path in paths):
             raise InputError(
                 f"'{name}' lies in the output folder '{output}', where it would be replaced; choose another "
@@ -88,52 +88,52 @@ def temporary_folder() -> Path:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[None]:
     """Create a folder and its parents; after an error, remove those that were created and are empty."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for folder in made:  # Innermost first.
+        for folder in created:  # Innermost first.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
 
 
 @contextlib.contextmanager
-def emptied(path: Path, kept: Collection[str] = ()) -> Iterator[None]:
+def emptied(path: Path, ignored: Collection[str] = ()) -> Iterator[None]:
     """Empty a folder for the block: for good if the block succeeds, otherwise the contents are restored.
 
     After a kill in the block, the old contents are in `.replaced` until `restore` or `discard_replaced`.
 
     Args:
         path: The folder.
-        kept: Names in it that are never touched.
+        ignored: Names in it that are never touched.
     """
-    restore(path, kept)
+    restore(path, ignored)
     leaving = path / _LEAVING
     leaving.mkdir()
-    for entry in _entries(path, kept):
+    for entry in _entries(path, ignored):
         entry.rename(leaving / entry.name)
     leaving.rename(path / _ASIDE)  # From here on, the old contents are complete in one place.
     try:
         yield
     except BaseException:
-        restore(path, kept)
+        restore(path, ignored)
         raise
     discard_replaced(path)
 
 
-def restore(path: Path, kept: Collection[str] = ()) -> None:
+def restore(path: Path, ignored: Collection[str] = ()) -> None:
     """Put back what a stopped command had moved aside, if anything.
 
     Args:
         path: The folder that was emptied.
-        kept: Names in it that are not touched.
+        ignored: Names in it that are not touched.
     """
     shutil.rmtree(path / _GONE, ignore_errors=True)
     leaving, aside = path / _LEAVING, path / _ASIDE
     if aside.is_dir():
-        for entry in _entries(path, kept):
+        for entry in _entries(path, ignored):
             _remove(entry)
         aside.rename(leaving)
     if leaving.is_dir():
@@ -151,8 +151,8 @@ def discard_replaced(path: Path) -> None:
         shutil.rmtree(path / _GONE, ignore_errors=True)
 
 
-def _entries(path: Path, kept: Collection[str]) -> list[Path]:
-    untouched = {_LEAVING, _ASIDE, _GONE, *kept}
+def _entries(path: Path, ignored: Collection[str]) -> list[Path]:
+    untouched = {_LEAVING, _ASIDE, _GONE, *ignored}
     return [entry for entry in path.iterdir() if entry.name not in untouched]
 
 
@@ -180,7 +180,7 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
     path = path.resolve() if path.is_symlink() else path
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     lock = path.with_name(f".{path.name}.lock")
-    _check_left_behind(lock, partial, replaced)
+    _check_leftovers(lock, partial, replaced)
     if replaced.is_dir() and not path.exists():  # A process was killed between two renames.
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -201,16 +201,16 @@ def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Pa
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_left_behind(lock: Path, *left: Path) -> None:
+def _check_leftovers(lock: Path, *leftovers: Path) -> None:
     """Raise InputError if leftovers of a stopped command seem to exist, but were not left by one.
 
     A killed process leaves its lock file behind, so anything there without one is not ours to remove.
     """
     if lock.exists():
         return
-    if found := next((path for path in left if path.is_symlink() or path.exists()), None):
+    if entry := next((path for path in leftovers if path.is_symlink() or path.exists()), None):
         raise InputError(
-            f"'{found}' is in the way: calm needs that name for a temporary folder; move it away, or choose "
+            f"'{entry}' is in the way: calm needs that name for a temporary folder; move it away, or choose "
             "another output."
         )
 

@@ -14,43 +14,43 @@ _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 @contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
+def locked(file: Path, subject: str) -> Iterator[None]:
     """Hold a lock for the duration of the block; its file exists meanwhile.
 
     If the file cannot be written, neither can the folder, so no lock is needed and none is taken.
 
     Args:
         file: The lock file, in an existing folder.
-        what: What only one process may work on, for the message.
+        subject: What only one process may work on, for the message.
 
     Raises:
         InputError: If another process holds it.
     """
     try:
-        descriptor = _take(file)
+        descriptor = _acquire(file)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
         descriptor = -1
     if descriptor is None:
         raise InputError(
-            f"another process is working on {what}{_whose(file)}; wait until it ends, or stop it."
+            f"another process is working on {subject}{_holder_of(file)}; wait until it ends, or stop it."
         )
     try:
         yield
     finally:
         if descriptor >= 0:
-            _give_back(file, descriptor)
+            _release(file, descriptor)
 
 
-def nobody_at_work(run: Path) -> None:
+def check_unlocked(run: Path) -> None:
     """Raise InputError if another process is at work in a folder. Not to be called while holding its lock."""
     if (run / LOCK).is_file():
         with locked(run / LOCK, f"the run '{run}'"):
             pass
 
 
-def _give_back(file: Path, descriptor: int) -> None:
+def _release(file: Path, descriptor: int) -> None:
     """Remove the file, then release the lock."""
     for _ in range(10):
         try:
@@ -63,11 +63,11 @@ def _give_back(file: Path, descriptor: int) -> None:
             continue
 
 
-def _take(file: Path) -> int | None:
+def _acquire(file: Path) -> int | None:
     """Acquire the lock and return its file descriptor; None if another process holds it."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        if not _lock(descriptor):
+        if not _try_lock(descriptor):
             os.close(descriptor)
             return None
         # The previous holder may have removed the file meanwhile.
@@ -79,7 +79,7 @@ def _take(file: Path) -> int | None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     """Try to lock a file for this process alone: forked children that outlive it do not keep the lock."""
     try:
         if os.name == "nt":
@@ -99,7 +99,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _whose(file: Path) -> str:
+def _holder_of(file: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
         return f" (process {int(file.read_text(encoding='ascii'))})"
     return ""

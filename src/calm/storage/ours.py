@@ -11,13 +11,15 @@ from calm.storage.disk import unfinished_name
 from calm.storage.locks import LOCK
 
 _ANYTHING: dict[str, Any] = {"**": None}  # For contents moved aside or unfinished, which were checked before.
-_OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
+_DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def _written(*names: str) -> dict[str, None]:
-    """Files that are written whole, and leftovers of stopped writes, also as earlier versions named them."""
-    left = (name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial"))
-    return dict.fromkeys((*names, *left))
+    """Names of files, and of what interrupted writes of them leave, also by earlier versions."""
+    leftovers = (
+        name for file in names for name in (unfinished_name(file, "*"), f"{Path(file).stem}.partial")
+    )
+    return dict.fromkeys((*names, *leftovers))
 
 
 # Name pattern -> None for a file; for a folder, what may be in it.
@@ -91,7 +93,7 @@ class FolderKind:
     words: tuple[str, ...]
     parts: Mapping[str, Any]
 
-    def is_made(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether the folder has the file `sign`, as written by calm."""
         try:
             text = (folder / self.sign).read_text(encoding="utf-8")
@@ -119,13 +121,13 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
         InputError: If it is or contains the current folder or the home folder; if it is of another kind; or
             if it contains anything that is not part of that kind.
     """
-    place = path.resolve()
-    for kept, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
-        if place in (kept.resolve(), *kept.resolve().parents):
+    resolved = path.resolve()
+    for protected, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
+        if resolved in (protected.resolve(), *protected.resolve().parents):
             raise InputError(
                 f"'{path}' is or contains {name}, which is never replaced; choose another output."
             )
-    if not kind.is_made(path):
+    if not kind.matches(path):
         raise InputError(
             f"'{path}' cannot be replaced: it does not hold {kind.name} (which has its own {kind.sign}). "
             "Choose another output, or remove it yourself."
@@ -138,17 +140,17 @@ def check_replaceable(path: Path, kind: FolderKind) -> None:
 
 
 def _foreign(folder: Path, parts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield what is in a folder but not among its parts. Links pass: removing one leaves its target alone."""
+    """Yield what is in a folder but not among its parts; not links, since removing one keeps its target."""
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() or path.name in _OF_DESKTOPS:
+        if path.is_symlink() or path.name in _DESKTOP_FILES:
             continue
         is_folder = path.is_dir()
-        fitting = [
+        matching = [
             inner
             for pattern, inner in parts.items()
             if fnmatchcase(path.name, pattern) and is_folder == (inner is not None)
         ]
-        if not fitting:
+        if not matching:
             yield path
-        elif is_folder and all(inner is not _ANYTHING for inner in fitting):
-            yield from _foreign(path, fitting[0])
+        elif is_folder and all(inner is not _ANYTHING for inner in matching):
+            yield from _foreign(path, matching[0])

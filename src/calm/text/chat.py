@@ -14,7 +14,7 @@ from calm.text.encoding import control_tokens_of, encode_rendering, marks_of
 from calm.text.marks import split_at
 
 ASSISTANT = "assistant"
-_PLACE = "\ue0f4"  # Stands in for an answer, to see what a template puts after one.
+_PLACEHOLDER = "\ue0f4"  # Stands for an answer, to see what a template puts after one.
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, to_answer: bool) -> str:
@@ -56,14 +56,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         tokenizer: The tokenizer, with or without a chat template.
         messages: The messages before the answer; by default, a short question.
     """
-    asked = list(messages) or [{"role": "user", "content": "?"}]
+    question = list(messages) or [{"role": "user", "content": "?"}]
     if tokenizer.chat_template is None:
         return ""
     try:
-        text = render(tokenizer, [*asked, {"role": ASSISTANT, "content": _PLACE}], to_answer=False)
+        text = render(tokenizer, [*question, {"role": ASSISTANT, "content": _PLACEHOLDER}], to_answer=False)
     except InputError:
         return ""
-    return text.partition(_PLACE)[2] if text.count(_PLACE) == 1 else ""
+    return text.partition(_PLACEHOLDER)[2] if text.count(_PLACEHOLDER) == 1 else ""
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -44,17 +44,17 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [control.encode_words(tokenizer, text, begins=False) for text in texts]
 
 
-def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, goes_on: bool = False) -> list[int]:
+def encode_rendering(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = False) -> list[int]:
     """Token ids of a chat template's output for marked text.
 
     Args:
         tokenizer: The tokenizer.
         text: The rendering, or a part of it.
-        goes_on: Whether it continues other text.
+        continues: Whether it continues other text.
     """
     control = _control_of(tokenizer)
-    if is_marked(text) or (goes_on and control.puts_space_in_front):
-        return control.encode_rendering(tokenizer, text, begins=not goes_on)
+    if is_marked(text) or (continues and control.puts_space_in_front):
+        return control.encode_rendering(tokenizer, text, begins=not continues)
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
     return ids
 
@@ -67,9 +67,9 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
 def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special token ids that the tokenizer puts in front of a text."""
     for probe in _PROBES:
-        read = tokenizer(probe, return_special_tokens_mask=True)
-        if 0 in read["special_tokens_mask"]:
-            ids: list[int] = read["input_ids"][: read["special_tokens_mask"].index(0)]
+        encoded = tokenizer(probe, return_special_tokens_mask=True)
+        if 0 in encoded["special_tokens_mask"]:
+            ids: list[int] = encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
             return ids
     return []
 
@@ -153,8 +153,8 @@ _CONTROLS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Control] = weakre
 
 def _control_of(tokenizer: PreTrainedTokenizerBase) -> _Control:
     """The cached `_Control` of a tokenizer, rebuilt if its control tokens changed."""
-    known, tokens = _CONTROLS.get(tokenizer), control_tokens_of(tokenizer)
-    if known is None or known.tokens != tokens:
-        known = _Control(tokens, tokenizer.backend_tokenizer if tokenizer.is_fast else None)
-        _CONTROLS[tokenizer] = known
-    return known
+    cached, tokens = _CONTROLS.get(tokenizer), control_tokens_of(tokenizer)
+    if cached is None or cached.tokens != tokens:
+        cached = _Control(tokens, tokenizer.backend_tokenizer if tokenizer.is_fast else None)
+        _CONTROLS[tokenizer] = cached
+    return cached

@@ -19,7 +19,7 @@ class Marks:
     def __init__(self, spellings: Sequence[str]) -> None:
         self._strings = [*spellings, _OPEN]  # The marker itself is marked too, so no text can forge a mark.
         self._numbers = {string: number for number, string in enumerate(self._strings)}
-        self._any = _pattern_of(self._strings)
+        self._pattern = _pattern_of(self._strings)
         self._beginnings = {spelling[:length] for spelling in spellings for length in range(1, len(spelling))}
         self._longest = max(map(len, self._beginnings), default=0)
 
@@ -30,18 +30,18 @@ class Marks:
         complete the token.
         """
         if isinstance(value, dict):
-            return {key: self.mark(one) for key, one in value.items()}
+            return {key: self.mark(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.mark(one) for one in value]
+            return [self.mark(item) for item in value]
         if not isinstance(value, str):
             return value
-        marked = self._any.sub(lambda found: f"{_OPEN}{self._numbers[found[0]]}{_CLOSE}", value)
-        ends = (marked[-length:] for length in range(1, min(self._longest, len(marked)) + 1))
-        return marked + _OPEN + _CLOSE if any(end in self._beginnings for end in ends) else marked
+        marked = self._pattern.sub(lambda match: f"{_OPEN}{self._numbers[match[0]]}{_CLOSE}", value)
+        suffixes = (marked[-length:] for length in range(1, min(self._longest, len(marked)) + 1))
+        return marked + _OPEN + _CLOSE if not self._beginnings.isdisjoint(suffixes) else marked
 
     def unmark(self, text: str) -> str:
         """Restore the original text."""
-        return _MARK.sub(lambda found: self._strings[int(found[1])] if found[1] else "", text)
+        return _MARK.sub(lambda match: self._strings[int(match[1])] if match[1] else "", text)
 
 
 def is_marked(text: str) -> bool:
@@ -51,7 +51,7 @@ def is_marked(text: str) -> bool:
 
 def replace_all(text: str, names: dict[str, str]) -> str:
     """Replace strings in a text by their names, longest match first."""
-    return _pattern_of(list(names)).sub(lambda found: names[found[0]], text) if names else text
+    return _pattern_of(list(names)).sub(lambda match: names[match[0]], text) if names else text
 
 
 def split_at(text: str, strings: Sequence[str] | dict[str, int]) -> list[str]:

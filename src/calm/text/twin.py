@@ -31,7 +31,7 @@ def twin_of(backend: Tokenizer, names: Mapping[str, str], begins: bool) -> Token
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if not _makes_any(merge, names)]
+        model["merges"] = [merge for merge in model["merges"] if not _involves_any(merge, names)]
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -46,10 +46,10 @@ def _without_prefix(part: Any) -> Any:
     """The state of a normalizer or pre-tokenizer, changed to put no space in front."""
     if not isinstance(part, dict):
         return part
-    for several in ("normalizers", "pretokenizers"):
-        if several in part:
-            left = [_without_prefix(one) for one in part[several]]
-            return part | {several: [one for one in left if one is not None]}
+    for key in ("normalizers", "pretokenizers"):  # Parts that are sequences of others.
+        if key in part:
+            changed = [_without_prefix(inner) for inner in part[key]]
+            return part | {key: [inner for inner in changed if inner is not None]}
     if part["type"] == "Prepend":
         return None
     if part["type"] == "Metaspace":
@@ -57,7 +57,7 @@ def _without_prefix(part: Any) -> Any:
     return part | {"add_prefix_space": False} if part.get("add_prefix_space") else part
 
 
-def _makes_any(merge: Any, names: Mapping[str, str]) -> bool:
+def _involves_any(merge: Any, names: Mapping[str, str]) -> bool:
     """Whether a merge produces or consumes a renamed token."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return not names.keys().isdisjoint((left, right, left + right))

@@ -31,11 +31,13 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
     )
 
 
-def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
-    """The lowest id that means different tokens in the two; None if they agree on all shared ids.
+def first_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> int | None:
+    """The lowest id that stands for different tokens in two tokenizers; None if all shared ids agree.
 
-    One may have more ids than the other: ids that only one of them has are not compared.
+    Ids that only one of the tokenizers has are not compared.
     """
-    names, others = ({token: name for name, token in each.get_vocab().items()} for each in (one, other))
-    both = sorted(names.keys() & others.keys())
-    return next((token for token in both if names[token] != others[token]), None)
+    first_tokens, second_tokens = (
+        {i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (first, second)
+    )
+    shared = sorted(first_tokens.keys() & second_tokens.keys())
+    return next((i for i in shared if first_tokens[i] != second_tokens[i]), None)

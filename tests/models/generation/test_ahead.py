@@ -183,7 +183,7 @@ def test_draws_that_are_not_finite_are_refused(compiled, steps):
 def test_draws_in_parts_are_those_of_all_at_once(compiled, steps, monkeypatch):
     prepared = compiled[0].head.prepare(torch.randn(3, 32)).detach()
     whole = steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0)
-    monkeypatch.setattr(steps, "_at_once", 7)  # 7, 7 and a single one.
+    monkeypatch.setattr(steps, "_draws_at_once", 7)  # 7, 7 and a single one.
     assert (steps.draw(prepared, 5, torch.Generator().manual_seed(1), 1.0) == whole).all()
 
 
@@ -202,7 +202,7 @@ def test_what_is_not_compiled_is_left_to_the_model(compiled, steps):
 def test_nothing_is_compiled_twice_and_nothing_is_left_of_a_failure(compiled, steps, monkeypatch):
     model, folder = compiled
     told = []
-    compile_steps(model, tell=told.append)
+    compile_steps(model, announce=told.append)
     assert told == []
     file = next(folder.rglob("draw-one-1.pt2"))
     kept = file.read_bytes()

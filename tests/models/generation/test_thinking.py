@@ -131,7 +131,7 @@ def test_a_pool_leaves_room_for_steps_between_its_thoughts(monkeypatch):
     state = model(ids_1T, attention_mask=mask, is_thought=is_thought_1C).last_hidden_state[:, -1]
     generator = generators_of_rows(1, [[*ids, *written]], model.device)
     drawn = Counter(map(tuple, model.draw_chunks(state, 8, generator)[:, 0].tolist()))
-    assert Counter({one.tokens: one.count for one in end.value.value.told}) == Counter(
+    assert Counter({one.tokens: one.count for one in end.value.value.candidates}) == Counter(
         {up_to_end(chunk, [EOS]): number for chunk, number in drawn.items()}
     )
 

@@ -34,8 +34,8 @@ from calm.models.generation.tracing import (
 from calm.models.heads.contract import refuse_damaged
 
 logger = logging.getLogger(__name__)
-_SCORES_AT_ONCE = 2**24  # Token logits held at once: 64 MiB in float32.
-_ATTRIBUTE = "_compiled_steps"  # Where a model keeps what `find_steps` found.
+_LOGITS_AT_ONCE = 2**24  # Token logits in memory at once: 64 MiB in float32.
+_ATTRIBUTE = "_compiled_steps"  # Where `find_steps` caches its result on the model.
 
 
 @dataclass
@@ -52,7 +52,7 @@ class CompiledSteps:
 
     def __post_init__(self) -> None:
         config = self.model.config
-        self._at_once = max(1, _SCORES_AT_ONCE // (config.chunk_size * config.vocab_size))
+        self._draws_at_once = max(1, _LOGITS_AT_ONCE // (config.chunk_size * config.vocab_size))
         self._requests: dict[float, list[Request]] = {}
         self._prepared: tuple[Tensor, Tensor] | None = None
 
@@ -85,20 +85,19 @@ class CompiledSteps:
         if num_draws > 1:
             prepared_R = prepared_R.expand(num_draws, *prepared_R.shape).flatten(0, 1)
             numbers = [numbers_NRU.flatten(0, 1).unsqueeze(0) for numbers_NRU in numbers]
-        if number <= self._at_once:
+        if number <= self._draws_at_once:
             return self._draw(prepared_R, numbers, temperature).unflatten(0, (num_draws, num_rows))
-        chunks_MK = torch.cat(
-            [
-                self._draw(prepared_R[part], [one[:, part] for one in numbers], temperature)
-                for part in (slice(first, first + self._at_once) for first in range(0, number, self._at_once))
-            ]
-        )
-        return chunks_MK.unflatten(0, (num_draws, num_rows))
+        parts = [slice(first, first + self._draws_at_once) for first in range(0, number, self._draws_at_once)]
+        chunks = [
+            self._draw(prepared_R[part], [numbers_1MU[:, part] for numbers_1MU in numbers], temperature)
+            for part in parts
+        ]
+        return torch.cat(chunks).unflatten(0, (num_draws, num_rows))
 
     def _requests_for(self, number: int, temperature: float, prepared_R: Tensor) -> list[Request] | None:
         """The random numbers that this many draws request; None if the draws are not compiled."""
         # The last of several parts may be a single draw.
-        sizes = {min(number, self._at_once), number % self._at_once or self._at_once}
+        sizes = {min(number, self._draws_at_once), number % self._draws_at_once or self._draws_at_once}
         if any(function_name("draw", size, temperature) not in self.functions for size in sizes):
             return None
         requests = self._requests.get(temperature)
@@ -106,23 +105,24 @@ class CompiledSteps:
             requests = self._requests[temperature] = requests_of_draw(self.model, prepared_R[:1], temperature)
         return requests
 
-    def _draw(self, prepared_M: Tensor, numbers_1MU: list[Tensor], temperature: float) -> Tensor:
+    def _draw(self, prepared_M: Tensor, numbers: list[Tensor], temperature: float) -> Tensor:
         function = self.functions[function_name("draw", len(prepared_M), temperature)]
         # Compiled code assumes contiguous strides.
-        chunks_MK, is_finite = function(prepared_M.contiguous(), *(one.contiguous() for one in numbers_1MU))
+        contiguous = (numbers_1MU.contiguous() for numbers_1MU in numbers)
+        chunks_MK, is_finite = function(prepared_M.contiguous(), *contiguous)
         if not bool(is_finite):
             refuse_damaged(prepared_M.dtype)
         return chunks_MK
 
 
 def find_steps(model: Any) -> CompiledSteps | None:
-    """What was compiled for a model's current weights, in this process or an earlier one; None if nothing."""
+    """The functions compiled for a model's current weights, by this process or an earlier one, if any."""
     root = folder_of_kind(model)
     if root is None or not root.is_dir():
         return None
-    state = root, state_of_weights(model)  # The same weights may be drawn from in several ways.
-    seen, steps = getattr(model, _ATTRIBUTE, (None, None))
-    if seen != state:
+    state = root, state_of_weights(model)  # Other settings of the same weights have another root.
+    cached_state, steps = getattr(model, _ATTRIBUTE, (None, None))
+    if cached_state != state:
         folder = root / digest_of_weights(model)
         functions = _functions_in(folder) if can_step(model) else {}
         steps = CompiledSteps(model, functions) if functions else None
@@ -131,7 +131,7 @@ def find_steps(model: Any) -> CompiledSteps | None:
 
 
 def forget_steps(model: Any) -> None:
-    """Let `find_steps` look at all weights of a model again, whatever it found before."""
+    """Drop what `find_steps` has cached for a model, so that it looks at all weights again."""
     if hasattr(model, _ATTRIBUTE):
         object.__delattr__(model, _ATTRIBUTE)
 
@@ -140,7 +140,7 @@ def compile_steps(
     model: Any,
     rows: Sequence[int] = (1, 2),
     temperatures: Sequence[float] = (1.0,),
-    tell: Callable[[str], None] = lambda name: None,
+    announce: Callable[[str], None] = lambda name: None,
 ) -> CompiledSteps:
     """Compile what is not compiled yet; each part takes ten to twenty seconds on two cores.
 
@@ -148,7 +148,7 @@ def compile_steps(
         model: A `CalmForCausalLM` on a CPU.
         rows: 1 for a single row, 2 for any larger number of them.
         temperatures: Temperatures of the head's draws; only 1, unless the head takes others.
-        tell: Called with the name of each part before it is compiled.
+        announce: Called with the name of each part before it is compiled.
 
     Raises:
         ValueError: If the model is on another device, has layers other than Llama's, or cannot be traced,
@@ -164,7 +164,7 @@ def compile_steps(
     with torch.no_grad():
         for name, build in functions_to_trace(model, rows, temperatures):
             if not (folder / f"{name}.pt2").exists():
-                tell(name)
+                announce(name)
                 compile_function(build(), folder / f"{name}.pt2")
     forget_steps(model)
     steps = find_steps(model)
@@ -178,7 +178,7 @@ def folder_of_steps(model: Any) -> Path:
     Raises:
         ValueError: If the model is not on a CPU.
     """
-    root = folder_of_kind(model, anew=True)
+    root = folder_of_kind(model, may_create=True)
     if root is None:
         raise ValueError(
             f"steps can only be compiled ahead of time for CPUs, but this model is on {model.device}."

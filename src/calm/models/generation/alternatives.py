@@ -48,11 +48,11 @@ class Alternatives:
     """Alternatives for the next chunk.
 
     Args:
-        told: Candidates, the most frequent first.
-        num_different: How many different ones there are, including those not in `told`.
+        candidates: Candidates, the most frequent first.
+        num_different: How many different ones there are, including those not in `candidates`.
     """
 
-    told: list[Candidate]
+    candidates: list[Candidate]
     num_different: int
 
 
@@ -69,9 +69,10 @@ def draw_alternatives(
     thoughts: Thoughts | None = None,
     written: Sequence[int] = (),
 ) -> Generator[None, None, Alternatives]:
-    """Draw the chunk after a text at temperature 1: reads the text, then makes a few draws at a time.
+    """Draw the chunk after a text many times, at temperature 1.
 
-    There is little work between two yields, so that a server can do other work in between.
+    A generator: it reads the text, then makes a few draws at a time, with little work between two yields, so
+    that a server can do other work in between.
 
     Args:
         model: The model.
@@ -95,14 +96,16 @@ def draw_alternatives(
         number = min(_DRAWS_AT_ONCE, num_draws - len(draws))
         draws_N1K = model.draw_chunks(state_1D, number, randomness.begin(len(draws)))
         draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
-    candidates = _candidates(draws, temperatures, ends_of(model.config))
-    told = candidates[:most]
-    if chunk and not any(one.tokens == tuple(chunk) for one in told):
-        never = Candidate(tuple(chunk), 0, [0.0] * len(temperatures))
-        told.append(next((one for one in candidates if one.tokens == never.tokens), never))
+    drawn = _candidates(draws, temperatures, ends_of(model.config))
+    candidates = drawn[:most]
+    if chunk and not any(candidate.tokens == tuple(chunk) for candidate in candidates):
+        undrawn = Candidate(tuple(chunk), 0, [0.0] * len(temperatures))
+        candidates.append(
+            next((candidate for candidate in drawn if candidate.tokens == undrawn.tokens), undrawn)
+        )
     if isinstance(model.head, Likelihood):
-        told = yield from _with_probabilities(model, state_1D, told, temperatures)
-    return Alternatives(told, len(candidates))
+        candidates = yield from _with_probabilities(model, state_1D, candidates, temperatures)
+    return Alternatives(candidates, len(drawn))
 
 
 def outcome_of(drawing: Generator[None, None, Alternatives]) -> Alternatives:
@@ -143,15 +146,15 @@ def _with_probabilities(
     model: ChunkModel, state_1D: Tensor, candidates: list[Candidate], temperatures: Sequence[float]
 ) -> Generator[None, None, list[Candidate]]:
     """Candidates with the head's probabilities, a few at a time."""
-    found: list[Candidate] = []
-    while len(found) < len(candidates):
-        part, shares_T = candidates[len(found) : len(found) + _DRAWS_AT_ONCE], []
+    results: list[Candidate] = []
+    while len(results) < len(candidates):
+        part, probs_TC = candidates[len(results) : len(results) + _DRAWS_AT_ONCE], []
         for temperature in temperatures:
             yield
-            shares_T.append(_probabilities(model, state_1D, part, temperature))
-        for place, one in enumerate(part):
-            found.append(replace(one, probabilities=[shares[place] for shares in shares_T]))
-    return found
+            probs_TC.append(_probabilities(model, state_1D, part, temperature))
+        for index, candidate in enumerate(part):
+            results.append(replace(candidate, probabilities=[probs_C[index] for probs_C in probs_TC]))
+    return results
 
 
 def _candidates(
@@ -161,16 +164,16 @@ def _candidates(
     counted = Counter(draws)
     counts = torch.tensor(list(counted.values()))
     distributions = [distribution_of_pool(counts, temperature).tolist() for temperature in temperatures]
-    counts_by_end: Counter[Chunk] = Counter()
-    chances_by_end: dict[Chunk, list[float]] = {}
-    for place, (chunk, count) in enumerate(counted.items()):
+    counts_by_tokens: Counter[Chunk] = Counter()  # Chunks that differ only after their end are the same.
+    chances: dict[Chunk, list[float]] = {}
+    for index, (chunk, count) in enumerate(counted.items()):
         tokens = up_to_end(chunk, eos_ids)
-        before = chances_by_end.get(tokens, [0.0] * len(temperatures))
-        counts_by_end[tokens] += count
-        chances_by_end[tokens] = [
-            chance + one[place] for chance, one in zip(before, distributions, strict=True)
+        sums = chances.get(tokens, [0.0] * len(temperatures))
+        counts_by_tokens[tokens] += count
+        chances[tokens] = [
+            chance + distribution[index] for chance, distribution in zip(sums, distributions, strict=True)
         ]
-    return [Candidate(tokens, count, chances_by_end[tokens]) for tokens, count in counts_by_end.most_common()]
+    return [Candidate(tokens, count, chances[tokens]) for tokens, count in counts_by_tokens.most_common()]
 
 
 def _probabilities(
@@ -180,22 +183,22 @@ def _probabilities(
     head, size = model.head, model.config.chunk_size
     if not head.config.lowest_temperature <= temperature <= 1:
         return [None] * len(candidates)
-    padded = [[*one.tokens, *(size - len(one.tokens)) * [0]] for one in candidates]
+    padded = [[*candidate.tokens, *(size - len(candidate.tokens)) * [0]] for candidate in candidates]
     chunks_CK = torch.tensor(padded, device=model.device)
     if temperature < MIN_TEMPERATURE:  # The head decodes greedily.
-        written_11K = head.draw_chunks(head.prepare(state_1D), 1, temperature=temperature)
-        of_token_CK = (chunks_CK == written_11K[0]).double()
+        greedy_11K = head.draw_chunks(head.prepare(state_1D), 1, temperature=temperature)
+        prob_CK = (chunks_CK == greedy_11K[0]).double()
     else:
         assert isinstance(head, Likelihood)
         states_CD = state_1D.expand(len(candidates), -1)
-        of_token_CK = head.token_probabilities(states_CD, chunks_CK, temperature).of_token_PK.double()
-    lengths = [len(one.tokens) for one in candidates]
-    return [float(row[:length].prod()) for row, length in zip(of_token_CK, lengths, strict=True)]
+        prob_CK = head.token_probabilities(states_CD, chunks_CK, temperature).of_token_PK.double()
+    lengths = [len(candidate.tokens) for candidate in candidates]
+    return [float(prob_K[:length].prod()) for prob_K, length in zip(prob_CK, lengths, strict=True)]
 
 
 def up_to_end(tokens: Sequence[int], eos_ids: Collection[int]) -> Chunk:
     """Tokens up to and including the first that ends a text."""
-    end = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    end = next((index for index, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return tuple(tokens[: end + 1])
 
 

@@ -57,24 +57,24 @@ REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() fo
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise ValueError for the first argument that asks for something unsupported."""
     for name, value in given.items():
-        if name in REFUSED and not _asks_for_nothing(name, value):
+        if name in REFUSED and not _is_neutral(name, value):
             raise ValueError(f"{name}={value!r} is not supported: {REFUSED[name]}. Leave it out.")
 
 
-def num_texts(asked: Any) -> int:
+def num_texts(requested: Any) -> int:
     """Number of texts per prompt that `num_return_sequences` asks for; 1 if it is None.
 
     Raises:
         ValueError: If it is not a whole number of at least 1.
     """
-    if asked is None:
+    if requested is None:
         return 1
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {asked!r}.")
-    return asked
+    if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
+        raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {requested!r}.")
+    return requested
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
+def _is_neutral(name: str, value: Any) -> bool:
     if value is None or value is False:
         return True
     if isinstance(value, list | tuple | dict | str):

@@ -25,12 +25,12 @@ from calm.models.generation.steps import SlotSteps
 from calm.models.thoughts import Thoughts
 
 logger = logging.getLogger(__name__)
-_ALONE = 16  # Prompts are read in pieces this many times larger while no row is being generated.
+_IDLE_FACTOR = 16  # Prompts are read in pieces this many times larger while no row is being generated.
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much is held in memory and done at once.
+    """How much is in memory and done at once.
 
     Args:
         max_rows: Rows that are generated at the same time; others wait, possibly with prompts already read.
@@ -117,61 +117,62 @@ class ChunkBatch:
         """Remove a row before its end; it may have left already."""
         self._reader.drop(row)
         row.has_ended = True  # It keeps its slot until another row needs it, or no other is left.
-        self._ready = [part for part in self._ready if _going(part)]
+        self._ready = [part for part in self._ready if _active(part)]
         self._open = self._open if self._rows else None
 
     def _read(self) -> list[Failed]:
-        """Read a piece if there is a free slot, and let in rows that are ready."""
+        """Read a piece if there is a free slot, and admit rows that are ready."""
         failed: list[Failed] = []
         if len(self._reader) and len(self._rows) + self._num_ready < self._limits.max_rows:
-            ready, failed = self._reader.read(self._limits.chunks_at_once * (1 if self._rows else _ALONE))
+            factor = 1 if self._rows else _IDLE_FACTOR
+            ready, failed = self._reader.read(self._limits.chunks_at_once * factor)
             self._ready += ready
-        return [*failed, *self._let_in()]
+        return [*failed, *self._admit()]
 
-    def _let_in(self) -> list[Failed]:
+    def _admit(self) -> list[Failed]:
         """Give rows that are ready the slots of those that have ended, then free ones."""
         failed: list[Failed] = []
-        for place, row in enumerate(() if self._open is None else self._open.rows):
+        for index, row in enumerate(() if self._open is None else self._open.rows):
             if row.has_ended and self._ready:
-                failed += self._take_next(1, partial(self._replace, place))
+                failed += self._admit_next(1, partial(self._replace, index))
         try:
             self._open = (
-                self._open.part(_going(self._open)) if self._open is not None and self._rows else None
+                self._open.part(_active(self._open)) if self._open is not None and self._rows else None
             )
         except Exception as error:
             logger.debug("finished rows stay in memory (%s)", reason_of(error))
-        let_in: list[OpenRows] = []
-        while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(let_in)) > 0:
-            failed += self._take_next(free, let_in.append)
-        return [*failed, *self._join(let_in)]
+        admitted: list[OpenRows] = []
+        while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(admitted)) > 0:
+            failed += self._admit_next(free, admitted.append)
+        return [*failed, *self._append(admitted)]
 
-    def _take_next(self, most: int, take: Callable[[OpenRows], None]) -> list[Failed]:
-        """Let in the next rows that are ready, those of one prompt; if that fails, they alone leave."""
+    def _admit_next(self, max_rows: int, admit: Callable[[OpenRows], None]) -> list[Failed]:
+        """Admit the next rows that are ready, all of one prompt; if that fails, they alone leave."""
         part = self._ready[0]
-        places = _going(part)
+        indices = _active(part)
         try:
-            rest = [part.part(places[most:])] if len(places) > most else []
-            take(part.part(places[:most]))
+            remaining = [part.part(indices[max_rows:])] if len(indices) > max_rows else []
+            admit(part.part(indices[:max_rows]))
         except Exception as error:
-            failed = _leave([part.rows[place] for place in places[:most]], error)
-            self._ready = [part for part in self._ready if _going(part)]
+            failed = _fail([part.rows[index] for index in indices[:max_rows]], error)
+            self._ready = [part for part in self._ready if _active(part)]
             return failed
-        self._ready[:1] = rest
+        self._ready[:1] = remaining
         return []
 
-    def _replace(self, place: int, part: OpenRows) -> None:
+    def _replace(self, index: int, part: OpenRows) -> None:
         assert self._open is not None
-        self._open = self._open.replaced(place, part)
+        self._open = self._open.replaced(index, part)
 
-    def _join(self, parts: Sequence[OpenRows]) -> list[Failed]:
-        """Let rows in beside those being generated; if that fails for a prompt, its rows leave."""
+    def _append(self, parts: Sequence[OpenRows]) -> list[Failed]:
+        """Add rows to those being generated; if that fails for a prompt, its rows leave."""
         try:
             if parts:
                 self._open = OpenRows.joined([*([] if self._open is None else [self._open]), *parts])
         except Exception as error:
             if len(parts) == 1:
-                return _leave(parts[0].rows, error)
-            return [one for part in parts for one in self._join([part])]
+                return _fail(parts[0].rows, error)
+            return [failure for part in parts for failure in self._append([part])]
         return []
 
     def _write(self) -> list[Written | Failed]:
@@ -181,75 +182,76 @@ class ChunkBatch:
             return [*self._advance()]
         except Exception as error:
             if len(self._rows) == 1:
-                failed = _leave(self._rows, error)
+                failed = _fail(self._rows, error)
                 self._open = None
                 return [*failed]
             logger.debug("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
         assert self._open is not None
-        failed = [one for place in _going(self._open) if (one := self._try_alone(place)) is not None]
+        tried = [self._try_alone(index) for index in _active(self._open)]
+        failed = [failure for failure in tried if failure is not None]
         if not failed:
-            return self._write_by_halves()
-        for one in failed:
-            one.row.has_ended = True
+            return self._write_in_halves()
+        for failure in failed:
+            failure.row.has_ended = True
         return [*failed, *self._write()]
 
     def _advance(self) -> list[Written]:
         """Run a step that changes nothing if it fails."""
         assert self._open is not None
-        rows, before = self._open, _Counts.of(self._open.rows)
+        rows, snapshot = self._open, _Snapshot.of(self._open.rows)
         try:
-            written_to = _going(rows)
+            sampled = _active(rows)
             chunks_RK, written = self._sample(rows)
-            places = _going(rows)
-            ended = [place for place in written_to if rows.rows[place].has_ended]
-            if len(ended) <= self._num_ready and all(rows.cache.has_room(place) for place in ended):
+            remaining = _active(rows)
+            ended = [index for index in sampled if rows.rows[index].has_ended]
+            if len(ended) <= self._num_ready and all(rows.cache.has_room(index) for index in ended):
                 chunks_RK[ended] = self._pad  # They keep their slots for others, and are read as padding.
-                places = written_to
+                remaining = sampled
             if self._rows:
-                self._open = self._read_chunks(rows.part(places), chunks_RK[places])
+                self._open = self._read_chunks(rows.part(remaining), chunks_RK[remaining])
             elif not self._num_ready:
                 self._open = None
         except Exception:
-            before.restore()
+            snapshot.restore()
             raise
         return written
 
-    def _try_alone(self, place: int) -> Failed | None:
+    def _try_alone(self, index: int) -> Failed | None:
         """Run a step of one row and undo it; returns the failure, if any."""
-        whole = self._open
-        assert whole is not None
-        before = _Counts.of(whole.rows)
+        rows = self._open
+        assert rows is not None
+        snapshot = _Snapshot.of(rows.rows)
         try:
-            self._open = whole.part([place])
+            self._open = rows.part([index])
             self._advance()
         except Exception as error:
-            return Failed(whole.rows[place], error)
+            return Failed(rows.rows[index], error)
         finally:
-            self._open = whole
-            before.restore()
+            self._open = rows
+            snapshot.restore()
         return None
 
-    def _write_by_halves(self) -> list[Written | Failed]:
-        whole = self._open
-        assert whole is not None
-        places = _going(whole)
-        middle = len(places) // 2
+    def _write_in_halves(self) -> list[Written | Failed]:
+        rows = self._open
+        assert rows is not None
+        indices = _active(rows)
+        middle = len(indices) // 2
         results: list[Written | Failed] = []
-        left: list[OpenRows] = []
-        for half in (places[:middle], places[middle:]):
+        remaining: list[OpenRows] = []
+        for half in (indices[:middle], indices[middle:]):
             try:
-                self._open = whole.part(half)
+                self._open = rows.part(half)
             except Exception as error:
-                results += _leave([whole.rows[place] for place in half], error)
+                results += _fail([rows.rows[index] for index in half], error)
                 continue
             results += self._write()
-            left += [self._open] if self._open is not None and self._rows else []
-        self._open = left[0] if left else None
+            remaining += [self._open] if self._open is not None and self._rows else []
+        self._open = remaining[0] if remaining else None
         try:
-            self._open = OpenRows.joined(left) if left else None
+            self._open = OpenRows.joined(remaining) if remaining else None
         except Exception as error:
             logger.debug("half of the rows are waiting for memory (%s)", reason_of(error))
-            self._ready[:0] = left[1:]
+            self._ready[:0] = remaining[1:]
         return results
 
     def _read_chunks(self, rows: OpenRows, chunks_RK: Tensor) -> OpenRows:
@@ -263,35 +265,32 @@ class ChunkBatch:
         size = self._model.config.chunk_size
         chunks_RK = torch.full((len(rows.rows), size), self._pad, device=self._model.device)
         written: list[Written | None] = [None] * len(rows.rows)
-        going = _going(rows)
-        hidden_RD = rows.hidden_RD if len(going) == len(rows.rows) else rows.hidden_RD[going]
-        if not bool(hidden_RD.isfinite().all()):  # Not every head would notice.
+        if not bool(_select(rows.hidden_RD, _active(rows)).isfinite().all()):  # Not every head would notice.
             raise ValueError("the model's hidden state is not finite; its weights may be damaged.")
-        for sampler, places in self._turns(rows.rows):
-            generators = [rows.rows[place].generator for place in places]
-            is_whole = len(places) == len(rows.rows)
-            hidden_AD = rows.hidden_RD if is_whole else rows.hidden_RD[places]
+        for sampler, indices in self._groups(rows):
+            generators = [rows.rows[index].generator for index in indices]
+            hidden_AD = _select(rows.hidden_RD, indices)
             sample = self._model.sample_chunks(hidden_AD, sampler, generators, self._steps.compiled)
             chunk_AK, ends_A = end_after_eos(sample.chunks_RK, self._eos_ids, self._pad)
-            chunks_RK[places] = chunk_AK
-            for place, *one in zip(places, *_listed(chunk_AK, ends_A, sample), strict=True):
-                written[place] = self._note(rows.rows[place], *one)
-        return chunks_RK, [one for one in written if one is not None]
+            chunks_RK[indices] = chunk_AK
+            for index, *values in zip(indices, *_as_lists(chunk_AK, ends_A, sample), strict=True):
+                written[index] = self._record(rows.rows[index], *values)
+        return chunks_RK, [result for result in written if result is not None]
 
-    def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[Sampler, list[int]]]:
+    def _groups(self, rows: OpenRows) -> Iterator[tuple[Sampler, list[int]]]:
         """Indices of rows to sample together: with equal samplers, and not too many draws."""
-        going = [place for place, row in enumerate(rows) if not row.has_ended]
-        for sampler in dict.fromkeys(rows[place].sampler for place in going):
-            places = [place for place in going if rows[place].sampler == sampler]
-            most = max(1, self._limits.draws_at_once // sampler.most_draws)
-            yield from ((sampler, places[first : first + most]) for first in range(0, len(places), most))
+        active = _active(rows)
+        for sampler in dict.fromkeys(rows.rows[index].sampler for index in active):
+            indices = [index for index in active if rows.rows[index].sampler == sampler]
+            size = max(1, self._limits.draws_at_once // sampler.most_draws)
+            yield from ((sampler, indices[first : first + size]) for first in range(0, len(indices), size))
 
-    def _note(
+    def _record(
         self, row: Row, tokens: list[int], ends: bool, num_draws: int, agreement: float, fell_back: bool
     ) -> Written:
-        """Count a chunk of a row, and return what of it is text."""
+        """Subtract a chunk from a row's budget, and return it without what follows the end of the text."""
         if ends:
-            tokens = tokens[: next(place for place, token in enumerate(tokens, 1) if token in self._ends)]
+            tokens = tokens[: next(length for length, token in enumerate(tokens, 1) if token in self._ends)]
         by_eos = ends and len(tokens) <= row.budget
         tokens = tokens[: row.budget]
         row.budget -= len(tokens)
@@ -300,41 +299,47 @@ class ChunkBatch:
         return Written(row, tokens, end, num_draws, agreement, fell_back)
 
 
-def _going(rows: OpenRows) -> list[int]:
+def _active(rows: OpenRows) -> list[int]:
     """Indices of the rows that have not ended."""
-    return [place for place, row in enumerate(rows.rows) if not row.has_ended]
+    return [index for index, row in enumerate(rows.rows) if not row.has_ended]
 
 
 def _count(parts: Sequence[OpenRows]) -> int:
-    return sum(len(_going(part)) for part in parts)
+    """Number of rows that have not ended."""
+    return sum(len(_active(part)) for part in parts)
 
 
-def _leave(rows: Sequence[Row], error: Exception) -> list[Failed]:
+def _select(states_RD: Tensor, indices: Sequence[int]) -> Tensor:
+    """The states of some rows; without a copy if these are all of them."""
+    return states_RD if len(indices) == len(states_RD) else states_RD[indices]
+
+
+def _fail(rows: Sequence[Row], error: Exception) -> list[Failed]:
     """Mark rows as ended because of an error."""
     for row in rows:
         row.has_ended = True
     return [Failed(row, error) for row in rows]
 
 
-class _Counts(NamedTuple):
-    """The state of the rows that a step changes, to restore if it fails."""
+class _Snapshot(NamedTuple):
+    """What a step changes of its rows, to restore if it fails."""
 
     rows: Sequence[Row]
-    counts: list[tuple[int, bool, Tensor]]
+    states: list[tuple[int, bool, Tensor]]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "_Counts":
+    def of(cls, rows: Sequence[Row]) -> "_Snapshot":
         """The current state."""
         return cls(rows, [(row.budget, row.has_ended, row.generator.get_state()) for row in rows])
 
     def restore(self) -> None:
         """Restore the rows to this state."""
-        for row, (budget, has_ended, state) in zip(self.rows, self.counts, strict=True):
+        for row, (budget, has_ended, state) in zip(self.rows, self.states, strict=True):
             row.budget, row.has_ended = budget, has_ended
             row.generator.set_state(state)
 
 
-def _listed(chunk_AK: Tensor, ends_A: Tensor, sample: ChunkSample) -> list[list]:
-    """What is reported of each row, as Python numbers."""
+def _as_lists(chunk_AK: Tensor, ends_A: Tensor, sample: ChunkSample) -> list[list]:
+    """What is reported of each row, as Python numbers: a list per quantity."""
     tensors = (chunk_AK, ends_A, sample.num_draws_R, sample.agreement_R, sample.fell_back_R)
     return [values_A.tolist() for values_A in tensors]

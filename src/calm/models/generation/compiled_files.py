@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NOT_OF_LAYERS = {
+_UNUSED_BY_LAYERS = {
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -27,26 +27,29 @@ _WORDS = 1024  # Words of 8 bytes per row, for digests of weights.
 _BYTES_SAMPLED = 64  # Bytes per tensor that are compared between calls.
 
 
-def folder_of_kind(model: Any, anew: bool = False) -> Path | None:
-    """The folder for all models of the same configuration on this processor; None if there can be none."""
-    if model.device.type != "cpu" or not (anew or cache_root().is_dir()):
+def folder_of_kind(model: Any, may_create: bool = False) -> Path | None:
+    """The folder for all models of the same configuration on this processor.
+
+    None if the model is not on a CPU, or there is no cache yet and none may be created.
+    """
+    if model.device.type != "cpu" or not (may_create or cache_root().is_dir()):
         return None
-    kind = (
-        json.dumps(_without_names(model.config.to_dict()), sort_keys=True, default=str),
+    key = (
+        json.dumps(_layer_settings(model.config.to_dict()), sort_keys=True, default=str),
         str(model.backbone.embed_tokens.weight.dtype),
         torch.__version__,
         _digest_of_processor(),
         torch.get_num_threads(),
         _digest_of_code(inspect.getsourcefile(type(model.head))),
     )
-    return cache_root() / hashlib.blake2b(repr(kind).encode(), digest_size=12).hexdigest()
+    return cache_root() / hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()
 
 
-def _without_names(settings: Any) -> Any:
-    """Settings of a model without those that no layer uses."""
+def _layer_settings(settings: Any) -> Any:
+    """A model's settings without those that no layer uses."""
     if not isinstance(settings, dict):
         return settings
-    return {name: _without_names(value) for name, value in settings.items() if name not in _NOT_OF_LAYERS}
+    return {name: _layer_settings(value) for name, value in settings.items() if name not in _UNUSED_BY_LAYERS}
 
 
 def cache_root() -> Path:
@@ -93,11 +96,11 @@ def digest_of_weights(model: Any) -> str:
     factor_W = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator) * 2 + 1
     for weight in weights_of(model):
         digest.update(repr((tuple(weight.shape), weight.dtype)).encode())
-        octets = weight.detach().contiguous().flatten().view(torch.uint8)
-        whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
-        words_LW = octets[:whole].clone().view(torch.int64).view(-1, _WORDS)
+        octets = _bytes_of(weight)
+        end = len(octets) // (8 * _WORDS) * (8 * _WORDS)  # Of the last complete row of words.
+        words_LW = octets[:end].clone().view(torch.int64).view(-1, _WORDS)
         digest.update((words_LW * factor_W).sum(-1).numpy().tobytes())
-        digest.update(octets[whole:].numpy().tobytes())
+        digest.update(octets[end:].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -107,20 +110,23 @@ def state_of_weights(model: Any) -> tuple[Any, ...]:
     The counters miss changes through `.data`, by which peft merges adapters.
     """
     weights = weights_of(model)
-    counts = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights]
-    octets = [one.detach().contiguous().flatten().view(torch.uint8) for one in weights]
+    versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     # An odd stride, so that the sample includes every byte of a number.
-    few = torch.cat([one[:: len(one) // _BYTES_SAMPLED | 1] for one in octets])
-    return *counts, few.numpy().tobytes()
+    sample = torch.cat([octets[:: len(octets) // _BYTES_SAMPLED | 1] for octets in map(_bytes_of, weights)])
+    return *versions, sample.numpy().tobytes()
+
+
+def _bytes_of(weight: Tensor) -> Tensor:
+    return weight.detach().contiguous().flatten().view(torch.uint8)
 
 
 @functools.cache
-def _digest_of_code(of_head: str | None) -> str:
+def _digest_of_code(head_file: str | None) -> str:
     """Hash the code that is compiled: all of `calm.core` and `calm.models`, and the head's own file."""
     package = Path(str(importlib.resources.files("calm")))
     files = sorted([*(package / "core").rglob("*.py"), *(package / "models").rglob("*.py")])
     digest = hashlib.blake2b(digest_size=12)
-    for file in [*files, *([Path(of_head)] if of_head else [])]:
+    for file in [*files, *([Path(head_file)] if head_file else [])]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -128,8 +134,9 @@ def _digest_of_code(of_head: str | None) -> str:
 @functools.cache
 def _digest_of_processor() -> str:
     """Hash the processor's features: machines that share a home may run each other's code badly."""
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
-    names = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    known = (platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), sorted(names))
-    return hashlib.blake2b(repr(known).encode(), digest_size=12).hexdigest()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    details = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    capability = torch.backends.cpu.get_cpu_capability()
+    features = (platform.machine(), platform.processor(), capability, sorted(details))
+    return hashlib.blake2b(repr(features).encode(), digest_size=12).hexdigest()

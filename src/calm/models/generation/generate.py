@@ -139,7 +139,7 @@ class ChunkGenerationMixin:
         """
         config = _generation_settings(self, generation_config, kwargs)
         cuts = {"top_p": config.top_p, "min_p": config.min_p}
-        chosen = sampler_from(
+        chunk_sampler = sampler_from(
             sampler=sampler or default_sampler(self.head.config, config.temperature, **cuts),
             temperature=config.temperature,
             num_draws=num_draws,
@@ -151,7 +151,9 @@ class ChunkGenerationMixin:
             raise ValueError("give either a seed or a generator, not both.")
         randomness: Randomness = generator
         if seed is not None:
-            rows = [row[keep].tolist() for row, keep in zip(prompt_BT, mask_BT.bool(), strict=True)]
+            rows = [
+                prompt_T[mask_T].tolist() for prompt_T, mask_T in zip(prompt_BT, mask_BT.bool(), strict=True)
+            ]
             randomness = generators_of_rows(seed, rows, self.device)
         thoughts = thoughts_for(self.config, num_thoughts, warns=True)
         longest, num_thought = int(mask_BT.bool().sum(-1).max()), num_tokens_of(thoughts, self.config)
@@ -163,8 +165,8 @@ class ChunkGenerationMixin:
             if prompt_BT.shape[0] > 1:
                 raise ValueError("a streamer supports only one prompt at a time.")
             streamer.put(prompt_BT.cpu())
-        new_BT, statistics = _Writing(
-            self, prompt_BT, mask_BT, budget, config, chosen, randomness, streamer, stopping, thoughts
+        new_BT, statistics = _Generation(
+            self, prompt_BT, mask_BT, budget, config, chunk_sampler, randomness, streamer, stopping, thoughts
         ).run()
         if streamer is not None:
             streamer.end()
@@ -200,7 +202,7 @@ def _generation_settings(
             "greedy decoding is not available for chunks; use temperature=0 for the most frequent chunk of a "
             "pool."
         )
-    _fill(config, model.generation_config)
+    _fill_in(config, model.generation_config)
     if overrides.get("max_new_tokens") is None and "max_length" in overrides:
         config.max_new_tokens = None
     config.do_sample = True  # Otherwise transformers warns about every temperature.
@@ -217,12 +219,12 @@ def _generation_settings(
     return config
 
 
-def _fill(config: GenerationConfig, own: GenerationConfig) -> None:
-    """Let what a configuration leaves open be the model's own, as transformers does."""
+def _fill_in(config: GenerationConfig, defaults: GenerationConfig) -> None:
+    """Take what a configuration leaves open from the model's, as transformers does."""
     lengths = ("max_new_tokens", "max_length")
-    limits = any(getattr(config, name) is not None for name in lengths)
-    for name, value in vars(own).items():
-        if getattr(config, name, None) is None and not (limits and name in lengths):
+    has_length = any(getattr(config, name) is not None for name in lengths)
+    for name, value in vars(defaults).items():
+        if getattr(config, name, None) is None and not (has_length and name in lengths):
             setattr(config, name, value)
 
 
@@ -265,7 +267,7 @@ def _prompts(
 
 
 @dataclass
-class _Writing:
+class _Generation:
     """One call of `generate`."""
 
     model: ChunkModel
@@ -285,7 +287,7 @@ class _Writing:
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """New tokens of each row, (B, new) with new <= budget, and statistics of all steps if requested."""
-        size, (num_rows, first) = self.model.config.chunk_size, self.prompt_BT.shape
+        size, (num_rows, prompt_length) = self.model.config.chunk_size, self.prompt_BT.shape
         pad = 0 if self.config.pad_token_id is None else self.config.pad_token_id
         prompt = Prompt.aligned(self.model, self.prompt_BT, self.mask_BT, pad).followed_by(
             self.thoughts, size
@@ -295,52 +297,54 @@ class _Writing:
         text_BT = torch.nn.functional.pad(self.prompt_BT, (0, num_steps * size), value=pad)
         length_B = torch.full_like(self.prompt_BT[:, 0], num_steps * size)  # New tokens of each text.
         open_A = torch.arange(num_rows, device=text_BT.device)  # Rows that have not ended.
-        own = self.randomness
+        randomness = self.randomness
         samples: list[tuple[Tensor, ChunkSample]] = []
         chunk_AK: Tensor | None = None
         for step in range(num_steps):
             states_AD = steps.read() if chunk_AK is None else steps.advance(chunk_AK)
-            sample = self.model.sample_chunks(states_AD, self.sampler, own, steps.compiled)
+            sample = self.model.sample_chunks(states_AD, self.sampler, randomness, steps.compiled)
             if self.config.return_dict_in_generate:
                 samples.append((open_A, sample))
-            behind = first + step * size
-            chunk_AK, kept_A, ends_A = self._cut(sample.chunks_RK, text_BT[:, :behind], open_A, pad)
+            start = prompt_length + step * size
+            chunk_AK, num_kept_A, ends_A = self._cut(sample.chunks_RK, text_BT[:, :start], open_A, pad)
             # A view if these are all rows: indexing is several times slower.
-            text_BT[open_A if len(open_A) < num_rows else slice(None), behind : behind + size] = chunk_AK
+            text_BT[open_A if len(open_A) < num_rows else slice(None), start : start + size] = chunk_AK
             if self.streamer is not None:
-                kept = min(size if kept_A is None else int(kept_A[0]), self.budget - step * size)
-                _stream(self.streamer, text_BT[0, behind : behind + kept])
-            if kept_A is None or ends_A is None:
+                num_kept = size if num_kept_A is None else int(num_kept_A[0])
+                _stream(self.streamer, text_BT[0, start : start + min(num_kept, self.budget - step * size)])
+            if num_kept_A is None or ends_A is None:
                 continue
-            length_B[open_A] = torch.where(ends_A, step * size + kept_A, length_B[open_A])
-            left = (~ends_A).nonzero().flatten()
-            if len(left) == 0:
+            length_B[open_A] = torch.where(ends_A, step * size + num_kept_A, length_B[open_A])
+            remaining = (~ends_A).nonzero().flatten()
+            if len(remaining) == 0:
                 break
-            steps.keep(left.tolist())
-            open_A, chunk_AK = open_A[left], chunk_AK[left]
-            own = select_rows(self.randomness, open_A)
+            steps.keep(remaining.tolist())
+            open_A, chunk_AK = open_A[remaining], chunk_AK[remaining]
+            randomness = select_rows(self.randomness, open_A)
         longest = min(int(length_B.max()), self.budget)
-        return text_BT[:, first : first + longest], _statistics(samples, num_rows)
+        return text_BT[:, prompt_length : prompt_length + longest], _statistics(samples, num_rows)
 
     def _cut(
         self, chunk_AK: Tensor, before_BT: Tensor, open_A: Tensor, pad: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Chunks cut where a text ends, how many tokens of each are kept, (A,), and which end, (A,).
+        """Cut chunks where their texts end.
 
-        The last two are None if it is clear that none ends.
+        Returns:
+            The chunks with padding after the end, (A, K); how many tokens of each are kept, (A,); and which
+            end, (A,). The last two are None if none ends.
         """
         size, eos_ids = chunk_AK.shape[1], self._eos_ids
         # Looking up numbers in a set is faster than comparing tensors.
         if not self.stopping.is_needed and self._ends.isdisjoint(chunk_AK.flatten().tolist()):
             return chunk_AK, None, None
-        kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
+        num_kept_A = (~is_after_eos(chunk_AK, eos_ids)).sum(-1)
         chunk_AK, ends_A = end_after_eos(chunk_AK, eos_ids, pad)
         if self.stopping.is_needed:
             stop_A = self.stopping.lengths(before_BT[open_A], chunk_AK, open_A.tolist())
-            kept_A, ends_A = kept_A.minimum(stop_A), ends_A | (stop_A <= size)
-            is_kept_AK = torch.arange(size, device=kept_A.device) < kept_A.unsqueeze(-1)
+            num_kept_A, ends_A = num_kept_A.minimum(stop_A), ends_A | (stop_A <= size)
+            is_kept_AK = torch.arange(size, device=num_kept_A.device) < num_kept_A.unsqueeze(-1)
             chunk_AK = chunk_AK.where(is_kept_AK, pad)
-        return chunk_AK, kept_A, ends_A
+        return chunk_AK, num_kept_A, ends_A
 
 
 def _all_end(prompt_BT: Tensor, mask_BT: Tensor, config: GenerationConfig) -> bool:

@@ -66,7 +66,7 @@ class ChunkStep(nn.Module):
     def _rotation(self, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotation at each row's position, (R, 1, d)."""
         rotary = self.model.backbone.rotary_emb
-        # Single precision whatever type the model was converted to: in half of it far positions are one.
+        # In single precision whatever the model's dtype: in half precision, distant positions would coincide.
         angles_Rh = position_R.unsqueeze(-1) * rotary.inv_freq.float()
         angles_R1d = torch.cat([angles_Rh, angles_Rh], dim=-1).unsqueeze(1)
         dtype, scaling = self.model.backbone.embed_tokens.weight.dtype, rotary.attention_scaling
@@ -77,14 +77,16 @@ def can_step(model: Any) -> bool:
     """Whether a model's layers are plain Llama layers, without hooks that a lean step would bypass."""
     if model.backbone.rotary_emb.rope_type not in _FIXED_ROTATIONS:
         return False
-    parts = [model.backbone, model.backbone.norm]
+    modules = [model.backbone, model.backbone.norm]
     for layer in model.backbone.layers:
         if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) not in _ATTENTION:
             return False
-        parts += [layer, layer.self_attn]
+        modules += [layer, layer.self_attn]
         if type(layer.mlp) is not LlamaMLP:
             return False
-    return not any(part._forward_hooks or part._forward_pre_hooks or _is_dispatched(part) for part in parts)
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or _is_dispatched(module) for module in modules
+    )
 
 
 def _is_dispatched(module: nn.Module) -> bool:

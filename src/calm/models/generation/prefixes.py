@@ -35,8 +35,8 @@ class PrefixStore:
         self._max_bytes, self._bytes = max_bytes, 0
         self._blocks: OrderedDict[bytes, _Layers] = OrderedDict()
 
-    def known(self, names: Sequence[bytes]) -> int:
-        """Number of cached chunks of a prefix, given the names of its blocks."""
+    def num_cached(self, names: Sequence[bytes]) -> int:
+        """Number of a prefix's chunks that are cached, given the names of its blocks."""
         return _BLOCK * sum(1 for _ in takewhile(self._blocks.__contains__, names))
 
     def find(self, chunks_CK: Tensor) -> SlotCache | None:
@@ -53,7 +53,7 @@ class PrefixStore:
 
     def _find(self, chunks_CK: Tensor) -> SlotCache | None:
         names = []
-        for name in names_of(chunks_CK[:-1]):
+        for name in block_names(chunks_CK[:-1]):
             if name not in self._blocks:
                 break
             names.append(name)
@@ -78,22 +78,22 @@ class PrefixStore:
             cache: Its keys and values, a single row.
         """
         try:
-            self._keep(list(names_of(chunks_CK)), cache)
+            self._keep(list(block_names(chunks_CK)), cache)
         except Exception as error:
             logger.warning("prefix was not cached (%s)", reason_of(error))
 
     def _keep(self, names: list[bytes], cache: SlotCache) -> None:
         self._touch([name for name in names if name in self._blocks])
-        for number, name in enumerate(names):
+        for index, name in enumerate(names):
             if name in self._blocks:
                 continue
-            block = cache.chunks(number * _BLOCK, (number + 1) * _BLOCK)
+            block = cache.chunks(index * _BLOCK, (index + 1) * _BLOCK)
             size = _size(block)
             if len(names) * size > self._max_bytes < self._bytes + size:
                 break
             while self._bytes + size > self._max_bytes:
-                _, oldest = self._blocks.popitem(last=False)  # Not of this prompt: those were just touched.
-                self._bytes -= _size(oldest)
+                _, evicted = self._blocks.popitem(last=False)  # Not of this prompt: those were just touched.
+                self._bytes -= _size(evicted)
             self._blocks[name] = [(keys.clone(), values.clone()) for keys, values in block]
             self._bytes += size
         self._touch([name for name in names if name in self._blocks])
@@ -104,8 +104,8 @@ class PrefixStore:
             self._blocks.move_to_end(name)
 
 
-def names_of(chunks_CK: Tensor) -> Iterator[bytes]:
-    """A name for each complete block, a hash of it and everything before it."""
+def block_names(chunks_CK: Tensor) -> Iterator[bytes]:
+    """The name of each complete block: a hash of it and everything before it."""
     name, tokens_CK = b"", chunks_CK.cpu().numpy()
     for end in range(_BLOCK, len(tokens_CK) + 1, _BLOCK):
         name = hashlib.sha256(name + tokens_CK[end - _BLOCK : end].tobytes()).digest()

@@ -16,13 +16,14 @@ from transformers.cache_utils import DynamicCache
 
 from calm.core.chunks import positions_of, split_into_chunks
 from calm.models.generation.model import ChunkModel
-from calm.models.generation.prefixes import PrefixStore, names_of
+from calm.models.generation.prefixes import PrefixStore, block_names
 from calm.models.generation.prompts import Prompt, read_chunks
 from calm.models.generation.rows import Failed, OpenRows, Row
 from calm.models.generation.slots import SlotCache
 from calm.models.thoughts import THOUGHT, Thoughts, num_at_once
 
-_MOST_BEGUN, _TURN_OF_OLDEST = 4, 4
+_MAX_BEGUN = 4  # Prompts that are partly read.
+_OLDEST_EVERY = 4  # Pieces until one starts with the prompt that has waited longest.
 
 
 @dataclass(eq=False)
@@ -53,20 +54,20 @@ class _Reading:
     @cached_property
     def names(self) -> list[bytes]:
         """Names of the blocks that may be in the prefix cache."""
-        return [*names_of(self.plain_CK[:-1])]
+        return [*block_names(self.plain_CK[:-1])]
 
     @property
     def num_left(self) -> int:
         """Chunks still to be read."""
         return len(self.chunks_CK) - (0 if self.cache is None else self.cache.lengths[0])
 
-    def piece(self, most: int) -> Tensor:
-        """The next chunks, up to `most`, with few thoughts among them: each thought takes a separate pass.
+    def piece(self, max_chunks: int) -> Tensor:
+        """The next chunks, at most `max_chunks`, few of them thoughts: each thought takes a separate pass.
 
         A prompt's thoughts are at the end of a piece, or just before the marker there. So the thoughts of
         several prompts that are read side by side take hardly more passes than those of one.
         """
-        left_CK = self.chunks_CK[len(self.chunks_CK) - self.num_left :][:most]
+        left_CK = self.chunks_CK[len(self.chunks_CK) - self.num_left :][:max_chunks]
         return left_CK[: num_at_once((left_CK == THOUGHT).any(-1))] if self.num_thoughts else left_CK
 
 
@@ -122,14 +123,13 @@ class PromptReader:
             self._read(chosen, chunks_at_once)
         except Exception as error:
             for reading in chosen:
-                if reason := self._try_alone(reading, chunks_at_once, error if len(chosen) == 1 else None):
-                    failed += [Failed(row, reason) for row in reading.rows]
+                known_error = error if len(chosen) == 1 else None
+                if final_error := self._try_alone(reading, chunks_at_once, known_error):
+                    failed += [Failed(row, final_error) for row in reading.rows]
                     self._queue.remove(reading)
         ready: list[OpenRows] = []
         for reading in chosen:
-            if reading not in self._queue:
-                continue
-            if reading.num_left:
+            if reading not in self._queue or reading.num_left:
                 continue
             self._queue.remove(reading)
             try:
@@ -153,41 +153,44 @@ class PromptReader:
         return [reading for reading in self._queue if reading in chosen]
 
     def _in_turn(self, chunks_at_once: int) -> list[tuple[int, _Reading]]:
-        """Prompts that may be read now, in turn, each with the number of chunks it has left."""
-        oldest, *others = (
-            (one.num_left - (self._prefixes.known(one.names) if one.cache is None else 0), one)
-            for one in self._queue
-        )
-        may_begin = sum(one.cache is not None for _, one in others) < _MOST_BEGUN - 1
+        """Prompts that may be read now, in turn, each with the number of chunks that it takes."""
+        oldest, *others = ((self._num_uncached(reading), reading) for reading in self._queue)
+        may_begin = sum(reading.cache is not None for _, reading in others) < _MAX_BEGUN - 1
         others = [
-            (num_left, one)
-            for num_left, one in others
-            if may_begin or num_left <= chunks_at_once or one.cache is not None
+            (num_left, reading)
+            for num_left, reading in others
+            if may_begin or num_left <= chunks_at_once or reading.cache is not None
         ]
         self._num_pieces += 1
-        if self._num_pieces % _TURN_OF_OLDEST == 0:
+        if self._num_pieces % _OLDEST_EVERY == 0:
             return [oldest, *sorted(others, key=itemgetter(0))]
         return sorted([oldest, *others], key=itemgetter(0))
 
-    def _try_alone(self, reading: _Reading, most: int, error: Exception | None) -> Exception | None:
-        """Read a prompt alone; returns the error if it cannot be read."""
-        if error is None and reading.num_left:
-            try:
-                self._read([reading], most)
-            except Exception as own:
-                return own
-        return error
+    def _num_uncached(self, reading: _Reading) -> int:
+        """Chunks of a prompt that are still to be read and not in the prefix cache."""
+        return reading.num_left - (self._prefixes.num_cached(reading.names) if reading.cache is None else 0)
 
-    def _read(self, readings: Sequence[_Reading], most: int) -> None:
-        pieces = [reading.piece(most) for reading in readings]
+    def _try_alone(
+        self, reading: _Reading, max_chunks: int, known_error: Exception | None
+    ) -> Exception | None:
+        """Read a prompt alone, unless it is known to fail; returns the error if it cannot be read."""
+        if known_error is None and reading.num_left:
+            try:
+                self._read([reading], max_chunks)
+            except Exception as error:
+                return error
+        return known_error
+
+    def _read(self, readings: Sequence[_Reading], max_chunks: int) -> None:
+        pieces = [reading.piece(max_chunks) for reading in readings]
         caches = [reading.cache for reading in readings]
-        think = any(reading.num_thoughts for reading in readings)
-        before = [reading.hidden_1D for reading in readings] if think else None
+        may_think = any(reading.num_thoughts for reading in readings)
+        before = [reading.hidden_1D for reading in readings] if may_think else None
         states_RD, cache = read_on(self._model, pieces, caches, before)
         # All parts before any is stored: after a failure they are read again, and nothing may be read twice.
-        parts = [cache.part([place]) for place in range(len(readings))]
-        for place, reading in enumerate(readings):
-            reading.cache, reading.hidden_1D = parts[place], states_RD[place : place + 1]
+        parts = [cache.part([row]) for row in range(len(readings))]
+        for row, reading in enumerate(readings):
+            reading.cache, reading.hidden_1D = parts[row], states_RD[row : row + 1]
 
     def _opened(self, reading: _Reading) -> OpenRows:
         """Open the rows of a prompt that has been read, and cache its prefix for others."""
@@ -218,19 +221,19 @@ def read_on(
     column_C = torch.arange(longest, device=device)
     mask_RC = torch.stack([column_C >= longest - len(piece) for piece in pieces]).long()
     position_RC = positions_of(mask_RC)
-    begun = next((cache for cache in caches if cache is not None), None)
-    if begun is None:
-        earlier = DynamicCache(config=model.config.backbone)
+    filled = next((cache for cache in caches if cache is not None), None)
+    if filled is None:
+        joint = DynamicCache(config=model.config.backbone)
     else:
-        slots = SlotCache.joined([begun.empty_row() if cache is None else cache for cache in caches])
-        earlier, earlier_RC = slots.to_transformers(model.config.backbone)
+        slots = SlotCache.joined([filled.empty_row() if cache is None else cache for cache in caches])
+        joint, mask_before_RC = slots.to_transformers(model.config.backbone)
         position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
-        mask_RC = torch.cat([earlier_RC.to(device), mask_RC], dim=1)
-    state_RD = None
-    if known := [state for state in before or () if state is not None]:
-        nothing = torch.zeros_like(known[0])
-        state_RD = torch.cat([nothing if state is None else state for state in before or ()])
+        mask_RC = torch.cat([mask_before_RC.to(device), mask_RC], dim=1)
+    before_RD = None
+    if given := [state_1D for state_1D in before or () if state_1D is not None]:
+        empty_1D = torch.zeros_like(given[0])
+        before_RD = torch.cat([empty_1D if state_1D is None else state_1D for state_1D in before or ()])
     states_RCD = read_chunks(
-        model, ids_RT, mask_RC, position_RC, earlier, may_think=before is not None, state_before=state_RD
+        model, ids_RT, mask_RC, position_RC, joint, may_think=before is not None, state_before=before_RD
     )
-    return states_RCD[:, -1], SlotCache.of(earlier, mask_RC)
+    return states_RCD[:, -1], SlotCache.of(joint, mask_RC)

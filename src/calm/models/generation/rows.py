@@ -89,23 +89,23 @@ class OpenRows:
             SlotCache.joined([part.cache for part in parts]),
         )
 
-    def replaced(self, place: int, other: "OpenRows") -> "OpenRows":
+    def replaced(self, index: int, other: "OpenRows") -> "OpenRows":
         """Put a single row in the slot of one that has ended, whose memory it takes over.
 
         Args:
-            place: Which row has ended.
+            index: Index of the row that has ended.
             other: The new row.
         """
         hidden_RD, cache = self.hidden_RD.clone(), self.cache.shared()
-        hidden_RD[place] = other.hidden_RD[0]
-        cache.put(place, other.cache)
-        return OpenRows([*self.rows[:place], *other.rows, *self.rows[place + 1 :]], hidden_RD, cache)
+        hidden_RD[index] = other.hidden_RD[0]
+        cache.put(index, other.cache)
+        return OpenRows([*self.rows[:index], *other.rows, *self.rows[index + 1 :]], hidden_RD, cache)
 
-    def part(self, places: Sequence[int]) -> "OpenRows":
-        """Some of the rows."""
-        if len(places) == len(self.rows):
+    def part(self, indices: Sequence[int]) -> "OpenRows":
+        """Some of the rows, in their order."""
+        if len(indices) == len(self.rows):
             return self
-        chosen = torch.tensor(places, dtype=torch.long, device=self.hidden_RD.device)
+        index_R = torch.tensor(indices, dtype=torch.long, device=self.hidden_RD.device)
         return OpenRows(
-            [self.rows[place] for place in places], self.hidden_RD[chosen], self.cache.part(places)
+            [self.rows[index] for index in indices], self.hidden_RD[index_R], self.cache.part(indices)
         )

@@ -43,9 +43,9 @@ def sampler_from(
     text. At temperature 0, "exact" means the limit of the pool rule.
 
     Args:
-        sampler: "exact", "pool", "head", another registered name, or a sampler, which is returned as it is
-            and takes no other setting from here but `temperature`, which is ignored.
-        temperature: T in [0, 1].
+        sampler: "exact", "pool", "head" or another registered name. A sampler object is returned as it is,
+            and must come without other settings.
+        temperature: T in [0, 1]; ignored for a sampler object, which has its own.
         num_draws: See `PoolSampler`.
         max_draws: See `ExactSampler`.
         first_block: See `ExactSampler`.
@@ -70,10 +70,10 @@ def sampler_from(
         kind = PoolSampler
     settings: dict[str, Any] = {"temperature": temperature, "num_draws": num_draws, "max_draws": max_draws}
     settings |= {"first_block": first_block, "top_p": top_p, "min_p": min_p}
-    own = {field.name for field in dataclasses.fields(kind)}
-    if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= own):
+    accepted = {field.name for field in dataclasses.fields(kind)}
+    if _truncates(top_p, min_p) and (sampler == "exact" or not {"top_p", "min_p"} <= accepted):
         raise ValueError("top_p and min_p truncate a pool of draws: use them with sampler='pool'.")
-    return kind(**{name: value for name, value in settings.items() if value is not None and name in own})
+    return kind(**{name: value for name, value in settings.items() if value is not None and name in accepted})
 
 
 def check_name(name: str) -> None:

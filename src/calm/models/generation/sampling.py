@@ -1,6 +1,7 @@
 """Backbone states -> next chunks, at any temperature.
 
-Shapes: P positions, N draws, K tokens per chunk, D state size, M draws that are decoded together.
+Shapes: P positions, R of them that draw again, N draws, K tokens per chunk, D state size, Z size of a latent,
+M draws that are decoded together, X size of a decoder state.
 """
 
 import torch
@@ -53,14 +54,19 @@ def sample_chunks(
     reader = _DecoderReader(model.autoencoder) if lazily else None
 
     def draw(num_draws: int, rows_R: Tensor, temperature: float = 1.0) -> Tensor:
-        chosen, own = prepared_P, randomness
+        prepared_R, randomness_R = prepared_P, randomness
         if not torch.equal(rows_R.cpu(), torch.arange(len(prepared_P))):
-            chosen, own = prepared_P[rows_R.to(prepared_P.device)], select_rows(randomness, rows_R)
+            prepared_R = prepared_P[rows_R.to(prepared_P.device)]
+            randomness_R = select_rows(randomness, rows_R)
         if reader is None or not isinstance(head, LatentHead):
-            drawn = None if compiled is None else compiled.draw(chosen, num_draws, own, temperature)
-            return head.draw_chunks(chosen, num_draws, own, temperature) if drawn is None else drawn
+            chunks_NRK = None
+            if compiled is not None:
+                chunks_NRK = compiled.draw(prepared_R, num_draws, randomness_R, temperature)
+            if chunks_NRK is None:
+                chunks_NRK = head.draw_chunks(prepared_R, num_draws, randomness_R, temperature)
+            return chunks_NRK
         head.check_temperature(temperature)  # As `draw_chunks` does.
-        latents_NRZ = head.draw_latents(chosen, num_draws, own, temperature=temperature)
+        latents_NRZ = head.draw_latents(prepared_R, num_draws, randomness_R, temperature=temperature)
         require_finite(latents_NRZ)
         return model.autoencoder.chunk_states(latents_NRZ)
 
@@ -85,5 +91,5 @@ class _DecoderReader(TokenReader):
         self._autoencoder = autoencoder
 
     def __call__(self, states_MX: Tensor, position: int) -> Tensor:
-        last = self.chunk_size if len(states_MX) <= _FEW_DRAWS else position + 1
-        return self._autoencoder.read_tokens(states_MX, position, last)
+        end = self.chunk_size if len(states_MX) <= _FEW_DRAWS else position + 1
+        return self._autoencoder.read_tokens(states_MX, position, end)

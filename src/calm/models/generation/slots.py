@@ -37,16 +37,15 @@ class SlotCache:
             mask_RC: 1 on chunks of the text; padding may be anywhere.
         """
         width = mask_RC.shape[1]
-        # Each row's chunks move to the front, with zeros after them: attention gives the rest zero weight,
-        # but zero times a non-finite value is NaN.
+        # Each row's chunks move to the front, with zeros after them: attention gives what follows a row zero
+        # weight, but zero times a non-finite value is NaN.
         index_RC = mask_RC.argsort(dim=-1, descending=True, stable=True)
         is_empty_RC = mask_RC.gather(1, index_RC) == 0
         room = _rounded(width + 1) - width
 
         def moved(states_RHCd: Tensor) -> Tensor:
-            index_R1C1, is_empty_R1C1 = (
-                one_RC[:, None, :, None].to(states_RHCd.device) for one_RC in (index_RC, is_empty_RC)
-            )
+            index_R1C1 = index_RC[:, None, :, None].to(states_RHCd.device)
+            is_empty_R1C1 = is_empty_RC[:, None, :, None].to(states_RHCd.device)
             text_RHCd = states_RHCd.gather(2, index_R1C1.expand_as(states_RHCd))
             return pad(text_RHCd.masked_fill(is_empty_R1C1, 0), (0, 0, 0, room))
 
@@ -60,8 +59,9 @@ class SlotCache:
         capacity = _rounded(max(lengths) + 1)
 
         def side_by_side(states: Sequence[Tensor]) -> Tensor:
-            short = [one_RHCd[:, :, :capacity] for one_RHCd in states]
-            return torch.cat([pad(one, (0, 0, 0, capacity - one.shape[2])) for one in short])
+            short = [states_RHCd[:, :, :capacity] for states_RHCd in states]
+            padded = [pad(states_RHCd, (0, 0, 0, capacity - states_RHCd.shape[2])) for states_RHCd in short]
+            return torch.cat(padded)
 
         layers = []
         for layer in zip(*(part._layers for part in parts), strict=True):
@@ -71,16 +71,19 @@ class SlotCache:
 
     def empty_row(self) -> "SlotCache":
         """An empty row for the same layers."""
-        nothing = [tuple(torch.zeros_like(states[:1, :, :1]) for states in layer) for layer in self._layers]
-        return SlotCache([(keys, values) for keys, values in nothing], [0])
+        layers = [
+            (torch.zeros_like(keys[:1, :, :1]), torch.zeros_like(values[:1, :, :1]))
+            for keys, values in self._layers
+        ]
+        return SlotCache(layers, [0])
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.lengths)
 
-    def has_room(self, place: int) -> bool:
+    def has_room(self, row: int) -> bool:
         """Whether one more chunk of a row fits into the allocated memory."""
-        return self.lengths[place] < self._layers[0][0].shape[2]
+        return self.lengths[row] < self._layers[0][0].shape[2]
 
     def window(self) -> list[Tensor]:
         """Keys and values of each layer in turn, (R, H, C, d), with room for one more chunk."""
@@ -92,8 +95,8 @@ class SlotCache:
         if needed > capacity:
             more = _rounded(max(needed, capacity + capacity // _SHARE)) - capacity
             # One layer at a time, so that only one is in memory twice.
-            for number, (keys, values) in enumerate(self._layers):
-                self._layers[number] = (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
+            for index, (keys, values) in enumerate(self._layers):
+                self._layers[index] = (pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more)))
 
     def grow(self) -> None:
         """Count a chunk that was written after the end of every row."""
@@ -107,29 +110,29 @@ class SlotCache:
         """The same memory with separate lengths: what one writes after its rows, the other does not read."""
         return SlotCache(list(self._layers), self.lengths)
 
-    def put(self, place: int, other: "SlotCache") -> None:
-        """Overwrite a row with a single-row cache, and the rest with zeros: see `of`."""
+    def put(self, row: int, other: "SlotCache") -> None:
+        """Overwrite a row with a single-row cache, and zeros after its end: see `of`."""
         [length] = other.lengths
         self._make_room(length + 1)
-        for layer, of_other in zip(self._layers, other._layers, strict=True):
-            for states_RHCd, of_other_1HCd in zip(layer, of_other, strict=True):
-                states_RHCd[place, :, :length] = of_other_1HCd[0, :, :length]
-                states_RHCd[place, :, length:] = 0
-        self.lengths[place] = length
+        for layer, other_layer in zip(self._layers, other._layers, strict=True):
+            for states_RHCd, other_1HCd in zip(layer, other_layer, strict=True):
+                states_RHCd[row, :, :length] = other_1HCd[0, :, :length]
+                states_RHCd[row, :, length:] = 0
+        self.lengths[row] = length
 
-    def part(self, places: Sequence[int]) -> "SlotCache":
+    def part(self, rows: Sequence[int]) -> "SlotCache":
         """Some rows, which may be repeated, without capacity that none of them needs.
 
         They are copied, unless these are all rows in order.
         """
-        if list(places) == list(range(len(self))):
+        if list(rows) == list(range(len(self))):
             return self.shared()
-        lengths = [self.lengths[place] for place in places]
+        lengths = [self.lengths[row] for row in rows]
         width = _rounded(max(lengths, default=0) + 1)
 
         def chosen(states_RHCd: Tensor) -> Tensor:
-            index = torch.tensor(places, dtype=torch.long, device=states_RHCd.device)
-            return states_RHCd[:, :, :width].index_select(0, index)
+            index_R = torch.tensor(rows, dtype=torch.long, device=states_RHCd.device)
+            return states_RHCd[:, :, :width].index_select(0, index_R)
 
         return SlotCache([(chosen(keys), chosen(values)) for keys, values in self._layers], lengths)
 
@@ -144,8 +147,8 @@ class SlotCache:
             config: The backbone's configuration.
         """
         width, cache = max(self.lengths), DynamicCache(config=config)
-        for number, (keys, values) in enumerate(self._layers):
-            cache.update(keys[:, :, :width], values[:, :, :width], number)
+        for layer, (keys, values) in enumerate(self._layers):
+            cache.update(keys[:, :, :width], values[:, :, :width], layer)
         device = self._layers[0][0].device
         length_R1 = torch.tensor(self.lengths, device=device).unsqueeze(-1)
         return cache, (torch.arange(width, device=device) < length_R1).long()

@@ -35,7 +35,7 @@ class Steps(Protocol):
     def advance(self, chunks_AK: Tensor) -> Tensor:
         """Read one more chunk of every remaining row."""
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """Keep only these of the remaining rows."""
 
 
@@ -52,12 +52,12 @@ def steps_of(model: ChunkModel, prompt: Prompt, num_steps: int, config: Generati
     Raises:
         ValueError: If the cache is of another kind, or a step cannot be compiled with it.
     """
-    asks = config.use_cache is False or config.cache_implementation or config.compile_config
-    if asks or not can_step(model):
+    needs_transformers = config.use_cache is False or config.cache_implementation or config.compile_config
+    if needs_transformers or not can_step(model):
         return TransformersSteps(model, prompt, num_steps, config)
     # Compiled functions ignore autocast.
-    is_plain = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
-    return LeanSteps(model, prompt, is_plain)
+    may_be_compiled = not config.disable_compile and not torch.is_autocast_enabled(model.device.type)
+    return LeanSteps(model, prompt, may_be_compiled)
 
 
 class SlotSteps:
@@ -126,10 +126,10 @@ class LeanSteps:
         assert self._cache is not None
         return self._steps.advance(chunks_AK, self._cache)
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """See `Steps`."""
         assert self._cache is not None
-        self._cache = self._cache.part(places)
+        self._cache = self._cache.part(indices)
 
 
 class TransformersSteps:
@@ -173,9 +173,9 @@ class TransformersSteps:
         chunks_BK = chunks_AK.new_full((len(self._mask_BC), chunks_AK.shape[1]), self._pad)
         return self._read(chunks_BK.index_copy(0, self._left_A, chunks_AK))
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """See `Steps`."""
-        self._left_A = self._left_A[torch.tensor(places, dtype=torch.long, device=self._left_A.device)]
+        self._left_A = self._left_A[torch.tensor(indices, dtype=torch.long, device=self._left_A.device)]
 
     def _read(self, tokens_BT: Tensor) -> Tensor:
         """States of the remaining rows, after these tokens of all rows."""
@@ -186,19 +186,21 @@ class TransformersSteps:
                 tokens_BT = torch.cat([earlier_BT, tokens_BT], dim=1)
         self._seen_BT = tokens_BT
         size = self._model.config.chunk_size
-        position_BC = self._position_BC[:, : self._length]
+        num_chunks = tokens_BT.shape[1] // size
+        # Copied: the strides of a slice differ from step to step, and each would trigger a recompilation.
+        position_BC = self._position_BC[:, self._length - num_chunks : self._length].clone(
+            memory_format=torch.contiguous_format
+        )
         # A static cache has the same shape at all steps; attention is causal.
         length = None if isinstance(self._cache, StaticCache) else self._length
         forward: Any = None
         if self._compile_config is not None and earlier_BT is not None:
             forward = self._model.get_compiled_call(self._compile_config)
-        # Copied: the strides of a slice differ from step to step, and each would trigger a recompilation.
-        own_BC = position_BC[:, -(tokens_BT.shape[1] // size) :].clone(memory_format=torch.contiguous_format)
         states_BCD = read_chunks(
             self._model,
             tokens_BT,
             self._mask_BC[:, :length],
-            own_BC,
+            position_BC,
             self._cache,
             forward,
             # Without a cache the prompt is read again at every step.

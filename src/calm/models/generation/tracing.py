@@ -33,11 +33,11 @@ def function_name(part: str, rows: int, temperature: float | None = None) -> str
 
 def requests_of_draw(model: Any, prepared_1: Tensor, temperature: float) -> list[Request]:
     """The random numbers that a draw from the model's head requests."""
-    noted = RequestRecorder()
+    recorder = RequestRecorder()
     state = torch.get_rng_state()
-    model.head.draw_chunks(prepared_1, 1, noted, temperature)
+    model.head.draw_chunks(prepared_1, 1, recorder, temperature)
     torch.set_rng_state(state)
-    return noted.requests
+    return recorder.requests
 
 
 class _Advance(nn.Module):
@@ -90,34 +90,35 @@ def functions_to_trace(
         rows: 1 for a single row, more for any number of them.
         temperatures: Temperatures of draws.
     """
-    for number in rows:
-        yield function_name("advance", number), partial(_advance, model, number)
+    for num_rows in rows:
+        yield function_name("advance", num_rows), partial(_advance, model, num_rows)
         for temperature in temperatures:
-            name = function_name("draw", number, temperature)
-            yield name, partial(_draw, model, number, temperature)
+            name = function_name("draw", num_rows, temperature)
+            yield name, partial(_draw, model, num_rows, temperature)
 
 
 def _advance(model: Any, rows: int) -> Traced:
-    number, backbone = 1 if rows == 1 else _SOME_ROWS, model.backbone
+    num_rows, backbone = 1 if rows == 1 else _SOME_ROWS, model.backbone
     attention = backbone.layers[0].self_attn
     heads, dtype = model.config.backbone.num_key_value_heads, backbone.embed_tokens.weight.dtype
-    chunks_RK = torch.arange(number * model.config.chunk_size).view(number, -1) % model.config.vocab_size
-    length_R = torch.arange(number) + 3
+    chunks_RK = torch.arange(num_rows * model.config.chunk_size).view(num_rows, -1) % model.config.vocab_size
+    length_R = torch.arange(num_rows) + 3
     cache = [
-        torch.randn(number, heads, 32, attention.head_dim).to(dtype) for _ in range(2 * len(backbone.layers))
+        torch.randn(num_rows, heads, 32, attention.head_dim).to(dtype)
+        for _ in range(2 * len(backbone.layers))
     ]
-    of_rows = {} if rows == 1 else {0: _ROWS}
-    of_cache = {2: _CHUNKS} if rows == 1 else {0: _ROWS, 2: _CHUNKS}
-    dynamic = (of_rows, of_rows, (of_cache,) * len(cache))
+    row_dims = {} if rows == 1 else {0: _ROWS}
+    cache_dims = {2: _CHUNKS} if rows == 1 else {0: _ROWS, 2: _CHUNKS}
+    dynamic = (row_dims, row_dims, (cache_dims,) * len(cache))
     return Traced(_Advance(model), (chunks_RK, length_R, *cache), dynamic, is_small=rows == 1)
 
 
 def _draw(model: Any, rows: int, temperature: float) -> Traced:
-    number, dtype = 1 if rows == 1 else _SOME_ROWS, model.backbone.embed_tokens.weight.dtype
-    prepared_M = model.head.prepare(torch.randn(number, model.config.state_size).to(dtype))
-    numbers = numbers_for(requests_of_draw(model, prepared_M[:1], temperature), 1, number, None)
-    of_rows, of_numbers = ({}, {}) if rows == 1 else ({0: _ROWS}, {1: _ROWS})
-    dynamic = (of_rows, (of_numbers,) * len(numbers))
+    num_rows, dtype = 1 if rows == 1 else _SOME_ROWS, model.backbone.embed_tokens.weight.dtype
+    prepared_M = model.head.prepare(torch.randn(num_rows, model.config.state_size).to(dtype))
+    numbers = numbers_for(requests_of_draw(model, prepared_M[:1], temperature), 1, num_rows, None)
+    row_dims, number_dims = ({}, {}) if rows == 1 else ({0: _ROWS}, {1: _ROWS})
+    dynamic = (row_dims, (number_dims,) * len(numbers))
     return Traced(_Draw(model, temperature), (prepared_M, *numbers), dynamic, is_small=rows == 1)
 
 
@@ -174,9 +175,11 @@ def _check_same(traced: Traced, compiled: Callable[..., Any]) -> None:
     for function in (traced.module, compiled):
         copies = [argument.clone() for argument in traced.arguments]  # Caches are written in place.
         results.append([*function(*copies), *copies])
-    for one, other in zip(*results, strict=True):
-        if one.is_floating_point() and not torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE):
+    for expected, actual in zip(*results, strict=True):
+        if expected.is_floating_point() and not torch.allclose(
+            expected, actual, rtol=_TOLERANCE, atol=_TOLERANCE
+        ):
             raise ValueError(
                 "the compiled step disagrees with the model (largest difference "
-                f"{float((one - other).abs().max()):g}); this version of torch miscompiles it."
+                f"{float((expected - actual).abs().max()):g}); this version of torch miscompiles it."
             )
