@@ -30,3 +30,25 @@ def test_a_model_of_the_package_is_loaded_by_its_name(tmp_path, monkeypatch):
     assert shipped.folder_of("small") == str(folder)
     (tmp_path / "small/config.json").write_text("{}")
     assert shipped.folder_of("small") == "small", "a model here comes first"
+
+
+def test_tokenizers_are_found_by_the_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(stories(0, 20), 320)
+    for folder in ("shipped/small", "runs/mine/model"):
+        tiny_model(4, vocab_size=320).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    assert shipped.tokenizer_of("small") == str(tmp_path / "shipped/small")
+    assert shipped.tokenizer_of("runs/mine/") == "runs/mine/model"
+    tokenizer.save_pretrained(tmp_path / "small")
+    (tmp_path / "tokenizer.json").touch()
+    for name in (
+        "small",
+        "./small/",
+        "runs/mine/model/",
+        "tokenizer.json",
+        "owner/model",
+        "owner/model:a.gguf",
+    ):
+        assert shipped.tokenizer_of(name) == name

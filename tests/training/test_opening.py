@@ -11,9 +11,12 @@ from calm.cli import main
 from calm.data import pieces, sources
 from calm.data.prepared import load_prepared
 from calm.data.stories import write_stories
+from calm.data.tokenizer import load_tokenizer
 from calm.errors import InputError
-from calm.training import stages
+from calm.models.shipped import folder_of
+from calm.training import opening, stages
 from calm.training.recipe_files import with_settings, write_recipe
+from calm.training.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +261,26 @@ def test_other_commands_leave_nothing_either(arguments, runs, tmp_path, capsys):
     failure(capsys, *(part.format(**files) if "{" in part else part for part in arguments),
             "--output", tmp_path / "new/out")  # fmt: skip
     assert everything_below(tmp_path) == before
+
+
+def test_a_run_takes_the_tokenizer_of_a_model_by_its_name(tmp_path, capsys):
+    write_stories(tmp_path / "text.jsonl", 0, 12)
+    expected = load_tokenizer(folder_of("stories")).get_vocab()
+    main(
+        [
+            "prepare",
+            str(tmp_path / "text.jsonl"),
+            "--tokenizer",
+            "stories",
+            "--output",
+            str(tmp_path / "data"),
+        ]
+    )
+    assert load_prepared(tmp_path / "data").tokenizer.get_vocab() == expected
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"data.tokenizer": "stories"})
+    with opening.open_run(Run(recipe, tmp_path / "run")) as data:
+        assert data.tokenizer.get_vocab() == expected
+    write_recipe(recipe, tmp_path / "named.yaml")
+    capsys.readouterr()
+    main(["flops", str(tmp_path / "named.yaml")])
+    assert f"{len(expected):,} token ids" in capsys.readouterr().out

@@ -56,7 +56,8 @@ def prepare(
         sources: Files (.jsonl, .parquet, plain text such as .txt and .md; also .gz, .xz, .zst, .bz2), folders
             of these, folders from save_to_disk, or hub datasets.
         output: Output folder.
-        tokenizer: Folder, tokenizer.json or hub name; by default, a byte-level BPE is trained on the text.
+        tokenizer: Folder, tokenizer.json, run, shipped model or hub name; by default, a byte-level BPE is
+            trained on the text.
         vocab_size: Vocabulary size of a trained tokenizer.
         text_field: Record field that contains the text; several, such as title,text, are joined.
         separator: Line that separates the documents of a plain-text file ("" for a blank line).
@@ -75,6 +76,7 @@ def prepare(
         Range(1, 4096).require("num_proc", num_proc)
     from calm.data.options import ReadingOptions
     from calm.data.prepare import prepare as run
+    from calm.models.shipped import tokenizer_of
     from calm.storage.locks import check_unlocked
 
     check_unlocked(Path(output).absolute().parent)
@@ -82,7 +84,7 @@ def prepare(
         sources,
         Path(output),
         options=ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb),
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else tokenizer_of(tokenizer),
         vocab_size=vocab_size,
         validation_sources=[validation] if isinstance(validation, str) else validation or [],
         validation_fraction=validation_fraction,

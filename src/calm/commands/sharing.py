@@ -21,11 +21,12 @@ def import_published(
         autoencoder: Folder of the released autoencoder.
         model: Folder of the released language model.
         out: Output folder.
-        tokenizer: Folder, tokenizer.json or hub name of its tokenizer, to include in the model folder.
+        tokenizer: Its tokenizer (as in `calm prepare`), to include in the model folder.
         overwrite: Replace the output folder.
     """
     from calm.data.tokenizer import load_tokenizer
     from calm.models.published import load_published
+    from calm.models.shipped import tokenizer_of
     from calm.storage.folders import check_spared, written_whole
     from calm.storage.ours import MODEL
 
@@ -33,7 +34,7 @@ def import_published(
     with written_whole(Path(out), MODEL if overwrite else None) as folder:
         network = load_published(Path(autoencoder), Path(model))
         if tokenizer is not None:
-            tokens = load_tokenizer(tokenizer)
+            tokens = load_tokenizer(tokenizer_of(tokenizer))
             if len(tokens) > network.config.vocab_size:
                 raise InputError(
                     f"the tokenizer '{tokenizer}' has {len(tokens)} tokens, more than the model's "

@@ -31,6 +31,14 @@ def folder_of(name: str) -> str:
     return str(shipped_models().get(name, path))
 
 
+def tokenizer_of(name: str) -> str:
+    """The folder of a tokenizer if a run or a shipped model is named; any other name as it is."""
+    if Path(name).exists() and not holds_model(Path(name) / "model"):
+        return name
+    location = folder_of(name)
+    return name if Path(location) == Path(name) else location
+
+
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model, an autoencoder or adapters."""
     return any((folder / file).is_file() for file in MODEL_FILES)

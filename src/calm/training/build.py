@@ -22,7 +22,7 @@ from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.hyperparameters import AutoencoderHyperparameters, InputHyperparameters, values_of
 from calm.models.loading import load_autoencoder_config
 from calm.models.missing import resolve_name
-from calm.models.shipped import folder_of
+from calm.models.shipped import folder_of, tokenizer_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.models.uptraining import mark_as_new
 from calm.text.vocabulary import num_ids
@@ -290,9 +290,10 @@ def _num_tokens(recipe: Recipe) -> int:
     """Token ids of the tokenizer that a recipe takes, if it is here, or would train."""
     if (name := recipe.data.tokenizer) is None:
         return recipe.data.vocab_size
-    if not Path(name).exists():
+    location = tokenizer_of(name)
+    if not Path(location).exists():
         raise InputError(f"the recipe takes the tokenizer '{name}'; pass --vocab_size, its number of tokens.")
-    return num_ids(load_tokenizer(name))
+    return num_ids(load_tokenizer(location))
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase | PreTrainedConfig) -> dict[str, int | None]:

@@ -17,6 +17,7 @@ from calm.errors import InputError
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmAutoencoderConfig
 from calm.models.loading import check_readable, load_autoencoder
+from calm.models.shipped import tokenizer_of
 from calm.training.check import check_recipe
 from calm.training.continuing import model_to_continue
 from calm.training.inputs import check_recipe_and_inputs, digest_of_files, digest_of_weights
@@ -84,7 +85,7 @@ def _check_models(recipe: Recipe, *, has_text: bool) -> None:
     check_readable(teacher)
     tokenizer = recipe.data.tokenizer
     if tokenizer is not None and not has_text and _prepared_source(recipe.data) is None:
-        check_tokens_of_teacher(teacher, load_tokenizer(tokenizer))
+        check_tokens_of_teacher(teacher, load_tokenizer(tokenizer_of(tokenizer)))
 
 
 def _input_digests(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:
@@ -214,7 +215,7 @@ def _input_paths(recipe: Recipe) -> list[str]:
 def _preparation(settings: DataSettings) -> dict[str, Any]:
     """Arguments that `check_text` and `prepare` have in common."""
     return {
-        "tokenizer": settings.tokenizer,
+        "tokenizer": None if settings.tokenizer is None else tokenizer_of(settings.tokenizer),
         "vocab_size": settings.vocab_size,
         "validation_sources": settings.validation_source_list,
         "validation_fraction": settings.validation_fraction,

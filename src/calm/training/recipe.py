@@ -51,7 +51,8 @@ class DataSettings:
         text_field: Field of records that holds the text; several, such as title,text, are joined.
         separator: Line that separates the documents of a plain-text file ("" for a blank line).
         max_document_mb: Longest document or line in MB (10^6 bytes), each of which is read into memory whole.
-        tokenizer: Folder, tokenizer.json or hub name; none trains a byte-level BPE on the text.
+        tokenizer: Folder, tokenizer.json, run, shipped model or hub name; none trains a byte-level BPE on the
+            text.
         vocab_size: Vocabulary size of a trained tokenizer.
         context: Tokens per block, a multiple of the chunk size.
         layout: "documents" aligns each document to chunks, "packed" concatenates them.
