@@ -18,6 +18,7 @@ from calm.models.loading import best_device
 MIXED_PRECISION_PAYS = 1.1
 """Minimum speedup over float32 to use bfloat16; below it, the rounding is not worth it."""
 
+_MIN_WIDTH = 128  # Of layers that oneDNN makes faster.
 _EMULATED = 2e9  # FLOP/s below which a processor must be emulating a dtype.
 
 
@@ -44,15 +45,18 @@ def processor_name() -> str:
 
 
 @contextmanager
-def fast_float32() -> Iterator[None]:
+def fast_float32(width: int) -> Iterator[None]:
     """Multiply float32 matrices with oneDNN instead of MKL where that is faster and as precise.
 
     On AMD processors MKL does not use AVX-512; oneDNN does, and large products are about twice as fast.
     PyTorch calls oneDNN for float32 only if it may use bfloat16 as well ("medium"), which it does not without
-    AMX. With few rows oneDNN is slower, and it compiles a kernel for every new shape; so this is meant for
-    batches of blocks, not for generation.
+    AMX. With few rows oneDNN is slower, so this is meant for batches of blocks, not for generation. Attention
+    over narrow heads is slower too, which layers of width 64 do not make up for.
+
+    Args:
+        width: Hidden size of the model; if it is less than 128, nothing changes.
     """
-    if _has_faster_float32():
+    if width >= _MIN_WIDTH and _has_faster_float32():
         with _medium_precision():
             yield
     else:
@@ -114,7 +118,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
         return 2 * size**3 / seconds
 
     try:
-        with fast_float32():
+        with fast_float32(_MIN_WIDTH):
             if device.type == "cpu" and (emulated := rate(128, 5)) < _EMULATED:
                 return emulated
             return rate(8192 if device.type == "cuda" else 1024, 3)
@@ -164,7 +168,7 @@ def mixed_precision_gain(device: torch.device, width: int) -> float:
 
         return run
 
-    with fast_float32():
+    with fast_float32(width):
         rounds = [_quickest(training_pass(False), 1) / _quickest(training_pass(True), 1) for _ in range(6)]
     return statistics.median(rounds[1:])
 

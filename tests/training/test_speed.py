@@ -4,7 +4,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import pytest
 import torch
 from tiny import tiny_model
 from toy import toy_recipe
@@ -12,13 +11,10 @@ from transformers import Trainer
 
 from calm import hardware
 from calm.data.stories import write_stories
-from calm.data.tasks import write_items
-from calm.data.tokenizer import train_tokenizer
 from calm.hardware import matrix_rate
 from calm.training import overview
-from calm.training.finetuning import finetune
-from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
 from calm.training.recipe import TrainingSettings
+from calm.training.recipe_files import with_settings
 from calm.training.speed import Speed
 from calm.training.stages import train
 
@@ -67,43 +63,21 @@ def test_measuring_draws_no_random_numbers():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.fixture
-def precisions(monkeypatch):
-    """The precisions of float32 products in the steps of training, on a processor where oneDNN is faster."""
+def test_wide_models_are_trained_with_the_faster_products(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "_has_faster_float32", lambda: True)
     seen = set()
     step = Trainer.training_step
 
-    def noting(self, *arguments):
-        seen.add(torch.get_float32_matmul_precision())
-        return step(self, *arguments)
+    def record(self, model, *arguments):
+        seen.add((model.config.hidden_size, torch.get_float32_matmul_precision()))
+        return step(self, model, *arguments)
 
-    monkeypatch.setattr(Trainer, "training_step", noting)
-    yield seen
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_training_on_blocks_multiplies_with_onednn(precisions, tmp_path):
+    monkeypatch.setattr(Trainer, "training_step", record)
     write_stories(tmp_path / "text.jsonl", 0, 12)
-    train(toy_recipe(tmp_path / "text.jsonl"), tmp_path / "run")
-    assert precisions == {"medium"}
-
-
-def test_training_on_rows_of_any_length_does_not(precisions, tmp_path):
-    write_items(tmp_path / "items.jsonl", "path", 2, 0, 40, False)
-    tokenizer = train_tokenizer(["a b c d"], 300)
-    head = {"head_type": "sequential"}
-    tiny_model(vocab_size=len(tokenizer), head_config=head).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    recipe = FinetuningRecipe(
-        model=str(tmp_path / "model"),
-        examples=ExampleSettings(sources=str(tmp_path / "items.jsonl"), context=256),
-        thoughts=ThoughtSettings(mode="drop", stages=0),
-        training=TrainingSettings(steps=2, batch_tokens=512, evaluate_every=0),
-        answers=AnswerSettings(number=0),
-    )
-    finetune(recipe, tmp_path / "run")
-    assert precisions == {"highest"}
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"language_model.hidden_size": 128})
+    train(recipe, tmp_path / "run")
+    assert seen == {(16, "highest"), (128, "medium")}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_overview_times_steps_as_they_are_trained(monkeypatch):
@@ -112,5 +86,6 @@ def test_the_overview_times_steps_as_they_are_trained(monkeypatch):
     monkeypatch.setattr(
         overview, "_seconds_of", lambda *_: seen.append(torch.get_float32_matmul_precision()) or 1.0
     )
-    assert overview.seconds_per_step(tiny_model(), TrainingSettings(batch_tokens=64), 32) == 2.0
+    wide = tiny_model(backbone_config={"hidden_size": 128})
+    assert overview.seconds_per_step(wide, TrainingSettings(batch_tokens=64), 32) == 2.0
     assert seen == ["medium", "medium"]

@@ -131,7 +131,6 @@ def _forecast(
     )
 
 
-@fast_float32()  # As the Trainer does.
 def seconds_per_step(
     network: PreTrainedModel, training: TrainingSettings, context: int, teacher: Teacher | None = None
 ) -> float | None:
@@ -161,7 +160,8 @@ def seconds_per_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 network(input_ids=tokens, labels=tokens, **teacher_output).loss.backward()
 
-        seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
+        with fast_float32(network.config.get_text_config().hidden_size):  # As the Trainer does.
+            seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:
         return None  # Training will report it.
     return seconds

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ class ChunkTrainer(Trainer):
         self.score, self.settings = score, settings
         self._network, self._stage, self._context = model, stage, blocks.context
         self._is_in_order = blocks.is_in_order
-        self._has_one_shape = blocks.collate is None
         self._stream = blocks.training if isinstance(blocks.training, BlockStream) else None
         self._staging: Path | None = None
         if settings.gradient_checkpointing:
@@ -112,17 +110,11 @@ class ChunkTrainer(Trainer):
             Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
         checkpoint = self._checkpoint()
-        with tracked(self, self._stage.tracking), self._products():
+        width = self._network.config.get_text_config().hidden_size
+        with tracked(self, self._stage.tracking), fast_float32(width):
             self._train_from(checkpoint)
             if not self.settings.evaluate_every:
                 self.evaluate()
-
-    def _products(self) -> AbstractContextManager[None]:
-        """How float32 matrices are multiplied: faster where all batches have the same shape.
-
-        oneDNN compiles a kernel for every new shape.
-        """
-        return fast_float32() if self._has_one_shape else nullcontext()
 
     def _train_from(self, checkpoint: Path | None) -> None:
         try:
