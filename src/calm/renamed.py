@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 MOVED = {
+    "calm.data.kept": "calm.data.caching",
     "calm.evaluation.readers": "calm.models.readers",
     "calm.evaluation.samplers": "calm.evaluation.scorers",
     "calm.models.batching": "calm.models.generation.batching",
@@ -14,6 +15,8 @@ MOVED = {
     "calm.models.heads.adaln": "calm.models.heads.step_network",
     "calm.models.heads.base": "calm.models.heads.contract, .fields and .registry",
     "calm.models.heads.mean_flow": "examples/a_head_of_your_own.py",
+    "calm.models.heads.place_network": "calm.models.heads.chunk_network",
+    "calm.models.heads.scores": "calm.models.heads.logits",
     "calm.models.lessons": "calm.models.distillation",
     "calm.models.sampling": "calm.models.generation.sampling",
     "calm.models.stepping": "calm.models.generation.steps",
