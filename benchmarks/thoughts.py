@@ -51,7 +51,7 @@ from calm.flops import thinking_flops
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.curriculum import Curriculum, Stage
 
 
@@ -208,7 +208,7 @@ def main() -> None:
         row = measure(cell, folder, output)
         row |= {"seconds": round(time.monotonic() - start), "machine": machine()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file_whole(file, json_rows(row) + "\n")
+        write_atomically(file, json_rows(row) + "\n")
         shares = {hops: share(result["answers"]["as trained"]) for hops, result in row["hops"].items()}
         print(cell.name, shares)
 

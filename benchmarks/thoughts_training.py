@@ -15,7 +15,7 @@ from calm.data.tokenizer import train_tokenizer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.tokens import LlamaForCausalLM
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.build import (
     autoencoder_config,
     autoregressive_config,
@@ -295,7 +295,7 @@ def write_text(cell: Cell, output: Path) -> None:
         files = [output / f"{task}_one_hop.jsonl" for task in (cell.task, "path")]
         task_lines, path_lines = (part.read_text().splitlines()[: NUM_ITEMS // 2] for part in files)
         turns = itertools.chain.from_iterable(zip(task_lines, path_lines, strict=True))
-        write_file_whole(file, "".join(f"{line}\n" for line in turns))
+        write_atomically(file, "".join(f"{line}\n" for line in turns))
 
 
 def write_items(task: str, output: Path) -> None:
@@ -306,6 +306,6 @@ def write_items(task: str, output: Path) -> None:
             file = output / f"{name}{'_held_out' if held_out else ''}.jsonl"
             if not file.exists():
                 rows = zip(*(items(task, hops, 0, number, held_out) for hops in all_hops), strict=True)
-                write_file_whole(
+                write_atomically(
                     file, "".join(json.dumps(item.record) + "\n" for row in rows for item in row)
                 )

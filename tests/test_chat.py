@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.chat import Conversation
 from calm.cli import main
 from calm.commands.chatting import print_chunks
-from calm.data.examples import give_template
+from calm.data.examples import set_chat_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -23,7 +23,7 @@ from calm.texts import continue_tokens
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = train_tokenizer(stories(0, 20), 320)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     return tokenizer
 
 

@@ -4,7 +4,7 @@ import pytest
 from tqdm import tqdm
 
 import calm.progress as progress
-from calm.progress import progress_bar, show_progress, tell, tracked, write_lines_for_bars
+from calm.progress import announce, progress_bar, show_progress, tracked, write_lines_for_bars
 
 # Commands that an earlier test has run leave lines in the place of bars.
 _BARS = {name: getattr(tqdm, name) for name in ("display", "clear", "moveto", "close")}
@@ -28,7 +28,7 @@ def lines(bars, monkeypatch):
 def test_a_log_gets_lines_without_carriage_returns(lines, capsys):
     for _ in tracked(range(4), "scoring", "batch"):
         for _ in tracked([1, 2], "drawing", "chunk"):
-            tell("a note")
+            announce("a note")
     with tqdm(total=3, desc="of a library", mininterval=0) as bar:
         bar.update(3)
     said = capsys.readouterr().err
@@ -62,7 +62,7 @@ def test_nothing_is_shown_where_nobody_wants_it(lines, monkeypatch, capsys, why)
         monkeypatch.setenv("RANK", "1")
     try:
         assert list(tracked([1, 2], "scoring", "batch")) == [1, 2]
-        tell("a note")
+        announce("a note")
         assert capsys.readouterr().err == ""
     finally:
         show_progress()

@@ -20,8 +20,8 @@ from calm.command_help import SHELLS, brief_help, completion
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
 from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
-from calm.progress import is_first, show_progress, write, write_lines_for_bars
-from calm.terminal import make_output_sturdy
+from calm.progress import is_first, print_line, show_progress, write_lines_for_bars
+from calm.terminal import make_streams_robust
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -135,7 +135,7 @@ def _summary(function: Callable[..., None]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. A user error prints one sentence and exits with code 2, a failed run with 1."""
-    make_output_sturdy()
+    make_streams_robust()
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except InputError as error:
@@ -258,7 +258,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        write(f"calm: {self.format(record)}")
+        print_line(f"calm: {self.format(record)}")
 
 
 def _set_up_logging(is_quiet: bool) -> None:

@@ -68,13 +68,13 @@ def tracked(
             bar.update()
 
 
-def tell(text: str) -> None:
+def announce(text: str) -> None:
     """Print a line on standard error, above any bars; print nothing if bars are turned off."""
     if _is_shown and is_first():
-        write(text)
+        print_line(text)
 
 
-def write(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on standard error, above any bars."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

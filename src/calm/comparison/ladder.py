@@ -10,7 +10,7 @@ from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
-from calm.progress import tell, tracked
+from calm.progress import announce, tracked
 from calm.training.check import check_model, check_recipe
 from calm.training.continuing import completed
 from calm.training.ranges import RANGES, check_ranges
@@ -71,7 +71,7 @@ def train_ladder(
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
         check_recipe(rungs[name])
     for name, rung in tracked(rungs.items(), "ladder", "run", total=len(rungs), stays=True):
-        tell(f"training {name}: {rung.language_model.training.steps:,} steps of the language model")
+        announce(f"training {name}: {rung.language_model.training.steps:,} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
     return [output / name for name in rungs]
 

@@ -24,7 +24,7 @@ from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.progress import tell, tracked
+from calm.progress import announce, tracked
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
@@ -114,7 +114,7 @@ def _measure(
     view = language_model(model)
     size = view.chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # First: it rejects models it cannot count.
-    tell(f"scoring {run.name}")
+    announce(f"scoring {run.name}")
     card = score_model(model, data, settings, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
     return ModelResult(

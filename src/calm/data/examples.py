@@ -337,7 +337,7 @@ def _truncate(example: Example, chunk_size: int, block_size: int) -> tuple[list[
     return example.prompt[-room:], completion
 
 
-def give_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
     """Set a tokenizer's chat template from a file.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 from calm.core.seeds import whole_seed
 from calm.errors import InputError
 from calm.ranges import Range
-from calm.storage.disk import disk_errors, write_lines_whole
+from calm.storage.disk import disk_errors, write_lines_atomically
 
 MODULUS = 7
 _NUM_PATHS = 4
@@ -209,4 +209,4 @@ def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_o
     lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
-        write_lines_whole(path, lines)
+        write_lines_atomically(path, lines)

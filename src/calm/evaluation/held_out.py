@@ -31,7 +31,7 @@ EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints
 _BATCH_SIZE = 8
 _TOKENS_AT_ONCE = 8192
 _BYTES_OF_COUNTS = 200  # Per training token.
-_MOST_COUNTED = 20_000_000  # Training tokens, for floors that were not asked for.
+_MAX_COUNTED = 20_000_000  # Training tokens, for floors that were not asked for.
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def score_perplexity(
 def affordable_orders(orders: Sequence[int], data: PreparedData) -> Sequence[int]:
     """Orders of the n-gram floors shown by default: none if the training text is too long to count."""
     num_tokens = data.counts().tokens["train"]
-    if not orders or num_tokens <= _MOST_COUNTED:
+    if not orders or num_tokens <= _MAX_COUNTED:
         return orders
     logger.info(
         "no n-gram floors: the training text has %s tokens, which would take about %s GiB; "

@@ -23,7 +23,7 @@ from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmConfig
 from calm.models.loading import load_config
-from calm.models.missing import look_for
+from calm.models.missing import check_model_exists
 from calm.models.shipped import folder_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.training.adapters import with_adapters
@@ -178,7 +178,7 @@ def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSett
 def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
     if not recipe.model:
         raise InputError('the recipe names no model to fine-tune; pass --settings \'{"model": "FOLDER"}\'.')
-    look_for(recipe.model)
+    check_model_exists(recipe.model)
     network = network_of(load_config(Path(folder_of(recipe.model))))
     context = recipe.examples.context
     check_block_size(context, getattr(network.config, "chunk_size", 1))

@@ -25,7 +25,7 @@ from calm.report.plots import (
 )
 from calm.report.run import brier_figure
 from calm.report.tables import BRIER_COLUMNS, cells_of, costs_exclude, print_narrow, spaced, with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         temperature=f"{comparison.temperature:g}",
         recipes=[(name, result.recipe) for name, result in models if result.recipe is not None],
     )
-    write_file_whole(path, page)
+    write_atomically(path, page)
 
 
 def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel]]]:

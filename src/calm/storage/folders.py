@@ -40,14 +40,14 @@ def check_output(path: Path, replaces: FolderKind | None, ignored: Collection[st
     check_replaceable(path, replaces)
 
 
-def check_spared(output: Path, needed: Sequence[str]) -> None:
+def check_inputs_outside(output: Path, inputs: Sequence[str]) -> None:
     """Raise InputError if anything that a command reads is inside the folder that it replaces.
 
     Args:
         output: The folder.
-        needed: Paths, where ~ is the home folder; names that are not existing paths are ignored.
+        inputs: Paths, where ~ is the home folder; names that are not existing paths are ignored.
     """
-    for name in needed:
+    for name in inputs:
         paths = [path.resolve() for path in (Path(name), expanded(name)) if path.exists()]
         if any(output.resolve() in (path, *path.parents) for path in paths):
             raise InputError(
@@ -164,7 +164,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, replaces: FolderKind | None = None) -> Iterator[Path]:
     """Provide a folder to write in, which becomes `path` when the block ends without an error.
 
     Until then nothing at `path` is touched, and after an error nothing is left behind.

@@ -42,7 +42,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextlib.contextmanager
-def written_checkpoint(folder: Path, step: int, keep: int, kept_step: int | None = None) -> Iterator[Path]:
+def atomic_checkpoint(folder: Path, step: int, keep: int, kept_step: int | None = None) -> Iterator[Path]:
     """Yield a staging folder for a checkpoint; if the block succeeds, rename it and remove old checkpoints.
 
     A run killed in between leaves nothing that looks like a complete checkpoint. All processes call this

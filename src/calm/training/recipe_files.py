@@ -10,7 +10,7 @@ import yaml
 
 from calm.errors import InputError
 from calm.mistakes import Options, mistake_in, sentence, types_of
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Effect, Recipe, effect_of
 from calm.training.recipe_settings import RECIPE as RECIPE
@@ -89,7 +89,7 @@ def recipe_text(recipe: Recipe | FinetuningRecipe) -> str:
 
 def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     """Write all settings of a recipe, defaults included."""
-    write_file_whole(path, recipe_text(recipe))
+    write_atomically(path, recipe_text(recipe))
 
 
 def differences(first: AnyRecipe, second: AnyRecipe, effect: Effect = "full") -> list[str]:

@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.errors import InputError
 from calm.storage.checksums import check_as_written
-from calm.storage.disk import disk_errors, read_json, write_file_whole
+from calm.storage.disk import disk_errors, read_json, write_atomically
 from calm.storage.folders import (
+    atomic_folder,
+    check_inputs_outside,
     check_output,
-    check_spared,
     discard_replaced,
     emptied,
     new_folder,
     restore,
     work_of,
-    written_whole,
 )
 from calm.storage.locks import LOCK, locked
 from calm.storage.ours import FINETUNED, TRAINED, FolderKind
@@ -70,7 +70,7 @@ class Run(Generic[AnyRecipe]):
                 resume.
         """
         if not self.resume:
-            check_spared(self.folder, inputs)
+            check_inputs_outside(self.folder, inputs)
             check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
             return
         recorded = self._recorded_recipe()
@@ -174,7 +174,7 @@ class Run(Generic[AnyRecipe]):
             json_files: Contents of further JSON files, by file name.
         """
         if processes().is_main_process:
-            with written_whole(self.folder / name) as partial:
+            with atomic_folder(self.folder / name) as partial:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 write_recipe(self.recipe, partial / RECIPE)
@@ -186,7 +186,7 @@ class Run(Generic[AnyRecipe]):
         """Write what was logged; if it is the log of one stage, those of other stages are kept."""
         if processes().is_main_process:
             history = log if stage is None else {**self._read_history(), stage: log}
-            write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
+            write_atomically(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
 
     def _read_history(self) -> dict[str, Any]:
         """What was logged so far. A damaged file is moved aside, since no weights depend on it."""

@@ -20,7 +20,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import resolve_name
 from calm.quantities import short
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.disk import read_json, write_atomically
 from calm.training.recipe import Recipe, TeacherSettings
 from calm.training.uptraining import config_at, cut_of, is_token_level, uptrains
 
@@ -243,7 +243,7 @@ class TeacherFacts:
 
     def write(self, run: Path) -> None:
         """Write them to the folder of a run."""
-        write_file_whole(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_atomically(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
         return f"'{self.model}' ({short(self.parameters)} parameters)"

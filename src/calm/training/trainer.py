@@ -28,7 +28,7 @@ from calm.training.batches import (
     whole_steps,
 )
 from calm.training.blocks import Blocks
-from calm.training.checkpoints import checkpoints_in, newest_intact_checkpoint, written_checkpoint
+from calm.training.checkpoints import atomic_checkpoint, checkpoints_in, newest_intact_checkpoint
 from calm.training.clock import Clock
 from calm.training.extending import SaveAt, kept_step
 from calm.training.faults import LossWatch, StopOnSignal, check_weights, diverged
@@ -299,7 +299,7 @@ class ChunkTrainer(Trainer):
         with (
             self._speed.pause(),
             disk_errors(folder / f"checkpoint-{step}", resume_hint),
-            written_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
+            atomic_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
         ):
             self._staging = partial.parent
             try:
