@@ -67,7 +67,7 @@ def changed_thoughts(change: Callable[[Tensor, int], Tensor] | None) -> Iterator
         yield
         return
     index = itertools.count()
-    with mock.patch("calm.models.thoughts.scaled", lambda states, scale: change(states, next(index))):
+    with mock.patch("calm.models.thoughts.rescale", lambda states, scale: change(states, next(index))):
         yield
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.core.seeds import whole_seed
 from calm.errors import InputError
-from calm.models.context import room_beside
+from calm.models.context import remaining_context
 from calm.models.generation.alternatives import Alternatives, ends_of, up_to_end
 from calm.models.language_model import language_model
 from calm.models.thoughts import num_tokens_of
@@ -117,7 +117,7 @@ class Conversation:
         return num_dropped
 
     def alternatives(
-        self, temperatures: Sequence[float], num_draws: int, most: int
+        self, temperatures: Sequence[float], num_draws: int, max_candidates: int
     ) -> list[tuple[list[int], Alternatives]]:
         """The chunks of the last answer, and what each could have been.
 
@@ -127,7 +127,7 @@ class Conversation:
         Args:
             temperatures: See `calm.models.generation.alternatives.draw_alternatives`.
             num_draws: Draws per chunk.
-            most: Maximum number of candidates per chunk.
+            max_candidates: Maximum number of candidates per chunk.
 
         Raises:
             InputError: If there is no answer yet, or the model generates token by token.
@@ -144,7 +144,7 @@ class Conversation:
                 written=answer[:start],
                 num_draws=num_draws,
                 temperatures=temperatures,
-                most=most,
+                max_candidates=max_candidates,
                 seed=0,
                 chunk=chunk if len(chunk) == size or chunk[-1] in ends else (),
             )
@@ -179,4 +179,4 @@ class Conversation:
 
     def _room_after(self, prompt: Sequence[int]) -> int | None:
         """Tokens that fit after a prompt and its thoughts; None if there is no limit."""
-        return room_beside(self._model.config, len(prompt) + self._thought_tokens)
+        return remaining_context(self._model.config, len(prompt) + self._thought_tokens)

@@ -79,7 +79,7 @@ def test_tokens_of_all_texts_together(body, field, model, tokenizer):
 
 
 def test_a_context_without_a_limit_leaves_room(model, tokenizer, monkeypatch):
-    for name in ("longest_context", "room_beside"):
+    for name in ("longest_context", "remaining_context"):
         monkeypatch.setattr(endpoint, name, lambda *_: None)
     with serving(model, tokenizer, max_tokens=12) as (_, _, url):
         chat = {"messages": [{"role": "user", "content": "a"}], "seed": 1, "temperature": 1}

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.examples import Example
-from calm.models.context import room_beside
+from calm.models.context import remaining_context
 from calm.models.language_model import language_model
 from calm.progress import tracked
 from calm.text.decoding import decode_after
@@ -41,7 +41,7 @@ def answer(
     answers = []
     if max_new_tokens is None:
         max_new_tokens = max((len(example.completion) for example in examples), default=0)
-    if (room := room_beside(model.config, 1)) is not None:
+    if (room := remaining_context(model.config, 1)) is not None:
         max_new_tokens = min(max_new_tokens, room)
     for start in tracked(range(0, len(examples), _ANSWERS_AT_ONCE), "answering", "batch"):
         prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]

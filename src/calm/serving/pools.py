@@ -47,7 +47,7 @@ async def describe_pool(
                 prompt,
                 num_draws=num_draws,
                 temperatures=request.temperatures,
-                most=request.most,
+                max_candidates=request.most,
                 chunk=request.chunk,
                 seed=seed,
                 thoughts=thoughts,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from calm.errors import InputError
 from calm.extras import require
 from calm.hub.opening import ignore_peft_deprecations
-from calm.models.blocks import PartedLinear
+from calm.models.blocks import SlicedLinear
 from calm.models.language_model import language_model
 from calm.training.finetuning_recipe import LoraSettings
 
@@ -70,7 +70,7 @@ def _linear_layers(model: PreTrainedModel, part: str) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and not isinstance(module, PartedLinear)
+        and not isinstance(module, SlicedLinear)
         and name.split(".")[0] in prefixes
     ]
 

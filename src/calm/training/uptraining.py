@@ -14,7 +14,13 @@ from calm.models.configuration import CalmConfig
 from calm.models.context import check_context
 from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import resolve_name
-from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
+from calm.models.uptraining import (
+    CODE_SIZE,
+    Cut,
+    PlaceholderTokenizer,
+    calm_from_transformer,
+    uptrained_config,
+)
 from calm.text.vocabulary import check_ids
 from calm.training.recipe import Recipe
 
@@ -80,7 +86,7 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
     assert recipe.language_model.init_from is not None
     name = resolve_name(recipe.language_model.init_from)
     lacks_tokenizer = Path(name).is_dir() and not has_tokenizer(Path(name))
-    tokenizer = TokensOfConfig(source) if lacks_tokenizer else load_tokenizer(name)
+    tokenizer = PlaceholderTokenizer(source) if lacks_tokenizer else load_tokenizer(name)
     config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_ids(tokenizer, config.vocab_size, name)

@@ -312,14 +312,14 @@ def test_no_prompt_is_read_twice_if_memory_is_short_once(failing, model, monkeyp
     settings, texts = sampler_from(), prompts([24, 22, 24])
     batch = ChunkBatch(model)
     rows = [batch.join(text, settings, 4, seed) for seed, text in enumerate(texts)]
-    real, calls = SlotCache.part, itertools.count(1)
+    real, calls = SlotCache.select, itertools.count(1)
 
-    def part(*own):
+    def select(*own):
         if next(calls) == failing:
             raise MemoryError
         return real(*own)
 
-    monkeypatch.setattr(SlotCache, "part", part)
+    monkeypatch.setattr(SlotCache, "select", select)
     written = {one.row: one.tokens for one in batch.step()}
     for seed, (row, text) in enumerate(zip(rows, texts, strict=True)):
         alone = model.generate(torch.tensor([text]), max_new_tokens=4, seed=seed, temperature=1.0)

@@ -120,7 +120,7 @@ class SlotCache:
                 states_RHCd[row, :, length:] = 0
         self.lengths[row] = length
 
-    def part(self, rows: Sequence[int]) -> "SlotCache":
+    def select(self, rows: Sequence[int]) -> "SlotCache":
         """Some rows, which may be repeated, without capacity that none of them needs.
 
         They are copied, unless these are all rows in order.
